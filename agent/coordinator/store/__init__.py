@@ -1,0 +1,71 @@
+"""What the coordinator keeps across its own death, as six small calls (R13).
+
+A record is one value with a version; ``swap`` is a compare-and-set. When a call that changes
+something returns, the change is durable; when it raises, nothing of it is. The stores do not know
+what a record means: deciding is core/group.py's, loading and swapping is service.py's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record and the version that a swap of it has to name."""
+
+    version: int
+    record: GroupRecord
+
+
+class Store(Protocol):
+    """One coordinator's durable state. Calls may overlap; each is atomic.
+
+    All calls but ``close`` raise StoreError when the disk (or the server behind) cannot do it: the
+    change did not happen and the store stays usable once the cause is gone.
+    """
+
+    async def load(self) -> dict[GroupKey, Stored]:
+        """Every group there is. Asked once, at the start."""
+        ...
+
+    async def create(self, key: GroupKey, record: GroupRecord) -> int:
+        """Add a group; its version. Raises CasMismatch if there is one."""
+        ...
+
+    async def swap(
+        self,
+        key: GroupKey,
+        expected: int,
+        record: GroupRecord,
+        history: Sequence[HistoryEntry] = (),
+    ) -> int:
+        """Replace a record, and upsert history by epoch, in one transaction; the new version.
+
+        Raises CasMismatch if the version is not ``expected`` any more, or the group is gone.
+        """
+        ...
+
+    async def delete(self, key: GroupKey, expected: int) -> None:
+        """Remove a group with its history. Raises CasMismatch as ``swap`` does."""
+        ...
+
+    async def history(
+        self, key: GroupKey, *, skip: int = 0, count: int = 100
+    ) -> tuple[int, list[HistoryEntry]]:
+        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+        ...
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """The access-control list of a namespace's groups, or None if none was ever set."""
+        ...
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+        """Replace that list."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun and let go of the data directory. May be called twice."""
+        ...

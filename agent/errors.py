@@ -1,0 +1,158 @@
+"""Every exception of the project, cut by what the caller does differently.
+
+The outermost layer turns one into an exit code (the command line) or into an ErrorResponse
+(the coordinator's API); nothing in between catches more than it can handle.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller. Documented in docs/exit-codes.md, checked by a test."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    CONFIG_FILE = 10
+    CONFIG_UNKNOWN_KEY = 11
+    CONFIG_VALUE = 12
+    TIMING = 13
+    HOOK_MISSING = 14
+    HOOK_NOT_EXECUTABLE = 15
+    HOOK_WRITABLE = 16
+    LISTEN = 17
+    SESSION_IN_USE = 18
+    STATE_FILE = 19
+    UNREACHABLE = 20
+    NOT_HTTP = 21
+    NOT_THE_API = 22
+    HALF_BODY = 23
+    NO_ANSWER = 24
+    REFUSED = 25
+    NOT_AUTHORISED = 26
+    DATA_DIR_READ_ONLY = 30
+    DATA_DIR_FULL = 31
+    DATA_DIR_LOCKED = 32
+    DATA_DIR_NEWER = 33
+    DATA_DIR_DAMAGED = 34
+    DEMOTION_FAILED = 40
+    DEMO_CHECK_FAILED = 41
+
+
+class FailoverError(Exception):
+    """Something went wrong that a person can act on: the message says what, where, what is right."""
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(self, message: str, *, exit_code: ExitCode | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+
+class ConfigError(FailoverError):
+    """A setting, a flag or a file named by one is wrong. Nothing was started."""
+
+    exit_code = ExitCode.CONFIG_VALUE
+
+
+class TimingError(ConfigError):
+    """The timings break R1.
+
+    Attributes:
+        smallest_lease_s: the shortest FailoverTimeout, in seconds, that the same budgets fit in.
+    """
+
+    exit_code = ExitCode.TIMING
+
+    def __init__(self, message: str, *, smallest_lease_s: float) -> None:
+        super().__init__(message)
+        self.smallest_lease_s = smallest_lease_s
+
+
+class ServerError(FailoverError):
+    """A server was asked and gave no usable answer; trying again later may help.
+
+    Attributes:
+        retry_after_s: how long the server asks to wait, in seconds, or None.
+    """
+
+    exit_code = ExitCode.UNREACHABLE
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: ExitCode | None = None,
+        retry_after_s: float | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message, exit_code=exit_code)
+        self.retry_after_s = retry_after_s
+        self.status = status
+
+
+class StoreError(FailoverError):
+    """The data directory cannot be used. What is in it was left as it is."""
+
+    exit_code = ExitCode.DATA_DIR_DAMAGED
+
+
+class RequestRefused(FailoverError):  # noqa: N818 - a refusal is an answer, not a fault of ours
+    """The coordinator refuses a request; nothing was changed by it.
+
+    Attributes:
+        reason: why, in one sentence with names and values.
+        resolution: what the caller can do about it.
+    """
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, reason: str, resolution: str) -> None:
+        super().__init__(f"{reason} {resolution}")
+        self.reason = reason
+        self.resolution = resolution
+
+
+class NotFound(RequestRefused):
+    """There is no such group, session or route."""
+
+
+class Conflict(RequestRefused):
+    """What is there already contradicts the request."""
+
+
+class Invalid(RequestRefused):
+    """The request itself is wrong."""
+
+
+class Forbidden(RequestRefused):
+    """The caller is known, and may not do this."""
+
+
+class Unauthenticated(RequestRefused):
+    """The caller is not known."""
+
+
+class TooSoon(RequestRefused):
+    """A heartbeat came closer to the one before than the group's minimum interval.
+
+    Attributes:
+        retry_after_s: seconds until the next one is welcome.
+    """
+
+    def __init__(self, reason: str, resolution: str, *, retry_after_s: float) -> None:
+        super().__init__(reason, resolution)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(RequestRefused):
+    """The coordinator cannot make the change durable now, or is stopping; nothing was changed."""
+
+    def __init__(self, reason: str, resolution: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(reason, resolution)
+        self.retry_after_s = retry_after_s
+
+
+class CasMismatch(FailoverError):  # noqa: N818 - an outcome, answered by trying again
+    """A store's compare-and-set found another version: load, decide and swap again."""

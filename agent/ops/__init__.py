@@ -1,0 +1,1 @@
+"""What any daemon needs: clocks, logs, signals. Knows nothing of failover."""
