@@ -14,6 +14,7 @@ Rules of this file:
 """
 
 from dataclasses import replace
+from datetime import datetime
 
 from agent.core.group_state import (
     AddSession,
