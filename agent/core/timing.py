@@ -95,7 +95,8 @@ class Budget:
     request_timeout_s: float | None = None
 
 
-def _divide(lease_s: float, budget: Budget) -> Timing:
+def divide(lease_s: float, budget: Budget) -> Timing:
+    """What ``plan`` checks, unchecked: only for showing which rule is broken."""
     margin = budget.margin_s if budget.margin_s is not None else MARGIN_SHARE * lease_s
     demote = budget.demote_s if budget.demote_s is not None else DEMOTE_SHARE * lease_s
     renew = budget.renew_s if budget.renew_s is not None else lease_s - demote - margin
@@ -110,7 +111,7 @@ def smallest_lease_s(budget: Budget) -> float:
     """The shortest L that the asked-for parts fit in, rounded up to 10 ms."""
 
     def fits(lease_s: float) -> bool:
-        timing = _divide(lease_s, budget)
+        timing = divide(lease_s, budget)
         return timing.renew_s > 0 and all(holds for _, holds in timing.rules())
 
     low, high = SHORTEST_LEASE_S, LONGEST_LEASE_S
@@ -134,7 +135,7 @@ def plan(lease_s: float, budget: Budget | None = None) -> Timing:
             and the smallest L that would do.
     """
     budget = budget or Budget()
-    timing = _divide(lease_s, budget)
+    timing = divide(lease_s, budget)
     if not SHORTEST_LEASE_S <= lease_s <= LONGEST_LEASE_S:
         raise TimingError(
             f"failover timeout {lease_s:g} s is out of range:"

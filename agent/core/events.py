@@ -1,0 +1,104 @@
+"""What can happen to an agent's session. Values; core/session.py decides what follows."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agent.core.timing import Timing
+from agent.model import GroupStatus, HeartbeatAnswer
+
+
+class Failure(StrEnum):
+    """Why a heartbeat was not answered, as far as the session acts on the difference."""
+
+    GONE = "gone"
+    """404: the group or the session is not known there (api.md, B.6)."""
+    BACK_OFF = "back_off"
+    """429 or 503: asked to come later."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The group exists and the session is registered in it; ``timing`` is for the server's L."""
+
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A heartbeat was answered."""
+
+    beat: int
+    answer: HeartbeatAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class BeatFailed:
+    """A heartbeat was not answered, or with an error.
+
+    Attributes:
+        why: for people.
+        retry_after_s: how long the server asks to wait, or None.
+    """
+
+    beat: int
+    failure: Failure
+    why: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSeen:
+    """The group's status was read."""
+
+    status: GroupStatus
+
+
+@dataclass(frozen=True, slots=True)
+class HookEnded:
+    """A hook that was started has ended, or could not be started; ``why`` says how, for people."""
+
+    run: int
+    ok: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """The host slept or the loop was late by more than the margin (R2)."""
+
+    late_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The release was answered, or given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The session was deleted at the server, or that was given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody asks the agent to stop (R5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """``wake_at`` has come."""
+
+
+Event = (
+    Joined
+    | Answered
+    | BeatFailed
+    | StatusSeen
+    | HookEnded
+    | Stalled
+    | Released
+    | Left
+    | Stop
+    | Tick
+)

@@ -1,0 +1,151 @@
+"""Which hook runs when (R7): one serial, level-triggered executor, as a pure machine.
+
+It knows the wanted role, the last completed role and the one hook that runs. Rules of this file:
+
+- A demotion pre-empts a running promotion (TERM, after a grace KILL) and runs to its end or its
+  budget; a promotion never pre-empts anything.
+- Once a promotion hook was started, nothing but a completed demotion makes this host Secondary.
+- The way to Primary leads over PendingPrimary: both hooks run, in that order.
+- A role without a hook is completed by wanting it.
+"""
+
+from dataclasses import dataclass, replace
+
+from agent.core.effects import Effect, HookFacts, KillHook, StartHook, TermHook
+from agent.model import Role
+
+RETRY_SHARE = 0.1
+"""A failed demotion hook is tried again after this share of its budget: often enough to matter,
+seldom enough not to be a fork loop."""
+
+
+_BEFORE = {Role.PENDING_PRIMARY: Role.SECONDARY, Role.PRIMARY: Role.PENDING_PRIMARY}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    run: int
+    role: Role
+    term_at: float
+    kill_at: float
+    termed: bool = False
+    killed: bool = False
+
+
+class Executor:
+    """The hooks of one session. Time comes in as CLOCK_BOOTTIME seconds.
+
+    After each call of ``want`` and ``ended``, and when ``wake_at`` has come, call ``step``.
+    """
+
+    def __init__(self, hooks: frozenset[Role], *, limit_s: float) -> None:
+        """Make one for the roles that have a hook; a promotion hook may take ``limit_s`` seconds."""
+        self._hooks = hooks
+        self._limit_s = limit_s
+        self._runs = 0
+        self._running: _Run | None = None
+        self._facts: HookFacts | None = None
+        self._by = float("inf")
+        self._grace_s = 0.0
+        self._retry_at = float("-inf")
+        self.wanted = Role.SECONDARY
+        self.completed: Role | None = None
+        """The last role whose hook succeeded, or None: unknown, demotion is owed."""
+        self.promotion_failed: str | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Nothing runs and nothing is owed."""
+        return self._running is None and self.completed is self.wanted
+
+    def want(self, facts: HookFacts, now: float, *, grace_s: float) -> None:
+        """Set the wanted role.
+
+        Args:
+            facts: the role and what its hook is told; ``limit_s`` is the demotion's whole budget.
+            now: the moment.
+            grace_s: seconds between TERM and KILL.
+        """
+        if facts.role is not Role.SECONDARY:
+            assert self.completed is not None  # noqa: S101 - ours: demote first
+            assert self.wanted is not Role.SECONDARY or self.settled  # noqa: S101 - likewise
+        self.wanted = facts.role
+        self._facts = facts
+        self._grace_s = grace_s
+        self._retry_at = now
+        self.promotion_failed = None
+        if facts.role is Role.SECONDARY:
+            self._by = now + facts.limit_s
+            self.completed = None
+            if self._running is not None and self._running.role is not Role.SECONDARY:
+                self._running = replace(
+                    self._running, term_at=now, kill_at=min(self._running.kill_at, now + grace_s)
+                )
+
+    def overdue(self, now: float) -> bool:
+        """Whether a demotion has used up its budget (R4)."""
+        return self.wanted is Role.SECONDARY and not self.settled and now >= self._by
+
+    def ended(self, run: int, *, ok: bool, why: str, now: float) -> None:
+        """Take in that a hook has ended; one that is not the running one says nothing."""
+        if self._running is None or self._running.run != run:
+            return
+        role, self._running = self._running.role, None
+        if role is Role.SECONDARY:
+            if ok and self.wanted is Role.SECONDARY:
+                self.completed = role
+            elif self._facts is not None:
+                self._retry_at = now + RETRY_SHARE * self._facts.limit_s
+        elif ok and self.wanted is not Role.SECONDARY:
+            self.completed = role
+        elif self.wanted is not Role.SECONDARY:
+            self.promotion_failed = why
+
+    def step(self, now: float) -> list[Effect]:
+        """What is to be done at ``now``, in order."""
+        if self._running is not None:
+            return self._limit(self._running, now)
+        effects: list[Effect] = []
+        while (role := self._next_role(now)) is not None:
+            if role in self._hooks:
+                effects.append(self._start(role, now))
+                break
+            self.completed = role
+        return effects
+
+    @property
+    def wake_at(self) -> float:
+        """When to call ``step`` next if nothing happens."""
+        run = self._running
+        if run is None:
+            retrying = self.wanted is Role.SECONDARY and not self.settled
+            return min(self._by, self._retry_at) if retrying else float("inf")
+        due = run.kill_at if run.termed else run.term_at
+        due = float("inf") if run.killed else due
+        return min(due, self._by) if self.wanted is Role.SECONDARY else due
+
+    def _next_role(self, now: float) -> Role | None:
+        if self.completed is self.wanted or self.promotion_failed is not None:
+            return None
+        if self.wanted is Role.SECONDARY:
+            return Role.SECONDARY if self._retry_at <= now < self._by else None
+        return Role.PENDING_PRIMARY if self.completed is Role.SECONDARY else Role.PRIMARY
+
+    def _start(self, role: Role, now: float) -> StartHook:
+        assert self._facts is not None  # noqa: S101 - nothing is wanted without facts
+        self._runs += 1
+        kill_at = self._by if role is Role.SECONDARY else now + self._limit_s
+        term_at = max(now, kill_at - self._grace_s)
+        self._running = _Run(self._runs, role, term_at, kill_at)
+        old_role = _BEFORE.get(role, self._facts.old_role)
+        facts = replace(self._facts, role=role, old_role=old_role, limit_s=term_at - now)
+        return StartHook(self._runs, facts)
+
+    def _limit(self, run: _Run, now: float) -> list[Effect]:
+        if now >= run.kill_at and not run.killed:
+            self._running = replace(run, termed=True, killed=True)
+            return [KillHook(run.run)]
+        if now >= run.term_at and not run.termed:
+            self._running = replace(run, termed=True)
+            return [TermHook(run.run)]
+        return []
