@@ -1,0 +1,28 @@
+"""What can be set, by whom, and what is refused before anything starts.
+
+A value comes from, in this order: a flag, the environment, a TOML file, the default. The flags, the
+samples in config/ and docs/settings.md are made from the models here.
+"""
+
+from agent.settings.describe import Described, describe, toml
+from agent.settings.forms import Address, LogFormat, LogLevel, RoleForm, StoreKind, is_loopback
+from agent.settings.models import AgentSettings, CoordinatorSettings, Settings, default_data_dir
+from agent.settings.sources import Sources, load
+
+__all__ = [
+    "Address",
+    "AgentSettings",
+    "CoordinatorSettings",
+    "Described",
+    "LogFormat",
+    "LogLevel",
+    "RoleForm",
+    "Settings",
+    "Sources",
+    "StoreKind",
+    "default_data_dir",
+    "describe",
+    "is_loopback",
+    "load",
+    "toml",
+]

@@ -1,0 +1,245 @@
+"""The forms that a value may have: what is read as a duration, a command, an address, and its range.
+
+Owns reading one value, whichever source it is from; a refusal is one sentence that says what would
+be right. Refuses to know which settings there are and where a value was given.
+"""
+
+import ipaddress
+import json
+import math
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator
+
+from agent.core.timing import LONGEST_LEASE_S
+from agent.model import TICKS_PER_SECOND
+from agent.wire import parse_time_span
+
+LONGEST_ID = 256
+"""Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
+
+MOST_ENDPOINTS = 16
+"""They are tried in turn within one lease; more could not all be tried."""
+
+READABLE_BY_OTHERS = 0o006
+"""Permission bits that a file with a secret must not have (its group may read it)."""
+
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["text", "json"]
+StoreKind = Literal["sqlite", "memory"]
+RoleForm = Literal["number", "name"]
+
+
+class Address(NamedTuple):
+    """Where to listen. Port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        """HOST:PORT, with an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach it."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a person is told of a form, in the help texts and in docs/settings.md."""
+
+    text: str
+
+
+def _seconds(value: object) -> float:
+    wrong = ValueError(
+        'a duration is seconds (2.5), a quoted time-span ("00:00:02.5") or ISO 8601 ("PT2.5S")'
+    )
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise wrong from None
+    except ValueError:
+        try:
+            seconds = parse_time_span(str(value).strip()) / TICKS_PER_SECOND
+        except ValueError:
+            raise wrong from None
+    if not math.isfinite(seconds):
+        raise wrong
+    return seconds
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")  # noqa: TRY004 - for pydantic
+    return value
+
+
+def _id(value: str) -> str:
+    if not 1 <= len(value) <= LONGEST_ID or "/" in value or not value.isprintable():
+        raise ValueError(
+            f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
+        )
+    if value in {".", ".."}:
+        raise ValueError("must not be '.' or '..', which mean something else in a URL")
+    return value
+
+
+def _split(value: object, *, by_shell_rules: bool) -> object:
+    """Make a list of a flag or variable: a JSON list, or words."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"must be a list in JSON, but: {error}") from None
+    if by_shell_rules:
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"must be words as a shell splits them, but: {error}") from None
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        raise ValueError("must be a list of strings")
+    return tuple(value)
+
+
+def _argv(value: object) -> tuple[str, ...]:
+    argv = _strings(_split(value, by_shell_rules=True))
+    if argv and not argv[0].startswith("/"):
+        raise ValueError("must start with an absolute path: there is no shell and no search (R11)")
+    if any("\0" in part for part in argv):
+        raise ValueError("must not have a NUL character")
+    return argv
+
+
+def _url(value: str) -> str:
+    parts = _split_url(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not have credentials in the URL: use username and password_file")
+    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in value):
+        raise ValueError("must not have a query, a fragment or white space")
+    return value.rstrip("/")
+
+
+def _split_url(value: str) -> SplitResult:
+    try:
+        parts = urlsplit(value)
+        _ = parts.port  # is checked when it is read
+    except ValueError as error:
+        raise ValueError(f"must be a URL: {error}") from None
+    return parts
+
+
+def _endpoints(value: object) -> tuple[str, ...]:
+    urls = _strings(_split(value, by_shell_rules=False))
+    if not 1 <= len(urls) <= MOST_ENDPOINTS:
+        raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
+    return tuple(_url(url) for url in urls)
+
+
+_ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
+
+
+def _address(value: object) -> Address:
+    if isinstance(value, Address):
+        return value
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if not found or int(found["port"]) > 65535:  # noqa: PLR2004 - ports are 16 bits
+        raise ValueError(
+            "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
+            " (127.0.0.1:5470, [::1]:5470)"
+        )
+    if found["six"]:
+        try:
+            ipaddress.IPv6Address(found["six"])
+        except ValueError as error:
+            raise ValueError(f"must have an IPv6 address in its brackets: {error}") from None
+    return Address(found["six"] or found["host"], int(found["port"]))
+
+
+def _address_or_off(value: object) -> Address | None:
+    return None if value is None or value == "off" else _address(value)
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError("must be a file that exists")
+    if not os.access(path, os.R_OK):
+        raise ValueError("must be readable by this user")
+    return path
+
+
+def _secret_file(path: Path) -> Path:
+    mode = _file(path).stat().st_mode
+    if mode & READABLE_BY_OTHERS:
+        raise ValueError(
+            f"must not be readable or writable by others: its mode is {mode & 0o777:o},"
+            f" right is 600 (chmod 600 {shlex.quote(str(path))})"
+        )
+    return path
+
+
+def _path(path: Path) -> Path:
+    if not path.name or "\0" in str(path):
+        raise ValueError("must be a path")
+    return path
+
+
+_DURATION = BeforeValidator(_seconds)
+NUMBER = BeforeValidator(_not_bool)
+Duration = Annotated[
+    float, _DURATION, Field(gt=0, le=LONGEST_LEASE_S), Kind("duration, more than 0 s to 24 d")
+]
+DurationOrZero = Annotated[
+    float, _DURATION, Field(ge=0, le=LONGEST_LEASE_S), Kind("duration, 0 s to 24 d")
+]
+Lease = Annotated[float, _DURATION, Kind("duration, 0.2 s to 24 d")]  # its range is R1's (exit 13)
+Share = Annotated[float, NUMBER, Field(ge=0, le=100), Kind("number, 0 to 100")]
+Id = Annotated[str, AfterValidator(_id), Kind(f"1 to {LONGEST_ID} characters, no '/'")]
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), Kind("text")]
+Endpoints = Annotated[tuple[str, ...], PlainValidator(_endpoints), Kind("list of URLs")]
+Url = Annotated[str, AfterValidator(_url), Kind("URL")]
+Argv = Annotated[tuple[str, ...], PlainValidator(_argv), Kind("command: list of strings")]
+Listen = Annotated[Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT")]
+ProbeListen = Annotated[
+    Address | None,
+    PlainValidator(_address_or_off),
+    PlainSerializer(lambda address: "off" if address is None else str(address)),
+    Kind("HOST:PORT or off"),
+]
+Level = Annotated[LogLevel, BeforeValidator(_upper), Kind("DEBUG, INFO, WARNING or ERROR")]
+AnyPath = Annotated[Path, AfterValidator(_path), Kind("path")]
+InputFile = Annotated[Path, AfterValidator(_file), Kind("path of a file")]
+SecretFile = Annotated[
+    Path, AfterValidator(_secret_file), Kind("path of a file that others cannot read")
+]

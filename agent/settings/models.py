@@ -1,0 +1,431 @@
+"""Every setting of both programs: its name, form, default and reason, and the relations between them.
+
+Owns what a configuration means and which ones contradict themselves. Refuses to know where a value
+was given, and what is done with it: nothing is opened, started or asked. The division of a lease
+(R1) is core/timing.py's; whether a hook can be run is drivers/hooks.py's.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from agent.core.timing import Budget, Timing, plan
+from agent.errors import ConfigError
+from agent.settings.forms import (
+    NUMBER,
+    Address,
+    AnyPath,
+    Argv,
+    Duration,
+    DurationOrZero,
+    Endpoints,
+    Id,
+    InputFile,
+    Kind,
+    Lease,
+    Level,
+    Listen,
+    LogFormat,
+    ProbeListen,
+    RoleForm,
+    SecretFile,
+    Share,
+    StoreKind,
+    Text,
+    Url,
+    is_loopback,
+)
+
+
+class ContradictionError(ConfigError):
+    """Settings that are each well-formed contradict each other."""
+
+    def __init__(self, faults: Sequence[tuple[str, str]]) -> None:
+        super().__init__("\n".join(f"{key}: {text}" for key, text in faults))
+        self.faults = faults
+
+
+class Settings(BaseSettings):
+    """What both programs have. Construction validates; only ``load`` reads flags, environment, file.
+
+    Raises:
+        pydantic.ValidationError: a value has the wrong form or is out of range.
+        ConfigError: two settings contradict each other.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", enable_decoding=False, validate_default=False
+    )
+
+    env_prefix: ClassVar[str]
+    """What a setting's environment variable starts with."""
+
+    log_level: Level = Field(
+        "INFO",
+        description="The least serious log line that is written. Info has each change of role and"
+        " no line per heartbeat.",
+    )
+    log_format: Annotated[LogFormat, Kind("text or json")] = Field(
+        "text",
+        description="How a log line looks: text for people and the journal, json for collectors.",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings gives it
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings gives it
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings gives it
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leave the merging to ``load``, which has to know where each value is from."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if faults := tuple(self._contradictions()):
+            raise ContradictionError(faults)
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Each broken relation: the setting to name, and what would be right."""
+        yield from ()
+
+    def _together(self, *keys: str) -> Iterator[tuple[str, str]]:
+        """All of these, or none."""
+        given = [key for key in keys if getattr(self, key) is not None]
+        if given and len(given) < len(keys):
+            missing = " and ".join(key for key in keys if key not in given)
+            yield given[0], f"needs {missing} too"
+
+
+class AgentSettings(Settings):
+    """What ``failover-agent run`` can be told. Durations are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="FAILOVER_AGENT_")
+    env_prefix: ClassVar[str] = "FAILOVER_AGENT_"
+
+    endpoint: Endpoints = Field(
+        ("http://127.0.0.1:5470/api/v1/clientfailover",),
+        description="Base paths of the coordinators, up to and with 'clientfailover'; tried in turn."
+        " The flag may be repeated; the variable separates by commas. The default is a coordinator"
+        " on this machine with its own defaults.",
+    )
+    group: Id = Field(
+        "",
+        description="Id of the group to be a member of. run needs it; the group is made if missing.",
+        examples=["demo"],
+    )
+    group_name: Text | None = Field(
+        None,
+        description="Name for people of the group, if this agent makes it. Not set: none.",
+        examples=["Line 7 collectors"],
+    )
+    session_id: Id | None = Field(
+        None,
+        description="Id of this member, unique in its group and the same after a restart."
+        " Not set: chosen from the host's name.",
+        examples=["host-a"],
+    )
+    session_name: Text | None = Field(
+        None,
+        description="Name for people of this member. Not set: the session id.",
+        examples=["Host A, rack 3"],
+    )
+    failover_timeout: Lease = Field(
+        10.0,
+        description="L, how long after its last heartbeat a member is given up and another may be"
+        " chosen. A group that exists keeps its own. 10 s outlasts a switch's reboot on most"
+        " networks and leaves a demotion hook 2.5 s.",
+    )
+    beat: Duration | None = Field(
+        None,
+        description="Time between two heartbeats; 2 beats must fit into renew (R1)."
+        " Not set: renew / 3, at most 10 s, so that two may be lost.",
+        examples=[2.0],
+    )
+    renew: Duration | None = Field(
+        None,
+        description="R, without renewal for this long demotion starts (R4)."
+        " Not set: what demote and margin leave of L.",
+        examples=[6.5],
+    )
+    demote: Duration | None = Field(
+        None,
+        description="D, how long demotion may take before its processes are killed."
+        " Not set: a quarter of L.",
+        examples=[2.5],
+    )
+    margin: Duration | None = Field(
+        None,
+        description="M, kept free for clock drift (1 % of L at least) and for scheduling."
+        " Not set: a tenth of L.",
+        examples=[1.0],
+    )
+    request_timeout: Duration | None = Field(
+        None,
+        description="How long one request may take; under half of renew, so that a lost one can be"
+        " repeated (R1). Not set: renew / 3, at most 10 s.",
+        examples=[2.0],
+    )
+    failover_score: Share = Field(
+        100.0,
+        description="How fit this member is (v1 FailoverScore, the share of active streams)."
+        " The member with the highest is chosen. 100: as fit as can be.",
+    )
+    hook_primary: Argv = Field(
+        (),
+        description="Command that starts the workload. An absolute path and its arguments; a flag or"
+        " variable is split as a shell would, or is a JSON list. Not set: none.",
+        examples=[["/usr/local/bin/start-collector", "--active"]],
+    )
+    hook_pending_primary: Argv = Field(
+        (),
+        description="Command that gets the workload ready while the predecessor ends."
+        " Not set: none.",
+        examples=[["/usr/local/bin/warm-up-collector"]],
+    )
+    hook_secondary: Argv = Field(
+        (),
+        description="Command that stops the workload. It also runs when the agent starts (R6), so it"
+        " must do no harm when there is nothing to stop. Not set: none.",
+        examples=[["/usr/local/bin/stop-collector"]],
+    )
+    hook_limit: Duration = Field(
+        30.0,
+        description="How long a promotion hook may take before it is killed and counts as failed"
+        " (a demotion has the time that demote gives). 30 s: most services start in less.",
+    )
+    state_file: AnyPath | None = Field(
+        None,
+        description="File with role and epoch for sidecars, replaced atomically."
+        " Not set: chosen from group and session in the directory for such files.",
+        examples=["/run/failover-agent/state.json"],
+    )
+    probe_listen: ProbeListen = Field(
+        Address("127.0.0.1", 0),
+        description="Where probes are answered and POST /data-processed is taken; off switches it"
+        " off. Port 0 takes a free port, so that several agents fit on one host; the log says which.",
+    )
+    startup_timeout: DurationOrZero = Field(
+        60.0,
+        description="How long to try to reach a coordinator at the start before giving up with an"
+        " exit code; 0 tries for ever. 60 s outlasts the start of a coordinator beside it.",
+    )
+    cooldown: Duration = Field(
+        5.0,
+        description="Wait after a failed promotion before this member may be chosen again, doubled"
+        " each time. 5 s lets the other member try first (R8).",
+    )
+    cooldown_limit: Duration = Field(
+        300.0,
+        description="The longest such wait. 300 s: a repaired host is back within 5 minutes.",
+    )
+    username: Text | None = Field(
+        None,
+        description="User name for Basic authentication. Not set: none.",
+        examples=["collector"],
+    )
+    password_file: SecretFile | None = Field(
+        None,
+        description="File with that user's password. Not set: none.",
+        examples=["/etc/failover-agent/password"],
+    )
+    client_id: Text | None = Field(
+        None,
+        description="Client id for OAuth 2 client credentials. Not set: none.",
+        examples=["3f1c"],
+    )
+    client_secret_file: SecretFile | None = Field(
+        None,
+        description="File with that client's secret. Not set: none.",
+        examples=["/etc/failover-agent/client-secret"],
+    )
+    token_endpoint: Url | None = Field(
+        None,
+        description="Where tokens are got. Not set: asked from the endpoint's host, at"
+        " /identity/.well-known/openid-configuration.",
+        examples=["https://identity.example/connect/token"],
+    )
+    ca_file: InputFile | None = Field(
+        None,
+        description="Certificates (PEM) to trust a coordinator by. Not set: the system's.",
+        examples=["/etc/failover-agent/ca.pem"],
+    )
+
+    @property
+    def budget(self) -> Budget:
+        """What was asked for of the parts of the lease."""
+        return Budget(
+            renew_s=self.renew,
+            demote_s=self.demote,
+            margin_s=self.margin,
+            beat_s=self.beat,
+            request_timeout_s=self.request_timeout,
+        )
+
+    @property
+    def timing(self) -> Timing:
+        """The division of ``failover_timeout``. Raises TimingError if R1 does not hold."""
+        return plan(self.failover_timeout, self.budget)
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from self._together("username", "password_file")
+        yield from self._together("client_id", "client_secret_file")
+        if self.token_endpoint is not None and self.client_id is None:
+            yield "token_endpoint", "needs client_id and client_secret_file too"
+        if self.username is not None and self.client_id is not None:
+            yield "client_id", "cannot be used together with username: keep one of the two"
+        if self.cooldown_limit < self.cooldown:
+            yield "cooldown_limit", f"must be at least cooldown, which is {self.cooldown:g} s"
+        if self.username is None and self.client_id is None:
+            return
+        secret = "password" if self.username is not None else "client secret"
+        urls = [("endpoint", url) for url in self.endpoint]
+        if self.token_endpoint is not None:
+            urls.append(("token_endpoint", self.token_endpoint))
+        for key, url in urls:
+            parts = urlsplit(url)
+            if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+                yield key, f"{url} would carry the {secret} unencrypted: use https"
+
+
+def default_data_dir(environ: Mapping[str, str], *, root: bool) -> Path:
+    """Where a coordinator keeps its data unless told: systemd's choice, the system's, or the user's.
+
+    Raises:
+        ConfigError: there is no such place.
+    """
+    if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(given)
+    if root:
+        return Path("/var/lib/failover-agent")
+    if (xdg := environ.get("XDG_STATE_HOME", "")).startswith("/"):
+        return Path(xdg, "failover-agent")
+    try:
+        return Path.home() / ".local/state/failover-agent"
+    except RuntimeError:
+        raise ConfigError(
+            "data_dir: this user has no home directory to default to:"
+            " set --data-dir, FAILOVER_COORDINATOR_DATA_DIR or data_dir in a file"
+        ) from None
+
+
+class CoordinatorSettings(Settings):
+    """What ``failover-agent serve`` can be told. Durations are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="FAILOVER_COORDINATOR_")
+    env_prefix: ClassVar[str] = "FAILOVER_COORDINATOR_"
+
+    listen: Listen = Field(
+        Address("127.0.0.1", 5470),
+        description="Where the API is served. The default can be reached from this machine only:"
+        " anything else needs TLS and authentication, or insecure. Port 0 takes a free one.",
+    )
+    data_dir: AnyPath = Field(
+        default_factory=lambda: default_data_dir(os.environ, root=os.geteuid() == 0),
+        description="Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY"
+        " (systemd), else /var/lib/failover-agent for root, else failover-agent in $XDG_STATE_HOME"
+        " or ~/.local/state.",
+        examples=["/var/lib/failover-agent"],
+    )
+    store: Annotated[StoreKind, Kind("sqlite or memory")] = Field(
+        "sqlite",
+        description="Where groups, holders and epochs are kept: sqlite survives a restart and a"
+        " crash; memory forgets everything and is for trials.",
+    )
+    role_form: Annotated[RoleForm, Kind("number or name")] = Field(
+        "number",
+        description="How roles are written: number as the cloud's API documents, name as the"
+        " on-premises one. Both are read.",
+    )
+    score_hysteresis: Share = Field(
+        10.0,
+        description="A live primary with a lower score is replaced only if the other's is higher by"
+        " more than this. 10: one stream of ten that comes and goes changes nothing; 0 is strict"
+        " v1 behaviour.",
+    )
+    minimum_hold: DurationOrZero = Field(
+        30.0,
+        description="A live primary is not replaced for a better score earlier than this after it"
+        " became primary. 30 s: a swap costs a gap, so two in a minute are the most; 0 is"
+        " strict v1 behaviour.",
+    )
+    max_body_bytes: Annotated[int, NUMBER, Kind("bytes, 1024 to 16777216")] = Field(
+        65536,
+        ge=1024,
+        le=16 * 1024 * 1024,
+        description="Longest body of a request; a longer one is answered 413. 64 KiB holds a group"
+        " with plenty of AdditionalData.",
+    )
+    max_groups: Annotated[int, NUMBER, Kind("number, 1 to 10000000")] = Field(
+        100_000,
+        ge=1,
+        le=10_000_000,
+        description="Most groups. All are in memory: 100000 take some hundred megabytes.",
+    )
+    max_sessions_per_group: Annotated[int, NUMBER, Kind("number, 1 to 10000")] = Field(
+        100,
+        ge=1,
+        le=10_000,
+        description="Most sessions of one group. A group is usually 2; 100 stops a client that makes"
+        " a new id at each start.",
+    )
+    tls_certificate: InputFile | None = Field(
+        None,
+        description="Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP.",
+        examples=["/etc/failover-agent/tls.crt"],
+    )
+    tls_key: SecretFile | None = Field(
+        None,
+        description="That certificate's private key (PEM). Not set: plain HTTP.",
+        examples=["/etc/failover-agent/tls.key"],
+    )
+    users_file: SecretFile | None = Field(
+        None,
+        description="Users and password hashes for Basic authentication. Not set: no Basic.",
+        examples=["/etc/failover-agent/users"],
+    )
+    token_issuer: Text | None = Field(
+        None,
+        description="Issuer (iss) that a bearer token must have. Not set: no tokens are taken.",
+        examples=["https://identity.example"],
+    )
+    token_audience: Text | None = Field(
+        None,
+        description="Audience (aud) that a bearer token must have. Not set: no tokens are taken.",
+        examples=["failover"],
+    )
+    token_keys_file: InputFile | None = Field(
+        None,
+        description="Public keys (JWKS) that tokens are checked with. Not set: no tokens are taken.",
+        examples=["/etc/failover-agent/jwks.json"],
+    )
+    insecure: Annotated[bool, Kind("true or false")] = Field(
+        default=False,
+        description="Serve beyond this machine without TLS or without authentication. Whoever"
+        " reaches the port can then decide who is primary.",
+    )
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from self._together("tls_certificate", "tls_key")
+        yield from self._together("token_keys_file", "token_issuer", "token_audience")
+        if self.listen.loopback or self.insecure:
+            return
+        missing = []
+        if self.tls_certificate is None:
+            missing.append("TLS (tls_certificate and tls_key)")
+        if self.users_file is None and self.token_keys_file is None:
+            missing.append("authentication (users_file or token_keys_file)")
+        if missing:
+            yield (
+                "listen",
+                f"{self.listen} can be reached from other machines without {' and '.join(missing)}:"
+                " add that, listen on 127.0.0.1, or say insecure = true (--insecure)",
+            )
