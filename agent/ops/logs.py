@@ -1,0 +1,174 @@
+"""Logs: one event is one line on stderr, whatever is in it. Knows nothing of what is logged.
+
+    2026-01-31T12:00:00.000Z INFO role changed before=Secondary after=PendingPrimary epoch=7
+
+A module that logs has ``log = Log(__name__)`` and calls ``log.info("role changed", epoch=7)``: a
+constant message, and the facts as fields. In the journal (stderr is connected to it) the time is
+the journal's own, and the level goes as its priority prefix. Not promised: that a log line never
+blocks; a stderr that nobody reads from stops the process as it does any other.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+Form = Literal["text", "json"]
+"""``text`` is key=value, ``json`` is one object a line."""
+
+PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+)
+"""Syslog priority from each level on; what is lower is 7, debug."""
+
+UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access")
+A_LINE_PER_REQUEST = ("httpx2", "httpcore2")
+"""Libraries that say at INFO what each heartbeat is; only their warnings are events."""
+
+QUOTED_BECAUSE_OF = frozenset(' "=\\')
+
+
+class Log:
+    """A named logger whose events have fields. Cheap; a module makes its own."""
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, message: str, /, **fields: Any) -> None:
+        """What helps while looking for a fault, and is off otherwise."""
+        self.event(logging.DEBUG, message, **fields)
+
+    def info(self, message: str, /, **fields: Any) -> None:
+        """Something happened that an operator will want to find again."""
+        self.event(logging.INFO, message, **fields)
+
+    def warning(self, message: str, /, **fields: Any) -> None:
+        """Something is wrong and was coped with."""
+        self.event(logging.WARNING, message, **fields)
+
+    def error(self, message: str, /, **fields: Any) -> None:
+        """Something is wrong that a person has to look at."""
+        self.event(logging.ERROR, message, **fields)
+
+    def exception(self, message: str, /, **fields: Any) -> None:
+        """An error, with the traceback of the exception that is being handled."""
+        self.event(logging.ERROR, message, exc_info=True, **fields)
+
+    def event(self, level: int, message: str, /, *, exc_info: bool = False, **fields: Any) -> None:
+        """Log ``message`` at ``level`` with ``fields`` (any values; see ``plain``)."""
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, message, extra={"fields": fields}, exc_info=exc_info)
+
+
+def plain(value: Any) -> str | int | float | bool | None:
+    """A field's value as JSON can hold it: UTC for date-times, six decimals, no NaN, else text."""
+    match value:
+        case None | bool() | int():
+            return value
+        case float():
+            return round(value, 6) if math.isfinite(value) else str(value)
+        case datetime():
+            return _utc(value)
+        case _:
+            return str(value)
+
+
+def _utc(moment: datetime) -> str:
+    utc = moment.astimezone(UTC) if moment.tzinfo else moment
+    return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def escaped(text: str) -> str:
+    r"""``text`` with what is not printable (newlines, controls, surrogates) as ``\n``, ``\u001b``."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+
+
+def _word(value: Any) -> str:
+    value = plain(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if value and value.isprintable() and QUOTED_BECAUSE_OF.isdisjoint(value):
+        return value
+    return escaped(json.dumps(value, ensure_ascii=False))
+
+
+class LineFormatter(logging.Formatter):
+    """A record as one line.
+
+    Args:
+        form: see ``Form``.
+        journal: begin with the journal's priority prefix, and leave the time to it (``text``).
+    """
+
+    def __init__(self, form: Form, *, journal: bool) -> None:
+        super().__init__()
+        self._form = form
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        if record.exc_info:
+            fields = {**fields, "traceback": self.formatException(record.exc_info)}
+        time = _utc(datetime.fromtimestamp(record.created, UTC))
+        if self._form == "json":
+            line = _json(record, time, fields)
+        else:
+            words = [record.levelname, escaped(record.getMessage())]
+            words += [f"{key}={_word(value)}" for key, value in fields.items()]
+            line = " ".join(words if self._journal else [time, *words])
+        return f"<{_priority(record.levelno)}>{line}" if self._journal else line
+
+
+def _json(record: logging.LogRecord, time: str, fields: Mapping[str, Any]) -> str:
+    line: dict[str, Any] = {
+        "time": time,
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    for key, value in fields.items():
+        line[f"{key}_" if key in line else key] = plain(value)
+    return json.dumps(line)
+
+
+def _priority(level: int) -> int:
+    return next((priority for least, priority in PRIORITIES if level >= least), 7)
+
+
+def in_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether ``stream`` is the journal's: JOURNAL_STREAM is its device and inode (systemd.exec)."""
+    try:
+        stat = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or not a file at all
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def configure(level: str, form: Form, *, access_log: bool = False) -> None:
+    """Send every event of this process to stderr. May be called again.
+
+    Args:
+        level: the lowest level that is shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.
+        form: see ``Form``.
+        access_log: whether uvicorn's line per request is wanted (a server's Config must agree).
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(form, journal=in_journal(sys.stderr, os.environ)))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in UVICORN:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = access_log or name != "uvicorn.access"
+    for name in A_LINE_PER_REQUEST:
+        logging.getLogger(name).setLevel(logging.WARNING)
