@@ -1,0 +1,106 @@
+"""The JSON text in which every store keeps the values of agent/model.py, and how much of it.
+
+Owns the text and nothing else: no file, no transaction, no meaning. Reading is strict: an unknown key, a
+wrong type or half a text is refused, and the refusal names where. An older text may lack fields that
+have a default; a newer one never gets here, since the store refuses a newer schema as a whole.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from agent.errors import ExitCode, StoreError
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+
+HISTORY_BOUND = 1_000
+"""Tenures kept for each group, the newest: years of an ordinary group, and an hour of one that flaps
+every few seconds, in about 200 KB."""
+
+ValueT = TypeVar("ValueT", GroupRecord, HistoryEntry, AccessList)
+
+
+@cache
+def _adapters() -> dict[type, TypeAdapter[Any]]:
+    # pydantic refuses a configuration for a dataclass that is not its own, but takes one for "this
+    # or None" and hands it down to what is nested
+    config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+    kinds: dict[type, Any] = {
+        GroupRecord: GroupRecord | None,
+        HistoryEntry: HistoryEntry | None,
+        AccessList: AccessList | None,
+    }
+    return {kind: TypeAdapter(optional, config=config) for kind, optional in kinds.items()}
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    if isinstance(value, Mapping):  # a read-only view, which pydantic does not know
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} is not JSON")
+
+
+def name_of(key: GroupKey) -> str:
+    """How messages name a group."""
+    return f"group {key.group!r} (tenant {key.tenant!r}, namespace {key.namespace!r})"
+
+
+def encode(value: ValueT, where: str) -> str:
+    """The text of ``value``, proven to read back as the same value.
+
+    Without the proof a value that can be written but not read (an integer of 5,000 digits in
+    AdditionalData, a NaN) would be acknowledged and then stop the next start.
+
+    ``where`` says what the value belongs to, for the message.
+
+    Raises:
+        StoreError: it does not read back.
+    """
+    adapter = _adapters()[type(value)]
+    try:
+        text = adapter.dump_json(value, fallback=_mapping, warnings=False)
+        same = adapter.validate_json(text) == value
+    except (PydanticSerializationError, ValidationError) as error:
+        reason = _first(error) if isinstance(error, ValidationError) else str(error)
+        raise StoreError(
+            f"{where} cannot be kept as JSON: {reason}; nothing was changed",
+            exit_code=ExitCode.INTERNAL,
+        ) from error
+    if not same:
+        raise StoreError(
+            f"{where} cannot be kept as JSON: something in it reads back as another value;"
+            " null, booleans, finite numbers, strings, lists and objects with string keys do not;"
+            " nothing was changed",
+            exit_code=ExitCode.INTERNAL,
+        )
+    return text.decode()
+
+
+def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
+    """The value that ``text`` was made from; ``where`` says what it belongs to, for the message.
+
+    Raises:
+        StoreError: the text is not one of ``kind``; the message has the place inside it.
+    """
+    try:
+        value = _adapters()[kind].validate_json(text)
+    except ValidationError as error:
+        raise _unreadable(kind, where, _first(error)) from error
+    if not isinstance(value, kind):
+        raise _unreadable(kind, where, f"it is {text}")
+    return value
+
+
+def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:
+    return StoreError(
+        f"{where} is not a {kind.__name__} that this version can read: {reason};"
+        " restore the data directory from a copy, or start with an empty one"
+    )
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, with its place."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the text as a whole"
+    return f"{place}: {first['msg']}"

@@ -1,0 +1,289 @@
+"""The data directory of a coordinator on SQLite: made, locked, checked and opened - or refused.
+
+Owns the files and the sentences that are said when they cannot be used; knows nothing of groups
+beyond the tables that hold them. A refusal leaves every file as it was: a database that is not
+there yet appears whole or not at all, and one that is there is read as plain bytes before SQLite
+may touch it.
+
+What is not promised: WAL needs shared memory and real locks, so a network file system is unsafe,
+both for the database and for the lock file. Use a local disk.
+"""
+
+import errno
+import fcntl
+import os
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+
+from agent.errors import ExitCode, StoreError
+
+DATABASE_NAME = "coordinator.db"
+LOCK_NAME = "coordinator.lock"
+
+APPLICATION_ID = 0x464F4147
+"""``FOAG`` in the header of the file: whose it is."""
+
+SCHEMA_VERSION = 1
+"""Grows with each change that a version before would not understand."""
+
+BUSY_MS = 1_000
+"""How long to wait for a lock of SQLite's. Nothing but an operator's tool can hold one."""
+
+SCHEMA = f"""
+CREATE TABLE failover_group (
+    id INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    record TEXT NOT NULL,
+    UNIQUE (tenant, namespace, name)
+) STRICT;
+CREATE TABLE history (
+    group_id INTEGER NOT NULL REFERENCES failover_group (id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    entry TEXT NOT NULL,
+    PRIMARY KEY (group_id, epoch)
+) STRICT;
+CREATE TABLE access (
+    tenant TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    acl TEXT NOT NULL,
+    PRIMARY KEY (tenant, namespace)
+) STRICT, WITHOUT ROWID;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+_HEADER_BYTES = 100  # https://www.sqlite.org/fileformat.html#the_database_header
+_MAGIC = b"SQLite format 3\0"
+
+
+@dataclass(frozen=True, slots=True)
+class DataDir:
+    """A data directory that is ours until ``close``."""
+
+    path: Path
+    database: apsw.Connection
+    lock: int
+
+    def close(self) -> None:
+        """Let go of it; after this another coordinator may open it."""
+        try:
+            self.database.close()
+        finally:
+            os.close(self.lock)
+
+
+def open_data_dir(directory: Path) -> DataDir:
+    """Open ``directory``, making it and what belongs in it where missing.
+
+    Raises:
+        StoreError: it cannot be used. The message says which path, what is wrong and what would be
+            right; ``exit_code`` is the one of DATA_DIR_* that fits.
+    """
+    path = directory / DATABASE_NAME
+    with ExitStack() as undo:
+        try:
+            _make_directory(directory)
+            _check_header(path)
+            lock = _lock(directory / LOCK_NAME)
+            undo.callback(os.close, lock)
+            if not path.exists():
+                _create(path)
+            database = _connect(path)
+        except (OSError, apsw.Error) as error:
+            raise explain(error, directory) from error
+        undo.pop_all()
+    return DataDir(path, database, lock)
+
+
+def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
+    """What an error of the system's or of SQLite's means for the data directory, in words."""
+    match error:
+        case (
+            OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM)
+            | apsw.ReadOnlyError()
+            | apsw.PermissionsError()
+        ):
+            code = ExitCode.DATA_DIR_READ_ONLY
+            wrong = "cannot be written"
+            right = f"make it writable for user id {os.geteuid()}, or name another directory"
+        case _ if _is_full(error):
+            code = ExitCode.DATA_DIR_FULL
+            wrong = "is on a disk that is full"
+            right = "free some space on it"
+        case apsw.BusyError() | apsw.LockedError():
+            code = ExitCode.DATA_DIR_LOCKED
+            wrong = f"has a {DATABASE_NAME} that another program is writing to"
+            right = "end that program"
+        case OSError(errno=errno.ENOTDIR | errno.EEXIST):
+            code = ExitCode.DATA_DIR_DAMAGED
+            wrong = "is not a directory"
+            right = "name a directory, or one that can be made"
+        case _:
+            code = ExitCode.DATA_DIR_DAMAGED
+            wrong = "cannot be used"
+            right = "check the disk, restore the directory from a copy, or name another one"
+    return StoreError(
+        f"data directory {directory} {wrong}: {right} ({error}); nothing was changed",
+        exit_code=code,
+    )
+
+
+def _is_full(error: OSError | apsw.Error) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    no_room_for_shm = getattr(error, "extendedresult", None) == apsw.SQLITE_IOERR_SHMSIZE
+    return isinstance(error, apsw.FullError) or no_room_for_shm
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(mode=0o700, parents=True)
+        _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the names in ``directory`` as durable as the files."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path, wrong: str, right: str) -> StoreError:
+    return StoreError(f"{path} {wrong}: {right}; nothing was changed")
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file that is not ours before anything opens it, or puts a lock file beside it."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except FileNotFoundError:
+        return
+    if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
+        raise _damaged(
+            path,
+            "is not an SQLite database",
+            "restore it from a copy, or name another data directory",
+        )
+    _check_identity(
+        path,
+        application=int.from_bytes(header[68:72], "big"),
+        version=int.from_bytes(header[60:64], "big"),
+    )
+
+
+def _check_identity(path: Path, *, application: int, version: int) -> None:
+    if application != APPLICATION_ID:
+        raise _damaged(
+            path,
+            f"belongs to another program: its application id is {application:#x},"
+            f" not {APPLICATION_ID:#x}",
+            "name another data directory",
+        )
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer version of this program: its schema is {version}, and"
+            f" this version knows schemas up to {SCHEMA_VERSION}: install that version again, or"
+            " restore a copy from before; nothing was changed",
+            exit_code=ExitCode.DATA_DIR_NEWER,
+        )
+    if version < SCHEMA_VERSION:
+        raise _damaged(
+            path,
+            f"has schema {version}, which no version ever wrote",
+            "restore it from a copy",
+        )
+
+
+def _lock(path: Path) -> int:
+    """Hold the lock file for as long as its descriptor is open; the kernel closes it at death.
+
+    The file stays: unlinking it would let two coordinators hold two files of one name.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreError(
+                f"data directory {path.parent} is in use by another coordinator, process {holder}"
+                f" (it holds {path.name}): stop that one, or name another directory;"
+                " nothing was changed",
+                exit_code=ExitCode.DATA_DIR_LOCKED,
+            ) from error
+        os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n".encode(), 0))
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _create(path: Path) -> None:
+    """Let an empty database appear at ``path`` at once, durably, as one rename."""
+    for suffix in ("-wal", "-journal"):
+        rest = path.with_name(path.name + suffix)
+        if rest.exists():  # SQLite would replay it into the new database
+            raise _damaged(
+                rest,
+                f"is there without its {path.name}",
+                "restore both from a copy, or move it away to start empty",
+            )
+    with closing(apsw.Connection(":memory:")) as empty:
+        empty.execute(SCHEMA)
+        content = empty.serialize("main")
+    unfinished = path.with_name(path.name + ".new")  # left by a death in here, it is written anew
+    try:
+        with open(unfinished, "wb", opener=_private) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):  # the first error is the one to tell
+            unfinished.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _connect(path: Path) -> apsw.Connection:
+    """Open the database, check all of it, and prove by a commit that it can be written."""
+    database = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    with ExitStack() as undo:
+        undo.callback(database.close)
+        # until it is known to be ours, closing it must not fold its WAL into it
+        database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        database.set_busy_timeout(BUSY_MS)
+        _check_identity(
+            path,
+            application=database.pragma("application_id"),
+            version=database.pragma("user_version"),
+        )
+        if database.readonly("main"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        fault = database.pragma("quick_check", 1)
+        if fault != "ok":
+            raise _damaged(path, f"is damaged ({fault})", "restore it from a copy")
+        database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        if database.pragma("journal_mode", "wal") != "wal":
+            raise _damaged(
+                path, "is on a file system without shared memory", "use a directory on a local disk"
+            )
+        database.pragma("synchronous", "full")
+        database.pragma("foreign_keys", value=True)
+        with database:
+            database.pragma("user_version", SCHEMA_VERSION)
+        undo.pop_all()
+    return database

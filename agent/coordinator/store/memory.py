@@ -1,0 +1,103 @@
+"""A store that dies with its process: for tests, for trying things out, for a demonstration.
+
+Keeps the same JSON text as the durable stores do, so that what passes here passes there, and knows
+as little of what it means. Nothing in here waits, which makes each call atomic.
+"""
+
+from collections.abc import Sequence
+
+from agent.coordinator.store import Stored
+from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
+from agent.errors import CasMismatch, ExitCode, StoreError
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+
+
+class MemoryStore:
+    """A Store (see the Protocol for what the calls promise) without any durability."""
+
+    def __init__(self) -> None:
+        self._version = 0  # never given twice, so that no version outlives its group
+        self._records: dict[GroupKey, tuple[int, str]] = {}
+        self._history: dict[GroupKey, dict[int, str]] = {}
+        self._access: dict[tuple[str, str], str] = {}
+        self._closed = False
+
+    async def load(self) -> dict[GroupKey, Stored]:
+        """Every group there is."""
+        self._check_open()
+        return {
+            key: Stored(version, decode(GroupRecord, text, name_of(key)))
+            for key, (version, text) in self._records.items()
+        }
+
+    async def create(self, key: GroupKey, record: GroupRecord) -> int:
+        """Add a group; its version. Raises CasMismatch if there is one."""
+        self._check_open()
+        if key in self._records:
+            raise CasMismatch(f"{name_of(key)} exists already")
+        return self._put(key, encode(record, name_of(key)))
+
+    async def swap(
+        self,
+        key: GroupKey,
+        expected: int,
+        record: GroupRecord,
+        history: Sequence[HistoryEntry] = (),
+    ) -> int:
+        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        self._check_open()
+        self._check_version(key, expected)
+        text = encode(record, name_of(key))
+        entries = {entry.epoch: encode(entry, name_of(key)) for entry in history}
+        kept = self._history.get(key, {}) | entries
+        self._history[key] = {epoch: kept[epoch] for epoch in sorted(kept)[-HISTORY_BOUND:]}
+        return self._put(key, text)
+
+    async def delete(self, key: GroupKey, expected: int) -> None:
+        """Remove a group with its history, or CasMismatch."""
+        self._check_open()
+        self._check_version(key, expected)
+        del self._records[key]
+        self._history.pop(key, None)
+
+    async def history(
+        self, key: GroupKey, *, skip: int = 0, count: int = 100
+    ) -> tuple[int, list[HistoryEntry]]:
+        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+        self._check_open()
+        kept = self._history.get(key, {})
+        epochs = sorted(kept, reverse=True)[skip : skip + count]
+        return len(kept), [decode(HistoryEntry, kept[epoch], name_of(key)) for epoch in epochs]
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """The access-control list of a namespace's groups, or None if none was ever set."""
+        self._check_open()
+        text = self._access.get((tenant, namespace))
+        return None if text is None else decode(AccessList, text, f"{tenant}/{namespace}")
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+        """Replace that list."""
+        self._check_open()
+        self._access[tenant, namespace] = encode(acl, f"{tenant}/{namespace}")
+
+    async def close(self) -> None:
+        """Refuse further calls."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(
+                "the store is closed; calls have to come before close()",
+                exit_code=ExitCode.INTERNAL,
+            )
+
+    def _check_version(self, key: GroupKey, expected: int) -> None:
+        version, _ = self._records.get(key, (None, ""))
+        if version != expected:
+            found = "the group is gone" if version is None else f"it is at version {version}"
+            raise CasMismatch(f"{name_of(key)} is not at version {expected} any more: {found}")
+
+    def _put(self, key: GroupKey, text: str) -> int:
+        self._version += 1
+        self._records[key] = (self._version, text)
+        return self._version

@@ -1,0 +1,334 @@
+"""The coordinator's store in one SQLite file, which survives SIGKILL and power loss at any moment.
+
+Owns one thread, which alone touches the database. Calls queue up for it; what is waiting when it is
+free becomes one transaction, with one sync of the disk (group commit), and is answered only after
+that. Knows nothing of what a record means, nor (see data_dir.py) of how the file came to be there.
+
+What is not promised: a call that is cancelled may have happened or not. A store belongs to one event
+loop. A network file system is unsafe (WAL, locks).
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from agent.coordinator.store import Stored
+from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
+from agent.coordinator.store.data_dir import DataDir, explain, open_data_dir
+from agent.errors import CasMismatch, ExitCode, StoreError
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+
+QUEUE_BOUND = 10_000
+"""Calls that may wait for the disk: a change of role in each of several thousand groups at once, and
+about a second's work. Beyond it a disk is too slow to be waited for within a lease."""
+
+BATCH_BOUND = 1_000
+"""Calls in one transaction, so that the first of them does not wait for long for the last."""
+
+AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What somebody awaits: ``work`` runs inside a transaction, in the store's thread."""
+
+    work: Callable[[], Any]
+    answer: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How a call ended, told to its awaiter once the transaction is durable."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+class SqliteStore:
+    """A Store (see the Protocol for what the calls promise) in a data directory. Use ``open``."""
+
+    def __init__(self, data_dir: DataDir) -> None:
+        self._data_dir = data_dir
+        self._db = data_dir.database
+        # Counting on from the highest one there is, no version outlives its group.
+        self._version: int = self._db.execute(
+            "SELECT ifnull(max(version), 0) FROM failover_group"
+        ).get
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._closing = False
+        self._closed: Future[None] = Future()
+        # A daemon: a process that forgot to close may end as any other death, which harms nothing.
+        threading.Thread(target=self._run, name="sqlite-store", daemon=True).start()
+
+    @classmethod
+    def open(cls, data_dir: Path) -> "SqliteStore":
+        """Open a data directory, made if missing. Blocks on the disk: call it in a thread or early.
+
+        Raises:
+            StoreError: it is read-only, full, locked by another coordinator, from a newer version,
+                or damaged; its ``exit_code`` says which, and nothing was changed.
+        """
+        opened = open_data_dir(data_dir)
+        try:
+            return cls(opened)
+        except apsw.Error as error:
+            opened.close()
+            raise explain(error, data_dir) from error
+
+    async def load(self) -> dict[GroupKey, Stored]:
+        """Every group there is. Raises StoreError for a record that cannot be read."""
+
+        def work() -> dict[GroupKey, Stored]:
+            rows = self._db.execute(
+                "SELECT tenant, namespace, name, version, record FROM failover_group"
+            )
+            found = {}
+            for tenant, namespace, name, version, text in rows:
+                key = GroupKey(tenant, namespace, name)
+                found[key] = Stored(version, decode(GroupRecord, text, self._place(key)))
+            return found
+
+        return await self._ask(work)
+
+    async def create(self, key: GroupKey, record: GroupRecord) -> int:
+        """Add a group; its version. Raises CasMismatch if there is one."""
+        text = encode(record, name_of(key))
+
+        def work() -> int:
+            if self._find(key) is not None:
+                raise CasMismatch(f"{name_of(key)} exists already")
+            self._version += 1
+            self._db.execute(
+                "INSERT INTO failover_group (tenant, namespace, name, version, record)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (*key, self._version, text),
+            )
+            return self._version
+
+        return await self._ask(work)
+
+    async def swap(
+        self,
+        key: GroupKey,
+        expected: int,
+        record: GroupRecord,
+        history: Sequence[HistoryEntry] = (),
+    ) -> int:
+        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        text = encode(record, name_of(key))
+        entries = [(entry.epoch, encode(entry, name_of(key))) for entry in history]
+
+        def work() -> int:
+            group = self._check_version(key, expected)
+            self._version += 1
+            self._db.execute(
+                "UPDATE failover_group SET version = ?, record = ? WHERE id = ?",
+                (self._version, text, group),
+            )
+            for epoch, entry in entries:
+                self._db.execute(
+                    "INSERT INTO history (group_id, epoch, entry) VALUES (?, ?, ?)"
+                    " ON CONFLICT (group_id, epoch) DO UPDATE SET entry = excluded.entry",
+                    (group, epoch, entry),
+                )
+            if entries:
+                self._db.execute(
+                    "DELETE FROM history WHERE group_id = ?1 AND epoch <= (SELECT epoch FROM history"
+                    " WHERE group_id = ?1 ORDER BY epoch DESC LIMIT 1 OFFSET ?2)",
+                    (group, HISTORY_BOUND),
+                )
+            return self._version
+
+        return await self._ask(work)
+
+    async def delete(self, key: GroupKey, expected: int) -> None:
+        """Remove a group with its history, or CasMismatch."""
+
+        def work() -> None:
+            group = self._check_version(key, expected)
+            self._db.execute("DELETE FROM failover_group WHERE id = ?", (group,))
+
+        await self._ask(work)
+
+    async def history(
+        self, key: GroupKey, *, skip: int = 0, count: int = 100
+    ) -> tuple[int, list[HistoryEntry]]:
+        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+
+        def work() -> tuple[int, list[HistoryEntry]]:
+            found = self._find(key)
+            if found is None:
+                return 0, []
+            total = self._db.execute(
+                "SELECT count(*) FROM history WHERE group_id = ?", (found[0],)
+            ).get
+            rows = self._db.execute(
+                "SELECT entry FROM history WHERE group_id = ? ORDER BY epoch DESC LIMIT ? OFFSET ?",
+                (found[0], count, skip),
+            )
+            return total, [decode(HistoryEntry, text, self._place(key)) for (text,) in rows]
+
+        return await self._ask(work)
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """The access-control list of a namespace's groups, or None if none was ever set."""
+
+        def work() -> AccessList | None:
+            text = self._db.execute(
+                "SELECT acl FROM access WHERE tenant = ? AND namespace = ?", (tenant, namespace)
+            ).get
+            return None if text is None else decode(AccessList, text, f"{tenant}/{namespace}")
+
+        return await self._ask(work)
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+        """Replace that list."""
+        text = encode(acl, f"{tenant}/{namespace}")
+
+        def work() -> None:
+            self._db.execute(
+                "INSERT INTO access (tenant, namespace, acl) VALUES (?, ?, ?)"
+                " ON CONFLICT (tenant, namespace) DO UPDATE SET acl = excluded.acl",
+                (tenant, namespace, text),
+            )
+
+        await self._ask(work)
+
+    async def close(self) -> None:
+        """Answer the calls that wait, then let go of the data directory. May be called twice."""
+        if not self._closing:
+            self._closing = True
+            self._calls.put(None)
+        await asyncio.shield(asyncio.wrap_future(self._closed))
+
+    async def _ask(self, work: Callable[[], AnswerT]) -> AnswerT:
+        """What ``work`` returns, once the transaction that it ran in is durable."""
+        if self._closing:
+            raise StoreError(
+                f"the store in {self._data_dir.path.parent} is closed;"
+                " calls have to come before close()",
+                exit_code=ExitCode.INTERNAL,
+            )
+        if self._calls.qsize() >= QUEUE_BOUND:
+            raise StoreError(
+                f"the disk of {self._data_dir.path.parent} is too slow: {QUEUE_BOUND} calls wait for"
+                " it already, and no more may; nothing was changed, ask again later",
+                exit_code=ExitCode.INTERNAL,
+            )
+        answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
+        self._calls.put(_Call(work, answer))
+        return await answer
+
+    # What follows runs in the store's thread.
+
+    def _run(self) -> None:
+        while (first := self._calls.get()) is not None:
+            batch = self._gather(first)
+            outcomes = self._commit(batch)
+            with suppress(RuntimeError):  # the loop has ended, and its awaiters with it
+                batch[0].answer.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
+        try:
+            self._data_dir.close()
+        except (OSError, apsw.Error) as error:
+            self._closed.set_exception(explain(error, self._data_dir.path.parent))
+        else:
+            self._closed.set_result(None)
+
+    def _gather(self, first: _Call) -> list[_Call]:
+        batch = [first]
+        with suppress(queue.Empty):
+            while len(batch) < BATCH_BOUND:
+                call = self._calls.get_nowait()
+                if call is None:
+                    self._calls.put(None)  # close() comes after this batch, and nothing after it
+                    break
+                batch.append(call)
+        return batch
+
+    def _commit(self, batch: list[_Call]) -> list[_Outcome]:
+        """Run a batch as one transaction: how each call ended, or the disk's error for all."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            outcomes = [self._try_one(call) for call in batch]
+            self._db.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - a thread's edge: whatever it is, awaiters hear it
+            self._undo(error)
+            return [_Outcome(error=self._explain(error)) for _ in batch]
+        return outcomes
+
+    def _try_one(self, call: _Call) -> _Outcome:
+        """Run one call inside a savepoint, so that its refusal undoes nothing of the others."""
+        if call.answer.cancelled():
+            return _Outcome()
+        self._db.execute("SAVEPOINT one_call")
+        try:
+            outcome = _Outcome(value=call.work())
+        except (CasMismatch, StoreError) as error:
+            outcome = _Outcome(error=error)
+        except (ValueError, OverflowError) as error:  # half a surrogate pair, an epoch of 65 bits
+            refusal = StoreError(
+                f"a name or number cannot be kept: {error}; nothing was changed",
+                exit_code=ExitCode.INTERNAL,
+            )
+            outcome = _Outcome(error=refusal)
+        if outcome.error is not None:
+            self._db.execute("ROLLBACK TO one_call")
+        self._db.execute("RELEASE one_call")
+        return outcome
+
+    def _undo(self, error: Exception) -> None:
+        """Leave no trace of a failed transaction, so that the next one finds the store usable."""
+        with suppress(apsw.Error):
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, apsw.FullError | apsw.IOError):
+                # Written but not synced, the failed transaction may stand whole in the WAL, and a
+                # restart would find it. Emptying the WAL takes it away, and makes some room.
+                self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def _explain(self, error: Exception) -> StoreError:
+        if isinstance(error, OSError | apsw.Error):
+            return explain(error, self._data_dir.path.parent)
+        return StoreError(
+            f"a transaction in {self._data_dir.path} failed: {error!r}; nothing was changed",
+            exit_code=ExitCode.INTERNAL,
+        )
+
+    def _place(self, key: GroupKey) -> str:
+        return f"{name_of(key)} in {self._data_dir.path}"
+
+    def _find(self, key: GroupKey) -> tuple[int, int] | None:
+        """A group's row and version."""
+        found: tuple[int, int] | None = self._db.execute(
+            "SELECT id, version FROM failover_group"
+            " WHERE tenant = ? AND namespace = ? AND name = ?",
+            key,
+        ).get
+        return found
+
+    def _check_version(self, key: GroupKey, expected: int) -> int:
+        """The row of a group that is at version ``expected``; otherwise CasMismatch."""
+        found = self._find(key)
+        if found is not None and found[1] == expected:
+            return found[0]
+        now = "the group is gone" if found is None else f"it is at version {found[1]}"
+        raise CasMismatch(f"{name_of(key)} is not at version {expected} any more: {now}")
+
+
+def _deliver(batch: list[_Call], outcomes: list[_Outcome]) -> None:
+    """Wake the awaiters, in their event loop. Who was cancelled meanwhile is not there any more."""
+    for call, outcome in zip(batch, outcomes, strict=True):
+        if call.answer.done():
+            continue
+        if outcome.error is not None:
+            call.answer.set_exception(outcome.error)
+        else:
+            call.answer.set_result(outcome.value)
