@@ -136,6 +136,7 @@ class Session:
         self._given_up = -1
         self._hold_off_s = 0.0
         self._not_before = float("-inf")
+        self._cool_until = float("inf")
         self._failures = 0
         self._newest_revision = -1
         self._seen: tuple[object, ...] | None = None
@@ -184,7 +185,7 @@ class Session:
         if self.phase is Phase.MEMBER and not self._demoting:
             due = min(due, self._beat_at)
         if self.phase is Phase.COOLING:
-            due = min(due, self._not_before)
+            due = min(due, self._cool_until)
         return due
 
     @property
@@ -221,7 +222,7 @@ class Session:
                 if self.phase is Phase.RELEASING:
                     self._leave(Phase.LEAVING, effects)
             case Left():
-                self._left(effects)
+                self._left(now, effects)
             case Stop():
                 self._stop = True
             case Tick():
@@ -319,6 +320,9 @@ class Session:
         if self._in_flight.pop(event.beat, None) is None or self.phase is not Phase.MEMBER:
             return
         if event.failure is Failure.GONE:
+            if self.role is not Role.SECONDARY and self.newest_epoch is None:
+                # A plain v1 server hands the role on when it deletes a session (api.md, B.7).
+                self._demote("the server does not know this session any more", now, effects)
             self._rejoin(effects)
             return
         if event.failure is Failure.BACK_OFF and event.retry_after_s is not None:
@@ -399,7 +403,7 @@ class Session:
         elif self._demoting and self._executor.overdue(now):
             effects.append(Escalate(self._reason))
             self._exit(ExitCode.DEMOTION_FAILED, effects)
-        if self.phase is Phase.COOLING and now >= self._not_before:
+        if self.phase is Phase.COOLING and now >= self._cool_until:
             self._rejoin(effects)
         self._stop_if_asked(now, effects)
 
@@ -424,6 +428,8 @@ class Session:
             self._given_up = max(self._given_up, self.tenure)
             self._release(self.tenure, now, effects)
         elif self._hold_off_s > 0 and not self._stop:
+            # Not before it is known to have left: an overtaking DELETE would end the next tenure.
+            self._cool_until = float("inf")
             self._leave(Phase.COOLING, effects)
         self._hold_off_s = 0.0
 
@@ -438,9 +444,11 @@ class Session:
         self._in_flight.clear()
         effects.append(Leave())
 
-    def _left(self, effects: list[Effect]) -> None:
+    def _left(self, now: float, effects: list[Effect]) -> None:
         if self.phase is Phase.LEAVING:
             self._exit(ExitCode.OK, effects)
+        elif self.phase is Phase.COOLING:
+            self._cool_until = max(now, self._not_before)
 
     def _stop_if_asked(self, now: float, effects: list[Effect]) -> None:
         """R5: demote, release, leave, exit; each step waits for the one before."""

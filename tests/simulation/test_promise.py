@@ -1,0 +1,162 @@
+"""The promise of docs/design.md, over schedules that Hypothesis finds (R1-R8, R13-R18)."""
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from world import KINDS, BrokenPromiseError, Fault, Plan, World, build, end_faults, inject
+
+from agent.core.effects import Effect, Release
+from agent.core.session import Session
+from agent.model import Role
+
+EXAMPLES = int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000"))
+
+long = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def plans(*, plain_v1: bool = False) -> st.SearchStrategy[Plan]:
+    """Schedules: up to ten faults of every kind, on clocks within the promised drift."""
+    kinds = [k for k in KINDS if not (plain_v1 and k == "remove_session")]
+    fault = st.builds(
+        Fault,
+        at_s=st.floats(0.0, 10.0),
+        kind=st.sampled_from(kinds),
+        target=st.integers(0, 2),
+        seconds=st.floats(0.01, 5.0),
+    )
+    drift = st.sampled_from([-0.005, 0.0, 0.005])
+    return st.builds(
+        Plan,
+        seed=st.integers(0, 2**32 - 1),
+        agents=st.integers(2, 3),
+        faults=st.lists(fault, max_size=10).map(tuple),
+        lease_s=st.sampled_from([0.5, 2.0]),
+        drift=st.tuples(drift, drift, drift, drift),
+        hook_seconds=st.sampled_from([0.0005, 0.02, 0.2]),
+        outcomes=st.sampled_from([("ok",), ("ok", "ok", "fail"), ("ok", "ok", "hang", "deaf")]),
+        loss=st.sampled_from([0.0, 0.05, 0.3]),
+        repeat=st.sampled_from(
+            [0.0] if plain_v1 else [0.0, 0.2]
+        ),  # TCP repeats nothing; v1 needs that
+        spread_s=st.sampled_from([0.003, 0.3]),
+        plain_v1=st.just(plain_v1),
+    )
+
+
+def live_through(plan: Plan, session_class: type[Session] = Session) -> World:
+    """Run a plan's faults; any broken promise raises."""
+    world = build(plan, session_class)
+    world.run(plan.horizon)
+    return world
+
+
+@long
+@given(plans())
+def test_never_two_active_and_every_tenure_has_its_own_epoch(plan: Plan) -> None:
+    """Whatever fails, whenever: one active member at most, one holder an epoch, rows only (R15)."""
+    live_through(plan)
+
+
+@settings(long, max_examples=max(1, EXAMPLES // 4))
+@given(plans(plain_v1=True))
+def test_the_promise_holds_with_a_server_without_epochs(plan: Plan) -> None:
+    """A plain v1 server: no epoch, no revision, no blocking reads, no release."""
+    live_through(plan)
+
+
+@settings(long, max_examples=max(1, EXAMPLES // 4))
+@given(plans())
+def test_a_primary_exists_within_l_and_two_beats_after_the_faults(plan: Plan) -> None:
+    """After the faults stop, the role is filled within L plus two beats, beside hooks and cool-down."""
+    world = live_through(plan)
+    end_faults(world)
+    timing = world.timing
+    hooks_s = 3 * 1.5 * plan.hook_seconds + 0.05
+    under_way_s = plan.spread_s  # a heartbeat that was sent before may arrive as late as this
+    held_off_s = world.lease_s  # the longest cool-down, and what a stopped session asks for
+    drift = 1.01
+    limit_s = drift * (timing.lease_s + 2 * timing.beat_s) + hooks_s + under_way_s
+    if plan.outcomes != ("ok",) or any(f.kind == "stop" for f in plan.faults):
+        limit_s += held_off_s
+    world.run_until(lambda: world.primary() is not None, limit_s)
+
+
+@settings(long, max_examples=50)
+@given(plans())
+def test_the_same_plan_gives_the_same_transcript(plan: Plan) -> None:
+    """Nothing in the core depends on anything but its arguments."""
+    assert live_through(plan).text() == live_through(plan).text()
+
+
+class CountsFromTheAnswer(Session):
+    """A planted bug: the lease is counted from the arrival of the answer."""
+
+    _now = 0.0
+
+    def step(self, event: object, now: float) -> tuple[Effect, ...]:  # type: ignore[override]
+        self._now = now
+        return super().step(event, now)  # type: ignore[arg-type]
+
+    def _extend(self, sent_at: float) -> None:
+        super()._extend(self._now)
+
+
+class ReleasesFirst(Session):
+    """A planted bug: the role is given back before the demotion hook has run."""
+
+    def _demote(self, reason: str, now: float, effects: list[Effect]) -> None:
+        if self.tenure is not None and self.role is Role.PRIMARY:
+            effects.append(Release(self.tenure, reason, 0.0))
+        super()._demote(reason, now, effects)
+
+
+class ResumesAfterStall(Session):
+    """A planted bug: a process that was frozen asks before it demotes."""
+
+    def _stalled(self, late_s: float, now: float, effects: list[Effect]) -> None:
+        self.renew_by = now + self.timing.renew_s
+
+
+@pytest.mark.parametrize("bug", [CountsFromTheAnswer, ReleasesFirst, ResumesAfterStall])
+def test_the_simulation_finds_a_planted_bug(bug: type[Session]) -> None:
+    """A simulation that cannot fail proves nothing."""
+    chance = random.Random(1)
+    for attempt in range(3000):
+        faults = tuple(
+            Fault(
+                chance.uniform(0, 6),
+                chance.choice(KINDS),
+                chance.randrange(3),
+                0.5 + 4 * chance.random(),
+            )
+            for _ in range(5)
+        )
+        plan = Plan(attempt, 2, faults, hook_seconds=0.2, spread_s=0.3)
+        live_through(plan)
+        try:
+            live_through(plan, bug)
+        except BrokenPromiseError:
+            return
+    pytest.fail(f"{bug.__name__} was not found")
+
+
+def test_a_frozen_primary_demotes_before_anything_else() -> None:
+    """SIGSTOP for longer than L, then SIGCONT: Secondary is the first thing it says (R2)."""
+    world = build(Plan(3, 2))
+    world.run(2.0)
+    victim = world.agents[str(world.primary())]
+    inject(world, Fault(0, "freeze", "abc".index(victim.name), 5.0))
+    world.run(10.0)
+    after = world.transcript[
+        world.transcript.index(next(t for t in world.transcript if "thawed" in t)) + 1
+    ]
+    assert victim.name in after
+    assert "Primary -> Secondary" in after
