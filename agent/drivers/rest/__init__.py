@@ -1,0 +1,10 @@
+"""The group API as its callers see it: RestClient, and OAuth2 credentials for it.
+
+``exchange`` is one request and its answer, ``credentials`` where tokens come from, ``client`` the
+calls of the API.
+"""
+
+from agent.drivers.rest.client import RestClient
+from agent.drivers.rest.credentials import ClientCredentials
+
+__all__ = ["ClientCredentials", "RestClient"]

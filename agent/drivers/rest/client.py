@@ -1,0 +1,485 @@
+"""The group API over HTTP: each of its calls as a coroutine that takes and gives values of model.py.
+
+Owns the choice among several endpoints and the two sets of connections. Refuses to know what an
+answer means for a role, and when to ask again: nothing is retried here, the caller decides.
+
+Each call is bounded as a whole by its ``timeout_s`` (credentials, connection, sending and answer) and
+fails with a ServerError only. A failure that another endpoint may not have (no connection, no answer,
+something that is not the API, 5xx) makes the next endpoint the current one, for the *next* call.
+"""
+
+import asyncio
+import json
+import re
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx2
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from agent import wire
+from agent.drivers.rest.credentials import ClientCredentials
+from agent.drivers.rest.exchange import Answer, fault_of_url, open_client, send
+from agent.errors import ConfigError, ExitCode, ServerError
+from agent.model import (
+    TICKS_PER_SECOND,
+    GroupConfig,
+    GroupStatus,
+    HeartbeatAnswer,
+    HistoryEntry,
+    SessionConfig,
+    SessionView,
+)
+
+T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
+
+KEEPALIVE_S = 45.0
+"""An idle connection is kept for this long: above the longest beat (10 s), below the idle limits of
+common servers and balancers (60 s and more)."""
+
+CONNECTIONS = 8
+"""For all calls but blocking reads. An agent has one or two in flight; each ends by its time limit."""
+
+WATCH_CONNECTIONS = 2
+"""For blocking reads: the one that waits, and one that was just given up."""
+
+PAGE = 100
+"""Groups asked for at once, the documented default."""
+
+EXAMPLE = "http://127.0.0.1:8080/api/v1/clientfailover"
+
+MOST_PAGES = 1000
+"""A listing ends here whatever Total-Count says: 100,000 groups are more than a coordinator serves."""
+
+
+class RestClient:
+    """Calls the group API at the current one of several endpoints. Close it with ``aclose``."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        auth: httpx2.Auth | None = None,
+        verify: ssl.SSLContext | bool = True,
+        keepalive_s: float = KEEPALIVE_S,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            endpoints: base paths up to clientfailover, http or https, tried in turn.
+            auth: httpx2.BasicAuth, ClientCredentials, or None.
+            verify: how servers prove who they are; False for not at all.
+            keepalive_s: for how long an idle connection is kept: longer than the beat, shorter than
+                the server's own limit.
+            transport: stands in for the network, in tests.
+
+        Raises:
+            ConfigError: there is no endpoint, or one has not the right form.
+        """
+        if not endpoints:
+            raise ConfigError(f"no endpoint is given: name at least one, such as {EXAMPLE}")
+        self._endpoints = tuple(_checked(endpoint) for endpoint in endpoints)
+        self._current = 0
+        self._auth = auth
+        context = httpx2.create_ssl_context(verify=verify, trust_env=False)
+        self._calls, self._watches = (
+            open_client(
+                context,
+                keepalive_s=keepalive_s,
+                connections=connections,
+                auth=auth,
+                transport=transport,
+            )
+            for connections in (CONNECTIONS, WATCH_CONNECTIONS)
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """The base path that the next call goes to."""
+        return self._endpoints[self._current]
+
+    async def aclose(self) -> None:
+        """Close every connection, and ClientCredentials with them. May be called twice."""
+        await self._calls.aclose()
+        await self._watches.aclose()
+        if isinstance(self._auth, ClientCredentials):
+            await self._auth.aclose()
+
+    # --- what an agent asks -----------------------------------------------------------------------
+
+    async def ensure_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
+        """The group as the server has it: made from ``config`` if it was missing.
+
+        A group that is there already with another configuration is taken as it is, with its timeout
+        (part B 1). ``timeout_s`` bounds both requests together.
+
+        Raises:
+            ServerError: as the class says.
+        """
+        end_at = asyncio.get_running_loop().time() + timeout_s
+        try:
+            return await self.create_group(config, timeout_s=timeout_s)
+        except ServerError as error:
+            if error.status != httpx2.codes.CONFLICT:
+                raise
+        rest_s = end_at - asyncio.get_running_loop().time()
+        return await self.group(config.id, timeout_s=rest_s)
+
+    async def join(self, group: str, session: SessionConfig, *, timeout_s: float) -> None:
+        """Make the session, or find it there as it is.
+
+        Raises:
+            ServerError: ``status`` 404 if the group is gone; 409 if the id is taken by a session of
+                another configuration.
+        """
+        await self._ask(
+            "POST",
+            f"groups/{_segment(group)}/clientsessions",
+            what=f"joining group {group} as session {session.id}",
+            timeout_s=timeout_s,
+            body=wire.SessionRequest.of(session),
+            read=lambda answer: _read(answer, wire.ClientSession),
+        )
+
+    async def heartbeat(
+        self,
+        group: str,
+        session: str,
+        *,
+        score: float,
+        last_data: datetime | None,
+        instance: str,
+        seen_epoch: int | None,
+        timeout_s: float,
+    ) -> HeartbeatAnswer:
+        """One heartbeat.
+
+        Args:
+            group: its id.
+            session: its id.
+            score: FailoverScore, 0 to 100.
+            last_data: when data was last processed, or None for never.
+            instance: this process.
+            seen_epoch: the newest epoch seen, or None.
+            timeout_s: seconds, under R / 2 (R1).
+
+        Raises:
+            ServerError: ``status`` 404 if the group or the session is gone; 429 if it came too soon.
+        """
+        return await self._ask(
+            "POST",
+            f"{_session(group, session)}/heartbeat",
+            what=f"heartbeat of session {session} in group {group}",
+            timeout_s=timeout_s,
+            body=wire.HeartbeatRequest(
+                FailoverScore=score,
+                LastDataProcessedTime=last_data,
+                Instance=instance,
+                Epoch=seen_epoch,
+            ),
+            read=lambda answer: _read(answer, wire.HeartbeatResponse).to_model(),
+        )
+
+    async def status(
+        self, group: str, *, after: int | None = None, wait_s: float = 0.0, timeout_s: float
+    ) -> GroupStatus:
+        """The status of the group; with ``after``, once its revision has passed that.
+
+        Args:
+            group: its id.
+            after: the newest revision seen, or None to be answered at once.
+            wait_s: for how long the server may hold the answer back, if ``after`` is given. A plain v1
+                server answers at once all the same: poll it.
+            timeout_s: for everything beside that wait.
+
+        Raises:
+            ServerError: ``status`` 404 if the group is gone.
+        """
+        params = None
+        if after is not None:
+            wait = wire.format_time_span(round(wait_s * TICKS_PER_SECOND))
+            params = {"after": str(after), "wait": wait}
+        return await self._ask(
+            "GET",
+            f"groups/{_segment(group)}/status",
+            what=f"status of group {group}",
+            timeout_s=timeout_s if after is None else wait_s + timeout_s,
+            params=params,
+            client=self._watches,
+            read=lambda answer: _read(answer, wire.GroupStatus).to_model(),
+        )
+
+    async def release(
+        self,
+        group: str,
+        session: str,
+        *,
+        epoch: int,
+        reason: str,
+        hold_off_s: float | None = None,
+        last_data: datetime | None = None,
+        timeout_s: float,
+    ) -> None:
+        """Tell that the session has demoted, so that the next one is promoted now (part C, R5).
+
+        Args:
+            group: its id.
+            session: its id.
+            epoch: that of the tenure that has ended.
+            reason: for the history.
+            hold_off_s: seconds in which this session is not to be chosen again, or None.
+            last_data: when data was last processed, or None for never.
+            timeout_s: seconds.
+
+        Raises:
+            ServerError: a plain v1 server knows no release: ``status`` 404, or NOT_THE_API. The lease
+                just runs out there.
+        """
+        hold_off = None if hold_off_s is None else round(hold_off_s * TICKS_PER_SECOND)
+        await self._ask(
+            "POST",
+            f"{_session(group, session)}/release",
+            what=f"release of group {group} by session {session}",
+            timeout_s=timeout_s,
+            body=wire.ReleaseRequest(
+                Epoch=epoch,
+                HoldOffPeriod=hold_off,
+                Reason=reason,
+                LastDataProcessedTime=last_data,
+            ),
+            read=_done,
+        )
+
+    async def leave(self, group: str, session: str, *, timeout_s: float) -> None:
+        """Delete the session. It is a success too if it or its group is gone already.
+
+        Raises:
+            ServerError: as the class says.
+        """
+        try:
+            await self._ask(
+                "DELETE",
+                _session(group, session),
+                what=f"session {session} leaving group {group}",
+                timeout_s=timeout_s,
+                read=_done,
+            )
+        except ServerError as error:
+            if error.status != httpx2.codes.NOT_FOUND:
+                raise
+
+    # --- what the command line asks ---------------------------------------------------------------
+
+    async def version(self, *, timeout_s: float) -> str:
+        """The version that the server states at its base path."""
+        return await self._ask(
+            "GET",
+            "",
+            what="version",
+            timeout_s=timeout_s,
+            read=lambda answer: _read(answer, wire.Version).Version,
+        )
+
+    async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
+        """Every group that the caller may see, page by page; ``timeout_s`` is for each page.
+
+        A group that is made or deleted meanwhile may be missing; none is there twice.
+        """
+        found: dict[str, GroupConfig] = {}
+        for page in range(MOST_PAGES):
+            total, groups = await self._ask(
+                "GET",
+                "groups",
+                what="groups",
+                timeout_s=timeout_s,
+                params={"skip": str(page * PAGE), "count": str(PAGE)},
+                read=lambda answer: _listed(answer, list[wire.GroupConfiguration]),
+            )
+            known = len(found)
+            found |= {group.Id: group.to_model() for group in groups if group.Id}
+            if len(found) == known or (total is not None and (page + 1) * PAGE >= total):
+                break
+        return list(found.values())
+
+    async def group(self, group: str, *, timeout_s: float) -> GroupConfig:
+        """One group as the server has it.
+
+        Raises:
+            ServerError: ``status`` 404 if there is none.
+        """
+        return await self._ask(
+            "GET",
+            f"groups/{_segment(group)}",
+            what=f"group {group}",
+            timeout_s=timeout_s,
+            read=_group,
+        )
+
+    async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
+        """Make a group, or find it there with what ``config`` sets; as the server has it.
+
+        Raises:
+            ServerError: ``status`` 409 if it is there with another configuration.
+        """
+        return await self._ask(
+            "POST",
+            "groups/",  # with the slash, as v1 clients do
+            what=f"creating group {config.id}",
+            timeout_s=timeout_s,
+            body=wire.GroupConfiguration.of(config),
+            read=_group,
+        )
+
+    async def delete_group(self, group: str, *, timeout_s: float) -> None:
+        """Remove a group.
+
+        Raises:
+            ServerError: ``status`` 404 if there is none; 409 if it has active sessions.
+        """
+        await self._ask(
+            "DELETE",
+            f"groups/{_segment(group)}",
+            what=f"deleting group {group}",
+            timeout_s=timeout_s,
+            read=_done,
+        )
+
+    async def sessions(self, group: str, *, timeout_s: float) -> list[SessionView]:
+        """The members of a group.
+
+        Raises:
+            ServerError: ``status`` 404 if there is no such group.
+        """
+        return await self._ask(
+            "GET",
+            f"groups/{_segment(group)}/clientsessions",
+            what=f"sessions of group {group}",
+            timeout_s=timeout_s,
+            read=lambda answer: [
+                s.to_model() for s in _listed(answer, list[wire.ClientSession])[1]
+            ],
+        )
+
+    async def history(
+        self, group: str, *, skip: int = 0, count: int = PAGE, timeout_s: float
+    ) -> list[HistoryEntry]:
+        """Up to ``count`` tenures of a group after ``skip`` of them, newest first (part C).
+
+        Raises:
+            ServerError: ``status`` 404 if there is no such group; a plain v1 server has no history.
+        """
+        return await self._ask(
+            "GET",
+            f"groups/{_segment(group)}/history",
+            what=f"history of group {group}",
+            timeout_s=timeout_s,
+            params={"skip": str(skip), "count": str(count)},
+            read=lambda answer: [e.to_model() for e in _listed(answer, list[wire.HistoryEntry])[1]],
+        )
+
+    # --- how it is asked --------------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        timeout_s: float,
+        read: Callable[[Answer], T],
+        body: BaseModel | None = None,
+        params: Mapping[str, str] | None = None,
+        client: httpx2.AsyncClient | None = None,
+    ) -> T:
+        asked = self._current
+        try:
+            answer = await send(
+                client or self._calls,
+                method,
+                f"{self._endpoints[asked]}/{path}" if path else self._endpoints[asked],
+                what=what,
+                timeout_s=timeout_s,
+                params=params,
+                content=None if body is None else wire.to_json(body),
+            )
+            answer.check()
+            return read(answer)
+        except ServerError as error:
+            # Calls that overlap fail together: only the first of them moves on.
+            if asked == self._current and _may_be_better_elsewhere(error):
+                self._current = (asked + 1) % len(self._endpoints)
+            raise
+
+
+def _may_be_better_elsewhere(error: ServerError) -> bool:
+    """Whether the endpoint has failed, rather than refused what was asked."""
+    if error.status is None:
+        return error.exit_code is not ExitCode.NOT_AUTHORISED
+    return error.status >= httpx2.codes.INTERNAL_SERVER_ERROR
+
+
+def _checked(endpoint: str) -> str:
+    """The endpoint without a slash at its end."""
+    right = f"it must be the base path of a group API, up to clientfailover, such as {EXAMPLE}"
+    problem = fault_of_url(endpoint)
+    if problem is None:
+        if "?" in endpoint or "#" in endpoint:
+            problem = "has a query or a fragment"
+        elif not endpoint.rstrip("/").lower().endswith("/clientfailover"):
+            problem = "does not end in /clientfailover"
+        else:
+            return str(httpx2.URL(endpoint)).rstrip("/")
+    shown = re.sub("//.*@", "//***@", endpoint)
+    raise ConfigError(f"endpoint {shown!r} {problem}; {right}")
+
+
+def _segment(name: str) -> str:
+    """An id as one segment of a path."""
+    if name in {"", ".", ".."}:
+        raise ConfigError(f"{name!r} is no id of a group or session: it would change the URL")
+    return quote(name, safe="")
+
+
+def _session(group: str, session: str) -> str:
+    return f"groups/{_segment(group)}/clientsessions/{_segment(session)}"
+
+
+def _read(answer: Answer, shape: type[S]) -> S:
+    try:
+        value = shape.model_validate_json(answer.body)
+    except ValidationError as error:
+        raise answer.unreadable(wire.explain_answer(error)) from None
+    if not value.model_fields_set and answer.body.strip() != b"{}":
+        raise answer.unreadable(f"none of the properties of {shape.__name__}")
+    return value
+
+
+def _listed(answer: Answer, shape: type[list[S]]) -> tuple[int | None, list[S]]:
+    """Total-Count, if it is there, and the items."""
+    try:
+        items = TypeAdapter(shape).validate_json(answer.body)
+    except ValidationError as error:
+        raise answer.unreadable(wire.explain_answer(error)) from None
+    total = answer.headers.get("total-count", "")
+    return int(total) if total.isdecimal() and len(total) < 10 else None, items  # noqa: PLR2004 - digits
+
+
+def _group(answer: Answer) -> GroupConfig:
+    group = _read(answer, wire.GroupConfiguration)
+    if not group.Id:
+        raise answer.unreadable("a group without an Id")
+    return group.to_model()
+
+
+def _done(answer: Answer) -> None:
+    """An answer that has nothing to tell: empty or JSON, but no page."""
+    if answer.body.strip():
+        try:
+            json.loads(answer.body)
+        except (ValueError, RecursionError) as error:
+            raise answer.unreadable(str(error)) from None

@@ -1,0 +1,446 @@
+"""One request and its answer over HTTP, or one ServerError that says what went wrong.
+
+Owns connections, the time limit of a call, the bound on an answer, and the classification of every
+way in which a server can fail. Knows nothing of groups, roles, leases or tokens.
+
+A ServerError's ``status`` is that of an answer of the API itself. It is None when no answer came
+and when something else answered, so ``status == 404`` always means "gone", never a wrong address.
+"""
+
+import asyncio
+import json
+import math
+import os
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpcore2
+import httpx2
+
+from agent import __version__
+from agent.errors import ExitCode, ServerError
+
+LONGEST_ANSWER = 1024 * 1024
+"""Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
+memory of an edge host."""
+
+LONGEST_RETRY_AFTER_S = 300.0
+"""Whatever a server asks, it is asked again after five minutes: an operator who has repaired it does
+not wait for longer."""
+
+LONGEST_QUOTE = 300
+"""Characters of a server's own words in a message, so that it stays one readable line."""
+
+LAST_PORT = 65535
+
+_HTTP = b"HTTP/"
+
+_ERROR_FIELDS = ("OperationId", "Error", "Reason", "Resolution")
+
+
+class _NotHttpError(Exception):
+    """The first bytes of a connection are not those of an HTTP answer."""
+
+
+class _TooLongError(Exception):
+    """An answer exceeds LONGEST_ANSWER, or could once it is unpacked."""
+
+
+class _Stream(httpcore2.AsyncNetworkStream):
+    """A connection that refuses a peer whose first words are not HTTP.
+
+    The parser waits for a blank line, so a banner like that of SSH would otherwise look like
+    silence.
+    """
+
+    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self._first = b""
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
+        data = await self._inner.read(max_bytes, timeout)
+        if len(self._first) < len(_HTTP):
+            self._first += data
+            if not _HTTP.startswith(self._first[: len(_HTTP)]):
+                raise _NotHttpError(repr(self._first[:32])[1:])
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
+class _Backend(httpcore2.AnyIOBackend):
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Stream(
+            await super().connect_tcp(host, port, timeout, local_address, socket_options)
+        )
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """A body of at most LONGEST_ANSWER bytes."""
+
+    def __init__(self, inner: httpx2.AsyncByteStream) -> None:
+        self._inner = inner
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        seen = 0
+        async for part in self._inner:
+            seen += len(part)
+            if seen > LONGEST_ANSWER:
+                raise _TooLongError
+            yield part
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Transport(httpx2.AsyncHTTPTransport):
+    """HTTP/1.1 without proxies or retries, whose answers are bounded wherever they are read."""
+
+    def __init__(self, context: ssl.SSLContext, keepalive_s: float, connections: int) -> None:
+        super().__init__(verify=context, trust_env=False)
+        self._pool = httpcore2.AsyncConnectionPool(  # the base class takes no network backend
+            ssl_context=context,
+            max_connections=connections,
+            keepalive_expiry=keepalive_s,
+            network_backend=_Backend(),
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise _TooLongError  # 1 KiB can unpack to 1 MiB, and we asked for identity
+        if isinstance(response.stream, httpx2.AsyncByteStream):
+            response.stream = _Bounded(response.stream)
+        return response
+
+
+def open_client(
+    context: ssl.SSLContext,
+    *,
+    keepalive_s: float,
+    connections: int,
+    auth: httpx2.Auth | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
+) -> httpx2.AsyncClient:
+    """A client with connections of its own; close it with ``aclose``.
+
+    Args:
+        context: how servers prove who they are.
+        keepalive_s: seconds after which an idle connection is not used again.
+        connections: how many there are at most.
+        auth: what each request proves itself by.
+        transport: stands in for the network, in tests.
+    """
+    return httpx2.AsyncClient(
+        auth=auth,
+        transport=transport or _Transport(context, keepalive_s, connections),
+        trust_env=False,
+        follow_redirects=False,
+        headers={
+            "User-Agent": f"failover-agent/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, of whatever status.
+
+    Attributes:
+        what: what it was asked for, as the subject of a message: "heartbeat of session a".
+    """
+
+    what: str
+    url: str
+    status: int
+    headers: httpx2.Headers
+    body: bytes
+
+    def error(
+        self,
+        problem: str,
+        right: str,
+        exit_code: ExitCode,
+        *,
+        of_the_api: bool = True,
+    ) -> ServerError:
+        """The error that this answer amounts to, with its status and what Retry-After says."""
+        return _error(
+            self.what,
+            self.url,
+            problem,
+            right,
+            exit_code,
+            status=self.status if of_the_api else None,
+            retry_after_s=retry_after_s(self.headers),
+        )
+
+    def not_the_api(self, problem: str) -> ServerError:
+        """The error that something else than the group API has answered."""
+        return self.error(
+            problem,
+            "the endpoint must be the base path of a group API, up to clientfailover",
+            ExitCode.NOT_THE_API,
+            of_the_api=False,
+        )
+
+    def check(self) -> None:
+        """Return if the status is one of success.
+
+        Raises:
+            ServerError: NOT_AUTHORISED for 401 and 403; REFUSED for a refusal of the API and for
+                5xx; NOT_THE_API for a redirect, a page, or a 4xx without an ErrorResponse.
+        """
+        if self.status // 100 == 2:  # noqa: PLR2004 - the class of success
+            return
+        said = self._said()
+        if self.status in {401, 403}:
+            problem = f"answered {self.status} ({said})"
+            right = "check the credentials and the rights of this client on the group"
+            raise self.error(problem, right, ExitCode.NOT_AUTHORISED)
+        if self.status // 100 == 3:  # noqa: PLR2004 - the class of redirects
+            target = quoted(self.headers.get("location", "nowhere"))
+            raise self.not_the_api(f"redirects ({self.status}) to {target}, which is not followed")
+        if self.status < 500 and self.status != 429 and not self._is_error_response():  # noqa: PLR2004 - as above
+            raise self.not_the_api(f"answered {self.status} without an ErrorResponse: {said}")
+        raise self.error(f"answered {self.status}", said, ExitCode.REFUSED)
+
+    def unreadable(self, why: str) -> ServerError:
+        """The error for a body of success that has not the shape that was promised.
+
+        HALF_BODY if nothing told where the body ends and it begins like JSON, else NOT_THE_API.
+        """
+        framed = "content-length" in self.headers or "transfer-encoding" in self.headers
+        if not framed and self.body.lstrip()[:1] in {b"{", b"["} and self._json() is None:
+            return _half(self.what, self.url, f"after {len(self.body)} bytes")
+        return self.not_the_api(f"answered {self.status} with something else: {quoted(why)}")
+
+    def _json(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+    def _is_error_response(self) -> bool:
+        body = self._json()
+        if isinstance(body, dict):
+            return any(name in body for name in _ERROR_FIELDS)
+        return not self.body and "operation-id" in self.headers
+
+    def _said(self) -> str:
+        body = self._json()
+        if isinstance(body, dict):
+            words = [body.get(name) for name in ("Error", "Reason", "Resolution")]
+            text = " ".join(word for word in words[1:] if isinstance(word, str) and word)
+            if text or isinstance(words[0], str):
+                return quoted(text or str(words[0]))
+        return quoted(self.body[: LONGEST_QUOTE * 4].decode("utf-8", "replace")) or "no body"
+
+
+def fault_of_url(text: str) -> str | None:
+    """Why nothing can be asked at this URL, as the end of a sentence; None if it can."""
+    try:
+        url = httpx2.URL(text)
+        url.host.encode("idna")
+    except (httpx2.InvalidURL, UnicodeError) as error:
+        return f"is no URL ({quoted(str(error))})"
+    if url.scheme not in {"http", "https"}:
+        return "does not begin with http:// or https://"
+    if not url.host:
+        return "names no host"
+    if url.port is not None and not 0 < url.port <= LAST_PORT:
+        return f"names port {url.port}, which is not within 1 and {LAST_PORT}"
+    if url.userinfo:
+        return "has a user or password in it, which has settings of its own"
+    return None
+
+
+def quoted(text: str) -> str:
+    """Words of others, fit for a message: one line, printable, of bounded length."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}..."
+
+
+def retry_after_s(headers: httpx2.Headers) -> float | None:
+    """Seconds to wait by Retry-After (RFC 9110, 10.2.3), from 0 to LONGEST_RETRY_AFTER_S.
+
+    A date is counted from the answer's own Date, since our clock may be off. Fractions of a second
+    are read too. None if there is no such header or it makes no sense.
+    """
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
+            seconds = float(value)
+        else:
+            date = headers.get("date")
+            now = _date(date) if date else datetime.now(UTC)
+            seconds = (_date(value) - now).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else None
+
+
+def _date(value: str) -> datetime:
+    date = parsedate_to_datetime(value)
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+async def send(
+    client: httpx2.AsyncClient,
+    method: str,
+    url: str,
+    *,
+    what: str,
+    timeout_s: float,
+    params: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+    form: Mapping[str, str] | None = None,
+) -> Answer:
+    """Ask once and return the whole answer, whatever its status.
+
+    Args:
+        client: whose connections to use.
+        method: of HTTP.
+        url: where, without a query.
+        what: the subject of messages.
+        timeout_s: bounds everything together: connection, credentials, sending, answer.
+        params: the query.
+        content: a JSON document to send.
+        form: fields to send as a form, instead.
+
+    Raises:
+        ServerError: UNREACHABLE, NOT_HTTP, NOT_THE_API for an answer too long, HALF_BODY or
+            NO_ANSWER; and what the client's credentials raise.
+    """
+    headers_came = False
+    request = client.build_request(
+        method,
+        url,
+        params=params,
+        content=content,
+        data=form,
+        headers={"Content-Type": "application/json"} if content is not None else None,
+        timeout=timeout_s,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await client.send(request, stream=True)
+            headers_came = True
+            try:
+                body = await response.aread()
+            finally:
+                await response.aclose()
+    except (TimeoutError, httpx2.TimeoutException):
+        problem = f"gave no answer within {timeout_s:.3g} s"
+        right = "check that the server is healthy and that nothing on the way drops packets"
+        raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from None
+    except _NotHttpError as error:
+        raise _not_http(what, url, f"its first bytes are {error}") from None
+    except _TooLongError:
+        problem = f"answered with more than {LONGEST_ANSWER // 1024} KiB, or compressed"
+        right = "the endpoint must be a group API, which does neither"
+        raise _error(what, url, problem, right, ExitCode.NOT_THE_API) from None
+    except httpx2.ConnectError as error:
+        raise _unreachable(what, url, error) from error
+    except httpx2.RequestError as error:
+        if headers_came:
+            raise _half(what, url, quoted(str(error))) from error
+        if isinstance(error, httpx2.RemoteProtocolError) and "disconnected" not in str(error):
+            raise _not_http(what, url, quoted(str(error))) from error
+        problem = "closed the connection before it answered"
+        right = "look at the server's own log"
+        raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from error
+    return Answer(what, url, response.status_code, response.headers, body)
+
+
+def _error(
+    what: str,
+    url: str,
+    problem: str,
+    right: str,
+    exit_code: ExitCode,
+    *,
+    status: int | None = None,
+    retry_after_s: float | None = None,
+) -> ServerError:
+    return ServerError(
+        f"{what}: {url} {problem}; {right}",
+        exit_code=exit_code,
+        status=status,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _half(what: str, url: str, how: str) -> ServerError:
+    problem = f"closed the connection in the middle of its answer ({how})"
+    right = "look at the log of the server and of any proxy before it"
+    return _error(what, url, problem, right, ExitCode.HALF_BODY)
+
+
+def _not_http(what: str, url: str, how: str) -> ServerError:
+    problem = f"does not speak HTTP ({how})"
+    right = "check the port, and whether it wants https instead of http"
+    return _error(what, url, problem, right, ExitCode.NOT_HTTP)
+
+
+def _unreachable(what: str, url: str, error: httpx2.ConnectError) -> ServerError:
+    match root := _root(error):
+        case socket.gaierror():
+            why, right = root.strerror, "check the name of the host"
+        case ssl.SSLCertVerificationError():
+            why = f"its certificate is not trusted: {root.verify_message}"
+            right = "name the CA that signed it, and use a host name that is in the certificate"
+        case ssl.SSLError():
+            why = f"TLS failed: {root.reason or root}"
+            right = "check that the server speaks TLS on this port, else use http"
+        case OSError(errno=int(number)):
+            why, right = os.strerror(number), "check the address and that the server runs"
+        case _:
+            why = str(root) or "the connection was closed while it was being set up"
+            right = "check the address and that the server runs"
+    problem = f"cannot be reached ({quoted(why or 'no reason given')})"
+    return _error(what, url, problem, right, ExitCode.UNREACHABLE)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause, which is the one that the operating system told."""
+    while True:
+        inner = error.__cause__ or error.__context__
+        if isinstance(error, BaseExceptionGroup):
+            inner = error.exceptions[0]
+        if inner is None:
+            return error
+        error = inner
