@@ -1,0 +1,311 @@
+"""The group API over HTTP: an ASGI application around the coordinator.
+
+Owns what is HTTP's: paths and methods, bodies and their types, credentials, status codes and the
+ErrorResponse that every refusal is answered with. What a call does stands in calls.py.
+
+A plain ASGI application rather than Starlette routes: a heartbeat costs a third of it, and every
+error, also one of routing, is answered in one form.
+"""
+
+import asyncio
+import math
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from agent import wire
+from agent.coordinator.auth import Authenticator, Caller, allowed
+from agent.coordinator.calls import ROUTES, Answer, Call, get_status
+from agent.coordinator.openapi import document
+from agent.coordinator.routes import Found, Route, Router, read_query
+from agent.coordinator.service import Coordinator
+from agent.errors import (
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    RequestRefused,
+    TooSoon,
+    Unauthenticated,
+    Unavailable,
+)
+from agent.model import AccessList, GroupKey, Instant, Right
+from agent.ops.logs import Log
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON_TYPE = (b"content-type", b"application/json")
+OPERATION_ID = b"operation-id"
+
+log = Log(__name__)
+
+
+class MethodNotAllowed(RequestRefused):
+    """The path exists, and has no such method. ``allow`` has those that there are."""
+
+    def __init__(self, method: str, allow: str) -> None:
+        super().__init__(f"There is no {method} here.", f"Use one of {allow}.")
+        self.allow = allow
+
+
+class TooLarge(RequestRefused):
+    """The body is longer than this service reads."""
+
+
+class UnsupportedContent(RequestRefused):
+    """The body is not JSON by its Content-Type."""
+
+
+STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
+    (Invalid, 400),
+    (Unauthenticated, 401),
+    (Forbidden, 403),
+    (NotFound, 404),
+    (MethodNotAllowed, 405),
+    (Conflict, 409),
+    (TooLarge, 413),
+    (UnsupportedContent, 415),
+    (TooSoon, 429),
+    (Unavailable, 503),
+)
+
+
+class Api:
+    """The ASGI application.
+
+    Args:
+        coordinator: answers the calls; started and stopped by whoever made it.
+        clock: for the end of an override.
+        authenticator: who may call; without schemes, everybody.
+        max_body_bytes: a longer body is answered 413.
+        role_names: write roles as names rather than numbers.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        clock: Callable[[], Instant],
+        authenticator: Authenticator | None = None,
+        *,
+        max_body_bytes: int = 65536,
+        role_names: bool = False,
+    ) -> None:
+        self._coordinator = coordinator
+        self._clock = clock
+        self._auth = authenticator or Authenticator()
+        self._open = not self._auth.schemes
+        self._max_body_bytes = max_body_bytes
+        self._role_names = role_names
+        self._router = Router(ROUTES)
+        self._document = document(ROUTES, self._auth.schemes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        assert scope["type"] == "http"  # noqa: S101 - the server is configured without the others
+        operation_id = str(uuid.uuid4())
+        try:
+            answer = await self._answer(scope, receive)
+        except RequestRefused as refusal:
+            answer = self._refused(refusal, operation_id)
+        except Exception:  # a request's edge: the caller gets an ErrorResponse
+            log.exception("request failed", operation_id=operation_id, path=scope["path"])
+            answer = _error(500, "InternalError", _INTERNAL, operation_id)
+        await self._send(scope["method"], answer, operation_id, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+        found = self._router.find(scope.get("raw_path") or scope["path"].encode())
+        method: str = scope["method"]
+        route = found.routes.get("GET" if method == "HEAD" else method)
+        if route is None:
+            return self._without_route(method, found)
+        if self._coordinator.stopping and route.right is not None:
+            raise _STOPPING
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        caller = None
+        if not self._open and route.right is not None:
+            caller = await self._auth.caller(_header(headers, b"authorization"))
+            await self._authorise(route, route.right, found.values, caller)
+        body = None
+        if route.body is not None:
+            text = await self._read_body(headers, receive)
+            try:
+                body = route.body.model_validate_json(text)
+            except ValidationError as error:
+                raise Invalid(
+                    f"{wire.explain_request(error)}.", f"{route.body.__name__} is in /openapi.json."
+                ) from None
+        call = Call(
+            self._coordinator,
+            self._clock,
+            found.values,
+            read_query(route.query, scope["query_string"]),
+            body,
+            self._reader(found, caller),
+            self._document,
+        )
+        if route.handler is get_status and call.query["after"] is not None:
+            return await _while_connected(route.handler(call), receive)
+        answer: Answer = await route.handler(call)
+        return answer
+
+    def _without_route(self, method: str, found: Found) -> Answer:
+        """What OPTIONS is told, or why there is no such method here."""
+        methods = {*found.routes, "OPTIONS"} | ({"HEAD"} if "GET" in found.routes else set())
+        allow = ", ".join(sorted(methods))
+        if method == "OPTIONS":
+            return Answer(204, headers=((b"allow", allow.encode()),))
+        raise MethodNotAllowed(method, allow)
+
+    # -- rights -------------------------------------------------------------------------------
+
+    async def _authorise(self, route: Route, right: Right, values: Any, caller: Caller) -> None:
+        """Raise Forbidden unless the list that counts gives the right."""
+        place = values.get("tenantId", "default"), values.get("namespaceId", "default")
+        acl = None
+        if "groupId" in values:
+            with suppress(NotFound):  # only somebody who may ask is told so
+                acl = self._coordinator.group_access(GroupKey(*place, values["groupId"]))
+        if acl is None:
+            acl = await self._coordinator.access(*place)
+        if not allowed(acl, caller, place[0], right):
+            raise Forbidden(
+                f'"{caller.name}" has not the right {right.name} for {route.name}.',
+                "Somebody with ManageAccessControl can give it.",
+            )
+
+    def _reader(self, found: Found, caller: Caller | None) -> Callable[[AccessList | None], bool]:
+        if caller is None:
+            return _everybody
+        tenant = found.values.get("tenantId", "default")
+        return lambda acl: allowed(acl, caller, tenant, Right.READ)
+
+    # -- bodies -------------------------------------------------------------------------------
+
+    async def _read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
+        length = _header(headers, b"content-length")
+        if length is not None and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        _check_content_type(_header(headers, b"content-type"))
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        while message.get("more_body") and len(body) <= self._max_body_bytes:
+            message = await receive()
+            body += message.get("body", b"")
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
+        return body
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"The body is longer than {self._max_body_bytes} bytes.",
+            "Send less, or raise max_body_bytes.",
+        )
+
+    # -- answers ------------------------------------------------------------------------------
+
+    def _refused(self, refusal: RequestRefused, operation_id: str) -> Answer:
+        status = next(status for kind, status in STATUSES if isinstance(refusal, kind))
+        headers: tuple[tuple[bytes, bytes], ...] = ()
+        match refusal:
+            case TooSoon(retry_after_s=wait_s) | Unavailable(retry_after_s=wait_s):
+                headers = (
+                    (b"retry-after", str(max(1, math.ceil(wait_s))).encode()),
+                    (b"retry-after-ms", str(max(1, math.ceil(wait_s * 1000))).encode()),
+                )
+            case Unauthenticated():
+                headers = tuple(
+                    (b"www-authenticate", f'{scheme} realm="failover-agent"'.encode())
+                    for scheme in self._auth.schemes
+                )
+            case MethodNotAllowed(allow=allow):
+                headers = ((b"allow", allow.encode()),)
+            case TooLarge():
+                headers = ((b"connection", b"close"),)  # what is still to come is not read
+            case _:
+                pass
+        return _error(status, type(refusal).__name__, refusal, operation_id, headers)
+
+    async def _send(self, method: str, answer: Answer, operation_id: str, send: Send) -> None:
+        body = answer.body
+        if body is None:
+            body = b""
+        elif not isinstance(body, bytes):
+            body = wire.to_json(body, enum_names=self._role_names)
+        headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
+        if answer.status != 204:  # noqa: PLR2004 - No Content
+            headers += [JSON_TYPE, (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if method == "HEAD":
+            body = b""
+        await send({"type": "http.response.body", "body": body})
+
+
+_STOPPING = Unavailable(
+    "The coordinator is stopping.", "Ask another endpoint, or this one after Retry-After."
+)
+_INTERNAL = RequestRefused(
+    "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
+)
+
+
+def _everybody(_acl: AccessList | None) -> bool:
+    return True
+
+
+def _error(
+    status: int,
+    kind: str,
+    refusal: RequestRefused,
+    operation_id: str,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> Answer:
+    body = wire.ErrorResponse(
+        OperationId=operation_id,
+        Error=kind,
+        Reason=refusal.reason,
+        Resolution=refusal.resolution,
+    )
+    return Answer(status, body, headers)
+
+
+def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return None
+
+
+def _check_content_type(value: bytes | None) -> None:
+    """JSON in UTF-8, or nothing said."""
+    if value is None or value == b"application/json":
+        return
+    media, *parameters = [part.strip().lower() for part in value.decode("latin-1").split(";")]
+    kind, _, form = media.partition("/")
+    charsets = [p.partition("=")[2].strip('" ') for p in parameters if p.startswith("charset")]
+    is_json = media == "application/json" or (kind == "application" and form.endswith("+json"))
+    if not is_json or any(charset not in {"utf-8", "utf8"} for charset in charsets):
+        raise UnsupportedContent(
+            f"The body is {value.decode('latin-1')[:100]}.", "Send application/json in UTF-8."
+        )
+
+
+async def _while_connected(answering: Any, receive: Receive) -> Answer:
+    """The answer of a call that may wait; it ends when nobody waits for it any more."""
+    answer: asyncio.Task[Answer] = asyncio.ensure_future(answering)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        return await answer if answer.done() else Answer(204)
+    finally:
+        gone.cancel()
+        answer.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,206 @@
+"""What a route of the API is, and which one a path names. Knows paths, and nothing of what is done.
+
+The one list of routes (calls.py) is both dispatched from, here, and described from, in openapi.py.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from agent.errors import Invalid, NotFound
+from agent.model import Right
+from agent.wire import Id
+
+CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
+BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")
+"""The cloud's base path, and the on-premises one, which stands for the tenant and namespace
+``default``."""
+
+DEFAULT_PLACE = "default"
+
+PATHS_REMEMBERED = 32_768
+"""Parsed paths that are kept, some 500 bytes each: twice the sessions that one coordinator can beat
+for on one core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A query parameter.
+
+    Attributes:
+        read: makes the value of the text, or raises ValueError with what would be right.
+        default: the value if it is absent.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str
+    read: Callable[[str], Any]
+    default: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a call is answered with when it succeeds.
+
+    Attributes:
+        shape: of the body; a list of it if ``many``; None for no body, or for one that is no shape.
+        media: the body's Content-Type if it is not of a shape.
+    """
+
+    status: int
+    meaning: str
+    shape: type[BaseModel] | None = None
+    many: bool = False
+    media: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One call of the API.
+
+    Attributes:
+        path: after the base, or in full if ``bases`` is empty.
+        handler: answers it.
+        right: what a caller needs; None is for anybody, known or not.
+        body: the shape of its body.
+        refusals: statuses beside those that any call can have.
+    """
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    summary: str
+    results: tuple[Result, ...]
+    right: Right | None = Right.READ
+    body: type[BaseModel] | None = None
+    refusals: tuple[int, ...] = ()
+    query: tuple[Parameter, ...] = ()
+    bases: tuple[str, ...] = BASES
+
+    @property
+    def name(self) -> str:
+        """The handler's name, which is the operation's in the OpenAPI document."""
+        return self.handler.__name__
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every full path of it, with ``{parameters}``."""
+        return tuple(base + self.path for base in self.bases) or (self.path,)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a path names: the routes by method, and the values in the path."""
+
+    routes: Mapping[str, Route]
+    values: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class _Node:
+    """A place in the tree of paths: after a segment."""
+
+    literals: dict[str, "_Node"] = field(default_factory=dict)
+    parameter: tuple[str, "_Node"] | None = None
+    routes: dict[str, Route] = field(default_factory=dict)
+
+
+class Router:
+    """Finds the routes of a path. ``find`` remembers its answers: agents repeat theirs for ever."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._root = _Node()
+        self._id: TypeAdapter[str] = TypeAdapter(Id)
+        for route in routes:
+            for path in route.paths:
+                self._node(path).routes[route.method] = route
+        self.find = lru_cache(maxsize=PATHS_REMEMBERED)(self._find)
+
+    def _node(self, path: str) -> _Node:
+        node = self._root
+        for segment in _segments(path):
+            if segment.startswith("{"):
+                node.parameter = node.parameter or (segment[1:-1], _Node())
+                node = node.parameter[1]
+            else:
+                node = node.literals.setdefault(segment, _Node())
+        return node
+
+    def _find(self, raw_path: bytes) -> Found:
+        """The routes of a path as it came over the wire.
+
+        Literals match in any letter case; a slash at the end is accepted.
+
+        Raises:
+            NotFound: there is no such path.
+            Invalid: what stands in a place of an id cannot be one.
+        """
+        node, values = self._root, {}
+        for segment in _segments(raw_path.decode("latin-1")):
+            literal = node.literals.get(segment.lower())
+            if literal is not None:
+                node = literal
+            elif node.parameter is not None:
+                name, node = node.parameter
+                values[name] = self._read_id(name, segment)
+            else:
+                raise _no_path(raw_path)
+        if not node.routes:
+            raise _no_path(raw_path)
+        return Found(node.routes, values)
+
+    def _read_id(self, name: str, segment: str) -> str:
+        try:
+            return self._id.validate_python(unquote_to_bytes(segment).decode())
+        except (UnicodeDecodeError, ValidationError):
+            raise Invalid(
+                f"{segment[:60]!r} in the path cannot be a {name}.",
+                "It must be 1 to 256 characters in percent-encoded UTF-8, without '/' and control"
+                " characters.",
+            ) from None
+
+
+def _segments(path: str) -> list[str]:
+    """The parts between slashes, without one empty part at the end."""
+    return path[1:].removesuffix("/").split("/") if path not in {"", "/"} else []
+
+
+def _no_path(raw_path: bytes) -> NotFound:
+    return NotFound(
+        f"There is nothing at {raw_path[:200].decode('latin-1')}.",
+        "The paths that there are stand in /openapi.json.",
+    )
+
+
+def read_query(parameters: Sequence[Parameter], query_string: bytes) -> dict[str, Any]:
+    """The values of a route's query parameters; others are ignored.
+
+    Raises:
+        Invalid: one is given twice, or is not what it must be.
+    """
+    values = {parameter.name: parameter.default for parameter in parameters}
+    if not query_string or not parameters:
+        return values
+    try:
+        given = parse_qsl(query_string.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError:
+        raise Invalid("The query is not percent-encoded UTF-8.", "Encode it so.") from None
+    for parameter in parameters:
+        texts = [text for name, text in given if name == parameter.name]
+        if not texts:
+            continue
+        try:
+            if len(texts) > 1:
+                raise ValueError("it must be given once")  # noqa: TRY301 - said as the others are
+            values[parameter.name] = parameter.read(texts[0])
+        except ValueError as error:
+            raise Invalid(
+                f"The query parameter {parameter.name}={texts[0][:60]} is wrong: {error}.",
+                f"{parameter.name}: {parameter.description}",
+            ) from None
+    return values

@@ -1,0 +1,233 @@
+"""The coordinator as a process: store, service, application and web server, started and stopped.
+
+``run`` is the process; ``serving`` is the same inside another one (the demonstration, tests). The
+order counts: what is wrong with the settings is found before the data directory is touched, and
+nobody can connect before every group is loaded.
+"""
+
+import asyncio
+import resource
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+
+from agent.coordinator.api import Api
+from agent.coordinator.auth import Authenticator, read_token_rules, read_users
+from agent.coordinator.service import Coordinator
+from agent.coordinator.store import Store
+from agent.coordinator.store.memory import MemoryStore
+from agent.coordinator.store.sqlite import SqliteStore
+from agent.core.group_state import Policy
+from agent.errors import ConfigError, ExitCode
+from agent.ops import logs
+from agent.ops.clock import Clock
+from agent.ops.signals import stop_signals
+from agent.settings import Address, CoordinatorSettings
+
+KEEP_ALIVE_S = 75
+"""An idle connection is closed after this: longer than any beat (an agent's is 10 s at most, a v1
+client's 30 s with the usual FailoverTimeout of a minute), so that a heartbeat finds its connection."""
+
+BACKLOG = 2048
+"""Connections that wait to be accepted: all agents come back at once after a restart."""
+
+MOST_FILES = 65_536
+MOST_CONNECTIONS = 20_000
+SPARE_FILES = 64
+"""Connections that are served at once, some 20 kB each: two for each of 10,000 agents. Files are for
+them, the store and the log; the limit of open files is raised so far if the system lets us."""
+
+GRACE_S = 5
+"""Requests that are being answered at a stop get so long; then they are cut off. What is being made
+durable is finished in any case."""
+
+log = logs.Log(__name__)
+
+
+def run(settings: CoordinatorSettings) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after an orderly stop.
+
+    Raises:
+        ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
+        StoreError: the data directory cannot be used; the exit code says why.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: CoordinatorSettings) -> int:
+    with stop_signals() as stop:
+        async with serving(settings):
+            await stop.wait()
+        log.info("coordinator stopped")
+    return ExitCode.OK
+
+
+@asynccontextmanager
+async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
+    """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
+    tls = _tls(settings)
+    auth = _authenticator(settings)
+    clock = Clock()
+    with _bound(settings.listen) as listener:
+        store = await _open(settings)
+        try:
+            coordinator = Coordinator(
+                store, clock.now, _policy(settings), max_groups=settings.max_groups
+            )
+            groups = await coordinator.start()
+            log.info(
+                "coordinator started",
+                store=settings.store,
+                data_dir=settings.data_dir if settings.store == "sqlite" else None,
+                groups=groups,
+            )
+            try:
+                app = Api(
+                    coordinator,
+                    clock.now,
+                    auth,
+                    max_body_bytes=settings.max_body_bytes,
+                    role_names=settings.role_form == "name",
+                )
+                async with _web_server(app, listener, tls, coordinator) as url:
+                    yield url
+            finally:
+                await coordinator.stop()
+        finally:
+            await store.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers, which would end the process instead of the server."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
+
+@asynccontextmanager
+async def _web_server(
+    app: Api, listener: socket.socket, tls: ssl.SSLContext | None, coordinator: Coordinator
+) -> AsyncIterator[str]:
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        loop="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        limit_concurrency=_most_connections(),
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+        ssl_context_factory=(lambda _config, _default: tls) if tls is not None else None,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    accepting = asyncio.create_task(server.accepting.wait())
+    await asyncio.wait([task, accepting], return_when=asyncio.FIRST_COMPLETED)
+    accepting.cancel()
+    if task.done():
+        task.result()
+    host, port = listener.getsockname()[:2]
+    url = f"{'https' if tls else 'http'}://{Address(host, port)}"
+    log.info("coordinator listening", url=url)
+    try:
+        yield url
+    finally:
+        coordinator.stop_taking()
+        server.should_exit = True
+        await task
+
+
+def _most_connections() -> int:
+    """How many connections the limit of open files allows, after raising it as far as we may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(SPARE_FILES, min(MOST_CONNECTIONS, files - SPARE_FILES))
+
+
+@contextmanager
+def _bound(address: Address) -> Iterator[socket.socket]:
+    """A socket that has the address, and does not listen yet."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror or error};"
+            " name a free port and an address of this machine with --listen HOST:PORT",
+            exit_code=ExitCode.LISTEN,
+        ) from None
+    with listener:
+        yield listener
+
+
+def _tls(settings: CoordinatorSettings) -> ssl.SSLContext | None:
+    if settings.tls_certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"tls_certificate {settings.tls_certificate} and tls_key {settings.tls_key} are not a"
+            f" certificate chain and its private key in PEM: {error}"
+        ) from None
+    return context
+
+
+def _authenticator(settings: CoordinatorSettings) -> Authenticator:
+    users = read_users(settings.users_file) if settings.users_file is not None else None
+    tokens = None
+    if settings.token_keys_file is not None:
+        assert settings.token_issuer is not None  # noqa: S101 - the settings come together
+        assert settings.token_audience is not None  # noqa: S101 - the settings come together
+        tokens = read_token_rules(
+            settings.token_issuer, settings.token_audience, settings.token_keys_file
+        )
+    return Authenticator(users, tokens)
+
+
+async def _open(settings: CoordinatorSettings) -> Store:
+    if settings.store == "memory":
+        return MemoryStore()
+    return await asyncio.to_thread(SqliteStore.open, settings.data_dir)
+
+
+def _policy(settings: CoordinatorSettings) -> Policy:
+    return Policy(
+        score_hysteresis=settings.score_hysteresis,
+        minimum_hold_s=settings.minimum_hold,
+        max_sessions=settings.max_sessions_per_group,
+    )
