@@ -94,7 +94,7 @@ def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
 
 def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:
     return StoreError(
-        f"{where} is not a {kind.__name__} that this version can read: {reason};"
+        f"{where} cannot be read as {kind.__name__} by this version: {reason};"
         " restore the data directory from a copy, or start with an empty one"
     )
 

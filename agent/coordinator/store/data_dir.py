@@ -263,8 +263,9 @@ def _connect(path: Path) -> apsw.Connection:
     database = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     with ExitStack() as undo:
         undo.callback(database.close)
-        # until it is known to be ours, closing it must not fold its WAL into it
-        database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        if path.with_name(path.name + "-wal").exists():
+            # until it is known to be ours and whole, closing it must not fold its WAL into it
+            database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         database.set_busy_timeout(BUSY_MS)
         _check_identity(
             path,
@@ -276,6 +277,7 @@ def _connect(path: Path) -> apsw.Connection:
         fault = database.pragma("quick_check", 1)
         if fault != "ok":
             raise _damaged(path, f"is damaged ({fault})", "restore it from a copy")
+        database.execute("SELECT 1 FROM failover_group, history, access LIMIT 0")  # they are there
         database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if database.pragma("journal_mode", "wal") != "wal":
             raise _damaged(
