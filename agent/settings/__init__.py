@@ -5,7 +5,16 @@ samples in config/ and docs/settings.md are made from the models here.
 """
 
 from agent.settings.describe import Described, describe, toml
-from agent.settings.forms import Address, LogFormat, LogLevel, RoleForm, StoreKind, is_loopback
+from agent.settings.forms import (
+    Address,
+    LogFormat,
+    LogLevel,
+    RoleForm,
+    StoreKind,
+    check_id,
+    is_loopback,
+    read_secret,
+)
 from agent.settings.models import AgentSettings, CoordinatorSettings, Settings, default_data_dir
 from agent.settings.sources import Sources, load
 
@@ -20,9 +29,11 @@ __all__ = [
     "Settings",
     "Sources",
     "StoreKind",
+    "check_id",
     "default_data_dir",
     "describe",
     "is_loopback",
     "load",
+    "read_secret",
     "toml",
 ]

@@ -19,6 +19,7 @@ class Described:
     """
 
     key: str
+    metavar: str
     kind: str
     default: str | None
     example: str
@@ -47,11 +48,11 @@ def toml(value: object) -> str:
             raise TypeError(f"no setting has a {type(value).__name__}")
 
 
-def _kind(annotation: object) -> str:
+def _kind(annotation: object) -> Kind:
     for part in (annotation, *get_args(annotation)):
         for kind in getattr(part, "__metadata__", ()):
             if isinstance(kind, Kind):
-                return kind.text
+                return kind
     raise TypeError(f"{annotation} has no Kind")
 
 
@@ -64,12 +65,14 @@ def describe(model: type[Settings]) -> tuple[Described, ...]:
 
 def _described(model: type[Settings], key: str) -> Described:
     info = model.model_fields[key]
-    kinds = [part.text for part in info.metadata if isinstance(part, Kind)]
+    kinds = [part for part in info.metadata if isinstance(part, Kind)]
+    kind = kinds[0] if kinds else _kind(info.annotation)
     unset = info.default_factory is not None or info.default in (None, "", ())
     unset = unset and key != "probe_listen"
     return Described(
         key=key,
-        kind=kinds[0] if kinds else _kind(info.annotation),
+        metavar=kind.metavar,
+        kind=kind.text,
         default=None if unset else toml(info.default),
         example=toml(info.examples[0] if unset and info.examples else info.default),
         meaning=info.description or "",

@@ -18,11 +18,18 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator
 
 from agent.core.timing import LONGEST_LEASE_S
+from agent.errors import ConfigError
 from agent.model import TICKS_PER_SECOND
 from agent.wire import parse_time_span
 
 LONGEST_ID = 256
 """Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
+
+LONGEST_SECRET = 4096
+"""Bytes of a file with a password: a longer one is another file, named by mistake."""
+
+DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
+"""A coordinator on this machine, with its own defaults."""
 
 MOST_ENDPOINTS = 16
 """They are tried in turn within one lease; more could not all be tried."""
@@ -35,6 +42,9 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 LogFormat = Literal["text", "json"]
 StoreKind = Literal["sqlite", "memory"]
 RoleForm = Literal["number", "name"]
+
+
+_NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
 
 
 class Address(NamedTuple):
@@ -63,8 +73,9 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a person is told of a form, in the help texts and in docs/settings.md."""
+    """What a person is told of a form: a word for the help texts, and its range for the docs."""
 
+    metavar: str
     text: str
 
 
@@ -98,8 +109,13 @@ def _not_bool(value: object) -> object:
     return value
 
 
-def _id(value: str) -> str:
-    if not 1 <= len(value) <= LONGEST_ID or "/" in value or not value.isprintable():
+def check_id(value: str) -> str:
+    """The same id, of a group or a session.
+
+    Raises:
+        ValueError: the API would refuse it (it is a segment of a URL's path).
+    """
+    if not 1 <= len(value) <= LONGEST_ID or _NOT_IN_IDS.search(value):
         raise ValueError(
             f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
         )
@@ -164,7 +180,14 @@ def _endpoints(value: object) -> tuple[str, ...]:
     urls = _strings(_split(value, by_shell_rules=False))
     if not 1 <= len(urls) <= MOST_ENDPOINTS:
         raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
-    return tuple(_url(url) for url in urls)
+    return tuple(_endpoint(url) for url in urls)
+
+
+def _endpoint(value: str) -> str:
+    url = _url(value)
+    if not url.lower().endswith("/clientfailover"):
+        raise ValueError(f"must be the base path up to clientfailover, as in {DEFAULT_ENDPOINT}")
+    return url
 
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
@@ -209,6 +232,25 @@ def _secret_file(path: Path) -> Path:
     return path
 
 
+def read_secret(path: Path) -> str:
+    """The secret in a file, without the line's end.
+
+    Raises:
+        ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
+    """
+    try:
+        with path.open("rb") as file:
+            secret = file.read(LONGEST_SECRET + 1)
+        text = secret.decode().rstrip("\r\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: must be text in UTF-8, and is not") from None
+    if not text or len(secret) > LONGEST_SECRET or not text.isprintable():
+        raise ConfigError(f"{path}: must be one line of 1 to {LONGEST_SECRET} bytes: the secret")
+    return text
+
+
 def _path(path: Path) -> Path:
     if not path.name or "\0" in str(path):
         raise ValueError("must be a path")
@@ -218,28 +260,37 @@ def _path(path: Path) -> Path:
 _DURATION = BeforeValidator(_seconds)
 NUMBER = BeforeValidator(_not_bool)
 Duration = Annotated[
-    float, _DURATION, Field(gt=0, le=LONGEST_LEASE_S), Kind("duration, more than 0 s to 24 d")
+    float,
+    _DURATION,
+    Field(gt=0, le=LONGEST_LEASE_S),
+    Kind("DURATION", "duration, more than 0 s to 24 d"),
 ]
 DurationOrZero = Annotated[
-    float, _DURATION, Field(ge=0, le=LONGEST_LEASE_S), Kind("duration, 0 s to 24 d")
+    float, _DURATION, Field(ge=0, le=LONGEST_LEASE_S), Kind("DURATION", "duration, 0 s to 24 d")
 ]
-Lease = Annotated[float, _DURATION, Kind("duration, 0.2 s to 24 d")]  # its range is R1's (exit 13)
-Share = Annotated[float, NUMBER, Field(ge=0, le=100), Kind("number, 0 to 100")]
-Id = Annotated[str, AfterValidator(_id), Kind(f"1 to {LONGEST_ID} characters, no '/'")]
-Text = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), Kind("text")]
-Endpoints = Annotated[tuple[str, ...], PlainValidator(_endpoints), Kind("list of URLs")]
-Url = Annotated[str, AfterValidator(_url), Kind("URL")]
-Argv = Annotated[tuple[str, ...], PlainValidator(_argv), Kind("command: list of strings")]
-Listen = Annotated[Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT")]
+Lease = Annotated[
+    float, _DURATION, Kind("DURATION", "duration, 0.2 s to 24 d")
+]  # its range is R1's (exit 13)
+Share = Annotated[float, NUMBER, Field(ge=0, le=100), Kind("NUMBER", "number, 0 to 100")]
+Id = Annotated[str, AfterValidator(check_id), Kind("ID", f"1 to {LONGEST_ID} characters, no '/'")]
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), Kind("TEXT", "text")]
+Endpoints = Annotated[tuple[str, ...], BeforeValidator(_endpoints), Kind("URL", "list of URLs")]
+Url = Annotated[str, AfterValidator(_url), Kind("URL", "URL")]
+Argv = Annotated[
+    tuple[str, ...], BeforeValidator(_argv), Kind("COMMAND", "command: list of strings")
+]
+Listen = Annotated[
+    Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT", "HOST:PORT")
+]
 ProbeListen = Annotated[
     Address | None,
     PlainValidator(_address_or_off),
     PlainSerializer(lambda address: "off" if address is None else str(address)),
-    Kind("HOST:PORT or off"),
+    Kind("HOST:PORT|off", "HOST:PORT or off"),
 ]
-Level = Annotated[LogLevel, BeforeValidator(_upper), Kind("DEBUG, INFO, WARNING or ERROR")]
-AnyPath = Annotated[Path, AfterValidator(_path), Kind("path")]
-InputFile = Annotated[Path, AfterValidator(_file), Kind("path of a file")]
+Level = Annotated[LogLevel, BeforeValidator(_upper), Kind("LEVEL", "DEBUG, INFO, WARNING or ERROR")]
+AnyPath = Annotated[Path, AfterValidator(_path), Kind("PATH", "path")]
+InputFile = Annotated[Path, AfterValidator(_file), Kind("FILE", "path of a file")]
 SecretFile = Annotated[
-    Path, AfterValidator(_secret_file), Kind("path of a file that others cannot read")
+    Path, AfterValidator(_secret_file), Kind("FILE", "path of a file that others cannot read")
 ]

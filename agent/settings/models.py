@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from agent.core.timing import Budget, Timing, plan
 from agent.errors import ConfigError
 from agent.settings.forms import (
+    DEFAULT_ENDPOINT,
     NUMBER,
     Address,
     AnyPath,
@@ -70,7 +71,7 @@ class Settings(BaseSettings):
         description="The least serious log line that is written. Info has each change of role and"
         " no line per heartbeat.",
     )
-    log_format: Annotated[LogFormat, Kind("text or json")] = Field(
+    log_format: Annotated[LogFormat, Kind("text|json", "text or json")] = Field(
         "text",
         description="How a log line looks: text for people and the journal, json for collectors.",
     )
@@ -112,7 +113,7 @@ class AgentSettings(Settings):
     env_prefix: ClassVar[str] = "FAILOVER_AGENT_"
 
     endpoint: Endpoints = Field(
-        ("http://127.0.0.1:5470/api/v1/clientfailover",),
+        (DEFAULT_ENDPOINT,),
         description="Base paths of the coordinators, up to and with 'clientfailover'; tried in turn."
         " The flag may be repeated; the variable separates by commas. The default is a coordinator"
         " on this machine with its own defaults.",
@@ -141,8 +142,8 @@ class AgentSettings(Settings):
     failover_timeout: Lease = Field(
         10.0,
         description="L, how long after its last heartbeat a member is given up and another may be"
-        " chosen. A group that exists keeps its own. 10 s outlasts a switch's reboot on most"
-        " networks and leaves a demotion hook 2.5 s.",
+        " chosen. A group that exists keeps its own. 10 s outlasts lost packets and"
+        " short pauses of virtual machines, and leaves a demotion 2.5 s.",
     )
     beat: Duration | None = Field(
         None,
@@ -335,12 +336,12 @@ class CoordinatorSettings(Settings):
         " or ~/.local/state.",
         examples=["/var/lib/failover-agent"],
     )
-    store: Annotated[StoreKind, Kind("sqlite or memory")] = Field(
+    store: Annotated[StoreKind, Kind("sqlite|memory", "sqlite or memory")] = Field(
         "sqlite",
         description="Where groups, holders and epochs are kept: sqlite survives a restart and a"
         " crash; memory forgets everything and is for trials.",
     )
-    role_form: Annotated[RoleForm, Kind("number or name")] = Field(
+    role_form: Annotated[RoleForm, Kind("number|name", "number or name")] = Field(
         "number",
         description="How roles are written: number as the cloud's API documents, name as the"
         " on-premises one. Both are read.",
@@ -357,20 +358,20 @@ class CoordinatorSettings(Settings):
         " became primary. 30 s: a swap costs a gap, so two in a minute are the most; 0 is"
         " strict v1 behaviour.",
     )
-    max_body_bytes: Annotated[int, NUMBER, Kind("bytes, 1024 to 16777216")] = Field(
+    max_body_bytes: Annotated[int, NUMBER, Kind("BYTES", "bytes, 1024 to 16777216")] = Field(
         65536,
         ge=1024,
         le=16 * 1024 * 1024,
         description="Longest body of a request; a longer one is answered 413. 64 KiB holds a group"
         " with plenty of AdditionalData.",
     )
-    max_groups: Annotated[int, NUMBER, Kind("number, 1 to 10000000")] = Field(
+    max_groups: Annotated[int, NUMBER, Kind("NUMBER", "number, 1 to 10000000")] = Field(
         100_000,
         ge=1,
         le=10_000_000,
         description="Most groups. All are in memory: 100000 take some hundred megabytes.",
     )
-    max_sessions_per_group: Annotated[int, NUMBER, Kind("number, 1 to 10000")] = Field(
+    max_sessions_per_group: Annotated[int, NUMBER, Kind("NUMBER", "number, 1 to 10000")] = Field(
         100,
         ge=1,
         le=10_000,
@@ -407,7 +408,7 @@ class CoordinatorSettings(Settings):
         description="Public keys (JWKS) that tokens are checked with. Not set: no tokens are taken.",
         examples=["/etc/failover-agent/jwks.json"],
     )
-    insecure: Annotated[bool, Kind("true or false")] = Field(
+    insecure: Annotated[bool, Kind("", "true or false")] = Field(
         default=False,
         description="Serve beyond this machine without TLS or without authentication. Whoever"
         " reaches the port can then decide who is primary.",

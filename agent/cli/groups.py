@@ -1,0 +1,171 @@
+"""``failover-agent groups``: list, create, show and delete groups."""
+
+import asyncio
+import json
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from agent import wire
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, sources
+from agent.cli.remote import ask, id_argument, print_json, table
+from agent.cli.status import print_sessions, status_rows
+from agent.drivers.rest import RestClient
+from agent.errors import ExitCode, ServerError
+from agent.model import (
+    TICKS_PER_SECOND,
+    GroupConfig,
+    GroupStatus,
+    HistoryEntry,
+    SessionView,
+)
+from agent.settings import AgentSettings
+
+RECENT = 10
+"""Tenures that ``show`` prints: what has happened lately fits on a screen."""
+
+NOT_FOUND = 404
+
+CLIENT_FLAGS = settings_flags(AgentSettings, CLIENT_KEYS)
+
+
+@click.group("groups")
+def command() -> None:
+    """List, create, show and delete groups."""
+
+
+@command.command("list")
+@CLIENT_FLAGS
+@JSON_FLAG
+def list_groups(*, as_json: bool, **given: Any) -> int:
+    """List the groups of the coordinator."""
+    groups = ask(
+        sources(AgentSettings, given).load(),
+        lambda client, timeout_s: client.groups(timeout_s=timeout_s),
+    )
+    if as_json:
+        print_json([wire.GroupConfiguration.of(group) for group in groups])
+    else:
+        table(
+            ("group", "name", "failover timeout", "description"),
+            ((g.id, g.name, f"{g.lease_s:g} s", g.description) for g in groups),
+        )
+    return 0
+
+
+@command.command("create")
+@id_argument("ID")
+@settings_flags(AgentSettings, ("failover_timeout", *CLIENT_KEYS))
+@click.option("--name", metavar="TEXT", help="Name for people.")
+@click.option("--description", metavar="TEXT", help="What the group is for.")
+@JSON_FLAG
+def create(
+    *, group_id: str, name: str | None, description: str | None, as_json: bool, **given: Any
+) -> int:
+    """Make a group with ID; all of it is fixed from then on.
+
+    It is a success too if the group is there already with the same configuration.
+    """
+    settings = sources(AgentSettings, given).load()
+    wanted = GroupConfig(
+        id=group_id,
+        timeout_ticks=round(settings.failover_timeout * TICKS_PER_SECOND),
+        name=name,
+        description=description,
+    )
+    group = ask(
+        settings, lambda client, timeout_s: client.create_group(wanted, timeout_s=timeout_s)
+    )
+    if as_json:
+        print_json(wire.GroupConfiguration.of(group))
+    else:
+        click.echo(f"group {group.id} is there, failover timeout {group.lease_s:g} s")
+    return 0
+
+
+class Report(BaseModel):
+    """What ``groups show --json`` prints: the API's own shapes. A plain v1 server has no history."""
+
+    Group: wire.GroupConfiguration
+    Status: wire.GroupStatus
+    Sessions: list[wire.ClientSession]
+    History: list[wire.HistoryEntry] | None
+
+
+@command.command("show")
+@id_argument("ID")
+@CLIENT_FLAGS
+@JSON_FLAG
+def show(*, group_id: str, as_json: bool, **given: Any) -> int:
+    """Show a group: its configuration, status, sessions and recent tenures."""
+
+    async def question(
+        client: RestClient, timeout_s: float
+    ) -> tuple[GroupConfig, GroupStatus, list[SessionView], list[HistoryEntry] | None]:
+        return await asyncio.gather(
+            client.group(group_id, timeout_s=timeout_s),
+            client.status(group_id, timeout_s=timeout_s),
+            client.sessions(group_id, timeout_s=timeout_s),
+            _history(client, group_id, timeout_s),
+        )
+
+    group, status, sessions, history = ask(sources(AgentSettings, given).load(), question)
+    if as_json:
+        print_json(
+            Report(
+                Group=wire.GroupConfiguration.of(group),
+                Status=wire.GroupStatus.of(status),
+                Sessions=[wire.ClientSession.of(view) for view in sessions],
+                History=None
+                if history is None
+                else [wire.HistoryEntry.of(tenure) for tenure in history],
+            )
+        )
+        return 0
+    table(
+        ("group", group.id),
+        [
+            ("name", group.name),
+            ("description", group.description),
+            ("failover timeout", f"{group.lease_s:g} s"),
+            *status_rows(status),
+        ],
+    )
+    click.echo()
+    print_sessions(sessions)
+    if history is not None:
+        click.echo()
+        _print_history(history)
+    return 0
+
+
+def _print_history(history: list[HistoryEntry]) -> None:
+    table(
+        ("epoch", "session", "from", "until", "why it began", "why it ended"),
+        ((t.epoch, t.session_id, t.since, t.until, t.why_started, t.why_ended) for t in history),
+    )
+
+
+async def _history(client: RestClient, group: str, timeout_s: float) -> list[HistoryEntry] | None:
+    """Recent tenures, or None if the server keeps none: a plain v1 server has not this call."""
+    try:
+        return await client.history(group, count=RECENT, timeout_s=timeout_s)
+    except ServerError as error:
+        if error.status == NOT_FOUND or error.exit_code is ExitCode.NOT_THE_API:
+            return None
+        raise
+
+
+@command.command("delete")
+@id_argument("ID")
+@CLIENT_FLAGS
+@JSON_FLAG
+def delete(*, group_id: str, as_json: bool, **given: Any) -> int:
+    """Delete a group that has no active sessions, with its history."""
+    ask(
+        sources(AgentSettings, given).load(),
+        lambda client, timeout_s: client.delete_group(group_id, timeout_s=timeout_s),
+    )
+    click.echo(json.dumps({"Deleted": group_id}) if as_json else f"group {group_id} is deleted")
+    return 0

@@ -1,0 +1,107 @@
+"""The command line: which commands there are, and what the shell is told when one fails.
+
+Owns the last word on every error: one line for each fault on stderr, an exit code of
+``agent.errors.ExitCode``, a traceback only with ``--debug``. Knows nothing of what a command does;
+a command is imported when it is called, so that ``--version`` and ``--help`` are quick.
+"""
+
+import importlib
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from agent import __version__
+from agent.errors import ExitCode, FailoverError
+
+PROGRAM = "failover-agent"
+
+INTERRUPTED = 130
+"""What shells report for a program that Ctrl-C ended: 128 + SIGINT."""
+
+COMMANDS = {
+    "run": "Be a member of a group: heartbeat, follow the role, run the hooks.",
+    "serve": "Be the coordinator that the agents ask.",
+    "check-config": "Say what is in force, or what is wrong, and start nothing.",
+    "explain-timing": "Draw how the failover timeout is divided (rule R1).",
+    "status": "Who is primary in a group, and who else is there.",
+    "groups": "List, create, show and delete groups.",
+}
+"""Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""
+
+
+class _LazyGroup(click.Group):
+    """Imports a command when it is called, not to list it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"agent.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command), cmd_name  # noqa: S101 - our own mistake
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as above
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@dataclass(slots=True)
+class _Wishes:
+    """What was said before the command's name."""
+
+    debug: bool = False
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_obj
+def cli(wishes: _Wishes, *, debug: bool) -> None:
+    """Exactly one active member in a group of hosts.
+
+    Settings come from flags, else from the environment (FAILOVER_AGENT_..., FAILOVER_COORDINATOR_...),
+    else from the TOML file that --config names. Exit codes are listed in docs/exit-codes.md.
+    """
+    wishes.debug = debug
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code. Prints every error, raises none."""
+    wishes = _Wishes()
+    try:
+        result = cli.main(args=argv, prog_name=PROGRAM, standalone_mode=False, obj=wishes)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else PROGRAM
+        _complain(f"{error.format_message().rstrip('.')}; see '{where} --help'")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except FailoverError as error:
+        _complain(str(error), debug=wishes.debug)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
+        text = " ".join(str(error).split()) or "no message"
+        _complain(
+            f"{type(error).__name__}: {text}: this is a fault of {PROGRAM} {__version__}; please"
+            f" report it with the output of '{PROGRAM} --debug ...'",
+            debug=wishes.debug,
+        )
+        return ExitCode.INTERNAL
+    return result if isinstance(result, int) else ExitCode.OK
+
+
+def _complain(text: str, *, debug: bool = False) -> None:
+    """One line on stderr for each fault."""
+    if debug:
+        traceback.print_exc()
+    for line in text.splitlines():
+        click.echo(f"{PROGRAM}: error: {line}", err=True)

@@ -1,0 +1,124 @@
+"""Flags made from the settings models, and settings made from the flags.
+
+Owns the one way in which a command gets its settings. A flag's value is passed on as the string that
+was typed: agent/settings reads and refuses it, so that flag, variable and file are told the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from agent.errors import ConfigError
+from agent.settings import (
+    AgentSettings,
+    CoordinatorSettings,
+    Described,
+    Settings,
+    Sources,
+    describe,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Settings)
+
+TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
+
+CLIENT_KEYS = (
+    "endpoint",
+    "username",
+    "password_file",
+    "client_id",
+    "client_secret_file",
+    "token_endpoint",
+    "ca_file",
+    "request_timeout",
+)
+"""What it takes to ask a coordinator, for commands that only ask."""
+
+CONFIG_FLAG = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file with settings; a flag or a variable goes before it.",
+)
+JSON_FLAG = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document instead of text for people."
+)
+
+
+def settings_flags(model: type[Settings], only: Sequence[str] | None = None) -> Callable[[F], F]:
+    """A decorator that gives a command ``--config`` and a flag for each setting (or for ``only``)."""
+
+    def decorate(function: F) -> F:
+        for setting in reversed(describe(model)):
+            if only is None or setting.key in only:
+                function = _flag(setting)(function)
+        return CONFIG_FLAG(function)
+
+    return decorate
+
+
+def _flag(setting: Described) -> Callable[[F], F]:
+    default = f" [default: {setting.default}]" if setting.default else ""
+    if setting.switch:
+        name = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
+        return click.option(name, setting.key, default=None, help=setting.meaning)
+    return click.option(
+        setting.flag,
+        setting.key,
+        multiple=setting.repeatable,
+        metavar=setting.metavar,
+        help=setting.meaning + default,
+    )
+
+
+def sources(model: type[S], given: Mapping[str, Any]) -> Sources[S]:
+    """All sources of the settings, for the arguments that click gave to a command."""
+    flags = {
+        key: value
+        for key, value in given.items()
+        if key in model.model_fields and value not in (None, ())
+    }
+    return Sources.read(model, flags, given.get("config"))
+
+
+def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
+    """Settings that ``run`` may start with: with a group, a budget that holds (R1), and fit hooks.
+
+    Raises:
+        ConfigError: one line for each fault, with the exit code of the first.
+    """
+    from agent.drivers.hooks import check_hook  # noqa: PLC0415 - not needed by every command
+
+    settings = origin.load()
+    faults: list[ConfigError] = []
+    if not settings.group:
+        right = "name one with --group, FAILOVER_AGENT_GROUP, or group in a configuration file"
+        faults.append(ConfigError(f"group is not set: {right}"))
+    try:
+        _ = settings.timing
+    except ConfigError as error:
+        faults.append(_placed(error, origin, TIMING_KEYS))
+    for key in ("hook_primary", "hook_pending_primary", "hook_secondary"):
+        if argv := getattr(settings, key):
+            try:
+                check_hook(key.removeprefix("hook_"), argv)
+            except ConfigError as error:
+                faults.append(_placed(error, origin, (key,)))
+    if faults:
+        raise ConfigError("\n".join(map(str, faults)), exit_code=faults[0].exit_code)
+    return settings
+
+
+def load_coordinator(origin: Sources[CoordinatorSettings]) -> CoordinatorSettings:
+    """Settings that ``serve`` may start with. Raises ConfigError as ``load_agent`` does."""
+    return origin.load()
+
+
+def _placed(error: ConfigError, origin: Sources[AgentSettings], keys: Sequence[str]) -> ConfigError:
+    """The same error, with where the settings that it speaks of were given."""
+    places = [f"{key}: {origin.origin(key)}" for key in keys if origin.origin(key) != "default"]
+    where = f" ({', '.join(places)})" if places else ""
+    return ConfigError(f"{error}{where}", exit_code=error.exit_code)

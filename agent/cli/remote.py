@@ -1,0 +1,126 @@
+"""What the commands that ask a coordinator share: the client, the trying in turn, the tables.
+
+Owns nothing that lasts: one question, one answer, printed. What a server says is data: no control
+character and no markup of it reaches the terminal.
+"""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
+from typing import TypeVar
+
+import click
+import httpx2
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agent import wire
+from agent.drivers.rest import ClientCredentials, RestClient
+from agent.errors import ConfigError, ServerError
+from agent.ops.clock import Clock
+from agent.settings import AgentSettings, check_id, read_secret
+
+T = TypeVar("T")
+
+PATIENCE_S = 10.0
+"""How long one request may take unless request_timeout is set: a person is waiting."""
+
+PIPED_COLUMNS = 1000
+"""Width of a table that no terminal shows: nothing is folded, so that grep finds whole values."""
+
+
+def open_client(settings: AgentSettings) -> RestClient:
+    """A client for the endpoints of the settings, with their credentials and CA. Close it.
+
+    Raises:
+        ConfigError: a file that the settings name has not in it what it should.
+    """
+    context = httpx2.create_ssl_context(trust_env=False)
+    if settings.ca_file is not None:
+        try:
+            context.load_verify_locations(settings.ca_file)
+        except OSError as error:  # an SSLError is one
+            raise ConfigError(
+                f"ca_file {settings.ca_file} must have certificates in PEM: {error}"
+            ) from None
+    auth: httpx2.Auth | None = None
+    if settings.username is not None and settings.password_file is not None:
+        auth = httpx2.BasicAuth(settings.username, read_secret(settings.password_file))
+    elif settings.client_id is not None and settings.client_secret_file is not None:
+        auth = ClientCredentials(
+            settings.client_id,
+            read_secret(settings.client_secret_file),
+            clock=Clock().boottime,
+            token_url=settings.token_endpoint,
+            verify=context,
+        )
+    return RestClient(settings.endpoint, auth=auth, verify=context)
+
+
+def ask(settings: AgentSettings, question: Callable[[RestClient, float], Awaitable[T]]) -> T:
+    """The answer of the first endpoint that gives one. ``question`` gets the client and a time limit.
+
+    Raises:
+        ServerError: no endpoint answered (the last one's error), or one refused.
+    """
+
+    async def in_turn() -> T:
+        client = open_client(settings)
+        try:
+            for _ in settings.endpoint[1:]:
+                asked = client.endpoint
+                try:
+                    return await question(client, timeout_s)
+                except ServerError:
+                    if client.endpoint == asked:  # this one refuses, another would too
+                        raise
+            return await question(client, timeout_s)
+        finally:
+            await client.aclose()
+
+    timeout_s = settings.request_timeout or PATIENCE_S
+    return asyncio.run(in_turn())
+
+
+def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A command-line argument that is the id of a group."""
+
+    def check(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+        try:
+            return check_id(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} {error}") from None
+
+    return click.argument("group_id", metavar=name, callback=check)
+
+
+def print_json(value: BaseModel | list[BaseModel]) -> None:
+    """The shapes of the API, as it would send them, with roles as names."""
+    click.echo(wire.to_json(value, enum_names=True).decode())
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table as wide as the terminal, or as wide as it needs to be if there is none."""
+    shown = Table(box=None, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell(value)) for value in row))
+    width = None if sys.stdout.isatty() else PIPED_COLUMNS
+    Console(width=width, highlight=False).print(shown)
+
+
+def cell(value: object) -> str:
+    """A value for people: nothing is a dash, times are to the second, controls are shown as '?'."""
+    match value:
+        case None | "":
+            return "-"
+        case datetime():
+            return value.isoformat(sep=" ", timespec="seconds").replace("+00:00", "Z")
+        case float():
+            return f"{value:g}"
+        case _:
+            return "".join(c if c.isprintable() else "?" for c in str(value))

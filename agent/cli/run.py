@@ -1,0 +1,22 @@
+"""``failover-agent run``: the agent."""
+
+from typing import Any
+
+import click
+
+from agent.cli.options import load_agent, settings_flags, sources
+from agent.settings import AgentSettings
+
+
+@click.command("run")
+@settings_flags(AgentSettings)
+def command(**given: Any) -> int:
+    """Be a member of a group: heartbeat, follow the role, run the hooks.
+
+    Runs until SIGTERM or SIGINT, then demotes, gives the role back and leaves the group. Nothing is
+    needed but a group and a coordinator: 'failover-agent run --group demo' finds one on this machine.
+    """
+    settings = load_agent(sources(AgentSettings, given))
+    from agent.daemon import run  # noqa: PLC0415 - wrong settings are told without importing it
+
+    return run(settings)

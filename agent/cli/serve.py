@@ -1,0 +1,22 @@
+"""``failover-agent serve``: the coordinator."""
+
+from typing import Any
+
+import click
+
+from agent.cli.options import load_coordinator, settings_flags, sources
+from agent.settings import CoordinatorSettings
+
+
+@click.command("serve")
+@settings_flags(CoordinatorSettings)
+def command(**given: Any) -> int:
+    """Be the coordinator that the agents ask.
+
+    Runs until SIGTERM or SIGINT. What it promised is in the data directory, and is still true when
+    it is started again.
+    """
+    settings = load_coordinator(sources(CoordinatorSettings, given))
+    from agent.coordinator.server import run  # noqa: PLC0415 - wrong settings are told without it
+
+    return run(settings)

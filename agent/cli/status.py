@@ -1,0 +1,82 @@
+"""``failover-agent status GROUP``: who is primary, and who else is there."""
+
+import asyncio
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from agent import wire
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, sources
+from agent.cli.remote import ask, id_argument, print_json, table
+from agent.drivers.rest import RestClient
+from agent.model import GroupStatus, SessionView
+from agent.settings import AgentSettings
+
+
+class Report(BaseModel):
+    """What ``status --json`` prints: the API's own shapes."""
+
+    Status: wire.GroupStatus
+    Sessions: list[wire.ClientSession]
+
+
+@click.command("status")
+@id_argument("GROUP")
+@settings_flags(AgentSettings, CLIENT_KEYS)
+@JSON_FLAG
+def command(*, group_id: str, as_json: bool, **given: Any) -> int:
+    """Say who is primary in GROUP, and who else is there."""
+
+    async def question(
+        client: RestClient, timeout_s: float
+    ) -> tuple[GroupStatus, list[SessionView]]:
+        return await asyncio.gather(
+            client.status(group_id, timeout_s=timeout_s),
+            client.sessions(group_id, timeout_s=timeout_s),
+        )
+
+    status, sessions = ask(sources(AgentSettings, given).load(), question)
+    if as_json:
+        print_json(
+            Report(
+                Status=wire.GroupStatus.of(status),
+                Sessions=[wire.ClientSession.of(view) for view in sessions],
+            )
+        )
+    else:
+        table(("group", group_id), status_rows(status))
+        click.echo()
+        print_sessions(sessions)
+    return 0
+
+
+def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
+    """The status of a group, one fact a row. What a plain v1 server does not tell is a dash."""
+    return [
+        ("primary", status.primary),
+        ("primary since", status.primary_since),
+        ("pending primary", status.pending),
+        ("data processed", status.last_data),
+        ("epoch", status.epoch),
+        ("revision", status.revision),
+    ]
+
+
+def print_sessions(sessions: list[SessionView]) -> None:
+    """The members of a group, one a line."""
+    table(
+        ("session", "name", "role", "score", "last heartbeat", "data processed", "override"),
+        (
+            (
+                view.record.config.id,
+                view.record.config.name,
+                view.role,
+                view.score,
+                view.heartbeat_at,
+                view.last_data,
+                view.record.override,
+            )
+            for view in sessions
+        ),
+    )

@@ -1,0 +1,73 @@
+"""The documents that are made from the code are what is in the repository. REWRITE=1 renews them."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from agent.cli.reference import PROGRAMS, sample, settings_page
+from agent.errors import ExitCode
+from agent.settings import AgentSettings, CoordinatorSettings, Settings, describe, load
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = {
+    AgentSettings: ROOT / "config/agent.toml",
+    CoordinatorSettings: ROOT / "config/coordinator.toml",
+}
+MODELS = [model for _, model in PROGRAMS]
+COMMENTED = re.compile(r"^#([a-z_]+ = .*)$", re.MULTILINE)
+
+
+def same(path: Path, text: str) -> None:
+    if os.environ.get("REWRITE"):
+        path.write_text(text)
+    assert path.read_text() == text, f"stale: REWRITE=1 pytest {Path(__file__).name} renews it"
+
+
+def test_the_settings_page_is_up_to_date() -> None:
+    same(ROOT / "docs/settings.md", settings_page())
+
+
+@pytest.mark.parametrize(("program", "model"), PROGRAMS)
+def test_the_samples_are_up_to_date(program: str, model: type[Settings]) -> None:
+    same(SAMPLES[model], sample(program, model))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sample_loads_and_changes_nothing_but_the_group(model: type[Settings]) -> None:
+    loaded = load(model, path=SAMPLES[model]).model_dump()
+    if model is AgentSettings:
+        assert loaded.pop("group") == "demo"
+    assert loaded.items() <= model().model_dump().items()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sample_names_every_setting_with_its_default(model: type[Settings]) -> None:
+    shown = tomllib.loads(COMMENTED.sub(r"\1", SAMPLES[model].read_text()))
+    assert set(shown) == set(model.model_fields)
+    defaults = {d.key: shown[d.key] for d in describe(model) if d.default is not None}
+    assert model(**defaults) == model()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_setting_that_is_not_set_by_default_says_what_happens_then(
+    model: type[Settings],
+) -> None:
+    silent = [
+        d.key
+        for d in describe(model)
+        if d.default is None and "Not set:" not in d.meaning and d.key != "group"
+    ]
+    assert not silent
+    assert all(d.meaning.endswith(".") for d in describe(model))
+
+
+def test_the_exit_codes_page_has_every_code_once_under_its_name() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| ([A-Z_]+) \| \S.*\. \|$",
+        (ROOT / "docs/exit-codes.md").read_text(),
+        re.MULTILINEULTILINE,
+    )
+    assert [(int(code), name) for code, name in rows] == [(c.value, c.name) for c in ExitCode]

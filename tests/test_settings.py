@@ -1,0 +1,427 @@
+"""Settings: which source counts, what is refused, and that each refusal says where and what is right."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from agent.core.timing import Budget
+from agent.errors import ConfigError, ExitCode, TimingError
+from agent.settings import (
+    Address,
+    AgentSettings,
+    CoordinatorSettings,
+    Settings,
+    Sources,
+    default_data_dir,
+    describe,
+    is_loopback,
+    load,
+    read_secret,
+    toml,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("FAILOVER_", "STATE_DIRECTORY", "XDG_STATE_HOME")):
+            monkeypatch.delenv(name)
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def secret(tmp_path: Path, text: str = "hunter2\n", mode: int = 0o600) -> str:
+    path = tmp_path / "secret"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def faults(
+    model: type[Settings], flags: Mapping[str, Any] | None = None, path: Path | None = None
+) -> tuple[list[str], ExitCode]:
+    with pytest.raises(ConfigError) as caught:
+        load(model, flags, path)
+    return str(caught.value).split("\n"), caught.value.exit_code
+
+
+# --- which source counts
+
+
+def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(tmp_path, 'group = "f"\nsession_id = "f"\nsession_name = "f"\n')
+    monkeypatch.setenv("FAILOVER_AGENT_GROUP", "e")
+    monkeypatch.setenv("FAILOVER_AGENT_SESSION_ID", "e")
+    origin = Sources.read(AgentSettings, {"group": "x", "session_id": None}, path)
+    settings = origin.load()
+    keys = ("group", "session_id", "session_name", "failover_timeout")
+    assert [getattr(settings, key) for key in keys] == ["x", "e", "f", 10.0]
+    assert [origin.origin(key) for key in keys] == [
+        "--group",
+        "FAILOVER_AGENT_SESSION_ID",
+        str(path),
+        "default",
+    ]
+
+
+def test_construction_alone_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILOVER_AGENT_GROUP", "e")
+    assert AgentSettings().group == ""
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        AgentSettings().group = "x"  # type: ignore[misc] # what is tested
+
+
+def test_the_other_failover_variables_and_the_other_programs_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAILOVER_EVENT", "promote")
+    monkeypatch.setenv("FAILOVER_COORDINATOR_TYPO", "1")
+    load(AgentSettings)
+
+
+# --- forms
+
+
+@pytest.mark.parametrize(
+    "given_value", [2.5, "2.5", " 2.5 ", "00:00:02.5", "00:00:02.5000000", "PT2.5S"]
+)
+def test_a_duration_is_read_from_seconds_time_spans_and_iso_8601(given_value: object) -> None:
+    assert AgentSettings.model_validate({"beat": given_value}).beat == 2.5
+
+
+@pytest.mark.parametrize(
+    "given_value",
+    ["", "soon", "P1Y", "nan", "inf", True, [1], 10**400, "1e999", None],
+    ids=str,
+)
+def test_what_is_no_duration_is_refused_with_what_would_be_right(given_value: object) -> None:
+    with pytest.raises(ValidationError, match=r"PT2\.5S"):
+        AgentSettings.model_validate({"hook_limit": given_value})
+
+
+@given(st.floats(min_value=1e-3, max_value=24 * 86400))
+def test_any_duration_survives_being_written_as_seconds(seconds: float) -> None:
+    assert AgentSettings.model_validate({"beat": repr(seconds)}).beat == seconds
+
+
+@pytest.mark.parametrize(
+    ("given_value", "right"),
+    [
+        ("/bin/a 'b c' d", ("/bin/a", "b c", "d")),
+        ('["/bin/a", "b c"]', ("/bin/a", "b c")),
+        (["/bin/a", ""], ("/bin/a", "")),
+        ("", ()),
+    ],
+)
+def test_a_command_is_read_from_words_json_or_a_list(
+    given_value: object, right: tuple[str, ...]
+) -> None:
+    assert load(AgentSettings, {"hook_primary": given_value}).hook_primary == right
+
+
+@pytest.mark.parametrize(
+    ("given_value", "why"),
+    [
+        ("bin/a", "absolute path"),
+        ("/bin/a 'b", "shell splits"),
+        ("[", "list in JSON"),
+        ("[" * 100_000, "list in JSON"),
+        ("[1]", "list of strings"),
+        (5, "list of strings"),
+        (["/bin/a\0"], "NUL"),
+    ],
+)
+def test_what_is_no_command_is_refused(given_value: object, why: str) -> None:
+    assert why in faults(AgentSettings, {"hook_primary": given_value})[0][0]
+
+
+def test_endpoints_are_separated_by_commas_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "FAILOVER_AGENT_ENDPOINT", "http://a/clientfailover, https://b/clientfailover/"
+    )
+    right = ("http://a/clientfailover", "https://b/clientfailover")
+    assert load(AgentSettings).endpoint == right
+    monkeypatch.setenv("FAILOVER_AGENT_ENDPOINT", '["http://a/clientfailover"]')
+    assert load(AgentSettings).endpoint == right[:1]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("ftp://a/clientfailover", "http:// or https://"),
+        ("http:///clientfailover", "with a host"),
+        ("http://a:99999/clientfailover", "Port"),
+        ("http://[::1/clientfailover", "must be a URL"),
+        ("http://a/clientfailover?x=1", "query"),
+        ("http://a", "up to clientfailover"),
+        ("", "1 to 16"),
+    ],
+)
+def test_what_is_no_endpoint_is_refused(url: str, why: str) -> None:
+    assert why in faults(AgentSettings, {"endpoint": url})[0][0]
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    told = faults(AgentSettings, {"endpoint": "http://u:hunter2@a/clientfailover"})[0][0]
+    assert "password_file" in told
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("127.0.0.1:0", Address("127.0.0.1", 0)),
+        ("[::1]:80", Address("::1", 80)),
+        ("localhost:65535", Address("localhost", 65535)),
+        ("off", None),
+    ],
+)
+def test_a_listening_address_is_read_and_written_back(text: str, right: Address | None) -> None:
+    settings = AgentSettings.model_validate({"probe_listen": text})
+    assert settings.probe_listen == right
+    assert settings.model_dump(mode="json")["probe_listen"] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5470", ":5470", "::1:80", "a:65536", "[a]:1", "a:-1", "a:1\n"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        AgentSettings.model_validate({"probe_listen": text})
+
+
+@pytest.mark.parametrize("text", ["", "a/b", "a\n", "x" * 257, ".", "..", "a\x7f"])
+def test_what_is_no_id_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        AgentSettings.model_validate({"session_id": text})
+
+
+@pytest.mark.parametrize("value", [True, "many", 1.5, 0, 10**9])
+def test_what_is_no_count_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError):
+        CoordinatorSettings.model_validate({"max_sessions_per_group": value})
+
+
+def test_log_levels_are_read_in_any_case() -> None:
+    assert load(AgentSettings, {"log_level": "debug"}).log_level == "DEBUG"
+
+
+# --- refusals
+
+
+def test_each_fault_is_one_line_with_its_place_and_the_first_gives_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(tmp_path, "failover_score = 101\nhook_limit = 0\n")
+    monkeypatch.setenv("FAILOVER_AGENT_COOLDOWN", "a\nb")
+    told, code = faults(AgentSettings, {"beat": "soon"}, path)
+    assert code is ExitCode.CONFIG_VALUE
+    assert sorted(line.split(": ")[0] for line in told) == sorted(
+        ["--beat 'soon'", r"FAILOVER_AGENT_COOLDOWN='a\nb'", str(path), str(path)]
+    )
+    assert any("failover_score = 101: must be less than or equal to 100" in line for line in told)
+
+
+def test_an_unknown_key_is_named_with_the_setting_that_was_meant(tmp_path: Path) -> None:
+    path = file(tmp_path, "falover_timeout = 3\nfailover_score = 101\n")
+    told, code = faults(AgentSettings, path=path)
+    assert code is ExitCode.CONFIG_UNKNOWN_KEY
+    assert told[0] == (
+        f"{path}: there is no setting 'falover_timeout': did you mean failover_timeout?"
+    )
+    assert len(told) == 2
+
+
+def test_a_table_is_answered_with_where_settings_stand(tmp_path: Path) -> None:
+    told, code = faults(AgentSettings, path=file(tmp_path, '[zzz]\ngroup = "x"\n'))
+    assert code is ExitCode.CONFIG_UNKNOWN_KEY
+    assert "top level" in told[0]
+
+
+def test_an_unknown_variable_is_refused_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILOVER_AGENT_PASSWORD_FIL", "hunter2")
+    told, code = faults(AgentSettings)
+    assert code is ExitCode.CONFIG_UNKNOWN_KEY
+    assert told == [
+        "environment: there is no setting 'FAILOVER_AGENT_PASSWORD_FIL':"
+        " did you mean FAILOVER_AGENT_PASSWORD_FILE?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'group = "a"\nbeat = = 1\n', "line 2"),
+        (b"group = '\xff'\n", "UTF-8 (byte 9)"),
+        (b"a = " + b"[" * 10_000, "not TOML"),
+    ],
+)
+def test_a_file_that_is_not_toml_is_refused_with_the_place(
+    tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_bytes(content)
+    told, code = faults(AgentSettings, path=path)
+    assert code is ExitCode.CONFIG_FILE
+    assert len(told) == 1
+    assert str(path) in told[0]
+    assert why in told[0]
+
+
+def test_a_missing_file_or_a_directory_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        told, code = faults(AgentSettings, path=path)
+        assert code is ExitCode.CONFIG_FILE
+        assert len(told) == 1
+
+
+def test_a_long_value_is_cut_in_its_error() -> None:
+    told, _ = faults(AgentSettings, {"group": "x" * 10_000})
+    assert len(told[0]) < 200
+
+
+# --- relations
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "why"),
+    [
+        ({"username": "u"}, "--username", "needs password_file"),
+        ({"client_id": "c"}, "--client-id", "needs client_secret_file"),
+        ({"token_endpoint": "https://t"}, "--token-endpoint", "needs client_id"),
+        ({"cooldown": 400}, "cooldown_limit (default)", "at least cooldown, which is 400 s"),
+    ],
+)
+def test_settings_that_belong_together_are_asked_for_together(
+    flags: dict[str, Any], key: str, why: str
+) -> None:
+    told, code = faults(AgentSettings, flags)
+    assert code is ExitCode.CONFIG_VALUE
+    assert len(told) == 1
+    assert told[0].startswith(key)
+    assert why in told[0]
+
+
+def test_two_kinds_of_authentication_are_refused(tmp_path: Path) -> None:
+    name = secret(tmp_path)
+    flags = {"username": "u", "password_file": name, "client_id": "c", "client_secret_file": name}
+    assert "keep one" in faults(AgentSettings, flags)[0][0]
+
+
+def test_a_secret_goes_over_plain_http_only_on_this_machine(tmp_path: Path) -> None:
+    flags = {"username": "u", "password_file": secret(tmp_path)}
+    load(AgentSettings, flags)
+    load(AgentSettings, {**flags, "endpoint": "https://a/clientfailover"})
+    told, _ = faults(AgentSettings, {**flags, "endpoint": "http://a/clientfailover"})
+    assert "unencrypted: use https" in told[0]
+    client = {"client_id": "c", "client_secret_file": flags["password_file"]}
+    told, _ = faults(AgentSettings, {**client, "token_endpoint": "http://a/token"})
+    assert told[0].startswith("--token-endpoint")
+
+
+def test_a_secret_that_others_can_read_or_that_is_missing_is_refused(tmp_path: Path) -> None:
+    told, _ = faults(
+        AgentSettings, {"password_file": secret(tmp_path, mode=0o644), "username": "u"}
+    )
+    assert "its mode is 644, right is 600" in told[0]
+    told, _ = faults(AgentSettings, {"password_file": str(tmp_path / "none"), "username": "u"})
+    assert "exists" in told[0]
+    load(AgentSettings, {"password_file": secret(tmp_path, mode=0o640), "username": "u"})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a\nb\n", "x" * 5000, "a\0"])
+def test_a_file_that_holds_no_secret_is_refused_without_repeating_it(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_secret(Path(secret(tmp_path, text)))
+    assert str(caught.value).count("\n") == 0
+    assert "xxx" not in str(caught.value)
+
+
+def test_a_secret_is_read_without_the_end_of_its_line(tmp_path: Path) -> None:
+    assert read_secret(Path(secret(tmp_path, "pass word\r\n"))) == "pass word"
+
+
+def test_a_budget_that_breaks_r1_is_a_timing_error() -> None:
+    settings = load(AgentSettings, {"failover_timeout": 2, "demote": 1, "renew": "1"})
+    assert settings.budget == Budget(renew_s=1.0, demote_s=1.0)
+    with pytest.raises(TimingError, match="R1") as caught:
+        _ = settings.timing
+    assert caught.value.smallest_lease_s > 2
+
+
+# --- the coordinator's own
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"listen": "0.0.0.0:1"}, "without TLS (tls_certificate and tls_key) and authentication"),
+        ({"listen": "[::]:1"}, "--insecure"),
+        ({"tls_certificate": __file__}, "needs tls_key"),
+        ({"token_keys_file": __file__}, "needs token_issuer and token_audience"),
+    ],
+)
+def test_a_coordinator_that_is_open_to_others_is_refused(flags: dict[str, Any], why: str) -> None:
+    assert why in faults(CoordinatorSettings, flags)[0][0]
+
+
+def test_beyond_this_machine_a_coordinator_needs_tls_and_users_or_insecure(tmp_path: Path) -> None:
+    name = secret(tmp_path)
+    load(CoordinatorSettings, {"listen": "0.0.0.0:1", "insecure": True})
+    full = {"listen": "0.0.0.0:1", "tls_certificate": name, "tls_key": name, "users_file": name}
+    load(CoordinatorSettings, full)
+    told, _ = faults(CoordinatorSettings, {**full, "users_file": None})
+    assert "authentication" in told[0]
+    assert "TLS" not in told[0]
+
+
+def test_the_data_directory_is_systemds_then_the_systems_then_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environ = {"STATE_DIRECTORY": "/s/a:/s/b", "XDG_STATE_HOME": "/x"}
+    assert default_data_dir(environ, root=True) == Path("/s/a")
+    assert default_data_dir({}, root=True) == Path("/var/lib/failover-agent")
+    assert default_data_dir({"XDG_STATE_HOME": "/x"}, root=False) == Path("/x/failover-agent")
+    monkeypatch.setenv("HOME", "/h")
+    right = Path("/h/.local/state/failover-agent")
+    assert default_data_dir({"XDG_STATE_HOME": "relative"}, root=False) == right
+
+
+def test_what_is_this_machine_is_known_without_a_name_server() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
+
+
+# --- describing
+
+
+@pytest.mark.parametrize("model", [AgentSettings, CoordinatorSettings])
+def test_every_setting_is_described_with_a_form_and_a_flag(model: type[Settings]) -> None:
+    described = describe(model)
+    assert {d.key for d in described} == set(model.model_fields)
+    assert all(d.kind and d.example for d in described)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "true"), (0.1, "0.1"), (("a", 'b"'), '["a", "b\\""]'), (Path("/x"), '"/x"')],
+)
+def test_a_value_is_written_as_toml(value: object, text: str) -> None:
+    assert toml(value) == text
