@@ -1,0 +1,431 @@
+"""Hook processes (R11): check a hook, start it, signal its group, say how it ended.
+
+Owns processes, their pipes and their numbers. Knows nothing of roles, of limits, and of when a hook
+is to start or to be stopped (R7, R8): whoever starts one decides that.
+
+What a hook gets: its argv as configured, no shell; its own session and process group, led by
+itself; ``/`` as working directory; PATH, HOME, LANG and TZ as the agent has them and the variables
+that it is given, nothing else; one JSON object on stdin, then the end of file; no other open files.
+Its stdout and stderr go line by line into the log, up to the bounds below.
+
+What is not promised:
+- A hook that leaves a process behind (a daemon) has to redirect that one's output: the pipes are
+  closed ``LINGER_S`` after the hook's own end, and a later write to them fails (SIGPIPE).
+- A process that leaves the group (setsid, setpgid) is not signalled with it.
+- Starting takes as long as the kernel's exec does: on a dead network file system, for ever.
+"""
+
+import asyncio
+import errno
+import json
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from agent.errors import ConfigError, ExitCode
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+
+INHERITED = ("PATH", "HOME", "LANG", "TZ")
+"""The variables that a hook has from the agent's own environment, where they are set."""
+
+RUN_BYTES = 64 * 1024
+"""Output of one run that is logged: enough to find a fault, too little to fill a disk."""
+
+RUN_LINES = 1000
+"""Lines of one run that are logged: a line costs the event loop some 20 microseconds."""
+
+LINE_BYTES = 4 * 1024
+"""Of one line; the journal splits at 48 KiB, people give up long before."""
+
+CHUNK_BYTES = 4 * 1024
+DRAIN_BYTES = 64 * 1024
+"""Read at a time while output is logged, and once it is only thrown away (a whole pipe)."""
+
+LAST_READS = 32
+"""Reads of a pipe at the hook's end: all of the largest pipe that an ordinary user can have, 1 MiB.
+What the hook wrote is there; what it left behind may go on writing."""
+
+LINGER_S = 0.1
+"""How long after the hook's end its children's output is still read."""
+
+KEPT = 8
+"""Ended hooks whose group can still be signalled; each keeps one process number in use."""
+
+MAX_LINKS = 40
+"""As the kernel's own bound on symbolic links in one path."""
+
+log = Log(__name__)
+
+
+def check_hook(name: str, argv: Sequence[str]) -> None:
+    """Refuse a hook that could not run, or that others could change (R11).
+
+    Args:
+        name: which hook, for the message.
+        argv: program and arguments; the program is an absolute path.
+
+    Raises:
+        ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE, or
+            HOOK_WRITABLE: the file, or a directory or link on the way to it, belongs to neither
+            root nor us, or can be written by its group or by others (sticky directories may).
+    """
+    if not argv or not argv[0].startswith("/"):
+        raise ConfigError(
+            f"hook {name}: {shlex.join(argv)!r} must be a list that begins with the absolute path"
+            ' of a program, like ["/usr/local/bin/on-primary", "--fast"]'
+        )
+    path = Path(argv[0])
+    try:
+        mode = path.stat().st_mode
+        trail = list(_trail(path))
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"hook {name}: {path} cannot be found ({why}); create it, or correct the path",
+            exit_code=ExitCode.HOOK_MISSING,
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise ConfigError(
+            f"hook {name}: {path} is not a regular file; name a program",
+            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
+        )
+    if not os.access(path, os.X_OK):
+        raise ConfigError(
+            f"hook {name}: {path} may not be executed by uid {os.geteuid()} (mode"
+            f" {stat.S_IMODE(mode):04o}); run: chmod a+x {shlex.quote(str(path))}",
+            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
+        )
+    for part in trail:
+        _check_unchangeable(name, part)
+
+
+def _trail(path: Path) -> Iterator[Path]:
+    """``path``, its directories, and those of each link among them."""
+    todo, seen, links = [path], set(), 0
+    while todo:
+        part = todo.pop()
+        if part in seen:
+            continue
+        seen.add(part)
+        yield part
+        todo.append(part.parent)
+        if part.is_symlink():
+            links += 1
+            if links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            todo.append(part.parent / part.readlink())
+
+
+def _check_unchangeable(name: str, part: Path) -> None:
+    found = part.lstat()
+    quoted = shlex.quote(str(part))
+    if found.st_uid not in {0, os.geteuid()}:
+        raise ConfigError(
+            f"hook {name}: {part} belongs to uid {found.st_uid}, who could replace the hook; it"
+            f" must belong to root or to uid {os.geteuid()}: run: chown root {quoted}",
+            exit_code=ExitCode.HOOK_WRITABLE,
+        )
+    if stat.S_ISLNK(found.st_mode):  # a link has no mode of its own; its directory's counts
+        return
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise ConfigError(
+            f"hook {name}: {part} can be written by its group or by others (mode"
+            f" {stat.S_IMODE(found.st_mode):04o}), who could change the hook: run:"
+            f" chmod go-w {quoted}",
+            exit_code=ExitCode.HOOK_WRITABLE,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HookExit:
+    """How a run ended: one of ``code``, ``signal`` and ``error`` is set.
+
+    Attributes:
+        code: the exit status, 0 for success.
+        signal: the number of the signal that killed the hook.
+        duration_s: from its start to its end, suspended time included.
+        output_cut: bytes of output that were not logged, as far as known at the end.
+        error: why the hook could not be started, or why its end is not known.
+    """
+
+    code: int | None
+    signal: int | None
+    duration_s: float
+    output_cut: int = 0
+    error: str | None = None
+
+
+class _Output:
+    """Both streams of one run, into the log and within its bounds. The pipe is always drained."""
+
+    def __init__(self, name: str, epoch: str) -> None:
+        self.cut_bytes = 0
+        self._facts = {"hook": name, "epoch": epoch}
+        self._bytes_left = RUN_BYTES
+        self._lines_left = RUN_LINES
+        self._open: dict[int, tuple[IO[bytes], str, bytearray]] = {}
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._open)
+
+    def follow(self, pipe: IO[bytes], stream: str) -> None:
+        """Read ``pipe`` whenever there is something, and close it at its end."""
+        fd = pipe.fileno()
+        os.set_blocking(fd, False)
+        self._open[fd] = (pipe, stream, bytearray())
+        self._loop.add_reader(fd, self._read, fd)
+
+    def read_rest(self) -> None:
+        """Take what is there already."""
+        for fd in list(self._open):
+            for _ in range(LAST_READS):
+                if not self._read(fd):
+                    break
+
+    def close(self) -> None:
+        for fd in list(self._open):
+            self._end(fd)
+        if self.cut_bytes:
+            log.warning("hook output cut", **self._facts, cut_bytes=self.cut_bytes)
+
+    def _read(self, fd: int) -> bool:
+        """Whether there may be more."""
+        wanted = self._bytes_left > 0 and self._lines_left > 0
+        try:
+            data = os.read(fd, CHUNK_BYTES if wanted else DRAIN_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._end(fd)
+            return False
+        taken = data[: self._bytes_left] if wanted else b""
+        self._bytes_left -= len(taken)
+        self.cut_bytes += len(data) - len(taken)
+        _, stream, line = self._open[fd]
+        *whole, rest = taken.split(b"\n")
+        for part in whole:
+            self._grow(line, part)
+            self._log(stream, line)
+        self._grow(line, rest)
+        return True
+
+    def _grow(self, line: bytearray, part: bytes) -> None:
+        room = LINE_BYTES - len(line)
+        line += part[:room]
+        self.cut_bytes += max(0, len(part) - room)
+
+    def _log(self, stream: str, line: bytearray) -> None:
+        if line and self._lines_left > 0:
+            self._lines_left -= 1
+            text = line.decode(errors="replace")
+            log.info("hook output", **self._facts, stream=stream, line=text)
+        else:
+            self.cut_bytes += len(line)
+        line.clear()
+
+    def _end(self, fd: int) -> None:
+        pipe, stream, line = self._open.pop(fd)
+        self._loop.remove_reader(fd)
+        pipe.close()
+        self._log(stream, line)
+
+
+class HookProcess:
+    """One run of a hook. Made by ``HookRunner.start``; ``wait`` tells how it ended.
+
+    Attributes:
+        pid: its process id, which is its group's too; None if it could not be started.
+    """
+
+    def __init__(self, name: str, clock: Clock, epoch: str) -> None:
+        self.name = name
+        self.pid: int | None = None
+        self._clock = clock
+        self._started_at = clock.boottime()
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[HookExit] = self._loop.create_future()
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._output = _Output(name, epoch)
+        self._lingering: asyncio.TimerHandle | None = None
+
+    @property
+    def pgid(self) -> int | None:
+        """The process group, which is also the session: the hook and what it started."""
+        return self.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the hook's own process has ended, and that was noticed."""
+        return self._ended.done()
+
+    async def wait(self) -> HookExit:
+        """Wait for the hook's own process, not for what it left behind. May be called repeatedly."""
+        return await asyncio.shield(self._ended)
+
+    def term(self) -> None:
+        """SIGTERM to the whole group, if any of it is left."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, if any of it is left."""
+        self._signal(signal.SIGKILL)
+
+    def forget(self) -> None:
+        """Give an ended hook's process id and pipes back; its group is never signalled again.
+
+        Until then the hook stays a zombie on purpose: while it is one its number cannot be given to
+        a stranger, so a signal to the group reaches what the hook left behind and nothing else.
+        """
+        assert self.ended, "a running hook is not forgotten"  # noqa: S101 - our own mistake
+        if self._lingering:
+            self._lingering.cancel()
+            self._lingering = None
+            self._output.close()
+        if self._popen:
+            self._popen.wait()
+            self._popen = None
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._popen is None:  # never started, or forgotten
+            return
+        group = self._popen.pid
+        assert group > 1, group  # noqa: S101 - 0 would be our own group, -1 everybody
+        assert group != os.getpgrp(), group  # noqa: S101 - start_new_session has seen to it
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            pass  # nothing is left, and the zombie was taken by somebody else's wait
+        except PermissionError:
+            log.error("hook may not be signalled", hook=self.name, pid=group, signal=number.name)  # noqa: TRY400 - no traceback needed
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Once, by ``HookRunner.start``, which says what is meant."""
+        try:
+            self._spawn(argv, env, facts)
+        except (OSError, ValueError, RuntimeError) as error:
+            self.kill()
+            self._output.close()
+            self._finish(error=_why_not_started(argv, error))
+
+    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
+        # a file in memory: it ends by itself, and a hook that does not read it holds nobody up
+        with os.fdopen(os.memfd_create("facts"), "w+b") as stdin:
+            stdin.write(json.dumps(facts).encode() + b"\n")
+            stdin.seek(0)
+            self._popen = subprocess.Popen(  # noqa: S603 - argv was checked by check_hook()
+                list(argv),
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd="/",
+                env={**own, **env},
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+        for pipe, stream in ((self._popen.stdout, "stdout"), (self._popen.stderr, "stderr")):
+            assert pipe is not None  # noqa: S101 - both were asked for
+            self._output.follow(pipe, stream)
+        threading.Thread(target=self._watch, args=(self.pid,), daemon=True).start()
+
+    def _watch(self, pid: int) -> None:
+        """Wait for the end in a thread of its own, and leave the zombie (see ``forget``)."""
+        try:
+            result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            result = None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._noticed, result)
+
+    def _noticed(self, result: os.waitid_result | None) -> None:
+        self._output.read_rest()
+        if self._output.is_open:
+            self._lingering = self._loop.call_later(LINGER_S, self._stop_reading)
+        else:
+            self._output.close()
+        if result is None:
+            error = "its end is not known: somebody else has waited for it, or SIGCHLD is ignored"
+            self._finish(error=error)
+            self.forget()
+        elif result.si_code == os.CLD_EXITED:
+            self._finish(code=result.si_status)
+        else:
+            self._finish(signal=result.si_status)
+
+    def _stop_reading(self) -> None:
+        self._lingering = None
+        if self._output.is_open:
+            log.warning(
+                "hook left a process behind that holds its output: it is closed now",
+                hook=self.name,
+                pid=self.pid,
+                resolution="redirect the output of what the hook starts",
+            )
+        self._output.close()
+
+    def _finish(
+        self, *, code: int | None = None, signal: int | None = None, error: str | None = None
+    ) -> None:
+        duration_s = self._clock.boottime() - self._started_at
+        self._ended.set_result(HookExit(code, signal, duration_s, self._output.cut_bytes, error))
+
+
+def _why_not_started(argv: Sequence[str], error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            right = "; is it there, and the interpreter that its first line names?"
+        case OSError(errno=errno.ENOEXEC):
+            right = "; a script must begin with a line like #!/bin/sh"
+        case _:
+            right = ""
+    return f"{argv[0]} could not be started: {error}{right}"
+
+
+class HookRunner:
+    """Starts hooks, and sees to it that not too many ended ones are kept."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._processes: list[HookProcess] = []
+
+    def start(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]
+    ) -> HookProcess:
+        """Start a hook that ``check_hook`` has passed. Does not wait for it, and does not raise.
+
+        Must be called inside the running loop. A hook that cannot be started has ended at once, with
+        ``HookExit.error``. The caller limits its time: by ``term``, then ``kill``.
+
+        Args:
+            name: which hook, for the log.
+            argv: program and arguments.
+            env: the documented variables; FAILOVER_EPOCH goes into the log with the output.
+            facts: the same facts, JSON-able, for stdin.
+        """
+        ended = [process for process in self._processes if process.ended]
+        for process in ended[:-KEPT]:
+            process.forget()
+            self._processes.remove(process)
+        process = HookProcess(name, self._clock, env.get("FAILOVER_EPOCH", ""))
+        process.start(argv, env, facts)
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """Forget every hook that has ended, before the loop closes. One that runs goes on alone."""
+        for process in self._processes:
+            if process.ended:
+                process.forget()

@@ -1,0 +1,206 @@
+"""The agent's local HTTP server: the workload reports to it, sidecars and people ask it.
+
+Owns the listening socket, bounds and JSON shapes. Knows nothing of what a report means or of what
+the status is: both are callbacks, which run in the event loop and must return at once.
+
+    POST /data-processed {"time": "2026-01-31T12:00:00Z"}  -> 200 {"time": the value now in force}
+    GET  /status                                            -> 200 whatever the agent says
+
+Every error is a JSON object with ``error``, one sentence. There is no authentication: whoever
+reaches the address is believed, so it belongs on loopback.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from agent.errors import ConfigError, ExitCode
+from agent.wire import format_date_time, parse_date_time
+
+MAX_BODY_BYTES = 64 * 1024
+"""A report is under 100 bytes."""
+
+MAX_REQUEST_BYTES = 1024 * 1024
+"""Head, body and trailers of one request. Well above a body's bound, so that a body that is too
+long is answered with 413; a request above this is cut off."""
+
+MAX_CONNECTIONS = 32
+"""A workload, a sidecar and a few people; each costs some 20 KiB."""
+
+REQUEST_S = 5.0
+"""From a connection's start, or the start of its last request, to its end, with an answer or
+without: so long can a slow client hold one of the connections."""
+
+KEEP_ALIVE_S = 3
+"""Of an idle connection. Less than REQUEST_S, so that only what is stuck is cut off."""
+
+STOP_S = 0.05
+"""How long a stop waits for answers that are under way; the callbacks are immediate."""
+
+
+class ProbeServer:
+    """The server. ``start`` it inside a running loop; ``stop`` it there too.
+
+    Args:
+        report: given a reported time (aware, UTC), tells the one now in force.
+        status: what ``GET /status`` answers, as JSON-able values.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[datetime], datetime],
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._report = report
+        self._status = status
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Listen; the address that was bound, of use when ``port`` is 0 (any free one).
+
+        Raises:
+            ConfigError: LISTEN, the address is in use, not ours, or not an address.
+        """
+        config = Config(
+            self._app(),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        config.load()
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: _Connection(config, self._state, {}), host, port
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"probe listener cannot use {host}:{port} ({error.strerror or error}): choose"
+                " another --probe-listen HOST:PORT on this host, with port 0 for any free one",
+                exit_code=ExitCode.LISTEN,
+            ) from error
+        address: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
+        return address
+
+    async def stop(self) -> None:
+        """Listen no more; answers under way get STOP_S. May be called twice, or without a start."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks, timeout=STOP_S)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        self._server = None
+
+    def _app(self) -> ASGIApp:
+        app = Starlette(
+            routes=[
+                Route("/data-processed", self._data_processed, methods=["POST"]),
+                Route("/status", self._show_status, methods=["GET"]),
+            ],
+            exception_handlers={HTTPException: _refused, Exception: _failed},
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    async def _data_processed(self, request: Request) -> JSONResponse:
+        time = _reported_time(await _read(request))
+        return JSONResponse({"time": format_date_time(self._report(time))})
+
+    async def _show_status(self, _request: Request) -> JSONResponse:
+        return JSONResponse(self._status())
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's connection, with bounds on number, time and size, of which it has none by itself."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _taken_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in the base class
+        super().connection_made(transport)
+        self.access_log = False  # whatever the process's other servers have
+        self._begin()
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._taken_bytes += len(data)
+        if self._taken_bytes > MAX_REQUEST_BYTES:
+            self.transport.abort()
+
+    def _begin(self) -> None:
+        self._taken_bytes = 0
+        if self._deadline:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+
+async def _read(request: Request) -> bytes:
+    too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
+    with suppress(ValueError):  # the parser has seen to it that it is a number
+        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+            raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_long
+    return bytes(body)
+
+
+def _reported_time(body: bytes) -> datetime:
+    right = 'the body must be like {"time": "2026-01-31T12:00:00Z"}'
+    try:
+        report = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"The body is not JSON ({error}); {right}.") from error
+    if not isinstance(report, dict) or not isinstance(report.get("time"), str):
+        raise HTTPException(400, f'The body has no "time" that is a string; {right}.')
+    try:
+        time = parse_date_time(report["time"])
+    except ValueError as error:
+        raise HTTPException(400, f"time: {error}.") from error
+    if time is None:
+        raise HTTPException(400, f"time: {report['time']} means never; {right}.")
+    return time
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _failed(_request: Request, _error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "The agent has failed to answer; its log says why."}, 500)

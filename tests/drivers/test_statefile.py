@@ -1,0 +1,204 @@
+"""The state file and its lock."""
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.drivers import statefile
+from agent.drivers.statefile import StateFile, default_directory
+from agent.errors import ConfigError, ExitCode
+
+HOLDER = """
+import sys
+from pathlib import Path
+from agent.drivers.statefile import StateFile
+file = StateFile(Path(sys.argv[1]))
+file.acquire()
+file.write({"role": "Primary"})
+Path(sys.argv[1] + ".tmp").write_text("half of a sta")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[StateFile]:
+    file = StateFile(tmp_path / "state.json")
+    file.acquire()
+    yield file
+    file.close()
+
+
+def test_what_is_written_is_read(file: StateFile) -> None:
+    file.write({"role": "Secondary", "epoch": None})
+    file.write({"role": "Primary", "epoch": 7, "why": "ü"})
+    assert file.read() == {"role": "Primary", "epoch": 7, "why": "ü"}
+    assert json.loads(file.path.read_text()) == file.read()
+
+
+def test_everybody_may_read_it_whatever_the_umask(file: StateFile) -> None:
+    before = os.umask(0o077)
+    try:
+        file.write({})
+    finally:
+        os.umask(before)
+    assert file.path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_reader_never_sees_a_part(file: StateFile) -> None:
+    file.write({"n": 0})
+    with file.path.open() as reader:
+        file.write({"n": 1})
+        assert json.load(reader) == {"n": 0}
+
+
+def test_a_missing_file_is_none_and_logged(
+    file: StateFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert file.read() is None
+    assert "no earlier state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"role": "Pri', b"[]", b"\xff\xfe", b"[" * 50_000, b" " * 70_000 + b"{}"]
+)
+def test_a_damaged_file_is_none_and_logged(
+    file: StateFile, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    file.path.write_bytes(content)
+    assert file.read() is None
+    assert "earlier state ignored" in caplog.text
+
+
+def test_a_failed_write_raises_and_leaves_the_old_state(file: StateFile) -> None:
+    file.write({"n": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            file.write({"n": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read() == {"n": 0}
+    assert sorted(path.name for path in file.path.parent.iterdir()) == [
+        "state.json",
+        "state.json.lock",
+    ]
+
+
+def test_a_state_that_is_not_json_changes_nothing(file: StateFile) -> None:
+    file.write({"n": 0})
+    with pytest.raises(ValueError, match="JSON"):
+        file.write({"until": float("inf")})
+    assert file.read() == {"n": 0}
+    assert not file.path.with_name("state.json.tmp").exists()
+
+
+def test_nobody_writes_without_the_claim(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        StateFile(tmp_path / "state.json").write({})
+
+
+def test_two_processes_never_share_it_and_a_crash_leaves_nothing_in_the_way(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.json"
+    file = StateFile(path)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == b"ready\n"
+        with pytest.raises(ConfigError, match=f"pid {holder.pid}:") as caught:
+            file.acquire()
+        assert caught.value.exit_code == ExitCode.SESSION_IN_USE
+        assert path.with_name("state.json.tmp").exists()
+        holder.kill()
+    file.acquire()
+    assert file.read() == {"role": "Primary"}
+    assert not path.with_name("state.json.tmp").exists()
+    file.close()
+
+
+def test_a_claim_that_was_given_up_can_be_taken(file: StateFile) -> None:
+    other = StateFile(file.path)
+    with pytest.raises(ConfigError):
+        other.acquire()
+    file.close()
+    file.close()
+    other.acquire()
+    other.write({})
+    other.close()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    for path in ("missing/state.json", "file/state.json", "directory"):
+        with pytest.raises(ConfigError, match="cannot be written") as caught:
+            StateFile(tmp_path / path).acquire()
+        assert caught.value.exit_code == ExitCode.STATE_FILE
+        assert str(tmp_path / path) in str(caught.value)
+
+
+def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+    # root may write everywhere but here
+    place = Path("/proc/self") if os.geteuid() == 0 else tmp_path
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError) as caught:
+        StateFile(place / "state.json").acquire()
+    assert caught.value.exit_code == ExitCode.STATE_FILE
+
+
+def test_systemds_directory_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/one:/run/two")
+    assert default_directory() == Path("/run/one")
+
+
+def test_the_sessions_directory_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert default_directory() == tmp_path / "failover-agent"
+    assert default_directory().is_dir()
+
+
+@pytest.mark.parametrize(
+    ("uid", "expected"),
+    [(0, ("/run/failover-agent", 0o755)), (1000, ("/tmp/failover-agent-1000", 0o700))],
+)
+def test_else_it_depends_on_the_user(uid: int, expected: tuple[str, int]) -> None:
+    assert statefile._choose(None, uid) == (Path(expected[0]), expected[1])
+
+
+def test_the_directory_is_made_with_its_mode(tmp_path: Path) -> None:
+    statefile._make(tmp_path / "d", 0o700)
+    statefile._make(tmp_path / "d", 0o700)
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_others_control_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    names = ["open", "link", "missing/below"]
+    if os.geteuid() == 0:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", 12345, -1)
+        names.append("theirs")
+    for name in names:
+        with pytest.raises(ConfigError) as caught:
+            statefile._make(tmp_path / name, 0o700)
+        assert caught.value.exit_code == ExitCode.STATE_FILE
+        assert str(tmp_path / name) in str(caught.value)
