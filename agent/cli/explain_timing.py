@@ -18,9 +18,9 @@ BAR = 72
 COLUMNS = 80
 
 MEANINGS = (
-    ("=", "renew", "R: without a renewal for this long, demotion starts"),
-    ("#", "demote", "D: demotion; at its end what still runs is killed"),
-    (".", "margin", "M: kept free for clock drift and late scheduling"),
+    ("=", "renew", "R: not renewed for so long, demotion starts"),
+    ("#", "demote", "D: demotion; then what still runs is killed"),
+    (".", "margin", "M: kept free for clock drift and lateness"),
 )
 
 
@@ -53,7 +53,7 @@ def command(*, as_json: bool, **given: Any) -> int:
 def explain(timing: Timing, smallest_s: float) -> list[str]:
     """The whole picture, in lines of at most 80 characters."""
     lines = [
-        f"Failover timeout {timing.lease_s:g} s, from the sending of a heartbeat that was answered:",
+        f"Failover timeout {timing.lease_s:g} s, counted from the sending of a heartbeat:",
         "",
         *_bar(timing),
         "",
@@ -69,11 +69,7 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
     for rule, holds in timing.rules():
         text = f"{'holds ' if holds else 'BROKEN'}  {rule}"
         lines += textwrap.wrap(text, COLUMNS - 2, initial_indent="  ", subsequent_indent=" " * 10)
-    right = (
-        f"{smallest_s:g} s"
-        if math.isfinite(smallest_s)
-        else "none; change the part that the broken rule names"
-    )
+    right = f"{smallest_s:g} s" if math.isfinite(smallest_s) else "none; change the broken part"
     return [*lines, "", f"Smallest failover timeout that fits these budgets: {right}"]
 
 

@@ -68,6 +68,6 @@ def test_the_exit_codes_page_has_every_code_once_under_its_name() -> None:
     rows = re.findall(
         r"^\| (\d+) \| ([A-Z_]+) \| \S.*\. \|$",
         (ROOT / "docs/exit-codes.md").read_text(),
-        re.MULTILINEULTILINE,
+        re.MULTILINE,
     )
     assert [(int(code), name) for code, name in rows] == [(c.value, c.name) for c in ExitCode]

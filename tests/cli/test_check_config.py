@@ -1,0 +1,74 @@
+"""check-config: what is in force and from where, or what is wrong; nothing is started."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.errors import ExitCode
+from agent.settings import AgentSettings, CoordinatorSettings, load
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def config(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_what_it_prints_is_toml_that_means_the_same(cli: Cli, tmp_path: Path) -> None:
+    path = config(
+        tmp_path,
+        'group = "g"\nhook_primary = ["/bin/true", "a \\"b\\""]\nbeat = 0.5\nprobe_listen = "off"\n',
+    )
+    code, out, _ = cli("check-config", "--config", str(path))
+    again = config(tmp_path, out)
+    assert code == 0
+    assert load(AgentSettings, path=again) == AgentSettings(
+        group="g", hook_primary=("/bin/true", 'a "b"'), beat=0.5, probe_listen=None
+    )
+
+
+def test_each_value_is_told_with_where_it_is_from(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(tmp_path, 'group = "g"\n')
+    monkeypatch.setenv("FAILOVER_AGENT_BEAT", "PT1S")
+    code, out, _ = cli("check-config", "--config", str(path), "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["settings"]["group"] == {"value": "g", "from": str(path)}
+    assert told["settings"]["beat"] == {"value": 1.0, "from": "FAILOVER_AGENT_BEAT"}
+    assert told["settings"]["demote"] == {"value": None, "from": "default"}
+    assert told["timing"]["beat_s"] == 1.0
+    assert told["timing"]["demote_s"] == 2.5
+
+
+def test_the_coordinators_settings_are_checked_on_request(cli: Cli, tmp_path: Path) -> None:
+    path = config(tmp_path, "max_groups = 5\n")
+    code, out, _ = cli("check-config", "--coordinator", "--config", str(path))
+    assert code == 0
+    assert f"max_groups = 5  # from {path}" in out.splitlines()
+    assert load(CoordinatorSettings, path=config(tmp_path, out)).max_groups == 5
+    assert cli("check-config", "--config", str(path))[0] == ExitCode.CONFIG_UNKNOWN_KEY
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("group = ", ExitCode.CONFIG_FILE),
+        ("grup = 1", ExitCode.CONFIG_UNKNOWN_KEY),
+        ("", ExitCode.CONFIG_VALUE),
+        ('group = "g"\nmargin = 0.01', ExitCode.TIMING),
+        ('group = "g"\nhook_primary = ["/none"]', ExitCode.HOOK_MISSING),
+        ('group = "g"\nhook_primary = ["/etc/passwd"]', ExitCode.HOOK_NOT_EXECUTABLE),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_its_own_code(
+    cli: Cli, tmp_path: Path, text: str, right: ExitCode
+) -> None:
+    code, out, err = cli("check-config", "--config", str(config(tmp_path, text)))
+    assert (code, out) == (right, "")
+    assert err.count("\n") == 1
