@@ -139,6 +139,7 @@ class Session:
         self._cool_until = float("inf")
         self._failures = 0
         self._newest_revision = -1
+        self._told_revision: int | None = None
         self._seen: tuple[object, ...] | None = None
         self._confirmations = 0
         self._beats = 0
@@ -235,6 +236,8 @@ class Session:
     ) -> None:
         sent_at = self._in_flight.pop(beat, None)
         fresh = self._is_fresh(answer.epoch, answer.revision)
+        if fresh:
+            self._told_revision = answer.revision
         if not fresh or self.phase is not Phase.MEMBER or self._demoting:
             return
         if answer.role is Role.SECONDARY:
@@ -351,7 +354,10 @@ class Session:
         if not self._is_fresh(status.epoch, status.revision):
             return
         seen = (status.primary, status.pending, status.epoch, status.revision)
-        news, self._seen = seen != self._seen, seen
+        known = seen == self._seen or (
+            status.revision is not None and status.revision == self._told_revision
+        )
+        self._seen = seen
         if self.phase is not Phase.MEMBER or self._demoting:
             return
         if (
@@ -360,7 +366,9 @@ class Session:
             and status.primary != me
         ):
             self._demote(f"{status.primary} is primary", now, effects)
-        elif news and (me in (status.primary, status.pending) or self.role is not Role.SECONDARY):
+        elif not known and (
+            me in (status.primary, status.pending) or self.role is not Role.SECONDARY
+        ):
             self._confirmations = 0
             self._beat_at = now
 
