@@ -1,4 +1,4 @@
-"""What the commands that ask a coordinator share: the client, the trying in turn, the tables.
+"""What the commands that ask a coordinator share: trying the endpoints in turn, and the tables.
 
 Owns nothing that lasts: one question, one answer, printed. What a server says is data: no control
 character and no markup of it reaches the terminal.
@@ -11,17 +11,16 @@ from datetime import datetime
 from typing import TypeVar
 
 import click
-import httpx2
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from agent import wire
-from agent.drivers.rest import ClientCredentials, RestClient
-from agent.errors import ConfigError, ServerError
-from agent.ops.clock import Clock
-from agent.settings import AgentSettings, check_id, read_secret
+from agent.drivers.rest import RestClient
+from agent.drivers.rest.configured import client_for
+from agent.errors import ServerError
+from agent.settings import AgentSettings, check_id
 
 T = TypeVar("T")
 
@@ -32,43 +31,16 @@ PIPED_COLUMNS = 1000
 """Width of a table that no terminal shows: nothing is folded, so that grep finds whole values."""
 
 
-def open_client(settings: AgentSettings) -> RestClient:
-    """A client for the endpoints of the settings, with their credentials and CA. Close it.
-
-    Raises:
-        ConfigError: a file that the settings name has not in it what it should.
-    """
-    context = httpx2.create_ssl_context(trust_env=False)
-    if settings.ca_file is not None:
-        try:
-            context.load_verify_locations(settings.ca_file)
-        except OSError as error:  # an SSLError is one
-            raise ConfigError(
-                f"ca_file {settings.ca_file} must have certificates in PEM: {error}"
-            ) from None
-    auth: httpx2.Auth | None = None
-    if settings.username is not None and settings.password_file is not None:
-        auth = httpx2.BasicAuth(settings.username, read_secret(settings.password_file))
-    elif settings.client_id is not None and settings.client_secret_file is not None:
-        auth = ClientCredentials(
-            settings.client_id,
-            read_secret(settings.client_secret_file),
-            clock=Clock().boottime,
-            token_url=settings.token_endpoint,
-            verify=context,
-        )
-    return RestClient(settings.endpoint, auth=auth, verify=context)
-
-
 def ask(settings: AgentSettings, question: Callable[[RestClient, float], Awaitable[T]]) -> T:
     """The answer of the first endpoint that gives one. ``question`` gets the client and a time limit.
 
     Raises:
         ServerError: no endpoint answered (the last one's error), or one refused.
+        ConfigError: a file with a secret or with certificates holds none.
     """
 
     async def in_turn() -> T:
-        client = open_client(settings)
+        client = client_for(settings)
         try:
             for _ in settings.endpoint[1:]:
                 asked = client.endpoint

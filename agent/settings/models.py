@@ -131,7 +131,7 @@ class AgentSettings(Settings):
     session_id: Id | None = Field(
         None,
         description="Id of this member, unique in its group and the same after a restart."
-        " Not set: chosen from the host's name.",
+        " Not set: the host's name, with -2, -3, ... where agents of this host have it already.",
         examples=["host-a"],
     )
     session_name: Text | None = Field(
@@ -205,8 +205,9 @@ class AgentSettings(Settings):
     )
     state_file: AnyPath | None = Field(
         None,
-        description="File with role and epoch for sidecars, replaced atomically."
-        " Not set: chosen from group and session in the directory for such files.",
+        description="File with role and epoch for sidecars, replaced atomically. Not set:"
+        " group.session.json in $RUNTIME_DIRECTORY (systemd), else in failover-agent under"
+        " $XDG_RUNTIME_DIR, for root /run.",
         examples=["/run/failover-agent/state.json"],
     )
     probe_listen: ProbeListen = Field(
