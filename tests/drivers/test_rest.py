@@ -854,6 +854,26 @@ async def test_calls_that_fail_together_move_on_by_one_endpoint() -> None:
         assert client.endpoint == B
 
 
+async def test_a_late_failure_of_an_endpoint_that_was_left_moves_nothing() -> None:
+    late = asyncio.Event()
+
+    async def handler(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path.endswith("/status"):
+            await late.wait()
+        return httpx2.Response(500)
+
+    third = f"http://c.test{BASE}"
+    async with client_of(A, B, third, transport=httpx2.MockTransport(handler)) as client:
+        read = asyncio.create_task(client.status("g", timeout_s=PATIENCE_S))
+        await asyncio.sleep(0)
+        await failure(client)
+        await failure(client)
+        late.set()
+        with pytest.raises(ServerError, match=r"a\.test"):
+            await read
+        assert client.endpoint == third
+
+
 # --- credentials ----------------------------------------------------------------------------------
 
 SECRET = "hunter2-%&"
@@ -990,6 +1010,36 @@ async def test_a_refused_token_is_replaced_once_and_the_call_repeated() -> None:
     assert (identity.issued, identity.beats) == (3, 5)
 
 
+async def test_a_late_refusal_of_an_old_token_does_not_drop_the_new_one() -> None:
+    identity = Identity()
+    both, first = asyncio.Event(), asyncio.Event()
+
+    async def api(request: httpx2.Request) -> httpx2.Response:
+        reply = identity.api(request)
+        if identity.beats == 2:
+            await both.wait()
+        elif identity.beats == 3:
+            both.set()
+            await first.wait()
+        return reply
+
+    auth = ClientCredentials(
+        "me",
+        SECRET,
+        clock=lambda: 0.0,
+        token_url="https://id.test/token",
+        transport=httpx2.MockTransport(identity.tokens),
+    )
+    async with client_of(auth=auth, transport=httpx2.MockTransport(api)) as client:
+        await beat(client)
+        identity.valid = {"t2"}
+        early, late = asyncio.create_task(beat(client)), asyncio.create_task(beat(client))
+        await early
+        first.set()
+        await late
+    assert (identity.issued, identity.beats) == (2, 5)
+
+
 async def test_an_endless_refusal_of_a_token_is_cut_at_its_bound() -> None:
     identity = Identity()
     auth = ClientCredentials(
@@ -1068,7 +1118,7 @@ async def test_a_call_waits_for_a_token_no_longer_than_its_own_time_limit() -> N
         assert (await failure_of_token(client, 0.05)).exit_code is ExitCode.NO_ANSWER
         identity.gate.set()
         await beat(client)
-    assert identity.issued == 1  # the fetch went on behind the call that had given up
+    assert len(identity.urls) == 1  # the fetch went on behind the call that had given up
 
 
 async def test_closing_gives_up_a_fetch_that_is_under_way() -> None:
