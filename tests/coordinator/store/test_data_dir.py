@@ -11,7 +11,6 @@ from pathlib import Path
 import apsw
 import pytest
 
-import agent
 from agent.coordinator.store import Stored
 from agent.coordinator.store.data_dir import SCHEMA_VERSION, open_data_dir
 from agent.coordinator.store.sqlite import SqliteStore
@@ -72,7 +71,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
         except FileNotFoundError:
             pytest.skip("needs: the mount command")
         if done.returncode != 0:
-            pytest.skip(f"needs: the right to mount a tmpfs ({done.stderr.strip()})")
+            pytest.skip(f"needs: the right to mount a tmpfs ({done.stderr.splitlines()[0]})")
         mounted = True
         return point
 
@@ -100,7 +99,7 @@ def hold(directory: Path) -> subprocess.Popen[str]:
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, str(directory)],
-        env=os.environ | {"PYTHONPATH": str(Path(agent.__file__).parent.parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -275,8 +274,11 @@ async def test_a_read_only_directory_is_refused(
     assert "cannot be written" in str(error)
 
 
+@pytest.mark.parametrize("room", [0, 4096, 8192, 28672])
 @pytest.mark.parametrize("state", ["no directory", "empty", "used"])
-async def test_a_full_disk_is_refused(state: str, mount: Mount) -> None:
+async def test_a_full_disk_is_refused_wherever_the_room_ends(
+    state: str, room: int, mount: Mount
+) -> None:
     disk = mount("size=1m")
     directory = disk / "data"
     if state == "empty":
@@ -284,8 +286,10 @@ async def test_a_full_disk_is_refused(state: str, mount: Mount) -> None:
     elif state == "used":
         await SqliteStore.open(directory).close()
     ballast = fill(disk)
+    os.truncate(ballast, ballast.stat().st_size - room)
     with pytest.raises(StoreError) as refusal:
         SqliteStore.open(directory)
+    assert not list(directory.glob("*.new"))
     assert refusal.value.exit_code is ExitCode.DATA_DIR_FULL
     assert str(directory) in str(refusal.value)
     assert "free some space" in str(refusal.value)

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import agent
 from agent.coordinator.store.sqlite import SqliteStore
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(agent.__file__).parent.parent)}
-ROUNDS = 8
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+ROUNDS = 6
 SEED = 20240506
 
 Acknowledged = dict[str, tuple[int, int]]
