@@ -8,6 +8,7 @@ error, also one of routing, is answered in one form.
 """
 
 import asyncio
+import itertools
 import math
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -102,12 +103,14 @@ class Api:
         self._max_body_bytes = max_body_bytes
         self._role_names = role_names
         self._router = Router(ROUTES)
+        self._run_id = str(uuid.uuid4())[:-12]  # an operation's id is this and its number
+        self._operations = itertools.count(1)
         self._document = document(ROUTES, self._auth.schemes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         assert scope["type"] == "http"  # noqa: S101 - the server is configured without the others
-        operation_id = str(uuid.uuid4())
+        operation_id = f"{self._run_id}{next(self._operations):012x}"
         try:
             answer = await self._answer(scope, receive)
         except RequestRefused as refusal:

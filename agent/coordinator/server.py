@@ -6,6 +6,7 @@ nobody can connect before every group is loaded.
 """
 
 import asyncio
+import gc
 import resource
 import socket
 import ssl
@@ -44,6 +45,11 @@ GRACE_S = 5
 """Requests that are being answered at a stop get so long; then they are cut off. What is being made
 durable is finished in any case."""
 
+GC_THRESHOLDS = (10_000, 50, 100)
+"""A full collection walks every group, 50 ms for 2,000 of them, finds nothing (what a heartbeat leaves
+has no cycles) and by default comes every second under load. With these it comes after 50 million
+objects; the young ones are still looked at."""
+
 log = logs.Log(__name__)
 
 
@@ -55,6 +61,7 @@ def run(settings: CoordinatorSettings) -> int:
         StoreError: the data directory cannot be used; the exit code says why.
     """
     logs.configure(settings.log_level, settings.log_format)
+    gc.set_threshold(*GC_THRESHOLDS)
     return asyncio.run(_run(settings))
 
 

@@ -1,0 +1,179 @@
+"""How late heartbeats are answered at a fixed rate. A script, not a test: it needs a quiet machine.
+
+    .venv/bin/python tests/bench/heartbeats.py [--rate 3000] [--groups 2000] [--seconds 10]
+
+A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
+plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
+ones have been answered, and their latency counts from the moment at which each was due, so that
+waiting inside this generator is not left out. Each carries a new LastDataProcessedTime, which the
+coordinator has to make durable as well.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+CONNECTIONS = 400
+RAMP_UP_S = 3.0
+FAILOVER_TIMEOUT = "00:00:10"
+
+
+@dataclass
+class Connection:
+    """One kept-alive connection, with the requests on it that are not answered yet."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    sent: asyncio.Queue = field(default_factory=asyncio.Queue)
+
+
+@dataclass
+class Result:
+    """What was measured."""
+
+    latencies: list[float] = field(default_factory=list)
+    statuses: Counter = field(default_factory=Counter)
+
+
+def request(method: str, path: str, body: str) -> bytes:
+    return (
+        f"{method} /api/v1/clientfailover/{path} HTTP/1.1\r\nHost: bench\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+async def read_answer(reader: asyncio.StreamReader) -> int:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    if length:
+        await reader.readexactly(int(length))
+    return int(head[9:12])
+
+
+async def ask(connection: Connection, method: str, path: str, body: str) -> int:
+    connection.writer.write(request(method, path, body))
+    return await read_answer(connection.reader)
+
+
+async def set_up(connections: list[Connection], groups: int) -> None:
+    """Make the groups and their sessions, over all connections at once."""
+
+    async def some(number: int) -> None:
+        connection = connections[number]
+        for group in range(number, groups, len(connections)):
+            body = f'{{"Id":"g{group}","FailoverTimeout":"{FAILOVER_TIMEOUT}"}}'
+            assert await ask(connection, "POST", "groups/", body) == 201
+            for session in "ab":
+                path = f"groups/g{group}/clientsessions"
+                assert await ask(connection, "POST", path, f'{{"Id":"{session}"}}') == 201
+
+    await asyncio.gather(*(some(number) for number in range(len(connections))))
+
+
+async def listen(connection: Connection, result: Result, measure_from: float) -> None:
+    while True:
+        status = await read_answer(connection.reader)
+        due = connection.sent.get_nowait()
+        if due >= measure_from:
+            result.latencies.append(time.monotonic() - due)
+            result.statuses[status] += 1
+
+
+async def beat(connections: list[Connection], groups: int, rate: float, until: float) -> None:
+    """Send heartbeats at their times: every session in turn, spread over all connections."""
+    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
+    random.Random(1).shuffle(sessions)  # agents beat when they like, not the primaries together
+    start, number = time.monotonic(), 0
+    while (due := start + number / rate) < until:
+        if (early_s := due - time.monotonic()) > 0.0005:
+            await asyncio.sleep(early_s)
+        group, session = sessions[number % len(sessions)]
+        now = datetime.now(UTC).isoformat()[:-6]
+        body = f'{{"FailoverScore":{90 + number % 10},"LastDataProcessedTime":"{now}Z"}}'
+        connection = connections[number % len(connections)]
+        connection.sent.put_nowait(due)
+        path = f"groups/{group}/clientsessions/{session}/heartbeat"
+        connection.writer.write(request("POST", path, body))
+        number += 1
+        if number % 8 == 0:
+            await asyncio.sleep(0)
+
+
+def cpu_s(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(args: argparse.Namespace, host: str, port: int, process: int) -> None:
+    pairs = [await asyncio.open_connection(host, port) for _ in range(CONNECTIONS)]
+    connections = [Connection(*pair) for pair in pairs]
+    started = time.monotonic()
+    await set_up(connections, args.groups)
+    print(f"{args.groups} groups of 2 sessions made in {time.monotonic() - started:.1f} s")
+    result = Result()
+    begin = time.monotonic() + RAMP_UP_S
+    tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
+    beating = asyncio.create_task(beat(connections, args.groups, args.rate, begin + args.seconds))
+    await asyncio.sleep(begin - time.monotonic())
+    cpu, own = cpu_s(process), cpu_s(os.getpid())
+    await beating
+    cpu, own = cpu_s(process) - cpu, cpu_s(os.getpid()) - own
+    await asyncio.sleep(0.5)
+    for task in tasks:
+        task.cancel()
+    report(result, args.seconds, cpu, own)
+
+
+def report(result: Result, seconds: float, cpu: float, own: float) -> None:
+    latencies = sorted(result.latencies)
+
+    def at(share: float) -> str:
+        return f"{latencies[min(len(latencies) - 1, int(share * len(latencies)))] * 1000:.1f} ms"
+
+    print(
+        f"rate {len(latencies) / seconds:.0f}/s, p50 {at(0.5)}, p99 {at(0.99)},"
+        f" p99.9 {at(0.999)}, max {at(1)}, statuses {dict(result.statuses)},"
+        f" coordinator CPU {cpu / seconds:.0%} of one core, generator {own / seconds:.0%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=float, default=3000)
+    parser.add_argument("--groups", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--profile", type=Path, help="where to write the coordinator's cProfile")
+    args = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    program = ["-m", "agent", "serve"]
+    if args.profile:
+        program = ["-m", "cProfile", "-o", str(args.profile), *program]
+    with tempfile.TemporaryDirectory() as data_dir:
+        command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
+        command += ["--listen", "127.0.0.1:0", "--data-dir", data_dir, "--log-level", "INFO"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
+            log = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
+            os.sched_setaffinity(0, {cores[-1]})
+            host, _, port = url.removeprefix("http://").rpartition(":")
+            try:
+                asyncio.run(measure(args, host, int(port), server.pid))
+            finally:
+                server.send_signal(signal.SIGTERM)
+                server.wait(20)
+                log.wait()
+
+
+if __name__ == "__main__":
+    main()
