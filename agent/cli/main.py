@@ -26,6 +26,7 @@ COMMANDS = {
     "check-config": "Say what is in force, or what is wrong, and start nothing.",
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",
     "status": "Who is primary in a group, and who else is there.",
+    "demo": "Two agents on this machine: a takeover, a handover, a frozen host.",
     "groups": "List, create, show and delete groups.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""

@@ -119,7 +119,9 @@ class Executor:
         run = self._running
         if run is None:
             retrying = self.wanted is Role.SECONDARY and not self.settled
-            return min(self._by, self._retry_at) if retrying else float("inf")
+            if not retrying:
+                return float("inf")
+            return self._retry_at if self._retry_at < self._by - self._grace_s else self._by
         due = run.kill_at if run.termed else run.term_at
         due = float("inf") if run.killed else due
         return min(due, self._by) if self.wanted is Role.SECONDARY else due
@@ -128,7 +130,7 @@ class Executor:
         if self.completed is self.wanted or self.promotion_failed is not None:
             return None
         if self.wanted is Role.SECONDARY:
-            return Role.SECONDARY if self._retry_at <= now < self._by else None
+            return Role.SECONDARY if self._retry_at <= now < self._by - self._grace_s else None
         return Role.PENDING_PRIMARY if self.completed is Role.SECONDARY else Role.PRIMARY
 
     def _start(self, role: Role, now: float) -> StartHook:

@@ -1,0 +1,458 @@
+"""``failover-agent demo``: two hosts, one workload, three faults, and what came of it.
+
+Owns a temporary folder and the processes that it starts there: a coordinator, an agent for each of
+two "hosts", and whatever their hooks start. Nothing is simulated: the collector (demo_collector.py)
+is really started and stopped, killed and frozen, and the figures are read from its output.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from agent.errors import ExitCode, FailoverError
+
+GROUP = "demo"
+LEASE_S = 2.0
+LINE_S = 0.02
+"""The source grows by a line this often."""
+
+PATIENCE_S = 20.0
+"""Ten failover timeouts: whatever has not happened by then will not."""
+
+WORK_S = 1.5
+"""The collector is left to work for this long between two faults."""
+
+START_HOOK = """#!/bin/sh
+# Promotion: start the collector, and remember which process it is.
+cd {directory} || exit 1
+{python} -m agent.cli.demo_collector {directory} {host} >> {host}.log 2>&1 &
+echo $! > {host}.pid
+"""
+
+STOP_HOOK = """#!/bin/sh
+# Demotion: stop the collector if it runs, and do not return before it is gone. A zombie is gone.
+cd {directory} || exit 1
+[ -f {host}.pid ] || exit 0
+pid=$(cat {host}.pid)
+kill -TERM "$pid" 2>/dev/null
+tries=0
+while grep -qs '^State:.[^ZX]' "/proc/$pid/status"; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 20 ] || kill -KILL "$pid" 2>/dev/null
+    sleep 0.01
+done
+rm -f {host}.pid
+"""
+
+
+class DemoError(FailoverError):
+    """The demonstration could not be carried through."""
+
+    exit_code = ExitCode.DEMO_CHECK_FAILED
+
+
+@click.command("demo")
+@click.option("--keep", is_flag=True, help="Keep the folder with the logs and the output.")
+def command(*, keep: bool) -> int:
+    """Show a takeover after a kill, a handover at a stop, and a frozen host, in under a minute.
+
+    Starts a coordinator and two agents on this machine's loopback, with a collector that is really
+    started and stopped. Needs nothing else, changes nothing outside a temporary folder. Exit code 41
+    if anything was written twice, lost, or written by two hosts at once.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="failover-demo-"))
+    demo = Demo(directory, Console(highlight=False))
+    ok = False
+    try:
+        ok = demo.run()
+    finally:
+        demo.close()
+        if keep or not ok:
+            click.echo(f"logs and output are in {directory}")
+        else:
+            _remove(directory)
+    return ExitCode.OK if ok else ExitCode.DEMO_CHECK_FAILED
+
+
+def _remove(directory: Path) -> None:
+    for path in sorted(directory.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    directory.rmdir()
+
+
+@dataclass
+class Host:
+    """One "host": an agent and what its hooks start."""
+
+    name: str
+    directory: Path
+    agent: subprocess.Popen[bytes] | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((self.directory / f"{self.name}.json").read_text())
+            return state if isinstance(state, dict) else {}
+        return {}
+
+    @property
+    def collector(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.directory / f"{self.name}.pid").read_text())
+        return None
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the whole host: the collector and the agent, as a power cut or a frozen machine."""
+        pids = [self.collector, self.agent.pid if self.agent else None]
+        for pid in pids:
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def wait(self) -> int:
+        """For the agent's end; its exit code."""
+        code = 0
+        if self.agent is not None:
+            code = self.agent.wait(PATIENCE_S)
+            self.agent = None
+        return code
+
+
+@dataclass(frozen=True)
+class Written:
+    """One line of the output."""
+
+    number: int
+    epoch: int
+    host: str
+    at_s: float
+
+
+@dataclass
+class Fault:
+    """One row of the table at the end. Seconds on CLOCK_MONOTONIC."""
+
+    name: str
+    at_s: float
+    before: str
+    epoch_before: int
+    after: str = ""
+    epoch_after: int = 0
+
+
+@dataclass
+class Demo:
+    """The whole demonstration."""
+
+    directory: Path
+    console: Console
+    hosts: list[Host] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    endpoint: str = ""
+    coordinator: subprocess.Popen[str] | None = None
+    started_at: float = field(default_factory=time.monotonic)
+    growing: threading.Event = field(default_factory=threading.Event)
+    shown_at: float = 0.0
+    lines: int = 0
+    unclean: int = 0
+
+    def run(self) -> bool:
+        """All of it; whether every check holds."""
+        self.say(
+            f"One group, two hosts, failover timeout {LEASE_S:g} s. A collector copies a growing"
+            f" file; a line is due every {LINE_S * 1000:.0f} ms."
+        )
+        self.prepare()
+        self.serve()
+        for host in self.hosts:
+            self.start(host)
+        primary = self.until_primary(after_epoch=0)
+        self.say(f"{primary.name} is primary, and its collector works.")
+        self.work(WORK_S)
+        killed = self.kill()
+        self.start(killed)
+        self.until(lambda: killed.state.get("reason") == "starting", "the killed host to come back")
+        self.work(WORK_S)
+        stopped = self.stop_one()
+        self.start(stopped)
+        self.work(WORK_S)
+        self.freeze()
+        self.work(WORK_S)
+        self.finish()
+        return self.report()
+
+    # -- the stage ------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        for name in ("source", "output", "activity"):
+            (self.directory / name).touch()
+        for name in ("host-a", "host-b"):
+            words = {
+                "directory": shlex.quote(str(self.directory)),
+                "host": name,
+                "python": shlex.quote(sys.executable),
+            }
+            for kind, text in (("start", START_HOOK), ("stop", STOP_HOOK)):
+                path = self.directory / f"{kind}-{name}"
+                path.write_text(text.format(**words))
+                path.chmod(0o700)
+            self.hosts.append(Host(name, self.directory))
+        self.growing.set()
+        threading.Thread(target=self.grow, daemon=True).start()
+
+    def grow(self) -> None:
+        """The plant: a numbered line with its time, every LINE_S."""
+        with (self.directory / "source").open("a") as source:
+            while self.growing.is_set():
+                self.lines += 1
+                source.write(f"{self.lines} {datetime.now(UTC).isoformat()}\n")
+                source.flush()
+                time.sleep(LINE_S)
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "agent", *words]
+
+    def serve(self) -> None:
+        words = ("serve", "--listen", "127.0.0.1:0", "--data-dir", str(self.directory / "data"))
+        self.coordinator = subprocess.Popen(  # noqa: S603 - ourselves
+            self.command(*words),
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.coordinator.stderr is not None  # noqa: S101 - it was asked for
+        told = []
+        for line in self.coordinator.stderr:
+            told.append(line)
+            if "coordinator listening" in line:
+                url = next(w for w in line.split() if w.startswith("url=")).removeprefix("url=")
+                self.endpoint = f"{url}/api/v1/clientfailover"
+                threading.Thread(target=self.drain, daemon=True).start()
+                self.say(f"The coordinator listens at {url}.")
+                return
+        raise DemoError("the coordinator did not start: " + "".join(told))
+
+    def drain(self) -> None:
+        assert self.coordinator is not None  # noqa: S101 - serve() has made it
+        assert self.coordinator.stderr is not None  # noqa: S101 - likewise
+        with (self.directory / "coordinator.log").open("w") as log:
+            for line in self.coordinator.stderr:
+                log.write(line)
+
+    def start(self, host: Host) -> None:
+        words = {
+            "--endpoint": self.endpoint,
+            "--group": GROUP,
+            "--session-id": host.name,
+            "--failover-timeout": f"{LEASE_S:g}",
+            "--hook-primary": str(self.directory / f"start-{host.name}"),
+            "--hook-secondary": str(self.directory / f"stop-{host.name}"),
+            "--state-file": str(self.directory / f"{host.name}.json"),
+            "--probe-listen": "127.0.0.1:0",
+        }
+        flags = [word for pair in words.items() for word in pair]
+        with (self.directory / f"{host.name}.agent.log").open("ab") as log:
+            host.agent = subprocess.Popen(  # noqa: S603 - ourselves
+                self.command("run", *flags),
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.say(f"An agent starts on {host.name}.")
+
+    # -- the acts -------------------------------------------------------------------------------
+
+    def kill(self) -> Host:
+        host, fault = self.strike("SIGKILL")
+        self.say(f"{host.name} loses power: SIGKILL to its agent and its collector.")
+        host.signal(signal.SIGKILL)
+        host.wait()
+        (self.directory / f"{host.name}.pid").unlink(missing_ok=True)
+        self.taken_over(fault)
+        return host
+
+    def stop_one(self) -> Host:
+        host, fault = self.strike("stop (SIGTERM)")
+        self.say(f"{host.name} is stopped: SIGTERM to its agent, which hands over.")
+        assert host.agent is not None  # noqa: S101 - it is primary
+        host.agent.send_signal(signal.SIGTERM)
+        self.taken_over(fault)
+        self.unclean += host.wait() != ExitCode.OK
+        return host
+
+    def freeze(self) -> None:
+        host, fault = self.strike("frozen (SIGSTOP)")
+        self.say(f"{host.name} freezes: SIGSTOP to its agent and its collector.")
+        host.signal(signal.SIGSTOP)
+        self.taken_over(fault)
+        self.work(WORK_S / 2)
+        self.say(f"{host.name} wakes up: SIGCONT. It must not write another line.")
+        host.signal(signal.SIGCONT)
+        self.until(lambda: host.state.get("role") == "Secondary", f"{host.name} to demote itself")
+        self.say(f"{host.name} has demoted itself: {host.state.get('reason')}.")
+
+    def strike(self, name: str) -> tuple[Host, Fault]:
+        host = self.until_primary(after_epoch=0)
+        fault = Fault(name, time.monotonic(), host.name, host.state["epoch"])
+        self.faults.append(fault)
+        return host, fault
+
+    def taken_over(self, fault: Fault) -> None:
+        host = self.until_primary(after_epoch=fault.epoch_before)
+        fault.after, fault.epoch_after = host.name, host.state["epoch"]
+        first = next(line for line in self.written() if line.epoch == fault.epoch_after)
+        self.say(
+            f"{host.name} has taken over: its first line came {first.at_s - fault.at_s:.3f} s after"
+            f" the fault, under epoch {fault.epoch_after}."
+        )
+
+    def finish(self) -> None:
+        self.growing.clear()
+        self.until(lambda: self.lines == len(self.written()), "the collector to catch up")
+        for host in self.hosts:
+            if host.agent is not None:
+                host.agent.send_signal(signal.SIGTERM)
+        for host in self.hosts:
+            self.unclean += host.wait() != ExitCode.OK
+        self.say("Both agents have stopped, and so has the collector.")
+
+    def close(self) -> None:
+        """End whatever is left, whatever happened."""
+        self.growing.clear()
+        for host in self.hosts:
+            host.signal(signal.SIGKILL)
+            host.wait()
+        if self.coordinator is not None:
+            self.coordinator.terminate()
+            self.coordinator.wait(PATIENCE_S)
+
+    # -- watching -------------------------------------------------------------------------------
+
+    def written(self) -> list[Written]:
+        lines = []
+        for line in (self.directory / "output").read_text().splitlines():
+            number, _, epoch, host, at_ns = line.split()
+            lines.append(Written(int(number), int(epoch), host, int(at_ns) / 1e9))
+        return lines
+
+    def until_primary(self, *, after_epoch: int) -> Host:
+        """The host that is primary under a later epoch and whose collector has written."""
+
+        def found() -> Iterator[Host]:
+            epochs = {line.epoch for line in self.written()}
+            for host in self.hosts:
+                state = host.state
+                epoch = state.get("epoch") or 0
+                if state.get("role") == "Primary" and epoch > after_epoch and epoch in epochs:
+                    yield host
+
+        self.until(lambda: any(found()), "a primary")
+        return next(found())
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end_at = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > end_at:
+                raise DemoError(f"waited {PATIENCE_S:g} s in vain for {what}")
+            self.show()
+            time.sleep(0.02)
+
+    def work(self, seconds: float) -> None:
+        end_at = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= end_at, "the time to pass")
+
+    def show(self) -> None:
+        """Who is what, twice a second."""
+        if time.monotonic() - self.shown_at < 0.5:  # noqa: PLR2004 - often enough to follow
+            return
+        self.shown_at = time.monotonic()
+        told = [self.told(host) for host in self.hosts]
+        self.say("   ".join(told), style="dim")
+
+    def told(self, host: Host) -> str:
+        state = host.state
+        if host.agent is None:
+            return f"{host.name}: down".ljust(58)
+        text = f"{host.name}: {state.get('role', 'starting'):<14}"
+        until = state.get("active_until_boottime_s")
+        if until is not None:
+            left_s = until - time.clock_gettime(time.CLOCK_BOOTTIME)
+            text += f" epoch {state['epoch']}, lease left {max(0.0, left_s):.2f} s"
+        if until is not None and (stamp := state.get("last_data_processed_time")):
+            lag_s = (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
+            text += f", lag {lag_s:.2f} s"
+        return text.ljust(58)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        at_s = time.monotonic() - self.started_at
+        self.console.print(f"{at_s:6.2f} s  {text.rstrip()}", style=style, soft_wrap=True)
+
+    # -- what came of it ------------------------------------------------------------------------
+
+    def report(self) -> bool:
+        """Print the table and the checks; whether all hold."""
+        written = self.written()
+        table = Table("fault", "from", "to", "epoch", "took over in", "gap", "overlap", box=None)
+        overlaps = []
+        for fault in self.faults:
+            first = next(line.at_s for line in written if line.epoch == fault.epoch_after)
+            last = max(line.at_s for line in written if line.epoch == fault.epoch_before)
+            overlap_s = self.overlap_s(fault.epoch_before, fault.epoch_after)
+            overlaps.append(overlap_s)
+            table.add_row(
+                fault.name,
+                fault.before,
+                fault.after,
+                f"{fault.epoch_before} -> {fault.epoch_after}",
+                f"{first - fault.at_s:.3f} s",
+                f"{first - last:.3f} s",
+                f"{overlap_s:.3f} s" if overlap_s else "0",
+            )
+        self.console.print(table)
+        numbers = [line.number for line in written]
+        checks = {
+            "overlap: moments at which two hosts tried to write": sum(o > 0 for o in overlaps),
+            "lost: lines of the source that are not in the output": len(
+                set(range(1, self.lines + 1)) - set(numbers)
+            ),
+            "duplicates: lines that are in the output twice": len(numbers) - len(set(numbers)),
+            "disorder: lines that are not in the order of the source": sum(
+                later <= earlier for earlier, later in itertools.pairwise(numbers)
+            ),
+            "unclean: agents that were asked to stop and did not end with code 0": self.unclean,
+        }
+        for what, count in checks.items():
+            self.console.print(f"{'ok    ' if count == 0 else 'FAILED'}  {count}  {what}")
+        self.console.print(
+            f"{len(numbers)} of {self.lines} lines written, by {len(self.faults) + 1} tenures."
+        )
+        return not any(checks.values())
+
+    def overlap_s(self, before: int, after: int) -> float:
+        """For how long the earlier epoch went on trying to write after the later one had begun."""
+        first, last = float("inf"), float("-inf")
+        for line in (self.directory / "activity").read_text().splitlines():
+            epoch, _, at_ns = line.split()
+            if int(epoch) <= before:
+                last = max(last, int(at_ns) / 1e9)
+            elif int(epoch) >= after:
+                first = min(first, int(at_ns) / 1e9)
+        return max(0.0, last - first)
