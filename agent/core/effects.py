@@ -8,9 +8,29 @@ after the demotion hook has succeeded (R5).
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 
 from agent.errors import ExitCode
 from agent.model import Role
+
+
+class Cause(StrEnum):
+    """Why a role changed, as a closed set: for metrics, and for who acts on the difference."""
+
+    CHOSEN = "chosen"
+    CONFIRMED = "confirmed"
+    LEASE_LOST = "lease_lost"
+    """No renewal until R, or this process was stopped: nobody told us."""
+    UNFIT = "unfit"
+    """A health check, the guard or the workload failed."""
+    PROMOTION_FAILED = "promotion_failed"
+    TOLD = "told"
+    """The coordinator says so."""
+    STOPPING = "stopping"
+
+
+SELF_DEMOTIONS = frozenset({Cause.LEASE_LOST, Cause.UNFIT})
+"""Demotions that nobody asked for: these run the notification hook ``lost``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,7 @@ class Publish:
     before: Role
     role: Role
     epoch: int | None
+    cause: Cause
     reason: str
 
 

@@ -71,6 +71,17 @@ class Stalled:
 
 
 @dataclass(frozen=True, slots=True)
+class Fitness:
+    """Whether this host may be primary at all (R9): its checks, its guard, its workload.
+
+    Said at each change. An unfit session demotes, beats no more, and so is not chosen.
+    """
+
+    fit: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """The release was answered, or given up."""
 

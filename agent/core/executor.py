@@ -45,7 +45,8 @@ class Executor:
         self._runs = 0
         self._running: _Run | None = None
         self._facts: HookFacts | None = None
-        self._by = float("inf")
+        self.by = float("inf")
+        """When the budget of the wanted demotion ends (R4)."""
         self._grace_s = 0.0
         self._retry_at = float("-inf")
         self.wanted = Role.SECONDARY
@@ -75,7 +76,7 @@ class Executor:
         self._retry_at = now
         self.promotion_failed = None
         if facts.role is Role.SECONDARY:
-            self._by = now + facts.limit_s
+            self.by = now + facts.limit_s
             self.completed = None
             if self._running is not None and self._running.role is not Role.SECONDARY:
                 self._running = replace(
@@ -84,7 +85,7 @@ class Executor:
 
     def overdue(self, now: float) -> bool:
         """Whether a demotion has used up its budget (R4)."""
-        return self.wanted is Role.SECONDARY and not self.settled and now >= self._by
+        return self.wanted is Role.SECONDARY and not self.settled and now >= self.by
 
     def ended(self, run: int, *, ok: bool, why: str, now: float) -> None:
         """Take in that a hook has ended; one that is not the running one says nothing."""
@@ -121,22 +122,22 @@ class Executor:
             retrying = self.wanted is Role.SECONDARY and not self.settled
             if not retrying:
                 return float("inf")
-            return self._retry_at if self._retry_at < self._by - self._grace_s else self._by
+            return self._retry_at if self._retry_at < self.by - self._grace_s else self.by
         due = run.kill_at if run.termed else run.term_at
         due = float("inf") if run.killed else due
-        return min(due, self._by) if self.wanted is Role.SECONDARY else due
+        return min(due, self.by) if self.wanted is Role.SECONDARY else due
 
     def _next_role(self, now: float) -> Role | None:
         if self.completed is self.wanted or self.promotion_failed is not None:
             return None
         if self.wanted is Role.SECONDARY:
-            return Role.SECONDARY if self._retry_at <= now < self._by - self._grace_s else None
+            return Role.SECONDARY if self._retry_at <= now < self.by - self._grace_s else None
         return Role.PENDING_PRIMARY if self.completed is Role.SECONDARY else Role.PRIMARY
 
     def _start(self, role: Role, now: float) -> StartHook:
         assert self._facts is not None  # noqa: S101 - nothing is wanted without facts
         self._runs += 1
-        kill_at = self._by if role is Role.SECONDARY else now + self._limit_s
+        kill_at = self.by if role is Role.SECONDARY else now + self._limit_s
         term_at = max(now, kill_at - self._grace_s)
         self._running = _Run(self._runs, role, term_at, kill_at)
         old_role = _BEFORE.get(role, self._facts.old_role)

@@ -375,8 +375,9 @@ class _Work:
             held_since=self.now.mono,
             last_data=None,
         )
+        # This answer hands over what the tenure before left, not what the beat says of an older one
+        # (R18); the tenure's own progress begins with the next heartbeat.
         self.history[epoch] = HistoryEntry(epoch, beat.session_id, self.now.wall, why)
-        self._progress(beat.last_data)
 
     def _end_tenure(self, why: str) -> None:
         holder = self.record.holder

@@ -17,6 +17,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from agent.core.effects import (
+    Cause,
     Effect,
     Escalate,
     Exit,
@@ -32,6 +33,7 @@ from agent.core.events import (
     BeatFailed,
     Event,
     Failure,
+    Fitness,
     HookEnded,
     Joined,
     Left,
@@ -147,6 +149,8 @@ class Session:
         self._beat_at = float("inf")
         self._releasing = False
         self._stop = False
+        self._unfit: str | None = None
+        self._primary_at = float("-inf")
 
     # -- what the caller calls ----------------------------------------------------------------
 
@@ -171,7 +175,7 @@ class Session:
         self._judge_deadlines(now, effects)
         self._take(event, now, effects)
         self._advance(now, effects)
-        if self.phase is Phase.MEMBER and not self._demoting and now >= self._beat_at:
+        if self._may_beat and now >= self._beat_at:
             effects.append(self._beat(now))
         return tuple(effects)
 
@@ -183,7 +187,7 @@ class Session:
         due = self._executor.wake_at
         if self.role is not Role.SECONDARY and not self._demoting:
             due = min(due, self.renew_by)
-        if self.phase is Phase.MEMBER and not self._demoting:
+        if self._may_beat:
             due = min(due, self._beat_at)
         if self.phase is Phase.COOLING:
             due = min(due, self._cool_until)
@@ -197,12 +201,31 @@ class Session:
         """
         return self.sent_at + self.timing.lease_s
 
+    @property
+    def guard_by(self) -> tuple[float, float] | None:
+        """When the guard has to act in the agent's place (R12), or None while nothing is promoted.
+
+        Two moments on CLOCK_BOOTTIME: when it runs the demotion hook (infinity while the agent
+        demotes itself) and when it kills. Half a margin behind the agent's own, and as much before L.
+        """
+        half_s = self.timing.margin_s / 2
+        if self._demoting:
+            started = self.phase is not Phase.STARTING
+            return (float("inf"), self._executor.by + half_s) if started else None
+        if self.role is Role.SECONDARY:
+            return None
+        return self.renew_by + half_s, self.renew_by + half_s + self.timing.demote_s
+
+    @property
+    def _may_beat(self) -> bool:
+        return self.phase is Phase.MEMBER and not self._demoting and self._unfit is None
+
     # -- the door -----------------------------------------------------------------------------
 
     def _judge_deadlines(self, now: float, effects: list[Effect]) -> None:
         if self.role is not Role.SECONDARY and not self._demoting and now >= self.renew_by:
             late_s = now - self.sent_at
-            self._demote(f"no renewal for {late_s:.3f} s", now, effects)
+            self._demote(Cause.LEASE_LOST, f"no renewal for {late_s:.3f} s", now, effects)
 
     def _take(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 - an arm an event
         match event:
@@ -218,6 +241,8 @@ class Session:
                 self._joined(event.timing, now)
             case Stalled():
                 self._stalled(event.late_s, now, effects)
+            case Fitness():
+                self._fitness(event, now, effects)
             case Released():
                 self._releasing = False
                 if self.phase is Phase.RELEASING:
@@ -243,7 +268,7 @@ class Session:
         if answer.role is Role.SECONDARY:
             self._confirmations = 0
             if self.role is not Role.SECONDARY:
-                self._demote("told Secondary by the coordinator", now, effects)
+                self._demote(Cause.TOLD, "told Secondary by the coordinator", now, effects)
             return
         if sent_at is None or sent_at < self.sent_at:
             return  # forgotten, or overtaken by the answer to a later one (R3)
@@ -274,9 +299,9 @@ class Session:
         self, sent_at: float, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
         if self.role is Role.PRIMARY or self._executor.wanted is Role.PRIMARY:
-            self._demote("the tenure has ended, told PendingPrimary", now, effects)
+            self._demote(Cause.TOLD, "the tenure has ended, told PendingPrimary", now, effects)
             return
-        if now < self._not_before:
+        if self._unfit or now < self._not_before:
             return
         self._extend(sent_at)
         self.last_data = answer.last_data
@@ -286,7 +311,7 @@ class Session:
         if self.role is Role.SECONDARY and now < self.renew_by:
             self.tenure = None
             self._reason = "chosen to take over"
-            self._publish(Role.PENDING_PRIMARY, effects)
+            self._publish(Role.PENDING_PRIMARY, Cause.CHOSEN, effects)
             self._want(Role.PENDING_PRIMARY, self.options.hook_limit_s, now)
 
     def _told_primary(
@@ -294,17 +319,21 @@ class Session:
     ) -> None:
         self._confirmations = 0
         epoch = answer.epoch
-        if epoch is not None and epoch <= self._given_up:
+        unwanted = self._unfit is not None or now < self._not_before
+        if epoch is not None and (epoch <= self._given_up or unwanted):
+            # Given up, or given by a coordinator that does not know that it must not be: beating on
+            # as its holder would keep everybody else from it (R8).
+            self._given_up = max(self._given_up, epoch)
             self._release(epoch, now, effects)
             return
         if self._executor.wanted is Role.PRIMARY:
             if epoch != self.tenure:
-                self._demote("the tenure has ended, another one was given", now, effects)
+                self._demote(Cause.TOLD, "the tenure has ended, another was given", now, effects)
             else:
                 self._extend(sent_at)
             return
         left_s = sent_at + self.timing.renew_s - now
-        if now < self._not_before or left_s < PROMOTE_SHARE * self.timing.renew_s:
+        if unwanted or left_s < PROMOTE_SHARE * self.timing.renew_s:
             return
         self._extend(sent_at)
         self.tenure = epoch
@@ -312,7 +341,7 @@ class Session:
         self.last_data = answer.last_data
         self._reason = "confirmed by the coordinator"
         if self.role is Role.SECONDARY:
-            self._publish(Role.PENDING_PRIMARY, effects)
+            self._publish(Role.PENDING_PRIMARY, Cause.CONFIRMED, effects)
         self._want(Role.PRIMARY, self.options.hook_limit_s, now)
 
     def _extend(self, sent_at: float) -> None:
@@ -325,7 +354,8 @@ class Session:
         if event.failure is Failure.GONE:
             if self.role is not Role.SECONDARY and self.newest_epoch is None:
                 # A plain v1 server hands the role on when it deletes a session (api.md, B.7).
-                self._demote("the server does not know this session any more", now, effects)
+                why = "the server does not know this session any more"
+                self._demote(Cause.TOLD, why, now, effects)
             self._rejoin(effects)
             return
         if event.failure is Failure.BACK_OFF and event.retry_after_s is not None:
@@ -365,7 +395,7 @@ class Session:
             and None not in (status.epoch, self.tenure, status.primary)
             and status.primary != me
         ):
-            self._demote(f"{status.primary} is primary", now, effects)
+            self._demote(Cause.TOLD, f"{status.primary} is primary", now, effects)
         elif not known and (
             me in (status.primary, status.pending) or self.role is not Role.SECONDARY
         ):
@@ -378,9 +408,10 @@ class Session:
         self._in_flight.clear()
         self._beat_at = min(self._beat_at, now)
         if self.role is not Role.SECONDARY and not self._demoting:
-            self._demote(f"this process was stopped for {late_s:.3f} s", now, effects)
+            why = f"this process was stopped for {late_s:.3f} s"
+            self._demote(Cause.LEASE_LOST, why, now, effects)
 
-    def _demote(self, reason: str, now: float, effects: list[Effect]) -> None:
+    def _demote(self, cause: Cause, reason: str, now: float, effects: list[Effect]) -> None:
         """Say Secondary, then run the hook; R4 says until when.
 
         It has D from now, or longer if the lease allows: whichever is later. A demotion that starts
@@ -390,7 +421,7 @@ class Session:
         self._reason = reason
         self._in_flight.clear()
         end_at = self.renew_by + self.timing.demote_s
-        self._publish(Role.SECONDARY, effects)
+        self._publish(Role.SECONDARY, cause, effects)
         self._want(Role.SECONDARY, max(end_at - now, self.timing.demote_s), now)
 
     def _advance(self, now: float, effects: list[Effect]) -> None:
@@ -404,8 +435,8 @@ class Session:
             and not self._demoting
             and self._executor.completed is Role.PRIMARY
         ):
-            self._failures = 0
-            self._publish(Role.PRIMARY, effects)
+            self._primary_at = now
+            self._publish(Role.PRIMARY, Cause.CONFIRMED, effects)
         if self._demoting and self._executor.settled:
             self._demoted(now, effects)
         elif self._demoting and self._executor.overdue(now):
@@ -415,11 +446,26 @@ class Session:
             self._rejoin(effects)
         self._stop_if_asked(now, effects)
 
+    def _fitness(self, event: Fitness, now: float, effects: list[Effect]) -> None:
+        was_unfit, self._unfit = self._unfit, None if event.fit else event.reason
+        if event.fit:
+            if was_unfit is not None:
+                self._beat_at = now
+        elif self.role is not Role.SECONDARY and not self._demoting:
+            self._cool_down(now)
+            self._demote(Cause.UNFIT, f"unfit: {event.reason}", now, effects)
+
     def _promotion_failed(self, why: str, now: float, effects: list[Effect]) -> None:
+        self._cool_down(now)
+        self._demote(Cause.PROMOTION_FAILED, f"promotion failed: {why}", now, effects)
+
+    def _cool_down(self, now: float) -> None:
+        """Ask not to be chosen for a while; for longer with each failure that is soon repeated."""
+        if self.role is Role.PRIMARY and now - self._primary_at >= self.options.cooldown_limit_s:
+            self._failures = 0
         self._failures += 1
         doubled_s = self.options.cooldown_s * 2.0 ** min(self._failures - 1, 32)
         self._hold_off_s = min(doubled_s, self.options.cooldown_limit_s)
-        self._demote(f"promotion failed: {why}", now, effects)
 
     def _demoted(self, now: float, effects: list[Effect]) -> None:
         self._demoting = False
@@ -463,7 +509,7 @@ class Session:
         if not self._stop or self.phase in {Phase.RELEASING, Phase.LEAVING, Phase.ENDED}:
             return
         if self.role is not Role.SECONDARY and not self._demoting:
-            self._demote("stopping", now, effects)
+            self._demote(Cause.STOPPING, "stopping", now, effects)
             effects += self._executor.step(now)
             if self._executor.settled:
                 self._demoted(now, effects)
@@ -493,11 +539,11 @@ class Session:
         grace_s = min(GRACE_SHARE * self.timing.demote_s, LONGEST_GRACE_S)
         self._executor.want(facts, now, grace_s=grace_s)
 
-    def _publish(self, role: Role, effects: list[Effect]) -> None:
+    def _publish(self, role: Role, cause: Cause, effects: list[Effect]) -> None:
         check_transition(self.role, role)
         before, self.role = self.role, role
         self._old_role = before
-        effects.append(Publish(before, role, self.tenure, self._reason))
+        effects.append(Publish(before, role, self.tenure, cause, self._reason))
 
     def _beat(self, now: float) -> SendBeat:
         self._beats += 1

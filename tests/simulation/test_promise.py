@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from world import KINDS, BrokenPromiseError, Fault, Plan, World, build, end_faults, inject
 
-from agent.core.effects import Effect, Release
+from agent.core.effects import Cause, Effect, Release
 from agent.core.session import Session
 from agent.model import Role
 
@@ -112,10 +112,10 @@ class CountsFromTheAnswer(Session):
 class ReleasesFirst(Session):
     """A planted bug: the role is given back before the demotion hook has run."""
 
-    def _demote(self, reason: str, now: float, effects: list[Effect]) -> None:
+    def _demote(self, cause: Cause, reason: str, now: float, effects: list[Effect]) -> None:
         if self.tenure is not None and self.role is Role.PRIMARY:
             effects.append(Release(self.tenure, reason, 0.0))
-        super()._demote(reason, now, effects)
+        super()._demote(cause, reason, now, effects)
 
 
 class ResumesAfterStall(Session):

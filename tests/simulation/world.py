@@ -64,7 +64,7 @@ from agent.core.group_state import (
 )
 from agent.core.roles import TRANSITIONS
 from agent.core.session import Options, Phase, Session
-from agent.core.timing import plan
+from agent.core.timing import Budget, plan
 from agent.errors import NotFound, RequestRefused, TooSoon
 from agent.model import (
     GroupConfig,
@@ -79,6 +79,7 @@ from agent.model import (
 
 EPOCH_OF_WALL = datetime(2026, 1, 1, tzinfo=UTC)
 ALL_HOOKS = frozenset(Role)
+NAMES = "abcdefgh"
 
 
 class BrokenPromiseError(AssertionError):
@@ -130,11 +131,14 @@ class World:
         policy: Policy | None = None,
         plain_v1: bool = False,
         session_class: type[Session] = Session,
+        budget: Budget | None = None,
+        cooldown_limit_s: float | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.lease_s = lease_s
-        self.timing = plan(lease_s)
+        self.timing = plan(lease_s, budget)
+        self.cooldown_limit_s = lease_s if cooldown_limit_s is None else cooldown_limit_s
         self.policy = policy or Policy(score_hysteresis=10.0, minimum_hold_s=lease_s)
         self.plain_v1 = plain_v1
         self.session_class = session_class
@@ -401,8 +405,8 @@ class AgentHost:
                 session_id=self.name,
                 hooks=self.hooks_present,
                 hook_limit_s=self.world.lease_s,
-                cooldown_s=self.world.lease_s / 4,
-                cooldown_limit_s=self.world.lease_s,
+                cooldown_s=self.world.cooldown_limit_s / 4,
+                cooldown_limit_s=self.world.cooldown_limit_s,
                 jitter=self.world.rng.random(),
             ),
         )
@@ -678,6 +682,8 @@ class Plan:
     spread_s: float = 0.003
     plain_v1: bool = False
     horizon: float = 12.0
+    budget: Budget | None = None
+    cooldown_limit_s: float | None = None
 
 
 KINDS = (
@@ -703,12 +709,14 @@ def build(plan_: Plan, session_class: type[Session] = Session) -> World:
         lease_s=plan_.lease_s,
         plain_v1=plan_.plain_v1,
         session_class=session_class,
+        budget=plan_.budget,
+        cooldown_limit_s=plan_.cooldown_limit_s,
     )
     world.coordinator.clock = Clock(1 + plan_.drift[0], 1000.0)
     world.coordinator.state = awaken(world.coordinator.disk, world.coordinator.instant())
     for index in range(plan_.agents):
         agent = world.add_agent(
-            "abc"[index],
+            NAMES[index],
             clock=Clock(1 + plan_.drift[index + 1], 50.0 * index),
             nature=HookNature(plan_.hook_seconds, plan_.outcomes),
             net=Net(loss=plan_.loss, repeat=plan_.repeat, spread_s=plan_.spread_s),

@@ -1,0 +1,226 @@
+"""The guard (R12): a tiny process beside the agent that demotes when the agent cannot.
+
+It is told each new deadline. If one comes and no newer one came, the agent is frozen or hung; if the
+connection ends while one is set, the agent is dead. Then, in this order: the agent is stopped, so
+that it does not wake up in between; the demotion hook runs, TERM and KILL at its limit; what is
+left of the workload is killed; the agent is killed.
+
+Rules of this file: the standard library's smallest modules only, nothing of ours, no asyncio, no
+threads: it must stay small, and run when the agent cannot. It decides nothing: every moment in it was
+computed by the agent. What it cannot do: act while the whole host is frozen, or call a webhook.
+
+Messages come over a SOCK_SEQPACKET socket (the descriptor is the only argument), fields divided by
+NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
+
+    ARM   number hook_at kill_at groups(comma) state_path state_text
+    HOOK  number directory user group groups(comma) nenv env... {nargs args...}...
+    OFF   number
+
+``hook_at`` may be "inf": no hook any more, only the killing at ``kill_at`` (a demotion is under way).
+Ends with 0 when the agent has closed the connection and nothing was due, with 3 when it has acted.
+"""
+
+import os
+import select
+import signal
+import sys
+import time
+
+MESSAGE_BYTES = 65536
+GRACE_SHARE = 0.25
+LONGEST_GRACE_S = 2.0
+POLL_S = 0.01
+"""How often a running hook is looked at: the guard waits for nothing else then."""
+
+KILLED_WAIT_S = 0.2
+"""How long it waits for a killed hook to be gone before it goes on with the killing."""
+
+ACTED = 3
+
+
+def now() -> float:
+    """CLOCK_BOOTTIME, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def say(text: str) -> None:
+    """One line on stderr, which is the agent's; nobody reading it must not stop the guard."""
+    try:
+        os.write(2, f"guard: {text}\n".encode())
+    except OSError:
+        pass
+
+
+class Hook:
+    """The demotion hook, as processes: nothing of its outcome is decided by the guard."""
+
+    def __init__(self, fields: "list[bytes]") -> None:
+        self.directory = fields[0]
+        self.user = int(fields[1])
+        self.group = int(fields[2])
+        self.groups = [int(group) for group in fields[3].split(b",") if group]
+        count = int(fields[4])
+        self.env = {}
+        for pair in fields[5 : 5 + count]:
+            key, _, value = pair.partition(b"=")
+            self.env[key] = value
+        rest = fields[5 + count :]
+        self.commands = []
+        while rest:
+            many = int(rest[0])
+            self.commands.append(rest[1 : 1 + many])
+            rest = rest[1 + many :]
+
+    def start(self, argv: "list[bytes]") -> int:
+        """The process id, which is its group's, too."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setsid()
+            null = os.open("/dev/null", os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(2, 1)
+            os.closerange(3, 256)
+            os.chdir(self.directory)
+            if self.user >= 0:
+                os.setgroups(self.groups)
+                os.setgid(self.group)
+                os.setuid(self.user)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            os.execve(argv[0], argv, self.env)  # noqa: S606 - the agent has checked it
+        except OSError as error:
+            say(f"the demotion hook could not be started: {error}")
+        os._exit(127)
+
+
+class Guard:
+    """What was told last, and what follows of it."""
+
+    def __init__(self, fd: int, agent: int) -> None:
+        self.fd = fd
+        self.agent = agent
+        self.hook_at = self.kill_at = float("inf")
+        self.groups: list[int] = []
+        self.state: tuple[bytes, bytes] | None = None
+        self.hook: Hook | None = None
+
+    def watch(self) -> int:
+        """Until there is something to do or nobody to watch; the exit code."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while True:
+            due_s = min(self.hook_at, self.kill_at) - now()
+            wait_ms = None if due_s == float("inf") else max(0, int(due_s * 1000) + 1)
+            if poll.poll(wait_ms):
+                # Always first: a newer deadline may lie there, unread while this process was frozen.
+                if not self.read():
+                    if self.kill_at == float("inf"):
+                        return 0
+                    self.act("the agent is dead")
+                    return ACTED
+            elif now() >= min(self.hook_at, self.kill_at):
+                self.act("the agent has not renewed its deadline")
+                return ACTED
+
+    def read(self) -> bool:
+        """Take in one message; whether the agent is still there."""
+        try:
+            message = os.read(self.fd, MESSAGE_BYTES)
+        except ConnectionResetError:
+            return False
+        if not message:
+            return False
+        word, number, *fields = message.split(b"\0")
+        if word == b"ARM":
+            self.hook_at, self.kill_at = float(fields[0]), float(fields[1])
+            self.groups = [int(group) for group in fields[2].split(b",") if group]
+            self.state = (fields[3], fields[4]) if fields[3] else None
+        elif word == b"OFF":
+            self.hook_at = self.kill_at = float("inf")
+        elif word == b"HOOK":
+            self.hook = Hook(fields)
+        try:
+            os.write(self.fd, number)
+        except OSError:
+            pass  # it is dead: the next read says so
+        return True
+
+    def act(self, why: str) -> None:
+        """Demote: hook, workload, agent."""
+        say(f"{why}: demoting in its place")
+        self.signal(self.agent, signal.SIGSTOP)
+        self.write_state()
+        hook_groups = []
+        if self.hook_at != float("inf") and self.hook is not None:
+            hook_groups = self.run_hook(self.hook)
+        for group in self.groups + hook_groups:
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except OSError:
+                pass  # nothing is left of it
+        self.signal(self.agent, signal.SIGKILL)
+        say("demoted; the workload's groups and the agent are killed")
+
+    def run_hook(self, hook: Hook) -> "list[int]":
+        """Every command of it, one after the other, to its end or to ``kill_at``."""
+        end_at = max(self.kill_at, now())
+        grace_s = min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
+        started = []
+        for argv in hook.commands:
+            if now() >= end_at:
+                say(f"no time is left for {argv[0].decode()}")
+                break
+            pid = hook.start(argv)
+            started.append(pid)
+            code = self.wait(pid, end_at, grace_s)
+            say(f"demotion hook {argv[0].decode()} ended: {code}")
+        return started
+
+    def wait(self, pid: int, end_at: float, grace_s: float) -> str:
+        """How a command ended; TERM before its end, KILL at it. It stays a zombie: see below."""
+        termed = killed = False
+        while now() < end_at + KILLED_WAIT_S:
+            # WNOWAIT: while it is a zombie its number cannot be given to a stranger.
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                return f"status {ended.si_status}"
+            if now() >= end_at and not killed:
+                killed = True
+                os.killpg(pid, signal.SIGKILL)
+            elif now() >= end_at - grace_s and not termed:
+                termed = True
+                os.killpg(pid, signal.SIGTERM)
+            time.sleep(POLL_S)
+        return "killed, and not gone yet"
+
+    def write_state(self) -> None:
+        """Sidecars read Secondary from here on."""
+        if self.state is None:
+            return
+        path, text = self.state
+        try:
+            fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.write(fd, text)
+            os.close(fd)
+            os.replace(path + b".guard", path)
+        except OSError as error:
+            say(f"the state file could not be written: {error}")
+
+    def signal(self, pid: int, number: int) -> None:
+        """To the agent, if it is still our parent: its number may be a stranger's otherwise."""
+        if os.getppid() == pid:
+            os.kill(pid, number)
+
+
+def main() -> int:
+    """Guard the parent process. The one argument is the socket's descriptor."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the agent does, not before
+    agent = os.getppid()
+    return Guard(int(sys.argv[1]), agent).watch()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
