@@ -34,7 +34,7 @@ class Connection:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    sent: asyncio.Queue = field(default_factory=asyncio.Queue)
+    sent: asyncio.Queue[float] = field(default_factory=asyncio.Queue)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Result:
     """What was measured."""
 
     latencies: list[float] = field(default_factory=list)
-    statuses: Counter = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
 
 
 def request(method: str, path: str, body: str) -> bytes:
@@ -119,7 +119,9 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     connections = [Connection(*pair) for pair in pairs]
     started = time.monotonic()
     await set_up(connections, args.groups)
-    print(f"{args.groups} groups of 2 sessions made in {time.monotonic() - started:.1f} s")
+    print(  # noqa: T201 - a script's result
+        f"{args.groups} groups of 2 sessions made in {time.monotonic() - started:.1f} s"
+    )
     result = Result()
     begin = time.monotonic() + RAMP_UP_S
     tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
@@ -140,7 +142,7 @@ def report(result: Result, seconds: float, cpu: float, own: float) -> None:
     def at(share: float) -> str:
         return f"{latencies[min(len(latencies) - 1, int(share * len(latencies)))] * 1000:.1f} ms"
 
-    print(
+    print(  # noqa: T201 - a script's result
         f"rate {len(latencies) / seconds:.0f}/s, p50 {at(0.5)}, p99 {at(0.99)},"
         f" p99.9 {at(0.999)}, max {at(1)}, statuses {dict(result.statuses)},"
         f" coordinator CPU {cpu / seconds:.0%} of one core, generator {own / seconds:.0%}"

@@ -1,0 +1,402 @@
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from agent.coordinator import service
+from agent.coordinator.store import Stored
+from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
+from agent.errors import Conflict, NotFound, TooSoon, Unavailable
+from agent.model import (
+    AccessEntry,
+    AccessList,
+    GroupConfig,
+    GroupKey,
+    GroupRecord,
+    HeartbeatAnswer,
+    Role,
+    RoleOverride,
+    SessionConfig,
+    Trustee,
+)
+
+from .conftest import EPOCH, Stage
+
+KEY = GroupKey("default", "default", "g")
+LEASE_S = 2.0
+
+
+async def join(stage: Stage, *sessions: str, lease_s: float = LEASE_S) -> None:
+    await stage.coordinator.create_group(KEY, GroupConfig("g", int(lease_s * 10_000_000)))
+    for session in sessions:
+        await stage.coordinator.add_session(KEY, SessionConfig(session))
+
+
+async def beat(stage: Stage, session: str, score: float = 100.0, **more: object) -> HeartbeatAnswer:
+    return await stage.coordinator.beat(KEY, Beat(session, score, **more))  # type: ignore[arg-type]
+
+
+async def promote(stage: Stage, session: str) -> HeartbeatAnswer:
+    await beat(stage, session)
+    answer = await beat(stage, session)
+    assert answer.role is Role.PRIMARY
+    return answer
+
+
+async def stored(stage: Stage) -> Stored:
+    return (await stage.store.load())[KEY]
+
+
+async def test_nobody_sees_a_change_before_it_is_durable(stage: Stage) -> None:
+    """Neither the caller, nor a status read, nor a blocked reader, nor the next heartbeat (R13)."""
+    await join(stage, "a", "b")
+    await beat(stage, "a")
+    revision = stage.coordinator.status(KEY).revision
+    assert revision is not None
+    stage.store.free.clear()
+    promoting = asyncio.create_task(beat(stage, "a"))
+    await stage.settle()
+    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, revision, 60))
+    other = asyncio.create_task(beat(stage, "b"))
+    await stage.settle()
+    assert not promoting.done()
+    assert not reading.done()
+    assert not other.done()
+    assert stage.coordinator.status(KEY).primary is None
+    stage.store.free.set()
+    assert (await promoting).role is Role.PRIMARY
+    assert (await reading).primary == "a"
+    assert (await other).epoch == 1
+    assert (await stored(stage)).record.epoch == 1
+
+
+async def test_a_heartbeat_that_changes_nothing_durable_writes_nothing(stage: Stage) -> None:
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await beat(stage, "b")
+    before = stage.store.writes
+    for _ in range(5):
+        await stage.run_for(0.5)
+        await beat(stage, "a")
+        await beat(stage, "b")
+    assert stage.store.writes == before
+
+
+async def test_a_failing_store_leaves_the_old_state_in_force(stage: Stage) -> None:
+    await join(stage, "a")
+    await beat(stage, "a")
+    stage.disk_full()
+    with pytest.raises(Unavailable) as refusal:
+        await beat(stage, "a")
+    assert refusal.value.retry_after_s > 0
+    assert stage.coordinator.status(KEY).primary is None
+    assert await stage.coordinator.trouble() is not None
+    stage.store.failing = None
+    assert (await beat(stage, "a")).role is Role.PRIMARY
+    assert await stage.coordinator.trouble() is None
+
+
+async def test_a_holder_extends_its_lease_while_the_store_fails(stage: Stage) -> None:
+    """A lease extension needs no store; a heartbeat that was refused has extended nothing."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    stage.disk_full()
+    for _ in range(8):
+        await stage.run_for(0.5)
+        assert (await beat(stage, "a")).role is Role.PRIMARY
+    await stage.run_for(LEASE_S + 0.1)
+    with pytest.raises(Unavailable):
+        await beat(stage, "a")
+    with pytest.raises(Unavailable):
+        await beat(stage, "b")
+    stage.store.failing = None
+    await stage.run_for(1)
+    assert stage.coordinator.status(KEY).primary is None
+
+
+async def test_what_is_due_is_tried_again_until_the_store_works(stage: Stage) -> None:
+    await join(stage, "a")
+    await promote(stage, "a")
+    stage.disk_full()
+    await stage.run_for(LEASE_S + 1)
+    assert stage.coordinator.status(KEY).primary == "a"
+    stage.store.failing = None
+    await stage.run_for(1)
+    assert stage.coordinator.status(KEY).primary is None
+
+
+async def test_a_change_whose_caller_has_gone_is_finished(stage: Stage) -> None:
+    await join(stage, "a")
+    await beat(stage, "a")
+    stage.store.free.clear()
+    promoting = asyncio.create_task(beat(stage, "a"))
+    await stage.settle()
+    promoting.cancel()
+    await stage.settle()
+    stage.store.free.set()
+    await stage.settle()
+    assert promoting.cancelled()
+    assert stage.coordinator.status(KEY).primary == "a"
+    assert (await stored(stage)).record.holder is not None
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("lost answer"), asyncio.CancelledError()])
+async def test_a_change_of_unknown_outcome_is_settled_with_the_store(
+    stage: Stage, fault: BaseException
+) -> None:
+    """It was made, though nobody heard: the next input finds the truth, and no second tenure."""
+    await join(stage, "a", "b")
+    await beat(stage, "a")
+    stage.store.failing_after = fault
+    with pytest.raises((RuntimeError, asyncio.CancelledError)):
+        await beat(stage, "a")
+    stage.store.failing_after = None
+    answer = await beat(stage, "b")
+    assert (answer.role, answer.epoch) == (Role.SECONDARY, 1)
+    assert stage.coordinator.status(KEY).primary == "a"
+
+
+async def test_a_group_that_somebody_else_changed_is_read_again(stage: Stage) -> None:
+    await join(stage, "a")
+    foreign = await stored(stage)
+    await stage.store.swap(KEY, foreign.version, GroupRecord(foreign.record.config, epoch=7))
+    with pytest.raises(Unavailable):
+        await stage.coordinator.add_session(KEY, SessionConfig("b"))
+    _, created = await stage.coordinator.add_session(KEY, SessionConfig("b"))
+    assert created
+    assert stage.coordinator.status(KEY).epoch == 7
+
+
+async def test_the_creation_of_unknown_outcome_is_found_by_the_next(stage: Stage) -> None:
+    stage.store.failing_after = RuntimeError("lost answer")
+    config = GroupConfig("g", 20_000_000)
+    with pytest.raises(RuntimeError):
+        await stage.coordinator.create_group(KEY, config)
+    stage.store.failing_after = None
+    assert await stage.coordinator.create_group(KEY, config) == (config, False)
+
+
+async def test_two_creations_at_once_make_one_group(stage: Stage) -> None:
+    config = GroupConfig("g", 20_000_000)
+    results = await asyncio.gather(*(stage.coordinator.create_group(KEY, config) for _ in range(5)))
+    assert sorted(created for _, created in results) == [False] * 4 + [True]
+
+
+async def test_the_number_of_groups_is_bounded(stage: Stage) -> None:
+    for number in range(5):
+        key = KEY._replace(group=str(number))
+        await stage.coordinator.create_group(key, GroupConfig(str(number), 20_000_000))
+    with pytest.raises(Conflict, match="max_groups"):
+        await stage.coordinator.create_group(KEY, GroupConfig("g", 20_000_000))
+
+
+async def test_a_lease_ends_by_itself_and_the_other_takes_over(stage: Stage) -> None:
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await beat(stage, "b")
+    for _ in range(5):
+        await stage.run_for(0.5)
+        answer = await beat(stage, "b")
+    assert (answer.role, answer.epoch, answer.previous) == (Role.PRIMARY, 2, "a")
+    total, entries = await stage.coordinator.history(KEY, 0, 10)
+    assert total == 2
+    assert [entry.session_id for entry in entries] == ["b", "a"]
+    assert entries[1].until is not None
+
+
+async def test_after_a_restart_the_holder_has_one_full_lease(stage: Stage) -> None:
+    """R14: without any heartbeat it keeps its role for L, and then loses it."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await stage.run_for(LEASE_S - 0.1)
+    await stage.restart()
+    await stage.run_for(LEASE_S - 0.1)
+    await beat(stage, "b")
+    assert stage.coordinator.status(KEY).primary == "a"
+    await stage.run_for(0.2)
+    assert stage.coordinator.status(KEY).primary is None
+
+
+@pytest.mark.parametrize("first", ["turn", "heartbeat"])
+async def test_a_stall_of_the_coordinator_costs_nobody_a_lease(stage: Stage, first: str) -> None:
+    """R14, whether the timer or a heartbeat of the other member is looked at first after it."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await stage.run_for(0.2)
+    await beat(stage, "b")
+    stage.clock.elapsed += 10
+    if first == "turn":
+        stage.coordinator.turn()
+    else:
+        await beat(stage, "b")
+    await stage.settle()
+    assert stage.coordinator.status(KEY).primary == "a"
+    assert (await beat(stage, "a")).role is Role.PRIMARY
+    await stage.run_for(LEASE_S + 0.1)
+    assert stage.coordinator.status(KEY).primary is None
+
+
+async def test_short_stalls_do_not_keep_a_dead_primary(stage: Stage) -> None:
+    await join(stage, "a", "b", lease_s=4)
+    await promote(stage, "a")
+    for _ in range(10):
+        stage.clock.elapsed += 0.5
+        stage.coordinator.turn()
+        await stage.settle()
+    assert stage.coordinator.status(KEY).primary is None
+
+
+async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
+    """The heartbeats that waited for the disk meanwhile have come, though late to be judged."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    stage.store.free.clear()
+    overriding = asyncio.create_task(
+        stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    )
+    await stage.run_for(LEASE_S + 1)
+    waiting = asyncio.create_task(beat(stage, "a"))
+    await stage.settle()
+    stage.store.free.set()
+    await overriding
+    assert (await waiting).role is Role.PRIMARY
+    assert stage.coordinator.status(KEY).epoch == 1
+
+
+async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
+    """R13; and what is kept changes neither revision nor history."""
+    await join(stage, "a")
+    await promote(stage, "a")
+    revision = stage.coordinator.status(KEY).revision
+    await stage.run_for(0.5)
+    await beat(stage, "a", last_data=EPOCH)
+    await stage.run_for(0.9)
+    holder = (await stored(stage)).record.holder
+    assert holder is not None
+    assert holder.last_data == EPOCH
+    assert stage.coordinator.status(KEY).revision == revision
+
+
+async def test_heartbeats_do_not_wait_while_progress_is_kept(stage: Stage) -> None:
+    """A hanging disk delays no renewal; and what came in meanwhile is not undone."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await stage.run_for(0.2)
+    await beat(stage, "a", last_data=EPOCH)
+    stage.store.free.clear()
+    for number in range(1, 9):
+        await stage.run_for(0.5)
+        moment = EPOCH + timedelta(seconds=number)
+        answer = await asyncio.wait_for(beat(stage, "a", last_data=moment), 5)
+        assert answer.last_data == moment
+    stage.store.free.set()
+    await stage.run_for(1)
+    status = stage.coordinator.status(KEY)
+    assert (status.primary, status.last_data) == ("a", EPOCH + timedelta(seconds=8))
+    holder = (await stored(stage)).record.holder
+    assert holder is not None
+    assert holder.last_data == EPOCH + timedelta(seconds=8)
+
+
+async def test_a_waiting_reader_is_answered_when_the_wait_ends(stage: Stage) -> None:
+    await join(stage, "a")
+    status = await stage.coordinator.wait_status(KEY, 10_000, 0.01)
+    assert status.revision == stage.coordinator.status(KEY).revision
+
+
+async def test_waiting_readers_are_answered_at_a_stop(stage: Stage) -> None:
+    await join(stage, "a")
+    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    await stage.settle()
+    stage.coordinator.stop_taking()
+    assert (await asyncio.wait_for(reading, 5)).primary is None
+    with pytest.raises(Unavailable):
+        await beat(stage, "a")
+
+
+async def test_deleting_the_group_answers_its_readers(stage: Stage) -> None:
+    await join(stage)
+    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    await stage.settle()
+    await stage.coordinator.delete_group(KEY)
+    with pytest.raises(NotFound):
+        await asyncio.wait_for(reading, 5)
+    assert await stage.store.load() == {}
+
+
+async def test_the_number_of_waiting_readers_is_bounded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_READERS", 1)
+    await join(stage)
+    first = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    await stage.settle()
+    await asyncio.wait_for(stage.coordinator.wait_status(KEY, 10_000, 100), 5)
+    assert not first.done()
+    first.cancel()
+    await stage.settle()
+    assert stage.coordinator._waiting == 0
+
+
+async def test_a_group_with_active_sessions_is_not_deleted(stage: Stage) -> None:
+    await join(stage, "a")
+    await promote(stage, "a")
+    with pytest.raises(Conflict):
+        await stage.coordinator.delete_group(KEY)
+    await stage.coordinator.apply(KEY, RemoveSession("a"))
+    await stage.coordinator.delete_group(KEY)
+    with pytest.raises(NotFound):
+        stage.coordinator.status(KEY)
+
+
+async def test_a_release_lets_the_other_be_promoted_at_once(stage: Stage) -> None:
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    await beat(stage, "b")
+    await stage.coordinator.apply(KEY, ReleaseRole("a", 1, hold_off_s=5))
+    assert (await beat(stage, "b")).role is Role.PRIMARY
+
+
+async def test_a_heartbeat_that_comes_too_soon_is_refused_and_changes_nothing(stage: Stage) -> None:
+    await join(stage, "a")
+    await promote(stage, "a")
+    with pytest.raises(TooSoon):
+        await beat(stage, "a", score=3)
+    assert stage.coordinator.session(KEY, "a").score == 100
+
+
+async def test_each_change_of_role_is_one_log_line(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    await join(stage, "a")
+    await promote(stage, "a")
+    await stage.run_for(LEASE_S + 0.1)
+    lines = [r.fields for r in caplog.records if r.getMessage() == "role changed"]  # type: ignore[attr-defined]
+    assert [(line["before"], line["after"], line["epoch"]) for line in lines] == [
+        ("Secondary", "PendingPrimary", 0),
+        ("PendingPrimary", "Primary", 1),
+        ("Primary", "Secondary", 1),
+    ]
+    assert lines[2]["reason"] == "its lease ended without a heartbeat"
+    assert all((line["group"], line["session"]) == ("g", "a") for line in lines)
+
+
+async def test_access_lists_are_kept(stage: Stage) -> None:
+    await join(stage)
+    acl = AccessList((AccessEntry(Trustee(1, "ann"), denied=False, rights=31),))
+    await stage.coordinator.set_group_access(KEY, acl)
+    await stage.coordinator.set_access("default", "default", acl)
+    await stage.restart()
+    assert stage.coordinator.group_access(KEY) == acl
+    assert await stage.coordinator.access("default", "default") == acl
+    assert await stage.coordinator.access("default", "other") is None
+
+
+async def test_groups_are_listed_by_id_within_their_namespace(stage: Stage) -> None:
+    for group in ("c", "a", "b"):
+        key = KEY._replace(group=group)
+        await stage.coordinator.create_group(key, GroupConfig(group, 20_000_000))
+    await stage.coordinator.create_group(GroupKey("t", "n", "x"), GroupConfig("x", 20_000_000))
+    total, page = stage.coordinator.groups("default", "default", 1, 1)
+    assert (total, [group.id for group in page]) == (3, ["b"])
