@@ -23,7 +23,8 @@ Each setting can be given in four ways. The first of these that is there counts:
 1. a flag: `--failover-timeout 5`
 2. the environment: `FAILOVER_AGENT_FAILOVER_TIMEOUT=5`, for the coordinator
    `FAILOVER_COORDINATOR_MINIMUM_HOLD=5`
-3. the TOML file that `--config` names: `failover_timeout = 5`, at the top level, no `[tables]`
+3. the TOML file that `--config` names: `failover_timeout = 5`, at the top level; `[tables]` only
+   where a setting's form is tables, and after everything else
 4. the default
 
 {DURATIONS}
@@ -50,11 +51,31 @@ def settings_page() -> str:
             " capitals.\n\n| setting | form | default | meaning |\n|---|---|---|---|\n"
             + "".join(_row(setting) for setting in describe(model))
         )
+        parts += [_tables(setting) for setting in describe(model) if setting.tables]
     return "\n".join(parts)
+
+
+def _tables(setting: Described) -> str:
+    """The keys of a setting's tables: those that all have, then each type's own."""
+    tables = setting.tables
+    shared = set.intersection(*({key.key for key in table.keys} for table in tables)) - {"type"}
+    head = "\n| key | form | default | meaning |\n|---|---|---|---|\n"
+    parts = [
+        f"### `{tables[0].header}`\n",
+        head,
+        *(_row(key) for key in tables[0].keys if key.key in shared),
+    ]
+    for table in tables:
+        own = [key for key in table.keys if key.key not in shared and key.key != "type"]
+        if own:
+            parts += [f'\n`type = "{table.type}"`: {table.meaning}\n', head, *map(_row, own)]
+    return "".join(parts)
 
 
 def _row(setting: Described) -> str:
     default = f"`{setting.default}`" if setting.default else "not set"
+    if setting.required:
+        default = "needed"
     return f"| `{setting.key}` | {setting.kind} | {default} | {setting.meaning} |\n"
 
 
@@ -65,13 +86,25 @@ def sample(program: str, model: type[Settings]) -> str:
         " default, or with an example where it is not set by default: take the '#' away to set it."
         f" A flag, and {model.env_prefix}..., go before this file. {DURATIONS}"
     )
-    return _comment(head) + "".join(_entry(setting) for setting in describe(model))
+    settings = sorted(describe(model), key=lambda setting: bool(setting.tables))  # TOML's own rule
+    return _comment(head) + "".join(_entry(setting) for setting in settings)
 
 
 def _entry(setting: Described) -> str:
     mark = "" if setting.key in ALWAYS_SHOWN else "#"
     form = f"Form: {setting.kind}."
+    if setting.tables:
+        after = "Tables come after every other setting; docs/settings.md has all their keys."
+        return "\n" + _comment(f"{setting.meaning} {form} {after}") + _samples(setting)
     return f"\n{_comment(f'{setting.meaning} {form}')}{mark}{setting.key} = {setting.example}\n"
+
+
+def _samples(setting: Described) -> str:
+    parts = []
+    for table in setting.tables:
+        lines = [table.header, *(f"{key} = {value}" for key, value in table.example.items())]
+        parts.append("\n" + _comment(table.meaning) + "".join(f"#{line}\n" for line in lines))
+    return "".join(parts)
 
 
 def _comment(text: str) -> str:

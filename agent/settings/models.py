@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from agent.core.timing import Budget, Timing, plan
 from agent.errors import ConfigError
+from agent.settings.checks import EXAMPLES as CHECKS
+from agent.settings.checks import CheckTables
 from agent.settings.forms import (
     DEFAULT_ENDPOINT,
     NUMBER,
@@ -259,6 +261,13 @@ class AgentSettings(Settings):
         None,
         description="Certificates (PEM) to trust a coordinator by. Not set: the system's.",
         examples=["/etc/failover-agent/ca.pem"],
+    )
+    check: CheckTables = Field(
+        (),
+        description="Health checks: the share of their weights that pass scales failover_score. At"
+        " 0, and while a required one fails, this member gives up the role (R9). A flag or variable"
+        " is JSON. Not set: always fit.",
+        examples=list(CHECKS),
     )
 
     @property

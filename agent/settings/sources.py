@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
 from agent.errors import ConfigError, ExitCode
+from agent.settings.checks import TablesError
 from agent.settings.models import ContradictionError, Settings
 
 LONGEST_SHOWN = 80
@@ -83,12 +84,20 @@ class Sources(Generic[S]):
         try:
             settings = self.model(**{**self.file, **self.environment, **self.flags})
         except ValidationError as error:
-            faults += [self._place(*fault) for fault in _faults(error)]
+            found = list(_faults(error))
+            faults += [line for fault in found for line in self._lines(*fault)]
+            if found and isinstance(found[0][1], TablesError) and found[0][1].unknown_key:
+                exit_code = ExitCode.CONFIG_UNKNOWN_KEY
         except ContradictionError as error:
             faults += [self._place(*fault) for fault in error.faults]
         if faults:
             raise ConfigError("\n".join(faults), exit_code=exit_code)
         return settings
+
+    def _lines(self, key: str, fault: str | TablesError) -> list[str]:
+        if isinstance(fault, TablesError):  # it says itself which table and key
+            return [f"{self.origin(key)}: {text}" for text in fault.faults]
+        return [self._place(key, fault)]
 
     def _place(self, key: str, text: str) -> str:
         """A fault with the place where the value was given."""
@@ -160,7 +169,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
-def _faults(error: ValidationError) -> Iterator[tuple[str, str]]:
+def _faults(error: ValidationError) -> Iterator[tuple[str, str | TablesError]]:
     """One (key, sentence) per setting: the first of what pydantic says of it."""
     seen = set()
     for fault in error.errors(include_url=False, include_input=False):
@@ -168,7 +177,9 @@ def _faults(error: ValidationError) -> Iterator[tuple[str, str]]:
         if key not in seen:
             seen.add(key)
             told = fault.get("ctx", {}).get("error")
-            if fault["type"] == "path_type":
+            if isinstance(told, TablesError):
+                yield key, told
+            elif fault["type"] == "path_type":
                 yield key, "must be a path, as a string"
             else:
                 yield key, str(told) if told else fault["msg"].replace("Input should", "must")

@@ -10,6 +10,7 @@ import pytest
 from agent.cli.reference import PROGRAMS, sample, settings_page
 from agent.errors import ExitCode
 from agent.settings import AgentSettings, CoordinatorSettings, Settings, describe, load
+from agent.settings.checks import TYPES
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = {
@@ -17,7 +18,7 @@ SAMPLES = {
     CoordinatorSettings: ROOT / "config/coordinator.toml",
 }
 MODELS = [model for _, model in PROGRAMS]
-COMMENTED = re.compile(r"^#([a-z_]+ = .*)$", re.MULTILINE)
+COMMENTED = re.compile(r"^#(\[+[a-z_]+\]+|[a-z_]+ = .*)$", re.MULTILINE)
 
 
 def same(path: Path, text: str) -> None:
@@ -62,6 +63,26 @@ def test_every_setting_that_is_not_set_by_default_says_what_happens_then(
     ]
     assert not silent
     assert all(d.meaning.endswith(".") for d in describe(model))
+
+
+def test_the_sample_has_a_table_of_each_type_that_loads(tmp_path: Path) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text(COMMENTED.sub(r"\1", SAMPLES[AgentSettings].read_text()))
+    shown = tomllib.loads(path.read_text())["check"]
+    checks = AgentSettings.model_validate({"check": shown}).check
+    assert [check.type for check in checks] == list(TYPES)
+    assert len({check.name for check in checks}) == len(TYPES)
+
+
+def test_the_settings_page_explains_every_key_of_every_table() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    tables = [t for model in MODELS for setting in describe(model) for t in setting.tables]
+    assert [t.type for t in tables if t.header == "[[check]]"] == list(TYPES)
+    for table in tables:
+        for key in (key for key in table.keys if key.key != "type"):
+            assert page.count(f"| `{key.key}` | {key.kind} |"), key
+            assert key.meaning.endswith("."), key
+            assert key.required or key.default is not None or "Not set:" in key.meaning, key
 
 
 def test_the_exit_codes_page_has_every_code_once_under_its_name() -> None:
