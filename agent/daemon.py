@@ -11,6 +11,7 @@ Owns the session's life in this process: it turns what the drivers see into even
 """
 
 import asyncio
+import json
 import os
 import random
 import secrets
@@ -49,6 +50,7 @@ from agent.core.events import (
     BeatFailed,
     Event,
     Failure,
+    Fitness,
     HookEnded,
     Joined,
     Left,
@@ -60,7 +62,8 @@ from agent.core.events import (
 )
 from agent.core.session import Options, Session
 from agent.core.timing import Timing, plan
-from agent.drivers.hooks import HookExit, HookProcess, HookRunner
+from agent.drivers.guardian import Arming, GuardHook, Guardian
+from agent.drivers.hooks import INHERITED, HookExit, HookProcess, HookRunner
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
@@ -91,6 +94,9 @@ EVENTS: Mapping[Role, str] = {
     Role.PENDING_PRIMARY: "pending_primary",
     Role.SECONDARY: "secondary",
 }
+SHORTEST_GUARD_ANSWER_S = 0.5
+"""How long the guard may take to answer on the busiest host; above that it is a margin."""
+
 PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
 """What a server says at the start and would say again."""
 
@@ -199,6 +205,7 @@ class Daemon:
             jitter=random.random(),  # noqa: S311 - spreads heartbeats, guards nothing
         )
         self._session = Session(settings.timing, options)
+        self._guardian: Guardian | None = None
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._joining: asyncio.Task[None] | None = None
@@ -294,6 +301,9 @@ class Daemon:
             probe=self.probe_url,
         )
         self._begin(self._stopping(stop))
+        if self.settings.guard:
+            self._guardian = self._new_guardian()
+            await self._guardian.start()
         self._perform(self._session.begin(self._clock.boottime()))
         await self._pump()
         await self._let_go()
@@ -312,6 +322,8 @@ class Daemon:
             event = await self._next(due_s)
             now = self._clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
+            if self._guardian is not None:
+                self._guardian.check()
             suspended_s = self._clock.suspended_s()
             if late_s > self._session.timing.margin_s or suspended_s > SUSPENDED_S:
                 log.warning("this process was stopped", late_s=late_s, suspended_s=suspended_s)
@@ -328,8 +340,10 @@ class Daemon:
         return self._inbox.get_nowait()
 
     def _perform(self, effects: tuple[Effect, ...]) -> None:
+        self._arm_guard()  # before a hook starts that it would have to undo
         for effect in effects:
             self._do(effect)
+        self._arm_guard()
         self._write_state()
 
     def _do(self, effect: Effect) -> None:  # noqa: C901 - an arm an effect
@@ -383,6 +397,8 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._guardian is not None:
+            await self._guardian.close()
         self._said = replace(self._said, reason="stopped")
         self._write_state()
 
@@ -394,6 +410,38 @@ class Daemon:
         await stop.wait()
         self._inbox.put_nowait(Stop())
 
+    # -- the guard ------------------------------------------------------------------------------
+
+    def _new_guardian(self) -> Guardian:
+        limit_s = max(SHORTEST_GUARD_ANSWER_S, self._session.timing.margin_s)
+
+        def changed(trouble: str | None) -> None:
+            self._inbox.put_nowait(Fitness(trouble is None, trouble or "the guard answers"))
+
+        return Guardian(self._clock, changed, limit_s=limit_s)
+
+    def _arm_guard(self) -> None:
+        """Tell the guard the newest deadline, and what it would have to kill (R12)."""
+        if self._guardian is None:
+            return
+        due = self._session.guard_by
+        if due is None:
+            self._guardian.arm(None)
+            return
+        said = self.describe() | {
+            "role": Role.SECONDARY.value,
+            "reason": "demoted by the guard",
+            "active_until_boottime_s": None,
+        }
+        arming = Arming(
+            hook_at=due[0],
+            kill_at=due[1],
+            running=tuple(p.pgid for p in self._running.values() if p.pgid is not None),
+            groups=tuple(p.pgid for p in self._of_tenure if p.pgid is not None),
+            state=(str(self._state_file.path), json.dumps(said)),
+        )
+        self._guardian.arm(arming)
+
     # -- hooks ----------------------------------------------------------------------------------
 
     def _start_hook(self, effect: StartHook) -> None:
@@ -401,12 +449,29 @@ class Daemon:
         role = effect.facts.role
         name = EVENTS[role]
         env = {f"FAILOVER_{key.upper()}": _text(value) for key, value in facts.items()}
+        if role is not Role.SECONDARY and self._guardian is not None:
+            self._guardian.set_hook(self._guard_hook(effect.facts))
         process = self._runner.start(name, self._hooks[role], env, facts)
         log.info("hook started", hook=name, pid=process.pid, epoch=effect.facts.epoch)
         self._running[effect.run] = process
         if role is not Role.SECONDARY:
             self._of_tenure.append(process)
         self._begin(self._hook_ended(effect.run, process))
+
+    def _guard_hook(self, promotion: HookFacts) -> GuardHook:
+        """The demotion of the tenure that a promotion begins, as the guard would run it."""
+        facts = replace(
+            promotion,
+            role=Role.SECONDARY,
+            old_role=Role.PRIMARY,
+            reason="the guard acts for the agent",
+            limit_s=self._session.timing.demote_s,
+        )
+        said = self._facts(facts)
+        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
+        env = {f"FAILOVER_{key.upper()}": _text(value) for key, value in said.items()}
+        argv = self._hooks.get(Role.SECONDARY)
+        return GuardHook([argv] if argv else [], own | env)
 
     def _facts(self, facts: HookFacts) -> dict[str, Any]:
         last_data = facts.last_data

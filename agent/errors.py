@@ -35,6 +35,7 @@ class ExitCode(IntEnum):
     DATA_DIR_LOCKED = 32
     DATA_DIR_NEWER = 33
     DATA_DIR_DAMAGED = 34
+    GUARD = 39
     DEMOTION_FAILED = 40
     DEMO_CHECK_FAILED = 41
 

@@ -2,8 +2,9 @@
 
 It is told each new deadline. If one comes and no newer one came, the agent is frozen or hung; if the
 connection ends while one is set, the agent is dead. Then, in this order: the agent is stopped, so
-that it does not wake up in between; the demotion hook runs, TERM and KILL at its limit; what is
-left of the workload is killed; the agent is killed.
+that it does not wake up in between; a hook that still runs is killed, so that it does not start
+again what the next one stops; the demotion hook runs, TERM and KILL at its limit; what is left of
+the workload is killed; the agent is killed.
 
 Rules of this file: the standard library's smallest modules only, nothing of ours, no asyncio, no
 threads: it must stay small, and run when the agent cannot. It decides nothing: every moment in it was
@@ -12,11 +13,12 @@ computed by the agent. What it cannot do: act while the whole host is frozen, or
 Messages come over a SOCK_SEQPACKET socket (the descriptor is the only argument), fields divided by
 NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
 
-    ARM   number hook_at kill_at groups(comma) state_path state_text
+    ARM   number hook_at kill_at running(comma) groups(comma) state_path state_text
     HOOK  number directory user group groups(comma) nenv env... {nargs args...}...
     OFF   number
 
-``hook_at`` may be "inf": no hook any more, only the killing at ``kill_at`` (a demotion is under way).
+``running`` and ``groups`` are process groups: of a hook that runs, and of the workload. ``hook_at`` may
+be "inf": the agent is demoting, and only the killing at ``kill_at`` is left to do, if it lives.
 Ends with 0 when the agent has closed the connection and nothing was due, with 3 when it has acted.
 """
 
@@ -51,6 +53,15 @@ def say(text: str) -> None:
         pass
 
 
+def kill(groups: "list[int]") -> None:
+    """SIGKILL to process groups; nothing may be left of one."""
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except OSError:
+            pass
+
+
 class Hook:
     """The demotion hook, as processes: nothing of its outcome is decided by the guard."""
 
@@ -81,7 +92,6 @@ class Hook:
             null = os.open("/dev/null", os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(2, 1)
-            os.closerange(3, 256)
             os.chdir(self.directory)
             if self.user >= 0:
                 os.setgroups(self.groups)
@@ -102,6 +112,7 @@ class Guard:
         self.fd = fd
         self.agent = agent
         self.hook_at = self.kill_at = float("inf")
+        self.running: list[int] = []
         self.groups: list[int] = []
         self.state: tuple[bytes, bytes] | None = None
         self.hook: Hook | None = None
@@ -118,10 +129,11 @@ class Guard:
                 if not self.read():
                     if self.kill_at == float("inf"):
                         return 0
-                    self.act("the agent is dead")
+                    self.act("the agent is dead", hook=True)
                     return ACTED
             elif now() >= min(self.hook_at, self.kill_at):
-                self.act("the agent has not renewed its deadline")
+                late = "the agent has not renewed its deadline"
+                self.act(late, hook=self.hook_at != float("inf"))
                 return ACTED
 
     def read(self) -> bool:
@@ -135,8 +147,9 @@ class Guard:
         word, number, *fields = message.split(b"\0")
         if word == b"ARM":
             self.hook_at, self.kill_at = float(fields[0]), float(fields[1])
-            self.groups = [int(group) for group in fields[2].split(b",") if group]
-            self.state = (fields[3], fields[4]) if fields[3] else None
+            self.running = [int(group) for group in fields[2].split(b",") if group]
+            self.groups = [int(group) for group in fields[3].split(b",") if group]
+            self.state = (fields[4], fields[5]) if fields[4] else None
         elif word == b"OFF":
             self.hook_at = self.kill_at = float("inf")
         elif word == b"HOOK":
@@ -147,21 +160,16 @@ class Guard:
             pass  # it is dead: the next read says so
         return True
 
-    def act(self, why: str) -> None:
-        """Demote: hook, workload, agent."""
+    def act(self, why: str, *, hook: bool) -> None:
+        """Demote: what still runs, hook, workload, agent."""
         say(f"{why}: demoting in its place")
         self.signal(self.agent, signal.SIGSTOP)
         self.write_state()
-        hook_groups = []
-        if self.hook_at != float("inf") and self.hook is not None:
-            hook_groups = self.run_hook(self.hook)
-        for group in self.groups + hook_groups:
-            try:
-                os.killpg(group, signal.SIGKILL)
-            except OSError:
-                pass  # nothing is left of it
+        kill(self.running)
+        started = self.run_hook(self.hook) if hook and self.hook is not None else []
+        kill(self.groups + started)
         self.signal(self.agent, signal.SIGKILL)
-        say("demoted; the workload's groups and the agent are killed")
+        say("demoted; what was left of the workload is killed, and so is the agent")
 
     def run_hook(self, hook: Hook) -> "list[int]":
         """Every command of it, one after the other, to its end or to ``kill_at``."""
@@ -218,8 +226,9 @@ def main() -> int:
     """Guard the parent process. The one argument is the socket's descriptor."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends when the agent does, not before
-    agent = os.getppid()
-    return Guard(int(sys.argv[1]), agent).watch()
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    return Guard(fd, os.getppid()).watch()
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ Event = (
     | StatusSeen
     | HookEnded
     | Stalled
+    | Fitness
     | Released
     | Left
     | Stop

@@ -205,6 +205,11 @@ class AgentSettings(Settings):
         description="How long a promotion hook may take before it is killed and counts as failed"
         " (a demotion has the time that demote gives). 30 s: most services start in less.",
     )
+    guard: Annotated[bool, Kind("", "true or false")] = Field(
+        default=True,
+        description="Whether a second small process demotes in the agent's place when the agent is"
+        " frozen, hung or killed. Without it such an agent leaves its workload running.",
+    )
     state_file: AnyPath | None = Field(
         None,
         description="File with role and epoch for sidecars, replaced atomically. Not set:"

@@ -1,0 +1,279 @@
+"""The agent's end of the guard (agent/guard.py, R12): starts it, tells it, notices when it is gone.
+
+Owns the guard's process and the socket to it. Knows nothing of roles: it passes moments and process
+groups on. The guard answers every message; one that stays unanswered for longer than the limit
+means that the guard is frozen, which is as bad as dead: it is killed and another one started.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import agent.guard
+from agent.errors import ConfigError, ExitCode
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+
+START_S = 10.0
+"""A Python that has not started by then will not."""
+
+RESTART_S = 1.0
+"""At most one guard is started in this time: one that dies at once must not become a fork loop."""
+
+log = Log(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardHook:
+    """The demotion hook as the guard runs it: its commands in order, as whom, where.
+
+    Attributes:
+        user: user id, or None for the agent's own; ``group`` and ``groups`` are used with it only.
+    """
+
+    commands: Sequence[Sequence[str]]
+    environment: Mapping[str, str]
+    directory: str = "/"
+    user: int | None = None
+    group: int | None = None
+    groups: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arming:
+    """What the guard is to do unless it hears otherwise. Moments are CLOCK_BOOTTIME seconds.
+
+    Attributes:
+        hook_at: when it runs the demotion hook; infinity for not at all.
+        kill_at: when it kills.
+        running: process groups of hooks that run, killed first.
+        groups: process groups of the workload, killed last.
+        state: path and content of the state file that says Secondary.
+    """
+
+    hook_at: float
+    kill_at: float
+    running: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    state: tuple[str, str] | None = None
+
+
+class Guardian:
+    """Keeps one guard running. ``start`` first; ``close`` last; all inside one running loop.
+
+    Args:
+        clock: for deadlines.
+        changed: called with None when the guard answers (again), and with the reason when it does
+            not: from then on it must not be relied on.
+        limit_s: how long an answer may take.
+    """
+
+    def __init__(
+        self, clock: Clock, changed: Callable[[str | None], None], *, limit_s: float
+    ) -> None:
+        self.limit_s = limit_s
+        self._clock = clock
+        self._changed = changed
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._number = 0
+        self._unanswered: deque[tuple[int, float]] = deque()
+        self._arming: Arming | None = None
+        self._hook: GuardHook | None = None
+        self._started_at = self._sent_at = float("-inf")
+        self._trouble: str | None = "the guard has not started yet"
+        self._restart: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The guard's process id, or None while there is none."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start the guard and wait until it answers.
+
+        Raises:
+            ConfigError: GUARD, it could not be started.
+        """
+        self._spawn()
+        end_at = self._clock.boottime() + START_S
+        while self._trouble is not None:
+            if self._clock.boottime() > end_at or self._process is None:
+                raise ConfigError(
+                    f"the guard could not be started with {sys.executable}: {self._trouble};"
+                    " without it a frozen agent would keep its workload running (see docs/guard.md)",
+                    exit_code=ExitCode.GUARD,
+                )
+            await asyncio.sleep(0.005)
+
+    def set_hook(self, hook: GuardHook) -> None:
+        """Tell the demotion hook of the tenure that begins."""
+        self._hook = hook
+        self._send_hook()
+
+    def arm(self, arming: Arming | None) -> None:
+        """Tell the newest deadline, or None for nothing to guard. Repeating it sends nothing."""
+        if arming != self._arming:
+            self._arming = arming
+            self._send_arming()
+
+    def check(self) -> None:
+        """To be called often: asks a guard that had nothing to answer, and notices a silent one."""
+        if not self._unanswered and self._clock.boottime() - self._sent_at > self.limit_s:
+            self._send_arming()
+        if self._unanswered and self._trouble is None:
+            late_s = self._clock.boottime() - self._unanswered[0][1]
+            if late_s > self.limit_s:
+                self._lost(f"the guard has not answered for {late_s:.3f} s")
+
+    async def close(self) -> None:
+        """Call the guard off and wait for its end."""
+        self._closed = True
+        if self._restart is not None:
+            self._restart.cancel()
+        self._arming = None
+        self._send_arming()
+        self._disconnect()
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                await asyncio.to_thread(process.wait, self.limit_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    # -- the process ----------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        self._restart = None
+        self._started_at = self._clock.boottime()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - ourselves
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        str(Path(agent.guard.__file__)),
+                        str(theirs.fileno()),
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except OSError as error:
+                ours.close()
+                self._trouble = str(error)
+                self._restart_soon()
+                return
+        ours.setblocking(False)
+        self._socket = ours
+        self._unanswered.clear()
+        asyncio.get_running_loop().add_reader(ours, self._read)
+        self._send_hook()
+        self._send_arming()
+
+    def _read(self) -> None:
+        assert self._socket is not None  # noqa: S101 - the reader is removed with it
+        try:
+            number = self._socket.recv(64)
+        except BlockingIOError:
+            return
+        except OSError:
+            number = b""
+        if not number:
+            self._lost("the guard has ended")
+            return
+        while self._unanswered and self._unanswered[0][0] <= int(number):
+            self._unanswered.popleft()
+        if self._trouble is not None and not self._unanswered:
+            self._trouble = None
+            log.info("guard ready", pid=self.pid)
+            self._changed(None)
+
+    def _lost(self, why: str) -> None:
+        """Get rid of what is left of it, start another one, and say so."""
+        self._disconnect()
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        if self._closed:
+            return
+        log.error("guard lost", reason=why, action="starting another one")
+        first = self._trouble is None
+        self._trouble = why
+        self._restart_soon()
+        if first:
+            self._changed(why)
+
+    def _restart_soon(self) -> None:
+        wait_s = max(0.0, self._started_at + RESTART_S - self._clock.boottime())
+        self._restart = asyncio.get_running_loop().call_later(wait_s, self._spawn)
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    # -- messages -------------------------------------------------------------------------------
+
+    def _send_hook(self) -> None:
+        if self._hook is None:
+            return
+        hook = self._hook
+        env = [f"{key}={value}" for key, value in hook.environment.items()]
+        words = [hook.directory, *_ids(hook), str(len(env)), *env]
+        for command in hook.commands:
+            words += [str(len(command)), *command]
+        self._send("HOOK", *words)
+
+    def _send_arming(self) -> None:
+        if self._arming is None:
+            self._send("OFF")
+            return
+        arming = self._arming
+        path, text = arming.state or ("", "")
+        self._send(
+            "ARM",
+            repr(arming.hook_at),
+            repr(arming.kill_at),
+            ",".join(map(str, arming.running)),
+            ",".join(map(str, arming.groups)),
+            path,
+            text,
+        )
+
+    def _send(self, word: str, *fields: str) -> None:
+        if self._socket is None:
+            return
+        self._number += 1
+        message = "\0".join((word, str(self._number), *fields)).encode(errors="surrogateescape")
+        try:
+            self._socket.send(message)
+        except BlockingIOError:
+            pass  # its queue is full: it is frozen, and check() will say so
+        except OSError as error:
+            self._lost(f"the guard cannot be told: {error.strerror}")
+            return
+        self._sent_at = self._clock.boottime()
+        self._unanswered.append((self._number, self._sent_at))
+
+
+def _ids(hook: GuardHook) -> tuple[str, str, str]:
+    user = -1 if hook.user is None else hook.user
+    group = -1 if hook.group is None else hook.group
+    return str(user), str(group), ",".join(map(str, hook.groups))
