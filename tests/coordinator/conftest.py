@@ -134,7 +134,9 @@ class Process:
         self._reader = threading.Thread(target=self._read, args=(listening,))
         self._reader.start()
         listening.wait(60)
-        assert self.url, "".join(self.lines)
+        if not self.url:
+            self.process.kill()
+            pytest.fail(f"serve did not start: {self.end()}")
 
     def _read(self, listening: threading.Event) -> None:
         """All of it, always: who does not read a log stops the process that writes it."""

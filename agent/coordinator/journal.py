@@ -1,0 +1,48 @@
+"""What the coordinator says in its log about groups, in one shape. Decides nothing."""
+
+from collections.abc import Sequence
+
+from agent.core.group_state import role_of
+from agent.model import GroupKey, GroupRecord, HistoryEntry, Role
+from agent.ops.logs import Log
+
+log = Log(__name__)
+
+
+def names_of(key: GroupKey) -> dict[str, str]:
+    """A group in a log line; tenant and namespace only where there are any."""
+    names = {"group": key.group}
+    if key[:2] != ("default", "default"):
+        names |= {"tenant": key.tenant, "namespace": key.namespace}
+    return names
+
+
+def log_role_changes(
+    key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
+) -> None:
+    """One line for each session whose role another record changes."""
+    if before.revision == after.revision:
+        return
+    holders = [record.holder.session_id for record in (before, after) if record.holder]
+    touched = dict.fromkeys([*holders, before.pending, after.pending])
+    ended = {entry.session_id: entry.why_ended for entry in history if entry.why_ended}
+    for session_id in touched:
+        if session_id is None:
+            continue
+        old, new = role_of(before, session_id), role_of(after, session_id)
+        if old is new:
+            continue
+        why = {
+            Role.PRIMARY: after.holder.why if after.holder else None,
+            Role.PENDING_PRIMARY: "chosen to take over",
+            Role.SECONDARY: ended.get(session_id, "not chosen any more"),
+        }[new]
+        log.info(
+            "role changed",
+            **names_of(key),
+            session=session_id,
+            before=old,
+            after=new,
+            epoch=after.epoch,
+            reason=why,
+        )
