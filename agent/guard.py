@@ -3,8 +3,9 @@
 It is told each new deadline. If one comes and no newer one came, the agent is frozen or hung; if the
 connection ends while one is set, the agent is dead. Then, in this order: the agent is stopped, so
 that it does not wake up in between; a hook that still runs is killed, so that it does not start
-again what the next one stops; the demotion hook runs, TERM and KILL at its limit; what is left of
-the workload is killed; the agent is killed.
+again what the next one stops; a workload of ``exec`` gets TERM, and KILL at half the time; the
+demotion hook runs, TERM and KILL at its limit; what is left in any group is killed; the agent is
+killed.
 
 Rules of this file: the standard library's smallest modules only, nothing of ours, no asyncio, no
 threads: it must stay small, and run when the agent cannot. It decides nothing: every moment in it was
@@ -13,12 +14,13 @@ computed by the agent. What it cannot do: act while the whole host is frozen, or
 Messages come over a SOCK_SEQPACKET socket (the descriptor is the only argument), fields divided by
 NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
 
-    ARM   number hook_at kill_at running(comma) groups(comma) state_path state_text
+    ARM   number hook_at kill_at running(comma) groups(comma) workload cgroup state_path state_text
     HOOK  number directory user group groups(comma) nenv env... {nargs args...}...
     OFF   number
 
-``running`` and ``groups`` are process groups: of a hook that runs, and of the workload. ``hook_at`` may
-be "inf": the agent is demoting, and only the killing at ``kill_at`` is left to do, if it lives.
+``running``, ``groups`` and ``workload`` are process groups: of a hook that runs, of hooks that have run, of
+the command of ``exec`` (whose cgroup may be given, too). ``hook_at`` may be "inf": the agent is
+demoting, and only the killing at ``kill_at`` is left to do, if it lives.
 Ends with 0 when the agent has closed the connection and nothing was due, with 3 when it has acted.
 """
 
@@ -55,11 +57,34 @@ def say(text: str) -> None:
 
 def kill(groups: "list[int]") -> None:
     """SIGKILL to process groups; nothing may be left of one."""
+    signal_groups(groups, signal.SIGKILL)
+
+
+def signal_groups(groups: "list[int]", number: int) -> None:
+    """A signal to process groups."""
     for group in groups:
         try:
-            os.killpg(group, signal.SIGKILL)
+            os.killpg(group, number)
         except OSError:
             pass
+
+
+def lives(groups: "list[int]") -> bool:
+    """Whether one of them has a member that is not a zombie."""
+    if not groups:
+        return False
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                fd = os.open(f"/proc/{name}/stat", os.O_RDONLY)
+                stat = os.read(fd, 1024)
+                os.close(fd)
+            except OSError:
+                continue
+            state, _, group = stat.rpartition(b") ")[2].split(b" ", 3)[:3]
+            if int(group) in groups and state not in (b"Z", b"X"):
+                return True
+    return False
 
 
 class Hook:
@@ -114,6 +139,8 @@ class Guard:
         self.hook_at = self.kill_at = float("inf")
         self.running: list[int] = []
         self.groups: list[int] = []
+        self.workload: list[int] = []
+        self.cgroup = b""
         self.state: tuple[bytes, bytes] | None = None
         self.hook: Hook | None = None
 
@@ -149,7 +176,9 @@ class Guard:
             self.hook_at, self.kill_at = float(fields[0]), float(fields[1])
             self.running = [int(group) for group in fields[2].split(b",") if group]
             self.groups = [int(group) for group in fields[3].split(b",") if group]
-            self.state = (fields[4], fields[5]) if fields[4] else None
+            self.workload = [int(group) for group in fields[4].split(b",") if group]
+            self.cgroup = fields[5]
+            self.state = (fields[6], fields[7]) if fields[6] else None
         elif word == b"OFF":
             self.hook_at = self.kill_at = float("inf")
         elif word == b"HOOK":
@@ -165,11 +194,27 @@ class Guard:
         say(f"{why}: demoting in its place")
         self.signal(self.agent, signal.SIGSTOP)
         self.write_state()
+        end_at = max(self.kill_at, now())
         kill(self.running)
+        self.stop_workload(now() + (end_at - now()) / 2)
         started = self.run_hook(self.hook) if hook and self.hook is not None else []
-        kill(self.groups + started)
+        kill(self.groups + self.workload + started)
         self.signal(self.agent, signal.SIGKILL)
         say("demoted; what was left of the workload is killed, and so is the agent")
+
+    def stop_workload(self, end_at: float) -> None:
+        """TERM, and KILL to what lives at ``end_at``."""
+        signal_groups(self.workload, signal.SIGTERM)
+        while lives(self.workload) and now() < end_at:
+            time.sleep(POLL_S)
+        kill(self.workload)
+        if self.cgroup:
+            try:
+                fd = os.open(self.cgroup + b"/cgroup.kill", os.O_WRONLY)
+                os.write(fd, b"1")
+                os.close(fd)
+            except OSError as error:
+                say(f"the workload's cgroup could not be killed: {error}")
 
     def run_hook(self, hook: Hook) -> "list[int]":
         """Every command of it, one after the other, to its end or to ``kill_at``."""

@@ -55,7 +55,9 @@ class Arming:
         hook_at: when it runs the demotion hook; infinity for not at all.
         kill_at: when it kills.
         running: process groups of hooks that run, killed first.
-        groups: process groups of the workload, killed last.
+        groups: process groups of hooks that have run in this tenure, killed last.
+        workload: process group of the command of ``exec``, stopped before the hook, or None.
+        cgroup: its cgroup, killed with it, or None.
         state: path and content of the state file that says Secondary.
     """
 
@@ -63,6 +65,8 @@ class Arming:
     kill_at: float
     running: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
+    workload: int | None = None
+    cgroup: str | None = None
     state: tuple[str, str] | None = None
 
 
@@ -253,6 +257,8 @@ class Guardian:
             repr(arming.kill_at),
             ",".join(map(str, arming.running)),
             ",".join(map(str, arming.groups)),
+            str(arming.workload or ""),
+            arming.cgroup or "",
             path,
             text,
         )
