@@ -157,7 +157,7 @@ class Workload:
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        noticed: asyncio.Future[os.waitid_result] = loop.create_future()
+        noticed: asyncio.Future[os.waitid_result | None] = loop.create_future()
 
         def wait() -> None:
             # Not reaped here: while it is a zombie, its group's number cannot be given to a stranger.
@@ -167,6 +167,7 @@ class Workload:
 
         threading.Thread(target=wait, daemon=True).start()  # holds nobody up at the exit
         result = await noticed
+        assert result is not None  # noqa: S101 - it waits without WNOHANG
         exited = result.si_code == os.CLD_EXITED
         status = result.si_status if exited else 128 + result.si_status
         log.info(
