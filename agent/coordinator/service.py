@@ -175,7 +175,7 @@ class Coordinator:
         """
         group = self._engine.find(key)
         if (
-            group.state.record.revision > after
+            group.state.record.revision != after  # a higher one is of another life of this group
             or wait_s <= 0
             or self._engine.stopping
             or self._waiting >= MAX_READERS

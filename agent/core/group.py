@@ -149,14 +149,20 @@ class _Work:
         session_of(self.record, beat.session_id)
         contact = self.live.contacts[beat.session_id]
         self._refuse_haste(beat, contact)
-        self._contact(
-            beat.session_id,
-            heard_at=self.now.mono,
-            posted_at=self.now,
-            score=beat.score,
-            last_data=beat.last_data if beat.last_data is not None else contact.last_data,
-            instance=beat.instance,
-            passed_over=False,
+        self.live = replace(
+            self.live,
+            contacts={
+                **self.live.contacts,
+                beat.session_id: Contact(  # each heartbeat comes by here: replace() costs twice this
+                    heard_at=self.now.mono,
+                    posted_at=self.now,
+                    score=beat.score,
+                    last_data=beat.last_data if beat.last_data is not None else contact.last_data,
+                    instance=beat.instance,
+                    told_revision=contact.told_revision,
+                    hold_off_until=contact.hold_off_until,
+                ),
+            },
         )
         if beat.seen_epoch is not None and beat.seen_epoch > self.record.epoch:
             self._learn_epoch(beat.seen_epoch)
@@ -435,7 +441,8 @@ class _Work:
             instance = self.live.contacts[session_id].instance
             if holder.revoked or not self._holds(session_id, instance):
                 role = Role.SECONDARY  # to be demoted, or another process than the one that holds
-        self._contact(session_id, told_revision=self.record.revision)
+        if self.live.contacts[session_id].told_revision != self.record.revision:
+            self._contact(session_id, told_revision=self.record.revision)
         return HeartbeatAnswer(
             role=role,
             last_data=last_data_of(GroupState(self.record, self.live)),

@@ -47,7 +47,7 @@ async def test_a_signal_ends_it_in_order(serve: Serve, number: int) -> None:
     process = serve()
     async with client(process.url) as http:
         await http.post("groups", json={"Id": "g", "FailoverTimeout": "00:00:02"})
-        query = "after=1000&wait=00:01:00"
+        query = "after=1&wait=00:01:00"
         reading = asyncio.create_task(http.get("groups/g/status", params=query))
         while reading.done() or (await http.get("groups/g/status")).status_code != 200:
             pass

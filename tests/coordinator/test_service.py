@@ -298,15 +298,28 @@ async def test_heartbeats_do_not_wait_while_progress_is_kept(stage: Stage) -> No
     assert holder.last_data == EPOCH + timedelta(seconds=8)
 
 
+def newest(stage: Stage) -> int:
+    revision = stage.coordinator.status(KEY).revision
+    assert revision is not None
+    return revision
+
+
+async def test_a_reader_from_another_life_of_the_group_does_not_wait(stage: Stage) -> None:
+    """It has seen a revision that this coordinator never gave: what it has is out of date."""
+    await join(stage, "a")
+    status = await asyncio.wait_for(stage.coordinator.wait_status(KEY, newest(stage) + 1, 100), 5)
+    assert status.revision == newest(stage)
+
+
 async def test_a_waiting_reader_is_answered_when_the_wait_ends(stage: Stage) -> None:
     await join(stage, "a")
-    status = await stage.coordinator.wait_status(KEY, 10_000, 0.01)
+    status = await stage.coordinator.wait_status(KEY, newest(stage), 0.01)
     assert status.revision == stage.coordinator.status(KEY).revision
 
 
 async def test_waiting_readers_are_answered_at_a_stop(stage: Stage) -> None:
     await join(stage, "a")
-    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, newest(stage), 100))
     await stage.settle()
     stage.coordinator.stop_taking()
     assert (await asyncio.wait_for(reading, 5)).primary is None
@@ -316,7 +329,7 @@ async def test_waiting_readers_are_answered_at_a_stop(stage: Stage) -> None:
 
 async def test_deleting_the_group_answers_its_readers(stage: Stage) -> None:
     await join(stage)
-    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    reading = asyncio.create_task(stage.coordinator.wait_status(KEY, newest(stage), 100))
     await stage.settle()
     await stage.coordinator.delete_group(KEY)
     with pytest.raises(NotFound):
@@ -329,9 +342,9 @@ async def test_the_number_of_waiting_readers_is_bounded(
 ) -> None:
     monkeypatch.setattr(service, "MAX_READERS", 1)
     await join(stage)
-    first = asyncio.create_task(stage.coordinator.wait_status(KEY, 10_000, 100))
+    first = asyncio.create_task(stage.coordinator.wait_status(KEY, newest(stage), 100))
     await stage.settle()
-    await asyncio.wait_for(stage.coordinator.wait_status(KEY, 10_000, 100), 5)
+    await asyncio.wait_for(stage.coordinator.wait_status(KEY, newest(stage), 100), 5)
     assert not first.done()
     first.cancel()
     await stage.settle()
