@@ -68,7 +68,9 @@ class Executor:
             grace_s: seconds between TERM and KILL.
         """
         if facts.role is not Role.SECONDARY:
-            assert self.completed is not None  # noqa: S101 - ours: demote first
+            forward = facts.role is Role.PRIMARY or self.wanted is not Role.PRIMARY
+            assert forward  # noqa: S101 - ours: nothing leads from Primary to PendingPrimary
+            assert self.completed is not None  # noqa: S101 - likewise: demote first
             assert self.wanted is not Role.SECONDARY or self.settled  # noqa: S101 - likewise
         self.wanted = facts.role
         self._facts = facts

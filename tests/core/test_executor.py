@@ -1,0 +1,319 @@
+"""R7: which hook runs when."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.core.effects import Effect, HookFacts, KillHook, StartHook, TermHook
+from agent.core.executor import Executor
+from agent.model import Role
+
+S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
+ALL = frozenset(Role)
+D, GRACE, LIMIT = 1.0, 0.25, 5.0
+
+
+def facts(role: Role, limit_s: float = D) -> HookFacts:
+    return HookFacts(role, S, 1, "for the test", None, None, limit_s)
+
+
+@dataclass
+class Bench:
+    """An executor, its time, and what it has asked for: (seconds, effect)."""
+
+    hooks: frozenset[Role] = ALL
+    now: float = 100.0
+    seen: list[Effect] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.executor = Executor(self.hooks, limit_s=LIMIT)
+
+    def step(self) -> list[Effect]:
+        effects = self.executor.step(self.now)
+        self.seen += effects
+        return effects
+
+    def want(self, role: Role, limit_s: float = D) -> list[Effect]:
+        self.executor.want(facts(role, limit_s), self.now, grace_s=GRACE)
+        return self.step()
+
+    def end(self, run: int, *, ok: bool = True) -> list[Effect]:
+        self.executor.ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
+        return self.step()
+
+    def wake(self) -> list[Effect]:
+        self.now = max(self.now, self.executor.wake_at)
+        return self.step()
+
+    def demoted(self) -> "Bench":
+        """Begun, and Secondary: the next run has the number 2."""
+        self.want(S)
+        self.end(1)
+        assert self.executor.settled
+        return self
+
+    def promoting(self) -> "Bench":
+        """The hook of Primary runs, as run 3."""
+        self.demoted().want(P)
+        self.end(2)
+        return self
+
+
+def started(effects: list[Effect]) -> list[Role]:
+    return [e.facts.role for e in effects if isinstance(e, StartHook)]
+
+
+def test_r6_at_the_beginning_demotion_is_owed() -> None:
+    bench = Bench()
+    assert bench.executor.completed is None
+    assert started(bench.want(S)) == [S]
+
+
+def test_r7_the_way_to_primary_runs_both_hooks_one_after_the_other() -> None:
+    bench = Bench().demoted()
+    assert started(bench.want(P)) == [W]
+    assert bench.step() == []
+    assert started(bench.end(2)) == [P]
+    assert not bench.executor.settled
+    assert bench.end(3) == []
+    assert bench.executor.completed is P
+    assert bench.executor.settled
+
+
+def test_r7_hooks_are_told_the_role_before_and_their_limit() -> None:
+    bench = Bench().promoting()
+    first, second = bench.seen[-2:]
+    assert isinstance(first, StartHook)
+    assert isinstance(second, StartHook)
+    assert (first.facts.old_role, second.facts.old_role) == (S, W)
+    assert second.facts.limit_s == LIMIT - GRACE
+
+
+def test_r7_a_role_without_a_hook_is_completed_by_wanting_it() -> None:
+    bench = Bench(hooks=frozenset())
+    assert [bench.want(S), bench.want(P)] == [[], []]
+    assert bench.executor.completed is P
+    assert bench.executor.settled
+
+
+def test_r7_a_demotion_preempts_a_promotion_by_term_and_then_kill() -> None:
+    bench = Bench().promoting()
+    assert bench.want(S) == [TermHook(3)]
+    assert bench.step() == []
+    assert bench.wake() == [KillHook(3)]
+    assert bench.now == 100.0 + GRACE
+    assert bench.step() == []
+    assert started(bench.end(3, ok=False)) == [S]
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_r7_a_demotion_follows_a_preempted_promotion_however_that_ended(*, ok: bool) -> None:
+    bench = Bench().promoting()
+    bench.want(S)
+    assert started(bench.end(3, ok=ok)) == [S]
+    assert bench.executor.completed is None
+    assert bench.executor.promotion_failed is None
+
+
+def test_r7_a_promotion_preempts_nothing() -> None:
+    """It may not even be wanted before a demotion has ended; that would be our own mistake."""
+    bench = Bench()
+    bench.want(S)
+    with pytest.raises(AssertionError):
+        bench.want(P)
+
+
+def test_r7_nothing_leads_from_primary_to_pending_primary() -> None:
+    """The table has no such row; the executor would look for a hook for ever."""
+    bench = Bench().promoting()
+    with pytest.raises(AssertionError):
+        bench.want(W)
+
+
+def test_r7_promotions_that_have_not_started_coalesce() -> None:
+    bench = Bench().demoted()
+    assert started(bench.want(W)) == [W]
+    assert bench.want(P) == []
+    assert started(bench.want(S) + bench.end(2, ok=False)) == [S]
+    assert started(bench.seen) == [S, W, S]
+
+
+def test_r7_the_same_promotion_wanted_twice_runs_once() -> None:
+    bench = Bench().demoted()
+    bench.want(W)
+    bench.end(2)
+    assert bench.want(W) == []
+    assert started(bench.want(P)) == [P]
+
+
+def test_r7_a_promotion_hook_is_ended_at_its_limit() -> None:
+    bench = Bench().promoting()
+    assert bench.wake() == [TermHook(3)]
+    assert bench.now == 100.0 + LIMIT - GRACE
+    assert bench.wake() == [KillHook(3)]
+    assert bench.now == 100.0 + LIMIT
+    assert bench.executor.wake_at == float("inf")
+    assert bench.end(3, ok=False) == []
+    assert bench.executor.promotion_failed == "exit 1"
+    assert bench.executor.wake_at == float("inf")
+
+
+def test_r7_a_failed_demotion_is_tried_again_within_its_budget_and_not_after_it() -> None:
+    bench = Bench()
+    bench.want(S)
+    runs = 1
+    while not bench.executor.overdue(bench.now):
+        bench.end(runs, ok=False)
+        runs += len(started(bench.wake()))
+    assert runs == 8  # every tenth of the budget, as long as more than the grace is left
+    assert bench.now == 100.0 + D
+    assert bench.executor.completed is None
+
+
+def test_r4_a_demotion_hook_is_killed_when_its_budget_ends() -> None:
+    bench = Bench()
+    bench.want(S)
+    assert bench.wake() == [TermHook(1)]
+    assert bench.now == 100.0 + D - GRACE
+    assert bench.wake() == [KillHook(1)]
+    assert bench.now == 100.0 + D
+    assert bench.executor.overdue(bench.now)
+
+
+def test_r4_what_a_preempted_promotion_took_is_missing_from_the_demotions_budget() -> None:
+    bench = Bench().promoting()
+    bench.want(S)
+    bench.wake()
+    (start,) = bench.end(3, ok=False)
+    assert isinstance(start, StartHook)
+    assert start.facts.limit_s == pytest.approx(D - 2 * GRACE)
+
+
+def test_r7_the_end_of_a_run_that_is_not_running_says_nothing() -> None:
+    bench = Bench()
+    bench.want(S)
+    assert bench.end(7) == []
+    assert not bench.executor.settled
+    bench.end(1)
+    bench.want(W)
+    assert bench.end(1, ok=False) == []
+    assert bench.executor.promotion_failed is None
+
+
+def test_r4_a_late_success_of_the_demotion_counts() -> None:
+    """It was killed, and had succeeded just before."""
+    bench = Bench()
+    bench.want(S)
+    bench.wake()
+    bench.end(1, ok=True)
+    assert bench.executor.settled
+    assert not bench.executor.overdue(bench.now + D)
+
+
+MOVES = st.lists(
+    st.one_of(
+        st.tuples(st.just("want"), st.sampled_from(Role)),
+        st.tuples(st.just("end"), st.booleans()),
+        st.tuples(st.just("wake"), st.none()),
+        st.tuples(st.just("early"), st.floats(0.0, 1.0)),
+        st.tuples(st.just("stray"), st.integers(0, 9)),
+    ),
+    max_size=60,
+)
+
+
+class Watch:
+    """The rules of R7, checked at every effect."""
+
+    def __init__(self, hooks: frozenset[Role]) -> None:
+        self.bench = Bench(hooks)
+        self.running: StartHook | None = None
+        self.termed_at: float | None = None
+        self.killed = False
+        self.owed = True  # a demotion, from the beginning and from the start of any promotion
+
+    def see(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case StartHook():
+                    assert self.running is None, "two hooks at once"
+                    assert effect.facts.limit_s > 0
+                    self.running, self.termed_at, self.killed = effect, None, False
+                    self.owed |= effect.facts.role is not S
+                case TermHook(run):
+                    assert self.running is not None
+                    assert run == self.running.run
+                    assert self.termed_at is None
+                    self.termed_at = self.bench.now
+                case KillHook(run):
+                    assert self.running is not None
+                    assert run == self.running.run
+                    assert self.termed_at is not None, "KILL before TERM"
+                    assert not self.killed
+                    self.killed = True
+                case _:
+                    pytest.fail(f"not for an executor to want: {effect}")
+        executor = self.bench.executor
+        if executor.wanted is S and executor.settled and S in self.bench.hooks:
+            assert not self.owed, "a demotion was dropped"
+        if self.termed_at is not None and not self.killed:
+            assert self.bench.now < self.termed_at + GRACE + 1e-9, "TERM without KILL"
+
+    def want(self, role: Role) -> None:
+        executor = self.bench.executor
+        legal = executor.completed is not None and (executor.wanted is not S or executor.settled)
+        if role is S:
+            self.owed = True
+        forward = role is P or executor.wanted is not P
+        if role is S or (legal and forward):
+            self.see(self.bench.want(role))
+
+    def end(self, *, ok: bool) -> None:
+        if self.running is not None:
+            ended, self.running, self.termed_at = self.running, None, None
+            if ok and ended.facts.role is S:
+                self.owed = False
+            self.see(self.bench.end(ended.run, ok=ok))
+
+    def move(self, what: str, how: object) -> None:
+        executor, bench = self.bench.executor, self.bench
+        match what, how:
+            case "want", Role() as role:
+                self.want(role)
+            case "end", bool() as ok:
+                self.end(ok=ok)
+            case "wake", _ if executor.wake_at < float("inf"):
+                self.see(bench.wake())
+            case "early", float() as share if executor.wake_at < float("inf"):
+                bench.now += share * max(0.0, executor.wake_at - bench.now)
+                self.see(bench.step())
+            case "stray", int() as run if self.running is None or run != self.running.run:
+                self.see(bench.end(run))
+            case _:
+                pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(st.sampled_from(Role)).map(frozenset), MOVES)
+def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
+    hooks: frozenset[Role], moves: list[tuple[str, object]]
+) -> None:
+    """Never two hooks; KILL follows TERM; what was begun is demoted, or overdue, within the budget."""
+    watch = Watch(hooks)
+    watch.want(S)
+    for what, how in moves:
+        watch.move(what, how)
+    watch.want(S)
+    executor, bench = watch.bench.executor, watch.bench
+    end = bench.now + D
+    for _ in range(40):  # nothing ends any more by itself, only by KILL
+        if executor.settled or executor.overdue(bench.now):
+            break
+        assert executor.wake_at <= end + 1e-9, "nobody would wake it"
+        watch.see(bench.wake())
+        if watch.killed:
+            watch.end(ok=False)
+    assert executor.settled or executor.overdue(bench.now)
+    assert bench.now <= end + 1e-9

@@ -1,0 +1,67 @@
+"""The transition table, and the page that is made of it. REWRITE=1 renews docs/roles.md."""
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from agent.core.roles import TRANSITIONS, check_transition, diagram
+from agent.model import Role
+
+PAGE = Path(__file__).parents[2] / "docs/roles.md"
+
+
+def page() -> str:
+    rows = [f"| {before} | {after} | {why} |" for (before, after), why in TRANSITIONS.items()]
+    return "\n".join(
+        [
+            "# Roles",
+            "",
+            "A session has one of three roles. It is born Secondary, whatever it was before (R6), and",
+            "no other change of role than these is possible. The coordinator assigns by this table, and",
+            "the agent says of itself by the same; what is assigned and what is said may differ for a",
+            "moment: an agent says Primary only after its hook has succeeded (R8), and says Secondary",
+            "before its demotion hook starts.",
+            "",
+            "| from | to | why |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "```mermaid",
+            diagram(),
+            "```",
+            "",
+            "Made from `agent/core/roles.py` by `REWRITE=1 pytest tests/core/test_roles.py`.",
+            "",
+        ]
+    )
+
+
+def test_the_roles_page_is_up_to_date() -> None:
+    if os.environ.get("REWRITE"):
+        PAGE.write_text(page())
+    assert PAGE.read_text() == page(), f"stale: REWRITE=1 pytest {Path(__file__).name} renews it"
+
+
+def test_every_row_is_in_the_diagram_and_has_a_reason() -> None:
+    for (before, after), why in TRANSITIONS.items():
+        assert why
+        assert f"    {before} --> {after}: {why}" in diagram().splitlines()
+    assert "[*] --> Secondary" in diagram()
+
+
+@pytest.mark.parametrize(("before", "after"), list(product(Role, Role)))
+def test_a_change_that_is_not_in_the_table_is_our_own_mistake(before: Role, after: Role) -> None:
+    if (before, after) in TRANSITIONS:
+        assert check_transition(before, after) == TRANSITIONS[before, after]
+    else:
+        with pytest.raises(AssertionError, match=f"from {before} to {after}"):
+            check_transition(before, after)
+
+
+def test_r8_the_way_to_primary_leads_over_pending_primary_and_back_to_secondary_at_once() -> None:
+    assert {before for before, after in TRANSITIONS if after is Role.PRIMARY} == {
+        Role.PENDING_PRIMARY
+    }
+    assert {after for before, after in TRANSITIONS if before is Role.PRIMARY} == {Role.SECONDARY}
