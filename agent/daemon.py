@@ -32,6 +32,7 @@ from tenacity import (
 )
 
 from agent.core.effects import (
+    SELF_DEMOTIONS,
     Effect,
     Escalate,
     Exit,
@@ -60,10 +61,17 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.session import Options, Session
+from agent.core.session import Options, Phase, Session
 from agent.core.timing import Timing, plan
 from agent.drivers.guardian import Arming, GuardHook, Guardian
-from agent.drivers.hooks import INHERITED, HookExit, HookProcess, HookRunner
+from agent.drivers.hooks import (
+    HookRun,
+    HookRunner,
+    Notifier,
+    environment_of,
+    facts_of,
+    specs_of,
+)
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
@@ -86,6 +94,9 @@ LONGEST_WAIT_S = 30.0
 """One blocking read: shorter than the idle limits of usual balancers and proxies."""
 
 SHORTEST_RETRY_S = 0.05
+LEFT_S = 5.0
+"""How long the exit waits for notification hooks: they are advisory, and a stop is to be quick."""
+
 NAMES_ON_ONE_HOST = 64
 """Agents of one group on one host that get a session id by themselves."""
 
@@ -184,21 +195,14 @@ class Daemon:
         self._state_file = state_file
         self._clock = clock or Clock()
         self._instance = secrets.token_hex(8)
-        self._hooks: Mapping[Role, tuple[str, ...]] = {
-            role: argv
-            for role, argv in (
-                (Role.PRIMARY, settings.hook_primary),
-                (Role.PENDING_PRIMARY, settings.hook_pending_primary),
-                (Role.SECONDARY, settings.hook_secondary),
-            )
-            if argv
-        }
+        self._specs = specs_of(settings)
         self._runner = HookRunner(self._clock)
-        self._running: dict[int, HookProcess] = {}
-        self._of_tenure: list[HookProcess] = []
+        self._notifier = Notifier(self._runner, self._specs, settings.hook_limit)
+        self._running: dict[int, HookRun] = {}
+        self._of_tenure: list[HookRun] = []
         options = Options(
             session_id=session_id,
-            hooks=frozenset(self._hooks),
+            hooks=frozenset(role for role, event in EVENTS.items() if event in self._specs),
             hook_limit_s=settings.hook_limit,
             cooldown_s=settings.cooldown,
             cooldown_limit_s=settings.cooldown_limit,
@@ -306,6 +310,7 @@ class Daemon:
             await self._guardian.start()
         self._perform(self._session.begin(self._clock.boottime()))
         await self._pump()
+        await self._notifier.drain(LEFT_S if self._exit is ExitCode.OK else 0.0)
         await self._let_go()
         if self._failure is not None:
             raise self._failure
@@ -385,6 +390,8 @@ class Daemon:
             epoch=effect.epoch,
             reason=effect.reason,
         )
+        if effect.cause in SELF_DEMOTIONS:
+            self._notify("lost", effect.reason, effect.before)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -436,8 +443,8 @@ class Daemon:
         arming = Arming(
             hook_at=due[0],
             kill_at=due[1],
-            running=tuple(p.pgid for p in self._running.values() if p.pgid is not None),
-            groups=tuple(p.pgid for p in self._of_tenure if p.pgid is not None),
+            running=tuple(pgid for run in self._running.values() for pgid in run.pgids),
+            groups=tuple(pgid for run in self._of_tenure for pgid in run.pgids),
             state=(str(self._state_file.path), json.dumps(said)),
         )
         self._guardian.arm(arming)
@@ -448,15 +455,14 @@ class Daemon:
         facts = self._facts(effect.facts)
         role = effect.facts.role
         name = EVENTS[role]
-        env = {f"FAILOVER_{key.upper()}": _text(value) for key, value in facts.items()}
         if role is not Role.SECONDARY and self._guardian is not None:
             self._guardian.set_hook(self._guard_hook(effect.facts))
-        process = self._runner.start(name, self._hooks[role], env, facts)
-        log.info("hook started", hook=name, pid=process.pid, epoch=effect.facts.epoch)
-        self._running[effect.run] = process
+        run = self._runner.start(self._specs[name], environment_of(facts), facts)
+        log.info("hook started", hook=name, pid=run.pid, epoch=effect.facts.epoch)
+        self._running[effect.run] = run
         if role is not Role.SECONDARY:
-            self._of_tenure.append(process)
-        self._begin(self._hook_ended(effect.run, process))
+            self._of_tenure.append(run)
+        self._begin(self._hook_ended(effect.run, run))
 
     def _guard_hook(self, promotion: HookFacts) -> GuardHook:
         """The demotion of the tenure that a promotion begins, as the guard would run it."""
@@ -467,40 +473,67 @@ class Daemon:
             reason="the guard acts for the agent",
             limit_s=self._session.timing.demote_s,
         )
-        said = self._facts(facts)
-        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
-        env = {f"FAILOVER_{key.upper()}": _text(value) for key, value in said.items()}
-        argv = self._hooks.get(Role.SECONDARY)
-        return GuardHook([argv] if argv else [], own | env)
+        spec = self._specs.get(EVENTS[Role.SECONDARY])
+        if spec is None:
+            return GuardHook([], {})
+        try:
+            plan = spec.exec_plan()
+        except ConfigError as error:
+            log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
+            return GuardHook([], {})
+        if plan.left_out:
+            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
+        env = {**plan.environment, **environment_of(self._facts(facts))}
+        return GuardHook(plan.commands, env, plan.directory, plan.uid, plan.gid, plan.groups)
 
     def _facts(self, facts: HookFacts) -> dict[str, Any]:
         last_data = facts.last_data
         if self._progress is not None and facts.role is Role.SECONDARY:
             last_data = self._progress
-        return {
-            "event": EVENTS[facts.role],
-            "group": self.settings.group,
-            "session": self.session_id,
-            "old_role": facts.old_role.value,
-            "new_role": facts.role.value,
-            "epoch": facts.epoch,
-            "reason": facts.reason,
-            "last_data_processed_time": _iso(last_data),
-            "deadline_ms": max(0, round(facts.limit_s * 1000)),
-            "previous_primary": facts.previous_primary,
-            "state_file": str(self._state_file.path),
-            "probe_url": self.probe_url,
-        }
+        return self._told(
+            event=EVENTS[facts.role],
+            old_role=facts.old_role,
+            new_role=facts.role,
+            epoch=facts.epoch,
+            reason=facts.reason,
+            last_data=last_data,
+            deadline_s=facts.limit_s,
+            previous_primary=facts.previous_primary,
+        )
 
-    async def _hook_ended(self, run: int, process: HookProcess) -> None:
-        ended = await process.wait()
-        del self._running[run]
-        ok, why = ended.code == 0, _how(ended)
-        if ok and process.name == EVENTS[Role.SECONDARY]:
+    def _told(self, **facts: Any) -> dict[str, Any]:
+        """What a hook is told, with what every hook is told."""
+        return facts_of(
+            **facts,
+            group=self.settings.group,
+            session=self.session_id,
+            state_file=str(self._state_file.path),
+            probe_url=self.probe_url,
+            now=self._clock.wall(),
+        )
+
+    def _notify(self, event: str, reason: str, before: Role | None = None) -> None:
+        """Run an advisory hook apart from everything else (R10)."""
+        facts = self._told(
+            event=event,
+            old_role=before or self._said.role,
+            new_role=self._said.role,
+            epoch=self._said.epoch,
+            reason=reason,
+            last_data=self._progress,
+            deadline_s=self._notifier.limit_s,
+            previous_primary=self._session.previous_primary,
+        )
+        self._notifier.put(event, facts)
+
+    async def _hook_ended(self, number: int, run: HookRun) -> None:
+        ended = await run.wait()
+        del self._running[number]
+        if ended.ok and run.name == EVENTS[Role.SECONDARY]:
             self._of_tenure.clear()
-        say = log.info if ok else log.warning
-        say("hook ended", hook=process.name, pid=process.pid, result=why, seconds=ended.duration_s)
-        self._inbox.put_nowait(HookEnded(run, ok, why))
+        say = log.info if ended.ok else log.warning
+        say("hook ended", hook=run.name, result=ended.why, seconds=ended.duration_s)
+        self._inbox.put_nowait(HookEnded(number, ended.ok, ended.why))
 
     def _escalate(self, reason: str) -> None:
         """R4: the demotion hook failed; kill what its and the promotion's hooks left running."""
@@ -512,8 +545,8 @@ class Daemon:
             reason=reason,
             action="killing the hooks' process groups, then exiting without giving the role back",
         )
-        for process in [*self._running.values(), *self._of_tenure]:
-            process.kill()
+        for run in [*self._running.values(), *self._of_tenure]:
+            run.kill()
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -576,6 +609,7 @@ class Daemon:
             endpoint=self._client.endpoint,
             failover_timeout_s=timing.lease_s,
         )
+        self._notify("joined", "registered at the coordinator")
         self._inbox.put_nowait(Joined(timing))
         if not self._following:
             self._following = True
@@ -657,6 +691,9 @@ class Daemon:
             )
         except ServerError as error:
             log.warning("session not deleted", reason=error)
+        else:
+            if self._session.phase is Phase.LEAVING:
+                self._notify("left", "stopping")
         self._inbox.put_nowait(Left())
 
 
@@ -676,15 +713,5 @@ def _say_retry(state: RetryCallState) -> None:
         log.warning("cannot join yet", reason=error, attempt=state.attempt_number)
 
 
-def _how(ended: HookExit) -> str:
-    if ended.error is not None:
-        return ended.error
-    return f"killed by signal {ended.signal}" if ended.code is None else f"exit {ended.code}"
-
-
 def _iso(time: datetime | None) -> str | None:
     return format_date_time(time) if time is not None else None
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)

@@ -25,6 +25,15 @@ S = TypeVar("S", bound=Settings)
 
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
+HOOK_KEYS = (
+    "hook_user",
+    "hook_group",
+    "hook_directory",
+    "webhook_secret_file",
+    "webhook_ca_file",
+)
+"""Of what ``specs_of`` can refuse beyond a single hook."""
+
 CLIENT_KEYS = (
     "endpoint",
     "username",
@@ -90,7 +99,7 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
     Raises:
         ConfigError: one line for each fault, with the exit code of the first.
     """
-    from agent.drivers.hooks import check_hook  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks import specs_of  # noqa: PLC0415 - not needed by every command
 
     settings = origin.load()
     faults: list[ConfigError] = []
@@ -101,12 +110,16 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
         _ = settings.timing
     except ConfigError as error:
         faults.append(_placed(error, origin, TIMING_KEYS))
-    for key in ("hook_primary", "hook_pending_primary", "hook_secondary"):
-        if argv := getattr(settings, key):
-            try:
-                check_hook(key.removeprefix("hook_"), argv)
-            except ConfigError as error:
-                faults.append(_placed(error, origin, (key,)))
+    try:
+        specs = specs_of(settings)
+    except ConfigError as error:
+        faults.append(_placed(error, origin, HOOK_KEYS))
+        specs = {}
+    for event, spec in specs.items():
+        try:
+            spec.check()
+        except ConfigError as error:
+            faults.append(_placed(error, origin, (f"hook_{event}",)))
     if faults:
         raise ConfigError("\n".join(map(str, faults)), exit_code=faults[0].exit_code)
     return settings

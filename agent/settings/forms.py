@@ -147,7 +147,8 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _argv(value: object) -> tuple[str, ...]:
+def argv_of(value: object) -> tuple[str, ...]:
+    """A command: a list, or words as a shell splits them. Raises ValueError."""
     argv = _strings(_split(value, by_shell_rules=True))
     if argv and not argv[0].startswith("/"):
         raise ValueError("must start with an absolute path: there is no shell and no search (R11)")
@@ -277,7 +278,7 @@ Text = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), Kind("TEXT", "
 Endpoints = Annotated[tuple[str, ...], BeforeValidator(_endpoints), Kind("URL", "list of URLs")]
 Url = Annotated[str, AfterValidator(_url), Kind("URL", "URL")]
 Argv = Annotated[
-    tuple[str, ...], BeforeValidator(_argv), Kind("COMMAND", "command: list of strings")
+    tuple[str, ...], BeforeValidator(argv_of), Kind("COMMAND", "command: list of strings")
 ]
 Listen = Annotated[
     Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT", "HOST:PORT")

@@ -23,7 +23,6 @@ from agent.settings.forms import (
     NUMBER,
     Address,
     AnyPath,
-    Argv,
     Duration,
     DurationOrZero,
     Endpoints,
@@ -43,6 +42,7 @@ from agent.settings.forms import (
     Url,
     is_loopback,
 )
+from agent.settings.hooks import Directory, Hook, Owner, Retries, Variables
 
 
 class ContradictionError(ConfigError):
@@ -182,28 +182,82 @@ class AgentSettings(Settings):
         description="How fit this member is (v1 FailoverScore, the share of active streams)."
         " The member with the highest is chosen. 100: as fit as can be.",
     )
-    hook_primary: Argv = Field(
+    hook_primary: Hook = Field(
         (),
-        description="Command that starts the workload. An absolute path and its arguments; a flag or"
-        " variable is split as a shell would, or is a JSON list. Not set: none.",
+        description="Starts the workload: a command (an absolute path and its arguments), one"
+        " directory of scripts, or one URL (docs/hooks.md). A flag or variable is split as a shell"
+        " would, or is a JSON list. Not set: none.",
         examples=[["/usr/local/bin/start-collector", "--active"]],
     )
-    hook_pending_primary: Argv = Field(
+    hook_pending_primary: Hook = Field(
         (),
-        description="Command that gets the workload ready while the predecessor ends."
-        " Not set: none.",
-        examples=[["/usr/local/bin/warm-up-collector"]],
+        description="Gets the workload ready while the predecessor ends. Not set: none.",
+        examples=[["/etc/failover-agent/pending_primary.d"]],
     )
-    hook_secondary: Argv = Field(
+    hook_secondary: Hook = Field(
         (),
-        description="Command that stops the workload. It also runs when the agent starts (R6), so it"
-        " must do no harm when there is nothing to stop. Not set: none.",
+        description="Stops the workload. It also runs when the agent starts (R6), so it must do no"
+        " harm when there is nothing to stop. Not set: none.",
         examples=[["/usr/local/bin/stop-collector"]],
+    )
+    hook_joined: Hook = Field(
+        (),
+        description="Told when this member has joined; advisory, as the next two: their failure is"
+        " logged and delays nothing (R10). Not set: none.",
+        examples=[["http://127.0.0.1:9000/joined"]],
+    )
+    hook_lost: Hook = Field(
+        (),
+        description="Told when this member gives the role up by itself: no contact, a frozen process,"
+        " its health. Not set: none.",
+        examples=[["/usr/local/bin/raise-alarm", "role lost"]],
+    )
+    hook_left: Hook = Field(
+        (),
+        description="Told when this member has left the group at its stop. Not set: none.",
+        examples=[["http://127.0.0.1:9000/left"]],
     )
     hook_limit: Duration = Field(
         30.0,
         description="How long a promotion hook may take before it is killed and counts as failed"
         " (a demotion has the time that demote gives). 30 s: most services start in less.",
+    )
+    hook_retries: Retries = Field(
+        0,
+        description="How often a step of a promotion hook that failed is tried again, half a second"
+        " later, within hook_limit. 0: the other member may be healthier.",
+    )
+    hook_user: Owner | None = Field(
+        None,
+        description="User that all hooks run as; the agent has to be root. Not set: the agent's.",
+        examples=["collector"],
+    )
+    hook_group: Owner | None = Field(
+        None,
+        description="Group that all hooks run as; the agent has to be root. Not set: hook_user's.",
+        examples=["collector"],
+    )
+    hook_directory: Directory = Field(
+        Path("/"),
+        description="Working directory of all hooks; absolute. The default is on every host and"
+        " keeps no file system from being unmounted.",
+    )
+    hook_environment: Variables = Field(
+        default_factory=dict,
+        description="Variables for all hooks, beside the documented ones. A flag or variable is"
+        " NAME=VALUE words, or a JSON object. check-config prints them: no secrets. Not set: none.",
+        examples=[{"UNIT": "collector.service"}],
+    )
+    webhook_secret_file: SecretFile | None = Field(
+        None,
+        description="File with the secret that webhooks are signed with (docs/hooks.md)."
+        " Not set: unsigned.",
+        examples=["/etc/failover-agent/webhook-secret"],
+    )
+    webhook_ca_file: InputFile | None = Field(
+        None,
+        description="Certificates (PEM) to trust a webhook's server by. Not set: the system's.",
+        examples=["/etc/failover-agent/ca.pem"],
     )
     guard: Annotated[bool, Kind("", "true or false")] = Field(
         default=True,

@@ -1,4 +1,4 @@
-"""Hooks, by real scripts."""
+"""One step of a hook: real scripts, what they get, their groups, their output."""
 
 import asyncio
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from agent.drivers import hooks
-from agent.drivers.hooks import HookExit, HookProcess, HookRunner, check_hook
+from agent.drivers.hooks import HookExit, HookProcess, Surroundings, check_hook
+from agent.drivers.hooks import process as process_module
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 
@@ -43,7 +43,9 @@ def python(text: str) -> str:
 def start(
     *argv: object, env: Mapping[str, str] = EMPTY, facts: Mapping[str, Any] = EMPTY
 ) -> HookProcess:
-    return HookRunner(Clock()).start("primary", [str(arg) for arg in argv], env, facts)
+    process = HookProcess("primary", Clock(), env.get("FAILOVER_EPOCH", ""), Surroundings())
+    process.start([str(arg) for arg in argv], env, facts)
+    return process
 
 
 async def end_of(process: HookProcess) -> HookExit:
@@ -238,26 +240,10 @@ async def test_a_forgotten_hook_is_never_signalled(
     assert sent == []
 
 
-async def test_only_so_many_ended_hooks_are_kept(
-    script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks, "KEPT", 2)
-    path = script("exit 0")
-    runner = HookRunner(Clock())
-    runs = []
-    for _ in range(5):
-        runs.append(runner.start("primary", [str(path)], {}, {}))
-        await end_of(runs[-1])
-    kept = [is_taken(process) for process in runs]
-    assert kept == [False, False, True, True, True]
-    runner.close()
-    assert not any(is_taken(process) for process in runs)
-
-
 async def test_forgetting_closes_pipes_that_a_child_still_holds(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hooks, "LINGER_S", LIMIT_S)
+    monkeypatch.setattr(process_module, "LINGER_S", LIMIT_S)
     process = start(script(f"sleep 1000 & echo $! > {tmp_path}/child"))
     await end_of(process)
     before = dict(process._output._open)
@@ -362,7 +348,7 @@ async def test_a_long_line_is_cut(script: Script, caplog: pytest.LogCaptureFixtu
 
 async def test_many_lines_are_cut(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     result = await run(script(python("for n in range(3000): print(n % 10)")))
-    assert len(output(caplog)) == hooks.RUN_LINES
+    assert len(output(caplog)) == process_module.RUN_LINES
     assert result.output_cut >= 1900
 
 
@@ -380,7 +366,7 @@ async def test_a_flood_is_drained_and_leaves_the_loop_free(
     process.forget()
     logged = sum(len(line) for line in output(caplog))
     assert result.code == 0
-    assert logged <= hooks.RUN_BYTES
+    assert logged <= process_module.RUN_BYTES
     assert logged + result.output_cut == pytest.approx(size, rel=0.02)  # and the newlines
     assert longest_s < 0.2
     cut = [r for r in caplog.records if r.getMessage() == "hook output cut"]

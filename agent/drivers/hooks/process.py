@@ -1,11 +1,11 @@
-"""Hook processes (R11): check a hook, start it, signal its group, say how it ended.
+"""One step of a hook as a process (R11): start it, signal its group, say how it ended.
 
 Owns processes, their pipes and their numbers. Knows nothing of roles, of limits, and of when a hook
 is to start or to be stopped (R7, R8): whoever starts one decides that.
 
-What a hook gets: its argv as configured, no shell; its own session and process group, led by
-itself; ``/`` as working directory; PATH, HOME, LANG and TZ as the agent has them and the variables
-that it is given, nothing else; one JSON object on stdin, then the end of file; no other open files.
+What it gets: its argv as configured, no shell; its own session and process group, led by itself; its
+``Surroundings`` and the variables that it is given, nothing else; one JSON object on stdin, then the
+end of file; no other open files.
 Its stdout and stderr go line by line into the log, up to the bounds below.
 
 What is not promised:
@@ -19,18 +19,15 @@ import asyncio
 import errno
 import json
 import os
-import shlex
 import signal
-import stat
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import IO, Any
 
-from agent.errors import ConfigError, ExitCode
+from agent.drivers.hooks.check import RunAs
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 
@@ -69,7 +66,8 @@ class HookExit:
         signal: the number of the signal that killed the hook.
         duration_s: from its start to its end, suspended time included.
         output_cut: bytes of output that were not logged, as far as known at the end.
-        error: why the hook could not be started, or why its end is not known.
+        error: why the hook could not be started, why its end is not known, or what a webhook said.
+        step: which step decided, where a hook has several; a file's name.
     """
 
     code: int | None
@@ -77,6 +75,39 @@ class HookExit:
     duration_s: float
     output_cut: int = 0
     error: str | None = None
+    step: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it counts as success."""
+        return self.code == 0
+
+    @property
+    def why(self) -> str:
+        """For people: ``exit 1``, ``20-database: killed by signal 9``."""
+        if self.error is not None:
+            text = self.error
+        elif self.code is None:
+            text = f"killed by signal {self.signal}"
+        else:
+            text = f"exit {self.code}"
+        return f"{self.step}: {text}" if self.step is not None else text
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every step of a hook has around it, whatever happens."""
+
+    directory: str = "/"
+    run_as: RunAs | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def variables(self) -> dict[str, str]:
+        """The whole environment, but for the documented FAILOVER_ variables."""
+        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
+        if self.run_as is not None and self.run_as.home is not None:
+            own["HOME"] = self.run_as.home
+        return {**own, **self.environment}
 
 
 class _Output:
@@ -157,15 +188,16 @@ class _Output:
 
 
 class HookProcess:
-    """One run of a hook. Made by ``HookRunner.start``; ``wait`` tells how it ended.
+    """One step of a hook. Call ``start`` once; ``wait`` tells how it ended.
 
     Attributes:
         pid: its process id, which is its group's too; None if it could not be started.
     """
 
-    def __init__(self, name: str, clock: Clock, epoch: str) -> None:
+    def __init__(self, name: str, clock: Clock, epoch: str, around: Surroundings) -> None:
         self.name = name
         self.pid: int | None = None
+        self._around = around
         self._clock = clock
         self._started_at = clock.boottime()
         self._loop = asyncio.get_running_loop()
@@ -225,7 +257,7 @@ class HookProcess:
             log.error("hook may not be signalled", hook=self.name, pid=group, signal=number.name)  # noqa: TRY400 - no traceback needed
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Once, by ``HookRunner.start``, which says what is meant."""
+        """Start it, once. Does not wait, and does not raise: what cannot be started has ended."""
         try:
             self._spawn(argv, env, facts)
         except (OSError, ValueError, RuntimeError) as error:
@@ -233,8 +265,13 @@ class HookProcess:
             self._output.close()
             self._finish(error=_why_not_started(argv, error))
 
+    def fail(self, error: str) -> None:
+        """Say, instead of ``start``, why it is not started."""
+        self._output.close()
+        self._finish(error=error)
+
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
+        run_as = self._around.run_as
         # a file in memory: it ends by itself, and a hook that does not read it holds nobody up
         with os.fdopen(os.memfd_create("facts"), "w+b") as stdin:
             stdin.write(json.dumps(facts).encode() + b"\n")
@@ -245,8 +282,11 @@ class HookProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                cwd="/",
-                env={**own, **env},
+                cwd=self._around.directory,
+                env={**self._around.variables(), **env},
+                user=run_as.uid if run_as else None,
+                group=run_as.gid if run_as else None,
+                extra_groups=run_as.groups if run_as else None,
                 start_new_session=True,
             )
         self.pid = self._popen.pid

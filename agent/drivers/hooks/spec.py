@@ -1,0 +1,278 @@
+"""What each hook is, as the settings say: its form, its steps, and what they have around them.
+
+Owns the meaning of the hook settings and the check of all of it before anything runs. Starts nothing.
+"""
+
+import grp
+import os
+import pwd
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+
+from agent.drivers.hooks.check import RunAs, check_directory, check_hook, scripts_in
+from agent.drivers.hooks.process import Surroundings
+from agent.errors import ConfigError, ExitCode
+from agent.settings import AgentSettings, read_secret
+
+PROMOTIONS = ("pending_primary", "primary")
+ROLE_EVENTS = (*PROMOTIONS, "secondary")
+NOTIFICATIONS = ("joined", "lost", "left")
+EVENTS = (*ROLE_EVENTS, *NOTIFICATIONS)
+"""Every event that can have a hook; its setting is ``hook_`` and this name."""
+
+
+class Form(StrEnum):
+    """Which of the three forms a hook has."""
+
+    COMMAND = "command"
+    DIRECTORY = "directory"
+    WEBHOOK = "webhook"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A step that is a process. ``name`` is for people, None where there is only one step."""
+
+    argv: tuple[str, ...]
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A step that is a request."""
+
+    url: str
+    name: str | None = None
+
+
+Step = Command | Post
+
+
+@dataclass(frozen=True, slots=True)
+class ExecPlan:
+    """What a process without this code needs to run a hook's commands in their order.
+
+    Attributes:
+        commands: argv lists; all of them run, whatever the ones before did, if ``all_steps``.
+        left_out: URLs, which such a process cannot ask.
+        uid: with ``gid`` and ``groups``, whom they run as; None for the user that it has.
+        directory: the working directory.
+        environment: all variables but the FAILOVER_ ones (``environment_of``).
+    """
+
+    commands: tuple[tuple[str, ...], ...]
+    left_out: tuple[str, ...]
+    all_steps: bool
+    uid: int | None
+    gid: int | None
+    groups: tuple[int, ...]
+    directory: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class HookSpec:
+    """One event's hook. Make them by ``specs_of``.
+
+    Attributes:
+        name: the event.
+        value: as configured: program and arguments, or one directory, or one URL.
+        retries: how often a failed step is tried again.
+        all_steps: a failing step does not keep the next ones from running.
+        secret: what webhooks are signed with.
+        tls: how https servers prove who they are; None without a webhook.
+    """
+
+    name: str
+    value: tuple[str, ...]
+    retries: int = 0
+    all_steps: bool = False
+    around: Surroundings = field(default_factory=Surroundings)
+    secret: bytes | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def form(self) -> Form:
+        """A directory is one when it is looked at."""
+        if self.value[0].startswith(("http://", "https://")):
+            return Form.WEBHOOK
+        if len(self.value) == 1 and Path(self.value[0]).is_dir():
+            return Form.DIRECTORY
+        return Form.COMMAND
+
+    def steps(self) -> tuple[Step, ...]:
+        """What is run, in order; at least one step. A directory is read now.
+
+        Raises:
+            ConfigError: HOOK_MISSING, it cannot be read or has no script.
+        """
+        match self.form:
+            case Form.WEBHOOK:
+                return (Post(self.value[0]),)
+            case Form.COMMAND:
+                return (Command(self.value),)
+            case Form.DIRECTORY:
+                return self._scripts()
+
+    def ignored(self) -> tuple[tuple[str, str], ...]:
+        """Files of the directory that are not run: (name, reason)."""
+        if self.form is not Form.DIRECTORY:
+            return ()
+        try:
+            return scripts_in(Path(self.value[0]))[1]
+        except OSError:
+            return ()  # check() says it
+
+    def check(self) -> None:
+        """Refuse what could not run, or what others could change (R11). Asks no webhook.
+
+        Raises:
+            ConfigError: see ``check_hook`` and ``check_directory``.
+        """
+        match self.form:
+            case Form.COMMAND:
+                check_hook(self.name, self.value, self.around.run_as)
+            case Form.DIRECTORY:
+                check_directory(self.name, Path(self.value[0]), self.around.run_as)
+            case Form.WEBHOOK:
+                pass
+
+    def check_again(self, step: Command) -> None:
+        """Refuse a script that came, or was changed, since ``check``. Raises ConfigError."""
+        if step.name is not None:
+            check_hook(self.name, step.argv, self.around.run_as)
+
+    def exec_plan(self) -> ExecPlan:
+        """The plan for the guard, as things are now. Raises ConfigError as ``steps`` does."""
+        steps = self.steps()
+        run_as = self.around.run_as
+        return ExecPlan(
+            commands=tuple(step.argv for step in steps if isinstance(step, Command)),
+            left_out=tuple(step.url for step in steps if isinstance(step, Post)),
+            all_steps=self.all_steps,
+            uid=run_as.uid if run_as else None,
+            gid=run_as.gid if run_as else None,
+            groups=run_as.groups if run_as else (),
+            directory=self.around.directory,
+            environment=self.around.variables(),
+        )
+
+    def _scripts(self) -> tuple[Command, ...]:
+        directory = Path(self.value[0])
+        try:
+            scripts, _ = scripts_in(directory)
+            reason = "no script is in it"
+        except OSError as error:
+            scripts, reason = (), str(error.strerror)
+        if not scripts:
+            raise ConfigError(
+                f"hook {self.name}: {directory} cannot be run: {reason}",
+                exit_code=ExitCode.HOOK_MISSING,
+            )
+        return tuple(Command((str(script),), script.name) for script in scripts)
+
+
+def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
+    """The hooks that are configured, by event. ``HookSpec.check`` each before running any.
+
+    Raises:
+        ConfigError: an unknown user or group, no right to become it, a directory that is none, a
+            secret or certificates that cannot be read.
+    """
+    values = {event: tuple(getattr(settings, f"hook_{event}")) for event in EVENTS}
+    values = {event: value for event, value in values.items() if value}
+    if not values:
+        return MappingProxyType({})
+    directory = settings.hook_directory
+    if not directory.is_absolute() or not directory.is_dir():
+        raise ConfigError(
+            f"hook_directory {directory} must be the absolute path of a directory that exists"
+        )
+    around = Surroundings(
+        str(directory),
+        run_as(settings.hook_user, settings.hook_group),
+        MappingProxyType(dict(settings.hook_environment)),
+    )
+    secret_file = settings.webhook_secret_file
+    secret = read_secret(secret_file).encode() if secret_file is not None else None
+    urls = [value[0] for value in values.values() if value[0].startswith(("http://", "https://"))]
+    tls = _tls(settings.webhook_ca_file, urls)
+    return MappingProxyType(
+        {
+            event: HookSpec(
+                event,
+                value,
+                retries=settings.hook_retries if event in PROMOTIONS else 0,
+                all_steps=event not in PROMOTIONS,
+                around=around,
+                secret=secret,
+                tls=tls,
+            )
+            for event, value in values.items()
+        }
+    )
+
+
+def run_as(user: str | None, group: str | None) -> RunAs | None:
+    """Whom hooks run as, or None for the agent's own user.
+
+    Raises:
+        ConfigError: there is no such user or group, or it takes root to become it.
+    """
+    if user is None and group is None:
+        return None
+    entry = _user(user) if user is not None else None
+    uid = entry.pw_uid if entry else int(user) if user is not None else os.geteuid()
+    if group is not None:
+        gid = _group(group)
+    elif entry is not None:
+        gid = entry.pw_gid
+    else:
+        raise ConfigError(f"hook_user {user} has no entry with its group: set hook_group too")
+    if os.geteuid() != 0:
+        raise ConfigError(
+            f"hook_user and hook_group need an agent that runs as root, and this is uid"
+            f" {os.geteuid()}: leave them out, or run it as root"
+        )
+    groups = tuple(os.getgrouplist(entry.pw_name, gid)) if entry else (gid,)
+    return RunAs(uid, gid, groups, home=entry.pw_dir if entry else None)
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    """The entry of a user; None for a number that has none."""
+    try:
+        return pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        if name.isdecimal() and int(name) < 2**32 - 1:
+            return None
+        raise ConfigError(f"hook_user {name}: there is no such user on this host") from None
+
+
+def _group(name: str) -> int:
+    if name.isdecimal() and int(name) < 2**32 - 1:
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(f"hook_group {name}: there is no such group on this host") from None
+
+
+def _tls(ca_file: Path | None, urls: list[str]) -> ssl.SSLContext | None:
+    """How https servers prove who they are: by the file, or by the system's certificates."""
+    if not urls:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca_file is not None:
+            context.load_verify_locations(ca_file)
+        elif any(url.startswith("https://") for url in urls):
+            context.load_default_certs()
+    except OSError as error:  # an SSLError is one
+        raise ConfigError(
+            f"webhook_ca_file {ca_file} must have certificates in PEM: {error}"
+        ) from None
+    return context
