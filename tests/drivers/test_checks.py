@@ -189,6 +189,14 @@ def test_a_required_check_that_is_down_ends_fitness_whatever_the_score() -> None
     assert health.reason == "a (required): exit 1\n\x1b[31m".replace("\n\x1b", " ")
 
 
+def test_a_member_is_unfit_while_one_first_result_is_missing() -> None:
+    checks = [tcp("a"), tcp("b")]
+    results = results_of(checks, [True, False])
+    assert judge(checks, results).fit
+    results["b"] = CheckResult(up=False, since=NOW, known=False)
+    assert not judge(checks, results).fit
+
+
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5), st.integers(1, 5))
 def test_the_first_result_decides_and_later_ones_by_rise_and_fall(
     passed: list[bool], rise: int, fall: int
@@ -323,6 +331,7 @@ async def test_becoming_primary_again_at_once_never_runs_a_check_twice_at_a_time
             checks.set_primary(True)
             await asyncio.sleep(0)
         await until(lambda: log.read_text().count("+") == 2)
+        assert checks.health.results["a"].last_error is None
     assert log.read_text().split() == ["+", "-", "+", "-"]
 
 
