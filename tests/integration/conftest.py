@@ -1,0 +1,29 @@
+"""Gives each test a stage for real processes, which is cleared afterwards."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from .stage import Coordinator, Stage
+
+
+@pytest.fixture
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """Coordinators and agents as real processes, in a folder and a group of their own."""
+    with Stage(tmp_path, request.node.name) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="session")
+def shared_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
+    """One that no test kills: starting one takes longer than most tests need it for."""
+    with Stage(tmp_path_factory.mktemp("coordinator")) as stage:
+        yield stage.serve()
+
+
+@pytest.fixture
+def coordinator(shared_coordinator: Coordinator, stage: Stage) -> Coordinator:
+    """The shared one, as the test's own group sees it."""
+    return replace(shared_coordinator, group=stage.group)
