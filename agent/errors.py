@@ -38,6 +38,7 @@ class ExitCode(IntEnum):
     GUARD = 39
     DEMOTION_FAILED = 40
     DEMO_CHECK_FAILED = 41
+    HOOK_FAILED = 42
 
 
 class FailoverError(Exception):

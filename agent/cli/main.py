@@ -27,6 +27,7 @@ COMMANDS = {
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",
     "status": "Who is primary in a group, and who else is there.",
     "demo": "Two agents on this machine: a takeover, a handover, a frozen host.",
+    "hooks": "Look at the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""
