@@ -101,9 +101,14 @@ def _entry(setting: Described) -> str:
 
 def _samples(setting: Described) -> str:
     parts = []
-    for table in setting.tables:
+    for number, table in enumerate(setting.tables):
+        other = number > 0 and not table.header.startswith("[[")  # there can be one only
         lines = [table.header, *(f"{key} = {value}" for key, value in table.example.items())]
-        parts.append("\n" + _comment(table.meaning) + "".join(f"#{line}\n" for line in lines))
+        mark = "# " if other else "#"
+        meaning = table.meaning
+        if other:
+            meaning = f"Or: {meaning[0].lower()}{meaning[1:]}"
+        parts.append("\n" + _comment(meaning) + "".join(f"{mark}{line}\n" for line in lines))
     return "".join(parts)
 
 

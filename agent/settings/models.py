@@ -43,6 +43,8 @@ from agent.settings.forms import (
     is_loopback,
 )
 from agent.settings.hooks import Directory, Hook, Owner, Retries, Variables
+from agent.settings.progress import EXAMPLES as SOURCES
+from agent.settings.progress import ProgressTable
 
 
 class ContradictionError(ConfigError):
@@ -327,6 +329,12 @@ class AgentSettings(Settings):
         " 0, and while a required one fails, this member gives up the role (R9). A flag or variable"
         " is JSON. Not set: always fit.",
         examples=list(CHECKS),
+    )
+    progress: ProgressTable = Field(
+        None,
+        description="Where the data-processed time comes from, beside POST /data-processed, which"
+        " always counts. A flag or variable is JSON. Not set: from that call only.",
+        examples=list(SOURCES),
     )
 
     @property

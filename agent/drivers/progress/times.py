@@ -1,0 +1,164 @@
+"""What a reported time may look like, and why one is refused. Pure: no clock, no I/O.
+
+Owns reading a time from text, JSON and numbers, and the bound on future ones. Knows nothing of where
+a time came from, nor of tenures: that it never goes back within one (R18) is the daemon's.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from agent.wire import format_date_time, parse_date_time
+
+LONGEST_TEXT = 64 * 1024
+"""Bytes of a file's end or of a message: a page of state in JSON, read in a millisecond."""
+
+LONGEST_REASON = 300
+"""Characters of a refusal: it goes into the log and into /status."""
+
+EARLIEST_S = 100_000_000
+"""3 March 1973. A smaller number is an age, a count or a date without dashes, given by mistake; as a
+time it would make the next primary fetch half a century again. ISO 8601 can say any time."""
+
+LATEST_S = 253_402_300_800
+"""The year 10000. Today in milliseconds is above that."""
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_RIGHT = "right is ISO 8601, such as 2026-01-31T12:00:00Z, or seconds since 1970"
+
+
+class Reason(StrEnum):
+    """Why a time was refused: the label that it is counted under."""
+
+    FUTURE = "future"
+    NEVER = "never"
+    NOT_A_TIME = "not_a_time"
+    TOO_LONG = "too_long"
+    TOO_SLOW = "too_slow"
+    UNREADABLE = "unreadable"
+
+
+class Refused(ValueError):  # noqa: N818 - bad input is expected, and answered
+    """A time was not taken; the message is one bounded sentence."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(
+            text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
+        )
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Plausible:
+    """The check that every reported time has to pass, whichever way it came.
+
+    Attributes:
+        max_future_s: how far ahead of this host's clock a time may be, in seconds, 0 or more.
+    """
+
+    max_future_s: float
+
+    def check(self, time: datetime, now: datetime) -> datetime:
+        """The same time. Both are aware.
+
+        Raises:
+            Refused: FUTURE. One that is ahead would hide every later one of the tenure (R18).
+        """
+        ahead_s = (time - now).total_seconds()
+        if ahead_s > self.max_future_s:
+            raise Refused(
+                Reason.FUTURE,
+                f"{format_date_time(time)} is {ahead_s:.6g} s ahead of this host's clock, and may be"
+                f" {self.max_future_s:g} s: set the clocks, or raise max_future",
+            )
+        return time
+
+
+def read_time(value: object) -> datetime:
+    """A moment in UTC, from ISO 8601 text, or from seconds since 1970 as a number or as text.
+
+    Raises:
+        Refused: NOT_A_TIME, or NEVER for 0 and .NET's year 1.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if _NUMBER.fullmatch(text):
+            return from_seconds(float(text))
+        try:
+            time = parse_date_time(text)
+        except ValueError as error:
+            raise Refused(Reason.NOT_A_TIME, f"{error}, or seconds since 1970") from None
+        if time is None:
+            raise Refused(Reason.NEVER, f"{text} means that nothing was processed yet")
+        return time
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return from_seconds(value)
+    raise Refused(Reason.NOT_A_TIME, f"{value!r:.80} is not a time: {_RIGHT}")
+
+
+def from_seconds(seconds: float) -> datetime:
+    """The moment that is so many seconds after 1970 began, in UTC, to the microsecond.
+
+    Raises:
+        Refused: NOT_A_TIME, before EARLIEST_S or from LATEST_S on; NEVER for 0.
+    """
+    if seconds == 0:
+        raise Refused(Reason.NEVER, "0 means that nothing was processed yet")
+    if not EARLIEST_S <= seconds < LATEST_S:  # NaN is not, either
+        hint = ""
+        if LATEST_S <= seconds < math.inf:
+            hint = ": this looks like milliseconds, or finer"
+        elif 0 < seconds < EARLIEST_S:
+            hint = ": this looks like an age or a count"
+        raise Refused(
+            Reason.NOT_A_TIME,
+            f"{seconds!s:.40} must be seconds since 1970, from {EARLIEST_S} to {LATEST_S}{hint}",
+        )
+    return _EPOCH + timedelta(seconds=seconds)
+
+
+def read_text(data: bytes, key: str | None = None) -> datetime:
+    """The time that a message is, or that its JSON has at ``key``.
+
+    Args:
+        data: UTF-8, at most LONGEST_TEXT bytes.
+        key: names of objects' members, and numbers of lists', with dots between.
+
+    Raises:
+        Refused: TOO_LONG, NOT_A_TIME or NEVER.
+    """
+    if len(data) > LONGEST_TEXT:
+        raise Refused(Reason.TOO_LONG, f"{len(data)} bytes are more than {LONGEST_TEXT}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Refused(Reason.NOT_A_TIME, f"{data!r:.80} is not text: {_RIGHT}") from None
+    if key is None:
+        return read_time(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(Reason.NOT_A_TIME, f"{text!r:.80} is not JSON: {error}") from None
+    return read_time(_member(value, key))
+
+
+def _member(value: Any, key: str) -> object:
+    for name in key.split("."):
+        match value:
+            case dict() if name in value:
+                value = value[name]
+            case list() if re.fullmatch("[0-9]{1,6}", name) and int(name) < len(value):
+                value = value[int(name)]
+            case _:
+                raise Refused(Reason.NOT_A_TIME, f"the JSON has no {key}: there is no {name}")
+    return value
+
+
+def last_line(data: bytes) -> bytes:
+    """The last line that is not empty, or nothing."""
+    return data.rstrip().rpartition(b"\n")[2].strip()
