@@ -19,6 +19,7 @@ from agent.settings import (
     Sources,
     describe,
 )
+from agent.settings.checks import ExecCheck
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
@@ -99,7 +100,7 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
     Raises:
         ConfigError: one line for each fault, with the exit code of the first.
     """
-    from agent.drivers.hooks import specs_of  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks import check_hook, specs_of  # noqa: PLC0415 - not needed by every command
 
     settings = origin.load()
     faults: list[ConfigError] = []
@@ -120,6 +121,12 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
             spec.check()
         except ConfigError as error:
             faults.append(_placed(error, origin, (f"hook_{event}",)))
+    for check in settings.check:
+        try:
+            if isinstance(check, ExecCheck):
+                check_hook(f"check {check.name}", check.command)
+        except ConfigError as error:
+            faults.append(_placed(error, origin, ("check",)))
     if faults:
         raise ConfigError("\n".join(map(str, faults)), exit_code=faults[0].exit_code)
     return settings

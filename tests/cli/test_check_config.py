@@ -72,3 +72,23 @@ def test_what_is_wrong_is_one_line_with_its_own_code(
     code, out, err = cli("check-config", "--config", str(config(tmp_path, text)))
     assert (code, out) == (right, "")
     assert err.count("\n") == 1
+
+
+def test_the_command_of_a_check_is_checked_as_a_hook_is(cli: Cli, tmp_path: Path) -> None:
+    table = '[[check]]\nname = "{0}"\ntype = "exec"\ncommand = ["{1}"]\n'
+    tables = table.format("good", "/bin/true") + table.format("disk", "/no/such/program")
+    path = config(tmp_path, f'group = "g"\n{tables}')
+    code, _, err = cli("check-config", "--config", str(path))
+    assert code == ExitCode.HOOK_MISSING
+    assert "check disk: /no/such/program cannot be found" in err
+    assert "good" not in err
+    assert f"check: {path}" in err
+
+
+def test_checks_are_printed_as_toml_that_means_the_same(cli: Cli, tmp_path: Path) -> None:
+    text = 'group = "g"\n[[check]]\nname = "a"\ntype = "http"\nurl = "http://h/"\nstatus = 204\n'
+    path = config(tmp_path, text)
+    before = load(AgentSettings, path=path)
+    code, out, _ = cli("check-config", "--config", str(path))
+    assert code == 0
+    assert load(AgentSettings, path=config(tmp_path, out)) == before
