@@ -1,0 +1,829 @@
+"""The agent's side of one session: R2-R8, and what servers of every kind answer."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.core.effects import (
+    Cause,
+    Effect,
+    Escalate,
+    Exit,
+    Join,
+    KillHook,
+    Leave,
+    Publish,
+    Release,
+    SendBeat,
+    StartHook,
+    TermHook,
+)
+from agent.core.events import (
+    Answered,
+    BeatFailed,
+    Event,
+    Failure,
+    Fitness,
+    HookEnded,
+    Joined,
+    Left,
+    Released,
+    Stalled,
+    StatusSeen,
+    Stop,
+    Tick,
+)
+from agent.core.session import (
+    MAX_CONFIRMATIONS,
+    MAX_IN_FLIGHT,
+    PROMOTE_SHARE,
+    Options,
+    Phase,
+    Session,
+)
+from agent.core.timing import plan
+from agent.errors import ExitCode
+from agent.model import GroupStatus, HeartbeatAnswer, Role
+
+S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
+NO_HOOKS: frozenset[Role] = frozenset()
+LEASE_S = 10.0
+TIMING = plan(LEASE_S)  # R 6.5, D 2.5, M 1, beat and request timeout 6.5 / 3
+DATA = datetime(2026, 1, 1, tzinfo=UTC)
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Told:
+    """An answer in short; epoch None is a plain v1 server's."""
+
+    role: Role
+    epoch: int | None = 1
+    revision: int | None = 5
+    lease_s: float | None = LEASE_S
+
+    def answer(self) -> HeartbeatAnswer:
+        return HeartbeatAnswer(self.role, DATA, self.epoch, self.revision, self.lease_s, "other")
+
+
+def v1(role: Role) -> Told:
+    return Told(role, None, None, None)
+
+
+class Bench:
+    """A session, its time, and everything that it wanted."""
+
+    def __init__(
+        self, *, hooks: Iterable[Role] = NO_HOOKS, now: float = 100.0, hook_limit_s: float = 3.0
+    ) -> None:
+        options = Options(
+            "me", frozenset(hooks), hook_limit_s, cooldown_s=5.0, cooldown_limit_s=30.0
+        )
+        self.session = Session(TIMING, options)
+        self.now = now
+        self.log: list[Effect] = []
+
+    def begin(self) -> list[Effect]:
+        return self.keep(self.session.begin(self.now))
+
+    def keep(self, effects: tuple[Effect, ...]) -> list[Effect]:
+        self.log += effects
+        return list(effects)
+
+    def step(self, event: Event, *, after_s: float = 0.0) -> list[Effect]:
+        self.now += after_s
+        return self.keep(self.session.step(event, self.now))
+
+    def wake(self) -> list[Effect]:
+        self.now = max(self.now, self.session.wake_at)
+        return self.step(Tick())
+
+    @property
+    def beat(self) -> int:
+        """The heartbeat that was sent last."""
+        return [e.beat for e in self.log if isinstance(e, SendBeat)][-1]
+
+    @property
+    def run(self) -> int:
+        return [e.run for e in self.log if isinstance(e, StartHook)][-1]
+
+    def told(self, told: Told, *, beat: int | None = None, after_s: float = 0.0) -> list[Effect]:
+        answer = told.answer()
+        return self.step(Answered(self.beat if beat is None else beat, answer), after_s=after_s)
+
+    def fails(self, failure: Failure, retry_after_s: float | None = None) -> list[Effect]:
+        return self.step(BeatFailed(self.beat, failure, "for the test", retry_after_s))
+
+    def ends(self, *, ok: bool = True) -> list[Effect]:
+        return self.step(HookEnded(self.run, ok, "exit 0" if ok else "exit 1"))
+
+    # -- stages of a life
+
+    def member(self) -> "Bench":
+        """Begun, demoted and joined; the first heartbeat is under way."""
+        self.begin()
+        if S in self.session.options.hooks:
+            self.ends()
+        self.step(Joined(TIMING))
+        return self
+
+    def pending(self, *, v1_server: bool = False) -> "Bench":
+        self.member().told(v1(W) if v1_server else Told(W, 0, 4))
+        assert self.session.role is W
+        return self
+
+    def primary(self, *, v1_server: bool = False) -> "Bench":
+        """Primary in tenure 1, whose lease counts from now."""
+        self.pending(v1_server=v1_server)
+        if W in self.session.options.hooks:
+            self.ends()
+        self.told(v1(P) if v1_server else Told(P))
+        if P in self.session.options.hooks:
+            self.ends()
+        assert self.session.role is P
+        return self
+
+
+def kinds(effects: Iterable[Effect]) -> list[Any]:
+    """What was wanted, in order: the class, or for Publish and StartHook the role, too."""
+    short: list[Any] = []
+    for effect in effects:
+        match effect:
+            case Publish():
+                short.append((Publish, effect.role))
+            case StartHook():
+                short.append((StartHook, effect.facts.role))
+            case _:
+                short.append(type(effect))
+    return short
+
+
+# -- R2 ---------------------------------------------------------------------------------------------
+
+
+def test_r2_the_first_deadline_is_minus_infinity() -> None:
+    """Right after boot the clock is near 0; a deadline of 0 would be in the future."""
+    session = Bench(now=0.0).session
+    assert (session.renew_by, session.sent_at, session.lease_until) == (NEVER, NEVER, NEVER)
+
+
+def test_r2_after_a_demotion_the_deadline_is_minus_infinity_again() -> None:
+    bench = Bench().primary()
+    bench.told(Told(S, 1, 6))
+    assert (bench.session.renew_by, bench.session.lease_until) == (NEVER, NEVER)
+
+
+def test_r2_a_primary_that_was_stopped_demotes_before_it_asks() -> None:
+    bench = Bench(hooks={S}).primary()
+    assert kinds(bench.step(Stalled(1.5), after_s=1.5)) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.ends()) == [Release, SendBeat]
+
+
+def test_r2_what_was_asked_before_a_stall_promotes_nobody_after_it() -> None:
+    bench = Bench().member()
+    before = bench.beat
+    bench.step(Stalled(1.5), after_s=1.5)
+    bench.told(Told(P), beat=before)
+    assert bench.session.role is S
+
+
+def test_r2_a_secondary_that_was_stopped_asks_at_once() -> None:
+    bench = Bench().member()
+    bench.told(Told(S))
+    assert kinds(bench.step(Stalled(1.5), after_s=1.5)) == [SendBeat]
+
+
+def test_r2_deadlines_are_judged_before_the_event() -> None:
+    """An answer that lay in the queue while its process was frozen extends nothing any more."""
+    bench = Bench(hooks={S}).primary()
+    bench.wake()
+    effects = bench.told(Told(P), after_s=TIMING.renew_s)
+    assert kinds(effects) == [(Publish, S), (StartHook, S)]
+
+
+# -- R3 ---------------------------------------------------------------------------------------------
+
+
+def test_r3_the_lease_counts_from_the_sending_of_the_heartbeat() -> None:
+    bench = Bench().primary()
+    bench.wake()
+    sent_at = bench.now
+    bench.told(Told(P), after_s=1.0)
+    assert bench.session.renew_by == sent_at + TIMING.renew_s
+    assert bench.session.lease_until == sent_at + LEASE_S
+
+
+@pytest.mark.parametrize(
+    ("told", "beat"),
+    [
+        (Told(P, 0, 9), None),
+        (Told(P, 1, 4), None),
+        (Told(P), 999),
+        (Told(W, 0, 9), None),
+    ],
+    ids=["stale epoch", "stale revision", "unknown beat", "stale PendingPrimary"],
+)
+def test_r3_such_an_answer_extends_nothing(told: Told, beat: int | None) -> None:
+    bench = Bench().primary()
+    bench.wake()
+    before = bench.session.renew_by
+    bench.told(told, beat=beat, after_s=0.1)
+    assert bench.session.role is P
+    assert bench.session.renew_by == before
+
+
+def test_r3_an_answer_that_came_twice_extends_once() -> None:
+    bench = Bench().primary()
+    bench.wake()
+    bench.told(Told(P))
+    after = bench.session.renew_by
+    bench.told(Told(P), after_s=1.0)
+    assert bench.session.renew_by == after
+
+
+def test_r3_an_answer_that_was_overtaken_neither_extends_nor_shortens() -> None:
+    bench = Bench().primary()
+    bench.wake()
+    first = bench.beat
+    bench.wake()
+    bench.told(Told(P))
+    after = bench.session.renew_by
+    bench.told(Told(P), beat=first, after_s=0.1)
+    assert bench.session.renew_by == after
+
+
+@pytest.mark.parametrize(
+    ("told", "beat"),
+    [(Told(W, 0, 3), None), (Told(P, 0, 9), None), (Told(P), 999), (Told(W), 999)],
+)
+def test_r3_such_an_answer_promotes_nobody(told: Told, beat: int | None) -> None:
+    bench = Bench().member()
+    bench.told(Told(S, 1, 4))
+    bench.wake()
+    bench.told(told, beat=beat)
+    assert bench.session.role is S
+
+
+@pytest.mark.parametrize("failure", Failure)
+def test_r3_an_error_never_extends(failure: Failure) -> None:
+    bench = Bench().primary()
+    bench.wake()
+    before = bench.session.renew_by
+    bench.fails(failure, 1.0)
+    assert bench.session.renew_by == before
+
+
+@pytest.mark.parametrize("beat", [None, 999], ids=["known", "forgotten"])
+def test_r3_any_answer_may_demote(beat: int | None) -> None:
+    bench = Bench().primary()
+    bench.wake()
+    assert (Publish, S) in kinds(bench.told(Told(S, 1, 6), beat=beat))
+
+
+@pytest.mark.parametrize("told", [Told(W, 1, 6), Told(P, 2, 6)])
+def test_r3_a_primary_whose_tenure_has_ended_demotes_whatever_else_it_is_told(told: Told) -> None:
+    """It may be chosen again, but another may have been primary meanwhile."""
+    bench = Bench(hooks={S}).primary()
+    bench.wake()
+    assert kinds(bench.told(told)) == [(Publish, S), (StartHook, S)]
+
+
+def test_r3_a_status_neither_promotes_nor_extends() -> None:
+    bench = Bench().member()
+    bench.told(Told(S, 1, 4))
+    bench.step(StatusSeen(GroupStatus("me", None, None, 2, 9)))
+    assert bench.session.role is S
+    assert bench.session.renew_by == NEVER
+
+
+# -- R4 ---------------------------------------------------------------------------------------------
+
+
+def test_r4_without_renewal_demotion_starts_at_r_and_is_killed_at_r_plus_d() -> None:
+    bench = Bench(hooks={S}).primary()
+    renew_by = bench.session.renew_by
+    while bench.session.role is P:
+        effects = bench.wake()
+    assert bench.now == pytest.approx(renew_by)
+    assert kinds(effects) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.wake()) == [TermHook]
+    assert bench.now < renew_by + TIMING.demote_s
+    assert kinds(bench.wake()) == [KillHook, Escalate, Exit]
+    assert bench.now == pytest.approx(renew_by + TIMING.demote_s)
+    assert bench.log[-1] == Exit(ExitCode.DEMOTION_FAILED)
+
+
+def test_r4_a_role_whose_demotion_failed_is_not_given_back() -> None:
+    """The workload may still run: only the end of the lease makes room."""
+    bench = Bench(hooks={S}).primary()
+    bench.told(Told(S, 1, 6))
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert Release not in kinds(bench.log)
+    assert Leave not in kinds(bench.log)
+
+
+def test_r4_a_demotion_before_r_may_use_all_of_the_lease_that_is_left() -> None:
+    bench = Bench(hooks={S}).primary()
+    end_at = bench.session.renew_by + TIMING.demote_s
+    bench.told(Told(S, 1, 6), after_s=1.0)
+    assert bench.session.guard_by == (float("inf"), end_at + TIMING.margin_s / 2)
+
+
+def test_r4_a_failed_demotion_is_tried_again() -> None:
+    bench = Bench(hooks={S}).primary()
+    bench.told(Told(S, 1, 6))
+    bench.ends(ok=False)
+    assert kinds(bench.wake()) == [(StartHook, S)]
+    assert Release in kinds(bench.ends())
+
+
+# -- R5 ---------------------------------------------------------------------------------------------
+
+
+def test_r5_a_graceful_stop_demotes_then_releases_then_leaves_then_exits() -> None:
+    bench = Bench(hooks={S}).primary()
+    assert kinds(bench.step(Stop())) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.ends()) == [Release]
+    assert kinds(bench.step(Released())) == [Leave]
+    assert bench.step(Left()) == [Exit(ExitCode.OK)]
+    assert bench.step(Tick()) == []
+
+
+def test_r5_no_heartbeat_is_sent_after_a_stop() -> None:
+    bench = Bench(hooks={S}).primary()
+    bench.step(Stop())
+    bench.ends()
+    bench.step(Tick(), after_s=LEASE_S)
+    bench.step(Released())
+    assert SendBeat not in kinds(bench.log[-4:])
+    assert bench.session.wake_at == float("inf")
+
+
+@pytest.mark.parametrize("stage", ["joining", "member"])
+def test_r5_a_secondary_that_stops_leaves_and_exits(stage: str) -> None:
+    bench = Bench()
+    bench.begin() if stage == "joining" else bench.member()
+    assert kinds(bench.step(Stop())) == [Leave]
+    assert bench.step(Left()) == [Exit(ExitCode.OK)]
+
+
+def test_r5_a_stop_while_starting_waits_for_the_demotion() -> None:
+    bench = Bench(hooks={S})
+    bench.begin()
+    assert bench.step(Stop()) == []
+    assert kinds(bench.ends()) == [Leave]
+
+
+def test_r5_a_stop_during_a_promotion_ends_its_hook_first() -> None:
+    bench = Bench(hooks={S, P}).pending()
+    assert kinds(bench.told(Told(P))) == [(StartHook, P)]
+    assert kinds(bench.step(Stop())) == [(Publish, S), TermHook]
+    assert kinds(bench.ends(ok=False)) == [(StartHook, S)]
+    assert kinds(bench.ends()) == [Release]
+
+
+def test_r5_a_stopping_session_asks_not_to_be_chosen_again() -> None:
+    bench = Bench().primary()
+    (release,) = [e for e in bench.step(Stop()) if isinstance(e, Release)]
+    assert release.epoch == 1
+    assert release.hold_off_s >= LEASE_S
+
+
+def test_r5_a_stop_without_a_tenure_number_has_nothing_to_release() -> None:
+    """A plain v1 server hands the role on when the session is deleted (api.md, B.7)."""
+    bench = Bench(hooks={S}).primary(v1_server=True)
+    bench.step(Stop())
+    assert kinds(bench.ends()) == [Leave]
+
+
+# -- R6 ---------------------------------------------------------------------------------------------
+
+
+def test_r6_the_demotion_hook_runs_before_anything_is_asked() -> None:
+    bench = Bench(hooks={S})
+    assert kinds(bench.begin()) == [(StartHook, S)]
+    assert kinds(bench.ends()) == [Join]
+    assert bench.session.role is S
+
+
+def test_r6_a_session_whose_first_demotion_fails_exits_without_joining() -> None:
+    bench = Bench(hooks={S})
+    bench.begin()
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert Join not in kinds(bench.log)
+    assert bench.log[-1] == Exit(ExitCode.DEMOTION_FAILED)
+
+
+def test_r6_every_tenure_begins_as_secondary_even_if_the_first_answer_says_primary() -> None:
+    """As a server does whose record says that this session was primary when it died."""
+    bench = Bench(hooks={P}).member()
+    assert kinds(bench.told(Told(P)))[:2] == [(Publish, W), (StartHook, P)]
+
+
+# -- R8 ---------------------------------------------------------------------------------------------
+
+
+def test_r8_primary_is_said_only_after_the_hook_succeeded() -> None:
+    bench = Bench(hooks={P}).pending()
+    assert kinds(bench.told(Told(P))) == [(StartHook, P)]
+    assert bench.session.role is W
+    assert kinds(bench.ends()) == [(Publish, P)]
+
+
+def test_r8_a_promotion_needs_enough_of_the_lease() -> None:
+    late_s = TIMING.renew_s * (1 - PROMOTE_SHARE)
+    late, in_time = Bench().member(), Bench().member()
+    late.told(Told(P), after_s=late_s + 0.01)
+    in_time.told(Told(P), after_s=late_s - 0.01)
+    assert (late.session.role, in_time.session.role) == (S, P)
+
+
+def test_r8_a_promotion_hook_is_ended_if_the_lease_goes() -> None:
+    bench = Bench(hooks={P}, hook_limit_s=100).pending()
+    bench.told(Told(P))
+    renew_by = bench.session.renew_by
+    while bench.session.role is W:
+        effects = bench.wake()
+    assert bench.now == pytest.approx(renew_by)
+    assert kinds(effects) == [(Publish, S), TermHook]
+
+
+def test_r8_a_promotion_hook_is_ended_if_the_role_is_taken() -> None:
+    bench = Bench(hooks={P}).pending()
+    bench.told(Told(P))
+    assert kinds(bench.told(Told(S, 1, 6), beat=999)) == [(Publish, S), TermHook]
+
+
+def test_r8_a_failed_promotion_demotes_and_releases_with_a_hold_off() -> None:
+    bench = Bench(hooks={P, S}).pending()
+    bench.told(Told(P))
+    assert kinds(bench.ends(ok=False)) == [(Publish, S), (StartHook, S)]
+    release, beat = bench.ends()
+    assert release == Release(1, "promotion failed: exit 1", 5.0)
+    assert isinstance(beat, SendBeat)
+
+
+def fail_promotion(bench: Bench, epoch: int) -> float:
+    """Be promoted in vain; the hold-off that was asked for."""
+    bench.told(Told(P, epoch, 10 * epoch))
+    (release,) = [e for e in bench.ends(ok=False) if isinstance(e, Release)]
+    bench.step(Released())
+    bench.step(Tick(), after_s=release.hold_off_s)
+    return release.hold_off_s
+
+
+def test_r8_delays_double_up_to_the_limit() -> None:
+    bench = Bench(hooks={P}).member()
+    assert [fail_promotion(bench, epoch) for epoch in range(1, 6)] == [5, 10, 20, 30, 30]
+
+
+def test_r8_a_tenure_that_lasted_makes_the_delays_short_again() -> None:
+    bench = Bench(hooks={P}).member()
+    assert [fail_promotion(bench, epoch) for epoch in (1, 2)] == [5, 10]
+    bench.told(Told(P, 3, 30))
+    bench.ends()
+    for _ in range(40):  # seconds; longer than the limit of the delays
+        bench.step(Tick(), after_s=1.0)
+        bench.told(Told(P, 3, 30))
+    (release,) = [
+        e for e in bench.step(Fitness(fit=False, reason="disk")) if isinstance(e, Release)
+    ]
+    assert release.hold_off_s == 5
+
+
+@pytest.mark.parametrize("role", [W, P])
+def test_r8_while_it_cools_down_a_session_takes_no_role(role: Role) -> None:
+    bench = Bench(hooks={P}).pending()
+    bench.told(Told(P))
+    bench.ends(ok=False)
+    bench.step(Released())
+    bench.told(Told(role, 2, 9), after_s=4.9)
+    assert bench.session.role is S
+
+
+def test_r8_a_tenure_given_by_a_coordinator_that_forgot_the_hold_off_is_given_back() -> None:
+    """Else its heartbeats would keep the lease, and everybody else from the role, for so long."""
+    bench = Bench(hooks={P}).pending()
+    bench.told(Told(P))
+    bench.ends(ok=False)
+    bench.step(Released())
+    (release, *_) = bench.told(Told(P, 2, 9), after_s=2.0)
+    assert release == Release(2, "promotion failed: exit 1", 3.0)
+    bench.step(Released())
+    bench.step(Tick(), after_s=10)
+    bench.told(Told(P, 2, 9))
+    assert bench.session.role is S, "a tenure that was given back is never taken"
+
+
+def test_r8_a_release_that_was_lost_is_said_again() -> None:
+    bench = Bench().primary()
+    bench.told(Told(S, 1, 6))
+    bench.step(Released())
+    bench.step(Tick())
+    assert kinds(bench.told(Told(P, 1, 6))) == [Release]
+    bench.wake()
+    assert bench.told(Told(P, 1, 6)) == [], "one release at a time"
+
+
+def test_r8_after_a_failed_pending_hook_the_session_leaves_and_comes_back_later() -> None:
+    """It has no tenure to release, and must not be asked again at once."""
+    bench = Bench(hooks={W}).pending()
+    assert kinds(bench.ends(ok=False)) == [(Publish, S), Leave]
+    assert bench.session.wake_at == float("inf"), "not before it is known to have left"
+    assert bench.step(Left()) == []
+    assert kinds(bench.wake()) == [Join]
+    assert bench.now == 105.0
+
+
+# -- R9: fitness ------------------------------------------------------------------------------------
+
+
+def test_r9_an_unfit_primary_demotes_releases_and_beats_no_more() -> None:
+    bench = Bench(hooks={S}).primary()
+    effects = bench.step(Fitness(fit=False, reason="disk full"))
+    assert kinds(effects) == [(Publish, S), (StartHook, S)]
+    assert isinstance(effects[0], Publish)
+    assert effects[0].cause is Cause.UNFIT
+    assert kinds(bench.ends()) == [Release]
+    assert bench.session.wake_at == float("inf")
+
+
+def test_r9_an_unfit_session_beats_again_when_it_is_fit() -> None:
+    bench = Bench().member()
+    bench.told(Told(S))
+    bench.step(Fitness(fit=False, reason="disk full"))
+    assert bench.step(Tick(), after_s=LEASE_S) == []
+    assert kinds(bench.step(Fitness(fit=True, reason=""))) == [SendBeat]
+
+
+@pytest.mark.parametrize(("role", "wanted"), [(W, []), (P, [Release])])
+def test_r9_an_unfit_session_takes_no_role(role: Role, wanted: list[type]) -> None:
+    bench = Bench().member()
+    bench.step(Fitness(fit=False, reason="disk full"))
+    assert kinds(bench.told(Told(role))) == wanted
+    assert bench.session.role is S
+
+
+# -- heartbeats -------------------------------------------------------------------------------------
+
+
+def test_heartbeats_come_a_beat_apart_and_never_later() -> None:
+    bench = Bench().member()
+    for _ in range(50):
+        bench.told(Told(S))
+        before = bench.now
+        assert kinds(bench.wake()) == [SendBeat]
+        assert 0.9 * TIMING.beat_s <= bench.now - before <= TIMING.beat_s
+
+
+def test_unanswered_heartbeats_are_forgotten_at_a_bound() -> None:
+    bench = Bench().member()
+    first = bench.beat
+    for _ in range(MAX_IN_FLIGHT):
+        bench.wake()
+    bench.told(Told(P), beat=first)
+    assert bench.session.role is S
+
+
+def test_a_pending_primary_confirms_at_once_ten_times_at_most() -> None:
+    """api.md, B.4."""
+    bench = Bench().member()
+    at_once = sum(kinds(bench.told(Told(W, 0, 4))).count(SendBeat) for _ in range(30))
+    assert at_once == MAX_CONFIRMATIONS == 10
+    assert kinds(bench.wake()) == [SendBeat]
+
+
+def test_news_in_the_status_make_a_pending_primary_ask_again() -> None:
+    bench = Bench().member()
+    for _ in range(30):
+        bench.told(Told(W, 0, 4))
+    status = GroupStatus(None, "me", None, 0, 5)
+    assert kinds(bench.step(StatusSeen(status))) == [SendBeat]
+    assert bench.step(StatusSeen(status)) == []
+    assert kinds(bench.told(Told(W, 0, 5))) == [SendBeat]
+
+
+def test_a_secondary_that_is_not_meant_does_not_ask_at_news() -> None:
+    bench = Bench().member()
+    bench.told(Told(S, 0, 4))
+    assert bench.step(StatusSeen(GroupStatus(None, "other", None, 0, 5))) == []
+
+
+def test_a_status_that_names_another_primary_demotes() -> None:
+    bench = Bench().primary()
+    effects = bench.step(StatusSeen(GroupStatus("other", None, None, 2, 9)))
+    assert kinds(effects)[:2] == [(Publish, S), Release]
+
+
+def test_an_old_status_changes_nothing() -> None:
+    bench = Bench().primary()
+    assert bench.step(StatusSeen(GroupStatus("other", None, None, 1, 4))) == []
+    assert bench.session.role is P
+
+
+# -- what servers answer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked_s", "waits_s"), [(0.5, 0.5), (60.0, TIMING.renew_s / 2)])
+def test_a_server_that_asks_to_wait_is_obeyed_up_to_half_of_r(
+    asked_s: float, waits_s: float
+) -> None:
+    """Longer would take the role away from a primary that is well."""
+    bench = Bench().primary()
+    bench.wake()
+    before = bench.now
+    bench.fails(Failure.BACK_OFF, asked_s)
+    assert kinds(bench.wake()) == [SendBeat]
+    assert bench.now - before == pytest.approx(waits_s)
+
+
+@pytest.mark.parametrize("failure", [Failure.OTHER, Failure.BACK_OFF])
+def test_a_failed_heartbeat_is_tried_again_sooner_than_a_beat(failure: Failure) -> None:
+    bench = Bench().primary()
+    bench.wake()
+    before = bench.now
+    bench.fails(failure)
+    assert kinds(bench.wake()) == [SendBeat]
+    assert bench.now - before == pytest.approx(TIMING.renew_s / 10)
+
+
+def test_the_failure_of_a_heartbeat_that_was_answered_says_nothing() -> None:
+    bench = Bench().primary()
+    bench.wake()
+    bench.told(Told(P))
+    due = bench.session.wake_at
+    assert bench.fails(Failure.GONE) == []
+    assert bench.session.wake_at == due
+
+
+def test_a_session_that_is_gone_joins_again_and_keeps_its_lease() -> None:
+    """Its tenure is of record: nobody else gets the role before the lease ends."""
+    bench = Bench().primary()
+    bench.wake()
+    assert kinds(bench.fails(Failure.GONE)) == [Join]
+    assert bench.session.role is P
+    assert kinds(bench.step(Joined(TIMING))) == [SendBeat]
+    bench.told(Told(P, 1, 1))
+    assert bench.session.renew_by == bench.now + TIMING.renew_s
+
+
+def test_r4_a_session_that_is_gone_and_cannot_join_demotes_at_r() -> None:
+    bench = Bench().primary()
+    renew_by = bench.session.renew_by
+    bench.wake()
+    bench.fails(Failure.GONE)
+    assert (Publish, S) in kinds(bench.wake())
+    assert bench.now == pytest.approx(renew_by)
+
+
+def test_a_session_that_is_gone_from_a_plain_v1_server_demotes_first() -> None:
+    """That server has handed the role on with the deletion (api.md, B.7)."""
+    bench = Bench(hooks={S}).primary(v1_server=True)
+    bench.wake()
+    assert kinds(bench.fails(Failure.GONE)) == [(Publish, S), Join, (StartHook, S)]
+
+
+def test_the_servers_timeout_is_adopted() -> None:
+    bench = Bench()
+    bench.begin()
+    longer = plan(2 * LEASE_S)
+    bench.step(Joined(longer))
+    assert bench.session.timing == longer
+    bench.told(replace(Told(P), lease_s=2 * LEASE_S))
+    assert bench.session.renew_by == bench.now + longer.renew_s
+
+
+def test_an_answer_with_another_timeout_extends_nothing_and_joins_again() -> None:
+    bench = Bench().primary()
+    bench.wake()
+    before = bench.session.renew_by
+    assert kinds(bench.told(replace(Told(P), lease_s=2 * LEASE_S))) == [Join]
+    assert bench.session.renew_by == before
+
+
+def test_a_plain_v1_server_is_enough_for_a_whole_life() -> None:
+    bench = Bench(hooks={P, S}).member()
+    assert kinds(bench.told(v1(W))) == [(Publish, W), SendBeat]
+    assert kinds(bench.told(v1(P))) == [(StartHook, P)]
+    bench.ends()
+    bench.wake()
+    bench.told(v1(P))
+    assert bench.session.renew_by == bench.now + TIMING.renew_s
+    bench.wake()
+    assert kinds(bench.told(v1(S))) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.ends()) == [SendBeat]
+    assert bench.session.role is S
+    assert bench.session.tenure is None
+
+
+def test_r8_with_a_plain_v1_server_a_session_leaves_to_cool_down() -> None:
+    bench = Bench(hooks={P}).pending(v1_server=True)
+    bench.told(v1(P))
+    assert kinds(bench.ends(ok=False)) == [(Publish, S), Leave]
+    bench.step(Left())
+    assert kinds(bench.wake()) == [Join]
+
+
+def test_r5_a_stop_while_it_cools_down_leaves_and_exits() -> None:
+    bench = Bench(hooks={P}).pending(v1_server=True)
+    bench.told(v1(P))
+    bench.ends(ok=False)
+    bench.step(Left())
+    assert kinds(bench.step(Stop())) == [Leave]
+    assert bench.step(Left()) == [Exit(ExitCode.OK)]
+
+
+# -- the whole --------------------------------------------------------------------------------------
+
+
+def test_r18_the_hook_is_told_what_was_processed_and_by_whom() -> None:
+    bench = Bench(hooks={P}).pending()
+    (start,) = bench.told(Told(P))
+    assert isinstance(start, StartHook)
+    assert start.facts.last_data == DATA
+    assert start.facts.previous_primary == "other"
+    assert start.facts.epoch == 1
+
+
+def test_r12_the_guard_acts_half_a_margin_behind_the_agent_and_before_the_lease_ends() -> None:
+    bench = Bench().primary()
+    session = bench.session
+    assert session.guard_by is not None
+    runs_at, kills_at = session.guard_by
+    assert runs_at == session.renew_by + TIMING.margin_s / 2
+    assert kills_at + TIMING.margin_s / 2 == pytest.approx(session.lease_until)
+    assert Bench().member().session.guard_by is None
+
+
+ROLES = st.sampled_from(Role)
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.builds(
+        Answered,
+        st.integers(1, 12),
+        st.builds(
+            HeartbeatAnswer,
+            ROLES,
+            st.none(),
+            st.none() | st.integers(0, 4),
+            st.none() | st.integers(0, 9),
+            st.just(LEASE_S),
+        ),
+    ),
+    st.builds(BeatFailed, st.integers(1, 12), st.sampled_from(Failure), st.just("no")),
+    st.builds(
+        StatusSeen,
+        st.builds(
+            GroupStatus,
+            st.sampled_from([None, "me", "other"]),
+            st.sampled_from([None, "me"]),
+            st.none(),
+            st.integers(0, 4),
+            st.integers(0, 9),
+        ),
+    ),
+    st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
+    st.builds(Stalled, st.just(2.0)),
+    st.builds(Fitness, st.booleans(), st.just("disk")),
+    st.sampled_from([Joined(TIMING), Released(), Left(), Tick()]),
+    st.sampled_from([Tick(), Stop()]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
+    st.sampled_from([NO_HOOKS, frozenset(Role)]),
+)
+def test_any_events_in_any_order_keep_the_order_of_effects(
+    events: list[tuple[Event, float]], hooks: frozenset[Role]
+) -> None:
+    """Whatever comes: rows of the table only, no release before the demotion, nothing after Exit.
+
+    And twice the same events give twice the same effects.
+    """
+    first, second = Bench(hooks=hooks), Bench(hooks=hooks)
+    assert first.begin() == second.begin()
+    for event, after_s in events:
+        assert first.step(event, after_s=after_s) == second.step(event, after_s=after_s)
+        session = first.session
+        if session.role is P:
+            assert session.renew_by > first.now, "primary without a lease"
+        assert session.wake_at > first.now, "the daemon would spin"
+    promoted = False
+    for effect in first.log:
+        match effect:
+            case StartHook():
+                promoted = effect.facts.role is not S
+            case Release() | Leave() if hooks:
+                assert not promoted, "given back before the demotion"
+            case _:
+                pass
+    ended = [index for index, effect in enumerate(first.log) if isinstance(effect, Exit)]
+    assert ended in ([], [len(first.log) - 1])
