@@ -38,6 +38,7 @@ class Notifier:
     Attributes:
         dropped: how many were never run, or were cut short by the end.
         failed: how many ended otherwise than with success.
+        specs: may be replaced at any time.
     """
 
     def __init__(self, runner: HookRunner, specs: Mapping[str, HookSpec], limit_s: float) -> None:
@@ -45,13 +46,13 @@ class Notifier:
         self.failed = 0
         self.limit_s = limit_s
         self._runner = runner
-        self._specs = specs
+        self.specs = specs
         self._waiting: deque[tuple[HookSpec, Mapping[str, Any]]] = deque()
         self._working: asyncio.Task[None] | None = None
 
     def put(self, event: str, facts: Mapping[str, Any]) -> None:
         """Have the hook of ``event`` run when the ones before it have ended. Never waits."""
-        spec = self._specs.get(event)
+        spec = self.specs.get(event)
         if spec is None:
             return
         if len(self._waiting) >= WAITING:
@@ -86,8 +87,12 @@ class Notifier:
             try:
                 await self._limited(run)
             except asyncio.CancelledError:
-                run.kill()
                 self._drop(run.name, "the agent ends")
+                run.kill()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(KILLED_S):
+                        await run.wait()
+                        self._runner.forget(run)
                 raise
             result = await run.wait() if run.ended else None
             if result is not None and result.ok:
