@@ -54,6 +54,11 @@ class Executor:
         """The last role whose hook succeeded, or None: unknown, demotion is owed."""
         self.promotion_failed: str | None = None
 
+    def reconfigure(self, hooks: frozenset[Role], *, limit_s: float) -> None:
+        """Other hooks, or another limit, from the next start on."""
+        self._hooks = hooks
+        self._limit_s = limit_s
+
     @property
     def settled(self) -> bool:
         """Nothing runs and nothing is owed."""
@@ -114,6 +119,8 @@ class Executor:
                 effects.append(self._start(role, now))
                 break
             self.completed = role
+        if now >= self.by - self._grace_s:
+            self._retry_at = self.by  # too late for another try
         return effects
 
     @property

@@ -124,7 +124,8 @@ def smallest_lease_s(budget: Budget) -> float:
     while high - low > 1e-4:  # noqa: PLR2004 - a hundredth of what is reported
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return math.ceil(round(high * 100, 2)) / 100
+    rounded_s = math.ceil(round(high * 100, 2)) / 100
+    return rounded_s if fits(rounded_s) else rounded_s + 0.01
 
 
 def plan(lease_s: float, budget: Budget | None = None) -> Timing:

@@ -796,7 +796,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
     st.sampled_from([NO_HOOKS, frozenset(Role)]),

@@ -4,7 +4,7 @@ import math
 from dataclasses import fields
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.timing import (
@@ -19,6 +19,7 @@ from agent.core.timing import (
 )
 from agent.errors import ExitCode, TimingError
 
+steady = settings(deadline=None, derandomize=True)
 PARTS = [f.name for f in fields(Budget)]
 
 
@@ -34,6 +35,7 @@ def holds(timing: Timing) -> bool:
     )
 
 
+@steady
 @given(st.floats(SHORTEST_LEASE_S, LONGEST_LEASE_S))
 def test_r1_holds_by_default_for_every_lease_from_the_shortest_to_24_days(lease_s: float) -> None:
     timing = plan(lease_s)
@@ -42,6 +44,7 @@ def test_r1_holds_by_default_for_every_lease_from_the_shortest_to_24_days(lease_
     assert all(held for _, held in timing.rules())
 
 
+@steady
 @given(
     st.floats(SHORTEST_LEASE_S, 1000),
     st.builds(Budget, **dict.fromkeys(PARTS, st.none() | st.floats(0.001, 100))),
@@ -85,6 +88,13 @@ def test_r1_the_smallest_lease_that_fits_is_the_smallest(budget: Budget) -> None
     assert holds(plan(smallest_s, budget))
     with pytest.raises(TimingError, match=f"that fits these budgets is {smallest_s:g} s"):
         plan(smallest_s - 0.02, budget)
+
+
+def test_r1_a_lease_that_would_leave_nothing_to_renew_in_does_not_fit() -> None:
+    """Demote 1 + margin 2 is 3: the smallest lease is just longer."""
+    budget = Budget(demote_s=1, margin_s=2)
+    assert smallest_lease_s(budget) == pytest.approx(3.01)
+    assert holds(plan(smallest_lease_s(budget), budget))
 
 
 def test_r1_a_margin_that_no_lease_can_drift_less_than_has_no_smallest_lease() -> None:

@@ -1,0 +1,919 @@
+"""The coordinator's decision: R13-R18, and every input."""
+
+import copy
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.core.group import CONFIRM_SHARE, agrees, decide, minimum_interval_s, wake_at
+from agent.core.group_state import (
+    AddSession,
+    Beat,
+    Decision,
+    GroupState,
+    Input,
+    KeepProgress,
+    Policy,
+    ReleaseRole,
+    RemoveGroup,
+    RemoveSession,
+    SetAccess,
+    SetOverride,
+    Tick,
+    awaken,
+    excuse,
+    progress_is_unkept,
+    role_of,
+    status_of,
+    view_of,
+)
+from agent.errors import Conflict, NotFound, TooSoon
+from agent.model import (
+    AccessList,
+    GroupConfig,
+    GroupRecord,
+    HeartbeatAnswer,
+    HistoryEntry,
+    Instant,
+    Role,
+    RoleOverride,
+    SessionConfig,
+)
+
+S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
+ON, OFF = RoleOverride.PRIMARY, RoleOverride.OFF
+LEASE_S = 10.0
+CONFIG = GroupConfig("g", int(LEASE_S * 10_000_000))
+WALL = datetime(2026, 1, 1, tzinfo=UTC)
+V1 = Policy(score_hysteresis=0.0, minimum_hold_s=0.0)
+CALM = Policy(score_hysteresis=10.0, minimum_hold_s=30.0)
+
+
+def data(seconds: float) -> datetime:
+    return WALL + timedelta(seconds=seconds)
+
+
+class Bench:
+    """A group, its time, and the tenures that it has seen."""
+
+    def __init__(self, *sessions: str, policy: Policy = CALM) -> None:
+        self.policy = policy
+        self.mono = 1000.0
+        self.state = GroupState(GroupRecord(CONFIG))
+        self.history: dict[int, HistoryEntry] = {}
+        self.wake = float("inf")
+        for session_id in sessions:
+            self.do(AddSession(SessionConfig(session_id)))
+
+    @property
+    def now(self) -> Instant:
+        return Instant(self.mono, WALL + timedelta(seconds=self.mono))
+
+    def do(self, what: Input, *, after_s: float = 0.0) -> Decision:
+        self.mono += after_s
+        decision = decide(self.state, what, self.now, self.policy)
+        self.state = decision.state
+        self.history |= {entry.epoch: entry for entry in decision.history}
+        self.wake = decision.wake_at
+        return decision
+
+    def beat(
+        self, session_id: str, score: float = 100.0, *, after_s: float = 0.0, **more: Any
+    ) -> HeartbeatAnswer:
+        more.setdefault("instance", f"{session_id}#1")
+        answer = self.do(Beat(session_id, score, **more), after_s=after_s).answer
+        assert isinstance(answer, HeartbeatAnswer)
+        return answer
+
+    def promote(self, session_id: str, score: float = 100.0, **more: Any) -> HeartbeatAnswer:
+        """Beat until it is primary: once if it is chosen already, else twice."""
+        answer = self.beat(session_id, score, **more)
+        if answer.role is W:
+            answer = self.beat(session_id, score, **more)
+        assert answer.role is P
+        return answer
+
+    def live(self, seconds: float, **scores: float) -> "Bench":
+        """Everybody named beats every second, with that score."""
+        for _ in range(round(seconds)):
+            self.mono += 1.0
+            for session_id, score in scores.items():
+                self.beat(session_id, score)
+        return self
+
+    def end_of_lease(self) -> "Bench":
+        self.mono = max(self.mono, self.state.live.lease_until)
+        self.do(Tick())
+        return self
+
+    def restart(self, after_s: float = 1.0) -> "Bench":
+        """Only the record survives."""
+        self.mono += after_s
+        self.state = awaken(self.state.record, self.now)
+        return self
+
+    @property
+    def primary(self) -> str | None:
+        return status_of(self.state).primary
+
+    @property
+    def pending(self) -> str | None:
+        return self.state.record.pending
+
+
+# -- R13 --------------------------------------------------------------------------------------------
+
+
+def test_r13_a_heartbeat_that_changes_nothing_durable_leaves_the_very_record() -> None:
+    """By which its caller knows that there is nothing to write."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    record = bench.state.record
+    bench.beat("a", after_s=1, last_data=data(1))
+    bench.beat("b", after_s=1)
+    bench.do(Tick())
+    assert bench.state.record is record
+
+
+def test_r13_progress_becomes_durable_when_it_is_kept() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    assert not progress_is_unkept(bench.state)
+    bench.beat("a", after_s=1, last_data=data(1))
+    assert progress_is_unkept(bench.state)
+    bench.do(KeepProgress())
+    assert not progress_is_unkept(bench.state)
+    assert bench.state.record.holder is not None
+    assert bench.state.record.holder.last_data == data(1)
+    record = bench.state.record
+    assert bench.do(KeepProgress()).state.record is record
+
+
+def test_r13_a_refused_input_changes_nothing() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.beat("a", after_s=1)
+    before = copy.deepcopy(bench.state)
+    with pytest.raises(TooSoon):
+        bench.beat("a")
+    assert bench.state == before
+
+
+INPUTS: st.SearchStrategy[Input] = st.one_of(
+    st.builds(
+        Beat,
+        st.sampled_from("abcx"),
+        st.sampled_from([0.0, 50.0, 100.0]),
+        st.none() | st.integers(0, 50).map(data),
+        st.none() | st.sampled_from(["1", "2"]),
+        st.none() | st.integers(0, 5),
+    ),
+    st.builds(AddSession, st.sampled_from("abc").map(SessionConfig)),
+    st.builds(RemoveSession, st.sampled_from("abcx")),
+    st.builds(
+        SetOverride,
+        st.sampled_from("abcx"),
+        st.sampled_from(RoleOverride),
+        st.none() | st.integers(0, 60).map(lambda s: data(1000 + s)),
+    ),
+    st.builds(ReleaseRole, st.sampled_from("abcx"), st.integers(0, 9), hold_off_s=st.floats(0, 20)),
+    st.sampled_from([Tick(), KeepProgress(), RemoveGroup(), SetAccess(AccessList())]),
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0])), max_size=40),
+    st.sampled_from([V1, CALM]),
+)
+def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
+    inputs: list[tuple[Input, float]], policy: Policy
+) -> None:
+    """The same input twice gives the same output and changes nothing that was given.
+
+    Epochs strictly increase, with one holder each; no lease is made shorter; the data-processed time
+    never goes back within a tenure; and the next moment at which something is due is in the future.
+    """
+    bench = Bench("a", "b", policy=policy)
+    for what, after_s in inputs:
+        bench.mono += after_s
+        before = bench.state
+        kept = copy.deepcopy(before)
+        outcomes: list[object] = []
+        for _ in range(2):
+            try:
+                outcomes.append(decide(before, what, bench.now, policy))
+            except (Conflict, NotFound, TooSoon) as refusal:
+                outcomes.append(type(refusal))
+        assert outcomes[0] == outcomes[1]
+        assert before == kept
+        if isinstance(outcomes[0], Decision):
+            bench.do(what)
+            check_step(before, bench)
+
+
+def check_step(before: GroupState, bench: Bench) -> None:
+    """What one step may do to a group."""
+    after = bench.state
+    assert bench.wake > bench.mono
+    assert after.record.revision >= before.record.revision
+    assert after.record.epoch >= before.record.epoch
+    told = [replace(status_of(state), last_data=None) for state in (before, after)]
+    assert (told[0] == told[1]) or after.record.revision > before.record.revision
+    was, holds = before.record.holder, after.record.holder
+    if was is not None and holds is not None and was.epoch == holds.epoch:
+        assert (was.session_id, was.instance) == (holds.session_id, holds.instance)
+        assert after.live.lease_until >= before.live.lease_until
+        assert status_of(after).last_data == status_of(before).last_data or (
+            after.live.last_data is not None
+        )
+        if before.live.last_data is not None:
+            assert after.live.last_data is not None
+            assert after.live.last_data >= before.live.last_data
+    elif holds is not None:
+        assert holds.epoch > before.record.epoch
+        assert before.live.lease_until <= bench.mono or was is None
+    if was is not None and was != holds and (holds is None or holds.epoch != was.epoch):
+        assert bench.history[was.epoch].until is not None
+
+
+# -- R14 --------------------------------------------------------------------------------------------
+
+
+def test_r14_after_a_restart_the_holder_has_one_full_lease() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.restart(after_s=1000)
+    bench.beat("b")
+    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    assert bench.primary == "a"
+    bench.do(Tick(), after_s=0.01)
+    assert bench.primary is None
+
+
+def test_r14_a_holder_that_beats_after_a_restart_keeps_role_and_epoch() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.restart()
+    bench.beat("b")
+    answer = bench.beat("a")
+    assert (answer.role, answer.epoch) == (P, 1)
+
+
+def test_r14_nobody_is_chosen_unheard() -> None:
+    """A session of the record is alive for one L, and chosen only when it has been heard."""
+    bench = Bench("a", "b").restart()
+    bench.do(Tick())
+    assert bench.pending is None
+    bench.beat("b")
+    assert bench.pending == "b"
+
+
+def test_r14_a_pending_session_has_one_full_lease_to_confirm_after_a_restart() -> None:
+    bench = Bench("a", "b")
+    bench.beat("a")
+    bench.restart(after_s=1000)
+    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    assert bench.pending == "a"
+    assert bench.beat("a").role is P
+
+
+def test_r14_a_score_that_is_not_known_yet_is_not_held_against_the_holder() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 60)
+    bench.restart()
+    bench.beat("b", 50)
+    assert bench.state.record.holder is not None
+    assert not bench.state.record.holder.revoked
+
+
+def test_r14_after_a_stall_whoever_was_alive_has_one_full_lease() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    judged_at, bench.mono = bench.mono + 5, bench.mono + 60
+    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    assert bench.primary == "a"
+
+
+def test_r14_a_stall_raises_nobody_from_the_dead() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    judged_at = bench.mono = bench.mono + LEASE_S
+    bench.mono += 60
+    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.do(Tick())
+    assert bench.primary is None
+    assert bench.pending is None
+
+
+# -- R15 --------------------------------------------------------------------------------------------
+
+
+def test_r15_each_tenure_has_the_next_epoch_in_the_same_record_as_its_holder() -> None:
+    bench = Bench("a", "b")
+    for epoch in range(1, 6):
+        session_id = "ab"[epoch % 2]
+        bench.beat(session_id, after_s=LEASE_S)
+        assert bench.beat(session_id).epoch == epoch
+        holder = bench.state.record.holder
+        assert holder is not None
+        assert (holder.epoch, bench.state.record.epoch) == (epoch, epoch)
+        bench.end_of_lease()
+
+
+def test_r15_history_has_each_tenure_with_its_end_and_why() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    began = bench.now.wall
+    assert bench.history[1] == HistoryEntry(1, "a", began, "chosen")
+    bench.end_of_lease()
+    ended = bench.history[1]
+    assert (ended.since, ended.until) == (began, bench.now.wall)
+    assert ended.why_ended == "its lease ended without a heartbeat"
+
+
+def test_r15_another_process_with_the_same_session_id_does_not_continue_a_tenure() -> None:
+    bench = Bench("a")
+    bench.promote("a", instance="first")
+    lease_until = bench.state.live.lease_until
+    answer = bench.beat("a", after_s=1, instance="second")
+    assert answer.role is S
+    assert bench.state.live.lease_until == lease_until
+    bench.end_of_lease()
+    assert bench.promote("a", instance="second").epoch == 2
+
+
+def test_r15_two_processes_with_one_session_id_are_never_primary_both() -> None:
+    bench = Bench("a")
+    bench.promote("a", instance="first")
+    for _ in range(30):
+        assert bench.beat("a", after_s=1, instance="second").role is S
+        assert bench.beat("a", instance="first").role is P
+
+
+def test_r15_the_tenure_of_a_v1_client_has_no_process() -> None:
+    """It has no name for itself: started again within L, it goes on."""
+    bench = Bench("a")
+    bench.promote("a", instance=None)
+    assert bench.beat("a", after_s=9, instance=None).role is P
+
+
+# -- R16 --------------------------------------------------------------------------------------------
+
+
+def test_r16_a_sole_member_becomes_pending_and_then_primary() -> None:
+    bench = Bench("a")
+    assert [bench.beat("a").role for _ in range(2)] == [W, P]
+
+
+def test_r16_nobody_is_pending_while_a_good_holder_lives() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.live(60, a=100, b=100)
+    assert (bench.primary, bench.pending) == ("a", None)
+
+
+def test_r16_a_pending_session_is_not_primary_while_the_other_lease_is_alive() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    assert bench.beat("b", 60).role is W
+    assert [bench.beat("b", 60, after_s=1).role for _ in range(5)] == [W] * 5
+    bench.end_of_lease()
+    assert bench.beat("b", 60).role is P
+
+
+def test_r16_a_pending_session_is_primary_by_its_next_heartbeat_after_a_release() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    bench.beat("b", 60)
+    bench.do(ReleaseRole("a", 1))
+    assert bench.beat("b", 60).role is P
+
+
+def test_r16_who_does_not_confirm_within_the_bound_is_passed_over() -> None:
+    bench = Bench("a", "b")
+    bench.beat("a")
+    bench.beat("b", after_s=1)
+    assert bench.pending == "a"
+    bench.do(Tick(), after_s=CONFIRM_SHARE * LEASE_S - 1.01)
+    assert bench.pending == "a"
+    bench.do(Tick(), after_s=0.01)
+    assert bench.pending == "b"
+    assert bench.beat("b").role is P
+
+
+def test_r16_who_was_passed_over_may_be_chosen_when_it_is_heard_again() -> None:
+    bench = Bench("a")
+    bench.beat("a")
+    bench.do(Tick(), after_s=CONFIRM_SHARE * LEASE_S)
+    assert bench.pending is None
+    assert [bench.beat("a").role, bench.beat("a").role] == [W, P]
+
+
+def test_r16_the_bound_runs_from_the_end_of_the_lease() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    bench.beat("b", 60)
+    lease_until = bench.state.live.lease_until
+    assert bench.state.live.confirm_by == lease_until + CONFIRM_SHARE * LEASE_S
+    bench.do(ReleaseRole("a", 1), after_s=1)
+    assert bench.state.live.confirm_by == bench.mono + CONFIRM_SHARE * LEASE_S
+
+
+def test_r16_a_pending_session_that_dies_is_not_waited_for() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    bench.beat("b", 60)
+    bench.live(9, a=50)
+    bench.end_of_lease()
+    assert bench.pending == "a"
+
+
+def test_r16_a_holder_that_is_to_go_is_told_secondary_and_its_lease_not_extended() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    bench.beat("b", 60)
+    lease_until = bench.state.live.lease_until
+    assert bench.beat("a", 50, after_s=1).role is S
+    assert bench.primary == "a"
+    assert bench.state.live.lease_until == lease_until
+
+
+# -- R17 --------------------------------------------------------------------------------------------
+
+
+def vacancy(**sessions: dict[str, Any]) -> Bench:
+    """A group in which nobody holds the role, and everybody was just heard."""
+    bench = Bench("z", *sorted(sessions))
+    bench.promote("z", 100)
+    for session_id, what in sessions.items():
+        bench.beat(session_id, **{k: v for k, v in what.items() if k != "override"})
+    record = bench.state.record
+    overridden = {
+        session_id: replace(
+            record.sessions[session_id], override=ON, override_order=what["override"]
+        )
+        for session_id, what in sessions.items()
+        if "override" in what
+    }
+    record = replace(record, sessions={**record.sessions, **overridden})
+    bench.state = replace(bench.state, record=record)
+    bench.do(RemoveSession("z"))
+    bench.do(ReleaseRole("z", 1))
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("sessions", "chosen"),
+    [
+        ({"a": {"score": 90.0}, "b": {"score": 1.0, "override": 1}}, "b"),
+        ({"a": {"override": 1}, "b": {"override": 2, "score": 1.0}}, "b"),
+        ({"a": {"score": 10.0, "last_data": data(9)}, "b": {"score": 20.0}}, "b"),
+        ({"a": {"last_data": data(1)}, "b": {"last_data": data(2)}}, "b"),
+        ({"a": {}, "b": {"last_data": data(1)}}, "b"),
+        ({"b": {}, "a": {}}, "a"),
+    ],
+    ids=["override", "newest override", "score", "newest data", "any data", "id"],
+)
+def test_r17_the_order_of_choice(sessions: dict[str, dict[str, Any]], chosen: str) -> None:
+    assert vacancy(**sessions).pending == chosen
+
+
+def test_r17_a_live_incumbent_is_replaced_past_the_hysteresis_and_the_minimum_hold() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a", 80)
+    bench.live(60, a=80, b=90)
+    assert bench.primary == "a"
+    assert bench.pending is None, "90 is not more than 80 by more than 10"
+    bench.live(1, a=80, b=90.5)
+    assert bench.pending == "b"
+
+
+def test_r17_the_minimum_hold_protects_a_young_tenure_and_no_longer() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a", 50)
+    bench.live(29, a=50, b=100)
+    assert bench.pending is None
+    assert bench.wake == pytest.approx(1030.0), "nothing needs to come for it to be looked at"
+    bench.live(1, a=50, b=100)
+    assert bench.pending == "b"
+
+
+@pytest.mark.parametrize("policy", [V1, CALM])
+@pytest.mark.parametrize("score", [0.0, 40.0])
+def test_r17_equally_sick_members_never_flap(policy: Policy, score: float) -> None:
+    bench = Bench("a", "b", policy=policy)
+    bench.promote("b", score)
+    bench.live(120, a=score, b=score)
+    assert bench.primary == "b"
+    assert bench.state.record.epoch == 1
+
+
+def test_r17_strict_v1_replaces_at_the_least_better_score() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 80)
+    bench.beat("b", 80.01)
+    assert bench.pending == "b"
+
+
+def test_r17_a_session_that_asked_not_to_be_chosen_is_not() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.do(ReleaseRole("a", 1, hold_off_s=5.0))
+    assert bench.wake == bench.mono + 5.0
+    assert bench.beat("a", after_s=4.9).role is S
+    bench.do(Tick(), after_s=0.1)
+    assert bench.pending == "a"
+
+
+def test_r17_a_member_that_is_not_heard_for_l_is_not_chosen() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    bench.live(9, a=100)
+    bench.do(ReleaseRole("a", 1, hold_off_s=100), after_s=1)
+    assert bench.pending is None
+
+
+# -- overrides --------------------------------------------------------------------------------------
+
+
+def test_an_override_replaces_a_better_holder_at_once() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a", 100)
+    bench.beat("b", 1)
+    bench.do(SetOverride("b", ON))
+    assert bench.pending == "b"
+    bench.do(ReleaseRole("a", 1))
+    bench.beat("b", 1)
+    bench.live(60, a=100, b=1)
+    assert bench.primary == "b"
+    assert bench.history[2].why_started == "overridden"
+
+
+def test_the_newest_override_wins() -> None:
+    bench = Bench("a", "b", "c")
+    bench.promote("a")
+    bench.live(1, a=100, b=100, c=100)
+    bench.do(SetOverride("c", ON))
+    bench.do(ReleaseRole("a", 1))
+    bench.promote("c")
+    bench.do(SetOverride("b", ON))
+    assert bench.pending == "b"
+    bench.do(ReleaseRole("c", 2))
+    bench.promote("b")
+    bench.do(SetOverride("c", ON))
+    assert bench.pending == "c"
+
+
+def test_an_override_that_is_turned_off_counts_no_more() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.do(SetOverride("b", ON))
+    bench.promote("b", 1)
+    bench.live(5, a=100, b=1)
+    assert bench.primary == "b"
+    bench.do(SetOverride("b", OFF))
+    assert bench.pending == "a"
+
+
+def test_an_override_ends_by_itself_at_its_time() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.do(SetOverride("b", ON, bench.now.wall + timedelta(seconds=5)))
+    assert bench.wake == pytest.approx(bench.mono + 5)
+    bench.promote("b", 1)
+    bench.beat("a", 100)
+    assert bench.do(Tick(), after_s=4.9).state.record.pending is None
+    assert bench.do(Tick(), after_s=0.1).state.record.pending == "a"
+    session = view_of(bench.state, "b").record
+    assert (session.override, session.override_until) == (OFF, None)
+
+
+def test_an_override_never_pins_a_dead_session() -> None:
+    """api.md, C: it loses the role like any other, and gets it back when it returns."""
+    bench = Bench("a", "b")
+    bench.do(SetOverride("b", ON))
+    bench.promote("b", 1)
+    bench.live(15, a=100)
+    assert bench.primary == "a"
+    bench.beat("b", 1)
+    assert bench.pending == "b"
+
+
+def test_an_override_survives_a_restart() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.do(SetOverride("b", ON))
+    bench.restart()
+    bench.beat("a")
+    bench.beat("b", 1)
+    assert bench.pending == "b"
+
+
+# -- R18 --------------------------------------------------------------------------------------------
+
+
+def test_r18_the_status_has_the_primarys_time_and_not_a_secondarys() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("a", after_s=1, last_data=data(5))
+    bench.beat("b", after_s=1, last_data=data(9))
+    assert status_of(bench.state).last_data == data(5)
+
+
+def test_r18_it_never_goes_back_within_a_tenure() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    for seconds, expected in [(5, 5), (3, 5), (6, 6)]:
+        bench.beat("a", after_s=1, last_data=data(seconds))
+        assert status_of(bench.state).last_data == data(expected)
+    bench.beat("a", after_s=1)
+    assert status_of(bench.state).last_data == data(6)
+
+
+def test_r18_it_is_handed_to_the_successor_with_its_promotion() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("a", after_s=1, last_data=data(5))
+    bench.do(ReleaseRole("a", 1, hold_off_s=100, last_data=data(6)))
+    bench.beat("b")
+    answer = bench.beat("b")
+    assert (answer.role, answer.last_data, answer.previous) == (P, data(6), "a")
+    assert status_of(bench.state).last_data == data(6), "until the new primary reports its own"
+
+
+def test_r18_what_is_handed_over_is_not_the_successors_own_older_time() -> None:
+    """Its hook would back-fill from too far back."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("a", after_s=1, last_data=data(500))
+    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    bench.beat("b", last_data=data(3))
+    assert bench.beat("b", last_data=data(3)).last_data == data(500)
+
+
+def test_r18_a_tenure_without_a_report_hands_on_what_it_was_handed() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("a", after_s=1, last_data=data(5))
+    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    bench.promote("b")
+    bench.do(ReleaseRole("b", 2, hold_off_s=1000))
+    bench.restart()
+    assert bench.promote("a").last_data == data(5)
+
+
+def test_r18_a_release_of_the_past_reports_nothing() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.do(ReleaseRole("a", 0, last_data=data(9)))
+    bench.do(ReleaseRole("b", 1, last_data=data(9)))
+    assert (bench.primary, status_of(bench.state).last_data) == ("a", None)
+
+
+# -- how often heartbeats may come ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lease_s", "interval_s"), [(0.5, 0.025), (10, 0.5), (60, 1), (2e6, 1)])
+def test_the_minimum_interval_grows_with_the_lease_to_one_second(
+    lease_s: float, interval_s: float
+) -> None:
+    assert minimum_interval_s(lease_s) == pytest.approx(interval_s)
+
+
+def test_heartbeats_closer_than_the_interval_are_refused_with_the_time_to_wait() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.beat("a", after_s=0.5)
+    with pytest.raises(TooSoon, match=r'"a" came 0\.300 s before') as refused:
+        bench.beat("a", after_s=0.2)
+    assert refused.value.retry_after_s == pytest.approx(0.3)
+    assert bench.beat("a", after_s=0.3).role is P
+
+
+def test_a_timer_that_is_a_little_early_is_not_refused() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.beat("a", after_s=0.5)
+    assert bench.beat("a", after_s=0.46).role is P
+
+
+def test_confirmations_are_never_refused() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    assert [bench.beat("b", 60).role for _ in range(20)] == [W] * 20
+
+
+def test_whoever_has_not_heard_of_the_newest_change_is_never_refused() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    with pytest.raises(TooSoon):
+        bench.beat("b")
+    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    assert bench.beat("b").role is P
+
+
+def test_another_process_of_the_session_is_not_refused() -> None:
+    bench = Bench("a", "b")
+    bench.promote("b")
+    bench.beat("a", instance="first")
+    assert bench.beat("a", instance="second").role is S
+
+
+# -- sessions and the group -------------------------------------------------------------------------
+
+
+def test_a_session_is_created_once() -> None:
+    bench = Bench()
+    assert bench.do(AddSession(SessionConfig("a", "A"))).answer is True
+    record = bench.state.record
+    assert bench.do(AddSession(SessionConfig("a", "A"))).answer is False
+    assert bench.do(AddSession(SessionConfig("a"))).answer is False, "absent says nothing"
+    assert bench.state.record is record
+    with pytest.raises(Conflict, match='"a" exists with another configuration'):
+        bench.do(AddSession(SessionConfig("a", "B")))
+
+
+def test_a_group_has_a_bound_of_sessions() -> None:
+    bench = Bench("a", "b", policy=replace(CALM, max_sessions=2))
+    with pytest.raises(Conflict, match="has 2 client sessions, the most"):
+        bench.do(AddSession(SessionConfig("c")))
+    assert bench.do(AddSession(SessionConfig("a"))).answer is False
+    bench.do(RemoveSession("b"))
+    assert bench.do(AddSession(SessionConfig("c"))).answer is True
+
+
+@pytest.mark.parametrize("what", [Beat("x", 1.0), RemoveSession("x"), SetOverride("x", ON)])
+def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
+    with pytest.raises(NotFound, match='no client session "x" in group "g"'):
+        Bench("a").do(what)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "same"),
+    [
+        (GroupConfig("g", 1), GroupConfig("g", 1, "G", "text", {"x": 1}), True),
+        (GroupConfig("g", 1, "G"), GroupConfig("g", 1), False),
+        (GroupConfig("g", 2), GroupConfig("g", 1), False),
+        (GroupConfig("g", 1, description="a"), GroupConfig("g", 1, description="b"), False),
+        (GroupConfig("g", 1, additional={"x": 1}), GroupConfig("g", 1, additional={"x": 2}), False),
+        (SessionConfig("a"), SessionConfig("a", "A", {"x": 1}), True),
+        (SessionConfig("a", "B"), SessionConfig("a", "A"), False),
+    ],
+)
+def test_configurations_agree_where_they_both_say_something(
+    wanted: Any, known: Any, *, same: bool
+) -> None:
+    """api.md, B.1."""
+    assert agrees(wanted, known) is same
+
+
+def test_a_v1_holder_that_is_deleted_has_stopped() -> None:
+    """api.md, B.7: there is nothing else by which it could say so."""
+    bench = Bench("a", "b")
+    bench.promote("a", instance=None)
+    bench.beat("b")
+    bench.do(RemoveSession("a"))
+    assert bench.pending == "b"
+    assert bench.history[1].why_ended == "its client session was deleted"
+    assert bench.beat("b").role is P
+
+
+def test_our_holder_that_is_deleted_keeps_its_lease_to_its_end() -> None:
+    """R5: it would have released; so somebody else deleted it, and it may still be active."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.live(1, a=100, b=100)
+    bench.do(RemoveSession("a"))
+    assert bench.primary == "a"
+    bench.live(9, b=100)
+    assert bench.primary == "a"
+    bench.end_of_lease()
+    assert bench.pending == "b"
+
+
+def test_our_holder_that_was_deleted_and_registers_again_goes_on() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    bench.do(RemoveSession("a"))
+    with pytest.raises(NotFound):
+        bench.beat("a", after_s=1)
+    bench.do(AddSession(SessionConfig("a")))
+    answer = bench.beat("a")
+    assert (answer.role, answer.epoch) == (P, 1)
+
+
+def test_a_pending_session_that_is_deleted_makes_room() -> None:
+    bench = Bench("a", "b")
+    bench.beat("a")
+    bench.beat("b")
+    bench.do(RemoveSession("a"))
+    assert bench.pending == "b"
+
+
+def test_a_group_with_active_sessions_is_not_deleted() -> None:
+    bench = Bench("a", "b")
+    with pytest.raises(Conflict, match="active client sessions: a, b"):
+        bench.do(RemoveGroup())
+    bench.do(RemoveGroup(), after_s=LEASE_S)
+
+
+def test_a_group_whose_holder_was_deleted_is_active_until_the_lease_ends() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.do(RemoveSession("a"))
+    with pytest.raises(Conflict, match="active client sessions: a"):
+        bench.do(RemoveGroup())
+    bench.do(RemoveGroup(), after_s=LEASE_S)
+
+
+def test_the_access_list_is_replaced() -> None:
+    bench = Bench("a")
+    acl = AccessList()
+    bench.do(SetAccess(acl))
+    assert bench.state.record.acl is acl
+
+
+def test_a_release_that_comes_twice_ends_one_tenure() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.do(ReleaseRole("a", 1))
+    bench.promote("a")
+    bench.do(ReleaseRole("a", 1))
+    assert (bench.primary, bench.state.record.epoch) == ("a", 2)
+
+
+def test_a_view_has_the_role_and_the_last_heartbeat() -> None:
+    bench = Bench("a", "b")
+    assert view_of(bench.state, "a").heartbeat_at is None
+    bench.promote("a", 70, last_data=data(1))
+    view = view_of(bench.state, "a")
+    assert (view.role, view.score, view.last_data) == (P, 70, data(1))
+    assert view.heartbeat_at == bench.now.wall
+    assert role_of(bench.state.record, "b") is S
+    with pytest.raises(NotFound):
+        view_of(bench.state, "x")
+
+
+def test_revisions_grow_with_what_the_status_says_and_only_with_it() -> None:
+    bench = Bench("a", "b")
+    revision = bench.state.record.revision
+    bench.do(SetAccess(AccessList()))
+    assert bench.state.record.revision == revision
+    bench.beat("a")
+    assert bench.state.record.revision == revision + 1
+    assert bench.beat("a").revision == revision + 2
+
+
+# -- data loss --------------------------------------------------------------------------------------
+
+
+def test_data_older_than_its_clients_gives_nobody_the_role_for_one_lease() -> None:
+    """Somebody may hold a lease of the epochs that were lost."""
+    bench = Bench("a", "b")
+    answer = bench.beat("a", seen_epoch=7)
+    assert (answer.role, answer.epoch) == (W, 7)
+    learned_at = bench.mono
+    while bench.mono - learned_at < LEASE_S - 0.5:
+        assert bench.beat("a", after_s=0.5, seen_epoch=7).role in {W, S}
+    bench.mono = learned_at + LEASE_S
+    answer = bench.promote("a", seen_epoch=7)
+    assert (answer.role, answer.epoch) == (P, 8)
+
+
+def test_a_tenure_older_than_what_clients_have_seen_ends() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    assert bench.beat("b", seen_epoch=7).epoch == 7
+    assert bench.primary is None
+    assert bench.history[1].why_ended == "its epoch is older than one that a client has seen"
+    assert bench.beat("a", after_s=1).role is not P
+
+
+def test_an_epoch_that_is_known_teaches_nothing() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    assert bench.beat("a", after_s=1, seen_epoch=1).role is P
+    assert bench.beat("b", seen_epoch=0).role is S
+    assert bench.state.live.quiet_until == float("-inf")
+
+
+# -- when to come back ------------------------------------------------------------------------------
+
+
+def test_nothing_is_due_in_an_idle_group() -> None:
+    bench = Bench("a")
+    assert wake_at(bench.state, bench.now, CALM) == float("inf")
+
+
+def test_the_end_of_the_lease_is_due() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    assert bench.wake == bench.mono + LEASE_S
