@@ -22,6 +22,7 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "run": "Be a member of a group: heartbeat, follow the role, run the hooks.",
+    "exec": "Run a command only while this member is primary.",
     "serve": "Be the coordinator that the agents ask.",
     "check-config": "Say what is in force, or what is wrong, and start nothing.",
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",

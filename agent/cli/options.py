@@ -4,7 +4,9 @@ Owns the one way in which a command gets its settings. A flag's value is passed 
 was typed: agent/settings reads and refuses it, so that flag, variable and file are told the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from agent.settings import (
     describe,
 )
 from agent.settings.checks import ExecCheck
+from agent.settings.progress import CommandProgress
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
@@ -100,36 +103,44 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
     Raises:
         ConfigError: one line for each fault, with the exit code of the first.
     """
-    from agent.drivers.hooks import check_hook, specs_of  # noqa: PLC0415 - not needed by every command
-
     settings = origin.load()
     faults: list[ConfigError] = []
-    if not settings.group:
-        right = "name one with --group, FAILOVER_AGENT_GROUP, or group in a configuration file"
-        faults.append(ConfigError(f"group is not set: {right}"))
-    try:
-        _ = settings.timing
-    except ConfigError as error:
-        faults.append(_placed(error, origin, TIMING_KEYS))
-    try:
-        specs = specs_of(settings)
-    except ConfigError as error:
-        faults.append(_placed(error, origin, HOOK_KEYS))
-        specs = {}
-    for event, spec in specs.items():
+    for keys, check in _checks_of(settings):
         try:
-            spec.check()
+            check()
         except ConfigError as error:
-            faults.append(_placed(error, origin, (f"hook_{event}",)))
-    for check in settings.check:
-        try:
-            if isinstance(check, ExecCheck):
-                check_hook(f"check {check.name}", check.command)
-        except ConfigError as error:
-            faults.append(_placed(error, origin, ("check",)))
+            faults.append(_placed(error, origin, keys))
     if faults:
         raise ConfigError("\n".join(map(str, faults)), exit_code=faults[0].exit_code)
     return settings
+
+
+def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
+    """What has to hold beyond each value's form, with the keys that it is about."""
+    from agent.drivers.hooks import check_hook, specs_of  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
+
+    yield (), partial(_check_group, settings)
+    yield TIMING_KEYS, lambda: settings.timing
+    yield HOOK_KEYS, partial(specs_of, settings)
+    with suppress(ConfigError):  # it was told by the line before
+        for event, spec in specs_of(settings).items():
+            yield (f"hook_{event}",), spec.check
+    for check in settings.check:
+        if isinstance(check, ExecCheck):
+            yield ("check",), partial(check_hook, f"check {check.name}", check.command)
+    if isinstance(settings.progress, CommandProgress):
+        yield ("progress",), partial(check_hook, "progress", settings.progress.command)
+    if settings.workload:
+        yield ("workload",), partial(check_workload, settings.workload)
+    if settings.fence_command:
+        yield ("fence_command",), partial(check_hook, "fence_command", settings.fence_command)
+
+
+def _check_group(settings: AgentSettings) -> None:
+    if not settings.group:
+        right = "name one with --group, FAILOVER_AGENT_GROUP, or group in a configuration file"
+        raise ConfigError(f"group is not set: {right}")
 
 
 def load_coordinator(origin: Sources[CoordinatorSettings]) -> CoordinatorSettings:

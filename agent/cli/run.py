@@ -1,5 +1,6 @@
 """``failover-agent run``: the agent."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -16,7 +17,16 @@ def command(**given: Any) -> int:
     Runs until SIGTERM or SIGINT, then demotes, gives the role back and leaves the group. Nothing is
     needed but a group and a coordinator: 'failover-agent run --group demo' finds one on this machine.
     """
-    settings = load_agent(sources(AgentSettings, given))
+    return start(given)
+
+
+def start(given: Mapping[str, Any]) -> int:
+    """Run the agent with the settings that were given; SIGHUP reads the rest of them anew."""
+
+    def reread() -> AgentSettings:
+        return load_agent(sources(AgentSettings, given))
+
+    settings = reread()
     from agent.daemon import run  # noqa: PLC0415 - wrong settings are told without importing it
 
-    return run(settings)
+    return run(settings, reread)

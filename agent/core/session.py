@@ -162,6 +162,11 @@ class Session:
         self._want(Role.SECONDARY, budget_s, now)
         return self.step(Tick(), now)
 
+    def reconfigure(self, options: Options) -> None:
+        """Use other options from now on; a hook that runs keeps its limit."""
+        self.options = options
+        self._executor.reconfigure(options.hooks, limit_s=options.hook_limit_s)
+
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
         """What one event makes necessary, in order.
 

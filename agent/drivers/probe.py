@@ -55,7 +55,8 @@ class ProbeServer:
     """The server. ``start`` it inside a running loop; ``stop`` it there too.
 
     Args:
-        report: given a reported time (aware, UTC), tells the one now in force.
+        report: given a reported time (aware, UTC), tells the one now in force; raises ValueError if
+            it cannot be true.
         status: what ``GET /status`` answers, as JSON-able values.
     """
 
@@ -126,7 +127,11 @@ class ProbeServer:
 
     async def _data_processed(self, request: Request) -> JSONResponse:
         time = _reported_time(await _read(request))
-        return JSONResponse({"time": format_date_time(self._report(time))})
+        try:
+            in_force = self._report(time)
+        except ValueError as error:
+            raise HTTPException(400, f"time: {error}.") from error
+        return JSONResponse({"time": format_date_time(in_force)})
 
     async def _show_status(self, _request: Request) -> JSONResponse:
         return JSONResponse(self._status())

@@ -16,9 +16,11 @@ from agent.settings.forms import (
     read_secret,
 )
 from agent.settings.models import AgentSettings, CoordinatorSettings, Settings, default_data_dir
+from agent.settings.progress import DEFAULT_MAX_FUTURE_S
 from agent.settings.sources import Sources, load
 
 __all__ = [
+    "DEFAULT_MAX_FUTURE_S",
     "Address",
     "AgentSettings",
     "CoordinatorSettings",

@@ -147,6 +147,16 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _program(value: object) -> tuple[str, ...]:
+    """As ``argv_of``, for a program that may also be looked for on PATH."""
+    argv = _strings(_split(value, by_shell_rules=True))
+    if argv and not argv[0]:
+        raise ValueError("must start with the name of a program")
+    if any("\0" in part for part in argv):
+        raise ValueError("must not have a NUL character")
+    return argv
+
+
 def argv_of(value: object) -> tuple[str, ...]:
     """A command: a list, or words as a shell splits them. Raises ValueError."""
     argv = _strings(_split(value, by_shell_rules=True))
@@ -280,6 +290,11 @@ Url = Annotated[str, AfterValidator(_url), Kind("URL", "URL")]
 Argv = Annotated[
     tuple[str, ...], BeforeValidator(argv_of), Kind("COMMAND", "command: list of strings")
 ]
+Program = Annotated[
+    tuple[str, ...], BeforeValidator(_program), Kind("COMMAND", "command: list of strings")
+]
+RestartRule = Literal["on-failure", "always", "never"]
+Restarts = Annotated[RestartRule, Kind("on-failure|always|never", "on-failure, always or never")]
 Listen = Annotated[
     Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT", "HOST:PORT")
 ]

@@ -23,6 +23,7 @@ from agent.settings.forms import (
     NUMBER,
     Address,
     AnyPath,
+    Argv,
     Duration,
     DurationOrZero,
     Endpoints,
@@ -34,6 +35,8 @@ from agent.settings.forms import (
     Listen,
     LogFormat,
     ProbeListen,
+    Program,
+    Restarts,
     RoleForm,
     SecretFile,
     Share,
@@ -261,6 +264,29 @@ class AgentSettings(Settings):
         description="Certificates (PEM) to trust a webhook's server by. Not set: the system's.",
         examples=["/etc/failover-agent/ca.pem"],
     )
+    workload: Program = Field(
+        (),
+        description="A command that runs only while this member is primary, beside the hooks: after"
+        " hook_primary, and stopped before hook_secondary (docs/exec.md). Not set: none.",
+        examples=[["collector", "--active"]],
+    )
+    workload_restart: Restarts = Field(
+        "on-failure",
+        description="When the workload is started again after it has ended by itself. If it is not,"
+        " the agent stops, with the workload's exit code.",
+    )
+    fence_command: Argv = Field(
+        (),
+        description="Run when a demotion has failed and everything was killed, before the agent"
+        " exits: to cut this host off by other means (R4). Not set: none.",
+        examples=[["/usr/local/bin/cut-power", "self"]],
+    )
+    watchdog_device: AnyPath | None = Field(
+        None,
+        description="The kernel's watchdog: kept alive while this member is primary and its loop"
+        " turns, so that a host on which even the guard is stuck is reset. Not set: none.",
+        examples=["/dev/watchdog"],
+    )
     guard: Annotated[bool, Kind("", "true or false")] = Field(
         default=True,
         description="Whether a second small process demotes in the agent's place when the agent is"
@@ -335,6 +361,14 @@ class AgentSettings(Settings):
         description="Where the data-processed time comes from, beside POST /data-processed, which"
         " always counts. A flag or variable is JSON. Not set: from that call only.",
         examples=list(SOURCES),
+    )
+
+    max_behind: Duration | None = Field(
+        None,
+        description="A secondary whose own data-processed time is further than this behind the"
+        " group's says FailoverScore 1, so that a better one is chosen if there is one."
+        " Not set: no such gate.",
+        examples=[60],
     )
 
     @property

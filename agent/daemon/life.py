@@ -1,0 +1,86 @@
+"""The agent's start and end: its claims on this host, its drivers, its signals, its reload.
+
+Owns the order in which things come up and go down. The state file says Secondary before anything else
+happens (R6).
+"""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from agent.daemon.pump import Daemon
+from agent.drivers.probe import ProbeServer
+from agent.drivers.rest.configured import client_for
+from agent.drivers.statefile import StateFile, default_directory
+from agent.errors import ConfigError, ExitCode
+from agent.ops import logs
+from agent.ops.sd_notify import Notify
+from agent.ops.signals import stop_signals
+from agent.settings import AgentSettings
+
+NAMES_ON_ONE_HOST = 64
+"""Agents of one group on one host that get a session id by themselves."""
+
+
+def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
+    """Be a member of the group until SIGTERM or SIGINT; the exit code.
+
+    Args:
+        settings: checked, with the hooks that they name.
+        reread: reads the settings anew, at SIGHUP; raises ConfigError.
+
+    Raises:
+        FailoverError: it could not start, or had to give up; everything is demoted by then.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    return asyncio.run(_run(settings, reread))
+
+
+async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
+    async with AsyncExitStack() as stack:
+        notify = Notify()
+        state_file, session_id = _claim(settings)
+        stack.callback(state_file.close)
+        client = client_for(settings)
+        stack.push_async_callback(client.aclose)
+        daemon = Daemon(settings, session_id, client, state_file, notify=notify)
+        daemon.say_secondary("starting")
+        stack.callback(daemon.close)
+        stop = stack.enter_context(stop_signals())
+        if reread is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, daemon.reload, reread)
+            stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+        if settings.probe_listen is not None:
+            probe = ProbeServer(daemon.report_progress, daemon.describe)
+            stack.push_async_callback(probe.stop)
+            host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
+            daemon.listens_at(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        return await daemon.live(stop)
+
+
+def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
+    """The state file and the session id, both for this process alone."""
+    host = socket.gethostname() or "localhost"
+    names = [host, *(f"{host}-{n}" for n in range(2, NAMES_ON_ONE_HOST + 1))]
+    for name in [settings.session_id] if settings.session_id is not None else names:
+        path = settings.state_file
+        if path is None:
+            path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
+        state_file = StateFile(path)
+        try:
+            state_file.acquire()
+        except ConfigError as error:
+            last = name == names[-1] or settings.session_id or settings.state_file
+            if error.exit_code is not ExitCode.SESSION_IN_USE or last:
+                raise
+        else:
+            return state_file, name
+    raise AssertionError("the last name raises")
+
+
+def _safe(name: str) -> str:
+    """An id as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02X}" for c in name)[:100]

@@ -1,0 +1,322 @@
+"""What the daemon runs on this host at a change of role: hooks, and the workload of ``exec``.
+
+Owns the runs that the session asked for, by their number. A promotion runs the hook and then starts
+the workload; a demotion stops the workload, and then runs the hook. When a run starts, gets TERM and
+KILL is the session's decision (R7, R8).
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from agent.core.effects import HookFacts
+from agent.core.events import HookEnded
+from agent.drivers.guardian import GuardHook
+from agent.drivers.hooks import (
+    HookRun,
+    HookRunner,
+    HookSpec,
+    Notifier,
+    environment_of,
+    facts_of,
+    specs_of,
+)
+from agent.drivers.workload import Restart, Workload, own_cgroup
+from agent.errors import ConfigError
+from agent.model import Role
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+from agent.settings import AgentSettings
+
+EVENTS: Mapping[Role, str] = {
+    Role.PRIMARY: "primary",
+    Role.PENDING_PRIMARY: "pending_primary",
+    Role.SECONDARY: "secondary",
+}
+WORKLOAD_SHARE = 0.5
+"""Share of a demotion's time in which the workload may end by itself; the hook has the rest."""
+
+log = Log(__name__)
+
+
+@dataclass
+class _Run:
+    """One run under way."""
+
+    role: Role
+    hook: HookRun | None = None
+    termed: bool = False
+
+
+class Runs:
+    """The runs of one session, inside one running loop.
+
+    Args:
+        settings: hooks and workload.
+        session_id: told to hooks.
+        state_file: told to hooks.
+        ended: takes HookEnded.
+        groups_changed: called when there is something else to be killed by the guard.
+        workload_ended: called with the exit status when the workload has ended for good, or None
+            when it fails again and again.
+
+    Attributes:
+        probe_url: told to hooks; set it when it is known.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        session_id: str,
+        state_file: Path,
+        clock: Clock,
+        *,
+        ended: Callable[[HookEnded], None],
+        groups_changed: Callable[[], None],
+        workload_ended: Callable[[int | None], None],
+    ) -> None:
+        self.probe_url: str | None = None
+        self._settings = settings
+        self._session_id = session_id
+        self._state_file = state_file
+        self._clock = clock
+        self._ended = ended
+        self._groups_changed = groups_changed
+        self._runner = HookRunner(clock)
+        self._specs = specs_of(settings)
+        self.notifier = Notifier(self._runner, self._specs, settings.hook_limit)
+        self._runs: dict[int, _Run] = {}
+        self._of_tenure: list[HookRun] = []
+        self.workload: Workload | None = None
+        if settings.workload:
+            self.workload = Workload(
+                settings.workload,
+                clock,
+                Restart(settings.workload_restart),
+                workload_ended,
+                cgroup=own_cgroup(),
+            )
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles for which there is something to run."""
+        hooked = {role for role, event in EVENTS.items() if event in self._specs}
+        return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if self.workload else set()))
+
+    def reconfigure(self, settings: AgentSettings) -> None:
+        """Use other hooks from the next run on.
+
+        Raises:
+            ConfigError: they cannot be used; nothing has changed.
+        """
+        specs = specs_of(settings)
+        for spec in specs.values():
+            spec.check()
+        self._specs, self._settings = specs, settings
+        self.notifier.specs = specs
+
+    @property
+    def running_groups(self) -> tuple[int, ...]:
+        """Process groups of the hooks that run."""
+        hooks = [run.hook for run in self._runs.values() if run.hook is not None]
+        return tuple(pgid for hook in hooks for pgid in hook.pgids)
+
+    @property
+    def tenure_groups(self) -> tuple[int, ...]:
+        """Process groups of the promotion hooks of this tenure, in which something may live."""
+        return tuple(pgid for hook in self._of_tenure for pgid in hook.pgids)
+
+    def begin(
+        self, number: int, facts: HookFacts, last_data: datetime | None
+    ) -> Coroutine[Any, Any, None]:
+        """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
+        run = self._runs[number] = _Run(facts.role)
+        return self._whole(number, run, facts, self._told_of(facts, last_data))
+
+    async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
+        try:
+            if facts.role is Role.SECONDARY:
+                ok, why = await self._demote(run, facts, told)
+            else:
+                ok, why = await self._promote(run, facts.role, told)
+        finally:
+            del self._runs[number]
+        self._ended(HookEnded(number, ok, why))
+
+    def term(self, number: int) -> None:
+        """TERM to what runs; nothing further of this run starts."""
+        run = self._runs.get(number)
+        if run is None:
+            return
+        run.termed = True
+        if run.hook is not None:
+            run.hook.term()
+        elif run.role is Role.SECONDARY and self.workload is not None:
+            self.workload.kill()  # TERM was the beginning of its stop
+
+    def kill(self, number: int) -> None:
+        """KILL to what runs."""
+        run = self._runs.get(number)
+        if run is None:
+            return
+        run.termed = True
+        if run.hook is not None:
+            run.hook.kill()
+        if run.role is Role.SECONDARY and self.workload is not None:
+            self.workload.kill()
+
+    def kill_all(self) -> None:
+        """R4's escalation: KILL to every group of this tenure."""
+        for run in self._runs.values():
+            if run.hook is not None:
+                run.hook.kill()
+        for hook in self._of_tenure:
+            hook.kill()
+        if self.workload is not None:
+            self.workload.kill()
+
+    async def fence(self) -> None:
+        """R4's escalation: the fence command, if there is one; bounded by the hooks' limit."""
+        if not self._settings.fence_command:
+            return
+        limit_s = self._settings.hook_limit
+        facts = self._told(
+            event="fence",
+            old_role=Role.PRIMARY,
+            new_role=Role.SECONDARY,
+            epoch=None,
+            reason="demotion failed",
+            last_data=None,
+            deadline_s=limit_s,
+            previous_primary=None,
+        )
+        spec = HookSpec("fence", self._settings.fence_command)
+        run = self._runner.start(spec, environment_of(facts), facts)
+        log.warning("fence command started", pid=run.pid)
+        try:
+            async with asyncio.timeout(limit_s):
+                ended = await run.wait()
+                log.warning("fence command ended", result=ended.why)
+        except TimeoutError:
+            run.kill()
+            log.error("fence command killed at its limit", limit_s=limit_s)  # noqa: TRY400 - no traceback needed
+
+    def close(self) -> None:
+        """Give the hooks' process numbers back."""
+        self._runner.close()
+
+    # -- a change of role -----------------------------------------------------------------------
+
+    async def _promote(self, run: _Run, role: Role, told: dict[str, Any]) -> tuple[bool, str]:
+        ok, why = await self._hook(run, role, told)
+        if ok and role is Role.PRIMARY and self.workload is not None:
+            if run.termed:
+                return False, "terminated"
+            fault = self.workload.start(environment_of(told))
+            self._groups_changed()
+            return fault is None, fault or "workload started"
+        return ok, why
+
+    async def _demote(self, run: _Run, facts: HookFacts, told: dict[str, Any]) -> tuple[bool, str]:
+        if self.workload is not None:
+            loop = asyncio.get_running_loop()
+            killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
+            try:
+                await self.workload.stop()
+            finally:
+                killing.cancel()
+        ok, why = await self._hook(run, Role.SECONDARY, told)
+        if ok:
+            self._of_tenure.clear()
+        return ok, why
+
+    async def _hook(self, run: _Run, role: Role, told: dict[str, Any]) -> tuple[bool, str]:
+        spec = self._specs.get(EVENTS[role])
+        if spec is None:
+            return True, "no hook"
+        if run.termed:
+            return False, "terminated"
+        run.hook = hook = self._runner.start(spec, environment_of(told), told)
+        log.info("hook started", hook=spec.name, pid=hook.pid, epoch=told["epoch"])
+        if role is not Role.SECONDARY:
+            self._of_tenure.append(hook)
+        self._groups_changed()
+        ended = await hook.wait()
+        run.hook = None
+        say = log.info if ended.ok else log.warning
+        say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
+        return ended.ok, ended.why
+
+    # -- what hooks and the guard are told ---------------------------------------------------------
+
+    def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
+        """The demotion of the tenure that a promotion begins, as the guard would run it."""
+        facts = replace(
+            promotion,
+            role=Role.SECONDARY,
+            old_role=Role.PRIMARY,
+            reason="the guard acts for the agent",
+            limit_s=limit_s,
+        )
+        spec = self._specs.get(EVENTS[Role.SECONDARY])
+        if spec is None:
+            return GuardHook([], {})
+        try:
+            plan = spec.exec_plan()
+        except ConfigError as error:
+            log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
+            return GuardHook([], {})
+        if plan.left_out:
+            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
+        env = {**plan.environment, **environment_of(self._told_of(facts, promotion.last_data))}
+        return GuardHook(plan.commands, env, plan.directory, plan.uid, plan.gid, plan.groups)
+
+    def notify(
+        self,
+        event: str,
+        *,
+        old_role: Role,
+        new_role: Role,
+        epoch: int | None,
+        reason: str,
+        last_data: datetime | None,
+        previous_primary: str | None,
+    ) -> None:
+        """Run an advisory hook apart from everything else (R10)."""
+        facts = self._told(
+            event=event,
+            old_role=old_role,
+            new_role=new_role,
+            epoch=epoch,
+            reason=reason,
+            last_data=last_data,
+            deadline_s=self.notifier.limit_s,
+            previous_primary=previous_primary,
+        )
+        self.notifier.put(event, facts)
+
+    def _told_of(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
+        return self._told(
+            event=EVENTS[facts.role],
+            old_role=facts.old_role,
+            new_role=facts.role,
+            epoch=facts.epoch,
+            reason=facts.reason,
+            last_data=last_data,
+            deadline_s=facts.limit_s,
+            previous_primary=facts.previous_primary,
+        )
+
+    def _told(self, **facts: Any) -> dict[str, Any]:
+        """What a hook is told, with what every hook is told."""
+        return facts_of(
+            **facts,
+            group=self._settings.group,
+            session=self._session_id,
+            state_file=str(self._state_file),
+            probe_url=self.probe_url,
+            now=self._clock.wall(),
+        )
