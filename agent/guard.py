@@ -200,7 +200,10 @@ class Guard:
         started = self.run_hook(self.hook) if hook and self.hook is not None else []
         kill(self.groups + self.workload + started)
         self.signal(self.agent, signal.SIGKILL)
-        say("demoted; what was left of the workload is killed, and so is the agent")
+        left_s = self.kill_at - now()
+        say(
+            f"demoted, {left_s:.3f} s before its limit; what was left is killed, and so is the agent"
+        )
 
     def stop_workload(self, end_at: float) -> None:
         """TERM, and KILL to what lives at ``end_at``."""

@@ -41,6 +41,7 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
 async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
     async with AsyncExitStack() as stack:
         notify = Notify()
+        stack.callback(notify.close)
         state_file, session_id = _claim(settings)
         stack.callback(state_file.close)
         client = client_for(settings)

@@ -29,7 +29,7 @@ from agent.core.effects import (
     StartHook,
     TermHook,
 )
-from agent.core.events import Event, Fitness, Stalled, Stop, Tick
+from agent.core.events import Event, Fitness, HookEnded, Stalled, Stop, Tick
 from agent.core.session import Options, Phase, Session
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
@@ -129,7 +129,7 @@ class Daemon:
             session_id,
             state_file.path,
             self._clock,
-            ended=self._tell,
+            ended=self._run_ended,
             groups_changed=self._arm_guard,
             workload_ended=self._workload_ended,
         )
@@ -452,6 +452,13 @@ class Daemon:
         self._begin(self._runs.begin(effect.run, facts, last_data))
         if facts.role is Role.SECONDARY:
             self._mark("workload", None)
+
+    def _run_ended(self, event: HookEnded) -> None:
+        """Measure how much of L was left when the demotion was done: less than 0 breaks the promise."""
+        slack_s = self._session.lease_until - self._clock.boottime()
+        if event.ok and self._session.guard_by is not None and self._said.role is Role.SECONDARY:
+            log.info("demoted", epoch=self._said.epoch, demote_slack_s=slack_s)
+        self._tell(event)
 
     def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
         self._runs.notify(

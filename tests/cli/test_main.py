@@ -112,10 +112,15 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
             "agent.coordinator.server",
             {"insecure": True, "max_groups": 5},
         ),
+        (
+            ("exec", "--group", "demo", "--", "sleep", "5"),
+            "agent.daemon",
+            {"workload": ("sleep", "5")},
+        ),
         (("serve", "--no-insecure"), "agent.coordinator.server", {"insecure": False}),
     ],
 )
-def test_run_and_serve_hand_over_their_settings_and_pass_the_code_on(
+def test_run_exec_and_serve_hand_over_their_settings_and_pass_the_code_on(
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
@@ -125,7 +130,7 @@ def test_run_and_serve_hand_over_their_settings_and_pass_the_code_on(
     taken: list[Settings] = []
     fake: Any = ModuleType(module)
 
-    def take(settings: Settings) -> int:
+    def take(settings: Settings, _reread: object = None) -> int:
         taken.append(settings)
         return 40
 
