@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from world import KINDS, BrokenPromiseError, Fault, Plan, World, build, end_faults, inject
 
 from agent.core.effects import Cause, Effect, Release
+from agent.core.events import Fitness
 from agent.core.session import Session
 from agent.model import Role
 
@@ -125,7 +127,44 @@ class ResumesAfterStall(Session):
         self.renew_by = now + self.timing.renew_s
 
 
-@pytest.mark.parametrize("bug", [CountsFromTheAnswer, ReleasesFirst, ResumesAfterStall])
+class GuardsTooLate(Session):
+    """A planted bug: the guard is told a deadline behind the end of the lease (R12)."""
+
+    @property
+    def guard_by(self) -> tuple[float, float] | None:
+        due = super().guard_by
+        lease_s = self.timing.lease_s
+        return due and (due[0] + lease_s, due[1] + lease_s)
+
+
+class StaysThoughUnfit(Session):
+    """A planted bug: a demotion for unfitness gives the role back before its hook has run (R9)."""
+
+    def _fitness(self, event: Fitness, now: float, effects: list[Effect]) -> None:
+        if not event.fit and self.role is Role.PRIMARY and self.tenure is not None:
+            effects.append(Release(self.tenure, event.reason, 0.0))
+        super()._fitness(event, now, effects)
+
+
+def test_without_a_guard_a_frozen_agent_breaks_the_promise() -> None:
+    """What the guard is for (R12): the same plan is kept with it, and broken without it."""
+    plan = Plan(3, 2, (Fault(2.0, "freeze_agent", 0, 5.0),), horizon=8.0)
+    plans_of_both = (plan, replace(plan, faults=(replace(plan.faults[0], target=1),)))
+    for one in plans_of_both:
+        live_through(one)
+    broken = 0
+    for one in plans_of_both:
+        try:
+            live_through(replace(one, guarded=False))
+        except BrokenPromiseError:
+            broken += 1
+    assert broken == 1, "one of the two was primary"
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [CountsFromTheAnswer, ReleasesFirst, ResumesAfterStall, GuardsTooLate, StaysThoughUnfit],
+)
 def test_the_simulation_finds_a_planted_bug(bug: type[Session]) -> None:
     """A simulation that cannot fail proves nothing."""
     chance = random.Random(1)

@@ -35,6 +35,7 @@ from agent.core.events import (
     BeatFailed,
     Event,
     Failure,
+    Fitness,
     HookEnded,
     Joined,
     Left,
@@ -206,7 +207,12 @@ class World:
 
     def primary(self) -> str | None:
         for agent in self.agents.values():
-            if agent.up and not agent.frozen and agent.session.role is Role.PRIMARY:
+            if (
+                agent.up
+                and not agent.frozen
+                and not agent.agent_frozen
+                and agent.session.role is Role.PRIMARY
+            ):
                 return agent.name
         return None
 
@@ -374,6 +380,10 @@ class AgentHost:
         self.hooks_present = hooks
         self.up = False
         self.frozen = False
+        self.agent_frozen = False
+        self.guarded = True
+        self.guarding: tuple[float, float] | None = None
+        self.guard_acts = False
         self.stale = False
         self.active_epoch: int | None = None
         self.active = False
@@ -385,7 +395,7 @@ class AgentHost:
 
     @property
     def is_active(self) -> bool:
-        return self.active and self.up and not self.frozen and not self.stale
+        return self.active and not self.frozen and not self.stale
 
     def local(self) -> float:
         return self.clock.local(self.world.now)
@@ -395,7 +405,12 @@ class AgentHost:
     def start(self) -> None:
         if self.up:
             return
+        if self.guard_acts:  # it holds the claim on the session until it is done
+            self.world.after(0.05, self.start)
+            return
         self.up, self.frozen, self.stale, self.active = True, False, False, False
+        self.agent_frozen = False
+        self.guarding = None
         self.life += 1
         self.backlog.clear()
         self.hooks: dict[int, Hook] = {}
@@ -419,8 +434,64 @@ class AgentHost:
     def kill(self) -> None:
         if self.up:
             self.world.say(self.name, "is killed")
-            self.up = self.active = False
+            self.up = self.active = self.agent_frozen = False
             self.life += 1
+
+    def kill_agent(self) -> None:
+        """Only the agent: its hooks' work goes on, and its guard notices at once."""
+        if self.up and not self.frozen:
+            self.world.say(self.name, "its agent is killed")
+            self.die_guarded()
+
+    def freeze_agent(self) -> None:
+        """Only the agent: its hooks' work goes on until the guard acts."""
+        if self.up and not self.frozen and not self.agent_frozen:
+            self.world.say(self.name, "its agent is frozen")
+            self.agent_frozen, self.frozen_at = True, self.local()
+
+    def thaw_agent(self) -> None:
+        if self.up and self.agent_frozen and not self.frozen:
+            self.world.say(self.name, "its agent is thawed")
+            self.agent_frozen = False
+            self.wake(self.local() - self.frozen_at)
+
+    def guard(self, life: int, due: tuple[float, float]) -> None:
+        """The guard's timer (R12): nothing newer was heard of the agent."""
+        if life == self.life and due == self.guarding and self.up:
+            if self.frozen:
+                self.world.after(0.01, self.guard, life, due)
+                return
+            self.world.say(self.name, "the guard acts")
+            self.die_guarded()
+
+    def die_guarded(self) -> None:
+        """The agent is dead; the guard runs the hook, and kills what is left by its limit."""
+        due, self.guarding = self.guarding, None
+        self.up = self.agent_frozen = False
+        self.life += 1
+        if self.restart_after_s is not None:
+            self.world.after(self.restart_after_s, self.start)
+        if due is None or not self.guarded:
+            return
+        self.guard_acts = True
+        left_s = max(0.0, self.clock.true(due[1]) - self.world.now)
+        seconds = left_s
+        if self.world.rng.choice(self.nature.outcomes) == "ok":
+            seconds = min(left_s, self.nature.seconds * (0.5 + self.world.rng.random()))
+        self.world.after(seconds, self.guarded_down)
+
+    def guarded_down(self) -> None:
+        if self.frozen:
+            self.world.after(0.01, self.guarded_down)
+            return
+        self.guard_acts = self.active = False
+        self.world.say(self.name, "the guard has demoted")
+
+    def unfit(self) -> None:
+        self.tell(Fitness(False, "check down"))
+
+    def fit(self) -> None:
+        self.tell(Fitness(True, ""))
 
     def stop(self) -> None:
         if self.up:
@@ -441,6 +512,10 @@ class AgentHost:
         if self.active and self.local() >= self.session.lease_until:
             self.stale = True
         self.world.check_active()
+        self.wake(late_s)
+
+    def wake(self, late_s: float) -> None:
+        """What the pump does first after it did not turn for a while (R2)."""
         backlog, self.backlog = self.backlog, []
         if late_s > self.session.timing.margin_s:
             self.tell(Stalled(late_s))
@@ -454,17 +529,27 @@ class AgentHost:
     def tell(self, event: Event, life: int | None = None) -> None:
         if life is not None and life != self.life:
             return
-        if self.frozen:
+        if self.frozen or self.agent_frozen:
             self.backlog.append((event, self.life))
             return
         if self.up:
             self.perform(self.session.step(event, self.local()))
 
+    def arm_guard(self) -> None:
+        due = self.session.guard_by if self.guarded else None
+        if due != self.guarding:
+            self.guarding = due
+            if due is not None:
+                delay_s = max(0.0, self.clock.true(min(due)) - self.world.now)
+                self.world.after(delay_s + 1e-6, self.guard, self.life, due)
+
     def perform(self, effects: tuple[Effect, ...]) -> None:
+        self.arm_guard()
         for effect in effects:
             self.begin(effect)
             if not self.up:
                 return
+        self.arm_guard()
         wake_at = self.session.wake_at
         if wake_at < float("inf"):
             delay_s = max(0.0, self.clock.true(wake_at) - self.world.now)
@@ -492,9 +577,9 @@ class AgentHost:
             case Release():
                 self.world.say(self.name, f"releases epoch {effect.epoch}")
                 what = ReleaseRole(self.name, effect.epoch, effect.reason, effect.hold_off_s)
-                self.call(what, lambda _: Released(), lambda: Released())
+                self.call(what, lambda _: Released(), Released)
             case Leave():
-                self.call(RemoveSession(self.name), lambda _: Left(), lambda: Left())
+                self.call(RemoveSession(self.name), lambda _: Left(), Left)
             case Escalate():
                 self.world.say(self.name, f"escalates: {effect.reason}")
                 self.active = False
@@ -684,6 +769,7 @@ class Plan:
     horizon: float = 12.0
     budget: Budget | None = None
     cooldown_limit_s: float | None = None
+    guarded: bool = True
 
 
 KINDS = (
@@ -699,6 +785,9 @@ KINDS = (
     "override",
     "score",
     "remove_session",
+    "kill_agent",
+    "freeze_agent",
+    "unfit",
 )
 
 
@@ -722,12 +811,13 @@ def build(plan_: Plan, session_class: type[Session] = Session) -> World:
             net=Net(loss=plan_.loss, repeat=plan_.repeat, spread_s=plan_.spread_s),
         )
         agent.restart_after_s = 0.3 * plan_.lease_s
+        agent.guarded = plan_.guarded
     for fault in plan_.faults:
         world.after(fault.at_s, inject, world, fault)
     return world
 
 
-def inject(world: World, fault: Fault) -> None:  # noqa: C901 - one arm a kind
+def inject(world: World, fault: Fault) -> None:  # noqa: C901, PLR0912 - one arm a kind
     """Begin a fault, and schedule its end."""
     agents = list(world.agents.values())
     agent = agents[fault.target % len(agents)]
@@ -742,6 +832,14 @@ def inject(world: World, fault: Fault) -> None:  # noqa: C901 - one arm a kind
             world.after(fault.seconds, agent.thaw)
         case "stop":
             agent.stop()
+        case "kill_agent":
+            agent.kill_agent()
+        case "freeze_agent":
+            agent.freeze_agent()
+            world.after(fault.seconds, agent.thaw_agent)
+        case "unfit":
+            agent.unfit()
+            world.after(fault.seconds, agent.fit)
         case "cut" | "cut_out" | "cut_back":
             world.say(agent.name, f"network {fault.kind}")
             net.cut_out |= fault.kind != "cut_back"
@@ -782,5 +880,7 @@ def end_faults(world: World) -> None:
         mend(agent)
         agent.net.loss = agent.net.repeat = 0.0
         agent.thaw()
+        agent.thaw_agent()
+        agent.fit()
         agent.nature = HookNature(agent.nature.seconds)
         agent.start()
