@@ -254,6 +254,9 @@ class _Work:
             return  # it was released before, or its lease has ended: what is asked for is so
         self._progress(release.last_data)
         self._end_tenure(release.why)
+        if release.session_id in self.record.sessions:
+            # The others are asked first: it may be heard here, and hear nothing itself.
+            self._contact(release.session_id, passed_over=True)
 
     def _refuse_removal_while_alive(self) -> None:
         state = GroupState(self.record, self.live)

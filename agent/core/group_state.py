@@ -49,7 +49,7 @@ class Contact:
         heard_at: when it was last heard, or the start of its grace.
         posted_at: when a heartbeat last came, or None.
         told_revision: the group's revision in the last answer, or None.
-        passed_over: it was chosen and did not confirm; its next heartbeat forgives that.
+        passed_over: it did not confirm, or gave the role back; its next heartbeat forgives that.
         hold_off_until: it asked not to be chosen before then.
     """
 

@@ -532,6 +532,23 @@ def test_r17_a_session_that_asked_not_to_be_chosen_is_not() -> None:
     assert bench.pending == "a"
 
 
+def test_r17_who_gave_the_role_back_is_asked_after_the_others() -> None:
+    """It may be heard, and hear nothing: then it would be given the role again and again."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    bench.do(ReleaseRole("a", 1, "no renewal for 6.5 s"))
+    assert bench.pending == "b"
+
+
+def test_r17_who_gave_the_role_back_and_is_alone_is_asked_when_it_is_heard() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.do(ReleaseRole("a", 1, "no renewal for 6.5 s"))
+    assert bench.pending is None
+    assert bench.beat("a", after_s=1).role is W
+
+
 def test_r17_a_member_that_is_not_heard_for_l_is_not_chosen() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
@@ -568,6 +585,7 @@ def test_the_newest_override_wins() -> None:
     assert bench.pending == "b"
     bench.do(ReleaseRole("c", 2))
     bench.promote("b")
+    bench.beat("c", after_s=1)
     bench.do(SetOverride("c", ON))
     assert bench.pending == "c"
 

@@ -1,0 +1,192 @@
+"""The main stories as text files: commands, ``----``, and what happens, line by line.
+
+A file in scenarios/ is a list of steps, each with one command a line, a line ``----``, and the lines
+that the world said since the step before, ended by an empty line. ``#`` begins a comment. REWRITE=1
+writes what happens now into the files: read each changed line as a reviewer before keeping it.
+
+Commands (names are hosts; times are seconds):
+
+    world [lease=2] [v1=yes] [hysteresis=10] [hold=2] [cooldown=2]
+    agents NAME...            | start NAME | stop NAME | kill NAME | freeze NAME | thaw NAME
+    cut NAME [out|back]       | heal NAME
+    hook NAME ROLE OUTCOME    ok, fail, hang (heeds TERM), deaf (needs KILL)
+    score NAME NUMBER         | override NAME Primary|Off [for SECONDS] | remove NAME
+    coordinator kill|start|stop|continue|lose-data
+    run SECONDS               | status
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from world import EPOCH_OF_WALL, AgentHost, HookNature, World
+
+from agent.core.effects import StartHook
+from agent.core.group_state import Policy, RemoveSession, SetOverride, awaken, status_of
+from agent.model import GroupRecord, Role, RoleOverride
+
+FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
+
+
+class ScriptedHost(AgentHost):
+    """A host whose hooks end as the scenario says, role by role."""
+
+    def start_hook(self, effect: StartHook) -> None:
+        outcomes: dict[Role, str] = self.__dict__.setdefault("script", {})
+        self.nature = HookNature(outcomes=(outcomes.get(effect.facts.role, "ok"),))
+        super().start_hook(effect)
+
+
+class Story:
+    """One scenario on its way."""
+
+    def __init__(self) -> None:
+        self.world = World(1)
+        self.said = 0
+
+    def do(self, command: str) -> None:
+        verb, *words = command.split()
+        act: Callable[..., None] = getattr(self, f"do_{verb}")
+        act(*words)
+
+    def new_lines(self) -> list[str]:
+        lines = [line.rstrip() for line in self.world.transcript[self.said :]]
+        self.said = len(self.world.transcript)
+        return lines
+
+    def host(self, name: str) -> AgentHost:
+        return self.world.agents[name]
+
+    # -- commands
+
+    def do_world(self, *words: str) -> None:
+        options = {"lease": "2", "v1": "no", "hysteresis": "10", "hold": "2", "cooldown": "2"}
+        options |= dict(word.split("=") for word in words)
+        self.world = World(
+            1,
+            lease_s=float(options["lease"]),
+            plain_v1=options["v1"] == "yes",
+            policy=Policy(float(options["hysteresis"]), float(options["hold"])),
+            cooldown_limit_s=float(options["cooldown"]),
+        )
+
+    def do_agents(self, *names: str) -> None:
+        for name in names:
+            self.world.agents[name] = ScriptedHost(self.world, name)
+            self.host(name).start()
+
+    def do_run(self, seconds: str) -> None:
+        self.world.run(float(seconds))
+
+    def do_start(self, name: str) -> None:
+        self.host(name).start()
+
+    def do_stop(self, name: str) -> None:
+        self.host(name).stop()
+
+    def do_kill(self, name: str) -> None:
+        self.host(name).kill()
+
+    def do_freeze(self, name: str) -> None:
+        self.host(name).freeze()
+
+    def do_thaw(self, name: str) -> None:
+        self.host(name).thaw()
+
+    def do_cut(self, name: str, way: str = "both") -> None:
+        self.world.say(name, f"network cut: {way}")
+        net = self.host(name).net
+        net.cut_out, net.cut_back = way != "back", way != "out"
+
+    def do_heal(self, name: str) -> None:
+        self.world.say(name, "network healed")
+        self.host(name).net.cut_out = self.host(name).net.cut_back = False
+
+    def do_hook(self, name: str, role: str, outcome: str) -> None:
+        self.host(name).__dict__.setdefault("script", {})[Role(role)] = outcome
+
+    def do_score(self, name: str, score: str) -> None:
+        self.host(name).score = float(score)
+
+    def do_override(self, name: str, value: str, *period: str) -> None:
+        until = None
+        if period:
+            until = EPOCH_OF_WALL + timedelta(seconds=self.world.now + float(period[1]))
+        self.world.say(name, f"override: {' '.join([value, *period])}")
+        what = SetOverride(name, RoleOverride(value), until)
+        self.world.coordinator.submit(what, lambda _: None)
+
+    def do_remove(self, name: str) -> None:
+        self.world.coordinator.submit(RemoveSession(name), lambda _: None)
+
+    def do_coordinator(self, what: str) -> None:
+        coordinator = self.world.coordinator
+        match what:
+            case "kill":
+                coordinator.crash()
+            case "start":
+                coordinator.restart()
+            case "stop":
+                coordinator.pause()
+            case "continue":
+                coordinator.resume()
+            case "lose-data":
+                self.world.say("coordinator", "loses its data")
+                coordinator.disk = GroupRecord(coordinator.disk.config)
+                coordinator.state = awaken(coordinator.disk, coordinator.instant())
+                self.world.newest_epoch = 0
+            case _:
+                raise AssertionError(what)
+
+    def do_status(self) -> None:
+        state = self.world.coordinator.state
+        status = status_of(state)
+        sessions = ",".join(state.record.sessions)
+        self.world.say(
+            "status",
+            f"primary={status.primary} pending={status.pending} epoch={status.epoch}"
+            f" sessions={sessions}",
+        )
+
+
+def steps(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each part of a file up to its ``----``, as it is, and the commands in it."""
+    for block in text.strip().split("\n\n"):
+        head, separator, _ = block.partition("\n----")
+        lines = [line for line in head.splitlines() if not line.startswith("#")]
+        assert bool(separator) == bool(lines), f"commands without ----, or the reverse:\n{block}"
+        yield head, lines
+
+
+def played(text: str) -> str:
+    """The file as it would be if everything in it happened as it does now."""
+    story = Story()
+    blocks = []
+    for head, commands in steps(text):
+        for command in commands:
+            story.do(command)
+        blocks.append("\n".join([head, "----", *story.new_lines()] if commands else [head]))
+    return "\n\n".join(blocks) + "\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_happens_is_what_the_scenario_says(path: Path) -> None:
+    """Any broken promise raises on the way, too."""
+    expected = path.read_text()
+    happened = played(expected)
+    if os.environ.get("REWRITE"):
+        path.write_text(happened)
+    else:
+        assert happened.splitlines() == expected.splitlines()
+
+
+def test_there_are_scenarios() -> None:
+    """A glob that finds nothing would prove nothing."""
+    assert len(FILES) >= 12
+
+
+def test_a_wrong_line_is_found() -> None:
+    assert played("agents a\nrun 1\n----\n  0.000 a  sleeps\n") != "agents a\nrun 1\n----\n"
+    assert "a           PendingPrimary -> Primary" in played("agents a\nrun 1\n----\n")
