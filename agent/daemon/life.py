@@ -20,6 +20,9 @@ from agent.ops.sd_notify import Notify
 from agent.ops.signals import stop_signals
 from agent.settings import AgentSettings
 
+GUARD_S = 30.0
+"""How long a start waits for the guard of a dead agent to finish its demotion."""
+
 NAMES_ON_ONE_HOST = 64
 """Agents of one group on one host that get a session id by themselves."""
 
@@ -72,7 +75,7 @@ def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
             path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
         state_file = StateFile(path)
         try:
-            state_file.acquire()
+            state_file.acquire(wait_s=GUARD_S)
         except ConfigError as error:
             last = name == names[-1] or settings.session_id or settings.state_file
             if error.exit_code is not ExitCode.SESSION_IN_USE or last:

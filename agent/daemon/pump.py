@@ -284,7 +284,9 @@ class Daemon:
     async def _start_drivers(self) -> None:
         if self.settings.guard:
             limit_s = max(SHORTEST_GUARD_ANSWER_S, self._session.timing.margin_s)
-            self._guardian = Guardian(self._clock, self._guard_changed, limit_s=limit_s)
+            self._guardian = Guardian(
+                self._clock, self._guard_changed, limit_s=limit_s, claim=self._state_file.claim
+            )
             await self._guardian.start()
         await self._start_source()
         self._health_changed(self._checks.health)

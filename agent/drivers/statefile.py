@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ PRIVATE_MODE = 0o700
 MAX_BYTES = 64 * 1024
 """Far above what an agent writes; a larger file is not one of ours."""
 
+WAIT_STEP_S = 0.05
+
 log = Log(__name__)
 
 
@@ -41,8 +44,17 @@ class StateFile:
         self._new_path = path.with_name(path.name + ".tmp")
         self._lock: int | None = None
 
-    def acquire(self) -> None:
+    @property
+    def claim(self) -> int | None:
+        """The descriptor that holds the claim, for a guard: the claim lasts until both let go."""
+        return self._lock
+
+    def acquire(self, *, wait_s: float = 0.0) -> None:
         """Claim the file, and with it the session, for this process; clear up after a crashed one.
+
+        Args:
+            wait_s: how long to wait while the process that made the claim is dead, and its guard
+                holds it until it has demoted.
 
         Raises:
             ConfigError: SESSION_IN_USE, another process has it (the message has its pid);
@@ -55,12 +67,12 @@ class StateFile:
         except OSError as error:
             raise self._unusable(error) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_or_wait(lock, wait_s)
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
             self._new_path.unlink(missing_ok=True)
         except BlockingIOError as error:
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = _holder(lock)
             os.close(lock)
             raise ConfigError(
                 f"state file {self.path} is in use by the process with pid {holder}: two agents"
@@ -72,6 +84,22 @@ class StateFile:
             os.close(lock)
             raise self._unusable(error) from error
         self._lock = lock
+
+    def _lock_or_wait(self, lock: int, wait_s: float) -> None:
+        end_at = time.monotonic() + wait_s
+        said = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if Path("/proc", _holder(lock)).exists() or time.monotonic() >= end_at:
+                    raise
+                if not said:
+                    said = True
+                    log.warning("waiting for the guard of the agent before", pid=_holder(lock))
+                time.sleep(WAIT_STEP_S)  # nothing else runs yet
+            else:
+                return
 
     def _unusable(self, error: OSError) -> ConfigError:
         return ConfigError(
@@ -126,6 +154,11 @@ class StateFile:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _holder(lock: int) -> str:
+    """The process id that made the claim."""
+    return os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
 
 
 def default_directory() -> Path:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from agent.errors import ConfigError, ExitCode
 
 HOLDER = """
 import sys
+import time
 from pathlib import Path
 from agent.drivers.statefile import StateFile
 file = StateFile(Path(sys.argv[1]))
@@ -202,3 +204,38 @@ def test_a_directory_that_others_control_is_refused(tmp_path: Path) -> None:
             statefile._make(tmp_path / name, 0o700)
         assert caught.value.exit_code == ExitCode.STATE_FILE
         assert str(tmp_path / name) in str(caught.value)
+
+
+HELD_BY_A_GUARD = """
+import os, subprocess, sys
+from pathlib import Path
+from agent.drivers.statefile import StateFile
+state_file = StateFile(Path(sys.argv[1]))
+state_file.acquire()
+guard = subprocess.Popen(["sleep", sys.argv[2]], pass_fds=[state_file.claim])
+print(guard.pid, flush=True)
+os._exit(9)
+"""
+
+
+def test_a_start_waits_for_the_guard_of_a_dead_agent(tmp_path: Path) -> None:
+    """The claim outlives the agent until its guard has demoted and let go, too."""
+    path = tmp_path / "state.json"
+    command = [sys.executable, "-c", HELD_BY_A_GUARD, str(path), "0.5"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    with pytest.raises(ConfigError):
+        StateFile(path).acquire()
+    state_file = StateFile(path)
+    state_file.acquire(wait_s=30)
+    state_file.close()
+
+
+def test_a_living_agent_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    first = StateFile(path)
+    first.acquire()
+    started = time.monotonic()
+    with pytest.raises(ConfigError):
+        StateFile(path).acquire(wait_s=30)
+    assert time.monotonic() - started < 10
+    first.close()
