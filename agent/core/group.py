@@ -174,7 +174,7 @@ class _Work:
                     self.live, lease_until=self.now.mono + self.record.config.lease_s
                 )
         elif self.record.pending == beat.session_id and holder is None and not self._quiet():
-            self._begin_tenure(beat)
+            self._confirm(beat)
 
     def _refuse_haste(self, beat: Beat, contact: Contact) -> None:
         """B.4: confirmations, and whoever has not heard of the newest change, are never refused."""
@@ -350,15 +350,21 @@ class _Work:
         return session.override_order
 
     def _is_better(self, challenger: str, holder: Tenure) -> bool:
-        theirs, ours = self._override_rank(challenger), self._override_rank(holder.session_id)
+        held_s = self.now.mono - self.live.held_since
+        overridden = self._override_rank(challenger) != self._override_rank(holder.session_id)
+        if not overridden and held_s < self.policy.minimum_hold_s:
+            return False
+        return self._outranks(challenger, holder.session_id)
+
+    def _outranks(self, challenger: str, incumbent: str) -> bool:
+        """By a newer override, else by a score that is better by more than the hysteresis."""
+        theirs, ours = self._override_rank(challenger), self._override_rank(incumbent)
         if theirs != ours:
             return theirs > ours
-        contact = self.live.contacts.get(holder.session_id)
+        contact = self.live.contacts.get(incumbent)
         if contact is None or contact.posted_at is None:
             return False  # after a restart its score is not known yet
-        better_by = self.live.contacts[challenger].score - contact.score
-        held_s = self.now.mono - self.live.held_since
-        return better_by > self.policy.score_hysteresis and held_s >= self.policy.minimum_hold_s
+        return self.live.contacts[challenger].score - contact.score > self.policy.score_hysteresis
 
     def _learn_epoch(self, seen: int) -> None:
         """A client has seen an epoch that is not in our data: the data is older than the group.
@@ -371,6 +377,14 @@ class _Work:
         self.live = replace(self.live, quiet_until=self.now.mono + self.record.config.lease_s)
 
     # -- small steps --------------------------------------------------------------------------
+
+    def _confirm(self, beat: Beat) -> None:
+        """Begin its tenure, unless it would be taken away at once: that would cost a whole lease."""
+        better = self._best(exclude=beat.session_id)
+        if better is not None and self._outranks(better, beat.session_id):
+            self._set_pending(better)
+        else:
+            self._begin_tenure(beat)
 
     def _begin_tenure(self, beat: Beat) -> None:
         check_transition(role_of(self.record, beat.session_id), Role.PRIMARY)

@@ -426,6 +426,21 @@ def test_r16_the_bound_runs_from_the_end_of_the_lease() -> None:
     assert bench.state.live.confirm_by == bench.mono + CONFIRM_SHARE * LEASE_S
 
 
+@pytest.mark.parametrize("by", ["score", "override"])
+def test_r16_a_tenure_that_would_be_taken_away_at_once_is_not_begun(by: str) -> None:
+    """Its holder would be told Secondary, have nothing to release, and block the role for one L."""
+    bench = Bench("a", "b", policy=V1)
+    bench.beat("a", 50)
+    if by == "score":
+        bench.beat("b", 60)
+    else:
+        bench.beat("b", 50)
+        bench.do(SetOverride("b", ON))
+    assert bench.beat("a", 50).role is S
+    assert (bench.primary, bench.pending) == (None, "b")
+    assert bench.beat("b", 60).role is P
+
+
 def test_r16_a_pending_session_that_dies_is_not_waited_for() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)

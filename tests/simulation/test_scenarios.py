@@ -8,7 +8,8 @@ Commands (names are hosts; times are seconds):
 
     world [lease=2] [v1=yes] [hysteresis=10] [hold=2] [cooldown=2]
     agents NAME...            | start NAME | stop NAME | kill NAME | freeze NAME | thaw NAME
-    cut NAME [out|back]       | heal NAME
+    kill_agent NAME           | freeze_agent NAME | thaw_agent NAME (its hooks' work goes on)
+    unfit NAME | fit NAME     | cut NAME [out|back] | heal NAME
     hook NAME ROLE OUTCOME    ok, fail, hang (heeds TERM), deaf (needs KILL)
     score NAME NUMBER         | override NAME Primary|Off [for SECONDS] | remove NAME
     coordinator kill|start|stop|continue|lose-data
@@ -94,6 +95,23 @@ class Story:
 
     def do_thaw(self, name: str) -> None:
         self.host(name).thaw()
+
+    def do_kill_agent(self, name: str) -> None:
+        self.host(name).kill_agent()
+
+    def do_freeze_agent(self, name: str) -> None:
+        self.host(name).freeze_agent()
+
+    def do_thaw_agent(self, name: str) -> None:
+        self.host(name).thaw_agent()
+
+    def do_unfit(self, name: str) -> None:
+        self.world.say(name, "is unfit")
+        self.host(name).unfit()
+
+    def do_fit(self, name: str) -> None:
+        self.world.say(name, "is fit")
+        self.host(name).fit()
 
     def do_cut(self, name: str, way: str = "both") -> None:
         self.world.say(name, f"network cut: {way}")

@@ -501,7 +501,9 @@ class AgentHost:
     def freeze(self) -> None:
         if self.up and not self.frozen:
             self.world.say(self.name, "is frozen")
-            self.frozen, self.frozen_at = True, self.local()
+            self.frozen = True
+            if not self.agent_frozen:
+                self.frozen_at = self.local()
 
     def thaw(self) -> None:
         if not (self.up and self.frozen):
@@ -512,7 +514,8 @@ class AgentHost:
         if self.active and self.local() >= self.session.lease_until:
             self.stale = True
         self.world.check_active()
-        self.wake(late_s)
+        if not self.agent_frozen:
+            self.wake(late_s)
 
     def wake(self, late_s: float) -> None:
         """What the pump does first after it did not turn for a while (R2)."""
