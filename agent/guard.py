@@ -5,14 +5,17 @@ connection ends while one is set, the agent is dead. Then, in this order: the ag
 that it does not wake up in between; a hook that still runs is killed, so that it does not start
 again what the next one stops; a workload of ``exec`` gets TERM, and KILL at half the time; the
 demotion hook runs, TERM and KILL at its limit; what is left in any group is killed; the agent is
-killed.
+killed. All of it by ``kill_at``; only where the guard itself came too late (the host was suspended,
+say) the groups are killed at once, and the hook still gets half of its budget: a late demotion is
+better than none.
 
 Rules of this file: the standard library's smallest modules only, nothing of ours, no asyncio, no
 threads: it must stay small, and run when the agent cannot. It decides nothing: every moment in it was
-computed by the agent. What it cannot do: act while the whole host is frozen, or call a webhook.
+computed by the agent. What it cannot do: act while the whole host is frozen; call a webhook; stop or
+kill an agent that is process 1 of a container (its workload and its hooks' groups it can).
 
-Messages come over a SOCK_SEQPACKET socket (the descriptor is the only argument), fields divided by
-NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
+Arguments: the descriptor of a SOCK_SEQPACKET socket, and the agent's process id. Messages have their
+fields divided by NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
 
     ARM   number hook_at kill_at running(comma) groups(comma) workload cgroup state_path state_text
     HOOK  number directory user group groups(comma) nenv env... {nargs args...}...
@@ -27,10 +30,13 @@ Ends with 0 when the agent has closed the connection and nothing was due, with 3
 import os
 import select
 import signal
+import stat
 import sys
 import time
 
 MESSAGE_BYTES = 65536
+"""Longer messages are not sent: they would arrive cut. An ordinary one has 2,000."""
+
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
 POLL_S = 0.01
@@ -39,7 +45,15 @@ POLL_S = 0.01
 KILLED_WAIT_S = 0.2
 """How long it waits for a killed hook to be gone before it goes on with the killing."""
 
+LONGEST_POLL_S = 0.25
+"""While something is due it looks at the clock this often: poll() counts no suspended time."""
+
+OUTPUT_BYTES = 65536
+"""Of a hook's output that is passed on, and the most that is read of it in one turn."""
+
 ACTED = 3
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+"""It ends when the agent does, not before."""
 
 
 def now() -> float:
@@ -48,11 +62,28 @@ def now() -> float:
 
 
 def say(text: str) -> None:
-    """One line on stderr, which is the agent's; nobody reading it must not stop the guard."""
+    """One line on stderr."""
+    put(f"guard: {text}\n".encode(errors="backslashreplace"))
+
+
+def put(data: bytes) -> None:
+    """To stderr, which is the agent's, without ever waiting: what nobody reads is lost."""
+    fd = 2
     try:
-        os.write(2, f"guard: {text}\n".encode())
+        # Opened anew: O_NONBLOCK on the one that is there would be the agent's and its parent's, too.
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        pass  # a socket: one that says it is ready has room for many lines
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if poll.poll(0):
+            os.write(fd, data[: select.PIPE_BUF])
     except OSError:
         pass
+    if fd != 2:  # noqa: PLR2004 - stderr
+        os.close(fd)
 
 
 def kill(groups: "list[int]") -> None:
@@ -77,14 +108,32 @@ def lives(groups: "list[int]") -> bool:
         if name.isdigit():
             try:
                 fd = os.open(f"/proc/{name}/stat", os.O_RDONLY)
-                stat = os.read(fd, 1024)
-                os.close(fd)
             except OSError:
                 continue
-            state, _, group = stat.rpartition(b") ")[2].split(b" ", 3)[:3]
+            try:
+                line = os.read(fd, 1024)
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+            state, _, group = line.rpartition(b") ")[2].split(b" ", 3)[:3]
             if int(group) in groups and state not in (b"Z", b"X"):
                 return True
     return False
+
+
+def pass_on(output: int, room: int) -> int:
+    """What a hook has written goes to stderr, up to ``room``; how much it was. Never waits."""
+    passed = 0
+    for _ in range(OUTPUT_BYTES // select.PIPE_BUF):
+        try:
+            data = os.read(output, select.PIPE_BUF)
+        except BlockingIOError:
+            break
+        if passed < room:
+            put(data)
+        passed += len(data)
+    return passed
 
 
 class Hook:
@@ -107,8 +156,12 @@ class Hook:
             self.commands.append(rest[1 : 1 + many])
             rest = rest[1 + many :]
 
-    def start(self, argv: "list[bytes]") -> int:
-        """The process id, which is its group's, too."""
+    def start(self, argv: "list[bytes]", output: int) -> int:
+        """The process id, which is its group's, too. Its stdout and stderr are ``output``.
+
+        Raises:
+            OSError: there is no room for a process.
+        """
         pid = os.fork()
         if pid:
             return pid
@@ -116,18 +169,20 @@ class Hook:
             os.setsid()
             null = os.open("/dev/null", os.O_RDWR)
             os.dup2(null, 0)
-            os.dup2(2, 1)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             os.chdir(self.directory)
             if self.user >= 0:
                 os.setgroups(self.groups)
                 os.setgid(self.group)
                 os.setuid(self.user)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            for number in (*IGNORED, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             os.execve(argv[0], argv, self.env)  # noqa: S606 - the agent has checked it
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:
             say(f"the demotion hook could not be started: {error}")
-        os._exit(127)
+        finally:
+            os._exit(127)
 
 
 class Guard:
@@ -137,12 +192,14 @@ class Guard:
         self.fd = fd
         self.agent = agent
         self.hook_at = self.kill_at = float("inf")
+        self.budget_s = 0.0
         self.running: list[int] = []
         self.groups: list[int] = []
         self.workload: list[int] = []
         self.cgroup = b""
         self.state: tuple[bytes, bytes] | None = None
         self.hook: Hook | None = None
+        self.termed = 0
 
     def watch(self) -> int:
         """Until there is something to do or nobody to watch; the exit code."""
@@ -150,7 +207,8 @@ class Guard:
         poll.register(self.fd, select.POLLIN)
         while True:
             due_s = min(self.hook_at, self.kill_at) - now()
-            wait_ms = None if due_s == float("inf") else max(0, int(due_s * 1000) + 1)
+            wait_s = min(max(0.0, due_s), LONGEST_POLL_S)
+            wait_ms = None if due_s == float("inf") else int(wait_s * 1000) + 1
             if poll.poll(wait_ms):
                 # Always first: a newer deadline may lie there, unread while this process was frozen.
                 if not self.read():
@@ -168,12 +226,14 @@ class Guard:
         try:
             message = os.read(self.fd, MESSAGE_BYTES)
         except ConnectionResetError:
-            return False
+            return True  # it has left answers unread; its last messages and its end come after this
         if not message:
             return False
         word, number, *fields = message.split(b"\0")
         if word == b"ARM":
             self.hook_at, self.kill_at = float(fields[0]), float(fields[1])
+            if self.hook_at != float("inf"):
+                self.budget_s = self.kill_at - self.hook_at
             self.running = [int(group) for group in fields[2].split(b",") if group]
             self.groups = [int(group) for group in fields[3].split(b",") if group]
             self.workload = [int(group) for group in fields[4].split(b",") if group]
@@ -190,16 +250,21 @@ class Guard:
         return True
 
     def act(self, why: str, *, hook: bool) -> None:
-        """Demote: what still runs, hook, workload, agent."""
-        say(f"{why}: demoting in its place")
+        """Demote: what still runs, workload, hook, the rest, agent. Whatever fails, it kills."""
         self.signal(self.agent, signal.SIGSTOP)
-        self.write_state()
-        end_at = max(self.kill_at, now())
-        kill(self.running)
-        self.stop_workload(now() + (end_at - now()) / 2)
-        started = self.run_hook(self.hook) if hook and self.hook is not None else []
-        kill(self.groups + self.workload + started)
-        self.signal(self.agent, signal.SIGKILL)
+        end_at = max(self.kill_at, now() + self.budget_s / 2)
+        try:
+            say(f"{why}: demoting in its place")
+            self.write_state()
+            kill(self.running)
+            self.stop_workload((now() + self.kill_at) / 2)
+            if now() >= self.kill_at:
+                kill(self.groups)
+            if hook and self.hook is not None:
+                self.run_hook(self.hook, end_at)
+        finally:
+            kill(self.groups + self.workload)
+            self.signal(self.agent, signal.SIGKILL)
         left_s = self.kill_at - now()
         say(
             f"demoted, {left_s:.3f} s before its limit; what was left is killed, and so is the agent"
@@ -219,37 +284,47 @@ class Guard:
             except OSError as error:
                 say(f"the workload's cgroup could not be killed: {error}")
 
-    def run_hook(self, hook: Hook) -> "list[int]":
-        """Every command of it, one after the other, to its end or to ``kill_at``."""
-        end_at = max(self.kill_at, now())
-        grace_s = min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
-        started = []
+    def run_hook(self, hook: Hook, end_at: float) -> None:
+        """Every command of it, one after the other, to its end or to ``end_at``."""
+        term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
+        output, of_hook = os.pipe()
+        os.set_blocking(output, False)
+        room = OUTPUT_BYTES
         for argv in hook.commands:
-            if now() >= end_at:
-                say(f"no time is left for {argv[0].decode()}")
+            name = os.fsdecode(argv[0])
+            if now() >= term_at:
+                say(f"no time is left for {name}")
                 break
-            pid = hook.start(argv)
-            started.append(pid)
-            code = self.wait(pid, end_at, grace_s)
-            say(f"demotion hook {argv[0].decode()} ended: {code}")
-        return started
+            try:
+                pid = hook.start(argv, of_hook)
+            except OSError as error:
+                say(f"demotion hook {name} could not be started: {error}")
+                continue
+            self.groups.append(pid)
+            how = None
+            while how is None and now() < end_at + KILLED_WAIT_S:
+                how = self.look(pid, term_at, end_at)
+                room -= pass_on(output, room)
+                if how is None:
+                    time.sleep(POLL_S)
+            say(f"demotion hook {name} ended: {how or 'killed, and not gone yet'}")
 
-    def wait(self, pid: int, end_at: float, grace_s: float) -> str:
-        """How a command ended; TERM before its end, KILL at it. It stays a zombie: see below."""
-        termed = killed = False
-        while now() < end_at + KILLED_WAIT_S:
-            # WNOWAIT: while it is a zombie its number cannot be given to a stranger.
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None:
-                return f"status {ended.si_status}"
-            if now() >= end_at and not killed:
-                killed = True
-                os.killpg(pid, signal.SIGKILL)
-            elif now() >= end_at - grace_s and not termed:
-                termed = True
-                os.killpg(pid, signal.SIGTERM)
-            time.sleep(POLL_S)
-        return "killed, and not gone yet"
+    def look(self, pid: int, term_at: float, end_at: float) -> "str | None":
+        """How a command ended, or None; TERM before its end, KILL at it. It stays a zombie: see below."""
+        # WNOWAIT: while it is a zombie its number cannot be given to a stranger.
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is not None:
+            return f"{'exit' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
+        if now() >= end_at:
+            kill([pid])
+            try:
+                os.kill(pid, signal.SIGKILL)  # it may not have come to lead its group yet
+            except OSError:
+                pass
+        elif now() >= term_at and self.termed != pid:
+            self.termed = pid
+            signal_groups([pid], signal.SIGTERM)
+        return None
 
     def write_state(self) -> None:
         """Sidecars read Secondary from here on."""
@@ -258,7 +333,9 @@ class Guard:
         path, text = self.state
         try:
             fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.write(fd, text)
+            os.fchmod(fd, 0o644)  # sidecars under other users read it, whatever the umask is
+            while text:
+                text = text[os.write(fd, text) :]
             os.close(fd)
             os.replace(path + b".guard", path)
         except OSError as error:
@@ -267,16 +344,23 @@ class Guard:
     def signal(self, pid: int, number: int) -> None:
         """To the agent, if it is still our parent: its number may be a stranger's otherwise."""
         if os.getppid() == pid:
-            os.kill(pid, number)
+            try:
+                os.kill(pid, number)
+            except OSError as error:
+                say(f"the agent could not be signalled: {error}")
 
 
 def main() -> int:
-    """Guard the parent process. The one argument is the socket's descriptor."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)  # it ends when the agent does, not before
-    fd = int(sys.argv[1])
-    os.set_inheritable(fd, False)
-    return Guard(fd, os.getppid()).watch()
+    """Guard the agent; see above for the arguments.
+
+    The agent's number is not asked of the kernel: if it has died by now, the parent is a stranger.
+    """
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    fd, agent = int(sys.argv[1]), int(sys.argv[2])
+    for kept in [fd, *map(int, sys.argv[3:])]:
+        os.set_inheritable(kept, False)  # not for the hooks
+    return Guard(fd, agent).watch()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import agent.guard
 from agent.errors import ConfigError, ExitCode
+from agent.guard import MESSAGE_BYTES
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 
@@ -78,12 +79,19 @@ class Guardian:
         changed: called with None when the guard answers (again), and with the reason when it does
             not: from then on it must not be relied on.
         limit_s: how long an answer may take.
+        claim: a descriptor that every guard keeps open until its end, or None (StateFile.claim).
     """
 
     def __init__(
-        self, clock: Clock, changed: Callable[[str | None], None], *, limit_s: float
+        self,
+        clock: Clock,
+        changed: Callable[[str | None], None],
+        *,
+        limit_s: float,
+        claim: int | None = None,
     ) -> None:
         self.limit_s = limit_s
+        self._claim = claim
         self._clock = clock
         self._changed = changed
         self._process: subprocess.Popen[bytes] | None = None
@@ -112,8 +120,10 @@ class Guardian:
         end_at = self._clock.boottime() + START_S
         while self._trouble is not None:
             if self._clock.boottime() > end_at or self._process is None:
+                why = self._trouble
+                await self.close()
                 raise ConfigError(
-                    f"the guard could not be started with {sys.executable}: {self._trouble};"
+                    f"the guard could not be started with {sys.executable}: {why};"
                     " without it a frozen agent would keep its workload running (see docs/guard.md)",
                     exit_code=ExitCode.GUARD,
                 )
@@ -132,11 +142,14 @@ class Guardian:
 
     def check(self) -> None:
         """To be called often: asks a guard that had nothing to answer, and notices a silent one."""
+        while self._socket is not None and self._read():
+            pass  # answers that lie there since this process itself was late are not late
         if not self._unanswered and self._clock.boottime() - self._sent_at > self.limit_s:
             self._send_arming()
-        if self._unanswered and self._trouble is None:
+        if self._unanswered:
+            limit_s = self.limit_s if self._trouble is None else START_S
             late_s = self._clock.boottime() - self._unanswered[0][1]
-            if late_s > self.limit_s:
+            if late_s > limit_s:
                 self._lost(f"the guard has not answered for {late_s:.3f} s")
 
     async def close(self) -> None:
@@ -160,7 +173,12 @@ class Guardian:
     def _spawn(self) -> None:
         self._restart = None
         self._started_at = self._clock.boottime()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._not_spawned(error)
+            return
+        claims = [self._claim] if self._claim is not None else []
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - ourselves
@@ -170,41 +188,48 @@ class Guardian:
                         "-S",
                         str(Path(agent.guard.__file__)),
                         str(theirs.fileno()),
+                        str(os.getpid()),
+                        *map(str, claims),
                     ],
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *claims],
                     stdin=subprocess.DEVNULL,
                     cwd="/",
                     start_new_session=True,
                 )
             except OSError as error:
                 ours.close()
-                self._trouble = str(error)
-                self._restart_soon()
+                self._not_spawned(error)
                 return
         ours.setblocking(False)
         self._socket = ours
-        self._unanswered.clear()
         asyncio.get_running_loop().add_reader(ours, self._read)
         self._send_hook()
         self._send_arming()
 
-    def _read(self) -> None:
+    def _not_spawned(self, error: OSError) -> None:
+        log.error("guard not started", reason=error)
+        self._trouble = str(error)
+        self._restart_soon()
+
+    def _read(self) -> bool:
+        """Take in one answer, if there is one; whether there was."""
         assert self._socket is not None  # noqa: S101 - the reader is removed with it
         try:
             number = self._socket.recv(64)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             number = b""
         if not number:
             self._lost("the guard has ended")
-            return
+            return False
         while self._unanswered and self._unanswered[0][0] <= int(number):
             self._unanswered.popleft()
         if self._trouble is not None and not self._unanswered:
             self._trouble = None
             log.info("guard ready", pid=self.pid)
             self._changed(None)
+        return True
 
     def _lost(self, why: str) -> None:
         """Get rid of what is left of it, start another one, and say so."""
@@ -232,6 +257,7 @@ class Guardian:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
+            self._unanswered.clear()
 
     # -- messages -------------------------------------------------------------------------------
 
@@ -267,7 +293,15 @@ class Guardian:
         if self._socket is None:
             return
         self._number += 1
-        message = "\0".join((word, str(self._number), *fields)).encode(errors="surrogateescape")
+        # No process can have a NUL in a variable or an argument; a server's text may.
+        words = (word, str(self._number), *(field.replace("\0", " ") for field in fields))
+        message = "\0".join(words).encode(errors="surrogateescape")
+        if len(message) > MESSAGE_BYTES:
+            self._lost(
+                f"the guard cannot be told: {word} has {len(message)} bytes, and at most"
+                f" {MESSAGE_BYTES} fit; shorten the demotion hook's variables or arguments"
+            )
+            return
         try:
             self._socket.send(message)
         except BlockingIOError:

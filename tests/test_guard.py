@@ -1,0 +1,774 @@
+"""The guard (R12), as a process beside a small agent that freezes, hangs, dies, or ends in order.
+
+The agent is a child of a host process that adopts orphans, as an init does: it tells how the guard
+has ended, and it is the stranger that the guard must never signal.
+"""
+
+import fcntl
+import json
+import os
+import queue
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import guard
+
+LIMIT_S = 60.0
+"""For what takes milliseconds, on a busy machine."""
+
+LATE_S = 1.0
+"""By how much this machine may be late with what has a moment."""
+
+RSS_KIB = 12 * 1024
+ALLOWED = frozenset({"os", "select", "signal", "stat", "sys", "time"})
+
+HOST = """
+import ctypes, json, os, signal, subprocess, sys
+argv = json.loads(sys.argv[1])
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+def agent():
+    import select, socket
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    number = 0
+    process = None
+    for line in sys.stdin:
+        what, *rest = json.loads(line)
+        said = None
+        if what == "guard":
+            process = subprocess.Popen(
+                [*argv, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/",
+                start_new_session=True,
+            )
+            theirs.close()
+            said = process.pid
+        elif what == "send":
+            number += 1
+            word, *fields = rest
+            message = chr(0).join([word, str(number), *fields])
+            ours.send(message.encode(errors="surrogateescape"))
+        elif what == "answers":
+            while int(ours.recv(64)) < number:
+                pass
+        elif what == "readable":
+            select.select([ours], [], [])
+        elif what == "hang":
+            print(json.dumps(["said", None]), flush=True)
+            while True:
+                pass
+        print(json.dumps(["said", said]), flush=True)
+    os._exit(0)
+
+pid = os.fork()
+if pid == 0:
+    agent()
+os.close(0)
+print(json.dumps(["agent", pid]), flush=True)
+while True:
+    try:
+        pid, status = os.wait()
+    except ChildProcessError:
+        break
+    print(json.dumps(["ended", pid, os.waitstatus_to_exitcode(status)]), flush=True)
+"""
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end_at = now() + LIMIT_S
+    while not condition():
+        assert now() < end_at, "it has not happened"
+        time.sleep(0.005)
+
+
+def state_of(pid: int) -> str:
+    """R, S, T (stopped), Z; empty for no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
+
+
+def lives(pid: int) -> bool:
+    return state_of(pid) not in {"", "Z", "X"}
+
+
+class Host:
+    """A host with an agent on it, and the agent's guard."""
+
+    def __init__(
+        self,
+        *,
+        argv: Sequence[str] = (sys.executable, "-I", "-S", guard.__file__),
+        stderr: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", HOST, json.dumps(argv)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            preexec_fn=before,  # noqa: PLW1509 - one call of the kernel
+        )
+        self.pid = self._process.pid
+        self._lines: queue.Queue[list[Any]] = queue.Queue()
+        self._ended: dict[int, int] = {}
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.agent: int = self._next("agent")[1]
+        self.guard = 0
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(json.loads(line))
+
+    def _next(self, word: str) -> list[Any]:
+        while True:
+            line = self._lines.get(timeout=LIMIT_S)
+            if line[0] == "ended":
+                self._ended[line[1]] = line[2]
+            if line[0] == word:
+                return line
+
+    def say(self, *words: Any) -> Any:
+        """Have the agent do something, and wait until it has done it."""
+        self._write(words)
+        return self._next("said")[1]
+
+    def _write(self, words: Sequence[Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+
+    def start_guard(self) -> None:
+        self.guard = self.say("guard")
+
+    def tell(self, *words: str) -> None:
+        """A message to the guard, and its answer."""
+        self.say("send", *words)
+        self.say("answers")
+
+    def hand(self, *words: str) -> None:
+        """A message on which the guard acts at once: the agent may be stopped before it says so."""
+        self._write(["send", *words])
+
+    def exit(self) -> None:
+        """The agent ends in order."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def signal(self, pid: int, number: int) -> None:
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            until(lambda: state_of(pid) == "T")
+
+    def code(self, pid: int) -> int:
+        """How a process of the host has ended."""
+        while pid not in self._ended:
+            self._next("ended")
+        return self._ended[pid]
+
+    def close(self) -> None:
+        for pid in (self.agent, self.guard):
+            if pid and pid not in self._ended:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.__exit__(None, None, None)
+        self._reader.join()
+
+
+@pytest.fixture
+def new_host() -> Iterator[Callable[..., Host]]:
+    hosts = []
+
+    def new(*, start: bool = True, **options: Any) -> Host:
+        host = Host(**options)
+        hosts.append(host)
+        if start:
+            host.start_guard()
+        return host
+
+    yield new
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture
+def host(new_host: Callable[..., Host]) -> Host:
+    return new_host()
+
+
+Run = Callable[[str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """A process group of a shell script, which has said that it is ready."""
+    started = []
+
+    def start(text: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", text], stdout=subprocess.PIPE, start_new_session=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with process:
+            pass
+
+
+IDLE = "echo ready; exec sleep 1000"
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.01; done"
+
+
+def arm(
+    hook_at: float,
+    kill_at: float,
+    *,
+    running: int | str = "",
+    groups: int | str = "",
+    workload: int | str = "",
+    cgroup: str = "",
+    state: tuple[object, str] = ("", ""),
+) -> list[str]:
+    fields = (repr(hook_at), repr(kill_at), running, groups, workload, cgroup, *state)
+    return ["ARM", *map(str, fields)]
+
+
+def hook(
+    *commands: Sequence[object],
+    env: Sequence[str] = ("PATH=/usr/bin:/bin",),
+    directory: object = "/",
+    ids: tuple[int, int, str] = (-1, -1, ""),
+) -> list[str]:
+    words: list[object] = ["HOOK", directory, *ids, len(env), *env]
+    for command in commands:
+        words += [len(command), *command]
+    return [str(word) for word in words]
+
+
+def sh(text: str) -> list[str]:
+    return ["/bin/sh", "-c", text]
+
+
+# --- what it does -----------------------------------------------------------------------------
+
+
+def test_a_frozen_agent_is_demoted_in_order_and_in_time(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    seen, state_file = tmp_path / "seen", tmp_path / "state"
+    state_file.write_text("Primary")
+    before = state_file.stat().st_ino
+    running, workload, left = run(STUBBORN), run(STUBBORN), run(IDLE)
+    pids = [host.agent, running.pid, workload.pid, left.pid]
+    states = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in pids)
+    look = f"(cut -d' ' -f1 /proc/uptime; {states}; cat {state_file}) >{seen}"
+    host.tell(*hook(sh(look)))
+    hook_at = now() + LATE_S
+    kill_at = hook_at + 4.0
+    host.tell(
+        *arm(
+            hook_at,
+            kill_at,
+            running=running.pid,
+            groups=left.pid,
+            workload=workload.pid,
+            state=(state_file, "Secondary"),
+        )
+    )
+    host.signal(host.agent, signal.SIGSTOP)
+    until(lambda: not lives(running.pid))
+    assert now() >= hook_at
+    until(lambda: not lives(workload.pid))
+    assert hook_at + 1.9 <= now() <= hook_at + 2.0 + LATE_S
+    assert host.code(host.guard) == guard.ACTED
+    assert now() < kill_at
+    assert host.code(host.agent) == -signal.SIGKILL
+    for process in (running, workload, left):
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
+    uptime, agent, *others, said = seen.read_text().split()
+    assert float(uptime) >= hook_at + 1.9
+    assert (agent, others, said) == ("T", ["Z", "Z", "S"], "Secondary")
+    assert state_file.stat().st_ino != before, "it was not replaced as a whole"
+    assert not state_file.with_name("state.guard").exists()
+
+
+def test_a_workload_that_ends_at_term_is_not_waited_for(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    workload = run(IDLE)
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    hook_at = now() + LATE_S
+    host.tell(*arm(hook_at, hook_at + 2 * LIMIT_S, workload=workload.pid))
+    host.signal(host.agent, signal.SIGSTOP)
+    assert workload.wait(LIMIT_S) == -signal.SIGTERM
+    assert host.code(host.guard) == guard.ACTED
+    assert now() < hook_at + LIMIT_S
+    assert (tmp_path / "done").exists()
+
+
+def test_a_killed_agent_is_replaced_at_once(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    hook_at = now() + LIMIT_S
+    host.tell(*arm(hook_at, hook_at + LIMIT_S))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+    assert now() < hook_at
+    assert lives(host.pid)
+
+
+def test_a_hung_agent_is_demoted(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    hook_at = now() + LATE_S
+    host.tell(*arm(hook_at, hook_at + LIMIT_S))
+    host.say("hang")
+    assert host.code(host.guard) == guard.ACTED
+    assert now() >= hook_at
+    assert (tmp_path / "done").exists()
+    assert host.code(host.agent) == -signal.SIGKILL
+
+
+def test_while_the_agent_demotes_it_only_kills_and_only_at_the_end(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    running = run(IDLE)
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    kill_at = now() + 0.5
+    host.hand(*arm(float("inf"), kill_at, running=running.pid))
+    assert running.wait(LIMIT_S) == -signal.SIGKILL
+    assert now() >= kill_at
+    assert host.code(host.guard) == guard.ACTED
+    assert host.code(host.agent) == -signal.SIGKILL
+    assert not (tmp_path / "done").exists()
+
+
+def test_if_the_agent_dies_while_it_demotes_the_hook_runs(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.tell(*arm(float("inf"), now() + LIMIT_S))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+
+
+def test_a_guard_that_comes_too_late_kills_first_and_still_runs_the_hook(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    left, workload = run(IDLE), run(STUBBORN)
+    pids = (left.pid, workload.pid)
+    look = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in pids)
+    host.tell(*hook(sh(f"({look}) >{tmp_path}/seen")))
+    host.hand(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid, workload=workload.pid))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "seen").read_text().split() == ["Z", "Z"]
+
+
+# --- what the hook gets -----------------------------------------------------------------------
+
+
+def test_the_hook_has_what_was_told_and_nothing_else(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs: root: run as root")
+    output = tmp_path / "stderr"
+    facts = (
+        "id -u; id -g; id -G; pwd; cat | wc -c; ls /proc/self/fd | wc -l;"
+        " cut -d' ' -f5,6 /proc/$$/stat; echo $$; grep SigIgn /proc/self/status"
+    )
+    with output.open("wb") as stderr:
+        host = new_host(stderr=stderr.fileno())
+    host.tell(
+        *hook(
+            ["/usr/bin/env"],
+            sh(facts),
+            env=["A=1", "B==2", "C=", "D=a b\nc"],
+            directory="/usr",
+            ids=(65534, 65533, "65532,65531"),
+        )
+    )
+    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    said = [line for line in output.read_text().splitlines() if not line.startswith("guard:")]
+    assert said[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
+    uid, gid, gids, cwd, stdin, files, leads, pid, ignored = said[5:]
+    assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", "0")
+    assert sorted(gids.split(), reverse=True) == ["65533", "65532", "65531"]
+    assert files == "4", "the three, and the folder that ls reads"
+    assert leads == f"{pid} {pid}", "it leads its own group and session"
+    assert int(ignored.split()[1], 16) == 0
+
+
+def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "text").write_text("no interpreter\n")
+    (tmp_path / "text").chmod(0o755)
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(strange).write_text(f"#!/bin/sh\necho strange >>{tmp_path}/seen\n")
+    Path(strange).chmod(0o755)
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(stderr=stderr.fileno())
+    host.tell(
+        *hook(
+            sh(f"echo one >>{tmp_path}/seen; exit 3"),
+            [tmp_path / "missing"],
+            [tmp_path / "plain"],
+            [tmp_path / "text"],
+            [strange],
+            sh(f"echo two >>{tmp_path}/seen; kill -USR1 $$"),
+        )
+    )
+    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "seen").read_text().split() == ["one", "strange", "two"]
+    text = output.read_text(errors="surrogateescape")
+    for part in ("sh ended: exit 3", "No such file", "Permission denied", "Exec format error"):
+        assert part in text
+    assert f"sh ended: signal {signal.SIGUSR1:d}" in text
+    assert "Traceback" not in text
+
+
+def test_a_folder_that_is_gone_is_said_and_the_agent_is_killed(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(stderr=stderr.fileno())
+    host.tell(*hook(sh("exit 0"), directory=tmp_path / "gone"))
+    host.hand(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert host.code(host.agent) == -signal.SIGKILL
+    assert "could not be started" in output.read_text()
+
+
+def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
+    host: Host, tmp_path: Path
+) -> None:
+    child = f"trap '' TERM; sleep 1000 & echo $$ $! >{tmp_path}/pids; while :; do sleep 0.01; done"
+    host.tell(*hook(sh(child), sh(f"touch {tmp_path}/second")))
+    kill_at = now() + 1.5
+    host.hand(*arm(now(), kill_at))
+    assert host.code(host.guard) == guard.ACTED
+    assert kill_at - 0.1 <= now() <= kill_at + LATE_S
+    assert host.code(host.agent) == -signal.SIGKILL
+    hook_pid, child_pid = map(int, (tmp_path / "pids").read_text().split())
+    until(lambda: not lives(hook_pid) and not lives(child_pid))
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_daemon_that_the_hook_left_in_its_group_is_killed(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"sleep 1000 & echo $! >{tmp_path}/pid"), sh(f"touch {tmp_path}/second")))
+    host.hand(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "second").exists(), "the daemon held it up"
+    until(lambda: not lives(int((tmp_path / "pid").read_text())))
+
+
+def test_after_term_no_further_command_starts(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh("exec sleep 1000"), sh(f"touch {tmp_path}/second")))
+    host.hand(*arm(now(), now() + 2.0))
+    assert host.code(host.guard) == guard.ACTED
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_hook_that_has_no_time_at_all_does_not_stop_the_killing(host: Host, run: Run) -> None:
+    left = run(IDLE)
+    host.tell(*hook(sh("exec sleep 1000")))
+    host.hand(*arm(now(), now() + 1e-3, groups=left.pid))
+    assert host.code(host.guard) == guard.ACTED
+    assert left.wait(LIMIT_S) == -signal.SIGKILL
+    assert host.code(host.agent) == -signal.SIGKILL
+
+
+def test_a_host_without_room_for_a_process_is_no_reason_not_to_kill(
+    new_host: Callable[..., Host], run: Run, tmp_path: Path
+) -> None:
+    full = (
+        "import os, sys\n"
+        "def fork(): raise BlockingIOError(11, 'no more processes')\n"
+        "os.fork = fork\n"
+        f"exec(compile(open({guard.__file__!r}).read(), 'guard', 'exec'), {{'__name__': '__main__'}})"
+    )
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(argv=(sys.executable, "-I", "-S", "-c", full), stderr=stderr.fileno())
+    left = run(IDLE)
+    host.tell(*hook(sh("exit 0")))
+    host.hand(*arm(now(), now() + LIMIT_S, groups=left.pid))
+    assert host.code(host.guard) == guard.ACTED
+    assert left.wait(LIMIT_S) == -signal.SIGKILL
+    assert host.code(host.agent) == -signal.SIGKILL
+    assert "no more processes" in output.read_text()
+
+
+# --- an output that nobody reads --------------------------------------------------------------
+
+
+def full_pipe() -> tuple[int, int]:
+    """Both ends of a pipe in which nothing fits any more."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    _fill(write)
+    os.set_blocking(write, True)
+    return read, write
+
+
+def full_socket() -> tuple[int, int]:
+    """The same of a socket, which is what stderr is under systemd."""
+    theirs, ours = socket.socketpair()
+    ours.setblocking(False)
+    _fill(ours.fileno())
+    ours.setblocking(True)
+    return theirs.detach(), ours.detach()
+
+
+def _fill(fd: int) -> None:
+    with suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"x" * 4096)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"x")
+
+
+@pytest.mark.parametrize("full", [full_pipe, full_socket])
+def test_a_full_stderr_that_nobody_reads_stops_neither_the_guard_nor_the_hook(
+    new_host: Callable[..., Host], tmp_path: Path, full: Callable[[], tuple[int, int]]
+) -> None:
+    read, write = full()
+    try:
+        host = new_host(stderr=write)
+        flood = f"head -c 1000000 /dev/zero >&2; head -c 1000000 /dev/zero; touch {tmp_path}/done"
+        host.tell(*hook(sh(flood)))
+        host.hand(*arm(now(), now() + LIMIT_S))
+        assert host.code(host.guard) == guard.ACTED
+        assert (tmp_path / "done").exists()
+        assert not fcntl.fcntl(write, fcntl.F_GETFL) & os.O_NONBLOCK, "it is the agent's, too"
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_of_a_flood_only_so_much_is_passed_on(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(stderr=stderr.fileno())
+    host.tell(*hook(sh("head -c 1000000 /dev/zero")))
+    host.hand(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert guard.OUTPUT_BYTES <= output.stat().st_size <= guard.OUTPUT_BYTES + 8192
+
+
+# --- the state file ---------------------------------------------------------------------------
+
+
+def test_the_state_file_is_readable_for_sidecars_whatever_the_umask_is(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    def strict() -> None:
+        os.umask(0o077)
+
+    host = new_host(before=strict)
+    host.hand(*arm(now(), now() + LIMIT_S, state=(tmp_path / "state", "Secondary")))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "state").read_text() == "Secondary"
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_state_that_does_not_fit_on_the_disk_leaves_the_old_one_whole(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    state = tmp_path / "state"
+    state.write_text("Primary")
+    host = new_host(before=small_files)
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.hand(*arm(now(), now() + LIMIT_S, state=(state, "x" * 1000)))
+    assert host.code(host.guard) == guard.ACTED
+    assert state.read_text() == "Primary"
+    assert (tmp_path / "done").exists()
+
+
+# --- when it does nothing ---------------------------------------------------------------------
+
+
+def test_nothing_happens_when_the_agent_ends_in_order(host: Host, run: Run, tmp_path: Path) -> None:
+    workload = run(IDLE)
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S, workload=workload.pid))
+    host.tell("OFF")
+    host.exit()
+    assert host.code(host.guard) == 0
+    assert host.code(host.agent) == 0
+    assert not (tmp_path / "done").exists()
+    assert workload.poll() is None
+
+
+def test_an_agent_that_ends_with_answers_unread_has_ended_in_order(
+    host: Host, tmp_path: Path
+) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.say("readable")
+    host.signal(host.guard, signal.SIGSTOP)
+    host.say("send", "OFF")
+    host.exit()
+    assert host.code(host.agent) == 0
+    os.kill(host.guard, signal.SIGCONT)
+    assert host.code(host.guard) == 0
+    assert not (tmp_path / "done").exists()
+
+
+def test_nothing_happens_while_renewals_come(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    end_at = now() + 2.0
+    while now() < end_at:
+        host.tell(*arm(now() + LATE_S, now() + LIMIT_S))
+        time.sleep(0.02)
+    host.tell("OFF")
+    host.exit()
+    assert host.code(host.guard) == 0
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_guard_that_was_frozen_reads_before_it_acts(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    hook_at = now() + LATE_S
+    host.tell(*arm(hook_at, hook_at + 0.1))
+    host.signal(host.guard, signal.SIGSTOP)
+    until(lambda: now() > hook_at + 0.1)
+    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    os.kill(host.guard, signal.SIGCONT)
+    host.say("answers")
+    host.tell("OFF")
+    host.exit()
+    assert host.code(host.guard) == 0
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_end_services_do_not_end_the_guard(host: Host, number: int) -> None:
+    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S))
+    os.kill(host.guard, number)
+    host.tell("OFF")
+    host.exit()
+    assert host.code(host.guard) == 0
+
+
+def test_whoever_replaced_a_dead_agent_is_never_signalled(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    """The agent dies before the guard's first line: its parent is the host's init by then."""
+    stopped = ("/bin/sh", "-c", 'kill -STOP $$; exec "$@"', "sh")
+    host = new_host(argv=(*stopped, sys.executable, "-I", "-S", guard.__file__), start=False)
+    host.say("send", *hook(sh(f"cut -d' ' -f3 /proc/{host.pid}/stat >{tmp_path}/seen")))
+    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.start_guard()
+    until(lambda: state_of(host.guard) == "T")
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.agent) == -signal.SIGKILL
+    os.kill(host.guard, signal.SIGCONT)
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "seen").read_text().strip() == "S", "the host was stopped"
+
+
+def test_a_deadline_that_passes_while_the_host_is_suspended_is_seen_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """poll() counts no suspended time: it would end a long while after the deadline."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    acted: list[bool] = []
+    calls: list[None] = []
+
+    def jumping() -> float:
+        calls.append(None)
+        return 0.0 if len(calls) == 1 else 1e6
+
+    with ours, theirs:
+        monkeypatch.setattr(guard, "now", jumping)
+        monkeypatch.setattr(guard.Guard, "act", lambda _, why, *, hook: acted.append(hook))
+        process = guard.Guard(theirs.fileno(), os.getpid())
+        process.hook_at = process.kill_at = 3 * LIMIT_S
+        start = time.monotonic()
+        assert process.watch() == guard.ACTED
+    assert acted == [True]
+    assert time.monotonic() - start < LIMIT_S
+
+
+# --- how small it is --------------------------------------------------------------------------
+
+
+def test_it_is_small(host: Host, record_property: Callable[[str, object], None]) -> None:
+    host.tell(*hook(sh("x" * 2000)))
+    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S, state=("/nowhere", "x" * 1000)))
+    status = Path(f"/proc/{host.guard}/status").read_text()
+    rollup = Path(f"/proc/{host.guard}/smaps_rollup").read_text()
+    sizes = {
+        name: int(number) for name, number in re.findall(r"(\w+):\s+(\d+) kB", status + rollup)
+    }
+    uss = sizes["Private_Clean"] + sizes["Private_Dirty"]
+    record_property("guard_kib", {"rss": sizes["VmRSS"], "pss": sizes["Pss"], "uss": uss})
+    assert sizes["VmRSS"] < RSS_KIB, f"RSS {sizes['VmRSS']}, PSS {sizes['Pss']}, USS {uss} KiB"
+    maps = Path(f"/proc/{host.guard}/maps").read_text()
+    libraries = {Path(name).name.split(".")[0] for name in re.findall(r"\S+\.so\S*", maps)}
+    foreign = {name for name in libraries if not name.startswith(("ld-linux", "lib", "ld-"))}
+    assert foreign <= {"select"}
+    assert not libraries & {"libssl", "libcrypto", "libsqlite3", "libffi"}
+
+
+def test_it_imports_the_smallest_modules_only() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    with theirs:
+        command = [sys.executable, "-I", "-S", "-X", "importtime", guard.__file__]
+        result = subprocess.run(
+            [*command, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=LIMIT_S,
+        )
+    lines = [line.rpartition("|")[2].rstrip() for line in result.stderr.splitlines()]
+    modules = {line.strip() for line in lines}
+    assert "signal" in modules
+    heavy = {"asyncio", "socket", "subprocess", "threading", "re", "typing", "pathlib", "logging"}
+    assert not modules & heavy
+    assert not {name for name in modules if name.partition(".")[0] == "agent"}
