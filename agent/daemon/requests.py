@@ -159,7 +159,8 @@ class Requests:
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):
             return False
-        return self.joined_once or error.exit_code not in PERMANENT
+        not_ready = error.status is not None and (error.status == 429 or error.status >= 500)  # noqa: PLR2004 - codes of HTTP
+        return self.joined_once or not_ready or error.exit_code not in PERMANENT
 
     async def _register(self) -> Timing:
         settings = self.settings

@@ -1,0 +1,363 @@
+"""The daemon in this process: one inbox, one pump, one timer; at a real coordinator on loopback."""
+
+import asyncio
+import errno
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from agent.coordinator.server import serving
+from agent.daemon import life
+from agent.daemon.pump import Daemon
+from agent.drivers.rest import RestClient
+from agent.drivers.statefile import StateFile
+from agent.errors import ConfigError, ExitCode, ServerError, TimingError
+from agent.model import TICKS_PER_SECOND, GroupConfig
+from agent.ops.clock import Clock
+from agent.settings import Address, AgentSettings, CoordinatorSettings
+
+PATIENCE_S = 20.0
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+Answering = Callable[[httpx2.Request], Awaitable[httpx2.Response]]
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[str]:
+    """A coordinator in this event loop."""
+    settings = CoordinatorSettings(store="memory", listen=Address("127.0.0.1", 0))
+    async with serving(settings) as url:
+        yield f"{url}/api/v1/clientfailover"
+
+
+@dataclass
+class Host:
+    """One agent that lives in this event loop."""
+
+    daemon: Daemon
+    state_file: Path
+    written: list[Mapping[str, Any]]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        end_at = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end_at, f"waited in vain for {what}"
+            await asyncio.sleep(0.01)
+
+    async def until_role(self, role: str) -> None:
+        await self.until(lambda: self.daemon.describe()["role"] == role, role)
+
+
+def settings_for(endpoint: str, **more: Any) -> AgentSettings:
+    """With a margin that a busy machine does not use up."""
+    quick = {"failover_timeout": 3.0, "demote": 0.5, "margin": 1.0, "guard": False}
+    return AgentSettings(**{"endpoint": [endpoint], "group": "g", **quick, **more})
+
+
+class Recorded(StateFile):
+    """A state file that keeps all that was written, and whose disk can be full."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.written: list[Mapping[str, Any]] = []
+        self.full = False
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(state)
+        self.written.append(json.loads(self.path.read_text()))
+
+
+@asynccontextmanager
+async def a_daemon(
+    settings: AgentSettings,
+    directory: Path,
+    *,
+    clock: Clock | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
+) -> AsyncIterator[tuple[Host, Recorded]]:
+    state_file = Recorded(directory / "state.json")
+    state_file.acquire()
+    client = RestClient(settings.endpoint, transport=transport)
+    daemon = Daemon(settings, "host-a", client, state_file, clock=clock)
+    try:
+        yield Host(daemon, state_file.path, state_file.written), state_file
+    finally:
+        daemon.close()
+        await client.aclose()
+        state_file.close()
+
+
+@asynccontextmanager
+async def living(host: Host) -> AsyncIterator[asyncio.Task[int]]:
+    """The daemon at work; stopped at the end if it still is."""
+    task = asyncio.create_task(host.daemon.live(host.stop))
+    try:
+        yield task
+    finally:
+        host.stop.set()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(task, return_exceptions=True)
+
+
+class Faulty(httpx2.AsyncHTTPTransport):
+    """The network, with answers put in between: the first of ``instead`` that fits is used once."""
+
+    def __init__(self) -> None:
+        super().__init__(trust_env=False)
+        self.instead: list[tuple[str, Answering]] = []
+        self.asked: list[str] = []
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        asked = f"{request.method} {request.url.path.rstrip('/').rpartition('/')[2]}"
+        self.asked.append(asked)
+        for fault in self.instead:
+            if fault[0] == asked:
+                self.instead.remove(fault)
+                return await fault[1](request)
+        return await super().handle_async_request(request)
+
+
+def saying(status: int, reason: str = "No.") -> Answering:
+    async def answer(_request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(status, json={"Reason": reason})
+
+    return answer
+
+
+async def unplugged(_request: httpx2.Request) -> httpx2.Response:
+    raise httpx2.ConnectError("unplugged")
+
+
+# -- what is said -------------------------------------------------------------------------------------
+
+
+async def test_secondary_is_said_before_anything_is_asked(endpoint: str, tmp_path: Path) -> None:
+    transport = Faulty()
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
+        host.daemon.say_secondary("starting")
+        assert not transport.asked
+        assert (host.written[0]["role"], host.written[0]["reason"]) == ("Secondary", "starting")
+        assert host.written[0]["active_until_boottime_s"] is None
+        async with living(host):
+            await host.until_role("Primary")
+        roles = [state["role"] for state in host.written]
+        assert roles.index("PendingPrimary") < roles.index("Primary")
+        assert (roles[-1], host.written[-1]["reason"]) == ("Secondary", "stopped")
+
+
+async def test_it_does_not_start_if_secondary_cannot_be_said(endpoint: str, tmp_path: Path) -> None:
+    async with a_daemon(settings_for(endpoint), tmp_path) as (host, state_file):
+        state_file.full = True
+        with pytest.raises(ConfigError, match=r"No space left on device.*--state-file") as caught:
+            host.daemon.say_secondary("starting")
+        assert caught.value.exit_code is ExitCode.STATE_FILE
+
+
+async def test_a_full_disk_later_is_logged_and_costs_no_role(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_daemon(settings_for(endpoint), tmp_path) as (host, state_file), living(host):
+        await host.until_role("Primary")
+        state_file.full = True
+        await host.until(lambda: "state file cannot be written" in caplog.text, "the log to say so")
+        old = len(host.written)
+        assert host.daemon.describe()["role"] == "Primary"
+        state_file.full = False
+        await host.until(lambda: len(host.written) > old, "the file to be written again")
+        assert host.written[-1]["role"] == "Primary"
+
+
+async def test_the_lease_in_the_state_file_moves_with_each_renewal(
+    endpoint: str, tmp_path: Path
+) -> None:
+    async with a_daemon(settings_for(endpoint), tmp_path) as (host, _), living(host):
+        await host.until_role("Primary")
+        first = host.daemon.describe()["active_until_boottime_s"]
+        await host.until(
+            lambda: (host.written[-1]["active_until_boottime_s"] or 0) > first, "a renewal"
+        )
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert host.written[-1]["active_until_boottime_s"] < now + 3.0
+
+
+async def test_progress_never_goes_back_within_a_tenure_and_may_in_the_next(
+    endpoint: str, tmp_path: Path
+) -> None:
+    elsewhere = {"time": 0.0}
+    clock = Clock(boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + elsewhere["time"])
+    async with a_daemon(settings_for(endpoint), tmp_path, clock=clock) as (host, _), living(host):
+        await host.until_role("Primary")
+        epoch = host.daemon.describe()["epoch"]
+        assert host.daemon.report_progress(NOON) == NOON
+        assert host.daemon.report_progress(NOON - timedelta(hours=1)) == NOON
+        elsewhere["time"] += 1.0  # suspended: the tenure ends, and a new one may begin
+        await host.until(lambda: (host.daemon.describe()["epoch"] or 0) > epoch, "a new tenure")
+        earlier = NOON - timedelta(hours=1)
+        assert host.daemon.report_progress(earlier) == earlier
+
+
+# -- time ---------------------------------------------------------------------------------------------
+
+
+async def test_a_suspended_host_demotes_first_then_asks(endpoint: str, tmp_path: Path) -> None:
+    """R2: the gap between boot time and monotonic time."""
+    asleep = {"time": 0.0}
+    clock = Clock(boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + asleep["time"])
+    async with a_daemon(settings_for(endpoint), tmp_path, clock=clock) as (host, _), living(host):
+        await host.until_role("Primary")
+        old = len(host.written)
+        asleep["time"] += 0.5
+        await host.until(lambda: len(host.written) > old, "the state file")
+        new = next(state for state in host.written[old:] if state["role"] != "Primary")
+        assert new["role"] == "Secondary"
+        assert "stopped for" in new["reason"]
+
+
+async def test_a_blocked_loop_counts_as_a_lost_lease(endpoint: str, tmp_path: Path) -> None:
+    """R2: late by more than the margin, and well within R."""
+    settings = settings_for(endpoint, failover_timeout=10.0, margin=0.4)
+    async with a_daemon(settings, tmp_path) as (host, _), living(host):
+        await host.until_role("Primary")
+        old = len(host.written)
+        time.sleep(0.8)  # noqa: ASYNC251 - that is the fault
+        await host.until(lambda: len(host.written) > old, "the state file")
+        new = next(state for state in host.written[old:] if state["role"] != "Primary")
+        assert new["role"] == "Secondary"
+        assert "stopped for" in new["reason"]
+
+
+# -- servers ------------------------------------------------------------------------------------------
+
+
+async def test_lost_contact_is_one_line_and_so_is_its_return(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    transport = Faulty()
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
+        async with living(host):
+            await host.until_role("Primary")
+            transport.instead = [("POST heartbeat", unplugged)] * 3
+            await host.until(lambda: "answered again" in caplog.text, "contact")
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages.count("heartbeat failed") == 1
+        assert messages.count("heartbeat answered again") == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("asked", ["POST groups", "POST clientsessions"])
+async def test_a_server_that_is_not_ready_yet_is_asked_again_at_the_start(
+    endpoint: str, tmp_path: Path, asked: str, status: int
+) -> None:
+    transport = Faulty()
+    transport.instead = [(asked, saying(status))] * 2
+    async with (
+        a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _),
+        living(host) as task,
+    ):
+        await host.until(
+            lambda: task.done() or host.daemon.describe()["role"] == "Primary", "Primary"
+        )
+        host.stop.set()
+        assert await task == ExitCode.OK
+
+
+async def test_a_refusal_at_the_start_is_told_at_once(endpoint: str, tmp_path: Path) -> None:
+    transport = Faulty()
+    transport.instead = [("POST clientsessions", saying(409, "It is configured otherwise."))]
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
+        async with living(host) as task:
+            with pytest.raises(ServerError, match="configured otherwise") as caught:
+                await task
+        assert caught.value.status == 409
+        assert transport.asked == ["POST groups", "POST clientsessions"]
+
+
+async def test_a_stop_before_any_server_answered_ends_in_order(tmp_path: Path) -> None:
+    """With startup_timeout 0 it would try for ever."""
+    settings = settings_for("http://127.0.0.1:9/clientfailover", startup_timeout=0.0)
+    transport = Faulty()
+    transport.instead += [("POST groups", unplugged)] * 1000
+    transport.instead += [("DELETE host-a", unplugged)]
+    async with a_daemon(settings, tmp_path, transport=transport) as (host, _), living(host) as task:
+        await host.until(lambda: len(transport.asked) > 1, "a second attempt")
+        host.stop.set()
+        async with asyncio.timeout(PATIENCE_S):
+            assert await task == ExitCode.OK
+
+
+async def test_a_groups_timeout_that_the_budgets_do_not_fit_in_is_named_with_the_group(
+    endpoint: str, tmp_path: Path
+) -> None:
+    client = RestClient([endpoint])
+    await client.create_group(GroupConfig("g", TICKS_PER_SECOND), timeout_s=PATIENCE_S)
+    await client.aclose()
+    async with a_daemon(settings_for(endpoint), tmp_path) as (host, _), living(host) as task:
+        with pytest.raises(TimingError, match=r"group g has failover timeout 1 s at .*R1"):
+            await task
+
+
+async def test_a_refusal_after_it_had_joined_is_no_reason_to_give_up(
+    endpoint: str, tmp_path: Path
+) -> None:
+    """A coordinator in trouble must not end the agents that it had."""
+    transport = Faulty()
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
+        async with living(host) as task:
+            await host.until_role("Primary")
+            joined = transport.asked.count("POST clientsessions")
+            transport.instead = [
+                ("POST heartbeat", saying(404)),
+                ("POST clientsessions", saying(409)),
+            ]
+            await host.until(
+                lambda: transport.asked.count("POST clientsessions") >= joined + 2, "another try"
+            )
+            await host.until_role("Primary")
+            host.stop.set()
+            assert await task == ExitCode.OK
+        assert transport.asked.index("POST release") < transport.asked.index("DELETE host-a")
+
+
+# -- names --------------------------------------------------------------------------------------------
+
+
+def test_agents_of_one_host_choose_distinct_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("agent.daemon.life.socket.gethostname", lambda: "edge 1/a")
+    claimed = [life._claim(settings_for("http://a/clientfailover")) for _ in range(3)]
+    assert [name for _, name in claimed] == ["edge 1/a", "edge 1/a-2", "edge 1/a-3"]
+    assert len({state_file.path for state_file, _ in claimed}) == 3
+    assert {state_file.path.parent for state_file, _ in claimed} == {tmp_path}
+    claimed[1][0].close()
+    again, name = life._claim(settings_for("http://a/clientfailover"))
+    assert name == "edge 1/a-2"
+    for state_file, _ in (*claimed, (again, name)):
+        state_file.close()
+
+
+def test_a_name_that_was_given_is_not_replaced_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    settings = settings_for("http://a/clientfailover", session_id="host-a")
+    state_file, name = life._claim(settings)
+    assert name == "host-a"
+    with pytest.raises(ConfigError) as caught:
+        life._claim(settings)
+    assert caught.value.exit_code is ExitCode.SESSION_IN_USE
+    state_file.close()
