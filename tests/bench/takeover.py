@@ -153,6 +153,10 @@ def main() -> None:
         demo = Demo(Path(directory), Console(quiet=True))
         try:
             measure(demo, args.rounds)
+        except TimeoutError:
+            for host in demo.hosts:
+                click.echo(f"{host.name}: {host.state}\n{agent_log(demo, host)[-3000:]}", err=True)
+            raise
         finally:
             demo.close()
 

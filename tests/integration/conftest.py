@@ -26,4 +26,6 @@ def shared_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coo
 @pytest.fixture
 def coordinator(shared_coordinator: Coordinator, stage: Stage) -> Coordinator:
     """The shared one, as the test's own group sees it."""
+    process = shared_coordinator.popen
+    assert process.poll() is None, f"ended with {process.poll()}: {shared_coordinator.said()}"
     return replace(shared_coordinator, group=stage.group)

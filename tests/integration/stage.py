@@ -160,6 +160,7 @@ class Agent(Process):
     """``failover-agent run``."""
 
     state_file: Path
+    guarded: bool = True
 
     @property
     def state(self) -> dict[str, Any]:
@@ -279,7 +280,8 @@ class Stage:
             *timing,
             *flags,
         ]
-        agent = Agent(name, *self.spawn(name, "run", *words), state_file)
+        guarded = "--no-guard" not in words
+        agent = Agent(name, *self.spawn(name, "run", *words), state_file, guarded)
         self._processes.append(agent)
         return agent
 
@@ -312,7 +314,8 @@ class Stage:
         for line in self.events_file.read_text().splitlines():
             name, what, which, facts = line.split(" ", 3)
             if who in (None, name):
-                found.append(Happened(name, what, which, json.loads(facts)))
+                # the guard runs a hook without the facts on stdin
+                found.append(Happened(name, what, which, json.loads(facts or "{}")))
         return found
 
     def until_event(self, who: str, what: str, which: str) -> Happened:
@@ -322,9 +325,9 @@ class Stage:
 
         return until(found, f"{who} {what} {which}")
 
-    def pair(self, endpoint: str | Coordinator, **bodies: str) -> tuple[Agent, Agent, int]:
+    def pair(self, endpoint: str | Coordinator, *flags: str) -> tuple[Agent, Agent, int]:
         """Two agents: the primary, the other one, and the epoch. Both have joined."""
-        agents = [self.run(name, endpoint, **bodies) for name in ("host-a", "host-b")]
+        agents = [self.run(name, endpoint, flags=flags) for name in ("host-a", "host-b")]
         one = self.until_primary(*agents, after_epoch=0)
         other = agents[agents[0] is one]
         other.until_said("joined")
@@ -344,9 +347,10 @@ class Stage:
         return until(found, f"a primary after epoch {after_epoch}")
 
     def kill(self, agent: Agent) -> None:
-        """SIGKILL, and note that its workload went with it."""
+        """SIGKILL to an agent; if no guard demotes in its place, its workload is taken to go too."""
         agent.end(signal.SIGKILL)
-        self.note(agent.name, "killed")
+        if not agent.guarded:
+            self.note(agent.name, "killed")
 
     def check_promise(self) -> list[int]:
         """Never two active, epochs increase: of all hooks that ran. The epochs in their order.

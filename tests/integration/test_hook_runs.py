@@ -196,15 +196,16 @@ def test_a_demotion_that_fails_is_tried_again_and_ends_the_agent_with_its_own_co
 def test_a_demotion_preempts_a_running_promotion(stage: Stage, coordinator: Coordinator) -> None:
     slow = (
         f"trap 'echo \"host-a termed primary {{}}\" >> {stage.events_file}; exit 1' TERM\n"
+        f"echo 'host-a ready primary {{}}' >> {stage.events_file}\n"
         "for i in $(seq 200); do sleep 0.1; done"
     )
     agent = stage.run("host-a", coordinator, primary=slow)
-    stage.until_event("host-a", "begin", "primary")
+    stage.until_event("host-a", "ready", "primary")
     stage.note("test", "stop")
     assert agent.end() == 0
     happened = [(e.what, e.which) for e in stage.events()]
-    assert happened[happened.index(("begin", "primary")) :] == [
-        ("begin", "primary"),
+    assert happened[happened.index(("ready", "primary")) :] == [
+        ("ready", "primary"),
         ("stop", ""),
         ("termed", "primary"),
         ("begin", "secondary"),

@@ -7,8 +7,12 @@ import pytest
 from .stage import Coordinator, Relay, Stage, until
 
 
-def test_the_other_takes_over_after_a_sigkill(stage: Stage, coordinator: Coordinator) -> None:
-    one, other, epoch = stage.pair(coordinator)
+@pytest.mark.parametrize("guard", ["--guard", "--no-guard"])
+def test_the_other_takes_over_after_a_sigkill(
+    stage: Stage, coordinator: Coordinator, guard: str
+) -> None:
+    """With the guard, the demotion hook has ended before the other's promotion hook begins."""
+    one, other, epoch = stage.pair(coordinator, guard)
     stage.kill(one)
     assert other.until_role("Primary", after_epoch=epoch)["epoch"] > epoch
     assert "lease ended" in coordinator.tenure(epoch)["WhyEnded"]
@@ -18,7 +22,7 @@ def test_the_other_takes_over_after_a_sigkill(stage: Stage, coordinator: Coordin
 def test_the_killed_one_comes_back_as_secondary_with_a_demotion(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    one, other, epoch = stage.pair(coordinator)
+    one, other, epoch = stage.pair(coordinator, "--no-guard")
     stage.kill(one)
     before = len(stage.events(one.name))
     assert one.state["role"] == "Primary"  # what its death left behind
@@ -69,7 +73,7 @@ def test_a_secondary_stops_without_disturbing_the_primary(
 def test_a_frozen_primary_demotes_before_anything_else_when_it_wakes(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    one, other, epoch = stage.pair(coordinator)
+    one, other, epoch = stage.pair(coordinator, "--no-guard")
     one.send(signal.SIGSTOP)
     newer = other.until_role("Primary", after_epoch=epoch)["epoch"]
     said, happened = len(one.said()), len(stage.events(one.name))
@@ -86,3 +90,15 @@ def test_a_frozen_primary_demotes_before_anything_else_when_it_wakes(
     assert one.until_role("Primary", after_epoch=newer)["epoch"] > newer
     epochs = [e.facts["epoch"] for e in stage.events() if (e.what, e.which) == ("begin", "primary")]
     assert epochs == sorted(set(epochs))
+
+
+def test_a_guarded_primary_is_demoted_and_ended_while_it_is_frozen(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """R12: by the guard, before the other becomes active."""
+    one, other, epoch = stage.pair(coordinator)
+    one.send(signal.SIGSTOP)
+    other.until_role("Primary", after_epoch=epoch)
+    stage.check_promise()
+    assert one.wait() == -signal.SIGKILL
+    assert one.state["role"] == "Secondary"
