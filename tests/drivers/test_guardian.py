@@ -1,0 +1,408 @@
+"""The agent's end of the guard (R12), with real guards that are frozen, killed and closed."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+import agent.guard
+from agent.drivers import guardian as guardian_module
+from agent.drivers.guardian import Arming, GuardHook, Guardian
+from agent.errors import ConfigError, ExitCode
+from agent.ops.clock import Clock
+
+LIMIT_S = 60.0
+"""For what takes milliseconds, on a busy machine."""
+
+ANSWER_S = 1.0
+"""How long a guard may take: far more than it does, on a busy machine."""
+
+TURN_S = 0.02
+FAR = 1e6
+
+AGENT = """
+import asyncio, os, sys
+from agent.drivers.guardian import Arming, GuardHook, Guardian
+from agent.ops.clock import Clock
+
+async def main():
+    clock = Clock()
+    guardian = Guardian(clock, lambda why: None, limit_s=60)
+    await guardian.start()
+    seen, state = sys.argv[1:]
+    guardian.set_hook(GuardHook(
+        [["/bin/sh", "-c", f"env >{seen}; pwd >>{seen}"], ["/usr/bin/touch", seen + ".2"]],
+        {"A": "1", "FAILOVER_REASON": "nul \\0 in it"},
+        directory="/usr",
+    ))
+    guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, state=(state, "Secondary")))
+    while guardian._unanswered:
+        await asyncio.sleep(0.001)
+    print(guardian.pid, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+class Changes:
+    """What the guardian has said."""
+
+    def __init__(self) -> None:
+        self.said: list[str | None] = []
+
+    def __call__(self, why: str | None) -> None:
+        self.said.append(why)
+
+
+async def until(condition: Callable[[], object], guardian: Guardian | None = None) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            if guardian is not None:
+                guardian.check()
+            await asyncio.sleep(TURN_S)
+
+
+def state_of(pid: int) -> str:
+    """R, S, T (stopped), Z; empty for no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
+
+
+def files(pid: int | str = "self") -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def folder(pid: int) -> Path:
+    return Path(f"/proc/{pid}/cwd").readlink()
+
+
+def children() -> set[int]:
+    """Children of this process, zombies included."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def pid_of(guardian: Guardian) -> int:
+    assert guardian.pid is not None
+    return guardian.pid
+
+
+async def freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    await until(lambda: state_of(pid) == "T")
+
+
+@pytest.fixture
+def changes() -> Changes:
+    return Changes()
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left() -> AsyncIterator[None]:
+    """No zombie, no child and no open file outlives a guardian."""
+    before = children()
+    await asyncio.to_thread(lambda: None)  # the pool's thread is no leak of anybody
+    open_before = files()
+    yield
+    assert children() <= before
+    assert files() == open_before
+
+
+@pytest.fixture
+async def guardian(changes: Changes, _nothing_is_left: None) -> AsyncIterator[Guardian]:
+    guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
+    await guardian.start()
+    yield guardian
+    await guardian.close()
+
+
+def arming() -> Arming:
+    at = Clock().boottime() + FAR
+    return Arming(at, at + FAR)
+
+
+# --- what it is told --------------------------------------------------------------------------
+
+
+async def test_it_answers_from_its_start_on(guardian: Guardian, changes: Changes) -> None:
+    assert changes.said == [None]
+    assert state_of(pid_of(guardian)) in {"R", "S"}
+
+
+async def test_each_message_is_answered_and_a_repeated_one_is_not_sent(guardian: Guardian) -> None:
+    numbers = []
+    for _ in range(3):
+        guardian.arm(arming())
+        numbers.append(guardian._number)
+    same = arming()
+    for _ in range(3):
+        guardian.arm(same)
+    guardian.arm(None)
+    assert guardian._number == numbers[-1] + 2
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+    await until(lambda: not guardian._unanswered)
+
+
+async def test_the_guard_gets_what_was_told_and_acts_on_it(tmp_path: Path) -> None:
+    """The one test of both ends of the socket together: an agent that is killed."""
+    seen, state = tmp_path / "seen", tmp_path / "state"
+    command = [sys.executable, "-c", AGENT, str(seen), str(state)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    guard_pid = int(await process.stdout.readline())
+    process.kill()
+    await process.wait()
+    await until(lambda: state_of(guard_pid) in {"", "Z"})
+    # /bin/sh adds PWD
+    lines = set(seen.read_text().splitlines()) - {"_=/usr/bin/env", "PWD=/usr", "OLDPWD=/"}
+    assert lines == {"A=1", "FAILOVER_REASON=nul   in it", "/usr"}
+    assert (tmp_path / "seen.2").exists()
+    assert state.read_text() == "Secondary"
+
+
+async def test_the_guard_is_apart_and_has_no_other_files(guardian: Guardian) -> None:
+    pid = pid_of(guardian)
+    assert os.getsid(pid) == os.getpgid(pid) == pid
+    assert folder(pid) == Path("/")
+    assert files(pid) == 4, "the three, and the socket"
+
+
+# --- trouble ----------------------------------------------------------------------------------
+
+
+async def test_a_frozen_guard_is_noticed_within_the_limit_and_replaced(
+    guardian: Guardian, changes: Changes
+) -> None:
+    first = pid_of(guardian)
+    await freeze(first)
+    guardian.arm(arming())
+    told_at = time.monotonic()
+    await until(lambda: len(changes.said) > 1, guardian)
+    assert ANSWER_S <= time.monotonic() - told_at <= ANSWER_S + TURN_S + 1.0
+    why = changes.said[1]
+    assert why is not None
+    assert "has not answered for 1." in why
+    assert state_of(first) == "", "it is gone, and no zombie"
+    await until(lambda: len(changes.said) > 2, guardian)
+    assert changes.said[2] is None
+    assert len(changes.said) == 3
+    assert pid_of(guardian) != first
+
+
+async def test_a_frozen_guard_is_noticed_when_there_is_nothing_to_tell(
+    guardian: Guardian, changes: Changes
+) -> None:
+    """It is asked once in a limit, and has as much to answer."""
+    await freeze(pid_of(guardian))
+    at = time.monotonic()
+    await until(lambda: len(changes.said) > 1, guardian)
+    assert time.monotonic() - at <= 2 * ANSWER_S + 2 * TURN_S + 1.0
+
+
+async def test_a_killed_guard_is_noticed_at_once_and_replaced(
+    guardian: Guardian, changes: Changes
+) -> None:
+    guardian.arm(arming())
+    first = pid_of(guardian)
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: len(changes.said) > 1)  # without check()
+    assert changes.said == [None, "the guard has ended"]
+    assert state_of(first) == ""
+    await until(lambda: len(changes.said) > 2)
+    assert changes.said[2:] == [None]
+    assert guardian._arming is not None
+    assert not guardian._unanswered, "the new one was told everything"
+
+
+async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+
+    def popen(*_: object, **options: object) -> subprocess.Popen[bytes]:
+        starts.append(time.monotonic())
+        return real(["/bin/false"], start_new_session=True)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(guardian_module, "RESTART_S", 0.2)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    os.kill(pid_of(guardian), signal.SIGKILL)
+    await until(lambda: len(starts) == 4, guardian)
+    assert starts[-1] - starts[0] >= 3 * 0.2 - 0.01
+    assert changes.said == [None, "the guard has ended"], "once, however often it fails"
+
+
+async def test_a_new_guard_that_never_answers_is_replaced_too(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def popen(*_: object, pass_fds: list[int], **__: object) -> subprocess.Popen[bytes]:
+        monkeypatch.setattr(subprocess, "Popen", real)
+        stuck.append(real(["/bin/sleep", "1000"], pass_fds=pass_fds))
+        return stuck[0]
+
+    stuck: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+    monkeypatch.setattr(guardian_module, "START_S", 0.5)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    os.kill(pid_of(guardian), signal.SIGKILL)
+    await until(lambda: len(changes.said) == 3, guardian)
+    assert changes.said == [None, "the guard has ended", None]
+    assert stuck[0].returncode == -signal.SIGKILL
+
+
+async def test_an_answer_that_lay_unread_is_not_late(guardian: Guardian, changes: Changes) -> None:
+    """This process was frozen, not the guard: what is there is read before anything is judged."""
+    guardian.arm(arming())
+    assert guardian._socket is not None
+    number = guardian._number
+    peek = socket.MSG_PEEK
+
+    def answered() -> bool:
+        """Without a turn of the loop, as after a freeze in the middle of one."""
+        assert guardian._socket is not None
+        try:
+            return int(guardian._socket.recv(64, peek)) == number
+        except BlockingIOError:
+            return False
+
+    end_at = time.monotonic() + LIMIT_S
+    while not answered() and time.monotonic() < end_at:
+        pass
+    guardian._unanswered[0] = (number, Clock().boottime() - 2 * ANSWER_S)
+    guardian.check()
+    assert changes.said == [None]
+    assert not guardian._unanswered
+
+
+async def test_a_hook_that_does_not_fit_into_a_message_is_named(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian_module, "RESTART_S", 0.1)
+    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.MESSAGE_BYTES}))
+    assert len(changes.said) == 2
+    why = changes.said[1]
+    assert why is not None
+    assert "HOOK has 65" in why
+    assert "at most 65536 fit; shorten" in why
+    guardian.set_hook(GuardHook([["/bin/true"]], {"SMALL": "x"}))
+    await until(lambda: len(changes.said) == 3, guardian)
+    assert changes.said[2] is None
+
+
+async def test_the_longest_message_that_fits_arrives_whole(
+    guardian: Guardian, changes: Changes
+) -> None:
+    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0BIG=\0001\0/bin/true")
+    big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
+    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
+    await until(lambda: not guardian._unanswered)
+    assert changes.said == [None]
+
+
+# --- start and end ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [("/nowhere/python", "No such file"), ("/bin/false", "(has ended|Broken pipe)")],
+)
+async def test_a_guard_that_cannot_be_started_is_an_error_that_says_why(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, program: str, says: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    monkeypatch.setattr(guardian_module, "RESTART_S", 0.0)
+    guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
+    with pytest.raises(ConfigError, match=f"could not be started with {program}.*{says}") as caught:
+        await guardian.start()
+    assert caught.value.exit_code is ExitCode.GUARD
+    assert changes.said == []
+    monkeypatch.undo()
+    await asyncio.sleep(0.1)
+    assert guardian.pid is None, "it was started again after it was given up"
+
+
+async def test_a_guard_that_does_not_answer_at_the_start_is_an_error(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 1000\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(guardian_module, "START_S", 0.1)
+    guardian = Guardian(Clock(), changes, limit_s=0.1)
+    with pytest.raises(ConfigError, match="has not started yet") as caught:
+        await guardian.start()
+    assert caught.value.exit_code is ExitCode.GUARD
+
+
+async def test_a_process_without_room_for_files_is_an_error_at_the_start_and_tried_again_later(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socketpair", full)
+        other = Guardian(Clock(), changes, limit_s=ANSWER_S)
+        with pytest.raises(ConfigError, match="Too many open files"):
+            await other.start()
+        os.kill(pid_of(guardian), signal.SIGKILL)
+        await until(lambda: guardian._trouble and "Too many" in guardian._trouble)
+    await until(lambda: changes.said == [None, "the guard has ended", None])
+
+
+async def test_an_armed_guard_is_called_off_by_close(changes: Changes, tmp_path: Path) -> None:
+    guardian = Guardian(Clock(), changes, limit_s=LIMIT_S)
+    await guardian.start()
+    process = guardian._process
+    assert process is not None
+    guardian.set_hook(GuardHook([["/usr/bin/touch", str(tmp_path / "done")]], {}))
+    guardian.arm(arming())
+    await guardian.close()
+    assert process.returncode == 0
+    assert guardian.pid is None
+    assert not (tmp_path / "done").exists()
+    await guardian.close()
+    assert changes.said == [None]
+
+
+async def test_close_with_a_frozen_guard_takes_the_limit_and_kills_it(changes: Changes) -> None:
+    guardian = Guardian(Clock(), changes, limit_s=0.2)
+    await guardian.start()
+    process = guardian._process
+    assert process is not None
+    await freeze(process.pid)
+    at = time.monotonic()
+    await guardian.close()
+    assert time.monotonic() - at >= 0.2
+    assert process.returncode == -signal.SIGKILL
+    assert changes.said == [None]
+
+
+async def test_close_while_another_one_is_about_to_start_starts_none(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
+    await guardian.start()
+    os.kill(pid_of(guardian), signal.SIGKILL)
+    await until(lambda: len(changes.said) == 2)
+    restart = guardian._restart
+    assert restart is not None
+    await guardian.close()
+    assert restart.cancelled()
+    assert guardian.pid is None
