@@ -13,6 +13,7 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from agent import wire
 from agent.coordinator.auth import Authenticator, Caller, allowed
 from agent.coordinator.calls import ROUTES, Answer, Call, get_status
+from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
 from agent.coordinator.routes import Found, Route, Router, read_query
 from agent.coordinator.service import Coordinator
@@ -40,7 +42,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-JSON_TYPE = (b"content-type", b"application/json")
 OPERATION_ID = b"operation-id"
 
 log = Log(__name__)
@@ -85,6 +86,7 @@ class Api:
         authenticator: who may call; without schemes, everybody.
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
+        metrics: counts the requests; the coordinator's own, too.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Api:
         *,
         max_body_bytes: int = 65536,
         role_names: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
         self._auth = authenticator or Authenticator()
@@ -111,6 +115,7 @@ class Api:
         """Answer one request."""
         assert scope["type"] == "http"  # noqa: S101 - the server is configured without the others
         operation_id = f"{self._run_id}{next(self._operations):012x}"
+        began_at = perf_counter()
         try:
             answer = await self._answer(scope, receive)
         except RequestRefused as refusal:
@@ -119,6 +124,8 @@ class Api:
             log.exception("request failed", operation_id=operation_id, path=scope["path"])
             answer = _error(500, "InternalError", _INTERNAL, operation_id)
         await self._send(scope["method"], answer, operation_id, send)
+        route = scope.get("failover.route", "none")
+        self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         found = self._router.find(scope.get("raw_path") or scope["path"].encode())
@@ -126,6 +133,7 @@ class Api:
         route = found.routes.get("GET" if method == "HEAD" else method)
         if route is None:
             return self._without_route(method, found)
+        scope["failover.route"] = route.name
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -150,6 +158,8 @@ class Api:
             body,
             self._reader(found, caller),
             self._document,
+            self._metrics,
+            (_header(headers, b"accept") or b"").decode("latin-1"),
         )
         if route.handler is get_status and call.query["after"] is not None:
             return await _while_connected(route.handler(call), receive)
@@ -241,7 +251,10 @@ class Api:
             body = wire.to_json(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         if answer.status != 204:  # noqa: PLR2004 - No Content
-            headers += [JSON_TYPE, (b"content-length", str(len(body)).encode())]
+            headers += [
+                (b"content-type", answer.media.encode()),
+                (b"content-length", str(len(body)).encode()),
+            ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         if method == "HEAD":
             body = b""

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from agent import __version__, wire
+from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import CLOUD, DEFAULT_PLACE, Parameter, Result, Route
 from agent.coordinator.service import LONGEST_WAIT_S, Coordinator
 from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
@@ -49,6 +50,8 @@ class Call:
     body: Any
     may_read: Callable[[AccessList | None], bool]
     document: bytes
+    metrics: Metrics
+    accept: str
 
     @property
     def place(self) -> tuple[str, str]:
@@ -69,6 +72,7 @@ class Answer:
     status: int = 200
     body: BaseModel | Sequence[BaseModel] | bytes | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
+    media: str = "application/json"
 
 
 def _total(number: int) -> tuple[tuple[bytes, bytes], ...]:
@@ -82,7 +86,7 @@ async def index(_call: Call) -> Answer:
     """Where to find what."""
     return Answer(
         body=b'{"Name":"failover-agent coordinator","Version":"%s","Links":{"Api":"/api/v1/'
-        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz"}}'
+        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz","Metrics":"/metrics"}}'
         % __version__.encode()
     )
 
@@ -98,6 +102,12 @@ async def readyz(call: Call) -> Answer:
     if trouble is not None:
         raise Unavailable(f"Not ready: {trouble}.", "Wait.", retry_after_s=READY_RETRY_S)
     return Answer(body=b'{"Status":"ok"}')
+
+
+async def metrics(call: Call) -> Answer:
+    """The numbers, for Prometheus."""
+    page, media = await call.metrics.page(call.coordinator, call.clock(), call.accept)
+    return Answer(body=page, media=media)
 
 
 async def openapi(call: Call) -> Answer:
@@ -313,9 +323,11 @@ NAMESPACE_ACCESS = "/accesscontrol/clientfailover/groups"
 _JSON = "application/json"
 
 
-def _plain(path: str, handler: Callable[..., Any], summary: str, meaning: str) -> Route:
+def _plain(
+    path: str, handler: Callable[..., Any], summary: str, meaning: str, media: str = _JSON
+) -> Route:
     """A route that is no part of the group API, and that anybody may call."""
-    results = (Result(200, meaning, media=_JSON),)
+    results = (Result(200, meaning, media=media),)
     return Route("GET", path, handler, summary, results, right=None, bases=())
 
 
@@ -323,6 +335,7 @@ ROUTES: tuple[Route, ...] = (
     _plain("/", index, "Where to find what", "Links"),
     _plain("/healthz", healthz, "Whether the process is up", "It is"),
     _plain("/readyz", readyz, "Whether requests can be obeyed", "They can"),
+    _plain("/metrics", metrics, "Numbers for Prometheus", "All of them", "text/plain"),
     _plain("/openapi.json", openapi, "This description", "OpenAPI 3.1"),
     Route(
         "GET",

@@ -19,7 +19,8 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from math import inf
-from typing import Any, TypeVar
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
 
 from agent.coordinator.journal import log_role_changes, names_of
 from agent.coordinator.store import Store, Stored
@@ -38,7 +39,14 @@ from agent.core.group_state import (
     progress_is_unkept,
 )
 from agent.errors import CasMismatch, ExitCode, NotFound, StoreError, Unavailable
-from agent.model import GroupConfig, GroupKey, GroupRecord, HeartbeatAnswer, Instant
+from agent.model import (
+    GroupConfig,
+    GroupKey,
+    GroupRecord,
+    HeartbeatAnswer,
+    HistoryEntry,
+    Instant,
+)
 from agent.ops.logs import Log
 
 TURN_S = 0.05
@@ -103,13 +111,29 @@ class Group:
         self.readers: dict[asyncio.Future[None], int] = {}
 
 
+class Meter(Protocol):
+    """Who counts what happens here."""
+
+    def committed(self, seconds: float) -> None: ...
+    def commit_failed(self) -> None: ...
+    def tenure(self, entry: HistoryEntry) -> None: ...
+    def stalled(self) -> None: ...
+
+
 class Engine:
     """All groups, each with its state, its durable copy and its moment to be judged.
 
     Call ``start`` first and ``stop`` last. ``groups`` is for reading.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], Instant], policy: Policy) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], Instant],
+        policy: Policy,
+        meter: Meter | None = None,
+    ) -> None:
+        self._meter = meter
         self.groups: dict[GroupKey, Group] = {}
         self.stopping = False
         self._store = store
@@ -198,6 +222,9 @@ class Engine:
                 group.state = GroupState(after.record, group.state.live)
                 return None
             log_role_changes(group.key, before.record, after.record, decision.history)
+            if self._meter is not None:
+                for entry in decision.history:
+                    self._meter.tenure(entry)
             self._adopt(group, decision, now)
             self._excuse_one(group, now.mono, self._clock())
             return decision.answer
@@ -280,14 +307,19 @@ class Engine:
             raise no_group(group.key)
 
     async def write(self, change: Awaitable[T]) -> T:
+        began_at = perf_counter()
         try:
             result = await change
         except StoreError as error:
+            if self._meter is not None:
+                self._meter.commit_failed()
             if error.exit_code is not ExitCode.INTERNAL:  # the disk, not this one value
                 if self._trouble is None:
                     log.warning("store failed", error=error)
                 self._trouble = (self._clock().mono, str(error))
             raise unavailable(str(error)) from error
+        if self._meter is not None:
+            self._meter.committed(perf_counter() - began_at)
         if self._trouble is not None:
             self._trouble = None
             log.info("store works again")
@@ -317,6 +349,8 @@ class Engine:
             judged_at, self._turned_at = self._turned_at, now.mono
             excused = [self._excuse_one(group, judged_at, now) for group in self.groups.values()]
             if any(excused):
+                if self._meter is not None:
+                    self._meter.stalled()
                 log.warning("stalled", gap_s=gap_s, groups_excused=sum(excused))
         return now
 

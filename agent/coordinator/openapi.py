@@ -168,7 +168,8 @@ def _result(result: Result) -> dict[str, Any]:
             {"type": "array", "items": schema} if result.many else schema
         )
     elif result.media is not None:
-        response["content"] = {result.media: {"schema": {"type": "object"}}}
+        kind = "object" if result.media == "application/json" else "string"
+        response["content"] = {result.media: {"schema": {"type": kind}}}
     return response
 
 

@@ -17,6 +17,7 @@ import uvicorn
 
 from agent.coordinator.api import Api
 from agent.coordinator.auth import Authenticator, read_token_rules, read_users
+from agent.coordinator.metrics import Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store import Store
 from agent.coordinator.store.memory import MemoryStore
@@ -82,8 +83,13 @@ async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
     with _bound(settings.listen) as listener:
         store = await _open(settings)
         try:
+            metrics = Metrics()
             coordinator = Coordinator(
-                store, clock.now, _policy(settings), max_groups=settings.max_groups
+                store,
+                clock.now,
+                _policy(settings),
+                max_groups=settings.max_groups,
+                meter=metrics,
             )
             groups = await coordinator.start()
             log.info(
@@ -99,6 +105,7 @@ async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
                     auth,
                     max_body_bytes=settings.max_body_bytes,
                     role_names=settings.role_form == "name",
+                    metrics=metrics,
                 )
                 async with _web_server(app, listener, tls, coordinator) as url:
                     yield url

@@ -8,7 +8,7 @@ and whether they may.
 import asyncio
 from collections.abc import Callable
 
-from agent.coordinator.engine import Engine, no_group, unavailable
+from agent.coordinator.engine import Engine, Group, Meter, no_group, unavailable
 from agent.coordinator.store import Store
 from agent.core.group import agrees
 from agent.core.group_state import (
@@ -57,9 +57,10 @@ class Coordinator:
         policy: Policy | None = None,
         *,
         max_groups: int = 100_000,
+        meter: Meter | None = None,
     ) -> None:
         self._store = store
-        self._engine = Engine(store, clock, policy or Policy())
+        self._engine = Engine(store, clock, policy or Policy(), meter)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
         self._access: dict[tuple[str, str], AccessList | None] = {}
@@ -92,6 +93,15 @@ class Coordinator:
     def stopping(self) -> bool:
         """Whether nothing is taken any more."""
         return self._engine.stopping
+
+    @property
+    def blocked_readers(self) -> int:
+        """Status reads that wait now."""
+        return self._waiting
+
+    def all_groups(self) -> list[Group]:
+        """Every group as it stands, for counting; later changes are seen in what it holds."""
+        return list(self._engine.groups.values())
 
     async def trouble(self) -> str | None:
         """Why no request can be obeyed now, or None. Asks the store."""

@@ -311,7 +311,7 @@ async def test_a_reader_that_has_gone_does_not_wait_any_more(stage: Stage) -> No
 
     base = "/api/v1/clientfailover/groups"
     await ask("POST", base, body={"Id": "g", "FailoverTimeout": "00:00:02"})
-    reading = asyncio.create_task(ask("GET", f"{base}/g/status", b"after=100&wait=00:05:00"))
+    reading = asyncio.create_task(ask("GET", f"{base}/g/status", b"after=1&wait=00:05:00"))
     await stage.settle()
     assert stage.coordinator._waiting == 1
     gone.set()

@@ -129,4 +129,4 @@ def test_only_what_anybody_may_call_is_without_security(description: dict[str, A
         for operation in operations.values()
         if "security" not in operation
     }
-    assert unsecured == {"/", "/healthz", "/readyz", "/openapi.json"}
+    assert unsecured == {"/", "/healthz", "/readyz", "/metrics", "/openapi.json"}

@@ -1,0 +1,96 @@
+"""What the coordinator tells Prometheus: by the real application, read by Prometheus' own parser."""
+
+import asyncio
+import subprocess
+from shutil import which
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from agent.coordinator.api import Api
+from agent.coordinator.metrics import Metrics
+from agent.coordinator.service import Coordinator
+from agent.coordinator.store.memory import MemoryStore
+from agent.core.group_state import Policy
+from agent.ops.clock import Clock
+
+BASE = "http://test/api/v1/clientfailover"
+
+
+async def scraped(http: httpx2.AsyncClient) -> dict[tuple[str, ...], float]:
+    page = (await http.get("http://test/metrics")).text
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+async def api() -> Api:
+    metrics, clock = Metrics(), Clock()
+    coordinator = Coordinator(MemoryStore(), clock.now, Policy(), meter=metrics)
+    await coordinator.start()
+    return Api(coordinator, clock.now, metrics=metrics)
+
+
+async def test_groups_sessions_requests_and_tenures_are_counted(api: Api) -> None:
+    """One group through a promotion and the end of a tenure."""
+    transport = httpx2.ASGITransport(app=api)
+    prefix = "failover_coordinator"
+    async with httpx2.AsyncClient(transport=transport) as http:
+        await http.post(f"{BASE}/groups", json={"Id": "g", "FailoverTimeout": "00:01:00"})
+        await http.post(f"{BASE}/groups/g/clientsessions", json={"Id": "a"})
+        await http.post(f"{BASE}/groups/g/clientsessions", json={"Id": "b"})
+        before = await scraped(http)
+        assert before[f"{prefix}_groups", "none"] == 1
+        assert before[f"{prefix}_groups_without_primary",] == 1
+        assert before[f"{prefix}_sessions", "true", "Secondary"] == 2
+        for _ in range(2):
+            await http.post(
+                f"{BASE}/groups/g/clientsessions/a/heartbeat", json={"FailoverScore": 100}
+            )
+        held = await scraped(http)
+        assert held[f"{prefix}_groups", "primary"] == 1
+        assert held[f"{prefix}_groups", "none"] == 0
+        assert held[f"{prefix}_groups_without_primary",] == 0
+        assert held[f"{prefix}_sessions", "true", "Primary"] == 1
+        assert held[f"{prefix}_tenures_started_total",] == 1
+        assert held[f"{prefix}_requests_total", "200", "post_heartbeat"] == 2
+        assert held[f"{prefix}_request_duration_seconds_count", "post_heartbeat"] == 2
+        assert held[f"{prefix}_store_commit_duration_seconds_count",] >= 4
+        await http.delete(f"{BASE}/groups/g/clientsessions/a")
+        await http.get(f"{BASE}/nowhere")
+        after = await scraped(http)
+        assert after[f"{prefix}_tenures_ended_total", "deleted"] == 1
+        assert after[f"{prefix}_requests_total", "404", "none"] == 1
+        assert after[f"{prefix}_blocked_readers",] == 0
+
+
+async def test_both_forms_are_served(api: Api) -> None:
+    transport = httpx2.ASGITransport(app=api)
+    async with httpx2.AsyncClient(transport=transport) as http:
+        classic = await http.get("http://test/metrics")
+        assert classic.headers["content-type"].startswith("text/plain")
+        accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        open_metrics = await http.get("http://test/metrics", headers=accept)
+        assert open_metrics.headers["content-type"].startswith("application/openmetrics-text")
+        assert open_metrics.text.endswith("# EOF\n")
+
+
+async def test_promtool_finds_nothing_to_complain_about(api: Api) -> None:
+    if which("promtool") is None:
+        pytest.skip("needs: prometheus: apt-get install prometheus")
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as http:
+        page = (await http.get("http://test/metrics")).text
+    assert "failover_coordinator_groups" in page
+    checked = await asyncio.to_thread(
+        subprocess.run,
+        ["promtool", "check", "metrics"],
+        input=page,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
