@@ -12,6 +12,7 @@ is not stopped with it.
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -32,8 +33,13 @@ FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
 """Between two starts; doubled each time, from the first again after a run of the longest."""
 
+DOUBLINGS = 16
+"""More than it takes from the first delay to the longest; no power of two grows for ever."""
+
 GIVE_UP_AFTER = 5
 """Failed starts in a row after which another member is to try."""
+
+UNKNOWN = "not known: SIGCHLD is ignored, or somebody else has waited for it"
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -77,6 +83,7 @@ class Workload:
         self._watching: asyncio.Task[None] | None = None
         self._again: asyncio.TimerHandle | None = None
         self._wanted = False
+        self._short = 0
         self._failed = 0
         self._started_at = float("-inf")
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before any fork
@@ -95,15 +102,14 @@ class Workload:
         """Start it with the variables of a tenure; why it could not be started, or None."""
         self._env = env
         self._wanted = True
-        self._failed = 0
+        self._short = self._failed = 0
         return self._spawn()
 
     async def stop(self) -> None:
-        """TERM to its group; back when nothing of it lives. ``kill`` hurries it."""
-        self._wanted = False
-        if self._again is not None:
-            self._again.cancel()
+        """TERM to its group and cgroup; back when nothing of it lives. ``kill`` hurries it."""
+        self._call_off()
         self._signal(signal.SIGTERM)
+        self._term_strays()
         while self._lives():  # noqa: ASYNC110 - nothing tells when the last of a group is gone
             await asyncio.sleep(POLL_S)
         if self._watching is not None:
@@ -112,16 +118,21 @@ class Workload:
 
     def kill(self) -> None:
         """KILL to its group and cgroup."""
-        self._wanted = False
-        self._signal(signal.SIGKILL)
-        if self.cgroup is not None:
-            with suppress(OSError):
-                (self.cgroup / "cgroup.kill").write_text("1")
+        self._call_off()
+        self._kill()
 
     # -- small steps --------------------------------------------------------------------------
 
+    def _call_off(self) -> None:
+        """It is not started again."""
+        self._wanted = False
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+
     def _spawn(self) -> str | None:
         self._again = None
+        self._started_at = self._clock.boottime()
         agent = os.getpid()
         inside = None
         if self._cgroup is not None:
@@ -135,7 +146,8 @@ class Workload:
             if os.getppid() != agent:  # it died before the line above
                 os._exit(1)
             if inside is not None:
-                os.write(inside, b"0")
+                with suppress(OSError):  # then its group alone is what is stopped
+                    os.write(inside, b"0")
 
         try:
             self._process = subprocess.Popen(  # noqa: S603 - what the operator says
@@ -150,7 +162,6 @@ class Workload:
         finally:
             if inside is not None:
                 os.close(inside)
-        self._started_at = self._clock.boottime()
         log.info("workload started", pid=self._process.pid, epoch=self._env.get("FAILOVER_EPOCH"))
         self._watching = asyncio.get_running_loop().create_task(self._watch(self._process))
         return None
@@ -159,41 +170,45 @@ class Workload:
         loop = asyncio.get_running_loop()
         noticed: asyncio.Future[os.waitid_result | None] = loop.create_future()
 
+        def notice(result: os.waitid_result | None) -> None:
+            if not noticed.done():
+                noticed.set_result(result)
+
         def wait() -> None:
             # Not reaped here: while it is a zombie, its group's number cannot be given to a stranger.
-            result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            result = None
+            with suppress(ChildProcessError):
+                result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(noticed.set_result, result)
+                loop.call_soon_threadsafe(notice, result)
 
         threading.Thread(target=wait, daemon=True).start()  # holds nobody up at the exit
         result = await noticed
-        assert result is not None  # noqa: S101 - it waits without WNOHANG
-        exited = result.si_code == os.CLD_EXITED
-        status = result.si_status if exited else 128 + result.si_status
-        log.info(
-            "workload ended",
-            pid=process.pid,
-            result=f"exit {status}" if exited else signal.Signals(result.si_status).name,
-            seconds=self._clock.boottime() - self._started_at,
-        )
+        status, how = _status(result)
+        seconds = self._clock.boottime() - self._started_at
+        log.info("workload ended", pid=process.pid, result=how, seconds=seconds)
+        if result is None:  # nothing holds its number any more
+            self._kill()
+            self._forget()
         if self._wanted:
             self._end_by_itself(status)
 
     def _end_by_itself(self, status: int) -> None:
-        self._signal(signal.SIGKILL)  # what it left behind in its group does not outlive it
+        self._kill()  # what it left behind does not outlive it
         failed = status != 0
         if self._restart is Restart.NEVER or (self._restart is Restart.ON_FAILURE and not failed):
             self._wanted = False
             self._ended(status)
             return
         if self._clock.boottime() - self._started_at >= LONGEST_DELAY_S:
-            self._failed = 0
-        self._failed += 1
-        if self._failed >= GIVE_UP_AFTER and failed:
+            self._short = self._failed = 0
+        self._short += 1
+        self._failed = self._failed + 1 if failed else 0
+        if self._failed >= GIVE_UP_AFTER:
             self._wanted = False
             self._ended(None)
             return
-        delay_s = min(FIRST_DELAY_S * 2 ** (self._failed - 1), LONGEST_DELAY_S)
+        delay_s = min(FIRST_DELAY_S * 2 ** min(self._short - 1, DOUBLINGS), LONGEST_DELAY_S)
         log.warning("workload is started again", after_s=delay_s, failed=self._failed)
         self._again = asyncio.get_running_loop().call_later(delay_s, self._start_again)
 
@@ -208,6 +223,8 @@ class Workload:
         """Whether anything of its group or cgroup is more than a zombie."""
         if self._process is None:
             return False
+        if self._watching is not None and not self._watching.done():
+            return True  # itself, which is known without a look at every process there is
         if self.cgroup is not None:
             with suppress(OSError):
                 if "populated 1" in (self.cgroup / "cgroup.events").read_text():
@@ -216,8 +233,34 @@ class Workload:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
-            with suppress(ProcessLookupError):
+            try:
                 os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                log.error(  # noqa: TRY400 - no traceback needed
+                    "workload may not be signalled",
+                    pid=self._process.pid,
+                    signal=number.name,
+                    resolution="run the agent as the user that the command becomes",
+                )
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        if self.cgroup is not None:
+            with suppress(OSError):
+                (self.cgroup / "cgroup.kill").write_text("1")
+
+    def _term_strays(self) -> None:
+        """TERM to what is in its cgroup and not in its group."""
+        if self.cgroup is None:
+            return
+        with suppress(OSError):
+            for word in (self.cgroup / "cgroup.procs").read_text().split():
+                with suppress(OSError):
+                    pid = int(word)  # 0 is one that cannot be seen from here
+                    if pid > 0 and os.getpgid(pid) != self.pgid:
+                        os.kill(pid, signal.SIGTERM)
 
     def _forget(self) -> None:
         """Reap it; its numbers are given back."""
@@ -229,15 +272,29 @@ class Workload:
                 self._cgroup.rmdir()
 
 
+def _status(result: os.waitid_result | None) -> tuple[int, str]:
+    """The exit status as a shell has it, and how it ended, for people."""
+    if result is None:
+        return 255, UNKNOWN
+    if result.si_code == os.CLD_EXITED:
+        return result.si_status, f"exit {result.si_status}"
+    try:
+        name = signal.Signals(result.si_status).name
+    except ValueError:  # most real-time signals have none
+        name = f"signal {result.si_status}"
+    return 128 + result.si_status, name
+
+
 def group_lives(pgid: int) -> bool:
     """Whether a process group has a member that is not a zombie. Reads /proc: some hundred files."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError):
-                stat = Path("/proc", entry.name, "stat").read_bytes()
-                state, _, group = stat.rpartition(b") ")[2].split(b" ", 3)[:3]
-                if int(group) == pgid and state not in (b"Z", b"X"):
-                    return True
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    stat = Path("/proc", entry.name, "stat").read_bytes()
+                    state, _, group = stat.rpartition(b") ")[2].split(b" ", 3)[:3]
+                    if int(group) == pgid and state not in (b"Z", b"X"):
+                        return True
     return False
 
 
@@ -259,19 +316,17 @@ def check_workload(argv: Sequence[str]) -> None:
         ConfigError: HOOK_MISSING or HOOK_NOT_EXECUTABLE; the message says which and where.
     """
     program = argv[0]
-    places = [Path(program)]
-    if "/" not in program:
-        places = [Path(folder, program) for folder in os.get_exec_path()]
-    found = [place for place in places if place.is_file()]
-    if not found:
+    if shutil.which(program) is not None:
+        return
+    found = shutil.which(program, mode=os.F_OK)
+    if found is None:
         raise ConfigError(
             f"command {program} is not there"
             + (": no folder on PATH has it" if "/" not in program else "")
             + "; name a program that exists, after --",
             exit_code=ExitCode.HOOK_MISSING,
         )
-    if not any(os.access(place, os.X_OK) for place in found):
-        raise ConfigError(
-            f"command {found[0]} may not be executed; chmod +x {found[0]}",
-            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
-        )
+    raise ConfigError(
+        f"command {found} may not be executed; chmod +x {found}",
+        exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
+    )
