@@ -9,11 +9,10 @@ import pytest
 from agent.cli.reference import sample
 from agent.errors import ConfigError, ExitCode
 from agent.settings import Address, AgentSettings, load
+from agent.settings.mqtt import MQTT_PORT, MQTTS_PORT
 from agent.settings.progress import (
     DEFAULT_MAX_FUTURE_S,
     EXAMPLES,
-    MQTT_PORT,
-    MQTTS_PORT,
     TYPES,
     FileTimeProgress,
     MetricProgress,

@@ -46,6 +46,8 @@ from agent.settings.forms import (
     is_loopback,
 )
 from agent.settings.hooks import Directory, Hook, Owner, Retries, Variables
+from agent.settings.mqtt import EXAMPLE as BROKER
+from agent.settings.mqtt import MqttTable
 from agent.settings.progress import EXAMPLES as SOURCES
 from agent.settings.progress import ProgressTable
 
@@ -361,6 +363,12 @@ class AgentSettings(Settings):
         description="Where the data-processed time comes from, beside POST /data-processed, which"
         " always counts. A flag or variable is JSON. Not set: from that call only.",
         examples=list(SOURCES),
+    )
+    mqtt: MqttTable = Field(
+        None,
+        description="A broker that role changes are announced to (docs/mqtt.md), by the extra mqtt;"
+        " advisory: it can delay and fail nothing. A flag or variable is JSON. Not set: none.",
+        examples=[BROKER],
     )
 
     max_behind: Duration | None = Field(
