@@ -410,9 +410,17 @@ class Relay:
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}{parts.path}"
 
 
+class _QuietServer(ThreadingHTTPServer):
+    """Clients that are killed, or give up, are part of the tests: no traceback for them."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def listening(stage: Stage, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
     """An HTTP server in threads, until the end of the test."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _QuietServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     stage.later(server.server_close)

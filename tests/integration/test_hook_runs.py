@@ -233,16 +233,6 @@ def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(
     until(lambda: not lives(workload), "the demotion hook to stop it")
 
 
-def test_output_of_a_hook_is_in_the_log_with_its_epoch(
-    stage: Stage, coordinator: Coordinator
-) -> None:
-    agent = stage.run("host-a", coordinator, primary="echo one; echo 'two words' >&2")
-    epoch = agent.until_role("Primary")["epoch"]
-    output = agent.lines("hook output")
-    assert f"hook=primary epoch={epoch} stream=stdout line=one" in "".join(output)
-    assert f'hook=primary epoch={epoch} stream=stderr line="two words"' in "".join(output)
-
-
 def test_heartbeats_go_on_while_a_promotion_runs(stage: Stage, coordinator: Coordinator) -> None:
     """R9: the hook takes longer than L, and the lease holds."""
     go = stage.directory / "go"
