@@ -30,10 +30,12 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.progress import Plausible, Progress, Reason, Refused, mqtt, poll, read_time
+from agent.drivers.progress import Plausible, Progress, Reason, Refused, poll, read_time
 from agent.drivers.progress.listen import LONGEST_LINE, MOST_CONNECTIONS
+from agent.drivers.progress.mqtt import Subscriber
 from agent.drivers.progress.times import LONGEST_REASON, LONGEST_TEXT, read_text
 from agent.errors import ConfigError, ExitCode
+from agent.ops import mqtt
 from agent.ops.clock import Clock
 from agent.settings.progress import TYPES
 
@@ -838,11 +840,10 @@ async def test_a_broker_that_is_killed_and_started_again_is_found_again(broker: 
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_broker_that_freezes_is_noticed(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
+    broker: Broker,
 ) -> None:
-    monkeypatch.setattr(mqtt, "KEEPALIVE_S", 1)
     await broker.start()
-    async with running("mqtt", **broker.source(limit=0.5)) as source:
+    async with running("mqtt", **broker.source(limit=0.5, keepalive=1)) as source:
         await published(broker, source, FIRST)
         assert broker.process is not None
         broker.process.send_signal(signal.SIGSTOP)
@@ -915,7 +916,7 @@ async def test_a_subscription_that_the_broker_refuses_is_told() -> None:
 
     server = await asyncio.start_server(refusing, "127.0.0.1", 0)
     url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with running("mqtt", broker=url, topic="a/b") as source:
+    async with running("mqtt", broker=url, topic="a/b", protocol="3.1.1") as source:
         assert "subscription to a/b refused" in await source.refuses(Reason.UNREADABLE, 2)
     server.close()
 
@@ -978,7 +979,7 @@ async def test_a_ca_file_without_certificates_is_refused_at_the_start(tmp_path: 
 
 async def test_of_more_messages_than_the_queue_holds_the_newest_stay() -> None:
     messages = [aiomqtt.Message("t", b"", 1, False, n, None) for n in range(5)]
-    queue = mqtt._Latest(2)
+    queue = mqtt.Latest(2)
     for message in messages:
         queue.put_nowait(message)
     assert [queue.get_nowait(), queue.get_nowait()] == messages[3:]
@@ -994,14 +995,14 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
         if len(waits) == 9:
             raise asyncio.CancelledError
 
-    async def fails(self: mqtt.Subscriber) -> None:
+    async def fails(self: Subscriber) -> None:
         raise aiomqtt.MqttError("gone")
 
-    monkeypatch.setattr(mqtt.Subscriber, "_follow", fails)
+    monkeypatch.setattr(Subscriber, "_follow", fails)
     settings = TYPES["mqtt"].model_validate(
         {"type": "mqtt", "broker": "mqtt://127.0.0.1:1", "topic": "t"}
     )
-    subscriber = mqtt.Subscriber(settings, print, lambda _: None, chance=lambda: 0.5)  # type: ignore[arg-type]
+    subscriber = Subscriber(settings, print, lambda _: None, chance=lambda: 0.5)  # type: ignore[arg-type]
     with monkeypatch.context() as patched:
         patched.setattr(asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
@@ -1012,8 +1013,9 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
 async def test_without_the_extra_the_start_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(sys.modules, "agent.drivers.progress.mqtt")
-    monkeypatch.delattr("agent.drivers.progress.mqtt")
+    for name in ("agent.drivers.progress.mqtt", "agent.ops.mqtt"):
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     monkeypatch.setitem(sys.modules, "aiomqtt", None)
     source = made("mqtt", broker="mqtt://127.0.0.1", topic="t")
     with pytest.raises(ConfigError, match=r"pip install client-failover-agent\[mqtt\]"):
