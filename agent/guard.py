@@ -18,7 +18,7 @@ Arguments: the descriptor of a SOCK_SEQPACKET socket, and the agent's process id
 fields divided by NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
 
     ARM   number hook_at kill_at running(comma) groups(comma) workload cgroup state_path state_text
-    HOOK  number directory user group groups(comma) nenv env... {nargs args...}...
+    HOOK  number directory user group groups(comma) stdin nenv env... {nargs args...}...
     OFF   number
 
 ``running``, ``groups`` and ``workload`` are process groups: of a hook that runs, of hooks that have run, of
@@ -144,12 +144,13 @@ class Hook:
         self.user = int(fields[1])
         self.group = int(fields[2])
         self.groups = [int(group) for group in fields[3].split(b",") if group]
-        count = int(fields[4])
+        self.stdin = fields[4]
+        count = int(fields[5])
         self.env = {}
-        for pair in fields[5 : 5 + count]:
+        for pair in fields[6 : 6 + count]:
             key, _, value = pair.partition(b"=")
             self.env[key] = value
-        rest = fields[5 + count :]
+        rest = fields[6 + count :]
         self.commands = []
         while rest:
             many = int(rest[0])
@@ -167,8 +168,10 @@ class Hook:
             return pid
         try:
             os.setsid()
-            null = os.open("/dev/null", os.O_RDWR)
-            os.dup2(null, 0)
+            facts, end = os.pipe()
+            os.write(end, self.stdin)  # shorter than a message, and so than what a pipe holds
+            os.close(end)
+            os.dup2(facts, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.chdir(self.directory)

@@ -267,8 +267,9 @@ def hook(
     env: Sequence[str] = ("PATH=/usr/bin:/bin",),
     directory: object = "/",
     ids: tuple[int, int, str] = (-1, -1, ""),
+    stdin: str = "",
 ) -> list[str]:
-    words: list[object] = ["HOOK", directory, *ids, len(env), *env]
+    words: list[object] = ["HOOK", directory, *ids, stdin, len(env), *env]
     for command in commands:
         words += [len(command), *command]
     return [str(word) for word in words]
@@ -401,7 +402,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
         pytest.skip("needs: root: run as root")
     output = tmp_path / "stderr"
     facts = (
-        "id -u; id -g; id -G; pwd; cat | wc -c; ls /proc/self/fd | wc -l;"
+        "id -u; id -g; id -G; pwd; cat; ls /proc/self/fd | wc -l;"
         " cut -d' ' -f5,6 /proc/$$/stat; echo $$; grep SigIgn /proc/self/status"
     )
     with output.open("wb") as stderr:
@@ -413,6 +414,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
             env=["A=1", "B==2", "C=", "D=a b\nc"],
             directory="/usr",
             ids=(65534, 65533, "65532,65531"),
+            stdin='{"event": "secondary"}\n',
         )
     )
     host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
@@ -421,7 +423,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
     said = [line for line in output.read_text().splitlines() if not line.startswith("guard:")]
     assert said[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
     uid, gid, gids, cwd, stdin, files, leads, pid, ignored = said[5:]
-    assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", "0")
+    assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", '{"event": "secondary"}')
     assert sorted(gids.split(), reverse=True) == ["65533", "65532", "65531"]
     assert files == "4", "the three, and the folder that ls reads"
     assert leads == f"{pid} {pid}", "it leads its own group and session"

@@ -6,6 +6,7 @@ KILL is the session's decision (R7, R8).
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -271,8 +272,16 @@ class Runs:
             return GuardHook([], {})
         if plan.left_out:
             log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
-        env = {**plan.environment, **environment_of(self._told_of(facts, promotion.last_data))}
-        return GuardHook(plan.commands, env, plan.directory, plan.uid, plan.gid, plan.groups)
+        told = self._told_of(facts, promotion.last_data)
+        return GuardHook(
+            plan.commands,
+            {**plan.environment, **environment_of(told)},
+            json.dumps(told) + "\n",
+            plan.directory,
+            plan.uid,
+            plan.gid,
+            plan.groups,
+        )
 
     def notify(
         self,

@@ -37,11 +37,13 @@ class GuardHook:
     """The demotion hook as the guard runs it: its commands in order, as whom, where.
 
     Attributes:
+        stdin: what each command reads: the facts as JSON.
         user: user id, or None for the agent's own; ``group`` and ``groups`` are used with it only.
     """
 
     commands: Sequence[Sequence[str]]
     environment: Mapping[str, str]
+    stdin: str = ""
     directory: str = "/"
     user: int | None = None
     group: int | None = None
@@ -266,7 +268,7 @@ class Guardian:
             return
         hook = self._hook
         env = [f"{key}={value}" for key, value in hook.environment.items()]
-        words = [hook.directory, *_ids(hook), str(len(env)), *env]
+        words = [hook.directory, *_ids(hook), hook.stdin, str(len(env)), *env]
         for command in hook.commands:
             words += [str(len(command)), *command]
         self._send("HOOK", *words)

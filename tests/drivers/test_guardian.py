@@ -306,7 +306,7 @@ async def test_a_hook_that_does_not_fit_into_a_message_is_named(
 async def test_the_longest_message_that_fits_arrives_whole(
     guardian: Guardian, changes: Changes
 ) -> None:
-    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0BIG=\0001\0/bin/true")
+    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0\0001\0BIG=\0001\0/bin/true")
     big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
     await until(lambda: not guardian._unanswered)
