@@ -22,7 +22,8 @@ from agent.settings import (
     describe,
 )
 from agent.settings.checks import ExecCheck
-from agent.settings.progress import CommandProgress
+from agent.settings.mqtt import Broker
+from agent.settings.progress import CommandProgress, MqttProgress
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
@@ -131,10 +132,20 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
             yield ("check",), partial(check_hook, f"check {check.name}", check.command)
     if isinstance(settings.progress, CommandProgress):
         yield ("progress",), partial(check_hook, "progress", settings.progress.command)
+    if isinstance(settings.progress, MqttProgress):
+        yield ("progress",), partial(_check_mqtt, settings.progress, "progress")
+    if settings.mqtt is not None:
+        yield ("mqtt",), partial(_check_mqtt, settings.mqtt, "mqtt")
     if settings.workload:
         yield ("workload",), partial(check_workload, settings.workload)
     if settings.fence_command:
         yield ("fence_command",), partial(check_hook, "fence_command", settings.fence_command)
+
+
+def _check_mqtt(table: Broker, where: str) -> None:
+    from agent.ops.mqtt import access_of  # noqa: PLC0415 - needs the extra
+
+    access_of(table, where)
 
 
 def _check_group(settings: AgentSettings) -> None:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.core.effects import (
     SELF_DEMOTIONS,
@@ -46,6 +46,9 @@ from agent.ops.sd_notify import Notify
 from agent.ops.watchdog import WatchdogDevice
 from agent.settings import DEFAULT_MAX_FUTURE_S, AgentSettings
 from agent.wire import format_date_time
+
+if TYPE_CHECKING:
+    from agent.drivers.mqtt import Announcer
 
 INBOX = 256
 """Events waiting for the pump. Eight heartbeats, one run and one status read can be under way."""
@@ -153,6 +156,7 @@ class Daemon:
         self._escalated = False
         self._progress: datetime | None = None
         self._said = _Said(Role.SECONDARY, None, "starting", self._clock.wall())
+        self._announcer = self._new_announcer()
         self._written_for = (float("-inf"), self._said)
 
     def _options(self, settings: AgentSettings, *, jitter: float) -> Options:
@@ -291,6 +295,17 @@ class Daemon:
         await self._start_source()
         self._health_changed(self._checks.health)
         self._checks.start()
+        if self._announcer is not None:
+            self._announcer.start()
+
+    def _new_announcer(self) -> "Announcer | None":
+        settings = self.settings
+        if settings.mqtt is None:
+            return None
+        from agent.drivers import mqtt  # noqa: PLC0415 - needs the extra
+
+        group, session = settings.group, self.session_id
+        return mqtt.Announcer(settings.mqtt, group, session, clock=self._clock, first=self._said)
 
     async def _start_source(self) -> None:
         if self.settings.progress is not None:
@@ -312,6 +327,8 @@ class Daemon:
             self._watchdog.disarm()
         self._said = replace(self._said, reason="stopped")
         self._write_state()
+        if self._announcer is not None:
+            await self._announcer.stop()
 
     def close(self) -> None:
         """Give the hooks' process numbers back."""
@@ -413,6 +430,8 @@ class Daemon:
             reason=effect.reason,
         )
         self._notify.status(f"{effect.role} epoch={effect.epoch} ({effect.reason})")
+        if self._announcer is not None:
+            self._announcer.announce(self._said)
         self._checks.set_primary(effect.role is Role.PRIMARY)
         if self._watchdog is not None:
             if effect.role is Role.SECONDARY:

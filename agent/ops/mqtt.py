@@ -72,13 +72,12 @@ class Access:
     tls: ssl.SSLContext | None
 
 
-def access_of(settings: Broker, where: str, key: Any = None) -> Access:
+def access_of(settings: Broker, where: str) -> Access:
     """What it takes to connect, with the secrets and certificates that the settings name.
 
     Args:
         settings: checked.
         where: the table's name, for errors.
-        key: file of the client certificate's private key, or None if they are in one file.
 
     Raises:
         ConfigError: the password or the certificates cannot be used.
@@ -92,6 +91,7 @@ def access_of(settings: Broker, where: str, key: Any = None) -> Access:
             text = f"{where}: ca_file = {settings.ca_file} has no certificates in PEM: {error}"
             raise ConfigError(text) from error
     if tls is not None and settings.certificate is not None:
+        key = settings.private_key
         try:  # with a password, or it would be asked for on the terminal
             tls.load_cert_chain(settings.certificate, key, password="")
         except OSError as error:

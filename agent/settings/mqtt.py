@@ -6,6 +6,7 @@ Owns what a broker's address, credentials and topics may be. Refuses to know how
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -118,6 +119,11 @@ class Broker(Table):
         parts = urlsplit(self.broker)
         return Address(parts.hostname or "", parts.port or (MQTTS_PORT if self.tls else MQTT_PORT))
 
+    @property
+    def private_key(self) -> Path | None:
+        """The file of the certificate's private key; None if it is in the certificate's own."""
+        return None
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.password_file is not None and self.username is None:
             yield "password_file", "needs username too"
@@ -165,6 +171,11 @@ class Mqtt(Broker):
         description="Host id in the topic of payload sparkplug; the same for all members, and what"
         " edge nodes have as their primary host. Not set: the group's id.",
     )
+
+    @property
+    def private_key(self) -> Path | None:
+        """As ``Broker`` says."""
+        return self.key
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         yield from super()._contradictions()
