@@ -98,6 +98,7 @@ def test_a_session_that_a_v1_server_has_forgotten_is_demoted_and_registered_agai
     plain = PlainV1(stage)
     agent = stage.run("host-a", plain.endpoint)
     agent.until_role("Primary")
+    agent.until_said("after=Primary")
     said = len(agent.said())
     plain.answer("DELETE", ["groups", stage.group, "clientsessions", "host-a"], None)
     until(lambda: len(agent.lines("role changed", after=said)) >= 3, "to be primary again")
