@@ -235,12 +235,12 @@ class Guardian:
 
     def _lost(self, why: str) -> None:
         """Get rid of what is left of it, start another one, and say so."""
-        self._disconnect()
         process, self._process = self._process, None
         if process is not None:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
             process.wait()
+        self._disconnect()  # only now: to a guard that lives it would say that this process is dead
         if self._closed:
             return
         log.error("guard lost", reason=why, action="starting another one")
@@ -306,9 +306,7 @@ class Guardian:
             return
         try:
             self._socket.send(message)
-        except BlockingIOError:
-            pass  # its queue is full: it is frozen, and check() will say so
-        except OSError as error:
+        except OSError as error:  # a full queue, too: it has been frozen for long
             self._lost(f"the guard cannot be told: {error.strerror}")
             return
         self._sent_at = self._clock.boottime()

@@ -29,7 +29,7 @@ TURN_S = 0.02
 FAR = 1e6
 
 AGENT = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from agent.drivers.guardian import Arming, GuardHook, Guardian
 from agent.ops.clock import Clock
 
@@ -37,7 +37,7 @@ async def main():
     clock = Clock()
     guardian = Guardian(clock, lambda why: None, limit_s=60)
     await guardian.start()
-    seen, state = sys.argv[1:]
+    seen, state, *_ = sys.argv[1:]
     guardian.set_hook(GuardHook(
         [["/bin/sh", "-c", f"env >{seen}; pwd >>{seen}"], ["/usr/bin/touch", seen + ".2"]],
         {"A": "1", "FAILOVER_REASON": "nul \\0 in it"},
@@ -47,6 +47,12 @@ async def main():
     while guardian._unanswered:
         await asyncio.sleep(0.001)
     print(guardian.pid, flush=True)
+    if sys.argv[3:]:
+        real = os.kill
+        os.kill = lambda pid, number: (time.sleep(0.3), real(pid, number))
+        guardian._lost("it is too slow")
+        await guardian.close()
+        return
     await asyncio.sleep(1000)
 
 asyncio.run(main())
@@ -211,6 +217,29 @@ async def test_a_frozen_guard_is_noticed_when_there_is_nothing_to_tell(
     at = time.monotonic()
     await until(lambda: len(changes.said) > 1, guardian)
     assert time.monotonic() - at <= 2 * ANSWER_S + 2 * TURN_S + 1.0
+
+
+async def test_a_guard_that_is_only_slow_is_killed_before_it_can_take_the_agent_for_dead(
+    tmp_path: Path,
+) -> None:
+    """It is armed: the end of the connection would have it kill the agent."""
+    seen = tmp_path / "seen"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", AGENT, str(seen), str(tmp_path / "state"), "lose it"),
+        stdout=subprocess.DEVNULL,
+    )
+    assert await process.wait() == 0
+    assert not seen.exists()
+
+
+async def test_a_guard_whose_queue_is_full_is_frozen(guardian: Guardian, changes: Changes) -> None:
+    await freeze(pid_of(guardian))
+    guardian.limit_s = LIMIT_S
+    for _ in range(10_000):
+        guardian.arm(arming())
+        if len(changes.said) > 1:
+            break
+    assert changes.said == [None, "the guard cannot be told: Resource temporarily unavailable"]
 
 
 async def test_a_killed_guard_is_noticed_at_once_and_replaced(
