@@ -140,7 +140,8 @@ class Executor:
         if self.completed is self.wanted or self.promotion_failed is not None:
             return None
         if self.wanted is Role.SECONDARY:
-            return Role.SECONDARY if self._retry_at <= now < self.by - self._grace_s else None
+            in_time = self._retry_at <= now < self.by - self._grace_s
+            return Role.SECONDARY if in_time or Role.SECONDARY not in self._hooks else None
         return Role.PENDING_PRIMARY if self.completed is Role.SECONDARY else Role.PRIMARY
 
     def _start(self, role: Role, now: float) -> StartHook:

@@ -419,15 +419,15 @@ class Session:
     def _demote(self, cause: Cause, reason: str, now: float, effects: list[Effect]) -> None:
         """Say Secondary, then run the hook; R4 says until when.
 
-        It has D from now, or longer if the lease allows: whichever is later. A demotion that starts
-        later than R, because the process was frozen, still has to run.
+        It has until R + D, however late it starts: what a frozen process finds undone then is killed,
+        since another may be promoted at L. Behind L there is nothing left to keep but order: D from now.
         """
         self._demoting = True
         self._reason = reason
         self._in_flight.clear()
-        end_at = self.renew_by + self.timing.demote_s
+        end_at = now if now >= self.lease_until else self.renew_by
         self._publish(Role.SECONDARY, cause, effects)
-        self._want(Role.SECONDARY, max(end_at - now, self.timing.demote_s), now)
+        self._want(Role.SECONDARY, end_at + self.timing.demote_s - now, now)
 
     def _advance(self, now: float, effects: list[Effect]) -> None:
         """Move on with whatever the event, the hooks and the time allow."""
@@ -541,7 +541,8 @@ class Session:
             previous_primary=self.previous_primary,
             limit_s=limit_s,
         )
-        grace_s = min(GRACE_SHARE * self.timing.demote_s, LONGEST_GRACE_S)
+        whole_s = min(self.timing.demote_s, max(0.0, limit_s))
+        grace_s = min(GRACE_SHARE * whole_s, LONGEST_GRACE_S)
         self._executor.want(facts, now, grace_s=grace_s)
 
     def _publish(self, role: Role, cause: Cause, effects: list[Effect]) -> None:

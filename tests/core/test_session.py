@@ -318,6 +318,40 @@ def test_r4_without_renewal_demotion_starts_at_r_and_is_killed_at_r_plus_d() -> 
     assert bench.log[-1] == Exit(ExitCode.DEMOTION_FAILED)
 
 
+def test_r4_a_demotion_that_starts_late_has_until_r_plus_d_all_the_same() -> None:
+    """A frozen process wakes behind R; at L another may be promoted, however short its hook was."""
+    bench = Bench(hooks={S}).primary()
+    by = bench.session.renew_by + TIMING.demote_s
+    (_, start) = bench.step(Tick(), after_s=TIMING.renew_s + 0.9 * TIMING.demote_s)
+    assert isinstance(start, StartHook)
+    assert 0 < start.facts.limit_s < 0.1 * TIMING.demote_s
+    while bench.session.phase is not Phase.ENDED:
+        effects = bench.wake()
+    assert kinds(effects) == [KillHook, Escalate, Exit]
+    assert bench.now == pytest.approx(by)
+
+
+def test_r4_who_wakes_between_r_plus_d_and_l_kills_what_runs_at_once() -> None:
+    bench = Bench(hooks={S}).primary()
+    effects = bench.step(Tick(), after_s=TIMING.renew_s + TIMING.demote_s + 0.01)
+    assert kinds(effects) == [(Publish, S), Escalate, Exit]
+
+
+def test_r4_who_wakes_behind_l_demotes_in_order() -> None:
+    """Nothing is left to keep: from here on the epoch protects."""
+    bench = Bench(hooks={S}).primary()
+    (_, start) = bench.step(Tick(), after_s=LEASE_S)
+    assert isinstance(start, StartHook)
+    assert start.facts.limit_s == pytest.approx(0.75 * TIMING.demote_s)
+    assert kinds(bench.ends()) == [Release, SendBeat]
+
+
+@pytest.mark.parametrize("after_s", [TIMING.renew_s + TIMING.demote_s + 0.01, LEASE_S + 1])
+def test_r4_without_a_hook_there_is_nothing_to_be_late_with(after_s: float) -> None:
+    bench = Bench().primary()
+    assert kinds(bench.step(Tick(), after_s=after_s)) == [(Publish, S), Release, SendBeat]
+
+
 def test_r4_a_role_whose_demotion_failed_is_not_given_back() -> None:
     """The workload may still run: only the end of the lease makes room."""
     bench = Bench(hooks={S}).primary()

@@ -22,11 +22,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from world import EPOCH_OF_WALL, AgentHost, HookNature, World
 
 from agent.core.effects import StartHook
 from agent.core.group_state import Policy, RemoveSession, SetOverride, awaken, status_of
 from agent.model import GroupRecord, Role, RoleOverride
+
+from .world import EPOCH_OF_WALL, AgentHost, HookNature, World
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 
