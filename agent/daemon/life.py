@@ -9,8 +9,10 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 from agent.daemon.pump import Daemon
+from agent.daemon.vitals import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest.configured import client_for
 from agent.drivers.statefile import StateFile, default_directory
@@ -58,11 +60,30 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
             loop.add_signal_handler(signal.SIGHUP, daemon.reload, reread)
             stack.callback(loop.remove_signal_handler, signal.SIGHUP)
         if settings.probe_listen is not None:
-            probe = ProbeServer(daemon.report_progress, daemon.describe)
+            probe = _probe_server(daemon)
             stack.push_async_callback(probe.stop)
             host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
             daemon.listens_at(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         return await daemon.live(stop)
+
+
+def _probe_server(daemon: Daemon) -> ProbeServer:
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - memory for an agent without it
+
+    from agent.daemon import metrics  # noqa: PLC0415 - likewise
+
+    registry = CollectorRegistry()
+    metrics.register(registry, daemon.snapshot)
+    return ProbeServer(
+        daemon.report_progress,
+        daemon.describe,
+        verdicts={name: partial(_verdict, daemon, ask) for name, ask in PROBES.items()},
+        metrics=partial(metrics.page_of, registry),
+    )
+
+
+def _verdict(daemon: Daemon, why_not: Callable[[Snapshot], str | None]) -> str | None:
+    return why_not(daemon.snapshot())
 
 
 def _claim(settings: AgentSettings) -> tuple[StateFile, str]:

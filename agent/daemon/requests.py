@@ -32,9 +32,11 @@ from agent.core.events import (
 )
 from agent.core.session import Session
 from agent.core.timing import Timing, plan
+from agent.daemon.vitals import Tally, reason_of
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, FailoverError, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
+from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.settings import AgentSettings
 
@@ -59,6 +61,8 @@ class Requests:
         session: read only.
         tell: takes the events.
         report: what a heartbeat says: FailoverScore and the data-processed time.
+        tally: counts heartbeats.
+        clock: measures them.
 
     Attributes:
         failure: why the session cannot go on, once a join has failed for good.
@@ -72,6 +76,9 @@ class Requests:
         session: Session,
         tell: Callable[[Event], None],
         report: Callable[[], tuple[float, datetime | None]],
+        *,
+        tally: Tally,
+        clock: Clock,
     ) -> None:
         self.settings = settings
         self.client = client
@@ -82,6 +89,8 @@ class Requests:
         self._session = session
         self._tell = tell
         self._report = report
+        self._tally = tally
+        self._clock = clock
         self._trouble: str | None = None
 
     @property
@@ -95,6 +104,9 @@ class Requests:
     async def beat(self, beat: int) -> None:
         """One heartbeat; tells Answered or BeatFailed."""
         score, last_data = self._report()
+        tally, sent = self._tally, self._clock.now()
+        endpoint = self.client.endpoint
+        tally.asked_at[beat] = sent.mono
         try:
             answer = await self.client.heartbeat(
                 self._group,
@@ -106,13 +118,17 @@ class Requests:
                 timeout_s=self._session.timing.request_timeout_s,
             )
         except ServerError as error:
+            tally.beats_failed[reason_of(error)] += 1
             if error.status != TOO_MANY_REQUESTS:  # too soon, but there is contact
                 self._contact(str(error))
             self._tell(BeatFailed(beat, _failure(error), str(error), error.retry_after_s))
         else:
+            tally.answered(sent, self._clock.now(), self.client.date, endpoint)
             self._contact(None)
             self.group_data = answer.last_data
             self._tell(Answered(beat, answer))
+        finally:
+            del tally.asked_at[beat]
 
     def _contact(self, trouble: str | None) -> None:
         """One line when contact is lost, changes its reason, or is back."""

@@ -1,10 +1,13 @@
 """The agent's local HTTP server: the workload reports to it, sidecars and people ask it.
 
-Owns the listening socket, bounds and JSON shapes. Knows nothing of what a report means or of what
-the status is: both are callbacks, which run in the event loop and must return at once.
+Owns the listening socket, bounds and JSON shapes. Knows nothing of what a report, a status, a verdict
+or a metric means: they are callbacks, which run in the event loop and must return at once.
 
     POST /data-processed {"time": "2026-01-31T12:00:00Z"}  -> 200 {"time": the value now in force}
     GET  /status                                            -> 200 whatever the agent says
+    GET  /metrics                                           -> 200 the page, in the form that Accept asks for
+    GET  /<verdict>                                         -> 200 {"ok": true}, or
+                                                               503 {"ok": false, "reason": "..."}
 
 Every error is a JSON object with ``error``, one sentence. There is no authentication: whoever
 reaches the address is believed, so it belongs on loopback.
@@ -15,12 +18,13 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn import Config
@@ -47,6 +51,9 @@ without: so long can a slow client hold one of the connections."""
 KEEP_ALIVE_S = 3
 """Of an idle connection. Less than REQUEST_S, so that only what is stuck is cut off."""
 
+NOT_STORED = {"Cache-Control": "no-store"}
+"""A verdict is true at its instant only."""
+
 STOP_S = 0.05
 """How long a stop waits for answers that are under way; the callbacks are immediate."""
 
@@ -58,15 +65,22 @@ class ProbeServer:
         report: given a reported time (aware, UTC), tells the one now in force; raises ValueError if
             it cannot be true.
         status: what ``GET /status`` answers, as JSON-able values.
+        verdicts: by name of path: None for yes, or a sentence that says why not.
+        metrics: given the Accept header, the page and its content type; None for no page.
     """
 
     def __init__(
         self,
         report: Callable[[datetime], datetime],
         status: Callable[[], Mapping[str, Any]],
+        verdicts: Mapping[str, Callable[[], str | None]] = MappingProxyType({}),
+        metrics: Callable[[str], tuple[bytes, str]] | None = None,
     ) -> None:
         self._report = report
         self._status = status
+        self._verdicts = verdicts
+        self._metrics = metrics
+        self._one_page = asyncio.Lock()
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 
@@ -115,11 +129,15 @@ class ProbeServer:
         self._server = None
 
     def _app(self) -> ASGIApp:
+        routes = [
+            Route("/data-processed", self._data_processed, methods=["POST"]),
+            Route("/status", self._show_status, methods=["GET"]),
+            *(Route(f"/{name}", self._show_verdict, methods=["GET"]) for name in self._verdicts),
+        ]
+        if self._metrics is not None:
+            routes.append(Route("/metrics", self._show_metrics, methods=["GET"]))
         app = Starlette(
-            routes=[
-                Route("/data-processed", self._data_processed, methods=["POST"]),
-                Route("/status", self._show_status, methods=["GET"]),
-            ],
+            routes=routes,
             exception_handlers={HTTPException: _refused, Exception: _failed},
         )
         app.router.redirect_slashes = False
@@ -135,6 +153,19 @@ class ProbeServer:
 
     async def _show_status(self, _request: Request) -> JSONResponse:
         return JSONResponse(self._status())
+
+    async def _show_verdict(self, request: Request) -> JSONResponse:
+        why_not = self._verdicts[request.url.path.removeprefix("/")]()
+        if why_not is None:
+            return JSONResponse({"ok": True}, headers=NOT_STORED)
+        return JSONResponse({"ok": False, "reason": why_not}, 503, headers=NOT_STORED)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        assert self._metrics is not None  # noqa: S101 - else there is no such route
+        async with self._one_page:  # however many ask: between two pages the loop turns
+            await asyncio.sleep(0)
+            page, content_type = self._metrics(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": content_type})
 
 
 class _Connection(HttpToolsProtocol):

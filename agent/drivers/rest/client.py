@@ -85,6 +85,8 @@ class RestClient:
             raise ConfigError(f"no endpoint is given: name at least one, such as {EXAMPLE}")
         self._endpoints = tuple(_checked(endpoint) for endpoint in endpoints)
         self._current = 0
+        self.date: datetime | None = None
+        """The Date of the newest answer, by the server's clock; None if it had none."""
         self._auth = auth
         context = httpx2.create_ssl_context(verify=verify, trust_env=False)
         self._calls, self._watches = (
@@ -102,6 +104,11 @@ class RestClient:
     def endpoint(self) -> str:
         """The base path that the next call goes to."""
         return self._endpoints[self._current]
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """All base paths, in their order."""
+        return self._endpoints
 
     async def aclose(self) -> None:
         """Close every connection, and ClientCredentials with them. May be called twice."""
@@ -407,6 +414,7 @@ class RestClient:
                 params=params,
                 content=None if body is None else wire.to_json(body),
             )
+            self.date = answer.date
             answer.check()
             return read(answer)
         except ServerError as error:

@@ -187,6 +187,14 @@ class Answer:
     headers: httpx2.Headers
     body: bytes
 
+    @property
+    def date(self) -> datetime | None:
+        """When the server made it, by its own clock in whole seconds; None if it does not say."""
+        try:
+            return _date(self.headers["date"])
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return None
+
     def error(
         self,
         problem: str,
