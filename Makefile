@@ -25,7 +25,7 @@ demo: .venv/.wheel  ## two agents, one group: watch one die and the other take o
 run: .venv/.wheel  ## a coordinator on loopback, in the foreground
 	$(BIN)/failover-agent serve
 
-test: .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
+test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
 	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov
 
 test-components:  ## Debian packages that the suite wants (tests/components.txt), where that is allowed
