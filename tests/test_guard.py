@@ -193,9 +193,9 @@ class Host:
                     os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        self._reader.join()  # all that have its stdout are gone
         with suppress(BrokenPipeError):
             self._process.__exit__(None, None, None)
-        self._reader.join()
 
 
 @pytest.fixture
