@@ -20,6 +20,7 @@ from agent.core.effects import (
     Effect,
     Escalate,
     Exit,
+    HookFacts,
     Join,
     KillHook,
     Leave,
@@ -33,10 +34,9 @@ from agent.core.events import Event, Fitness, HookEnded, Stalled, Stop, Tick
 from agent.core.session import Options, Phase, Session
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
-from agent.daemon.vitals import Snapshot, Tally
 from agent.drivers.checks import Checks, Health
 from agent.drivers.guardian import Arming, Guardian
-from agent.drivers.progress import Plausible, Progress, Reason
+from agent.drivers.progress import Plausible, Progress
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, FailoverError
@@ -63,12 +63,12 @@ LEFT_S = 5.0
 SHORTEST_GUARD_ANSWER_S = 0.5
 """How long the guard may take to answer on the busiest host; above that it is a margin."""
 
-BY_GUARD = "demoted by the guard"
-"""The reason in the state file that the guard writes."""
-
 BEHIND_SCORE = 1.0
 """What a secondary whose data is too far behind says of itself: anybody else is better, nobody is
 worse (the promotion gate, ``max_behind``)."""
+
+CHECKS_LOOK_S = 0.02
+"""How often new checks are asked at a reload whether each has run; each run has its limit."""
 
 RELOADABLE = frozenset(
     {
@@ -130,29 +130,19 @@ class Daemon:
         self.session_id = session_id
         self._state_file = state_file
         self._clock = clock or Clock()
-        self._tally = Tally()
         self._notify = notify or Notify({})
         self._runs = Runs(
             settings,
             session_id,
             state_file.path,
             self._clock,
-            self._tally,
             ended=self._run_ended,
             groups_changed=self._arm_guard,
             workload_ended=self._workload_ended,
         )
         options = self._options(settings, jitter=random.random())  # noqa: S311 - spreads heartbeats, guards nothing
         self._session = Session(settings.timing, options)
-        self._requests = Requests(
-            settings,
-            client,
-            self._session,
-            self._tell,
-            self._report,
-            tally=self._tally,
-            clock=self._clock,
-        )
+        self._requests = Requests(settings, client, self._session, self._tell, self._report)
         self._checks = self._new_checks()
         self._guardian: Guardian | None = None
         self._source: Progress | None = None
@@ -164,14 +154,16 @@ class Daemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self._joining: asyncio.Task[None] | None = None
         self._following = False
+        self._reloading = asyncio.Lock()
+        self._promotion: HookFacts | None = None
         self._unfit: dict[str, str] = {}
         self._exit: ExitCode | None = None
-        self._workload_status: int | None = None
+        self._workload_status = 0
         self._escalated = False
         self._progress: datetime | None = None
         self._said = _Said(Role.SECONDARY, None, "starting", self._clock.wall())
         self._announcer = self._new_announcer()
-        self._written_for = (float("-inf"), self._said)
+        self._written: tuple[float, _Said, str | None] | None = None
 
     def _options(self, settings: AgentSettings, *, jitter: float) -> Options:
         return Options(
@@ -204,45 +196,12 @@ class Daemon:
             "last_data_processed_time": _iso(self._progress),
             "failover_timeout_s": session.timing.lease_s,
             "score": self._score(),
-            "unfit": "; ".join(self._unfit.values()) or None,
+            "unfit": self._trouble,
             "endpoint": self._requests.client.endpoint,
             "probe": self._runs.probe_url,
             "instance": self._requests.instance,
             "pid": os.getpid(),
         }
-
-    def snapshot(self) -> Snapshot:
-        """What probes and metrics are answered from, at this moment."""
-        session, source = self._session, self._source
-        refused = dict(source.refused) if source is not None else dict.fromkeys(map(str, Reason), 0)
-        refused[Reason.FUTURE] += self._tally.future_refused
-        return Snapshot(
-            now=self._clock.boottime(),
-            wall=self._clock.wall(),
-            group=self.settings.group,
-            session_id=self.session_id,
-            timing=session.timing,
-            phase=session.phase,
-            said=session.role,
-            demoting=session.guard_by is not None and session.role is Role.SECONDARY,
-            epoch=session.newest_epoch,
-            renew_by=session.renew_by,
-            lease_until=session.lease_until,
-            wake_at=session.wake_at,
-            turn_s=self._turn_s,
-            unfit=dict(self._unfit),
-            score=self._score(),
-            checks={name: result.up for name, result in self._checks.health.results.items()},
-            data=self._progress,
-            group_data=self._requests.group_data,
-            endpoint=self._requests.client.endpoint,
-            endpoints=self._requests.client.endpoints,
-            guard_up=None if self._guardian is None else "guard" not in self._unfit,
-            refused=refused,
-            notifications_dropped=self._runs.notifier.dropped,
-            notifications_failed=self._runs.notifier.failed,
-            tally=self._tally,
-        )
 
     def listens_at(self, url: str) -> None:
         """Where the probe listens; hooks are told."""
@@ -259,12 +218,7 @@ class Daemon:
         """
         source = self.settings.progress
         bound_s = source.max_future if source is not None else DEFAULT_MAX_FUTURE_S
-        try:
-            plausible = Plausible(bound_s).check(time, self._clock.wall())
-        except ValueError:
-            self._tally.future_refused += 1
-            raise
-        return self._take_progress(plausible)
+        return self._take_progress(Plausible(bound_s).check(time, self._clock.wall()))
 
     def _take_progress(self, time: datetime) -> datetime:
         if self._progress is None or time > self._progress:
@@ -277,8 +231,6 @@ class Daemon:
         Raises:
             ConfigError: the state file cannot be written.
         """
-        before = self._state_file.read()
-        self._tally.guard_fired = before is not None and before.get("reason") == BY_GUARD
         try:
             self._state_file.write(self.describe() | {"reason": reason})
         except OSError as error:
@@ -289,12 +241,12 @@ class Daemon:
             ) from error
 
     def _write_state(self) -> None:
-        lease = (self._session.renew_by, self._said)
-        if lease == self._written_for:
+        told = (self._session.renew_by, self._said, self._trouble)
+        if told == self._written:
             return
         try:
             self._state_file.write(self.describe())
-            self._written_for = lease
+            self._written = told
         except OSError as error:
             log.error(  # noqa: TRY400 - no traceback needed
                 "state file cannot be written",
@@ -337,7 +289,7 @@ class Daemon:
             raise self._requests.failure
         assert self._exit is not None  # noqa: S101 - the pump ends by Exit or by a failure
         log.info("agent stopped", code=int(self._exit), reason=self._exit.name)
-        return self._workload_status or self._exit
+        return self._exit or self._workload_status
 
     async def _start_drivers(self) -> None:
         if self.settings.guard:
@@ -346,7 +298,7 @@ class Daemon:
                 self._clock, self._guard_changed, limit_s=limit_s, claim=self._state_file.claim
             )
             await self._guardian.start()
-        await self._start_source()
+        await self._start_source(self.settings)
         self._health_changed(self._checks.health)
         self._checks.start()
         if self._announcer is not None:
@@ -361,9 +313,10 @@ class Daemon:
         group, session = settings.group, self.session_id
         return mqtt.Announcer(settings.mqtt, group, session, clock=self._clock, first=self._said)
 
-    async def _start_source(self) -> None:
-        if self.settings.progress is not None:
-            self._source = Progress(self.settings.progress, self._clock, self._take_progress)
+    async def _start_source(self, settings: AgentSettings) -> None:
+        self._source = None
+        if settings.progress is not None:
+            self._source = Progress(settings.progress, self._clock, self._take_progress)
             await self._source.start()
 
     async def _let_go(self) -> None:
@@ -407,11 +360,9 @@ class Daemon:
             event = await self._next(due_s)
             now = self._clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
-            self._tally.turned_at = now
             suspended_s = self._clock.suspended_s()
             if late_s > self._session.timing.margin_s or suspended_s > SUSPENDED_S:
                 log.warning("this process was stopped", late_s=late_s, suspended_s=suspended_s)
-                self._tally.stalled(suspended=suspended_s > SUSPENDED_S)
                 self._perform(self._session.step(Stalled(max(late_s, suspended_s)), now))
             self._show_life()
             self._perform(self._session.step(event, self._clock.boottime()))
@@ -475,7 +426,6 @@ class Daemon:
         if effect.before is Role.SECONDARY:
             self._progress = None  # a new tenure may begin further back (R18)
         self._said = _Said(effect.role, effect.epoch, effect.reason, self._clock.wall())
-        self._tally.changed(effect)
         self._write_state()
         log.info(
             "role changed",
@@ -524,19 +474,23 @@ class Daemon:
         last_data = facts.last_data
         if facts.role is Role.SECONDARY and self._progress is not None:
             last_data = self._progress
-        if facts.role is not Role.SECONDARY and self._guardian is not None:
-            demote_s = self._session.timing.demote_s
-            self._guardian.set_hook(self._runs.guard_hook(facts, demote_s))
+        if facts.role is not Role.SECONDARY:
+            self._promotion = facts
+            self._tell_guard_hook()
         self._begin(self._runs.begin(effect.run, facts, last_data))
         if facts.role is Role.SECONDARY:
             self._mark("workload", None)
+
+    def _tell_guard_hook(self) -> None:
+        if self._guardian is not None and self._promotion is not None:
+            demote_s = self._session.timing.demote_s
+            self._guardian.set_hook(self._runs.guard_hook(self._promotion, demote_s))
 
     def _run_ended(self, event: HookEnded) -> None:
         """Measure how much of L was left when the demotion was done: less than 0 breaks the promise."""
         slack_s = self._session.lease_until - self._clock.boottime()
         if event.ok and self._session.guard_by is not None and self._said.role is Role.SECONDARY:
             log.info("demoted", epoch=self._said.epoch, demote_slack_s=slack_s)
-            self._tally.demoted(slack_s)
         self._tell(event)
 
     def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
@@ -583,6 +537,11 @@ class Daemon:
     def _report(self) -> tuple[float, datetime | None]:
         return self._score(), self._progress
 
+    @property
+    def _trouble(self) -> str | None:
+        """What makes this host unfit, or None."""
+        return "; ".join(self._unfit.values()) or None
+
     def _mark(self, source: str, trouble: str | None) -> None:
         """Say that something makes this host unfit, or no more; the session hears each change."""
         before = dict(self._unfit)
@@ -590,18 +549,17 @@ class Daemon:
         if trouble is not None:
             self._unfit[source] = trouble
         if self._unfit != before:
-            reason = "; ".join(self._unfit.values())
-            if self._unfit:
-                log.warning("unfit to be primary", reason=reason)
+            if self._trouble is not None:
+                log.warning("unfit to be primary", reason=self._trouble)
             else:
                 log.info("fit to be primary again")
-            self._tell(Fitness(not self._unfit, reason))
+            self._tell(Fitness(self._trouble is None, self._trouble or ""))
 
-    def _health_changed(self, health: Health) -> None:
+    def _health_changed(self, _: Health) -> None:
+        health = self._checks.health  # checks that do not count yet tell theirs, too
         self._mark("checks", None if health.fit else health.reason)
 
     def _guard_changed(self, trouble: str | None) -> None:
-        self._tally.guard_lost += trouble is not None
         self._mark("guard", trouble)
 
     def _workload_ended(self, status: int | None) -> None:
@@ -621,7 +579,7 @@ class Daemon:
             return
         said = self.describe() | {
             "role": Role.SECONDARY.value,
-            "reason": BY_GUARD,
+            "reason": "demoted by the guard",
             "active_until_boottime_s": None,
         }
         workload = self._runs.workload
@@ -644,45 +602,69 @@ class Daemon:
         self._begin(self._reload(reread))
 
     async def _reload(self, reread: Callable[[], AgentSettings]) -> None:
-        self._notify.reloading()
-        try:
-            wanted = await asyncio.to_thread(reread)
-            changed = {
-                key
-                for key in type(wanted).model_fields
-                if getattr(wanted, key) != getattr(self.settings, key)
-            }
-            kept = changed - RELOADABLE
-            update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
-            settings = self.settings.model_copy(update=update)
-            self._runs.reconfigure(settings)
-            await self._take_over(settings, changed)
-            if kept:
-                log.warning(
-                    "settings not changed",
-                    refused=sorted(kept),
-                    resolution="restart the agent to change them",
-                )
-            log.info("configuration read again", changed=sorted(update))
-        except FailoverError as error:
-            log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
-        finally:
-            self._notify.ready(f"{self._said.role} in group {self.settings.group}")
+        async with self._reloading:
+            self._notify.reloading()
+            try:
+                await self._take_over(await asyncio.to_thread(reread))
+            except FailoverError as error:
+                log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
+            finally:
+                self._notify.ready(f"{self._said.role} in group {self.settings.group}")
 
-    async def _take_over(self, settings: AgentSettings, changed: set[str]) -> None:
+    async def _take_over(self, wanted: AgentSettings) -> None:
+        before = self.settings
+        keys = type(wanted).model_fields
+        changed = {key for key in keys if getattr(wanted, key) != getattr(before, key)}
+        kept = changed - RELOADABLE
+        update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
+        settings = before.model_copy(update=update)
+        self._runs.reconfigure(settings)
+        if "progress" in changed:
+            try:
+                await self._change_source(settings)
+            except FailoverError:
+                self._runs.reconfigure(before)
+                raise
         self.settings = self._requests.settings = settings
         self._session.reconfigure(self._options(settings, jitter=self._session.options.jitter))
+        self._tell_guard_hook()
         logs.configure(settings.log_level, settings.log_format)
         if {"check", "failover_score"} & changed:
-            await self._checks.stop()
-            self._checks = self._new_checks()
-            self._checks.set_primary(self._said.role is Role.PRIMARY)
-            self._checks.start()
-        if "progress" in changed:
-            if self._source is not None:
-                await self._source.stop()
-                self._source = None
-            await self._start_source()
+            await self._change_checks()
+        if kept:
+            log.warning(
+                "settings not changed",
+                refused=sorted(kept),
+                resolution="restart the agent to change them",
+            )
+        log.info("configuration read again", changed=sorted(update))
+
+    async def _change_source(self, settings: AgentSettings) -> None:
+        """Another source, or the one of before if that cannot be started."""
+        if self._source is not None:
+            await self._source.stop()
+        try:
+            await self._start_source(settings)
+        except FailoverError:
+            await self._start_source(self.settings)
+            raise
+
+    async def _change_checks(self) -> None:
+        """Other checks, from when each has a first result: the ones of before count until then."""
+        checks = self._new_checks()
+        checks.start()
+        try:
+            while not all(  # noqa: ASYNC110 - checks tell changes, and a first failure is none
+                result.known for result in checks.health.results.values()
+            ):
+                await asyncio.sleep(CHECKS_LOOK_S)
+        except asyncio.CancelledError:
+            await checks.stop()
+            raise
+        before, self._checks = self._checks, checks
+        checks.set_primary(self._said.role is Role.PRIMARY)
+        self._health_changed(checks.health)
+        await before.stop()
 
     def _new_checks(self) -> Checks:
         settings = self.settings

@@ -15,7 +15,6 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
-from agent.daemon.vitals import Tally
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
     HookRun,
@@ -60,7 +59,6 @@ class Runs:
         settings: hooks and workload.
         session_id: told to hooks.
         state_file: told to hooks.
-        tally: counts hooks.
         ended: takes HookEnded.
         groups_changed: called when there is something else to be killed by the guard.
         workload_ended: called with the exit status when the workload has ended for good, or None
@@ -76,7 +74,6 @@ class Runs:
         session_id: str,
         state_file: Path,
         clock: Clock,
-        tally: Tally,
         *,
         ended: Callable[[HookEnded], None],
         groups_changed: Callable[[], None],
@@ -87,7 +84,6 @@ class Runs:
         self._session_id = session_id
         self._state_file = state_file
         self._clock = clock
-        self._tally = tally
         self._ended = ended
         self._groups_changed = groups_changed
         self._runner = HookRunner(clock)
@@ -107,9 +103,10 @@ class Runs:
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles for which there is something to run."""
+        """The roles for which there is something to run, or to tell the guard at a promotion."""
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
-        return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if self.workload else set()))
+        both = self.workload is not None or Role.SECONDARY in hooked
+        return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if both else set()))
 
     def reconfigure(self, settings: AgentSettings) -> None:
         """Use other hooks from the next run on.
@@ -251,7 +248,6 @@ class Runs:
         self._groups_changed()
         ended = await hook.wait()
         run.hook = None
-        self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
         say = log.info if ended.ok else log.warning
         say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
         return ended.ok, ended.why
