@@ -27,6 +27,7 @@ COMMANDS = {
     "check-config": "Say what is in force, or what is wrong, and start nothing.",
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",
     "status": "Who is primary in a group, and who else is there.",
+    "healthcheck": "Ask a running agent whether it is well; for containers.",
     "demo": "Two agents on this machine: a takeover, a handover, a frozen host.",
     "hooks": "Look at the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",

@@ -1,0 +1,146 @@
+"""healthcheck: asks a probe over a real socket, and says 0 or 1."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from agent.cli import healthcheck
+
+Cli = Callable[..., tuple[int, str, str]]
+NAMES = (
+    "RUNTIME_DIRECTORY",
+    "FAILOVER_AGENT_STATE_FILE",
+    "FAILOVER_AGENT_PROBE_LISTEN",
+    "FAILOVER_COORDINATOR_LISTEN",
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path in {"/livez", "/healthz"} else 503)
+        self.end_headers()
+        self.wfile.write(f'{{"asked": "{self.path}"}}'.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A probe that is live, and nothing else."""
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    return tmp_path
+
+
+def state(path: Path, probe: object) -> str:
+    path.write_text(json.dumps({"role": "Secondary", "probe": probe}))
+    return str(path)
+
+
+def test_yes_is_0_and_prints_the_answer(cli: Cli, url: str) -> None:
+    assert cli("healthcheck", "--probe", url) == (0, '{"asked": "/livez"}\n', "")
+
+
+@pytest.mark.parametrize("question", ["readyz", "primary", "secondary"])
+def test_no_is_1_and_says_why(cli: Cli, url: str, question: str) -> None:
+    code, _, err = cli("healthcheck", question, "--probe", url)
+    assert code == 1
+    assert f"{url} says 503" in err
+    assert f"/{question}" in err
+
+
+def test_a_url_with_a_path_is_asked_as_it_is(cli: Cli, url: str) -> None:
+    assert cli("healthcheck", "--probe", f"{url}/healthz")[:2] == (0, '{"asked": "/healthz"}\n')
+
+
+def test_a_state_file_names_the_probe(cli: Cli, url: str, tmp_path: Path) -> None:
+    path = state(tmp_path / "elsewhere.state", url)
+    assert cli("healthcheck", "--probe", path)[0] == 0
+
+
+def test_without_a_flag_the_one_state_file_of_the_host_is_taken(
+    cli: Cli, url: str, directory: Path
+) -> None:
+    state(directory / "line.a.json", url)
+    assert cli("healthcheck")[0] == 0
+    state(directory / "line.b.json", url)
+    code, _, err = cli("healthcheck")
+    assert (code, "2 state files" in err) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["FAILOVER_AGENT_STATE_FILE", "FAILOVER_AGENT_PROBE_LISTEN"])
+def test_the_agents_own_variables_say_where(
+    cli: Cli, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    listen = url.removeprefix("http://")
+    value = listen if "LISTEN" in name else state(directory / "state", url)
+    monkeypatch.setenv(name, value)
+    assert cli("healthcheck")[0] == 0
+
+
+def test_where_no_agent_is_a_coordinator_is_asked(
+    cli: Cli, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILOVER_COORDINATOR_LISTEN", url.removeprefix("http://"))
+    assert cli("healthcheck")[:2] == (0, '{"asked": "/healthz"}\n')
+    state(directory / "line.a.json", "http://127.0.0.1:1")
+    assert cli("healthcheck")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "names no probe"),
+        ('{"probe": null}', "probe_listen is off"),
+        ('{"probe": "http://127.0.0.1:1"}', "gives no answer"),
+        ('{"probe": "http://127.0.0.1:x"}', "gives no answer"),
+    ],
+)
+def test_nobody_to_ask_is_1_in_one_line(
+    cli: Cli, tmp_path: Path, content: str | None, said: str
+) -> None:
+    path = tmp_path / "state"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = cli("healthcheck", "--probe", str(path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert said in err
+
+
+def test_a_probe_that_never_answers_is_1(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(healthcheck, "ANSWER_S", 0.05)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:  # it listens and does not serve
+        code, _, err = cli("healthcheck", "--probe", f"http://127.0.0.1:{server.server_address[1]}")
+    assert (code, "timed out" in err) == (1, True)
+
+
+def test_it_starts_without_what_makes_a_start_slow() -> None:
+    code = (
+        "import sys, agent.cli.healthcheck;"
+        "print([m for m in ('pydantic', 'httpx2', 'asyncio', 'prometheus_client', 'rich')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
