@@ -137,7 +137,7 @@ class Announcer:
             try:
                 await self._visit()
             except Exception as error:  # noqa: BLE001 - paho raises more than aiomqtt turns into its own
-                self._tell(str(error) or type(error).__name__)
+                self._tell(str(error.__cause__ or error) or type(error).__name__)
             else:
                 continue
             since, self._up_since = self._up_since, None

@@ -124,8 +124,8 @@ class Latest(asyncio.Queue[aiomqtt.Message]):
 class _Client(aiomqtt.Client):
     """Connects in a thread that nobody waits for at the exit: name servers and handshakes hang.
 
-    It is bounded on the way in, and a publication that the broker refuses ends the connection, where
-    aiomqtt would take it for done.
+    It is bounded on the way in, and a publication that the broker refuses is an error, where aiomqtt
+    would take it for done.
     """
 
     def __init__(self, access: Access, will: aiomqtt.Will | None, client_id: str | None) -> None:
@@ -149,6 +149,7 @@ class _Client(aiomqtt.Client):
             max_queued_incoming_messages=MOST_WAITING,
         )
         self.left = False
+        self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # the handshake's, too
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound
         self._client._sock_recv = self._bounded  # type: ignore[method-assign, assignment] # noqa: SLF001 - see above
@@ -160,9 +161,14 @@ class _Client(aiomqtt.Client):
         return self._receive(size)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, code: Any, properties: Any) -> None:
-        if code.is_failure and not self._disconnected.done():
-            self._disconnected.set_exception(aiomqtt.MqttError(f"publication refused: {code}"))
+        if code.is_failure:
+            self._refused = str(code)
         super()._on_publish(client, userdata, mid, code, properties)
+
+    async def publish(self, /, topic: str, *args: Any, **kwargs: Any) -> None:
+        await super().publish(topic, *args, **kwargs)
+        if self._refused is not None:
+            raise aiomqtt.MqttError(f"publication to {topic} refused: {self._refused}")
 
     def _client_connect(self) -> None:
         """Nothing is left of this for the loop's executor: see ``connect``."""

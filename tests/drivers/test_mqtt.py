@@ -1,0 +1,489 @@
+"""Announcements by MQTT: what a real broker is told, and what broken and hostile ones cannot do."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.drivers import mqtt as driver
+from agent.drivers.mqtt import Announcer, default_client_id, epoch_in, level
+from agent.errors import ConfigError
+from agent.model import Role
+from agent.ops import mqtt as ops
+from agent.ops.clock import Clock
+from agent.settings.mqtt import Mqtt
+from tests.mosquitto import PATIENCE_S, Broker, Watcher, a_broker, watching
+
+SINCE = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
+SESSION = "failover/line-7/sessions/host-a"
+PRIMARY = "failover/line-7/primary"
+STATE = "spBv1.0/STATE/plant"
+
+
+@dataclass(frozen=True)
+class Said:
+    role: Role
+    epoch: int | None = None
+    since: datetime = SINCE
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    with a_broker(tmp_path) as broker:
+        broker.start()
+        yield broker
+
+
+@pytest.fixture
+def watcher(broker: Broker) -> Iterator[Watcher]:
+    with watching(broker) as watcher:
+        yield watcher
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(ops, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(driver, "CORRECT_S", 0.05)
+
+
+def made(session: str = "host-a", role: Role = Role.SECONDARY, **keys: Any) -> Announcer:
+    settings = Mqtt.model_validate({"limit": PATIENCE_S, **keys})
+    return Announcer(settings, "line-7", session, clock=Clock(), first=Said(role, 1))
+
+
+@asynccontextmanager
+async def announcing(
+    session: str = "host-a", role: Role = Role.SECONDARY, **keys: Any
+) -> AsyncIterator[Announcer]:
+    announcer = made(session, role, **keys)
+    announcer.start()
+    try:
+        yield announcer
+    finally:
+        await announcer.stop()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.005)
+
+
+async def heard(watcher: Watcher, topic: str, **told: Any) -> Any:
+    return await asyncio.to_thread(watcher.until, topic, **told)
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every connection that was begun, so that a test can cut it."""
+    begun: list[Any] = []
+    connect = ops._Client.connect
+
+    async def noted(self: Any) -> None:
+        begun.append(self)
+        await connect(self)
+
+    monkeypatch.setattr(ops._Client, "connect", noted)
+    return begun
+
+
+def cut(client: Any) -> None:
+    """End a connection without a word, so that the broker sends the last will."""
+    client._client._sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_each_change_of_role_is_retained_and_the_end_is_said(
+    broker: Broker, watcher: Watcher, protocol: str
+) -> None:
+    async with announcing(**broker.table(protocol=protocol)) as announcer:
+        born = await heard(watcher, SESSION, role="Secondary", online=True)
+        assert born["since"] == "2026-01-31T12:00:00Z"
+        announcer.announce(Said(Role.PRIMARY, 7))
+        told = {"role": "Primary", "epoch": 7, "timestamp": born["timestamp"]}
+        await heard(watcher, SESSION, **told)
+        primary = await heard(watcher, PRIMARY, session="host-a")
+        assert primary == {"session": "host-a", "epoch": 7, "since": "2026-01-31T12:00:00Z"}
+        announcer.announce(Said(Role.SECONDARY, 7))
+        await heard(watcher, SESSION, role="Secondary", epoch=7)
+    left = await heard(watcher, SESSION, online=False)
+    assert left["timestamp"] >= born["timestamp"]
+    with watching(broker) as late:
+        await heard(late, SESSION, online=False)
+        await heard(late, PRIMARY, epoch=7)
+        assert all(message.retained for message in late.heard)
+
+
+async def test_a_lost_connection_leaves_the_will_of_its_birth_and_is_made_again(
+    broker: Broker, watcher: Watcher, clients: list[Any]
+) -> None:
+    async with announcing(role=Role.PRIMARY, **broker.table()):
+        born = await heard(watcher, SESSION, online=True)
+        await heard(watcher, PRIMARY, epoch=1)
+        await until(lambda: clients)
+        cut(clients[0])
+        await until(lambda: len(clients) > 1)
+        await until(lambda: {"online": False} in [_online(h.payload) for h in watcher.of(SESSION)])
+        will = next(h.told for h in watcher.of(SESSION) if not h.told["online"])
+        assert will == {"online": False, "timestamp": born["timestamp"]}
+        again = await heard(watcher, SESSION, online=True, role="Primary")
+        assert again["timestamp"] >= born["timestamp"]
+
+
+def _online(payload: bytes) -> Any:
+    return {"online": json.loads(payload)["online"]}
+
+
+async def test_a_will_that_comes_after_the_new_birth_is_corrected(
+    broker: Broker, watcher: Watcher
+) -> None:
+    async with announcing(**broker.table()):
+        await heard(watcher, SESSION, online=True)
+        await corrected(watcher, SESSION, b'{"online": false, "timestamp": 1}', role="Secondary")
+
+
+GARBAGE = [b"", b"\xff\0", b"[]", b'{"epoch": true}', b'{"epoch": "9"}', b"9" * 5000, b"[" * 4000]
+
+
+async def corrected(watcher: Watcher, topic: str, garbage: bytes, **told: Any) -> None:
+    """Publish garbage while an agent is connected; it has to say this after it."""
+    before = len(watcher.of(topic))
+    watcher.publish(topic, garbage)
+    await until(lambda: len(watcher.of(topic)) >= before + 2)
+    await heard(watcher, topic, **told)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_garbage_that_is_retained_is_replaced(
+    broker: Broker, watcher: Watcher, garbage: bytes, protocol: str
+) -> None:
+    for topic in (SESSION, PRIMARY):
+        watcher.publish(topic, garbage)
+    async with announcing(role=Role.PRIMARY, **broker.table(protocol=protocol)):
+        await heard(watcher, SESSION, role="Primary")
+        await heard(watcher, PRIMARY, session="host-a", epoch=1)
+        await corrected(watcher, SESSION, garbage, role="Primary")
+        await corrected(watcher, PRIMARY, garbage, session="host-a", epoch=1)
+
+
+async def test_with_mqtt_5_a_huge_retained_message_is_replaced_unread(
+    broker: Broker, watcher: Watcher
+) -> None:
+    watcher.publish(PRIMARY, b"x" * (ops.LONGEST_PACKET + 9))
+    async with announcing(role=Role.PRIMARY, **broker.table()):
+        await heard(watcher, PRIMARY, session="host-a", epoch=1)
+
+
+async def test_corrections_come_at_a_bounded_rate(
+    broker: Broker, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "CORRECT_S", PATIENCE_S)
+    async with announcing(**broker.table()):
+        await heard(watcher, SESSION, role="Secondary")
+        for _ in range(200):
+            watcher.publish(SESSION, b"garbage")
+        await until(lambda: len(watcher.of(SESSION)) >= 202)
+    assert len(watcher.of(SESSION)) == 203  # birth, garbage, one correction, the end
+
+
+async def test_a_newer_epoch_that_is_retained_stays_and_is_told_once(
+    broker: Broker, watcher: Watcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = {"session": "host-b", "epoch": 9, "since": "x"}
+    watcher.publish(PRIMARY, json.dumps(newer).encode())
+    async with announcing(role=Role.PRIMARY, **broker.table()) as announcer:
+        await heard(watcher, SESSION, role="Primary")
+        announcer.announce(Said(Role.PRIMARY, 8))
+        await heard(watcher, SESSION, epoch=8)
+        assert watcher.last(PRIMARY) == newer
+        announcer.announce(Said(Role.PRIMARY, 9))
+        await heard(watcher, PRIMARY, session="host-a", epoch=9)
+    assert caplog.text.count("primary is not announced") == 1
+
+
+async def test_without_epochs_the_last_one_counts(broker: Broker, watcher: Watcher) -> None:
+    watcher.publish(PRIMARY, b'{"session": "host-b", "epoch": 9}')
+    async with announcing(**broker.table()) as announcer:
+        announcer.announce(Said(Role.PRIMARY, None))
+        await heard(watcher, PRIMARY, session="host-a", epoch=None)
+
+
+# --- Sparkplug
+
+
+async def test_only_the_primary_announces_the_state_of_the_sparkplug_host(
+    broker: Broker, watcher: Watcher, clients: list[Any]
+) -> None:
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    async with announcing(**keys) as announcer:
+        await until(lambda: announcer._up_since is not None)
+        assert not watcher.heard
+        announcer.announce(Said(Role.PRIMARY, 2))
+        born = await heard(watcher, STATE, online=True)
+        assert set(born) == {"online", "timestamp"}
+        cut(clients[-1])
+        await heard(watcher, STATE, online=False)
+        assert watcher.of(STATE)[-1].told["timestamp"] == born["timestamp"] or len(clients) > 2
+        again = await heard(watcher, STATE, online=True)
+        announcer.announce(Said(Role.SECONDARY, 2))
+        gone = await heard(watcher, STATE, online=False)
+        assert gone["timestamp"] >= again["timestamp"]
+        told = len(watcher.of(STATE))
+    assert len(watcher.of(STATE)) == told
+    assert {message.topic for message in watcher.heard} == {STATE}
+
+
+async def test_a_primary_that_is_replaced_leaves_the_next_ones_state(
+    broker: Broker, watcher: Watcher, clients: list[Any]
+) -> None:
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    async with announcing("host-a", Role.PRIMARY, **keys) as first:
+        await heard(watcher, STATE, online=True)
+        first._said = Said(Role.SECONDARY, 1)  # it hears of both at once
+        other = b'{"online": true, "timestamp": 9999999999999}'
+        watcher.publish(STATE, other)
+        await until(lambda: len(clients) == 2)  # now without a will
+    assert watcher.of(STATE)[-1].payload == other
+
+
+async def test_the_groups_id_is_the_host_id_by_default() -> None:
+    announcer = made(broker="mqtt://127.0.0.1:1", payload="sparkplug")
+    assert announcer._own == "spBv1.0/STATE/line-7"
+
+
+# --- brokers that fail
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == driver.__name__]
+
+
+async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is_back(
+    broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with announcing(**broker.table()) as announcer:
+        await until(lambda: announcer._up_since is not None)
+        broker.kill()
+        await until(lambda: announcer._trouble)
+        for epoch in range(1000):
+            announcer.announce(Said(Role.PRIMARY, epoch))
+        await asyncio.sleep(0)
+        await until(lambda: "refused" in (announcer._trouble or ""))
+        before = len(lines(caplog))
+        broker.start()
+        with watching(broker) as watcher:
+            await heard(watcher, SESSION, role="Primary", epoch=999)
+            await heard(watcher, PRIMARY, epoch=999)
+            assert {h.told.get("epoch") for h in watcher.of(PRIMARY)} == {999}
+    assert lines(caplog)[0] == "role is announced by MQTT"
+    assert lines(caplog)[before:] == ["role is announced by MQTT"]
+    assert before <= 3  # up, lost, refused
+
+
+async def test_a_broker_that_freezes_is_noticed_and_delays_no_end(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LEAVE_S", 0.1)
+    announcer = made(**broker.table(keepalive=1) | {"limit": 0.3})
+    announcer.start()
+    await until(lambda: announcer._up_since is not None)
+    broker.send(signal.SIGSTOP)
+    announcer.announce(Said(Role.PRIMARY, 2))
+    await until(lambda: announcer._trouble)
+    broker.send(signal.SIGCONT)
+    await until(lambda: announcer._trouble is None)
+    broker.send(signal.SIGSTOP)
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
+    await announcer.stop()
+    assert loop.time() - began_at < PATIENCE_S / 2
+    broker.send(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def pretending(answer: bytes) -> AsyncIterator[str]:
+    """A broker that sends the same to everybody, and then nothing."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            writer.write(answer)
+            while await reader.read(1000):
+                pass
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 100_000,
+        bytes([0x20, 3, 0, 0, 0, 0xFF, 0xFF]),
+        bytes([0x20, 3, 0, 0x87, 0]),
+    ],
+    ids=["silent", "http", "huge packet", "malformed", "refused"],
+)
+async def test_a_hostile_broker_gets_nowhere(answer: bytes) -> None:
+    async with pretending(answer) as url, announcing(broker=url, limit=0.2) as announcer:
+        await until(lambda: announcer._trouble)
+        announcer.announce(Said(Role.PRIMARY, 2))
+        assert announcer._up_since is None
+
+
+async def test_of_a_huge_packet_nothing_is_kept(clients: list[Any]) -> None:
+    answer = bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 2_000_000
+    async with pretending(answer) as url, announcing(broker=url, limit=PATIENCE_S) as announcer:
+        await until(lambda: announcer._trouble)
+        assert len(clients[0]._client._in_packet["packet"]) == 0
+
+
+async def test_a_name_server_that_hangs_delays_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    release: list[Any] = []
+
+    def hangs(*_: object, **__: object) -> None:
+        import threading  # noqa: PLC0415 - of this test alone
+
+        event = threading.Event()
+        release.append(event)
+        loop.call_soon_threadsafe(held.set)
+        event.wait(PATIENCE_S)
+        raise OSError("released")
+
+    monkeypatch.setattr(socket, "create_connection", hangs)
+    async with announcing(broker="mqtt://broker.invalid"):
+        await held.wait()
+    release[0].set()
+
+
+async def test_a_wrong_password_is_told_once_and_without_it(
+    broker: Broker, caplog: pytest.LogCaptureFixture, clients: list[Any]
+) -> None:
+    broker.kill()
+    broker.secure()
+    broker.start()
+    async with announcing(**broker.table(password="hunter2")):
+        await until(lambda: len(clients) > 3)
+    assert lines(caplog) == ["role is not announced by MQTT"]
+    assert "Not authorized" in caplog.records[0].__dict__["fields"]["reason"]
+    assert "hunter2" not in str([r.__dict__ for r in caplog.records])
+
+
+async def test_tls_with_a_client_certificate_and_a_password_is_let_in(broker: Broker) -> None:
+    broker.kill()
+    broker.secure()
+    broker.start()
+    with watching(broker) as watcher:
+        async with announcing(role=Role.PRIMARY, **broker.table()):
+            await heard(watcher, PRIMARY, session="host-a")
+
+
+async def test_what_the_broker_does_not_let_us_publish_is_told(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.kill()
+    rights = broker.directory / "rights"
+    rights.write_text("topic read #\n")
+    rights.chmod(0o600)
+    broker.lines.append(f"acl_file {rights}")
+    broker.start()
+    async with announcing(**broker.table()) as announcer:
+        await until(lambda: announcer._trouble)
+    assert (
+        f"publication to {SESSION} refused: Not authorized"
+        in caplog.records[0].__dict__["fields"]["reason"]
+    )
+
+
+# --- settings, names
+
+
+async def test_two_attempts_wait_longer_each_time_unless_the_connection_lasted() -> None:
+    waits = ops.Waits(chance=lambda: 0.5)
+    failed = [waits.next_s(worked=False) for _ in range(4)]
+    assert failed == sorted(failed)
+    assert failed[-1] == 0.75 * ops.LONGEST_WAIT_S
+    assert waits.next_s(worked=True) == 0.75 * ops.FIRST_WAIT_S
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+
+
+@given(
+    st.binary()
+    | (SCALARS | st.builds(lambda value: {"epoch": value}, SCALARS)).map(
+        lambda value: json.dumps(value).encode()
+    )
+)
+def test_whatever_is_retained_has_an_epoch_or_none(payload: bytes) -> None:
+    assert -1 <= epoch_in(payload) <= driver.LARGEST_EPOCH
+
+
+def test_ids_are_single_levels_of_a_topic() -> None:
+    assert level("a+b#c%d e") == "a%2Bb%23c%25d e"
+
+
+def test_a_members_client_id_is_its_own_and_short_enough_for_every_broker() -> None:
+    ids = {default_client_id(*ids) for ids in (("a", "b"), ("a", "c"), ("b", "a"))}
+    assert len(ids) == 3
+    assert all(len(i) == 23 and i.isalnum() and i.isascii() for i in ids)
+
+
+async def test_a_ca_file_without_certificates_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ca"
+    path.write_text("nothing")
+    with pytest.raises(ConfigError, match=f"mqtt: ca_file = {path} has no certificates"):
+        made(broker="mqtts://127.0.0.1", ca_file=str(path))
+
+
+async def test_a_certificate_without_its_key_is_refused(broker: Broker) -> None:
+    broker.secure()
+    table = broker.table()
+    del table["key"]
+    with pytest.raises(ConfigError, match="must be a certificate and its own private key"):
+        made(**table)
+
+
+async def test_a_key_with_a_pass_phrase_is_refused_without_asking_for_it(broker: Broker) -> None:
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - of this test alone
+
+    broker.secure()
+    table = broker.table()
+    path = Path(table["key"])
+    key = serialization.load_pem_private_key(path.read_bytes(), None)  # noqa: ASYNC240 - one file
+    path.write_bytes(  # noqa: ASYNC240 - one file
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"phrase"),
+        )
+    )
+    with pytest.raises(ConfigError, match="without a pass phrase"):
+        made(**table)
+
+
+def test_without_the_extra_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "agent.ops.mqtt")
+    monkeypatch.setitem(sys.modules, "aiomqtt", None)
+    with pytest.raises(ConfigError, match=r"pip install client-failover-agent\[mqtt\]"):
+        __import__("agent.ops.mqtt")
