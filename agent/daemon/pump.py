@@ -34,9 +34,10 @@ from agent.core.events import Event, Fitness, HookEnded, Stalled, Stop, Tick
 from agent.core.session import Options, Phase, Session
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
+from agent.daemon.vitals import Snapshot, Tally
 from agent.drivers.checks import Checks, Health
 from agent.drivers.guardian import Arming, Guardian
-from agent.drivers.progress import Plausible, Progress
+from agent.drivers.progress import Plausible, Progress, Reason
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, FailoverError
@@ -62,6 +63,9 @@ LEFT_S = 5.0
 
 SHORTEST_GUARD_ANSWER_S = 0.5
 """How long the guard may take to answer on the busiest host; above that it is a margin."""
+
+BY_GUARD = "demoted by the guard"
+"""The reason in the state file that the guard writes."""
 
 BEHIND_SCORE = 1.0
 """What a secondary whose data is too far behind says of itself: anybody else is better, nobody is
@@ -130,19 +134,29 @@ class Daemon:
         self.session_id = session_id
         self._state_file = state_file
         self._clock = clock or Clock()
+        self._tally = Tally()
         self._notify = notify or Notify({})
         self._runs = Runs(
             settings,
             session_id,
             state_file.path,
             self._clock,
+            self._tally,
             ended=self._run_ended,
             groups_changed=self._arm_guard,
             workload_ended=self._workload_ended,
         )
         options = self._options(settings, jitter=random.random())  # noqa: S311 - spreads heartbeats, guards nothing
         self._session = Session(settings.timing, options)
-        self._requests = Requests(settings, client, self._session, self._tell, self._report)
+        self._requests = Requests(
+            settings,
+            client,
+            self._session,
+            self._tell,
+            self._report,
+            tally=self._tally,
+            clock=self._clock,
+        )
         self._checks = self._new_checks()
         self._guardian: Guardian | None = None
         self._source: Progress | None = None
@@ -203,6 +217,39 @@ class Daemon:
             "pid": os.getpid(),
         }
 
+    def snapshot(self) -> Snapshot:
+        """What probes and metrics are answered from, at this moment."""
+        session, source = self._session, self._source
+        refused = dict(source.refused) if source is not None else dict.fromkeys(map(str, Reason), 0)
+        refused[Reason.FUTURE] += self._tally.future_refused
+        return Snapshot(
+            now=self._clock.boottime(),
+            wall=self._clock.wall(),
+            group=self.settings.group,
+            session_id=self.session_id,
+            timing=session.timing,
+            phase=session.phase,
+            said=session.role,
+            demoting=session.guard_by is not None and session.role is Role.SECONDARY,
+            epoch=session.newest_epoch,
+            renew_by=session.renew_by,
+            lease_until=session.lease_until,
+            wake_at=session.wake_at,
+            turn_s=self._turn_s,
+            unfit=dict(self._unfit),
+            score=self._score(),
+            checks={name: result.up for name, result in self._checks.health.results.items()},
+            data=self._progress,
+            group_data=self._requests.group_data,
+            endpoint=self._requests.client.endpoint,
+            endpoints=self._requests.client.endpoints,
+            guard_up=None if self._guardian is None else "guard" not in self._unfit,
+            refused=refused,
+            notifications_dropped=self._runs.notifier.dropped,
+            notifications_failed=self._runs.notifier.failed,
+            tally=self._tally,
+        )
+
     def listens_at(self, url: str) -> None:
         """Where the probe listens; hooks are told."""
         self._runs.probe_url = url
@@ -218,7 +265,12 @@ class Daemon:
         """
         source = self.settings.progress
         bound_s = source.max_future if source is not None else DEFAULT_MAX_FUTURE_S
-        return self._take_progress(Plausible(bound_s).check(time, self._clock.wall()))
+        try:
+            plausible = Plausible(bound_s).check(time, self._clock.wall())
+        except ValueError:
+            self._tally.future_refused += 1
+            raise
+        return self._take_progress(plausible)
 
     def _take_progress(self, time: datetime) -> datetime:
         if self._progress is None or time > self._progress:
@@ -231,6 +283,8 @@ class Daemon:
         Raises:
             ConfigError: the state file cannot be written.
         """
+        before = self._state_file.read()
+        self._tally.guard_fired = before is not None and before.get("reason") == BY_GUARD
         try:
             self._state_file.write(self.describe() | {"reason": reason})
         except OSError as error:
@@ -360,9 +414,11 @@ class Daemon:
             event = await self._next(due_s)
             now = self._clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
+            self._tally.turned_at = now
             suspended_s = self._clock.suspended_s()
             if late_s > self._session.timing.margin_s or suspended_s > SUSPENDED_S:
                 log.warning("this process was stopped", late_s=late_s, suspended_s=suspended_s)
+                self._tally.stalled(suspended=suspended_s > SUSPENDED_S)
                 self._perform(self._session.step(Stalled(max(late_s, suspended_s)), now))
             self._show_life()
             self._perform(self._session.step(event, self._clock.boottime()))
@@ -426,6 +482,7 @@ class Daemon:
         if effect.before is Role.SECONDARY:
             self._progress = None  # a new tenure may begin further back (R18)
         self._said = _Said(effect.role, effect.epoch, effect.reason, self._clock.wall())
+        self._tally.changed(effect)
         self._write_state()
         log.info(
             "role changed",
@@ -491,6 +548,7 @@ class Daemon:
         slack_s = self._session.lease_until - self._clock.boottime()
         if event.ok and self._session.guard_by is not None and self._said.role is Role.SECONDARY:
             log.info("demoted", epoch=self._said.epoch, demote_slack_s=slack_s)
+            self._tally.demoted(slack_s)
         self._tell(event)
 
     def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
@@ -560,6 +618,7 @@ class Daemon:
         self._mark("checks", None if health.fit else health.reason)
 
     def _guard_changed(self, trouble: str | None) -> None:
+        self._tally.guard_lost += trouble is not None
         self._mark("guard", trouble)
 
     def _workload_ended(self, status: int | None) -> None:
@@ -579,7 +638,7 @@ class Daemon:
             return
         said = self.describe() | {
             "role": Role.SECONDARY.value,
-            "reason": "demoted by the guard",
+            "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
         workload = self._runs.workload

@@ -15,6 +15,7 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
+from agent.daemon.vitals import Tally
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
     HookRun,
@@ -59,6 +60,7 @@ class Runs:
         settings: hooks and workload.
         session_id: told to hooks.
         state_file: told to hooks.
+        tally: counts hooks.
         ended: takes HookEnded.
         groups_changed: called when there is something else to be killed by the guard.
         workload_ended: called with the exit status when the workload has ended for good, or None
@@ -74,6 +76,7 @@ class Runs:
         session_id: str,
         state_file: Path,
         clock: Clock,
+        tally: Tally,
         *,
         ended: Callable[[HookEnded], None],
         groups_changed: Callable[[], None],
@@ -84,6 +87,7 @@ class Runs:
         self._session_id = session_id
         self._state_file = state_file
         self._clock = clock
+        self._tally = tally
         self._ended = ended
         self._groups_changed = groups_changed
         self._runner = HookRunner(clock)
@@ -248,6 +252,7 @@ class Runs:
         self._groups_changed()
         ended = await hook.wait()
         run.hook = None
+        self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
         say = log.info if ended.ok else log.warning
         say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
         return ended.ok, ended.why
