@@ -147,6 +147,8 @@ class Session:
         self._beats = 0
         self._in_flight: dict[int, float] = {}
         self._beat_at = float("inf")
+        self._not_sooner = float("-inf")
+        """Until then the server has asked to be left alone (Retry-After)."""
         self._releasing = False
         self._stop = False
         self._unfit: str | None = None
@@ -366,6 +368,7 @@ class Session:
         if event.failure is Failure.BACK_OFF and event.retry_after_s is not None:
             # Kept short of R / 2: a server that asks for more would take the role away by it.
             self._beat_at = now + min(event.retry_after_s, self.timing.renew_s / 2)
+            self._not_sooner = self._beat_at
             return
         self._beat_at = min(self._beat_at, now + RETRY_SHARE * self.timing.renew_s)
 
@@ -393,6 +396,10 @@ class Session:
             status.revision is not None and status.revision == self._told_revision
         )
         self._seen = seen
+        if status.revision is None:  # plain v1: no news if it says what heartbeats have told
+            holds = self._executor.wanted is Role.PRIMARY
+            prepares = self.role is Role.PENDING_PRIMARY and not holds
+            known = known or (status.primary == me, status.pending == me) == (holds, prepares)
         if self.phase is not Phase.MEMBER or self._demoting:
             return
         if (
@@ -405,7 +412,8 @@ class Session:
             me in (status.primary, status.pending) or self.role is not Role.SECONDARY
         ):
             self._confirmations = 0
-            self._beat_at = now
+            # News is never too soon for our coordinator; a plain v1 server may have said Retry-After.
+            self._beat_at = now if status.revision is not None else max(now, self._not_sooner)
 
     # -- demotion, promotion, the end -----------------------------------------------------------
 
