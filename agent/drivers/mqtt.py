@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Protocol
 
-from aiomqtt import Client, Will
+from aiomqtt import Client, Message, Will
 
 from agent.model import Role
 from agent.ops.clock import Clock
@@ -168,8 +168,7 @@ class Announcer:
             if speaks and self._speaks:  # the answer to it comes after what is retained
                 await self._put(client, self._own, self._online(born_ms))
             while len(client.messages):
-                message = await anext(client.messages)
-                self._see(message.topic.value, message.payload)
+                self._see(await anext(client.messages))
             self._up_since = self._clock.boottime()
             self._tell(None)
             work = [
@@ -188,21 +187,24 @@ class Announcer:
     async def _follow(self, client: Client) -> None:
         """Take in what is on our topics until the connection is lost, which only this would notice."""
         async for message in client.messages:
-            if self._see(message.topic.value, message.payload):
+            if self._see(message):
                 self._changed.set()
                 await asyncio.sleep(CORRECT_S)
 
-    def _see(self, topic: str, payload: object) -> bool:
-        """Whether it is news: from somebody else."""
+    def _see(self, message: Message) -> bool:
+        """Whether it is news: from somebody else, and not older than what we have put there."""
+        topic, payload = message.topic.value, message.payload
         assert isinstance(payload, bytes)  # noqa: S101 - what paho receives is
         if (topic, payload) in self._echoes:
             self._echoes.remove((topic, payload))
             return False
         if topic not in self._topics:
             return False
-        self._held[topic] = payload
         if not self._sparkplug and topic == self._primary:
             self._seen_epoch = max(self._seen_epoch, epoch_in(payload))
+        if message.retain and topic in self._held:  # it was retained when we subscribed
+            return False
+        self._held[topic] = payload
         return True
 
     async def _keep_told(self, client: Client, born_ms: int, *, speaks: bool) -> None:

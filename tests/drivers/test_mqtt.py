@@ -147,6 +147,17 @@ def _online(payload: bytes) -> Any:
     return {"online": json.loads(payload)["online"]}
 
 
+async def test_what_was_retained_before_the_birth_is_corrected_by_it_alone(
+    broker: Broker, watcher: Watcher
+) -> None:
+    watcher.publish(SESSION, b"garbage")
+    async with announcing(**broker.table()) as announcer:
+        announcer.announce(Said(Role.PRIMARY, 2))
+        await heard(watcher, PRIMARY, epoch=2)
+    said = [heard.payload for heard in watcher.of(SESSION)[1:]]
+    assert len(said) == len(set(said)) <= 3
+
+
 async def test_a_will_that_comes_after_the_new_birth_is_corrected(
     broker: Broker, watcher: Watcher
 ) -> None:
