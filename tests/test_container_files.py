@@ -124,6 +124,7 @@ def test_prometheus_asks_every_service_at_its_port() -> None:
         if name.startswith("host-")
     }
     assert targets == hosts | {"coordinator:5470"}
+    assert (ROOT / "config" / COMPOSE["configs"]["rules"]["file"]).is_file()
 
 
 # -- Kubernetes ------------------------------------------------------------------------------------
