@@ -133,8 +133,11 @@ class Executor:
                 return float("inf")
             return self._retry_at if self._retry_at < self.by - self._grace_s else self.by
         due = run.kill_at if run.termed else run.term_at
-        due = float("inf") if run.killed else due
-        return min(due, self.by) if self.wanted is Role.SECONDARY else due
+        if self.wanted is Role.SECONDARY:
+            return self.by if run.killed else min(due, self.by)
+        if run.killed:
+            return float("inf") if self.promotion_failed else self._given_up_at(run)
+        return due
 
     def _next_role(self, now: float) -> Role | None:
         if self.completed is self.wanted or self.promotion_failed is not None:
@@ -161,4 +164,10 @@ class Executor:
         if now >= run.term_at and not run.termed:
             self._running = replace(run, termed=True)
             return [TermHook(run.run)]
+        if run.killed and self.wanted is not Role.SECONDARY and now >= self._given_up_at(run):
+            self.promotion_failed = "it does not end, even by KILL"
         return []
+
+    def _given_up_at(self, run: _Run) -> float:
+        """A promotion that is stuck in the kernel must not keep the role for ever."""
+        return run.kill_at + self._grace_s

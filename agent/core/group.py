@@ -63,6 +63,14 @@ INTERVAL_TOLERANCE = 0.9
 """A v1 client's second heartbeat comes 1 s after its first by a timer that may be early."""
 
 
+def _unheard(contact: Contact, beat: Beat) -> int | None:
+    """What a session still has to see, after a heartbeat that says what it has seen."""
+    wanted = contact.has_to_see
+    if wanted is None or beat.seen_epoch is None or beat.seen_epoch >= wanted:
+        return None
+    return wanted
+
+
 def minimum_interval_s(lease_s: float) -> float:
     """How far apart two heartbeats of one session should be, in seconds (api.md, B.4)."""
     return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
@@ -161,6 +169,7 @@ class _Work:
                     instance=beat.instance,
                     told_revision=contact.told_revision,
                     hold_off_until=contact.hold_off_until,
+                    has_to_see=_unheard(contact, beat),
                 ),
             },
         )
@@ -169,12 +178,27 @@ class _Work:
         holder = self.record.holder
         if holder is not None and self._holds(beat.session_id, beat.instance):
             self._progress(beat.last_data)
-            if not holder.revoked:
+            if self._is_deaf(holder, beat):
+                self._contact(beat.session_id, has_to_see=holder.epoch)
+                self.record = replace(self.record, holder=replace(holder, revoked=True))
+            elif not holder.revoked:
                 self.live = replace(
                     self.live, lease_until=self.now.mono + self.record.config.lease_s
                 )
         elif self.record.pending == beat.session_id and holder is None and not self._quiet():
             self._confirm(beat)
+
+    def _is_deaf(self, holder: Tenure, beat: Beat) -> bool:
+        """Whether a holder of ours beats on, and has long not heard that it is one.
+
+        Our answers do not reach it: it is not active, and would keep everybody else from the role.
+        """
+        held_s = self.now.mono - self.live.held_since
+        return (
+            beat.seen_epoch is not None
+            and beat.seen_epoch < holder.epoch
+            and held_s > CONFIRM_SHARE * self.record.config.lease_s
+        )
 
     def _refuse_haste(self, beat: Beat, contact: Contact) -> None:
         """B.4: confirmations, and whoever has not heard of the newest change, are never refused."""
@@ -324,6 +348,7 @@ class _Work:
             contact is not None
             and alive(GroupState(self.record, self.live), session_id, self.now)
             and contact.hold_off_until <= self.now.mono
+            and contact.has_to_see is None
         )
 
     def _best(self, *, exclude: str | None) -> str | None:

@@ -51,6 +51,8 @@ class Contact:
         told_revision: the group's revision in the last answer, or None.
         passed_over: it did not confirm, or gave the role back; its next heartbeat forgives that.
         hold_off_until: it asked not to be chosen before then.
+        has_to_see: an epoch whose tenure it held without hearing of it, or None. Until its heartbeats
+            say that it has seen it, our answers do not reach it, and it is not chosen.
     """
 
     heard_at: float
@@ -61,6 +63,7 @@ class Contact:
     told_revision: int | None = None
     passed_over: bool = False
     hold_off_until: float = float("-inf")
+    has_to_see: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

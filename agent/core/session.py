@@ -147,6 +147,7 @@ class Session:
         self._beats = 0
         self._in_flight: dict[int, float] = {}
         self._beat_at = float("inf")
+        self._joined_at = float("-inf")
         self._not_sooner = float("-inf")
         """Until then the server has asked to be left alone (Retry-After)."""
         self._releasing = False
@@ -213,15 +214,19 @@ class Session:
         """When the guard has to act in the agent's place (R12), or None while nothing is promoted.
 
         Two moments on CLOCK_BOOTTIME: when it runs the demotion hook (infinity while the agent
-        demotes itself) and when it kills. Half a margin behind the agent's own, and as much before L.
+        demotes itself) and when it kills. Each lies behind the agent's own by half of what the margin
+        has beyond the drift, and so the killing lies before L by the drift and the other half.
         """
-        half_s = self.timing.margin_s / 2
+        behind_s = (self.timing.margin_s - self.timing.drift_s) / 2
         if self._demoting:
             started = self.phase is not Phase.STARTING
-            return (float("inf"), self._executor.by + half_s) if started else None
+            last_at = max(self._executor.by, self.lease_until - self.timing.drift_s)
+            kill_at = min(self._executor.by + behind_s, last_at)
+            return (float("inf"), kill_at) if started else None
         if self.role is Role.SECONDARY:
             return None
-        return self.renew_by + half_s, self.renew_by + half_s + self.timing.demote_s
+        hook_at = self.renew_by + behind_s
+        return hook_at, hook_at + self.timing.demote_s
 
     @property
     def _may_beat(self) -> bool:
@@ -382,7 +387,9 @@ class Session:
             self.phase = Phase.MEMBER
             self.timing = timing
             self._newest_revision = -1
-            self._beat_at = now
+            # At once, unless a server that knows nobody keeps taking registrations.
+            self._beat_at = max(now, self._joined_at + RETRY_SHARE * timing.renew_s)
+            self._joined_at = now
 
     def _status_seen(self, status: GroupStatus, now: float, effects: list[Effect]) -> None:
         """A status never promotes or extends; it demotes, and it says when to ask (R3)."""
@@ -427,15 +434,19 @@ class Session:
     def _demote(self, cause: Cause, reason: str, now: float, effects: list[Effect]) -> None:
         """Say Secondary, then run the hook; R4 says until when.
 
-        It has until R + D, however late it starts: what a frozen process finds undone then is killed,
-        since another may be promoted at L. Behind L there is nothing left to keep but order: D from now.
+        It has D from now. That is R + D if it starts in time; a process that was frozen has at most
+        until L less the drift, since another may be promoted at L, and kills what is not done then.
+        Behind that there is nothing left to keep but order, and the hook has D again.
         """
         self._demoting = True
         self._reason = reason
         self._in_flight.clear()
-        end_at = now if now >= self.lease_until else self.renew_by
+        last_at = self.lease_until - self.timing.drift_s
+        end_at = max(now, self.renew_by) + self.timing.demote_s
+        if now < last_at:
+            end_at = min(end_at, last_at)
         self._publish(Role.SECONDARY, cause, effects)
-        self._want(Role.SECONDARY, end_at + self.timing.demote_s - now, now)
+        self._want(Role.SECONDARY, end_at - now, now)
 
     def _advance(self, now: float, effects: list[Effect]) -> None:
         """Move on with whatever the event, the hooks and the time allow."""

@@ -59,6 +59,11 @@ class Timing:
     beat_s: float
     request_timeout_s: float
 
+    @property
+    def drift_s(self) -> float:
+        """What of the margin is for clocks that run at different rates; nothing else may use it."""
+        return DRIFT * self.lease_s
+
     def rules(self) -> tuple[tuple[str, bool], ...]:
         """Each relation of R1 with its numbers, and whether it holds."""
         spent = self.renew_s + self.demote_s + self.margin_s

@@ -154,9 +154,20 @@ def test_r7_a_promotion_hook_is_ended_at_its_limit() -> None:
     assert bench.now == 100.0 + LIMIT - GRACE
     assert bench.wake() == [KillHook(3)]
     assert bench.now == 100.0 + LIMIT
-    assert bench.executor.wake_at == float("inf")
     assert bench.end(3, ok=False) == []
     assert bench.executor.promotion_failed == "exit 1"
+    assert bench.executor.wake_at == float("inf")
+
+
+def test_r7_a_promotion_that_not_even_kill_ends_has_failed() -> None:
+    """Stuck in the kernel, it would keep the role for ever and nobody would be active."""
+    bench = Bench().promoting()
+    assert bench.wake() == [TermHook(3)]
+    assert bench.wake() == [KillHook(3)]
+    assert bench.executor.promotion_failed is None
+    assert bench.wake() == []
+    assert bench.now == 100.0 + LIMIT + GRACE
+    assert bench.executor.promotion_failed == "it does not end, even by KILL"
     assert bench.executor.wake_at == float("inf")
 
 

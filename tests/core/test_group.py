@@ -950,3 +950,17 @@ def test_the_end_of_the_lease_is_due() -> None:
     bench = Bench("a")
     bench.promote("a")
     assert bench.wake == bench.mono + LEASE_S
+
+
+def test_r16_a_holder_that_never_hears_of_it_is_revoked_and_not_asked_again() -> None:
+    """Its heartbeats arrive, our answers do not: it is not active, and nobody else could be."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    lease_s = CONFIG.lease_s
+    for _ in range(40):
+        bench.beat("a", 100.0, after_s=0.1 * lease_s, seen_epoch=0)
+        bench.beat("b", 50.0, seen_epoch=bench.state.record.epoch)
+    assert bench.primary == "b"
+    assert bench.state.live.contacts["a"].has_to_see == 1
+    bench.beat("a", 100.0, after_s=0.1 * lease_s, seen_epoch=bench.state.record.epoch)
+    assert bench.state.live.contacts["a"].has_to_see is None, "it hears again"

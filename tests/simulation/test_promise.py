@@ -10,11 +10,23 @@ from hypothesis import strategies as st
 
 from agent.core.effects import Cause, Effect, Release
 from agent.core.events import Fitness
+from agent.core.group_state import awaken
 from agent.core.session import Session
 from agent.core.timing import Budget
 from agent.model import Role
 
-from .world import KINDS, BrokenPromiseError, Fault, Plan, World, build, end_faults, inject
+from .world import (
+    KINDS,
+    BrokenPromiseError,
+    Clock,
+    Fault,
+    HookNature,
+    Plan,
+    World,
+    build,
+    end_faults,
+    inject,
+)
 
 EXAMPLES = int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000"))
 
@@ -210,3 +222,38 @@ def test_a_frozen_primary_demotes_before_anything_else() -> None:
     ]
     assert victim.name in after
     assert "Primary -> Secondary" in after
+
+
+def test_a_member_that_hears_nothing_does_not_keep_the_role_from_others() -> None:
+    """A one-way partition of the member with the better score: its heartbeats arrive, no answer does."""
+    world = build(Plan(7, 2))
+    world.agents["b"].score = 80.0
+    world.run(3.0)
+    deaf = world.agents["a"]
+    assert world.primary() == "a"
+    inject(world, Fault(0, "cut_back", 0, 60.0))
+    world.run(4 * world.lease_s)
+    filled_s = 0.0
+    for _ in range(200):
+        world.run(0.2)
+        filled_s += 0.2 if world.primary() == "b" else 0.0
+    assert deaf.session.role is Role.SECONDARY
+    assert filled_s > 0.8 * 40.0, "b has it nearly all of the time"
+
+
+@pytest.mark.parametrize("margin", [0.0101, 0.02, 0.1])
+def test_the_guard_leaves_the_drift_alone(margin: float) -> None:
+    """R12 with clocks that differ by all of the stated drift, and a hook that only KILL ends."""
+    lease_s = 10.0
+    budget = Budget(margin_s=margin * lease_s)
+    for seed in range(20):
+        world = World(seed, lease_s=lease_s, budget=budget)
+        world.coordinator.clock = Clock(1.005, 1000.0)
+        world.coordinator.state = awaken(world.coordinator.disk, world.coordinator.instant())
+        for name in "ab":
+            agent = world.add_agent(name, clock=Clock(0.995))
+        world.run(5.0)
+        agent = world.agents[str(world.primary())]
+        agent.nature = HookNature(outcomes=("deaf",))
+        agent.kill_agent()
+        world.run(3 * lease_s)
