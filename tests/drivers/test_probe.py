@@ -22,6 +22,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.reported: list[datetime] = []
+        self.pages_now = 0
         self.in_force = datetime(2026, 1, 31, 11, 0, 0, 500, tzinfo=UTC)
 
     def report(self, time: datetime) -> datetime:
@@ -33,6 +34,10 @@ class Agent:
             return {"role": "Secondary", "epoch": None}
         raise KeyError("a fault of ours")
 
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        self.pages_now += 1
+        return f"as {accept}".encode(), "text/anything; of=theirs"
+
 
 @pytest.fixture
 def agent() -> Agent:
@@ -41,7 +46,8 @@ def agent() -> Agent:
 
 @pytest.fixture
 async def address(agent: Agent) -> AsyncIterator[tuple[str, int]]:
-    server = ProbeServer(agent.report, agent.status)
+    verdicts = {"fine": lambda: None, "not-fine": lambda: "it is too late"}
+    server = ProbeServer(agent.report, agent.status, verdicts, agent.metrics)
     yield await server.start("127.0.0.1", 0)
     await server.stop()
 
@@ -277,3 +283,51 @@ async def test_the_access_log_is_off(
     caplog.set_level("DEBUG")
     assert (await client.get("/status")).is_success
     assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+async def test_a_verdict_of_yes_is_200(client: httpx2.AsyncClient) -> None:
+    answer = await client.get("/fine")
+    assert (answer.status_code, answer.json()) == (200, {"ok": True})
+    assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_a_verdict_of_no_is_503_and_says_why(client: httpx2.AsyncClient) -> None:
+    answer = await client.get("/not-fine")
+    assert (answer.status_code, answer.json()) == (503, {"ok": False, "reason": "it is too late"})
+    assert answer.headers["cache-control"] == "no-store"
+    assert (await client.head("/not-fine")).status_code == 503
+
+
+async def test_the_page_of_metrics_is_made_for_what_the_caller_accepts(
+    client: httpx2.AsyncClient,
+) -> None:
+    answer = await client.get("/metrics", headers={"Accept": "this/form"})
+    assert (answer.status_code, answer.content) == (200, b"as this/form")
+    assert answer.headers["content-type"] == "text/anything; of=theirs"
+
+
+async def test_without_metrics_there_is_no_such_page(agent: Agent) -> None:
+    server = ProbeServer(agent.report, agent.status)
+    host, port = await server.start("127.0.0.1", 0)
+    async with httpx2.AsyncClient(timeout=LIMIT_S, trust_env=False) as client:
+        assert (await client.get(f"http://{host}:{port}/metrics")).status_code == 404
+    await server.stop()
+
+
+async def test_one_page_is_made_in_a_turn_of_the_loop_however_many_ask(
+    client: httpx2.AsyncClient, agent: Agent
+) -> None:
+    """So that pages never add up to what would delay a heartbeat."""
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most, agent.pages_now = max(most, agent.pages_now), 0
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    answers = await asyncio.gather(*(client.get("/metrics") for _ in range(20)))
+    watching.cancel()
+    assert all(answer.is_success for answer in answers)
+    assert most == 1

@@ -1,0 +1,219 @@
+"""A real Prometheus scrapes two real agents through a takeover; rules and dashboard are asked of it."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from .stage import (
+    PATIENCE_S,
+    Agent,
+    Coordinator,
+    Said,
+    Stage,
+    ask,
+    environment,
+    free_port,
+    until,
+)
+
+NEEDS = "needs: prometheus: apt-get install prometheus"
+
+CONFIG = Path(__file__).parents[2] / "config"
+SCRAPE = "1s"
+
+VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$group": ".*"}
+"""What Grafana puts in."""
+
+CHECK = '[{"name": "here", "type": "exec", "command": ["/bin/true"]}]'
+
+
+class Prometheus:
+    """A server of our own, with the rules of config/prometheus."""
+
+    def __init__(self, stage: Stage, *agents: Agent) -> None:
+        program = shutil.which("prometheus")
+        if program is None:
+            pytest.skip(NEEDS)
+        directory = stage.directory / "prometheus"
+        directory.mkdir()
+        targets = [agent.state["probe"].removeprefix("http://") for agent in agents]
+        rules = (CONFIG / "prometheus/rules.yml").read_text()
+        (directory / "rules.yml").write_text(rules)
+        (directory / "prometheus.yml").write_text(
+            json.dumps(
+                {
+                    "global": {"scrape_interval": SCRAPE, "evaluation_interval": SCRAPE},
+                    "rule_files": ["rules.yml"],
+                    "scrape_configs": [
+                        {"job_name": "failover-agent", "static_configs": [{"targets": targets}]}
+                    ],
+                }
+            )
+        )
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    program,
+                    f"--config.file={directory / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={directory / 'data'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        stage.later(process.wait)
+        stage.later(process.kill)
+        until(self.is_ready, "Prometheus to start")
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=PATIENCE_S):
+                return True
+        except OSError:  # nothing listens yet, or 503
+            return False
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The vector that it is now."""
+        said = self.get(f"query?{urlencode({'query': expression})}")
+        assert said.status == 200, (expression, said.body)
+        return list(said.body["data"]["result"])
+
+    def get(self, path: str) -> Said:
+        return ask("GET", f"{self.url}/api/v1/{path}")
+
+    def until(self, expression: str) -> list[dict[str, Any]]:
+        """What an expression is, once it is something."""
+        return until(lambda: self.query(expression), f"Prometheus to know {expression}")
+
+
+def queries() -> list[str]:
+    panels = json.loads((CONFIG / "grafana/dashboard.json").read_text())["panels"]
+    found = [target["expr"] for panel in panels for target in panel["targets"]]
+    for name, value in VARIABLES.items():
+        found = [expression.replace(name, value) for expression in found]
+    return found
+
+
+def verdicts(agent: Agent) -> dict[str, int]:
+    base = agent.state["probe"]
+    return {
+        path: ask("GET", f"{base}/{path}").status
+        for path in ("livez", "readyz", "primary", "secondary")
+    }
+
+
+def page(agent: Agent) -> bytes:
+    with urllib.request.urlopen(f"{agent.state['probe']}/metrics", timeout=PATIENCE_S) as answer:
+        return bytes(answer.read())
+
+
+PRIMARY = {"livez": 200, "readyz": 200, "primary": 200, "secondary": 503}
+SECONDARY = {"livez": 200, "readyz": 200, "primary": 503, "secondary": 200}
+
+
+def test_dashboard_and_rules_are_right_through_two_takeovers(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The first by an override, so that the one that demotes is there to tell; then by SIGKILL."""
+    one, other, epoch = stage.pair(coordinator, f"--check={CHECK}")
+    prometheus = Prometheus(stage, one, other)
+    for agent in (one, other):
+        now = datetime.now(UTC).isoformat()
+        assert ask("POST", f"{agent.state['probe']}/data-processed", {"time": now}).status == 200
+    prometheus.until(
+        "group:failover_agent_primaries:sum == 1 and on () sum(failover_agent_ready) == 2"
+    )
+    assert (verdicts(one), verdicts(other)) == (PRIMARY, SECONDARY)
+
+    path = f"groups/{stage.group}/clientsessions/{other.name}/roleoverride"
+    assert coordinator.ask("POST", path, {"Value": 1}).status < 300
+    epoch = other.until_role("Primary", after_epoch=epoch)["epoch"]
+    until(lambda: (verdicts(one), verdicts(other)) == (SECONDARY, PRIMARY), "the probes to agree")
+    now = datetime.now(UTC).isoformat()
+    assert ask("POST", f"{other.state['probe']}/data-processed", {"time": now}).status == 200
+    prometheus.until(
+        'failover_agent_role_changes_total{from="Primary", to="Secondary", cause="told"} == 1'
+    )
+    (slack,) = prometheus.until("failover_agent_demotion_slack_seconds")
+    assert 0 < float(slack["value"][1]) < 2
+
+    stage.kill(other)
+    epoch = one.until_role("Primary", after_epoch=epoch)["epoch"]
+    prometheus.until(f"max(failover_agent_epoch) == {epoch}")
+    prometheus.until("group:failover_agent_primaries:sum == 1 and on () min(up) == 0")
+    prometheus.until('ALERTS{alertname="FailoverAgentDown"}')
+
+    report = {"time": datetime.now(UTC).isoformat()}
+    assert ask("POST", f"{one.state['probe']}/data-processed", report).status == 200
+    for expression in queries():
+        prometheus.until(expression)
+    groups = prometheus.get("rules").body["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert rules
+    assert {rule["health"] for rule in rules} == {"ok"}, rules
+    for rule in rules:
+        if rule["type"] == "recording":
+            prometheus.until(rule["name"])
+    assert not prometheus.query('ALERTS{alertname="FailoverTwoPrimaries", alertstate="firing"}')
+
+
+def test_promtool_finds_no_fault_with_what_an_agent_says(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip(NEEDS)
+    agent = stage.run("host-a", coordinator, flags=[f"--check={CHECK}"])
+    agent.until_role("Primary")
+    text = page(agent)
+    assert b'failover_agent_role{role="Primary"} 1.0' in text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_member_without_a_coordinator_is_live_and_neither_ready_nor_primary(
+    stage: Stage,
+) -> None:
+    coordinator = stage.serve()
+    agent = stage.run("host-a", coordinator)
+    agent.until_role("Primary")
+    coordinator.end(signal.SIGKILL)
+    agent.until_role("Secondary")
+    until(lambda: verdicts(agent)["readyz"] == 503, "it not to be ready")
+    assert verdicts(agent) == SECONDARY | {"readyz": 503}
+    failures = re.findall(rb'heartbeat_failures_total{reason="unreachable"} (\S+)', page(agent))
+    assert float(failures[0]) > 0
+    done = subprocess.run(
+        [sys.executable, "-m", "agent", "healthcheck", "readyz", "--probe", agent.state_file],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "no heartbeat was answered" in done.stderr) == (1, True)
+
+
+def test_an_agent_that_its_guard_ended_is_told_of_by_the_next(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent = stage.run("host-a", coordinator)
+    agent.until_role("Primary")
+    assert b"failover_agent_guard_fired 0.0" in page(agent)
+    agent.end(signal.SIGKILL)
+    until(lambda: agent.state["role"] == "Secondary", "the guard to demote")
+    again = stage.run("host-a", coordinator)
+    again.until_role("Primary")
+    assert b"failover_agent_guard_fired 1.0" in page(again)
