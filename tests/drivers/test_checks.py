@@ -242,6 +242,14 @@ async def test_first_results_decide_at_once_and_until_then_the_member_is_unfit(
         await until(lambda: told and told[-1].fit)
 
 
+async def test_a_first_failure_is_told_though_it_changes_no_verdict(tmp_path: Path) -> None:
+    """Who asks why this member is unfit is told the cause, not that nothing is known yet."""
+    down = file_check(tmp_path / "none", "down", interval=60.0)
+    async with running(down) as (_, told):
+        await until(lambda: bool(told))
+        assert "No such file" in told[-1].reason
+
+
 async def test_a_check_that_flaps_changes_by_rise_and_fall_only(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()

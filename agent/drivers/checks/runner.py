@@ -180,4 +180,5 @@ class Checks:
 
 
 def _gist(health: Health) -> tuple[object, ...]:
-    return health.score, health.fit, {name: result.up for name, result in health.results.items()}
+    states = {name: (result.up, result.known) for name, result in health.results.items()}
+    return health.score, health.fit, states
