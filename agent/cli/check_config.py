@@ -18,8 +18,8 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     """Say what is in force, or what is wrong, and start nothing.
 
     Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
-    the timings and the hooks, and prints each setting with where it is from. The text is TOML. Exits
-    0, or with the code of the first fault (docs/exit-codes.md).
+    the timings and the hooks, and prints each setting with where it is from, and how long a stop may
+    take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
     """
     settings: Settings
     origin: Sources[Any]
@@ -30,7 +30,10 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     else:
         origin = sources(AgentSettings, given)
         settings = load_agent(origin)
+        from agent.daemon.budget import longest_stop_s  # noqa: PLC0415 - wrong settings are told without it
+
         timing = asdict(settings.timing)
+        timing["longest_stop_s"] = longest_stop_s(settings, settings.timing)
     if as_json:
         click.echo(json.dumps(_document(settings, origin, timing), indent=2))
     else:
@@ -58,5 +61,9 @@ def _lines(settings: Settings, origin: Sources[Any], timing: dict[str, float]) -
             lines.append(f"# {setting.key} is not set")
         else:
             lines.append(f"{setting.key} = {toml(value)}  # from {origin.origin(setting.key)}")
+    if not timing:
+        return lines
+    stop_s = timing.pop("longest_stop_s")
     parts = ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in timing.items())
-    return [*lines, f"# timing (R1) holds: {parts}"] if timing else lines
+    stop = f"# a stop takes at most {stop_s:g} s: whatever stops the agent must wait so long"
+    return [*lines, f"# timing (R1) holds: {parts}", f"{stop} (TimeoutStopSec=)"]

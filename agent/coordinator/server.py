@@ -11,7 +11,7 @@ import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 
 import uvicorn
 
@@ -26,6 +26,7 @@ from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
 from agent.ops.clock import Clock
+from agent.ops.sd_notify import Notify
 from agent.ops.signals import stop_signals
 from agent.settings import Address, CoordinatorSettings
 
@@ -67,11 +68,24 @@ def run(settings: CoordinatorSettings) -> int:
 
 
 async def _run(settings: CoordinatorSettings) -> int:
-    with stop_signals() as stop:
-        async with serving(settings):
-            await stop.wait()
+    with closing(Notify()) as notify, stop_signals() as stop:
+        notify.status("loading the groups")
+        async with serving(settings) as url:
+            notify.ready(f"serving at {url}")
+            await _wait(stop, notify)
+            notify.stopping()
         log.info("coordinator stopped")
     return ExitCode.OK
+
+
+async def _wait(stop: asyncio.Event, notify: Notify) -> None:
+    """Until ``stop`` is set; systemd's watchdog hears of each turn of this loop."""
+    turn_s = notify.watchdog_s / 2 if notify.watchdog_s is not None else None
+    while not stop.is_set():
+        notify.watchdog()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(turn_s):
+                await stop.wait()
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ from agent.core.effects import (
 )
 from agent.core.events import Event, Fitness, HookEnded, Stalled, Stop, Tick
 from agent.core.session import Options, Phase, Session
+from agent.daemon.budget import LEFT_S, longest_stop_s
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
 from agent.daemon.vitals import Snapshot, Tally
@@ -57,9 +58,6 @@ INBOX = 256
 
 SUSPENDED_S = 0.05
 """A gap between boot time and monotonic time by which the host was suspended; less is noise."""
-
-LEFT_S = 5.0
-"""How long the exit waits for notification hooks: they are advisory, and a stop is to be quick."""
 
 SHORTEST_GUARD_ANSWER_S = 0.5
 """How long the guard may take to answer on the busiest host; above that it is a margin."""
@@ -329,11 +327,13 @@ class Daemon:
             state_file=self._state_file.path,
             probe=self._runs.probe_url,
         )
+        self._notify.status(f"starting, not yet in group {self.settings.group}")
         self._begin(self._stopping(stop))
         try:
             await self._start_drivers()
             self._perform(self._session.begin(self._clock.boottime()))
             await self._pump()
+            self._say_stopping()
             if self._escalated:
                 await self._runs.fence()
             await self._runs.notifier.drain(LEFT_S if self._exit is ExitCode.OK else 0.0)
@@ -375,7 +375,6 @@ class Daemon:
 
     async def _let_go(self) -> None:
         """Nothing of this session goes on behind the exit."""
-        self._notify.stopping()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -397,7 +396,20 @@ class Daemon:
 
     async def _stopping(self, stop: asyncio.Event) -> None:
         await stop.wait()
+        self._say_stopping()
         self._tell(Stop())
+
+    def _say_stopping(self) -> None:
+        """Tell systemd that the stop begins, and by when it has to be done, whatever its unit says."""
+        self._notify.stopping()
+        self._notify.extend_timeout(longest_stop_s(self.settings, self._session.timing))
+
+    @property
+    def _status(self) -> str:
+        """The line in ``systemctl status``."""
+        said = self._said
+        epoch = "-" if said.epoch is None else said.epoch
+        return f"{said.role} of {self.settings.group} epoch={epoch} ({said.reason})"
 
     # -- the pump -------------------------------------------------------------------------------
 
@@ -493,7 +505,7 @@ class Daemon:
             epoch=effect.epoch,
             reason=effect.reason,
         )
-        self._notify.status(f"{effect.role} epoch={effect.epoch} ({effect.reason})")
+        self._notify.status(self._status)
         if self._announcer is not None:
             self._announcer.announce(self._said)
         self._checks.set_primary(effect.role is Role.PRIMARY)
@@ -516,7 +528,7 @@ class Daemon:
         await self._requests.join()
         if self._requests.failure is not None:
             return
-        self._notify.ready(f"{self._said.role} in group {self.settings.group}")
+        self._notify.ready(self._status)
         self._advise("joined", "registered at the coordinator")
         if first and not self._following:
             self._following = True
@@ -668,7 +680,7 @@ class Daemon:
             except FailoverError as error:
                 log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
             finally:
-                self._notify.ready(f"{self._said.role} in group {self.settings.group}")
+                self._notify.ready(self._status)
 
     async def _take_over(self, wanted: AgentSettings) -> None:
         before = self.settings

@@ -1,0 +1,518 @@
+"""Two hosts with a real systemd: the units as they are, with the wheel, through what happens to them.
+
+Each host is a systemd-nspawn container on one Debian root, with a throw-away overlay; both are in
+one network namespace of their own, so the coordinator on the first is on loopback for both. The
+workload is the sample ``collector.service``, started by the sample hook; every instance appends its
+epoch to one file, in which an epoch that goes back would be two active members.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .stage import until
+
+ROOT = Path(__file__).parents[2]
+UNITS = ROOT / "systemd"
+SUITE, PYTHON = "bookworm", "3.11"
+PACKAGES = "systemd,systemd-sysv,dbus,python3,procps"
+LEAN = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
+TOOLS = ("systemd-nspawn", "mmdebstrap", "nsenter", "ip")
+HOW = "as root, on Debian: apt-get install systemd-container mmdebstrap iproute2"
+BUILD_S = 300
+PATIENCE_S = 20.0
+COMMAND_S = 60
+CGROUP_TOPS = [Path("/sys/fs/cgroup", name) for name in ("", "unified", "systemd")]
+VENV = Path("opt/failover-agent")
+AGENT, COORDINATOR, COLLECTOR = "failover-agent", "failover-coordinator", "collector"
+
+CONFIG = """
+group = "line-7"
+failover_timeout = 3
+demote = 1
+margin = 0.6
+hook_primary = ["/etc/failover-agent/hooks/systemd-unit"]
+hook_secondary = ["/etc/failover-agent/hooks/systemd-unit"]
+hook_environment = { UNIT = "collector.service" }
+"""
+WRITER = """#!/bin/sh
+while echo "$FAILOVER_EPOCH" >> /srv/written; do sleep 0.02; done
+"""
+
+pytestmark = pytest.mark.timeout(BUILD_S + 300)  # the first one makes the root
+
+
+def call(*argv: str | Path, limit_s: float = COMMAND_S) -> str:
+    """The output of a command that succeeds."""
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
+    )
+    assert done.returncode == 0, f"{argv}: {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+# -- one Debian root with the wheel in it ----------------------------------------------------------
+
+
+def install(root: Path, scratch: Path) -> None:
+    """What docs/operations.md does on a host, without a package index."""
+    scripts = root / VENV
+    call("chroot", root, "python3", "-m", "venv", "--without-pip", f"/{VENV}")
+    site = scripts / f"lib/python{PYTHON}/site-packages"
+    names = re.findall(
+        r"^([\w-]+)==", (ROOT / "requirements/runtime.txt").read_text(), re.MULTILINE
+    )
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):  # for another system or Python
+            copy(name, site)
+    copy("pip", root / "mnt")
+    call(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", scratch)
+    (wheel,) = scratch.glob("*.whl")
+    shutil.copy(wheel, root / "mnt")
+    words = "install --quiet --no-deps --no-index --no-cache-dir --root-user-action=ignore"
+    pip = ["env", "PYTHONPATH=/mnt", f"/{VENV}/bin/python", "-m", "pip"]
+    call("chroot", root, *pip, *words.split(), f"/mnt/{wheel.name}")
+    shutil.rmtree(root / "mnt")
+    (root / "mnt").mkdir()
+
+
+def copy(name: str, to: Path) -> None:
+    """The files of a distribution of the environment that runs the tests."""
+    for file in importlib.metadata.files(name) or ():
+        if ".." not in file.parts:
+            (to / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file.locate(), to / file)
+
+
+def configure(root: Path) -> None:
+    """Units, users, folders, the sample hook and the sample workload."""
+    for unit in UNITS.glob("*.service"):
+        shutil.copy(unit, root / "etc/systemd/system")
+    for kind in ("sysusers", "tmpfiles"):
+        (root / f"etc/{kind}.d").mkdir(exist_ok=True)
+        shutil.copy(UNITS / f"{kind}.conf", root / f"etc/{kind}.d/{AGENT}.conf")
+    hooks = root / "etc/failover-agent/hooks"
+    hooks.mkdir(parents=True)
+    shutil.copy(ROOT / "config/hooks/systemd-unit", hooks)
+    (root / "etc/failover-agent/agent.toml").write_text(CONFIG)
+    (root / "etc/failover-agent/coordinator.toml").write_text("minimum_hold = 0\n")
+    shutil.copy(UNITS / "examples/collector.service", root / "etc/systemd/system")
+    writer = root / "usr/local/bin/collector"
+    writer.write_text(WRITER)
+    writer.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def debian() -> Iterator[Path]:
+    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if os.geteuid() != 0 or lacking:
+        pytest.skip(f"needs: systemd-nspawn: {HOW}")
+    if not platform.python_version().startswith(f"{PYTHON}."):
+        pytest.skip(
+            f"needs: Python {PYTHON}: it is the one of Debian {SUITE}, where the wheel goes"
+        )
+    with tempfile.TemporaryDirectory(prefix="failover-systemd-") as folder:
+        root = Path(folder, "root")
+        options = ["--quiet", "--variant=minbase", f"--include={PACKAGES}", "--mode=root", *LEAN]
+        call("mmdebstrap", *options, "--dpkgopt=force-unsafe-io", SUITE, root, limit_s=BUILD_S)
+        (root / "etc/machine-id").write_text("")
+        (root / "etc/hostname").unlink(missing_ok=True)  # the name of this machine
+        install(root, Path(folder, "wheel"))
+        configure(root)
+        yield root
+
+
+# -- hosts -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Host:
+    """A container that has booted."""
+
+    name: str
+    leader: int
+    cursor: str = ""
+
+    def run(self, *argv: str, limit_s: float = COMMAND_S) -> str:
+        return call("nsenter", "-t", str(self.leader), "-a", *argv, limit_s=limit_s)
+
+    def systemctl(self, *argv: str) -> str:
+        return self.run("systemctl", *argv)
+
+    def show(self, unit: str, *names: str) -> dict[str, str]:
+        wanted = [f"--property={name}" for name in names]
+        lines = self.systemctl("show", unit, *wanted).splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    def status(self, unit: str = AGENT) -> str:
+        """What a person reads in the line ``Status:``."""
+        return self.show(unit, "StatusText")["StatusText"]
+
+    def until_status(self, start: str, unit: str = AGENT) -> str:
+        def found() -> str | None:
+            text = self.status(unit)
+            return text if text.startswith(start) else None
+
+        try:
+            return until(found, f"{unit} on {self.name} to be {start!r}", PATIENCE_S)
+        except AssertionError as error:
+            log = self.journal(unit)
+            raise AssertionError(f"{error}; it was {self.status(unit)!r}:\n{log}") from None
+
+    def until_active(self, unit: str = AGENT) -> None:
+        def active() -> bool:
+            return self.show(unit, "ActiveState")["ActiveState"] == "active"
+
+        until(active, f"{unit} on {self.name} to be active", PATIENCE_S)
+
+    def main_pid(self, unit: str = AGENT) -> int:
+        return int(self.show(unit, "MainPID")["MainPID"])
+
+    def signal(self, number: signal.Signals, unit: str = AGENT) -> None:
+        """To the main process, by the kernel: systemd adds nothing to it."""
+        self.run("kill", f"-{number.name.removeprefix('SIG')}", str(self.main_pid(unit)))
+
+    def until_logged(self, text: str, unit: str = AGENT) -> None:
+        until(lambda: text in self.journal(unit), f"{text!r} from {self.name}", PATIENCE_S)
+
+    def journal(self, unit: str = AGENT) -> str:
+        """What was logged since ``clear``."""
+        words = [f"--after-cursor={self.cursor}"] if self.cursor else []
+        return self.run("journalctl", "--no-pager", "--output=cat", "--unit", unit, *words)
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        program = "import os,sys; p=sys.argv[1]; os.makedirs(os.path.dirname(p), exist_ok=True)"
+        program += "; open(p, 'w').write(sys.argv[2]); os.chmod(p, int(sys.argv[3]))"
+        self.run("python3", "-c", program, path, text, str(mode))
+
+    def configure(self, demotion: str, config: str = CONFIG) -> None:
+        """Settings with another demotion hook."""
+        path = "/etc/failover-agent/hooks/slow"
+        self.write(path, demotion, 0o755)
+        config = re.sub(r"(?m)^hook_secondary = .*", f'hook_secondary = ["{path}"]', config)
+        self.write("/etc/failover-agent/agent.toml", config)
+
+    def drop_in(self, text: str, unit: str = AGENT) -> None:
+        """For this host until it is ended by ``clear``."""
+        self.write(f"/run/systemd/system/{unit}.service.d/{secrets.token_hex(4)}.conf", text)
+        self.systemctl("daemon-reload")
+
+    def clear(self) -> None:
+        self.run("sh", "-c", "rm -rf /run/systemd/system/*.service.d")
+        self.write("/etc/failover-agent/agent.toml", CONFIG)
+        self.systemctl("daemon-reload")
+        self.systemctl("reset-failed")
+        last = self.run("journalctl", "--no-pager", "--lines=1", "--show-cursor", "--output=cat")
+        self.cursor = last.rpartition("-- cursor: ")[2].strip()
+
+    def state(self) -> dict[str, Any]:
+        text = self.run("sh", "-c", f"cat /run/failover-agent/line-7.{self.name}.json")
+        return dict(json.loads(text))
+
+
+def cell(stack: ExitStack, name: str) -> list[Path]:
+    """Control groups for one container: with two in one, systemd cannot tell their processes apart."""
+    made = []
+    for top in CGROUP_TOPS:
+        if (top / "cgroup.procs").exists():
+            made.append(top / f"failover-{name}-{secrets.token_hex(4)}")
+            made[-1].mkdir()
+            stack.callback(remove, made[-1])
+    return made
+
+
+def remove(cgroup: Path) -> None:
+    """With what is below; the kernel takes a moment to see that it is empty."""
+
+    def gone() -> bool:
+        for folder, _, _ in os.walk(cgroup, topdown=False):
+            with suppress(OSError):
+                Path(folder).rmdir()
+        return not cgroup.exists()
+
+    until(gone, f"{cgroup} to be empty")
+
+
+def boot(stack: ExitStack, root: Path, namespace: str, shared: Path, name: str) -> Host:
+    cells = cell(stack, name)
+    log = stack.enter_context((shared / f"{name}.log").open("wb"))
+    process = subprocess.Popen(
+        [
+            *(
+                "sh",
+                "-c",
+                'for c; do [ "$c" != -- ] || break; echo $$ > "$c"; shift; done; shift; exec "$@"',
+            ),
+            *("sh", *(str(cgroup / "cgroup.procs") for cgroup in cells), "--"),
+            *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", "--volatile=overlay"),
+            *("--register=no", "--keep-unit", f"--machine={name}-{secrets.token_hex(4)}"),
+            *(f"--hostname={name}", f"--network-namespace-path=/run/netns/{namespace}"),
+            *(f"--bind={shared}:/srv", "--console=read-only", "--link-journal=no"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+    )
+    stack.callback(process.wait, COMMAND_S)
+    stack.callback(process.kill)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def leader() -> int | None:
+        """Its process 1, which there is only after some forks."""
+        assert process.poll() is None, (shared / f"{name}.log").read_text()
+        for pid in map(int, children.read_text().split()):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
+                    return pid
+        return None
+
+    host = Host(name, until(leader, f"{name} to start"))
+    stack.callback(end, host.leader)
+
+    def booted() -> bool:
+        argv = ["nsenter", "-t", str(host.leader), "-a", "systemctl", "is-system-running"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=COMMAND_S)
+        return done.stdout.strip() in {"running", "degraded"}
+
+    until(booted, f"{name} to have booted", PATIENCE_S)
+    return host
+
+
+def end(leader: int) -> None:
+    """Process 1 of a container takes everything in it along."""
+    with suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGKILL)
+
+
+@dataclass
+class Plant:
+    """Two hosts of one group; the coordinator is on the first."""
+
+    a: Host
+    b: Host
+    written: Path
+
+    @property
+    def hosts(self) -> tuple[Host, Host]:
+        return self.a, self.b
+
+    def primary(self) -> tuple[Host, Host]:
+        """Who is primary, and who is not; waits until somebody is, and the other is ready."""
+
+        def found() -> tuple[Host, Host] | None:
+            one, other = self.hosts
+            said = one.status(), other.status()
+            if said[0].startswith("Primary") and said[1].startswith("Secondary"):
+                return one, other
+            if said[1].startswith("Primary") and said[0].startswith("Secondary"):
+                return other, one
+            return None
+
+        return until(found, "one primary and one secondary", PATIENCE_S)
+
+    def epochs(self) -> list[int]:
+        """Of every line that a workload wrote, in the order of the writing."""
+        return [int(line) for line in self.written.read_text().split()]
+
+    def until_written(self, after_epoch: int) -> None:
+        until(lambda: max(self.epochs(), default=0) > after_epoch, "the successor to work")
+
+    def check(self) -> None:
+        epochs = self.epochs()
+        assert epochs == sorted(epochs), "two were active"
+
+
+@pytest.fixture(scope="module")
+def booted(debian: Path) -> Iterator[Plant]:
+    with ExitStack() as stack:
+        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="failover-shared-")))
+        shared.chmod(0o755)
+        namespace = f"failover-{secrets.token_hex(4)}"
+        call("ip", "netns", "add", namespace)
+        stack.callback(call, "ip", "netns", "delete", namespace)
+        call("ip", "-n", namespace, "link", "set", "lo", "up")
+        a, b = (boot(stack, debian, namespace, shared, name) for name in ("host-a", "host-b"))
+        a.systemctl("start", COORDINATOR)
+        yield Plant(a, b, shared / "written")
+
+
+@pytest.fixture
+def plant(booted: Plant) -> Iterator[Plant]:
+    """Both agents have just been started, one is primary, and its workload writes."""
+    booted.written.write_text("")
+    for host in booted.hosts:
+        host.clear()
+        host.systemctl("restart", "--no-block", AGENT)
+    for host in booted.hosts:
+        host.until_active()
+    booted.primary()
+    booted.until_written(0)
+    yield booted
+    for host in booted.hosts:
+        host.systemctl("stop", AGENT)
+    booted.check()
+
+
+def test_ready_comes_after_joining_and_status_says_the_role_and_epoch(plant: Plant) -> None:
+    plant.b.systemctl("stop", AGENT)
+    plant.a.systemctl("stop", COORDINATOR, AGENT)
+    plant.b.systemctl("start", "--no-block", AGENT)
+    plant.b.until_status("starting, not yet in group line-7")
+    assert plant.b.show(AGENT, "ActiveState")["ActiveState"] == "activating"
+    plant.a.systemctl("start", COORDINATOR)
+    plant.b.until_active()
+    status = plant.b.until_status("Primary")
+    epoch = plant.b.state()["epoch"]
+    assert status == f"Primary of line-7 epoch={epoch} (confirmed by the coordinator)"
+    assert f'Status: "{status}"' in plant.b.systemctl("status", AGENT)
+
+
+def test_killed_the_guard_demotes_the_other_takes_over_and_systemd_restarts_it(
+    plant: Plant,
+) -> None:
+    one, other = plant.primary()
+    # Later than another is chosen: an agent that is back sooner goes on with its lease.
+    one.drop_in("[Service]\nRestartSec=6")
+    slow = "#!/bin/sh\nsleep 0.5\nexec /etc/failover-agent/hooks/systemd-unit\n"
+    one.configure(slow)
+    one.systemctl("reload", AGENT)
+    epoch = one.state()["epoch"]
+    one.signal(signal.SIGKILL)
+    one.until_logged("demotion hook /etc/failover-agent/hooks/slow ended: exit 0")
+    other.until_status("Primary")
+    plant.until_written(epoch)
+    one.until_status("Secondary")
+    assert one.show(AGENT, "NRestarts")["NRestarts"] == "1"
+    assert one.show(COLLECTOR, "ActiveState")["ActiveState"] == "inactive"
+
+
+def test_frozen_the_guard_demotes_before_another_is_chosen(plant: Plant) -> None:
+    one, other = plant.primary()
+    epoch = one.state()["epoch"]
+    one.signal(signal.SIGSTOP)
+    other.until_status("Primary")
+    one.until_logged("guard: the agent has not renewed its deadline")
+    plant.until_written(epoch)
+    one.until_status("Secondary")
+    assert one.show(AGENT, "NRestarts")["NRestarts"] == "1"
+
+
+def test_without_a_guard_systemds_watchdog_ends_a_frozen_agent(plant: Plant) -> None:
+    """Its workload is bound to the unit, so it ends with it."""
+    one, other = plant.primary()
+    one.drop_in("[Service]\nWatchdogSec=1\nEnvironment=FAILOVER_AGENT_GUARD=false\nKillMode=mixed")
+    one.systemctl("restart", AGENT)
+    other.until_status("Primary")
+    other.systemctl("stop", AGENT)
+    one.until_status("Primary")
+    one.signal(signal.SIGSTOP)
+    one.until_logged("Watchdog timeout (limit 1s)!")
+    until(lambda: one.show(AGENT, "NRestarts")["NRestarts"] == "1", "the restart", PATIENCE_S)
+    one.until_status("Primary")
+
+
+def test_a_reload_keeps_the_role_and_the_status(plant: Plant) -> None:
+    one, other = plant.primary()
+    before, pid = one.status(), one.main_pid()
+    one.write(
+        "/etc/failover-agent/agent.toml", CONFIG + "failover_score = 99\nprobe_listen = 'off'\n"
+    )
+    one.systemctl("reload", AGENT)
+    one.until_logged("configuration read again")
+    assert "settings not changed refused=['probe_listen']" in one.journal()
+    one.until_active()
+    assert (one.status(), one.main_pid()) == (before, pid)
+    assert other.status().startswith("Secondary")
+
+
+def test_a_stop_gets_the_time_that_its_demotion_needs(plant: Plant) -> None:
+    """TimeoutStopSec= of the unit is shorter; the agent has it extended, and hands over."""
+    one, other = plant.primary()
+    slow = "#!/bin/sh\nsystemctl stop collector\n[ $FAILOVER_OLD_ROLE = Secondary ] || sleep 3\n"
+    one.configure(
+        slow, CONFIG.replace("demote = 1", "demote = 6").replace("timeout = 3", "timeout = 12")
+    )
+    for host in plant.hosts:
+        host.systemctl("stop", AGENT)
+    plant.a.run(f"/{VENV}/bin/failover-agent", "groups", "delete", "line-7")
+    one.drop_in("[Service]\nTimeoutStopSec=1")
+    one.systemctl("start", AGENT)
+    one.until_status("Primary")
+    other.systemctl("start", AGENT)
+    began_at = time.monotonic()
+    one.systemctl("stop", AGENT)
+    assert time.monotonic() - began_at > 3
+    assert one.show(AGENT, "Result")["Result"] == "success"
+    other.until_status("Primary")
+    other.systemctl("stop", AGENT)
+    plant.a.run(f"/{VENV}/bin/failover-agent", "groups", "delete", "line-7")
+    plant.written.write_text("")  # a new group counts its epochs anew
+
+
+def test_a_fault_that_only_a_person_can_mend_is_not_tried_again(plant: Plant) -> None:
+    plant.b.write("/etc/failover-agent/agent.toml", CONFIG + "no_such_setting = 1\n")
+    plant.b.systemctl("stop", AGENT)
+    plant.b.systemctl("start", "--no-block", AGENT)
+    shown = ("ActiveState", "ExecMainStatus", "NRestarts")
+
+    def failed() -> bool:
+        return plant.b.show(AGENT, *shown)["ActiveState"] == "failed"
+
+    until(failed, "the unit to fail", PATIENCE_S)
+    assert plant.b.show(AGENT, *shown) == {
+        "ActiveState": "failed",
+        "ExecMainStatus": "11",
+        "NRestarts": "0",
+    }
+    assert "no_such_setting" in plant.b.journal()
+
+
+def test_the_coordinator_says_where_it_serves_and_keeps_what_it_promised(plant: Plant) -> None:
+    a = plant.a
+    assert a.status(COORDINATOR) == "serving at http://127.0.0.1:5470"
+    epoch = plant.primary()[0].state()["epoch"]
+    a.signal(signal.SIGKILL, COORDINATOR)
+    until(lambda: a.show(COORDINATOR, "NRestarts")["NRestarts"] == "1", "its restart", PATIENCE_S)
+    a.until_status("serving at", COORDINATOR)
+    assert plant.primary()[0].state()["epoch"] >= epoch
+    owner = a.run("stat", "--format=%U %a", "/var/lib/failover-coordinator")
+    assert owner.split() == ["failover-coordinator", "700"]
+
+
+def test_a_frozen_coordinator_is_ended_by_systemds_watchdog(plant: Plant) -> None:
+    a = plant.a
+    a.drop_in("[Service]\nWatchdogSec=1", COORDINATOR)
+    a.systemctl("restart", COORDINATOR)
+    a.signal(signal.SIGSTOP, COORDINATOR)
+    a.until_logged("Watchdog timeout (limit 1s)!", COORDINATOR)
+    a.until_status("serving at", COORDINATOR)
+    plant.primary()
+
+
+def test_one_instance_a_group_under_the_strict_drop_in_with_a_credential(plant: Plant) -> None:
+    b, unit = plant.b, f"{AGENT}@line-8"
+    b.write("/etc/failover-agent/line-8.toml", 'username = "collector"\n')
+    b.write("/etc/failover-agent/secrets/password", "secret\n", 0o600)
+    for name in ("agent-strict", "agent-credentials"):
+        b.drop_in((UNITS / f"examples/{name}.conf").read_text(), unit)
+    b.systemctl("start", "--no-block", unit)
+    b.until_status("Primary of line-8", unit)
+    assert b.run("ps", "-o", "user:20=", "-p", str(b.main_pid(unit))).strip() == AGENT
+    b.systemctl("stop", unit)
+    assert b.show(unit, "Result")["Result"] == "success"

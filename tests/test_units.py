@@ -1,0 +1,148 @@
+"""The units in systemd/: systemd itself has nothing to say of them, and what keeps them apart is meant."""
+
+import difflib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent.cli.main import main
+from agent.errors import ExitCode
+
+UNITS = Path(__file__).parents[1] / "systemd"
+EXAMPLES = UNITS / "examples"
+PROGRAMS = ("/opt/failover-agent/bin/failover-agent", "/usr/local/bin/collector")
+MOST = {"failover-coordinator": 1.3, "failover-agent": 3.7, "failover-agent@line-7": 3.7}
+"""`systemd-analyze security`: 0 is locked up, 10 is bare. The coordinator's goal is 2.0."""
+MOST_STRICT = 1.2
+LIMIT_S = 60
+AGAIN = {ExitCode.SESSION_IN_USE}
+
+
+def analyze(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """systemd-analyze with the units of ``folder``, before those of this machine."""
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("needs: systemd-analyze: apt-get install systemd")
+    return subprocess.run(
+        [tool, *words],
+        cwd=folder,
+        env={"SYSTEMD_UNIT_PATH": f"{folder}:", "PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Every unit, with programs that this machine has."""
+    for unit in [*UNITS.glob("*.service"), *EXAMPLES.glob("*.service")]:
+        text = unit.read_text()
+        for program in PROGRAMS:
+            text = text.replace(program, "/bin/true")
+        (tmp_path / unit.name).write_text(text)
+    return tmp_path
+
+
+def drop_in(folder: Path, example: Path) -> str:
+    """Add an example to the unit that its first line names; the unit's name."""
+    unit = re.search(r"system/([\w@-]+\.service)\.d/[\w-]+\.conf", example.read_text())
+    assert unit, f"{example.name} does not say where it goes"
+    (folder / f"{unit[1]}.d").mkdir(exist_ok=True)
+    shutil.copy(example, folder / f"{unit[1]}.d")
+    return unit[1]
+
+
+def test_systemd_has_nothing_to_say_of_the_units(folder: Path) -> None:
+    names = [re.sub("@", "@line-7", path.name) for path in folder.glob("*.service")]
+    assert len(names) == 4
+    result = analyze(folder, "verify", *(f"./{name}" for name in names))
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.conf")), ids=lambda path: path.stem)
+def test_systemd_has_nothing_to_say_of_an_example(folder: Path, example: Path) -> None:
+    unit = drop_in(folder, example)
+    result = analyze(folder, "verify", f"./{unit}")
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+def test_a_mistake_in_a_unit_is_found(folder: Path) -> None:
+    unit = folder / "failover-agent.service"
+    unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchDogSec="))
+    result = analyze(folder, "verify", f"./{unit.name}")
+    assert "WatchDogSec" in result.stderr
+
+
+@pytest.mark.parametrize(("unit", "most"), MOST.items())
+def test_a_unit_is_as_closed_as_its_work_allows(folder: Path, unit: str, most: float) -> None:
+    result = security(folder, f"{unit}.service", most)
+    assert result.returncode == 0, result.stdout
+
+
+def test_an_agent_without_privileged_hooks_can_be_far_more_closed(folder: Path) -> None:
+    drop_in(folder, EXAMPLES / "agent-strict.conf")
+    assert security(folder, "failover-agent.service", MOST_STRICT).returncode == 0
+
+
+def test_an_open_unit_is_over_the_threshold(folder: Path) -> None:
+    (folder / "open.service").write_text("[Service]\nExecStart=/bin/true\n")
+    assert security(folder, "open.service", max(MOST.values())).returncode != 0
+
+
+def security(folder: Path, unit: str, most: float) -> subprocess.CompletedProcess[str]:
+    threshold = f"--threshold={round(most * 10)}"  # tenths, by systemd-analyze(1)
+    return analyze(folder, "security", "--offline=true", threshold, "--no-pager", f"./{unit}")
+
+
+def test_the_template_differs_only_where_the_instance_is_named() -> None:
+    one, template = (
+        (UNITS / f"failover-agent{at}.service").read_text().splitlines() for at in ("", "@")
+    )
+    changed = {line for line in difflib.ndiff(one, template) if line[0] == "+"}
+    assert {line[2:].partition("=")[0] for line in changed if not line.startswith("+ #")} == {
+        "Description",
+        "ExecStart",
+    }
+
+
+@pytest.mark.parametrize("unit", ["failover-agent", "failover-coordinator"])
+def test_a_fault_of_the_configuration_is_not_tried_again(unit: str) -> None:
+    text = (UNITS / f"{unit}.service").read_text()
+    found = re.search(r"(?m)^RestartPreventExitStatus=(.*)", text)
+    assert found
+    codes = {ExitCode(int(word)) for word in found[1].split()}
+    assert not codes & AGAIN
+    faults = {ExitCode.CONFIG_FILE, ExitCode.CONFIG_UNKNOWN_KEY, ExitCode.CONFIG_VALUE}
+    if unit == "failover-agent":
+        faults |= {code for code in ExitCode if ExitCode.TIMING <= code <= ExitCode.STATE_FILE}
+        faults -= AGAIN
+    assert codes >= faults
+
+
+def test_a_stop_with_the_defaults_fits_into_the_unit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILOVER_AGENT_GROUP", "line-7")
+    assert main(["check-config", "--json"]) == 0
+    stop_s = json.loads(capsys.readouterr().out)["timing"]["longest_stop_s"]
+    text = (UNITS / "failover-agent.service").read_text()
+    assert 30 < stop_s < float(re.findall(r"(?m)^TimeoutStopSec=(.*)", text)[0])
+    monkeypatch.setenv("FAILOVER_AGENT_FAILOVER_TIMEOUT", "600")
+    assert main(["check-config"]) == 0  # R 390 + D 150, two requests of 10, 5 for left, 5 to close
+    assert capsys.readouterr().out.splitlines()[-1].startswith("# a stop takes at most 570 s: ")
+
+
+def test_the_users_that_units_name_are_made() -> None:
+    made = set(re.findall(r"(?m)^u ([\w-]+)", (UNITS / "sysusers.conf").read_text()))
+    named = {
+        name
+        for path in [*UNITS.glob("*.service"), *EXAMPLES.iterdir()]
+        for name in re.findall(r"(?m)^User=(.*)", path.read_text())
+    }
+    assert named == made
