@@ -229,9 +229,10 @@ class Host:
 def cell(stack: ExitStack, name: str) -> list[Path]:
     """Control groups for one container: with two in one, systemd cannot tell their processes apart."""
     made = []
+    name = f"failover-{name}-{secrets.token_hex(4)}"  # one for all: nspawn makes it in both
     for top in CGROUP_TOPS:
         if (top / "cgroup.procs").exists():
-            made.append(top / f"failover-{name}-{secrets.token_hex(4)}")
+            made.append(top / name)
             made[-1].mkdir()
             stack.callback(remove, made[-1])
     return made
