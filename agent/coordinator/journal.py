@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from agent.core.group_state import role_of
+from agent.core.roles import TRANSITIONS
 from agent.model import GroupKey, GroupRecord, HistoryEntry, Role
 from agent.ops.logs import Log
 
@@ -32,17 +33,20 @@ def log_role_changes(
         old, new = role_of(before, session_id), role_of(after, session_id)
         if old is new:
             continue
-        why = {
-            Role.PRIMARY: after.holder.why if after.holder else None,
-            Role.PENDING_PRIMARY: "chosen to take over",
-            Role.SECONDARY: ended.get(session_id, "not chosen any more"),
-        }[new]
-        log.info(
-            "role changed",
-            **names_of(key),
-            session=session_id,
-            before=old,
-            after=new,
-            epoch=after.epoch,
-            reason=why,
-        )
+        # One decision may end a tenure and choose the same session again: by way of Secondary.
+        for step in (new,) if (old, new) in TRANSITIONS else (Role.SECONDARY, new):
+            why = {
+                Role.PRIMARY: after.holder.why if after.holder else None,
+                Role.PENDING_PRIMARY: "chosen to take over",
+                Role.SECONDARY: ended.get(session_id, "not chosen any more"),
+            }[step]
+            log.info(
+                "role changed",
+                **names_of(key),
+                session=session_id,
+                before=old,
+                after=step,
+                epoch=after.epoch,
+                reason=why,
+            )
+            old = step
