@@ -169,6 +169,7 @@ def configure(level: str, form: Form, *, access_log: bool = False) -> None:
     for name in UVICORN:
         logger = logging.getLogger(name)
         logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)  # whatever a server before has set
         logger.propagate = access_log or name != "uvicorn.access"
     for name in A_LINE_PER_REQUEST:
         logging.getLogger(name).setLevel(logging.WARNING)
