@@ -166,7 +166,9 @@ def try_hook(
     spec.check()
     grace_s = min(GRACE_SHARE * settings.timing.demote_s, LONGEST_GRACE_S)
     if deadline_s is None:
-        limit_s = settings.timing.demote_s if event == "secondary" else settings.hook_limit
+        limit_s = (
+            settings.timing.demote_s if event == "secondary" else settings.hook_limit_of(event)
+        )
         deadline_s = limit_s if event in NOTIFICATIONS else max(0.0, limit_s - grace_s)
     clock = Clock()
     facts = facts_of(

@@ -9,10 +9,14 @@ It knows the wanted role, the last completed role and the one hook that runs. Ru
 - A role without a hook is completed by wanting it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from agent.core.effects import Effect, HookFacts, KillHook, StartHook, TermHook
 from agent.model import Role
+
+NO_LIMITS: Mapping[Role, float] = MappingProxyType({})
 
 RETRY_SHARE = 0.1
 """A failed demotion hook is tried again after this share of its budget: often enough to matter,
@@ -38,10 +42,23 @@ class Executor:
     After each call of ``want`` and ``ended``, and when ``wake_at`` has come, call ``step``.
     """
 
-    def __init__(self, hooks: frozenset[Role], *, limit_s: float) -> None:
-        """Make one for the roles that have a hook; a promotion hook may take ``limit_s`` seconds."""
+    def __init__(
+        self,
+        hooks: frozenset[Role],
+        *,
+        limit_s: float,
+        limits_s: Mapping[Role, float] = NO_LIMITS,
+    ) -> None:
+        """Make one for the roles that have a hook.
+
+        Args:
+            hooks: the roles that have one.
+            limit_s: how long a promotion hook may take, in seconds.
+            limits_s: the same for single roles, where that is another.
+        """
         self._hooks = hooks
         self._limit_s = limit_s
+        self._limits_s = limits_s
         self._runs = 0
         self._running: _Run | None = None
         self._facts: HookFacts | None = None
@@ -54,10 +71,13 @@ class Executor:
         """The last role whose hook succeeded, or None: unknown, demotion is owed."""
         self.promotion_failed: str | None = None
 
-    def reconfigure(self, hooks: frozenset[Role], *, limit_s: float) -> None:
-        """Other hooks, or another limit, from the next start on."""
+    def reconfigure(
+        self, hooks: frozenset[Role], *, limit_s: float, limits_s: Mapping[Role, float]
+    ) -> None:
+        """Other hooks, or other limits, from the next start on."""
         self._hooks = hooks
         self._limit_s = limit_s
+        self._limits_s = limits_s
 
     @property
     def settled(self) -> bool:
@@ -150,7 +170,8 @@ class Executor:
     def _start(self, role: Role, now: float) -> StartHook:
         assert self._facts is not None  # noqa: S101 - nothing is wanted without facts
         self._runs += 1
-        kill_at = self.by if role is Role.SECONDARY else now + self._limit_s
+        limit_s = self._limits_s.get(role, self._limit_s)
+        kill_at = self.by if role is Role.SECONDARY else now + limit_s
         term_at = max(now, kill_at - self._grace_s)
         self._running = _Run(self._runs, role, term_at, kill_at)
         old_role = _BEFORE.get(role, self._facts.old_role)

@@ -12,7 +12,8 @@ Rules of this file:
 - The caller calls ``step(Tick(), now)`` when ``wake_at`` has come, and has exactly one timer.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -43,7 +44,7 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.executor import Executor
+from agent.core.executor import NO_LIMITS, Executor
 from agent.core.roles import check_transition
 from agent.core.timing import Timing
 from agent.errors import ExitCode
@@ -83,6 +84,7 @@ class Options:
         session_id: its own id, to find itself in a status.
         hooks: the roles that have a hook.
         hook_limit_s: how long a promotion hook may take.
+        hook_limits_s: the same for single roles, where that is another.
         cooldown_s: wait after a failed promotion; doubles with each in a row.
         cooldown_limit_s: and grows no further than this.
         jitter: from 0 to 1, drawn once by the caller, different for each process.
@@ -91,6 +93,7 @@ class Options:
     session_id: str
     hooks: frozenset[Role] = frozenset()
     hook_limit_s: float = 30.0
+    hook_limits_s: Mapping[Role, float] = field(default_factory=lambda: NO_LIMITS)
     cooldown_s: float = 5.0
     cooldown_limit_s: float = 300.0
     jitter: float = 0.0
@@ -130,7 +133,9 @@ class Session:
         """R: the moment at which demotion starts if no answer extends it."""
         self.sent_at = float("-inf")
         """When the heartbeat was sent that the lease is counted from."""
-        self._executor = Executor(options.hooks, limit_s=options.hook_limit_s)
+        self._executor = Executor(
+            options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
+        )
         self._reason = ""
         self._old_role = Role.SECONDARY
         self._demoting = False
@@ -168,7 +173,9 @@ class Session:
     def reconfigure(self, options: Options) -> None:
         """Use other options from now on; a hook that runs keeps its limit."""
         self.options = options
-        self._executor.reconfigure(options.hooks, limit_s=options.hook_limit_s)
+        self._executor.reconfigure(
+            options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
+        )
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
         """What one event makes necessary, in order.

@@ -34,7 +34,7 @@ from agent.core.events import Event, Fitness, HookEnded, Stalled, Stop, Tick
 from agent.core.session import Options, Phase, Session
 from agent.daemon.budget import LEFT_S, longest_stop_s
 from agent.daemon.requests import Requests
-from agent.daemon.runs import Runs
+from agent.daemon.runs import EVENTS, Runs
 from agent.daemon.vitals import Snapshot, Tally
 from agent.drivers.checks import Checks, Health
 from agent.drivers.guardian import Arming, Guardian
@@ -86,8 +86,11 @@ RELOADABLE = frozenset(
         "hook_left",
         "hook_limit",
         "hook_lost",
+        "hook_notification_limit",
         "hook_pending_primary",
+        "hook_pending_primary_limit",
         "hook_primary",
+        "hook_primary_limit",
         "hook_retries",
         "hook_secondary",
         "hook_user",
@@ -182,6 +185,10 @@ class Daemon:
             session_id=self.session_id,
             hooks=self._runs.roles,
             hook_limit_s=settings.hook_limit,
+            hook_limits_s={
+                role: settings.hook_limit_of(EVENTS[role])
+                for role in (Role.PENDING_PRIMARY, Role.PRIMARY)
+            },
             cooldown_s=settings.cooldown,
             cooldown_limit_s=settings.cooldown_limit,
             jitter=jitter,

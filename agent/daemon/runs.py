@@ -92,7 +92,7 @@ class Runs:
         self._groups_changed = groups_changed
         self._runner = HookRunner(clock)
         self._specs = specs_of(settings)
-        self.notifier = Notifier(self._runner, self._specs, settings.hook_limit)
+        self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self._runs: dict[int, _Run] = {}
         self._of_tenure: list[HookRun] = []
         self.workload: Workload | None = None
@@ -123,6 +123,7 @@ class Runs:
             spec.check()
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
+        self.notifier.limit_s = settings.hook_limit_of("joined")
 
     @property
     def running_groups(self) -> tuple[int, ...]:

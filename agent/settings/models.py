@@ -229,6 +229,21 @@ class AgentSettings(Settings):
         description="How long a promotion hook may take before it is killed and counts as failed"
         " (a demotion has the time that demote gives). 30 s: most services start in less.",
     )
+    hook_pending_primary_limit: Duration | None = Field(
+        None,
+        description="The same for hook_pending_primary alone. Not set: hook_limit.",
+        examples=[10],
+    )
+    hook_primary_limit: Duration | None = Field(
+        None,
+        description="The same for hook_primary alone. Not set: hook_limit.",
+        examples=[60],
+    )
+    hook_notification_limit: Duration | None = Field(
+        None,
+        description="The same for each of hook_joined, hook_lost and hook_left. Not set: hook_limit.",
+        examples=[5],
+    )
     hook_retries: Retries = Field(
         0,
         description="How often a step of a promotion hook that failed is tried again, half a second"
@@ -378,6 +393,14 @@ class AgentSettings(Settings):
         " Not set: no such gate.",
         examples=[60],
     )
+
+    def hook_limit_of(self, event: str) -> float:
+        """How long the hook of an event may take, in seconds; a demotion's is the lease's (R4)."""
+        own = {
+            "pending_primary": self.hook_pending_primary_limit,
+            "primary": self.hook_primary_limit,
+        }.get(event, self.hook_notification_limit)
+        return self.hook_limit if own is None else own
 
     @property
     def budget(self) -> Budget:

@@ -338,3 +338,17 @@ def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
             watch.end(ok=False)
     assert executor.settled or executor.overdue(bench.now)
     assert bench.now <= end + 1e-9
+
+
+def test_r11_a_role_may_have_a_limit_of_its_own() -> None:
+    facts = HookFacts(P, W, 1, "for the test", None, None, LIMIT)
+    executor = Executor(frozenset(Role), limit_s=LIMIT, limits_s={P: 2 * LIMIT})
+    executor.completed = executor.wanted = S
+    executor.want(facts, 100.0, grace_s=GRACE)
+    (pending,) = executor.step(100.0)
+    assert isinstance(pending, StartHook)
+    assert pending.facts.limit_s == LIMIT - GRACE
+    executor.ended(pending.run, ok=True, why="exit 0", now=100.0)
+    (primary,) = executor.step(100.0)
+    assert isinstance(primary, StartHook)
+    assert primary.facts.limit_s == 2 * LIMIT - GRACE
