@@ -172,6 +172,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self._promotion: HookFacts | None = None
         self._unfit: dict[str, str] = {}
+        self._shown_at = float("-inf")
         self._exit: ExitCode | None = None
         self._workload_status = 0
         self._escalated = False
@@ -459,7 +460,10 @@ class Daemon:
         return self._inbox.get_nowait()
 
     def _show_life(self) -> None:
-        self._notify.watchdog()
+        watchdog_s, now = self._notify.watchdog_s, self._clock.boottime()
+        if watchdog_s is not None and now - self._shown_at >= watchdog_s / 4:
+            self._shown_at = now  # not at each turn: the queue of whoever listens is short
+            self._notify.watchdog()
         if self._guardian is not None:
             self._guardian.check()
         if self._watchdog is not None:

@@ -131,6 +131,7 @@ def test_checks_that_have_no_result_yet_do_not_cost_the_role(stage: Stage) -> No
     script.chmod(0o700)
     slow = check("slow", str(script)).replace("0.5", "20") + "limit = 20\n"
     host.file.write_text(slow)
+    host.told()  # its socket holds few messages, and has waited for the other agent's start
     host.agent.send(signal.SIGHUP)
     until(lambda: "RELOADING=1" in host.told(), "the reload to begin")
     began = time.monotonic()
