@@ -118,7 +118,7 @@ class SessionRecord:
 
     Attributes:
         override_until: when the override ends (wall clock), or None for never.
-        override_order: the group's revision when the override was set; the newest one wins.
+        override_order: grows with each override that is set in the group; the highest one wins.
     """
 
     config: SessionConfig

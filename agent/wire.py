@@ -549,7 +549,7 @@ class ClientSession(_Shape):
     ] = None
     Role: Annotated[WireRole | None, Field(description=_A_ROLE)] = None
     HeartbeatPosted: Annotated[
-        bool | None, Field(description="A boolean: whether a heartbeat ever came.")
+        bool | None, Field(description="A boolean: whether a heartbeat came since the start.")
     ] = None
     RoleOverride: Annotated[WireOverride | None, Field(description=_AN_OVERRIDE)] = None
     RoleOverrideExpirationTime: Expiration = None

@@ -108,7 +108,7 @@ class Phase(StrEnum):
     """It is not registered (any more); a lease that it has goes on."""
     MEMBER = "member"
     COOLING = "cooling"
-    """It has left a server without epochs, after a promotion failed."""
+    """It has left the group after a promotion failed: there was no epoch to release and hold off by."""
     STOPPING = "stopping"
     RELEASING = "releasing"
     LEAVING = "leaving"

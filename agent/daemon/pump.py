@@ -473,7 +473,8 @@ class Daemon:
         self._arm_guard()  # before a hook starts that it would have to undo
         for effect in effects:
             self._do(effect)
-        self._arm_guard()
+        if effects:  # an idle turn has changed nothing that the guard was not told just now
+            self._arm_guard()
         self._write_state()
 
     def _do(self, effect: Effect) -> None:  # noqa: C901 - an arm an effect
