@@ -14,11 +14,11 @@ RUN apt-get update \
 WORKDIR /src
 COPY requirements/build.txt requirements/image.txt requirements/
 RUN python3 -m venv /opt/build \
-    && /opt/build/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: \
-        -r requirements/build.txt \
+    && /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes \
+        --only-binary=:all: -r requirements/build.txt \
     && python3 -m venv --without-pip /opt/failover-agent \
     && /opt/build/bin/pip --python /opt/failover-agent/bin/python install --no-cache-dir \
-        --require-hashes --only-binary=:all: -r requirements/image.txt
+        --no-deps --require-hashes --only-binary=:all: -r requirements/image.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY agent agent
 RUN /opt/build/bin/python -m hatchling build --target wheel --directory /wheel \

@@ -5,8 +5,12 @@ PYTHON ?= python3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
-# Wheels only: building from source would fetch build tools that no lock names.
-INSTALL := $(PIP) install --require-hashes --only-binary=:all: --progress-bar=off
+# Wheels only: building from source would fetch build tools that no lock names. Nothing but what a lock
+# names: left to itself, pip looks at newer versions of what an extra asks for ("coverage[toml]"), and
+# then refuses them for having no hash.
+INSTALL := $(PIP) install --no-deps --require-hashes --only-binary=:all: --progress-bar=off
+COMPLETE = lacking=$$($(BIN)/python -m pip check) || \
+  { echo "$$lacking; requirements/ is older than pyproject.toml: make lock" >&2; exit 1; }
 # Tests and benchmarks see the installed wheel, and so does every process that they start; without
 # this, agent/ of the checkout would hide it.
 INSTALLED := PYTHONSAFEPATH=1
@@ -67,6 +71,7 @@ clean:  ## remove all that was made here
 .venv/.dev: .venv/.runtime
 	@echo "installing requirements/dev.txt into .venv"
 	@$(INSTALL) -r requirements/dev.txt
+	@$(COMPLETE)
 	@touch $@
 
 # Changes when a source is added, removed or renamed, which no file's own time shows.
@@ -78,6 +83,5 @@ clean:  ## remove all that was made here
 	@rm -rf build/wheel
 	@$(BIN)/python -m hatchling build --target wheel --directory build/wheel
 	@$(PIP) install --no-deps --no-index --force-reinstall build/wheel/*.whl
-	@lacking=$$($(BIN)/python -m pip check) || \
-	  { echo "$$lacking; requirements/ is older than pyproject.toml: make lock" >&2; exit 1; }
+	@$(COMPLETE)
 	@touch $@
