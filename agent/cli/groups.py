@@ -7,7 +7,6 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent import wire
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, sources
 from agent.cli.remote import ask, id_argument, print_json, table
 from agent.cli.status import print_sessions, status_rows
@@ -21,6 +20,7 @@ from agent.model import (
     SessionView,
 )
 from agent.settings import AgentSettings
+from agent.wire import shapes
 
 RECENT = 10
 """Tenures that ``show`` prints: what has happened lately fits on a screen."""
@@ -45,7 +45,7 @@ def list_groups(*, as_json: bool, **given: Any) -> int:
         lambda client, timeout_s: client.groups(timeout_s=timeout_s),
     )
     if as_json:
-        print_json([wire.GroupConfiguration.of(group) for group in groups])
+        print_json([shapes.GroupConfiguration.of(group) for group in groups])
     else:
         table(
             ("group", "name", "failover timeout", "description"),
@@ -78,7 +78,7 @@ def create(
         settings, lambda client, timeout_s: client.create_group(wanted, timeout_s=timeout_s)
     )
     if as_json:
-        print_json(wire.GroupConfiguration.of(group))
+        print_json(shapes.GroupConfiguration.of(group))
     else:
         click.echo(f"group {group.id} is there, failover timeout {group.lease_s:g} s")
     return 0
@@ -87,10 +87,10 @@ def create(
 class Report(BaseModel):
     """What ``groups show --json`` prints: the API's own shapes. A plain v1 server has no history."""
 
-    Group: wire.GroupConfiguration
-    Status: wire.GroupStatus
-    Sessions: list[wire.ClientSession]
-    History: list[wire.HistoryEntry] | None
+    Group: shapes.GroupConfiguration
+    Status: shapes.GroupStatus
+    Sessions: list[shapes.ClientSession]
+    History: list[shapes.HistoryEntry] | None
 
 
 @command.command("show")
@@ -114,12 +114,12 @@ def show(*, group_id: str, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(
             Report(
-                Group=wire.GroupConfiguration.of(group),
-                Status=wire.GroupStatus.of(status),
-                Sessions=[wire.ClientSession.of(view) for view in sessions],
+                Group=shapes.GroupConfiguration.of(group),
+                Status=shapes.GroupStatus.of(status),
+                Sessions=[shapes.ClientSession.of(view) for view in sessions],
                 History=None
                 if history is None
-                else [wire.HistoryEntry.of(tenure) for tenure in history],
+                else [shapes.HistoryEntry.of(tenure) for tenure in history],
             )
         )
         return 0

@@ -32,7 +32,7 @@ from agent.errors import ConfigError, ExitCode
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.settings import AgentSettings
-from agent.wire import parse_date_time
+from agent.wire.scalars import parse_date_time
 
 NEW_ROLE = {"pending_primary": Role.PENDING_PRIMARY, "primary": Role.PRIMARY}
 OLD_ROLE = {

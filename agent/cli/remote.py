@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agent import wire
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
 from agent.errors import ServerError
 from agent.settings import AgentSettings, check_id
+from agent.wire import shapes
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 
 def print_json(value: BaseModel | list[BaseModel]) -> None:
     """The shapes of the API, as it would send them, with roles as names."""
-    click.echo(wire.to_json(value, enum_names=True).decode())
+    click.echo(shapes.to_json(value, enum_names=True).decode())
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -6,19 +6,19 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent import wire
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, sources
 from agent.cli.remote import ask, id_argument, print_json, table
 from agent.drivers.rest import RestClient
 from agent.model import GroupStatus, SessionView
 from agent.settings import AgentSettings
+from agent.wire import shapes
 
 
 class Report(BaseModel):
     """What ``status --json`` prints: the API's own shapes."""
 
-    Status: wire.GroupStatus
-    Sessions: list[wire.ClientSession]
+    Status: shapes.GroupStatus
+    Sessions: list[shapes.ClientSession]
 
 
 @click.command("status")
@@ -40,8 +40,8 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(
             Report(
-                Status=wire.GroupStatus.of(status),
-                Sessions=[wire.ClientSession.of(view) for view in sessions],
+                Status=shapes.GroupStatus.of(status),
+                Sessions=[shapes.ClientSession.of(view) for view in sessions],
             )
         )
     else:

@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agent import wire
 from agent.coordinator.auth import Authenticator, Caller, allowed
 from agent.coordinator.calls import ROUTES, Answer, Call, get_status
 from agent.coordinator.metrics import Metrics
@@ -37,6 +36,7 @@ from agent.errors import (
 )
 from agent.model import AccessList, GroupKey, Instant, Right
 from agent.ops.logs import Log
+from agent.wire import shapes
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -148,7 +148,8 @@ class Api:
                 body = route.body.model_validate_json(text)
             except ValidationError as error:
                 raise Invalid(
-                    f"{wire.explain_request(error)}.", f"{route.body.__name__} is in /openapi.json."
+                    f"{shapes.explain_request(error)}.",
+                    f"{route.body.__name__} is in /openapi.json.",
                 ) from None
         call = Call(
             self._coordinator,
@@ -248,7 +249,7 @@ class Api:
         if body is None:
             body = b""
         elif not isinstance(body, bytes):
-            body = wire.to_json(body, enum_names=self._role_names)
+            body = shapes.to_json(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
@@ -280,7 +281,7 @@ def _error(
     operation_id: str,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Answer:
-    body = wire.ErrorResponse(
+    body = shapes.ErrorResponse(
         OperationId=operation_id,
         Error=kind,
         Reason=refusal.reason,

@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from agent import __version__, wire
+from agent import __version__
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import CLOUD, DEFAULT_PLACE, Parameter, Result, Route
 from agent.coordinator.service import LONGEST_WAIT_S, Coordinator
 from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
+from agent.wire import scalars, shapes
 
 MOST_LISTED = 1000
 """The largest page of a list, some hundred kilobytes: making it keeps heartbeats waiting."""
@@ -117,7 +118,7 @@ async def openapi(call: Call) -> Answer:
 
 async def get_version(_call: Call) -> Answer:
     """The version of the service."""
-    return Answer(body=wire.Version(Version=__version__))
+    return Answer(body=shapes.Version(Version=__version__))
 
 
 # -- groups -----------------------------------------------------------------------------------
@@ -128,19 +129,19 @@ async def list_groups(call: Call) -> Answer:
     total, groups = call.coordinator.groups(
         *call.place, call.query["skip"], call.query["count"], call.may_read
     )
-    return Answer(body=[wire.GroupConfiguration.of(g) for g in groups], headers=_total(total))
+    return Answer(body=[shapes.GroupConfiguration.of(g) for g in groups], headers=_total(total))
 
 
 async def create_group(call: Call) -> Answer:
     """Make a group, or find that it is there."""
     config = call.body.to_model()
     known, created = await call.coordinator.create_group(GroupKey(*call.place, config.id), config)
-    return Answer(201 if created else 200, wire.GroupConfiguration.of(known))
+    return Answer(201 if created else 200, shapes.GroupConfiguration.of(known))
 
 
 async def get_group(call: Call) -> Answer:
     """A group's configuration."""
-    return Answer(body=wire.GroupConfiguration.of(call.coordinator.group(call.key)))
+    return Answer(body=shapes.GroupConfiguration.of(call.coordinator.group(call.key)))
 
 
 async def delete_group(call: Call) -> Answer:
@@ -156,14 +157,14 @@ async def get_status(call: Call) -> Answer:
         status = call.coordinator.status(call.key)
     else:
         status = await call.coordinator.wait_status(call.key, after, call.query["wait"])
-    return Answer(body=wire.GroupStatus.of(status))
+    return Answer(body=shapes.GroupStatus.of(status))
 
 
 async def get_history(call: Call) -> Answer:
     """Who was primary, and why, newest first."""
     skip, count = call.query["skip"], call.query["count"]
     total, entries = await call.coordinator.history(call.key, skip, count)
-    return Answer(body=[wire.HistoryEntry.of(e) for e in entries], headers=_total(total))
+    return Answer(body=[shapes.HistoryEntry.of(e) for e in entries], headers=_total(total))
 
 
 async def get_group_access(call: Call) -> Answer:
@@ -171,7 +172,7 @@ async def get_group_access(call: Call) -> Answer:
     acl = call.coordinator.group_access(call.key)
     if acl is None:
         acl = await call.coordinator.access(*call.place)
-    return Answer(body=wire.AccessControlList.of(acl or AccessList()))
+    return Answer(body=shapes.AccessControlList.of(acl or AccessList()))
 
 
 async def put_group_access(call: Call) -> Answer:
@@ -183,7 +184,7 @@ async def put_group_access(call: Call) -> Answer:
 async def get_access(call: Call) -> Answer:
     """The access-control list of a namespace's groups; empty if none was ever set."""
     acl = await call.coordinator.access(*call.place)
-    return Answer(body=wire.AccessControlList.of(acl or AccessList()))
+    return Answer(body=shapes.AccessControlList.of(acl or AccessList()))
 
 
 async def put_access(call: Call) -> Answer:
@@ -198,19 +199,21 @@ async def put_access(call: Call) -> Answer:
 async def list_sessions(call: Call) -> Answer:
     """The sessions of a group, by id."""
     sessions = call.coordinator.sessions(call.key)
-    return Answer(body=[wire.ClientSession.of(s) for s in sessions], headers=_total(len(sessions)))
+    return Answer(
+        body=[shapes.ClientSession.of(s) for s in sessions], headers=_total(len(sessions))
+    )
 
 
 async def create_session(call: Call) -> Answer:
     """Join a group, or find that one has joined."""
     view, created = await call.coordinator.add_session(call.key, call.body.to_model())
-    return Answer(201 if created else 200, wire.ClientSession.of(view))
+    return Answer(201 if created else 200, shapes.ClientSession.of(view))
 
 
 async def get_session(call: Call) -> Answer:
     """One session."""
     view = call.coordinator.session(call.key, call.values["sessionId"])
-    return Answer(body=wire.ClientSession.of(view))
+    return Answer(body=shapes.ClientSession.of(view))
 
 
 async def delete_session(call: Call) -> Answer:
@@ -221,7 +224,7 @@ async def delete_session(call: Call) -> Answer:
 
 async def post_heartbeat(call: Call) -> Answer:
     """Say that one is alive, and hear which role one has."""
-    body: wire.HeartbeatRequest = call.body
+    body: shapes.HeartbeatRequest = call.body
     beat = Beat(
         call.values["sessionId"],
         body.FailoverScore,
@@ -230,7 +233,7 @@ async def post_heartbeat(call: Call) -> Answer:
         body.Epoch,
     )
     answer = await call.coordinator.beat(call.key, beat)
-    return Answer(body=wire.HeartbeatResponse.of(answer))
+    return Answer(body=shapes.HeartbeatResponse.of(answer))
 
 
 async def set_override(call: Call) -> Answer:
@@ -242,12 +245,12 @@ async def set_override(call: Call) -> Answer:
     session_id = call.values["sessionId"]
     await call.coordinator.apply(call.key, SetOverride(session_id, call.body.Value, until))
     record = call.coordinator.session(call.key, session_id).record
-    return Answer(body=wire.RoleOverrideResponse.of(record))
+    return Answer(body=shapes.RoleOverrideResponse.of(record))
 
 
 async def release_role(call: Call) -> Answer:
     """Say that one has demoted: the next one may be promoted now."""
-    body: wire.ReleaseRequest = call.body
+    body: shapes.ReleaseRequest = call.body
     await call.coordinator.apply(
         call.key,
         ReleaseRole(
@@ -277,7 +280,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _wait(text: str) -> float:
-    ticks = wire.parse_time_span(text)
+    ticks = scalars.parse_time_span(text)
     if ticks < 0:
         raise ValueError("it must not be negative")
     return ticks / TICKS_PER_SECOND
@@ -342,14 +345,14 @@ ROUTES: tuple[Route, ...] = (
         "",
         get_version,
         "The version of the service",
-        (Result(200, "The version", wire.Version),),
+        (Result(200, "The version", shapes.Version),),
     ),
     Route(
         "GET",
         "/groups",
         list_groups,
         "List groups",
-        (Result(200, "A page of groups", wire.GroupConfiguration, many=True),),
+        (Result(200, "A page of groups", shapes.GroupConfiguration, many=True),),
         query=PAGE,
     ),
     Route(
@@ -358,11 +361,11 @@ ROUTES: tuple[Route, ...] = (
         create_group,
         "Create a group",
         (
-            Result(201, "Created", wire.GroupConfiguration),
-            Result(200, "It existed, with the same configuration", wire.GroupConfiguration),
+            Result(201, "Created", shapes.GroupConfiguration),
+            Result(200, "It existed, with the same configuration", shapes.GroupConfiguration),
         ),
         right=Right.WRITE,
-        body=wire.GroupRequest,
+        body=shapes.GroupRequest,
         refusals=(409,),
     ),
     Route(
@@ -370,7 +373,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP,
         get_group,
         "Read a group",
-        (Result(200, "The group", wire.GroupConfiguration),),
+        (Result(200, "The group", shapes.GroupConfiguration),),
         refusals=(404,),
     ),
     Route(
@@ -387,7 +390,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP + "/status",
         get_status,
         "Read who is primary, or wait for a change",
-        (Result(200, "The status", wire.GroupStatus),),
+        (Result(200, "The status", shapes.GroupStatus),),
         refusals=(404,),
         query=WAIT,
     ),
@@ -396,7 +399,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP + "/history",
         get_history,
         "List the tenures of primaries, newest first",
-        (Result(200, "A page of tenures", wire.HistoryEntry, many=True),),
+        (Result(200, "A page of tenures", shapes.HistoryEntry, many=True),),
         refusals=(404,),
         query=PAGE,
     ),
@@ -405,7 +408,7 @@ ROUTES: tuple[Route, ...] = (
         ACCESS,
         get_group_access,
         "Read the access-control list of a group",
-        (Result(200, "The list in force", wire.AccessControlList),),
+        (Result(200, "The list in force", shapes.AccessControlList),),
         refusals=(404,),
     ),
     Route(
@@ -415,7 +418,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a group",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=wire.AccessControlRequest,
+        body=shapes.AccessControlRequest,
         refusals=(404,),
     ),
     Route(
@@ -423,7 +426,7 @@ ROUTES: tuple[Route, ...] = (
         NAMESPACE_ACCESS,
         get_access,
         "Read the access-control list of a namespace's groups",
-        (Result(200, "The list", wire.AccessControlList),),
+        (Result(200, "The list", shapes.AccessControlList),),
         bases=(CLOUD,),
     ),
     Route(
@@ -433,7 +436,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a namespace's groups",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=wire.AccessControlRequest,
+        body=shapes.AccessControlRequest,
         bases=(CLOUD,),
     ),
     Route(
@@ -441,7 +444,7 @@ ROUTES: tuple[Route, ...] = (
         SESSIONS,
         list_sessions,
         "List the sessions of a group",
-        (Result(200, "All sessions", wire.ClientSession, many=True),),
+        (Result(200, "All sessions", shapes.ClientSession, many=True),),
         refusals=(404,),
     ),
     Route(
@@ -450,11 +453,11 @@ ROUTES: tuple[Route, ...] = (
         create_session,
         "Join a group",
         (
-            Result(201, "Created", wire.ClientSession),
-            Result(200, "It existed, with the same configuration", wire.ClientSession),
+            Result(201, "Created", shapes.ClientSession),
+            Result(200, "It existed, with the same configuration", shapes.ClientSession),
         ),
         right=Right.WRITE,
-        body=wire.SessionRequest,
+        body=shapes.SessionRequest,
         refusals=(404, 409),
     ),
     Route(
@@ -462,7 +465,7 @@ ROUTES: tuple[Route, ...] = (
         SESSION,
         get_session,
         "Read a session",
-        (Result(200, "The session", wire.ClientSession),),
+        (Result(200, "The session", shapes.ClientSession),),
         refusals=(404,),
     ),
     Route(
@@ -479,9 +482,9 @@ ROUTES: tuple[Route, ...] = (
         SESSION + "/heartbeat",
         post_heartbeat,
         "Send a heartbeat",
-        (Result(200, "The role from now on", wire.HeartbeatResponse),),
+        (Result(200, "The role from now on", shapes.HeartbeatResponse),),
         right=Right.WRITE,
-        body=wire.HeartbeatRequest,
+        body=shapes.HeartbeatRequest,
         refusals=(404, 429),
     ),
     Route(
@@ -489,9 +492,9 @@ ROUTES: tuple[Route, ...] = (
         SESSION + "/roleoverride",
         set_override,
         "Override the choice of the primary",
-        (Result(200, "The override", wire.RoleOverrideResponse),),
+        (Result(200, "The override", shapes.RoleOverrideResponse),),
         right=Right.WRITE,
-        body=wire.RoleOverrideRequest,
+        body=shapes.RoleOverrideRequest,
         refusals=(404,),
     ),
     Route(
@@ -501,7 +504,7 @@ ROUTES: tuple[Route, ...] = (
         "Give the role of primary back",
         (Result(204, "It is released"),),
         right=Right.WRITE,
-        body=wire.ReleaseRequest,
+        body=shapes.ReleaseRequest,
         refusals=(404,),
     ),
 )

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made of the route table and of the shapes of wire.py: no second list."""
+"""The OpenAPI 3.1 document, made of the route table and of the shapes of shapes.py: no second list."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import to_json
 
-from agent import __version__, wire
+from agent import __version__
 from agent.coordinator.routes import BASES, CLOUD, Result, Route
+from agent.wire import shapes
 
 ABOUT = (
     "Groups of clients of which exactly one is primary. Path literals match in any letter case, and"
@@ -79,7 +80,7 @@ def document(routes: Sequence[Route], schemes: Sequence[str]) -> bytes:
     for route in routes:
         for path in route.paths:
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, schemes)
-    components: dict[str, Any] = {"schemas": wire.component_schemas()}
+    components: dict[str, Any] = {"schemas": shapes.component_schemas()}
     if schemes:
         components["securitySchemes"] = {name: SECURITY[name] for name in schemes}
     return to_json(
@@ -138,7 +139,7 @@ def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
 
 
 def _parameters(route: Route, path: str) -> list[dict[str, Any]]:
-    schema = TypeAdapter(wire.Id).json_schema()
+    schema = TypeAdapter(shapes.Id).json_schema()
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": schema}
         for name in re.findall(r"\{(\w+)\}", path)

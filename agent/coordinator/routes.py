@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agent.errors import Invalid, NotFound
 from agent.model import Right
-from agent.wire import Id
+from agent.wire.shapes import Id
 
 CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
 BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")

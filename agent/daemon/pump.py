@@ -48,7 +48,7 @@ from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.ops.watchdog import WatchdogDevice
 from agent.settings import DEFAULT_MAX_FUTURE_S, AgentSettings
-from agent.wire import format_date_time
+from agent.wire.scalars import format_date_time
 
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer

@@ -23,7 +23,7 @@ from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.mqtt import Waits, access_of, connected, subscribe
 from agent.settings.mqtt import Mqtt
-from agent.wire import format_date_time
+from agent.wire.scalars import format_date_time
 
 LEAVE_S = 1.0
 """How long the exit waits until a connected broker has taken ``offline``."""

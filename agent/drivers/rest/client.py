@@ -18,9 +18,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 import httpx2
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from agent import wire
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.exchange import Answer, fault_of_url, open_client, send
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -33,9 +31,10 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
+from agent.wire import answers
+from agent.wire.scalars import format_time_span
 
 T = TypeVar("T")
-S = TypeVar("S", bound=BaseModel)
 
 KEEPALIVE_S = 45.0
 """An idle connection is kept for this long: above the longest beat (10 s), below the idle limits of
@@ -149,8 +148,8 @@ class RestClient:
             f"groups/{_segment(group)}/clientsessions",
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
-            body=wire.SessionRequest.of(session),
-            read=lambda answer: _read(answer, wire.ClientSession),
+            body=answers.session_body(session),
+            read=lambda answer: answers.read_session(answer.body),
         )
 
     async def heartbeat(
@@ -183,13 +182,8 @@ class RestClient:
             f"{_session(group, session)}/heartbeat",
             what=f"heartbeat of session {session} in group {group}",
             timeout_s=timeout_s,
-            body=wire.HeartbeatRequest(
-                FailoverScore=score,
-                LastDataProcessedTime=last_data,
-                Instance=instance,
-                Epoch=seen_epoch,
-            ),
-            read=lambda answer: _read(answer, wire.HeartbeatResponse).to_model(),
+            body=answers.heartbeat_body(score, last_data, instance, seen_epoch),
+            read=lambda answer: answers.read_heartbeat(answer.body),
         )
 
     async def status(
@@ -209,7 +203,7 @@ class RestClient:
         """
         params = None
         if after is not None:
-            wait = wire.format_time_span(round(wait_s * TICKS_PER_SECOND))
+            wait = format_time_span(round(wait_s * TICKS_PER_SECOND))
             params = {"after": str(after), "wait": wait}
         return await self._ask(
             "GET",
@@ -218,7 +212,7 @@ class RestClient:
             timeout_s=timeout_s if after is None else wait_s + timeout_s,
             params=params,
             client=self._watches,
-            read=lambda answer: _read(answer, wire.GroupStatus).to_model(),
+            read=lambda answer: answers.read_status(answer.body),
         )
 
     async def release(
@@ -247,18 +241,12 @@ class RestClient:
             ServerError: a plain v1 server knows no release: ``status`` 404, or NOT_THE_API. The lease
                 just runs out there.
         """
-        hold_off = None if hold_off_s is None else round(hold_off_s * TICKS_PER_SECOND)
         await self._ask(
             "POST",
             f"{_session(group, session)}/release",
             what=f"release of group {group} by session {session}",
             timeout_s=timeout_s,
-            body=wire.ReleaseRequest(
-                Epoch=epoch,
-                HoldOffPeriod=hold_off,
-                Reason=reason,
-                LastDataProcessedTime=last_data,
-            ),
+            body=answers.release_body(epoch, hold_off_s, reason, last_data),
             read=_done,
         )
 
@@ -289,7 +277,7 @@ class RestClient:
             "",
             what="version",
             timeout_s=timeout_s,
-            read=lambda answer: _read(answer, wire.Version).Version,
+            read=lambda answer: answers.read_version(answer.body),
         )
 
     async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
@@ -305,10 +293,10 @@ class RestClient:
                 what="groups",
                 timeout_s=timeout_s,
                 params={"skip": str(page * PAGE), "count": str(PAGE)},
-                read=lambda answer: _listed(answer, list[wire.GroupConfiguration]),
+                read=lambda answer: (_total(answer), answers.read_groups(answer.body)),
             )
             known = len(found)
-            found |= {group.Id: group.to_model() for group in groups if group.Id}
+            found |= {group.id: group for group in groups}
             if len(found) == known or (total is not None and (page + 1) * PAGE >= total):
                 break
         return list(found.values())
@@ -324,7 +312,7 @@ class RestClient:
             f"groups/{_segment(group)}",
             what=f"group {group}",
             timeout_s=timeout_s,
-            read=_group,
+            read=lambda answer: answers.read_group(answer.body),
         )
 
     async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
@@ -338,8 +326,8 @@ class RestClient:
             "groups/",  # with the slash, as v1 clients do
             what=f"creating group {config.id}",
             timeout_s=timeout_s,
-            body=wire.GroupConfiguration.of(config),
-            read=_group,
+            body=answers.group_body(config),
+            read=lambda answer: answers.read_group(answer.body),
         )
 
     async def delete_group(self, group: str, *, timeout_s: float) -> None:
@@ -367,9 +355,7 @@ class RestClient:
             f"groups/{_segment(group)}/clientsessions",
             what=f"sessions of group {group}",
             timeout_s=timeout_s,
-            read=lambda answer: [
-                s.to_model() for s in _listed(answer, list[wire.ClientSession])[1]
-            ],
+            read=lambda answer: answers.read_sessions(answer.body),
         )
 
     async def history(
@@ -386,7 +372,7 @@ class RestClient:
             what=f"history of group {group}",
             timeout_s=timeout_s,
             params={"skip": str(skip), "count": str(count)},
-            read=lambda answer: [e.to_model() for e in _listed(answer, list[wire.HistoryEntry])[1]],
+            read=lambda answer: answers.read_history(answer.body),
         )
 
     # --- how it is asked --------------------------------------------------------------------------
@@ -399,7 +385,7 @@ class RestClient:
         what: str,
         timeout_s: float,
         read: Callable[[Answer], T],
-        body: BaseModel | None = None,
+        body: bytes | None = None,
         params: Mapping[str, str] | None = None,
         client: httpx2.AsyncClient | None = None,
     ) -> T:
@@ -412,11 +398,14 @@ class RestClient:
                 what=what,
                 timeout_s=timeout_s,
                 params=params,
-                content=None if body is None else wire.to_json(body),
+                content=body,
             )
             self.date = answer.date
             answer.check()
-            return read(answer)
+            try:
+                return read(answer)
+            except answers.AnswerError as error:
+                raise answer.unreadable(str(error)) from None
         except ServerError as error:
             # Calls that overlap fail together: only the first of them moves on.
             if asked == self._current and _may_be_better_elsewhere(error):
@@ -457,31 +446,10 @@ def _session(group: str, session: str) -> str:
     return f"groups/{_segment(group)}/clientsessions/{_segment(session)}"
 
 
-def _read(answer: Answer, shape: type[S]) -> S:
-    try:
-        value = shape.model_validate_json(answer.body)
-    except ValidationError as error:
-        raise answer.unreadable(wire.explain_answer(error)) from None
-    if not value.model_fields_set and answer.body.strip() != b"{}":
-        raise answer.unreadable(f"none of the properties of {shape.__name__}")
-    return value
-
-
-def _listed(answer: Answer, shape: type[list[S]]) -> tuple[int | None, list[S]]:
-    """Total-Count, if it is there, and the items."""
-    try:
-        items = TypeAdapter(shape).validate_json(answer.body)
-    except ValidationError as error:
-        raise answer.unreadable(wire.explain_answer(error)) from None
+def _total(answer: Answer) -> int | None:
+    """Total-Count, if it is there."""
     total = answer.headers.get("total-count", "")
-    return int(total) if total.isdecimal() and len(total) < 10 else None, items  # noqa: PLR2004 - digits
-
-
-def _group(answer: Answer) -> GroupConfig:
-    group = _read(answer, wire.GroupConfiguration)
-    if not group.Id:
-        raise answer.unreadable("a group without an Id")
-    return group.to_model()
+    return int(total) if total.isdecimal() and len(total) < 10 else None  # noqa: PLR2004 - digits
 
 
 def _done(answer: Answer) -> None:
@@ -490,4 +458,4 @@ def _done(answer: Answer) -> None:
         try:
             json.loads(answer.body)
         except (ValueError, RecursionError) as error:
-            raise answer.unreadable(str(error)) from None
+            raise answers.AnswerError(str(error)) from None

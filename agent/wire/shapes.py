@@ -1,21 +1,20 @@
-"""The JSON shapes of the group API, to and from the values of model.py, for both of its ends.
+"""The JSON shapes of the group API, to and from the values of model.py, as the coordinator has them.
 
 The names of the fields *are* the names on the wire. A shape ``of`` a value is what to send; its
 ``to_model`` is what was meant. ``*Request`` shapes are what this service demands of a caller; the
-others are answers, and read whatever a v1 server sends. Unknown properties are ignored, and a null
-property is an absent one. The descriptions of the fields are used twice: in the OpenAPI document,
-and as the end of the sentence that ``explain_request`` makes ("... it must be a number from ...").
+others are answers. Unknown properties are ignored, and a null property is an absent one. The
+descriptions of the fields are used twice: in the OpenAPI document, and as the end of the sentence
+that ``explain_request`` makes ("... it must be a number from ...").
 
-What this module refuses to know: HTTP, who asks, and what is decided.
+What this module refuses to know: HTTP, who asks, and what is decided. How a caller reads the answers
+is wire/answers.py.
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated, Any, Self
+from datetime import datetime
+from typing import Annotated, Any, Generic, Self
 
 import pydantic_core
 from pydantic import (
@@ -39,91 +38,27 @@ from pydantic_core import core_schema
 from agent import model
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import TICKS_PER_SECOND, Right, Role, RoleOverride
-
-MAX_TICKS = 2**63 - 1
-"""A .NET time-span is a signed 64-bit count of ticks: 10675199.02:48:05.4775807 at most."""
-
-MAX_EPOCH = 2**53 - 1
-"""The largest integer that every JSON reader keeps exactly (RFC 8259, section 6)."""
-
-LONGEST_PERIOD_TICKS = 2_000_000 * 86_400 * TICKS_PER_SECOND - 1
-"""The end of a period is a date that can be written: 2000000 days end well before the year 9999."""
+from agent.wire.scalars import (
+    CLOCK,
+    ISO_BODY,
+    LONGEST_PERIOD_TICKS,
+    MAX_EPOCH,
+    MAX_TICKS,
+    OVERRIDE_NUMBERS,
+    ROLE_NUMBERS,
+    E,
+    format_date_time,
+    format_time_span,
+    not_json,
+    parse_time_span,
+    read_member,
+    read_optional_time,
+    read_required_time,
+    shown,
+)
 
 MAX_ENTRIES = 1000
 """Entries of an access-control list: each request walks them, so the list has an end."""
-
-MAX_SHOWN = 60
-"""Characters of a wrong value that an error repeats: enough to recognise it in a log line."""
-
-DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
-"""00:01:00, the FailoverTimeout that v1 clients take when none is given."""
-
-# --- time-spans ---------------------------------------------------------------------------------
-
-_MINUTE, _HOUR, _DAY, _WEEK = (s * TICKS_PER_SECOND for s in (60, 3600, 86_400, 604_800))
-_CLOCK = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,7}))?"
-_CONSTANT = re.compile(rf"(-)?(?:(0|[1-9][0-9]{{0,7}})\.)?{_CLOCK}")
-# The digits are limited so that no sum of the parts passes LONGEST_PERIOD_TICKS.
-_ISO_BODY = (
-    r"P(?=[0-9T])(?:([0-9]{1,4})W)?(?:([0-9]{1,6})D)?(?:T(?=[0-9])(?:([0-9]{1,6})H)?"
-    r"(?:([0-9]{1,8})M)?(?:([0-9]{1,9})(?:[.,]([0-9]{1,7}))?S)?)?"
-)
-_ISO = re.compile(f"(-)?{_ISO_BODY}")
-_ISO_CALENDAR = re.compile(r"-?P[^T]*[0-9][YM]")
-_FORMS = "[-][d.]hh:mm:ss[.fffffff] such as 00:01:00, or an ISO 8601 duration such as PT1M"
-
-
-def parse_time_span(text: str) -> int:
-    """Ticks of 100 ns, from the .NET constant form or from an ISO 8601 duration (W, D, H, M, S).
-
-    Raises:
-        ValueError: it is neither, counts in years or months, or is beyond a .NET time-span.
-    """
-    weeks: str | None = None
-    if match := _CONSTANT.fullmatch(text):
-        sign, days, hours, minutes, seconds, fraction = match.groups()
-    elif match := _ISO.fullmatch(text):
-        sign, weeks, days, hours, minutes, seconds, fraction = match.groups()
-    elif _ISO_CALENDAR.match(text):
-        raise ValueError(
-            f"{_shown(text)} counts in years or months, which have no fixed length:"
-            " count in weeks or days, such as P30D"
-        )
-    else:
-        raise ValueError(f"{_shown(text)} is not a time-span: it must be {_FORMS}")
-    ticks = (
-        int(weeks or 0) * _WEEK
-        + int(days or 0) * _DAY
-        + int(hours or 0) * _HOUR
-        + int(minutes or 0) * _MINUTE
-        + int(seconds or 0) * TICKS_PER_SECOND
-        + int((fraction or "").ljust(7, "0"))
-    )
-    return _within(-ticks if sign else ticks, text)
-
-
-def format_time_span(ticks: int) -> str:
-    """The .NET constant form, ``[-][d.]hh:mm:ss[.fffffff]``.
-
-    Raises:
-        ValueError: more ticks than a .NET time-span has.
-    """
-    seconds, fraction = divmod(abs(_within(ticks, ticks)), TICKS_PER_SECOND)
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    sign, whole_days = "-" if ticks < 0 else "", f"{days}." if days else ""
-    fractions = f".{fraction:07}" if fraction else ""
-    return f"{sign}{whole_days}{hours:02}:{minutes:02}:{seconds:02}{fractions}"
-
-
-def _within(ticks: int, given: object) -> int:
-    if not -MAX_TICKS - 1 <= ticks <= MAX_TICKS:
-        raise ValueError(
-            f"{_shown(given)} does not fit a time-span:"
-            " it must be from -10675199.02:48:05.4775808 to 10675199.02:48:05.4775807"
-        )
-    return ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +96,7 @@ class _Span:
     def __get_pydantic_json_schema__(
         self, _schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        written = (rf"-?(?:[1-9][0-9]{{0,7}}\.)?{_CLOCK}",)
+        written = (rf"-?(?:[1-9][0-9]{{0,7}}\.)?{CLOCK}",)
         patterns = written if handler.mode == "serialization" else self.patterns
         return {
             "type": "string",
@@ -177,8 +112,8 @@ _ANY_SPAN = _Span(
     MAX_TICKS,
     (
         r"-?(?:(0|[1-9][0-9]{0,6}|10[0-5][0-9]{5}|106[0-6][0-9]{4}|1067[0-4][0-9]{3}"
-        rf"|10675(?:0[0-9]{{2}}|1[0-8][0-9]|19[0-8]))\.)?{_CLOCK}",
-        rf"-?{_ISO_BODY}",
+        rf"|10675(?:0[0-9]{{2}}|1[0-8][0-9]|19[0-8]))\.)?{CLOCK}",
+        rf"-?{ISO_BODY}",
     ),
 )
 _LEASE_SPAN = _Span(
@@ -186,14 +121,14 @@ _LEASE_SPAN = _Span(
     round(SHORTEST_LEASE_S * TICKS_PER_SECOND),
     round(LONGEST_LEASE_S * TICKS_PER_SECOND),
     (
-        rf"(?!(?:0\.)?00:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{_CLOCK}",
+        rf"(?!(?:0\.)?00:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{CLOCK}",
         r"24\.00:00:00(?:\.0{1,7})?",
         r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
     ),
 )
 _PERIOD_PATTERNS = (
-    rf"(?:(?:0|[1-9][0-9]{{0,5}}|1[0-9]{{6}})\.)?{_CLOCK}",
-    _ISO_BODY,
+    rf"(?:(?:0|[1-9][0-9]{{0,5}}|1[0-9]{{6}})\.)?{CLOCK}",
+    ISO_BODY,
 )
 _HOLD_OFF_SPAN = _Span(
     "of 00:00:00 or longer, under 2000000 days", 0, LONGEST_PERIOD_TICKS, _PERIOD_PATTERNS
@@ -210,62 +145,6 @@ TimeSpan = Annotated[int, _ANY_SPAN]
 
 # --- date-times ---------------------------------------------------------------------------------
 
-_DATE_TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
-    r"(?:[Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)?"
-)
-
-
-def parse_date_time(text: str) -> datetime | None:
-    """A moment in UTC, cut to microseconds; None for .NET's "never", midnight of 0001-01-01.
-
-    No zone means UTC. A moment that its offset moves before the year 1 is "never" too, and one that
-    is moved past 9999 is the last that can be written.
-
-    Raises:
-        ValueError: it is not an ISO 8601 date and time.
-    """
-    if not _DATE_TIME.fullmatch(text):
-        raise ValueError(_not_a_time(text))
-    try:
-        read = datetime.fromisoformat(text.upper())
-    except ValueError as error:
-        raise ValueError(f"{_not_a_time(text)} ({error})") from None
-    if read.replace(tzinfo=None) == datetime.min:  # noqa: DTZ901 - the wall time, whatever its zone
-        return None
-    try:
-        return read.astimezone(UTC) if read.tzinfo else read.replace(tzinfo=UTC)
-    except OverflowError:
-        return None if read.year == 1 else datetime.max.replace(tzinfo=UTC)
-
-
-def format_date_time(moment: datetime) -> str:
-    """ISO 8601 in UTC with ``Z``. ``moment`` is aware."""
-    return moment.astimezone(UTC).isoformat()[:-6] + "Z"
-
-
-def _not_a_time(text: str) -> str:
-    return f"{_shown(text)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
-
-
-def _read_time(given: Any) -> datetime | None:
-    if isinstance(given, str):
-        return parse_date_time(given)
-    if isinstance(given, datetime) and given.tzinfo:
-        return given.astimezone(UTC)
-    raise ValueError(_not_a_time(given))
-
-
-def _read_optional_time(given: Any) -> datetime | None:
-    return None if given is None else _read_time(given)
-
-
-def _read_required_time(given: Any) -> datetime:
-    if (moment := _read_time(given)) is None:
-        raise ValueError(_not_a_time(given))
-    return moment
-
-
 _WRITE_TIME = PlainSerializer(format_date_time, return_type=str, when_used="unless-none")
 _TIME_SCHEMA = {
     "type": "string",
@@ -274,13 +153,13 @@ _TIME_SCHEMA = {
 }
 
 UtcDateTime = Annotated[
-    datetime, PlainValidator(_read_required_time), _WRITE_TIME, WithJsonSchema(_TIME_SCHEMA)
+    datetime, PlainValidator(read_required_time), _WRITE_TIME, WithJsonSchema(_TIME_SCHEMA)
 ]
 """An aware datetime in UTC in Python, ISO 8601 in JSON."""
 
 OptionalUtcDateTime = Annotated[
     datetime | None,
-    PlainValidator(_read_optional_time),
+    PlainValidator(read_optional_time),
     _WRITE_TIME,
     WithJsonSchema({"anyOf": [_TIME_SCHEMA, {"type": "null"}]}),
 ]
@@ -290,26 +169,20 @@ OptionalUtcDateTime = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class _Enumeration:
-    """Makes a StrEnum a v1 enumeration in JSON: numbers and names are read, one of them written."""
+class _Enumeration(Generic[E]):
+    """Makes an enumeration a v1 enumeration in JSON: numbers and names are read, one of them written."""
 
-    numbers: tuple[tuple[StrEnum, int], ...]
+    numbers: tuple[tuple[E, int], ...]
 
     def __get_pydantic_core_schema__(
         self, _source: Any, _handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        members: dict[object, StrEnum] = {number: member for member, number in self.numbers}
-        members |= {member.value.lower(): member for member, _ in self.numbers}
         numbers = dict(self.numbers)
 
-        def read(given: Any) -> StrEnum:
-            key = given.lower() if isinstance(given, str) else given
-            known = isinstance(key, str | int | float) and not isinstance(key, bool)
-            if not known or key not in members:
-                raise ValueError(f"{_shown(given)} is unknown: it must be {self._choices()}")
-            return members[key]
+        def read(given: Any) -> E:
+            return read_member(self.numbers, given)
 
-        def write(member: StrEnum, info: SerializationInfo) -> int | str:
+        def write(member: E, info: SerializationInfo) -> int | str:
             return member.value if info.context else numbers[member]
 
         return core_schema.no_info_plain_validator_function(
@@ -317,18 +190,12 @@ class _Enumeration:
             serialization=core_schema.plain_serializer_function_ser_schema(write, info_arg=True),
         )
 
-    def _choices(self) -> str:
-        return ", ".join(f"{number} or {member.value}" for member, number in self.numbers)
-
     def __get_pydantic_json_schema__(
         self, _schema: core_schema.CoreSchema, _handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         names = [member.value for member, _ in self.numbers]
         return {"type": ["integer", "string"], "enum": [n for _, n in self.numbers] + names}
 
-
-ROLE_NUMBERS = ((Role.SECONDARY, 0), (Role.PRIMARY, 1), (Role.PENDING_PRIMARY, 2))
-OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
 
 WireRole = Annotated[Role, _Enumeration(ROLE_NUMBERS)]
 WireOverride = Annotated[RoleOverride, _Enumeration(OVERRIDE_NUMBERS)]
@@ -442,17 +309,6 @@ class GroupConfiguration(_Shape):
             AdditionalData=None if group.additional is None else dict(group.additional),
         )
 
-    def to_model(self, *, missing_timeout_ticks: int = DEFAULT_TIMEOUT_TICKS) -> model.GroupConfig:
-        """``missing_timeout_ticks`` stands for a FailoverTimeout that the server left out."""
-        ticks = self.FailoverTimeout
-        return model.GroupConfig(
-            id=self.Id or "",
-            timeout_ticks=missing_timeout_ticks if ticks is None else ticks,
-            name=self.Name,
-            description=self.Description,
-            additional=self.AdditionalData,
-        )
-
 
 class GroupRequest(GroupConfiguration):
     """A group to create. Id and FailoverTimeout are needed; nothing of it can be changed later."""
@@ -468,6 +324,15 @@ class GroupRequest(GroupConfiguration):
             " longer counts as inactive. An ISO 8601 duration such as PT1M is read too."
         ),
     ]
+
+    def to_model(self) -> model.GroupConfig:
+        return model.GroupConfig(
+            id=self.Id,
+            timeout_ticks=self.FailoverTimeout,
+            name=self.Name,
+            description=self.Description,
+            additional=self.AdditionalData,
+        )
 
 
 class GroupStatus(_Shape):
@@ -497,17 +362,6 @@ class GroupStatus(_Shape):
             Revision=status.revision,
             PrimarySince=status.primary_since,
             PreviousPrimary=status.previous,
-        )
-
-    def to_model(self) -> model.GroupStatus:
-        return model.GroupStatus(
-            primary=self.Primary,
-            pending=self.PendingPrimary,
-            last_data=self.LastDataProcessedTime,
-            epoch=self.Epoch,
-            revision=self.Revision,
-            primary_since=self.PrimarySince,
-            previous=self.PreviousPrimary,
         )
 
 
@@ -574,20 +428,6 @@ class ClientSession(_Shape):
             AdditionalData=None if config.additional is None else dict(config.additional),
         )
 
-    def to_model(self) -> model.SessionView:
-        beat = self.Heartbeat or SessionHeartbeat()
-        return model.SessionView(
-            record=model.SessionRecord(
-                config=model.SessionConfig(self.Id, self.Name, self.AdditionalData),
-                override=self.RoleOverride or RoleOverride.OFF,
-                override_until=self.RoleOverrideExpirationTime,
-            ),
-            role=self.Role or Role.SECONDARY,
-            score=beat.FailoverScore or 0.0,
-            last_data=beat.LastDataProcessedTime,
-            heartbeat_at=beat.HeartbeatTime,
-        )
-
 
 class HeartbeatRequest(_Shape):
     """A sign of life."""
@@ -636,17 +476,6 @@ class HeartbeatResponse(_Shape):
             LeaseDuration=None if lease_s is None else round(lease_s * TICKS_PER_SECOND),
             Revision=answer.revision,
             PreviousPrimary=answer.previous,
-        )
-
-    def to_model(self) -> model.HeartbeatAnswer:
-        ticks = self.LeaseDuration
-        return model.HeartbeatAnswer(
-            role=self.Role,
-            last_data=self.LastDataProcessedTime,
-            epoch=self.Epoch,
-            revision=self.Revision,
-            lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
-            previous=self.PreviousPrimary,
         )
 
 
@@ -716,16 +545,6 @@ class HistoryEntry(_Shape):
             Until=entry.until,
             WhyStarted=entry.why_started,
             WhyEnded=entry.why_ended,
-        )
-
-    def to_model(self) -> model.HistoryEntry:
-        return model.HistoryEntry(
-            epoch=self.Epoch,
-            session_id=self.SessionId,
-            since=self.Since,
-            why_started=self.WhyStarted,
-            until=self.Until,
-            why_ended=self.WhyEnded,
         )
 
 
@@ -910,38 +729,22 @@ def to_json(value: BaseModel | Sequence[BaseModel], *, enum_names: bool = False)
 
 def explain_request(error: ValidationError) -> str:
     """One sentence on a request's body: which property, what was given, what would be right."""
-    return _sentence(error, "the body")
-
-
-def explain_answer(error: ValidationError) -> str:
-    """One sentence on a server's answer that is not one of the group API."""
-    return f"{_sentence(error, 'the answer')} (is this the address of a client failover service?)"
-
-
-def _sentence(error: ValidationError, whole: str) -> str:
+    whole = "the body"
     first = error.errors(include_url=False)[0]
     place, kind, given = first["loc"], first["type"], first["input"]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".") or whole
     right = _right(error.title, next((p for p in reversed(place) if isinstance(p, str)), ""))
     match kind:
         case "json_invalid":
-            return _not_json(given, whole, first["ctx"]["error"])
+            return not_json(given, whole, first["ctx"]["error"])
         case "value_error":
             return f"{path}: {first['ctx']['error']}"
         case "missing":
             return f"{path} is missing: it must be {right}"
         case "model_type":
-            return f"{path} is {_shown(given)}: it must be a JSON object"
+            return f"{path} is {shown(given)}: it must be a JSON object"
         case _:
-            return f"{path} is {_shown(given)}: it must be {right}"
-
-
-def _not_json(given: str | bytes, whole: str, why: str) -> str:
-    text = given if isinstance(given, str) else given[: 4 * MAX_SHOWN].decode(errors="replace")
-    if not text.strip():
-        return f"{whole} is empty: it must be a JSON object"
-    what = "HTML or XML" if text.lstrip().startswith("<") else f"not JSON ({why})"
-    return f"{whole} is {what}: it must be a JSON object, and begins with {_shown(text)}"
+            return f"{path} is {shown(given)}: it must be {right}"
 
 
 def _right(title: str, name: str) -> str:
@@ -952,20 +755,3 @@ def _right(title: str, name: str) -> str:
     described = (s.model_fields[name].description for s in shapes if name in s.model_fields)
     text = next(described, None) or "as the API documents it"
     return text[0].lower() + text[1:].rstrip(".")
-
-
-def _shown(given: object) -> str:
-    """A wrong value as JSON, or what kind of thing it is if it is large."""
-    match given:
-        case list() | tuple():
-            return "a list"
-        case Mapping():
-            return "an object"
-        case str():
-            cut = given[:MAX_SHOWN]
-            more = f" ({len(given)} characters)" if len(given) > len(cut) else ""
-            return json.dumps(cut, ensure_ascii=False) + more
-        case None | bool() | int() | float():
-            return json.dumps(given)[:MAX_SHOWN]
-        case _:
-            return repr(given)[:MAX_SHOWN]
