@@ -22,7 +22,7 @@ import yaml  # type: ignore[import-untyped] # nothing else here would use its st
 from agent import __version__
 from agent.cli.main import main
 from agent.daemon.vitals import PROBES
-from agent.settings import AgentSettings, CoordinatorSettings
+from agent.settings.models import AgentForm, CoordinatorSettings
 
 ROOT = Path(__file__).parents[1]
 IMAGE = f"failover-agent:{__version__}"
@@ -288,7 +288,7 @@ def test_every_variable_of_the_image_is_a_setting_or_is_read() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert "FAILOVER_COORDINATOR_LISTEN=0.0.0.0:5470" in text
     assert "listen" in CoordinatorSettings.model_fields
-    assert "probe_listen" in AgentSettings.model_fields
+    assert "probe_listen" in AgentForm.model_fields
 
 
 # -- the sample collector --------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig
 from agent.ops.clock import Clock
-from agent.settings import Address, AgentSettings, CoordinatorSettings
+from agent.settings import Address, AgentSettings
+from agent.settings.models import AgentForm, CoordinatorSettings
 
 PATIENCE_S = 20.0
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -61,7 +62,7 @@ class Host:
 def settings_for(endpoint: str, **more: Any) -> AgentSettings:
     """With a margin that a busy machine does not use up."""
     quick = {"failover_timeout": 3.0, "demote": 0.5, "margin": 1.0, "guard": False}
-    return AgentSettings(**{"endpoint": [endpoint], "group": "g", **quick, **more})
+    return AgentForm(**{"endpoint": [endpoint], "group": "g", **quick, **more}).value()
 
 
 class Recorded(StateFile):

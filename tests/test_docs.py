@@ -10,16 +10,18 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from agent.cli.main import cli, main
+from agent.cli.main import Wishes, cli, main
+from agent.cli.reader import commands
 from agent.coordinator.calls import ROUTES
-from agent.settings import AgentSettings, CoordinatorSettings, Described, Settings, describe
+from agent.settings.describe import Described, describe
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings
 from agent.wire import shapes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "agent").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 PREFIXES: Mapping[str, type[Settings]] = {
-    "FAILOVER_AGENT_": AgentSettings,
+    "FAILOVER_AGENT_": AgentForm,
     "FAILOVER_COORDINATOR_": CoordinatorSettings,
 }
 SETTINGS: Mapping[str, Described] = {
@@ -84,9 +86,10 @@ def parse(args: list[str]) -> None:
     """Let click read a command line; nothing is run. Raises click.UsageError."""
     command: click.Command = cli
     context: click.Context | None = None
+    wishes = Wishes(own=commands(lambda _: 0))
     while True:
         try:
-            context = command.make_context(command.name, list(args), parent=context)
+            context = command.make_context(command.name, list(args), parent=context, obj=wishes)
         except click.exceptions.Exit:
             return  # --help or --version
         if not isinstance(command, click.Group):
@@ -143,7 +146,7 @@ def test_a_command_line_that_is_wrong_is_found(line: str) -> None:
 def test_the_pictures_of_a_budget_are_what_the_program_draws(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for setting in describe(AgentSettings):
+    for setting in describe(AgentForm):
         monkeypatch.delenv(f"FAILOVER_AGENT_{setting.key.upper()}", raising=False)
     drawn = [b.text for b in blocks() if b.text.startswith("$ failover-agent explain-timing")]
     assert drawn
@@ -218,7 +221,7 @@ def flags(command: click.Command) -> Iterator[str]:
     for param in command.params:
         yield from (*param.opts, *param.secondary_opts)
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = click.Context(command, obj=Wishes(own=commands(lambda _: 0)))
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None

@@ -12,19 +12,10 @@ from pydantic import ValidationError
 
 from agent.core.timing import Budget
 from agent.errors import ConfigError, ExitCode, TimingError
-from agent.settings import (
-    Address,
-    AgentSettings,
-    CoordinatorSettings,
-    Settings,
-    Sources,
-    default_data_dir,
-    describe,
-    is_loopback,
-    load,
-    read_secret,
-    toml,
-)
+from agent.settings import Address, is_loopback, read_secret
+from agent.settings.describe import describe, toml
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings, default_data_dir
+from agent.settings.sources import Sources, load
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +55,7 @@ def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
     path = file(tmp_path, 'group = "f"\nsession_id = "f"\nsession_name = "f"\n')
     monkeypatch.setenv("FAILOVER_AGENT_GROUP", "e")
     monkeypatch.setenv("FAILOVER_AGENT_SESSION_ID", "e")
-    origin = Sources.read(AgentSettings, {"group": "x", "session_id": None}, path)
+    origin = Sources.read(AgentForm, {"group": "x", "session_id": None}, path)
     settings = origin.load()
     keys = ("group", "session_id", "session_name", "failover_timeout")
     assert [getattr(settings, key) for key in keys] == ["x", "e", "f", 10.0]
@@ -78,12 +69,12 @@ def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
 
 def test_construction_alone_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_GROUP", "e")
-    assert AgentSettings().group == ""
+    assert AgentForm().group == ""
 
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        AgentSettings().group = "x"  # type: ignore[misc] # what is tested
+        AgentForm().group = "x"  # type: ignore[misc] # what is tested
 
 
 def test_the_other_failover_variables_and_the_other_programs_are_left_alone(
@@ -91,7 +82,7 @@ def test_the_other_failover_variables_and_the_other_programs_are_left_alone(
 ) -> None:
     monkeypatch.setenv("FAILOVER_EVENT", "promote")
     monkeypatch.setenv("FAILOVER_COORDINATOR_TYPO", "1")
-    load(AgentSettings)
+    load(AgentForm)
 
 
 # --- forms
@@ -101,7 +92,7 @@ def test_the_other_failover_variables_and_the_other_programs_are_left_alone(
     "given_value", [2.5, "2.5", " 2.5 ", "00:00:02.5", "00:00:02.5000000", "PT2.5S"]
 )
 def test_a_duration_is_read_from_seconds_time_spans_and_iso_8601(given_value: object) -> None:
-    assert AgentSettings.model_validate({"beat": given_value}).beat == 2.5
+    assert AgentForm.model_validate({"beat": given_value}).beat == 2.5
 
 
 @pytest.mark.parametrize(
@@ -111,12 +102,12 @@ def test_a_duration_is_read_from_seconds_time_spans_and_iso_8601(given_value: ob
 )
 def test_what_is_no_duration_is_refused_with_what_would_be_right(given_value: object) -> None:
     with pytest.raises(ValidationError, match=r"PT2\.5S"):
-        AgentSettings.model_validate({"hook_limit": given_value})
+        AgentForm.model_validate({"hook_limit": given_value})
 
 
 @given(st.floats(min_value=1e-3, max_value=24 * 86400))
 def test_any_duration_survives_being_written_as_seconds(seconds: float) -> None:
-    assert AgentSettings.model_validate({"beat": repr(seconds)}).beat == seconds
+    assert AgentForm.model_validate({"beat": repr(seconds)}).beat == seconds
 
 
 @pytest.mark.parametrize(
@@ -131,7 +122,7 @@ def test_any_duration_survives_being_written_as_seconds(seconds: float) -> None:
 def test_a_command_is_read_from_words_json_or_a_list(
     given_value: object, right: tuple[str, ...]
 ) -> None:
-    assert load(AgentSettings, {"hook_primary": given_value}).hook_primary == right
+    assert load(AgentForm, {"hook_primary": given_value}).hook_primary == right
 
 
 @pytest.mark.parametrize(
@@ -147,7 +138,7 @@ def test_a_command_is_read_from_words_json_or_a_list(
     ],
 )
 def test_what_is_no_command_is_refused(given_value: object, why: str) -> None:
-    assert why in faults(AgentSettings, {"hook_primary": given_value})[0][0]
+    assert why in faults(AgentForm, {"hook_primary": given_value})[0][0]
 
 
 def test_endpoints_are_separated_by_commas_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +146,9 @@ def test_endpoints_are_separated_by_commas_in_a_variable(monkeypatch: pytest.Mon
         "FAILOVER_AGENT_ENDPOINT", "http://a/clientfailover, https://b/clientfailover/"
     )
     right = ("http://a/clientfailover", "https://b/clientfailover")
-    assert load(AgentSettings).endpoint == right
+    assert load(AgentForm).endpoint == right
     monkeypatch.setenv("FAILOVER_AGENT_ENDPOINT", '["http://a/clientfailover"]')
-    assert load(AgentSettings).endpoint == right[:1]
+    assert load(AgentForm).endpoint == right[:1]
 
 
 @pytest.mark.parametrize(
@@ -173,11 +164,11 @@ def test_endpoints_are_separated_by_commas_in_a_variable(monkeypatch: pytest.Mon
     ],
 )
 def test_what_is_no_endpoint_is_refused(url: str, why: str) -> None:
-    assert why in faults(AgentSettings, {"endpoint": url})[0][0]
+    assert why in faults(AgentForm, {"endpoint": url})[0][0]
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
-    told = faults(AgentSettings, {"endpoint": "http://u:hunter2@a/clientfailover"})[0][0]
+    told = faults(AgentForm, {"endpoint": "http://u:hunter2@a/clientfailover"})[0][0]
     assert "password_file" in told
     assert "hunter2" not in told
 
@@ -192,7 +183,7 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
     ],
 )
 def test_a_listening_address_is_read_and_written_back(text: str, right: Address | None) -> None:
-    settings = AgentSettings.model_validate({"probe_listen": text})
+    settings = AgentForm.model_validate({"probe_listen": text})
     assert settings.probe_listen == right
     assert settings.model_dump(mode="json")["probe_listen"] == text
 
@@ -202,13 +193,13 @@ def test_a_listening_address_is_read_and_written_back(text: str, right: Address 
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
-        AgentSettings.model_validate({"probe_listen": text})
+        AgentForm.model_validate({"probe_listen": text})
 
 
 @pytest.mark.parametrize("text", ["", "a/b", "a\n", "x" * 257, ".", "..", "a\x7f"])
 def test_what_is_no_id_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
-        AgentSettings.model_validate({"session_id": text})
+        AgentForm.model_validate({"session_id": text})
 
 
 @pytest.mark.parametrize("value", [True, "many", 1.5, 0, 10**9])
@@ -218,7 +209,7 @@ def test_what_is_no_count_is_refused(value: object) -> None:
 
 
 def test_log_levels_are_read_in_any_case() -> None:
-    assert load(AgentSettings, {"log_level": "debug"}).log_level == "DEBUG"
+    assert load(AgentForm, {"log_level": "debug"}).log_level == "DEBUG"
 
 
 # --- refusals
@@ -229,7 +220,7 @@ def test_each_fault_is_one_line_with_its_place_and_the_first_gives_the_code(
 ) -> None:
     path = file(tmp_path, "failover_score = 101\nhook_limit = 0\n")
     monkeypatch.setenv("FAILOVER_AGENT_COOLDOWN", "a\nb")
-    told, code = faults(AgentSettings, {"beat": "soon"}, path)
+    told, code = faults(AgentForm, {"beat": "soon"}, path)
     assert code is ExitCode.CONFIG_VALUE
     assert sorted(line.split(": ")[0] for line in told) == sorted(
         ["--beat 'soon'", r"FAILOVER_AGENT_COOLDOWN='a\nb'", str(path), str(path)]
@@ -239,7 +230,7 @@ def test_each_fault_is_one_line_with_its_place_and_the_first_gives_the_code(
 
 def test_an_unknown_key_is_named_with_the_setting_that_was_meant(tmp_path: Path) -> None:
     path = file(tmp_path, "falover_timeout = 3\nfailover_score = 101\n")
-    told, code = faults(AgentSettings, path=path)
+    told, code = faults(AgentForm, path=path)
     assert code is ExitCode.CONFIG_UNKNOWN_KEY
     assert told[0] == (
         f"{path}: there is no setting 'falover_timeout': did you mean failover_timeout?"
@@ -248,14 +239,14 @@ def test_an_unknown_key_is_named_with_the_setting_that_was_meant(tmp_path: Path)
 
 
 def test_a_table_is_answered_with_where_settings_stand(tmp_path: Path) -> None:
-    told, code = faults(AgentSettings, path=file(tmp_path, '[zzz]\ngroup = "x"\n'))
+    told, code = faults(AgentForm, path=file(tmp_path, '[zzz]\ngroup = "x"\n'))
     assert code is ExitCode.CONFIG_UNKNOWN_KEY
     assert "top level" in told[0]
 
 
 def test_an_unknown_variable_is_refused_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_PASSWORD_FIL", "hunter2")
-    told, code = faults(AgentSettings)
+    told, code = faults(AgentForm)
     assert code is ExitCode.CONFIG_UNKNOWN_KEY
     assert told == [
         "environment: there is no setting 'FAILOVER_AGENT_PASSWORD_FIL':"
@@ -276,7 +267,7 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(
 ) -> None:
     path = tmp_path / "agent.toml"
     path.write_bytes(content)
-    told, code = faults(AgentSettings, path=path)
+    told, code = faults(AgentForm, path=path)
     assert code is ExitCode.CONFIG_FILE
     assert len(told) == 1
     assert str(path) in told[0]
@@ -285,13 +276,13 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(
 
 def test_a_missing_file_or_a_directory_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
-        told, code = faults(AgentSettings, path=path)
+        told, code = faults(AgentForm, path=path)
         assert code is ExitCode.CONFIG_FILE
         assert len(told) == 1
 
 
 def test_a_long_value_is_cut_in_its_error() -> None:
-    told, _ = faults(AgentSettings, {"group": "x" * 10_000})
+    told, _ = faults(AgentForm, {"group": "x" * 10_000})
     assert len(told[0]) < 200
 
 
@@ -310,7 +301,7 @@ def test_a_long_value_is_cut_in_its_error() -> None:
 def test_settings_that_belong_together_are_asked_for_together(
     flags: dict[str, Any], key: str, why: str
 ) -> None:
-    told, code = faults(AgentSettings, flags)
+    told, code = faults(AgentForm, flags)
     assert code is ExitCode.CONFIG_VALUE
     assert len(told) == 1
     assert told[0].startswith(key)
@@ -320,28 +311,26 @@ def test_settings_that_belong_together_are_asked_for_together(
 def test_two_kinds_of_authentication_are_refused(tmp_path: Path) -> None:
     name = secret(tmp_path)
     flags = {"username": "u", "password_file": name, "client_id": "c", "client_secret_file": name}
-    assert "keep one" in faults(AgentSettings, flags)[0][0]
+    assert "keep one" in faults(AgentForm, flags)[0][0]
 
 
 def test_a_secret_goes_over_plain_http_only_on_this_machine(tmp_path: Path) -> None:
     flags = {"username": "u", "password_file": secret(tmp_path)}
-    load(AgentSettings, flags)
-    load(AgentSettings, {**flags, "endpoint": "https://a/clientfailover"})
-    told, _ = faults(AgentSettings, {**flags, "endpoint": "http://a/clientfailover"})
+    load(AgentForm, flags)
+    load(AgentForm, {**flags, "endpoint": "https://a/clientfailover"})
+    told, _ = faults(AgentForm, {**flags, "endpoint": "http://a/clientfailover"})
     assert "unencrypted: use https" in told[0]
     client = {"client_id": "c", "client_secret_file": flags["password_file"]}
-    told, _ = faults(AgentSettings, {**client, "token_endpoint": "http://a/token"})
+    told, _ = faults(AgentForm, {**client, "token_endpoint": "http://a/token"})
     assert told[0].startswith("--token-endpoint")
 
 
 def test_a_secret_that_others_can_read_or_that_is_missing_is_refused(tmp_path: Path) -> None:
-    told, _ = faults(
-        AgentSettings, {"password_file": secret(tmp_path, mode=0o644), "username": "u"}
-    )
+    told, _ = faults(AgentForm, {"password_file": secret(tmp_path, mode=0o644), "username": "u"})
     assert "its mode is 644, right is 600" in told[0]
-    told, _ = faults(AgentSettings, {"password_file": str(tmp_path / "none"), "username": "u"})
+    told, _ = faults(AgentForm, {"password_file": str(tmp_path / "none"), "username": "u"})
     assert "exists" in told[0]
-    load(AgentSettings, {"password_file": secret(tmp_path, mode=0o640), "username": "u"})
+    load(AgentForm, {"password_file": secret(tmp_path, mode=0o640), "username": "u"})
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a\nb\n", "x" * 5000, "a\0"])
@@ -359,7 +348,7 @@ def test_a_secret_is_read_without_the_end_of_its_line(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_breaks_r1_is_a_timing_error() -> None:
-    settings = load(AgentSettings, {"failover_timeout": 2, "demote": 1, "renew": "1"})
+    settings = load(AgentForm, {"failover_timeout": 2, "demote": 1, "renew": "1"}).value()
     assert settings.budget == Budget(renew_s=1.0, demote_s=1.0)
     with pytest.raises(TimingError, match="R1") as caught:
         _ = settings.timing
@@ -412,7 +401,7 @@ def test_what_is_this_machine_is_known_without_a_name_server() -> None:
 # --- describing
 
 
-@pytest.mark.parametrize("model", [AgentSettings, CoordinatorSettings])
+@pytest.mark.parametrize("model", [AgentForm, CoordinatorSettings])
 def test_every_setting_is_described_with_a_form_and_a_flag(model: type[Settings]) -> None:
     described = describe(model)
     assert {d.key for d in described} == set(model.model_fields)

@@ -6,8 +6,17 @@ from typing import Any
 import pytest
 
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings, describe, load, toml
-from agent.settings.checks import EXAMPLES, MOST_CHECKS, TYPES, Check, ExecCheck, HttpCheck
+from agent.settings.checks import (
+    EXAMPLES,
+    MOST_CHECKS,
+    TYPES,
+    AnyCheckForm,
+    ExecCheckForm,
+    HttpCheckForm,
+)
+from agent.settings.describe import describe, toml
+from agent.settings.models import AgentForm
+from agent.settings.sources import load
 
 VALID: dict[str, str] = {
     "exec": 'command = ["/bin/true"]',
@@ -28,10 +37,10 @@ def table(kind: str, *lines: str, name: str = "a") -> str:
     return "\n".join(["[[check]]", f'name = "{name}"', f'type = "{kind}"', *lines, ""])
 
 
-def read(tmp_path: Path, text: str) -> tuple[Check, ...]:
+def read(tmp_path: Path, text: str) -> tuple[AnyCheckForm, ...]:
     path = tmp_path / "agent.toml"
     path.write_text(text)
-    return load(AgentSettings, path=path).check
+    return load(AgentForm, path=path).check
 
 
 def faults(tmp_path: Path, text: str) -> tuple[list[str], ExitCode]:
@@ -60,10 +69,10 @@ def test_the_default_limit_is_never_longer_than_the_interval(tmp_path: Path) -> 
 
 def test_a_variable_and_a_flag_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     text = '[{"name": "a", "type": "exec", "command": ["/bin/true"]}]'
-    (check,) = load(AgentSettings, {"check": text}).check
-    assert isinstance(check, ExecCheck)
+    (check,) = load(AgentForm, {"check": text}).check
+    assert isinstance(check, ExecCheckForm)
     monkeypatch.setenv("FAILOVER_AGENT_CHECK", text)
-    assert load(AgentSettings).check == (check,)
+    assert load(AgentForm).check == (check,)
 
 
 @pytest.mark.parametrize(("text", "why"), [("[", "in JSON"), ("5", "tables"), ("x", "in JSON")])
@@ -72,7 +81,7 @@ def test_a_variable_that_is_not_tables_is_refused(
 ) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_CHECK", text)
     with pytest.raises(ConfigError, match=f"^FAILOVER_AGENT_CHECK='.*{why}"):
-        load(AgentSettings)
+        load(AgentForm)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,7 @@ def test_a_variable_that_is_not_tables_is_refused(
 )
 def test_a_status_is_one_or_a_range(tmp_path: Path, status: str, least: int, most: int) -> None:
     (check,) = read(tmp_path, table("http", VALID["http"], f"status = {status}"))
-    assert isinstance(check, HttpCheck)
+    assert isinstance(check, HttpCheckForm)
     assert check.status == (least, most)
 
 
@@ -188,13 +197,13 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> No
 
 
 def test_the_examples_load_and_survive_being_written_as_toml_and_as_json(tmp_path: Path) -> None:
-    settings = AgentSettings.model_validate({"check": list(EXAMPLES)})
+    settings = AgentForm.model_validate({"check": list(EXAMPLES)})
     assert read(tmp_path, f"check = {toml(settings.check)}\n") == settings.check
     dumped: dict[str, Any] = settings.model_dump(mode="json")
-    assert AgentSettings.model_validate({"check": dumped["check"]}).check == settings.check
+    assert AgentForm.model_validate({"check": dumped["check"]}).check == settings.check
 
 
 def test_the_reference_has_a_table_for_each_type() -> None:
-    (setting,) = [d for d in describe(AgentSettings) if d.key == "check"]
+    (setting,) = [d for d in describe(AgentForm) if d.key == "check"]
     assert [t.type for t in setting.tables] == list(TYPES)
     assert all(t.meaning.startswith("Passes if ") for t in setting.tables)

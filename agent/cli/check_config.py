@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from agent.cli.options import CONFIG_FLAG, JSON_FLAG, load_agent, load_coordinator, sources
-from agent.settings import AgentSettings, CoordinatorSettings, Settings, Sources, describe, toml
+from agent.settings.describe import describe, toml
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.settings.sources import Sources
 
 
 @click.command("check-config")
@@ -28,12 +30,13 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
         origin = sources(CoordinatorSettings, given)
         settings = load_coordinator(origin)
     else:
-        origin = sources(AgentSettings, given)
-        settings = load_agent(origin)
+        origin = sources(AgentForm, given)
+        settings = form = load_agent(origin)
         from agent.daemon.budget import longest_stop_s  # noqa: PLC0415 - wrong settings are told without it
 
-        timing = asdict(settings.timing)
-        timing["longest_stop_s"] = longest_stop_s(settings, settings.timing)
+        told = form.value()
+        timing = asdict(told.timing)
+        timing["longest_stop_s"] = longest_stop_s(told, told.timing)
     if as_json:
         click.echo(json.dumps(_document(settings, origin, timing), indent=2))
     else:

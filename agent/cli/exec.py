@@ -1,25 +1,16 @@
-"""``failover-agent exec``: the agent, with a command that runs only while this member is primary."""
+"""``failover-agent exec``: the agent, with a command that runs only while this member is primary.
 
-from typing import Any
+Its flags and its help are cli/reader.py's.
+"""
 
 import click
 
-from agent.cli.options import settings_flags
-from agent.cli.run import start
-from agent.settings import AgentSettings, describe
-
-FLAGS = [setting.key for setting in describe(AgentSettings) if setting.key != "workload"]
+from agent.cli.apart import Words, start
+from agent.cli.main import Wishes
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": False})
-@settings_flags(AgentSettings, only=FLAGS)
-@click.argument("words", metavar="-- COMMAND [ARGS]...", nargs=-1, required=True)
-def command(words: tuple[str, ...], **given: Any) -> int:
-    """Run COMMAND only while this member is primary.
-
-    It is started at a promotion and stopped at a demotion (TERM, then KILL within the demotion's
-    budget), in its own process group, with the FAILOVER_ variables that a hook has. Its output is
-    left alone. When it ends by itself --workload-restart says whether it is started again; if not,
-    the agent gives the role back and ends with its exit code (128 + n for signal n).
-    """
-    return start({**given, "workload": words})
+@click.command("exec", cls=Words)
+@click.pass_obj
+def command(wishes: Wishes, words: tuple[str, ...]) -> int:
+    """Run a command only while this member is primary."""
+    return start(("exec", *words), debug=wishes.debug)

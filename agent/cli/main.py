@@ -7,8 +7,8 @@ a command is imported when it is called, so that ``--version`` and ``--help`` ar
 
 import importlib
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import click
 
@@ -35,13 +35,24 @@ COMMANDS = {
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""
 
 
+@dataclass(slots=True)
+class Wishes:
+    """What was said before the command's name, and the commands that are others than usual."""
+
+    debug: bool = False
+    own: Mapping[str, click.Command] = field(default_factory=dict)
+
+
 class _LazyGroup(click.Group):
     """Imports a command when it is called, not to list it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = ctx.obj.own if isinstance(ctx.obj, Wishes) else {}
+        if cmd_name in own:
+            return own[cmd_name]
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"agent.cli.{cmd_name.replace('-', '_')}")
@@ -54,18 +65,11 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@dataclass(slots=True)
-class _Wishes:
-    """What was said before the command's name."""
-
-    debug: bool = False
-
-
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_obj
-def cli(wishes: _Wishes, *, debug: bool) -> None:
+def cli(wishes: Wishes, *, debug: bool) -> None:
     """Exactly one active member in a group of hosts.
 
     Settings come from flags, else from the environment (FAILOVER_AGENT_..., FAILOVER_COORDINATOR_...),
@@ -74,9 +78,14 @@ def cli(wishes: _Wishes, *, debug: bool) -> None:
     wishes.debug = debug
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code. Prints every error, raises none."""
-    wishes = _Wishes()
+def main(argv: Sequence[str] | None = None, own: Mapping[str, click.Command] | None = None) -> int:
+    """Run one command line; the exit code. Prints every error, raises none.
+
+    Args:
+        argv: without the program's name; this process's own if None.
+        own: commands that stand in for those of their names.
+    """
+    wishes = Wishes(own=own or {})
     try:
         result = cli.main(args=argv, prog_name=PROGRAM, standalone_mode=False, obj=wishes)
     except click.exceptions.NoArgsIsHelpError as error:

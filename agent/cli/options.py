@@ -13,17 +13,11 @@ from typing import Any, TypeVar
 import click
 
 from agent.errors import ConfigError
-from agent.settings import (
-    AgentSettings,
-    CoordinatorSettings,
-    Described,
-    Settings,
-    Sources,
-    describe,
-)
-from agent.settings.checks import ExecCheck
-from agent.settings.mqtt import Broker
-from agent.settings.progress import CommandProgress, MqttProgress
+from agent.settings import AgentSettings
+from agent.settings.describe import Described, describe
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.settings.sources import Sources
+from agent.settings.values import Broker, CommandProgress, ExecCheck, MqttProgress
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
@@ -98,22 +92,27 @@ def sources(model: type[S], given: Mapping[str, Any]) -> Sources[S]:
     return Sources.read(model, flags, given.get("config"))
 
 
-def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
+def settings_of(given: Mapping[str, Any]) -> AgentSettings:
+    """The agent's settings, for commands that start no agent. Raises ConfigError."""
+    return sources(AgentForm, given).load().value()
+
+
+def load_agent(origin: Sources[AgentForm]) -> AgentForm:
     """Settings that ``run`` may start with: with a group, a budget that holds (R1), and fit hooks.
 
     Raises:
         ConfigError: one line for each fault, with the exit code of the first.
     """
-    settings = origin.load()
+    form = origin.load()
     faults: list[ConfigError] = []
-    for keys, check in _checks_of(settings):
+    for keys, check in _checks_of(form.value()):
         try:
             check()
         except ConfigError as error:
             faults.append(_placed(error, origin, keys))
     if faults:
         raise ConfigError("\n".join(map(str, faults)), exit_code=faults[0].exit_code)
-    return settings
+    return form
 
 
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
@@ -159,7 +158,7 @@ def load_coordinator(origin: Sources[CoordinatorSettings]) -> CoordinatorSetting
     return origin.load()
 
 
-def _placed(error: ConfigError, origin: Sources[AgentSettings], keys: Sequence[str]) -> ConfigError:
+def _placed(error: ConfigError, origin: Sources[AgentForm], keys: Sequence[str]) -> ConfigError:
     """The same error, with where the settings that it speaks of were given."""
     places = [f"{key}: {origin.origin(key)}" for key in keys if origin.origin(key) != "default"]
     where = f" ({', '.join(places)})" if places else ""

@@ -5,7 +5,8 @@ Owns their text and its form; a test compares them with the files and can rewrit
 
 import textwrap
 
-from agent.settings import AgentSettings, CoordinatorSettings, Described, Settings, describe
+from agent.settings.describe import Described, describe
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings
 
 COLUMNS = 98
 """Of the samples' comments."""
@@ -34,7 +35,7 @@ prints what is in force and where each value is from.
 """
 
 PROGRAMS: tuple[tuple[str, type[Settings]], ...] = (
-    ("run", AgentSettings),
+    ("run", AgentForm),
     ("serve", CoordinatorSettings),
 )
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from agent.cli.options import load_coordinator, settings_flags, sources
-from agent.settings import CoordinatorSettings
+from agent.settings.models import CoordinatorSettings
 
 
 @click.command("serve")

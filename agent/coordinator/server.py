@@ -28,7 +28,8 @@ from agent.ops import logs
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import stop_signals
-from agent.settings import Address, CoordinatorSettings
+from agent.settings import Address
+from agent.settings.models import CoordinatorSettings
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this: longer than any beat (an agent's is 10 s at most, a v1

@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -696,11 +696,11 @@ class Daemon:
 
     async def _take_over(self, wanted: AgentSettings) -> None:
         before = self.settings
-        keys = type(wanted).model_fields
+        keys = [setting.name for setting in fields(wanted)]
         changed = {key for key in keys if getattr(wanted, key) != getattr(before, key)}
         kept = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
-        settings = before.model_copy(update=update)
+        settings = replace(before, **update)
         self._runs.reconfigure(settings)
         if "progress" in changed:
             try:

@@ -15,8 +15,7 @@ from typing import Any
 
 from agent.errors import ConfigError
 from agent.settings import read_secret
-from agent.settings.forms import Address
-from agent.settings.mqtt import Broker
+from agent.settings.values import Address, Broker
 
 try:
     import aiomqtt

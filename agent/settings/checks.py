@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -23,7 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from agent.settings import values
 from agent.settings.forms import NUMBER, AnyPath, Argv, Duration, Kind, Listen, Text
+from agent.settings.values import StatusRange
 
 MOST_CHECKS = 64
 """Tables. Each is a task that runs every few seconds; what a host has to say fits into fewer."""
@@ -43,17 +45,6 @@ LONGEST_SHOWN = 60
 """Characters of a refused value that its error repeats."""
 
 TCP_PORTS = range(1, 65536)
-
-
-class StatusRange(NamedTuple):
-    """The statuses of HTTP that are good, both ends included."""
-
-    least: int
-    most: int
-
-    def __str__(self) -> str:
-        """As it is written in a file: ``200`` or ``200-399``."""
-        return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
 
 
 class TablesError(ValueError):
@@ -138,7 +129,7 @@ CheckUrl = Annotated[str, AfterValidator(_url), Kind("URL", "URL")]
 Count = Annotated[int, NUMBER, Field(ge=1, le=100), Kind("NUMBER", "number, 1 to 100")]
 
 
-class _Check(BaseModel):
+class CheckForm(BaseModel):
     """What every check has. Durations are seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -166,7 +157,7 @@ class _Check(BaseModel):
         description="While it fails this member does not become or stay primary, whatever the"
         " others say.",
     )
-    scope: Annotated[Literal["always", "primary"], Kind("WHEN", "always or primary")] = Field(
+    scope: Annotated[values.Scope, Kind("WHEN", "always or primary")] = Field(
         "always",
         description="primary: done only while this member is primary, and passing otherwise: for"
         " a workload that does not run on a secondary.",
@@ -183,8 +174,10 @@ class _Check(BaseModel):
             yield "limit", f"must be at most interval, which is {self.interval:g} s"
 
 
-class ExecCheck(_Check):
+class ExecCheckForm(CheckForm):
     """Passes if a command exits with 0."""
+
+    plain: ClassVar = values.ExecCheck
 
     type: Annotated[Literal["exec"], Kind("TYPE", "exec")]
     command: Annotated[
@@ -195,8 +188,10 @@ class ExecCheck(_Check):
     )
 
 
-class HttpCheck(_Check):
+class HttpCheckForm(CheckForm):
     """Passes if a GET is answered with a good status."""
+
+    plain: ClassVar = values.HttpCheck
 
     type: Annotated[Literal["http"], Kind("TYPE", "http")]
     url: CheckUrl = Field(description="What to GET. No proxy is used and no redirect followed.")
@@ -219,8 +214,10 @@ class HttpCheck(_Check):
             yield "insecure_tls", "is for an https:// url: leave it out"
 
 
-class TcpCheck(_Check):
+class TcpCheckForm(CheckForm):
     """Passes if a connection is accepted."""
+
+    plain: ClassVar = values.TcpCheck
 
     type: Annotated[Literal["tcp"], Kind("TYPE", "tcp")]
     address: Annotated[Listen, AfterValidator(_port), Kind("HOST:PORT", "HOST:PORT")] = Field(
@@ -228,16 +225,20 @@ class TcpCheck(_Check):
     )
 
 
-class FileAgeCheck(_Check):
+class FileAgeCheckForm(CheckForm):
     """Passes if a file was written lately."""
+
+    plain: ClassVar = values.FileAgeCheck
 
     type: Annotated[Literal["file_age"], Kind("TYPE", "file_age")]
     path: CheckPath = Field(description="The file (or directory) whose modification time counts.")
     max_age: Duration = Field(description="How old it may be.")
 
 
-class ProcessCheck(_Check):
+class ProcessCheckForm(CheckForm):
     """Passes if a process runs."""
+
+    plain: ClassVar = values.ProcessCheck
 
     type: Annotated[Literal["process"], Kind("TYPE", "process")]
     pid_file: CheckPath | None = Field(
@@ -259,8 +260,10 @@ class ProcessCheck(_Check):
             yield "pid_file", "needs pid_file, process or both"
 
 
-class PrometheusCheck(_Check):
+class PrometheusCheckForm(CheckForm):
     """Passes if a metric of an exporter compares as it should."""
+
+    plain: ClassVar = values.PrometheusCheck
 
     type: Annotated[Literal["prometheus"], Kind("TYPE", "prometheus")]
     url: CheckUrl = Field(description="The exporter's page of metrics, at most 4 MiB.")
@@ -275,20 +278,27 @@ class PrometheusCheck(_Check):
         default_factory=dict,
         description="Labels that a sample must have, beside any others. Not set: any.",
     )
-    op: Annotated[Literal[">", ">=", "<", "<=", "==", "!="], Kind("OP", "> >= < <= == or !=")] = (
-        Field(description="How every such sample must compare with value; NaN never does.")
+    op: Annotated[values.Comparison, Kind("OP", "> >= < <= == or !=")] = Field(
+        description="How every such sample must compare with value; NaN never does."
     )
     value: Annotated[float, NUMBER, Kind("NUMBER", "number")] = Field(description="With what.")
 
 
-Check: TypeAlias = ExecCheck | HttpCheck | TcpCheck | FileAgeCheck | ProcessCheck | PrometheusCheck
-TYPES: Mapping[str, type[_Check]] = {
-    "exec": ExecCheck,
-    "http": HttpCheck,
-    "tcp": TcpCheck,
-    "file_age": FileAgeCheck,
-    "process": ProcessCheck,
-    "prometheus": PrometheusCheck,
+AnyCheckForm: TypeAlias = (
+    ExecCheckForm
+    | HttpCheckForm
+    | TcpCheckForm
+    | FileAgeCheckForm
+    | ProcessCheckForm
+    | PrometheusCheckForm
+)
+TYPES: Mapping[str, type[CheckForm]] = {
+    "exec": ExecCheckForm,
+    "http": HttpCheckForm,
+    "tcp": TcpCheckForm,
+    "file_age": FileAgeCheckForm,
+    "process": ProcessCheckForm,
+    "prometheus": PrometheusCheckForm,
 }
 
 EXAMPLES: tuple[Mapping[str, Any], ...] = (
@@ -323,7 +333,7 @@ EXAMPLES: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def _read(value: object) -> tuple[Check, ...]:
+def _read(value: object) -> tuple[AnyCheckForm, ...]:
     """The checks of a list of tables, or of the same as JSON (from a flag or a variable).
 
     Raises:
@@ -338,7 +348,7 @@ def _read(value: object) -> tuple[Check, ...]:
         raise ValueError("must be tables, each under [[check]]")  # noqa: TRY004 - for pydantic
     if len(value) > MOST_CHECKS:
         raise ValueError(f"must be at most {MOST_CHECKS} tables")
-    checks: list[Check] = []
+    checks: list[AnyCheckForm] = []
     faults: list[tuple[str, bool]] = []
     first: dict[str, int] = {}
     for number, table in enumerate(value, 1):
@@ -364,8 +374,8 @@ def _place(number: int, table: object) -> str:
     return f"check {number} ({_shown(name)})" if isinstance(name, str) else f"check {number}"
 
 
-def _read_one(table: object) -> Check:
-    if isinstance(table, _Check):
+def _read_one(table: object) -> AnyCheckForm:
+    if isinstance(table, CheckForm):
         return table  # type: ignore[return-value] # no other class is made of the base
     if not isinstance(table, Mapping):
         raise TablesError(["must be a table, under [[check]]"], unknown_key=False)
@@ -383,7 +393,9 @@ def _read_one(table: object) -> Check:
         ) from None
 
 
-def _faults(error: ValidationError, model: type[_Check], kind: str) -> Iterator[tuple[str, bool]]:
+def _faults(
+    error: ValidationError, model: type[CheckForm], kind: str
+) -> Iterator[tuple[str, bool]]:
     """One sentence per key, unknown keys first, and whether it is about an unknown one."""
     seen = set()
     found = error.errors(include_url=False)
@@ -407,7 +419,7 @@ def _faults(error: ValidationError, model: type[_Check], kind: str) -> Iterator[
                 yield f"{key} = {_shown(fault['input'])}: {text}", False
 
 
-def _unknown(key: str, model: type[_Check], kind: str) -> str:
+def _unknown(key: str, model: type[CheckForm], kind: str) -> str:
     keys = list(model.model_fields)
     close = difflib.get_close_matches(key, keys, n=1)
     right = f"did you mean {close[0]}?" if close else f"it has {', '.join(keys)}"
@@ -420,7 +432,7 @@ def _shown(value: object) -> str:
 
 
 CheckTables = Annotated[
-    tuple[Check, ...],
+    tuple[AnyCheckForm, ...],
     PlainValidator(_read),
     PlainSerializer(lambda checks: [check.model_dump(mode="json") for check in checks]),
     Kind("JSON", f"tables [[check]], at most {MOST_CHECKS}"),

@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from agent.settings.checks import StatusRange
-from agent.settings.forms import Address, Kind
+from agent.settings.forms import Kind
 from agent.settings.models import Settings
+from agent.settings.values import Address, StatusRange
 
 
 @dataclass(frozen=True, slots=True)

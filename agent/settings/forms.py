@@ -12,21 +12,18 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator
 
 from agent.core.timing import LONGEST_LEASE_S
-from agent.errors import ConfigError
 from agent.model import TICKS_PER_SECOND
+from agent.settings.values import Address, LogLevel, RestartRule
 from agent.wire.scalars import parse_time_span
 
 LONGEST_ID = 256
 """Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
-
-LONGEST_SECRET = 4096
-"""Bytes of a file with a password: a longer one is another file, named by mistake."""
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 """A coordinator on this machine, with its own defaults."""
@@ -38,37 +35,11 @@ READABLE_BY_OTHERS = 0o006
 """Permission bits that a file with a secret must not have (its group may read it)."""
 
 
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-LogFormat = Literal["text", "json"]
 StoreKind = Literal["sqlite", "memory"]
 RoleForm = Literal["number", "name"]
 
 
 _NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
-
-
-class Address(NamedTuple):
-    """Where to listen. Port 0 takes a free one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        """HOST:PORT, with an IPv6 address in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def loopback(self) -> bool:
-        """Only this machine can reach it."""
-        return is_loopback(self.host)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,25 +214,6 @@ def _secret_file(path: Path) -> Path:
     return path
 
 
-def read_secret(path: Path) -> str:
-    """The secret in a file, without the line's end.
-
-    Raises:
-        ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
-    """
-    try:
-        with path.open("rb") as file:
-            secret = file.read(LONGEST_SECRET + 1)
-        text = secret.decode().rstrip("\r\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: must be text in UTF-8, and is not") from None
-    if not text or len(secret) > LONGEST_SECRET or not text.isprintable():
-        raise ConfigError(f"{path}: must be one line of 1 to {LONGEST_SECRET} bytes: the secret")
-    return text
-
-
 def _path(path: Path) -> Path:
     if not path.name or "\0" in str(path):
         raise ValueError("must be a path")
@@ -293,7 +245,6 @@ Argv = Annotated[
 Program = Annotated[
     tuple[str, ...], BeforeValidator(_program), Kind("COMMAND", "command: list of strings")
 ]
-RestartRule = Literal["on-failure", "always", "never"]
 Restarts = Annotated[RestartRule, Kind("on-failure|always|never", "on-failure, always or never")]
 Listen = Annotated[
     Address, PlainValidator(_address), PlainSerializer(str), Kind("HOST:PORT", "HOST:PORT")

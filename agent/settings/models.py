@@ -14,14 +14,12 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from agent.core.timing import Budget, Timing, plan
 from agent.errors import ConfigError
 from agent.settings.checks import EXAMPLES as CHECKS
 from agent.settings.checks import CheckTables
 from agent.settings.forms import (
     DEFAULT_ENDPOINT,
     NUMBER,
-    Address,
     AnyPath,
     Argv,
     Duration,
@@ -33,7 +31,6 @@ from agent.settings.forms import (
     Lease,
     Level,
     Listen,
-    LogFormat,
     ProbeListen,
     Program,
     Restarts,
@@ -43,13 +40,14 @@ from agent.settings.forms import (
     StoreKind,
     Text,
     Url,
-    is_loopback,
 )
 from agent.settings.hooks import Directory, Hook, Owner, Retries, Variables
 from agent.settings.mqtt import EXAMPLE as BROKER
 from agent.settings.mqtt import MqttTable
+from agent.settings.plain import plain_of
 from agent.settings.progress import EXAMPLES as SOURCES
 from agent.settings.progress import ProgressTable
+from agent.settings.values import Address, AgentSettings, LogFormat, is_loopback
 
 
 class ContradictionError(ConfigError):
@@ -115,8 +113,10 @@ class Settings(BaseSettings):
             yield given[0], f"needs {missing} too"
 
 
-class AgentSettings(Settings):
+class AgentForm(Settings):
     """What ``failover-agent run`` can be told. Durations are seconds."""
+
+    plain: ClassVar = AgentSettings
 
     model_config = SettingsConfigDict(env_prefix="FAILOVER_AGENT_")
     env_prefix: ClassVar[str] = "FAILOVER_AGENT_"
@@ -394,29 +394,10 @@ class AgentSettings(Settings):
         examples=[60],
     )
 
-    def hook_limit_of(self, event: str) -> float:
-        """How long the hook of an event may take, in seconds; a demotion's is the lease's (R4)."""
-        own = {
-            "pending_primary": self.hook_pending_primary_limit,
-            "primary": self.hook_primary_limit,
-        }.get(event, self.hook_notification_limit)
-        return self.hook_limit if own is None else own
-
-    @property
-    def budget(self) -> Budget:
-        """What was asked for of the parts of the lease."""
-        return Budget(
-            renew_s=self.renew,
-            demote_s=self.demote,
-            margin_s=self.margin,
-            beat_s=self.beat,
-            request_timeout_s=self.request_timeout,
-        )
-
-    @property
-    def timing(self) -> Timing:
-        """The division of ``failover_timeout``. Raises TimingError if R1 does not hold."""
-        return plan(self.failover_timeout, self.budget)
+    def value(self) -> AgentSettings:
+        """What the agent is told by it."""
+        settings: AgentSettings = plain_of(self)
+        return settings
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self._together("username", "password_file")

@@ -6,26 +6,22 @@ Owns what a broker's address, credentials and topics may be. Refuses to know how
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator
 
+from agent.settings import values
 from agent.settings.forms import (
     NUMBER,
-    Address,
     Duration,
     InputFile,
     Kind,
     SecretFile,
     Text,
-    is_loopback,
 )
 from agent.settings.tables import Table, as_table, read_table
-
-MQTT_PORT = 1883
-MQTTS_PORT = 8883
+from agent.settings.values import is_loopback
 
 LONGEST_TOPIC = 1024
 """Characters; MQTT's own limit is 65535 bytes."""
@@ -74,11 +70,11 @@ Topic = Annotated[
     AfterValidator(topic_name),
     Kind("TOPIC", "topic"),
 ]
-Protocol = Annotated[Literal["5", "3.1.1"], Kind("VERSION", '"5" or "3.1.1", in quotes')]
+Protocol = Annotated[values.Protocol, Kind("VERSION", '"5" or "3.1.1", in quotes')]
 Seconds = Annotated[int, NUMBER, Field(ge=1, le=65535), Kind("SECONDS", "whole seconds to 65535")]
 
 
-class Broker(Table):
+class BrokerForm(Table):
     """What a connection to a broker needs. Durations are seconds."""
 
     broker: Annotated[str, AfterValidator(broker_url), Kind("URL", "mqtt or mqtts URL")] = Field(
@@ -108,34 +104,21 @@ class Broker(Table):
         " private key if that has no file of its own. Not set: none.",
     )
 
-    @property
-    def tls(self) -> bool:
-        """Whether the broker is talked to by TLS."""
-        return urlsplit(self.broker).scheme == "mqtts"
-
-    @property
-    def address(self) -> Address:
-        """Where the broker is."""
-        parts = urlsplit(self.broker)
-        return Address(parts.hostname or "", parts.port or (MQTTS_PORT if self.tls else MQTT_PORT))
-
-    @property
-    def private_key(self) -> Path | None:
-        """The file of the certificate's private key; None if it is in the certificate's own."""
-        return None
-
     def _contradictions(self) -> Iterator[tuple[str, str]]:
+        tls, host = values.is_tls(self.broker), values.broker_address(self.broker).host
         if self.password_file is not None and self.username is None:
             yield "password_file", "needs username too"
         for key in ("ca_file", "certificate"):
-            if getattr(self, key) is not None and not self.tls:
+            if getattr(self, key) is not None and not tls:
                 yield key, "is for a broker with TLS: use mqtts://, or leave it out"
-        if self.password_file is not None and not self.tls and not is_loopback(self.address.host):
+        if self.password_file is not None and not tls and not is_loopback(host):
             yield "broker", f"{self.broker} would carry the password unencrypted: use mqtts://"
 
 
-class Mqtt(Broker):
+class MqttForm(BrokerForm):
     """Announces role and epoch to a broker."""
+
+    plain: ClassVar = values.Mqtt
 
     key: SecretFile | None = Field(
         None, description="That certificate's private key (PEM). Not set: it is in certificate."
@@ -145,9 +128,7 @@ class Mqtt(Broker):
         description="MQTT client id; no two clients of a broker may have the same. Not set: made of"
         " group and session id, always the same, 23 letters and digits.",
     )
-    payload: Annotated[
-        Literal["json", "sparkplug"], Kind("json|sparkplug", "json or sparkplug")
-    ] = Field(
+    payload: Annotated[values.Payload, Kind("json|sparkplug", "json or sparkplug")] = Field(
         "json",
         description="What is announced: json, each session and the group's primary; sparkplug, the"
         " STATE of a Sparkplug B 3.0 host application, online while a member is primary.",
@@ -172,11 +153,6 @@ class Mqtt(Broker):
         " edge nodes have as their primary host. Not set: the group's id.",
     )
 
-    @property
-    def private_key(self) -> Path | None:
-        """As ``Broker`` says."""
-        return self.key
-
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         yield from super()._contradictions()
         if self.key is not None and self.certificate is None:
@@ -194,19 +170,19 @@ EXAMPLE: Mapping[str, Any] = {
 }
 
 
-def _read(value: object) -> Mqtt | None:
-    if value is None or isinstance(value, Mqtt):
+def _read(value: object) -> MqttForm | None:
+    if value is None or isinstance(value, MqttForm):
         return value
-    table: Mqtt = read_table(as_table(value, "mqtt"), Mqtt, "mqtt", "the table [mqtt]")
+    table: MqttForm = read_table(as_table(value, "mqtt"), MqttForm, "mqtt", "the table [mqtt]")
     return table
 
 
-def _dump(table: Mqtt | None) -> dict[str, Any] | None:
+def _dump(table: MqttForm | None) -> dict[str, Any] | None:
     return None if table is None else table.model_dump(mode="json", exclude_none=True)
 
 
 MqttTable = Annotated[
-    Mqtt | None,
+    MqttForm | None,
     PlainValidator(_read),
     PlainSerializer(_dump),
     Kind("JSON", "table [mqtt]"),

@@ -7,18 +7,16 @@ know how a source is read (drivers/progress) and whether its command can be run 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator
 
+from agent.settings import values
 from agent.settings.checks import SHORTEST_INTERVAL_S, CheckUrl, TablesError
 from agent.settings.forms import AnyPath, Argv, Duration, DurationOrZero, Kind
-from agent.settings.mqtt import Broker, Topic
+from agent.settings.mqtt import BrokerForm, Topic
 from agent.settings.tables import Table, as_table, read_table, shown
-
-DEFAULT_MAX_FUTURE_S = 5.0
-"""The bound when there is no table: clocks that NTP keeps are within milliseconds of each other, and
-a time that is further ahead would hide every later one of the tenure."""
+from agent.settings.values import DEFAULT_MAX_FUTURE_S
 
 LONGEST_SOCKET_PATH = 107
 """Bytes; the kernel's address has 108 with the closing NUL (unix(7))."""
@@ -55,7 +53,7 @@ Limit = Annotated[Duration, Kind("DURATION", "duration, more than 0 s to 24 d")]
 KEY_MEANING = "Where in it the time is, if it is JSON. Not set: it is the time itself."
 
 
-class _Source(Table):
+class SourceForm(Table):
     """What every source has. Durations are seconds."""
 
     max_future: DurationOrZero = Field(
@@ -65,7 +63,7 @@ class _Source(Table):
     )
 
 
-class _Polled(_Source):
+class _Polled(SourceForm):
     """What every source has that is asked, rather than tells."""
 
     interval: Annotated[
@@ -74,8 +72,10 @@ class _Polled(_Source):
     limit: Limit = Field(1.0, description="How long one reading may take.")
 
 
-class SocketProgress(_Source):
+class SocketProgressForm(SourceForm):
     """A Unix socket that the agent makes; each line, or datagram, is a time."""
+
+    plain: ClassVar = values.SocketProgress
 
     type: Annotated[Literal["socket"], Kind("TYPE", "socket")]
     path: Annotated[AnyPath, AfterValidator(_socket_path), Kind("PATH", "absolute path")] = Field(
@@ -89,23 +89,29 @@ class SocketProgress(_Source):
     )
 
 
-class FileTimeProgress(_Polled):
+class FileTimeProgressForm(_Polled):
     """A file whose modification time is the time."""
+
+    plain: ClassVar = values.FileTimeProgress
 
     type: Annotated[Literal["file_time"], Kind("TYPE", "file_time")]
     path: AnyPath = Field(description="The file (or directory).")
 
 
-class FileProgress(_Polled):
+class FileProgressForm(_Polled):
     """A file whose last line that is not empty is the time."""
+
+    plain: ClassVar = values.FileProgress
 
     type: Annotated[Literal["file"], Kind("TYPE", "file")]
     path: AnyPath = Field(description="The file; its last 64 KiB are read.")
     key: Key | None = Field(None, description=KEY_MEANING)
 
 
-class MetricProgress(_Polled):
+class MetricProgressForm(_Polled):
     """A metric of a local exporter, in seconds since 1970."""
+
+    plain: ClassVar = values.MetricProgress
 
     type: Annotated[Literal["metric"], Kind("TYPE", "metric")]
     url: CheckUrl = Field(description="The exporter's page of metrics, at most 4 MiB.")
@@ -121,16 +127,20 @@ class MetricProgress(_Polled):
     )
 
 
-class MqttProgress(Broker, _Source):
+class MqttProgressForm(BrokerForm, SourceForm):
     """An MQTT topic whose messages are times."""
+
+    plain: ClassVar = values.MqttProgress
 
     type: Annotated[Literal["mqtt"], Kind("TYPE", "mqtt")]
     topic: Topic = Field(description="The topic; a retained message counts.")
     key: Key | None = Field(None, description=KEY_MEANING)
 
 
-class CommandProgress(_Polled):
+class CommandProgressForm(_Polled):
     """A command that prints the time."""
+
+    plain: ClassVar = values.CommandProgress
 
     type: Annotated[Literal["command"], Kind("TYPE", "command")]
     command: Annotated[
@@ -141,22 +151,22 @@ class CommandProgress(_Polled):
     )
 
 
-ProgressSource: TypeAlias = (
-    SocketProgress
-    | FileTimeProgress
-    | FileProgress
-    | MetricProgress
-    | MqttProgress
-    | CommandProgress
+AnySourceForm: TypeAlias = (
+    SocketProgressForm
+    | FileTimeProgressForm
+    | FileProgressForm
+    | MetricProgressForm
+    | MqttProgressForm
+    | CommandProgressForm
 )
 
-TYPES: Mapping[str, type[_Source]] = {
-    "socket": SocketProgress,
-    "file_time": FileTimeProgress,
-    "file": FileProgress,
-    "metric": MetricProgress,
-    "mqtt": MqttProgress,
-    "command": CommandProgress,
+TYPES: Mapping[str, type[SourceForm]] = {
+    "socket": SocketProgressForm,
+    "file_time": FileTimeProgressForm,
+    "file": FileProgressForm,
+    "metric": MetricProgressForm,
+    "mqtt": MqttProgressForm,
+    "command": CommandProgressForm,
 }
 
 EXAMPLES: tuple[Mapping[str, Any], ...] = (
@@ -182,13 +192,13 @@ EXAMPLES: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def _read(value: object) -> ProgressSource | None:
+def _read(value: object) -> AnySourceForm | None:
     """The source of a table, or of the same as JSON (from a flag or a variable).
 
     Raises:
         ValueError: it is no table; TablesError if something in it is wrong.
     """
-    if value is None or isinstance(value, _Source):
+    if value is None or isinstance(value, SourceForm):
         return value  # type: ignore[return-value] # no other class is made of the base
     table = as_table(value, "progress")
     kind = table.get("type")
@@ -196,16 +206,16 @@ def _read(value: object) -> ProgressSource | None:
     if model is None:
         said = f"progress: type = {shown(kind)}" if "type" in table else "progress: type"
         raise TablesError([f"{said}: must be one of {', '.join(TYPES)}"], unknown_key=False)
-    source: ProgressSource = read_table(table, model, "progress", f"a source of type {kind}")
+    source: AnySourceForm = read_table(table, model, "progress", f"a source of type {kind}")
     return source
 
 
-def _dump(source: ProgressSource | None) -> dict[str, Any] | None:
+def _dump(source: AnySourceForm | None) -> dict[str, Any] | None:
     return None if source is None else source.model_dump(mode="json", exclude_none=True)
 
 
 ProgressTable = Annotated[
-    ProgressSource | None,
+    AnySourceForm | None,
     PlainValidator(_read),
     PlainSerializer(_dump),
     Kind("JSON", "table [progress]"),

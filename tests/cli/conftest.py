@@ -9,7 +9,8 @@ import pytest
 
 from agent.cli.main import main
 from agent.coordinator.server import serving
-from agent.settings import Address, CoordinatorSettings
+from agent.settings import Address
+from agent.settings.models import CoordinatorSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -24,12 +25,12 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     """Runs one command line: exit code, stdout, stderr."""
 
     def run(*words: str) -> tuple[int, str, str]:
         code = main(words)
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         return code, out, err
 
     return run

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ExitCode
-from agent.settings import AgentSettings, CoordinatorSettings, load
+from agent.settings.models import AgentForm, CoordinatorSettings
+from agent.settings.sources import load
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +27,7 @@ def test_what_it_prints_is_toml_that_means_the_same(cli: Cli, tmp_path: Path) ->
     code, out, _ = cli("check-config", "--config", str(path))
     again = config(tmp_path, out)
     assert code == 0
-    assert load(AgentSettings, path=again) == AgentSettings(
+    assert load(AgentForm, path=again) == AgentForm(
         group="g", hook_primary=("/bin/true", 'a "b"'), beat=0.5, probe_listen=None
     )
 
@@ -88,7 +89,7 @@ def test_the_command_of_a_check_is_checked_as_a_hook_is(cli: Cli, tmp_path: Path
 def test_checks_are_printed_as_toml_that_means_the_same(cli: Cli, tmp_path: Path) -> None:
     text = 'group = "g"\n[[check]]\nname = "a"\ntype = "http"\nurl = "http://h/"\nstatus = 204\n'
     path = config(tmp_path, text)
-    before = load(AgentSettings, path=path)
+    before = load(AgentForm, path=path)
     code, out, _ = cli("check-config", "--config", str(path))
     assert code == 0
-    assert load(AgentSettings, path=config(tmp_path, out)) == before
+    assert load(AgentForm, path=config(tmp_path, out)) == before

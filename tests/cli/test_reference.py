@@ -9,12 +9,14 @@ import pytest
 
 from agent.cli.reference import PROGRAMS, sample, settings_page
 from agent.errors import ExitCode
-from agent.settings import AgentSettings, CoordinatorSettings, Settings, describe, load
 from agent.settings.checks import TYPES
+from agent.settings.describe import describe
+from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.settings.sources import load
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = {
-    AgentSettings: ROOT / "config/agent.toml",
+    AgentForm: ROOT / "config/agent.toml",
     CoordinatorSettings: ROOT / "config/coordinator.toml",
 }
 MODELS = [model for _, model in PROGRAMS]
@@ -39,7 +41,7 @@ def test_the_samples_are_up_to_date(program: str, model: type[Settings]) -> None
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sample_loads_and_changes_nothing_but_the_group(model: type[Settings]) -> None:
     loaded = load(model, path=SAMPLES[model]).model_dump()
-    if model is AgentSettings:
+    if model is AgentForm:
         assert loaded.pop("group") == "demo"
     assert loaded.items() <= model().model_dump().items()
 
@@ -67,9 +69,9 @@ def test_every_setting_that_is_not_set_by_default_says_what_happens_then(
 
 def test_the_sample_has_a_table_of_each_type_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "agent.toml"
-    path.write_text(COMMENTED.sub(r"\1", SAMPLES[AgentSettings].read_text()))
+    path.write_text(COMMENTED.sub(r"\1", SAMPLES[AgentForm].read_text()))
     shown = tomllib.loads(path.read_text())["check"]
-    checks = AgentSettings.model_validate({"check": shown}).check
+    checks = AgentForm.model_validate({"check": shown}).check
     assert [check.type for check in checks] == list(TYPES)
     assert len({check.name for check in checks}) == len(TYPES)
 

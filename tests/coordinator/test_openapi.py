@@ -22,7 +22,7 @@ from agent.coordinator.auth import hash_password
 from agent.coordinator.calls import ROUTES
 from agent.coordinator.openapi import document
 from agent.coordinator.server import serving
-from agent.settings import CoordinatorSettings
+from agent.settings.models import CoordinatorSettings
 
 ROOM_BYTES = 4 * 1024 * 1024
 """The longest body that the schemas allow has room: 413 depends on a setting, which no schema says."""

@@ -18,7 +18,7 @@ import pytest
 
 from agent.coordinator.server import serving
 from agent.errors import ConfigError, ExitCode
-from agent.settings import CoordinatorSettings
+from agent.settings.models import CoordinatorSettings
 
 from .conftest import Process
 

@@ -8,9 +8,10 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -24,14 +25,16 @@ from agent.drivers.checks.local import Connect, FileAge, Process
 from agent.drivers.checks.web import Http, Prometheus
 from agent.ops.clock import Clock
 from agent.settings.checks import (
-    Check,
-    ExecCheck,
-    FileAgeCheck,
-    HttpCheck,
-    ProcessCheck,
-    PrometheusCheck,
-    TcpCheck,
+    CheckForm,
+    ExecCheckForm,
+    FileAgeCheckForm,
+    HttpCheckForm,
+    ProcessCheckForm,
+    PrometheusCheckForm,
+    TcpCheckForm,
 )
+from agent.settings.plain import plain_of
+from agent.settings.values import Check, ExecCheck, FileAgeCheck, TcpCheck
 
 LIMIT_S = 60
 """For what takes milliseconds, on a busy machine."""
@@ -88,24 +91,27 @@ async def why(run: Callable[[], Awaitable[None]]) -> str | None:
 
 
 def tcp(name: str, **keys: Any) -> TcpCheck:
-    return TcpCheck(name=name, type="tcp", address="127.0.0.1:1", **keys)
+    return cast(
+        "TcpCheck", plain_of(TcpCheckForm(name=name, type="tcp", address="127.0.0.1:1", **keys))
+    )
 
 
-def patient(keys: dict[str, Any]) -> dict[str, Any]:
-    """Limits that no noise of the machine exceeds, though longer than the interval."""
-    return {"limit": LIMIT_S} if "limit" not in keys else {}
+def patient(form: CheckForm, keys: dict[str, Any]) -> Any:
+    """A limit that no noise of the machine exceeds, though longer than the interval."""
+    check = plain_of(form)
+    return check if "limit" in keys else replace(check, limit=LIMIT_S)
 
 
 def exec_check(*argv: object, **keys: Any) -> ExecCheck:
     keys = {"name": "a", "interval": 60.0, **keys}
-    check = ExecCheck(type="exec", command=tuple(map(str, argv)), **keys)
-    return check.model_copy(update=patient(keys))
+    check = ExecCheckForm(type="exec", command=tuple(map(str, argv)), **keys)
+    return cast("ExecCheck", patient(check, keys))
 
 
 def file_check(path: Path, name: str = "a", **keys: Any) -> FileAgeCheck:
     keys = {"max_age": 3600.0, "interval": OFTEN_S, **keys}
-    check = FileAgeCheck(name=name, type="file_age", path=path, **keys)
-    return check.model_copy(update=patient(keys))
+    check = FileAgeCheckForm(name=name, type="file_age", path=path, **keys)
+    return cast("FileAgeCheck", patient(check, keys))
 
 
 @asynccontextmanager
@@ -535,7 +541,7 @@ def page(body: bytes = b"", status: int = 200, headers: str = "") -> Answer:
 
 
 def http(url: str, **keys: Any) -> Http:
-    return Http(HttpCheck.model_validate({"name": "a", "type": "http", "url": url, **keys}))
+    return Http(plain_of(HttpCheckForm(name="a", type="http", url=url, **keys)))
 
 
 @pytest.mark.parametrize(
@@ -611,7 +617,7 @@ async def test_a_slow_server_is_given_up_at_the_limit() -> None:
             await asyncio.sleep(0.01)
 
     async with server(answer) as url:
-        check = HttpCheck(name="a", type="http", url=url, interval=60.0, limit=0.1)
+        check = plain_of(HttpCheckForm(name="a", type="http", url=url, interval=60.0, limit=0.1))
         async with running(check) as (checks, _):
             await until(lambda: checks.health.results["a"].known)
             assert "a: " in checks.health.reason
@@ -669,7 +675,9 @@ async def test_a_certificate_is_checked_unless_insecure(certificate: tuple[Path,
 async def test_a_tcp_check_passes_while_connections_are_taken() -> None:
     listener = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    run = Connect(TcpCheck.model_validate({"name": "a", "type": "tcp", "address": address}))
+    run = Connect(
+        plain_of(TcpCheckForm.model_validate({"name": "a", "type": "tcp", "address": address}))
+    )
     assert await why(run) is None
     listener.close()
     await listener.wait_closed()
@@ -749,7 +757,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def process(**keys: Any) -> Process:
-    return Process(ProcessCheck(name="a", type="process", **keys))
+    return Process(plain_of(ProcessCheckForm(name="a", type="process", **keys)))
 
 
 def killed(popen: subprocess.Popen[bytes]) -> None:
@@ -886,7 +894,7 @@ broken{x="1" 5
 def metric(url: str, name: str, op: str, value: float, **labels: str) -> Prometheus:
     keys = {"metric": name, "op": op, "value": value, "labels": labels}
     table = {"name": "a", "type": "prometheus", "url": url, **keys}
-    return Prometheus(PrometheusCheck.model_validate(table))
+    return Prometheus(plain_of(PrometheusCheckForm.model_validate(table)))
 
 
 @pytest.mark.parametrize(

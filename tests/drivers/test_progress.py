@@ -37,6 +37,7 @@ from agent.drivers.progress.times import LONGEST_REASON, LONGEST_TEXT, read_text
 from agent.errors import ConfigError, ExitCode
 from agent.ops import mqtt
 from agent.ops.clock import Clock
+from agent.settings.plain import plain_of
 from agent.settings.progress import TYPES
 
 LIMIT_S = 60
@@ -78,9 +79,9 @@ def made(kind: str, **keys: Any) -> Source:
     table = {"type": kind, **keys}
     if kind not in {"socket", "mqtt"}:
         table = {"interval": 0.05, "limit": LIMIT_S, **table}
-    settings = TYPES[kind].model_validate(table)
+    settings = plain_of(TYPES[kind].model_validate(table))
     clock = Clock(wall=lambda: NOW)
-    return Source(Progress(settings, clock, times.append), times)  # type: ignore[arg-type]
+    return Source(Progress(settings, clock, times.append), times)
 
 
 @asynccontextmanager
@@ -999,10 +1000,10 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
         raise aiomqtt.MqttError("gone")
 
     monkeypatch.setattr(Subscriber, "_follow", fails)
-    settings = TYPES["mqtt"].model_validate(
-        {"type": "mqtt", "broker": "mqtt://127.0.0.1:1", "topic": "t"}
+    settings = plain_of(
+        TYPES["mqtt"].model_validate({"type": "mqtt", "broker": "mqtt://127.0.0.1:1", "topic": "t"})
     )
-    subscriber = Subscriber(settings, print, lambda _: None, chance=lambda: 0.5)  # type: ignore[arg-type]
+    subscriber = Subscriber(settings, print, lambda _: None, chance=lambda: 0.5)
     with monkeypatch.context() as patched:
         patched.setattr(asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):

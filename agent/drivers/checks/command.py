@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from agent.drivers.checks.aside import Failed
 from agent.ops.logs import Log
-from agent.settings.checks import ExecCheck
+from agent.settings.values import ExecCheck
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """As hooks have them."""

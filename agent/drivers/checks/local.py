@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from agent.drivers.checks.aside import Aside, Failed
 from agent.ops.clock import Clock
-from agent.settings.checks import FileAgeCheck, ProcessCheck, TcpCheck
+from agent.settings.values import FileAgeCheck, ProcessCheck, TcpCheck
 
 PID_FILE_BYTES = 64
 """Of a pid file that are read: its first line is the number."""

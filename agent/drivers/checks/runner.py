@@ -15,7 +15,7 @@ from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge, 
 from agent.drivers.checks.web import Http, Prometheus
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings.checks import (
+from agent.settings.values import (
     Check,
     ExecCheck,
     FileAgeCheck,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from agent.settings.checks import Check
+from agent.settings.values import Check
 
 REASON_CHARS = 500
 """Of a health's reason: it goes into log lines and the state file."""

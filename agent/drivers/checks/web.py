@@ -17,7 +17,7 @@ from prometheus_client.samples import Sample
 from agent import __version__
 from agent.drivers.checks.aside import Aside, Failed
 from agent.drivers.checks.verdict import one_line
-from agent.settings.checks import HttpCheck, PrometheusCheck
+from agent.settings.values import HttpCheck, PrometheusCheck
 
 HTTP_BYTES = 64 * 1024
 """Of a body that ``contains`` is looked for in: health pages are short."""

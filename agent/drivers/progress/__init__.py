@@ -16,7 +16,7 @@ from agent.drivers.progress.poll import CommandReader, FileReader, MetricReader,
 from agent.drivers.progress.times import Plausible, Reason, Refused, read_text, read_time
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings.progress import (
+from agent.settings.values import (
     CommandProgress,
     FileProgress,
     FileTimeProgress,

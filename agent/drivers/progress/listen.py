@@ -18,7 +18,7 @@ from pathlib import Path
 
 from agent.drivers.progress.times import Reason, Refused
 from agent.errors import ConfigError, ExitCode
-from agent.settings.progress import SocketProgress
+from agent.settings.values import SocketProgress
 
 LONGEST_LINE = 1024
 """Bytes. A time has under 40."""

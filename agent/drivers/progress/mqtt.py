@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from agent.drivers.progress.times import Reason, Refused
 from agent.ops.mqtt import Waits, access_of, connected, subscribe
-from agent.settings.progress import MqttProgress
+from agent.settings.values import MqttProgress
 
 
 class Subscriber:

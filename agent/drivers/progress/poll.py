@@ -33,7 +33,7 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
-from agent.settings.progress import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
+from agent.settings.values import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """The variables that a command has from the agent's own environment, as hooks have."""

@@ -1,0 +1,129 @@
+"""The process that reads an agent's settings: what is handed back, and what its end says."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+
+from agent.cli import apart
+from agent.cli.apart import Reading
+from agent.errors import ConfigError, ExitCode
+from agent.settings import AgentSettings
+from agent.settings.models import AgentForm
+
+
+def read(*words: str) -> object:
+    return Reading(words, debug=False).settings()
+
+
+def test_the_settings_are_what_this_process_would_have_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text('group = "g"\n[[check]]\nname = "a"\ntype = "tcp"\naddress = "127.0.0.1:1"\n')
+    monkeypatch.setenv("FAILOVER_AGENT_BEAT", "PT1S")
+    wanted = AgentForm.model_validate(
+        {
+            "group": "g",
+            "beat": 1.0,
+            "session_id": "host-a",
+            "check": [{"name": "a", "type": "tcp", "address": "127.0.0.1:1"}],
+        }
+    )
+    assert read("run", "--config", str(file), "--session-id", "host-a") == wanted.value()
+
+
+def test_exec_hands_its_command_over_with_every_word() -> None:
+    words = ("exec", "--group", "g", "--", "sleep", "--", "-x", "a b")
+    wanted = AgentForm(group="g", workload=("sleep", "--", "-x", "a b"))
+    assert read(*words) == wanted.value()
+
+
+def test_what_is_wrong_is_handed_back_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="R1") as caught:
+        read("run", "--group", "g", "--failover-timeout", "1", "--demote", "1")
+    assert caught.value.exit_code is ExitCode.TIMING
+    assert capfd.readouterr() == ("", "")
+
+
+def test_help_is_answered_by_the_reader(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(click.exceptions.Exit) as caught:
+        read("exec", "--help")
+    assert caught.value.exit_code == 0
+    assert "Usage: failover-agent exec [OPTIONS] -- COMMAND" in capfd.readouterr().out
+
+
+def test_a_reader_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ConfigError, match="was ended by signal 9"):
+        read("run")
+
+
+def test_a_reader_that_hangs_is_killed_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "PROGRAM", "import time; time.sleep(1000)")
+    monkeypatch.setattr(apart, "READ_S", 0.2)
+    reading = Reading(("run",), debug=False)
+    with pytest.raises(ConfigError, match=r"within 0\.2 s"):
+        reading.settings()
+    assert reading._process.returncode == -signal.SIGKILL
+
+
+def test_a_reader_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    before = set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(ConfigError, match="No such file"):
+        read("run")
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_nothing_of_a_reading_is_left_open() -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    read("run", "--group", "g")
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize(("debug", "flags"), [(True, ["--debug"]), (False, [])])
+def test_the_reader_is_told_whether_tracebacks_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    *,
+    debug: bool,
+    flags: list[str],
+) -> None:
+    monkeypatch.setattr(apart, "PROGRAM", "import sys; print(sys.argv[3:]); sys.exit(7)")
+    with pytest.raises(click.exceptions.Exit) as caught:
+        Reading(("run", "-x"), debug=debug).settings()
+    assert caught.value.exit_code == 7
+    assert capfd.readouterr().out == f"{[*flags, 'run', '-x']}\n"
+
+
+def test_a_reload_is_refused_whatever_becomes_of_the_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The agent that runs has the role, and catches ConfigErrors only."""
+    rereads: list[Callable[[], AgentSettings]] = []
+
+    def run(settings: AgentSettings, reread: Callable[[], AgentSettings]) -> int:
+        assert settings.group == "g"
+        rereads.append(reread)
+        return 0
+
+    fake: Any = ModuleType("agent.daemon")
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "agent.daemon", fake)
+    assert apart.start(("run", "--group", "g"), debug=False) == 0
+    (reread,) = rereads
+    assert reread().group == "g"
+    for program, says in {
+        "import sys; sys.exit(1)": "ended with code 1",
+        "1 / 0": "ended with code 1",
+        "import os; os.abort()": "signal 6",
+    }.items():
+        monkeypatch.setattr(apart, "PROGRAM", program)
+        with pytest.raises(ConfigError, match=says):
+            reread()
