@@ -42,8 +42,9 @@ check: .venv/.dev  ## format, lint, types, import contracts
 	$(BIN)/lint-imports
 
 bench: .venv/.wheel .venv/.dev  ## the benchmarks, one after another
-	@set -e; for script in tests/bench/[!_]*.py; do \
-	  echo "== $$script"; $(INSTALLED) PYTHONPATH=tests/bench $(BIN)/python "$$script"; done
+	@mkdir -p build/bench && ln -sfn ../../tests build/bench/tests
+	@set -e; for script in tests/bench/[!_]*.py; do name=$$(basename "$$script" .py); echo "== $$script"; \
+	  $(INSTALLED) PYTHONPATH="$(CURDIR)/build/bench" $(BIN)/python -m "tests.bench.$$name"; done
 
 editable: .venv/.dev  ## .venv with the checkout itself, for .venv/bin/pytest; `make test` ends it
 	@rm -f .venv/.wheel

@@ -1,0 +1,253 @@
+"""Agents at rest, L = 10 s: a plain one and one with every feature, and what each costs.
+
+Owns how they are set up and how their cost is read from /proc. Knows nothing of what is right.
+"""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from agent.coordinator.auth import hash_password
+from tests.integration.stage import Coordinator, Stage, environment, free_port, until
+from tests.mosquitto import Authority, Broker
+
+SCRAPE_S = 5.0
+"""As Prometheus is told to in config/prometheus/prometheus.yml."""
+
+WATCHDOG_S = 20
+"""As the unit says."""
+
+ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process: resident MiB, its largest so far, and CPU seconds since its start.
+
+    Attributes:
+        children_s: CPU seconds of the children that it has waited for: hooks and exec checks.
+    """
+
+    resident_mib: float
+    peak_mib: float
+    cpu_s: float
+    children_s: float
+
+
+def cost(pid: int) -> Cost:
+    """What the process has cost so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own, children = (sum(map(int, stat[at : at + 2])) / TICKS_PER_S for at in (11, 13))
+    resident, peak = (int(status[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    return Cost(resident, peak, own, children)
+
+
+class Notified:
+    """The socket that systemd would listen at. ``ready_s`` is from the making of it to READY=1."""
+
+    def __init__(self, path: Path) -> None:
+        self._began = time.monotonic()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self.path = path
+        self.ready_s: float | None = None
+        self.beats = 0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while (message := self._socket.recv(4096)) != b"end":
+            if b"READY=1" in message and self.ready_s is None:
+                self.ready_s = time.monotonic() - self._began
+            self.beats += b"WATCHDOG=1" in message
+        self._socket.close()
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.sendto(b"end", str(self.path))
+
+
+@dataclass
+class Resting:
+    """One agent that has joined; ``scrape`` asks it for its metrics, as Prometheus does."""
+
+    process: subprocess.Popen[bytes]
+    notified: Notified
+    log: Path
+    state_file: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def guard(self) -> int:
+        """The guard's process."""
+        found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return next(int(pid) for pid in found if b"guard.py" in command_line(int(pid)))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(json.loads(self.state_file.read_text()))
+
+    def scrape(self) -> bytes:
+        host, _, port = self.state["probe"].removeprefix("http://").partition(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        try:
+            connection.request("GET", "/metrics", headers={"Accept": ACCEPT})
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def rest(self, seconds: float) -> None:
+        """Let it rest, scraped in the meantime."""
+        end_at = time.monotonic() + seconds
+        while (left_s := end_at - time.monotonic()) > 0:
+            assert self.process.poll() is None, self.log.read_text()
+            self.scrape()
+            time.sleep(min(SCRAPE_S, left_s))
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@contextmanager
+def resting(stage: Stage, name: str, words: list[str], **variables: str) -> Iterator[Resting]:
+    """An agent with these words, until it has told systemd that it is ready."""
+    folder = stage.directory / name
+    folder.mkdir()
+    notified = Notified(folder / "notify")
+    state_file, log = folder / "state.json", folder / "log"
+    variables |= {"NOTIFY_SOCKET": str(notified.path), "WATCHDOG_USEC": str(WATCHDOG_S * 10**6)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent", "run", f"--state-file={state_file}", *words],
+            cwd=folder,
+            env=environment(**variables),
+            stdin=subprocess.DEVNULL,
+            stderr=file,
+        )
+    try:
+        agent = Resting(process, notified, log, state_file)
+
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            return notified.ready_s is not None
+
+        until(ready, f"{name} to be ready")
+        yield agent
+    finally:
+        process.terminate()
+        process.wait(30)
+        notified.close()
+
+
+def plain(stage: Stage, coordinator: Coordinator, session: str = "plain") -> list[str]:
+    """An agent as the README starts it: probe, guard, state file and two hooks."""
+    return [
+        f"--endpoint={coordinator.endpoint}",
+        f"--group={coordinator.group}",
+        f"--session-id={session}",
+        "--hook-primary=/bin/true",
+        "--hook-secondary=/bin/true",
+    ]
+
+
+class _Page(BaseHTTPRequestHandler):
+    """An exporter of the workload: its health and its metrics are the same page."""
+
+    def do_GET(self) -> None:
+        body = f"up 1\nprocessed_seconds {time.time():.3f}\n".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def exporter(stage: Stage) -> str:
+    """The address of a small exporter, until the end of the stage."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stage.later(server.server_close)
+    stage.later(server.shutdown)
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def secure_coordinator(stage: Stage, authority: Authority) -> Coordinator:
+    """A coordinator with TLS, and with one user ``agent`` whose password is ``secret``."""
+    certificate, key = authority.issue("coordinator")
+    users = stage.directory / "users"
+    users.touch(0o600)
+    users.write_text(f"agent:{hash_password('secret')}\n")
+    port = free_port()
+    flags = [f"--tls-certificate={certificate}", f"--tls-key={key}", f"--users-file={users}"]
+    serving = stage.serve(*flags, port=port)
+    serving.endpoint = f"https://127.0.0.1:{port}/api/v1/clientfailover"
+    return serving
+
+
+def everything(
+    stage: Stage, coordinator: Coordinator, authority: Authority, broker: Broker
+) -> list[str]:
+    """TLS with a password, announcements and progress by MQTT with TLS, six checks, webhooks, JSON."""
+    page = exporter(stage)
+    password = stage.directory / "agent-password"
+    password.touch(0o600)
+    password.write_text("secret\n")
+    last = stage.directory / "last"
+    last.touch()
+    broker_table = broker.table()
+    config = stage.directory / "everything.toml"
+    checks: list[dict[str, Any]] = [
+        {"type": "exec", "command": ["/bin/true"]},
+        {"type": "http", "url": page},
+        {"type": "tcp", "address": page.removeprefix("http://")},
+        {"type": "file_age", "path": str(last), "max_age": 86_400},
+        {"type": "process", "process": Path(sys.executable).resolve().name[:15]},
+        {"type": "prometheus", "url": page, "metric": "up", "op": "==", "value": 1},
+    ]
+    lines = ["[mqtt]", *pairs(broker_table)]
+    progress = {k: v for k, v in broker_table.items() if k != "key"}
+    if "key" in broker_table:  # a source has certificate and key in one file
+        both = stage.directory / "both.pem"
+        both.touch(0o600)
+        parts = [Path(broker_table[name]).read_text() for name in ("certificate", "key")]
+        both.write_text("".join(parts))
+        progress["certificate"] = str(both)
+    lines += ["[progress]", *pairs({"type": "mqtt", "topic": "processed", **progress})]
+    for check in checks:
+        lines += ["[[check]]", *pairs({"name": check["type"], **check})]
+    config.write_text("\n".join([*lines, ""]))
+    return [
+        *plain(stage, coordinator, "everything"),
+        f"--config={config}",
+        "--log-format=json",
+        "--username=agent",
+        f"--password-file={password}",
+        f"--ca-file={authority.file}",
+        f"--hook-joined={page}/joined",
+        f"--hook-lost={page}/lost",
+        f"--hook-left={page}/left",
+    ]
+
+
+def pairs(table: dict[str, Any]) -> list[str]:
+    """The lines of a table in TOML, whose strings and lists look as in JSON."""
+    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
