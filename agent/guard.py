@@ -20,10 +20,13 @@ fields divided by NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by i
     ARM   number hook_at kill_at running(comma) groups(comma) workload cgroup state_path state_text
     HOOK  number directory user group groups(comma) stdin nenv env... {nargs args...}...
     OFF   number
+    LOG   number least form group session role epoch
 
 ``running``, ``groups`` and ``workload`` are process groups: of a hook that runs, of hooks that have run, of
 the command of ``exec`` (whose cgroup may be given, too). ``hook_at`` may be "inf": the agent is
-demoting, and only the killing at ``kill_at`` is left to do, if it lives.
+demoting, and only the killing at ``kill_at`` is left to do, if it lives. ``least`` and ``form`` are
+those of the agent's log (ops/logs.py, whose lines the guard's look like); the rest is what it says of
+the agent.
 Ends with 0 when the agent has closed the connection and nothing was due, with 3 when it has acted.
 """
 
@@ -51,6 +54,16 @@ LONGEST_POLL_S = 0.25
 OUTPUT_BYTES = 65536
 """Of a hook's output that is passed on, and the most that is read of it in one turn."""
 
+LINE_BYTES = 1000
+"""Of a hook's output that are one line at most."""
+
+VALUE_BYTES = 3000
+"""Of one value in a line, as it is written: a pipe takes 4,096 bytes at once."""
+
+INFO, WARNING, ERROR = 20, 30, 40
+LEVELS = {INFO: ("INFO", 6), WARNING: ("WARNING", 4), ERROR: ("ERROR", 3)}
+"""Name and syslog priority of each level."""
+
 ACTED = 3
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
 """It ends when the agent does, not before."""
@@ -59,11 +72,6 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
 def now() -> float:
     """CLOCK_BOOTTIME, in seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def say(text: str) -> None:
-    """One line on stderr."""
-    put(f"guard: {text}\n".encode(errors="backslashreplace"))
 
 
 def put(data: bytes) -> None:
@@ -122,16 +130,89 @@ def lives(groups: "list[int]") -> bool:
     return False
 
 
-def pass_on(output: int, room: int) -> int:
-    """What a hook has written goes to stderr, up to ``room``; how much it was. Never waits."""
+def quoted(text: str) -> str:
+    """A string in JSON, and in a line of text; cut to what a line has room for."""
+    out = '"'
+    for char in text:
+        code = ord(char)
+        if len(out) > VALUE_BYTES:
+            break
+        if char in '"\\':
+            out += "\\" + char
+        elif 32 <= code < 127:  # noqa: PLR2004 - printable ASCII
+            out += char
+        elif code < 0x10000:  # noqa: PLR2004 - one unit of UTF-16
+            out += f"\\u{code:04x}"
+        else:
+            high, low = divmod(code - 0x10000, 0x400)
+            out += f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+    return out + '"'
+
+
+class Voice:
+    """The guard's lines on the agent's stderr, which look like the agent's own."""
+
+    def __init__(self) -> None:
+        self.least = INFO
+        self.json = False
+        self.facts: list[tuple[str, str]] = []
+        self.partial = b""
+        try:
+            there = os.fstat(2)
+            stream = f"{there.st_dev}:{there.st_ino}"
+        except OSError:
+            stream = "closed"
+        self.journal = os.environ.get("JOURNAL_STREAM") == stream
+
+    def say(self, level: int, message: str, *fields: "tuple[str, str | float | None]") -> None:
+        """One event."""
+        if level < self.least:
+            return
+        name, priority = LEVELS[level]
+        seconds = time.time()
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        at += f".{int(seconds % 1 * 1000):03}Z"
+        if self.json:
+            told = [("time", at), ("level", name), ("logger", "agent.guard"), ("message", message)]
+            pairs = [
+                f'"{key}": {self.value(value)}' for key, value in (*told, *self.facts, *fields)
+            ]
+            line = "{" + ", ".join(pairs) + "}"
+        else:
+            words = [f"{key}={self.value(value)}" for key, value in (*self.facts, *fields)]
+            line = " ".join(
+                [name, message, *words] if self.journal else [at, name, message, *words]
+            )
+        put(f"{f'<{priority}>' if self.journal else ''}{line}\n".encode())
+
+    def value(self, value: "str | float | None") -> str:
+        """A value as the form has it."""
+        if not isinstance(value, str):
+            return "null" if value is None else str(value)
+        plain = value.isascii() and value.isprintable() and not any(c in value for c in ' "=\\')
+        return value if plain and value and not self.json else quoted(value)
+
+    def hook_output(self, data: bytes, *, end: bool = False) -> None:
+        """What a hook has written, line by line; at its end what has no end of line, too."""
+        *lines, self.partial = (self.partial + data).split(b"\n")
+        if end or len(self.partial) >= LINE_BYTES:
+            lines.append(self.partial)
+            self.partial = b""
+        for line in lines:
+            for at in range(0, len(line), LINE_BYTES):
+                text = line[at : at + LINE_BYTES].decode(errors="replace")
+                self.say(INFO, "hook output", ("hook", "secondary"), ("line", text))
+
+
+def pass_on(output: int, room: int, voice: Voice) -> int:
+    """What a hook has written is said, up to ``room`` bytes; how much it was. Never waits."""
     passed = 0
     for _ in range(OUTPUT_BYTES // select.PIPE_BUF):
         try:
             data = os.read(output, select.PIPE_BUF)
         except BlockingIOError:
             break
-        if passed < room:
-            put(data)
+        voice.hook_output(data[: max(0, room - passed)])
         passed += len(data)
     return passed
 
@@ -183,7 +264,7 @@ class Hook:
                 signal.signal(number, signal.SIG_DFL)
             os.execve(argv[0], argv, self.env)  # noqa: S606 - the agent has checked it
         except (OSError, ValueError, OverflowError) as error:
-            say(f"the demotion hook could not be started: {error}")
+            put(f"could not be started: {error}\n".encode(errors="replace"))  # its own output
         finally:
             os._exit(127)
 
@@ -203,6 +284,9 @@ class Guard:
         self.state: tuple[bytes, bytes] | None = None
         self.hook: Hook | None = None
         self.termed = 0
+        self.voice = Voice()
+        self.role = "Primary"
+        self.epoch: int | None = None
 
     def watch(self) -> int:
         """Until there is something to do or nobody to watch; the exit code."""
@@ -217,11 +301,10 @@ class Guard:
                 if not self.read():
                     if self.kill_at == float("inf"):
                         return 0
-                    self.act("the agent is dead", hook=True)
+                    self.act("it is dead", hook=True)
                     return ACTED
             elif now() >= min(self.hook_at, self.kill_at):
-                late = "the agent has not renewed its deadline"
-                self.act(late, hook=self.hook_at != float("inf"))
+                self.act("it has not renewed its deadline", hook=self.hook_at != float("inf"))
                 return ACTED
 
     def read(self) -> bool:
@@ -246,6 +329,11 @@ class Guard:
             self.hook_at = self.kill_at = float("inf")
         elif word == b"HOOK":
             self.hook = Hook(fields)
+        elif word == b"LOG":
+            said = [field.decode(errors="replace") for field in fields]
+            self.voice.least, self.voice.json = int(said[0]), said[1] == "json"
+            self.voice.facts = [("group", said[2]), ("session", said[3])]
+            self.role, self.epoch = said[4], int(said[5]) if said[5] else None
         try:
             os.write(self.fd, number)
         except OSError:
@@ -257,8 +345,16 @@ class Guard:
         self.signal(self.agent, signal.SIGSTOP)
         end_at = max(self.kill_at, now() + self.budget_s / 2)
         try:
-            say(f"{why}: demoting in its place")
             self.write_state()
+            changed = "role changed" if self.role != "Secondary" else "demotion taken over"
+            self.voice.say(
+                WARNING,
+                changed,
+                ("before", self.role),
+                ("after", "Secondary"),
+                ("epoch", self.epoch),
+                ("reason", f"the guard demotes in the place of the agent: {why}"),
+            )
             kill(self.running)
             self.stop_workload((now() + self.kill_at) / 2)
             if now() >= self.kill_at:
@@ -268,10 +364,8 @@ class Guard:
         finally:
             kill(self.groups + self.workload)
             self.signal(self.agent, signal.SIGKILL)
-        left_s = self.kill_at - now()
-        say(
-            f"demoted, {left_s:.3f} s before its limit; what was left is killed, and so is the agent"
-        )
+        left_s = round(self.kill_at - now(), 3)
+        self.voice.say(WARNING, "demoted by the guard, agent killed", ("left_of_limit_s", left_s))
 
     def stop_workload(self, end_at: float) -> None:
         """TERM, and KILL to what lives at ``end_at``."""
@@ -285,7 +379,7 @@ class Guard:
                 os.write(fd, b"1")
                 os.close(fd)
             except OSError as error:
-                say(f"the workload's cgroup could not be killed: {error}")
+                self.voice.say(ERROR, "cgroup of the workload not killed", ("reason", str(error)))
 
     def run_hook(self, hook: Hook, end_at: float) -> None:
         """Every command of it, one after the other, to its end or to ``end_at``."""
@@ -294,23 +388,26 @@ class Guard:
         os.set_blocking(output, False)
         room = OUTPUT_BYTES
         for argv in hook.commands:
-            name = os.fsdecode(argv[0])
+            which = (("hook", "secondary"), ("command", argv[0].decode(errors="replace")))
             if now() >= term_at:
-                say(f"no time is left for {name}")
+                self.voice.say(WARNING, "no time is left for the hook", *which)
                 break
             try:
                 pid = hook.start(argv, of_hook)
             except OSError as error:
-                say(f"demotion hook {name} could not be started: {error}")
+                self.voice.say(ERROR, "hook could not be started", *which, ("reason", str(error)))
                 continue
             self.groups.append(pid)
             how = None
             while how is None and now() < end_at + KILLED_WAIT_S:
                 how = self.look(pid, term_at, end_at)
-                room -= pass_on(output, room)
+                room -= pass_on(output, room, self.voice)
                 if how is None:
                     time.sleep(POLL_S)
-            say(f"demotion hook {name} ended: {how or 'killed, and not gone yet'}")
+            self.voice.hook_output(b"", end=True)
+            level = INFO if how == "exit 0" else WARNING
+            result = how or "killed, and not gone yet"
+            self.voice.say(level, "hook ended", *which, ("result", result))
 
     def look(self, pid: int, term_at: float, end_at: float) -> "str | None":
         """How a command ended, or None; TERM before its end, KILL at it. It stays a zombie: see below."""
@@ -342,7 +439,7 @@ class Guard:
             os.close(fd)
             os.replace(path + b".guard", path)
         except OSError as error:
-            say(f"the state file could not be written: {error}")
+            self.voice.say(ERROR, "state file not written", ("reason", str(error)))
 
     def signal(self, pid: int, number: int) -> None:
         """To the agent, if it is still our parent: its number may be a stranger's otherwise."""
@@ -350,7 +447,7 @@ class Guard:
             try:
                 os.kill(pid, number)
             except OSError as error:
-                say(f"the agent could not be signalled: {error}")
+                self.voice.say(ERROR, "agent not signalled", ("reason", str(error)))
 
 
 def main() -> int:

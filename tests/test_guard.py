@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,14 @@ def test_a_guard_that_comes_too_late_kills_first_and_still_runs_the_hook(
 # --- what the hook gets -----------------------------------------------------------------------
 
 
+LOG = ("LOG", "20", "json", "7", "host-a", "Primary", "7")
+
+
+def events(output: Path) -> list[dict[str, Any]]:
+    """The lines of a guard that was told to write JSON."""
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
 def test_the_hook_has_what_was_told_and_nothing_else(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
@@ -407,6 +416,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
     )
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
+    host.tell(*LOG)
     host.tell(
         *hook(
             ["/usr/bin/env"],
@@ -420,7 +430,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
     host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
-    said = [line for line in output.read_text().splitlines() if not line.startswith("guard:")]
+    said = [e["line"] for e in events(output) if e["message"] == "hook output"]
     assert said[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
     uid, gid, gids, cwd, stdin, files, leads, pid, ignored = said[5:]
     assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", '{"event": "secondary"}')
@@ -443,6 +453,7 @@ def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
+    host.tell(*LOG)
     host.tell(
         *hook(
             sh(f"echo one >>{tmp_path}/seen; exit 3"),
@@ -457,11 +468,17 @@ def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "seen").read_text().split() == ["one", "strange", "two"]
-    text = output.read_text(errors="surrogateescape")
-    for part in ("sh ended: exit 3", "No such file", "Permission denied", "Exec format error"):
-        assert part in text
-    assert f"sh ended: signal {signal.SIGUSR1:d}" in text
-    assert "Traceback" not in text
+    told = events(output)
+    ended = [(e["command"], e["result"]) for e in told if e["message"] == "hook ended"]
+    assert ended[0] == ("/bin/sh", "exit 3")
+    assert ended[-2:] == [
+        (f"{tmp_path}/\ufffd", "exit 0"),
+        ("/bin/sh", f"signal {signal.SIGUSR1:d}"),
+    ]
+    output_lines = [e["line"] for e in told if e["message"] == "hook output"]
+    for part in ("No such file", "Permission denied", "Exec format error"):
+        assert any(part in line for line in output_lines), part
+    assert "Traceback" not in output.read_text()
 
 
 def test_a_folder_that_is_gone_is_said_and_the_agent_is_killed(
@@ -591,10 +608,96 @@ def test_of_a_flood_only_so_much_is_passed_on(
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
-    host.tell(*hook(sh("head -c 1000000 /dev/zero")))
+    host.tell(*LOG)
+    host.tell(*hook(sh("head -c 1000000 /dev/zero | tr '\\0' x")))
     host.hand(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
-    assert guard.OUTPUT_BYTES <= output.stat().st_size <= guard.OUTPUT_BYTES + 8192
+    lines = [e["line"] for e in events(output) if e["message"] == "hook output"]
+    assert sum(map(len, lines)) == guard.OUTPUT_BYTES
+    assert set("".join(lines)) == {"x"}
+
+
+# --- its lines --------------------------------------------------------------------------------
+
+
+def acted(
+    new_host: Callable[..., Host], output: Path, *log: str, script: str = "exit 0", **spawn: Any
+) -> str:
+    """What a guard has said that was told this, and demoted."""
+    with output.open("wb") as stderr:
+        host = new_host(stderr=stderr.fileno(), **spawn)
+    if log:
+        host.tell(*log)
+    host.tell(*hook(sh(script)))
+    host.hand(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    return output.read_text()
+
+
+def test_its_lines_look_like_the_agents_in_json(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    script = r"""printf 'a "b" \\ \t\303\274\360\237\230\200\377\n5\n\nlast'"""
+    acted(new_host, tmp_path / "said", *LOG, script=script)
+    told = events(tmp_path / "said")
+    for event in told:
+        assert list(event)[:6] == ["time", "level", "logger", "message", "group", "session"]
+        assert datetime.fromisoformat(event.pop("time")) > datetime.now(UTC) - timedelta(minutes=5)
+        assert (event["logger"], event["group"], event["session"]) == ("agent.guard", "7", "host-a")
+    changed, *output, ended, demoted = told
+    assert changed == changed | {
+        "level": "WARNING",
+        "message": "role changed",
+        "before": "Primary",
+        "after": "Secondary",
+        "epoch": 7,
+        "reason": "the guard demotes in the place of the agent: it has not renewed its deadline",
+    }
+    assert [event["line"] for event in output] == ['a "b" \\ \tü😀\ufffd', "5", "last"]
+    assert (ended["level"], ended["result"]) == ("INFO", "exit 0")
+    assert 0 < demoted["left_of_limit_s"] <= LIMIT_S
+
+
+def test_its_lines_look_like_the_agents_in_text(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    told = ("LOG", "30", "text", "line 7", "host-a", "PendingPrimary", "")
+    lines = acted(new_host, tmp_path / "said", *told).splitlines()
+    assert len(lines) == 2, "hook ended is less than a warning"
+    time_, _, rest = lines[0].partition(" ")
+    assert datetime.fromisoformat(time_).tzinfo is not None
+    assert rest == (
+        'WARNING role changed group="line 7" session=host-a before=PendingPrimary after=Secondary'
+        ' epoch=null reason="the guard demotes in the place of the agent: it has not renewed its'
+        ' deadline"'
+    )
+
+
+def test_who_had_begun_to_demote_does_not_change_its_role_twice(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    told = ("LOG", "20", "json", "g", "host-a", "Secondary", "7")
+    acted(new_host, tmp_path / "said", *told)
+    assert events(tmp_path / "said")[0]["message"] == "demotion taken over"
+
+
+def test_the_journal_gets_priorities_and_no_time(
+    new_host: Callable[..., Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "said"
+    output.touch()
+    there = output.stat()
+    monkeypatch.setenv("JOURNAL_STREAM", f"{there.st_dev}:{there.st_ino}")
+    text = ("LOG", "20", "text", "g", "host-a", "Primary", "7")
+    lines = acted(new_host, output, *text, script="exit 1").splitlines()
+    assert [line.partition(" ")[0] for line in lines] == [
+        "<4>WARNING",  # role changed
+        "<4>WARNING",  # hook ended
+        "<4>WARNING",  # demoted
+    ]
+    output.write_text("")
+    lines = acted(new_host, output, *LOG, script="echo a").splitlines()
+    assert [line[:4] for line in lines] == ["<4>{", "<6>{", "<6>{", "<4>{"]
 
 
 # --- the state file ---------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from agent.daemon.requests import Requests
 from agent.daemon.runs import EVENTS, Runs
 from agent.daemon.vitals import Snapshot, Tally
 from agent.drivers.checks import Checks, Health
-from agent.drivers.guardian import Arming, Guardian
+from agent.drivers.guardian import Arming, Guardian, GuardLog
 from agent.drivers.progress import Plausible, Progress, Reason
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
@@ -656,6 +656,16 @@ class Daemon:
         """Tell the guard the newest deadline, and what it would have to kill (R12)."""
         if self._guardian is None:
             return
+        self._guardian.set_log(
+            GuardLog(
+                logs.LEVELS[self.settings.log_level],
+                self.settings.log_format,
+                self.settings.group,
+                self.session_id,
+                self._said.role.value,
+                self._said.epoch,
+            )
+        )
         due = self._session.guard_by
         if due is None:
             self._guardian.arm(None)

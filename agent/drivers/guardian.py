@@ -73,6 +73,24 @@ class Arming:
     state: tuple[str, str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class GuardLog:
+    """How the guard's lines look, and what they say of the agent.
+
+    Attributes:
+        least: the lowest level that is shown, as a number of the logging module.
+        form: as ops/logs.py has it.
+        role: the agent's, as it was last said.
+    """
+
+    least: int
+    form: str
+    group: str
+    session: str
+    role: str
+    epoch: int | None
+
+
 class Guardian:
     """Keeps one guard running. ``start`` first; ``close`` last; all inside one running loop.
 
@@ -102,6 +120,7 @@ class Guardian:
         self._unanswered: deque[tuple[int, float]] = deque()
         self._arming: Arming | None = None
         self._hook: GuardHook | None = None
+        self._log: GuardLog | None = None
         self._started_at = self._sent_at = float("-inf")
         self._trouble: str | None = "the guard has not started yet"
         self._restart: asyncio.TimerHandle | None = None
@@ -130,6 +149,12 @@ class Guardian:
                     exit_code=ExitCode.GUARD,
                 )
             await asyncio.sleep(0.005)
+
+    def set_log(self, said: GuardLog) -> None:
+        """Tell what its lines are to look like, and to say. Repeating it sends nothing."""
+        if said != self._log:
+            self._log = said
+            self._send_log()
 
     def set_hook(self, hook: GuardHook) -> None:
         """Tell the demotion hook of the tenure that begins."""
@@ -205,6 +230,7 @@ class Guardian:
         ours.setblocking(False)
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours, self._read)
+        self._send_log()
         self._send_hook()
         self._send_arming()
 
@@ -262,6 +288,13 @@ class Guardian:
             self._unanswered.clear()
 
     # -- messages -------------------------------------------------------------------------------
+
+    def _send_log(self) -> None:
+        if (said := self._log) is not None:
+            epoch = "" if said.epoch is None else str(said.epoch)
+            self._send(
+                "LOG", str(said.least), said.form, said.group, said.session, said.role, epoch
+            )
 
     def _send_hook(self) -> None:
         if self._hook is None:

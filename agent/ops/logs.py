@@ -20,6 +20,9 @@ from typing import Any, Literal, TextIO
 Form = Literal["text", "json"]
 """``text`` is key=value, ``json`` is one object a line."""
 
+LEVELS = logging.getLevelNamesMapping()
+"""Each level's number."""
+
 PRIORITIES = (
     (logging.CRITICAL, 2),
     (logging.ERROR, 3),

@@ -408,7 +408,7 @@ def test_frozen_the_guard_demotes_before_another_is_chosen(plant: Plant) -> None
     epoch = one.state()["epoch"]
     one.signal(signal.SIGSTOP)
     other.until_status("Primary")
-    one.until_logged("guard: the agent has not renewed its deadline")
+    one.until_logged("in the place of the agent: it has not renewed its deadline")
     plant.until_written(epoch)
     one.until_status("Secondary")
     assert one.show(AGENT, "NRestarts")["NRestarts"] == "1"

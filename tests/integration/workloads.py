@@ -108,5 +108,5 @@ def demote_slacks_s(agent: Agent, margin_s: float = 0.6) -> list[float]:
     The guard's own limit is half a margin before L.
     """
     by_agent = re.findall(r" demoted .*demote_slack_s=(-?[\d.]+)", agent.said())
-    by_guard = re.findall(r"guard: demoted, (-?[\d.]+) s before its limit", agent.said())
+    by_guard = re.findall(r" demoted by the guard.* left_of_limit_s=(-?[\d.]+)", agent.said())
     return [float(s) for s in by_agent] + [float(s) + margin_s / 2 for s in by_guard]
