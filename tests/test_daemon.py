@@ -362,3 +362,30 @@ def test_a_name_that_was_given_is_not_replaced_by_another(
         life._claim(settings)
     assert caught.value.exit_code is ExitCode.SESSION_IN_USE
     state_file.close()
+
+
+async def test_a_demotion_without_hooks_has_its_slack_too(endpoint: str, tmp_path: Path) -> None:
+    """Who follows the state file is told in that instant."""
+    async with a_daemon(settings_for(endpoint), tmp_path) as (host, _), living(host) as task:
+        await host.until_role("Primary")
+        assert host.daemon.snapshot().tally.slack_s is None
+        host.stop.set()
+        await task
+        slack_s = host.daemon.snapshot().tally.slack_s
+    assert slack_s is not None
+    assert 0 < slack_s <= 3
+
+
+async def test_a_check_that_has_no_result_yet_is_no_warning(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    missing = {"name": "file", "type": "file_age", "path": str(tmp_path / "f"), "max_age": 60}
+    settings = settings_for(endpoint, check=[missing | {"interval": 0.05}])
+    async with a_daemon(settings, tmp_path) as (host, _), living(host):
+        await host.until(
+            lambda: len([r for r in caplog.records if r.msg == "unfit to be primary"]) == 2,
+            "no result, and then a bad one",
+        )
+    told = [r for r in caplog.records if r.msg == "unfit to be primary"]
+    assert [r.levelname for r in told] == ["INFO", "WARNING"]

@@ -8,17 +8,22 @@ import json
 import os
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit
 
 import click
 
 from agent.drivers.statefile import MAX_BYTES, default_directory
 from agent.errors import ConfigError
 
+if TYPE_CHECKING:
+    import ssl
+
 ANSWER_S = 3.0
 """A healthy agent answers in milliseconds; one that is stalled does not."""
 
 ANSWER_BYTES = 64 * 1024
+CERTIFICATE = "FAILOVER_COORDINATOR_TLS_CERTIFICATE"
 
 
 class Unwell(Exception):  # noqa: N818 - an answer, no fault of ours
@@ -32,20 +37,27 @@ class Unwell(Exception):  # noqa: N818 - an answer, no fault of ours
     default="livez",
 )
 @click.option(
+    "--ca-file",
+    metavar="FILE",
+    help="Certificates (PEM) to trust an https address by. Not set: the system's.",
+)
+@click.option(
     "--probe",
     metavar="URL|FILE",
     help="Where to ask: a probe's address, or a state file that names it. A URL with a path is asked as"
     " it is, such as a coordinator's /healthz. Not set: FAILOVER_AGENT_STATE_FILE, else the port of"
     " FAILOVER_AGENT_PROBE_LISTEN, else the one state file of this host; and where there is none,"
-    " the coordinator at FAILOVER_COORDINATOR_LISTEN.",
+    " the coordinator at FAILOVER_COORDINATOR_LISTEN, over TLS if"
+    " FAILOVER_COORDINATOR_TLS_CERTIFICATE is set, which it then has to show.",
 )
-def command(*, question: str, probe: str | None) -> int:
+def command(*, question: str, probe: str | None, ca_file: str | None) -> int:
     """Ask an agent QUESTION: livez (the default), readyz, primary or secondary.
 
     Prints the answer. The exit code is 0 for yes; for no, and for no answer within 3 s, it is 1.
     """
     try:
-        click.echo(ask(address(probe), question))
+        url = address(probe)
+        click.echo(ask(url, question, trust(url, ca_file, given=probe is not None)))
     except Unwell as unwell:
         click.echo(str(unwell), err=True)
         return 1
@@ -65,7 +77,8 @@ def address(given: str | None) -> str:
         return listens
     files = state_files()
     if not files and (listens := listener("FAILOVER_COORDINATOR_LISTEN")):
-        return f"{listens}/healthz"
+        secure = os.environ.get(CERTIFICATE)
+        return f"{listens.replace('http:', 'https:') if secure else listens}/healthz"
     if len(files) != 1:
         raise Unwell(f"{len(files)} state files on this host: say by --probe which agent is meant")
     return of_state(files[0])
@@ -75,6 +88,29 @@ def listener(variable: str) -> str | None:
     """The URL of the HOST:PORT that a variable says, or None if it says no fixed port."""
     host, _, port = os.environ.get(variable, "").rpartition(":")
     return f"http://{host}:{port}" if host and port.isdecimal() and int(port) else None
+
+
+def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | None":
+    """How the other side proves who it is; None if that is not by TLS.
+
+    A coordinator of this container shows its own certificate, whatever name and authority it is of.
+
+    Raises:
+        Unwell: the certificates cannot be read.
+    """
+    if not url.startswith("https:"):
+        return None
+    import ssl  # noqa: PLC0415 - most are asked without
+
+    own = None if given or ca_file is not None else os.environ.get(CERTIFICATE)
+    try:
+        context = ssl.create_default_context(cafile=own or ca_file)
+    except OSError as error:  # an SSLError is one
+        raise Unwell(f"{own or ca_file} must be a file with certificates in PEM: {error}") from None
+    if own is not None:
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 def state_files() -> list[Path]:
@@ -108,8 +144,8 @@ def of_state(path: Path) -> str:
     return probe
 
 
-def ask(url: str, question: str) -> str:
-    """The answer's text, if it is yes.
+def ask(url: str, question: str, context: "ssl.SSLContext | None" = None) -> str:
+    """The answer's text, if it is yes. ``context`` is for https.
 
     Raises:
         Unwell: it is no, or there is none.
@@ -117,9 +153,7 @@ def ask(url: str, question: str) -> str:
     parts = urlsplit(url)
     path = parts.path if parts.path.strip("/") else f"/{question}"
     try:
-        secure = parts.scheme == "https"
-        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        with closing(connect(parts.hostname or "", parts.port, timeout=ANSWER_S)) as connection:
+        with closing(_connection(parts, context)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
             said = " ".join(answer.read(ANSWER_BYTES).decode("utf-8", "replace").split())
@@ -128,3 +162,10 @@ def ask(url: str, question: str) -> str:
     if answer.status != http.HTTPStatus.OK:
         raise Unwell(f"{url} says {answer.status}: {said}")
     return said
+
+
+def _connection(parts: SplitResult, context: "ssl.SSLContext | None") -> http.client.HTTPConnection:
+    host = parts.hostname or ""
+    if context is None:
+        return http.client.HTTPConnection(host, parts.port, timeout=ANSWER_S)
+    return http.client.HTTPSConnection(host, parts.port, timeout=ANSWER_S, context=context)

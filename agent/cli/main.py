@@ -94,27 +94,30 @@ def main(argv: Sequence[str] | None = None, own: Mapping[str, click.Command] | N
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else PROGRAM
-        _complain(f"{error.format_message().rstrip('.')}; see '{where} --help'")
+        _complain(f"{error.format_message().rstrip('.')}; see '{where} --help'", error.exit_code)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except FailoverError as error:
-        _complain(str(error), debug=wishes.debug)
+        _complain(str(error), error.exit_code, debug=wishes.debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
         text = " ".join(str(error).split()) or "no message"
         _complain(
             f"{type(error).__name__}: {text}: this is a fault of {PROGRAM} {__version__}; please"
             f" report it with the output of '{PROGRAM} --debug ...'",
+            ExitCode.INTERNAL,
             debug=wishes.debug,
         )
         return ExitCode.INTERNAL
     return result if isinstance(result, int) else ExitCode.OK
 
 
-def _complain(text: str, *, debug: bool = False) -> None:
+def _complain(text: str, exit_code: int, *, debug: bool = False) -> None:
     """One line on stderr for each fault."""
+    from agent.ops.logs import last_words  # noqa: PLC0415 - --version and --help do without
+
     if debug:
         traceback.print_exc()
     for line in text.splitlines():
-        click.echo(f"{PROGRAM}: error: {line}", err=True)
+        click.echo(last_words(f"{PROGRAM}: error: {line}", exit_code), err=True)

@@ -13,6 +13,7 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from email.utils import formatdate
 from time import perf_counter
 from typing import Any
 
@@ -102,6 +103,7 @@ class Api:
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
+        self._dated = (0, b"")
         self._auth = authenticator or Authenticator()
         self._open = not self._auth.schemes
         self._max_body_bytes = max_body_bytes
@@ -244,6 +246,13 @@ class Api:
                 pass
         return _error(status, type(refusal).__name__, refusal, operation_id, headers)
 
+    def _date(self) -> bytes:
+        """The time of this moment, which agents compare their clocks with; made once a second."""
+        second = int(self._clock().wall.timestamp())
+        if second != self._dated[0]:
+            self._dated = second, formatdate(second, usegmt=True).encode()
+        return self._dated[1]
+
     async def _send(self, method: str, answer: Answer, operation_id: str, send: Send) -> None:
         body = answer.body
         if body is None:
@@ -251,6 +260,7 @@ class Api:
         elif not isinstance(body, bytes):
             body = shapes.to_json(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
+        headers.append((b"date", self._date()))
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),

@@ -17,7 +17,7 @@ It refuses to know what is asked (service.py), HTTP, and what a decision means.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -116,7 +116,9 @@ class Meter(Protocol):
 
     def committed(self, seconds: float) -> None: ...
     def commit_failed(self) -> None: ...
-    def tenure(self, entry: HistoryEntry) -> None: ...
+    def decided(
+        self, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
+    ) -> None: ...
     def stalled(self) -> None: ...
 
 
@@ -223,8 +225,7 @@ class Engine:
                 return None
             log_role_changes(group.key, before.record, after.record, decision.history)
             if self._meter is not None:
-                for entry in decision.history:
-                    self._meter.tenure(entry)
+                self._meter.decided(before.record, after.record, decision.history)
             self._adopt(group, decision, now)
             self._excuse_one(group, now.mono, self._clock())
             return decision.answer

@@ -6,16 +6,26 @@ session: the number of series is fixed.
 """
 
 import asyncio
+import platform
 from collections import Counter as Tally
+from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import choose_encoder
 
 from agent import __version__
 from agent.coordinator.engine import Group
 from agent.coordinator.service import Coordinator
 from agent.core.group_state import alive, role_of
-from agent.model import HistoryEntry, Instant, Role
+from agent.model import GroupRecord, HistoryEntry, Instant, Role
 
 GROUPS_AT_ONCE = 100
 """Counted before requests get their turn: about a millisecond."""
@@ -30,6 +40,7 @@ ENDS = {
 }
 """Why tenures end, by what history says; everything else was a release, in the releaser's words."""
 
+DECISIONS = ("offered", "withdrawn", "revoked")
 GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 
@@ -37,6 +48,7 @@ class Metrics:
     """The numbers of one coordinator. Also the engine's Meter."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # when this process began is told once, by the process's metrics
         self.registry = registry = CollectorRegistry()
         prefix = "failover_coordinator"
         self._requests: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
@@ -67,6 +79,15 @@ class Metrics:
         )
         for reason in ("released", *ENDS.values()):
             self._ended.labels(reason)
+        self._decisions = Counter(
+            f"{prefix}_decisions",
+            "What was decided beside the tenures: a role offered (PendingPrimary), an offer withdrawn"
+            " that was not taken up in time, a tenure revoked for a better member.",
+            ("kind",),
+            registry=registry,
+        )
+        for kind in DECISIONS:
+            self._decisions.labels(kind)
         self._stalls = Counter(
             f"{prefix}_stalls",
             "Times at which this process was stopped, and leases were made longer for it.",
@@ -92,7 +113,11 @@ class Metrics:
         self._readers = Gauge(
             f"{prefix}_blocked_readers", "Status reads that wait for a change.", registry=registry
         )
-        Info(f"{prefix}_build", "This program.", registry=registry).info({"version": __version__})
+        build = Info(
+            f"{prefix}_build", "Version of the coordinator and of Python.", registry=registry
+        )
+        build.info({"version": __version__, "python": platform.python_version()})
+        ProcessCollector(registry=registry)
 
     # -- what happens ---------------------------------------------------------------------------
 
@@ -115,12 +140,24 @@ class Metrics:
         """A change could not be made durable."""
         self._commit_failures.inc()
 
-    def tenure(self, entry: HistoryEntry) -> None:
-        """A tenure has begun or ended."""
-        if entry.until is None:
-            self._began.inc()
-        else:
-            self._ended.labels(ENDS.get(entry.why_ended or "", "released")).inc()
+    def decided(
+        self, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
+    ) -> None:
+        """A decision about one group is durable."""
+        for entry in history:
+            if entry.until is None:
+                self._began.inc()
+            else:
+                self._ended.labels(ENDS.get(entry.why_ended or "", "released")).inc()
+        begun = after.holder is not None and after.epoch != before.epoch
+        if after.pending is not None and after.pending != before.pending:
+            self._decisions.labels("offered").inc()
+        if before.pending is not None and after.pending != before.pending and not begun:
+            self._decisions.labels("withdrawn").inc()
+        if after.holder is not None and after.holder.revoked:
+            was = before.holder
+            if was is None or not was.revoked:
+                self._decisions.labels("revoked").inc()
 
     def stalled(self) -> None:
         """This process was stopped for longer than some lease could bear."""

@@ -172,7 +172,7 @@ def _segments(path: str) -> list[str]:
 
 def _no_path(raw_path: bytes) -> NotFound:
     return NotFound(
-        f"There is nothing at {raw_path[:200].decode('latin-1')}.",
+        f"There is nothing at the path {raw_path[:200].decode('latin-1')!r}.",
         "The paths that there are stand in /openapi.json.",
     )
 

@@ -162,6 +162,7 @@ async def _web_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        date_header=False,  # it would be up to a second old: api.py says it
         backlog=BACKLOG,
         limit_concurrency=_most_connections(),
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -70,6 +70,7 @@ class AgentCollector(Collector):
         yield from _of_hooks(snap)
         yield from _of_data(snap)
         yield from _of_health(snap)
+        yield from _of_mqtt(snap)
 
 
 def _of_identity(snap: Snapshot) -> Iterator[Metric]:
@@ -168,7 +169,8 @@ def _of_contact(snap: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "failover_agent_clock_skew_seconds",
         "How far this host's clock is ahead of the server's, by its Date header, which has whole"
-        " seconds: within about half a second. Leases do not depend on it, data-processed times do.",
+        " seconds: within some tenths of a second, at a plain v1 server up to 1 s too much. Leases do"
+        " not depend on it, data-processed times do.",
         [({}, tally.skew_s)],
     )
 
@@ -274,6 +276,20 @@ def _of_health(snap: Snapshot) -> Iterator[Metric]:
         "failover_agent_guard_fired",
         "1 if the process before this one was ended by its guard, which demoted in its place; else 0.",
         [({}, float(tally.guard_fired))],
+    )
+
+
+def _of_mqtt(snap: Snapshot) -> Iterator[Metric]:
+    there = snap.mqtt_up is not None
+    yield _gauge(
+        "failover_agent_mqtt_up",
+        "1 while the role is announced to the MQTT broker, else 0. Not there without one.",
+        [({}, float(snap.mqtt_up) if snap.mqtt_up is not None else None)],
+    )
+    yield _counter(
+        "failover_agent_mqtt_failures_total",
+        "Connections to the MQTT broker that failed or were lost.",
+        [({}, snap.mqtt_failures if there else None)],
     )
 
 

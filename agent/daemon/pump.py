@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from agent import __version__
 from agent.core.effects import (
     SELF_DEMOTIONS,
     Effect,
@@ -160,6 +161,7 @@ class Daemon:
         )
         self._checks = self._new_checks()
         self._guardian: Guardian | None = None
+        self._lease_until = self._session.lease_until
         self._source: Progress | None = None
         self._watchdog: WatchdogDevice | None = None
         if settings.watchdog_device is not None:
@@ -221,6 +223,7 @@ class Daemon:
             "probe": self._runs.probe_url,
             "instance": self._requests.instance,
             "pid": os.getpid(),
+            "version": __version__,
         }
 
     def snapshot(self) -> Snapshot:
@@ -251,6 +254,8 @@ class Daemon:
             endpoints=self._requests.client.endpoints,
             guard_up=None if self._guardian is None else "guard" not in self._unfit,
             refused=refused,
+            mqtt_up=None if self._announcer is None else self._announcer.up,
+            mqtt_failures=0 if self._announcer is None else self._announcer.failures,
             notifications_dropped=self._runs.notifier.dropped,
             notifications_failed=self._runs.notifier.failed,
             tally=self._tally,
@@ -439,9 +444,13 @@ class Daemon:
             if late_s > self._session.timing.margin_s or suspended_s > SUSPENDED_S:
                 log.warning("this process was stopped", late_s=late_s, suspended_s=suspended_s)
                 self._tally.stalled(suspended=suspended_s > SUSPENDED_S)
-                self._perform(self._session.step(Stalled(max(late_s, suspended_s)), now))
+                self._step(Stalled(max(late_s, suspended_s)), now)
             self._show_life()
-            self._perform(self._session.step(event, self._clock.boottime()))
+            self._step(event, self._clock.boottime())
+
+    def _step(self, event: Event, now: float) -> None:
+        self._lease_until = self._session.lease_until  # a step that demotes may give it back, too
+        self._perform(self._session.step(event, now))
 
     @property
     def _turn_s(self) -> float:
@@ -526,6 +535,10 @@ class Daemon:
                 self._watchdog.disarm()
             elif effect.before is Role.SECONDARY:
                 self._watchdog.arm(self._session.timing.lease_s)
+        if effect.role is Role.SECONDARY and Role.SECONDARY not in self._runs.roles:
+            self._demoted(
+                self._lease_until
+            )  # who reads the state file has been told, and there is nothing to run
         if effect.cause in SELF_DEMOTIONS:
             self._advise("lost", effect.reason, effect.before)
 
@@ -569,11 +582,14 @@ class Daemon:
 
     def _run_ended(self, event: HookEnded) -> None:
         """Measure how much of L was left when the demotion was done: less than 0 breaks the promise."""
-        slack_s = self._session.lease_until - self._clock.boottime()
         if event.ok and self._session.guard_by is not None and self._said.role is Role.SECONDARY:
-            log.info("demoted", epoch=self._said.epoch, demote_slack_s=slack_s)
-            self._tally.demoted(slack_s)
+            self._demoted(self._session.lease_until)
         self._tell(event)
+
+    def _demoted(self, lease_until: float) -> None:
+        slack_s = lease_until - self._clock.boottime()
+        log.info("demoted", epoch=self._said.epoch, demote_slack_s=slack_s)
+        self._tally.demoted(slack_s)
 
     def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
         self._runs.notify(
@@ -624,7 +640,7 @@ class Daemon:
         """What makes this host unfit, or None."""
         return "; ".join(self._unfit.values()) or None
 
-    def _mark(self, source: str, trouble: str | None) -> None:
+    def _mark(self, source: str, trouble: str | None, *, expected: bool = False) -> None:
         """Say that something makes this host unfit, or no more; the session hears each change."""
         before = dict(self._unfit)
         self._unfit.pop(source, None)
@@ -632,14 +648,16 @@ class Daemon:
             self._unfit[source] = trouble
         if self._unfit != before:
             if self._trouble is not None:
-                log.warning("unfit to be primary", reason=self._trouble)
+                say = log.info if expected else log.warning
+                say("unfit to be primary", reason=self._trouble)
             else:
                 log.info("fit to be primary again")
             self._tell(Fitness(self._trouble is None, self._trouble or ""))
 
     def _health_changed(self, _: Health) -> None:
         health = self._checks.health  # checks that do not count yet tell theirs, too
-        self._mark("checks", None if health.fit else health.reason)
+        waiting = not all(result.known for result in health.results.values())
+        self._mark("checks", None if health.fit else health.reason, expected=waiting)
 
     def _guard_changed(self, trouble: str | None) -> None:
         self._tally.guard_lost += trouble is not None

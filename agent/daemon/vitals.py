@@ -37,8 +37,9 @@ CHANGES = tuple(
 """Every possible change of role with its cause. They are told from 0 on: a rate sees the first one."""
 
 SKEWS = 16
-"""Readings of the server's clock that are remembered. A Date header has whole seconds, and some servers
-renew it once a second: the smallest difference among so many is within some tenths of the truth."""
+"""Readings of the server's clock that are remembered. A Date header has whole seconds, cut off: the
+smallest difference among so many is within some tenths of the truth. A server that renews its Date by a
+timer of its own, once a second, adds the phase of that timer, up to a second; our coordinator does not."""
 
 _STATUSES = {404: "gone", 429: "back_off", 503: "back_off"}
 _CODES = {
@@ -162,6 +163,8 @@ class Snapshot:
         checks: whether each health check passes, by name.
         guard_up: whether the guard answers; None without a guard.
         refused: data-processed times that were refused, by reason.
+        mqtt_up: whether the role is announced to the broker; None if there is none to tell.
+        mqtt_failures: connections to it that failed or were lost.
     """
 
     now: float
@@ -186,6 +189,8 @@ class Snapshot:
     endpoints: tuple[str, ...]
     guard_up: bool | None
     refused: Mapping[str, int]
+    mqtt_up: bool | None
+    mqtt_failures: int
     notifications_dropped: int
     notifications_failed: int
     tally: Tally

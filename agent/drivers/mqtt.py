@@ -105,8 +105,15 @@ class Announcer:
         self._ending = False
         self._echoes: deque[tuple[str, bytes]] = deque(maxlen=MOST_ECHOES)
         self._up_since: float | None = None
+        self.failures = 0
+        """Connections that failed or were lost."""
         self._trouble: str | None = ""
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the broker is connected, and told."""
+        return self._up_since is not None
 
     def announce(self, said: Said) -> None:
         """Say this as soon as the broker can be told. Never waits, never raises."""
@@ -137,6 +144,7 @@ class Announcer:
             try:
                 await self._visit()
             except Exception as error:  # noqa: BLE001 - paho raises more than aiomqtt turns into its own
+                self.failures += 1
                 self._tell(str(error.__cause__ or error) or type(error).__name__)
             else:
                 continue

@@ -51,6 +51,11 @@ without: so long can a slow client hold one of the connections."""
 KEEP_ALIVE_S = 3
 """Of an idle connection. Less than REQUEST_S, so that only what is stuck is cut off."""
 
+NO_PATH = (
+    "There is nothing at this path; there are /livez, /readyz, /primary, /secondary, /status, /metrics"
+    " and, to POST to, /data-processed."
+)
+NO_METHOD = "This path does not take this method; the header Allow says which ones it takes."
 NOT_STORED = {"Cache-Control": "no-store"}
 """A verdict is true at its instant only."""
 
@@ -235,7 +240,8 @@ def _reported_time(body: bytes) -> datetime:
 
 async def _refused(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    said = {404: NO_PATH, 405: NO_METHOD}.get(error.status_code, error.detail)
+    return JSONResponse({"error": said}, error.status_code, headers=error.headers)
 
 
 async def _failed(_request: Request, _error: Exception) -> JSONResponse:

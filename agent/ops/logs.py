@@ -72,7 +72,11 @@ class Log:
             self._logger.log(level, message, extra={"fields": fields}, exc_info=exc_info)
 
 
-def plain(value: Any) -> str | int | float | bool | None:
+Plain = str | int | float | bool | None
+"""What JSON can hold beside lists of it."""
+
+
+def plain(value: Any) -> Plain | list[Any]:
     """A field's value as JSON can hold it: UTC for date-times, six decimals, no NaN, else text."""
     match value:
         case None | bool() | int():
@@ -81,6 +85,8 @@ def plain(value: Any) -> str | int | float | bool | None:
             return round(value, 6) if math.isfinite(value) else str(value)
         case datetime():
             return _utc(value)
+        case list() | tuple():
+            return [plain(part) for part in value]
         case _:
             return str(value)
 
@@ -99,6 +105,8 @@ def escaped(text: str) -> str:
 
 def _word(value: Any) -> str:
     value = plain(value)
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
     if not isinstance(value, str):
         return json.dumps(value)
     if value and value.isprintable() and QUOTED_BECAUSE_OF.isdisjoint(value):
@@ -116,7 +124,7 @@ class LineFormatter(logging.Formatter):
 
     def __init__(self, form: Form, *, journal: bool) -> None:
         super().__init__()
-        self._form = form
+        self.form = form
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
@@ -124,7 +132,7 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             fields = {**fields, "traceback": self.formatException(record.exc_info)}
         time = _utc(datetime.fromtimestamp(record.created, UTC))
-        if self._form == "json":
+        if self.form == "json":
             line = _json(record, time, fields)
         else:
             words = [record.levelname, escaped(record.getMessage())]
@@ -147,6 +155,21 @@ def _json(record: logging.LogRecord, time: str, fields: Mapping[str, Any]) -> st
 
 def _priority(level: int) -> int:
     return next((priority for least, priority in PRIORITIES if level >= least), 7)
+
+
+def last_words(text: str, exit_code: int) -> str:
+    """An error that ends this process, as its log has looked so far: plain text, unless that is JSON.
+
+    In the journal it is an error in any case, also if it comes before there is a log.
+    """
+    journal = in_journal(sys.stderr, os.environ)
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    ours = next((f for f in formatters if isinstance(f, LineFormatter)), None)
+    if ours is None or ours.form != "json":
+        return f"<{_priority(logging.ERROR)}>{text}" if journal else text
+    record = logging.LogRecord("agent", logging.ERROR, "", 0, "ended by an error", None, None)
+    record.fields = {"reason": text, "exit_code": exit_code}
+    return ours.format(record)
 
 
 def in_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:

@@ -1,6 +1,7 @@
 """healthcheck: asks a probe over a real socket, and says 0 or 1."""
 
 import json
+import ssl
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli import healthcheck
+from tests.mosquitto import Authority
 
 Cli = Callable[..., tuple[int, str, str]]
 NAMES = (
@@ -18,6 +20,7 @@ NAMES = (
     "FAILOVER_AGENT_STATE_FILE",
     "FAILOVER_AGENT_PROBE_LISTEN",
     "FAILOVER_COORDINATOR_LISTEN",
+    "FAILOVER_COORDINATOR_TLS_CERTIFICATE",
 )
 
 
@@ -38,6 +41,26 @@ def url() -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def secure(authority: Authority) -> Iterator[tuple[int, Path]]:
+    """The port of a probe over TLS, and its certificate, which is for 127.0.0.1."""
+    certificate, key = authority.issue("coordinator")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server.server_address[1], certificate
         server.shutdown()
         thread.join()
 
@@ -103,6 +126,33 @@ def test_where_no_agent_is_a_coordinator_is_asked(
     assert cli("healthcheck")[:2] == (0, '{"asked": "/healthz"}\n')
     state(directory / "line.a.json", "http://127.0.0.1:1")
     assert cli("healthcheck")[0] == 1
+
+
+def test_a_coordinator_with_tls_has_to_show_its_own_certificate(
+    cli: Cli,
+    secure: tuple[int, Path],
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever name it is for: 0.0.0.0 is where a container's listens."""
+    port, certificate = secure
+    monkeypatch.setenv("FAILOVER_COORDINATOR_LISTEN", f"0.0.0.0:{port}")
+    monkeypatch.setenv("FAILOVER_COORDINATOR_TLS_CERTIFICATE", str(certificate))
+    assert cli("healthcheck")[:2] == (0, '{"asked": "/healthz"}\n')
+    monkeypatch.setenv("FAILOVER_COORDINATOR_TLS_CERTIFICATE", str(authority.issue("another")[0]))
+    code, _, err = cli("healthcheck")
+    assert (code, "certificate verify failed" in err) == (1, True)
+
+
+def test_an_https_address_is_trusted_by_a_ca_file(
+    cli: Cli, secure: tuple[int, Path], authority: Authority
+) -> None:
+    url = f"https://127.0.0.1:{secure[0]}/healthz"
+    assert cli("healthcheck", "--probe", url, "--ca-file", str(authority.file))[0] == 0
+    code, _, err = cli("healthcheck", "--probe", url)
+    assert (code, "certificate verify failed" in err) == (1, True)
+    code, _, err = cli("healthcheck", "--probe", url, "--ca-file", "/etc/passwd")
+    assert (code, "certificates in PEM" in err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import asyncio
 import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise
 from shutil import which
 
 import httpx2
@@ -9,10 +12,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.coordinator.api import Api
-from agent.coordinator.metrics import Metrics
+from agent.coordinator.metrics import DECISIONS, Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group_state import Policy
+from agent.model import TICKS_PER_SECOND, GroupConfig, GroupRecord, Tenure
 from agent.ops.clock import Clock
 
 BASE = "http://test/api/v1/clientfailover"
@@ -94,3 +98,33 @@ async def test_promtool_finds_nothing_to_complain_about(api: Api) -> None:
         check=False,
     )
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_decisions_are_counted_by_kind() -> None:
+    """A role is offered, not taken up, offered to another, taken up, revoked and offered again."""
+    metrics = Metrics()
+    noon = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    free = GroupRecord(GroupConfig("g", 10 * TICKS_PER_SECOND))
+    offered = replace(free, pending="a")
+    other = replace(free, pending="b")
+    held = replace(free, holder=Tenure("b", 1, noon, "chosen"), epoch=1)
+    handing = replace(held, holder=Tenure("b", 1, noon, "chosen", revoked=True), pending="a")
+    taken = replace(held, holder=Tenure("a", 2, noon, "chosen"), epoch=2)
+    seen = []
+    for before, after in pairwise(
+        [free, offered, other, held, held, handing, handing, taken, free]
+    ):
+        metrics.decided(before, after, ())
+        name = "failover_coordinator_decisions_total"
+        value = metrics.registry.get_sample_value
+        seen.append(tuple(value(name, {"kind": kind}) for kind in DECISIONS))
+    assert seen == [
+        (1, 0, 0),
+        (2, 1, 0),
+        (2, 1, 0),
+        (2, 1, 0),
+        (3, 1, 1),
+        (3, 1, 1),
+        (3, 1, 1),
+        (3, 1, 1),
+    ]

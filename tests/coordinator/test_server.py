@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx2
@@ -214,3 +215,17 @@ async def test_after_sigkill_the_holder_keeps_its_role_for_one_lease(serve: Serv
     assert "Primary" not in status
     assert status["PreviousPrimary"] == "a"
     assert lease_s <= took_s < lease_s + 15
+
+
+async def test_the_date_is_of_the_moment_of_the_answer() -> None:
+    """Agents compare their clocks with it: one that a timer renews is up to a second old."""
+    settings = CoordinatorSettings(listen="127.0.0.1:0", store="memory")
+    async with serving(settings) as url, httpx2.AsyncClient(trust_env=False) as http:
+        for _ in range(60):
+            before = int(time.time())
+            answer = await http.get(f"{url}/healthz")
+            dates = answer.headers.get_list("date")
+            assert len(dates) == 1
+            date = parsedate_to_datetime(dates[0]).timestamp()
+            assert before <= date <= time.time()
+            await asyncio.sleep(0.02)

@@ -75,6 +75,8 @@ def snapshot(**changed: Any) -> Snapshot:
         endpoint=URL,
         endpoints=("http://b/clientfailover", URL),
         guard_up=True,
+        mqtt_up=True,
+        mqtt_failures=3,
         refused={"future": 2, "never": 0},
         notifications_dropped=1,
         notifications_failed=3,
@@ -226,6 +228,8 @@ def test_each_scrape_asks_anew() -> None:
         ("heartbeat_duration_seconds_count", {}, 1),
         ("heartbeat_failures_total", {"reason": "gone"}, 0),
         ("stalls_total", {"kind": "suspended"}, 0),
+        ("mqtt_up", {}, 1),
+        ("mqtt_failures_total", {}, 3),
     ],
 )
 def test_the_value_of(name: str, labels: dict[str, str], expected: float) -> None:
@@ -239,7 +243,7 @@ def test_a_secondary_has_no_lease() -> None:
 
 
 def test_what_is_not_known_has_no_sample() -> None:
-    unknown = {"epoch": None, "data": None, "group_data": None, "guard_up": None}
+    unknown = {"epoch": None, "data": None, "group_data": None, "guard_up": None, "mqtt_up": None}
     snap = snapshot(**unknown, tally=Tally())
     for name in (
         "epoch",
@@ -251,6 +255,8 @@ def test_what_is_not_known_has_no_sample() -> None:
         "demotion_slack_min_seconds",
         "last_renewal_timestamp_seconds",
         "clock_skew_seconds",
+        "mqtt_up",
+        "mqtt_failures_total",
     ):
         assert value(snap, name) is None, name
 
@@ -308,7 +314,7 @@ def test_why_a_heartbeat_failed(status: int | None, code: ExitCode, reason: str)
 
 
 def test_the_skew_is_right_within_tenths_though_the_date_has_whole_seconds() -> None:
-    """The server cuts fractions off, and renews its date once a second."""
+    """The server cuts fractions off."""
     made = Tally()
     for n in range(SKEWS):
         sent = at(2.1 * n)

@@ -315,7 +315,7 @@ async def test_output_goes_into_the_log_line_by_line(
     assert output(caplog, "stderr") == ["wrong"]
     assert caplog.records[0].__dict__["fields"] == {
         "hook": "primary",
-        "epoch": "7",
+        "epoch": 7,
         "stream": "stdout",
         "line": "one",
     }

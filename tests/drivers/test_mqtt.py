@@ -289,9 +289,12 @@ async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is
 ) -> None:
     caplog.set_level(logging.INFO)
     async with announcing(**broker.table()) as announcer:
-        await until(lambda: announcer._up_since is not None)
+        await until(lambda: announcer.up)
+        assert announcer.failures == 0
         broker.kill()
         await until(lambda: announcer._trouble)
+        assert not announcer.up
+        assert announcer.failures > 0
         for epoch in range(1000):
             announcer.announce(Said(Role.PRIMARY, epoch))
         await asyncio.sleep(0)

@@ -131,6 +131,7 @@ async def test_an_unknown_path_or_method_is_json_too(
     answer = await client.request(method, path)
     assert answer.status_code == status
     assert list(answer.json()) == ["error"]
+    assert ("/status" if status == 404 else "Allow") in answer.json()["error"]
     assert ("allow" in answer.headers) == (status == 405)
 
 

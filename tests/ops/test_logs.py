@@ -77,6 +77,9 @@ def test_an_event_is_a_message_and_its_fields_in_order() -> None:
         (float("-inf"), "-inf"),
         (Path("/x y"), '"/x y"'),
         (datetime(2026, 1, 31, 1, tzinfo=UTC), "2026-01-31T01:00:00.000Z"),
+        (["group", "endpoint"], "group,endpoint"),
+        (("a b", 1), '"a b,1"'),
+        ([], '""'),
     ],
 )
 def test_a_value_is_quoted_only_when_it_has_to_be(value: object, written: str) -> None:
@@ -171,3 +174,44 @@ def test_a_percent_sign_in_a_message_is_itself(capsys: pytest.CaptureFixture[str
     logs.configure("INFO", "text")
     Log("x").info("100 %d done")
     assert capsys.readouterr().err.endswith("INFO 100 %d done\n")
+
+
+def test_json_has_lists_as_lists() -> None:
+    assert json.loads(line("m", form="json", v=("a", 1, [None])))["v"] == ["a", 1, [None]]
+
+
+WORDS = "failover-agent: error: no"
+
+
+def test_the_last_words_are_plain_text_by_default(restored: None) -> None:
+    assert logs.last_words(WORDS, 12) == WORDS
+    logs.configure("INFO", "text")
+    assert logs.last_words(WORDS, 12) == WORDS
+
+
+def test_the_last_words_are_json_where_the_log_is(restored: None) -> None:
+    logs.configure("INFO", "json")
+    told = json.loads(logs.last_words(WORDS, 17))
+    assert told.pop("time")
+    assert told == {
+        "level": "ERROR",
+        "logger": "agent",
+        "message": "ended by an error",
+        "reason": WORDS,
+        "exit_code": 17,
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "begins"), [(None, "<3>failover"), ("text", "<3>failover"), ("json", "<3>{")]
+)
+def test_the_last_words_are_an_error_in_the_journal(
+    restored: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Form | None, begins: str
+) -> None:
+    with (tmp_path / "journal").open("w") as stream:
+        stat = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+        monkeypatch.setattr(sys, "stderr", stream)
+        if form is not None:
+            logs.configure("INFO", form)
+        assert logs.last_words(WORDS, 17).startswith(begins)

@@ -115,7 +115,7 @@ class _Output:
 
     def __init__(self, name: str, epoch: str) -> None:
         self.cut_bytes = 0
-        self._facts = {"hook": name, "epoch": epoch}
+        self._facts = {"hook": name, "epoch": int(epoch) if epoch else None}
         self._bytes_left = RUN_BYTES
         self._lines_left = RUN_LINES
         self._open: dict[int, tuple[IO[bytes], str, bytearray]] = {}

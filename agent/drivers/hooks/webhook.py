@@ -64,7 +64,7 @@ class Webhook:
     ) -> None:
         self.name = name
         self._url = url
-        self._facts = {"hook": name, "epoch": epoch}
+        self._facts = {"hook": name, "epoch": int(epoch) if epoch else None}
         self._clock = clock
         self._started_at = clock.boottime()
         self._tls = tls

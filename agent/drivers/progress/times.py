@@ -73,7 +73,7 @@ class Plausible:
         if ahead_s > self.max_future_s:
             raise Refused(
                 Reason.FUTURE,
-                f"{format_date_time(time)} is {ahead_s:.6g} s ahead of this host's clock, and may be"
+                f"{format_date_time(time)} is {ahead_s:.3f} s ahead of this host's clock, and may be"
                 f" {self.max_future_s:g} s: set the clocks, or raise max_future",
             )
         return time
