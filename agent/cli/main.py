@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "Two agents on this machine: a takeover, a handover, a frozen host.",
     "hooks": "Look at the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
+    "hash-password": "Print the line of a user for the coordinator's users file.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""
 
