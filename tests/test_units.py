@@ -19,7 +19,8 @@ MOST = {"failover-coordinator": 1.3, "failover-agent": 3.7, "failover-agent@line
 """`systemd-analyze security`: 0 is locked up, 10 is bare. The coordinator's goal is 2.0."""
 MOST_STRICT = 1.2
 LIMIT_S = 60
-AGAIN = {ExitCode.SESSION_IN_USE}
+AGAIN = {ExitCode.LISTEN, ExitCode.SESSION_IN_USE, ExitCode.STATE_FILE}
+"""What may be otherwise a second later, without anybody who mends it."""
 
 
 def analyze(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

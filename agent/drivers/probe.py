@@ -15,6 +15,7 @@ reaches the address is believed, so it belongs on loopback.
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -112,8 +113,11 @@ class ProbeServer:
                 lambda: _Connection(config, self._state, {}), host, port
             )
         except OSError as error:
+            why = (
+                os.strerror(error.errno) if error.errno else error.strerror
+            )  # without asyncio's words
             raise ConfigError(
-                f"probe listener cannot use {host}:{port} ({error.strerror or error}): choose"
+                f"probe listener cannot use {host}:{port} ({why}): choose"
                 " another --probe-listen HOST:PORT on this host, with port 0 for any free one",
                 exit_code=ExitCode.LISTEN,
             ) from error
