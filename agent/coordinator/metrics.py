@@ -53,7 +53,10 @@ class Metrics:
         prefix = "failover_coordinator"
         self._requests: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._request = Counter(
-            f"{prefix}_requests", "Requests answered.", ("route", "code"), registry=registry
+            f"{prefix}_requests",
+            "Requests answered, by operation (none for a path that is not served) and status.",
+            ("route", "code"),
+            registry=registry,
         )
         self._request_s = Histogram(
             f"{prefix}_request_duration_seconds",
@@ -75,7 +78,11 @@ class Metrics:
         )
         self._began = Counter(f"{prefix}_tenures_started", "Tenures begun.", registry=registry)
         self._ended = Counter(
-            f"{prefix}_tenures_ended", "Tenures ended, by why.", ("reason",), registry=registry
+            f"{prefix}_tenures_ended",
+            "Tenures ended: released, expired (no heartbeat came), deleted, or data_loss (a client has seen"
+            " a later epoch).",
+            ("reason",),
+            registry=registry,
         )
         for reason in ("released", *ENDS.values()):
             self._ended.labels(reason)
@@ -95,7 +102,7 @@ class Metrics:
         )
         self._groups = Gauge(
             f"{prefix}_groups",
-            "Groups, by whether they have a primary.",
+            "Groups: with a primary, with one that is to hand over, with one that is to confirm, with none.",
             ("state",),
             registry=registry,
         )
@@ -114,7 +121,9 @@ class Metrics:
             f"{prefix}_blocked_readers", "Status reads that wait for a change.", registry=registry
         )
         build = Info(
-            f"{prefix}_build", "Version of the coordinator and of Python.", registry=registry
+            f"{prefix}_build",
+            "Version of the coordinator and of Python; always 1.",
+            registry=registry,
         )
         build.info({"version": __version__, "python": platform.python_version()})
         ProcessCollector(registry=registry)

@@ -70,6 +70,8 @@ async def test_groups_sessions_requests_and_tenures_are_counted(api: Api) -> Non
         assert after[f"{prefix}_tenures_ended_total", "deleted"] == 1
         assert after[f"{prefix}_requests_total", "404", "none"] == 1
         assert after[f"{prefix}_blocked_readers",] == 0
+        assert 0 < after["process_open_fds",] <= after["process_max_fds",]
+        assert after["process_resident_memory_bytes",] > 0
 
 
 async def test_both_forms_are_served(api: Api) -> None:
@@ -87,8 +89,9 @@ async def test_promtool_finds_nothing_to_complain_about(api: Api) -> None:
     if which("promtool") is None:
         pytest.skip("needs: prometheus: apt-get install prometheus")
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as http:
+        await http.post(f"{BASE}/groups", json={"Id": "g", "FailoverTimeout": "00:01:00"})
         page = (await http.get("http://test/metrics")).text
-    assert "failover_coordinator_groups" in page
+    assert 'failover_coordinator_requests_total{code="201",route="create_group"} 1.0' in page
     checked = await asyncio.to_thread(
         subprocess.run,
         ["promtool", "check", "metrics"],
