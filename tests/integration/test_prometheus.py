@@ -1,18 +1,23 @@
-"""A real Prometheus scrapes two real agents through a takeover; rules and dashboard are asked of it."""
+"""A real Prometheus scrapes real agents and coordinators through faults; rules and dashboard are asked of it."""
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import pytest
+import yaml  # type: ignore[import-untyped] # nothing else here would use its stubs
+
+from agent.coordinator.auth import hash_password
 
 from .stage import (
     PATIENCE_S,
@@ -31,22 +36,44 @@ NEEDS = "needs: prometheus: apt-get install prometheus"
 CONFIG = Path(__file__).parents[2] / "config"
 SCRAPE = "1s"
 
-VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$group": ".*"}
+VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$group": ".*", "$coordinator": ".*"}
 """What Grafana puts in."""
 
 CHECK = '[{"name": "here", "type": "exec", "command": ["/bin/true"]}]'
 
 
-class Prometheus:
-    """A server of our own, with the rules of config/prometheus."""
+def sample(*, tls: bool = False) -> dict[str, dict[str, Any]]:
+    """The jobs of config/prometheus/prometheus.yml by name; with ``tls``, the one in its comment."""
+    text = (CONFIG / "prometheus/prometheus.yml").read_text()
+    if tls:
+        begin = text.index("#  - job_name: failover-coordinator")
+        lines = text[begin : text.index("\n\n", begin)].splitlines()
+        text = "\n".join(["scrape_configs:", *(line.removeprefix("#") for line in lines)])
+    return {job["job_name"]: job for job in yaml.safe_load(text)["scrape_configs"]}
 
-    def __init__(self, stage: Stage, *agents: Agent) -> None:
+
+class Prometheus:
+    """A server of our own, with the rules and the jobs of config/prometheus."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        coordinator: Coordinator,
+        *agents: Agent,
+        job: dict[str, Any] | None = None,
+    ) -> None:
         program = shutil.which("prometheus")
         if program is None:
             pytest.skip(NEEDS)
         directory = stage.directory / "prometheus"
         directory.mkdir()
-        targets = [agent.state["probe"].removeprefix("http://") for agent in agents]
+        jobs = sample()
+        if job is not None:
+            jobs[job["job_name"]] = job
+        probes = [agent.state["probe"].removeprefix("http://") for agent in agents]
+        jobs["failover-agent"]["static_configs"] = [{"targets": probes}]
+        target = urlsplit(coordinator.endpoint).netloc
+        jobs["failover-coordinator"]["static_configs"] = [{"targets": [target]}]
         rules = (CONFIG / "prometheus/rules.yml").read_text()
         (directory / "rules.yml").write_text(rules)
         (directory / "prometheus.yml").write_text(
@@ -54,9 +81,7 @@ class Prometheus:
                 {
                     "global": {"scrape_interval": SCRAPE, "evaluation_interval": SCRAPE},
                     "rule_files": ["rules.yml"],
-                    "scrape_configs": [
-                        {"job_name": "failover-agent", "static_configs": [{"targets": targets}]}
-                    ],
+                    "scrape_configs": list(jobs.values()),
                 }
             )
         )
@@ -99,7 +124,7 @@ class Prometheus:
 
 def queries() -> list[str]:
     panels = json.loads((CONFIG / "grafana/dashboard.json").read_text())["panels"]
-    found = [target["expr"] for panel in panels for target in panel["targets"]]
+    found = [t["expr"] for p in panels if p["type"] != "row" for t in p["targets"]]
     for name, value in VARIABLES.items():
         found = [expression.replace(name, value) for expression in found]
     return found
@@ -122,12 +147,11 @@ PRIMARY = {"livez": 200, "readyz": 200, "primary": 200, "secondary": 503}
 SECONDARY = {"livez": 200, "readyz": 200, "primary": 503, "secondary": 200}
 
 
-def test_dashboard_and_rules_are_right_through_two_takeovers(
-    stage: Stage, coordinator: Coordinator
-) -> None:
+def test_dashboard_and_rules_are_right_through_two_takeovers(stage: Stage) -> None:
     """The first by an override, so that the one that demotes is there to tell; then by SIGKILL."""
+    coordinator = stage.serve(store="sqlite")
     one, other, epoch = stage.pair(coordinator, f"--check={CHECK}")
-    prometheus = Prometheus(stage, one, other)
+    prometheus = Prometheus(stage, coordinator, one, other)
     for agent in (one, other):
         now = datetime.now(UTC).isoformat()
         assert ask("POST", f"{agent.state['probe']}/data-processed", {"time": now}).status == 200
@@ -135,6 +159,12 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(
         "group:failover_agent_primaries:sum == 1 and on () sum(failover_agent_ready) == 2"
     )
     assert (verdicts(one), verdicts(other)) == (PRIMARY, SECONDARY)
+    prometheus.until(
+        'failover_coordinator_groups{state="primary"} == 1'
+        " and on () failover_coordinator_groups_without_primary == 0"
+        " and on () failover_coordinator_blocked_readers == 2"
+    )
+    assert coordinator.ask("GET", "groups/another").status == HTTPStatus.NOT_FOUND
 
     path = f"groups/{stage.group}/clientsessions/{other.name}/roleoverride"
     assert coordinator.ask("POST", path, {"Value": 1}).status < 300
@@ -153,6 +183,8 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(
     prometheus.until(f"max(failover_agent_epoch) == {epoch}")
     prometheus.until("group:failover_agent_primaries:sum == 1 and on () min(up) == 0")
     prometheus.until('ALERTS{alertname="FailoverAgentDown"}')
+    prometheus.until('failover_coordinator_tenures_ended_total{reason="expired"} == 1')
+    prometheus.until('failover_coordinator_tenures_ended_total{reason="released"} == 1')
 
     report = {"time": datetime.now(UTC).isoformat()}
     assert ask("POST", f"{one.state['probe']}/data-processed", report).status == 200
@@ -166,6 +198,58 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(
         if rule["type"] == "recording":
             prometheus.until(rule["name"])
     assert not prometheus.query('ALERTS{alertname="FailoverTwoPrimaries", alertstate="firing"}')
+    unwell = "FailoverCoordinator(Down|Fault|StoreFails|DataOld)"
+    assert not prometheus.query(f'ALERTS{{alertname=~"{unwell}"}}')
+
+
+def test_a_coordinator_whose_store_fails_and_that_then_dies_is_told_of(stage: Stage) -> None:
+    coordinator = stage.serve(store="sqlite")
+    prometheus = Prometheus(stage, coordinator)
+    prometheus.until("failover_coordinator_store_commit_failures_total == 0")
+    for number in range(3):  # so that the file grows beyond the limit, which the log stays below
+        group = {"Id": f"g{number}", "FailoverTimeout": "00:01:00"}
+        assert coordinator.ask("POST", "groups", group).status == HTTPStatus.CREATED
+    limit = resource.RLIMIT_FSIZE
+    before = resource.prlimit(coordinator.popen.pid, limit)
+    resource.prlimit(coordinator.popen.pid, limit, (8192, before[1]))
+    for number in range(
+        3
+    ):  # the counter of an answer begins with the first one, so a second grows it
+        said = coordinator.ask("POST", "groups", {"Id": "h", "FailoverTimeout": "00:01:00"})
+        assert said.status == HTTPStatus.SERVICE_UNAVAILABLE
+        prometheus.until(
+            'failover_coordinator_requests_total{route="create_group", code="503"}'
+            f" == {number + 1}"
+        )
+    prometheus.until("failover_coordinator_store_commit_failures_total == 3")
+    prometheus.until("instance:failover_coordinator_requests_failed:ratio_rate5m > 0.01")
+    prometheus.until('ALERTS{alertname="FailoverCoordinatorRefuses"}')
+    prometheus.until('ALERTS{alertname="FailoverCoordinatorStoreFails", alertstate="firing"}')
+    assert not prometheus.query('ALERTS{alertname="FailoverCoordinatorDown"}')
+
+    resource.prlimit(coordinator.popen.pid, limit, before)
+    assert coordinator.ask("POST", "groups", group | {"Id": "h"}).status == HTTPStatus.CREATED
+    coordinator.end(signal.SIGKILL)
+    prometheus.until('ALERTS{alertname="FailoverCoordinatorDown"}')
+
+
+def test_a_coordinator_with_tls_and_users_is_scraped_as_the_sample_says(stage: Stage) -> None:
+    """By the job in its comment, with nothing but our own file of certificates."""
+    key, certificate, users = (stage.directory / name for name in ("key", "ca.pem", "users"))
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-subj", "/CN=localhost", "-days", "2", "-keyout", str(key)]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    users.write_text(f"somebody:{hash_password('secret')}\n")
+    users.chmod(0o600)
+    coordinator = stage.serve(
+        f"--tls-certificate={certificate}", f"--tls-key={key}", f"--users-file={users}"
+    )
+    job = sample(tls=True)["failover-coordinator"]
+    job["tls_config"]["ca_file"] = str(stage.directory / job["tls_config"]["ca_file"])
+    prometheus = Prometheus(stage, coordinator, job=job)
+    prometheus.until('up{job="failover-coordinator"} == 1')
+    prometheus.until('failover_coordinator_build_info{job="failover-coordinator"}')
 
 
 def test_promtool_finds_no_fault_with_what_an_agent_says(
