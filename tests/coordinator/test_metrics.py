@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -11,12 +12,21 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.coordinator import metrics as module
 from agent.coordinator.api import Api
 from agent.coordinator.metrics import DECISIONS, Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group_state import Policy
-from agent.model import TICKS_PER_SECOND, GroupConfig, GroupRecord, Tenure
+from agent.model import (
+    TICKS_PER_SECOND,
+    GroupConfig,
+    GroupKey,
+    GroupRecord,
+    SessionConfig,
+    SessionRecord,
+    Tenure,
+)
 from agent.ops.clock import Clock
 
 BASE = "http://test/api/v1/clientfailover"
@@ -131,3 +141,49 @@ def test_decisions_are_counted_by_kind() -> None:
         (3, 1, 1),
         (3, 1, 1),
     ]
+
+
+MANY = 10_000
+MOST_HELD_S = 0.02
+
+
+async def held_s(http: httpx2.AsyncClient) -> float:
+    """For how long a scrape keeps this loop from turning: in CPU time, which no other load adds to."""
+    longest_s, done = 0.0, False
+
+    async def turn() -> None:
+        nonlocal longest_s
+        while not done:
+            began_s = time.thread_time()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.thread_time() - began_s)
+
+    turning = asyncio.create_task(turn())
+    await asyncio.sleep(0)
+    page = (await http.get("http://test/metrics")).text
+    done = True
+    await turning
+    assert f'failover_coordinator_groups{{state="primary"}} {MANY}.0' in page
+    assert page.count("\n") < 500, "the number of series does not depend on that of the groups"
+    return longest_s
+
+
+async def test_a_scrape_of_10000_groups_delays_no_heartbeat_by_20_ms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics, clock, store = Metrics(), Clock(), MemoryStore()
+    sessions = {name: SessionRecord(SessionConfig(name)) for name in ("a", "b")}
+    tenure = Tenure("a", 1, clock.wall(), "chosen")
+    for number in range(MANY):
+        config = GroupConfig(f"g{number}", 10 * TICKS_PER_SECOND)
+        record = GroupRecord(config, sessions=sessions, holder=tenure, epoch=1)
+        await store.create(GroupKey("default", "default", config.id), record)
+    coordinator = Coordinator(store, clock.now, Policy(), meter=metrics)
+    await coordinator.start()
+    api = Api(coordinator, clock.now, metrics=metrics)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as http:
+        await held_s(http)  # what is made once
+        assert max([await held_s(http) for _ in range(5)]) < MOST_HELD_S
+        monkeypatch.setattr(module, "GROUPS_AT_ONCE", MANY + 1)
+        assert await held_s(http) > MOST_HELD_S, "what this is to find is found"
+    await coordinator.stop()

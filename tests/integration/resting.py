@@ -28,6 +28,8 @@ SCRAPE_S = 5.0
 WATCHDOG_S = 20
 """As the unit says."""
 
+PASSWORD, WEBHOOK_SECRET = "a password of the test", "what webhooks are signed with"
+
 ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -82,7 +84,7 @@ class Notified:
 
 @dataclass
 class Resting:
-    """One agent that has joined; ``scrape`` asks it for its metrics, as Prometheus does."""
+    """One agent that has joined."""
 
     process: subprocess.Popen[bytes]
     notified: Notified
@@ -103,12 +105,13 @@ class Resting:
     def state(self) -> dict[str, Any]:
         return dict(json.loads(self.state_file.read_text()))
 
-    def scrape(self) -> bytes:
+    def ask(self, path: str) -> str:
+        """What its probe answers; /metrics as Prometheus is answered."""
         host, _, port = self.state["probe"].removeprefix("http://").partition(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=10)
         try:
-            connection.request("GET", "/metrics", headers={"Accept": ACCEPT})
-            return connection.getresponse().read()
+            connection.request("GET", f"/{path}", headers={"Accept": ACCEPT})
+            return connection.getresponse().read().decode()
         finally:
             connection.close()
 
@@ -117,7 +120,7 @@ class Resting:
         end_at = time.monotonic() + seconds
         while (left_s := end_at - time.monotonic()) > 0:
             assert self.process.poll() is None, self.log.read_text()
-            self.scrape()
+            self.ask("metrics")
             time.sleep(min(SCRAPE_S, left_s))
 
 
@@ -190,15 +193,13 @@ def exporter(stage: Stage) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
-def secure_coordinator(stage: Stage, authority: Authority) -> Coordinator:
-    """A coordinator with TLS, and with one user ``agent`` whose password is ``secret``."""
+def secure_coordinator(stage: Stage, authority: Authority, *more: str) -> Coordinator:
+    """A coordinator with TLS, and with one user ``agent`` whose password is PASSWORD."""
     certificate, key = authority.issue("coordinator")
-    users = stage.directory / "users"
-    users.touch(0o600)
-    users.write_text(f"agent:{hash_password('secret')}\n")
+    users = secret_file(stage, "users", f"agent:{hash_password(PASSWORD)}")
     port = free_port()
     flags = [f"--tls-certificate={certificate}", f"--tls-key={key}", f"--users-file={users}"]
-    serving = stage.serve(*flags, port=port)
+    serving = stage.serve(*flags, *more, port=port)
     serving.endpoint = f"https://127.0.0.1:{port}/api/v1/clientfailover"
     return serving
 
@@ -208,9 +209,8 @@ def everything(
 ) -> list[str]:
     """TLS with a password, announcements and progress by MQTT with TLS, six checks, webhooks, JSON."""
     page = exporter(stage)
-    password = stage.directory / "agent-password"
-    password.touch(0o600)
-    password.write_text("secret\n")
+    password = secret_file(stage, "agent-password", PASSWORD)
+    webhook = secret_file(stage, "webhook-secret", WEBHOOK_SECRET)
     last = stage.directory / "last"
     last.touch()
     broker_table = broker.table()
@@ -242,10 +242,19 @@ def everything(
         "--username=agent",
         f"--password-file={password}",
         f"--ca-file={authority.file}",
+        f"--webhook-secret-file={webhook}",
         f"--hook-joined={page}/joined",
         f"--hook-lost={page}/lost",
         f"--hook-left={page}/left",
     ]
+
+
+def secret_file(stage: Stage, name: str, secret: str) -> Path:
+    """A file that only this user can read."""
+    path = stage.directory / name
+    path.touch(0o600)
+    path.write_text(f"{secret}\n")
+    return path
 
 
 def pairs(table: dict[str, Any]) -> list[str]:
