@@ -209,6 +209,7 @@ async def test_corrections_come_at_a_bounded_rate(
         for _ in range(200):
             watcher.publish(SESSION, b"garbage")
         await until(lambda: len(watcher.of(SESSION)) >= 202)
+    await until(lambda: len(watcher.of(SESSION)) >= 203)
     assert len(watcher.of(SESSION)) == 203  # birth, garbage, one correction, the end
 
 
@@ -234,13 +235,37 @@ async def test_without_epochs_the_last_one_counts(broker: Broker, watcher: Watch
         await heard(watcher, PRIMARY, session="host-a", epoch=None)
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_a_broker_that_is_restarted_in_order_is_told_what_is_true_meanwhile(
+    broker: Broker, protocol: str
+) -> None:
+    """It keeps what is retained: the role of before, until the member is back."""
+    broker.kill()
+    broker.lines += ["persistence true", f"persistence_location {broker.directory}/"]
+    broker.directory.chmod(0o777)
+    broker.start()
+    assert broker.process is not None
+    async with announcing(role=Role.PRIMARY, **broker.table(protocol=protocol)) as announcer:
+        await until(lambda: announcer.up)
+        broker.send(signal.SIGTERM)
+        await asyncio.to_thread(broker.process.wait, PATIENCE_S)
+        assert (broker.directory / "mosquitto.db").stat().st_size > 0
+        await until(lambda: not announcer.up)
+        announcer.announce(Said(Role.SECONDARY, 1))
+        broker.start()
+        with watching(broker) as watcher:
+            await heard(watcher, SESSION, role="Secondary", online=True)
+            assert watcher.last(PRIMARY)["session"] == "host-a"  # it names the last one
+
+
 # --- Sparkplug
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 async def test_only_the_primary_announces_the_state_of_the_sparkplug_host(
-    broker: Broker, watcher: Watcher, clients: list[Any]
+    broker: Broker, watcher: Watcher, clients: list[Any], protocol: str
 ) -> None:
-    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant", protocol=protocol)
     async with announcing(**keys) as announcer:
         await until(lambda: announcer._up_since is not None)
         assert not watcher.heard
