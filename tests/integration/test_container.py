@@ -319,7 +319,7 @@ def test_the_health_check_tells_a_well_agent_from_a_frozen_one_which_its_guard_e
     assert host.sh("kill -STOP $(cat /run/failover-agent/*.lock)")[0] == 0
     assert not host.is_well()
     assert host.code() == 128 + 9
-    assert "demoting in its place" in host.said()
+    assert "the guard demotes in the place of the agent" in host.said()
 
 
 def test_the_image_says_what_it_is(engine: Engine) -> None:
