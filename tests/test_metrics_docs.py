@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from agent.coordinator.calls import ROUTES
-from agent.coordinator.metrics import Metrics
+from agent.coordinator.metrics import Metrics, SessionLines
 from agent.coordinator.server import MOST_CONNECTIONS, SPARE_FILES
 from agent.coordinator.service import MAX_READERS, Coordinator
 from agent.coordinator.store.memory import MemoryStore
@@ -84,10 +84,16 @@ def families(who: str) -> list[Metric]:
     return [f for f in PAGES_OF[who]().collect() if f.name.startswith(f"failover_{who}_")]
 
 
+def test_the_page_has_what_is_there_for_each_session() -> None:
+    rows = re.findall(r"(?m)^\| `(failover_coordinator_session_\w+)` \|", PAGE.read_text())
+    assert rows == [name for name, _ in SessionLines.FAMILIES]
+
+
 def test_every_metric_that_is_named_is_one_of_the_programs() -> None:
     every = [family for who in PAGES_OF for family in families(who)]
     known = {sample.name for family in every for sample in family.samples}
     known |= {family.name for family in every if family.type == "histogram"}
+    known |= {name for name, _ in SessionLines.FAMILIES}
     for path in (RULES, RULES_TEST, DASHBOARD, PAGE, RUNBOOKS):
         named = set(NAME.findall(path.read_text()))
         assert {name.split("_")[1] for name in named} == set(PAGES_OF), path.name

@@ -2,7 +2,7 @@
 
 Counters grow where the thing happens (``Meter``); what stands in the groups is counted at each scrape,
 a few groups at a time, so that a scrape of thousands delays no heartbeat. No label is a group or a
-session: the number of series is fixed.
+session, so the number of series is fixed, unless that is asked for (``session_metrics``).
 """
 
 import asyncio
@@ -45,9 +45,14 @@ GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 
 class Metrics:
-    """The numbers of one coordinator. Also the engine's Meter."""
+    """The numbers of one coordinator. Also the engine's Meter.
 
-    def __init__(self) -> None:
+    Args:
+        sessions: whether each session has series of its own.
+    """
+
+    def __init__(self, *, sessions: bool = False) -> None:
+        self._each_session = sessions
         disable_created_metrics()  # type: ignore[no-untyped-call] # when this process began is told once, by the process's metrics
         self.registry = registry = CollectorRegistry()
         prefix = "failover_coordinator"
@@ -179,10 +184,15 @@ class Metrics:
         groups: Tally[str] = Tally()
         sessions: Tally[tuple[Role, bool]] = Tally()
         vacant = 0
+        lines = SessionLines() if self._each_session else None
         for number, group in enumerate(coordinator.all_groups()):
             if number % GROUPS_AT_ONCE == GROUPS_AT_ONCE - 1:
+                if lines is not None:
+                    lines.cut()
                 await asyncio.sleep(0)
             vacant += _count(group, now, groups, sessions)
+            if lines is not None:
+                lines.add(group)
         for state in GROUP_STATES:
             self._groups.labels(state).set(groups[state])
         for role in Role:
@@ -191,7 +201,8 @@ class Metrics:
         self._vacant.set(vacant)
         self._readers.set(coordinator.blocked_readers)
         encode, media = choose_encoder(accept)
-        return encode(self.registry), media
+        page = encode(self.registry)
+        return page if lines is None else lines.added_to(page), media
 
 
 def _count(
@@ -209,3 +220,64 @@ def _count(
         return False
     groups["pending" if record.pending is not None else "none"] += 1
     return some_active
+
+
+class SessionLines:
+    """The samples of every session as lines, which are the same in both forms of the page.
+
+    Made here and not by the library's families: those of 20,000 sessions would be written in one go.
+    """
+
+    FAMILIES = (
+        ("failover_coordinator_session_role", "1 for the role of a session, 0 for the others."),
+        ("failover_coordinator_session_score", "FailoverScore of a session's last heartbeat."),
+        (
+            "failover_coordinator_session_heartbeat_timestamp_seconds",
+            "When a session's last heartbeat came, by this host's clock, since 1970. None came since"
+            " the start: no sample.",
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._done: tuple[list[bytes], ...] = tuple(
+            [f"# HELP {name} {text}\n# TYPE {name} gauge\n".encode()]
+            for name, text in self.FAMILIES
+        )
+        self._open: tuple[list[str], ...] = tuple([] for _ in self.FAMILIES)
+
+    def add(self, group: Group) -> None:
+        """The sessions of one group."""
+        record, contacts = group.state.record, group.state.live.contacts
+        tenant, namespace, name = map(_quoted, group.key)
+        of_group = f'tenant="{tenant}",namespace="{namespace}",group="{name}"'
+        (role_name, _), (score_name, _), (beat_name, _) = self.FAMILIES
+        roles, scores, beats = self._open
+        for session_id in record.sessions:
+            labels = f'{of_group},session="{_quoted(session_id)}"'
+            now = role_of(record, session_id)
+            roles += [
+                f'{role_name}{{{labels},role="{role.value}"}} {int(role is now)}' for role in Role
+            ]
+            contact = contacts.get(session_id)
+            if contact is not None and contact.posted_at is not None:
+                scores.append(f"{score_name}{{{labels}}} {contact.score}")
+                beats.append(f"{beat_name}{{{labels}}} {contact.posted_at.wall.timestamp()}")
+
+    def cut(self) -> None:
+        """What is there becomes bytes now, while it is little."""
+        for done, lines in zip(self._done, self._open, strict=True):
+            if lines:
+                done.append(("\n".join(lines) + "\n").encode())
+                lines.clear()
+
+    def added_to(self, page: bytes) -> bytes:
+        """The page with these behind its own, and before the end that OpenMetrics has."""
+        self.cut()
+        own, end, _ = page.partition(b"# EOF")
+        parts = [part for done in self._done for part in done]
+        return b"".join([own, *parts, b"# EOF\n" if end else b""])
+
+
+def _quoted(label: str) -> str:
+    """The value of a label, as both forms of the page escape it."""
+    return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

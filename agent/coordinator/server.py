@@ -98,7 +98,7 @@ async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
     with _bound(settings.listen) as listener:
         store = await _open(settings)
         try:
-            metrics = Metrics()
+            metrics = Metrics(sessions=settings.session_metrics)
             coordinator = Coordinator(
                 store,
                 clock.now,

@@ -501,6 +501,11 @@ class CoordinatorSettings(Settings):
         description="Most sessions of one group. A group is usually 2; 100 stops a client that makes"
         " a new id at each start.",
     )
+    session_metrics: Annotated[bool, Kind("", "true or false")] = Field(
+        default=False,
+        description="Whether /metrics has series for each session too: its role, score and last"
+        " heartbeat. They are 5 a session, and tell its id to whoever may scrape.",
+    )
     tls_certificate: InputFile | None = Field(
         None,
         description="Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP.",
