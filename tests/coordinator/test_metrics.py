@@ -171,7 +171,7 @@ async def test_each_session_has_series_if_that_is_asked_for() -> None:
                 sample.name.removeprefix("failover_coordinator_session_"),
                 *sample.labels.items(),
             ): sample.value
-            for family in parse(page)  # type: ignore[no-untyped-call] # it has no types
+            for family in parse(page)
             for sample in family.samples
             if "_session_" in sample.name
         }

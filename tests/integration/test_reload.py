@@ -148,8 +148,8 @@ def test_what_cannot_change_is_refused_by_name_and_the_rest_is_changed(
 ) -> None:
     host = Configured(stage, coordinator, "cooldown = 7\n")
     said = host.reload('cooldown = 8\nsession_name = "another"\nwatchdog_device = "/x"\n', DONE)
-    assert "settings not changed refused=\"['session_name', 'watchdog_device']\"" in said
-    assert "changed=['cooldown']" in said
+    assert "settings not changed refused=session_name,watchdog_device" in said
+    assert "changed=cooldown" in said
     # These come as flags, which a file does not override: only their names are of use here.
     said = host.reload("guard = false\n", DONE)
     assert "guard" in said
