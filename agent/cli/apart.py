@@ -29,7 +29,7 @@ PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.cli.reader import main;"
     " sys.exit(main(int(sys.argv[2]), sys.argv[3:]))"
 )
-"""With the same paths as here, however this process was started."""
+"""With the same paths as here, however this process was started; -P: and none of this folder before."""
 
 Outcome = AgentSettings | tuple[str, ExitCode]
 """What is handed back: the settings, or a ConfigError's text and code."""
@@ -55,7 +55,7 @@ class Reading:
     def __init__(self, words: Sequence[str], *, debug: bool) -> None:
         flags = ["--debug"] if debug else []
         self._handed = os.memfd_create("settings")
-        start = [sys.executable, "-c", PROGRAM, json.dumps(sys.path), str(self._handed)]
+        start = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(self._handed)]
         try:
             # A group of its own: Ctrl-C is for this process, which then waits for it.
             self._process = subprocess.Popen(  # noqa: S603 - ourselves

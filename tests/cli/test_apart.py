@@ -38,6 +38,14 @@ def test_the_settings_are_what_this_process_would_have_read(
     assert read("run", "--config", str(file), "--session-id", "host-a") == wanted.value()
 
 
+def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit(77)")
+    monkeypatch.chdir(tmp_path)
+    assert read("run", "--group", "g") == AgentForm(group="g").value()
+
+
 def test_exec_hands_its_command_over_with_every_word() -> None:
     words = ("exec", "--group", "g", "--", "sleep", "--", "-x", "a b")
     wanted = AgentForm(group="g", workload=("sleep", "--", "-x", "a b"))
