@@ -355,7 +355,7 @@ async def test_a_time_in_the_future_is_refused_and_counted(short: Path) -> None:
     async with running("socket", path=str(short)) as source:
         with connected(short) as client:
             client.sendall(f"{iso(AHEAD)}\n{iso(FIRST)}\n{iso(AHEAD)}\n".encode())
-            assert "6 s ahead" in await source.refuses(Reason.FUTURE, 2)
+            assert "6.000 s ahead" in await source.refuses(Reason.FUTURE, 2)
     assert source.times == [FIRST]
     async with running("socket", path=str(short), max_future=6) as source:
         with connected(short) as client:
