@@ -139,7 +139,7 @@ def _of_lease(snap: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "failover_agent_demotion_slack_seconds",
         "How much of L was left when the last demotion was done. Below 0: two members may have been"
-        " active.",
+        " active. Of a demotion by the guard only the log tells it.",
         [({}, tally.slack_s)],
     )
     yield _gauge(
