@@ -245,7 +245,8 @@ class Engine:
 
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
         """Whether it was this that created the group; else it is what the store has."""
-        record = GroupRecord(config)
+        # Who remembers the epochs of a deleted group of this name must not take the new one's for old.
+        record = GroupRecord(config, epoch=await self.read(self._store.retired_epoch(key)))
         try:
             version = await self.write(self._store.create(key, record))
         except CasMismatch:  # an earlier attempt whose outcome was never known did succeed
@@ -267,7 +268,9 @@ class Engine:
         async with group.lock:
             await self._be_sure(group)
             decide(group.state, RemoveGroup(), self._now(), self._policy)
-            await self._settled(group, self._store.delete(group.key, group.version))
+            await self._settled(
+                group, self._store.delete(group.key, group.version, group.state.record.epoch)
+            )
             self._remove(group)
             log.info("group deleted", **names_of(group.key))
 

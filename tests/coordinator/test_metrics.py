@@ -164,7 +164,10 @@ async def test_each_session_has_series_if_that_is_asked_for() -> None:
             for accept in ("", "application/openmetrics-text; version=1.0.0")
         ]
     place = {"tenant": "default", "namespace": "default", "group": strange}
-    parsers = (text_string_to_metric_families, openmetrics.text_string_to_metric_families)
+    parsers: tuple[Any, ...] = (
+        text_string_to_metric_families,
+        openmetrics.text_string_to_metric_families,
+    )
     for page, parse in zip(pages, parsers, strict=True):
         samples = {
             (

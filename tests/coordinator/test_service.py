@@ -413,3 +413,16 @@ async def test_groups_are_listed_by_id_within_their_namespace(stage: Stage) -> N
     await stage.coordinator.create_group(GroupKey("t", "n", "x"), GroupConfig("x", 20_000_000))
     total, page = stage.coordinator.groups("default", "default", 1, 1)
     assert (total, [group.id for group in page]) == (3, ["b"])
+
+
+async def test_a_group_that_is_made_again_goes_on_with_its_epochs(stage: Stage) -> None:
+    """R15: who refuses older epochs, downstream, must not refuse the new group's."""
+    await join(stage, "a")
+    assert (await promote(stage, "a")).epoch == 1
+    await stage.coordinator.apply(KEY, RemoveSession("a"))
+    await stage.coordinator.delete_group(KEY)
+    await join(stage, "a")
+    assert stage.coordinator.status(KEY).primary is None
+    assert (await promote(stage, "a")).epoch == 2
+    _, tenures = await stage.coordinator.history(KEY, 0, 10)
+    assert [tenure.epoch for tenure in tenures] == [2]

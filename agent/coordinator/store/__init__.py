@@ -1,4 +1,4 @@
-"""What the coordinator keeps across its own death, as six small calls (R13).
+"""What the coordinator keeps across its own death, as a few small calls (R13).
 
 A record is one value with a version; ``swap`` is a compare-and-set. When a call that changes
 something returns, the change is durable; when it raises, nothing of it is. The stores do not know
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+
+MOST_RETIRED = 100_000
+"""Names of deleted groups whose epochs are remembered: some megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,16 @@ class Store(Protocol):
         """
         ...
 
-    async def delete(self, key: GroupKey, expected: int) -> None:
-        """Remove a group with its history. Raises CasMismatch as ``swap`` does."""
+    async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
+        """Remove a group with its history, and remember ``epoch`` for its name if it is above 0.
+
+        Of the names that are remembered the oldest are forgotten beyond MOST_RETIRED. Raises
+        CasMismatch as ``swap`` does.
+        """
+        ...
+
+    async def retired_epoch(self, key: GroupKey) -> int:
+        """The epoch that was remembered when a group of this name was last deleted, or 0."""
         ...
 
     async def history(

@@ -26,11 +26,26 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Grows with each change that a version before would not understand."""
+
+OLDEST_SCHEMA = 1
+"""What is this old, or newer, is brought up to date when it is opened."""
 
 BUSY_MS = 1_000
 """How long to wait for a lock of SQLite's. Nothing but an operator's tool can hold one."""
+
+RETIRED = """
+CREATE TABLE retired (
+    id INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    UNIQUE (tenant, namespace, name)
+) STRICT;
+"""
+"""New in schema 2: the epochs of groups that were deleted."""
 
 SCHEMA = f"""
 CREATE TABLE failover_group (
@@ -54,6 +69,7 @@ CREATE TABLE access (
     acl TEXT NOT NULL,
     PRIMARY KEY (tenant, namespace)
 ) STRICT, WITHOUT ROWID;
+{RETIRED}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -195,7 +211,7 @@ def _check_identity(path: Path, *, application: int, version: int) -> None:
             " restore a copy from before; nothing was changed",
             exit_code=ExitCode.DATA_DIR_NEWER,
         )
-    if version < SCHEMA_VERSION:
+    if version < OLDEST_SCHEMA:
         raise _damaged(
             path,
             f"has schema {version}, which no version ever wrote",
@@ -267,17 +283,15 @@ def _connect(path: Path) -> apsw.Connection:
             # until it is known to be ours and whole, closing it must not fold its WAL into it
             database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         database.set_busy_timeout(BUSY_MS)
-        _check_identity(
-            path,
-            application=database.pragma("application_id"),
-            version=database.pragma("user_version"),
-        )
+        version = database.pragma("user_version")
+        _check_identity(path, application=database.pragma("application_id"), version=version)
         if database.readonly("main"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         fault = database.pragma("quick_check", 1)
         if fault != "ok":
             raise _damaged(path, f"is damaged ({fault})", "restore it from a copy")
-        database.execute("SELECT 1 FROM failover_group, history, access LIMIT 0")  # they are there
+        tables = "failover_group, history, access" + (", retired" if version > 1 else "")
+        database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - ours; they are there
         database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if database.pragma("journal_mode", "wal") != "wal":
             raise _damaged(
@@ -286,6 +300,8 @@ def _connect(path: Path) -> apsw.Connection:
         database.pragma("synchronous", "full")
         database.pragma("foreign_keys", value=True)
         with database:
+            if version == 1:
+                database.execute(RETIRED)
             database.pragma("user_version", SCHEMA_VERSION)
         undo.pop_all()
     return database

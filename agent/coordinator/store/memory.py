@@ -6,7 +6,7 @@ as little of what it means. Nothing in here waits, which makes each call atomic.
 
 from collections.abc import Sequence
 
-from agent.coordinator.store import Stored
+from agent.coordinator.store import MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.errors import CasMismatch, ExitCode, StoreError
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
@@ -20,6 +20,7 @@ class MemoryStore:
         self._records: dict[GroupKey, tuple[int, str]] = {}
         self._history: dict[GroupKey, dict[int, str]] = {}
         self._access: dict[tuple[str, str], str] = {}
+        self._retired: dict[GroupKey, int] = {}
         self._closed = False
 
     async def load(self) -> dict[GroupKey, Stored]:
@@ -53,12 +54,22 @@ class MemoryStore:
         self._history[key] = {epoch: kept[epoch] for epoch in sorted(kept)[-HISTORY_BOUND:]}
         return self._put(key, text)
 
-    async def delete(self, key: GroupKey, expected: int) -> None:
-        """Remove a group with its history, or CasMismatch."""
+    async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
+        """Remove a group with its history, and remember its epoch; or CasMismatch."""
         self._check_open()
         self._check_version(key, expected)
         del self._records[key]
         self._history.pop(key, None)
+        if epoch > 0:
+            self._retired.pop(key, None)
+            self._retired[key] = epoch
+        while len(self._retired) > MOST_RETIRED:
+            del self._retired[next(iter(self._retired))]
+
+    async def retired_epoch(self, key: GroupKey) -> int:
+        """The epoch that was remembered for the name, or 0."""
+        self._check_open()
+        return self._retired.get(key, 0)
 
     async def history(
         self, key: GroupKey, *, skip: int = 0, count: int = 100

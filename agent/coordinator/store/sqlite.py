@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import apsw
 
-from agent.coordinator.store import Stored
+from agent.coordinator.store import MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.coordinator.store.data_dir import DataDir, explain, open_data_dir
 from agent.errors import CasMismatch, ExitCode, StoreError
@@ -149,14 +149,37 @@ class SqliteStore:
 
         return await self._ask(work)
 
-    async def delete(self, key: GroupKey, expected: int) -> None:
-        """Remove a group with its history, or CasMismatch."""
+    async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
+        """Remove a group with its history, and remember its epoch; or CasMismatch."""
 
         def work() -> None:
             group = self._check_version(key, expected)
             self._db.execute("DELETE FROM failover_group WHERE id = ?", (group,))
+            if epoch > 0:
+                # With a new number each time: the lowest are the oldest.
+                self._db.execute(
+                    "INSERT OR REPLACE INTO retired (tenant, namespace, name, epoch)"
+                    " VALUES (?, ?, ?, ?)",
+                    (*key, epoch),
+                )
+                self._db.execute(
+                    "DELETE FROM retired WHERE id <= (SELECT id FROM retired ORDER BY id DESC"
+                    " LIMIT 1 OFFSET ?)",
+                    (MOST_RETIRED,),
+                )
 
         await self._ask(work)
+
+    async def retired_epoch(self, key: GroupKey) -> int:
+        """The epoch that was remembered for the name, or 0."""
+
+        def work() -> int:
+            rows = self._db.execute(
+                "SELECT epoch FROM retired WHERE tenant = ? AND namespace = ? AND name = ?", key
+            )
+            return next((int(epoch) for (epoch,) in rows), 0)
+
+        return await self._ask(work)
 
     async def history(
         self, key: GroupKey, *, skip: int = 0, count: int = 100

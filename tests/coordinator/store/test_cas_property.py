@@ -110,12 +110,12 @@ class Machine(RuleBasedStateMachine):
     def delete(self, key: GroupKey, pick: int) -> None:
         expected = self.expected(key, pick)
         if key in self.groups and self.groups[key].version == expected:
-            self.runner.run(self.store.delete(key, expected))
+            self.runner.run(self.store.delete(key, expected, 1))
             del self.groups[key]
             self.histories.pop(key, None)
         else:
             with pytest.raises(CasMismatch):
-                self.runner.run(self.store.delete(key, expected))
+                self.runner.run(self.store.delete(key, expected, 1))
 
     @rule(namespace=st.sampled_from("nN"), rights=st.integers(0, 31))
     def set_access(self, namespace: str, rights: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.store import Store, Stored
+from agent.coordinator.store import Store, Stored, memory, sqlite
 from agent.coordinator.store.codec import HISTORY_BOUND
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
@@ -92,7 +92,7 @@ async def test_a_missing_group_is_neither_swapped_nor_deleted(
     with pytest.raises(CasMismatch, match="gone"):
         await store.swap(key, 1, make_record(1), [tenure(1)])
     with pytest.raises(CasMismatch, match="gone"):
-        await store.delete(key, 1)
+        await store.delete(key, 1, 1)
     assert await store.load() == {}
     assert await store.history(key) == (0, [])
 
@@ -107,8 +107,8 @@ async def test_a_delete_takes_the_group_with_its_history_and_leaves_the_others(
     version = await store.create(key, make_record(1))
     version = await store.swap(key, version, make_record(2), [tenure(2)])
     with pytest.raises(CasMismatch):
-        await store.delete(key, version + 1)
-    await store.delete(key, version)
+        await store.delete(key, version + 1, 1)
+    await store.delete(key, version, 1)
     assert await store.load() == {other: Stored(stays, make_record(8))}
     await store.create(key, make_record(1))
     assert await store.history(key) == (0, [])
@@ -119,7 +119,7 @@ async def test_a_version_does_not_outlive_its_group(
     store: Store, key: GroupKey, make_record: MakeRecord
 ) -> None:
     version = await store.create(key, make_record(1))
-    await store.delete(key, version)
+    await store.delete(key, version, 1)
     again = await store.create(key, make_record(1))
     with pytest.raises(CasMismatch):
         await store.swap(key, version, make_record(9))
@@ -223,10 +223,38 @@ async def test_after_close_every_call_is_refused_and_a_second_close_is_not(
         store.load(),
         store.create(key, make_record(1)),
         store.swap(key, 1, make_record(1)),
-        store.delete(key, 1),
+        store.delete(key, 1, 1),
+        store.retired_epoch(key),
         store.history(key),
         store.access("t", "n"),
         store.set_access("t", "n", AccessList()),
     ):
         with pytest.raises(StoreError, match="closed"):
             await call
+
+
+async def test_the_epoch_of_a_deleted_group_is_remembered_for_its_name(
+    store: Store, key: GroupKey, make_record: MakeRecord
+) -> None:
+    other = key._replace(group="another")
+    assert await store.retired_epoch(key) == 0
+    for epoch in (7, 9, 9):
+        version = await store.create(key, make_record(1))
+        await store.delete(key, version, epoch)
+        assert await store.retired_epoch(key) == epoch
+    await store.delete(other, await store.create(other, make_record(1)), 0)
+    assert await store.retired_epoch(other) == 0
+    with pytest.raises(CasMismatch):
+        await store.delete(key, version, 77)
+    assert await store.retired_epoch(key) == 9
+
+
+async def test_of_deleted_groups_the_oldest_are_forgotten(
+    store: Store, key: GroupKey, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, sqlite):
+        monkeypatch.setattr(module, "MOST_RETIRED", 3)
+    keys = [key._replace(group=f"g{number}") for number in range(5)]
+    for one in (*keys, keys[2]):  # the third one twice: it is not among the oldest then
+        await store.delete(one, await store.create(one, make_record(1)), 1)
+    assert [await store.retired_epoch(one) for one in keys] == [0, 0, 1, 1, 1]

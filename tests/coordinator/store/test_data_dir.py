@@ -173,6 +173,29 @@ def edit(path: Path, statement: str, *, fold_wal: bool = True) -> None:
     database.close()
 
 
+async def test_the_schema_of_before_is_brought_up_to_date_with_all_that_it_has(
+    used: Path, key: GroupKey, make_record: MakeRecord
+) -> None:
+    edit(used / DATABASE, "DROP TABLE retired; PRAGMA user_version = 1")
+    for _ in range(2):
+        store = SqliteStore.open(used)
+        (stored,) = (await store.load()).values()
+        assert stored.record == make_record(2)
+        assert await store.retired_epoch(key) == 0
+        await store.close()
+    store = SqliteStore.open(used)
+    await store.delete(key, stored.version, 7)
+    await store.close()
+    store = SqliteStore.open(used)
+    assert await store.retired_epoch(key) == 7
+    await store.close()
+
+
+async def test_a_schema_that_no_version_wrote_is_refused(used: Path) -> None:
+    edit(used / DATABASE, "PRAGMA user_version = 0")
+    assert refused(used).exit_code is ExitCode.DATA_DIR_DAMAGED
+
+
 @pytest.mark.parametrize("fold_wal", [True, False], ids=["in the file", "in the WAL only"])
 async def test_a_newer_schema_is_refused(used: Path, fold_wal: bool) -> None:  # noqa: FBT001 - a parameter
     edit(used / DATABASE, f"PRAGMA user_version = {SCHEMA_VERSION + 1}", fold_wal=fold_wal)
