@@ -295,9 +295,10 @@ class Stage:
             events=self.events_file,
             environment=self.environment_file(name, event),
         )
-        path.write_text(text)
-        path.chmod(0o700)
-        return path
+        beside = path.with_suffix(".new")  # the guard of an agent that was killed may run it now
+        beside.write_text(text)
+        beside.chmod(0o700)
+        return beside.replace(path)
 
     def environment_file(self, name: str, event: str) -> Path:
         """What the last run of a hook was given as its environment."""
