@@ -6,9 +6,7 @@ import sys
 import click
 
 from agent.coordinator.auth import hash_password
-
-LONGEST_PASSWORD = 4096
-"""Bytes; what an agent reads from its password_file is no longer."""
+from agent.settings.values import LONGEST_SECRET
 
 
 def _name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
@@ -18,7 +16,8 @@ def _name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
         or value != value.strip()
     ):
         raise click.BadParameter(
-            f"{value!r} must be printable, without ':', and not begin with '#'"
+            f"{value!r} must be printable, without ':', not begin with '#', and have no blank at its"
+            " ends"
         )
     return value
 
@@ -27,8 +26,10 @@ def _roles(
     _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
     for value in values:
-        if not re.fullmatch(r"[^\s:,]+", value) or not value.isprintable():
-            raise click.BadParameter(f"{value!r} must be one word, without ':' and ','")
+        if not value.isprintable() or "," in value or not value or value != value.strip():
+            raise click.BadParameter(
+                f"{value!r} must be printable, without ',', and have no blank at its ends"
+            )
     return values
 
 
@@ -43,18 +44,18 @@ def command(*, user: str, roles: tuple[str, ...]) -> int:
     The password is asked for twice at a terminal; otherwise it is the first line of the standard
     input. It is hashed with scrypt, and neither shown nor kept.
     """
-    if sys.stdin.isatty():
-        password: str = click.prompt(
-            "Password", hide_input=True, confirmation_prompt=True, err=True
-        )
+    if sys.stdin is None:  # it was closed
+        password = ""
+    elif sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
     else:
         password = sys.stdin.readline().rstrip("\r\n")
     if (
-        not 1 <= len(password.encode(errors="replace")) <= LONGEST_PASSWORD
+        not 1 <= len(password.encode(errors="replace")) <= LONGEST_SECRET
         or not password.isprintable()
     ):
         raise click.UsageError(
-            f"the password must be one line of 1 to {LONGEST_PASSWORD} printable bytes"
+            f"the password must be one line of 1 to {LONGEST_SECRET} printable bytes"
         )
     click.echo(f"{user}:{hash_password(password, roles)}")
     return 0

@@ -21,14 +21,29 @@ def test_the_first_line_of_the_input_is_the_password(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"pass wörd{end}"))
-    code, line, err = cli("hash-password", "line 7", "--role", "operators", "--role", "x")
+    code, line, err = cli("hash-password", "line 7", "--role", "operators", "--role", "urn:a b")
     assert (code, err, line.count("\n")) == (0, "", 1)
     users = tmp_path / "users"
     users.write_text(f"# users\n{line}")
     ((name, user),) = read_users(users).items()
-    assert (name, user.roles) == ("line 7", ("operators", "x"))
+    assert (name, user.roles) == ("line 7", ("operators", "urn:a b"))
     assert user.fits("pass wörd".encode())
     assert not user.fits(b"pass word")
+
+
+def test_bytes_that_are_no_text_and_a_closed_input_are_one_error() -> None:
+    for how in (r"printf 'p\377\n' | exec", "exec <&-; exec"):
+        done = subprocess.run(
+            ["sh", "-c", f'{how} "$0" -m agent hash-password a', sys.executable],
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (ExitCode.USAGE, "")
+        (line,) = done.stderr.splitlines()
+        assert "the password must be one line" in line
 
 
 def test_at_a_terminal_it_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
@@ -63,8 +78,10 @@ def test_at_a_terminal_it_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
         (("#a",), "x", "not begin with '#'"),
         ((" a",), "x", "printable"),
         (("a\n",), "x", "printable"),
-        (("a", "--role", "x,y"), "x", "one word"),
-        (("a", "--role", ""), "x", "one word"),
+        (("a", "--role", "x,y"), "x", "without ','"),
+        (("a", "--role", ""), "x", "printable"),
+        (("a", "--role", "x "), "x", "printable"),
+        (("a", "--role", "x\ny"), "x", "printable"),
         (("a",), "", "1 to 4096"),
         (("a",), "x" * 4097, "1 to 4096"),
         (("a",), "x\x00", "1 to 4096"),
