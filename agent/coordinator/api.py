@@ -45,6 +45,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
 
+PART_BYTES = 65_536
+"""Of a long body, sent before other requests get their turn: with TLS, 12 MB at once took 50 ms."""
+
 log = Log(__name__)
 
 
@@ -269,7 +272,13 @@ class Api:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         if method == "HEAD":
             body = b""
-        await send({"type": "http.response.body", "body": body})
+        sent = 0
+        while len(body) - sent > PART_BYTES:
+            part = body[sent : sent + PART_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)
+            sent += PART_BYTES
+        await send({"type": "http.response.body", "body": body[sent:]})
 
 
 _STOPPING = Unavailable(

@@ -1,12 +1,16 @@
 """How late heartbeats are answered at a fixed rate. A script, not a test: it needs a quiet machine.
 
     .venv/bin/python tests/bench/heartbeats.py [--rate 3000] [--groups 2000] [--seconds 10]
+    .venv/bin/python tests/bench/heartbeats.py --groups 10000 --scrape 1 [--session-metrics]
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
 ones have been answered, and their latency counts from the moment at which each was due, so that
 waiting inside this generator is not left out. Each carries a new LastDataProcessedTime, which the
 coordinator has to make durable as well.
+
+With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
+own beside this one.
 """
 
 import argparse
@@ -22,10 +26,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 CONNECTIONS = 400
 RAMP_UP_S = 3.0
 FAILOVER_TIMEOUT = "00:00:10"
+
+SCRAPER = """
+import sys, time, urllib.request
+url, every_s = sys.argv[1], float(sys.argv[2])
+while True:
+    began = time.monotonic()
+    page = urllib.request.urlopen(url).read()
+    took_s = time.monotonic() - began
+    print(len(page), took_s, flush=True)
+    time.sleep(max(0.0, every_s - took_s))
+"""
 
 
 @dataclass
@@ -123,6 +139,7 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
         f"{args.groups} groups of 2 sessions made in {time.monotonic() - started:.1f} s"
     )
     result = Result()
+    scraping = scraper(f"http://{host}:{port}/metrics", args.scrape)
     begin = time.monotonic() + RAMP_UP_S
     tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
     beating = asyncio.create_task(beat(connections, args.groups, args.rate, begin + args.seconds))
@@ -134,6 +151,26 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     for task in tasks:
         task.cancel()
     report(result, args.seconds, cpu, own)
+    if scraping is not None:
+        scraping.kill()
+        report_scrapes(scraping.communicate()[0])
+
+
+def scraper(url: str, every_s: float | None) -> subprocess.Popen[str] | None:
+    """What scrapes, if something is to; it says of each scrape how long and how large it was."""
+    if every_s is None:
+        return None
+    command = [sys.executable, "-c", SCRAPER, url, str(every_s)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def report_scrapes(said: str) -> None:
+    scrapes = [line.split() for line in said.splitlines()]
+    took_s = sorted(float(seconds) for _, seconds in scrapes)
+    print(  # noqa: T201 - a script's result
+        f"{len(took_s)} scrapes of {scrapes[-1][0]} bytes: median {median(took_s) * 1000:.0f} ms,"
+        f" max {took_s[-1] * 1000:.0f} ms"
+    )
 
 
 def report(result: Result, seconds: float, cpu: float, own: float) -> None:
@@ -154,6 +191,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3000)
     parser.add_argument("--groups", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--scrape", type=float, help="read /metrics every so many seconds")
+    parser.add_argument(
+        "--session-metrics", action="store_true", help="with series of each session"
+    )
     parser.add_argument("--profile", type=Path, help="where to write the coordinator's cProfile")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -163,6 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data_dir:
         command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
         command += ["--listen", "127.0.0.1:0", "--data-dir", data_dir, "--log-level", "INFO"]
+        if args.session_metrics:
+            command.append("--session-metrics")
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
