@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.checks import CheckResult, Checks, Health, judge
+from agent.drivers.checks import CheckResult, Checks, Health, judge, local
 from agent.drivers.checks import command as command_module
 from agent.drivers.checks.aside import Aside, Failed
 from agent.drivers.checks.command import Command
@@ -836,7 +836,8 @@ def named(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
     begun = []
 
     def start(name: str) -> subprocess.Popen[bytes]:
-        (tmp_path / name).symlink_to("/bin/sleep")
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to("/bin/sleep")
         begun.append(subprocess.Popen([tmp_path / name, "1000"]))
         return begun[-1]
 
@@ -855,6 +856,30 @@ async def test_a_process_is_found_by_its_command_name_while_it_runs(
     assert await why(run) is None
     killed(popen)
     assert await why(run) == f"no process is named {name}"
+
+
+async def test_all_of_a_host_are_looked_through_only_when_the_process_is_another_one(
+    named: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, looks = f"one{os.getpid()}", 0
+    look_at_all = local._all
+
+    def counted() -> Iterator[Any]:
+        nonlocal looks
+        looks += 1
+        return look_at_all()
+
+    monkeypatch.setattr(local, "_all", counted)
+    run = process(process=name)
+    first = named(name)
+    assert [await why(run) for _ in range(3)] == [None] * 3
+    assert looks == 1
+    killed(first)
+    assert await why(run) == f"no process is named {name}"
+    assert looks == 2
+    named(name)
+    assert [await why(run) for _ in range(3)] == [None] * 3
+    assert looks == 3
 
 
 async def test_a_long_command_name_is_found_though_the_kernel_cuts_it(

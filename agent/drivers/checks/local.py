@@ -124,6 +124,8 @@ class Process:
         self._check = check
         self._aside: Aside[None] = Aside(check.name)
         self._known: tuple[tuple[int, ...], int | None] | None = None
+        self._last: int | None = None
+        """Which process had the name when it was last looked for."""
 
     async def __call__(self) -> None:
         """Return if the process runs. Raises Failed."""
@@ -136,8 +138,16 @@ class Process:
         name = self._check.process
         if self._check.pid_file is not None:
             self._see_pid_file(self._check.pid_file, name)
-        elif not any(_is_named(found, name or "") for found in _all()):
+        elif not self._is_there(name or ""):
             raise Failed(f"no process is named {name}")
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a process of the name runs: first the one that did, then all of this host."""
+        last = _look(self._last) if self._last is not None else None
+        if last is None or not _is_named(last, name):
+            named = (found.pid for found in _all() if _is_named(found, name))
+            self._last = next(named, None)
+        return self._last is not None
 
     def _see_pid_file(self, path: Path, name: str | None) -> None:
         with path.open("rb") as file:
