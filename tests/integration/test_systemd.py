@@ -38,6 +38,8 @@ HOW = "as root, on Debian: apt-get install systemd-container mmdebstrap iproute2
 BUILD_S = 300
 PATIENCE_S = 20.0
 COMMAND_S = 60
+PASSWORD = "the password"
+LEFT = "/run/left-by-the-page.sh"
 CGROUP_TOPS = [Path("/sys/fs/cgroup", name) for name in ("", "unified", "systemd")]
 VENV = Path("opt/failover-agent")
 AGENT, COORDINATOR, COLLECTOR = "failover-agent", "failover-coordinator", "collector"
@@ -153,8 +155,14 @@ class Host:
         return call("nsenter", "-t", str(self.leader), "-a", *argv, limit_s=limit_s)
 
     def type(self, block: str, keys: str = "") -> None:
-        """Run a block of a page in the checkout, as somebody who types it, and answers it by keys."""
-        shell = ["sh", "-euc", f"cd /srv/checkout\n{block}"]
+        """Run a block of a page in the shell that the one before has left, and answer it by keys.
+
+        Folder and umask stay. The first shell is in the checkout, with the umask of a host on which
+        others see nothing.
+        """
+        before = f"cd /srv/checkout\numask 027\n[ ! -e {LEFT} ] || . {LEFT}"
+        after = f"echo \"cd '$PWD'; umask $(umask)\" >{LEFT}"
+        shell = ["sh", "-euc", f"{before}\n{block}\n{after}"]
         argv = ["nsenter", "-t", str(self.leader), "-a", *shell]
         done = subprocess.run(
             argv, input=keys, capture_output=True, text=True, timeout=COMMAND_S, check=False
@@ -526,19 +534,6 @@ def test_a_frozen_coordinator_is_ended_by_systemds_watchdog(plant: Plant) -> Non
     plant.primary()
 
 
-def test_one_instance_a_group_under_the_strict_drop_in_with_a_credential(plant: Plant) -> None:
-    b, unit = plant.b, f"{AGENT}@line-8"
-    b.write("/etc/failover-agent/line-8.toml", 'username = "collector"\n')
-    b.write("/etc/failover-agent/secrets/password", "secret\n", 0o600)
-    for name in ("agent-strict", "agent-credentials"):
-        b.drop_in((UNITS / f"examples/{name}.conf").read_text(), unit)
-    b.systemctl("start", "--no-block", unit)
-    b.until_status("Primary of line-8", unit)
-    assert b.run("ps", "-o", "user:20=", "-p", str(b.main_pid(unit))).strip() == AGENT
-    b.systemctl("stop", unit)
-    assert b.show(unit, "Result")["Result"] == "success"
-
-
 def test_an_address_that_comes_later_is_waited_for(plant: Plant) -> None:
     """DHCP, or a virtual address: exit code 17, tried again each second."""
     b = plant.b
@@ -558,67 +553,103 @@ BLOCK = re.compile(r"(?ms)^```(sh|toml)\n(.*?)^```$")
 
 @pytest.fixture
 def new_plant(plant: Plant) -> Iterator[Plant]:
-    """Both hosts as they are before anybody has read the page, and so again afterwards."""
+    """Both hosts as they are before anybody has read the page; afterwards as they were."""
     checkout = plant.written.parent / "checkout"
     for name in ("systemd", "config"):
-        shutil.copytree(ROOT / name, checkout / name)
+        shutil.copytree(ROOT / name, checkout / name, dirs_exist_ok=True)
     name = "coordinator.example"
     forget = (
         "rm -rf /etc/systemd/system/failover-coordinator.service.d /var/lib/failover-coordinator/*"
-        " /etc/failover-agent/secrets /etc/failover-agent/*.toml /etc/failover-agent/ca.pem"
+        f" /etc/failover-agent/secrets /etc/failover-agent/*.toml /etc/failover-agent/ca.pem {LEFT}"
+    )
+    uninstall = (
+        f"userdel {AGENT}; userdel {COORDINATOR}; rm -rf /usr/local/bin/{AGENT} /etc/{AGENT}"
+        f" /etc/sysusers.d/{AGENT}.conf /etc/tmpfiles.d/{AGENT}.conf"
+        " /etc/systemd/system/failover-* /etc/systemd/system/*.wants/failover-*"
     )
     for host in plant.hosts:
         host.systemctl("stop", AGENT, COORDINATOR)
-        host.run("sh", "-c", f"{forget}; echo 127.0.0.1 {name} >>/etc/hosts")
+        host.run("sh", "-c", f"{forget}; {uninstall}; echo 127.0.0.1 {name} >>/etc/hosts")
+    plant.written.write_text("")  # the coordinator will count from 1
     yield plant
     for host in plant.hosts:
         host.systemctl("stop", AGENT, COORDINATOR)
         host.run("sh", "-c", forget)
         host.clear()
+    plant.check()
     plant.a.write("/etc/failover-agent/coordinator.toml", "minimum_hold = 0\n")
     plant.a.systemctl("start", COORDINATOR)
     plant.written.write_text("")
 
 
-def test_the_five_minutes_of_the_page_as_somebody_types_them(new_plant: Plant) -> None:
-    """TLS, users, credentials: two hosts, a takeover, and a password that is wrong."""
+@pytest.fixture
+def typed(new_plant: Plant) -> Plant:
+    """Every block of the page has been typed where it says, one after another: TLS and users."""
     page = (ROOT / "docs/operations.md").read_text()
     section = page.partition("## Five minutes")[2].partition("## More")[0]
     blocks = BLOCK.findall(section)
     kinds, (install_, secrets_, served, serve, password, joined, join) = zip(*blocks, strict=True)
     assert kinds == ("sh", "sh", "toml", "sh", "sh", "toml", "sh")
-    made, wheel, rest = install_.split("\n", 2)
+    umask, made, wheel, rest = install_.split("\n", 3)
     assert made == f"python3 -m venv /{VENV}"  # the root has it, and the network has no index
     assert wheel == f"/{VENV}/bin/pip install client_failover_agent-*.whl"
     a = new_plant.a
     for host in new_plant.hosts:
-        host.type(rest)
-    a.type(secrets_, "the password\n")
-    a.write("/etc/failover-agent/coordinator.toml", served)
+        host.type(f"{umask}\n{rest}")
+    a.type(secrets_, PASSWORD + "\n")
+    a.type("cat >/etc/failover-agent/coordinator.toml", served)
     a.type(serve)
     assert a.status(COORDINATOR) == "serving at https://0.0.0.0:5470"
     certificate = a.run("cat", "/etc/failover-agent/secrets/tls.crt")
     for host in new_plant.hosts:
-        host.write("/etc/failover-agent/ca.pem", certificate)
-        host.type(password, "the password\n")
-        host.write("/etc/failover-agent/agent.toml", joined)
+        host.type("cat >/etc/failover-agent/ca.pem", certificate)
+        host.type(password, PASSWORD + "\n")
+        host.type("cat >/etc/failover-agent/agent.toml", joined)
         host.type(join)
-    one, other = new_plant.primary()
-    new_plant.until_written(0)
+    new_plant.primary()
+    return new_plant
+
+
+def test_the_five_minutes_of_the_page_as_somebody_types_them(typed: Plant) -> None:
+    one, other = typed.primary()
+    typed.until_written(0)
     epoch = one.state()["epoch"]
     one.systemctl("stop", AGENT)
-    new_plant.until_written(epoch)
+    typed.until_written(epoch)
     other.until_status("Primary of line-7")
-    # The page's name for the certificate is checked, and so is the password.
-    one.type(password, "swordfish\n")
-    one.systemctl("start", "--no-block", AGENT)
-    one.until_logged("401")
-    until(lambda: int(one.show(AGENT, "NRestarts")["NRestarts"]) > 0, "a restart", PATIENCE_S)
-    assert "status=26" in one.journal()
-    assert "swordfish" not in one.journal()
-    one.type(password, "the password\n")
-    one.until_active()
-    one.until_status("Secondary")
-    assert "the password" not in a.journal(COORDINATOR) + one.journal() + other.journal()
-    for text in ("401", "status=26"):
-        assert text not in other.journal()
+    for host in typed.hosts:
+        for unit in (AGENT, COORDINATOR):
+            assert PASSWORD not in host.journal(unit)
+            assert "401" not in host.journal(unit)
+
+
+def test_a_password_that_is_wrong_is_said_and_tried_again(typed: Plant) -> None:
+    """As a credential: what systemd reads anew at each attempt."""
+    _, other = typed.primary()
+    other.drop_in((UNITS / "examples/agent-credentials.conf").read_text())
+    other.run("sed", "-i", "/^password_file/d", "/etc/failover-agent/agent.toml")
+    path = "/etc/failover-agent/secrets/password"
+    other.write(path, "swordfish\n", 0o600)
+    other.systemctl("restart", "--no-block", AGENT)
+    until(lambda: int(other.show(AGENT, "NRestarts")["NRestarts"]) > 0, "a restart", PATIENCE_S)
+    (said, *_) = (line for line in other.urgent(3) if "error:" in line)
+    assert "401" in said
+    assert "credentials" in said
+    assert "status=26" in other.journal()
+    assert "swordfish" not in other.journal()
+    other.write(path, PASSWORD + "\n", 0o600)
+    other.until_active()
+    other.until_status("Secondary")
+
+
+def test_one_instance_a_group_under_the_strict_drop_in_with_a_credential(typed: Plant) -> None:
+    """It runs as a user who cannot read the settings' password_file: the variable counts first."""
+    b, unit = typed.b, f"{AGENT}@line-8"
+    b.type("cd /etc/failover-agent; grep -E '^(endpoint|.*file|username)' agent.toml >line-8.toml")
+    for name in ("agent-strict", "agent-credentials"):
+        b.drop_in((UNITS / f"examples/{name}.conf").read_text(), unit)
+    b.systemctl("start", "--no-block", unit)
+    b.until_status("Primary of line-8", unit)
+    assert b.run("ps", "-o", "user:20=", "-p", str(b.main_pid(unit))).strip() == AGENT
+    b.systemctl("stop", unit)
+    assert b.show(unit, "Result")["Result"] == "success"
