@@ -26,6 +26,8 @@ from typing import Any
 
 import pytest
 
+from tests.mosquitto import mosquitto
+
 from .stage import until
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +82,7 @@ def install(root: Path, scratch: Path) -> None:
     names = re.findall(
         r"^([\w-]+)==", (ROOT / "requirements/runtime.txt").read_text(), re.MULTILINE
     )
-    for name in names:
+    for name in (*names, "aiomqtt", "paho-mqtt"):  # the extra mqtt
         with suppress(importlib.metadata.PackageNotFoundError):  # for another system or Python
             copy(name, site)
     copy("pip", root / "mnt")
@@ -289,6 +291,8 @@ def boot(stack: ExitStack, root: Path, namespace: str, shared: Path, name: str) 
             *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", "--volatile=overlay"),
             *("--register=no", "--keep-unit", f"--machine={name}-{secrets.token_hex(4)}"),
             *(f"--hostname={name}", f"--network-namespace-path=/run/netns/{namespace}"),
+            # For IPAddressDeny=, which is nothing but a line of text without them.
+            *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_SYS_RESOURCE", "--system-call-filter=bpf"),
             *(f"--bind={shared}:/srv", "--console=read-only", "--link-journal=no"),
         ],
         stdin=subprocess.DEVNULL,
@@ -534,16 +538,132 @@ def test_a_frozen_coordinator_is_ended_by_systemds_watchdog(plant: Plant) -> Non
     plant.primary()
 
 
-def test_an_address_that_comes_later_is_waited_for(plant: Plant) -> None:
+@pytest.mark.parametrize("unit", [AGENT, COORDINATOR])
+def test_an_address_that_comes_later_is_waited_for(plant: Plant, unit: str) -> None:
     """DHCP, or a virtual address: exit code 17, tried again each second."""
+    a = plant.a
+    for host in plant.hosts:
+        host.systemctl("stop", AGENT)
+    a.drop_in(
+        "[Service]\nEnvironment=FAILOVER_AGENT_PROBE_LISTEN=192.0.2.77:9170"
+        " FAILOVER_COORDINATOR_LISTEN=192.0.2.77:5470 FAILOVER_COORDINATOR_INSECURE=true",
+        unit,
+    )
+    network = ("nsenter", "-t", str(a.leader), "-n", "ip", "address")
+    try:
+        a.systemctl("restart", "--no-block", unit)
+        a.until_logged("192.0.2.77:", unit)
+        until(lambda: int(a.show(unit, "NRestarts")["NRestarts"]) > 0, "a restart", PATIENCE_S)
+        assert "annot assign requested address" in a.journal(unit)
+        assert "status=17" in a.journal(unit)
+        call(*network, "add", "192.0.2.77/32", "dev", "lo")
+        a.until_active(unit)
+        if unit == AGENT:
+            assert a.state()["probe"] == "http://192.0.2.77:9170"
+        else:
+            assert a.status(unit) == "serving at http://192.0.2.77:5470"
+    finally:
+        call(*network, "flush", "to", "192.0.2.77/32", "dev", "lo")
+        a.clear()
+        a.systemctl("restart", COORDINATOR)
+
+
+def test_a_full_run_is_waited_for(plant: Plant) -> None:
+    """Exit code 19, tried again each second."""
+    b, folder = plant.b, "/run/failover-agent"
+    b.systemctl("stop", AGENT)
+    b.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs", folder)
+    try:
+        b.run("sh", "-c", f"cat /dev/zero 2>&- >{folder}/much || :")
+        b.systemctl("start", "--no-block", AGENT)
+        b.until_logged("No space left on device")
+        until(lambda: int(b.show(AGENT, "NRestarts")["NRestarts"]) > 0, "a restart", PATIENCE_S)
+        assert "status=19" in b.journal()
+        b.run("rm", f"{folder}/much")
+        b.until_active()
+        assert b.state()["role"] in {"Primary", "Secondary"}
+    finally:
+        b.systemctl("stop", AGENT)
+        b.run("umount", "--lazy", folder)
+
+
+def test_a_coordinator_answers_only_the_hosts_of_the_network_drop_in(plant: Plant) -> None:
+    a = plant.a
+    network = ("nsenter", "-t", str(a.leader), "-n", "ip", "address")
+    addresses = ("127.0.0.1", "192.0.2.78", "198.51.100.78")
+    ask = "import socket, sys; at = sys.argv[1]"
+    ask += "; socket.create_connection((at, 5470), 1, source_address=(at, 0)).close()"
+
+    def answered() -> list[bool]:
+        done = []
+        for address in addresses:
+            argv = ["nsenter", "-t", str(a.leader), "-a", "python3", "-c", ask, address]
+            ran = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+            assert ran.returncode == 0 or "TimeoutError" in ran.stderr, ran.stderr
+            done.append(ran.returncode == 0)
+        return done
+
+    for address in addresses[1:]:
+        call(*network, "add", f"{address}/32", "dev", "lo")
+    try:
+        anywhere = "FAILOVER_COORDINATOR_LISTEN=0.0.0.0:5470 FAILOVER_COORDINATOR_INSECURE=true"
+        a.drop_in(f"[Service]\nEnvironment={anywhere}", COORDINATOR)
+        a.systemctl("restart", COORDINATOR)
+        assert answered() == [True, True, True]
+        a.drop_in((UNITS / "examples/coordinator-network.conf").read_text(), COORDINATOR)
+        a.systemctl("restart", COORDINATOR)
+        assert answered() == [True, True, False]
+    finally:
+        for address in addresses[1:]:
+            call(*network, "delete", f"{address}/32", "dev", "lo")
+        a.clear()
+        a.systemctl("restart", COORDINATOR)
+
+
+@pytest.fixture
+def broker(plant: Plant, tmp_path: Path) -> Iterator[str]:
+    """The URL of a mosquitto beside the hosts, which lets in a user with a password."""
+    program = mosquitto()
+    if program is None:
+        pytest.skip("needs: mosquitto: apt-get install mosquitto")
+    accounts, config = tmp_path / "accounts", tmp_path / "mosquitto.conf"
+    call("mosquitto_passwd", "-b", "-c", accounts, "failover", "of the broker")
+    config.write_text(
+        f"listener 1883 127.0.0.1\nuser root\nallow_anonymous false\npassword_file {accounts}\n"
+    )
+    namespace = ("nsenter", "-t", str(plant.a.leader), "-n")
+    process = subprocess.Popen(
+        [*namespace, program, "-c", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    yield "mqtt://127.0.0.1:1883"
+    process.kill()
+    process.wait()
+
+
+def test_a_credential_is_the_password_for_a_broker(plant: Plant, broker: str) -> None:
+    """The path that the example and docs/operations.md name; check-config finds it while it runs."""
     b = plant.b
-    b.drop_in("[Service]\nEnvironment=FAILOVER_AGENT_PROBE_LISTEN=192.0.2.77:9170")
-    b.systemctl("restart", "--no-block", AGENT)
-    b.until_logged("probe listener cannot use 192.0.2.77:9170 (Cannot assign requested address)")
-    until(lambda: int(b.show(AGENT, "NRestarts")["NRestarts"]) > 0, "a restart", PATIENCE_S)
-    call("nsenter", "-t", str(b.leader), "-n", "ip", "address", "add", "192.0.2.77/32", "dev", "lo")
-    b.until_active()
-    assert b.state()["probe"] == "http://192.0.2.77:9170"
+    path = f"/run/credentials/{AGENT}.service/mqtt-password"
+    example = (UNITS / "examples/agent-credentials.conf").read_text()
+    assert f'password_file = "{path}"' in example
+    lines = [line for line in example.splitlines() if line.startswith("#LoadCredential=mqtt-pass")]
+    b.drop_in("\n".join(["[Service]", *(line[1:] for line in lines)]))
+    secret = "/etc/failover-agent/secrets/mqtt-password"
+    table = f'[mqtt]\nbroker = "{broker}"\nusername = "failover"\npassword_file = "{path}"\n'
+    b.write("/etc/failover-agent/agent.toml", CONFIG + table)
+    check = f"/{VENV}/bin/failover-agent check-config --config /etc/failover-agent/agent.toml"
+    b.write(secret, "of somebody else\n", 0o600)
+    b.systemctl("restart", AGENT)
+    b.until_logged("role is not announced by MQTT")
+    assert "ot authori" in b.journal()
+    b.write(secret, "of the broker\n", 0o600)
+    b.systemctl("restart", AGENT)
+    b.until_logged("role is announced by MQTT")
+    assert path in b.run(*check.split())
+    b.systemctl("stop", AGENT)
+    said = b.run("sh", "-c", f"{check} 2>&1 || echo $?")
+    assert (path in said, said.split()[-1]) == (True, "12"), said
+    assert "of the broker" not in b.journal()
 
 
 # -- the page ---------------------------------------------------------------------------------------
