@@ -1,7 +1,8 @@
-"""How late heartbeats are answered at a fixed rate. A script, not a test: it needs a quiet machine.
+r"""How late heartbeats are answered at a fixed rate. A script, not a test: it needs a quiet machine.
 
     .venv/bin/python tests/bench/heartbeats.py [--rate 3000] [--groups 2000] [--seconds 10]
-    .venv/bin/python tests/bench/heartbeats.py --groups 10000 --scrape 1 [--session-metrics]
+    .venv/bin/python tests/bench/heartbeats.py --rate 700 --groups 10000 --failover-timeout 60 \
+        --seconds 30 --scrape 1 [--session-metrics]
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -24,13 +25,12 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 
 CONNECTIONS = 400
 RAMP_UP_S = 3.0
-FAILOVER_TIMEOUT = "00:00:10"
 
 SCRAPER = """
 import sys, time, urllib.request
@@ -81,13 +81,14 @@ async def ask(connection: Connection, method: str, path: str, body: str) -> int:
     return await read_answer(connection.reader)
 
 
-async def set_up(connections: list[Connection], groups: int) -> None:
+async def set_up(connections: list[Connection], groups: int, timeout_s: int) -> None:
     """Make the groups and their sessions, over all connections at once."""
+    timeout = timedelta(seconds=timeout_s)
 
     async def some(number: int) -> None:
         connection = connections[number]
         for group in range(number, groups, len(connections)):
-            body = f'{{"Id":"g{group}","FailoverTimeout":"{FAILOVER_TIMEOUT}"}}'
+            body = f'{{"Id":"g{group}","FailoverTimeout":"0{timeout}"}}'
             assert await ask(connection, "POST", "groups/", body) == 201
             for session in "ab":
                 path = f"groups/g{group}/clientsessions"
@@ -134,7 +135,7 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     pairs = [await asyncio.open_connection(host, port) for _ in range(CONNECTIONS)]
     connections = [Connection(*pair) for pair in pairs]
     started = time.monotonic()
-    await set_up(connections, args.groups)
+    await set_up(connections, args.groups, args.failover_timeout)
     print(  # noqa: T201 - a script's result
         f"{args.groups} groups of 2 sessions made in {time.monotonic() - started:.1f} s"
     )
@@ -191,6 +192,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3000)
     parser.add_argument("--groups", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument(
+        "--failover-timeout", type=int, default=10, help="of the groups, in seconds"
+    )
     parser.add_argument("--scrape", type=float, help="read /metrics every so many seconds")
     parser.add_argument(
         "--session-metrics", action="store_true", help="with series of each session"

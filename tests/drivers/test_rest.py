@@ -876,7 +876,7 @@ async def test_a_late_failure_of_an_endpoint_that_was_left_moves_nothing() -> No
 
 # --- credentials ----------------------------------------------------------------------------------
 
-SECRET = "hunter2-%&"
+SECRET, IN_A_FORM = "hunter 2-%&", "hunter+2-%25%26"
 
 
 class Identity:
@@ -951,7 +951,7 @@ async def test_a_token_is_fetched_once_for_calls_that_come_together() -> None:
         await beat(client)
     assert (identity.issued, identity.beats) == (1, 6)
     assert identity.forms == [
-        "grant_type=client_credentials&client_id=me&client_secret=hunter2-%25%26"
+        f"grant_type=client_credentials&client_id=me&client_secret={IN_A_FORM}"
     ]
 
 
@@ -1071,6 +1071,13 @@ async def failure_of_token(client: RestClient, timeout_s: float = PATIENCE_S) ->
             ),
             ExitCode.NOT_AUTHORISED,
             "invalid_client: bad ***",
+        ),
+        (
+            httpx2.Response(
+                401, json={"error": "invalid_client", "error_description": f"got s={IN_A_FORM}&a=b"}
+            ),
+            ExitCode.NOT_AUTHORISED,
+            "invalid_client: got s=***&a=b",
         ),
         (httpx2.Response(401, text=f"you sent {SECRET}"), ExitCode.NOT_AUTHORISED, "client id"),
         (httpx2.Response(500, text=f"you sent {SECRET}"), ExitCode.REFUSED, "500"),

@@ -12,9 +12,10 @@ import asyncio
 import json
 import re
 import ssl
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import httpx2
 
@@ -179,13 +180,22 @@ class ClientCredentials(httpx2.Auth):
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
         said = ": ".join(word for word in words if isinstance(word, str))
-        said = said.replace(self._secret, "***") if self._secret else said
+        for form in _forms(self._secret):  # some servers repeat what they were sent
+            said = said.replace(form, "***")
         return answer.error(
             f"answered {answer.status} ({quoted(said) or 'no reason given'})",
             "check the client id and its secret",
             ExitCode.NOT_AUTHORISED,
             of_the_api=False,
         )
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """A secret as it is, and as a form or a URL has it."""
+    if secret:
+        yield secret
+        yield quote_plus(secret)
+        yield quote(secret, safe="")
 
 
 def _seen(task: asyncio.Task[None]) -> None:
