@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.mosquitto import Broker, Watcher, a_broker, watching
+from tests.mosquitto import PATIENCE_S, Broker, Watcher, a_broker, watching
 
 from .stage import TIMING, Agent, Coordinator, Stage, until
 
@@ -35,6 +35,14 @@ def watcher(broker: Broker) -> Iterator[Watcher]:
 
 def flags(table: dict[str, Any], *more: str) -> tuple[str, ...]:
     return (f"--mqtt={json.dumps(table)}", *more)
+
+
+def end(broker: Broker) -> None:
+    """By SIGTERM, at which it saves what is retained."""
+    assert broker.process is not None
+    broker.send(signal.SIGTERM)
+    broker.process.wait(PATIENCE_S)
+    assert (broker.directory / "kept/mosquitto.db").stat().st_size > 0
 
 
 def start(stage: Stage, coordinator: Coordinator, name: str, table: dict[str, Any]) -> Agent:
@@ -142,6 +150,42 @@ def test_a_broker_that_is_killed_and_comes_back_hears_the_state_and_the_role_sta
     holds_the_role(agent, coordinator, epoch)
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_broker_that_is_restarted_in_order_keeps_what_was_said_until_the_successor_corrects_it(
+    stage: Stage, coordinator: Coordinator, broker: Broker, protocol: str
+) -> None:
+    """The role changes while it is down: what it kept is of before, and is replaced at its return."""
+    broker.kill()
+    kept_in = broker.directory / "kept"
+    kept_in.mkdir()
+    kept_in.chmod(0o777)  # mosquitto writes there, under its own user
+    broker.lines += ["persistence true", f"persistence_location {kept_in}/"]
+    broker.start()
+    table = broker.table(protocol=protocol)
+    one = start(stage, coordinator, "host-a", table)
+    epoch = one.until_role("Primary")["epoch"]
+    topics = [f"failover/{stage.group}/sessions/{name}" for name in ("host-a", "host-b")]
+    primary = f"failover/{stage.group}/primary"
+    with watching(broker) as before:
+        before.until(primary, session="host-a", epoch=epoch)
+        other = start(stage, coordinator, "host-b", table)
+        before.until(topics[1], role="Secondary", online=True)
+        other.until_said("joined")
+    end(broker)
+    other.until_said("role is not announced by MQTT")
+    stage.kill(one)
+    later = other.until_role("Primary", after_epoch=epoch)["epoch"]
+    broker.start()
+    with watching(broker) as after:
+        after.until(topics[1], role="Primary", epoch=later, online=True)
+        after.until(primary, session="host-b", epoch=later)
+        kept = after.until(topics[0], online=False)  # its last will; nobody says it again
+        assert "role" not in kept
+    assert (other.state["role"], other.state["epoch"]) == ("Primary", later)
+    assert stage.check_promise() == [epoch, later]
+    assert other.end() == 0
+
+
 def test_a_broker_that_freezes_touches_neither_role_nor_stop(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
@@ -188,10 +232,11 @@ def test_retained_garbage_on_every_topic_is_replaced_and_touches_nothing(
     holds_the_role(agent, coordinator, epoch)
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_the_sparkplug_host_is_online_while_there_is_a_primary(
-    stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
+    stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher, protocol: str
 ) -> None:
-    table = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    table = broker.table(payload="sparkplug", sparkplug_host_id="plant", protocol=protocol)
     one = start(stage, coordinator, "host-a", table)
     one.until_role("Primary")
     born = watcher.until(STATE, online=True)
