@@ -23,7 +23,7 @@ def test_a_plain_agent_is_small_and_sleeps(tmp_path: Path) -> None:
         agent.rest(REST_S)
         after = cost(agent.pid)
     assert 10 < after.peak_mib <= MOST_PLAIN_MIB
-    assert 100 * (after.cpu_s - before) / REST_S <= MOST_CPU_PERCENT
+    assert 0 < 100 * (after.cpu_s - before) / REST_S <= MOST_CPU_PERCENT
 
 
 def test_an_agent_with_every_feature_is_small_enough(tmp_path: Path) -> None:
