@@ -5,23 +5,38 @@
 L is 10 s. Two agents rest, one after the other, at a coordinator on loopback: a plain one (probe, guard,
 state file, two hooks) and one with every feature (TLS and a password, MQTT announcements and progress
 by a mosquitto with TLS, six health checks, webhooks, JSON logs). Both are scraped every 5 s, as
-Prometheus does. Told is, for each:
+Prometheus does; the second is told a newer data-processed time as often. Told is, for each:
 
-- resident: VmRSS of the agent's own process at the end of the rest, and its peak; and of its guard;
+- resident: VmRSS of the agent's own process at the end of the rest, and the most that it was during
+  the rest, which is what the aim is for, and before it; and VmRSS of its guard;
 - CPU: of the agent and its guard during the rest, in percent of one core, and that of the commands
   that the agent has started (an exec check is a process every 5 s);
-- start: from the start of the process to READY=1, the demotion of the start (R6) included.
+- start: from the start of the process to READY=1, the demotion of the start (R6) included. One start
+  goes before those, so that all files are in the page cache.
+
+The exit code is 1 if an aim is missed.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from tests.integration.resting import cost, everything, plain, resting, secure_coordinator
+from agent.wire.scalars import format_date_time
+from tests.integration.resting import (
+    PROCESSED,
+    cost,
+    everything,
+    forget_peak,
+    plain,
+    resting,
+    secure_coordinator,
+)
 from tests.integration.stage import Stage
-from tests.mosquitto import Authority, a_broker
+from tests.mosquitto import Authority, a_broker, watching
 
 MOST_RESIDENT_MIB = {"plain": 45.0, "everything": 60.0}
 MOST_CPU_PERCENT = 0.5
@@ -39,38 +54,54 @@ def right(value: float, most: float, unit: str) -> str:
     return f"   aim <= {most:g} {unit}: {'yes' if value <= most else 'NO'}"
 
 
-def measure(stage: Stage, name: str, words: list[str], args: argparse.Namespace) -> bool:
-    """Four lines for one agent; whether it is as it should be."""
+def starts_s(stage: Stage, name: str, words: list[str], number: int) -> list[float]:
+    """How long each start took, but for the first of all."""
     starts = []
-    for number in range(args.starts):
-        with resting(stage, f"{name}-{number}", words) as agent:
+    for which in range(number + 1):
+        with resting(stage, f"{name}-{which}", words) as agent:
             assert agent.notified.ready_s is not None
             starts.append(agent.notified.ready_s)
+    return starts[1:]
+
+
+def measure(
+    stage: Stage,
+    name: str,
+    words: list[str],
+    args: argparse.Namespace,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> bool:
+    """Four lines for one agent; whether it is as it should be."""
+    starts = starts_s(stage, name, words, args.starts)
     with resting(stage, name, words) as agent:
-        agent.rest(SETTLE_S)
+        agent.rest(SETTLE_S, meanwhile)
         before, guard_before = cost(agent.pid), cost(agent.guard)
-        agent.rest(args.rest)
+        forget_peak(agent.pid)
+        agent.rest(args.rest, meanwhile)
         after, guard_after = cost(agent.pid), cost(agent.guard)
         assert agent.notified.beats > 0
-    cpu = 100 / args.rest * (after.cpu_s - before.cpu_s)
+        state = agent.state
+    assert state["role"] == "Primary"
+    assert (state["last_data_processed_time"] is None) == (name == "plain")
     guard_cpu = 100 / args.rest * (guard_after.cpu_s - guard_before.cpu_s)
+    cpu = 100 / args.rest * (after.cpu_s - before.cpu_s) + guard_cpu
     commands = 100 / args.rest * (after.children_s - before.children_s)
-    most = MOST_RESIDENT_MIB[name]
+    most_mib, middle_s = MOST_RESIDENT_MIB[name], median(starts)
     say(f"{name}, at rest for {args.rest:g} s, {args.starts} starts")
     say(
-        f"  resident {after.resident_mib:.1f} MiB, peak {after.peak_mib:.1f};"
-        f" guard {guard_after.resident_mib:.1f} MiB{right(after.resident_mib, most, 'MiB')}"
+        f"  resident {after.resident_mib:.1f} MiB, max {after.peak_mib:.1f}, max before the rest"
+        f" {before.peak_mib:.1f}; guard {guard_after.resident_mib:.1f}"
+        f"{right(after.peak_mib, most_mib, 'MiB')}"
     )
-    total = cpu + guard_cpu
     say(
-        f"  CPU {total:.2f} % of a core (guard {guard_cpu:.2f}); commands that it starts"
-        f" {commands:.2f} %{right(total, MOST_CPU_PERCENT, '%')}"
+        f"  CPU {cpu:.2f} % of a core, of which the guard {guard_cpu:.2f}; commands that it starts"
+        f" {commands:.2f} %{right(cpu, MOST_CPU_PERCENT, '%')}"
     )
-    middle = median(starts)
     say(
-        f"  start median {middle:.3f} s, max {max(starts):.3f} s{right(middle, LONGEST_START_S, 's')}"
+        f"  start median {middle_s:.3f} s, max {max(starts):.3f} s"
+        f"{right(middle_s, LONGEST_START_S, 's')}"
     )
-    return after.resident_mib <= most and total <= MOST_CPU_PERCENT and middle <= LONGEST_START_S
+    return after.peak_mib <= most_mib and cpu <= MOST_CPU_PERCENT and middle_s <= LONGEST_START_S
 
 
 def main() -> int:
@@ -88,7 +119,12 @@ def main() -> int:
         ok = measure(stage, "plain", plain(stage, stage.serve()), args)
         secure = secure_coordinator(stage, authority)
         words = everything(stage, secure, authority, broker)
-        return 0 if measure(stage, "everything", words, args) and ok else 1
+        workload = stage.enter(watching(broker))
+
+        def process() -> None:
+            workload.publish(PROCESSED, format_date_time(datetime.now(UTC)).encode())
+
+        return 0 if measure(stage, "everything", words, args, process) and ok else 1
 
 
 if __name__ == "__main__":
