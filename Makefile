@@ -43,8 +43,9 @@ check: .venv/.dev  ## format, lint, types, import contracts
 
 bench: .venv/.wheel .venv/.dev  ## the benchmarks, one after another
 	@mkdir -p build/bench && ln -sfn ../../tests build/bench/tests
-	@set -e; for script in tests/bench/[!_]*.py; do name=$$(basename "$$script" .py); echo "== $$script"; \
-	  $(INSTALLED) PYTHONPATH="$(CURDIR)/build/bench" $(BIN)/python -m "tests.bench.$$name"; done
+	@missed=0; for script in tests/bench/[!_]*.py; do name=$$(basename "$$script" .py); echo "== $$script"; \
+	  $(INSTALLED) PYTHONPATH="$(CURDIR)/build/bench" $(BIN)/python -m "tests.bench.$$name" || missed=1; \
+	  done; exit $$missed
 
 editable: .venv/.dev  ## .venv with the checkout itself, for .venv/bin/pytest; `make test` ends it
 	@rm -f .venv/.wheel
