@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ async def announcing(
         yield announcer
     finally:
         await announcer.stop()
+        # What still connects is ended by the broker's end otherwise, and paho leaves its socket open.
+        for thread in threading.enumerate():
+            if thread.name == "mqtt-connect":
+                await asyncio.to_thread(thread.join, 1.0)
 
 
 async def until(condition: Callable[[], Any]) -> None:
