@@ -194,6 +194,7 @@ class GroupStatus:
     revision: int | None = None
     primary_since: datetime | None = None
     previous: str | None = None
+    store_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ class HeartbeatAnswer:
 
     Attributes:
         lease_s: how long the coordinator waits for the next heartbeat, from its receipt of this one.
+        store_id: the store that decided; an agent takes answers from one store only.
     """
 
     role: Role
@@ -210,6 +212,7 @@ class HeartbeatAnswer:
     revision: int | None = None
     lease_s: float | None = None
     previous: str | None = None
+    store_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

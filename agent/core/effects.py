@@ -106,11 +106,13 @@ class Release:
     Attributes:
         epoch: whose tenure ends.
         hold_off_s: how long this session does not want to be chosen.
+        instance: the process that held the tenure; None for this one.
     """
 
     epoch: int
     reason: str
     hold_off_s: float
+    instance: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

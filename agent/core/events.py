@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from agent.core.timing import Timing
+from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer
 
 
@@ -14,14 +15,22 @@ class Failure(StrEnum):
     """404: the group or the session is not known there (api.md, B.6)."""
     BACK_OFF = "back_off"
     """429 or 503: asked to come later."""
+    OTHER_STORE = "other_store"
+    """The answer is from another store than the one that this session has met."""
     OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The group exists and the session is registered in it; ``timing`` is for the server's L."""
+    """The group exists and the session is registered in it.
+
+    Attributes:
+        timing: for the server's L.
+        store_id: the store that the session is registered in; None at a plain v1 server.
+    """
 
     timing: Timing
+    store_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Somebody asks the agent to stop (R5)."""
+    """The session is to end: demote, release, leave, exit (R5).
+
+    Attributes:
+        code: the exit code. Not OK if a part of the agent has failed.
+        reason: for operators.
+    """
+
+    code: ExitCode = ExitCode.OK
+    reason: str = "stopping"
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,10 +130,11 @@ class SetOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseRole:
-    """The holder has demoted; the next one may be promoted now."""
+    """The holder has demoted; the next one may be promoted now. From another instance it is ignored."""
 
     session_id: str
     epoch: int
+    instance: str | None = None
     why: str = "released"
     hold_off_s: float = 0.0
     last_data: datetime | None = None

@@ -1,0 +1,71 @@
+"""Run work that the kernel may never return from, without holding up the event loop.
+
+A dead network file system, a pipe that nobody reads or a resolver that does not answer blocks the thread
+that asks for ever. ``Lane`` gives such work a daemon thread: the loop goes on, and the process can exit.
+Knows nothing of what the work is.
+
+Not promised: that the work ends. A thread that is stuck in the kernel is abandoned; there is at most one
+for each lane.
+"""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class StuckError(Exception):
+    """The lane's last work has not returned, so no further work is started; the message says so."""
+
+
+class Lane:
+    """At most one thread for one kind of blocking work.
+
+    Args:
+        name: what the work is, for the thread's name and for messages, such as "state file".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._last: concurrent.futures.Future[object] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last work has not returned yet."""
+        return self._last is not None and not self._last.done()
+
+    async def run(self, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
+        """Return what ``work`` returns, or raise what it raises.
+
+        If the caller is cancelled or the time is up, the work goes on by itself and its result is lost.
+
+        Args:
+            work: called in a daemon thread of its own.
+            timeout_s: seconds to wait for it; None waits for ever.
+
+        Raises:
+            StuckError: the work before has not returned, or no thread can be started.
+            TimeoutError: ``timeout_s`` is over.
+        """
+        if self.busy:
+            raise StuckError(f"{self.name}: the last call is still blocked in the kernel")
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()  # a cancelled caller must not cancel the work
+
+        def call() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+                future.set_exception(error)
+
+        thread = threading.Thread(target=call, name=self.name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise StuckError(f"{self.name}: no thread can be started: {error}") from error
+        self._last = future  # type: ignore[assignment]
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(future)
