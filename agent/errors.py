@@ -44,9 +44,14 @@ class ExitCode(IntEnum):
 
 
 class FailoverError(Exception):
-    """Something went wrong that a person can act on: the message says what, where, what is right."""
+    """Something went wrong that a person can act on: the message says what, where, what is right.
+
+    Attributes:
+        hint: further lines for the same person, or None.
+    """
 
     exit_code: ExitCode = ExitCode.INTERNAL
+    hint: str | None = None
 
     def __init__(self, message: str, *, exit_code: ExitCode | None = None) -> None:
         super().__init__(message)

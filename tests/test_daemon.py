@@ -17,7 +17,7 @@ import pytest
 
 from agent.coordinator.server import serving
 from agent.daemon import life
-from agent.daemon.pump import Daemon
+from agent.daemon.loop import Daemon
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
@@ -90,13 +90,15 @@ async def a_daemon(
 ) -> AsyncIterator[tuple[Host, Recorded]]:
     state_file = Recorded(directory / "state.json")
     state_file.acquire()
-    client = RestClient(settings.endpoint, transport=transport)
-    daemon = Daemon(settings, "host-a", client, state_file, clock=clock)
+
+    def make_client() -> RestClient:
+        return RestClient(settings.endpoint, transport=transport)
+
+    daemon = Daemon(settings, "host-a", make_client, state_file, clock=clock)
     try:
         yield Host(daemon, state_file.path, state_file.written), state_file
     finally:
         daemon.close()
-        await client.aclose()
         state_file.close()
 
 

@@ -111,8 +111,13 @@ def start(words: Sequence[str], *, debug: bool) -> int:
     reading = Reading(words, debug=debug)
     try:
         from agent.daemon import run  # noqa: PLC0415 - while the other process reads
+        from agent.daemon.former import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
     finally:
-        settings = reading.settings()
+        try:
+            settings = reading.settings()
+        except ConfigError as error:
+            add_hint_of_usual_directory(error)
+            raise
     return run(settings, partial(_again, words, debug=debug))
 
 

@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None, own: Mapping[str, click.Command] | N
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except FailoverError as error:
-        _complain(str(error), error.exit_code, debug=wishes.debug)
+        text = str(error) if error.hint is None else f"{error}\n{error.hint}"
+        _complain(text, error.exit_code, debug=wishes.debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
         text = " ".join(str(error).split()) or "no message"

@@ -1,7 +1,7 @@
-"""The agent's start and end: its claims on this host, its drivers, its signals, its reload.
+"""The agent's start and end: its claims on this host, its signals, its local HTTP server.
 
-Owns the order in which things come up and go down. The state file says Secondary before anything else
-happens (R6).
+Owns the order in which things come up and go down, as far as it is not the loop's. What can fail before
+the first demotion (R6) fails with a hint that a workload of an earlier run may still be active.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-from agent.daemon.pump import Daemon
+from agent.daemon.former import add_hint
+from agent.daemon.loop import Daemon
 from agent.daemon.vitals import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest.configured import client_for
 from agent.drivers.statefile import StateFile, default_directory
-from agent.errors import ConfigError, ExitCode
+from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import stop_signals
@@ -47,24 +48,40 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
     async with AsyncExitStack() as stack:
         notify = Notify()
         stack.callback(notify.close)
-        state_file, session_id = _claim(settings)
-        stack.callback(state_file.close)
-        client = client_for(settings)
-        stack.push_async_callback(client.aclose)
-        daemon = Daemon(settings, session_id, client, state_file, notify=notify)
-        daemon.say_secondary("starting")
+        try:
+            state_file, session_id = _claim(settings)
+            stack.callback(state_file.close)
+            daemon = Daemon(
+                settings,
+                session_id,
+                partial(client_for, settings),
+                state_file,
+                notify=notify,
+                start_probe=partial(_start_probe, settings, stack),
+            )
+        except FailoverError as error:
+            if error.exit_code is not ExitCode.SESSION_IN_USE:
+                add_hint(error, settings.hook_secondary)
+            raise
         stack.callback(daemon.close)
         stop = stack.enter_context(stop_signals())
         if reread is not None:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, daemon.reload, reread)
             stack.callback(loop.remove_signal_handler, signal.SIGHUP)
-        if settings.probe_listen is not None:
-            probe = _probe_server(daemon)
-            stack.push_async_callback(probe.stop)
-            host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
-            daemon.listens_at(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         return await daemon.live(stop)
+
+
+async def _start_probe(
+    settings: AgentSettings, stack: AsyncExitStack, daemon: Daemon
+) -> str | None:
+    """Start the local HTTP server; its URL, or None without one."""
+    if settings.probe_listen is None:
+        return None
+    probe = _probe_server(daemon)
+    stack.push_async_callback(probe.stop)
+    host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _probe_server(daemon: Daemon) -> ProbeServer:
@@ -94,7 +111,7 @@ def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
         path = settings.state_file
         if path is None:
             path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
-        state_file = StateFile(path)
+        state_file = StateFile(path.absolute())  # the guard's working directory is another one
         try:
             state_file.acquire(wait_s=GUARD_S)
         except ConfigError as error:

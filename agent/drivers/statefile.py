@@ -170,11 +170,22 @@ def default_directory() -> Path:
     Raises:
         ConfigError: STATE_FILE, it cannot be made, or somebody else could replace what is in it.
     """
-    if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(given.split(":")[0])  # systemd has made it; under DynamicUser it is a link
-    directory, mode = _choose(os.environ.get("XDG_RUNTIME_DIR"), os.geteuid())
-    _make(directory, mode)
+    directory, mode = _usual()
+    if mode is not None:
+        _make(directory, mode)
     return directory
+
+
+def usual_directory() -> Path:
+    """As ``default_directory``, and whether it is there or not."""
+    return _usual()[0]
+
+
+def _usual() -> tuple[Path, int | None]:
+    """The directory, and the mode to make it with; None if it is systemd's."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.split(":")[0]), None  # under DynamicUser it is a link
+    return _choose(os.environ.get("XDG_RUNTIME_DIR"), os.geteuid())
 
 
 def _choose(xdg_runtime_dir: str | None, uid: int) -> tuple[Path, int]:

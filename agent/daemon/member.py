@@ -1,0 +1,78 @@
+"""What the parts of one agent share: its settings, its session, and what it has published last.
+
+Each field has one writer, named below; the other parts read it, or send an event.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from agent.core.session import Options, Session
+from agent.daemon.requests import Requests
+from agent.daemon.runs import EVENTS, Runs
+from agent.daemon.vitals import Tally
+from agent.model import Role
+from agent.ops.clock import Clock
+from agent.ops.sd_notify import Notify
+from agent.settings import AgentSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The role that this member has published last."""
+
+    role: Role
+    epoch: int | None
+    reason: str
+    since: datetime
+
+
+@dataclass(slots=True)
+class Member:
+    """One agent of a group.
+
+    Attributes:
+        settings: those in force. Written by ``Reload``.
+        session: stepped by ``Daemon`` only.
+        published: written by ``Effects``.
+        progress: up to when data was processed in this tenure. Written by ``Inputs``.
+        instance: identifies this process towards the coordinator, and the processes of its tenures.
+    """
+
+    settings: AgentSettings
+    session_id: str
+    instance: str
+    clock: Clock
+    tally: Tally
+    notify: Notify
+    session: Session
+    runs: Runs
+    requests: Requests
+    published: Published
+    progress: datetime | None = None
+
+
+def options_of(
+    settings: AgentSettings, session_id: str, runs: Runs, jitter: float, store_id: str | None
+) -> Options:
+    """The options of a session by its settings.
+
+    Args:
+        settings: those in force.
+        session_id: its own id.
+        runs: what there is to run.
+        jitter: from 0 to 1, drawn once for this process.
+        store_id: the store that it belongs to, if it has met one.
+    """
+    return Options(
+        session_id=session_id,
+        hooks=runs.roles,
+        hook_limit_s=settings.hook_limit,
+        hook_limits_s={
+            role: settings.hook_limit_of(EVENTS[role])
+            for role in (Role.PENDING_PRIMARY, Role.PRIMARY)
+        },
+        cooldown_s=settings.cooldown,
+        cooldown_limit_s=settings.cooldown_limit,
+        jitter=jitter,
+        store_id=store_id,
+    )
