@@ -1,0 +1,48 @@
+"""Faults inside a running agent, which no signal and no file can cause: a module for PYTHONPATH.
+
+``variables`` makes an agent import it as ``sitecustomize``. From the moment at which the trigger file has
+a line ``module Class.method``, each call of that method raises. The guard is not concerned: it runs in
+isolated mode.
+"""
+
+import os
+from pathlib import Path
+
+SOURCE = """
+import os, sys, threading, time
+
+def watch(trigger):
+    while not os.path.exists(trigger):
+        time.sleep(0.01)
+    module, path = open(trigger).read().split()
+    owner, _, name = path.rpartition(".")
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("a fault that a test has put here")
+    setattr(getattr(sys.modules[module], owner), name, fail)
+
+if "reader" not in sys.argv and (trigger := os.environ.get("FAULT_TRIGGER")):
+    threading.Thread(target=watch, args=(trigger,), daemon=True).start()
+"""
+
+
+class Fault:
+    """One fault, in a folder of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "fault"
+        self._directory.mkdir()
+        (self._directory / "sitecustomize.py").write_text(SOURCE)
+        self._trigger = self._directory / "trigger"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """For the environment of the agent."""
+        inherited = os.environ.get("PYTHONPATH")
+        path = f"{self._directory}:{inherited}" if inherited else str(self._directory)
+        return {"PYTHONPATH": path, "FAULT_TRIGGER": str(self._trigger)}
+
+    def trigger(self, module: str, method: str) -> None:
+        """From now on the method raises."""
+        beside = self._trigger.with_suffix(".new")
+        beside.write_text(f"{module} {method}\n")
+        beside.replace(self._trigger)

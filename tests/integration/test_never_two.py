@@ -1,0 +1,311 @@
+"""Faults that once made two members active, on real processes: each shows that only one is now."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.errors import ExitCode
+
+from .faults import Fault
+from .stage import Agent, Coordinator, Stage, lives, until
+from .workloads import (
+    START,
+    STOP,
+    TIMING,
+    by_hooks,
+    guard_of,
+    output,
+    pair,
+    start,
+    until_written_after,
+    writes,
+)
+from .writer import first_and_last, overlap_s, written
+
+LONG = ("--failover-timeout=20", "--demote=1", "--margin=1")
+"""A lease that does not end within a test: whoever takes over earlier was handed the role."""
+
+QUICKLY_S = 6.0
+"""Well under that lease, and room for a busy machine."""
+
+
+def with_writer(stage: Stage, name: str, coordinator: Coordinator, *flags: str) -> Agent:
+    """An agent whose hooks start and stop a writer, with a long lease."""
+    pid_file = stage.directory / f"{name}.pid"
+    begin = START.format(writer=" ".join(writes(stage, name)), pid_file=pid_file)
+    end = STOP.format(pid_file=pid_file)
+    return stage.run(name, coordinator, timing=LONG, flags=flags, primary=begin, secondary=end)
+
+
+def writers(stage: Stage, agent: Agent) -> set[int]:
+    return {line.pid for line in written(output(stage)) if line.host == agent.name}
+
+
+def kill_with_guard(agent: Agent) -> None:
+    """What an OOM killer or a person can do: agent and guard die together, the workload lives on."""
+    guard = guard_of(agent)
+    agent.send(signal.SIGSTOP)
+    os.kill(guard, signal.SIGKILL)
+    agent.end(signal.SIGKILL)
+
+
+# -- what blocks ------------------------------------------------------------------------------------
+
+
+def test_a_state_file_on_a_disk_that_hangs_costs_no_role_and_delays_no_demotion(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 1: opening a FIFO that nobody reads blocks as a dead network file system does."""
+    one, other, epoch = pair(stage, coordinator, by_hooks)
+    os.mkfifo(one.state_file.with_name(one.state_file.name + ".tmp"))
+    time.sleep(2 * 3.0)  # two leases
+    assert coordinator.status()["Primary"] == one.name
+    assert coordinator.status()["Epoch"] == epoch
+    assert one.end() == 0
+    until_written_after(stage, epoch)
+    assert other.end() == 0
+    assert overlap_s(output(stage)) < 0
+
+
+# -- what dies --------------------------------------------------------------------------------------
+
+
+def pair_with_fault(
+    stage: Stage, coordinator: Coordinator, *flags: str
+) -> tuple[Agent, Agent, int, Fault]:
+    fault = Fault(stage.directory)
+    pid_file = stage.directory / "host-a.pid"
+    hooks = {
+        "primary": START.format(writer=" ".join(writes(stage, "host-a")), pid_file=pid_file),
+        "secondary": STOP.format(pid_file=pid_file),
+    }
+    words = [f"--hook-{event}={stage.hook('host-a', event, body)}" for event, body in hooks.items()]
+    one = start(stage, "host-a", coordinator, flags=[*words, *flags], **fault.variables)
+    epoch = one.until_role("Primary")["epoch"]
+    other = by_hooks(stage, "host-b", coordinator)
+    other.until_said("joined")
+    return one, other, epoch, fault
+
+
+@pytest.mark.parametrize("guard", ["--guard", "--no-guard"])
+def test_an_exception_in_the_loop_is_a_demotion_before_the_lease_ends(
+    stage: Stage, coordinator: Coordinator, guard: str
+) -> None:
+    """Fault 3: it called the guard off, and nothing demoted."""
+    one, other, epoch, fault = pair_with_fault(stage, coordinator, guard)
+    fault.trigger("agent.core.session", "Session.step")
+    assert one.wait() == ExitCode.TASK_FAILED
+    until_written_after(stage, epoch)
+    assert not [pid for pid in writers(stage, one) if lives(pid)]
+    assert overlap_s(output(stage)) < 0
+    assert one.state["role"] == "Secondary"
+    assert other.end() == 0
+
+
+TASKS = [
+    ("agent.drivers.rest.client", "RestClient.heartbeat"),
+    ("agent.drivers.rest.client", "RestClient.status"),
+    ("agent.daemon.reload", "Reload._take_over"),
+]
+
+
+@pytest.mark.parametrize(("module", "method"), TASKS)
+def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
+    stage: Stage, coordinator: Coordinator, module: str, method: str
+) -> None:
+    """Fault 3: such a task died unseen, and the agent went on without it."""
+    one, other, epoch, fault = pair_with_fault(stage, coordinator)
+    fault.trigger(module, method)
+    if method.startswith("Reload"):
+        one.send(signal.SIGHUP)
+    assert one.wait() == ExitCode.TASK_FAILED
+    assert "task failed" in one.said()
+    until_written_after(stage, epoch)
+    assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
+@pytest.mark.parametrize("method", ["RestClient.release", "RestClient.leave"])
+def test_a_task_that_dies_on_the_way_out_does_not_hold_up_the_exit(
+    stage: Stage, coordinator: Coordinator, method: str
+) -> None:
+    one, other, epoch, fault = pair_with_fault(stage, coordinator)
+    fault.trigger("agent.drivers.rest.client", method)
+    time.sleep(0.1)
+    assert one.end() == ExitCode.TASK_FAILED
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
+# -- a start that fails -----------------------------------------------------------------------------
+
+
+def test_a_start_that_fails_stops_the_workload_of_the_life_before_first(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 5: agent and guard were killed together, and the next start failed before its demotion."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        secret = stage.directory / "secret"
+        secret.write_text("s3cret\n")
+        secret.chmod(0o600)
+        cases = [
+            ([f"--probe-listen=127.0.0.1:{port}"], ExitCode.LISTEN),
+            ([f"--ca-file={secret}"], ExitCode.CONFIG_VALUE),
+        ]
+        for flags, code in cases:
+            one = by_hooks(stage, "host-a", coordinator)
+            until(lambda one=one: writers(stage, one), "the first line")
+            pids = writers(stage, one)
+            kill_with_guard(one)
+            assert any(map(lives, pids))
+            again = by_hooks(stage, "host-a", coordinator, *flags)
+            assert again.wait() == code, again.said()
+            assert not any(map(lives, writers(stage, one))), again.said()
+            until(lambda: coordinator.status().get("Primary") is None, "the lease to end")
+            output(stage).unlink()
+
+
+def test_a_start_that_cannot_even_demote_says_what_may_be_running_and_how_to_stop_it(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    directory = stage.directory / "run"
+    directory.mkdir()
+    hook = stage.hook("host-a", "secondary")
+    words = [f"--hook-secondary={hook}", f"--state-file={directory / 'a.json'}"]
+    one = start(stage, "host-a", coordinator, flags=words, RUNTIME_DIRECTORY=str(directory))
+    until(lambda: "role changed" in one.said(), "it to be primary")
+    until(lambda: '"Primary"' in (directory / "a.json").read_text(), "the state file")
+    kill_with_guard(one)
+    again = start(
+        stage,
+        "host-a",
+        coordinator,
+        flags=[*words, "--failover-timeout=nonsense"],
+        RUNTIME_DIRECTORY=str(directory),
+    )
+    assert again.wait() == ExitCode.CONFIG_VALUE
+    assert "its workload may still be active" in again.said()
+    assert f"to stop it, run: {hook}" in again.said()
+
+
+# -- a reload ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tenure_ends_by_the_demotion_hook_with_which_it_began(
+    stage: Stage, coordinator: Coordinator, number: signal.Signals
+) -> None:
+    """Fault 6: a reload took the hook away, and the workload outlived the role."""
+    file = stage.directory / "agent.toml"
+    pid_file = stage.directory / "host-a.pid"
+    begin = START.format(writer=" ".join(writes(stage, "host-a")), pid_file=pid_file)
+    hooks = {
+        "primary": stage.hook("host-a", "primary", begin),
+        "secondary": stage.hook("host-a", "secondary", STOP.format(pid_file=pid_file)),
+    }
+    file.write_text("".join(f'hook_{event} = ["{path}"]\n' for event, path in hooks.items()))
+    one = start(stage, "host-a", coordinator, flags=[f"--config={file}"])
+    one.until_role("Primary")
+    until(lambda: writers(stage, one), "the first line")
+    file.write_text("")
+    one.send(signal.SIGHUP)
+    one.until_said("configuration read again")
+    one.end(number)
+    until(lambda: not any(map(lives, writers(stage, one))), "the workload to be stopped")
+    stage.until_event("host-a", "end", "secondary")
+
+
+# -- quickly one ------------------------------------------------------------------------------------
+
+
+def took_over_s(stage: Stage, since_s: float, epoch: int) -> float:
+    newer = until_written_after(stage, epoch)
+    return first_and_last(output(stage))[newer][0] - since_s
+
+
+def test_the_guard_of_a_killed_agent_hands_the_role_back(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 28: the group waited for the end of the lease, though the workload was gone at once."""
+    one = with_writer(stage, "host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_writer(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: writers(stage, one), "the first line")
+    killed_at = time.monotonic()
+    one.end(signal.SIGKILL)
+    assert took_over_s(stage, killed_at, epoch) < QUICKLY_S
+    assert coordinator.tenure(epoch)["WhyEnded"] == "demoted by the guard"
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
+def test_a_guard_whose_demotion_failed_keeps_the_lease(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    one = stage.run(
+        "host-a", coordinator, secondary='[ "$FAILOVER_OLD_ROLE" != Primary ] || exit 1'
+    )
+    epoch = one.until_role("Primary")["epoch"]
+    other = stage.run("host-b", coordinator)
+    other.until_said("joined")
+    one.end(signal.SIGKILL)
+    other.until_role("Primary", after_epoch=epoch)
+    assert coordinator.tenure(epoch)["WhyEnded"] == "its lease ended without a heartbeat"
+
+
+def test_the_next_life_of_a_killed_agent_hands_the_role_back_after_its_first_demotion(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 28: agent and guard killed together, and the agent is started again."""
+    one = with_writer(stage, "host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_writer(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: writers(stage, one), "the first line")
+    kill_with_guard(one)
+    started_at = time.monotonic()
+    again = with_writer(stage, "host-a", coordinator)
+    assert took_over_s(stage, started_at, epoch) < QUICKLY_S
+    assert overlap_s(output(stage)) < 0
+    assert (again.end(), other.end()) == (0, 0)
+
+
+# -- another store ----------------------------------------------------------------------------------
+
+
+def test_two_coordinators_in_one_list_never_make_two_primaries(stage: Stage) -> None:
+    """Fault 9: a member that was cut off from the first one became primary at the second."""
+    first, second = stage.serve(), stage.serve(store="memory")
+    one = with_writer(stage, "host-a", first)
+    one.until_role("Primary")
+    other = stage.run("host-b", first, second, timing=TIMING)
+    other.until_said("joined")
+    first.end(signal.SIGKILL)
+    other.until_said("coordinator of another store refused")
+    with contextlib.suppress(AssertionError):
+        until(lambda: other.state.get("role") == "Primary", "a second primary", patience_s=5)
+        pytest.fail("two coordinators made two primaries")
+    other.end()
+    again = stage.run("host-b", second, timing=TIMING, flags=["--startup-timeout=2"])
+    assert again.wait() == ExitCode.OTHER_STORE
+    assert "remove" in again.said()
+
+
+def test_the_agent_of_a_relative_state_file_is_demoted_by_its_guard(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 14: the guard runs in /, where it could not write the file."""
+    one = start(stage, "host-a", coordinator, flags=["--state-file=relative.json"])
+    path = Path(stage.directory, "relative.json")
+    until(lambda: path.exists() and '"Primary"' in path.read_text(), "it to be primary")
+    one.end(signal.SIGKILL)
+    until(lambda: "demoted by the guard" in path.read_text(), "the guard to write the file")
