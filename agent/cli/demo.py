@@ -1,4 +1,4 @@
-"""``failover-agent demo``: two hosts, one workload, three faults, and what came of it.
+"""``failover-agent demo``: two hosts, one workload, four faults, and what came of it.
 
 Owns a temporary folder and the processes that it starts there: a coordinator, an agent for each of
 two "hosts", and whatever their hooks start. Nothing is simulated: the collector (demo_collector.py)
@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -71,7 +72,7 @@ class DemoError(FailoverError):
 @click.command("demo")
 @click.option("--keep", is_flag=True, help="Keep the folder with the logs and the output.")
 def command(*, keep: bool) -> int:
-    """Show a takeover after a kill, a handover at a stop, and a frozen host, in under a minute.
+    """Show takeovers after a power cut, a crash, a stop and a freeze, in under a minute.
 
     Starts a coordinator and two agents on this machine's loopback, with a collector that is really
     started and stopped. Needs nothing else, changes nothing outside a temporary folder. Exit code 41
@@ -118,9 +119,18 @@ class Host:
             return int((self.directory / f"{self.name}.pid").read_text())
         return None
 
+    @property
+    def guard(self) -> int | None:
+        """The guard of the agent, by the agent's log."""
+        with contextlib.suppress(OSError, IndexError):
+            log = (self.directory / f"{self.name}.agent.log").read_text()
+            return int(re.findall(r"guard ready pid=(\d+)", log)[-1])
+        return None
+
     def signal(self, number: signal.Signals) -> None:
-        """To the whole host: the collector and the agent, as a power cut or a frozen machine."""
-        pids = [self.collector, self.agent.pid if self.agent else None]
+        """To the whole host: guard, collector and agent, as a power cut or a frozen machine."""
+        agent = self.agent.pid if self.agent else None
+        pids = [self.guard if agent else None, self.collector, agent]
         for pid in pids:
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -189,6 +199,12 @@ class Demo:
         killed = self.kill()
         self.start(killed)
         self.until(lambda: killed.state.get("reason") == "starting", "the killed host to come back")
+        self.work(WORK_S)
+        crashed = self.crash()
+        self.start(crashed)
+        self.until(
+            lambda: crashed.state.get("reason") == "starting", "the crashed agent's successor"
+        )
         self.work(WORK_S)
         stopped = self.stop_one()
         self.start(stopped)
@@ -281,11 +297,23 @@ class Demo:
     # -- the acts -------------------------------------------------------------------------------
 
     def kill(self) -> Host:
-        host, fault = self.strike("SIGKILL")
-        self.say(f"{host.name} loses power: SIGKILL to its agent and its collector.")
+        host, fault = self.strike("power cut (SIGKILL)")
+        self.say(f"{host.name} loses power: SIGKILL to its agent, its guard and its collector.")
         host.signal(signal.SIGKILL)
         host.wait()
         (self.directory / f"{host.name}.pid").unlink(missing_ok=True)
+        self.taken_over(fault)
+        return host
+
+    def crash(self) -> Host:
+        host, fault = self.strike("crash (SIGKILL)")
+        assert host.agent is not None  # noqa: S101 - it is primary
+        self.say(
+            f"{host.name}'s agent crashes: SIGKILL to it alone. Its collector goes on, until the guard"
+            " has stopped it and has handed the role back."
+        )
+        host.agent.kill()
+        host.wait()
         self.taken_over(fault)
         return host
 

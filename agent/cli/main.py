@@ -28,7 +28,7 @@ COMMANDS = {
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",
     "status": "Who is primary in a group, and who else is there.",
     "healthcheck": "Ask a running agent whether it is well; for containers.",
-    "demo": "Two agents on this machine: a takeover, a handover, a frozen host.",
+    "demo": "Two agents on this machine: a power cut, a crash, a handover, a frozen host.",
     "hooks": "Look at the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
     "hash-password": "Print the line of a user for the coordinator's users file.",
