@@ -182,11 +182,12 @@ class Demo:
     shown_at: float = 0.0
     lines: int = 0
     unclean: int = 0
+    lease_s: float = LEASE_S
 
     def run(self) -> bool:
         """All of it; whether every check holds."""
         self.say(
-            f"One group, two hosts, failover timeout {LEASE_S:g} s. A collector copies a growing"
+            f"One group, two hosts, failover timeout {self.lease_s:g} s. A collector copies a growing"
             f" file; a line is due every {LINE_S * 1000:.0f} ms."
         )
         self.prepare()
@@ -278,7 +279,7 @@ class Demo:
             "--endpoint": self.endpoint,
             "--group": GROUP,
             "--session-id": host.name,
-            "--failover-timeout": f"{LEASE_S:g}",
+            "--failover-timeout": f"{self.lease_s:g}",
             "--hook-primary": str(self.directory / f"start-{host.name}"),
             "--hook-secondary": str(self.directory / f"stop-{host.name}"),
             "--state-file": str(self.directory / f"{host.name}.json"),
