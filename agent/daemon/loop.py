@@ -194,6 +194,7 @@ class Daemon:
         self._failure = await self._view.write_first("starting")
         try:
             await self._end_former_life()
+            self._supervisor.watch_loop()
             self._supervisor.start("stop signal", self._wait_for_stop(stop))
             self._supervisor.start("start", self._start())
             await self._run()

@@ -50,6 +50,23 @@ class Supervisor:
         task.add_done_callback(lambda done: self._ended(done, lost, endless=endless))
         return task
 
+    def watch_loop(self) -> None:
+        """Report, too, what a callback of the loop raises, and a driver's task that nobody awaits.
+
+        Connections are not meant: what a peer does to one of them is the driver's affair.
+        """
+        loop = asyncio.get_running_loop()
+
+        def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            error = context.get("exception")
+            ours = "handle" in context or "task" in context
+            if ours and error is not None and not self._closing:
+                self._failed(str(context.get("message")), error)
+            else:
+                loop.default_exception_handler(context)
+
+        loop.set_exception_handler(handle)
+
     async def cancel_all(self) -> None:
         """Cancel every task and wait until all have ended. Nothing is reported any more."""
         self._closing = True
