@@ -292,6 +292,12 @@ class AgentForm(Settings):
         description="When the workload is started again after it has ended by itself. If it is not,"
         " the agent stops, with the workload's exit code.",
     )
+    workload_forward_hup: Annotated[bool, Kind("", "true or false")] = Field(
+        default=False,
+        description="Whether SIGHUP, which has the agent read its configuration again, is passed on to"
+        " the workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any case"
+        " (docs/exec.md).",
+    )
     fence_command: Argv = Field(
         (),
         description="Run when a demotion has failed and everything was killed, before the agent"

@@ -351,6 +351,7 @@ class AgentSettings:
     webhook_ca_file: Path | None
     workload: tuple[str, ...]
     workload_restart: RestartRule
+    workload_forward_hup: bool
     fence_command: tuple[str, ...]
     watchdog_device: Path | None
     guard: bool
