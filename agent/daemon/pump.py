@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -102,6 +103,7 @@ RELOADABLE = frozenset(
         "startup_timeout",
         "webhook_ca_file",
         "webhook_secret_file",
+        "workload_forward_hup",
     }
 )
 """Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""
@@ -710,7 +712,13 @@ class Daemon:
 
     def reload(self, reread: Callable[[], AgentSettings]) -> None:
         """SIGHUP: take what can change without losing the role; refuse the rest by name."""
+        if self.settings.workload_forward_hup:
+            self.signal_workload(signal.SIGHUP)
         self._begin(self._reload(reread))
+
+    def signal_workload(self, number: int) -> bool:
+        """Pass a signal on to the command of ``exec``; whether it runs."""
+        return self._runs.workload is not None and self._runs.workload.send_signal(number)
 
     async def _reload(self, reread: Callable[[], AgentSettings]) -> None:
         async with self._reloading:
