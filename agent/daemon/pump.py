@@ -81,6 +81,7 @@ RELOADABLE = frozenset(
         "cooldown_limit",
         "failover_score",
         "fence_command",
+        "hook_directories_writable",
         "hook_directory",
         "hook_environment",
         "hook_group",

@@ -264,6 +264,12 @@ class AgentForm(Settings):
         description="Working directory of all hooks; absolute. The default is on every host and"
         " keeps no file system from being unmounted.",
     )
+    hook_directories_writable: Annotated[bool, Kind("", "true or false")] = Field(
+        default=False,
+        description="Whether directories on the way to a hook, a check or a fence command may be"
+        " writable by others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only)."
+        " Whoever can write there decides what the agent runs.",
+    )
     hook_environment: Variables = Field(
         default_factory=dict,
         description="Variables for all hooks, beside the documented ones. A flag or variable is"

@@ -346,6 +346,7 @@ class AgentSettings:
     hook_user: str | None
     hook_group: str | None
     hook_directory: Path
+    hook_directories_writable: bool
     hook_environment: Mapping[str, str]
     webhook_secret_file: Path | None
     webhook_ca_file: Path | None
