@@ -65,7 +65,12 @@ LEVELS = {INFO: ("INFO", 6), WARNING: ("WARNING", 4), ERROR: ("ERROR", 3)}
 """Name and syslog priority of each level."""
 
 ACTED = 3
-IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+FAULTS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+IGNORED = tuple(
+    signal.valid_signals()
+    - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGCHLD}
+    - {*FAULTS, signal.SIGSYS, signal.SIGTRAP}
+)
 """It ends when the agent does, not before."""
 
 

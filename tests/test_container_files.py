@@ -259,6 +259,22 @@ def members() -> Iterator[Member]:
             yield Member(f"kubernetes-{container['name']}", environment, grace_s)
 
 
+def hooks_volume(tmp_path: Path) -> Path:
+    """The volume of the agent's hooks, as the kubelet makes it."""
+    (volume,) = [v for s in SETS for v in s["spec"]["template"]["spec"]["volumes"]
+                 if v["name"] == "hooks"]  # fmt: skip
+    directory = tmp_path / "hooks"
+    (directory / "..2026").mkdir(parents=True)
+    (directory / "..data").symlink_to("..2026")
+    for item in volume["configMap"]["items"]:
+        file = directory / "..2026" / item["path"]
+        file.write_text(config_map()[item["key"]])
+        file.chmod(volume["configMap"]["defaultMode"])
+        (directory / item["path"]).symlink_to(f"..data/{item['path']}")
+    directory.chmod(0o777)
+    return directory
+
+
 @pytest.mark.parametrize("member", list(members()), ids=lambda member: member.name)
 def test_the_environment_is_a_configuration_that_can_stop_in_its_time(
     member: Member,
@@ -275,6 +291,8 @@ def test_the_environment_is_a_configuration_that_can_stop_in_its_time(
             value = str(tmp_path / f"{secret}-{key}")  # noqa: PLW2901 - it is only there in the pod
             Path(value).write_text("secret\n")
             Path(value).chmod(0o600)
+        if value == "/etc/hooks/secondary.d":
+            value = str(hooks_volume(tmp_path))  # noqa: PLW2901 - likewise
         monkeypatch.setenv(name, value)
     if member.name.endswith("coordinator"):
         assert main(["check-config", "--coordinator"]) == 0, capsys.readouterr().err
@@ -294,9 +312,13 @@ def test_every_variable_of_the_image_is_a_setting_or_is_read() -> None:
 # -- the sample collector --------------------------------------------------------------------------
 
 
-def collector() -> str:
+def config_map() -> dict[str, str]:
     (found,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "ConfigMap"]
-    return str(found["data"]["collector.py"])
+    return dict(found["data"])
+
+
+def collector() -> str:
+    return config_map()["collector.py"]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import click
 
 from agent.cli.apart import Words, start
 from agent.cli.main import Wishes
+from agent.ops.signals import ignored_signals
 
 
 @click.command("exec", cls=Words)
 @click.pass_obj
 def command(wishes: Wishes, words: tuple[str, ...]) -> int:
     """Run a command only while this member is primary."""
-    return start(("exec", *words), debug=wishes.debug)
+    with ignored_signals():
+        return start(("exec", *words), debug=wishes.debug)

@@ -117,9 +117,11 @@ def load_agent(origin: Sources[AgentForm]) -> AgentForm:
 
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What has to hold beyond each value's form, with the keys that it is about."""
-    from agent.drivers.hooks import check_hook, specs_of  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks import check_hook as checked  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks import specs_of  # noqa: PLC0415 - likewise
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
 
+    check_hook = partial(checked, writable_directories=settings.hook_directories_writable)
     yield (), partial(_check_group, settings)
     yield TIMING_KEYS, lambda: settings.timing
     yield HOOK_KEYS, partial(specs_of, settings)

@@ -4,10 +4,12 @@ import click
 
 from agent.cli.apart import Words, start
 from agent.cli.main import Wishes
+from agent.ops.signals import ignored_signals
 
 
 @click.command("run", cls=Words)
 @click.pass_obj
 def command(wishes: Wishes, words: tuple[str, ...]) -> int:
     """Be a member of a group: heartbeat, follow the role, run the hooks."""
-    return start(("run", *words), debug=wishes.debug)
+    with ignored_signals():
+        return start(("run", *words), debug=wishes.debug)

@@ -1,10 +1,13 @@
 """``failover-agent serve``: the coordinator."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import click
 
 from agent.cli.options import load_coordinator, settings_flags, sources
+from agent.ops.signals import ignored_signals
 from agent.settings.models import CoordinatorSettings
 
 
@@ -16,7 +19,13 @@ def command(**given: Any) -> int:
     Runs until SIGTERM or SIGINT. What it promised is in the data directory, and is still true when
     it is started again.
     """
-    settings = load_coordinator(sources(CoordinatorSettings, given))
-    from agent.coordinator.server import run  # noqa: PLC0415 - wrong settings are told without it
+    with ignored_signals():
+        read = partial(_read, given)
+        settings = read()
+        from agent.coordinator.server import run  # noqa: PLC0415 - wrong settings are told without it
 
-    return run(settings)
+        return run(settings, read)
+
+
+def _read(given: Mapping[str, Any]) -> CoordinatorSettings:
+    return load_coordinator(sources(CoordinatorSettings, given))

@@ -10,7 +10,7 @@ Two ways to say who one is, either or both configured; without any, everything i
   with the cost as log2(n), r and p of scrypt (RFC 7914), salt and 32-byte hash in Base64.
   ``hash_password`` makes the part after the name. A name holds no colon (RFC 7617).
 - Bearer, a JWT that one of the keys in a JWKS file has signed: issuer, audience, exp and nbf are
-  checked. Keys are read at the start only.
+  checked. Keys are read at the start and at a reload.
 
 Rights: Denied beats Allowed. A group's own list counts, else its namespace's, else (none was ever
 set) every caller who is known may do everything.
@@ -217,7 +217,7 @@ class Authenticator:
         self._tokens = tokens
         self._now = now
         self._secret = os.urandom(32)
-        self._remembered: dict[bytes, tuple[float, Caller | None]] = {}
+        self._remembered: dict[bytes, tuple[float, Caller | None, Password | None]] = {}
         self._checking: dict[bytes, asyncio.Task[Caller | None]] = {}
         self._verifiers = asyncio.Semaphore(VERIFIERS)
         # Who does not exist is refused as slowly as who has another password.
@@ -228,6 +228,23 @@ class Authenticator:
         """The configured ways: of ``Basic`` and ``Bearer``. Without any, everything is allowed."""
         ways = (("Basic", self._users), ("Bearer", self._tokens))
         return tuple(name for name, way in ways if way is not None)
+
+    def replace(self, users: Mapping[str, Password] | None, tokens: TokenRules | None) -> None:
+        """Judge by these from now on; the configured ways stay the same.
+
+        Good passwords that are still right stay known: to check those of 10,000 agents again would take
+        minutes.
+        """
+        self._users = users
+        self._tokens = tokens
+        self._remembered = {
+            digest: (until, caller, password)
+            for digest, (until, caller, password) in self._remembered.items()
+            if caller is not None and password is not None and self._has(caller.name, password)
+        }
+
+    def _has(self, name: str, password: Password | None) -> bool:
+        return (self._users or {}).get(name) == password
 
     async def caller(self, authorization: bytes | None) -> Caller:
         """Who sends this Authorization header.
@@ -241,7 +258,7 @@ class Authenticator:
         if kind not in self.schemes:
             raise _unknown(f"The call has no Authorization header of {' or '.join(self.schemes)}.")
         digest = hmac.digest(self._secret, authorization or b"", "sha256")
-        until, caller = self._remembered.get(digest, (0.0, None))
+        until, caller, _ = self._remembered.get(digest, (0.0, None, None))
         if until <= self._now():
             caller = await self._check(kind, credentials.strip(), digest)
         if caller is None:
@@ -269,14 +286,16 @@ class Authenticator:
             user = name.decode()
         except (binascii.Error, UnicodeDecodeError):
             return None
-        known = (self._users or {}).get(user)
         async with self._verifiers:
+            known = (self._users or {}).get(user)
             fits = await asyncio.to_thread((known or self._nobody).fits, password)
         caller = None
         if known is not None and colon and fits:
             roles = {(ROLE, role) for role in known.roles}
             caller = Caller(user, frozenset({(USER, user), *roles}))
-        self._remember(digest, self._now() + (KNOWN_FOR_S if caller else WRONG_FOR_S), caller)
+        if self._has(user, known):  # the users may have been replaced meanwhile
+            until = self._now() + (KNOWN_FOR_S if caller else WRONG_FOR_S)
+            self._remember(digest, until, caller, known)
         return caller
 
     def _by_token(self, credentials: bytes) -> tuple[Caller | None, float]:
@@ -296,11 +315,17 @@ class Authenticator:
             return None, now + WRONG_FOR_S
         return _caller_of(claims), min(now + KNOWN_FOR_S, claims["exp"] + LEEWAY_S)
 
-    def _remember(self, digest: bytes, until: float, caller: Caller | None) -> None:
+    def _remember(
+        self,
+        digest: bytes,
+        until: float,
+        caller: Caller | None,
+        password: Password | None = None,
+    ) -> None:
         self._remembered.pop(digest, None)
         if len(self._remembered) >= MOST_REMEMBERED:
             self._remembered.pop(next(iter(self._remembered)))
-        self._remembered[digest] = (until, caller)
+        self._remembered[digest] = (until, caller, password)
 
 
 def _caller_of(claims: Mapping[str, Any]) -> Caller | None:

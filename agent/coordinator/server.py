@@ -10,13 +10,13 @@ import gc
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 
 import uvicorn
 
+from agent.coordinator.access import Access, Files, load
 from agent.coordinator.api import Api
-from agent.coordinator.auth import Authenticator, read_token_rules, read_users
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store import Store
@@ -25,9 +25,10 @@ from agent.coordinator.store.sqlite import SqliteStore
 from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
+from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
-from agent.ops.signals import stop_signals
+from agent.ops.signals import on_hangup, stop_signals
 from agent.settings import Address
 from agent.settings.models import CoordinatorSettings
 
@@ -48,6 +49,9 @@ GRACE_S = 5
 """Requests that are being answered at a stop get so long; then they are cut off. What is being made
 durable is finished in any case."""
 
+RELOAD_S = 30.0
+"""How long a reload waits for files on a disk that may hang."""
+
 GC_THRESHOLDS = (10_000, 50, 100)
 """A full collection walks every group, 50 ms for 2,000 of them, finds nothing (what a heartbeat leaves
 has no cycles) and by default comes every second under load. With these it comes after 50 million
@@ -56,8 +60,14 @@ objects; the young ones are still looked at."""
 log = logs.Log(__name__)
 
 
-def run(settings: CoordinatorSettings) -> int:
+def run(
+    settings: CoordinatorSettings, reread: Callable[[], CoordinatorSettings] | None = None
+) -> int:
     """Serve until SIGTERM or SIGINT; 0 after an orderly stop.
+
+    Args:
+        settings: checked.
+        reread: reads the settings anew, at SIGHUP; raises ConfigError.
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
@@ -65,18 +75,81 @@ def run(settings: CoordinatorSettings) -> int:
     """
     logs.configure(settings.log_level, settings.log_format)
     gc.set_threshold(*GC_THRESHOLDS)
-    return asyncio.run(_run(settings))
+    return asyncio.run(_run(settings, reread))
 
 
-async def _run(settings: CoordinatorSettings) -> int:
+async def _run(
+    settings: CoordinatorSettings, reread: Callable[[], CoordinatorSettings] | None
+) -> int:
     with closing(Notify()) as notify, stop_signals() as stop:
         notify.status("loading the groups")
-        async with serving(settings) as url:
+        access = Access(settings)
+        async with serving(settings, access) as url:
             notify.ready(f"serving at {url}")
-            await _wait(stop, notify)
+            with _reloading(access, reread, notify, f"serving at {url}"):
+                await _wait(stop, notify)
             notify.stopping()
         log.info("coordinator stopped")
     return ExitCode.OK
+
+
+@contextmanager
+def _reloading(
+    access: Access,
+    reread: Callable[[], CoordinatorSettings] | None,
+    notify: Notify,
+    status: str,
+) -> Iterator[None]:
+    """Read settings and files again at each SIGHUP."""
+    if reread is None:
+        yield
+        return
+    hangup = asyncio.Event()
+
+    async def follow() -> None:
+        lane = Lane("settings")
+        while True:
+            await hangup.wait()
+            hangup.clear()
+            notify.reloading()
+            try:
+                await _reload(access, reread, lane)
+            except Exception:  # a task's edge: a fault of a reload must not end reloads
+                log.exception("configuration not changed")
+            notify.ready(status)
+
+    task = asyncio.create_task(follow())
+    try:
+        with on_hangup(hangup.set):
+            yield
+    finally:
+        task.cancel()
+
+
+async def _reload(access: Access, reread: Callable[[], CoordinatorSettings], lane: Lane) -> None:
+    def read() -> tuple[CoordinatorSettings, list[str], Files]:
+        settings, refused = access.merged(reread())
+        return settings, refused, load(settings)
+
+    try:
+        settings, refused, files = await lane.run(read, timeout_s=RELOAD_S)
+    except (ConfigError, StuckError) as error:
+        log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
+        return
+    except TimeoutError:
+        log.error(  # noqa: TRY400 - no traceback needed
+            "configuration not changed", reason=f"its files were not read within {RELOAD_S:g} s"
+        )
+        return
+    changed = access.take_over(settings, files)
+    logs.configure(settings.log_level, settings.log_format)
+    if refused:
+        log.warning(
+            "settings not changed",
+            refused=refused,
+            resolution="restart the coordinator to change them",
+        )
+    log.info("configuration read again", changed=changed)
 
 
 async def _wait(stop: asyncio.Event, notify: Notify) -> None:
@@ -90,10 +163,11 @@ async def _wait(stop: asyncio.Event, notify: Notify) -> None:
 
 
 @asynccontextmanager
-async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
+async def serving(
+    settings: CoordinatorSettings, access: Access | None = None
+) -> AsyncIterator[str]:
     """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
-    tls = _tls(settings)
-    auth = _authenticator(settings)
+    access = access or Access(settings)
     clock = Clock()
     with _bound(settings.listen) as listener:
         store = await _open(settings)
@@ -117,12 +191,12 @@ async def serving(settings: CoordinatorSettings) -> AsyncIterator[str]:
                 app = Api(
                     coordinator,
                     clock.now,
-                    auth,
+                    access.auth,
                     max_body_bytes=settings.max_body_bytes,
                     role_names=settings.role_form == "name",
                     metrics=metrics,
                 )
-                async with _web_server(app, listener, tls, coordinator) as url:
+                async with _web_server(app, listener, access.tls, coordinator) as url:
                     yield url
             finally:
                 await coordinator.stop()
@@ -220,33 +294,6 @@ def _bound(address: Address) -> Iterator[socket.socket]:
         ) from None
     with listener:
         yield listener
-
-
-def _tls(settings: CoordinatorSettings) -> ssl.SSLContext | None:
-    if settings.tls_certificate is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"tls_certificate {settings.tls_certificate} and tls_key {settings.tls_key} are not a"
-            f" certificate chain and its private key in PEM: {error}"
-        ) from None
-    return context
-
-
-def _authenticator(settings: CoordinatorSettings) -> Authenticator:
-    users = read_users(settings.users_file) if settings.users_file is not None else None
-    tokens = None
-    if settings.token_keys_file is not None:
-        assert settings.token_issuer is not None  # noqa: S101 - the settings come together
-        assert settings.token_audience is not None  # noqa: S101 - the settings come together
-        tokens = read_token_rules(
-            settings.token_issuer, settings.token_audience, settings.token_keys_file
-        )
-    return Authenticator(users, tokens)
 
 
 async def _open(settings: CoordinatorSettings) -> Store:

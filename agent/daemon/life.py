@@ -5,7 +5,6 @@ the first demotion (R6) fails with a hint that a workload of an earlier run may 
 """
 
 import asyncio
-import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -20,7 +19,7 @@ from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
 from agent.ops.sd_notify import Notify
-from agent.ops.signals import stop_signals
+from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
 from agent.settings import AgentSettings
 
 GUARD_S = 30.0
@@ -66,9 +65,9 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
         stack.callback(daemon.close)
         stop = stack.enter_context(stop_signals())
         if reread is not None:
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, daemon.reload, reread)
-            stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+            stack.enter_context(on_hangup(partial(daemon.reload, reread)))
+        if settings.workload:
+            stack.enter_context(forwarded_signals(daemon.signal_workload))
         return await daemon.live(stop)
 
 

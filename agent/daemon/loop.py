@@ -14,6 +14,7 @@ acts as soon as the process has ended.
 import asyncio
 import random
 import secrets
+import signal
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -174,7 +175,14 @@ class Daemon:
 
     def reload(self, reread: Callable[[], AgentSettings]) -> None:
         """SIGHUP: take what can change without losing the role; refuse the rest by name."""
+        if self._member.settings.workload_forward_hup:
+            self.signal_workload(signal.SIGHUP)
         self._supervisor.start("reload", self._reload.run(reread))
+
+    def signal_workload(self, number: int) -> bool:
+        """Pass a signal on to the command of ``exec``; whether it runs."""
+        workload = self._member.runs.workload
+        return workload is not None and workload.send_signal(number)
 
     # -- life -----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ RELOADABLE = frozenset(
         "cooldown_limit",
         "failover_score",
         "fence_command",
+        "hook_directories_writable",
         "hook_directory",
         "hook_environment",
         "hook_group",
@@ -45,6 +46,7 @@ RELOADABLE = frozenset(
         "startup_timeout",
         "webhook_ca_file",
         "webhook_secret_file",
+        "workload_forward_hup",
     }
 )
 """Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""

@@ -42,6 +42,8 @@ LONGEST_READ = 4096
 """Bytes of an announcement: ours have some hundred."""
 
 LARGEST_EPOCH = 2**63 - 1
+LARGEST_TIMESTAMP = 2**64 - 2
+"""Of a Sparkplug STATE: 64 bits, and one that is newer must be possible."""
 
 log = Log(__name__)
 
@@ -101,10 +103,16 @@ class Announcer:
         self._changed = asyncio.Event()
         self._held: dict[str, bytes] = {}
         self._seen_epoch = -1
+        self._newest_ms = -1
+        """The newest timestamp of any STATE, ours too; edge nodes ignore what is older."""
+        self._outdated = False
+        self._rebirths = Waits(chance)
         self._behind = False
         self._ending = False
         self._echoes: deque[tuple[str, bytes]] = deque(maxlen=MOST_ECHOES)
         self._up_since: float | None = None
+        self._connected = False
+        """Whether the broker may hold an ``online`` of this connection."""
         self.failures = 0
         """Connections that failed or were lost."""
         self._trouble: str | None = ""
@@ -130,7 +138,7 @@ class Announcer:
             return
         self._ending = True
         self._changed.set()
-        if self._up_since is not None:
+        if self._connected:
             await asyncio.wait({self._task}, timeout=LEAVE_S)
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=LEAVE_S)
@@ -148,9 +156,16 @@ class Announcer:
                 self._tell(str(error.__cause__ or error) or type(error).__name__)
             else:
                 continue
-            since, self._up_since = self._up_since, None
-            steady = since is not None and self._clock.boottime() - since > STEADY_S
+            finally:
+                self._connected = False
+            steady, self._up_since = self._steady, None
             await asyncio.sleep(waits.next_s(worked=steady))
+
+    @property
+    def _steady(self) -> bool:
+        """Whether the connection is up, and has been so for long."""
+        since = self._up_since
+        return since is not None and self._clock.boottime() - since > STEADY_S
 
     def _tell(self, trouble: str | None) -> None:
         """Log a change of the connection, not each attempt."""
@@ -167,20 +182,24 @@ class Announcer:
         """One connection. Ends when we leave, and when what its last will would say is wrong."""
         speaks = self._speaks
         born_ms = self._now_ms()
+        if self._sparkplug and speaks:
+            born_ms = self._newest_ms = max(born_ms, self._newest_ms + 1)
+        self._outdated = False
         will = Will(self._own, offline(born_ms), qos=1, retain=True) if speaks else None
         self._held.clear()
         self._echoes.clear()
         self._seen_epoch = -1
         async with connected(self._access, will=will, client_id=self._client_id) as client:
+            self._connected = True
             await subscribe(client, *self._topics)
             if speaks and self._speaks:  # the answer to it comes after what is retained
                 await self._put(client, self._own, self._online(born_ms))
             while len(client.messages):
-                self._see(await anext(client.messages))
+                self._see(await anext(client.messages), born_ms)
             self._up_since = self._clock.boottime()
             self._tell(None)
             work = [
-                asyncio.create_task(self._follow(client)),
+                asyncio.create_task(self._follow(client, born_ms)),
                 asyncio.create_task(self._keep_told(client, born_ms, speaks=speaks)),
             ]
             try:
@@ -192,14 +211,14 @@ class Announcer:
                     task.cancel()
                 await asyncio.gather(*work, return_exceptions=True)
 
-    async def _follow(self, client: Client) -> None:
+    async def _follow(self, client: Client, born_ms: int) -> None:
         """Take in what is on our topics until the connection is lost, which only this would notice."""
         async for message in client.messages:
-            if self._see(message):
+            if self._see(message, born_ms):
                 self._changed.set()
                 await asyncio.sleep(CORRECT_S)
 
-    def _see(self, message: Message) -> bool:
+    def _see(self, message: Message, born_ms: int) -> bool:
         """Whether it is news: from somebody else, and not older than what we have put there."""
         topic, payload = message.topic.value, message.payload
         assert isinstance(payload, bytes)  # noqa: S101 - what paho receives is
@@ -210,24 +229,51 @@ class Announcer:
             return False
         if not self._sparkplug and topic == self._primary:
             self._seen_epoch = max(self._seen_epoch, epoch_in(payload))
+        if self._sparkplug:
+            self._see_state(payload, born_ms)
         if message.retain and topic in self._held:  # it was retained when we subscribed
             return False
         self._held[topic] = payload
         return True
 
+    def _see_state(self, payload: bytes, born_ms: int) -> None:
+        """Notice an ``offline`` that edge nodes believe rather than our older ``online``."""
+        online, time_ms = state_in(payload)
+        self._newest_ms = max(self._newest_ms, time_ms)
+        if not online and time_ms > born_ms and self._speaks and not self._outdated:
+            self._outdated = True
+            self._changed.set()
+            log.warning(
+                "a newer offline STATE was found; connecting anew with a newer timestamp",
+                topic=self._own,
+                timestamp=time_ms,
+                ours=born_ms,
+                resolution="keep the clocks of all members in step, and give no other host this id",
+            )
+
     async def _keep_told(self, client: Client, born_ms: int, *, speaks: bool) -> None:
         """Have the broker hold what is true, until this connection is not the right one for it."""
+        reborn_at: float | None = None
         while not self._ending and self._speaks is speaks:
             self._changed.clear()
             if speaks:
                 for topic, payload in self._wanted(born_ms):
                     if self._held.get(topic) != payload:
                         await self._put(client, topic, payload)
-            if not self._changed.is_set():
-                await self._changed.wait()
+            if self._outdated and reborn_at is None:
+                now = asyncio.get_running_loop().time()
+                reborn_at = now + self._rebirths.next_s(worked=self._steady)
+            try:
+                async with asyncio.timeout_at(reborn_at):
+                    await self._changed.wait()
+            except TimeoutError:  # birth and will have one timestamp, so it takes a new connection
+                await self._put(client, self._own, offline(born_ms))
+                return
         others = self._sparkplug and self._held.get(self._own) != self._online(born_ms)
         if speaks and not others:  # the next primary's STATE stays
-            await self._put(client, self._own, offline(max(born_ms, self._now_ms())))
+            left_ms = max(born_ms, self._now_ms())
+            self._newest_ms = max(self._newest_ms, left_ms)
+            await self._put(client, self._own, offline(left_ms))
 
     async def _put(self, client: Client, topic: str, payload: bytes) -> None:
         self._held[topic] = payload
@@ -300,6 +346,22 @@ def epoch_in(payload: bytes) -> int:
     if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch <= LARGEST_EPOCH:
         return -1
     return epoch
+
+
+def state_in(payload: bytes) -> tuple[bool, int]:
+    """Whether a Sparkplug STATE is ``online``, and its timestamp, or -1 for what edge nodes ignore."""
+    try:
+        told = json.loads(payload) if len(payload) <= LONGEST_READ else None
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        return False, -1
+    time_ms = told.get("timestamp")
+    if isinstance(time_ms, bool) or not isinstance(time_ms, int):
+        return False, -1
+    if not 0 <= time_ms <= LARGEST_TIMESTAMP:
+        return False, -1
+    return told.get("online") is True, time_ms
 
 
 def level(name: str) -> str:

@@ -121,6 +121,19 @@ class Workload:
         self._call_off()
         self._kill()
 
+    def send_signal(self, number: int) -> bool:
+        """Send a signal to the command's main process; whether it runs.
+
+        Its number is its own until ``_forget`` has reaped it, also as a zombie.
+        """
+        if self._process is None or self._watching is None or self._watching.done():
+            return False
+        try:
+            os.kill(self._process.pid, number)
+        except OSError:
+            return False
+        return True
+
     # -- small steps --------------------------------------------------------------------------
 
     def _call_off(self) -> None:

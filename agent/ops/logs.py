@@ -4,8 +4,10 @@
 
 A module that logs has ``log = Log(__name__)`` and calls ``log.info("role changed", epoch=7)``: a
 constant message, and the facts as fields. In the journal (stderr is connected to it) the time is
-the journal's own, and the level goes as its priority prefix. Not promised: that a log line never
-blocks; a stderr that nobody reads from stops the process as it does any other.
+the journal's own, and the level goes as its priority prefix.
+
+Logging never blocks: a thread writes the lines (ops/lines.py). Where stderr is a pipe that nobody reads,
+lines are dropped and counted (``dropped``), output of other programs (events with a field ``line``) first.
 """
 
 import json
@@ -16,6 +18,8 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
+
+from agent.ops.lines import LineWriter, StderrLines
 
 Form = Literal["text", "json"]
 """``text`` is key=value, ``json`` is one object a line."""
@@ -36,6 +40,9 @@ A_LINE_PER_REQUEST = ("httpx2", "httpcore2")
 """Libraries that say at INFO what each heartbeat is; only their warnings are events."""
 
 QUOTED_BECAUSE_OF = frozenset(' "=\\')
+
+FLUSH_S = 1.0
+"""How long the end of the process waits for its last lines to be written."""
 
 
 class Log:
@@ -181,6 +188,64 @@ def in_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
+class _QueueHandler(logging.Handler):
+    """Hands each line to a writer that never blocks."""
+
+    def __init__(self, writer: LineWriter, formatter: LineFormatter) -> None:
+        super().__init__()
+        self.writer = writer
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - a field that cannot be printed must not end its caller
+            self.handleError(record)
+            return
+        self.writer.put(line, bulk="line" in getattr(record, "fields", {}))
+
+    def flush(self) -> None:
+        """Called by logging.shutdown() at the end of the process."""
+        self.writer.flush(FLUSH_S)
+
+
+def _writer_of(stream: TextIO) -> LineWriter | None:
+    """The writer in use, or a new one for ``stream``; None if it is no file, which cannot block."""
+    try:
+        fd = stream.fileno()
+    except (OSError, ValueError):
+        return None
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _QueueHandler) and handler.writer.fd == fd:
+            return handler.writer
+    return LineWriter(fd, str)
+
+
+def _handler_of(stream: TextIO, formatter: LineFormatter) -> logging.Handler:
+    writer = _writer_of(stream)
+    if writer is None:
+        handler: logging.Handler = logging.StreamHandler(stream)
+        handler.setFormatter(formatter)
+        return handler
+
+    def report(count: int) -> str:
+        name, text = __name__, "log lines dropped"
+        record = logging.LogRecord(name, logging.WARNING, "", 0, text, None, None)
+        record.fields = {"count": count}
+        return formatter.format(record)
+
+    writer.report = report
+    if stream is sys.__stderr__:  # warnings, tracebacks of threads and errors must not block either
+        sys.stderr = StderrLines(writer)
+    return _QueueHandler(writer, formatter)
+
+
+def dropped() -> int:
+    """How many log lines this process has dropped because nobody reads its stderr."""
+    handlers = logging.getLogger().handlers
+    return sum(h.writer.dropped for h in handlers if isinstance(h, _QueueHandler))
+
+
 def configure(level: str, form: Form, *, access_log: bool = False) -> None:
     """Send every event of this process to stderr. May be called again.
 
@@ -189,9 +254,8 @@ def configure(level: str, form: Form, *, access_log: bool = False) -> None:
         form: see ``Form``.
         access_log: whether uvicorn's line per request is wanted (a server's Config must agree).
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(form, journal=in_journal(sys.stderr, os.environ)))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    formatter = LineFormatter(form, journal=in_journal(sys.stderr, os.environ))
+    logging.basicConfig(level=level, handlers=[_handler_of(sys.stderr, formatter)], force=True)
     for name in UVICORN:
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -264,6 +264,12 @@ class AgentForm(Settings):
         description="Working directory of all hooks; absolute. The default is on every host and"
         " keeps no file system from being unmounted.",
     )
+    hook_directories_writable: Annotated[bool, Kind("", "true or false")] = Field(
+        default=False,
+        description="Whether directories on the way to a hook, a check or a fence command may be"
+        " writable by others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only)."
+        " Whoever can write there decides what the agent runs.",
+    )
     hook_environment: Variables = Field(
         default_factory=dict,
         description="Variables for all hooks, beside the documented ones. A flag or variable is"
@@ -291,6 +297,12 @@ class AgentForm(Settings):
         "on-failure",
         description="When the workload is started again after it has ended by itself. If it is not,"
         " the agent stops, with the workload's exit code.",
+    )
+    workload_forward_hup: Annotated[bool, Kind("", "true or false")] = Field(
+        default=False,
+        description="Whether SIGHUP, which has the agent read its configuration again, is passed on to"
+        " the workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any case"
+        " (docs/exec.md).",
     )
     fence_command: Argv = Field(
         (),

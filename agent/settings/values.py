@@ -346,11 +346,13 @@ class AgentSettings:
     hook_user: str | None
     hook_group: str | None
     hook_directory: Path
+    hook_directories_writable: bool
     hook_environment: Mapping[str, str]
     webhook_secret_file: Path | None
     webhook_ca_file: Path | None
     workload: tuple[str, ...]
     workload_restart: RestartRule
+    workload_forward_hup: bool
     fence_command: tuple[str, ...]
     watchdog_device: Path | None
     guard: bool

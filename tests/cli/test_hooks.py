@@ -129,3 +129,17 @@ def test_a_hook_that_is_not_there_or_not_fit_is_not_tried(cli: Cli) -> None:
     assert (code, "--hook-left" in err) == (ExitCode.CONFIG_VALUE, True)
     code, _, _ = cli("hooks", "test", "left", "--hook-left=/etc/passwd")
     assert code == ExitCode.HOOK_NOT_EXECUTABLE
+
+
+def test_list_and_check_config_find_a_hook_that_cannot_be_executed(
+    cli: Cli, hook: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 24: nothing but its run showed it."""
+    path = Path(hook("exit 0"))
+    path.write_bytes(b"#!/bin/sh\r\nexit 0\r\n")
+    for command in (["hooks", "list"], ["check-config"]):
+        monkeypatch.setenv("FAILOVER_AGENT_GROUP", "g")
+        monkeypatch.setenv("FAILOVER_AGENT_HOOK_PRIMARY", str(path))
+        code, out, err = cli(*command)
+        assert code == ExitCode.HOOK_NOT_EXECUTABLE
+        assert "carriage return" in out + err

@@ -236,3 +236,21 @@ def test_rights_are_given_by_the_list_and_denied_beats_allowed(
 
 def test_no_list_gives_every_right() -> None:
     assert allowed(None, ANN, "t", Right.MANAGE)
+
+
+async def test_replaced_users_count_at_once_and_unchanged_ones_are_not_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 22: users change at a reload; to check 10,000 agents again would cost them their roles."""
+    ann, ben = (f"{name}:{hash_password('s')}" for name in ("ann", "ben"))
+    known = Authenticator(users(tmp_path, ann, ben))
+    for name in ("ann", "ben"):
+        assert (await known.caller(basic(name, "s"))).name == name
+    known.replace(users(tmp_path, ann), None)
+    with pytest.raises(Unauthenticated):
+        await known.caller(basic("ben", "s"))
+    monkeypatch.setattr(auth, "_scrypt", None)
+    assert (await known.caller(basic("ann", "s"))).name == "ann"
+    monkeypatch.undo()
+    known.replace(users(tmp_path, ann, f"cas:{hash_password('s')}"), None)
+    assert (await known.caller(basic("cas", "s"))).name == "cas"

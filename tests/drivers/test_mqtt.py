@@ -302,6 +302,100 @@ async def test_a_primary_that_is_replaced_leaves_the_next_ones_state(
     assert watcher.of(STATE)[-1].payload == other
 
 
+AHEAD_MS = 9_999_999_999_999
+"""The year 2286."""
+
+
+def state(timestamp: int, *, online: bool = False) -> bytes:
+    return json.dumps({"online": online, "timestamp": timestamp}).encode()
+
+
+def believed(watcher: Watcher) -> list[dict[str, Any]]:
+    """The messages that an edge node takes: none that is older than the one before."""
+    taken: list[dict[str, Any]] = []
+    for message in watcher.of(STATE):
+        if not taken or message.told["timestamp"] >= taken[-1]["timestamp"]:
+            taken.append(message.told)
+    return taken
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize("before", [True, False])
+async def test_a_newer_offline_state_is_outdone(
+    broker: Broker, watcher: Watcher, clients: list[Any], *, protocol: str, before: bool
+) -> None:
+    """Fault 26: edge nodes stored for ever, since online was repeated with the old timestamp."""
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant", protocol=protocol)
+    if before:
+        watcher.publish(STATE, state(AHEAD_MS))
+    async with announcing("host-a", Role.PRIMARY, **keys):
+        if not before:
+            await heard(watcher, STATE, online=True)
+            watcher.publish(STATE, state(AHEAD_MS))
+        await until(lambda: believed(watcher)[-1] == {"online": True, "timestamp": AHEAD_MS + 1})
+        cut(clients[-1])  # the will has the new timestamp, too
+        await until(lambda: {"online": False, "timestamp": AHEAD_MS + 1} in believed(watcher))
+        await until(lambda: believed(watcher)[-1]["online"])
+    await until(lambda: not believed(watcher)[-1]["online"])
+    assert believed(watcher)[-1] == watcher.of(STATE)[-1].told
+
+
+async def test_a_member_that_saw_a_newer_state_is_born_newer_at_once(
+    broker: Broker, watcher: Watcher, clients: list[Any]
+) -> None:
+    watcher.publish(STATE, state(AHEAD_MS))
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    async with announcing("host-a", **keys) as announcer:
+        await until(lambda: announcer._newest_ms == AHEAD_MS)
+        announcer.announce(Said(Role.PRIMARY, 2))
+        await heard(watcher, STATE, online=True, timestamp=AHEAD_MS + 1)
+        assert len(clients) == 2
+        assert len(watcher.of(STATE)) == 2
+
+
+async def test_somebody_who_always_outdoes_us_cannot_make_a_storm(
+    broker: Broker, watcher: Watcher, clients: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(ops, "LONGEST_WAIT_S", 30.0)
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    async with announcing("host-a", Role.PRIMARY, **keys):
+        began_at = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() - began_at < 2:
+            newest = max((m.told["timestamp"] for m in watcher.of(STATE)), default=AHEAD_MS)
+            await asyncio.to_thread(watcher.publish, STATE, state(newest + 1))
+            await asyncio.sleep(0.02)
+        assert 2 <= len(clients) <= 7  # 0.2, 0.4, 0.8, ... and at least half of each
+
+
+async def test_a_newer_online_state_of_somebody_else_is_no_reason_to_connect_anew(
+    broker: Broker, watcher: Watcher, clients: list[Any]
+) -> None:
+    keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
+    async with announcing("host-a", Role.PRIMARY, **keys):
+        await heard(watcher, STATE, online=True)
+        watcher.publish(STATE, state(AHEAD_MS, online=True))
+        await asyncio.sleep(0.3)
+        assert len(clients) == 1
+        watcher.publish(STATE, state(AHEAD_MS))  # its will
+        await heard(watcher, STATE, online=True, timestamp=AHEAD_MS + 1)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *GARBAGE,
+        b"{}",
+        b'{"timestamp": true}',
+        b'{"timestamp": -1}',
+        b'{"timestamp": 1e300}',
+        b'{"online": false, "timestamp": 18446744073709551615}',
+    ],
+)
+def test_a_state_that_edge_nodes_ignore_has_no_timestamp(garbage: bytes) -> None:
+    assert driver.state_in(garbage) == (False, -1)
+
+
 async def test_the_groups_id_is_the_host_id_by_default() -> None:
     announcer = made(broker="mqtt://127.0.0.1:1", payload="sparkplug")
     assert announcer._own == "spBv1.0/STATE/line-7"

@@ -1,13 +1,21 @@
-"""Stopping by signal."""
+"""Stopping, reloading, forwarding and surviving by signal."""
 
 import asyncio
 import logging
 import os
 import signal
+import subprocess
 
 import pytest
 
-from agent.ops.signals import stop_signals
+from agent.ops.signals import (
+    IGNORED,
+    forwarded_signals,
+    ignored_signals,
+    name_of,
+    on_hangup,
+    stop_signals,
+)
 
 
 async def logged(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:
@@ -53,3 +61,62 @@ async def test_the_handlers_of_before_are_back_afterwards() -> None:
     with stop_signals():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_ordinary_signals_are_survived_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with ignored_signals():
+        for number in [*IGNORED, *IGNORED]:
+            os.kill(os.getpid(), number)
+    names = [record.__dict__["fields"]["signal"] for record in caplog.records]
+    assert sorted(names) == sorted(map(name_of, IGNORED))
+
+
+def test_what_a_parent_had_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with ignored_signals():
+            assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_children_get_the_default_dispositions_back() -> None:
+    with ignored_signals():
+        status = subprocess.run(
+            ["cat", "/proc/self/status"], capture_output=True, text=True, check=True
+        ).stdout
+    masks = dict(line.split(":", 1) for line in status.splitlines())
+    ours = sum(1 << (number - 1) for number in IGNORED)
+    assert (int(masks["SigIgn"], 16) | int(masks["SigBlk"], 16)) & ours == 0
+
+
+async def test_signals_are_forwarded_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    got: asyncio.Queue[int] = asyncio.Queue()
+
+    def send(number: int) -> bool:
+        got.put_nowait(number)
+        return number != signal.SIGUSR2
+
+    with ignored_signals(), forwarded_signals(send):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 3):
+            os.kill(os.getpid(), number)
+            assert await asyncio.wait_for(got.get(), 30) == number
+    told = {
+        record.__dict__["fields"]["signal"]: record.getMessage()
+        for record in caplog.records
+        if "fields" in record.__dict__
+    }
+    assert told == {
+        "SIGUSR1": "signal forwarded to the workload",
+        "SIGUSR2": "signal ignored: the workload does not run",
+        "SIGRTMIN+3": "signal forwarded to the workload",
+    }
+
+
+async def test_each_hangup_calls_back_in_the_loop() -> None:
+    calls: asyncio.Queue[None] = asyncio.Queue()
+    with ignored_signals(), on_hangup(lambda: calls.put_nowait(None)):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.wait_for(calls.get(), 30)

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ MAX_LINKS = 40
 
 SCRIPT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """As run-parts takes names without being told otherwise."""
+
+HEADER_BYTES = 256
+"""Of a file that the kernel looks at when it executes it; an interpreter line has to fit."""
 
 MOST_SCRIPTS = 64
 """In one directory. Each ended one keeps a process number for a while (HookProcess.forget)."""
@@ -63,8 +67,22 @@ def scripts_in(directory: Path) -> tuple[tuple[Path, ...], tuple[tuple[str, str]
     return tuple(scripts), tuple(ignored)
 
 
-def check_directory(name: str, directory: Path, run_as: RunAs | None = None) -> None:
+def check_directory(
+    name: str,
+    directory: Path,
+    run_as: RunAs | None = None,
+    *,
+    search_path: str | None = None,
+    writable_directories: bool = False,
+) -> None:
     """Refuse a directory of scripts that others could change, or one of whose scripts is unfit.
+
+    Args:
+        name: which hook, for the message.
+        directory: of the scripts.
+        run_as: as for ``check_hook``, and so are the others.
+        search_path: see there.
+        writable_directories: see there.
 
     Raises:
         ConfigError: as ``check_hook`` does; HOOK_MISSING too if there is no script in it, and
@@ -91,22 +109,37 @@ def check_directory(name: str, directory: Path, run_as: RunAs | None = None) -> 
             f"hook {name}: {directory} has {len(scripts)} scripts; at most {MOST_SCRIPTS} can be run"
         )
     for part in trail:
-        _check_unchangeable(name, part)
+        _check_unchangeable(name, part, writable_directories=writable_directories)
     for script in scripts:
-        check_hook(name, [str(script)], run_as)
+        check_hook(
+            name,
+            [str(script)],
+            run_as,
+            search_path=search_path,
+            writable_directories=writable_directories,
+        )
 
 
-def check_hook(name: str, argv: Sequence[str], run_as: RunAs | None = None) -> None:
+def check_hook(
+    name: str,
+    argv: Sequence[str],
+    run_as: RunAs | None = None,
+    *,
+    search_path: str | None = None,
+    writable_directories: bool = False,
+) -> None:
     """Refuse a hook that could not run, or that others could change (R11).
 
     Args:
         name: which hook, for the message.
         argv: program and arguments; the program is an absolute path.
         run_as: whom it will run as; None for us.
+        search_path: the PATH that it will have, for an interpreter line with env; None for ours.
+        writable_directories: let directories be writable by others, as a ConfigMap volume is.
 
     Raises:
-        ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE, or
-            HOOK_WRITABLE: the file, or a directory or link on the way to it, belongs to neither
+        ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE (also: no
+            interpreter line, or one that leads nowhere), or HOOK_WRITABLE: the file, or a directory or link on the way to it, belongs to neither
             root nor us, or can be written by its group or by others (sticky directories may).
     """
     if not argv or not argv[0].startswith("/"):
@@ -129,6 +162,13 @@ def check_hook(name: str, argv: Sequence[str], run_as: RunAs | None = None) -> N
             f"hook {name}: {path} is not a regular file; name a program",
             exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
         )
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        raise ConfigError(
+            f"hook {name}: {path} is on a file system that is mounted noexec, so nothing there can be"
+            " executed: move it, or name its interpreter first, like"
+            f' ["/bin/sh", "{path}"]',
+            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
+        )
     blocking = path if not os.access(path, os.X_OK) else None
     if blocking is None and run_as is not None:
         blocking = next((part for part in trail if not run_as.may(part.stat())), None)
@@ -140,8 +180,74 @@ def check_hook(name: str, argv: Sequence[str], run_as: RunAs | None = None) -> N
             f" chmod a+x {shlex.quote(str(blocking))}",
             exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
         )
+    fault = _format_fault(path, search_path)
+    if fault is not None:
+        raise ConfigError(
+            f"hook {name}: {path} cannot be executed: {fault}",
+            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
+        )
     for part in trail:
-        _check_unchangeable(name, part)
+        _check_unchangeable(name, part, writable_directories=writable_directories)
+
+
+def _format_fault(path: Path, search_path: str | None) -> str | None:
+    """Why the kernel would not execute the content of a file, or None."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError:  # a program may be executable and not readable
+        return None
+    if header.startswith(b"#!"):
+        return _interpreter_fault(header, search_path)
+    if not header:
+        return "it is empty; write a program"
+    if header.startswith(b"\x7fELF") or b"\0" in header:  # the kernel may know other formats
+        return None
+    return (
+        "it has no interpreter line: let its very first line, without a byte order mark or a blank"
+        " before it, be one like #!/bin/sh"
+    )
+
+
+def _interpreter_fault(header: bytes, search_path: str | None) -> str | None:
+    line, newline, _ = header[2:].partition(b"\n")
+    if not newline and len(header) == HEADER_BYTES:
+        return f"its interpreter line is longer than {HEADER_BYTES} bytes; use a shorter path"
+    text = os.fsdecode(line)
+    if text.endswith("\r"):
+        return (
+            "its interpreter line ends with a carriage return, so it is in DOS format: run:"
+            " sed -i 's/\\r$//' on it"
+        )
+    program, _, argument = text.strip(" \t").replace("\t", " ").partition(" ")
+    if not program.startswith("/"):
+        return f"its interpreter line names {program!r}, which is no absolute path, like #!/bin/sh"
+    if not os.access(program, os.X_OK) or not Path(program).is_file():
+        return f"its interpreter {program} is not there, or may not be executed: install it"
+    if Path(program).name == "env":
+        return _env_fault(argument.strip(), search_path)
+    return None
+
+
+def _env_fault(argument: str, search_path: str | None) -> str | None:
+    """Why env would not find the program of an interpreter line; the kernel passes one argument."""
+    words = [argument]
+    if argument.startswith("-S"):
+        words = argument.removeprefix("-S").split()
+        while words and "=" in words[0]:
+            words.pop(0)
+    program = words[0] if words else ""
+    if program.startswith("-") or "/" in program:  # an option: its meaning is env's own matter
+        return None
+    if " " in program:
+        return f"env is given {program!r} as the name of one program: write #!/usr/bin/env -S {program}"
+    where = search_path if search_path is not None else os.environ.get("PATH", os.defpath)
+    if not program or shutil.which(program, path=where) is None:
+        return (
+            f"env finds no {program!r} on the PATH that the hook has ({where}): install it, name it by"
+            " its absolute path, or set PATH in hook_environment"
+        )
+    return None
 
 
 def _trail(path: Path) -> Iterator[Path]:
@@ -161,7 +267,7 @@ def _trail(path: Path) -> Iterator[Path]:
             todo.append(part.parent / part.readlink())
 
 
-def _check_unchangeable(name: str, part: Path) -> None:
+def _check_unchangeable(name: str, part: Path, *, writable_directories: bool) -> None:
     found = part.lstat()
     quoted = shlex.quote(str(part))
     if found.st_uid not in {0, os.geteuid()}:
@@ -172,11 +278,16 @@ def _check_unchangeable(name: str, part: Path) -> None:
         )
     if stat.S_ISLNK(found.st_mode):  # a link has no mode of its own; its directory's counts
         return
-    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+    is_directory = stat.S_ISDIR(found.st_mode)
+    if is_directory and (writable_directories or found.st_mode & stat.S_ISVTX):
+        return
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        hint = (
+            " (or, for a ConfigMap volume, set hook_directories_writable)" if is_directory else ""
+        )
         raise ConfigError(
             f"hook {name}: {part} can be written by its group or by others (mode"
             f" {stat.S_IMODE(found.st_mode):04o}), who could change the hook: run:"
-            f" chmod go-w {quoted}",
+            f" chmod go-w {quoted}{hint}",
             exit_code=ExitCode.HOOK_WRITABLE,
         )

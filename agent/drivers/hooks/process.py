@@ -19,12 +19,14 @@ import asyncio
 import errno
 import json
 import os
+import pwd
 import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import IO, Any
 
 from agent.drivers.hooks.check import RunAs
@@ -107,7 +109,23 @@ class Surroundings:
         own = {key: os.environ[key] for key in INHERITED if key in os.environ}
         if self.run_as is not None and self.run_as.home is not None:
             own["HOME"] = self.run_as.home
+        elif "HOME" not in own and (home := _own_home()) is not None:
+            own["HOME"] = home
         return {**own, **self.environment}
+
+    @property
+    def search_path(self) -> str:
+        """Where a hook's interpreter is looked for by env."""
+        return self.variables().get("PATH", os.defpath)
+
+
+@cache
+def _own_home() -> str | None:
+    """The home directory of our user, for a service that was started without HOME."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return None
 
 
 class _Output:

@@ -7,7 +7,7 @@ import grp
 import os
 import pwd
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -85,6 +85,7 @@ class HookSpec:
         all_steps: a failing step does not keep the next ones from running.
         secret: what webhooks are signed with.
         tls: how https servers prove who they are; None without a webhook.
+        writable_directories: see ``check_hook``.
     """
 
     name: str
@@ -94,6 +95,7 @@ class HookSpec:
     around: Surroundings = field(default_factory=Surroundings)
     secret: bytes | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+    writable_directories: bool = False
 
     @property
     def form(self) -> Form:
@@ -135,16 +137,31 @@ class HookSpec:
         """
         match self.form:
             case Form.COMMAND:
-                check_hook(self.name, self.value, self.around.run_as)
+                self._check(self.value)
             case Form.DIRECTORY:
-                check_directory(self.name, Path(self.value[0]), self.around.run_as)
+                check_directory(
+                    self.name,
+                    Path(self.value[0]),
+                    self.around.run_as,
+                    search_path=self.around.search_path,
+                    writable_directories=self.writable_directories,
+                )
             case Form.WEBHOOK:
                 pass
 
     def check_again(self, step: Command) -> None:
         """Refuse a script that came, or was changed, since ``check``. Raises ConfigError."""
         if step.name is not None:
-            check_hook(self.name, step.argv, self.around.run_as)
+            self._check(step.argv)
+
+    def _check(self, argv: Sequence[str]) -> None:
+        check_hook(
+            self.name,
+            argv,
+            self.around.run_as,
+            search_path=self.around.search_path,
+            writable_directories=self.writable_directories,
+        )
 
     def exec_plan(self) -> ExecPlan:
         """The plan for the guard, as things are now. Raises ConfigError as ``steps`` does."""
@@ -211,6 +228,7 @@ def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
                 around=around,
                 secret=secret,
                 tls=tls,
+                writable_directories=settings.hook_directories_writable,
             )
             for event, value in values.items()
         }

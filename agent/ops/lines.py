@@ -1,0 +1,190 @@
+"""Write lines to a descriptor that may block, such as a pipe that nobody reads, from a thread.
+
+Owns a bounded queue and one daemon thread that writes. Whoever has a line never waits: a line for which
+there is no room is dropped and counted, and once writing works again one line reports how many are
+missing, where they are missing. Knows nothing of what the lines mean.
+
+Not promised: that a line was written when the process is killed. ``flush`` waits, up to a limit.
+"""
+
+import io
+import os
+import select
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+MOST_BYTES = 256 * 1024
+"""Queued lines, some 2,000. An agent's memory has to stay small, and a reader that is further behind
+than this has been stopped."""
+
+BULK_BYTES = MOST_BYTES * 3 // 4
+"""Of these for lines that are marked as bulk: a program's output never pushes out our own lines."""
+
+RESUME_BYTES = MOST_BYTES // 2
+"""After a drop, bulk lines are queued again from here on, so that gaps are few and long."""
+
+LONGEST_PART = 8192
+"""Characters without a newline that ``StderrLines`` keeps."""
+
+
+class _Entry(NamedTuple):
+    """A queued line; ``missing``: how many dropped lines it reports, 0 for a line itself."""
+
+    data: bytes
+    missing: int
+
+
+class LineWriter:
+    """A queue of lines to one descriptor. Any thread may put lines; none of them ever waits.
+
+    Args:
+        fd: where the lines go. It is not closed.
+        report: makes the line that says how many lines were dropped.
+    """
+
+    def __init__(self, fd: int, report: Callable[[int], str]) -> None:
+        self.fd = fd
+        self.report = report
+        self.dropped = 0
+        """Lines that were dropped so far: no room, or the descriptor refused them."""
+        self._missing = 0
+        self._queue: deque[_Entry] = deque()
+        self._bytes = 0
+        self._working = True
+        self._thread: threading.Thread | None = None
+        # Reentrant: a signal handler that logs may interrupt put() in the same thread.
+        self._changed = threading.Condition(threading.RLock())
+        os.register_at_fork(after_in_child=self._on_fork)
+
+    def put(self, line: str, *, bulk: bool = False) -> None:
+        """Queue a line, without its newline, or drop it. Never blocks, never raises.
+
+        Args:
+            line: what is to be written.
+            bulk: leave the reserve (MOST_BYTES - BULK_BYTES) to other lines.
+        """
+        data = line.encode(errors="backslashreplace") + b"\n"
+        with self._changed:
+            if not self._has_room(len(data), bulk=bulk):
+                self.dropped += 1
+                self._missing += 1
+                return
+            if self._missing and self._bytes <= RESUME_BYTES:
+                self._append_report()
+            self._append(_Entry(data, 0))
+            self._start()
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until every line is written or dropped; False if the limit is over before that."""
+        with self._changed:
+            if self._thread is None:
+                return not self._queue
+            return self._changed.wait_for(lambda: not self._queue, limit_s)
+
+    def _has_room(self, size: int, *, bulk: bool) -> bool:
+        if not self._queue:
+            return True
+        if not bulk:
+            return self._bytes + size <= MOST_BYTES
+        return self._bytes + size <= (RESUME_BYTES if self._missing else BULK_BYTES)
+
+    def _append(self, entry: _Entry) -> None:
+        self._queue.append(entry)
+        self._bytes += len(entry.data)
+        self._changed.notify_all()
+
+    def _append_report(self) -> None:
+        missing, self._missing = self._missing, 0
+        data = self.report(missing).encode(errors="backslashreplace") + b"\n"
+        self._append(_Entry(data, missing))
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name="log", daemon=True)
+            try:
+                thread.start()
+            except (
+                RuntimeError
+            ):  # no memory, or the interpreter is ending: the next line tries again
+                return
+            self._thread = thread
+
+    def _work(self) -> None:
+        # Signals are for the main thread, which may be blocked in a call that they have to interrupt.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            entry = self._next()
+            written = self._write(entry.data)
+            with self._changed:
+                self._working = written
+                self._queue.popleft()
+                self._bytes -= len(entry.data)
+                if not written:
+                    self._missing += entry.missing or 1
+                    self.dropped += not entry.missing
+                self._changed.notify_all()
+
+    def _next(self) -> _Entry:
+        """Wait for an entry. It stays in the queue, as ``flush`` waits for it too."""
+        with self._changed:
+            while not self._queue:
+                if self._missing and self._working:
+                    self._append_report()
+                else:
+                    self._changed.wait()
+            return self._queue[0]
+
+    def _write(self, data: bytes) -> bool:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self.fd, rest) :]
+            except BlockingIOError:  # somebody who shares the descriptor has made it non-blocking
+                select.select([], [self.fd], [])
+            except OSError:  # nobody will ever read it, or the disk is full
+                return False
+        return True
+
+    def _on_fork(self) -> None:
+        """Forget the parent's lines, its thread, and a lock that the thread may have held."""
+        self._changed = threading.Condition(threading.RLock())
+        self._thread = None
+        self._queue.clear()
+        self._bytes = self._missing = 0
+
+
+class StderrLines(io.TextIOBase):
+    """A ``sys.stderr`` that never blocks: whatever is printed goes line by line through a writer."""
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+        self._part = ""
+
+    def fileno(self) -> int:
+        """The descriptor below, which a child process may be given."""
+        return self._writer.fd
+
+    def isatty(self) -> bool:
+        """Whether the lines go to a terminal."""
+        return os.isatty(self._writer.fd)
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Queue the lines that this completes."""
+        *lines, self._part = (self._part + text).split("\n")
+        if len(self._part) > LONGEST_PART:
+            lines.append(self._part)
+            self._part = ""
+        for line in lines:
+            self._writer.put(line)
+        return len(text)
