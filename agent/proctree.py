@@ -117,9 +117,12 @@ def related(
 
 
 def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
-    """Live processes whose environment, as it was at their start, has the mark. May block."""
+    """Live processes whose environment, as it was at their start, has the mark. May block.
+
+    A mark that goes on with a full stop and more counts, too.
+    """
     wanted = f"{MARK}={mark}".encode()
-    found = {pid for pid in table if wanted in _environment(pid).split(b"\0")}
+    found = {pid for pid in table if _has_mark(pid, wanted)}
     return _killable(table, found)
 
 
@@ -216,6 +219,13 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
         for pid in pids - spared
         if pid in table and table[pid].state not in ENDED and table[pid].parent != 2  # noqa: PLR2004 - kthreadd
     }
+
+
+def _has_mark(pid: int, wanted: bytes) -> bool:
+    for entry in _environment(pid).split(b"\0"):
+        if entry == wanted or entry.startswith(wanted + b"."):
+            return True
+    return False
 
 
 def _environment(pid: int) -> bytes:

@@ -94,6 +94,7 @@ class Daemon:
             state_file.path,
             clock,
             tally,
+            instance=instance,
             ended=lambda event: self._effects.run_ended(event),  # noqa: PLW0108 - made below
             groups_changed=lambda: self._guarding.update(),  # noqa: PLW0108 - as above
             workload_ended=lambda status: self._inputs.workload_ended(status),  # noqa: PLW0108 - as above

@@ -8,11 +8,13 @@ KILL is the session's decision (R7, R8).
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
 from agent.daemon.vitals import Tally
@@ -26,11 +28,14 @@ from agent.drivers.hooks import (
     facts_of,
     specs_of,
 )
-from agent.drivers.workload import Restart, Workload, own_cgroup
+from agent.drivers.workload import Restart, Workload
 from agent.errors import ConfigError
 from agent.model import Role
+from agent.ops import process
+from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.process import Tree, own_cgroup
 from agent.settings import AgentSettings
 
 EVENTS: Mapping[Role, str] = {
@@ -38,6 +43,12 @@ EVENTS: Mapping[Role, str] = {
     Role.PENDING_PRIMARY: "pending_primary",
     Role.SECONDARY: "secondary",
 }
+TREE_POLL_S = 0.02
+"""How often the processes of a pre-empted promotion are looked for."""
+
+REAP_S = 1.0
+"""How long a demotion that is done waits for orphans to be reaped."""
+
 WORKLOAD_SHARE = 0.5
 """Share of a demotion's time in which the workload may end by itself; the hook has the rest."""
 
@@ -49,8 +60,10 @@ class _Run:
     """One run under way."""
 
     role: Role
+    tree: Tree
     hook: HookRun | None = None
     termed: bool = False
+    killing: "asyncio.Task[str | None] | None" = None
 
 
 class Runs:
@@ -60,6 +73,7 @@ class Runs:
         settings: hooks and workload.
         session_id: told to hooks.
         state_file: told to hooks.
+        instance: marks the processes of this agent's tenures, to find them again.
         tally: counts hooks.
         ended: takes HookEnded.
         groups_changed: called when there is something else to be killed by the guard.
@@ -78,6 +92,7 @@ class Runs:
         clock: Clock,
         tally: Tally,
         *,
+        instance: str,
         ended: Callable[[HookEnded], None],
         groups_changed: Callable[[], None],
         workload_ended: Callable[[int | None], None],
@@ -93,8 +108,14 @@ class Runs:
         self._runner = HookRunner(clock)
         self._specs = specs_of(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
+        self.cookie = instance
         self._runs: dict[int, _Run] = {}
         self._of_tenure: list[HookRun] = []
+        self._tree: Tree | None = None
+        self._lane = Lane("orphans")
+        self._last_killing: asyncio.Task[str | None] | None = None
+        self._demotion: HookSpec | None = None
+        process.become_subreaper()
         self.workload: Workload | None = None
         if settings.workload:
             self.workload = Workload(
@@ -103,13 +124,17 @@ class Runs:
                 Restart(settings.workload_restart),
                 workload_ended,
                 cgroup=own_cgroup(),
+                mark=f"{instance}.workload",
             )
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles for which there is something to run, or to tell the guard at a promotion."""
+        """The roles for which there is something to run, or to tell the guard at a promotion.
+
+        Whatever a promotion starts, a demotion has to end, with a hook of its own or without.
+        """
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
-        both = self.workload is not None or Role.SECONDARY in hooked
+        both = self.workload is not None or hooked
         return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if both else set()))
 
     def reconfigure(self, settings: AgentSettings) -> None:
@@ -136,11 +161,25 @@ class Runs:
         """Process groups of the promotion hooks of this tenure, in which something may live."""
         return tuple(pgid for hook in self._of_tenure for pgid in hook.pgids)
 
+    @property
+    def tenure_roots(self) -> tuple[proctree.Process, ...]:
+        """Known processes of this tenure, by number and start time."""
+        roots = set(self._tree.roots) if self._tree is not None else set()
+        if self.workload is not None and self.workload.identity is not None:
+            roots.add(self.workload.identity)
+        return tuple(sorted(roots))
+
+    async def end_former_life(self, instance: str) -> None:
+        """Kill what an earlier agent, which died together with its guard, has left of its tenure."""
+        left = await Tree(instance).kill()
+        if left is not None:
+            log.error("processes of an earlier run are left", reason=left)
+
     def begin(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
         """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
-        run = self._runs[number] = _Run(facts.role)
+        run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
         return self._whole(number, run, facts, self._told_of(facts, last_data))
 
     async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
@@ -165,18 +204,20 @@ class Runs:
             self.workload.kill()  # TERM was the beginning of its stop
 
     def kill(self, number: int) -> None:
-        """KILL to what runs."""
+        """KILL to what runs, with all that a promotion has started."""
         run = self._runs.get(number)
         if run is None:
             return
         run.termed = True
         if run.hook is not None:
             run.hook.kill()
-        if run.role is Role.SECONDARY and self.workload is not None:
+        if run.role is not Role.SECONDARY:
+            self._kill_tree(run)
+        elif self.workload is not None:
             self.workload.kill()
 
     def kill_all(self) -> None:
-        """R4's escalation: KILL to every group of this tenure."""
+        """R4's escalation: KILL to every process of this tenure, and to the demotion hook."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
@@ -184,6 +225,12 @@ class Runs:
             hook.kill()
         if self.workload is not None:
             self.workload.kill()
+        if self._tree is not None:
+            self._last_killing = asyncio.get_running_loop().create_task(self._tree.kill())
+
+    def _kill_tree(self, run: _Run) -> None:
+        if run.killing is None or run.killing.done():
+            run.killing = asyncio.get_running_loop().create_task(run.tree.kill())
 
     async def fence(self) -> None:
         """R4's escalation: the fence command, if there is one; bounded by the hooks' limit."""
@@ -217,17 +264,37 @@ class Runs:
 
     # -- a change of role -----------------------------------------------------------------------
 
-    async def _promote(self, run: _Run, role: Role, told: dict[str, Any]) -> tuple[bool, str]:
-        ok, why = await self._hook(run, role, told)
+    async def _promote(self, run: _Run, role: Role, payload: dict[str, Any]) -> tuple[bool, str]:
+        if self._tree is None:  # the tenure begins, and keeps the demotion hook of this moment
+            self._tree = Tree(self.cookie, adopts=True)
+            self._demotion = self._specs.get(EVENTS[Role.SECONDARY])
+        ok, why = await self._hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None:
             if run.termed:
                 return False, "terminated"
-            fault = self.workload.start(environment_of(told))
+            fault = await self.workload.start(environment_of(payload))
             self._groups_changed()
-            return fault is None, fault or "workload started"
+            ok, why = fault is None, fault or "workload started"
+        if run.termed:
+            await self._until_gone(run)
         return ok, why
 
-    async def _demote(self, run: _Run, facts: HookFacts, told: dict[str, Any]) -> tuple[bool, str]:
+    async def _until_gone(self, run: _Run) -> None:
+        """Wait until nothing lives that a pre-empted promotion has started.
+
+        It was sent TERM; KILL comes from the session when the grace is over.
+        """
+        while True:
+            with suppress(StuckError):
+                if not await run.tree.look():
+                    break
+            await asyncio.sleep(TREE_POLL_S)
+        if run.killing is not None:
+            await run.killing
+
+    async def _demote(
+        self, run: _Run, facts: HookFacts, payload: dict[str, Any]
+    ) -> tuple[bool, str]:
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -235,28 +302,54 @@ class Runs:
                 await self.workload.stop()
             finally:
                 killing.cancel()
-        ok, why = await self._hook(run, Role.SECONDARY, told)
+        spec = self._demotion if self._tree is not None else self._specs.get(EVENTS[Role.SECONDARY])
+        ok, why = await self._hook(run, Role.SECONDARY, spec, payload)
+        if ok and self._tree is not None:
+            # Not before the hook: it may stop in order what a promotion hook has left to run.
+            left = await self._tree.kill()
+            if left is not None:
+                return False, left
         if ok:
             self._of_tenure.clear()
+            self._tree = self._demotion = None
+            await self._reap()
         return ok, why
 
-    async def _hook(self, run: _Run, role: Role, told: dict[str, Any]) -> tuple[bool, str]:
-        spec = self._specs.get(EVENTS[role])
+    async def _reap(self) -> None:
+        with suppress(StuckError, TimeoutError):
+            await self._lane.run(process.reap_orphans, timeout_s=REAP_S)
+
+    async def _hook(
+        self, run: _Run, role: Role, spec: HookSpec | None, payload: dict[str, Any]
+    ) -> tuple[bool, str]:
         if spec is None:
             return True, "no hook"
         if run.termed:
             return False, "terminated"
-        run.hook = hook = self._runner.start(spec, environment_of(told), told)
-        log.info("hook started", hook=spec.name, pid=hook.pid, epoch=told["epoch"])
+        environment = environment_of(payload)
+        if role is not Role.SECONDARY:
+            environment |= process.mark(run.tree.value)
+        run.hook = hook = self._runner.start(spec, environment, payload)
         if role is not Role.SECONDARY:
             self._of_tenure.append(hook)
-        self._groups_changed()
+        await hook.launched()
+        log.info("hook started", hook=spec.name, pid=hook.pid, epoch=payload["epoch"])
+        self._note_processes(run, hook)
         ended = await hook.wait()
         run.hook = None
+        self._note_processes(run, hook)
         self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
         say = log.info if ended.ok else log.warning
         say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
         return ended.ok, ended.why
+
+    def _note_processes(self, run: _Run, hook: HookRun) -> None:
+        """Count what a promotion hook has started to the tenure; the guard hears of all groups."""
+        if run.role is not Role.SECONDARY and self._tree is not None:
+            for child in hook.children:
+                run.tree.add(child)
+                self._tree.add(child)
+        self._groups_changed()
 
     # -- what hooks and the guard are told ---------------------------------------------------------
 
@@ -269,7 +362,7 @@ class Runs:
             reason="the guard acts for the agent",
             limit_s=limit_s,
         )
-        spec = self._specs.get(EVENTS[Role.SECONDARY])
+        spec = self._demotion or self._specs.get(EVENTS[Role.SECONDARY])
         if spec is None:
             return GuardHook([], {})
         try:
@@ -282,7 +375,7 @@ class Runs:
         told = self._told_of(facts, promotion.last_data)
         return GuardHook(
             plan.commands,
-            {**plan.environment, **environment_of(told)},
+            {**plan.environment, **environment_of(told), **process.mark(process.APART)},
             json.dumps(told) + "\n",
             plan.directory,
             plan.uid,

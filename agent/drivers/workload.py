@@ -4,28 +4,28 @@ Owns its process, its process group and, where one can be made, its cgroup. Know
 it starts, stops and restarts when it is told to, and says when the command has ended for good.
 
 The command gets our stdout, stderr and working directory, /dev/null as stdin, our environment and
-the FAILOVER_ variables. It is killed when the agent dies (PDEATHSIG); the guard sees to the rest of its
-group. What is not promised: where no cgroup can be made, a process that leaves the group by setsid
-is not stopped with it.
+the FAILOVER_ variables. It is killed when the agent dies (PDEATHSIG); the guard sees to the rest.
+Its processes are found as agent/proctree.py says, also where no cgroup can be made.
 """
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
+from agent import proctree
 from agent.errors import ConfigError, ExitCode
+from agent.ops import process
+from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.process import Child, Ended, Tree
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.01
 """How often a group that is being stopped is looked at."""
 
@@ -40,8 +40,6 @@ GIVE_UP_AFTER = 5
 """Failed starts in a row after which another member is to try."""
 
 UNKNOWN = "not known: SIGCHLD is ignored, or somebody else has waited for it"
-
-CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 log = Log(__name__)
 
@@ -61,7 +59,8 @@ class Workload:
         argv: program and arguments; a program without a slash is looked for on PATH.
         ended: called with the exit status (128 + n for signal n) when it has ended by itself and
             is not to be started again; None: it fails again and again.
-        cgroup: the folder of a cgroup of ours in which one can be made for it, or None.
+        cgroup: the directory of a cgroup of ours in which one can be made for it, or None.
+        mark: by which its processes are found again (ops/process.py).
     """
 
     def __init__(
@@ -72,67 +71,77 @@ class Workload:
         ended: Callable[[int | None], None],
         *,
         cgroup: Path | None = None,
+        mark: str = "workload",
     ) -> None:
         self._argv = argv
         self._clock = clock
         self._restart = restart
         self._ended = ended
         self._cgroup = cgroup / f"workload-{os.getpid()}" if cgroup is not None else None
+        self._mark = mark
         self._env: Mapping[str, str] = {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
+        self._tree: Tree | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._killing: asyncio.Task[str | None] | None = None
         self._again: asyncio.TimerHandle | None = None
+        self._restarting: asyncio.Task[None] | None = None
         self._wanted = False
         self._short = 0
         self._failed = 0
         self._started_at = float("-inf")
-        self._prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before any fork
 
     @property
     def pgid(self) -> int | None:
         """Its process group, while any of it may live."""
-        return self._process.pid if self._process is not None else None
+        return self._child.pid if self._child is not None and self._child.identity else None
+
+    @property
+    def identity(self) -> proctree.Process | None:
+        """Number and start time of its own process, while any of it may live."""
+        return self._child.identity if self._child is not None else None
 
     @property
     def cgroup(self) -> Path | None:
         """Its cgroup, if it has one."""
         return self._cgroup if self._cgroup is not None and self._cgroup.is_dir() else None
 
-    def start(self, env: Mapping[str, str]) -> str | None:
+    async def start(self, env: Mapping[str, str]) -> str | None:
         """Start it with the variables of a tenure; why it could not be started, or None."""
         self._env = env
         self._wanted = True
         self._short = self._failed = 0
-        return self._spawn()
+        return await self._spawn()
 
     async def stop(self) -> None:
-        """TERM to its group and cgroup; back when nothing of it lives. ``kill`` hurries it."""
+        """TERM to all of its processes; back when nothing of it lives. ``kill`` hurries it."""
         self._call_off()
         self._signal(signal.SIGTERM)
-        self._term_strays()
-        while self._lives():  # noqa: ASYNC110 - nothing tells when the last of a group is gone
+        if self._tree is not None:
+            await self._tree.signal(signal.SIGTERM)
+        while await self._lives():  # noqa: ASYNC110 - nothing tells when the last of a tree is gone
             await asyncio.sleep(POLL_S)
         if self._watching is not None:
             await self._watching
+        if self._killing is not None:
+            await self._killing
         self._forget()
 
     def kill(self) -> None:
-        """KILL to its group and cgroup."""
+        """KILL to all of its processes."""
         self._call_off()
-        self._kill()
+        self._signal(signal.SIGKILL)
+        if self._tree is not None and (self._killing is None or self._killing.done()):
+            self._killing = asyncio.get_running_loop().create_task(self._tree.kill())
 
     def send_signal(self, number: int) -> bool:
-        """Send a signal to the command's main process; whether it runs.
-
-        Its number is its own until ``_forget`` has reaped it, also as a zombie.
-        """
-        if self._process is None or self._watching is None or self._watching.done():
+        """Send a signal to the command's main process; whether it runs."""
+        if self._child is None or self._child.ended or self._child.identity is None:
             return False
         try:
-            os.kill(self._process.pid, number)
+            return proctree.send(self._child.identity, number)
         except OSError:
             return False
-        return True
 
     # -- small steps --------------------------------------------------------------------------
 
@@ -143,71 +152,43 @@ class Workload:
             self._again.cancel()
             self._again = None
 
-    def _spawn(self) -> str | None:
+    async def _spawn(self) -> str | None:
         self._again = None
         self._started_at = self._clock.boottime()
-        agent = os.getpid()
-        inside = None
-        if self._cgroup is not None:
-            with suppress(OSError):
-                self._cgroup.mkdir(exist_ok=True)
-                inside = os.open(self._cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-
-        def prepare() -> None:
-            """In the child, between fork and exec."""
-            self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != agent:  # it died before the line above
-                os._exit(1)
-            if inside is not None:
-                with suppress(OSError):  # then its group alone is what is stopped
-                    os.write(inside, b"0")
-
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 - what the operator says
-                list(self._argv),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **self._env},
-                process_group=0,
-                preexec_fn=prepare,  # noqa: PLW1509 - one prctl, loaded before
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"{self._argv[0]} could not be started: {error}"
-        finally:
-            if inside is not None:
-                os.close(inside)
-        log.info("workload started", pid=self._process.pid, epoch=self._env.get("FAILOVER_EPOCH"))
-        self._watching = asyncio.get_running_loop().create_task(self._watch(self._process))
+        self._tree = Tree(self._mark)
+        child = self._child = Child(
+            self._argv,
+            die_with_us=True,
+            cgroup=self._cgroup,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._env, **process.mark(self._mark)},
+            process_group=0,
+        )
+        child.start()
+        failed = await child.launched()
+        if failed is not None:
+            return f"{self._argv[0]} could not be started: {failed.error}"
+        self._tree.add(child)
+        if self.cgroup is not None:
+            self._tree.cgroup = str(self.cgroup)
+        log.info("workload started", pid=child.pid, epoch=self._env.get("FAILOVER_EPOCH"))
+        self._watching = asyncio.get_running_loop().create_task(self._watch(child))
         return None
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        noticed: asyncio.Future[os.waitid_result | None] = loop.create_future()
-
-        def notice(result: os.waitid_result | None) -> None:
-            if not noticed.done():
-                noticed.set_result(result)
-
-        def wait() -> None:
-            # Not reaped here: while it is a zombie, its group's number cannot be given to a stranger.
-            result = None
-            with suppress(ChildProcessError):
-                result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(notice, result)
-
-        threading.Thread(target=wait, daemon=True).start()  # holds nobody up at the exit
-        result = await noticed
-        status, how = _status(result)
+    async def _watch(self, child: Child) -> None:
+        status, how = _status(await child.wait())
         seconds = self._clock.boottime() - self._started_at
-        log.info("workload ended", pid=process.pid, result=how, seconds=seconds)
-        if result is None:  # nothing holds its number any more
-            self._kill()
-            self._forget()
+        log.info("workload ended", pid=child.pid, result=how, seconds=seconds)
         if self._wanted:
-            self._end_by_itself(status)
+            await self._end_by_itself(status)
 
-    def _end_by_itself(self, status: int) -> None:
-        self._kill()  # what it left behind does not outlive it
+    async def _end_by_itself(self, status: int) -> None:
+        if self._tree is not None:  # what it left behind does not outlive it
+            left = await self._tree.kill()
+            if left is not None:
+                log.error("workload left processes behind", reason=left)
+        if not self._wanted:
+            return
         failed = status != 0
         if self._restart is Restart.NEVER or (self._restart is Restart.ON_FAILURE and not failed):
             self._wanted = False
@@ -226,100 +207,64 @@ class Workload:
         self._again = asyncio.get_running_loop().call_later(delay_s, self._start_again)
 
     def _start_again(self) -> None:
-        self._forget()
-        why = self._spawn()
-        if why is not None:
-            log.error("workload not started", reason=why)
-            self._end_by_itself(127)
+        self._again = None
+        self._restarting = asyncio.get_running_loop().create_task(self._spawn_again())
 
-    def _lives(self) -> bool:
-        """Whether anything of its group or cgroup is more than a zombie."""
-        if self._process is None:
+    async def _spawn_again(self) -> None:
+        self._forget()
+        why = await self._spawn()
+        if not self._wanted:  # stopped while it was being started
+            self.kill()
+        elif why is not None:
+            log.error("workload not started", reason=why)
+            await self._end_by_itself(127)
+
+    async def _lives(self) -> bool:
+        """Whether anything of it is more than a zombie."""
+        if self._restarting is not None and not self._restarting.done():
+            return True
+        if self._child is None or self._tree is None:
             return False
-        if self._watching is not None and not self._watching.done():
+        if not self._child.ended:
             return True  # itself, which is known without a look at every process there is
-        if self.cgroup is not None:
-            with suppress(OSError):
-                if "populated 1" in (self.cgroup / "cgroup.events").read_text():
-                    return True
-        return group_lives(self._process.pid)
+        try:
+            return bool(await self._tree.look())
+        except StuckError:
+            return True
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
+        if self._child is not None:
             try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                pass
+                self._child.signal(number)
             except PermissionError:
                 log.error(  # noqa: TRY400 - no traceback needed
-                    "workload may not be signalled",
-                    pid=self._process.pid,
+                    "no permission to signal workload",
+                    pid=self._child.pid,
                     signal=number.name,
                     resolution="run the agent as the user that the command becomes",
                 )
 
-    def _kill(self) -> None:
-        self._signal(signal.SIGKILL)
-        if self.cgroup is not None:
-            with suppress(OSError):
-                (self.cgroup / "cgroup.kill").write_text("1")
-
-    def _term_strays(self) -> None:
-        """TERM to what is in its cgroup and not in its group."""
-        if self.cgroup is None:
-            return
-        with suppress(OSError):
-            for word in (self.cgroup / "cgroup.procs").read_text().split():
-                with suppress(OSError):
-                    pid = int(word)  # 0 is one that cannot be seen from here
-                    if pid > 0 and os.getpgid(pid) != self.pgid:
-                        os.kill(pid, signal.SIGTERM)
-
     def _forget(self) -> None:
         """Reap it; its numbers are given back."""
-        if self._process is not None:
-            self._process.wait()
-            self._process = None
+        if self._child is not None and self._child.ended:
+            self._child.release()
+            self._child = None
         if self._cgroup is not None:
             with suppress(OSError):
                 self._cgroup.rmdir()
 
 
-def _status(result: os.waitid_result | None) -> tuple[int, str]:
+def _status(ended: Ended) -> tuple[int, str]:
     """The exit status as a shell has it, and how it ended, for people."""
-    if result is None:
+    if ended.code is not None:
+        return ended.code, f"exit {ended.code}"
+    if ended.signal is None:
         return 255, UNKNOWN
-    if result.si_code == os.CLD_EXITED:
-        return result.si_status, f"exit {result.si_status}"
     try:
-        name = signal.Signals(result.si_status).name
+        name = signal.Signals(ended.signal).name
     except ValueError:  # most real-time signals have none
-        name = f"signal {result.si_status}"
-    return 128 + result.si_status, name
-
-
-def group_lives(pgid: int) -> bool:
-    """Whether a process group has a member that is not a zombie. Reads /proc: some hundred files."""
-    with os.scandir("/proc") as entries:
-        for entry in entries:
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    stat = Path("/proc", entry.name, "stat").read_bytes()
-                    state, _, group = stat.rpartition(b") ")[2].split(b" ", 3)[:3]
-                    if int(group) == pgid and state not in (b"Z", b"X"):
-                        return True
-    return False
-
-
-def own_cgroup() -> Path | None:
-    """The folder of our own cgroup (version 2) if one can be made below it, else None."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, _, path = line.split(":", 2)
-            folder = CGROUP_ROOT / path.lstrip("/")
-            if number == "0" and (folder / "cgroup.kill").exists() and os.access(folder, os.W_OK):
-                return folder
-    return None
+        name = f"signal {ended.signal}"
+    return 128 + ended.signal, name
 
 
 def check_workload(argv: Sequence[str]) -> None:

@@ -266,6 +266,7 @@ async def test_the_environment_is_the_documented_one(
     await run("/usr/bin/env", env={"FAILOVER_EPOCH": "7", "TZ": "UTC"})
     assert sorted(output(caplog)) == [
         "FAILOVER_EPOCH=7",
+        "FAILOVER_TENURE=apart",
         "HOME=/our HOME",
         "LANG=/our LANG",
         "PATH=/our PATH",
@@ -280,7 +281,7 @@ async def test_a_variable_that_the_agent_has_not_is_left_out(
         monkeypatch.delenv(name, raising=False)
     await run("/usr/bin/env", env={"FAILOVER_EPOCH": "7"})
     home = pwd.getpwuid(os.geteuid()).pw_dir
-    assert output(caplog) == [f"HOME={home}", "FAILOVER_EPOCH=7"]
+    assert output(caplog) == [f"HOME={home}", "FAILOVER_TENURE=apart", "FAILOVER_EPOCH=7"]
 
 
 async def test_stdin_is_the_facts_as_one_json_object_and_then_the_end(

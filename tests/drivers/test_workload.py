@@ -20,11 +20,11 @@ from agent.drivers.workload import (
     Restart,
     Workload,
     check_workload,
-    group_lives,
-    own_cgroup,
 )
 from agent.errors import ConfigError, ExitCode
+from agent.ops import process as process_module
 from agent.ops.clock import Clock
+from agent.ops.process import own_cgroup
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -36,7 +36,7 @@ from agent.ops.clock import Clock
 
 async def main():
     workload = Workload(sys.argv[2:], Clock(), Restart.NEVER, lambda status: None)
-    assert workload.start({"FAILOVER_EPOCH": "7"}) is None
+    assert await workload.start({"FAILOVER_EPOCH": "7"}) is None
     if sys.argv[1] == "wait":
         await workload._watching
         await workload.stop()
@@ -129,7 +129,7 @@ async def test_it_runs_from_start_to_stop_in_a_group_of_its_own(
     show = 'echo "$FAILOVER_EPOCH $OURS $(pwd) $(cat | wc -c)"'
     workload = new(f"({show}) >{seen}; exec sleep 1000")
     assert workload.pgid is None
-    assert workload.start({"FAILOVER_EPOCH": "7"}) is None
+    assert await workload.start({"FAILOVER_EPOCH": "7"}) is None
     pid = pid_of(workload)
     assert os.getpgid(pid) == pid
     await until(lambda: read(seen))
@@ -147,7 +147,7 @@ async def test_it_starts_again_after_a_stop_with_the_variables_of_the_new_tenure
     seen = tmp_path / "seen"
     workload = new(f"echo $FAILOVER_EPOCH >>{seen}; exec sleep 1000")
     for told in ("1\n", "1\n2\n"):
-        assert workload.start({"FAILOVER_EPOCH": told.split()[-1]}) is None
+        assert await workload.start({"FAILOVER_EPOCH": told.split()[-1]}) is None
         await until(partial(says, seen, told))
         await workload.stop()
 
@@ -158,7 +158,7 @@ async def test_stop_without_start_returns(new: Made) -> None:
 
 async def test_what_ignores_term_lives_until_kill(new: Made, tmp_path: Path) -> None:
     workload = new(IGNORING.format(tmp_path / "ready"))
-    workload.start({})
+    await workload.start({})
     await until(lambda: read(tmp_path / "ready"))
     pid = pid_of(workload)
     stopping = asyncio.create_task(workload.stop())
@@ -176,7 +176,7 @@ async def test_stop_waits_for_the_members_that_outlive_the_leader(
 ) -> None:
     child = IGNORING.format(tmp_path / "child")
     workload = new(f'sh -c "{child.replace("$", chr(92) + "$")}" & exec sleep 1000')
-    workload.start({})
+    await workload.start({})
     await until(lambda: read(tmp_path / "child"))
     leader, child_pid = pid_of(workload), int(read(tmp_path / "child"))
     stopping = asyncio.create_task(workload.stop())
@@ -192,7 +192,7 @@ async def test_stop_waits_for_the_members_that_outlive_the_leader(
 
 async def test_two_stops_at_once_both_return(new: Made) -> None:
     workload = new("exec sleep 1000")
-    workload.start({})
+    await workload.start({})
     async with asyncio.timeout(LIMIT_S):
         await asyncio.gather(workload.stop(), workload.stop())
     assert workload.pgid is None
@@ -201,7 +201,7 @@ async def test_two_stops_at_once_both_return(new: Made) -> None:
 async def test_a_stop_right_after_the_start_leaves_nothing(new: Made) -> None:
     workload = new("exec sleep 1000")
     for _ in range(5):
-        assert workload.start({}) is None
+        assert await workload.start({}) is None
         pid = pid_of(workload)
         await workload.stop()
         assert state_of(pid) == ""
@@ -212,7 +212,7 @@ async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
     new: Made, quick: None, tmp_path: Path
 ) -> None:
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
-    workload.start({})
+    await workload.start({})
     pid = pid_of(workload)
     while state_of(pid) != "Z":
         pass  # without a turn of the loop
@@ -228,7 +228,7 @@ async def test_after_kill_or_stop_in_the_back_off_it_does_not_start_again(
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.2)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
-    workload.start({})
+    await workload.start({})
     await until(lambda: workload._again is not None)
     if how == "kill":
         workload.kill()
@@ -242,7 +242,7 @@ async def test_kill_before_any_start_is_nothing(new: Made) -> None:
     workload = new("exec sleep 1000")
     workload.kill()
     assert workload.pgid is None
-    assert workload.start({}) is None
+    assert await workload.start({}) is None
     assert lives(pid_of(workload))
 
 
@@ -253,16 +253,16 @@ async def test_a_group_that_may_not_be_signalled_is_said(
         raise PermissionError(1, "Operation not permitted")
 
     workload = new("exec sleep 1000")
-    workload.start({})
+    await workload.start({})
     with monkeypatch.context() as patch:
         patch.setattr(os, "killpg", refuse)
         workload.kill()
-    assert "workload may not be signalled" in caplog.text
+    assert "no permission to signal workload" in caplog.text
 
 
 async def test_a_program_that_cannot_be_started_is_said() -> None:
     workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None)
-    why = workload.start({})
+    why = await workload.start({})
     assert why is not None
     assert why.startswith("/nowhere/x could not be started: ")
     assert "No such file" in why
@@ -283,7 +283,7 @@ async def test_a_program_that_cannot_be_started_is_said() -> None:
 )
 async def test_its_end_is_told_as_a_shell_tells_it(new: Made, script: str, status: int) -> None:
     workload = new(script)
-    workload.start({})
+    await workload.start({})
     await until(lambda: new.ends)
     assert new.ends == [status]
     await workload.stop()
@@ -291,7 +291,7 @@ async def test_its_end_is_told_as_a_shell_tells_it(new: Made, script: str, statu
 
 async def test_its_end_is_logged(new: Made, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    new("kill -TERM $$").start({})
+    await new("kill -TERM $$").start({})
     await until(lambda: new.ends)
     fields = [record.__dict__["fields"] for record in caplog.records]
     assert fields[-1]["result"] == "SIGTERM"
@@ -299,7 +299,7 @@ async def test_its_end_is_logged(new: Made, caplog: pytest.LogCaptureFixture) ->
 
 async def test_what_it_leaves_behind_does_not_outlive_it(new: Made, tmp_path: Path) -> None:
     workload = new(f"sleep 1000 & echo $! >{tmp_path}/pid; exit 0")
-    workload.start({})
+    await workload.start({})
     await until(lambda: new.ends)
     await until(lambda: not lives(int(read(tmp_path / "pid"))))
 
@@ -316,7 +316,7 @@ async def test_an_end_that_the_policy_accepts_is_for_good(
     new: Made, quick: None, tmp_path: Path, *, restart: Restart, script: str, ends: list[int]
 ) -> None:
     workload = new(f"echo x >>{tmp_path}/runs; {script}", restart)
-    workload.start({})
+    await workload.start({})
     await until(lambda: new.ends)
     await asyncio.sleep(0.02)
     assert (new.ends, read(tmp_path / "runs")) == (ends, "x\n")
@@ -327,7 +327,7 @@ async def test_one_that_fails_again_and_again_is_given_up(
     new: Made, quick: None, tmp_path: Path, restart: Restart
 ) -> None:
     workload = new(f"echo x >>{tmp_path}/runs; exit 1", restart)
-    workload.start({})
+    await workload.start({})
     await until(lambda: new.ends)
     assert new.ends == [None]
     assert read(tmp_path / "runs") == GIVE_UP_AFTER * "x\n"
@@ -342,7 +342,7 @@ async def test_one_that_ends_well_is_started_for_ever(
     runs = tmp_path / "runs"
     script = f"echo x >>{runs}; test $(($(wc -l <{runs}) % 4)) != 0"
     workload = new(script, Restart.ALWAYS)
-    workload.start({})
+    await workload.start({})
     await until(lambda: len(read(runs)) >= 2 * 3 * GIVE_UP_AFTER)
     assert new.ends == []
 
@@ -356,7 +356,7 @@ async def test_the_delays_double_up_to_the_longest(
     monkeypatch.setattr(clock, "boottime", lambda: 0.0)  # no run is a long one
     workload = Workload(["/bin/true"], clock, Restart.ALWAYS, new.ends.append)
     new.all.append(workload)
-    workload.start({})
+    await workload.start({})
     await until(lambda: len(caplog.records) >= 5)
     delays = [record.__dict__["fields"]["after_s"] for record in caplog.records[:5]]
     assert delays == [0.001, 0.002, 0.004, 0.006, 0.006]
@@ -367,7 +367,7 @@ async def test_after_thousands_of_short_runs_it_is_still_started_again(
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 1e-9)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
-    workload.start({})
+    await workload.start({})
     workload._short = workload._failed = 5000
     await until(lambda: read(tmp_path / "runs").count("x") >= 2)
     assert new.ends == []
@@ -379,7 +379,7 @@ async def test_a_long_run_starts_the_count_anew(
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.0)
     monkeypatch.setattr(workload_module, "LONGEST_DELAY_S", 0.0)  # so that each run is a long one
     workload = new(f"echo x >>{tmp_path}/runs; exit 1", Restart.ALWAYS)
-    workload.start({})
+    await workload.start({})
     await until(lambda: read(tmp_path / "runs").count("x") > 2 * GIVE_UP_AFTER)
     assert new.ends == []
 
@@ -397,7 +397,7 @@ async def test_a_program_that_has_gone_is_given_up_however_long_it_ran_before(
     program.chmod(0o755)
     workload = Workload([str(program)], clock, Restart.ALWAYS, new.ends.append)
     new.all.append(workload)
-    assert workload.start({}) is None
+    assert await workload.start({}) is None
     moment[0] = 3600.0
     program.unlink()
     (tmp_path / "go").touch()
@@ -413,7 +413,7 @@ async def test_an_end_that_somebody_else_has_waited_for_is_a_failure(
     try:
         caplog.set_level(logging.INFO)
         workload = new("exit 0")
-        workload.start({})
+        await workload.start({})
         await until(lambda: new.ends)
         assert new.ends == [255]
         assert workload.pgid is None, "its number may be a stranger's by now"
@@ -492,7 +492,7 @@ async def test_a_daemon_that_has_left_the_group_is_stopped_with_it(
     new: Made, cgroup: Path, tmp_path: Path
 ) -> None:
     workload = new(DAEMON.format(tmp_path / "pid") + "exec sleep 1000", cgroup=cgroup)
-    workload.start({})
+    await workload.start({})
     await until(lambda: read(tmp_path / "pid"))
     daemon = int(read(tmp_path / "pid"))
     assert os.getpgid(daemon) != workload.pgid
@@ -511,7 +511,7 @@ async def test_a_daemon_that_ignores_term_is_waited_for_and_killed(
 ) -> None:
     (tmp_path / "daemon").write_text(IGNORING.format(tmp_path / "pid"))
     workload = new(f"setsid sh {tmp_path}/daemon & exec sleep 1000", cgroup=cgroup)
-    workload.start({})
+    await workload.start({})
     await until(lambda: read(tmp_path / "pid"))
     pid = int(read(tmp_path / "pid"))
     stopping = asyncio.create_task(workload.stop())
@@ -528,7 +528,7 @@ async def test_a_daemon_does_not_outlive_a_command_that_ended_by_itself(
     new: Made, cgroup: Path, tmp_path: Path
 ) -> None:
     wait = f"while ! test -s {tmp_path}/pid; do sleep 0.01; done"
-    new(DAEMON.format(tmp_path / "pid") + wait, cgroup=cgroup).start({})
+    await new(DAEMON.format(tmp_path / "pid") + wait, cgroup=cgroup).start({})
     await until(lambda: new.ends)
     await until(lambda: not lives(int(read(tmp_path / "pid"))))
 
@@ -538,7 +538,7 @@ async def test_a_cgroup_that_takes_no_process_is_done_without(new: Made, cgroup:
     threaded.mkdir()
     (threaded / "cgroup.type").write_text("threaded")  # its siblings take none from now on
     workload = new("exec sleep 1000", cgroup=cgroup)
-    assert workload.start({}) is None
+    assert await workload.start({}) is None
     pid = pid_of(workload)
     await workload.stop()
     assert state_of(pid) == ""
@@ -546,7 +546,7 @@ async def test_a_cgroup_that_takes_no_process_is_done_without(new: Made, cgroup:
 
 async def test_a_cgroup_that_cannot_be_made_is_done_without(new: Made, tmp_path: Path) -> None:
     workload = new("exec sleep 1000", cgroup=tmp_path / "missing")
-    assert workload.start({}) is None
+    assert await workload.start({}) is None
     assert workload.cgroup is None
     await workload.stop()
 
@@ -554,11 +554,11 @@ async def test_a_cgroup_that_cannot_be_made_is_done_without(new: Made, tmp_path:
 def test_our_own_cgroup_is_found_where_one_can_be_made_below(
     monkeypatch: pytest.MonkeyPatch, cgroup: Path
 ) -> None:
-    monkeypatch.setattr(workload_module, "CGROUP_ROOT", cgroup.parent)
+    monkeypatch.setattr(process_module, "CGROUP_ROOT", cgroup.parent)
     inside = cgroup / "ours"
     inside.mkdir()
     code = (
-        "import os, sys; from pathlib import Path; from agent.drivers import workload as w\n"
+        "import os, sys; from pathlib import Path; from agent.ops import process as w\n"
         f"w.CGROUP_ROOT = Path({str(cgroup.parent)!r})\n"
         f"Path({str(inside)!r}, 'cgroup.procs').write_text('0')\n"
         "print(w.own_cgroup())"
@@ -572,21 +572,11 @@ def test_our_own_cgroup_is_found_where_one_can_be_made_below(
 def test_a_system_without_cgroup_version_2_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(workload_module, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(process_module, "CGROUP_ROOT", tmp_path)
     assert own_cgroup() is None
 
 
 # --- small things -----------------------------------------------------------------------------
-
-
-async def test_a_group_of_zombies_does_not_live(new: Made) -> None:
-    workload = new("exec sleep 1000")
-    workload.start({})
-    pid = pid_of(workload)
-    assert group_lives(pid)
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: state_of(pid) == "Z")
-    assert not group_lives(pid)
 
 
 @pytest.mark.parametrize("program", ["sh", "/bin/sh"])

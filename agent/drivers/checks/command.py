@@ -12,11 +12,12 @@ import asyncio
 import os
 import signal
 import subprocess
-import threading
 from contextlib import suppress
+from typing import IO
 
 from agent.drivers.checks.aside import Failed
 from agent.ops.logs import Log
+from agent.ops.process import APART, Child, Ended, mark
 from agent.settings.values import ExecCheck
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -50,19 +51,25 @@ class Command:
         Raises:
             Failed: it could not be started, was not 0, or was killed.
         """
-        if self._last is not None and not self._last.reaped:
+        if self._last is not None and not self._last.released:
+            self._last.try_to_release()
+        if self._last is not None and not self._last.released:
             raise Failed("its last run was killed and has not ended (stuck in the kernel?)")
         self._last = run = _Run(self._check)
         try:
             result = await run.end()
         finally:
             output = await run.finish()
-        if result is None:
+        if isinstance(result.error, OSError):
+            raise Failed(f"{self._check.command[0]} cannot be started: {result.error.strerror}")
+        if result.error is not None:
+            raise Failed(f"{self._check.command[0]} cannot be started: {result.error}")
+        if result.signal is not None:
+            raise Failed(_with(f"killed by signal {result.signal}", output))
+        if result.code is None:
             raise Failed("its end is not known: somebody else has waited for it")
-        if result.si_code != os.CLD_EXITED:
-            raise Failed(_with(f"killed by signal {result.si_status}", output))
-        if result.si_status != 0:
-            raise Failed(_with(f"exit {result.si_status}", output))
+        if result.code != 0:
+            raise Failed(_with(f"exit {result.code}", output))
 
 
 def _with(what: str, output: bytes) -> str:
@@ -76,83 +83,68 @@ class _Run:
     def __init__(self, check: ExecCheck) -> None:
         self._name = check.name
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[os.waitid_result | None] = self._loop.create_future()
-        self._forget = threading.Event()
         self._kept = bytearray()
-        argv = list(check.command)
-        try:
-            self._popen = subprocess.Popen(  # noqa: S603 - checked like a hook before the start
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                bufsize=0,
-                cwd="/",
-                env={key: os.environ[key] for key in INHERITED if key in os.environ},
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise Failed(f"{argv[0]} cannot be started: {error.strerror}") from error
-        assert self._popen.stdout is not None  # noqa: S101 - it was asked for
-        self._pipe = self._popen.stdout
-        try:
-            threading.Thread(target=self._watch, daemon=True).start()
-        except RuntimeError as error:
-            self._signal(signal.SIGKILL)
-            self._pipe.close()
-            self._popen.wait()  # it was killed a moment ago
-            raise Failed(f"no thread can be started: {error}") from error
-        os.set_blocking(self._pipe.fileno(), False)
-        self._loop.add_reader(self._pipe.fileno(), self._read)
+        self._pipe: IO[bytes] | None = None
+        self.released = False
+        self._child = Child(
+            check.command,
+            started=self._follow,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd="/",
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
+            start_new_session=True,
+        )
+        self._child.start()
 
-    @property
-    def reaped(self) -> bool:
-        """Whether nothing is left of the command itself."""
-        return self._popen.returncode is not None
-
-    async def end(self) -> os.waitid_result | None:
-        """How the command ended; None if somebody else knows. Cancelled: TERM, and GRACE_S."""
+    async def end(self) -> Ended:
+        """How the command ended. Cancelled: TERM, and GRACE_S."""
         try:
-            return await asyncio.shield(self._ended)
+            return await self._child.wait()
         except asyncio.CancelledError:
             self._signal(signal.SIGTERM)
-            await asyncio.wait([self._ended], timeout=GRACE_S)
+            await self._wait(GRACE_S)
             raise
 
     async def finish(self) -> bytes:
         """KILL what is left of the group, give its number back; the output's beginning."""
         self._signal(signal.SIGKILL)
         try:
-            await asyncio.wait([self._ended], timeout=DEATH_S)
+            await self._wait(DEATH_S)
         finally:
-            if not self._pipe.closed:
-                self._read()
+            self._read()
             self._close()
-            if self._ended.done():
-                self._popen.wait()  # a zombie, so this is immediate
-            self._forget.set()
+            self.try_to_release()
         text = self._kept.decode(errors="replace")
         log.debug("check output", check=self._name, output=text)
         return bytes(self._kept)
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._ended.done() and self._ended.result() is None:
-            return  # reaped by somebody else: the number may be a stranger's
-        assert self._popen.pid not in {0, 1, os.getpgrp()}  # noqa: S101 - our own mistake
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, number)
+    def try_to_release(self) -> None:
+        """Give its number back, if it has ended."""
+        if self._child.ended:
+            self._child.release()
+            self.released = True
 
-    def _watch(self) -> None:
-        try:
-            result = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
-        except ChildProcessError:
-            result = None
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._ended.set_result, result)
-        self._forget.wait()
-        self._popen.wait()
+    async def _wait(self, limit_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._child.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(PermissionError):
+            self._child.signal(number)
+
+    def _follow(self, stdout: IO[bytes] | None, _stderr: IO[bytes] | None) -> None:
+        assert stdout is not None  # noqa: S101 - it was asked for
+        self._pipe = stdout
+        os.set_blocking(stdout.fileno(), False)
+        self._loop.add_reader(stdout.fileno(), self._read)
 
     def _read(self) -> None:
+        if self._pipe is None or self._pipe.closed:
+            return
         try:
             data = os.read(self._pipe.fileno(), CHUNK_BYTES)
         except BlockingIOError:
@@ -162,6 +154,6 @@ class _Run:
             self._close()
 
     def _close(self) -> None:
-        if not self._pipe.closed:
+        if self._pipe is not None and not self._pipe.closed:
             self._loop.remove_reader(self._pipe.fileno())
             self._pipe.close()

@@ -11,8 +11,7 @@ Its stdout and stderr go line by line into the log, up to the bounds below.
 What is not promised:
 - A hook that leaves a process behind (a daemon) has to redirect that one's output: the pipes are
   closed ``LINGER_S`` after the hook's own end, and a later write to them fails (SIGPIPE).
-- A process that leaves the group (setsid, setpgid) is not signalled with it.
-- Starting takes as long as the kernel's exec does: on a dead network file system, for ever.
+- A process that leaves the group (setsid, setpgid) is not signalled with it; ``Tree`` finds it.
 """
 
 import asyncio
@@ -22,16 +21,16 @@ import os
 import pwd
 import signal
 import subprocess
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any
 
 from agent.drivers.hooks.check import RunAs
+from agent.errors import ConfigError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.process import APART, Child, mark
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """The variables that a hook has from the agent's own environment, where they are set."""
@@ -206,27 +205,28 @@ class _Output:
 
 
 class HookProcess:
-    """One step of a hook. Call ``start`` once; ``wait`` tells how it ended.
-
-    Attributes:
-        pid: its process id, which is its group's too; None if it could not be started.
-    """
+    """One step of a hook. Call ``start`` once; ``wait`` tells how it ended."""
 
     def __init__(self, name: str, clock: Clock, epoch: str, around: Surroundings) -> None:
         self.name = name
-        self.pid: int | None = None
+        self.child: Child | None = None
         self._around = around
         self._clock = clock
         self._started_at = clock.boottime()
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[HookExit] = self._loop.create_future()
-        self._popen: subprocess.Popen[bytes] | None = None
         self._output = _Output(name, epoch)
         self._lingering: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, which is its group's too; None until it was started."""
+        return self.child.pid if self.child is not None else None
 
     @property
     def pgid(self) -> int | None:
-        """The process group, which is also the session: the hook and what it started."""
+        """The process group, which is also the session: the hook and its children."""
         return self.pid
 
     @property
@@ -257,85 +257,86 @@ class HookProcess:
             self._lingering.cancel()
             self._lingering = None
             self._output.close()
-        if self._popen:
-            self._popen.wait()
-            self._popen = None
+        if self.child is not None and self.child.ended:
+            self.child.release()
+            self.child = None
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._popen is None:  # never started, or forgotten
+        if self.child is None:  # never started, or forgotten
             return
-        group = self._popen.pid
-        assert group > 1, group  # noqa: S101 - 0 would be our own group, -1 everybody
-        assert group != os.getpgrp(), group  # noqa: S101 - start_new_session has seen to it
         try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            pass  # nothing is left, and the zombie was taken by somebody else's wait
+            self.child.signal(number)
         except PermissionError:
-            log.error("hook may not be signalled", hook=self.name, pid=group, signal=number.name)  # noqa: TRY400 - no traceback needed
+            log.error(  # noqa: TRY400 - no traceback needed
+                "no permission to signal hook", hook=self.name, pid=self.pid, signal=number.name
+            )
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Start it, once. Does not wait, and does not raise: what cannot be started has ended."""
-        try:
-            self._spawn(argv, env, facts)
-        except (OSError, ValueError, RuntimeError) as error:
-            self.kill()
-            self._output.close()
-            self._finish(error=_why_not_started(argv, error))
+    def start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        facts: Mapping[str, Any],
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Start it, once. Does not wait, and does not raise: what cannot be started has ended.
 
-    def fail(self, error: str) -> None:
-        """Say, instead of ``start``, why it is not started."""
-        self._output.close()
-        self._finish(error=error)
-
-    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        Args:
+            argv: program and arguments.
+            env: variables beside those of its surroundings.
+            facts: for its stdin.
+            before: called off the loop before the start; what it raises is why it is not started.
+        """
         run_as = self._around.run_as
-        # a file in memory: it ends by itself, and a hook that does not read it holds nobody up
-        with os.fdopen(os.memfd_create("facts"), "w+b") as stdin:
+        try:
+            # A file in memory: it ends by itself, and a hook that does not read it holds nobody up.
+            stdin = os.fdopen(os.memfd_create("facts"), "w+b")
             stdin.write(json.dumps(facts).encode() + b"\n")
             stdin.seek(0)
-            self._popen = subprocess.Popen(  # noqa: S603 - argv was checked by check_hook()
-                list(argv),
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                cwd=self._around.directory,
-                env={**self._around.variables(), **env},
-                user=run_as.uid if run_as else None,
-                group=run_as.gid if run_as else None,
-                extra_groups=run_as.groups if run_as else None,
-                start_new_session=True,
-            )
-        self.pid = self._popen.pid
-        for pipe, stream in ((self._popen.stdout, "stdout"), (self._popen.stderr, "stderr")):
+        except (OSError, ValueError) as error:
+            self._output.close()
+            self._finish(error=_why_not_started(argv, error))
+            return
+        self.child = Child(
+            argv,
+            before=before,
+            started=self._follow,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            cwd=self._around.directory,
+            env={**self._around.variables(), **mark(APART), **env},
+            user=run_as.uid if run_as else None,
+            group=run_as.gid if run_as else None,
+            extra_groups=run_as.groups if run_as else None,
+            start_new_session=True,
+        )
+        self.child.start()
+        self._waiting = self._loop.create_task(self._watch(self.child, stdin, argv))
+
+    def _follow(self, stdout: IO[bytes] | None, stderr: IO[bytes] | None) -> None:
+        for pipe, stream in ((stdout, "stdout"), (stderr, "stderr")):
             assert pipe is not None  # noqa: S101 - both were asked for
             self._output.follow(pipe, stream)
-        threading.Thread(target=self._watch, args=(self.pid,), daemon=True).start()
 
-    def _watch(self, pid: int) -> None:
-        """Wait for the end in a thread of its own, and leave the zombie (see ``forget``)."""
-        try:
-            result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        except ChildProcessError:
-            result = None
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._noticed, result)
-
-    def _noticed(self, result: os.waitid_result | None) -> None:
+    async def _watch(self, child: Child, stdin: IO[bytes], argv: Sequence[str]) -> None:
+        result = await child.wait()
+        stdin.close()
         self._output.read_rest()
         if self._output.is_open:
             self._lingering = self._loop.call_later(LINGER_S, self._stop_reading)
         else:
             self._output.close()
-        if result is None:
+        if isinstance(result.error, ConfigError):
+            self._finish(error=str(result.error))
+        elif result.error is not None:
+            self._finish(error=_why_not_started(argv, result.error))
+        elif result.code is None and result.signal is None:
             error = "its end is not known: somebody else has waited for it, or SIGCHLD is ignored"
             self._finish(error=error)
             self.forget()
-        elif result.si_code == os.CLD_EXITED:
-            self._finish(code=result.si_status)
         else:
-            self._finish(signal=result.si_status)
+            self._finish(code=result.code, signal=result.signal)
 
     def _stop_reading(self) -> None:
         self._lingering = None

@@ -13,6 +13,7 @@ from agent.drivers.hooks.process import HookExit, HookProcess
 from agent.drivers.hooks.spec import Command, HookSpec, Post, Step
 from agent.errors import ConfigError
 from agent.ops.clock import Clock
+from agent.ops.process import Child
 
 if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
@@ -63,6 +64,17 @@ class HookRun:
     def ended(self) -> bool:
         """Whether all steps have ended that will be started."""
         return self._ended.done()
+
+    @property
+    def children(self) -> tuple[Child, ...]:
+        """The commands of all its steps."""
+        made = (step.child for step in self._made if isinstance(step, HookProcess))
+        return tuple(child for child in made if child is not None)
+
+    async def launched(self) -> None:
+        """Wait until the first step runs, or has ended."""
+        for child in self.children:
+            await child.launched()
 
     async def wait(self) -> HookExit:
         """Wait for the last step, not for what was left behind. May be called repeatedly."""
@@ -139,12 +151,7 @@ class HookRun:
                 process = HookProcess(self.name, self._clock, epoch, self._spec.around)
                 self._running = process
                 self._made.append(process)
-                try:
-                    self._spec.check_again(step)
-                except ConfigError as error:
-                    process.fail(str(error))
-                else:
-                    process.start(step.argv, env, facts)
+                process.start(step.argv, env, facts, lambda: self._spec.check_again(step))
             case Post():
                 from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - 0.1 s, for few
 

@@ -33,6 +33,7 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
+from agent.ops.process import APART, mark, register, unregister
 from agent.settings.values import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -273,9 +274,10 @@ class CommandReader:
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ},
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
             start_new_session=True,
         )
+        register(process.pid)
         pidfd = os.pidfd_open(process.pid)
         try:
             output = self._follow(process, pidfd)
@@ -286,6 +288,7 @@ class CommandReader:
                 assert fd is not None  # noqa: S101 - both were asked for
                 fd.close()
             process.wait()
+            unregister(process.pid)
             os.close(pidfd)
         if process.returncode != 0:
             said = last_line(output[1]).decode(errors="replace")
