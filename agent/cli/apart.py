@@ -114,11 +114,12 @@ def start(words: Sequence[str], *, debug: bool) -> int:
     reading = Reading(words, debug=debug)
     try:
         from agent.daemon import run  # noqa: PLC0415 - while the other process reads
-        from agent.daemon.former import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
     finally:
         try:
             settings = reading.settings()
         except ConfigError as error:
+            from agent.daemon.former import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
+
             add_hint_of_usual_directory(error)
             raise
     return run(settings, partial(_again, words, debug=debug))
