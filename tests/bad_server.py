@@ -74,9 +74,11 @@ def answer(body: bytes, status: str = "200 OK", kind: str = "application/json") 
 
 
 @contextlib.asynccontextmanager
-async def served(talk: Talk | None = None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Raw]:
-    raw = Raw()
-    raw.talk = talk
+async def served(
+    talk: Talk | None = None, tls: ssl.SSLContext | None = None, raw: Raw | None = None
+) -> AsyncIterator[Raw]:
+    raw = raw or Raw()
+    raw.talk = talk or raw.talk
     tasks: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
