@@ -579,7 +579,13 @@ class AgentHost:
                 self.join(self.life)
             case Release():
                 self.world.say(self.name, f"releases epoch {effect.epoch}")
-                what = ReleaseRole(self.name, effect.epoch, effect.reason, effect.hold_off_s)
+                what = ReleaseRole(
+                    self.name,
+                    effect.epoch,
+                    instance=effect.instance or f"{self.name}#{self.life}",
+                    why=effect.reason,
+                    hold_off_s=effect.hold_off_s,
+                )
                 self.call(what, lambda _: Released(), Released)
             case Leave():
                 self.call(RemoveSession(self.name), lambda _: Left(), Left)

@@ -64,6 +64,7 @@ def test_the_coordinator_reads_a_release_as_it_was_meant() -> None:
     body = answers.release_body(7, "i", 2.5, "stopping", NOON)
     assert shapes.ReleaseRequest.model_validate_json(body) == shapes.ReleaseRequest(
         Epoch=7,
+        Instance="i",
         HoldOffPeriod=25_000_000,
         Reason="stopping",
         LastDataProcessedTime=NOON,
