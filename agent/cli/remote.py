@@ -47,8 +47,8 @@ def ask(settings: AgentSettings, question: Callable[[RestClient, float], Awaitab
                 asked = client.endpoint
                 try:
                     return await question(client, timeout_s)
-                except ServerError:
-                    if client.endpoint == asked:  # this one refuses, another would too
+                except ServerError as error:
+                    if not client.ask_next(asked, error):  # this one refuses, another would too
                         raise
             return await question(client, timeout_s)
         finally:

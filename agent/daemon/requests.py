@@ -1,22 +1,17 @@
 """What the daemon asks of the server: joining, heartbeats, the status, the end.
 
-Each call is a task of its own with its own time limit, and ends by telling an event. Decides nothing
-about roles; whether a failed join is tried again is decided here.
+Each call is a task of its own with its own time limit, and ends by telling an event, also if it fails
+by a fault of ours: that is raised besides, for whoever supervises the task. Decides nothing about roles.
+
+Extensions of the API (part C) are used only once the answer to joining had a StoreId. At any other server
+all answers are taken as plain v1, whatever they carry.
 """
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_before_delay,
-    stop_never,
-    wait_random_exponential,
-)
+from functools import partial
 
 from agent.core.effects import Release
 from agent.core.events import (
@@ -24,18 +19,17 @@ from agent.core.events import (
     BeatFailed,
     Event,
     Failure,
-    Joined,
     Left,
     Released,
     StatusSeen,
     Stop,
 )
 from agent.core.session import Session
-from agent.core.timing import Timing, plan
+from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Joining
 from agent.daemon.vitals import Tally, reason_of
 from agent.drivers.rest import RestClient
-from agent.errors import ExitCode, FailoverError, ServerError, TimingError
-from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
+from agent.errors import ExitCode, FailoverError, ServerError
+from agent.model import GroupStatus, HeartbeatAnswer
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.settings import AgentSettings
@@ -43,13 +37,17 @@ from agent.settings import AgentSettings
 LONGEST_WAIT_S = 30.0
 """One blocking read: shorter than the idle limits of usual balancers and proxies."""
 
-SHORTEST_RETRY_S = 0.05
+SHORTEST_PAUSE_S = 0.25
+"""Between status reads that are answered at once, however short a beat is."""
+
+QUICK_READS = 4
+"""Changes of the status that are read one right after the other: a takeover has about three."""
+
+RETRY_RELEASE_S = 0.1
+"""Between attempts to give the role back."""
+
 LONGEST_REASON = 256
 """Characters that a release may carry."""
-
-TOO_MANY_REQUESTS = 429
-PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
-"""What a server says at the start and would say again."""
 
 log = Log(__name__)
 
@@ -91,7 +89,11 @@ class Requests:
         self._report = report
         self._tally = tally
         self._clock = clock
-        self._trouble: str | None = None
+        self._trouble: tuple[object, ...] | None = None
+        self._too_soon = 0
+        self._extended = False
+        """Whether the server has the extensions of part C, by its answer to joining."""
+        client.store_id = session.store_id
 
     @property
     def _group(self) -> str:
@@ -101,157 +103,201 @@ class Requests:
     def _id(self) -> str:
         return self._session.options.session_id
 
+    @property
+    def _limit_s(self) -> float:
+        return self._session.timing.request_timeout_s
+
+    # -- heartbeats -----------------------------------------------------------------------------
+
     async def beat(self, beat: int) -> None:
-        """One heartbeat; tells Answered or BeatFailed."""
-        score, last_data = self._report()
+        """Send one heartbeat; tell Answered or BeatFailed."""
         tally, sent = self._tally, self._clock.now()
         endpoint = self.client.endpoint
         tally.asked_at[beat] = sent.mono
         try:
-            answer = await self.client.heartbeat(
-                self._group,
-                self._id,
-                score=score,
-                last_data=last_data,
-                instance=self.instance,
-                seen_epoch=self._session.newest_epoch,
-                timeout_s=self._session.timing.request_timeout_s,
-            )
+            answer = await self._beat(endpoint)
         except ServerError as error:
             tally.beats_failed[reason_of(error)] += 1
-            if error.status != TOO_MANY_REQUESTS:  # too soon, but there is contact
-                self._contact(str(error))
+            self._lost_contact(endpoint, error)
             self._tell(BeatFailed(beat, _failure(error), str(error), error.retry_after_s))
+        except Exception as error:
+            self._tell(BeatFailed(beat, Failure.OTHER, _fault(error)))
+            raise
         else:
             tally.answered(sent, self._clock.now(), self.client.date, endpoint)
-            self._contact(None)
+            self._has_contact()
             self.group_data = answer.last_data
             self._tell(Answered(beat, answer))
         finally:
             del tally.asked_at[beat]
 
-    def _contact(self, trouble: str | None) -> None:
-        """One line when contact is lost, changes its reason, or is back."""
-        if trouble == self._trouble:
-            return
-        self._trouble = trouble
-        if trouble is not None:
-            log.warning("heartbeat failed", reason=trouble, next_endpoint=self.client.endpoint)
-        else:
+    async def _beat(self, endpoint: str) -> HeartbeatAnswer:
+        score, last_data = self._report()
+        answer = await self.client.heartbeat(
+            self._group,
+            self._id,
+            score=score,
+            last_data=last_data,
+            instance=self.instance if self._extended else None,
+            seen_epoch=self._session.newest_epoch if self._extended else None,
+            timeout_s=self._limit_s,
+        )
+        if not self._session.accepts_store(answer.store_id):
+            raise self.client.refuse(endpoint, answer.store_id)
+        return answer if self._extended else HeartbeatAnswer(answer.role, answer.last_data)
+
+    def _lost_contact(self, endpoint: str, error: ServerError) -> None:
+        """One line when contact is lost, or changes its reason."""
+        if error.status == TOO_MANY_REQUESTS and error.exit_code is not ExitCode.NOT_THE_API:
+            self._too_soon += 1
+            if self._too_soon == 1:
+                return  # the API itself finds a heartbeat too soon: there is contact
+        trouble = (endpoint, error.exit_code, error.status)
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning(
+                "heartbeat failed",
+                reason=error,
+                next_endpoint=self.client.endpoint,
+                other_endpoints=self.client.faults_of_others,
+            )
+
+    def _has_contact(self) -> None:
+        self._too_soon = 0
+        if self._trouble is not None:
+            self._trouble = None
             log.info("heartbeat answered again", endpoint=self.client.endpoint)
+
+    # -- joining --------------------------------------------------------------------------------
 
     async def join(self) -> None:
         """Register, however long it takes; at the start only for ``startup_timeout``.
 
         Tells Joined; or Stop, with ``failure`` set.
         """
-        patience_s = self.settings.startup_timeout
-        bounded = not self.joined_once and patience_s > 0
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(self._worth_retrying),
-            wait=wait_random_exponential(
-                multiplier=SHORTEST_RETRY_S, max=self._session.timing.beat_s
-            ),
-            stop=stop_before_delay(patience_s) if bounded else stop_never,
-            before_sleep=_say_retry,
-            reraise=True,
-        )
         try:
-            timing: Timing = await retrying(self._register)
+            joined = await Joining(
+                self.settings, self.client, self._session, again=self.joined_once
+            ).run()
         except FailoverError as error:
             self.failure = error
-            self._tell(Stop())
-            return
-        self.joined_once = True
-        log.info(
-            "joined",
-            group=self._group,
-            session=self._id,
-            endpoint=self.client.endpoint,
-            failover_timeout_s=timing.lease_s,
-        )
-        self._tell(Joined(timing))
+            self._tell(Stop(error.exit_code, str(error)))
+        except Exception as error:
+            self._tell(Stop(ExitCode.TASK_FAILED, _fault(error)))
+            raise
+        else:
+            self.joined_once = True
+            self._extended = joined.store_id is not None
+            self.client.store_id = joined.store_id
+            log.info(
+                "joined",
+                group=self._group,
+                session=self._id,
+                endpoint=self.client.endpoint,
+                failover_timeout_s=joined.timing.lease_s,
+                store=joined.store_id,
+            )
+            self._tell(joined)
 
-    def _worth_retrying(self, error: BaseException) -> bool:
-        if not isinstance(error, ServerError):
-            return False
-        not_ready = error.status is not None and (error.status == 429 or error.status >= 500)  # noqa: PLR2004 - codes of HTTP
-        return self.joined_once or not_ready or error.exit_code not in PERMANENT
-
-    async def _register(self) -> Timing:
-        settings = self.settings
-        timing = self._session.timing
-        limit_s = timing.request_timeout_s
-        wanted = GroupConfig(
-            self._group,
-            round(settings.failover_timeout * TICKS_PER_SECOND),
-            name=settings.group_name,
-        )
-        group = await self.client.ensure_group(wanted, timeout_s=2 * limit_s)
-        if group.lease_s != timing.lease_s:
-            log.info("adopted the group's failover timeout", failover_timeout_s=group.lease_s)
-            try:
-                timing = plan(group.lease_s, settings.budget)
-            except TimingError as error:
-                raise TimingError(
-                    f"group {self._group} has failover timeout {group.lease_s:g} s at"
-                    f" {self.client.endpoint}, and with it {error}",
-                    smallest_lease_s=error.smallest_lease_s,
-                ) from error
-        name = settings.session_name if settings.session_name is not None else self._id
-        await self.client.join(self._group, SessionConfig(self._id, name=name), timeout_s=limit_s)
-        return timing
+    # -- the status -----------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Read the status for ever: by blocking reads where the server has them, else every beat."""
+        """Read the status for ever: by blocking reads where the server has them, else every beat.
+
+        A server that does not block, although it is asked to, is read once a beat; only some changes
+        in a row are read one right after the other.
+        """
         after: int | None = None
+        quick = 0
         while True:
-            timing = self._session.timing
-            wait_s = min(max(timing.lease_s, 1.0), LONGEST_WAIT_S)
-            try:
-                status = await self.client.status(
-                    self._group, after=after, wait_s=wait_s, timeout_s=timing.request_timeout_s
-                )
-            except ServerError:  # the heartbeat meets the same and says so
-                after = None
-                await asyncio.sleep(timing.beat_s)
-                continue
-            self._tell(StatusSeen(status))
-            after = status.revision
-            if after is None:
-                await asyncio.sleep(timing.beat_s)
+            asked_at = self._clock.boottime()
+            revision, retry_after_s = await self._read_status(after)
+            pause_s = max(self._session.timing.beat_s, SHORTEST_PAUSE_S)
+            took_s = self._clock.boottime() - asked_at
+            if took_s >= pause_s:
+                quick = 0
+            elif revision not in (None, after):
+                quick += 1
+            if revision is None or revision == after or quick > QUICK_READS:
+                await asyncio.sleep(max(pause_s - took_s, retry_after_s))
+            after = revision
+
+    async def _read_status(self, after: int | None) -> tuple[int | None, float]:
+        """Tell StatusSeen; the revision to wait behind, or None, and how long the server asks to wait."""
+        endpoint, timing = self.client.endpoint, self._session.timing
+        try:
+            status = await self.client.status(
+                self._group,
+                after=after,
+                wait_s=min(max(timing.lease_s, 1.0), LONGEST_WAIT_S),
+                timeout_s=timing.request_timeout_s,
+            )
+        except ServerError as error:  # the heartbeat meets the same and says so
+            return None, error.retry_after_s or 0.0
+        if not self._session.accepts_store(status.store_id):
+            self.client.refuse(endpoint, status.store_id)
+            return None, 0.0
+        if not self._extended:
+            self._tell(StatusSeen(GroupStatus(status.primary, status.pending, status.last_data)))
+            return None, 0.0
+        self._tell(StatusSeen(status))
+        return status.revision, 0.0
+
+    # -- the end --------------------------------------------------------------------------------
 
     async def release(self, effect: Release) -> None:
-        """Give the role back; tells Released, also if it failed: the lease ends by itself then."""
+        """Give the role back; tells Released, also if it failed: the lease ends by itself then.
+
+        A plain v1 server is sent nothing. That of a former life is known by the store it had.
+        """
         try:
-            await self.client.release(
-                self._group,
-                self._id,
-                epoch=effect.epoch,
-                instance=effect.instance or self.instance,
-                reason=effect.reason[:LONGEST_REASON],
-                hold_off_s=effect.hold_off_s or None,
-                last_data=self._report()[1],
-                timeout_s=self._session.timing.request_timeout_s,
-            )
+            if self._extended or self._session.store_id is not None:
+                await self._insist(partial(self._release, effect))
         except ServerError as error:
             log.warning("role not given back, its lease will end", reason=error)
-        self._tell(Released())
+        finally:
+            self._tell(Released())
+
+    async def _release(self, effect: Release, limit_s: float) -> None:
+        await self.client.release(
+            self._group,
+            self._id,
+            epoch=effect.epoch,
+            instance=effect.instance or self.instance,
+            reason=effect.reason[:LONGEST_REASON],
+            hold_off_s=effect.hold_off_s or None,
+            last_data=self._report()[1],
+            timeout_s=limit_s,
+        )
+
+    async def _insist(self, call: Callable[[float], Awaitable[None]]) -> None:
+        """Make a call again while the server fails and the time of one request is not over."""
+        loop = asyncio.get_running_loop()
+        end_at = loop.time() + self._limit_s
+        while True:
+            try:
+                return await call(end_at - loop.time())
+            except ServerError as error:
+                refused = error.status is not None and error.status < SERVER_FAULT
+                pause_s = max(RETRY_RELEASE_S, error.retry_after_s or 0.0)
+                if refused or loop.time() + pause_s >= end_at:
+                    raise
+            await asyncio.sleep(pause_s)
 
     async def leave(self, left: Callable[[], None]) -> None:
         """Delete the session; ``left`` is called if that succeeded. Tells Left in any case."""
         try:
-            await self.client.leave(
-                self._group, self._id, timeout_s=self._session.timing.request_timeout_s
-            )
+            await self.client.leave(self._group, self._id, timeout_s=self._limit_s)
+            left()
         except ServerError as error:
             log.warning("session not deleted", reason=error)
-        else:
-            left()
-        self._tell(Left())
+        finally:
+            self._tell(Left())
 
 
 def _failure(error: ServerError) -> Failure:
+    if error.exit_code is ExitCode.OTHER_STORE:
+        return Failure.OTHER_STORE
     match error.status:
         case 404 if error.exit_code is not ExitCode.NOT_THE_API:
             return Failure.GONE
@@ -261,7 +307,6 @@ def _failure(error: ServerError) -> Failure:
             return Failure.OTHER
 
 
-def _say_retry(state: RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome is not None else None
-    if state.attempt_number == 1 or state.attempt_number % 20 == 0:
-        log.warning("cannot join yet", reason=error, attempt=state.attempt_number)
+def _fault(error: Exception) -> str:
+    """A fault of ours, for the log and the history."""
+    return f"internal error: {type(error).__name__}: {error}"

@@ -51,6 +51,7 @@ _CODES = {
         ExitCode.NOT_THE_API,
         ExitCode.HALF_BODY,
         ExitCode.NOT_AUTHORISED,
+        ExitCode.OTHER_STORE,
         ExitCode.REFUSED,
     )
 }

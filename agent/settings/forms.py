@@ -29,7 +29,7 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 """A coordinator on this machine, with its own defaults."""
 
 MOST_ENDPOINTS = 16
-"""They are tried in turn within one lease; more could not all be tried."""
+"""They are asked all at once when the one in use fails; more would be a load for nothing."""
 
 READABLE_BY_OTHERS = 0o006
 """Permission bits that a file with a secret must not have (its group may read it)."""

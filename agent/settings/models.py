@@ -123,8 +123,10 @@ class AgentForm(Settings):
 
     endpoint: Endpoints = Field(
         (DEFAULT_ENDPOINT,),
-        description="Base paths of the coordinators, up to and with 'clientfailover'; tried in turn."
-        " The flag may be repeated; the variable separates by commas. The default is a coordinator"
+        description="Base paths of ONE coordinator, or of one cluster, up to and with 'clientfailover'."
+        " The agent stays with the one that works, and asks the others when that fails or is slow."
+        " Never list two coordinators that know nothing of each other: answers from another store are"
+        " refused (exit code 27 at the start). The flag may be repeated; the variable separates by commas. The default is a coordinator"
         " on this machine with its own defaults.",
     )
     group: Id = Field(

@@ -4,116 +4,31 @@ import asyncio
 import contextlib
 import datetime as dt
 import gc
-import ipaddress
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient
 from agent.drivers.rest.client import WATCH_CONNECTIONS
-from agent.drivers.rest.exchange import LONGEST_ANSWER, LONGEST_RETRY_AFTER_S, retry_after_s
+from agent.drivers.rest.connections import LONGEST_ANSWER
+from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig
+from tests.bad_server import BASE, PATIENCE_S, Raw, Talk, answer, make_certificate, served, until
 
-BASE = "/api/v1/clientfailover"
 ENDPOINT = f"http://coordinator.test{BASE}"
-PATIENCE_S = 20.0  # of a test, for something that comes at once on a quiet machine
 BEAT = {"Role": 1, "Epoch": 7, "LeaseDuration": "00:00:02", "Revision": 3}
 REFUSAL = {"OperationId": "1", "Error": "Not found", "Reason": "No such.", "Resolution": "Make it."}
-
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Raw:
-    """A server that talks bytes; ``seen`` has the heads and bodies of the requests that it read."""
-
-    def __init__(self) -> None:
-        self.port = 0
-        self.accepted = 0
-        self.talk: Talk | None = None
-        self.seen: list[bytes] = []
-
-    def endpoint(self, scheme: str = "http") -> str:
-        return f"{scheme}://127.0.0.1:{self.port}{BASE}"
-
-    async def request(self, reader: asyncio.StreamReader) -> bytes:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = 0
-        for line in head.lower().split(b"\r\n"):
-            if line.startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-        self.seen.append(head + await reader.readexactly(length))
-        return self.seen[-1]
-
-    def says(self, *parts: bytes, then: str = "close") -> Talk:
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self.request(reader)
-            for part in parts:
-                writer.write(part)
-                await writer.drain()
-            if then == "wait":
-                await reader.read()
-
-        return talk
-
-    def answers(self, body: Any) -> Talk:
-        """Answers each request on a connection well, like a real server."""
-
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while True:
-                await self.request(reader)
-                writer.write(answer(json.dumps(body).encode()))
-                await writer.drain()
-
-        return talk
-
-
-def answer(body: bytes, status: str = "200 OK", kind: str = "application/json") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-@contextlib.asynccontextmanager
-async def served(talk: Talk | None = None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Raw]:
-    raw = Raw()
-    raw.talk = talk
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        raw.accepted += 1
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            assert raw.talk is not None
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                await raw.talk(reader, writer)
-        except asyncio.CancelledError:
-            pass  # the end of the test; start_server would log it
-        finally:
-            tasks.discard(task)
-            writer.transport.abort() if tls else writer.close()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
-    raw.port = server.sockets[0].getsockname()[1]
-    try:
-        yield raw
-    finally:
-        server.close()
-        for task in list(tasks):
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=PATIENCE_S)
 
 
 @contextlib.asynccontextmanager
@@ -127,6 +42,21 @@ async def client_of(*endpoints: str, **options: Any) -> AsyncIterator[RestClient
 
 def mocked(handler: Callable[[httpx2.Request], httpx2.Response]) -> dict[str, Any]:
     return {"transport": httpx2.MockTransport(handler)}
+
+
+@contextlib.contextmanager
+def silent(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A port at which connections hang: its queue is full and nobody accepts."""
+    with socket.socket() as listening:
+        listening.bind((address, port))
+        listening.listen(0)
+        port = listening.getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex((address, port))
+            yield port
 
 
 async def beat(client: RestClient, timeout_s: float = PATIENCE_S) -> Any:
@@ -148,12 +78,6 @@ async def failure(client: RestClient, timeout_s: float = PATIENCE_S) -> ServerEr
     assert "\n" not in message
     assert any(f": {endpoint}/groups/g/" in message for endpoint in client._endpoints)
     return caught.value
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.001)
 
 
 async def raw_failure(talk: Callable[[Raw], Talk], timeout_s: float = PATIENCE_S) -> ServerError:
@@ -368,17 +292,6 @@ async def test_a_refused_connection_is_unreachable() -> None:
             error = await failure(client)
     assert error.exit_code is ExitCode.UNREACHABLE
     assert "Connection refused" in str(error)
-
-
-async def test_an_unknown_host_is_unreachable_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def unknown(*_args: Any, **_options: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
-    async with client_of(f"http://no.such.host{BASE}") as client:
-        error = await failure(client)
-    assert error.exit_code is ExitCode.UNREACHABLE
-    assert "Name or service not known" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -608,7 +521,15 @@ def test_retry_after_is_read_in_both_forms_and_bounded(
 async def test_too_many_requests_carry_the_time_to_wait(value: str) -> None:
     head = f"HTTP/1.1 429 Slow\r\nDate: {DATE}\r\nRetry-After: {value}\r\nContent-Length: 0\r\n\r\n"
     error = await raw_failure(lambda raw: raw.says(head.encode()))
-    assert (error.exit_code, error.status, error.retry_after_s) == (ExitCode.REFUSED, 429, 2.0)
+    assert (error.status, error.retry_after_s) == (429, 2.0)
+    assert error.exit_code is ExitCode.NOT_THE_API
+    assert "proxy" in str(error)
+
+
+async def test_too_many_requests_of_the_api_itself_are_a_refusal() -> None:
+    async with client_of(**mocked(lambda _: httpx2.Response(429, json=REFUSAL))) as client:
+        error = await failure(client)
+    assert (error.exit_code, error.status) == (ExitCode.REFUSED, 429)
 
 
 async def test_a_servers_words_are_cut_and_kept_on_one_line() -> None:
@@ -624,33 +545,7 @@ async def test_a_servers_words_are_cut_and_kept_on_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = dt.datetime.now(dt.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    path.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return path
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
@@ -815,69 +710,280 @@ A, B = (f"http://{host}.test{BASE}" for host in "ab")
         httpx2.RemoteProtocolError("Server disconnected without sending a response."),
     ],
 )
-async def test_an_endpoint_that_fails_gives_way_to_the_next_one_for_the_next_call(bad: Any) -> None:
+async def test_an_endpoint_that_fails_gives_way_to_one_that_answers(bad: Any) -> None:
     asked = []
 
     def handler(request: httpx2.Request) -> httpx2.Response:
-        asked.append(request.url.host)
+        asked.append((request.method, request.url.host))
         if request.url.host == "b.test":
-            return httpx2.Response(200, json=BEAT)
+            return httpx2.Response(200, json={} if request.method == "GET" else BEAT)
         if isinstance(bad, Exception):
             raise bad
         return httpx2.Response(bad.status_code, content=bad.content)
 
     async with client_of(A, B, **mocked(handler)) as client:
         await failure(client)
-        assert client.endpoint == B
+        await until(lambda: client.endpoint == B)
         await beat(client)
         await beat(client)
-    assert asked == ["a.test", "b.test", "b.test"]
+    assert asked == [("POST", "a.test"), ("GET", "b.test"), *[("POST", "b.test")] * 2]
 
 
-async def test_after_the_last_endpoint_comes_the_first() -> None:
-    async with client_of(A, B, **mocked(lambda _: httpx2.Response(500))) as client:
-        await failure(client)
-        await failure(client)
+async def test_an_endpoint_is_kept_while_no_other_one_answers() -> None:
+    """Fault 18: entries that are dead must not be asked in turn with the one that worked."""
+    asked = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        asked.append((request.method, request.url.host))
+        return httpx2.Response(500)
+
+    async with client_of(A, B, **mocked(handler)) as client:
+        for _ in range(3):
+            await failure(client)
+            await until(lambda: client.faults_of_others is not None)
         assert client.endpoint == A
+        assert client.faults_of_others is not None
+        assert "b.test" in client.faults_of_others
+    assert [host for method, host in asked if method == "POST"] == ["a.test"] * 3
+
+
+async def test_an_endpoint_that_is_slow_has_the_others_looked_at_beside_it() -> None:
+    async def handler(request: httpx2.Request) -> httpx2.Response:
+        if request.url.host == "a.test":
+            await asyncio.sleep(PATIENCE_S)
+        return httpx2.Response(200, json={} if request.method == "GET" else BEAT)
+
+    async with client_of(A, B, transport=httpx2.MockTransport(handler)) as client:
+        slow = asyncio.create_task(beat(client, 1.0))
+        await until(lambda: client.endpoint == B)
+        assert not slow.done()
+        await beat(client)
+        slow.cancel()
+        await asyncio.wait([slow])
+
+
+async def test_a_good_answer_ends_the_look_at_the_others() -> None:
+    looked = asyncio.Event()
+
+    async def handler(request: httpx2.Request) -> httpx2.Response:
+        if request.url.host == "b.test":
+            looked.set()
+            await asyncio.sleep(PATIENCE_S)
+        elif not looked.is_set():
+            return httpx2.Response(500)
+        return httpx2.Response(200, json=BEAT)
+
+    async with client_of(A, B, transport=httpx2.MockTransport(handler)) as client:
+        await failure(client)
+        await looked.wait()
+        await beat(client)
+        await until(lambda: all(look.done() for look in client._looks.values()))
+        assert (client.endpoint, client.faults_of_others) == (A, None)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 429])
 async def test_a_refusal_of_the_api_keeps_the_endpoint(status: int) -> None:
     async with client_of(A, B, **mocked(lambda _: httpx2.Response(status, json=REFUSAL))) as client:
         await failure(client)
+        assert client._looks == {}
         assert client.endpoint == A
 
 
-async def test_calls_that_fail_together_move_on_by_one_endpoint() -> None:
-    both = asyncio.Barrier(2)
-
-    async def handler(_request: httpx2.Request) -> httpx2.Response:
-        await both.wait()
-        return httpx2.Response(500)
-
-    async with client_of(A, B, transport=httpx2.MockTransport(handler)) as client:
-        await asyncio.gather(failure(client), failure(client))
-        assert client.endpoint == B
+async def test_failed_status_reads_move_nothing() -> None:
+    """A proxy may cut blocking reads; heartbeats find out whether the endpoint works."""
+    async with client_of(A, B, **mocked(lambda _: httpx2.Response(504))) as client:
+        with pytest.raises(ServerError):
+            await client.status("g", after=1, wait_s=1.0, timeout_s=PATIENCE_S)
+        assert client._looks == {}
 
 
 async def test_a_late_failure_of_an_endpoint_that_was_left_moves_nothing() -> None:
     late = asyncio.Event()
+    third = f"http://c.test{BASE}"
 
     async def handler(request: httpx2.Request) -> httpx2.Response:
-        if request.url.path.endswith("/status"):
+        if request.method == "DELETE":
             await late.wait()
+        if request.method == "GET" and request.url.host == "b.test":
+            return httpx2.Response(200, json={})
         return httpx2.Response(500)
 
-    third = f"http://c.test{BASE}"
     async with client_of(A, B, third, transport=httpx2.MockTransport(handler)) as client:
-        read = asyncio.create_task(client.status("g", timeout_s=PATIENCE_S))
+        leaving = asyncio.create_task(client.leave("g", "s", timeout_s=PATIENCE_S))
         await asyncio.sleep(0)
         await failure(client)
-        await failure(client)
+        await until(lambda: client.endpoint == B)
         late.set()
         with pytest.raises(ServerError, match=r"a\.test"):
-            await read
-        assert client.endpoint == third
+            await leaving
+        assert client.endpoint == B
+
+
+# --- another store --------------------------------------------------------------------------------
+
+
+def stores(**of: str) -> Callable[[httpx2.Request], httpx2.Response]:
+    """Each host answers from its own store; ``down`` answers nothing."""
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        store = of[request.url.host.partition(".")[0]]
+        if store == "down":
+            raise httpx2.ConnectError("refused")
+        body = {"StoreId": store} if request.method == "GET" else {**BEAT, "StoreId": store}
+        return httpx2.Response(200, json=body)
+
+    return handler
+
+
+async def test_an_endpoint_of_another_store_does_not_take_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Fault 9: two coordinators that know nothing of each other make two primaries."""
+    async with client_of(A, B, **mocked(stores(a="down", b="other"))) as client:
+        client.store_id = "ours"
+        for _ in range(3):
+            await failure(client)
+            await until(lambda: client.faults_of_others is not None)
+        assert client.endpoint == A
+    refused = [r for r in caplog.records if "another store refused" in r.message]
+    assert len(refused) == 1
+
+
+async def test_an_endpoint_that_was_refused_is_passed_over() -> None:
+    async with client_of(A, B, **mocked(stores(a="other", b="ours"))) as client:
+        client.store_id = "ours"
+        assert (await beat(client)).store_id == "other"
+        error = client.refuse(A, "other")
+        assert error.exit_code is ExitCode.OTHER_STORE
+        assert "other" in str(error)
+        assert "ours" in str(error)
+        assert client.endpoint == B
+        client.refuse(A, "other")
+        assert client.endpoint == B
+
+
+# --- names of hosts -------------------------------------------------------------------------------
+
+NAMED = f"http://coordinator.test:{{port}}{BASE}"
+Found = list[tuple[Any, Any, int, str, tuple[str, int]]]
+
+
+class Resolver:
+    """Stands in for the C library's resolver, which blocks its thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+        self.addresses = addresses
+        self.asked = 0
+        self.error: OSError | None = None
+        self.answers = threading.Event()
+        self.answers.set()
+        monkeypatch.setattr(socket, "getaddrinfo", self.resolve)
+
+    def resolve(self, *_args: Any, **_options: Any) -> Found:
+        self.asked += 1
+        self.answers.wait()
+        if self.error is not None:
+            raise self.error
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in self.addresses
+        ]
+
+
+UNKNOWN = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+async def test_an_unknown_host_is_unreachable_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch).error = UNKNOWN
+    async with client_of(f"http://no.such.host{BASE}") as client:
+        error = await failure(client)
+    assert error.exit_code is ExitCode.UNREACHABLE
+    assert "Name or service not known" in str(error)
+
+
+async def test_the_next_address_is_tried_if_one_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch, "127.0.0.99", "127.0.0.1")
+    async with served() as raw, client_of(NAMED.format(port=raw.port)) as client:
+        raw.talk = raw.answers(BEAT)
+        await beat(client)
+        assert client._names._hosts["coordinator.test"].known[0] == "127.0.0.1"
+
+
+async def test_a_silent_address_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch, "127.0.0.2", "127.0.0.1")
+    async with served() as raw, client_of(NAMED.format(port=raw.port)) as client:
+        raw.talk = raw.answers(BEAT)
+        with silent("127.0.0.2", raw.port):
+            assert (await beat(client, 2.0)).role is Role.PRIMARY
+
+
+@pytest.mark.parametrize("fault", [UNKNOWN, "slow"])
+async def test_a_dns_outage_costs_nothing_once_the_addresses_are_known(
+    monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    """Fault 1: a look-up that hangs must not hold up the heartbeats."""
+    resolver = Resolver(monkeypatch, "127.0.0.1")
+    async with served() as raw, client_of(NAMED.format(port=raw.port)) as client:
+        raw.talk = raw.says(answer(json.dumps(BEAT).encode()))  # a connection for each
+        await beat(client, 2.0)
+        if fault == "slow":
+            resolver.answers.clear()
+        else:
+            resolver.error = fault
+        for _ in range(3):
+            await beat(client, 2.0)
+        assert resolver.asked == 2 if fault == "slow" else 4
+        resolver.answers.set()
+
+
+async def test_a_look_up_that_hangs_delays_no_other_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver(monkeypatch)
+    resolver.answers.clear()
+    async with served() as raw, client_of(NAMED.format(port=1), raw.endpoint()) as client:
+        raw.talk = raw.answers({"Version": "1"})
+        assert "was not resolved within" in str(await failure_of_version(client, 0.2))
+        await until(lambda: client.endpoint == raw.endpoint())
+        assert await client.version(timeout_s=PATIENCE_S) == "1"
+        resolver.answers.set()
+
+
+async def test_at_most_one_thread_hangs_in_the_look_ups_of_a_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolver = Resolver(monkeypatch)
+    resolver.answers.clear()
+    async with client_of(NAMED.format(port=1)) as client:
+        for _ in range(3):
+            await failure_of_version(client, 0.05)
+        assert resolver.asked == 1
+        resolver.answers.set()
+
+
+async def failure_of_version(client: RestClient, timeout_s: float) -> ServerError:
+    with pytest.raises(ServerError) as caught:
+        await client.version(timeout_s=timeout_s)
+    return caught.value
+
+
+def test_a_look_up_that_hangs_delays_no_exit() -> None:
+    """Fault 1: asyncio waits at the exit for the threads of its shared executor."""
+    script = f"""
+import asyncio, socket, time
+from agent.drivers.rest import RestClient
+from agent.errors import ServerError
+socket.getaddrinfo = lambda *_, **__: time.sleep(1000)
+async def main():
+    client = RestClient(["http://no.such.host{BASE}"])
+    try:
+        await client.version(timeout_s=0.2)
+    except ServerError as error:
+        print(error.exit_code)
+    await client.aclose()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=PATIENCE_S, check=True
+    )
+    assert done.stdout.split() in ([b"20"], [b"24"])  # 24 if the machine is busy
 
 
 # --- credentials ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A server that has only version 1 of the group API: part A of it, and not a word of part C.
 
-No epochs, no revisions, no release, no blocking reads; 404 on what it does not know. Roles are
+A strict one answers 400 to properties and query parameters that version 1 has not. No epochs, no revisions, no release, no blocking reads; 404 on what it does not know. Roles are
 numbers; who is chosen is told PendingPrimary first and Primary at the next heartbeat. It keeps a
 list of all that it was asked.
 """
@@ -18,6 +18,13 @@ from .stage import Stage, listening
 SECONDARY, PRIMARY, PENDING_PRIMARY = 0, 1, 2
 
 Answer = tuple[int, Any]
+
+KNOWN = {
+    "groups": {"Id", "Name", "Description", "FailoverTimeout", "AdditionalData"},
+    "clientsessions": {"Id", "Name", "AdditionalData"},
+    "heartbeat": {"FailoverScore", "LastDataProcessedTime"},
+}
+"""The properties of the bodies that version 1 has, by the last part of the path."""
 
 
 @dataclass
@@ -55,6 +62,7 @@ class PlainV1:
     pending: str | None = None
     asked: list[Asked] = field(default_factory=list)
     refuse: tuple[int, str] | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         plain, lock = self, Lock()
@@ -69,7 +77,9 @@ class PlainV1:
                 _, _, path = path.rstrip("/").partition("/clientfailover/")
                 with lock:
                     at = time.monotonic()
-                    status, said, retry_after = plain.reply(self.command, path.split("/"), body)
+                    status, said, retry_after = plain.reply(
+                        self.command, path.split("/"), body, query
+                    )
                     plain.asked.append(Asked(self.command, path, body, query, at, status, said))
                 text = b"" if said is None else json.dumps(said).encode()
                 self.send_response(status)
@@ -91,8 +101,13 @@ class PlainV1:
     def heartbeats(self, session: str) -> list[Asked]:
         return [a for a in self.asked if a.path.endswith(f"/{session}/heartbeat")]
 
-    def reply(self, method: str, path: list[str], body: Any) -> tuple[int, Any, str | None]:
+    def reply(
+        self, method: str, path: list[str], body: Any, query: str
+    ) -> tuple[int, Any, str | None]:
         """Status, body and Retry-After."""
+        unknown = set(body or {}) - KNOWN.get(path[-1], set())
+        if self.strict and (unknown or query):
+            return 400, {"Reason": f"Unknown: {query or unknown}.", "Resolution": "Omit it."}, None
         if self.refuse is None or path[-1] != "heartbeat":
             return *self.answer(method, path, body), None
         (status, retry_after), self.refuse = self.refuse, None

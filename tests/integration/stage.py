@@ -411,6 +411,51 @@ class Relay:
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}{parts.path}"
 
 
+class Gate:
+    """A way to a server that can be shut: connections are cut and refused then, at the same address."""
+
+    def __init__(self, stage: Stage, upstream: str) -> None:
+        parts = urlsplit(upstream)
+        self._upstream = (parts.hostname, parts.port)
+        self._port = free_port()
+        self._open: list[socket.socket] = []
+        self._server: socket.socket | None = None
+        self.endpoint = f"{parts.scheme}://127.0.0.1:{self._port}{parts.path}"
+        self.open()
+        stage.later(self.close)
+
+    def open(self) -> None:
+        """Let connections through."""
+        self._server = socket.create_server(("127.0.0.1", self._port))
+        Thread(target=self._accept, args=(self._server,), daemon=True).start()
+
+    def close(self) -> None:
+        """Cut what is there, and refuse what comes."""
+        server, self._server = self._server, None
+        for end in [*([server] if server else []), *self._open]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+
+    def _accept(self, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = server.accept()
+                far = socket.create_connection(self._upstream)
+                self._open += [near, far]
+                for ends in ((near, far), (far, near)):
+                    Thread(target=self._copy, args=ends, daemon=True).start()
+
+    def _copy(self, from_: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := from_.recv(65536):
+                to.sendall(data)
+        for end in (from_, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
 class _QuietServer(ThreadingHTTPServer):
     """Clients that are killed, or give up, are part of the tests: no traceback for them."""
 

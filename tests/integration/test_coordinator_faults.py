@@ -3,12 +3,19 @@
 import contextlib
 import signal
 import socket
-from collections.abc import Callable
+import ssl
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from .stage import Coordinator, Stage, free_port, listening, until
+from agent.errors import ExitCode
+from tests.bad_server import make_certificate
+
+from .stage import Coordinator, Gate, Stage, free_port, listening, until
 
 LONG = ("--failover-timeout=8", "--demote=0.8", "--margin=0.7")
 """R is 6.5 s: a coordinator is started again in less, even on a busy machine."""
@@ -46,24 +53,19 @@ def test_the_primary_demotes_when_nobody_renews_and_one_is_primary_again_later(
     stage.check_promise()
 
 
-def test_a_coordinator_that_has_forgotten_everything_is_told_again(stage: Stage) -> None:
+def test_a_coordinator_that_has_forgotten_everything_is_refused(stage: Stage) -> None:
+    """Its store is another one: somebody may be primary of the one that was lost (Fault 9)."""
     port = free_port()
     coordinator = stage.serve(port=port)
-    one, other, epoch = stage.pair(coordinator)
-    stage.kill(one)
-    other.until_role("Primary", after_epoch=epoch)
-    third = stage.run("host-c", coordinator)
-    third.until_said("joined")
-    before = len(other.said()), len(third.said())
+    one, other, _ = stage.pair(coordinator)
     coordinator.end(signal.SIGKILL)
     coordinator = stage.serve(port=port)
-    for agent, said in zip((other, third), before, strict=True):
-        agent.until_said("joined", after=said)
-    assert coordinator.ask("GET", f"groups/{stage.group}").body["FailoverTimeout"] == "00:00:02"
-    newest = stage.until_primary(other, third, after_epoch=epoch + 1)
-    until(lambda: coordinator.status().get("Primary") == newest.name, "the status")
-    epochs = stage.check_promise()
-    assert coordinator.status()["Epoch"] == epochs[-1] > epoch + 1
+    for agent in (one, other):
+        agent.until_said("coordinator of another store refused")
+    one.until_role("Secondary")
+    assert "Primary" not in coordinator.status()
+    assert [agent.end() for agent in (one, other)] == [0, 0]
+    stage.check_promise()
 
 
 def dead(_stage: Stage) -> str:
@@ -103,11 +105,87 @@ def test_the_next_endpoint_is_used_if_the_first_is_no_coordinator(
 
 
 def test_the_second_endpoint_is_used_when_the_first_dies(stage: Stage) -> None:
-    """Two coordinators that know nothing of each other: epochs go on increasing all the same."""
+    """Both lead to one coordinator, as those of a cluster do."""
+    coordinator = stage.serve()
+    first, second = Gate(stage, coordinator.endpoint), Gate(stage, coordinator.endpoint)
+    agent = stage.run("host-a", first.endpoint, second.endpoint)
+    agent.until_role("Primary")
+    first.close()
+    until(lambda: agent.state["endpoint"] == second.endpoint, "the second endpoint")
+    assert agent.state["role"] == "Primary"
+    assert agent.end() == 0
+    assert [tenure["WhyEnded"] for tenure in coordinator.history()] == ["stopping"]
+
+
+def test_a_coordinator_of_another_store_makes_no_second_primary(stage: Stage) -> None:
+    """Fault 9: one member is cut off from the first coordinator, and the second is one of its own."""
     first, second = stage.serve(), stage.serve("--data-dir=/nonexistent")
-    agent = stage.run("host-a", first, second)
-    epoch = agent.until_role("Primary")["epoch"]
-    first.end(signal.SIGKILL)
-    state = agent.until_role("Primary", after_epoch=epoch)
-    assert state["endpoint"] == second.endpoint
+    gate = Gate(stage, first.endpoint)
+    cut_off = stage.run("host-a", gate.endpoint, second)
+    cut_off.until_role("Primary")
+    other = stage.run("host-b", first, second)
+    other.until_said("joined")
+    gate.close()
+    other.until_role("Primary")
+    cut_off.until_said("coordinator of another store refused")
+    assert cut_off.state["role"] == "Secondary"
+    gate.open()
+    until(lambda: cut_off.state["endpoint"] == gate.endpoint, "the first coordinator again")
+    assert "Primary" not in second.status()
+    assert cut_off.end() == 0
+    assert other.end() == 0
     stage.check_promise()
+
+
+def test_dead_entries_in_the_list_cost_no_role(stage: Stage) -> None:
+    """Fault 18: 5 roles of 5 were lost; the good one is away for 0.8 s at a lease of 3 s."""
+    gate = Gate(stage, stage.serve().endpoint)
+    dead = [silence(stage) + "/api/v1/clientfailover" for _ in range(2)]
+    timing = ("--failover-timeout=3",)
+    agent = stage.run("host-a", dead[0], gate.endpoint, dead[1], timing=timing)
+    epoch = agent.until_role("Primary")["epoch"]
+    for _ in range(5):
+        gate.close()
+        time.sleep(0.8)
+        gate.open()
+        time.sleep(1.5)
+        assert agent.state["role"] == "Primary"
+    assert agent.state["epoch"] == epoch
+    assert agent.end() == 0
+
+
+def test_a_server_that_wants_a_client_certificate_ends_a_start(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """Fault 11: the TLS alert left the agent joining for ever."""
+    certificate = make_certificate(tmp_path)
+    wanting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    wanting.load_cert_chain(certificate)
+    wanting.load_verify_locations(certificate)
+    wanting.verify_mode = ssl.CERT_REQUIRED
+    port = stage.enter(accepting(wanting))
+    flags = ("--startup-timeout=1", f"--ca-file={certificate}")
+    agent = stage.run("host-a", f"https://127.0.0.1:{port}/clientfailover", flags=flags)
+    assert agent.wait() in {ExitCode.UNREACHABLE, ExitCode.NO_ANSWER}
+    assert "cannot join yet" in agent.said()
+
+
+@contextlib.contextmanager
+def accepting(tls: ssl.SSLContext) -> Iterator[int]:
+    """A server that makes handshakes and reads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection, contextlib.suppress(OSError):
+                        tls.wrap_socket(connection, server_side=True).recv(1)
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()

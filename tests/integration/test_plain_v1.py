@@ -41,6 +41,19 @@ def test_an_agent_lives_with_a_server_that_has_only_v1(stage: Stage) -> None:
     assert deleted == ["host-a", "host-b"]
 
 
+def test_a_strict_v1_server_makes_an_agent_primary(stage: Stage) -> None:
+    """Fault 19: a server that answers 400 to what version 1 has not."""
+    plain = PlainV1(stage, strict=True)
+    one = stage.run("host-a", plain.endpoint)
+    one.until_role("Primary")
+    other = stage.run("host-b", plain.endpoint)
+    until(lambda: plain.heartbeats("host-b"), "a heartbeat of the other")
+    assert one.end() == 0
+    other.until_role("Primary")
+    assert other.end() == 0
+    assert {asked.status for asked in plain.asked} <= {200, 201, 204, 409}
+
+
 def test_a_killed_primary_is_replaced_at_a_v1_server(stage: Stage) -> None:
     plain = PlainV1(stage)
     one = stage.run("host-a", plain.endpoint)

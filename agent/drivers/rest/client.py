@@ -1,11 +1,13 @@
 """The group API over HTTP: each of its calls as a coroutine that takes and gives values of model.py.
 
-Owns the choice among several endpoints and the two sets of connections. Refuses to know what an
-answer means for a role, and when to ask again: nothing is retried here, the caller decides.
+Owns the choice among several endpoints of one coordinator or one cluster, and the connections. Refuses
+to know what an answer means for a role, and when to ask again: nothing is retried here, the caller decides.
 
 Each call is bounded as a whole by its ``timeout_s`` (credentials, connection, sending and answer) and
-fails with a ServerError only. A failure that another endpoint may not have (no connection, no answer,
-something that is not the API, 5xx) makes the next endpoint the current one, for the *next* call.
+fails with a ServerError only. A call goes to one endpoint, and the client stays with the one that works.
+If that fails or is slow (no connection, no answer, something that is not the API, 5xx), all the others are
+looked at *beside* it, by reading a status that changes nothing: the first one that answers takes the
+calls that come next. Until one does, calls go on to the endpoint that worked last.
 """
 
 import asyncio
@@ -19,8 +21,10 @@ from urllib.parse import quote
 
 import httpx2
 
+from agent.drivers.rest.connections import open_client
 from agent.drivers.rest.credentials import ClientCredentials
-from agent.drivers.rest.exchange import Answer, fault_of_url, open_client, send
+from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
+from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import (
     TICKS_PER_SECOND,
@@ -31,10 +35,13 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
+from agent.ops.logs import Log
 from agent.wire import answers
 from agent.wire.scalars import format_time_span
 
 T = TypeVar("T")
+
+log = Log(__name__)
 
 KEEPALIVE_S = 45.0
 """An idle connection is kept for this long: above the longest beat (10 s), below the idle limits of
@@ -45,6 +52,12 @@ CONNECTIONS = 8
 
 WATCH_CONNECTIONS = 2
 """For blocking reads: the one that waits, and one that was just given up."""
+
+LOOK_CONNECTIONS = 8
+"""For looks at other endpoints, one each: silent ones must take no connection from a heartbeat."""
+
+SLOW_SHARE = 0.5
+"""A call that has used this share of its time limit is slow: the other endpoints are looked at."""
 
 PAGE = 100
 """Groups asked for at once, the documented default."""
@@ -70,7 +83,8 @@ class RestClient:
         """Nothing is asked yet.
 
         Args:
-            endpoints: base paths up to clientfailover, http or https, tried in turn.
+            endpoints: base paths up to clientfailover, http or https, of one coordinator or one
+                cluster; the first one is asked first.
             auth: httpx2.BasicAuth, ClientCredentials, or None.
             verify: how servers prove who they are; False for not at all.
             keepalive_s: for how long an idle connection is kept: longer than the beat, shorter than
@@ -82,21 +96,33 @@ class RestClient:
         """
         if not endpoints:
             raise ConfigError(f"no endpoint is given: name at least one, such as {EXAMPLE}")
-        self._endpoints = tuple(_checked(endpoint) for endpoint in endpoints)
+        self._endpoints = tuple(dict.fromkeys(_checked(endpoint) for endpoint in endpoints))
         self._current = 0
+        self._in_trouble = False
+        self._looks: dict[int, asyncio.Task[None]] = {}
+        self._faults: dict[int, str] = {}
+        self._refused: dict[int, str | None] = {}
+        self.store_id: str | None = None
+        """The store that answers have to be from, as far as it is known. The caller sets it."""
         self.date: datetime | None = None
         """The Date of the newest answer, by the server's clock; None if it had none."""
         self._auth = auth
         context = httpx2.create_ssl_context(verify=verify, trust_env=False)
-        self._calls, self._watches = (
+        self._names = Names()
+        self._calls, self._watches, self._looking = (
             open_client(
                 context,
-                keepalive_s=keepalive_s,
+                keepalive_s=kept_s,
                 connections=connections,
+                names=self._names,
                 auth=auth,
                 transport=transport,
             )
-            for connections in (CONNECTIONS, WATCH_CONNECTIONS)
+            for connections, kept_s in (
+                (CONNECTIONS, keepalive_s),
+                (WATCH_CONNECTIONS, keepalive_s),
+                (LOOK_CONNECTIONS, 0.0),
+            )
         )
 
     @property
@@ -109,10 +135,45 @@ class RestClient:
         """All base paths, in their order."""
         return self._endpoints
 
+    @property
+    def faults_of_others(self) -> str | None:
+        """Why the other endpoints cannot be used, as far as that was looked at; None for nothing."""
+        faults = (fault for index, fault in self._faults.items() if index != self._current)
+        return "; ".join(faults) or None
+
+    def refuse(self, endpoint: str, store_id: str | None) -> ServerError:
+        """Take no answer of an endpoint, since it is of another store; ask the next one from now on.
+
+        Args:
+            endpoint: the one that answered.
+            store_id: what its answer said.
+
+        Returns:
+            The error to raise or to report.
+        """
+        index = self._endpoints.index(endpoint)
+        error = self._refusal(index, store_id)
+        self._pass_over(index)
+        return error
+
+    def ask_next(self, asked: str, error: ServerError) -> bool:
+        """For a caller that does not come again: whether another endpoint may do better than ``asked``.
+
+        The next call goes to it then. An agent needs no such call, since it asks again and again.
+        """
+        if _may_be_better_elsewhere(error):
+            self._pass_over(self._endpoints.index(asked))
+        return self.endpoint != asked
+
     async def aclose(self) -> None:
         """Close every connection, and ClientCredentials with them. May be called twice."""
+        for look in self._looks.values():
+            look.cancel()
+        if self._looks:
+            await asyncio.wait(self._looks.values())
         await self._calls.aclose()
         await self._watches.aclose()
+        await self._looking.aclose()
         if isinstance(self._auth, ClientCredentials):
             await self._auth.aclose()
 
@@ -209,15 +270,17 @@ class RestClient:
         if after is not None:
             wait = format_time_span(round(wait_s * TICKS_PER_SECOND))
             params = {"after": str(after), "wait": wait}
-        return await self._ask(
+        # It says nothing of the endpoint: a proxy may cut long reads, and others than the leader
+        # may answer them. Heartbeats find out.
+        answer = await send(
+            self._watches,
             "GET",
-            f"groups/{_segment(group)}/status",
+            self._url(self._current, f"groups/{_segment(group)}/status"),
             what=f"status of group {group}",
             timeout_s=timeout_s if after is None else wait_s + timeout_s,
             params=params,
-            client=self._watches,
-            read=lambda answer: answers.read_status(answer.body),
         )
+        return _read(answer, lambda answer: answers.read_status(answer.body))
 
     async def release(
         self,
@@ -333,6 +396,7 @@ class RestClient:
             what=f"creating group {config.id}",
             timeout_s=timeout_s,
             body=answers.group_body(config),
+            look=f"groups/{_segment(config.id)}/status",
             read=lambda answer: answers.read_group(answer.body),
         )
 
@@ -393,35 +457,132 @@ class RestClient:
         read: Callable[[Answer], T],
         body: bytes | None = None,
         params: Mapping[str, str] | None = None,
-        client: httpx2.AsyncClient | None = None,
+        look: str | None = None,
     ) -> T:
+        look = _harmless(path) if look is None else look
         asked = self._current
+        slow = asyncio.get_running_loop().call_later(
+            SLOW_SHARE * timeout_s, self._trouble_at, asked, look, timeout_s
+        )
         try:
             answer = await send(
-                client or self._calls,
+                self._calls,
                 method,
-                f"{self._endpoints[asked]}/{path}" if path else self._endpoints[asked],
+                self._url(asked, path),
                 what=what,
                 timeout_s=timeout_s,
                 params=params,
                 content=body,
             )
             self.date = answer.date
-            answer.check()
-            try:
-                return read(answer)
-            except answers.AnswerError as error:
-                raise answer.unreadable(str(error)) from None
+            value = _read(answer, read)
         except ServerError as error:
-            # Calls that overlap fail together: only the first of them moves on.
-            if asked == self._current and _may_be_better_elsewhere(error):
-                self._current = (asked + 1) % len(self._endpoints)
+            if _may_be_better_elsewhere(error):
+                self._trouble_at(asked, look, timeout_s)
             raise
+        finally:
+            slow.cancel()
+        if asked == self._current:
+            self._stay()
+        return value
+
+    def _url(self, index: int, path: str) -> str:
+        return f"{self._endpoints[index]}/{path}" if path else self._endpoints[index]
+
+    # --- which endpoint is asked ------------------------------------------------------------------
+
+    def _pass_over(self, index: int) -> None:
+        if index == self._current:
+            self._in_trouble = False
+            self._current = (index + 1) % len(self._endpoints)
+
+    def _stay(self) -> None:
+        """The current endpoint works: what was found meanwhile is not needed."""
+        self._in_trouble = False
+        self._faults.clear()
+        for look in self._looks.values():
+            look.cancel()
+
+    def _trouble_at(self, asked: int, look: str, timeout_s: float) -> None:
+        """The endpoint has failed or is slow: look at the others beside it."""
+        if asked != self._current:
+            return  # calls that overlap fail together: only the first of them moves on
+        self._in_trouble = True
+        for index in range(len(self._endpoints)):
+            running = self._looks.get(index)
+            if index != asked and (running is None or running.done()):
+                self._looks[index] = asyncio.create_task(
+                    self._look_at(index, look, timeout_s), name="look at endpoint"
+                )
+
+    async def _look_at(self, index: int, path: str, timeout_s: float) -> None:
+        """Whether another endpoint answers, by a read that changes nothing."""
+        try:
+            answer = await send(
+                self._looking,
+                "GET",
+                self._url(index, path),
+                what="looking for an endpoint that answers",
+                timeout_s=timeout_s,
+            )
+            store_id = _read(answer, _store_id) if path else _read(answer, _no_store_id)
+        except ServerError as error:
+            if _may_be_better_elsewhere(error) or error.exit_code is ExitCode.NOT_AUTHORISED:
+                self._faults[index] = str(error)
+                return
+            store_id = None  # a refusal of the API: it answers
+        if None not in (self.store_id, store_id) and store_id != self.store_id:
+            self._refusal(index, store_id)
+            return
+        self._faults.pop(index, None)
+        if self._in_trouble:
+            self._in_trouble = False
+            self._current = index
+
+    def _refusal(self, index: int, store_id: str | None) -> ServerError:
+        """The error that an endpoint is of another store; logged once for each change."""
+        endpoint, right = self._endpoints[index], "list endpoints of one coordinator or one cluster"
+        said = "no store" if store_id is None else f"store {quoted(store_id)}"
+        message = f"{endpoint} answers from {said}, expected store {self.store_id}; {right}"
+        if self._refused.get(index, "") != store_id:
+            self._refused[index] = store_id
+            log.error(
+                "coordinator of another store refused",
+                endpoint=endpoint,
+                store=store_id,
+                expected=self.store_id,
+                resolution=f"{right}; docs/operations.md says what to do if its data was replaced",
+            )
+        self._faults[index] = message
+        return ServerError(message, exit_code=ExitCode.OTHER_STORE)
+
+
+def _read(answer: Answer, read: Callable[[Answer], T]) -> T:
+    answer.check()
+    try:
+        return read(answer)
+    except answers.AnswerError as error:
+        raise answer.unreadable(str(error)) from None
+
+
+def _store_id(answer: Answer) -> str | None:
+    return answers.read_status(answer.body).store_id
+
+
+def _no_store_id(answer: Answer) -> None:
+    answers.read_version(answer.body)
+
+
+def _harmless(path: str) -> str:
+    """The path of a read that shows that an endpoint can serve calls like this one."""
+    kind, _, rest = path.partition("/")
+    group = rest.partition("/")[0]
+    return f"{kind}/{group}/status" if kind == "groups" and group else ""
 
 
 def _may_be_better_elsewhere(error: ServerError) -> bool:
     """Whether the endpoint has failed, rather than refused what was asked."""
-    if error.status is None:
+    if error.status is None or error.exit_code is ExitCode.NOT_THE_API:
         return error.exit_code is not ExitCode.NOT_AUTHORISED
     return error.status >= httpx2.codes.INTERNAL_SERVER_ERROR
 

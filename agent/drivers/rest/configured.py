@@ -5,8 +5,12 @@ import httpx2
 from agent.drivers.rest.client import RestClient
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.errors import ConfigError
+from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.settings import AgentSettings, read_secret
+
+LONGEST_LOAD_S = 10.0
+"""For the files of credentials and certificates, which are a few KiB."""
 
 
 def client_for(settings: AgentSettings) -> RestClient:
@@ -35,3 +39,20 @@ def client_for(settings: AgentSettings) -> RestClient:
             verify=context,
         )
     return RestClient(settings.endpoint, auth=auth, verify=context)
+
+
+async def load_client(settings: AgentSettings, *, timeout_s: float = LONGEST_LOAD_S) -> RestClient:
+    """The same, its files read off the event loop: they may lie on a file system that hangs.
+
+    Raises:
+        ConfigError: as ``client_for``, or a file was not read in time.
+    """
+    lane = Lane("credentials")
+    try:
+        return await lane.run(lambda: client_for(settings), timeout_s=timeout_s)
+    except TimeoutError:
+        files = (settings.ca_file, settings.password_file, settings.client_secret_file)
+        raise ConfigError(
+            f"reading {', '.join(str(file) for file in files if file is not None) or 'certificates'}"
+            f" took longer than {timeout_s:g} s; the file system that it is on must answer"
+        ) from None

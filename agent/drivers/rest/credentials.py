@@ -3,8 +3,8 @@
 Owns the client secret and the token; neither is ever in a message, a repr or a log. Knows nothing of
 what the token is good for.
 
-A call that needs a token waits for at most one fetch, which all calls share, and no longer than its
-own time limit. Once most of a token's life is over the next one is fetched behind the calls' backs,
+A call that needs a token waits for at most one fetch, which all calls to that origin share, and no
+longer than its own time limit. Once most of a token's life is over the next one is fetched behind the calls' backs,
 so a slow identity server delays no heartbeat while the old token is good.
 """
 
@@ -19,7 +19,9 @@ from urllib.parse import quote, quote_plus
 
 import httpx2
 
-from agent.drivers.rest.exchange import Answer, fault_of_url, open_client, quoted, send
+from agent.drivers.rest.connections import open_client
+from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
+from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 
 DISCOVERY_PATH = "/identity/.well-known/openid-configuration"
@@ -33,6 +35,9 @@ FETCH_TIMEOUT_S = 10.0
 
 DEFAULT_LIFE_S = 300.0
 """The life of a token whose server does not state it (RFC 6749 only recommends to)."""
+
+CONNECTIONS = 8
+"""One for each endpoint whose origin is asked, and some that were given up."""
 
 LONGEST_LIFE_S = 24 * 3600.0
 """However long a token says it lives, a secret that was revoked is noticed within a day."""
@@ -81,21 +86,23 @@ class ClientCredentials(httpx2.Auth):
         self._client = open_client(
             httpx2.create_ssl_context(verify=verify, trust_env=False),
             keepalive_s=FETCH_TIMEOUT_S,
-            connections=2,  # one fetch at a time, and one that was given up
+            connections=CONNECTIONS,
+            names=Names(),
             transport=transport,
         )
         self._token = ""
         self._refresh_at = self._end_at = float("-inf")
-        self._fetching: asyncio.Task[None] | None = None
+        self._fetching: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
         return f"ClientCredentials(client_id={self._id!r})"
 
     async def aclose(self) -> None:
         """Give up a fetch that is under way and close its connections."""
-        if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.wait([self._fetching])
+        for fetch in self._fetching.values():
+            fetch.cancel()
+        if self._fetching:
+            await asyncio.wait(self._fetching.values())
         await self._client.aclose()
 
     async def async_auth_flow(
@@ -120,12 +127,23 @@ class ClientCredentials(httpx2.Auth):
     async def _valid_token(self, asked: httpx2.URL) -> str:
         now = self._clock()
         if now >= self._refresh_at or now >= self._end_at:
-            if self._fetching is None or self._fetching.done():
-                self._fetching = asyncio.create_task(self._fetch(asked), name="token")
-                self._fetching.add_done_callback(_seen)
+            fetch = self._fetch_for(asked)
             if now >= self._end_at:
-                await asyncio.shield(self._fetching)
+                await asyncio.shield(fetch)
         return self._token
+
+    def _fetch_for(self, asked: httpx2.URL) -> asyncio.Task[None]:
+        """The fetch that is under way, or a new one.
+
+        Where the token URL is discovered each origin has its own: one that does not answer must not
+        hold up calls to the others.
+        """
+        origin = "" if self._token_url else f"{asked.scheme}://{asked.host}:{asked.port}"
+        fetch = self._fetching.get(origin)
+        if fetch is None or fetch.done():
+            fetch = self._fetching[origin] = asyncio.create_task(self._fetch(asked), name="token")
+            fetch.add_done_callback(_seen)
+        return fetch
 
     async def _fetch(self, asked: httpx2.URL) -> None:
         asked_at = self._clock()

@@ -1,10 +1,11 @@
 """One request and its answer over HTTP, or one ServerError that says what went wrong.
 
-Owns connections, the time limit of a call, the bound on an answer, and the classification of every
-way in which a server can fail. Knows nothing of groups, roles, leases or tokens.
+Owns the time limit of a call and the classification of every way in which a server can fail: nothing
+but a ServerError, or cancellation, leaves ``send``. Knows nothing of groups, roles, leases or tokens.
 
 A ServerError's ``status`` is that of an answer of the API itself. It is None when no answer came
 and when something else answered, so ``status == 404`` always means "gone", never a wrong address.
+A 429 keeps its status whoever sent it; its exit code is NOT_THE_API if it was not the API.
 """
 
 import asyncio
@@ -14,21 +15,17 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpcore2
 import httpx2
 
-from agent import __version__
+from agent.drivers.rest.connections import LONGEST_ANSWER, NotHttpError, TooLongError
 from agent.errors import ExitCode, ServerError
-
-LONGEST_ANSWER = 1024 * 1024
-"""Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
-memory of an edge host."""
+from agent.ops.logs import Log
 
 LONGEST_RETRY_AFTER_S = 300.0
 """Whatever a server asks, it is asked again after five minutes: an operator who has repaired it does
@@ -37,140 +34,17 @@ not wait for longer."""
 LONGEST_QUOTE = 300
 """Characters of a server's own words in a message, so that it stays one readable line."""
 
+LONGEST_CHAIN = 32
+"""Causes of an exception that are looked at: a chain could be a circle."""
+
 LAST_PORT = 65535
 
-_HTTP = b"HTTP/"
+log = Log(__name__)
+
+_PROBLEM_FIELDS = ("title", "detail")
+"""What a ProblemDetails body (RFC 9457) says for people; ASP.NET's framework answers by such bodies."""
 
 _ERROR_FIELDS = ("OperationId", "Error", "Reason", "Resolution")
-
-
-class _NotHttpError(Exception):
-    """The first bytes of a connection are not those of an HTTP answer."""
-
-
-class _TooLongError(Exception):
-    """An answer exceeds LONGEST_ANSWER, or could once it is unpacked."""
-
-
-class _Stream(httpcore2.AsyncNetworkStream):
-    """A connection that refuses a peer whose first words are not HTTP.
-
-    The parser waits for a blank line, so a banner like that of SSH would otherwise look like
-    silence.
-    """
-
-    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
-        self._inner = inner
-        self._first = b""
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
-        data = await self._inner.read(max_bytes, timeout)
-        if len(self._first) < len(_HTTP):
-            self._first += data
-            if not _HTTP.startswith(self._first[: len(_HTTP)]):
-                raise _NotHttpError(repr(self._first[:32])[1:])
-        return data
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        await self._inner.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
-    ) -> httpcore2.AsyncNetworkStream:
-        return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-class _Backend(httpcore2.AnyIOBackend):
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's signature
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        return _Stream(
-            await super().connect_tcp(host, port, timeout, local_address, socket_options)
-        )
-
-
-class _Bounded(httpx2.AsyncByteStream):
-    """A body of at most LONGEST_ANSWER bytes."""
-
-    def __init__(self, inner: httpx2.AsyncByteStream) -> None:
-        self._inner = inner
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        seen = 0
-        async for part in self._inner:
-            seen += len(part)
-            if seen > LONGEST_ANSWER:
-                raise _TooLongError
-            yield part
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-class _Transport(httpx2.AsyncHTTPTransport):
-    """HTTP/1.1 without proxies or retries, whose answers are bounded wherever they are read."""
-
-    def __init__(self, context: ssl.SSLContext, keepalive_s: float, connections: int) -> None:
-        super().__init__(verify=context, trust_env=False)
-        self._pool = httpcore2.AsyncConnectionPool(  # the base class takes no network backend
-            ssl_context=context,
-            max_connections=connections,
-            keepalive_expiry=keepalive_s,
-            network_backend=_Backend(),
-        )
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        response = await super().handle_async_request(request)
-        if response.headers.get("content-encoding", "identity") != "identity":
-            await response.aclose()
-            raise _TooLongError  # 1 KiB can unpack to 1 MiB, and we asked for identity
-        if isinstance(response.stream, httpx2.AsyncByteStream):
-            response.stream = _Bounded(response.stream)
-        return response
-
-
-def open_client(
-    context: ssl.SSLContext,
-    *,
-    keepalive_s: float,
-    connections: int,
-    auth: httpx2.Auth | None = None,
-    transport: httpx2.AsyncBaseTransport | None = None,
-) -> httpx2.AsyncClient:
-    """A client with connections of its own; close it with ``aclose``.
-
-    Args:
-        context: how servers prove who they are.
-        keepalive_s: seconds after which an idle connection is not used again.
-        connections: how many there are at most.
-        auth: what each request proves itself by.
-        transport: stands in for the network, in tests.
-    """
-    return httpx2.AsyncClient(
-        auth=auth,
-        transport=transport or _Transport(context, keepalive_s, connections),
-        trust_env=False,
-        follow_redirects=False,
-        headers={
-            "User-Agent": f"failover-agent/{__version__}",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-        },
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +102,9 @@ class Answer:
 
         Raises:
             ServerError: NOT_AUTHORISED for 401 and 403; REFUSED for a refusal of the API and for
-                5xx; NOT_THE_API for a redirect, a page, or a 4xx without an ErrorResponse.
+                5xx; NOT_THE_API for a redirect, a page, or a 4xx with neither an ErrorResponse nor
+                ProblemDetails. Its status is None then, but for 429: something on the way that
+                limits requests is obeyed, too.
         """
         if self.status // 100 == 2:  # noqa: PLR2004 - the class of success
             return
@@ -240,7 +116,11 @@ class Answer:
         if self.status // 100 == 3:  # noqa: PLR2004 - the class of redirects
             target = quoted(self.headers.get("location", "nowhere"))
             raise self.not_the_api(f"redirects ({self.status}) to {target}, which is not followed")
-        if self.status < 500 and self.status != 429 and not self._is_error_response():  # noqa: PLR2004 - as above
+        if self.status == httpx2.codes.TOO_MANY_REQUESTS and not self._is_error_response():
+            right = "look for a proxy or balancer on the way that limits requests"
+            problem = f"answered 429 without an ErrorResponse: {said}"
+            raise self.error(problem, right, ExitCode.NOT_THE_API)
+        if self.status < 500 and not (self._is_error_response() or self._problem()):  # noqa: PLR2004 - as above
             raise self.not_the_api(f"answered {self.status} without an ErrorResponse: {said}")
         raise self.error(f"answered {self.status}", said, ExitCode.REFUSED)
 
@@ -266,7 +146,18 @@ class Answer:
             return any(name in body for name in _ERROR_FIELDS)
         return not self.body and "operation-id" in self.headers
 
+    def _problem(self) -> str:
+        """Title and detail of a ProblemDetails body, or nothing."""
+        body = self._json()
+        kind = self.headers.get("content-type", "").lower()
+        if not isinstance(body, dict) or not kind.startswith("application/problem+json"):
+            return ""
+        words = [body.get(name) for name in _PROBLEM_FIELDS]
+        return ": ".join(word for word in words if isinstance(word, str) and word) or "no title"
+
     def _said(self) -> str:
+        if problem := self._problem():
+            return quoted(problem)
         body = self._json()
         if isinstance(body, dict):
             words = [body.get(name) for name in ("Error", "Reason", "Resolution")]
@@ -354,44 +245,62 @@ async def send(
             NO_ANSWER; and what the client's credentials raise.
     """
     headers_came = False
-    request = client.build_request(
-        method,
-        url,
-        params=params,
-        content=content,
-        data=form,
-        headers={"Content-Type": "application/json"} if content is not None else None,
-        timeout=timeout_s,
-    )
     try:
         async with asyncio.timeout(timeout_s):
+            request = client.build_request(
+                method,
+                url,
+                params=params,
+                content=content,
+                data=form,
+                headers={"Content-Type": "application/json"} if content is not None else None,
+                timeout=timeout_s,
+            )
             response = await client.send(request, stream=True)
             headers_came = True
             try:
                 body = await response.aread()
             finally:
                 await response.aclose()
+    except ServerError:  # of the credentials
+        raise
     except (TimeoutError, httpx2.TimeoutException):
         problem = f"gave no answer within {timeout_s:.3g} s"
         right = "check that the server is healthy and that nothing on the way drops packets"
         raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from None
-    except _NotHttpError as error:
-        raise _not_http(what, url, f"its first bytes are {error}") from None
-    except _TooLongError:
+    except Exception as error:  # the one edge: whatever the HTTP stack raises is no answer
+        raise _classified(what, url, error, headers_came=headers_came) from error
+    return Answer(what, url, response.status_code, response.headers, body)
+
+
+def _classified(what: str, url: str, error: Exception, *, headers_came: bool) -> ServerError:
+    """What went wrong, said of whatever was raised by a request."""
+    root = _root(error)
+    if isinstance(error, NotHttpError):
+        return _not_http(what, url, f"its first bytes are {error}")
+    if isinstance(error, TooLongError):
         problem = f"answered with more than {LONGEST_ANSWER // 1024} KiB, or compressed"
         right = "the endpoint must be a group API, which does neither"
-        raise _error(what, url, problem, right, ExitCode.NOT_THE_API) from None
-    except httpx2.ConnectError as error:
-        raise _unreachable(what, url, error) from error
-    except httpx2.RequestError as error:
-        if headers_came:
-            raise _half(what, url, quoted(str(error))) from error
-        if isinstance(error, httpx2.RemoteProtocolError) and "disconnected" not in str(error):
-            raise _not_http(what, url, quoted(str(error))) from error
+        return _error(what, url, problem, right, ExitCode.NOT_THE_API)
+    if not isinstance(error, httpx2.RequestError | OSError):
+        log.error(
+            "request failed in an unexpected way",
+            what=what,
+            url=url,
+            error=type(error).__name__,
+            reason=quoted(str(error)),
+        )
+    if headers_came:
+        return _half(what, url, quoted(str(error) or type(error).__name__))
+    if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
+        return _unreachable(what, url, root)
+    if isinstance(error, httpx2.RemoteProtocolError) and "disconnected" not in str(error):
+        return _not_http(what, url, quoted(str(error)))
+    if isinstance(error, httpx2.RequestError | OSError):
         problem = "closed the connection before it answered"
-        right = "look at the server's own log"
-        raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from error
-    return Answer(what, url, response.status_code, response.headers, body)
+    else:
+        problem = f"gave no answer that can be read ({type(error).__name__})"
+    return _error(what, url, problem, "look at the server's own log", ExitCode.NO_ANSWER)
 
 
 def _error(
@@ -424,13 +333,16 @@ def _not_http(what: str, url: str, how: str) -> ServerError:
     return _error(what, url, problem, right, ExitCode.NOT_HTTP)
 
 
-def _unreachable(what: str, url: str, error: httpx2.ConnectError) -> ServerError:
-    match root := _root(error):
+def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
+    match root:
         case socket.gaierror():
             why, right = root.strerror, "check the name of the host"
         case ssl.SSLCertVerificationError():
             why = f"its certificate is not trusted: {root.verify_message}"
             right = "name the CA that signed it, and use a host name that is in the certificate"
+        case ssl.SSLError(reason=str(reason)) if "CERTIFICATE_REQUIRED" in reason:
+            why = "it asks for a client certificate, which this program has none of"
+            right = "let the server take a user and password, or a token"
         case ssl.SSLError():
             why = f"TLS failed: {root.reason or root}"
             right = "check that the server speaks TLS on this port, else use http"
@@ -444,11 +356,15 @@ def _unreachable(what: str, url: str, error: httpx2.ConnectError) -> ServerError
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first cause, which is the one that the operating system told."""
-    while True:
+    """The first cause, which is the one that the operating system or OpenSSL told."""
+    root = error
+    for _ in range(LONGEST_CHAIN):
         inner = error.__cause__ or error.__context__
         if isinstance(error, BaseExceptionGroup):
             inner = error.exceptions[0]
         if inner is None:
-            return error
+            break
         error = inner
+        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # waits, not faults
+            root = error
+    return root

@@ -1,0 +1,150 @@
+"""Registering the group and the session, again and again until it succeeds.
+
+Owns which failures are worth another attempt, and the backoff between attempts. Knows nothing of events
+and of what happens to a session that cannot register.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    wait_random_exponential,
+)
+
+from agent.core.events import Joined
+from agent.core.session import Session
+from agent.core.timing import plan
+from agent.drivers.rest import RestClient
+from agent.errors import ExitCode, ServerError, TimingError
+from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
+from agent.ops.logs import Log
+from agent.settings import AgentSettings
+
+SHORTEST_RETRY_S = 0.05
+TOO_MANY_REQUESTS = 429
+SERVER_FAULT = 500
+"""From this status on the server has failed, rather than refused."""
+
+PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
+"""What a server says at the start and would say again."""
+
+LOGGED_EVERY = 20
+"""Attempts: the first one is logged, and then one of so many."""
+
+log = Log(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """One registration.
+
+    Args:
+        session: read only.
+        again: it was registered before, and so keeps trying for ever, whatever is refused.
+    """
+
+    settings: AgentSettings
+    client: RestClient
+    session: Session
+    again: bool
+
+    async def run(self) -> Joined:
+        """Register, however long it takes; the first time only for ``startup_timeout``.
+
+        Raises:
+            ServerError: OTHER_STORE if a coordinator of another store answered and none of ours;
+                else the last failure.
+            TimingError: the timeout of the group that is there does not fit the settings.
+        """
+        patience_s = self.settings.startup_timeout
+        bounded = not self.again and patience_s > 0
+        failures: dict[ExitCode, ServerError] = {}
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(self._worth_retrying),
+            wait=self._pause_s,
+            before_sleep=partial(self._note_failure, failures),
+            reraise=True,
+        )
+        try:
+            async with asyncio.timeout(patience_s if bounded else None):
+                joined: Joined = await retrying(self._register)
+                return joined
+        except TimeoutError:
+            pass
+        if failures:
+            raise failures.get(ExitCode.OTHER_STORE, list(failures.values())[-1])
+        raise ServerError(
+            f"joining group {self.settings.group}: {self.client.endpoint} gave no answer within"
+            f" startup_timeout {patience_s:g} s; check that the server is healthy and that nothing on"
+            " the way drops packets",
+            exit_code=ExitCode.NO_ANSWER,
+        )
+
+    async def _register(self) -> Joined:
+        settings, session_id = self.settings, self.session.options.session_id
+        timing = self.session.timing
+        limit_s = timing.request_timeout_s
+        wanted = GroupConfig(
+            settings.group,
+            round(settings.failover_timeout * TICKS_PER_SECOND),
+            name=settings.group_name,
+        )
+        group = await self.client.ensure_group(wanted, timeout_s=2 * limit_s)
+        if group.lease_s != timing.lease_s:
+            log.info("adopted the group's failover timeout", failover_timeout_s=group.lease_s)
+            try:
+                timing = plan(group.lease_s, settings.budget)
+            except TimingError as error:
+                raise TimingError(
+                    f"group {settings.group} has failover timeout {group.lease_s:g} s at"
+                    f" {self.client.endpoint}, and with it {error}",
+                    smallest_lease_s=error.smallest_lease_s,
+                ) from error
+        name = settings.session_name if settings.session_name is not None else session_id
+        config, endpoint = SessionConfig(session_id, name=name), self.client.endpoint
+        store_id = await self.client.join(settings.group, config, timeout_s=limit_s)
+        if not self.session.accepts_store(store_id):
+            raise self.client.refuse(endpoint, store_id)
+        return Joined(timing, store_id)
+
+    def _worth_retrying(self, error: BaseException) -> bool:
+        if not isinstance(error, ServerError):
+            return False
+        not_ready = error.status is not None and (
+            error.status == TOO_MANY_REQUESTS or error.status >= SERVER_FAULT
+        )
+        return self.again or not_ready or error.exit_code not in PERMANENT
+
+    def _pause_s(self, state: RetryCallState) -> float:
+        """Exponential backoff with jitter; longer if the server asks for that."""
+        timing = self.session.timing
+        backoff_s = wait_random_exponential(multiplier=SHORTEST_RETRY_S, max=timing.beat_s)(state)
+        error = _error_of(state)
+        asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
+        if self.again:  # there may be a lease, which a longer wait would end
+            asked_s = min(asked_s, timing.renew_s / 2)
+        return max(backoff_s, asked_s)
+
+    def _note_failure(self, failures: dict[ExitCode, ServerError], state: RetryCallState) -> None:
+        """Keep the newest failure of each kind, the last one at the end; log some of them."""
+        error = _error_of(state)
+        if error is not None:
+            failures.pop(error.exit_code, None)
+            failures[error.exit_code] = error
+        if state.attempt_number % LOGGED_EVERY == 1:
+            log.warning(
+                "cannot join yet",
+                reason=error,
+                attempt=state.attempt_number,
+                next_endpoint=self.client.endpoint,
+                other_endpoints=self.client.faults_of_others,
+            )
+
+
+def _error_of(state: RetryCallState) -> ServerError | None:
+    error = state.outcome.exception() if state.outcome is not None else None
+    return error if isinstance(error, ServerError) else None

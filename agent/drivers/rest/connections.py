@@ -1,0 +1,172 @@
+"""Connections to servers over HTTP/1.1: resolved, bounded, and refused if the peer does not speak HTTP.
+
+Owns the connection pools' transport. Knows nothing of requests' time limits, nor of what an answer means.
+"""
+
+import ssl
+from collections.abc import AsyncIterator, Iterable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
+
+import httpcore2
+import httpx2
+
+from agent import __version__
+from agent.drivers.rest.names import Names
+
+LONGEST_ANSWER = 1024 * 1024
+"""Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
+memory of an edge host."""
+
+LONGEST_CONNECT_S = 10.0
+"""For a connection whose request has no time limit of its own."""
+
+_HTTP = b"HTTP/"
+
+
+class NotHttpError(Exception):
+    """The first bytes of a connection are not those of an HTTP answer."""
+
+
+class TooLongError(Exception):
+    """An answer exceeds LONGEST_ANSWER, or could once it is unpacked."""
+
+
+class _Stream(httpcore2.AsyncNetworkStream):
+    """A connection that refuses a peer whose first words are not HTTP.
+
+    The parser waits for a blank line, so a banner like that of SSH would otherwise look like
+    silence.
+    """
+
+    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self._first = b""
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
+        data = await self._inner.read(max_bytes, timeout)
+        if len(self._first) < len(_HTTP):
+            self._first += data
+            if not _HTTP.startswith(self._first[: len(_HTTP)]):
+                raise NotHttpError(repr(self._first[:32])[1:])
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
+class _Backend(httpcore2.AnyIOBackend):
+    """Connections whose names are resolved by ``names``, never by the shared executor."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        timeout_s = LONGEST_CONNECT_S if timeout is None else timeout
+        connect = super().connect_tcp
+
+        async def dial(address: str) -> httpcore2.AsyncNetworkStream:
+            return await connect(address, port, timeout_s, local_address, socket_options)
+
+        try:
+            return _Stream(await self._names.connect(host, dial, timeout_s=timeout_s))
+        except OSError as error:
+            raise httpcore2.ConnectError(str(error)) from error
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """A body of at most LONGEST_ANSWER bytes."""
+
+    def __init__(self, inner: httpx2.AsyncByteStream) -> None:
+        self._inner = inner
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        seen = 0
+        async for part in self._inner:
+            seen += len(part)
+            if seen > LONGEST_ANSWER:
+                raise TooLongError
+            yield part
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Transport(httpx2.AsyncHTTPTransport):
+    """HTTP/1.1 without proxies or retries, whose answers are bounded wherever they are read."""
+
+    def __init__(
+        self, context: ssl.SSLContext, keepalive_s: float, connections: int, names: Names
+    ) -> None:
+        super().__init__(verify=context, trust_env=False)
+        self._pool = httpcore2.AsyncConnectionPool(  # the base class takes no network backend
+            ssl_context=context,
+            max_connections=connections,
+            keepalive_expiry=keepalive_s,
+            network_backend=_Backend(names),
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise TooLongError  # 1 KiB can unpack to 1 MiB, and we asked for identity
+        if isinstance(response.stream, httpx2.AsyncByteStream):
+            response.stream = _Bounded(response.stream)
+        return response
+
+
+def open_client(
+    context: ssl.SSLContext,
+    *,
+    keepalive_s: float,
+    connections: int,
+    names: Names,
+    auth: httpx2.Auth | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
+) -> httpx2.AsyncClient:
+    """A client with connections of its own; close it with ``aclose``.
+
+    Args:
+        context: how servers prove who they are.
+        keepalive_s: seconds after which an idle connection is not used again.
+        connections: how many there are at most.
+        names: resolves the names of hosts.
+        auth: what each request proves itself by.
+        transport: stands in for the network, in tests.
+    """
+    return httpx2.AsyncClient(
+        auth=auth,
+        transport=transport or _Transport(context, keepalive_s, connections, names),
+        trust_env=False,
+        follow_redirects=False,
+        cookies=CookieJar(
+            DefaultCookiePolicy(allowed_domains=[])
+        ),  # a server could fill the memory
+        headers={
+            "User-Agent": f"failover-agent/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        },
+    )

@@ -1,0 +1,178 @@
+"""Resolve host names without holding up anything else, and connect to the first address that answers.
+
+Owns one look-up thread for each host and the addresses that each look-up last found. Knows nothing of
+HTTP. The resolver of the C library blocks its thread for as long as it likes, and asyncio's shared
+executor would make look-ups of other hosts, and the exit, wait for it: so each host has a lane of its
+own, in which at most one look-up is stuck.
+
+A DNS outage must not cost a role: if a look-up fails or is slow, the addresses of the last one are used.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from agent.ops.blocking import Lane, StuckError
+
+SLOW_LOOK_UP_S = 0.25
+SLOW_SHARE = 0.25
+"""A look-up that takes longer than this, or than this share of the connection's time limit, is slow."""
+
+GIVE_UP_SHARE = 0.9
+"""Without known addresses a look-up may take this share of the time limit; the rest is left to say so."""
+
+STAGGER_S = 0.25
+STAGGER_SHARE = 0.25
+"""The next address is tried beside the one before after this time (RFC 8305), or this share of the limit."""
+
+MOST_ADDRESSES = 8
+"""Addresses of one host that are tried: more than that are no way to find one that works in time."""
+
+MOST_HOSTS = 64
+"""Hosts whose addresses are remembered: an agent has a few endpoints and an identity server."""
+
+
+class _Stream(Protocol):
+    async def aclose(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Stream)
+
+
+@dataclass(slots=True)
+class _Host:
+    lane: Lane
+    known: tuple[str, ...] = ()
+    look_up: "asyncio.Task[tuple[str, ...]] | None" = field(default=None)
+
+
+class Names:
+    """The resolver of one client."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[str, _Host] = {}
+
+    async def connect(
+        self, host: str, dial: Callable[[str], Awaitable[S]], *, timeout_s: float
+    ) -> S:
+        """Connect to the first address of ``host`` that answers, the one of last time first.
+
+        Args:
+            host: a name, or an address, which needs no look-up.
+            dial: connects to one address; bounded by itself.
+            timeout_s: seconds for the look-up and all addresses together.
+
+        Raises:
+            OSError: the name has no address (socket.gaierror), or was not resolved in time.
+            Exception: what ``dial`` raises for the first address, if none answers.
+        """
+        if _is_address(host):
+            return await dial(host)
+        entry = self._entry(host)
+        addresses = await _addresses(entry, host, timeout_s)
+        address, stream = await _first(
+            addresses, dial, stagger_s=min(STAGGER_S, STAGGER_SHARE * timeout_s)
+        )
+        entry.known = (address, *(other for other in entry.known if other != address))
+        return stream
+
+    def _entry(self, host: str) -> _Host:
+        if host not in self._hosts and len(self._hosts) >= MOST_HOSTS:
+            self._hosts.pop(next(iter(self._hosts)))
+        return self._hosts.setdefault(host, _Host(Lane(f"look-up of {host}")))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _addresses(entry: _Host, host: str, timeout_s: float) -> tuple[str, ...]:
+    """What a look-up finds, or the last one found if this one fails or is slow."""
+    if entry.look_up is None or entry.look_up.done():
+        entry.look_up = asyncio.create_task(_look_up(entry, host), name=f"look-up of {host}")
+        entry.look_up.add_done_callback(_seen)
+    look_up = entry.look_up
+    patience_s = min(SLOW_LOOK_UP_S, SLOW_SHARE * timeout_s)
+    if not entry.known:
+        patience_s = GIVE_UP_SHARE * timeout_s
+    await asyncio.wait(
+        [look_up], timeout=patience_s
+    )  # others wait for it, too: it is not cancelled
+    if look_up.done() and not look_up.cancelled() and look_up.exception() is None:
+        return look_up.result()
+    if entry.known:
+        return entry.known
+    if look_up.done():
+        return look_up.result()
+    raise TimeoutError(f"the name {host} was not resolved within {patience_s:.3g} s")
+
+
+async def _look_up(entry: _Host, host: str) -> tuple[str, ...]:
+    def ask() -> list[str]:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return [str(address[0]) for *_, address in found]
+
+    try:
+        found = dict.fromkeys(await entry.lane.run(ask))
+    except StuckError as error:
+        raise TimeoutError(str(error)) from error
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
+    last = entry.known[:1]  # stay with the address that worked, as long as it is one of the host's
+    ordered = sorted(found, key=lambda address: address not in last)
+    entry.known = tuple(ordered[:MOST_ADDRESSES])
+    return entry.known
+
+
+def _seen(task: "asyncio.Task[tuple[str, ...]]") -> None:
+    """A failure that nobody waits for any more is no unhandled one: the next look-up meets it."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _first(
+    addresses: tuple[str, ...], dial: Callable[[str], Awaitable[S]], *, stagger_s: float
+) -> tuple[str, S]:
+    """The first connection that is made; each address is tried beside the ones before it."""
+    waiting, pending, errors = (
+        list(addresses),
+        dict[asyncio.Future[S], str](),
+        list[BaseException](),
+    )
+    try:
+        while waiting or pending:
+            if waiting:
+                address = waiting.pop(0)
+                pending[asyncio.ensure_future(dial(address))] = address
+            done, _ = await asyncio.wait(
+                pending,
+                timeout=stagger_s if waiting else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                error = task.exception()
+                if error is None:
+                    return pending.pop(task), task.result()
+                del pending[task]
+                errors.append(error)
+        raise errors[0]
+    finally:
+        await _drop(pending)
+
+
+async def _drop(pending: "dict[asyncio.Future[S], str]") -> None:
+    """Give up connections that are no longer wanted, also those that have just been made."""
+    for task in pending:
+        task.cancel()
+    if pending:
+        await asyncio.wait(pending)
+    for task in pending:
+        if not task.cancelled() and task.exception() is None:
+            await task.result().aclose()

@@ -1,0 +1,434 @@
+"""The calls of one session: each ends by its event, whatever the server or we ourselves do wrong."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from agent.core.effects import Release
+from agent.core.events import (
+    Answered,
+    BeatFailed,
+    Event,
+    Failure,
+    Joined,
+    Left,
+    Released,
+    StatusSeen,
+    Stop,
+)
+from agent.core.session import Options, Session
+from agent.daemon.requests import Requests
+from agent.daemon.vitals import Tally
+from agent.drivers.rest import RestClient
+from agent.errors import ExitCode
+from agent.model import HeartbeatAnswer, Role
+from agent.ops.clock import Clock
+from agent.settings import AgentSettings
+from agent.settings.models import AgentForm
+from tests.bad_server import PATIENCE_S, Raw, answer, served, until
+
+REFUSAL = {"Error": "No", "Reason": "No.", "Resolution": "Wait."}
+PROBLEM = b'{"title": "Too many", "status": 429}'
+EXTENDED: dict[str, dict[str, Any]] = {
+    "clientsessions": {"Id": "s", "StoreId": "ours"},
+    "heartbeat": {"Role": 1, "Epoch": 7, "Revision": 3, "StoreId": "ours"},
+    "status": {"Primary": "s", "Epoch": 7, "Revision": 3, "StoreId": "ours"},
+}
+PLAIN: dict[str, dict[str, Any]] = {
+    kind: {name: value for name, value in body.items() if name != "StoreId"}
+    for kind, body in EXTENDED.items()
+}
+
+
+@dataclass
+class Api(Raw):
+    """A server that answers each kind of call by a document; ``fault`` is answered instead."""
+
+    documents: dict[str, dict[str, Any]]
+    faults: dict[str, bytes] = field(default_factory=dict)
+    asked: list[tuple[str, dict[str, list[str]], Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.talk = self.serve
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head, _, body = (await self.request(reader)).partition(b"\r\n\r\n")
+            url = urlsplit(head.split()[1].decode())
+            kind = url.path.rstrip("/").rpartition("/")[2]
+            self.asked.append((kind, parse_qs(url.query), json.loads(body) if body else None))
+            document = {"Id": "g", "FailoverTimeout": "00:00:03"} | self.documents.get(kind, {})
+            writer.write(self.faults.get(kind) or answer(json.dumps(document).encode()))
+            await writer.drain()
+
+    def count(self, kind: str) -> int:
+        return [asked[0] for asked in self.asked].count(kind)
+
+    def last(self, kind: str) -> tuple[dict[str, list[str]], Any]:
+        query, body = next(asked[1:] for asked in reversed(self.asked) if asked[0] == kind)
+        return query, body
+
+
+@dataclass
+class Stand:
+    """Requests with what they need; ``told`` has the events."""
+
+    requests: Requests
+    session: Session
+    client: RestClient
+    tally: Tally
+    told: list[Event]
+
+    async def join(self) -> None:
+        await self.requests.join()
+        joined = self.told.pop()
+        assert isinstance(joined, Joined)
+        self.session.store_id = joined.store_id
+
+
+def settings_for(*endpoints: str, **more: Any) -> AgentSettings:
+    form = {"endpoint": list(endpoints), "group": "g", "failover_timeout": 3.0, "guard": False}
+    return AgentForm(**{**form, **more}).value()
+
+
+@asynccontextmanager
+async def standing(
+    *endpoints: str, store_id: str | None = None, **more: Any
+) -> AsyncIterator[Stand]:
+    settings = settings_for(*endpoints, **more)
+    session = Session(settings.timing, Options("s", store_id=store_id))
+    client, tally, told = RestClient(settings.endpoint), Tally(), list[Event]()
+    requests = Requests(
+        settings,
+        client,
+        session,
+        told.append,
+        lambda: (100.0, None),
+        tally=tally,
+        clock=Clock(),
+    )
+    try:
+        yield Stand(requests, session, client, tally, told)
+    finally:
+        await client.aclose()
+
+
+@asynccontextmanager
+async def at(documents: dict[str, dict[str, Any]], **more: Any) -> AsyncIterator[tuple[Api, Stand]]:
+    async with serving(documents) as api, standing(api.endpoint(), **more) as stand:
+        yield api, stand
+
+
+@asynccontextmanager
+async def serving(documents: dict[str, dict[str, Any]]) -> AsyncIterator[Api]:
+    async with served(raw=(api := Api(documents))):
+        yield api
+
+
+RELEASE = Release(7, "stopping", 0.0)
+
+# --- each call ends by its event ------------------------------------------------------------------
+
+CALLS: dict[str, tuple[Callable[[Requests], Awaitable[None]], type[Event]]] = {
+    "heartbeat": (lambda requests: requests.beat(1), BeatFailed),
+    "release": (lambda requests: requests.release(RELEASE), Released),
+    "leave": (lambda requests: requests.leave(lambda: None), Left),
+}
+
+FAULTS = {
+    "closes": b"",
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+    "500": answer(b"", "500 No"),
+    "problem": answer(b'{"title": "No"}', "400 No", "application/problem+json"),
+    "not the API": answer(b"<html>", "404 No", "text/html"),
+    "garbage": b"garbage\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_call_that_fails_tells_its_event(name: str, fault: str) -> None:
+    call, event = CALLS[name]
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        kind = "s" if name == "leave" else name
+        api.faults[kind] = FAULTS[fault] or b"HTTP/1.1 200 OK\r\n"
+        if not FAULTS[fault]:
+            api.talk = api.says()
+        await call(stand.requests)
+    assert [type(told) for told in stand.told] == [event]
+
+
+@pytest.mark.parametrize(
+    ("name", "event"), [(name, event) for name, (_, event) in CALLS.items()] + [("join", Stop)]
+)
+async def test_a_fault_of_ours_tells_the_event_and_is_raised(
+    name: str, event: type[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 3: the session goes on with what it knows, and whoever supervises the task hears of it."""
+    async with at(EXTENDED) as (_, stand):
+        await stand.join()
+
+        async def fails(*_args: Any, **_options: Any) -> None:
+            raise KeyError("a bug")
+
+        method = "ensure_group" if name == "join" else name
+        monkeypatch.setattr(stand.client, method, fails)
+        call = CALLS[name][0] if name in CALLS else Requests.join
+        with pytest.raises(KeyError):
+            await call(stand.requests)
+    assert [type(told) for told in stand.told] == [event]
+    assert not stand.tally.asked_at
+    if isinstance(stand.told[0], Stop):
+        assert stand.told[0].code is ExitCode.TASK_FAILED
+
+
+async def test_a_release_is_repeated_while_the_server_restarts() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        api.faults["release"] = answer(b"", "503 Starting")
+        releasing = asyncio.create_task(stand.requests.release(RELEASE))
+        await until(lambda: api.count("release") >= 2)
+        assert not stand.told
+        del api.faults["release"]
+        await releasing
+    assert stand.told == [Released()]
+
+
+async def test_a_release_names_the_instance_that_held_the_tenure() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        await stand.requests.release(RELEASE)
+        assert api.last("release")[1]["Instance"] == stand.requests.instance
+        await stand.requests.release(Release(7, "demoted at the start", 0.0, instance="former"))
+        assert api.last("release")[1]["Instance"] == "former"
+
+
+async def test_a_former_life_is_released_before_joining_if_its_store_is_known() -> None:
+    async with at(EXTENDED, store_id="ours") as (api, stand):
+        await stand.requests.release(Release(7, "demoted at the start", 0.0, instance="former"))
+        assert api.count("release") == 1
+
+
+# --- extensions -----------------------------------------------------------------------------------
+
+
+async def test_no_extension_is_sent_to_a_server_that_did_not_show_any() -> None:
+    """Fault 19: a strict v1 server answers 400 to what it does not know."""
+    async with at(PLAIN) as (api, stand):
+        await stand.join()
+        stand.session.newest_epoch = 7
+        await stand.requests.beat(1)
+        assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
+        following = asyncio.create_task(stand.requests.follow())
+        await until(lambda: api.count("status") >= 2)
+        following.cancel()
+        assert api.last("status") == ({}, None)
+        await stand.requests.release(RELEASE)
+        assert api.count("release") == 0
+    assert stand.told[0] == Answered(1, HeartbeatAnswer(Role.PRIMARY))
+    assert isinstance(stand.told[1], StatusSeen)
+    assert (stand.told[1].status.primary, stand.told[1].status.revision) == ("s", None)
+    assert stand.told[-1] == Released()
+
+
+async def test_extensions_are_sent_to_a_server_that_showed_them() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        stand.session.newest_epoch = 7
+        await stand.requests.beat(1)
+        assert api.last("heartbeat")[1] == {
+            "FailoverScore": 100.0,
+            "Instance": stand.requests.instance,
+            "Epoch": 7,
+        }
+        following = asyncio.create_task(stand.requests.follow())
+        await until(lambda: api.count("status") >= 2)
+        following.cancel()
+        assert api.last("status")[0]["after"] == ["3"]
+
+
+# --- another store --------------------------------------------------------------------------------
+
+OTHERS = {kind: {**body, "StoreId": "other"} for kind, body in EXTENDED.items()}
+
+
+async def test_a_heartbeat_that_another_store_answers_has_failed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Fault 9."""
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        api.documents = OTHERS
+        for beat in range(1, 4):
+            await stand.requests.beat(beat)
+    assert {told.failure for told in stand.told if isinstance(told, BeatFailed)} == {
+        Failure.OTHER_STORE
+    }
+    assert stand.tally.beats_failed["other_store"] == 3
+    assert caplog.text.count("coordinator of another store refused") == 1
+    assert stand.requests.group_data is None
+
+
+async def test_a_status_of_another_store_is_not_told() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        api.documents = OTHERS
+        following = asyncio.create_task(stand.requests.follow())
+        await until(lambda: api.count("status") >= 2)
+        following.cancel()
+    assert not stand.told
+
+
+async def test_a_start_at_another_store_only_ends_with_its_own_exit_code() -> None:
+    async with serving(OTHERS) as one, serving(OTHERS) as two:
+        both = (one.endpoint(), two.endpoint())
+        async with standing(*both, store_id="ours", startup_timeout=1.0) as stand:
+            await stand.requests.join()
+    failure = stand.requests.failure
+    assert failure is not None
+    assert failure.exit_code is ExitCode.OTHER_STORE
+    assert stand.told == [Stop(ExitCode.OTHER_STORE, str(failure))]
+    assert min(api.count("clientsessions") for api in (one, two)) >= 1
+
+
+async def test_a_start_finds_our_store_behind_another_one() -> None:
+    async with serving(OTHERS) as other, serving(EXTENDED) as ours:
+        endpoints = (other.endpoint(), ours.endpoint())
+        async with standing(*endpoints, store_id="ours", startup_timeout=PATIENCE_S) as stand:
+            await stand.requests.join()
+            assert stand.client.endpoint == ours.endpoint()
+    assert [type(told) for told in stand.told] == [Joined]
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+async def test_startup_timeout_ends_an_attempt_that_hangs() -> None:
+    async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with at(EXTENDED, startup_timeout=0.2, request_timeout=0.9) as (api, stand):
+        api.talk = silent
+        began = time.monotonic()
+        await stand.requests.join()
+        assert time.monotonic() - began < 1.5
+    assert stand.requests.failure is not None
+    assert stand.requests.failure.exit_code is ExitCode.NO_ANSWER
+
+
+async def test_joining_waits_for_as_long_as_the_server_asks() -> None:
+    async with at(EXTENDED) as (api, stand):
+        api.faults["groups"] = b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+        joining = asyncio.create_task(stand.requests.join())
+        await asyncio.sleep(0.7)
+        assert api.count("groups") == 1
+        del api.faults["groups"]
+        await joining
+    assert [type(told) for told in stand.told] == [Joined]
+
+
+# --- too many requests ----------------------------------------------------------------------------
+
+
+async def test_a_429_of_a_proxy_is_lost_contact(caplog: pytest.LogCaptureFixture) -> None:
+    """Fault 20: the role was lost without a line in the log."""
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        for body, kind in ((b"slow down", "text/plain"), (PROBLEM, "application/problem+json")):
+            caplog.clear()
+            api.faults["heartbeat"] = answer(body, "429 Too Many Requests", kind)
+            await stand.requests.beat(1)
+            await stand.requests.beat(2)
+            assert caplog.text.count("heartbeat failed") == 1
+            del api.faults["heartbeat"]
+            await stand.requests.beat(3)
+    assert [told.failure for told in stand.told if isinstance(told, BeatFailed)] == [
+        Failure.BACK_OFF
+    ] * 4
+
+
+async def test_one_429_of_the_api_is_contact_and_more_in_a_row_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        api.faults["heartbeat"] = answer(json.dumps(REFUSAL).encode(), "429 Too Many Requests")
+        await stand.requests.beat(1)
+        assert "heartbeat failed" not in caplog.text
+        await stand.requests.beat(2)
+        await stand.requests.beat(3)
+        assert caplog.text.count("heartbeat failed") == 1
+        del api.faults["heartbeat"]
+        with caplog.at_level(logging.INFO):
+            await stand.requests.beat(4)
+        assert "heartbeat answered again" in caplog.text
+
+
+# --- status reads ---------------------------------------------------------------------------------
+
+
+def rising(api: Api) -> None:
+    """Each status has another revision."""
+
+    class Rising(dict[str, Any]):
+        def get(self, kind: str, default: Any = None) -> Any:
+            return (
+                {**EXTENDED["status"], "Revision": len(api.asked)} if kind == "status" else default
+            )
+
+    api.documents = Rising()
+
+
+def refusing(status: str, retry_after: str = "") -> Callable[[Api], None]:
+    head = f"HTTP/1.1 {status}\r\n{retry_after}Content-Length: 0\r\n\r\n".encode()
+
+    def arrange(api: Api) -> None:
+        api.faults["status"] = head
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("arrange", "most"),
+    [
+        (lambda _: None, 5),
+        (rising, 9),
+        (refusing("404 Gone"), 4),
+        (refusing("429 Slow"), 4),
+        (refusing("503 Busy", "Retry-After: 5\r\n"), 1),
+    ],
+    ids=["unchanged", "rising", "404", "429", "Retry-After"],
+)
+async def test_status_reads_that_are_answered_at_once_do_not_spin(
+    arrange: Callable[[Api], None], most: int
+) -> None:
+    """Fault 16: 890 requests a second from one agent."""
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        arrange(api)
+        following = asyncio.create_task(stand.requests.follow())
+        await asyncio.sleep(1.0)
+        following.cancel()
+        await asyncio.wait([following])
+        assert 1 <= api.count("status") <= most
+
+
+async def test_changes_that_come_together_are_read_at_once() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        rising(api)
+        following = asyncio.create_task(stand.requests.follow())
+        await until(lambda: len(stand.told) >= 4)
+        following.cancel()
+        began = stand.told[:4]
+    assert all(isinstance(told, StatusSeen) for told in began)
