@@ -1,6 +1,5 @@
 """The plain values are what the forms say, and an agent that runs has no pydantic."""
 
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from pydantic import BaseModel
 
-from agent.settings import checks, mqtt, progress, values
+from agent.settings import checks, exchange, mqtt, progress, values
 from agent.settings.models import AgentForm
 
 FORMS: list[type[BaseModel]] = [
@@ -80,7 +79,7 @@ def everything(tmp_path: Path) -> Iterator[AgentForm]:
 def test_a_value_has_what_its_form_was_told_and_can_be_handed_over(tmp_path: Path) -> None:
     for form in everything(tmp_path):
         told = form.value()
-        assert pickle.loads(pickle.dumps(told)) == told
+        assert exchange.load(exchange.dump(told)) == told
         assert (told.group, told.probe_listen) == (form.group, form.probe_listen)
         for given, value in zip(form.check, told.check, strict=True):
             for key in type(given).model_fields:

@@ -7,7 +7,6 @@ the other process, makes settings of them, or says what is wrong. Owns the way b
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from functools import partial
 
 import click
 
+from agent import __version__
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings
+from agent.settings import AgentSettings, exchange
 
 READ_S = 60.0
 """Then the file is taken for unreadable: it is on a disk, or a network, that does not answer."""
@@ -25,14 +25,17 @@ READ_S = 60.0
 END_S = 1.0
 """For what was killed to be gone."""
 
-PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.cli.reader import main;"
-    " sys.exit(main(int(sys.argv[2]), sys.argv[3:]))"
-)
-"""With the same paths as here, however this process was started; -P: and none of this folder before."""
-
-Outcome = AgentSettings | tuple[str, ExitCode]
-"""What is handed back: the settings, or a ConfigError's text and code."""
+PROGRAM = f"""\
+import json, os, sys
+sys.path[:] = json.loads(sys.argv[1])
+from agent import __version__
+if __version__ == {__version__!r}:
+    from agent.cli.reader import main
+    sys.exit(main(int(sys.argv[2]), sys.argv[3:]))
+os.write(int(sys.argv[2]), json.dumps({{"version": __version__}}).encode())
+"""
+"""Started with ``-P`` and with the search path of this process, so that it finds the same program. If
+another version was installed meanwhile it reads nothing, and only tells its version."""
 
 
 class Words(click.Command):
@@ -81,29 +84,22 @@ class Reading:
                 exit_code=ExitCode.CONFIG_FILE,
             ) from None
         else:
-            outcome = self._outcome(code)
+            return self._received(code)
         finally:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):  # a disk that hangs lets nobody be killed
                 self._process.wait(END_S)
             os.close(self._handed)
-        if isinstance(outcome, AgentSettings):
-            return outcome
-        text, exit_code = outcome
-        raise ConfigError(text, exit_code=exit_code)
 
-    def _outcome(self, code: int) -> Outcome:
+    def _received(self, code: int) -> AgentSettings:
         if size := os.fstat(self._handed).st_size:
-            outcome: Outcome = pickle.loads(os.pread(self._handed, size, 0))  # noqa: S301 - our own
-            return outcome
+            return exchange.load(os.pread(self._handed, size, 0))
         if code >= 0:
             raise click.exceptions.Exit(code)
-        return f"the process that reads the settings was ended by signal {-code}", ExitCode.INTERNAL
-
-
-def hand_back(descriptor: int, outcome: Outcome) -> None:
-    """Tell the process that waits, once."""
-    os.write(descriptor, pickle.dumps(outcome))
+        raise ConfigError(
+            f"the process that reads the settings was ended by signal {-code}",
+            exit_code=ExitCode.INTERNAL,
+        )
 
 
 def start(words: Sequence[str], *, debug: bool) -> int:

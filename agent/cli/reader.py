@@ -3,15 +3,16 @@
 Owns the flags of ``run`` and ``exec``, and their help.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
 
-from agent.cli.apart import Outcome, hand_back
 from agent.cli.main import main as command_line
 from agent.cli.options import load_agent, settings_flags, sources
 from agent.errors import ConfigError
+from agent.settings import exchange
 from agent.settings.describe import describe
 from agent.settings.models import AgentForm
 
@@ -25,17 +26,17 @@ def main(descriptor: int, words: Sequence[str]) -> int:
     """
 
     def hand(given: Mapping[str, Any]) -> int:
-        hand_back(descriptor, _outcome(given))
+        os.write(descriptor, _document(given))
         return 0
 
     return command_line(words, commands(hand))
 
 
-def _outcome(given: Mapping[str, Any]) -> Outcome:
+def _document(given: Mapping[str, Any]) -> bytes:
     try:
-        return load_agent(sources(AgentForm, given)).value()
+        return exchange.dump(load_agent(sources(AgentForm, given)).value())
     except ConfigError as error:
-        return str(error), error.exit_code
+        return exchange.dump_error(error)
 
 
 def commands(hand: Hand) -> dict[str, click.Command]:

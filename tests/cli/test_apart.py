@@ -13,7 +13,7 @@ import pytest
 from agent.cli import apart
 from agent.cli.apart import Reading
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings
+from agent.settings import AgentSettings, exchange
 from agent.settings.models import AgentForm
 
 
@@ -135,3 +135,30 @@ def test_a_reload_is_refused_whatever_becomes_of_the_reader(
         monkeypatch.setattr(apart, "PROGRAM", program)
         with pytest.raises(ConfigError, match=says):
             reread()
+
+
+def test_another_version_on_disk_is_named_and_nothing_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 7: settings that cross by position could swap the hooks of two versions."""
+    package = tmp_path / "agent"
+    package.mkdir()
+    (package / "__init__.py").write_text('__version__ = "9.9.9"\n')
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(
+        ConfigError, match=r"installed version 9\.9\.9 differs from the running .*: restart to use"
+    ):
+        read("run", "--group", "g")
+
+
+def test_settings_of_a_program_with_other_fields_are_refused() -> None:
+    """The same version, installed from another checkout."""
+    document = exchange.dump(AgentForm(group="g").value())
+    for changed in (
+        document.replace(b'"hook_primary"', b'"hook_swapped"'),
+        document.replace(b'"group": "g"', b'"group": 1'),
+        document[:-2],
+        b"[]",
+    ):
+        with pytest.raises(ConfigError, match="restart to use it"):
+            exchange.load(changed)
