@@ -96,7 +96,7 @@ def _from_json(given: Any, wanted: Any, where: str) -> Any:
         if given.keys() != hints.keys():
             names = sorted(given.keys() ^ hints.keys())
             raise ValueError(f"{where} has other settings than expected: {', '.join(names)}")
-        return wanted(**{name: _from_json(given[name], hint, name) for name, hint in hints.items()})
+        return make(**{name: _from_json(given[name], hint, name) for name, hint in hints.items()})
     if origin is not None:  # a mapping of strings
         _check(given, dict, where)
         return {str(key): str(item) for key, item in given.items()}
