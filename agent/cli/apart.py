@@ -110,7 +110,7 @@ def start(words: Sequence[str], *, debug: bool) -> int:
     """
     reading = Reading(words, debug=debug)
     try:
-        from agent.daemon import run  # noqa: PLC0415 - while the other process reads
+        from agent.daemon.life import run  # noqa: PLC0415 - while the other process reads
     finally:
         settings = reading.settings()
     return run(settings, partial(_again, words, debug=debug))
