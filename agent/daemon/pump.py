@@ -395,7 +395,10 @@ class Daemon:
         if self._source is not None:
             await self._source.stop()
         if self._guardian is not None:
-            await self._guardian.close()
+            if self._session.guard_by is None:
+                await self._guardian.call_off()
+            else:
+                self._guardian.abandon()  # it demotes when this process has ended
         if self._watchdog is not None:
             self._watchdog.disarm()
         self._said = replace(self._said, reason="stopped")
