@@ -1,33 +1,42 @@
 """The guard (R12): a tiny process beside the agent that demotes when the agent cannot.
 
-It is told each new deadline. If one comes and no newer one came, the agent is frozen or hung; if the
+It gets each new deadline. If one passes and no newer one came, the agent is frozen or hung; if the
 connection ends while one is set, the agent is dead. Then, in this order: the agent is stopped, so
-that it does not wake up in between; a hook that still runs is killed, so that it does not start
-again what the next one stops; a workload of ``exec`` gets TERM, and KILL at half the time; the
-demotion hook runs, TERM and KILL at its limit; what is left in any group is killed; the agent is
-killed. All of it by ``kill_at``; only where the guard itself came too late (the host was suspended,
-say) the groups are killed at once, and the hook still gets half of its budget: a late demotion is
-better than none.
+that it does not wake up in between; a hook that still runs is killed with its whole process tree, so
+that it does not start again what the next one stops; a workload of ``exec`` gets TERM, and KILL at half
+the time; the demotion hook runs, TERM and KILL at its limit; everything else of the tenure is killed; the
+agent is killed. All of it by ``kill_at``; only where the guard itself came too late (the host was
+suspended, say) the tenure is killed at once, and the hook still gets half of its budget: a late
+demotion is better than none. If all of it succeeded, a helper releases the role.
 
-Rules of this file: the standard library's smallest modules only, nothing of ours, no asyncio, no
-threads: it must stay small, and run when the agent cannot. It decides nothing: every moment in it was
+Rules of this file: the standard library's smallest modules only, nothing of ours but proctree.py, no
+asyncio, no threads: it must stay small, and run when the agent cannot. What can block (a file on a dead
+disk, another process's environment, a cgroup) is done in a forked process, which is waited for only so
+long. No step that fails keeps the next one from running. It decides nothing: every moment in it was
 computed by the agent. What it cannot do: act while the whole host is frozen; call a webhook; stop or
 kill an agent that is process 1 of a container (its workload and its hooks' groups it can).
 
-Arguments: the descriptor of a SOCK_SEQPACKET socket, and the agent's process id. Messages have their
-fields divided by NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its number:
+Arguments: the descriptor of a SOCK_SEQPACKET socket, the agent's process id, and descriptors to keep open.
+Messages have their fields divided by NUL; moments are CLOCK_BOOTTIME seconds. Each is answered by its
+number:
 
-    ARM   number hook_at kill_at running(comma) groups(comma) workload cgroup state_path state_text
-    HOOK  number directory user group groups(comma) stdin nenv env... {nargs args...}...
+    ARM   number hook_at kill_at agent_at running(comma) groups(comma) workload cgroup
+          roots(comma, pid:start) mark epoch state_path state_text
+    HOOK  number directory user group groups(comma) complete stdin nenv env... {nargs args...}...
+    BACK  number document helper...
     OFF   number
     LOG   number least form group session role epoch
 
 ``running``, ``groups`` and ``workload`` are process groups: of a hook that runs, of hooks that have run, of
 the command of ``exec`` (whose cgroup may be given, too). ``hook_at`` may be "inf": the agent is
-demoting, and only the killing at ``kill_at`` is left to do, if it lives. ``least`` and ``form`` are
-those of the agent's log (ops/logs.py, whose lines the guard's look like); the rest is what it says of
-the agent.
-Ends with 0 when the agent has closed the connection and nothing was due, with 3 when it has acted.
+demoting. Then what is left of the tenure is killed at ``kill_at``, and the agent at ``agent_at``: in
+between it may run its fence command. ``complete`` is 0 if the commands are not the whole demotion.
+``document`` is what the helper hands the role back with; without one, or an epoch, the lease runs
+out. ``least`` and ``form`` are those of the agent's log (ops/logs.py, whose lines the guard's look
+like); the rest is what it says of the agent.
+
+Only OFF calls it off. Ends with 0 when the agent has closed the connection and nothing was due, with 3
+when it has acted.
 """
 
 import os
@@ -37,6 +46,12 @@ import stat
 import sys
 import time
 
+from agent import proctree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 MESSAGE_BYTES = 65536
 """Longer messages are not sent: they would arrive cut. An ordinary one has 2,000."""
 
@@ -45,8 +60,29 @@ LONGEST_GRACE_S = 2.0
 POLL_S = 0.01
 """How often a running hook is looked at: the guard waits for nothing else then."""
 
+KILL_S = 0.1
+"""The least time for one killing; in most cases it takes milliseconds."""
+
 KILLED_WAIT_S = 0.2
 """How long it waits for a killed hook to be gone before it goes on with the killing."""
+
+STATE_WAIT_S = 0.1
+"""How long the demotion waits for the state file: a dead network file system never answers."""
+
+SWEEP_S = 1.0
+"""The least time for the last search and killing, where nothing is left of the limit."""
+
+DEAD_WAIT_S = 1.0
+"""How long a killed agent may take to be gone."""
+
+WRITTEN_WAIT_S = 0.2
+"""How long it waits at its end for its lines to be written to a file."""
+
+HELPER_WAIT_S = 30.0
+"""For how long after the limit the helper waits for the go: nothing of a demotion takes longer."""
+
+HELPER_FD = 3
+"""Where the helper has the document."""
 
 LONGEST_POLL_S = 0.25
 """While something is due it looks at the clock this often: poll() counts no suspended time."""
@@ -99,12 +135,7 @@ def put(data: bytes) -> None:
         os.close(fd)
 
 
-def kill(groups: "list[int]") -> None:
-    """SIGKILL to process groups; nothing may be left of one."""
-    signal_groups(groups, signal.SIGKILL)
-
-
-def signal_groups(groups: "list[int]", number: int) -> None:
+def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
     """A signal to process groups."""
     for group in groups:
         try:
@@ -113,26 +144,44 @@ def signal_groups(groups: "list[int]", number: int) -> None:
             pass
 
 
-def lives(groups: "list[int]") -> bool:
-    """Whether one of them has a member that is not a zombie."""
-    if not groups:
-        return False
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                fd = os.open(f"/proc/{name}/stat", os.O_RDONLY)
-            except OSError:
-                continue
-            try:
-                line = os.read(fd, 1024)
-            except OSError:
-                continue
-            finally:
+class Worker:
+    """A forked process for what may block. It is waited for only so long.
+
+    Args:
+        work: done there; returns whether it succeeded.
+        closing: descriptors that it must not keep open.
+    """
+
+    def __init__(self, work: "Callable[[], bool]", closing: "list[int]") -> None:
+        self.ok: bool | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            for fd in closing:
                 os.close(fd)
-            state, _, group = line.rpartition(b") ")[2].split(b" ", 3)[:3]
-            if int(group) in groups and state not in (b"Z", b"X"):
-                return True
-    return False
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(1)
+
+    def result(self, end_at: float) -> "bool | None":
+        """Wait for its end; whether it succeeded, or None if it still runs at ``end_at``."""
+        while self.ok is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.ok = status == 0
+            elif now() >= end_at:
+                break
+            else:
+                time.sleep(POLL_S)
+        return self.ok
+
+    def succeeded(self, end_at: float) -> bool:
+        """Wait until it has ended, or kill it at ``end_at``."""
+        ok = self.result(end_at)
+        if ok is None:
+            os.kill(self.pid, signal.SIGKILL)  # it is not reaped, so it is no stranger
+        return ok is True
 
 
 def quoted(text: str) -> str:
@@ -168,6 +217,44 @@ class Voice:
         except OSError:
             stream = "closed"
         self.journal = os.environ.get("JOURNAL_STREAM") == stream
+        self.pipe = self.writer = 0
+
+    def open(self, closing: "list[int]") -> None:
+        """Have a forked process write the lines if stderr is a file: its disk may be dead."""
+        if self.pipe or not stat.S_ISREG(os.fstat(2).st_mode):
+            return
+        lines, pipe = os.pipe()
+        self.writer = os.fork()
+        if not self.writer:
+            try:
+                for fd in (pipe, *closing):
+                    os.close(fd)
+                while data := os.read(lines, select.PIPE_BUF):
+                    os.write(2, data)
+            finally:
+                os._exit(0)
+        os.close(lines)
+        os.set_blocking(pipe, False)
+        self.pipe = pipe
+
+    def close(self) -> None:
+        """Wait until all is written, but not for long."""
+        if not self.pipe:
+            return
+        os.close(self.pipe)
+        end_at = now() + WRITTEN_WAIT_S
+        while os.waitpid(self.writer, os.WNOHANG) == (0, 0) and now() < end_at:
+            time.sleep(POLL_S)
+
+    def put(self, data: bytes) -> None:
+        """One line, to where it is written."""
+        if not self.pipe:
+            put(data)
+            return
+        try:
+            os.write(self.pipe, data)
+        except OSError:
+            pass  # as many as a pipe holds wait already
 
     def say(self, level: int, message: str, *fields: "tuple[str, str | float | None]") -> None:
         """One event."""
@@ -188,7 +275,7 @@ class Voice:
             line = " ".join(
                 [name, message, *words] if self.journal else [at, name, message, *words]
             )
-        put(f"{f'<{priority}>' if self.journal else ''}{line}\n".encode())
+        self.put(f"{f'<{priority}>' if self.journal else ''}{line}\n".encode())
 
     def value(self, value: "str | float | None") -> str:
         """A value as the form has it."""
@@ -222,21 +309,84 @@ def pass_on(output: int, room: int, voice: Voice) -> int:
     return passed
 
 
+class Tree:
+    """Processes of a tenure. All but the mark and the cgroup are looked for without blocking.
+
+    Args:
+        roots: those whose descendants belong to it; grows with each search, so that children are found
+            after the end of their parents.
+        groups: process groups and sessions, by the process id of their leader.
+        mark: what they have in their environment, or empty.
+        cgroup: directory of their cgroup, or empty.
+    """
+
+    def __init__(
+        self,
+        roots: "set[proctree.Process]",
+        groups: "set[int]",
+        mark: bytes = b"",
+        cgroup: bytes = b"",
+    ) -> None:
+        self.roots = roots
+        self.groups = groups
+        self.mark = os.fsdecode(mark)
+        self.cgroup = os.fsdecode(cgroup)
+
+    def part(self, groups: "list[int]") -> "Tree":
+        """The trees of some of its groups."""
+        return Tree({root for root in self.roots if root[0] in groups}, set(groups))
+
+    def find(self, *, everywhere: bool = False) -> "set[proctree.Process]":
+        """Those that live now; ``everywhere`` may block."""
+        marked = everywhere and (self.mark or self.cgroup)
+        if not self.roots and not self.groups and not marked:
+            return set()
+        table = proctree.snapshot()
+        known = {pid for pid, _ in self.roots if pid in table}
+        # The number of an ended process may lead a stranger's group by now.
+        strange = {pid for pid in known if (pid, table[pid].start) not in self.roots}
+        if everywhere and self.mark:
+            self.roots |= proctree.with_mark(table, self.mark)
+        if everywhere and self.cgroup:
+            self.roots |= proctree.in_cgroup(table, self.cgroup)
+        found = proctree.related(table, list(self.groups - strange), list(self.roots))
+        self.roots |= found
+        return found
+
+    def kill(self, end_at: float, *, everywhere: bool = False) -> bool:
+        """Kill all; whether none is left at ``end_at``, or shortly after."""
+
+        def find() -> "set[proctree.Process]":
+            return self.find(everywhere=everywhere)
+
+        end_at = max(end_at, now() + KILL_S)
+        while find():
+            if proctree.kill_all(find, end_at, now) and now() >= end_at:
+                return False
+        return True
+
+
+def numbers(field: bytes) -> "list[int]":
+    """Numbers divided by commas."""
+    return [int(number) for number in field.split(b",") if number]
+
+
 class Hook:
-    """The demotion hook, as processes: nothing of its outcome is decided by the guard."""
+    """The demotion hook, as processes."""
 
     def __init__(self, fields: "list[bytes]") -> None:
         self.directory = fields[0]
         self.user = int(fields[1])
         self.group = int(fields[2])
-        self.groups = [int(group) for group in fields[3].split(b",") if group]
-        self.stdin = fields[4]
-        count = int(fields[5])
+        self.groups = numbers(fields[3])
+        self.complete = fields[4] == b"1"
+        self.stdin = fields[5]
+        count = int(fields[6])
         self.env = {}
-        for pair in fields[6 : 6 + count]:
+        for pair in fields[7 : 7 + count]:
             key, _, value = pair.partition(b"=")
             self.env[key] = value
-        rest = fields[6 + count :]
+        rest = fields[7 + count :]
         self.commands = []
         while rest:
             many = int(rest[0])
@@ -275,40 +425,64 @@ class Hook:
 
 
 class Guard:
-    """What was told last, and what follows of it."""
+    """The newest messages of the agent, and what follows from them.
 
-    def __init__(self, fd: int, agent: int) -> None:
+    Args:
+        fd: the socket to the agent.
+        agent: its process id.
+        kept: further descriptors that no forked process may keep open.
+    """
+
+    def __init__(self, fd: int, agent: int, kept: "tuple[int, ...]" = ()) -> None:
         self.fd = fd
         self.agent = agent
-        self.hook_at = self.kill_at = float("inf")
+        self.kept = [fd, *kept]
+        self.hook_at = self.kill_at = self.agent_at = float("inf")
         self.budget_s = 0.0
         self.running: list[int] = []
-        self.groups: list[int] = []
         self.workload: list[int] = []
         self.cgroup = b""
+        self.tenure = Tree(set(), set())
+        self.epoch: int | None = None
         self.state: tuple[bytes, bytes] | None = None
         self.hook: Hook | None = None
+        self.document = b""
+        self.helper: list[bytes] = []
         self.termed = 0
+        self.killed = self.failed = False
         self.voice = Voice()
         self.role = "Primary"
-        self.epoch: int | None = None
+        self.role_epoch: int | None = None
+
+    @property
+    def armed(self) -> bool:
+        """There is something to demote."""
+        return self.agent_at != float("inf")
+
+    @property
+    def due_at(self) -> float:
+        """When something has to be done."""
+        return self.agent_at if self.killed else min(self.hook_at, self.kill_at)
 
     def watch(self) -> int:
         """Until there is something to do or nobody to watch; the exit code."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         while True:
-            due_s = min(self.hook_at, self.kill_at) - now()
+            due_s = self.due_at - now()
             wait_s = min(max(0.0, due_s), LONGEST_POLL_S)
             wait_ms = None if due_s == float("inf") else int(wait_s * 1000) + 1
             if poll.poll(wait_ms):
                 # Always first: a newer deadline may lie there, unread while this process was frozen.
                 if not self.read():
-                    if self.kill_at == float("inf"):
+                    if not self.armed:
                         return 0
                     self.act("it is dead", hook=True)
                     return ACTED
-            elif now() >= min(self.hook_at, self.kill_at):
+            elif now() >= self.due_at:
+                if self.hook_at == float("inf") and now() < self.agent_at:
+                    self.kill_beside_agent()
+                    continue
                 self.act("it has not renewed its deadline", hook=self.hook_at != float("inf"))
                 return ACTED
 
@@ -321,88 +495,169 @@ class Guard:
         if not message:
             return False
         word, number, *fields = message.split(b"\0")
-        if word == b"ARM":
-            self.hook_at, self.kill_at = float(fields[0]), float(fields[1])
-            if self.hook_at != float("inf"):
-                self.budget_s = self.kill_at - self.hook_at
-            self.running = [int(group) for group in fields[2].split(b",") if group]
-            self.groups = [int(group) for group in fields[3].split(b",") if group]
-            self.workload = [int(group) for group in fields[4].split(b",") if group]
-            self.cgroup = fields[5]
-            self.state = (fields[6], fields[7]) if fields[6] else None
-        elif word == b"OFF":
-            self.hook_at = self.kill_at = float("inf")
-        elif word == b"HOOK":
-            self.hook = Hook(fields)
-        elif word == b"LOG":
-            said = [field.decode(errors="replace") for field in fields]
-            self.voice.least, self.voice.json = int(said[0]), said[1] == "json"
-            self.voice.facts = [("group", said[2]), ("session", said[3])]
-            self.role, self.epoch = said[4], int(said[5]) if said[5] else None
+        try:
+            self.take(word, fields)
+        except (ValueError, IndexError):
+            return True  # no answer: the agent takes this guard for lost
         try:
             os.write(self.fd, number)
         except OSError:
             pass  # it is dead: the next read says so
         return True
 
-    def act(self, why: str, *, hook: bool) -> None:
-        """Demote: what still runs, workload, hook, the rest, agent. Whatever fails, it kills."""
-        self.signal(self.agent, signal.SIGSTOP)
-        end_at = max(self.kill_at, now() + self.budget_s / 2)
+    def take(self, word: bytes, fields: "list[bytes]") -> None:
+        """Take one message in."""
+        if word == b"ARM":
+            self.arm(fields)
+        elif word == b"OFF":
+            self.hook_at = self.kill_at = self.agent_at = float("inf")
+        elif word == b"HOOK":
+            self.hook = Hook(fields)
+        elif word == b"BACK":
+            self.document, self.helper = fields[0], fields[1:]
+        elif word == b"LOG":
+            said = [field.decode(errors="replace") for field in fields]
+            self.voice.least, self.voice.json = int(said[0]), said[1] == "json"
+            self.voice.facts = [("group", said[2]), ("session", said[3])]
+            self.role, self.role_epoch = said[4], int(said[5]) if said[5] else None
+
+    def arm(self, fields: "list[bytes]") -> None:
+        """Take the newest deadline, and what is to be killed then."""
+        hook_at, kill_at, agent_at = (float(field) for field in fields[:3])
+        if hook_at != float("inf"):
+            self.budget_s = kill_at - hook_at
+        self.running = numbers(fields[3])
+        self.workload = numbers(fields[5])
+        self.cgroup = fields[6]
+        roots = [root.partition(b":") for root in fields[7].split(b",") if root]
+        self.tenure = Tree(
+            {(int(pid), int(start)) for pid, _, start in roots},
+            {*self.running, *numbers(fields[4]), *self.workload},
+            fields[8],
+            fields[6],
+        )
+        self.epoch = int(fields[9]) if fields[9] else None
+        self.state = (fields[10], fields[11]) if fields[10] else None
+        self.killed = False
+        self.hook_at, self.kill_at, self.agent_at = hook_at, kill_at, max(kill_at, agent_at)
+
+    # -- the demotion ---------------------------------------------------------------------------
+
+    def step(self, what: str, act: "Callable[..., object]", *args: object) -> object:
+        """One step. Whatever it raises is said, and keeps no other step from running."""
         try:
-            self.write_state()
-            changed = "role changed" if self.role != "Secondary" else "demotion taken over"
-            self.voice.say(
-                WARNING,
-                changed,
-                ("before", self.role),
-                ("after", "Secondary"),
-                ("epoch", self.epoch),
-                ("reason", f"the guard demotes in the place of the agent: {why}"),
-            )
-            kill(self.running)
-            self.stop_workload((now() + self.kill_at) / 2)
-            if now() >= self.kill_at:
-                kill(self.groups)
-            if hook and self.hook is not None:
-                self.run_hook(self.hook, end_at)
-        finally:
-            kill(self.groups + self.workload)
-            self.signal(self.agent, signal.SIGKILL)
-        left_s = round(self.kill_at - now(), 3)
-        self.voice.say(WARNING, "demoted by the guard, agent killed", ("left_of_limit_s", left_s))
+            return act(*args)
+        except Exception as error:  # noqa: BLE001 - the next step may be the one that stops the workload
+            self.failed = True
+            self.step_failed(what, error)
+            return None
+
+    def step_failed(self, what: str, error: Exception) -> None:
+        """Say so, if that is possible."""
+        try:
+            reason = f"{type(error).__name__}: {error}"
+            self.voice.say(ERROR, "guard step failed", ("step", what), ("reason", reason))
+        except Exception:  # noqa: BLE001, S110 - saying is the least important
+            pass
+
+    def kill_beside_agent(self) -> None:
+        """The agent's own demotion has taken too long: kill the tenure, leave the agent to its fence."""
+        self.killed = True
+        self.step("kill the tenure", self.tenure.kill, now())
+        self.step("kill the tenure", Worker, self.sweep, self.kept)
+        self.step("open the log", self.voice.open, self.kept)
+        self.step("log", self.voice.say, WARNING, "processes killed at the limit of the demotion")
+
+    def act(self, why: str, *, hook: bool) -> None:
+        """Demote in the place of the agent, and hand the role back if that has succeeded."""
+        self.step("stop the agent", self.signal, self.agent, signal.SIGSTOP)
+        begun_at = now()
+        late = begun_at >= self.kill_at
+        kill_at = begun_at if late else self.kill_at
+        end_at = max(kill_at, begun_at + self.budget_s / 2)
+        self.step("kill running hooks", self.tenure.part(self.running).kill, begun_at)
+        self.step("look for the tenure", self.tenure.find)  # those whose parents are killed next
+        if late:
+            self.step("kill the tenure", self.tenure.kill, begun_at)
+        self.step("open the log", self.voice.open, self.kept)
+        go = self.step("start the helper", self.start_helper, end_at) if hook and not late else None
+        state = self.step("write the state file", Worker, self.write_state, self.kept)
+        if isinstance(state, Worker):  # hooks find it changed, unless it cannot be written
+            self.step("write the state file", state.result, now() + STATE_WAIT_S)
+        self.step("log", self.say_demotion, why)
+        self.step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
+        done = self.step("demotion hook", self.run_hook, end_at) if hook else False
+        gone = self.step("kill the tenure", self.kill_tenure, kill_at)
+        self.step("kill the agent", self.signal, self.agent, signal.SIGKILL)
+        dead = self.step("kill the agent", self.agent_is_dead)
+        if isinstance(go, int) and done and gone and dead and not self.failed:
+            self.step("hand the role back", os.write, go, b"1")
+        if isinstance(state, Worker):
+            self.step("write the state file", state.succeeded, now() + STATE_WAIT_S)
+        left = ("left_of_limit_s", round(self.kill_at - now(), 3))
+        self.step("log", self.voice.say, WARNING, "demoted by the guard, agent killed", left)
+        self.step("close the log", self.voice.close)
+
+    def say_demotion(self, why: str) -> None:
+        """The first line: the change of role."""
+        self.voice.say(
+            WARNING,
+            "role changed" if self.role != "Secondary" else "demotion taken over",
+            ("before", self.role),
+            ("after", "Secondary"),
+            ("epoch", self.role_epoch),
+            ("reason", f"the guard demotes in the place of the agent: {why}"),
+        )
 
     def stop_workload(self, end_at: float) -> None:
-        """TERM, and KILL to what lives at ``end_at``."""
-        signal_groups(self.workload, signal.SIGTERM)
-        while lives(self.workload) and now() < end_at:
+        """TERM to the whole tree, and KILL to what lives at ``end_at``."""
+        if not self.workload:
+            return
+        tree = self.tenure.part(self.workload)
+        for process in tree.find():
+            proctree.send(process, signal.SIGTERM)
+        while tree.find() and now() < end_at:
             time.sleep(POLL_S)
-        kill(self.workload)
-        if self.cgroup:
-            try:
-                fd = os.open(self.cgroup + b"/cgroup.kill", os.O_WRONLY)
-                os.write(fd, b"1")
-                os.close(fd)
-            except OSError as error:
-                self.voice.say(ERROR, "cgroup of the workload not killed", ("reason", str(error)))
+        tree.kill(end_at)
+        self.tenure.roots |= tree.roots
+        if self.cgroup and not Worker(self.kill_cgroup, self.kept).succeeded(now() + KILLED_WAIT_S):
+            self.failed = True
 
-    def run_hook(self, hook: Hook, end_at: float) -> None:
-        """Every command of it, one after the other, to its end or to ``end_at``."""
+    def kill_cgroup(self) -> bool:
+        """KILL to all that is in the workload's cgroup. May block."""
+        try:
+            fd = os.open(self.cgroup + b"/cgroup.kill", os.O_WRONLY)
+            os.write(fd, b"1")
+            os.close(fd)
+        except FileNotFoundError:
+            return True  # it is gone, and so is what was in it
+        except OSError as error:
+            self.voice.say(ERROR, "cgroup of the workload not killed", ("reason", str(error)))
+            return False
+        return True
+
+    def run_hook(self, end_at: float) -> bool:
+        """Every command, one after the other, to its end or to ``end_at``; whether all succeeded."""
+        hook = self.hook
+        if hook is None:
+            return False
         term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
         output, of_hook = os.pipe()
         os.set_blocking(output, False)
         room = OUTPUT_BYTES
+        done = hook.complete
         for argv in hook.commands:
             which = (("hook", "secondary"), ("command", argv[0].decode(errors="replace")))
             if now() >= term_at:
                 self.voice.say(WARNING, "no time is left for the hook", *which)
-                break
+                return False
             try:
                 pid = hook.start(argv, of_hook)
             except OSError as error:
                 self.voice.say(ERROR, "hook could not be started", *which, ("reason", str(error)))
+                done = False
                 continue
-            self.groups.append(pid)
+            self.tenure.groups.add(pid)
             how = None
             while how is None and now() < end_at + KILLED_WAIT_S:
                 how = self.look(pid, term_at, end_at)
@@ -413,6 +668,8 @@ class Guard:
             level = INFO if how == "exit 0" else WARNING
             result = how or "killed, and not gone yet"
             self.voice.say(level, "hook ended", *which, ("result", result))
+            done = done and how == "exit 0"
+        return done
 
     def look(self, pid: int, term_at: float, end_at: float) -> "str | None":
         """How a command ended, or None; TERM before its end, KILL at it. It stays a zombie: see below."""
@@ -421,7 +678,7 @@ class Guard:
         if ended is not None:
             return f"{'exit' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
         if now() >= end_at:
-            kill([pid])
+            signal_groups([pid], signal.SIGKILL)
             try:
                 os.kill(pid, signal.SIGKILL)  # it may not have come to lead its group yet
             except OSError:
@@ -431,10 +688,35 @@ class Guard:
             signal_groups([pid], signal.SIGTERM)
         return None
 
-    def write_state(self) -> None:
-        """Sidecars read Secondary from here on."""
+    def kill_tenure(self, kill_at: float) -> bool:
+        """Kill all that is left, at once what can be found without blocking; whether nothing lives."""
+        try:
+            self.tenure.kill(now())
+        except Exception:
+            signal_groups(self.tenure.groups, signal.SIGKILL)  # better than nothing
+            raise
+        return Worker(self.sweep, self.kept).succeeded(max(kill_at, now() + SWEEP_S))
+
+    def sweep(self) -> bool:
+        """Find and kill also what only its environment or its cgroup gives away. May block."""
+        killed = not self.cgroup or self.kill_cgroup()
+        while not self.tenure.kill(now(), everywhere=True):
+            pass  # until it is killed itself
+        return killed
+
+    def agent_is_dead(self) -> bool:
+        """Wait until the agent is gone, and not only signalled: then this has another parent."""
+        end_at = now() + DEAD_WAIT_S
+        while os.getppid() == self.agent:
+            if now() >= end_at:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def write_state(self) -> bool:
+        """Sidecars read Secondary from here on. May block."""
         if self.state is None:
-            return
+            return True
         path, text = self.state
         try:
             fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -445,14 +727,41 @@ class Guard:
             os.replace(path + b".guard", path)
         except OSError as error:
             self.voice.say(ERROR, "state file not written", ("reason", str(error)))
+            return False
+        return True
+
+    def start_helper(self, end_at: float) -> "int | None":
+        """Start what hands the role back; the descriptor on which it waits for one byte.
+
+        Its imports run while the hook does. It ends without having done anything if this process does.
+        """
+        if not self.document or self.epoch is None:
+            return None
+        wait_s = end_at - now() + HELPER_WAIT_S
+        words = [*self.helper, b"%d" % self.epoch, b"%.3f" % wait_s]
+        waiting, go = os.pipe()
+        self.kept.append(go)
+        document = os.memfd_create("handback")
+        os.write(document, self.document)
+        if not os.fork():
+            try:
+                os.setsid()
+                os.dup2(waiting, 0)
+                if document == HELPER_FD:
+                    os.set_inheritable(document, True)
+                else:
+                    os.dup2(document, HELPER_FD)
+                os.execv(words[0], words)  # noqa: S606 - ourselves
+            finally:
+                os._exit(127)
+        os.close(waiting)
+        os.close(document)
+        return go
 
     def signal(self, pid: int, number: int) -> None:
         """To the agent, if it is still our parent: its number may be a stranger's otherwise."""
         if os.getppid() == pid:
-            try:
-                os.kill(pid, number)
-            except OSError as error:
-                self.voice.say(ERROR, "agent not signalled", ("reason", str(error)))
+            os.kill(pid, number)
 
 
 def main() -> int:
@@ -462,10 +771,17 @@ def main() -> int:
     """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    fd, agent = int(sys.argv[1]), int(sys.argv[2])
-    for kept in [fd, *map(int, sys.argv[3:])]:
+    fd, agent, program, *claims = map(int, sys.argv[1:])
+    os.close(program)
+    for kept in (fd, *claims):
         os.set_inheritable(kept, False)  # not for the hooks
-    return Guard(fd, agent).watch()
+    guard = Guard(fd, agent, tuple(claims))
+    while True:
+        try:
+            return guard.watch()
+        except Exception as error:  # noqa: BLE001 - a guard that ends is none
+            guard.step_failed("watch", error)
+            time.sleep(POLL_S)
 
 
 if __name__ == "__main__":

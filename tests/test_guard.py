@@ -6,6 +6,7 @@ has ended, and it is the stranger that the guard must never signal.
 
 import fcntl
 import json
+import marshal
 import os
 import queue
 import re
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,9 @@ from typing import Any
 
 import pytest
 
-from agent import guard
+from agent import guard, proctree
+from agent.drivers.guardian import bootstrap, program
+from tests.hung import dead_disk, freezer
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -33,7 +37,9 @@ LATE_S = 1.0
 """By how much this machine may be late with what has a moment."""
 
 RSS_KIB = 12 * 1024
-ALLOWED = frozenset({"os", "select", "signal", "stat", "sys", "time"})
+GUARD = (sys.executable, "-I", "-S", "-c", bootstrap())
+
+PROGRAM = program()
 
 HOST = """
 import ctypes, json, os, signal, subprocess, sys
@@ -44,17 +50,18 @@ def agent():
     import select, socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     number = 0
-    process = None
+    program = os.open(sys.argv[2], os.O_RDONLY)
     for line in sys.stdin:
         what, *rest = json.loads(line)
         said = None
         if what == "guard":
             process = subprocess.Popen(
-                [*argv, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/",
+                [*argv, str(theirs.fileno()), str(os.getpid()), str(program)],
+                pass_fds=[theirs.fileno(), program], stdin=subprocess.DEVNULL, cwd="/",
                 start_new_session=True,
             )
             theirs.close()
+            os.close(program)
             said = process.pid
         elif what == "send":
             number += 1
@@ -116,12 +123,16 @@ class Host:
     def __init__(
         self,
         *,
-        argv: Sequence[str] = (sys.executable, "-I", "-S", guard.__file__),
+        argv: Sequence[str] = GUARD,
+        program: bytes = PROGRAM,
         stderr: int | None = None,
         before: Callable[[], None] | None = None,
     ) -> None:
+        self._program = tempfile.NamedTemporaryFile()  # noqa: SIM115 - until close()
+        self._program.write(program)
+        self._program.flush()
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-c", HOST, json.dumps(argv)],
+            [sys.executable, "-S", "-c", HOST, json.dumps(argv), self._program.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -194,6 +205,7 @@ class Host:
                     os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        self._program.close()
         self._reader.join()  # all that have its stdout are gone
         with suppress(BrokenPipeError):
             self._process.__exit__(None, None, None)
@@ -257,10 +269,15 @@ def arm(
     groups: int | str = "",
     workload: int | str = "",
     cgroup: str = "",
+    agent_at: float | None = None,
+    roots: str = "",
+    mark: str = "",
+    epoch: int | str = "",
     state: tuple[object, str] = ("", ""),
 ) -> list[str]:
-    fields = (repr(hook_at), repr(kill_at), running, groups, workload, cgroup, *state)
-    return ["ARM", *map(str, fields)]
+    moments = [repr(at) for at in (hook_at, kill_at, kill_at if agent_at is None else agent_at)]
+    fields = (running, groups, workload, cgroup, roots, mark, epoch, *state)
+    return ["ARM", *moments, *map(str, fields)]
 
 
 def hook(
@@ -269,8 +286,9 @@ def hook(
     directory: object = "/",
     ids: tuple[int, int, str] = (-1, -1, ""),
     stdin: str = "",
+    complete: bool = True,
 ) -> list[str]:
-    words: list[object] = ["HOOK", directory, *ids, stdin, len(env), *env]
+    words: list[object] = ["HOOK", directory, *ids, int(complete), stdin, len(env), *env]
     for command in commands:
         words += [len(command), *command]
     return [str(word) for word in words]
@@ -536,15 +554,10 @@ def test_a_hook_that_has_no_time_at_all_does_not_stop_the_killing(host: Host, ru
 def test_a_host_without_room_for_a_process_is_no_reason_not_to_kill(
     new_host: Callable[..., Host], run: Run, tmp_path: Path
 ) -> None:
-    full = (
-        "import os, sys\n"
-        "def fork(): raise BlockingIOError(11, 'no more processes')\n"
-        "os.fork = fork\n"
-        f"exec(compile(open({guard.__file__!r}).read(), 'guard', 'exec'), {{'__name__': '__main__'}})"
-    )
+    full = "def fork(): raise BlockingIOError(11, 'no more processes')\nos.fork = fork"
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
-        host = new_host(argv=(sys.executable, "-I", "-S", "-c", full), stderr=stderr.fileno())
+        host = new_host(program=program_with(guard_source=full), stderr=stderr.fileno())
     left = run(IDLE)
     host.tell(*hook(sh("exit 0")))
     host.hand(*arm(now(), now() + LIMIT_S, groups=left.pid))
@@ -803,7 +816,7 @@ def test_whoever_replaced_a_dead_agent_is_never_signalled(
 ) -> None:
     """The agent dies before the guard's first line: its parent is the host's init by then."""
     stopped = ("/bin/sh", "-c", 'kill -STOP $$; exec "$@"', "sh")
-    host = new_host(argv=(*stopped, sys.executable, "-I", "-S", guard.__file__), start=False)
+    host = new_host(argv=(*stopped, *GUARD), start=False)
     host.say("send", *hook(sh(f"cut -d' ' -f3 /proc/{host.pid}/stat >{tmp_path}/seen")))
     host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
     host.start_guard()
@@ -838,6 +851,383 @@ def test_a_deadline_that_passes_while_the_host_is_suspended_is_seen_soon(
     assert time.monotonic() - start < LIMIT_S
 
 
+# --- the processes of the tenure ---------------------------------------------------------------
+
+
+def root(pid: int) -> str:
+    process = proctree.identify(pid)
+    assert process is not None
+    return "{}:{}".format(*process)
+
+
+@pytest.fixture
+def escaped(tmp_path: Path) -> Iterator[Callable[[str], int]]:
+    """Start a script whose child leaves the process group and the session, and then has no parent."""
+    found: list[int] = []
+
+    def start(mark: str) -> int:
+        pid_file = tmp_path / f"escaped-{len(found)}"
+        script = f"setsid sh -c 'echo $$ >{pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 1000' &"
+        subprocess.run(sh(script), check=True, env=os.environ | {"FAILOVER_TENURE": mark})
+        until(pid_file.exists)
+        found.append(int(pid_file.read_text()))
+        return found[-1]
+
+    yield start
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_what_a_running_promotion_left_in_another_session_is_killed_before_the_demotion_hook(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    """Fault 2: at TERM it starts the workload again."""
+    promotion = run(
+        f'setsid sh -c \'trap "sleep 1000 & touch {tmp_path}/active" TERM; echo $$'
+        f" >{tmp_path}/child; while :; do sleep 0.01; done' & {STUBBORN}"
+    )
+    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
+    child = int((tmp_path / "child").read_text())
+    host.tell(
+        *hook(sh(f"cut -d' ' -f3 /proc/{child}/stat >{tmp_path}/seen || touch {tmp_path}/gone"))
+    )
+    host.hand(*arm(now(), now() + LIMIT_S, running=promotion.pid, roots=root(promotion.pid)))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "gone").exists() or (tmp_path / "seen").read_text().strip() == "Z"
+    assert not lives(child)
+    assert not (tmp_path / "active").exists()
+
+
+def test_what_only_its_environment_gives_away_is_killed_and_what_is_of_another_tenure_is_not(
+    host: Host, escaped: Callable[[str], int]
+) -> None:
+    ours, other = escaped("instance-1"), escaped("instance-12")
+    host.tell(*hook(sh("exit 0")))
+    host.hand(*arm(now(), now() + LIMIT_S, mark="instance-1"))
+    assert host.code(host.guard) == guard.ACTED
+    assert not lives(ours)
+    assert lives(other)
+
+
+def test_the_whole_tree_of_a_workload_gets_term_and_kill(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    """Such as ``su -c``, which gives its command a session of its own."""
+    note = "trap 'echo term >>%s; exit' TERM" % (tmp_path / "term")
+    polite, stubborn = (tmp_path / name for name in ("polite", "stubborn"))
+    loop = "while :; do sleep 0.01; done"
+    workload = run(
+        f'setsid sh -c "{note}; echo \\$\\$ >{polite}; {loop}" &'
+        f" setsid sh -c \"trap '' TERM; echo \\$\\$ >{stubborn}; {loop}\" & {STUBBORN}"
+    )
+    until(lambda: all(file.exists() and file.read_text() for file in (polite, stubborn)))
+    host.tell(
+        *hook(
+            sh(f"grep -q '^State:.[RS]' /proc/$(cat {stubborn})/status && touch {tmp_path}/alive")
+        )
+    )
+    host.hand(*arm(now(), now() + 2.0, workload=workload.pid, roots=root(workload.pid)))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "term").read_text() == "term\n"
+    assert not any(lives(int(file.read_text())) for file in (polite, stubborn))
+    assert not (tmp_path / "alive").exists(), "it was killed after the hook only"
+
+
+def test_the_id_of_an_ended_process_that_a_stranger_has_now_is_left_alone(
+    host: Host, run: Run
+) -> None:
+    stranger = run(IDLE)
+    host.tell(*hook(sh("exit 0")))
+    recorded = f"{stranger.pid}:1"
+    host.hand(*arm(now(), now() + LIMIT_S, groups=stranger.pid, roots=recorded))
+    assert host.code(host.guard) == guard.ACTED
+    assert stranger.poll() is None
+
+
+# --- nothing holds the demotion up -------------------------------------------------------------
+
+
+def program_with(proctree_source: str = "", guard_source: str = "") -> bytes:
+    """A guard with lines of its own behind ours."""
+    ours = Path(proctree.__file__).read_text() + proctree_source
+    main = 'if __name__ == "__main__":'
+    theirs = Path(guard.__file__).read_text().replace(main, f"{guard_source}\n{main}")
+    codes = (compile(ours, "proctree", "exec"), compile(theirs, "guard", "exec"))
+    return marshal.dumps(codes)
+
+
+def test_an_environment_that_cannot_be_read_holds_up_only_the_last_search(
+    new_host: Callable[..., Host], run: Run, tmp_path: Path
+) -> None:
+    """As that of a process that is stuck in the kernel."""
+    stuck = "\ndef _environment(pid):\n    time.sleep(1000)\n"
+    left = run(IDLE)
+    host = new_host(program=program_with(stuck))
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.tell(*back(tmp_path))
+    kill_at = now() + 1.5
+    host.hand(*arm(now(), kill_at, groups=left.pid, mark="x", epoch=7))
+    assert host.code(host.guard) == guard.ACTED
+    assert now() < kill_at + guard.SWEEP_S + LATE_S
+    assert (tmp_path / "done").exists()
+    assert left.wait(LIMIT_S) == -signal.SIGKILL
+    assert host.code(host.agent) == -signal.SIGKILL
+    assert handed(tmp_path) == "", "what lives of the tenure is not known"
+
+
+def test_a_state_file_on_a_dead_disk_does_not_hold_the_demotion_up(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    """Fault 14: and neither does any other fault of the state file."""
+    left = run(IDLE)
+    with dead_disk(tmp_path / "disk") as disk:
+        host.tell(*hook(sh(f"touch {tmp_path}/done")))
+        begun_at = now()
+        state = (disk / "state", "Secondary")
+        host.hand(*arm(begun_at, begun_at + LIMIT_S, groups=left.pid, state=state))
+        assert host.code(host.guard) == guard.ACTED
+        assert now() < begun_at + LATE_S + 2 * guard.STATE_WAIT_S
+        assert (tmp_path / "done").exists()
+        assert left.wait(LIMIT_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("path", ["/nowhere/state", "state", "/proc/state"])
+def test_a_state_file_that_cannot_be_written_does_not_keep_the_demotion_from_running(
+    host: Host, tmp_path: Path, path: str
+) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.hand(*arm(now(), now() + LIMIT_S, state=(path, "Secondary")))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+    with suppress(FileNotFoundError):
+        Path("/state").unlink()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "proctree.snapshot = None",
+        "Voice.say = None",
+        "Voice.open = None",
+        "Worker.__init__ = None",
+        "Guard.stop_workload = None",
+        "Guard.run_hook = None",
+        "Guard.start_helper = None",
+        "os.getppid = lambda: 1 / 0",
+    ],
+)
+def test_a_step_that_fails_keeps_no_other_one_from_running(
+    new_host: Callable[..., Host], run: Run, tmp_path: Path, broken: str
+) -> None:
+    left = run(IDLE)
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(program=program_with(guard_source=broken), stderr=stderr.fileno())
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.tell(*back(tmp_path))
+    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, epoch=7))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists() or "run_hook" in broken
+    assert left.poll() is not None or left.wait(0.5)
+    assert handed(tmp_path) == ""
+    if "say" not in broken:
+        assert "guard step failed" in output.read_text()
+
+
+def test_a_message_that_makes_no_sense_is_not_answered_and_ends_nothing(host: Host) -> None:
+    host.say("send", "ARM", "soon")
+    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.say("answers")
+    host.tell("OFF")
+    host.exit()
+    assert host.code(host.guard) == 0
+
+
+def test_lines_for_a_file_on_a_dead_disk_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The one that writes them is stuck: nobody waits for it."""
+    kept = os.dup(2)
+    with (tmp_path / "stderr").open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        voice = guard.Voice()
+        voice.open([])
+        os.kill(voice.writer, signal.SIGSTOP)
+        begun_at = now()
+        for _ in range(10_000):
+            voice.say(guard.ERROR, "a line")
+        voice.close()
+        assert now() - begun_at < guard.WRITTEN_WAIT_S + LATE_S
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.kill(voice.writer, signal.SIGKILL)
+        os.waitpid(voice.writer, 0)
+
+
+# --- an agent that fences itself ---------------------------------------------------------------
+
+
+def test_the_guard_leaves_the_agent_to_its_fence_command_until_agent_at(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    """Fault 12: it killed the agent in the middle of it."""
+    left, workload = run(IDLE), run(STUBBORN)
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    kill_at = now() + 0.3
+    agent_at = kill_at + 2.0
+    host.tell(
+        *arm(float("inf"), kill_at, agent_at=agent_at, groups=left.pid, workload=workload.pid)
+    )
+    assert left.wait(LIMIT_S) == workload.wait(LIMIT_S) == -signal.SIGKILL
+    assert kill_at <= now() < agent_at
+    assert state_of(host.agent) != "T"
+    host.tell(*LOG)  # it goes on
+    assert now() < agent_at, "this machine is too slow"
+    assert host.code(host.agent) == -signal.SIGKILL
+    assert now() >= agent_at
+    assert host.code(host.guard) == guard.ACTED
+
+
+def test_an_agent_that_ends_behind_its_fence_command_has_its_demotion_repeated(
+    host: Host, tmp_path: Path
+) -> None:
+    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.tell(*back(tmp_path))
+    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
+    host.tell(*arm(float("inf"), now() + 0.2, agent_at=now() + LIMIT_S, epoch=7))
+    time.sleep(0.4)
+    host.exit()
+    assert host.code(host.guard) == guard.ACTED
+    assert host.code(host.agent) == 0
+    assert (tmp_path / "done").exists()
+    assert handed(tmp_path) == "", "it came too late"
+
+
+def test_a_frozen_agent_is_stopped_at_hook_at_whatever_agent_at_is(host: Host) -> None:
+    host.tell(*hook(sh("exit 0")))
+    host.hand(*arm(now(), now() + LIMIT_S, agent_at=now() + 2 * LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert host.code(host.agent) == -signal.SIGKILL
+
+
+# --- handing the role back ---------------------------------------------------------------------
+
+
+def back(folder: Path) -> list[str]:
+    """A helper that notes the document, and what it reads from stdin."""
+    note = f'echo "$@" >{folder}/words; cat /proc/self/fd/3 >{folder}/document; head -c 1 >{folder}/byte'
+    return ["BACK", '{"document": 1}', "/bin/sh", "-c", f"{note}; touch {folder}/ended", "sh"]
+
+
+def handed(folder: Path) -> str:
+    """What the helper was given to go on; nothing if it was not started."""
+    if not (folder / "words").exists():
+        time.sleep(0.2)
+    if not (folder / "words").exists():
+        return ""
+    until((folder / "ended").exists)
+    return (folder / "byte").read_text()
+
+
+def test_the_role_is_handed_back_after_a_demotion_that_has_succeeded(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
+    """Fault 28."""
+    workload, left = run(IDLE), run(STUBBORN)
+    states = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in (host.agent, left.pid))
+    note = f"head -c 1 >{tmp_path}/byte; ({states}) >{tmp_path}/seen; touch {tmp_path}/ended"
+    words = f'echo "$@" >{tmp_path}/words; cat /proc/self/fd/3 >{tmp_path}/document'
+    host.tell("BACK", '{"document": 1}', "/bin/sh", "-c", f"{words}; {note}", "sh")
+    host.tell(*hook(sh(f"until [ -e {tmp_path}/words ]; do sleep 0.01; done"), sh("exit 0")))
+    host.tell(
+        *arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, workload=workload.pid, epoch=7)
+    )
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert handed(tmp_path) == "1"
+    epoch, wait_s = (tmp_path / "words").read_text().split()
+    assert epoch == "7"
+    assert float(wait_s) > guard.HELPER_WAIT_S
+    assert (tmp_path / "document").read_text() == '{"document": 1}'
+    assert set((tmp_path / "seen").read_text().split()) <= {"Z"}
+
+
+def test_the_role_of_a_stopped_agent_is_handed_back_when_that_is_dead(
+    host: Host, tmp_path: Path
+) -> None:
+    host.tell(*hook(sh("exit 0")))
+    host.tell(*back(tmp_path))
+    host.hand(*arm(now(), now() + LIMIT_S, epoch=7))
+    assert host.code(host.guard) == guard.ACTED
+    assert handed(tmp_path) == "1"
+
+
+@pytest.mark.parametrize(
+    ("fails", "arming"),
+    [
+        pytest.param({"exits": 1}, {}, id="the hook fails"),
+        pytest.param({"exits": "0; kill -9 $$"}, {}, id="the hook is killed"),
+        pytest.param({"complete": False}, {}, id="a part of the hook is a webhook"),
+        pytest.param({"hook": False}, {}, id="there was no word of a hook"),
+        pytest.param({"back": False}, {}, id="there is no document"),
+        pytest.param({}, {"epoch": ""}, id="the server has no epochs"),
+        pytest.param({}, {"late": True}, id="it came too late"),
+        pytest.param({}, {"demoting": True}, id="the agent's demotion hangs"),
+    ],
+)
+def test_the_role_is_not_handed_back_if(
+    host: Host, tmp_path: Path, fails: dict[str, Any], arming: dict[str, Any]
+) -> None:
+    """Fault 28: never by a guard whose demotion failed, or that came too late."""
+    if fails.get("hook", True):
+        script = sh(f"exit {fails.get('exits', 0)}")
+        if "kill" in str(fails.get("exits")):
+            script = sh("kill -9 $$")
+        host.tell(*hook(script, complete=fails.get("complete", True)))
+    if fails.get("back", True):
+        host.tell(*back(tmp_path))
+    hook_at, kill_at = now(), now() + LIMIT_S
+    if arming.get("late"):
+        hook_at, kill_at = now() - 2.0, now() - 1.0
+    if arming.get("demoting"):
+        hook_at, kill_at = float("inf"), now() + 0.2
+    host.hand(*arm(hook_at, kill_at, epoch=arming.get("epoch", 7)))
+    assert host.code(host.guard) == guard.ACTED
+    assert handed(tmp_path) == ""
+
+
+@pytest.mark.parametrize("which", ["agent", "left"])
+def test_the_role_is_not_handed_back_while_anything_of_the_tenure_lives(
+    host: Host, run: Run, tmp_path: Path, which: str
+) -> None:
+    """It is frozen in the kernel: it has got SIGKILL, and lives."""
+    left = run(IDLE)
+    host.tell(*hook(sh("exit 0")))
+    host.tell(*back(tmp_path))
+    with freezer("guard") as cgroup:
+        host.tell(*arm(now() + LATE_S, now() + 2 * LATE_S, groups=left.pid, epoch=7))
+        frozen = host.agent if which == "agent" else left.pid
+        cgroup.freeze(frozen)
+        if which == "left":
+            os.kill(host.agent, signal.SIGKILL)
+        until(lambda: not lives(host.guard))
+        assert lives(frozen)
+        assert handed(tmp_path) == ""
+
+
+def test_a_guard_that_is_killed_hands_nothing_back(host: Host, tmp_path: Path) -> None:
+    host.tell(*hook(sh("exec sleep 1000")))
+    host.tell(*back(tmp_path))
+    host.hand(*arm(now(), now() + LIMIT_S, epoch=7))
+    until((tmp_path / "words").exists)
+    os.kill(host.guard, signal.SIGKILL)
+    assert handed(tmp_path) == ""
+
+
 # --- how small it is --------------------------------------------------------------------------
 
 
@@ -864,11 +1254,14 @@ def test_it_is_small(
 def test_it_imports_the_smallest_modules_only() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
-    with theirs:
-        command = [sys.executable, "-I", "-S", "-X", "importtime", guard.__file__]
+    with theirs, tempfile.TemporaryFile() as file:
+        file.write(PROGRAM)
+        file.flush()
+        kept = file.fileno()
+        command = [sys.executable, "-X", "importtime", *GUARD[1:]]
         result = subprocess.run(
-            [*command, str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
+            [*command, str(theirs.fileno()), str(os.getpid()), str(kept)],
+            pass_fds=[theirs.fileno(), kept],
             capture_output=True,
             text=True,
             check=True,

@@ -113,7 +113,7 @@ def start(words: Sequence[str], *, debug: bool) -> int:
     """
     reading = Reading(words, debug=debug)
     try:
-        from agent.daemon import run  # noqa: PLC0415 - while the other process reads
+        from agent.daemon.life import run  # noqa: PLC0415 - while the other process reads
     finally:
         try:
             settings = reading.settings()

@@ -369,7 +369,7 @@ class Runs:
             plan = spec.exec_plan()
         except ConfigError as error:
             log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
-            return GuardHook([], {})
+            return GuardHook([], {}, complete=False)
         if plan.left_out:
             log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
         told = self._told_of(facts, promotion.last_data)
@@ -381,6 +381,7 @@ class Runs:
             plan.uid,
             plan.gid,
             plan.groups,
+            complete=not plan.left_out,
         )
 
     def notify(

@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from agent.drivers import guardian as guardian_module
 from agent.drivers.guardian import Arming, GuardHook, Guardian
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
+from tests.hung import dead_disk, freezer
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -47,11 +51,18 @@ async def main():
     while guardian._unanswered:
         await asyncio.sleep(0.001)
     print(guardian.pid, flush=True)
+    if sys.argv[3:] == ["abandon it"]:
+        guardian.abandon()
+        guardian.arm(None)
+        guardian.check()
+        await asyncio.sleep(0.3)
+        print(os.path.exists(seen), flush=True)
+        raise SystemExit(1)
     if sys.argv[3:]:
         real = os.kill
         os.kill = lambda pid, number: (time.sleep(0.3), real(pid, number))
         guardian._lost("it is too slow")
-        await guardian.close()
+        await guardian.call_off()
         return
     await asyncio.sleep(1000)
 
@@ -112,6 +123,11 @@ async def freeze(pid: int) -> None:
     await until(lambda: state_of(pid) == "T")
 
 
+def held_up(turns: list[float]) -> float:
+    """The longest time between two turns of the loop."""
+    return max(later - earlier for earlier, later in itertools.pairwise(turns))
+
+
 @pytest.fixture
 def changes() -> Changes:
     return Changes()
@@ -133,7 +149,7 @@ async def guardian(changes: Changes, _nothing_is_left: None) -> AsyncIterator[Gu
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     yield guardian
-    await guardian.close()
+    await guardian.call_off()
 
 
 def arming() -> Arming:
@@ -180,6 +196,23 @@ async def test_the_guard_gets_what_was_told_and_acts_on_it(tmp_path: Path) -> No
     assert state.read_text() == "Secondary"
 
 
+async def test_an_abandoned_guard_acts_as_soon_as_the_agent_has_ended(tmp_path: Path) -> None:
+    """Fault 3: an agent that ends by an exception ends its guard's connection, and nothing else."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", AGENT, str(tmp_path / "seen"), "state", "abandon it"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    said, _ = await process.communicate()
+    guard_pid, before_the_end = said.split()
+    assert process.returncode == 1
+    assert before_the_end == b"False", "it acted although the agent ran"
+    await until(lambda: state_of(int(guard_pid)) in {"", "Z"})
+    assert (tmp_path / "seen.2").exists()
+    assert (tmp_path / "state").read_text() == "Secondary", "Fault 14: a relative path"
+
+
 async def test_the_guard_is_apart_and_has_no_other_files(guardian: Guardian) -> None:
     pid = pid_of(guardian)
     assert os.getsid(pid) == os.getpgid(pid) == pid
@@ -202,11 +235,115 @@ async def test_a_frozen_guard_is_noticed_within_the_limit_and_replaced(
     why = changes.said[1]
     assert why is not None
     assert "has not answered for 1." in why
-    assert state_of(first) == "", "it is gone, and no zombie"
     await until(lambda: len(changes.said) > 2, guardian)
+    assert state_of(first) == "", "it is gone, and no zombie"
     assert changes.said[2] is None
     assert len(changes.said) == 3
     assert pid_of(guardian) != first
+
+
+async def test_a_guard_that_not_even_sigkill_ends_holds_nothing_up(
+    guardian: Guardian, changes: Changes
+) -> None:
+    """Fault 1: it is frozen in the kernel. Waiting for its end stopped every heartbeat."""
+    first = pid_of(guardian)
+    guardian.arm(arming())
+    await until(lambda: not guardian._unanswered)
+    with freezer("guardian") as cgroup:
+        cgroup.freeze(first)
+        guardian.arm(arming())
+        turns = [time.monotonic()]
+        while len(changes.said) < 3:  # lost, and another one answers
+            guardian.check()
+            await asyncio.sleep(TURN_S)
+            turns.append(time.monotonic())
+            assert turns[-1] < turns[0] + LIMIT_S
+        assert held_up(turns) < ANSWER_S / 2
+        assert pid_of(guardian) != first
+        assert state_of(first) == "D", "SIGKILL has ended it: this shows nothing"
+        begun_at = time.monotonic()
+        await guardian.call_off()
+        assert time.monotonic() - begun_at < ANSWER_S + 1.0
+        assert state_of(first) == "D"
+    await until(lambda: not guardian._reap())
+    assert state_of(first) == "", "it was reaped when it could be"
+
+
+async def test_no_further_guard_is_started_beside_too_many_that_cannot_die(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian_module, "MOST_ABANDONED", 1)
+    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    with freezer("guardian") as cgroup:
+        cgroup.freeze(pid_of(guardian))
+        guardian._lost("it is frozen")
+        await asyncio.sleep(0.5)
+        assert guardian.pid is None
+    await until(lambda: len(changes.said) == 3, guardian)
+    assert changes.said == [None, "it is frozen", None]
+
+
+async def test_a_python_on_a_dead_disk_holds_nothing_up(
+    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fault 1: executing it never returns, and not in the loop."""
+    with dead_disk(tmp_path / "disk") as disk, monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(disk / "python"))
+        os.kill(pid_of(guardian), signal.SIGKILL)
+        await until(lambda: guardian._lane.busy)
+        turns = [time.monotonic()]
+        for _ in range(50):
+            guardian.check()
+            await asyncio.sleep(TURN_S)
+            turns.append(time.monotonic())
+        assert held_up(turns) < ANSWER_S / 2
+        assert changes.said == [None, "the guard has ended"]
+    await until(lambda: len(changes.said) == 3, guardian)
+    assert changes.said[2] is None, "the disk is back"
+
+
+async def test_a_start_with_python_on_a_dead_disk_ends_with_an_error(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(guardian_module, "START_S", 0.3)
+    with dead_disk(tmp_path / "disk") as disk:
+        monkeypatch.setattr(sys, "executable", str(disk / "python"))
+        guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
+        with pytest.raises(ConfigError, match=r"not executed within 0\.3 s"):
+            await guardian.start()
+    await until(lambda: not guardian._lane.busy)
+    await guardian.call_off()
+
+
+async def test_the_running_agent_starts_the_guard_that_it_was_installed_with(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fault 7: what has replaced the program on disk since the start is not run."""
+    # in place of another version of the whole package
+    other = tmp_path / "guard.py"
+    shutil.copy(agent.guard.__file__, other)
+    loader = SourceFileLoader("agent.guard", str(other))
+    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
+    await guardian.start()
+    other.write_text("import sys\nsys.exit(5)\n")
+    os.kill(pid_of(guardian), signal.SIGKILL)
+    await until(lambda: len(changes.said) == 3, guardian)
+    assert changes.said == [None, "the guard has ended", None]
+    assert guardian._program is not None
+    with pytest.raises(PermissionError):
+        os.write(guardian._program, b"it is sealed")
+    await guardian.call_off()
+
+
+async def test_a_program_that_cannot_be_read_is_an_error(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = SourceFileLoader("agent.guard", "/nowhere/guard.py")
+    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    with pytest.raises(ConfigError, match=r"cannot be read.*nowhere") as caught:
+        Guardian(Clock(), changes, limit_s=ANSWER_S)
+    assert caught.value.exit_code is ExitCode.GUARD
 
 
 async def test_a_frozen_guard_is_noticed_when_there_is_nothing_to_tell(
@@ -250,8 +387,8 @@ async def test_a_killed_guard_is_noticed_at_once_and_replaced(
     os.kill(first, signal.SIGKILL)
     await until(lambda: len(changes.said) > 1)  # without check()
     assert changes.said == [None, "the guard has ended"]
-    assert state_of(first) == ""
-    await until(lambda: len(changes.said) > 2)
+    await until(lambda: len(changes.said) > 2, guardian)
+    assert state_of(first) == "", "it is no zombie"
     assert changes.said[2:] == [None]
     assert guardian._arming is not None
     assert not guardian._unanswered, "the new one was told everything"
@@ -335,7 +472,7 @@ async def test_a_hook_that_does_not_fit_into_a_message_is_named(
 async def test_the_longest_message_that_fits_arrives_whole(
     guardian: Guardian, changes: Changes
 ) -> None:
-    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0\0001\0BIG=\0001\0/bin/true")
+    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true")
     big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
     await until(lambda: not guardian._unanswered)
@@ -402,11 +539,11 @@ async def test_an_armed_guard_is_called_off_by_close(changes: Changes, tmp_path:
     assert process is not None
     guardian.set_hook(GuardHook([["/usr/bin/touch", str(tmp_path / "done")]], {}))
     guardian.arm(arming())
-    await guardian.close()
+    await guardian.call_off()
     assert process.returncode == 0
     assert guardian.pid is None
     assert not (tmp_path / "done").exists()
-    await guardian.close()
+    await guardian.call_off()
     assert changes.said == [None]
 
 
@@ -417,7 +554,7 @@ async def test_close_with_a_frozen_guard_takes_the_limit_and_kills_it(changes: C
     assert process is not None
     await freeze(process.pid)
     at = time.monotonic()
-    await guardian.close()
+    await guardian.call_off()
     assert time.monotonic() - at >= 0.2
     assert process.returncode == -signal.SIGKILL
     assert changes.said == [None]
@@ -432,6 +569,6 @@ async def test_close_while_another_one_is_about_to_start_starts_none(
     await until(lambda: len(changes.said) == 2)
     restart = guardian._restart
     assert restart is not None
-    await guardian.close()
+    await guardian.call_off()
     assert restart.cancelled()
     assert guardian.pid is None

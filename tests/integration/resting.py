@@ -119,7 +119,7 @@ class Resting:
     def guard(self) -> int:
         """The guard's process."""
         found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return next(int(pid) for pid in found if b"guard.py" in command_line(int(pid)))
+        return next(int(pid) for pid in found if b"failover-agent guard" in command_line(int(pid)))
 
     @property
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""The helper of the guard that hands the role back after a demotion (docs/guard.md).
+
+The guard of a dead agent starts it at the beginning of the demotion, so that its imports take no time
+later, and lets it go on with one byte on stdin, once the demotion has succeeded and nothing of the
+tenure is alive. Without that byte it does nothing. It then releases the tenure at every endpoint, by
+the agent's own credentials, so that the coordinator need not wait for the lease to run out.
+
+A late release, or a second one, changes nothing: it carries the tenure's epoch and the agent's instance,
+and a coordinator ignores one that is of neither the holder nor its epoch.
+"""
+
+import asyncio
+import json
+import os
+import select
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agent import __version__
+from agent.drivers.rest import RestClient
+from agent.drivers.rest.configured import client_for
+from agent.errors import ConfigError, FailoverError, ServerError
+from agent.ops import logs
+from agent.settings import AgentSettings
+from agent.settings.exchange import dump, load
+
+DOCUMENT_FD = 3
+"""Where the guard puts the document: memory that only this process reads, as it names secrets' files."""
+
+LIMIT_S = 10.0
+"""For the whole handing back: later, the lease has run out by itself."""
+
+TRY_S = 2.0
+"""For one request: an answer that is there at all comes within this."""
+
+PAUSE_S = 0.2
+REASON = "demoted by the guard"
+FINAL = range(400, 500)
+"""Statuses with which repeating the same request is pointless, but for the next."""
+TOO_MANY_REQUESTS = 429
+
+log = logs.Log(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Handback:
+    """Whose tenure it is, and how the coordinator is reached."""
+
+    session_id: str
+    instance: str
+    store_id: str
+    settings: AgentSettings
+
+
+def document(settings: AgentSettings, session_id: str, instance: str, store_id: str) -> bytes:
+    """The document that the guard keeps for the helper, of this version of the program.
+
+    Args:
+        settings: the agent's; those that no request needs are left out.
+        session_id: the agent's.
+        instance: of this process.
+        store_id: of the coordinator that the agent has joined. A server without one is plain v1, and
+            knows no release: do not make a document for it.
+    """
+    needed = replace(
+        settings,
+        check=(),
+        progress=None,
+        mqtt=None,
+        hook_environment={},
+        workload=(),
+        password_file=_absolute(settings.password_file),
+        client_secret_file=_absolute(settings.client_secret_file),
+        ca_file=_absolute(settings.ca_file),
+    )
+    given = {
+        "version": __version__,
+        "session": session_id,
+        "instance": instance,
+        "store": store_id,
+        "settings": dump(needed).decode(),
+    }
+    return json.dumps(given).encode()
+
+
+def _absolute(path: Path | None) -> Path | None:
+    """The guard's directory, and so the helper's, is /."""
+    return None if path is None else path.absolute()
+
+
+def read(text: bytes) -> Handback:
+    """Read what ``document`` has made.
+
+    Raises:
+        ConfigError: it is of another version, or damaged.
+    """
+    try:
+        given = json.loads(text)
+        settings = load(given["settings"].encode())
+        return Handback(
+            str(given["session"]), str(given["instance"]), str(given["store"]), settings
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the document to hand the role back cannot be read: {error}") from error
+
+
+async def hand_back(handback: Handback, epoch: int, clients: Sequence[RestClient]) -> bool:
+    """Release the tenure at every endpoint; whether one has taken it. Closes the clients."""
+    done = await asyncio.gather(*(_release_at(client, handback, epoch) for client in clients))
+    return any(done)
+
+
+async def _release_at(client: RestClient, handback: Handback, epoch: int) -> bool:
+    """Release at one endpoint, repeated until it answers or the time is up."""
+    reason = f"no answer within {LIMIT_S:g} s"
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                try:
+                    await _release(client, handback, epoch)
+                except ServerError as error:
+                    reason = str(error)
+                    if error.status in FINAL and error.status != TOO_MANY_REQUESTS:
+                        break
+                    pause_s = max(PAUSE_S, error.retry_after_s or 0.0)
+                else:
+                    log.info("role handed back", endpoint=client.endpoint, epoch=epoch)
+                    return True
+                await asyncio.sleep(pause_s)
+    except TimeoutError:
+        pass
+    finally:
+        await client.aclose()
+    log.warning("role not handed back", endpoint=client.endpoint, reason=reason)
+    return False
+
+
+async def _release(client: RestClient, handback: Handback, epoch: int) -> None:
+    await client.release(
+        handback.settings.group,
+        handback.session_id,
+        epoch=epoch,
+        instance=handback.instance,
+        reason=REASON,
+        timeout_s=TRY_S,
+    )
+
+
+def main(words: Sequence[str]) -> int:
+    """Wait for the guard's byte, then hand the role back; the exit code.
+
+    Args:
+        words: the epoch, and for how many seconds the byte may take.
+    """
+    epoch, wait_s = int(words[0]), float(words[1])
+    logs.configure("INFO", "text")  # until the settings are read
+    try:
+        handback = read(os.pread(DOCUMENT_FD, os.fstat(DOCUMENT_FD).st_size, 0))
+        settings = handback.settings
+        logs.configure(settings.log_level, settings.log_format)
+        clients = [client_for(replace(settings, endpoint=(one,))) for one in settings.endpoint]
+        ready, _, _ = select.select([0], [], [], wait_s)
+        if not ready or not os.read(0, 1):
+            return 0
+        return 0 if asyncio.run(hand_back(handback, epoch, clients)) else 1
+    except FailoverError as error:
+        log.error("role not handed back", reason=error)  # noqa: TRY400 - no traceback needed
+        return error.exit_code

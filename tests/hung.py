@@ -1,0 +1,101 @@
+"""Things that hang in the kernel, for tests: a disk that never answers, and a frozen process.
+
+A process that touches the disk does not return, and does not die of SIGKILL, like one on a dead network
+file system. A frozen process does not die of SIGKILL either, until it is thawed.
+"""
+
+import contextlib
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FUSE = Path("/dev/fuse")
+FREEZER = Path("/sys/fs/cgroup/freezer")
+INIT, VERSION = 26, (7, 31)
+REQUEST_BYTES = 1 << 17
+MNT_FORCE, MNT_DETACH = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def dead_disk(path: Path) -> Iterator[Path]:
+    """A directory whose file system takes every request and answers none, until the end of the test."""
+    if os.geteuid() != 0 or not FUSE.exists():
+        pytest.skip("needs: root and /dev/fuse: run as root on a host with FUSE")
+    path.mkdir(exist_ok=True)
+    device = os.open(FUSE, os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
+    if _libc.mount(b"dead", os.fsencode(path), b"fuse", 0, options):
+        os.close(device)
+        pytest.skip(f"needs: mounting FUSE: {os.strerror(ctypes.get_errno())}")
+    opcode, unique = struct.unpack_from("=4xIQ", os.read(device, REQUEST_BYTES))
+    assert opcode == INIT
+    answer = struct.pack("=IIIIHHIIHH", *VERSION, 65536, 0, 16, 12, 65536, 1, 16, 0).ljust(
+        64, b"\0"
+    )
+    os.write(device, struct.pack("=IiQ", 16 + len(answer), 0, unique) + answer)
+    taking = threading.Thread(target=_take, args=(device,))
+    taking.start()
+    try:
+        yield path
+    finally:
+        _libc.umount2(os.fsencode(path), MNT_FORCE | MNT_DETACH)
+        taking.join()
+        os.close(device)
+
+
+def _take(device: int) -> None:
+    """A request that was taken can be given up by nobody."""
+    with contextlib.suppress(OSError):  # the file system is gone
+        while os.read(device, REQUEST_BYTES):
+            pass
+
+
+@contextlib.contextmanager
+def freezer(name: str) -> Iterator["Freezer"]:
+    """A cgroup that can be frozen; thawed at the end of the test."""
+    folder = FREEZER / f"{name}-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs: the freezer of cgroup v1: {error.strerror}: run as root")
+    frozen = Freezer(folder)
+    try:
+        yield frozen
+    finally:
+        frozen.thaw()
+        while frozen.members():
+            pass  # they were killed, or are moved out
+        folder.rmdir()
+
+
+class Freezer:
+    """A cgroup of the freezer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def freeze(self, pid: int) -> None:
+        """Put a process in, and freeze all that is in it."""
+        (self._folder / "cgroup.procs").write_text(str(pid))
+        (self._folder / "freezer.state").write_text("FROZEN")
+        while (self._folder / "freezer.state").read_text().strip() != "FROZEN":
+            pass
+
+    def thaw(self) -> None:
+        """Let all go on, or die of what was sent to them."""
+        (self._folder / "freezer.state").write_text("THAWED")
+
+    def members(self) -> list[int]:
+        """Who is in it; all are moved out that live."""
+        left = [int(pid) for pid in (self._folder / "cgroup.procs").read_text().split()]
+        for pid in left:
+            with contextlib.suppress(OSError):
+                (FREEZER / "cgroup.procs").write_text(str(pid))
+        return left
