@@ -72,10 +72,14 @@ class Recorded(StateFile):
         super().__init__(path)
         self.written: list[Mapping[str, Any]] = []
         self.full = False
+        self.asked: list[str] = []
+        self.asked_before_first: list[str] | None = None
 
     def write(self, state: Mapping[str, Any]) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.asked_before_first is None:
+            self.asked_before_first = list(self.asked)
         super().write(state)
         self.written.append(json.loads(self.path.read_text()))
 
@@ -146,25 +150,32 @@ async def unplugged(_request: httpx2.Request) -> httpx2.Response:
 # -- what is said -------------------------------------------------------------------------------------
 
 
-async def test_secondary_is_said_before_anything_is_asked(endpoint: str, tmp_path: Path) -> None:
+async def test_secondary_is_published_before_anything_is_asked(
+    endpoint: str, tmp_path: Path
+) -> None:
     transport = Faulty()
-    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
-        host.daemon.say_secondary("starting")
-        assert not transport.asked
-        assert (host.written[0]["role"], host.written[0]["reason"]) == ("Secondary", "starting")
-        assert host.written[0]["active_until_boottime_s"] is None
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (
+        host,
+        state_file,
+    ):
+        state_file.asked = transport.asked
         async with living(host):
             await host.until_role("Primary")
+        assert state_file.asked_before_first == []
+        assert (host.written[0]["role"], host.written[0]["reason"]) == ("Secondary", "starting")
+        assert host.written[0]["active_until_boottime_s"] is None
         roles = [state["role"] for state in host.written]
         assert roles.index("PendingPrimary") < roles.index("Primary")
         assert (roles[-1], host.written[-1]["reason"]) == ("Secondary", "stopped")
 
 
-async def test_it_does_not_start_if_secondary_cannot_be_said(endpoint: str, tmp_path: Path) -> None:
+async def test_it_does_not_join_if_secondary_cannot_be_published(
+    endpoint: str, tmp_path: Path
+) -> None:
     async with a_daemon(settings_for(endpoint), tmp_path) as (host, state_file):
         state_file.full = True
         with pytest.raises(ConfigError, match=r"No space left on device.*--state-file") as caught:
-            host.daemon.say_secondary("starting")
+            await host.daemon.live(host.stop)
         assert caught.value.exit_code is ExitCode.STATE_FILE
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.effects import HookFacts
+from agent.daemon import handback
 from agent.daemon.member import Member
 from agent.drivers.guardian import Arming, Guardian, GuardLog
 from agent.model import Role
@@ -44,6 +45,7 @@ class Guarding:
         self._armed = self._frozen = False
         self._promotion: HookFacts | None = None
         self._fenced_by: float | None = None
+        self._handback_store: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -128,6 +130,7 @@ class Guarding:
                 published.epoch,
             )
         )
+        self._send_handback()
         guardian.arm(None if due is None else self._arming(*due))
 
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
@@ -144,10 +147,26 @@ class Guarding:
             kill_at=kill_at,
             running=runs.running_groups,
             groups=runs.tenure_groups,
+            roots=runs.tenure_roots,
+            mark=runs.cookie,
+            epoch=self._member.session.tenure,
+            agent_at=self._fenced_by,
             workload=workload.pgid if workload is not None else None,
             cgroup=str(cgroup) if cgroup is not None else None,
             state=(str(self._state_path), json.dumps(state)),
         )
+
+    def _send_handback(self) -> None:
+        """Give the guard what it needs to release the role, once the coordinator's store is known."""
+        store_id = self._member.session.store_id
+        if self._guardian is None or store_id == self._handback_store:
+            return
+        self._handback_store = store_id
+        text = None
+        if store_id is not None:
+            member = self._member
+            text = handback.document(member.settings, member.session_id, member.instance, store_id)
+        self._guardian.set_handback(text)
 
     def _update_watchdog(self, *, armed: bool) -> None:
         if self._watchdog is None or armed is self._watchdog_armed:
@@ -166,4 +185,4 @@ class Guarding:
             return
         self._update_watchdog(armed=False)
         if self._guardian is not None:
-            await self._guardian.close()
+            await self._guardian.call_off()

@@ -104,7 +104,6 @@ class Daemon:
         session = Session(settings.timing, options)
         requests = Requests(
             settings,
-            None,
             session,
             self._tell,
             lambda: self._inputs.report(),  # noqa: PLW0108 - as above

@@ -8,7 +8,6 @@ all answers are taken as plain v1, whatever they carry.
 """
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
@@ -58,7 +57,8 @@ class Requests:
     Args:
         session: read only.
         tell: takes the events.
-        report: what a heartbeat says: FailoverScore and the data-processed time.
+        report: the content of a heartbeat: FailoverScore and the data-processed time.
+        instance: identifies this process.
         tally: counts heartbeats.
         clock: measures them.
 
@@ -70,20 +70,20 @@ class Requests:
     def __init__(
         self,
         settings: AgentSettings,
-        client: RestClient,
         session: Session,
         tell: Callable[[Event], None],
         report: Callable[[], tuple[float, datetime | None]],
         *,
+        instance: str,
         tally: Tally,
         clock: Clock,
     ) -> None:
         self.settings = settings
-        self.client = client
+        self._client: RestClient | None = None
         self.joined_once = False
         self.failure: FailoverError | None = None
         self.group_data: datetime | None = None
-        self.instance = secrets.token_hex(8)
+        self.instance = instance
         self._session = session
         self._tell = tell
         self._report = report
@@ -93,7 +93,27 @@ class Requests:
         self._too_soon = 0
         self._extended = False
         """Whether the server has the extensions of part C, by its answer to joining."""
-        client.store_id = session.store_id
+
+    def use(self, client: RestClient) -> None:
+        """Take the client for all calls; needed before the first one."""
+        client.store_id = self._session.store_id
+        self._client = client
+
+    async def close(self) -> None:
+        """Close the client."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    @property
+    def client(self) -> RestClient:
+        """The client that makes the calls."""
+        assert self._client is not None, "use() comes first"  # noqa: S101 - our own mistake
+        return self._client
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint that the next call goes to."""
+        return self.settings.endpoint[0] if self._client is None else self._client.endpoint
 
     @property
     def _group(self) -> str:

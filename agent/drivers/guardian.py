@@ -35,6 +35,7 @@ from agent.guard import MESSAGE_BYTES
 from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.process import register, unregister
 
 START_S = 10.0
 """A Python that has not started by then will not."""
@@ -205,6 +206,11 @@ class Guardian:
         """The guard's process id, or None while there is none."""
         return self._process.pid if self._process else None
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a guard that answers."""
+        return self._trouble is None
+
     async def start(self) -> None:
         """Start the guard and wait until it answers.
 
@@ -318,7 +324,10 @@ class Guardian:
 
     def _reap(self) -> int:
         """Take in the end of killed guards without waiting for one; how many are left."""
-        self._killed = [process for process in self._killed if process.poll() is None]
+        for process in self._killed:
+            if process.poll() is not None:
+                unregister(process.pid)
+        self._killed = [process for process in self._killed if process.returncode is None]
         return len(self._killed)
 
     def _spawn(self) -> None:
@@ -366,7 +375,7 @@ class Guardian:
         claims = [self._claim] if self._claim is not None else []
         with theirs:
             kept = [self._program, *claims]
-            return subprocess.Popen(  # noqa: S603 - ourselves
+            process = subprocess.Popen(  # noqa: S603 - ourselves
                 [
                     sys.executable,
                     "-I",
@@ -382,6 +391,8 @@ class Guardian:
                 cwd="/",
                 start_new_session=True,
             )
+        register(process.pid)
+        return process
 
     def _read(self) -> bool:
         """Take in one answer, if there is one; whether there was."""

@@ -109,13 +109,14 @@ async def standing(
     client, tally, told = RestClient(settings.endpoint), Tally(), list[Event]()
     requests = Requests(
         settings,
-        client,
         session,
         told.append,
         lambda: (100.0, None),
+        instance="this-process",
         tally=tally,
         clock=Clock(),
     )
+    requests.use(client)
     try:
         yield Stand(requests, session, client, tally, told)
     finally:
@@ -226,7 +227,7 @@ async def test_no_extension_is_sent_to_a_server_that_did_not_show_any() -> None:
     """Fault 19: a strict v1 server answers 400 to what it does not know."""
     async with at(PLAIN) as (api, stand):
         await stand.join()
-        stand.session.newest_epoch = 7
+        stand.session._knowledge.epoch = 7
         await stand.requests.beat(1)
         assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
         following = asyncio.create_task(stand.requests.follow())
@@ -244,7 +245,7 @@ async def test_no_extension_is_sent_to_a_server_that_did_not_show_any() -> None:
 async def test_extensions_are_sent_to_a_server_that_showed_them() -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
-        stand.session.newest_epoch = 7
+        stand.session._knowledge.epoch = 7
         await stand.requests.beat(1)
         assert api.last("heartbeat")[1] == {
             "FailoverScore": 100.0,

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_start_that_fails_stops_the_workload_of_the_life_before_first(
         ]
         for flags, code in cases:
             one = by_hooks(stage, "host-a", coordinator)
-            until(lambda one=one: writers(stage, one), "the first line")
+            until(partial(writers, stage, one), "the first line")
             pids = writers(stage, one)
             kill_with_guard(one)
             assert any(map(lives, pids))
