@@ -18,6 +18,7 @@ from agent.drivers.rest.configured import client_for
 from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
+from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
 from agent.settings import AgentSettings
@@ -44,6 +45,8 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
 
 
 async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
+    resolve_in_own_threads(asyncio.get_running_loop())
+    resolve_in_own_threads(asyncio.get_running_loop())
     async with AsyncExitStack() as stack:
         notify = Notify()
         stack.callback(notify.close)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from agent.drivers.checks import CheckResult, Checks, Health, judge, local
 from agent.drivers.checks import command as command_module
-from agent.drivers.checks.aside import Aside, Failed
+from agent.drivers.checks.aside import Failed, run_in
 from agent.drivers.checks.command import Command
 from agent.drivers.checks.local import Connect, FileAge, Process
 from agent.drivers.checks.web import Http, Prometheus
+from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.settings.checks import (
     CheckForm,
@@ -731,16 +732,16 @@ async def test_work_that_is_stuck_in_the_kernel_is_begun_once_only() -> None:
         begun.append(1)
         release.wait(LIMIT_S)
 
-    aside: Aside[None] = Aside("a")
-    first = asyncio.create_task(aside.run(stuck))
+    lane = Lane("a")
+    first = asyncio.create_task(run_in(lane, stuck))
     await until(lambda: begun)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert "stuck in the kernel" in str(await why(lambda: aside.run(stuck)))
+    assert "blocked in the kernel" in str(await why(lambda: run_in(lane, stuck)))
     release.set()
-    await until(lambda: aside._last is not None and aside._last.done())
-    assert await why(lambda: aside.run(stuck)) is None
+    await until(lambda: not lane.busy)
+    assert await why(lambda: run_in(lane, stuck)) is None
     assert begun == [1, 1]
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from agent.ops.signals import IGNORED
 from tests.mosquitto import mosquitto
 
 from .stage import until
@@ -472,6 +473,30 @@ def test_a_reload_keeps_the_role_and_the_status(plant: Plant) -> None:
     one.until_active()
     assert (one.status(), one.main_pid()) == (before, pid)
     assert other.status().startswith("Secondary")
+
+
+def test_any_ordinary_signal_to_the_whole_unit_is_survived(plant: Plant) -> None:
+    """Faults 22 and 23: agent, guard and hooks are in one unit, and systemctl kill means them all."""
+    one, _ = plant.primary()
+    before = {unit: plant.a.main_pid(unit) for unit in (AGENT, COORDINATOR)}
+    role, pid = one.status(), one.main_pid()
+    for number in IGNORED:
+        plant.a.systemctl("kill", f"--signal={int(number)}", AGENT, COORDINATOR)
+        if one is not plant.a:
+            one.systemctl("kill", f"--signal={int(number)}", AGENT)
+    one.until_logged("signal ignored signal=SIGUSR1")
+    plant.a.until_logged("configuration read again", COORDINATOR)
+    assert before == {unit: plant.a.main_pid(unit) for unit in (AGENT, COORDINATOR)}
+    assert (one.until_status("Primary"), one.main_pid()) == (role, pid)
+    assert "guard ended" not in one.journal()
+
+
+def test_after_a_clean_end_that_systemctl_did_not_ask_for_it_comes_back(plant: Plant) -> None:
+    """Fault 22: Restart=on-failure left a coordinator down after a signal like SIGINT."""
+    before = plant.a.main_pid(COORDINATOR)
+    plant.a.signal(signal.SIGINT, COORDINATOR)
+    until(lambda: plant.a.main_pid(COORDINATOR) not in (0, before), "its restart", PATIENCE_S)
+    plant.a.until_status("serving at", COORDINATOR)
 
 
 def test_a_stop_gets_the_time_that_its_demotion_needs(plant: Plant) -> None:

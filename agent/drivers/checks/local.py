@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.drivers.checks.aside import Aside, Failed
+from agent.drivers.checks.aside import Failed, run_in
+from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.settings.values import FileAgeCheck, ProcessCheck, TcpCheck
 
@@ -55,14 +56,14 @@ class FileAge:
     def __init__(self, check: FileAgeCheck, clock: Clock) -> None:
         self._check = check
         self._clock = clock
-        self._aside: Aside[int] = Aside(check.name)
+        self._lane = Lane(f"check {check.name}")
         self._seen: tuple[int, float] | None = None
 
     async def __call__(self) -> None:
         """Return if the file is young enough. Raises Failed."""
         path, most = self._check.path, self._check.max_age
         try:
-            modified_ns = await self._aside.run(lambda: path.stat().st_mtime_ns)
+            modified_ns = await run_in(self._lane, lambda: path.stat().st_mtime_ns)
         except OSError as error:
             raise Failed(f"{path} cannot be looked at: {error.strerror}") from error
         now = self._clock.now()
@@ -122,7 +123,7 @@ class Process:
 
     def __init__(self, check: ProcessCheck) -> None:
         self._check = check
-        self._aside: Aside[None] = Aside(check.name)
+        self._lane = Lane(f"check {check.name}")
         self._known: tuple[tuple[int, ...], int | None] | None = None
         self._last: int | None = None
         """Which process had the name when it was last looked for."""
@@ -130,7 +131,7 @@ class Process:
     async def __call__(self) -> None:
         """Return if the process runs. Raises Failed."""
         try:
-            await self._aside.run(self._see)
+            await run_in(self._lane, self._see)
         except OSError as error:
             raise Failed(f"{self._check.pid_file} cannot be read: {error.strerror}") from error
 

@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from agent import __version__
-from agent.drivers.checks.aside import Aside, Failed
+from agent.drivers.checks.aside import Failed, run_in
 from agent.drivers.checks.verdict import one_line
+from agent.ops.blocking import Lane
 from agent.settings.values import HttpCheck, PrometheusCheck
 
 HTTP_BYTES = 64 * 1024
@@ -119,7 +120,7 @@ class Prometheus:
         self._line = re.compile(
             rb"^[ \t]*" + check.metric.encode() + rb"(?=[ \t{]).*$", re.MULTILINE
         )
-        self._aside: Aside[None] = Aside(check.name)
+        self._lane = Lane(f"check {check.name}")
 
     async def __call__(self) -> None:
         """Return if the metric is as it should be. Raises Failed."""
@@ -131,7 +132,7 @@ class Prometheus:
                 page += part
                 if len(page) > METRICS_BYTES:
                     raise Failed(f"{self._check.url} has more than {METRICS_BYTES >> 20} MiB")
-        await self._aside.run(lambda: self._compare(page))
+        await run_in(self._lane, lambda: self._compare(page))
 
     def _compare(self, page: bytearray) -> None:
         check = self._check

@@ -33,6 +33,7 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
+from agent.ops.blocking import Lane, StuckError
 from agent.ops.process import APART, mark, register, unregister
 from agent.settings.values import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
 
@@ -111,11 +112,18 @@ class FileReader:
         self._path = settings.path
         self._key = settings.key if isinstance(settings, FileProgress) else None
         work = self._content if isinstance(settings, FileProgress) else self._modified
-        self._apart = _Apart(work, settings.limit)
+        self._work = work
+        self._limit_s = settings.limit
+        self._lane = Lane(f"progress {settings.path}")
 
     async def read(self) -> datetime:
         try:
-            return await self._apart.do()
+            return await self._lane.run(self._work, timeout_s=self._limit_s)
+        except TimeoutError as error:  # which is an OSError
+            text = f"no answer within {self._limit_s:g} s"
+            raise Refused(Reason.TOO_SLOW, text) from error
+        except StuckError as error:
+            raise Refused(Reason.TOO_SLOW, str(error)) from error
         except OSError as error:
             text = f"{self._path} cannot be read: {error.strerror or error}"
             raise Refused(Reason.UNREADABLE, text) from error
