@@ -83,6 +83,7 @@ class Daemon:
         self._started = asyncio.Event()
         self._failure: FailoverError | None = None
         self._broken: BaseException | None = None
+        self._task_has_failed = False
         self._shown_at = float("-inf")
         self._announcer: Announcer | None = None
         self._supervisor = Supervisor(self._tell, self._task_failed)
@@ -216,9 +217,16 @@ class Daemon:
         if self._broken is not None:
             return ExitCode.TASK_FAILED
         failure = self._failure or member.requests.failure
-        if failure is not None and self._effects.exit_code in {None, ExitCode.OK}:
-            raise failure
         code = self._effects.exit_code
+        if failure is not None and code is not ExitCode.DEMOTION_FAILED:
+            if failure.exit_code is ExitCode.OTHER_STORE:
+                failure.hint = (
+                    "if the coordinator's data were made anew on purpose, remove"
+                    f" {self._view.path} and start the agent again"
+                )
+            raise failure
+        if self._task_has_failed and code is ExitCode.OK:
+            code = ExitCode.TASK_FAILED  # too late to be the reason of the stop
         assert code is not None  # noqa: S101 - the loop ends by Exit or by a failure
         log.info("agent stopped", code=int(code), reason=code.name)
         return code or self._inputs.workload_status
@@ -338,6 +346,7 @@ class Daemon:
     def _task_failed(self, name: str, error: BaseException) -> None:
         """A background task has ended unexpectedly: end the tenure in order, then the process."""
         log.error("task failed", task=name, exc_info=error)
+        self._task_has_failed = True
         self._tell(Stop(ExitCode.TASK_FAILED, f"the task {name!r} of the agent has failed"))
 
     @property

@@ -69,6 +69,7 @@ class Supervisor:
 
     async def cancel_all(self) -> None:
         """Cancel every task and wait until all have ended. Nothing is reported any more."""
+        await asyncio.sleep(0)  # what has failed already is reported
         self._closing = True
         for task in self._tasks:
             task.cancel()

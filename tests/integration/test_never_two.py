@@ -123,6 +123,7 @@ def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
     one, other, epoch, fault = pair_with_fault(stage, coordinator)
     fault.trigger(module, method)
     if method.startswith("Reload"):
+        time.sleep(0.2)  # until the fault is there
         one.send(signal.SIGHUP)
     assert one.wait() == ExitCode.TASK_FAILED
     assert "task failed" in one.said()
