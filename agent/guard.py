@@ -361,8 +361,9 @@ class Tree:
 
         end_at = max(end_at, now() + KILL_S)
         while find():
-            if proctree.kill_all(find, end_at, now) and now() >= end_at:
-                return False
+            proctree.kill_all(find, end_at, now)
+            if now() >= end_at:
+                return not find()
         return True
 
 
@@ -450,6 +451,7 @@ class Guard:
         self.helper: list[bytes] = []
         self.termed = 0
         self.killed = self.failed = False
+        self.sweeper: object = None
         self.voice = Voice()
         self.role = "Primary"
         self.role_epoch: int | None = None
@@ -507,6 +509,8 @@ class Guard:
 
     def take(self, word: bytes, fields: "list[bytes]") -> None:
         """Take one message in."""
+        if word in {b"ARM", b"OFF"}:
+            self.end_sweep()
         if word == b"ARM":
             self.arm(fields)
         elif word == b"OFF":
@@ -520,6 +524,12 @@ class Guard:
             self.voice.least, self.voice.json = int(said[0]), said[1] == "json"
             self.voice.facts = [("group", said[2]), ("session", said[3])]
             self.role, self.role_epoch = said[4], int(said[5]) if said[5] else None
+
+    def end_sweep(self) -> None:
+        """End a killing that still goes on: the same mark may be that of a new tenure from now on."""
+        if isinstance(self.sweeper, Worker):
+            self.sweeper.succeeded(now())
+            self.sweeper = None
 
     def arm(self, fields: "list[bytes]") -> None:
         """Take the newest deadline, and what is to be killed then."""
@@ -564,7 +574,7 @@ class Guard:
         """The agent's own demotion has taken too long: kill the tenure, leave the agent to its fence."""
         self.killed = True
         self.step("kill the tenure", self.tenure.kill, now())
-        self.step("kill the tenure", Worker, self.sweep, self.kept)
+        self.sweeper = self.step("kill the tenure", self.start_sweep, now())
         self.step("open the log", self.voice.open, self.kept)
         self.step("log", self.voice.say, WARNING, "processes killed at the limit of the demotion")
 
@@ -695,14 +705,17 @@ class Guard:
         except Exception:
             signal_groups(self.tenure.groups, signal.SIGKILL)  # better than nothing
             raise
-        return Worker(self.sweep, self.kept).succeeded(max(kill_at, now() + SWEEP_S))
+        return self.start_sweep(kill_at).succeeded(max(kill_at, now() + SWEEP_S))
 
-    def sweep(self) -> bool:
+    def start_sweep(self, end_at: float) -> Worker:
+        """Have what may block of the killing done, until ``end_at`` or for a short time."""
+        end_at = max(end_at, now() + SWEEP_S)
+        return Worker(lambda: self.sweep(end_at), self.kept)
+
+    def sweep(self, end_at: float) -> bool:
         """Find and kill also what only its environment or its cgroup gives away. May block."""
         killed = not self.cgroup or self.kill_cgroup()
-        while not self.tenure.kill(now(), everywhere=True):
-            pass  # until it is killed itself
-        return killed
+        return self.tenure.kill(end_at, everywhere=True) and killed
 
     def agent_is_dead(self) -> bool:
         """Wait until the agent is gone, and not only signalled: then this has another parent."""

@@ -1092,6 +1092,20 @@ def test_the_guard_leaves_the_agent_to_its_fence_command_until_agent_at(
     assert host.code(host.guard) == guard.ACTED
 
 
+def test_a_tenure_that_begins_after_the_killing_is_left_alone(
+    host: Host, escaped: Callable[[str], int]
+) -> None:
+    """It has the same mark, and the killing still goes on: something cannot die."""
+    with freezer("guard") as cgroup:
+        cgroup.freeze(escaped("instance-1"))
+        host.tell(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark="instance-1"))
+        time.sleep(0.2)
+        host.tell("OFF")
+        process = escaped("instance-1")
+        time.sleep(guard.SWEEP_S)
+        assert lives(process)
+
+
 def test_an_agent_that_ends_behind_its_fence_command_has_its_demotion_repeated(
     host: Host, tmp_path: Path
 ) -> None:
