@@ -179,8 +179,12 @@ def accepting(tls: ssl.SSLContext) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    with connection, contextlib.suppress(OSError):
-                        tls.wrap_socket(connection, server_side=True).recv(1)
+                    with tls.wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    ) as wrapped:
+                        with contextlib.suppress(OSError):
+                            wrapped.do_handshake()
+                        time.sleep(0.2)  # a close at once may overtake the alert
 
         thread = Thread(target=serve, daemon=True)
         thread.start()
