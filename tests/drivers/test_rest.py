@@ -932,7 +932,7 @@ async def test_a_dns_outage_costs_nothing_once_the_addresses_are_known(
             resolver.error = fault
         for _ in range(3):
             await beat(client, 2.0)
-        assert resolver.asked == 2 if fault == "slow" else 4
+        assert resolver.asked == (2 if fault == "slow" else 4)
         resolver.answers.set()
 
 
