@@ -1,9 +1,6 @@
 """The agent's side of one session: R2-R8, and what servers of every kind answer."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +8,6 @@ from hypothesis import strategies as st
 
 from agent.core.effects import (
     Cause,
-    Effect,
     Escalate,
     Exit,
     Join,
@@ -38,130 +34,28 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.session import (
-    MAX_CONFIRMATIONS,
-    MAX_IN_FLIGHT,
-    PROMOTE_SHARE,
-    Options,
-    Phase,
-    Session,
-)
+from agent.core.heartbeats import MAX_CONFIRMATIONS, MAX_IN_FLIGHT
+from agent.core.session import PROMOTE_SHARE, Phase
 from agent.core.timing import plan
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
 
-S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
-NO_HOOKS: frozenset[Role] = frozenset()
-LEASE_S = 10.0
-TIMING = plan(LEASE_S)  # R 6.5, D 2.5, M 1, beat and request timeout 6.5 / 3
-DATA = datetime(2026, 1, 1, tzinfo=UTC)
-NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class Told:
-    """An answer in short; epoch None is a plain v1 server's."""
-
-    role: Role
-    epoch: int | None = 1
-    revision: int | None = 5
-    lease_s: float | None = LEASE_S
-
-    def answer(self) -> HeartbeatAnswer:
-        return HeartbeatAnswer(self.role, DATA, self.epoch, self.revision, self.lease_s, "other")
-
-
-def v1(role: Role) -> Told:
-    return Told(role, None, None, None)
-
-
-class Bench:
-    """A session, its time, and everything that it wanted."""
-
-    def __init__(
-        self, *, hooks: Iterable[Role] = NO_HOOKS, now: float = 100.0, hook_limit_s: float = 3.0
-    ) -> None:
-        options = Options(
-            "me", frozenset(hooks), hook_limit_s, cooldown_s=5.0, cooldown_limit_s=30.0
-        )
-        self.session = Session(TIMING, options)
-        self.now = now
-        self.log: list[Effect] = []
-
-    def begin(self) -> list[Effect]:
-        return self.keep(self.session.begin(self.now))
-
-    def keep(self, effects: tuple[Effect, ...]) -> list[Effect]:
-        self.log += effects
-        return list(effects)
-
-    def step(self, event: Event, *, after_s: float = 0.0) -> list[Effect]:
-        self.now += after_s
-        return self.keep(self.session.step(event, self.now))
-
-    def wake(self) -> list[Effect]:
-        self.now = max(self.now, self.session.wake_at)
-        return self.step(Tick())
-
-    @property
-    def beat(self) -> int:
-        """The heartbeat that was sent last."""
-        return [e.beat for e in self.log if isinstance(e, SendBeat)][-1]
-
-    @property
-    def run(self) -> int:
-        return [e.run for e in self.log if isinstance(e, StartHook)][-1]
-
-    def told(self, told: Told, *, beat: int | None = None, after_s: float = 0.0) -> list[Effect]:
-        answer = told.answer()
-        return self.step(Answered(self.beat if beat is None else beat, answer), after_s=after_s)
-
-    def fails(self, failure: Failure, retry_after_s: float | None = None) -> list[Effect]:
-        return self.step(BeatFailed(self.beat, failure, "for the test", retry_after_s))
-
-    def ends(self, *, ok: bool = True) -> list[Effect]:
-        return self.step(HookEnded(self.run, ok, "exit 0" if ok else "exit 1"))
-
-    # -- stages of a life
-
-    def member(self) -> "Bench":
-        """Begun, demoted and joined; the first heartbeat is under way."""
-        self.begin()
-        if S in self.session.options.hooks:
-            self.ends()
-        self.step(Joined(TIMING))
-        return self
-
-    def pending(self, *, v1_server: bool = False) -> "Bench":
-        self.member().told(v1(W) if v1_server else Told(W, 0, 4))
-        assert self.session.role is W
-        return self
-
-    def primary(self, *, v1_server: bool = False) -> "Bench":
-        """Primary in tenure 1, whose lease counts from now."""
-        self.pending(v1_server=v1_server)
-        if W in self.session.options.hooks:
-            self.ends()
-        self.told(v1(P) if v1_server else Told(P))
-        if P in self.session.options.hooks:
-            self.ends()
-        assert self.session.role is P
-        return self
-
-
-def kinds(effects: Iterable[Effect]) -> list[Any]:
-    """What was wanted, in order: the class, or for Publish and StartHook the role, too."""
-    short: list[Any] = []
-    for effect in effects:
-        match effect:
-            case Publish():
-                short.append((Publish, effect.role))
-            case StartHook():
-                short.append((StartHook, effect.facts.role))
-            case _:
-                short.append(type(effect))
-    return short
-
+from .session_bench import (
+    DATA,
+    LEASE_S,
+    NEVER,
+    NO_HOOKS,
+    STORE,
+    TIMING,
+    Bench,
+    P,
+    S,
+    Told,
+    W,
+    kinds,
+    status,
+    v1,
+)
 
 # -- R2 ---------------------------------------------------------------------------------------------
 
@@ -296,7 +190,7 @@ def test_r3_a_primary_whose_tenure_has_ended_demotes_whatever_else_it_is_told(to
 def test_r3_a_status_neither_promotes_nor_extends() -> None:
     bench = Bench().member()
     bench.told(Told(S, 1, 4))
-    bench.step(StatusSeen(GroupStatus("me", None, None, 2, 9)))
+    bench.step(status("me", None, 2, 9))
     assert bench.session.role is S
     assert bench.session.renew_by == NEVER
 
@@ -400,17 +294,21 @@ def test_r5_a_graceful_stop_demotes_then_releases_then_leaves_then_exits() -> No
 def test_r5_no_heartbeat_is_sent_after_a_stop() -> None:
     bench = Bench(hooks={S}).primary()
     bench.step(Stop())
+    stopped = len(bench.log)
     bench.ends()
-    bench.step(Tick(), after_s=LEASE_S)
-    bench.step(Released())
-    assert SendBeat not in kinds(bench.log[-4:])
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert SendBeat not in kinds(bench.log[stopped:])
     assert bench.session.wake_at == float("inf")
 
 
 @pytest.mark.parametrize("stage", ["joining", "member"])
 def test_r5_a_secondary_that_stops_leaves_and_exits(stage: str) -> None:
     bench = Bench()
-    bench.begin() if stage == "joining" else bench.member()
+    if stage == "joining":
+        bench.begin()
+    else:
+        bench.member().told(Told(S))
     assert kinds(bench.step(Stop())) == [Leave]
     assert bench.step(Left()) == [Exit(ExitCode.OK)]
 
@@ -646,27 +544,27 @@ def test_news_in_the_status_make_a_pending_primary_ask_again() -> None:
     bench = Bench().member()
     for _ in range(30):
         bench.told(Told(W, 0, 4))
-    status = GroupStatus(None, "me", None, 0, 5)
-    assert kinds(bench.step(StatusSeen(status))) == [SendBeat]
-    assert bench.step(StatusSeen(status)) == []
+    news = status(None, "me", 0, 5)
+    assert kinds(bench.step(news)) == [SendBeat]
+    assert bench.step(news) == []
     assert kinds(bench.told(Told(W, 0, 5))) == [SendBeat]
 
 
 def test_a_secondary_that_is_not_meant_does_not_ask_at_news() -> None:
     bench = Bench().member()
     bench.told(Told(S, 0, 4))
-    assert bench.step(StatusSeen(GroupStatus(None, "other", None, 0, 5))) == []
+    assert bench.step(status(None, "other", 0, 5)) == []
 
 
 def test_a_status_that_names_another_primary_demotes() -> None:
     bench = Bench().primary()
-    effects = bench.step(StatusSeen(GroupStatus("other", None, None, 2, 9)))
+    effects = bench.step(status("other", None, 2, 9))
     assert kinds(effects)[:2] == [(Publish, S), Release]
 
 
 def test_an_old_status_changes_nothing() -> None:
     bench = Bench().primary()
-    assert bench.step(StatusSeen(GroupStatus("other", None, None, 1, 4))) == []
+    assert bench.step(status("other", None, 1, 4)) == []
     assert bench.session.role is P
 
 
@@ -711,7 +609,7 @@ def test_a_session_that_is_gone_joins_again_and_keeps_its_lease() -> None:
     bench.wake()
     assert kinds(bench.fails(Failure.GONE)) == [Join]
     assert bench.session.role is P
-    assert kinds(bench.step(Joined(TIMING))) == [SendBeat]
+    assert kinds(bench.step(Joined(TIMING, STORE))) == [SendBeat]
     bench.told(Told(P, 1, 1))
     assert bench.session.renew_by == bench.now + TIMING.renew_s
 
@@ -720,13 +618,13 @@ def test_a_server_that_registers_and_forgets_is_not_asked_without_a_pause() -> N
     """404 to each heartbeat and 200 to each join would be a loop without delay."""
     bench = Bench().member()
     bench.fails(Failure.GONE)
-    bench.step(Joined(TIMING))
+    bench.step(Joined(TIMING, STORE))
     began_at = bench.now
     for _ in range(20):
         if SendBeat not in kinds(bench.log[-1:]):
             bench.wake()
         bench.fails(Failure.GONE)
-        bench.step(Joined(TIMING))
+        bench.step(Joined(TIMING, STORE))
     assert bench.now - began_at > TIMING.renew_s
 
 
@@ -750,7 +648,7 @@ def test_the_servers_timeout_is_adopted() -> None:
     bench = Bench()
     bench.begin()
     longer = plan(2 * LEASE_S)
-    bench.step(Joined(longer))
+    bench.step(Joined(longer, STORE))
     assert bench.session.timing == longer
     bench.told(replace(Told(P), lease_s=2 * LEASE_S))
     assert bench.session.renew_by == bench.now + longer.renew_s
@@ -765,7 +663,7 @@ def test_an_answer_with_another_timeout_extends_nothing_and_joins_again() -> Non
 
 
 def test_a_plain_v1_server_is_enough_for_a_whole_life() -> None:
-    bench = Bench(hooks={P, S}).member()
+    bench = Bench(hooks={P, S}).member(v1_server=True)
     assert kinds(bench.told(v1(W))) == [(Publish, W), SendBeat]
     assert kinds(bench.told(v1(P))) == [(StartHook, P)]
     bench.ends()
