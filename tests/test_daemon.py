@@ -95,7 +95,7 @@ async def a_daemon(
     state_file = Recorded(directory / "state.json")
     state_file.acquire()
 
-    def make_client() -> RestClient:
+    async def make_client() -> RestClient:
         return RestClient(settings.endpoint, transport=transport)
 
     daemon = Daemon(settings, "host-a", make_client, state_file, clock=clock)

@@ -179,11 +179,11 @@ class Effects:
         last_data = facts.last_data
         if facts.role is Role.SECONDARY and member.progress is not None:
             last_data = member.progress
-        if facts.role is not Role.SECONDARY:
-            self._guarding.set_promotion(facts)
         run = member.runs.begin(effect.run, facts, last_data)
 
         async def begin() -> None:
+            if facts.role is not Role.SECONDARY:
+                await self._guarding.set_promotion(facts)
             await self._view.flushed()  # what is published is published before its hook starts
             await run
 

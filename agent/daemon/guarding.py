@@ -43,7 +43,6 @@ class Guarding:
         self._watchdog: WatchdogDevice | None = None
         self._watchdog_armed = False
         self._armed = self._frozen = False
-        self._promotion: HookFacts | None = None
         self._fenced_by: float | None = None
         self._handback_store: str | None = None
 
@@ -93,16 +92,11 @@ class Guarding:
         if self._watchdog is not None:
             self._watchdog.pet()
 
-    def set_promotion(self, facts: HookFacts) -> None:
-        """Tell the guard the demotion hook of the tenure whose promotion starts."""
-        self._promotion = facts
-        self.send_hook()
-
-    def send_hook(self) -> None:
-        """Tell the guard the demotion hook anew, after its limits may have changed."""
-        if self._guardian is not None and self._promotion is not None:
+    async def set_promotion(self, facts: HookFacts) -> None:
+        """Tell the guard the demotion hook of the tenure whose promotion is about to start."""
+        if self._guardian is not None:
             demote_s = self._member.session.timing.demote_s
-            self._guardian.set_hook(self._member.runs.guard_hook(self._promotion, demote_s))
+            self._guardian.set_hook(await self._member.runs.guard_hook(facts, demote_s))
 
     def fencing(self, limit_s: float) -> None:
         """Leave the agent the time for its fence command: seconds from now."""

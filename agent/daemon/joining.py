@@ -140,9 +140,15 @@ class Joining:
                 "cannot join yet",
                 reason=error,
                 attempt=state.attempt_number,
-                next_endpoint=self.client.endpoint,
-                other_endpoints=self.client.faults_of_others,
+                **where_next(self.client),
             )
+
+
+def where_next(client: RestClient) -> dict[str, str]:
+    """The fields of a log line on a failure: which endpoint is asked next, why no other one is."""
+    faults = client.faults_of_others
+    others = {} if faults is None else {"other_endpoints": faults}
+    return {"next_endpoint": client.endpoint, **others}
 
 
 def _error_of(state: RetryCallState) -> ServerError | None:

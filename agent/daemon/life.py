@@ -14,7 +14,7 @@ from agent.daemon.former import add_hint
 from agent.daemon.loop import Daemon
 from agent.daemon.vitals import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
-from agent.drivers.rest.configured import client_for
+from agent.drivers.rest.configured import load_client
 from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
@@ -56,7 +56,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
             daemon = Daemon(
                 settings,
                 session_id,
-                partial(client_for, settings),
+                partial(load_client, settings),
                 state_file,
                 notify=notify,
                 start_probe=partial(_start_probe, settings, stack),

@@ -69,7 +69,7 @@ class Daemon:
         self,
         settings: AgentSettings,
         session_id: str,
-        make_client: Callable[[], RestClient],
+        make_client: Callable[[], Awaitable[RestClient]],
         state_file: StateFile,
         *,
         notify: Notify | None = None,
@@ -142,7 +142,6 @@ class Daemon:
         self._reload = Reload(
             member,
             self._inputs,
-            self._guarding,
             options=lambda settings: options_of(
                 settings, session_id, runs, jitter, session.store_id
             ),
@@ -265,9 +264,9 @@ class Daemon:
 
     async def _start_drivers(self) -> None:
         member = self._member
-        member.requests.use(self._make_client())
+        member.requests.use(await self._make_client())
         if self._start_probe is not None:
-            member.runs.probe_url = await self._start_probe(self)
+            member.runs.payloads.probe_url = await self._start_probe(self)
         if member.settings.mqtt is not None:
             self._announcer = self._new_announcer()
         await self._guarding.start(self._inputs.guard_changed, self._claim)
@@ -282,7 +281,7 @@ class Daemon:
             endpoint=member.requests.endpoint,
             failover_timeout_s=member.session.timing.lease_s,
             state_file=self._view.path,
-            probe=member.runs.probe_url,
+            probe=member.runs.payloads.probe_url,
         )
 
     def _new_announcer(self) -> "Announcer":

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from agent.core.session import Options, Session
+from agent.daemon.payload import EVENTS
 from agent.daemon.requests import Requests
-from agent.daemon.runs import EVENTS, Runs
+from agent.daemon.runs import Runs
 from agent.daemon.vitals import Tally
 from agent.model import Role
 from agent.ops.clock import Clock

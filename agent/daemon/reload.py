@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from agent.core.session import Options
-from agent.daemon.guarding import Guarding
 from agent.daemon.inputs import Inputs
 from agent.daemon.member import Member
 from agent.errors import FailoverError
@@ -67,14 +66,12 @@ class Reload:
         self,
         member: Member,
         inputs: Inputs,
-        guarding: Guarding,
         *,
         options: Callable[[AgentSettings], Options],
         status: Callable[[], str],
     ) -> None:
         self._member = member
         self._inputs = inputs
-        self._guarding = guarding
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
@@ -103,16 +100,12 @@ class Reload:
         refused = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
         settings = replace(before, **update)
-        member.runs.reconfigure(settings)
+        specs = await self._lane.run(lambda: member.runs.read_hooks(settings))
         if "progress" in changed:
-            try:
-                await self._inputs.change_source(settings)
-            except FailoverError:
-                member.runs.reconfigure(before)
-                raise
+            await self._inputs.change_source(settings)
+        member.runs.reconfigure(settings, specs)
         member.settings = member.requests.settings = settings
         member.session.reconfigure(self._options(settings))
-        self._guarding.send_hook()
         logs.configure(settings.log_level, settings.log_format)
         if {"check", "failover_score"} & changed:
             await self._inputs.change_checks(settings)

@@ -24,7 +24,7 @@ from agent.core.events import (
     Stop,
 )
 from agent.core.session import Session
-from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Joining
+from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Joining, where_next
 from agent.daemon.vitals import Tally, reason_of
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, FailoverError, ServerError
@@ -175,12 +175,7 @@ class Requests:
         trouble = (endpoint, error.exit_code, error.status)
         if trouble != self._trouble:
             self._trouble = trouble
-            log.warning(
-                "heartbeat failed",
-                reason=error,
-                next_endpoint=self.client.endpoint,
-                other_endpoints=self.client.faults_of_others,
-            )
+            log.warning("heartbeat failed", reason=error, **where_next(self.client))
 
     def _has_contact(self) -> None:
         self._too_soon = 0

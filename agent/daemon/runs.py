@@ -6,10 +6,9 @@ KILL is the session's decision (R7, R8).
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
+from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.vitals import Tally
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
@@ -25,11 +25,9 @@ from agent.drivers.hooks import (
     HookSpec,
     Notifier,
     environment_of,
-    facts_of,
     specs_of,
 )
 from agent.drivers.workload import Restart, Workload
-from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
 from agent.ops.blocking import Lane, StuckError
@@ -38,11 +36,6 @@ from agent.ops.logs import Log
 from agent.ops.process import Tree, own_cgroup
 from agent.settings import AgentSettings
 
-EVENTS: Mapping[Role, str] = {
-    Role.PRIMARY: "primary",
-    Role.PENDING_PRIMARY: "pending_primary",
-    Role.SECONDARY: "secondary",
-}
 TREE_POLL_S = 0.02
 """How often the processes of a pre-empted promotion are looked for."""
 
@@ -71,8 +64,8 @@ class Runs:
 
     Args:
         settings: hooks and workload.
-        session_id: told to hooks.
-        state_file: told to hooks.
+        session_id: for the payload of hooks.
+        state_file: likewise.
         instance: marks the processes of this agent's tenures, to find them again.
         tally: counts hooks.
         ended: takes HookEnded.
@@ -81,7 +74,7 @@ class Runs:
             when it fails again and again.
 
     Attributes:
-        probe_url: told to hooks; set it when it is known.
+        payloads: builds the payloads of hooks.
     """
 
     def __init__(
@@ -97,10 +90,8 @@ class Runs:
         groups_changed: Callable[[], None],
         workload_ended: Callable[[int | None], None],
     ) -> None:
-        self.probe_url: str | None = None
+        self.payloads = Payloads(settings.group, session_id, state_file, clock)
         self._settings = settings
-        self._session_id = session_id
-        self._state_file = state_file
         self._clock = clock
         self._tally = tally
         self._ended = ended
@@ -137,15 +128,20 @@ class Runs:
         both = self.workload is not None or hooked
         return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if both else set()))
 
-    def reconfigure(self, settings: AgentSettings) -> None:
-        """Use other hooks from the next run on.
+    @staticmethod
+    def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
+        """The hooks of other settings, checked. May block.
 
         Raises:
-            ConfigError: they cannot be used; nothing has changed.
+            ConfigError: they cannot be used.
         """
         specs = specs_of(settings)
         for spec in specs.values():
             spec.check()
+        return specs
+
+    def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
+        """Use other hooks, of ``read_hooks``, from the next tenure on."""
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
         self.notifier.limit_s = settings.hook_limit_of("joined")
@@ -180,7 +176,7 @@ class Runs:
     ) -> Coroutine[Any, Any, None]:
         """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
         run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
-        return self._whole(number, run, facts, self._told_of(facts, last_data))
+        return self._whole(number, run, facts, self.payloads.of_role(facts, last_data))
 
     async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
         try:
@@ -237,7 +233,7 @@ class Runs:
         if not self._settings.fence_command:
             return
         limit_s = self._settings.hook_limit
-        facts = self._told(
+        facts = self.payloads.build(
             event="fence",
             old_role=Role.PRIMARY,
             new_role=Role.SECONDARY,
@@ -351,38 +347,13 @@ class Runs:
                 self._tree.add(child)
         self._groups_changed()
 
-    # -- what hooks and the guard are told ---------------------------------------------------------
+    # -- the guard and notifications ---------------------------------------------------------------
 
-    def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
+    async def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """The demotion of the tenure that a promotion begins, as the guard would run it."""
-        facts = replace(
-            promotion,
-            role=Role.SECONDARY,
-            old_role=Role.PRIMARY,
-            reason="the guard acts for the agent",
-            limit_s=limit_s,
-        )
-        spec = self._demotion or self._specs.get(EVENTS[Role.SECONDARY])
-        if spec is None:
-            return GuardHook([], {})
-        try:
-            plan = spec.exec_plan()
-        except ConfigError as error:
-            log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
-            return GuardHook([], {}, complete=False)
-        if plan.left_out:
-            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
-        told = self._told_of(facts, promotion.last_data)
-        return GuardHook(
-            plan.commands,
-            {**plan.environment, **environment_of(told), **process.mark(process.APART)},
-            json.dumps(told) + "\n",
-            plan.directory,
-            plan.uid,
-            plan.gid,
-            plan.groups,
-            complete=not plan.left_out,
-        )
+        spec = self._demotion if self._tree is not None else self._specs.get(EVENTS[Role.SECONDARY])
+        lane = Lane("demotion hook of the guard")
+        return await lane.run(lambda: self.payloads.of_guard(spec, promotion, limit_s))
 
     def notify(
         self,
@@ -396,7 +367,7 @@ class Runs:
         previous_primary: str | None,
     ) -> None:
         """Run an advisory hook apart from everything else (R10)."""
-        facts = self._told(
+        facts = self.payloads.build(
             event=event,
             old_role=old_role,
             new_role=new_role,
@@ -407,26 +378,3 @@ class Runs:
             previous_primary=previous_primary,
         )
         self.notifier.put(event, facts)
-
-    def _told_of(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
-        return self._told(
-            event=EVENTS[facts.role],
-            old_role=facts.old_role,
-            new_role=facts.role,
-            epoch=facts.epoch,
-            reason=facts.reason,
-            last_data=last_data,
-            deadline_s=facts.limit_s,
-            previous_primary=facts.previous_primary,
-        )
-
-    def _told(self, **facts: Any) -> dict[str, Any]:
-        """What a hook is told, with what every hook is told."""
-        return facts_of(
-            **facts,
-            group=self._settings.group,
-            session=self._session_id,
-            state_file=str(self._state_file),
-            probe_url=self.probe_url,
-            now=self._clock.wall(),
-        )

@@ -83,7 +83,7 @@ class View:
             "score": self.score(),
             "unfit": self.trouble(),
             "endpoint": member.requests.endpoint,
-            "probe": member.runs.probe_url,
+            "probe": member.runs.payloads.probe_url,
             "instance": member.instance,
             "unreleased_epoch": self._owed,
             "store": session.store_id,

@@ -223,11 +223,13 @@ async def test_a_former_life_is_released_before_joining_if_its_store_is_known() 
 # --- extensions -----------------------------------------------------------------------------------
 
 
-async def test_no_extension_is_sent_to_a_server_that_did_not_show_any() -> None:
+async def test_no_extension_is_sent_to_a_server_that_did_not_show_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Fault 19: a strict v1 server answers 400 to what it does not know."""
     async with at(PLAIN) as (api, stand):
         await stand.join()
-        stand.session._knowledge.epoch = 7
+        monkeypatch.setattr(Session, "newest_epoch", 7)
         await stand.requests.beat(1)
         assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
         following = asyncio.create_task(stand.requests.follow())
@@ -242,10 +244,12 @@ async def test_no_extension_is_sent_to_a_server_that_did_not_show_any() -> None:
     assert stand.told[-1] == Released()
 
 
-async def test_extensions_are_sent_to_a_server_that_showed_them() -> None:
+async def test_extensions_are_sent_to_a_server_that_showed_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
-        stand.session._knowledge.epoch = 7
+        monkeypatch.setattr(Session, "newest_epoch", 7)
         await stand.requests.beat(1)
         assert api.last("heartbeat")[1] == {
             "FailoverScore": 100.0,

@@ -18,12 +18,13 @@ import httpx2
 import pytest
 
 from agent import __version__
-from agent.drivers.rest import ClientCredentials, RestClient
+from agent.drivers.rest import ClientCredentials, RestClient, configured
 from agent.drivers.rest.client import WATCH_CONNECTIONS
 from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig
+from agent.settings.models import AgentForm
 from tests.bad_server import BASE, PATIENCE_S, Raw, Talk, answer, make_certificate, served, until
 
 ENDPOINT = f"http://coordinator.test{BASE}"
@@ -931,7 +932,7 @@ async def test_a_dns_outage_costs_nothing_once_the_addresses_are_known(
             resolver.error = fault
         for _ in range(3):
             await beat(client, 2.0)
-        assert resolver.asked == 2 if fault == "slow" else 4
+        assert resolver.asked == (2 if fault == "slow" else 4)
         resolver.answers.set()
 
 
@@ -1075,6 +1076,28 @@ async def test_the_token_url_is_discovered_at_the_endpoints_own_origin() -> None
         "https://api.test/identity/.well-known/openid-configuration",
         "https://id.test/token",
     ]
+
+
+async def test_an_origin_that_is_silent_delays_no_token_of_another_one() -> None:
+    """Fault 18, for credentials: the token URL is discovered at the endpoint that is asked."""
+
+    async def tokens(request: httpx2.Request) -> httpx2.Response:
+        if request.url.host == "a.test":
+            await asyncio.sleep(PATIENCE_S)
+        if request.method == "GET":
+            return httpx2.Response(200, json={"token_endpoint": "https://b.test/token"})
+        return httpx2.Response(200, json={"access_token": "t"})
+
+    def api(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={} if request.method == "GET" else BEAT)
+
+    transport = httpx2.MockTransport(tokens)
+    auth = ClientCredentials("me", SECRET, clock=lambda: 0.0, transport=transport)
+    endpoints = [f"https://{host}.test{BASE}" for host in "ab"]
+    async with client_of(*endpoints, auth=auth, **mocked(api)) as client:
+        assert (await failure_of_token(client, 0.4)).exit_code is ExitCode.NO_ANSWER
+        assert client.endpoint == endpoints[1]
+        await beat(client)
 
 
 async def test_a_token_is_refreshed_ahead_of_its_end_without_delaying_a_call() -> None:
@@ -1251,3 +1274,18 @@ async def test_closing_gives_up_a_fetch_that_is_under_way() -> None:
 def test_a_token_url_of_the_wrong_form_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"token URL 'id\.test' does not begin with http"):
         ClientCredentials("me", SECRET, clock=lambda: 0.0, token_url="id.test")
+
+
+async def test_a_secret_that_cannot_be_read_holds_up_no_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 1: its file may lie on a file system that hangs."""
+    hanging = threading.Event()
+    monkeypatch.setattr(configured, "read_secret", lambda _: hanging.wait())
+    secret = tmp_path / "secret"
+    secret.write_text("p")
+    secret.chmod(0o600)
+    form = AgentForm(group="g", username="u", password_file=secret, hook_primary=[])
+    with pytest.raises(ConfigError, match=f"reading {secret} took longer than 0.1 s"):
+        await configured.load_client(form.value(), timeout_s=0.1)
+    hanging.set()

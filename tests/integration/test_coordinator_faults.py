@@ -154,6 +154,31 @@ def test_dead_entries_in_the_list_cost_no_role(stage: Stage) -> None:
     assert agent.end() == 0
 
 
+@pytest.mark.parametrize("role", ["joining", "Secondary", "Primary"])
+def test_a_stop_ends_in_order_while_the_coordinator_is_away(stage: Stage, role: str) -> None:
+    """Fault 11: whatever cannot be told then, the agent gets on."""
+    coordinator = stage.serve()
+    gate = Gate(stage, coordinator.endpoint)
+    if role == "joining":
+        gate.close()
+    if role == "Secondary":
+        stage.run("host-b", coordinator).until_role("Primary")
+    agent = stage.run("host-a", gate.endpoint, flags=("--startup-timeout=0",))
+    if role == "joining":
+        agent.until_said("cannot join yet")
+    elif role == "Secondary":
+        agent.until_said("joined")
+    else:
+        agent.until_role("Primary")
+    gate.close()
+    began = time.monotonic()
+    assert agent.end() == 0
+    assert time.monotonic() - began < 10.0
+    last = stage.events("host-a")[-1]
+    assert (last.what, last.which) == ("end", "secondary")
+    assert agent.state["role"] == "Secondary"
+
+
 def test_a_server_that_wants_a_client_certificate_ends_a_start(
     stage: Stage, tmp_path: Path
 ) -> None:
@@ -179,8 +204,12 @@ def accepting(tls: ssl.SSLContext) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    with connection, contextlib.suppress(OSError):
-                        tls.wrap_socket(connection, server_side=True).recv(1)
+                    with tls.wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    ) as wrapped:
+                        with contextlib.suppress(OSError):
+                            wrapped.do_handshake()
+                        time.sleep(0.2)  # a close at once may overtake the alert
 
         thread = Thread(target=serve, daemon=True)
         thread.start()

@@ -1,0 +1,106 @@
+"""The payload of every hook of one agent: the facts of the event, and the common ones (docs/hooks.md)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from agent.core.effects import HookFacts
+from agent.drivers.guardian import GuardHook
+from agent.drivers.hooks import HookSpec, environment_of, facts_of
+from agent.errors import ConfigError
+from agent.model import Role
+from agent.ops import process
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+
+EVENTS: Mapping[Role, str] = {
+    Role.PRIMARY: "primary",
+    Role.PENDING_PRIMARY: "pending_primary",
+    Role.SECONDARY: "secondary",
+}
+
+log = Log(__name__)
+
+
+class Payloads:
+    """Builds payloads.
+
+    Args:
+        group: id of the group.
+        session_id: this member.
+        state_file: where its state file is.
+        clock: for the moment of the event.
+
+    Attributes:
+        probe_url: of the local HTTP server; set it when it is known.
+    """
+
+    def __init__(self, group: str, session_id: str, state_file: Path, clock: Clock) -> None:
+        self.probe_url: str | None = None
+        self._group = group
+        self._session_id = session_id
+        self._state_file = state_file
+        self._clock = clock
+
+    def of_role(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
+        """The payload of a role hook."""
+        return self.build(
+            event=EVENTS[facts.role],
+            old_role=facts.old_role,
+            new_role=facts.role,
+            epoch=facts.epoch,
+            reason=facts.reason,
+            last_data=last_data,
+            deadline_s=facts.limit_s,
+            previous_primary=facts.previous_primary,
+        )
+
+    def build(self, **facts: Any) -> dict[str, Any]:
+        """Event fields plus the common ones."""
+        return facts_of(
+            **facts,
+            group=self._group,
+            session=self._session_id,
+            state_file=str(self._state_file),
+            probe_url=self.probe_url,
+            now=self._clock.wall(),
+        )
+
+    def of_guard(self, spec: HookSpec | None, promotion: HookFacts, limit_s: float) -> GuardHook:
+        """The demotion of the tenure that a promotion begins, as the guard would run it. May block.
+
+        Args:
+            spec: the demotion hook, if there is one.
+            promotion: the facts of the promotion.
+            limit_s: the budget of the demotion.
+        """
+        if spec is None:
+            return GuardHook([], {})
+        try:
+            plan = spec.exec_plan()
+        except ConfigError as error:
+            log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
+            return GuardHook([], {}, complete=False)
+        if plan.left_out:
+            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
+        facts = replace(
+            promotion,
+            role=Role.SECONDARY,
+            old_role=Role.PRIMARY,
+            reason="the guard acts for the agent",
+            limit_s=limit_s,
+        )
+        payload = self.of_role(facts, promotion.last_data)
+        return GuardHook(
+            plan.commands,
+            {**plan.environment, **environment_of(payload), **process.mark(process.APART)},
+            json.dumps(payload) + "\n",
+            plan.directory,
+            plan.uid,
+            plan.gid,
+            plan.groups,
+            complete=not plan.left_out,
+        )
