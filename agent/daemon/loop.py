@@ -367,6 +367,8 @@ class Daemon:
             turn_s = self._turn_s
             due_s = min(turn_s, max(0.0, session.wake_at - clock.boottime()))
             event = await self._next(due_s)
+            if self._over:  # a session that was refused does not leave: it may be another's
+                break
             now = clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
             member.tally.turned_at = now

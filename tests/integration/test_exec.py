@@ -147,7 +147,8 @@ def test_a_command_that_ends_is_started_again_or_ends_the_agent_with_its_code(
             assert agent.wait() == code
             assert runs.read_text() == "run\n"
             assert agent.state["role"] == "Secondary"
-        assert [entry["WhyEnded"] for entry in group.history()] == ["stopping"]
+        why = "stopping" if code is None else "the workload has ended"
+        assert [entry["WhyEnded"] for entry in group.history()] == [why]
 
 
 def test_a_child_that_the_ended_command_left_in_its_group_does_not_outlive_it(

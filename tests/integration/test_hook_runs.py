@@ -97,7 +97,7 @@ def test_each_hook_gets_the_documented_facts_as_variables_and_as_json(
         if event != "pending_primary":
             assert as_json["last_data_processed_time"] == processed
         variables = given(stage, agent, event)
-        assert DOCUMENTED <= set(variables) <= DOCUMENTED | INHERITED
+        assert DOCUMENTED <= set(variables) <= DOCUMENTED | INHERITED | {"FAILOVER_TENURE"}
         assert set(variables) & INHERITED == set(os.environ) & INHERITED
         as_text = {f"FAILOVER_{k.upper()}": "" if v is None else str(v) for k, v in as_json.items()}
         assert {k: v for k, v in variables.items() if k in DOCUMENTED} == as_text
