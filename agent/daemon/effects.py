@@ -249,13 +249,22 @@ class Effects:
             self._supervisor.start("follow", self._member.requests.follow(), endless=True)
 
     async def _release(self, effect: Release) -> None:
+        member = self._member
         if not await self._started():
             self._tell(Released())
             return
-        await self._member.requests.release(effect)
+        written = await self._view.flushed(member.session.timing.request_timeout_s)
+        if not written and Role.SECONDARY not in member.runs.roles:
+            # Nothing but the state file tells the workload that it is not active any more.
+            log.warning("role not given back, its lease will end", reason="state file not written")
+            self._tell(Released())
+            return
+        await member.requests.release(effect)
         self._view.released()
 
     async def _leave(self) -> None:
+        if self._joining is not None:
+            self._joining.cancel()  # it would register again after the session was deleted
         if await self._started():
             await self._member.requests.leave(self._left)
         else:

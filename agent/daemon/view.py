@@ -73,6 +73,7 @@ class View:
             "epoch": published.epoch,
             "since": format_date_time(published.since),
             "reason": published.reason,
+            "phase": session.phase.value,
             # On CLOCK_BOOTTIME. By then demotion is done or killed; a workload that looks at it
             # before each write fences itself.
             "active_until_boottime_s": session.renew_by + session.timing.demote_s
@@ -133,10 +134,11 @@ class View:
         self._owed = None
         self.write()
 
-    async def flushed(self, limit_s: float = FLUSH_S) -> None:
-        """Wait until the newest state is written, for ``limit_s`` seconds at most."""
+    async def flushed(self, limit_s: float = FLUSH_S) -> bool:
+        """Wait until the newest state is written, for ``limit_s`` seconds at most; whether it is."""
         if self._writing is not None and not self._writing.done():
             await asyncio.wait([self._writing], timeout=limit_s)
+        return self._writing is None or self._writing.done()
 
     async def close(self) -> None:
         """Write the last state, and write no more."""
@@ -180,13 +182,14 @@ class View:
         published = self._member.published
         epoch = "-" if published.epoch is None else published.epoch
         group = self._member.settings.group
-        return f"{published.role} of {group} epoch={epoch} ({published.reason})"
+        doing = self._member.session.sentence
+        return f"{published.role} of {group} epoch={epoch} ({published.reason}); {doing}"
 
 
 def former_tenure(state: Mapping[str, Any]) -> FormerTenure | None:
     """The tenure that the process before this one has not given back, by its state file."""
     epoch, instance = state.get("unreleased_epoch"), state.get("instance")
-    if isinstance(epoch, int) and isinstance(instance, str):
+    if isinstance(epoch, int) and isinstance(instance, str) and store_of(state) is not None:
         return FormerTenure(epoch, instance)
     return None
 

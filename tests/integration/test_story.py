@@ -119,8 +119,8 @@ def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     head = next(n for n, line in enumerate(lines) if line.split()[:1] == ["fault"])
     assert lines[head].split()[-2:] == ["gap", "overlap"]
-    rows = lines[head + 1 : head + 4]
-    assert [row.split()[0] for row in rows] == ["SIGKILL", "stop", "frozen"]
+    rows = lines[head + 1 : head + 5]
+    assert [row.split()[0] for row in rows] == ["power", "crash", "stop", "frozen"]
     for row in rows:
         assert row.split()[-1] == "0"
     counts = [line.split()[:2] for line in lines if line.startswith(("ok", "FAILED"))]
