@@ -348,8 +348,7 @@ class Daemon:
         self._task_has_failed = True
         self._tell(Stop(ExitCode.TASK_FAILED, f"the task {name!r} of the agent has failed"))
 
-    @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         """Whether the session has ended, or will never begin: the first demotion is done then."""
         if self._effects.exit_code is not None:
             return True
@@ -363,11 +362,11 @@ class Daemon:
         session, clock = member.session, member.clock
         clock.suspended_s()
         turned_at = clock.boottime()
-        while not self._over:
+        while not self._is_over():
             turn_s = self._turn_s
             due_s = min(turn_s, max(0.0, session.wake_at - clock.boottime()))
             event = await self._next(due_s)
-            if self._over:  # a session that was refused does not leave: it may be another's
+            if self._is_over():  # a session that was refused does not leave: it may be another's
                 break
             now = clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
