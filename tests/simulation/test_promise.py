@@ -15,18 +15,10 @@ from agent.core.session import Session
 from agent.core.timing import Budget
 from agent.model import Role
 
-from .world import (
-    KINDS,
-    BrokenPromiseError,
-    Clock,
-    Fault,
-    HookNature,
-    Plan,
-    World,
-    build,
-    end_faults,
-    inject,
-)
+from .network import Clock
+from .processes import HookNature
+from .schedule import KINDS, Fault, Plan, build, end_faults, inject
+from .world import BrokenPromiseError, World
 
 EXAMPLES = int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000"))
 
