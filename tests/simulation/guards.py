@@ -34,7 +34,10 @@ class Guard:
         """It does nothing for now; if it was killed, it is not gone either."""
         self.acts = False
         self.number = 0
+        self.started_at = 0.0
         self.hangs = 0
+        self.late_s: float | None = None
+        """How long its helper takes to release the role; by chance if None."""
 
     @property
     def able(self) -> bool:
@@ -52,6 +55,7 @@ class Guard:
         """Another agent starts its own."""
         self.due, self.up, self.hung = None, True, False
         self.number += 1
+        self.started_at = self.world.now
 
     def arm(self, due: tuple[float, float] | None) -> None:
         """Tell it the newest deadline; one that hangs reads it when it goes on."""
@@ -81,6 +85,10 @@ class Guard:
         if self.able and not self.acts and self.host.up:
             self.world.say(self.host.name, "its guard is killed")
             self._lost(self.number)
+
+    def go_on(self) -> None:
+        """It hangs no more."""
+        self._goes_on(self.hangs)
 
     def _goes_on(self, hangs: int) -> None:
         if self.hung and hangs == self.hangs:
@@ -116,7 +124,8 @@ class Guard:
         """Its agent has noticed, kills what is left, and starts another one."""
         self.up, self.due = False, None
         self.host.mark("guard", "the guard has ended")
-        self.world.after(RETRY_S if self.hung else RESTART_S, self._again, number, self.host.life)
+        wait_s = max(RETRY_S, self.started_at + RESTART_S - self.world.now)
+        self.world.after(wait_s, self._again, number, self.host.life)
 
     def _again(self, number: int, life: int) -> None:
         if (number, life) != (self.number, self.host.life) or not self.host.up:
@@ -124,9 +133,8 @@ class Guard:
         if not self.host.works:
             self.world.after(RETRY_S, self._again, number, life)
             return
-        self.up, self.number = True, self.number + 1
+        self.begin()
         self.hangs += 1
-        self.hung = False
         self.host.mark("guard", None)
         self.host.arm_guard()
 
@@ -187,7 +195,9 @@ class Guard:
     def _release_later(self, release: tuple[int, str] | None) -> None:
         """A helper of its own hands the role back: at any time, once, and nobody waits for it."""
         if release is not None and not self.world.plain_v1:
-            late_s = self.world.lease_s * 2 * self.world.chance.random() ** 4
+            late_s = self.late_s
+            if late_s is None:
+                late_s = self.world.lease_s * 2 * self.world.chance.random() ** 4
             self.world.after(late_s, self._release, *release)
 
     def _release(self, epoch: int, instance: str) -> None:

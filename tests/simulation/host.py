@@ -100,6 +100,8 @@ class AgentHost:
         self.frozen = False
         self.agent_frozen = False
         self.blocked = False
+        self.doomed = False
+        """Its agent was killed, and lingers in the kernel."""
         self.stale = False
         """It was frozen until after its lease, and has not demoted yet."""
         self.orphaned = False
@@ -111,7 +113,8 @@ class AgentHost:
         self.exits: list[ExitCode] = []
         self.unfitness: dict[str, str] = {}
         self.failing_starts = 0
-        self.stop_after_beats = 0
+        self.stops_confirming = False
+        """It is asked to stop right after the next heartbeat by which it confirms."""
         self.dying: list[str] = []
         self.state_file = StateFile()
         self.tenure: tuple[int, str] | None = None
@@ -165,8 +168,8 @@ class AgentHost:
             self.world.say(self.name, "cannot start")
             self.process_ends()
             return
-        self.up, self.frozen, self.agent_frozen, self.blocked = True, False, False, False
-        self.stale = False
+        self.up = True
+        self.frozen = self.agent_frozen = self.blocked = self.doomed = self.stale = False
         self.life += 1
         self.endpoint = 0
         self.backlog.clear()
@@ -202,7 +205,7 @@ class AgentHost:
         """The whole host."""
         if self.up or self.runs.active or self.guard.acts:
             self.world.say(self.name, "is killed")
-            self.up = self.agent_frozen = self.blocked = self.orphaned = False
+            self.up = self.agent_frozen = self.blocked = self.doomed = self.orphaned = False
             self.guard.begin()
             self.guard.acts = False
             self.runs.all_gone()
@@ -214,6 +217,7 @@ class AgentHost:
             if linger_s > 0.0:
                 self.world.say(self.name, f"its agent is killed, and lingers for {linger_s:.3f} s")
                 self.freeze_now()
+                self.doomed = True
                 self.world.after(linger_s, self.gone, self.life)
                 return
             self.world.say(self.name, "its agent is killed")
@@ -221,7 +225,7 @@ class AgentHost:
 
     def gone(self, life: int) -> None:
         """A killed agent has left the kernel."""
-        if life == self.life and self.up:
+        if life == self.life and self.doomed and not self.frozen:
             self.die()
 
     def kill_both(self) -> None:
@@ -246,7 +250,7 @@ class AgentHost:
             self.orphaned = self.runs.active  # two faults at once
 
     def thaw_agent(self) -> None:
-        if self.up and self.agent_frozen and not self.frozen:
+        if self.up and self.agent_frozen and not self.frozen and not self.doomed:
             self.world.say(self.name, "its agent is thawed")
             self.agent_frozen = False
             self.wake(self.local() - self.frozen_at)
@@ -268,7 +272,7 @@ class AgentHost:
 
     def process_ends(self) -> None:
         """However it came: a service manager starts it again."""
-        self.up = self.agent_frozen = self.blocked = False
+        self.up = self.agent_frozen = self.blocked = self.doomed = False
         self.life += 1
         self.runs.new_life()
         if self.restart_after_s is not None:
@@ -292,6 +296,8 @@ class AgentHost:
             return
         self.world.say(self.name, "is thawed")
         self.frozen = False
+        if self.doomed:
+            self.world.after(0.0, self.gone, self.life)
         late_s = self.local() - self.frozen_at
         if self.runs.active and self.local() >= self.session.lease_until:
             self.stale = True
@@ -546,10 +552,9 @@ class AgentHost:
             self.world.after(0.002, self.tell, BeatFailed(beat, Failure.OTHER, "400"), self.life)
             return
         self.call("beat", what, answered, failed)
-        if self.stop_after_beats > 0:
-            self.stop_after_beats -= 1
-            if self.stop_after_beats == 0:
-                self.world.after(0.0, self.stop)
+        if self.stops_confirming and coordinator.state.record.pending == self.name:
+            self.stops_confirming = False
+            self.world.after(0.0, self.stop)
 
     def release(self, effect: Release) -> None:
         self.world.say(self.name, f"releases epoch {effect.epoch}")

@@ -231,12 +231,12 @@ class Processes:
     def kill_leftovers(self) -> None:
         """SIGKILL to all that a tenure's promotion has left."""
         if Defect.RUN_ENDS_WITH_ITS_LEADER not in self.world.defects:
-            for child in self.left:
+            for child in list(self.left):
                 self._kill_child(child)
 
     def kill_all(self) -> None:
         """SIGKILL to all of the tenure, the workload included (R4, R12)."""
-        for child in self.left:
+        for child in list(self.left):
             self._kill_child(child)
         for hook in self.hooks.values():
             hook.led = hook.running = False

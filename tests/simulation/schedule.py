@@ -59,7 +59,7 @@ ON_HOSTS = (
     "kill",
     "freeze",
     "stop",
-    "stop_at_beat",
+    "stop_confirming",
     "unfit",
     "score",
     "override",
@@ -152,8 +152,8 @@ def _inject_host(world: World, agent: AgentHost, fault: Fault) -> None:  # noqa:
             world.after(fault.seconds, agent.thaw)
         case "stop":
             agent.stop()
-        case "stop_at_beat":
-            agent.stop_after_beats = 1 + fault.which
+        case "stop_confirming":
+            agent.stops_confirming = True
         case "unfit":
             agent.unfit()
             world.after(fault.seconds, agent.fit)
@@ -244,9 +244,11 @@ def end_faults(world: World) -> None:
         for net in agent.nets:
             net.mend()
             net.loss = net.repeat = 0.0
-        agent.failing_starts = agent.stop_after_beats = 0
+        agent.failing_starts, agent.stops_confirming = 0, False
         agent.dying.clear()
+        agent.guard.go_on()
         agent.thaw()
+        agent.gone(agent.life)
         agent.thaw_agent()
         agent.fit()
         agent.nature = HookNature(agent.nature.seconds)

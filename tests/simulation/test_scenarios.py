@@ -15,7 +15,7 @@ Commands (names are hosts; times are seconds):
     hang_guard NAME SECONDS   | kill_guard NAME
     reload NAME all|none (hooks)            | upgrade NAME (reload with another version on disk)
     dies NAME join|follow|beat|release|leave|reload|loop (when it runs next)
-    stop_at_beat NAME NUMBER (right after its next heartbeat, or a later one)
+    stop_confirming NAME (right after the next heartbeat by which it confirms)
     hook NAME ROLE OUTCOME    ok, fail, hang (heeds TERM), deaf (needs KILL), stuck (lingers)
     children NAME NATURE      what a promotion hook leaves (processes.py), or none
     slow NAME SECONDS         a message takes up to so long
@@ -97,6 +97,7 @@ class Story:
             self.world.agents[name] = agent = ScriptedHost(self.world, name)
             if len(self.world.coordinators) > 1:
                 agent.state_file.store_id = self.world.coordinator.store_id
+            agent.guard.late_s = 0.01
             agent.start()
 
     def do_run(self, seconds: str) -> None:
@@ -151,8 +152,8 @@ class Story:
     def do_dies(self, name: str, task: str) -> None:
         self.host(name).dying.append(task)
 
-    def do_stop_at_beat(self, name: str, number: str) -> None:
-        self.host(name).stop_after_beats = int(number)
+    def do_stop_confirming(self, name: str) -> None:
+        self.host(name).stops_confirming = True
 
     def do_children(self, name: str, nature: str) -> None:
         self.host(name).nature = replace(self.host(name).nature, children=(nature,))
