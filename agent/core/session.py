@@ -88,6 +88,7 @@ class Options:
         cooldown_s: wait after a failed promotion; doubles with each in a row.
         cooldown_limit_s: and grows no further than this.
         jitter: from 0 to 1, drawn once by the caller, different for each process.
+        store_id: the store that an earlier process of this session met, or None.
     """
 
     session_id: str
@@ -97,6 +98,20 @@ class Options:
     cooldown_s: float = 5.0
     cooldown_limit_s: float = 300.0
     jitter: float = 0.0
+    store_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FormerTenure:
+    """The tenure that an earlier process of this session held when it ended.
+
+    Attributes:
+        epoch: of the tenure.
+        instance: the process that held it.
+    """
+
+    epoch: int
+    instance: str
 
 
 class Phase(StrEnum):
@@ -127,6 +142,8 @@ class Session:
         self.tenure: int | None = None
         """Epoch of the tenure that it holds, prepares, or is giving up."""
         self.newest_epoch: int | None = None
+        self.store_id = options.store_id
+        """The store that this session has met; answers of another one count for nothing (R3)."""
         self.last_data: datetime | None = None
         self.previous_primary: str | None = None
         self.renew_by = float("-inf")
@@ -156,14 +173,21 @@ class Session:
         self._not_sooner = float("-inf")
         """Until then the server has asked to be left alone (Retry-After)."""
         self._releasing = False
-        self._stop = False
+        self._stop: Stop | None = None
+        self._former: FormerTenure | None = None
         self._unfit: str | None = None
         self._primary_at = float("-inf")
 
     # -- what the caller calls ----------------------------------------------------------------
 
-    def begin(self, now: float) -> tuple[Effect, ...]:
-        """Start: demote first, whatever the last run left behind (R6)."""
+    def begin(self, now: float, former: FormerTenure | None = None) -> tuple[Effect, ...]:
+        """Start: demote first, whatever the last run left behind (R6).
+
+        Args:
+            now: CLOCK_BOOTTIME seconds.
+            former: the tenure that the last run held. It is released after the demotion.
+        """
+        self._former = former
         self._demoting = True
         self._reason = "starting"
         budget_s = max(self.timing.demote_s, self.options.hook_limit_s)
@@ -176,6 +200,10 @@ class Session:
         self._executor.reconfigure(
             options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
         )
+
+    def accepts_store(self, store_id: str | None) -> bool:
+        """Whether answers of this store count: any store does until one has been met."""
+        return self.store_id is None or store_id == self.store_id
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
         """What one event makes necessary, in order.
@@ -257,7 +285,7 @@ class Session:
             case HookEnded():
                 self._executor.ended(event.run, ok=event.ok, why=event.why, now=now)
             case Joined():
-                self._joined(event.timing, now)
+                self._joined(event, now)
             case Stalled():
                 self._stalled(event.late_s, now, effects)
             case Fitness():
@@ -269,7 +297,7 @@ class Session:
             case Left():
                 self._left(now, effects)
             case Stop():
-                self._stop = True
+                self._stop = self._stop if self._stop and self._stop.code else event
             case Tick():
                 pass
 
@@ -278,6 +306,10 @@ class Session:
     def _answered(
         self, beat: int, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
+        if not self.accepts_store(answer.store_id):
+            why = f"the answer is from store {answer.store_id}"
+            self._beat_failed(BeatFailed(beat, Failure.OTHER_STORE, why), now, effects)
+            return
         sent_at = self._in_flight.pop(beat, None)
         fresh = self._is_fresh(answer.epoch, answer.revision)
         if fresh:
@@ -389,9 +421,11 @@ class Session:
         self._in_flight.clear()
         effects.append(Join())
 
-    def _joined(self, timing: Timing, now: float) -> None:
-        if self.phase is Phase.JOINING:
+    def _joined(self, event: Joined, now: float) -> None:
+        if self.phase is Phase.JOINING and self.accepts_store(event.store_id):
+            timing = event.timing
             self.phase = Phase.MEMBER
+            self.store_id = event.store_id
             self.timing = timing
             self._newest_revision = -1
             # At once, unless a server that knows nobody keeps taking registrations.
@@ -400,6 +434,8 @@ class Session:
 
     def _status_seen(self, status: GroupStatus, now: float, effects: list[Effect]) -> None:
         """A status never promotes or extends; it demotes, and it says when to ask (R3)."""
+        if not self.accepts_store(status.store_id):
+            return
         me = self.options.session_id
         if status.primary is not None and status.primary != me:
             self.previous_primary = status.primary
@@ -507,6 +543,11 @@ class Session:
         if self._hold_off_s > 0:
             self._not_before = now + self._hold_off_s
         held, self._holds = self._holds, False
+        if self.phase is Phase.STARTING and self._former is not None:
+            former, self._former = self._former, None
+            reason = "demoted by the next process of the session"
+            self._releasing = True
+            effects.append(Release(former.epoch, reason, 0.0, former.instance))
         if self.phase is Phase.STARTING and not self._stop:
             self._rejoin(effects)
         elif held and self.tenure is not None:
@@ -531,7 +572,7 @@ class Session:
 
     def _left(self, now: float, effects: list[Effect]) -> None:
         if self.phase is Phase.LEAVING:
-            self._exit(ExitCode.OK, effects)
+            self._exit(self._stop.code if self._stop else ExitCode.OK, effects)
         elif self.phase is Phase.COOLING:
             self._cool_until = max(now, self._not_before)
 
@@ -540,7 +581,7 @@ class Session:
         if not self._stop or self.phase in {Phase.RELEASING, Phase.LEAVING, Phase.ENDED}:
             return
         if self.role is not Role.SECONDARY and not self._demoting:
-            self._demote(Cause.STOPPING, "stopping", now, effects)
+            self._demote(Cause.STOPPING, self._stop.reason, now, effects)
             effects += self._executor.step(now)
             if self._executor.settled:
                 self._demoted(now, effects)
