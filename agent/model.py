@@ -221,6 +221,7 @@ class SessionView:
 
     Attributes:
         heartbeat_at: when the last heartbeat came, or None if none came since the coordinator started.
+        store_id: the store that the session is registered in.
     """
 
     record: SessionRecord
@@ -228,3 +229,4 @@ class SessionView:
     score: float = 0.0
     last_data: datetime | None = None
     heartbeat_at: datetime | None = None
+    store_id: str | None = None

@@ -256,6 +256,7 @@ async def release_role(call: Call) -> Answer:
         ReleaseRole(
             call.values["sessionId"],
             body.Epoch,
+            instance=body.Instance,
             why=body.Reason or "released",
             hold_off_s=(body.HoldOffPeriod or 0) / TICKS_PER_SECOND,
             last_data=body.LastDataProcessedTime,

@@ -7,6 +7,7 @@ and whether they may.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from agent.coordinator.engine import Engine, Group, Meter, no_group, unavailable
 from agent.coordinator.store import Store
@@ -172,7 +173,10 @@ class Coordinator:
 
     def status(self, key: GroupKey) -> GroupStatus:
         """Who is primary, who is to be, and the rest of the status."""
-        return status_of(self._engine.find(key).state)
+        return self._status_of(self._engine.find(key))
+
+    def _status_of(self, group: Group) -> GroupStatus:
+        return replace(status_of(group.state), store_id=self._store.store_id)
 
     async def wait_status(self, key: GroupKey, after: int, wait_s: float) -> GroupStatus:
         """The status as soon as its revision is past ``after``, or after ``wait_s`` seconds.
@@ -190,7 +194,7 @@ class Coordinator:
             or self._engine.stopping
             or self._waiting >= MAX_READERS
         ):
-            return status_of(group.state)
+            return self._status_of(group)
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         group.readers[changed] = after
         self._waiting += 1
@@ -201,7 +205,7 @@ class Coordinator:
             group.readers.pop(changed, None)
         if group.gone:
             raise no_group(key)
-        return status_of(group.state)
+        return self._status_of(group)
 
     async def history(self, key: GroupKey, skip: int, count: int) -> tuple[int, list[HistoryEntry]]:
         """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
@@ -217,7 +221,8 @@ class Coordinator:
 
     def session(self, key: GroupKey, session_id: str) -> SessionView:
         """One session."""
-        return view_of(self._engine.find(key).state, session_id)
+        view = view_of(self._engine.find(key).state, session_id)
+        return replace(view, store_id=self._store.store_id)
 
     def sessions(self, key: GroupKey) -> list[SessionView]:
         """All sessions of a group, sorted by id."""
@@ -228,7 +233,7 @@ class Coordinator:
         """Take a heartbeat. Raises TooSoon if it must not come yet."""
         answer = await self.apply(key, beat)
         assert isinstance(answer, HeartbeatAnswer)  # noqa: S101 - what decide promises
-        return answer
+        return replace(answer, store_id=self._store.store_id)
 
     async def apply(self, key: GroupKey, what: Input) -> HeartbeatAnswer | bool | None:
         """Let a group decide on an input, and make the decision durable if anything durable is in it."""

@@ -228,6 +228,7 @@ class Requests:
                 self._group,
                 self._id,
                 epoch=effect.epoch,
+                instance=effect.instance or self.instance,
                 reason=effect.reason[:LONGEST_REASON],
                 hold_off_s=effect.hold_off_s or None,
                 last_data=self._report()[1],

@@ -70,9 +70,9 @@ def session_body(config: SessionConfig) -> bytes:
 
 
 def heartbeat_body(
-    score: float, last_data: datetime | None, instance: str, seen_epoch: int | None
+    score: float, last_data: datetime | None, instance: str | None, seen_epoch: int | None
 ) -> bytes:
-    """The body of a heartbeat."""
+    """The body of a heartbeat; without ``instance`` and ``seen_epoch`` it is plain v1."""
     return _body(
         FailoverScore=score,
         LastDataProcessedTime=None if last_data is None else format_date_time(last_data),
@@ -82,12 +82,17 @@ def heartbeat_body(
 
 
 def release_body(
-    epoch: int, hold_off_s: float | None, reason: str, last_data: datetime | None
+    epoch: int,
+    instance: str,
+    hold_off_s: float | None,
+    reason: str,
+    last_data: datetime | None,
 ) -> bytes:
-    """The body of a release."""
+    """The body of a release of the tenure that ``instance`` held."""
     hold_off = None if hold_off_s is None else round(hold_off_s * TICKS_PER_SECOND)
     return _body(
         Epoch=epoch,
+        Instance=instance,
         HoldOffPeriod=None if hold_off is None else format_time_span(hold_off),
         Reason=reason,
         LastDataProcessedTime=None if last_data is None else format_date_time(last_data),
@@ -131,6 +136,12 @@ def read_session(body: bytes) -> SessionView:
     return _session(_one(body, _SESSION, "ClientSession"))
 
 
+def read_store_id(body: bytes) -> str | None:
+    """The store that a session is registered in; None at a plain v1 server. Raises AnswerError."""
+    store_id: str | None = _one(body, _SESSION, "ClientSession").get("StoreId")
+    return store_id
+
+
 def read_sessions(body: bytes) -> list[SessionView]:
     """A list of sessions. Raises AnswerError."""
     return [_session(read) for read in _many(body, _SESSION)]
@@ -147,6 +158,7 @@ def read_heartbeat(body: bytes) -> HeartbeatAnswer:
         revision=read.get("Revision"),
         lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
         previous=read.get("PreviousPrimary"),
+        store_id=read.get("StoreId"),
     )
 
 
@@ -161,6 +173,7 @@ def read_status(body: bytes) -> GroupStatus:
         revision=read.get("Revision"),
         primary_since=read.get("PrimarySince"),
         previous=read.get("PreviousPrimary"),
+        store_id=read.get("StoreId"),
     )
 
 
@@ -315,6 +328,7 @@ _STATUS: _Shape = {
     "Revision": _Property(_count),
     "PrimarySince": _Property(_moment),
     "PreviousPrimary": _Property(_text),
+    "StoreId": _Property(_text),
 }
 _BEAT: _Shape = {
     "FailoverScore": _Property(_score),
@@ -330,6 +344,7 @@ _SESSION: _Shape = {
     "RoleOverride": _Property(_override),
     "RoleOverrideExpirationTime": _Property(_moment),
     "AdditionalData": _Property(_any_object),
+    "StoreId": _Property(_text),
 }
 _HEARTBEAT: _Shape = {
     "Role": _Property(_role, needed=True),
@@ -338,6 +353,7 @@ _HEARTBEAT: _Shape = {
     "LeaseDuration": _Property(_span),
     "Revision": _Property(_count),
     "PreviousPrimary": _Property(_text),
+    "StoreId": _Property(_text),
 }
 _TENURE: _Shape = {
     "Epoch": _Property(_count, needed=True),

@@ -246,11 +246,22 @@ StatusRevision = Annotated[
     Count | None, Field(description="An integer; it grows with each change of the group's status.")
 ]
 Previous = Annotated[str | None, Field(description="The session of the tenure before.")]
+StoreName = Annotated[
+    str | None,
+    Field(description="A string: the id of the coordinator's store, made with its data directory."),
+]
 LastData = Annotated[
     OptionalUtcDateTime,
     Field(
         description="A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
         " data. Without a zone it is UTC; 0001-01-01T00:00:00 means never."
+    ),
+]
+InstanceName = Annotated[
+    str | None,
+    Field(
+        max_length=128,
+        description="A string of at most 128 characters: which process of this session calls.",
     ),
 ]
 _A_ROLE = "A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary."
@@ -351,6 +362,7 @@ class GroupStatus(_Shape):
         OptionalUtcDateTime, Field(description="When this primary's tenure began.")
     ] = None
     PreviousPrimary: Previous = None
+    StoreId: StoreName = None
 
     @classmethod
     def of(cls, status: model.GroupStatus) -> Self:
@@ -362,6 +374,7 @@ class GroupStatus(_Shape):
             Revision=status.revision,
             PrimarySince=status.primary_since,
             PreviousPrimary=status.previous,
+            StoreId=status.store_id,
         )
 
 
@@ -408,6 +421,7 @@ class ClientSession(_Shape):
     RoleOverride: Annotated[WireOverride | None, Field(description=_AN_OVERRIDE)] = None
     RoleOverrideExpirationTime: Expiration = None
     AdditionalData: Additional = None
+    StoreId: StoreName = None
 
     @classmethod
     def of(cls, view: model.SessionView) -> Self:
@@ -426,6 +440,7 @@ class ClientSession(_Shape):
             RoleOverride=record.override,
             RoleOverrideExpirationTime=record.override_until,
             AdditionalData=None if config.additional is None else dict(config.additional),
+            StoreId=view.store_id,
         )
 
 
@@ -436,13 +451,7 @@ class HeartbeatRequest(_Shape):
         Score, Field(description="A number from 0 to 100: the share of streams that are active.")
     ]
     LastDataProcessedTime: LastData = None
-    Instance: Annotated[
-        str | None,
-        Field(
-            max_length=128,
-            description="A string of at most 128 characters: which process of this session beats.",
-        ),
-    ] = None
+    Instance: InstanceName = None
     Epoch: Annotated[
         Count | None,
         Field(
@@ -465,6 +474,7 @@ class HeartbeatResponse(_Shape):
     ] = None
     Revision: StatusRevision = None
     PreviousPrimary: Previous = None
+    StoreId: StoreName = None
 
     @classmethod
     def of(cls, answer: model.HeartbeatAnswer) -> Self:
@@ -476,6 +486,7 @@ class HeartbeatResponse(_Shape):
             LeaseDuration=None if lease_s is None else round(lease_s * TICKS_PER_SECOND),
             Revision=answer.revision,
             PreviousPrimary=answer.previous,
+            StoreId=answer.store_id,
         )
 
 
@@ -510,6 +521,7 @@ class ReleaseRequest(_Shape):
         Count,
         Field(description="An integer from 0 to 9007199254740991: the epoch of the ended tenure."),
     ]
+    Instance: InstanceName = None
     HoldOffPeriod: Annotated[
         Annotated[int, _HOLD_OFF_SPAN] | None,
         Field(

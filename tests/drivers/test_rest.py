@@ -270,12 +270,18 @@ async def test_joining_and_release_and_leaving_send_what_the_api_names() -> None
         return httpx2.Response(201, json={"Id": "s"}) if len(asked) == 1 else httpx2.Response(204)
 
     async with client_of(**mocked(handler)) as client:
-        await client.join("g", SessionConfig("s", "Name"), timeout_s=PATIENCE_S)
+        assert await client.join("g", SessionConfig("s", "Name"), timeout_s=PATIENCE_S) is None
         await client.release(
-            "g", "s", epoch=3, reason="stopping", hold_off_s=2.0, timeout_s=PATIENCE_S
+            "g",
+            "s",
+            epoch=3,
+            instance="i",
+            reason="stopping",
+            hold_off_s=2.0,
+            timeout_s=PATIENCE_S,
         )
         await client.leave("g", "s", timeout_s=PATIENCE_S)
-    released = {"Epoch": 3, "HoldOffPeriod": "00:00:02", "Reason": "stopping"}
+    released = {"Epoch": 3, "Instance": "i", "HoldOffPeriod": "00:00:02", "Reason": "stopping"}
     assert asked == [
         ("POST", "clientsessions", {"Id": "s", "Name": "Name"}),
         ("POST", "clientsessions/s/release", released),

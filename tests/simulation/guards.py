@@ -185,7 +185,7 @@ class Guard:
             self.world.after(RETRY_S, self._done, release)
             return
         self.acts = False
-        self.host.orphaned = False
+        self.host.orphaned = self.host.state_file.owes_demotion = False
         self.host.runs.kill_all()
         self.world.say(self.host.name, "the guard has demoted")
         self.host.runs.check_nothing_left()

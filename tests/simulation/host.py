@@ -39,7 +39,7 @@ from agent.core.events import (
 )
 from agent.core.group_state import AddSession, Beat, Input, ReleaseRole, RemoveSession
 from agent.core.roles import TRANSITIONS
-from agent.core.session import Options, Phase, Session
+from agent.core.session import FormerTenure, Options, Phase, Session
 from agent.errors import ExitCode, NotFound, TooSoon
 from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
 
@@ -66,11 +66,16 @@ TASKS = ("join", "follow", "beat", "release", "leave", "reload")
 
 @dataclass
 class StateFile:
-    """What of an agent survives it on its host."""
+    """What of an agent survives it on its host.
 
-    epoch: int | None = None
-    instance: str | None = None
-    role: Role = Role.SECONDARY
+    Attributes:
+        unreleased: the tenure that it held, until it has given that back itself.
+        owes_demotion: a promotion was begun, and nobody has demoted yet.
+        store_id: the store that it has met.
+    """
+
+    unreleased: FormerTenure | None = None
+    owes_demotion: bool = False
     store_id: str | None = None
 
 
@@ -178,9 +183,10 @@ class AgentHost:
         self.runs.new_life()
         self.guard.begin()
         self.runs.kill_leftovers()  # what an agent that was killed together with its guard has left
-        self.session = self.world.session_class(
-            self.world.timing, self.options(self.world.rng.random())
-        )
+        options = self.options(self.world.rng.random())
+        if self.state_file.owes_demotion:  # by the hook with which the promotion was begun
+            options = replace(options, hooks=options.hooks | {Role.SECONDARY})
+        self.session = self.world.session_class(self.world.timing, options)
         self.revision = -1
         self.world.say(self.name, "starts")
         self.begin_session()
@@ -188,7 +194,9 @@ class AgentHost:
             self.follow(self.life)
 
     def begin_session(self) -> None:
-        self.perform(self.session.begin(self.local()))
+        """The first demotion (R6); the tenure of the life before is released after it."""
+        former = None if self.world.plain_v1 else self.state_file.unreleased
+        self.perform(self.session.begin(self.local(), former))
 
     def options(self, jitter: float) -> Options:
         """The settings as they are now, and what is remembered over a restart."""
@@ -199,6 +207,7 @@ class AgentHost:
             cooldown_s=self.world.cooldown_limit_s / 4,
             cooldown_limit_s=self.world.cooldown_limit_s,
             jitter=jitter,
+            store_id=self.state_file.store_id,
         )
 
     def kill(self) -> None:
@@ -402,7 +411,7 @@ class AgentHost:
             case Escalate():
                 self.world.say(self.name, f"escalates: {effect.reason}")
                 self.runs.kill_all()
-                self.orphaned = False
+                self.orphaned = self.state_file.owes_demotion = False
             case Exit():
                 self.exit(effect.code)
 
@@ -411,7 +420,6 @@ class AgentHost:
         self.exits.append(code)
         if self.runs.active or self.runs.leftovers:
             self.world.broken(f"{self.name} left a workload")
-        self.state_file.role = Role.SECONDARY
         self.process_ends()
 
     def publish(self, effect: Publish) -> None:
@@ -419,8 +427,8 @@ class AgentHost:
             self.world.broken(f"{effect}")
         epoch = "" if effect.epoch is None else f" epoch={effect.epoch}"
         self.world.say(self.name, f"{effect.before} -> {effect.role}{epoch}: {effect.reason}")
-        self.state_file.role, self.state_file.epoch = effect.role, effect.epoch
-        self.state_file.instance = self.instance
+        if effect.role is not Role.SECONDARY and effect.epoch is not None:
+            self.state_file.unreleased = FormerTenure(effect.epoch, self.instance)
 
     def start_hook(self, effect: StartHook) -> None:
         facts = effect.facts
@@ -428,14 +436,16 @@ class AgentHost:
             if self.local() >= self.session.renew_by:
                 self.world.broken(f"{self.name} promoted without a lease")
             self.stale = False
+            self.state_file.owes_demotion = True
             if facts.epoch is not None:
                 self.tenure = (facts.epoch, self.instance)
+                self.state_file.unreleased = FormerTenure(*self.tenure)
                 self.coordinator.check_epoch(facts.epoch, self.instance)
         self.runs.start(effect.run, facts)
 
     def run_ended(self, event: HookEnded) -> None:
         if event.ok and not self.runs.active:
-            self.stale = self.orphaned = False
+            self.stale = self.orphaned = self.state_file.owes_demotion = False
         self.tell(event)
         if (
             event.ok
@@ -567,6 +577,8 @@ class AgentHost:
             why=effect.reason,
             hold_off_s=effect.hold_off_s,
         )
+        if effect.instance is None:
+            self.state_file.unreleased = None
         if Defect.RELEASES_AS_ANYBODY in self.world.defects and effect.instance is not None:
             what = self.anybodys_release(what)
         self.call("release", what, lambda _: Released(), Released)
@@ -594,7 +606,7 @@ class AgentHost:
             if not done and life == self.life:
                 done.append(True)
                 store_id = None if self.world.plain_v1 else coordinator.store_id
-                if getattr(self.session, "accepts_store", lambda _: True)(store_id):
+                if self.session.accepts_store(store_id):
                     self.state_file.store_id = store_id
                     self.tell(Joined(self.world.timing, store_id), life)
                 else:

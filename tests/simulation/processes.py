@@ -104,7 +104,8 @@ class Processes:
     def all_gone(self) -> None:
         """The host has died."""
         self.new_life()
-        self.left = []
+        for child in list(self.left):
+            self._gone(child)
         self.active = False
 
     @property

@@ -252,6 +252,6 @@ def end_faults(world: World) -> None:
         agent.thaw_agent()
         agent.fit()
         agent.nature = HookNature(agent.nature.seconds)
-        agent.hooks_present = ALL_HOOKS
+        agent.restart_after_s = 0.1 * world.lease_s
         agent.reload(ALL_HOOKS)
         agent.start()

@@ -91,8 +91,12 @@ def live_on(world: World, plan: Plan) -> None:
     hooks_s = 3 * 1.5 * plan.hook_seconds + 0.05
     under_way_s = plan.spread_s  # a heartbeat that was sent before may arrive as late as this
     limit_s = 1.01 * (timing.lease_s + 2 * timing.beat_s) + hooks_s + under_way_s
-    if plan.outcomes != ("ok",) or HELD_OFF & kinds:
+    if HELD_OFF & kinds:
         limit_s += world.lease_s  # the longest cool-down, and what a stopped session asks for
+    if plan.outcomes != ("ok",):
+        limit_s += (
+            3 * world.lease_s
+        )  # a hook that hangs in the first demotion, and then a cool-down
     if DATA_LOST & kinds:
         limit_s += world.lease_s
     world.run_until(lambda: world.primary() is not None, limit_s, "a primary")

@@ -52,6 +52,7 @@ class ScriptedHost(AgentHost):
         outcomes: dict[Role, str] = self.__dict__.setdefault("script", {})
         self.nature = replace(self.nature, outcomes=(outcomes.get(effect.facts.role, "ok"),))
         super().start_hook(effect)
+        self.nature = replace(self.nature, outcomes=(outcomes.get(Role.SECONDARY, "ok"),))
 
 
 class Story:

@@ -61,9 +61,10 @@ def test_the_coordinator_reads_a_heartbeat_as_it_was_meant() -> None:
 
 
 def test_the_coordinator_reads_a_release_as_it_was_meant() -> None:
-    body = answers.release_body(7, 2.5, "stopping", NOON)
+    body = answers.release_body(7, "i", 2.5, "stopping", NOON)
     assert shapes.ReleaseRequest.model_validate_json(body) == shapes.ReleaseRequest(
         Epoch=7,
+        Instance="i",
         HoldOffPeriod=25_000_000,
         Reason="stopping",
         LastDataProcessedTime=NOON,
@@ -71,11 +72,12 @@ def test_the_coordinator_reads_a_release_as_it_was_meant() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    assert json.loads(answers.heartbeat_body(100.0, None, "i", None)) == {
-        "FailoverScore": 100.0,
+    assert json.loads(answers.heartbeat_body(100.0, None, None, None)) == {"FailoverScore": 100.0}
+    assert json.loads(answers.release_body(0, "i", None, "r", None)) == {
+        "Epoch": 0,
         "Instance": "i",
+        "Reason": "r",
     }
-    assert json.loads(answers.release_body(0, None, "r", None)) == {"Epoch": 0, "Reason": "r"}
 
 
 # --- what is answered ---------------------------------------------------------------------------
@@ -99,6 +101,13 @@ def test_a_v1_servers_answers_are_read_with_what_they_leave_out_or_set_to_null()
 def test_never_is_read_as_none() -> None:
     body = b'{"Role":1.0,"Epoch":7.0,"LastDataProcessedTime":"0001-01-01T00:00:00"}'
     assert answers.read_heartbeat(body) == HeartbeatAnswer(Role.PRIMARY, epoch=7)
+
+
+def test_the_store_of_an_answer_is_read() -> None:
+    assert answers.read_store_id(b'{"Id":"s","StoreId":"x"}') == "x"
+    assert answers.read_store_id(b'{"Id":"s"}') is None
+    assert answers.read_heartbeat(b'{"Role":0,"StoreId":"x"}').store_id == "x"
+    assert answers.read_status(b'{"StoreId":"x"}').store_id == "x"
 
 
 def test_a_tenure_that_lasts_has_no_end() -> None:

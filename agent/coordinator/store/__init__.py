@@ -30,6 +30,11 @@ class Store(Protocol):
     change did not happen and the store stays usable once the cause is gone.
     """
 
+    @property
+    def store_id(self) -> str:
+        """The random id that this store was given when it was made; a copy of it has the same."""
+        ...
+
     async def load(self) -> dict[GroupKey, Stored]:
         """Every group there is. Asked once, at the start."""
         ...

@@ -12,6 +12,7 @@ both for the database and for the lock file. Use a local disk.
 import errno
 import fcntl
 import os
+import uuid
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Grows with each change that a version before would not understand."""
 
 OLDEST_SCHEMA = 1
@@ -46,6 +47,16 @@ CREATE TABLE retired (
 ) STRICT;
 """
 """New in schema 2: the epochs of groups that were deleted."""
+
+IDENTITY = """
+CREATE TABLE identity (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    store_id TEXT NOT NULL
+) STRICT;
+"""
+"""New in schema 3: the id of the store, in the only row there is."""
+
+NEW_IDENTITY = "INSERT INTO identity (one, store_id) VALUES (1, ?)"
 
 SCHEMA = f"""
 CREATE TABLE failover_group (
@@ -70,6 +81,7 @@ CREATE TABLE access (
     PRIMARY KEY (tenant, namespace)
 ) STRICT, WITHOUT ROWID;
 {RETIRED}
+{IDENTITY}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -85,6 +97,7 @@ class DataDir:
     path: Path
     database: apsw.Connection
     lock: int
+    store_id: str
 
     def close(self) -> None:
         """Let go of it; after this another coordinator may open it."""
@@ -111,10 +124,12 @@ def open_data_dir(directory: Path) -> DataDir:
             if not path.exists():
                 _create(path)
             database = _connect(path)
+            undo.callback(database.close)
+            store_id = _store_id(database, path)
         except (OSError, apsw.Error) as error:
             raise explain(error, directory) from error
         undo.pop_all()
-    return DataDir(path, database, lock)
+    return DataDir(path, database, lock, store_id)
 
 
 def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
@@ -255,6 +270,7 @@ def _create(path: Path) -> None:
             )
     with closing(apsw.Connection(":memory:")) as empty:
         empty.execute(SCHEMA)
+        empty.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
         content = empty.serialize("main")
     unfinished = path.with_name(path.name + ".new")  # left by a death in here, it is written anew
     try:
@@ -290,8 +306,11 @@ def _connect(path: Path) -> apsw.Connection:
         fault = database.pragma("quick_check", 1)
         if fault != "ok":
             raise _damaged(path, f"is damaged ({fault})", "restore it from a copy")
-        tables = "failover_group, history, access" + (", retired" if version > 1 else "")
+        tables = "failover_group, history, access"
+        tables += ", retired" if version >= 2 else ""  # noqa: PLR2004 - a schema's number
         database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - ours; they are there
+        if version >= 3:  # noqa: PLR2004 - a schema's number
+            _store_id(database, path)
         database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if database.pragma("journal_mode", "wal") != "wal":
             raise _damaged(
@@ -300,8 +319,18 @@ def _connect(path: Path) -> apsw.Connection:
         database.pragma("synchronous", "full")
         database.pragma("foreign_keys", value=True)
         with database:
-            if version == 1:
+            if version < 2:  # noqa: PLR2004 - a schema's number
                 database.execute(RETIRED)
+            if version < 3:  # noqa: PLR2004 - a schema's number
+                database.execute(IDENTITY)
+                database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
             database.pragma("user_version", SCHEMA_VERSION)
         undo.pop_all()
     return database
+
+
+def _store_id(database: apsw.Connection, path: Path) -> str:
+    found: str | None = database.execute("SELECT store_id FROM identity").get
+    if not found:
+        raise _damaged(path, "has no store id", "restore it from a copy")
+    return found

@@ -4,6 +4,7 @@ Keeps the same JSON text as the durable stores do, so that what passes here pass
 as little of what it means. Nothing in here waits, which makes each call atomic.
 """
 
+import uuid
 from collections.abc import Sequence
 
 from agent.coordinator.store import MOST_RETIRED, Stored
@@ -16,6 +17,7 @@ class MemoryStore:
     """A Store (see the Protocol for what the calls promise) without any durability."""
 
     def __init__(self) -> None:
+        self.store_id = str(uuid.uuid4())
         self._version = 0  # never given twice, so that no version outlives its group
         self._records: dict[GroupKey, tuple[int, str]] = {}
         self._history: dict[GroupKey, dict[int, str]] = {}

@@ -58,6 +58,7 @@ class SqliteStore:
     def __init__(self, data_dir: DataDir) -> None:
         self._data_dir = data_dir
         self._db = data_dir.database
+        self.store_id = data_dir.store_id
         # Counting on from the highest one there is, no version outlives its group.
         self._version: int = self._db.execute(
             "SELECT ifnull(max(version), 0) FROM failover_group"

@@ -136,20 +136,24 @@ class RestClient:
         rest_s = end_at - asyncio.get_running_loop().time()
         return await self.group(config.id, timeout_s=rest_s)
 
-    async def join(self, group: str, session: SessionConfig, *, timeout_s: float) -> None:
-        """Make the session, or find it there as it is.
+    async def join(self, group: str, session: SessionConfig, *, timeout_s: float) -> str | None:
+        """Register the session, or find it registered with the same configuration.
+
+        Returns:
+            The id of the store that it is registered in. None means a plain v1 server, which may
+            refuse any extension: send it no instance, no epoch, no blocking read and no release.
 
         Raises:
             ServerError: ``status`` 404 if the group is gone; 409 if the id is taken by a session of
                 another configuration.
         """
-        await self._ask(
+        return await self._ask(
             "POST",
             f"groups/{_segment(group)}/clientsessions",
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
             body=answers.session_body(session),
-            read=lambda answer: answers.read_session(answer.body),
+            read=lambda answer: answers.read_store_id(answer.body),
         )
 
     async def heartbeat(
@@ -159,7 +163,7 @@ class RestClient:
         *,
         score: float,
         last_data: datetime | None,
-        instance: str,
+        instance: str | None,
         seen_epoch: int | None,
         timeout_s: float,
     ) -> HeartbeatAnswer:
@@ -170,8 +174,8 @@ class RestClient:
             session: its id.
             score: FailoverScore, 0 to 100.
             last_data: when data was last processed, or None for never.
-            instance: this process.
-            seen_epoch: the newest epoch seen, or None.
+            instance: this process; None at a plain v1 server.
+            seen_epoch: the newest epoch seen; None at a plain v1 server.
             timeout_s: seconds, under R / 2 (R1).
 
         Raises:
@@ -221,6 +225,7 @@ class RestClient:
         session: str,
         *,
         epoch: int,
+        instance: str,
         reason: str,
         hold_off_s: float | None = None,
         last_data: datetime | None = None,
@@ -232,6 +237,7 @@ class RestClient:
             group: its id.
             session: its id.
             epoch: that of the tenure that has ended.
+            instance: the process that held it; a release of another one is ignored.
             reason: for the history.
             hold_off_s: seconds in which this session is not to be chosen again, or None.
             last_data: when data was last processed, or None for never.
@@ -246,7 +252,7 @@ class RestClient:
             f"{_session(group, session)}/release",
             what=f"release of group {group} by session {session}",
             timeout_s=timeout_s,
-            body=answers.release_body(epoch, hold_off_s, reason, last_data),
+            body=answers.release_body(epoch, instance, hold_off_s, reason, last_data),
             read=_done,
         )
 

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from agent.coordinator.store import Stored
 from agent.coordinator.store.data_dir import SCHEMA_VERSION, open_data_dir
+from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import ExitCode, StoreError
 from agent.model import GroupKey, GroupRecord, HistoryEntry
@@ -173,12 +175,21 @@ def edit(path: Path, statement: str, *, fold_wal: bool = True) -> None:
     database.close()
 
 
-async def test_the_schema_of_before_is_brought_up_to_date_with_all_that_it_has(
-    used: Path, key: GroupKey, make_record: MakeRecord
+OLDER_SCHEMAS = (
+    "DROP TABLE identity; DROP TABLE retired; PRAGMA user_version = 1",
+    "DROP TABLE identity; PRAGMA user_version = 2",
+)
+
+
+@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2"])
+async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
+    used: Path, key: GroupKey, make_record: MakeRecord, statements: str
 ) -> None:
-    edit(used / DATABASE, "DROP TABLE retired; PRAGMA user_version = 1")
+    edit(used / DATABASE, statements)
+    ids = set()
     for _ in range(2):
         store = SqliteStore.open(used)
+        ids.add(store.store_id)
         (stored,) = (await store.load()).values()
         assert stored.record == make_record(2)
         assert await store.retired_epoch(key) == 0
@@ -188,7 +199,28 @@ async def test_the_schema_of_before_is_brought_up_to_date_with_all_that_it_has(
     await store.close()
     store = SqliteStore.open(used)
     assert await store.retired_epoch(key) == 7
+    assert len(ids | {store.store_id}) == 1
     await store.close()
+
+
+async def test_each_data_directory_has_an_id_of_its_own_for_ever(
+    used: Path, tmp_path: Path
+) -> None:
+    """Fault 9: by it an agent knows one coordinator's data from another's."""
+    ids = []
+    for directory in (used, used, tmp_path / "other"):
+        store = SqliteStore.open(directory)
+        ids.append(uuid.UUID(store.store_id))
+        await store.close()
+    assert ids[0] == ids[1] != ids[2]
+    assert MemoryStore().store_id != MemoryStore().store_id
+
+
+async def test_a_database_that_lost_its_id_is_refused(used: Path) -> None:
+    edit(used / DATABASE, "DELETE FROM identity")
+    error = refused(used)
+    assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
+    assert "has no store id" in str(error)
 
 
 async def test_a_schema_that_no_version_wrote_is_refused(used: Path) -> None:

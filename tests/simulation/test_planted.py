@@ -1,0 +1,140 @@
+"""Faults of earlier versions, planted again: the simulation has to find each, or it proves nothing.
+
+Each one is found twice: by the scenario that tells its story, and by the same search that finds nothing
+without it. The plan that was found is then lived through unplanted.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase as SearchPhase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.core.session import Session
+
+from .coordinator import REAL, Core
+from .defects import Defect
+from .schedule import Plan
+from .search import LONG, live_on, live_through, plans
+from .test_scenarios import played
+from .world import BrokenPromiseError
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+LIMIT = 2000
+"""Schedules in which each has to be found."""
+
+
+class AcceptsAnyStore(Session):
+    """Fault 9: an answer counts whatever store it is from."""
+
+    def accepts_store(self, store_id: str | None) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One fault, and where it can be seen.
+
+    Attributes:
+        scenarios: whose end is another one with it.
+        lives_on: it keeps the role from everybody, which is seen after the faults.
+    """
+
+    defects: frozenset[Defect] = frozenset()
+    session: type[Session] = Session
+    core: Core = REAL
+    scenarios: tuple[str, ...] = ()
+    schedules: st.SearchStrategy[Plan] = field(default_factory=plans)
+    lives_on: bool = False
+
+    def live(self, plan: Plan, *, planted: bool = True) -> None:
+        """Live through a plan, with the fault or without it."""
+        if planted:
+            world = live_through(plan, self.session, core=self.core, defects=self.defects)
+        else:
+            world = live_through(plan)
+        if self.lives_on:
+            live_on(world, plan)
+
+
+def of_daemon(*defects: Defect, scenarios: tuple[str, ...], lives_on: bool = False) -> Planted:
+    """A fault of the daemon or its guard."""
+    return Planted(frozenset(defects), scenarios=scenarios, lives_on=lives_on)
+
+
+PLANTED = {
+    "1 waits for the killed guard": of_daemon(
+        Defect.WAITS_FOR_THE_KILLED_GUARD, scenarios=("guard_hangs",)
+    ),
+    "2 run ends with its leader": of_daemon(
+        Defect.RUN_ENDS_WITH_ITS_LEADER, scenarios=("hook_child_on_term", "hook_leaves_a_process")
+    ),
+    "2 kills only groups": of_daemon(
+        Defect.KILLS_ONLY_GROUPS, scenarios=("hook_leaves_a_process",)
+    ),
+    "3 calls the guard off": of_daemon(Defect.CALLS_THE_GUARD_OFF, scenarios=("loop_dies",)),
+    "3 loses tasks": of_daemon(Defect.LOSES_TASKS, scenarios=("task_dies",), lives_on=True),
+    "5 starts before it demotes": of_daemon(
+        Defect.STARTS_BEFORE_IT_DEMOTES, scenarios=("start_fails",)
+    ),
+    "7 reads by position": of_daemon(Defect.READS_BY_POSITION, scenarios=("reload_after_upgrade",)),
+    "9 accepts any store": Planted(
+        session=AcceptsAnyStore, scenarios=("two_stores",), schedules=plans(stores=2)
+    ),
+    "28 releases undone": of_daemon(Defect.RELEASES_UNDONE, scenarios=("guard_demotes_slowly",)),
+    "28 releases as anybody": of_daemon(Defect.RELEASES_AS_ANYBODY, scenarios=()),
+}
+
+
+def find(schedules: st.SearchStrategy[Plan], live: Callable[[Plan], None]) -> Plan | None:
+    """The first plan of a search that breaks the promise, or None."""
+    found: list[Plan] = []
+
+    @settings(
+        LONG,
+        max_examples=LIMIT,
+        phases=[SearchPhase.generate],
+        report_multiple_bugs=False,
+        database=None,
+    )
+    @given(schedules)
+    def search(plan: Plan) -> None:
+        try:
+            live(plan)
+        except BrokenPromiseError:
+            found.append(plan)
+            raise
+
+    with suppress(BrokenPromiseError):
+        search()
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_a_search_finds_a_planted_fault(planted: Planted) -> None:
+    """Within 2000 schedules; and nothing is wrong with the plan without the fault."""
+    plan = find(planted.schedules, planted.live)
+    assert plan is not None
+    planted.live(plan, planted=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        pytest.param(name, planted, id=f"{fault}-{name}")
+        for fault, planted in PLANTED.items()
+        for name in planted.scenarios
+    ],
+)
+def test_a_scenario_shows_a_planted_fault(name: str, planted: Planted) -> None:
+    """Its end is a broken promise, or another one than without the fault."""
+    text = (SCENARIOS / f"{name}.txt").read_text()
+    with suppress(BrokenPromiseError):
+        happened = played(
+            text, session_class=planted.session, core=planted.core, defects=planted.defects
+        )
+        assert happened != text
