@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from agent.cli.options import JSON_FLAG, settings_flags, settings_of
-from agent.core.session import GRACE_SHARE, LONGEST_GRACE_S
+from agent.core.lease import GRACE_SHARE, LONGEST_GRACE_S
 from agent.drivers.hooks import (
     EVENTS,
     NOTIFICATIONS,

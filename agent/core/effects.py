@@ -26,10 +26,16 @@ class Cause(StrEnum):
     PROMOTION_FAILED = "promotion_failed"
     TOLD = "told"
     """The coordinator says so."""
+    GONE = "gone"
+    """A server without epochs does not know the session any more."""
+    OTHER_STORE = "other_store"
+    """The answers are from another store than the one that this session has met."""
+    TASK_FAILED = "task_failed"
+    """A part of the agent has failed."""
     STOPPING = "stopping"
 
 
-SELF_DEMOTIONS = frozenset({Cause.LEASE_LOST, Cause.UNFIT})
+SELF_DEMOTIONS = frozenset({Cause.LEASE_LOST, Cause.UNFIT, Cause.OTHER_STORE, Cause.TASK_FAILED})
 """Demotions that nobody asked for: these run the notification hook ``lost``."""
 
 

@@ -7,6 +7,8 @@ It knows the wanted role, the last completed role and the one hook that runs. Ru
 - Once a promotion hook was started, nothing but a completed demotion makes this host Secondary.
 - The way to Primary leads over PendingPrimary: both hooks run, in that order.
 - A role without a hook is completed by wanting it.
+- A tenure keeps the hooks and limits with which its promotion began, until its demotion is completed:
+  other ones from a reload come into force after that.
 """
 
 from collections.abc import Mapping
@@ -24,6 +26,15 @@ seldom enough not to be a fork loop."""
 
 
 _BEFORE = {Role.PENDING_PRIMARY: Role.SECONDARY, Role.PRIMARY: Role.PENDING_PRIMARY}
+
+
+@dataclass(frozen=True, slots=True)
+class _Hooks:
+    """Which roles have a hook, and how long their hooks may take."""
+
+    roles: frozenset[Role]
+    limit_s: float
+    limits_s: Mapping[Role, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +67,7 @@ class Executor:
             limit_s: how long a promotion hook may take, in seconds.
             limits_s: the same for single roles, where that is another.
         """
-        self._hooks = hooks
-        self._limit_s = limit_s
-        self._limits_s = limits_s
+        self._hooks = self._next_hooks = _Hooks(hooks, limit_s, limits_s)
         self._runs = 0
         self._running: _Run | None = None
         self._facts: HookFacts | None = None
@@ -74,10 +83,15 @@ class Executor:
     def reconfigure(
         self, hooks: frozenset[Role], *, limit_s: float, limits_s: Mapping[Role, float]
     ) -> None:
-        """Other hooks, or other limits, from the next start on."""
-        self._hooks = hooks
-        self._limit_s = limit_s
-        self._limits_s = limits_s
+        """Other hooks, or other limits: at once, or after the demotion that is owed."""
+        self._next_hooks = _Hooks(hooks, limit_s, limits_s)
+        if not self.keeps_hooks:
+            self._hooks = self._next_hooks
+
+    @property
+    def keeps_hooks(self) -> bool:
+        """Whether a demotion is owed, so that other hooks have to wait."""
+        return self.completed is not Role.SECONDARY or self.wanted is not Role.SECONDARY
 
     @property
     def settled(self) -> bool:
@@ -121,7 +135,7 @@ class Executor:
         role, self._running = self._running.role, None
         if role is Role.SECONDARY:
             if ok and self.wanted is Role.SECONDARY:
-                self.completed = role
+                self._complete(role)
             elif self._facts is not None:
                 self._retry_at = now + RETRY_SHARE * self._facts.limit_s
         elif ok and self.wanted is not Role.SECONDARY:
@@ -135,10 +149,10 @@ class Executor:
             return self._limit(self._running, now)
         effects: list[Effect] = []
         while (role := self._next_role(now)) is not None:
-            if role in self._hooks:
+            if role in self._hooks.roles:
                 effects.append(self._start(role, now))
                 break
-            self.completed = role
+            self._complete(role)
         if now >= self.by - self._grace_s:
             self._retry_at = self.by  # too late for another try
         return effects
@@ -164,13 +178,18 @@ class Executor:
             return None
         if self.wanted is Role.SECONDARY:
             in_time = self._retry_at <= now < self.by - self._grace_s
-            return Role.SECONDARY if in_time or Role.SECONDARY not in self._hooks else None
+            return Role.SECONDARY if in_time or Role.SECONDARY not in self._hooks.roles else None
         return Role.PENDING_PRIMARY if self.completed is Role.SECONDARY else Role.PRIMARY
+
+    def _complete(self, role: Role) -> None:
+        self.completed = role
+        if role is Role.SECONDARY:
+            self._hooks = self._next_hooks
 
     def _start(self, role: Role, now: float) -> StartHook:
         assert self._facts is not None  # noqa: S101 - nothing is wanted without facts
         self._runs += 1
-        limit_s = self._limits_s.get(role, self._limit_s)
+        limit_s = self._hooks.limits_s.get(role, self._hooks.limit_s)
         kill_at = self.by if role is Role.SECONDARY else now + limit_s
         term_at = max(now, kill_at - self._grace_s)
         self._running = _Run(self._runs, role, term_at, kill_at)

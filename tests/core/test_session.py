@@ -38,14 +38,8 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.session import (
-    MAX_CONFIRMATIONS,
-    MAX_IN_FLIGHT,
-    PROMOTE_SHARE,
-    Options,
-    Phase,
-    Session,
-)
+from agent.core.heartbeats import MAX_CONFIRMATIONS, MAX_IN_FLIGHT
+from agent.core.session import PROMOTE_SHARE, Options, Phase, Session
 from agent.core.timing import plan
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
@@ -56,6 +50,7 @@ LEASE_S = 10.0
 TIMING = plan(LEASE_S)  # R 6.5, D 2.5, M 1, beat and request timeout 6.5 / 3
 DATA = datetime(2026, 1, 1, tzinfo=UTC)
 NEVER = float("-inf")
+STORE, OTHER_STORE = "store-1", "store-2"
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,26 @@ class Told:
     epoch: int | None = 1
     revision: int | None = 5
     lease_s: float | None = LEASE_S
+    store_id: str | None = STORE
 
     def answer(self) -> HeartbeatAnswer:
-        return HeartbeatAnswer(self.role, DATA, self.epoch, self.revision, self.lease_s, "other")
+        return HeartbeatAnswer(
+            self.role, DATA, self.epoch, self.revision, self.lease_s, "other", self.store_id
+        )
 
 
 def v1(role: Role) -> Told:
-    return Told(role, None, None, None)
+    return Told(role, None, None, None, None)
+
+
+def status(
+    primary: str | None,
+    pending: str | None,
+    epoch: int | None,
+    revision: int | None,
+    store_id: str | None = STORE,
+) -> StatusSeen:
+    return StatusSeen(GroupStatus(primary, pending, None, epoch, revision, store_id=store_id))
 
 
 class Bench:
@@ -124,16 +132,16 @@ class Bench:
 
     # -- stages of a life
 
-    def member(self) -> "Bench":
+    def member(self, *, v1_server: bool = False) -> "Bench":
         """Begun, demoted and joined; the first heartbeat is under way."""
         self.begin()
         if S in self.session.options.hooks:
             self.ends()
-        self.step(Joined(TIMING))
+        self.step(Joined(TIMING, None if v1_server else STORE))
         return self
 
     def pending(self, *, v1_server: bool = False) -> "Bench":
-        self.member().told(v1(W) if v1_server else Told(W, 0, 4))
+        self.member(v1_server=v1_server).told(v1(W) if v1_server else Told(W, 0, 4))
         assert self.session.role is W
         return self
 
@@ -296,7 +304,7 @@ def test_r3_a_primary_whose_tenure_has_ended_demotes_whatever_else_it_is_told(to
 def test_r3_a_status_neither_promotes_nor_extends() -> None:
     bench = Bench().member()
     bench.told(Told(S, 1, 4))
-    bench.step(StatusSeen(GroupStatus("me", None, None, 2, 9)))
+    bench.step(status("me", None, 2, 9))
     assert bench.session.role is S
     assert bench.session.renew_by == NEVER
 
@@ -400,17 +408,21 @@ def test_r5_a_graceful_stop_demotes_then_releases_then_leaves_then_exits() -> No
 def test_r5_no_heartbeat_is_sent_after_a_stop() -> None:
     bench = Bench(hooks={S}).primary()
     bench.step(Stop())
+    stopped = len(bench.log)
     bench.ends()
-    bench.step(Tick(), after_s=LEASE_S)
-    bench.step(Released())
-    assert SendBeat not in kinds(bench.log[-4:])
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert SendBeat not in kinds(bench.log[stopped:])
     assert bench.session.wake_at == float("inf")
 
 
 @pytest.mark.parametrize("stage", ["joining", "member"])
 def test_r5_a_secondary_that_stops_leaves_and_exits(stage: str) -> None:
     bench = Bench()
-    bench.begin() if stage == "joining" else bench.member()
+    if stage == "joining":
+        bench.begin()
+    else:
+        bench.member().told(Told(S))
     assert kinds(bench.step(Stop())) == [Leave]
     assert bench.step(Left()) == [Exit(ExitCode.OK)]
 
@@ -646,27 +658,27 @@ def test_news_in_the_status_make_a_pending_primary_ask_again() -> None:
     bench = Bench().member()
     for _ in range(30):
         bench.told(Told(W, 0, 4))
-    status = GroupStatus(None, "me", None, 0, 5)
-    assert kinds(bench.step(StatusSeen(status))) == [SendBeat]
-    assert bench.step(StatusSeen(status)) == []
+    news = status(None, "me", 0, 5)
+    assert kinds(bench.step(news)) == [SendBeat]
+    assert bench.step(news) == []
     assert kinds(bench.told(Told(W, 0, 5))) == [SendBeat]
 
 
 def test_a_secondary_that_is_not_meant_does_not_ask_at_news() -> None:
     bench = Bench().member()
     bench.told(Told(S, 0, 4))
-    assert bench.step(StatusSeen(GroupStatus(None, "other", None, 0, 5))) == []
+    assert bench.step(status(None, "other", 0, 5)) == []
 
 
 def test_a_status_that_names_another_primary_demotes() -> None:
     bench = Bench().primary()
-    effects = bench.step(StatusSeen(GroupStatus("other", None, None, 2, 9)))
+    effects = bench.step(status("other", None, 2, 9))
     assert kinds(effects)[:2] == [(Publish, S), Release]
 
 
 def test_an_old_status_changes_nothing() -> None:
     bench = Bench().primary()
-    assert bench.step(StatusSeen(GroupStatus("other", None, None, 1, 4))) == []
+    assert bench.step(status("other", None, 1, 4)) == []
     assert bench.session.role is P
 
 
@@ -711,7 +723,7 @@ def test_a_session_that_is_gone_joins_again_and_keeps_its_lease() -> None:
     bench.wake()
     assert kinds(bench.fails(Failure.GONE)) == [Join]
     assert bench.session.role is P
-    assert kinds(bench.step(Joined(TIMING))) == [SendBeat]
+    assert kinds(bench.step(Joined(TIMING, STORE))) == [SendBeat]
     bench.told(Told(P, 1, 1))
     assert bench.session.renew_by == bench.now + TIMING.renew_s
 
@@ -720,13 +732,13 @@ def test_a_server_that_registers_and_forgets_is_not_asked_without_a_pause() -> N
     """404 to each heartbeat and 200 to each join would be a loop without delay."""
     bench = Bench().member()
     bench.fails(Failure.GONE)
-    bench.step(Joined(TIMING))
+    bench.step(Joined(TIMING, STORE))
     began_at = bench.now
     for _ in range(20):
         if SendBeat not in kinds(bench.log[-1:]):
             bench.wake()
         bench.fails(Failure.GONE)
-        bench.step(Joined(TIMING))
+        bench.step(Joined(TIMING, STORE))
     assert bench.now - began_at > TIMING.renew_s
 
 
@@ -750,7 +762,7 @@ def test_the_servers_timeout_is_adopted() -> None:
     bench = Bench()
     bench.begin()
     longer = plan(2 * LEASE_S)
-    bench.step(Joined(longer))
+    bench.step(Joined(longer, STORE))
     assert bench.session.timing == longer
     bench.told(replace(Told(P), lease_s=2 * LEASE_S))
     assert bench.session.renew_by == bench.now + longer.renew_s
@@ -765,7 +777,7 @@ def test_an_answer_with_another_timeout_extends_nothing_and_joins_again() -> Non
 
 
 def test_a_plain_v1_server_is_enough_for_a_whole_life() -> None:
-    bench = Bench(hooks={P, S}).member()
+    bench = Bench(hooks={P, S}).member(v1_server=True)
     assert kinds(bench.told(v1(W))) == [(Publish, W), SendBeat]
     assert kinds(bench.told(v1(P))) == [(StartHook, P)]
     bench.ends()
