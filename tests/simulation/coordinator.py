@@ -182,7 +182,10 @@ class CoordinatorHost:
     def create(self) -> None:
         """As a join does: the group is made anew, and goes on with the epochs of the deleted one."""
         self.deleted = False
-        self.keep(GroupRecord(self.disk.config, epoch=self.state.record.epoch))
+        epoch = group.epoch_after_deletion(self.state.record.epoch)
+        if epoch < self.newest_epoch:  # nothing but a wrong heartbeat can have brought that about
+            self.newest_epoch, self.holders = epoch, {}
+        self.keep(GroupRecord(self.disk.config, epoch=epoch))
         self.state = self.world.core.awaken(self.disk, self.instant())
 
     def written(self, life: int, decision: Decision, reply: Callable[[Any], None]) -> None:

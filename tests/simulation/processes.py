@@ -20,6 +20,9 @@ from .defects import Defect
 if TYPE_CHECKING:
     from .host import AgentHost
 
+STARTERS = frozenset({"starter", "late", "escaped"})
+"""Children that may start the workload: only the hook ``primary`` may have them at all."""
+
 POLL_S = 0.005
 """How often what was killed is looked for."""
 
@@ -137,7 +140,7 @@ class Processes:
     def _bear(self, hook: Hook) -> None:
         natures = self.nature.children
         nature = self.world.chance.choice(natures) if len(natures) > 1 else natures[0]
-        if nature == "none":
+        if nature == "none" or (hook.role is not Role.PRIMARY and nature in STARTERS):
             return
         child = Child(nature)
         hook.children.append(child)
