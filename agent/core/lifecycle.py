@@ -88,10 +88,15 @@ class LifeCycle(LeaseHolder):
     def _may_beat(self) -> bool:
         return self.phase is Phase.MEMBER and not self._demoting and self._unfit is None
 
-    def _accepts_role(self, now: float) -> bool:
-        """Whether this session would take a role that it is given now (R8, R9)."""
-        may = self.phase in {Phase.JOINING, Phase.MEMBER} and self._stop is None
-        return may and not self._unfit and now >= max(self._cooldown.until, self._accept_at)
+    def _refusal(self, now: float) -> str | None:
+        """Why this session would not take a role that it is given now, or None (R8, R9)."""
+        if self._stop is not None:
+            return self._stop.reason
+        if self._unfit is not None:
+            return f"unfit: {self._unfit}"
+        if self.phase not in {Phase.JOINING, Phase.MEMBER} or now < self._cooldown.until:
+            return self._reason
+        return "registered again" if now < self._accept_at else None
 
     def _rejoin(self, turn: Turn, effects: list[Effect]) -> None:
         self._turn(turn)
@@ -167,7 +172,7 @@ class LifeCycle(LeaseHolder):
         if self._starting:
             self._started(now, effects)
         elif held and self.tenure is not None and self.store_id is not None:
-            self._release(self.tenure, now, effects)
+            self._release(self.tenure, self._reason, now, effects)
         elif cools_down and self.phase is Phase.MEMBER:
             # Not before it is known to have left: an overtaking DELETE would end the next tenure.
             self._cool_until = float("inf")
@@ -191,8 +196,9 @@ class LifeCycle(LeaseHolder):
 
     def _move_on(self, now: float, effects: list[Effect]) -> None:
         """What the phase waited for may have come."""
-        if self.role is Role.SECONDARY and not self._demoting and not self._accepts_role(now):
-            self._release_unused(now, effects)
+        refusal = self._refusal(now)
+        if refusal is not None and self.role is Role.SECONDARY and not self._demoting:
+            self._release_unused(refusal, now, effects)
         if self.phase is Phase.RETURNING and (not self._releases or now >= self._wait_by):
             self._turn(Turn.FORMER_RELEASED)
             self._join(effects)
@@ -229,13 +235,13 @@ class LifeCycle(LeaseHolder):
         if epoch is not None and self.store_id is not None and not taken:
             self._unused = epoch if epoch > self._given_up else None
 
-    def _release_unused(self, now: float, effects: list[Effect]) -> None:
+    def _release_unused(self, reason: str, now: float, effects: list[Effect]) -> None:
         """Release what this session does not take: its holder would keep the role from all (R8)."""
         epoch, self._unused = self._unused, None
         if epoch is not None:
-            self._release(epoch, now, effects)
+            self._release(epoch, reason, now, effects)
 
-    def _release(self, epoch: int, now: float, effects: list[Effect]) -> None:
+    def _release(self, epoch: int, reason: str, now: float, effects: list[Effect]) -> None:
         if self._releases and epoch == self._given_up:
             return  # under way
         self._given_up = max(self._given_up, epoch)
@@ -244,7 +250,7 @@ class LifeCycle(LeaseHolder):
             self._wait_longer(now)
         stop_s = HELD_OFF_AT_STOP * self.timing.lease_s if self._stop is not None else 0.0
         hold_off_s = max(stop_s, self._cooldown.until - now)
-        effects.append(Release(epoch, self._reason, hold_off_s))
+        effects.append(Release(epoch, reason, hold_off_s))
 
     def _leave(self, turn: Turn, effects: list[Effect]) -> None:
         self._turn(turn)

@@ -215,10 +215,9 @@ class Session(LifeCycle):
         if self._executor.wanted is Role.PRIMARY:
             self._demote(Cause.TOLD, "the tenure has ended, told PendingPrimary", now, effects)
             return
-        if not self._accepts_role(now):
+        if self._refusal(now) is not None:
             return
         self._extend(sent_at)
-        self._failure = None
         self.last_data = answer.last_data
         self._heartbeats.confirm(now)
         if self.role is Role.SECONDARY and now < self.renew_by:
@@ -230,22 +229,25 @@ class Session(LifeCycle):
         self._heartbeats.confirmations = 0
         epoch = answer.epoch
         if epoch is not None and epoch <= self._given_up:
-            self._release(epoch, now, effects)  # the coordinator has not heard of it (R8)
-            return
-        if self._executor.wanted is Role.PRIMARY and epoch != self.tenure:
-            self._demote(Cause.TOLD, "the tenure has ended, another was given", now, effects)
-            return
-        if self._executor.wanted is not Role.PRIMARY:
-            if not self._accepts_role(now):
-                return
-            if sent_at + self.timing.renew_s - now < PROMOTE_SHARE * self.timing.renew_s:
-                self._release_unused(now, effects)
-                return
-            self._unused = None
-            self.last_data = answer.last_data
-            self._extend(sent_at)
-            self._promote(epoch, now, effects)
-        self._extend(sent_at)
+            # The coordinator has not heard of it (R8).
+            self._release(epoch, self._reason, now, effects)
+        elif self._executor.wanted is Role.PRIMARY:
+            if epoch == self.tenure:
+                self._extend(sent_at)
+            else:
+                self._demote(Cause.TOLD, "the tenure has ended, another was given", now, effects)
+        elif self._refusal(now) is None:
+            left_s = sent_at + self.timing.renew_s - now
+            if left_s >= PROMOTE_SHARE * self.timing.renew_s:
+                self._unused = None
+                self.last_data = answer.last_data
+                self._extend(sent_at)
+                self._promote(epoch, now, effects)
+            elif self.role is Role.SECONDARY:
+                self._release_unused("too little of the lease is left", now, effects)
+
+    def _extend(self, sent_at: float) -> None:
+        super()._extend(sent_at)
         self._failure = None
 
     def _beat_failed(self, event: BeatFailed, now: float, effects: list[Effect]) -> None:
@@ -276,6 +278,8 @@ class Session(LifeCycle):
             self.previous_primary = status.primary
         if not self._knowledge.is_fresh(status.epoch, status.revision):
             return
+        if status.primary == me:
+            self._note_tenure(status.epoch)  # the answer that gave it may be lost
         holds = self._executor.wanted is Role.PRIMARY
         prepares = self.role is Role.PENDING_PRIMARY and not holds
         news = self._knowledge.is_news(status, me, holds=holds, prepares=prepares)

@@ -3,6 +3,7 @@
 Pure arithmetic on settings and timing.
 """
 
+from agent.core.lifecycle import PATIENCE
 from agent.core.timing import Timing
 from agent.settings import AgentSettings
 
@@ -17,10 +18,10 @@ def longest_stop_s(settings: AgentSettings, timing: Timing) -> float:
     """Seconds from SIGTERM to the exit, at most.
 
     A demotion ends by R + D from the last renewal (R4); while the agent starts, it has the hooks'
-    limit (R6). Then the role is given back, the session deleted (R5), ``left`` told; or, if the
-    demotion failed, the fence command runs.
+    limit (R6). Then heartbeats under way are answered, the role is released, the session deleted
+    (R5), and ``left`` runs; or, if the demotion failed, the fence command runs.
     """
     demotion_s = max(timing.renew_s + timing.demote_s, settings.hook_limit)
-    leaving_s = 2 * timing.request_timeout_s + LEFT_S
+    leaving_s = (1 + 2 * PATIENCE) * timing.request_timeout_s + LEFT_S
     fencing_s = settings.hook_limit if settings.fence_command else 0.0
     return demotion_s + max(leaving_s, fencing_s) + CLOSING_S
