@@ -112,7 +112,8 @@ class CoordinatorHost:
             self.restore(copy)
 
     def restore(self, copy: GroupRecord) -> None:
-        self.lost_epoch = max(self.lost_epoch, self.newest_epoch)
+        if not self.world.forgets:  # without epochs nobody can hear of them
+            self.lost_epoch = max(self.lost_epoch, self.newest_epoch)
         self.disk, self.newest_epoch = copy, copy.epoch
         self.deleted = False
         self.restored_at = self.world.now
@@ -219,8 +220,7 @@ class CoordinatorHost:
             ended = f"ended: {entry.why_ended}" if entry.until else f"began: {entry.why_started}"
             self.world.say(self.name, f"tenure {entry.epoch} of {entry.session_id} {ended}")
             if entry.until is None and entry.epoch <= self.lost_epoch:
-                void_until = self.restored_at + 1.02 * self.world.lease_s
-                self.world.void_until = max(self.world.void_until, void_until)
+                self.world.void(self)
         if record.pending != before.pending and record.pending is not None:
             self.world.say(self.name, f"chooses {record.pending}")
         reply(decision.answer)

@@ -123,6 +123,8 @@ class Guard:
     def _lost(self, number: int) -> None:
         """Its agent has noticed, kills what is left, and starts another one."""
         self.up, self.due = False, None
+        if not self.host.works:  # two faults at once
+            self.host.orphaned = self.host.runs.active
         self.host.mark("guard", "the guard has ended")
         wait_s = max(RETRY_S, self.started_at + RESTART_S - self.world.now)
         self.world.after(wait_s, self._again, number, self.host.life)

@@ -117,6 +117,8 @@ class AgentHost:
         self.restart_after_s: float | None = None
         self.exits: list[ExitCode] = []
         self.unfitness: dict[str, str] = {}
+        self.registrations = 0
+        """Of this process."""
         self.failing_starts = 0
         self.stops_confirming = False
         """It is asked to stop right after the next heartbeat by which it confirms."""
@@ -176,7 +178,7 @@ class AgentHost:
         self.up = True
         self.frozen = self.agent_frozen = self.blocked = self.doomed = self.stale = False
         self.life += 1
-        self.endpoint = 0
+        self.endpoint = self.registrations = 0
         self.backlog.clear()
         self.dying.clear()
         self.unfitness.clear()
@@ -437,10 +439,12 @@ class AgentHost:
                 self.world.broken(f"{self.name} promoted without a lease")
             self.stale = False
             self.state_file.owes_demotion = True
+            if self.world.forgets and self.registrations == 1:  # a new process has heard of nothing
+                self.world.void(self.coordinator)
             if facts.epoch is not None:
                 self.tenure = (facts.epoch, self.instance)
                 self.state_file.unreleased = FormerTenure(*self.tenure)
-                self.coordinator.check_epoch(facts.epoch, self.instance)
+                self.world.check_epoch(self.session.store_id, facts.epoch, self.instance)
         self.runs.start(effect.run, facts)
 
     def run_ended(self, event: HookEnded) -> None:
@@ -607,6 +611,7 @@ class AgentHost:
                 done.append(True)
                 store_id = None if self.world.plain_v1 else coordinator.store_id
                 if self.session.accepts_store(store_id):
+                    self.registrations += 1
                     self.state_file.store_id = store_id
                     self.tell(Joined(self.world.timing, store_id), life)
                 else:

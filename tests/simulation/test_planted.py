@@ -6,7 +6,7 @@ without it. The plan that was found is then lived through unplanted.
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,25 @@ from hypothesis import Phase as SearchPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.session import Session
+from agent.core.effects import Effect
+from agent.core.events import Event
+from agent.core.group import decide
+from agent.core.group_state import (
+    Beat,
+    Decision,
+    GroupState,
+    Input,
+    Policy,
+    ReleaseRole,
+    awaken,
+)
+from agent.core.session import Options, Session
+from agent.model import GroupRecord, Instant
 
 from .coordinator import REAL, Core
 from .defects import Defect
 from .schedule import Plan
-from .search import LONG, live_on, live_through, plans
+from .search import LONG, live_on, live_through, plans, stop_in_order
 from .test_scenarios import played
 from .world import BrokenPromiseError
 
@@ -33,6 +46,54 @@ class AcceptsAnyStore(Session):
 
     def accepts_store(self, store_id: str | None) -> bool:
         return True
+
+
+class TakesTheDemotionAway(Session):
+    """Fault 6: other hooks are in force at once, also for the tenure that is held."""
+
+    def reconfigure(self, options: Options) -> None:
+        super().reconfigure(options)
+        self._executor._hooks = self._executor._next_hooks
+
+
+class AcceptsAfterAnyRegistration(Session):
+    """Fault 10: a role is taken at once from a plain v1 server that had forgotten everything."""
+
+    def step(self, event: Event, now: float) -> tuple[Effect, ...]:
+        self._accept_at = float("-inf")
+        return super().step(event, now)
+
+
+class KeepsWhatItDoesNotUse(Session):
+    """Fault 17: a role that is given on the way out is not released, but waited for."""
+
+    def _note_tenure(self, epoch: int | None) -> None:
+        if self._stop is None:
+            super()._note_tenure(epoch)
+
+
+def forgets_quiet_times(record: GroupRecord, now: Instant) -> GroupState:
+    """Fault 4: a quiet time does not outlive a restart."""
+    return awaken(replace(record, quiet=False), now)
+
+
+def takes_releases_of_anybody(
+    state: GroupState, what: Input, now: Instant, policy: Policy
+) -> Decision:
+    """Fault 8: a release counts if it names the epoch, whoever sends it."""
+    if isinstance(what, ReleaseRole) and state.record.holder is not None:
+        what = replace(what, instance=state.record.holder.instance)
+    return decide(state, what, now, policy)
+
+
+def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
+    """Fault 15: a heartbeat lifts the epoch however far it likes."""
+    seen = what.seen_epoch if isinstance(what, Beat) else None
+    if seen is not None and seen > state.record.epoch:
+        record = replace(state.record, epoch=seen, holder=None, quiet=True)
+        quiet_until = now.mono + record.config.lease_s
+        state = GroupState(record, replace(state.live, quiet_until=quiet_until))
+    return decide(state, what, now, policy)
 
 
 @dataclass(frozen=True)
@@ -81,6 +142,25 @@ PLANTED = {
     "5 starts before it demotes": of_daemon(
         Defect.STARTS_BEFORE_IT_DEMOTES, scenarios=("start_fails",)
     ),
+    "4 forgets quiet times": Planted(
+        core=replace(REAL, awaken=forgets_quiet_times), scenarios=("restored_data",)
+    ),
+    "6 takes the demotion away": Planted(
+        session=TakesTheDemotionAway, scenarios=("reload_without_demotion_hook",)
+    ),
+    "8 takes releases of anybody": Planted(
+        core=replace(REAL, decide=takes_releases_of_anybody), scenarios=("stranger_releases",)
+    ),
+    "10 accepts after any registration": Planted(
+        session=AcceptsAfterAnyRegistration,
+        scenarios=("forgetful_v1_server",),
+        schedules=plans(plain_v1=True),
+    ),
+    "15 takes any epoch": Planted(
+        core=replace(REAL, decide=takes_any_epoch),
+        scenarios=("stranger_teaches_an_epoch",),
+        lives_on=True,
+    ),
     "7 reads by position": of_daemon(Defect.READS_BY_POSITION, scenarios=("reload_after_upgrade",)),
     "9 accepts any store": Planted(
         session=AcceptsAnyStore, scenarios=("two_stores",), schedules=plans(stores=2)
@@ -120,6 +200,20 @@ def test_a_search_finds_a_planted_fault(planted: Planted) -> None:
     plan = find(planted.schedules, planted.live)
     assert plan is not None
     planted.live(plan, planted=False)
+
+
+def test_a_search_finds_a_role_that_is_kept_on_the_way_out() -> None:
+    """Fault 17, by stops in order."""
+    seeds = st.builds(
+        Plan,
+        seed=st.integers(0, 2**32 - 1),
+        agents=st.just(3),
+        spread_s=st.just(0.02),
+        restart_share=st.none(),
+    )
+    plan = find(seeds, lambda plan: stop_in_order(plan, KeepsWhatItDoesNotUse))
+    assert plan is not None
+    stop_in_order(plan)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,17 @@ class World:
         if len(active) > 1 and self.now >= self.void_until:
             self.broken(f"active at once: {active}")
 
+    def void(self, coordinator: "CoordinatorHost") -> None:
+        """A member that had not heard of a lease came first after the data with it were lost."""
+        void_until = coordinator.restored_at + 1.02 * self.lease_s
+        self.void_until = max(self.void_until, void_until)
+
+    def check_epoch(self, store_id: str | None, epoch: int, instance: str) -> None:
+        """One process for each epoch of a store (R15)."""
+        for coordinator in self.coordinators:
+            if coordinator.store_id == store_id:
+                coordinator.check_epoch(epoch, instance)
+
     def primary(self) -> str | None:
         """Who is Primary, and works."""
         for agent in self.agents.values():
