@@ -14,6 +14,13 @@ from typing import Any, NamedTuple
 
 TICKS_PER_SECOND = 10_000_000
 
+MAX_EPOCH = 2**53 - 1
+"""The largest integer that every JSON reader keeps exactly (RFC 8259, section 6)."""
+
+LONGEST_HOLD_OFF_S = 86_400.0
+"""The longest hold-off of a release: a day outlasts every repair that somebody is waiting for, and a
+member that asked for more would be forgotten rather than spared."""
+
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -113,18 +120,37 @@ class SessionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldOff:
+    """A session asked not to be chosen for a time.
+
+    Attributes:
+        until: when it ends (wall clock). Only a restart reads this.
+        length_s: the whole of it: what is left after a restart is not more, whatever the wall
+            clock says.
+    """
+
+    until: datetime
+    length_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class SessionRecord:
     """The durable part of a session.
 
     Attributes:
         override_until: when the override ends (wall clock), or None for never.
         override_order: grows with each override that is set in the group; the highest one wins.
+        hold_off: it is not chosen before this has passed.
+        has_to_see: the epoch of a tenure that it held without ever receiving our answers, or None.
+            It is not chosen until its heartbeats carry this epoch.
     """
 
     config: SessionConfig
     override: RoleOverride = RoleOverride.OFF
     override_until: datetime | None = None
     override_order: int = 0
+    hold_off: HoldOff | None = None
+    has_to_see: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +184,10 @@ class GroupRecord:
         previous: the session of the tenure before, or None.
         last_data: what the next holder is told: the last LastDataProcessedTime of the tenures before.
         acl: the group's own access-control list, or None for its namespace's.
+        quiet: a client has seen a newer epoch than this record had, so a lease may exist that it does
+            not know. No tenure begins for one full L; a restart begins that L anew.
+        ended: the last tenure, if it ended without a release: the hold-off of a release that comes
+            late still counts, once.
     """
 
     config: GroupConfig
@@ -169,6 +199,8 @@ class GroupRecord:
     previous: str | None = None
     last_data: datetime | None = None
     acl: AccessList | None = None
+    quiet: bool = False
+    ended: Tenure | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -486,7 +486,7 @@ ROUTES: tuple[Route, ...] = (
         (Result(200, "The role from now on", shapes.HeartbeatResponse),),
         right=Right.WRITE,
         body=shapes.HeartbeatRequest,
-        refusals=(404, 429),
+        refusals=(404, 409, 429),
     ),
     Route(
         "POST",

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 from agent.coordinator.journal import log_role_changes, names_of
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
-from agent.core.group import decide
+from agent.core.group import decide, epoch_after_deletion
 from agent.core.group_state import (
     Decision,
     GroupState,
@@ -246,7 +246,8 @@ class Engine:
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
         """Whether it was this that created the group; else it is what the store has."""
         # Who remembers the epochs of a deleted group of this name must not take the new one's for old.
-        record = GroupRecord(config, epoch=await self.read(self._store.retired_epoch(key)))
+        retired = await self.read(self._store.retired_epoch(key))
+        record = GroupRecord(config, epoch=epoch_after_deletion(retired))
         try:
             version = await self.write(self._store.create(key, record))
         except CasMismatch:  # an earlier attempt whose outcome was never known did succeed
@@ -437,8 +438,10 @@ def answer_readers(group: Group, revision: float = inf) -> None:
 
 def _only_progress(before: GroupState, after: GroupState) -> bool:
     """Whether a KeepProgress did nothing else: what was due by the way decides something."""
-    return after.record.revision == before.record.revision and (
-        after.record.sessions is before.record.sessions
+    return (
+        after.record.revision == before.record.revision
+        and after.record.sessions is before.record.sessions
+        and after.record.quiet == before.record.quiet
     )
 
 

@@ -27,7 +27,8 @@ MEANINGS = {
     413: "The body is too long.",
     415: "The body is not JSON in UTF-8.",
     429: "The heartbeat came too soon after the last.",
-    503: "Nothing can be made durable now, or the coordinator is stopping. Nothing was changed.",
+    503: "Nothing can be made durable now, the coordinator is stopping, or too many status reads wait"
+    " already. Nothing was changed.",
 }
 
 SECURITY = {

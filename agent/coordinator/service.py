@@ -21,7 +21,7 @@ from agent.core.group_state import (
     status_of,
     view_of,
 )
-from agent.errors import Conflict, StoreError
+from agent.errors import Conflict, StoreError, Unavailable
 from agent.model import (
     AccessList,
     GroupConfig,
@@ -35,7 +35,11 @@ from agent.model import (
 )
 
 MAX_READERS = 10_000
-"""Status reads that may wait at once, some kilobytes each; whoever comes beyond is answered at once."""
+"""Status reads that may wait at once, some kilobytes each. Further ones are refused."""
+
+READERS_RETRY_S = 5.0
+"""When a refused reader should try again: readers come and go within seconds, and a read at once in a
+loop would cost more than the wait that was refused."""
 
 LONGEST_WAIT_S = 300.0
 """The longest that a status read waits: proxies and NATs forget a silent connection after minutes."""
@@ -181,20 +185,25 @@ class Coordinator:
     async def wait_status(self, key: GroupKey, after: int, wait_s: float) -> GroupStatus:
         """The status as soon as its revision is past ``after``, or after ``wait_s`` seconds.
 
-        Answered at once if MAX_READERS wait already, and when the coordinator stops. Longer waits
-        than LONGEST_WAIT_S end there.
+        Answered at once when the coordinator stops. Longer waits than LONGEST_WAIT_S end there.
 
         Raises:
             NotFound: there is no such group, or it was deleted during the wait.
+            Unavailable: MAX_READERS wait already.
         """
         group = self._engine.find(key)
         if (
             group.state.record.revision != after  # a higher one is of another life of this group
             or wait_s <= 0
             or self._engine.stopping
-            or self._waiting >= MAX_READERS
         ):
             return self._status_of(group)
+        if self._waiting >= MAX_READERS:
+            raise Unavailable(
+                f"{self._waiting} status reads wait already, the most that this coordinator allows.",
+                "Try again after Retry-After, or read the status without after.",
+                retry_after_s=READERS_RETRY_S,
+            )
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         group.readers[changed] = after
         self._waiting += 1

@@ -12,11 +12,13 @@ from datetime import datetime
 from agent.errors import NotFound
 from agent.model import (
     EMPTY,
+    MAX_EPOCH,
     AccessList,
     GroupRecord,
     GroupStatus,
     HeartbeatAnswer,
     HistoryEntry,
+    HoldOff,
     Instant,
     Role,
     RoleOverride,
@@ -50,9 +52,7 @@ class Contact:
         posted_at: when a heartbeat last came, or None.
         told_revision: the group's revision in the last answer, or None.
         passed_over: it did not confirm, or gave the role back; its next heartbeat forgives that.
-        hold_off_until: it asked not to be chosen before then.
-        has_to_see: an epoch whose tenure it held without hearing of it, or None. Until its heartbeats
-            say that it has seen it, our answers do not reach it, and it is not chosen.
+        hold_off_until: it asked not to be chosen before then; kept in the record, too.
     """
 
     heard_at: float
@@ -63,7 +63,6 @@ class Contact:
     told_revision: int | None = None
     passed_over: bool = False
     hold_off_until: float = float("-inf")
-    has_to_see: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,8 @@ class Live:
         lease_until: end of the holder's lease; meaningless without a holder.
         held_since: when the tenure began, as far as this run knows.
         confirm_by: when the pending session is passed over.
-        quiet_until: no tenure begins before then (see ``_learn_epoch``).
+        quiet_until: when the quiet time of the record ends; meaningless without one.
+        holder_hears: a heartbeat of the holder has carried its epoch, so our answers reach it.
         last_data: the newest LastDataProcessedTime of this tenure.
     """
 
@@ -83,6 +83,7 @@ class Live:
     held_since: float = float("-inf")
     confirm_by: float = float("-inf")
     quiet_until: float = float("-inf")
+    holder_hears: bool = False
     last_data: datetime | None = None
 
 
@@ -130,7 +131,11 @@ class SetOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseRole:
-    """The holder has demoted; the next one may be promoted now. From another instance it is ignored."""
+    """The holder has demoted; the next one may be promoted now.
+
+    It counts only if session, epoch and instance are those of the tenure, and so does its hold-off,
+    which counts also if that tenure has just ended by itself.
+    """
 
     session_id: str
     epoch: int
@@ -192,19 +197,39 @@ class Decision:
 
 
 def awaken(record: GroupRecord, now: Instant) -> GroupState:
-    """A group as it stands after a restart: every session has one full L (R14)."""
-    contacts = {session_id: Contact(heard_at=now.mono) for session_id in record.sessions}
+    """A group as it stands after a restart (R14).
+
+    Every session has one full L, a quiet time begins anew, and a hold-off goes on.
+    """
+    if record.epoch > MAX_EPOCH:  # version 0.1.0 could be taught this; no answer can carry it
+        record = replace(record, epoch=MAX_EPOCH, holder=None)
+    lease_s = record.config.lease_s
+    contacts = {
+        session_id: Contact(
+            heard_at=now.mono, hold_off_until=_hold_off_until(session.hold_off, now)
+        )
+        for session_id, session in record.sessions.items()
+    }
     live = Live(contacts=contacts)
+    if record.quiet:
+        live = replace(live, quiet_until=now.mono + lease_s)
     if record.holder is not None:
         live = replace(
             live,
-            lease_until=now.mono + record.config.lease_s,
+            lease_until=now.mono + lease_s,
             held_since=now.mono,
             last_data=record.holder.last_data,
         )
     if record.pending is not None:
-        live = replace(live, confirm_by=now.mono + record.config.lease_s)
+        live = replace(live, confirm_by=now.mono + lease_s * (2 if record.quiet else 1))
     return GroupState(record, live)
+
+
+def _hold_off_until(hold_off: HoldOff | None, now: Instant) -> float:
+    if hold_off is None:
+        return float("-inf")
+    left_s = (hold_off.until - now.wall).total_seconds()
+    return now.mono + min(max(0.0, left_s), hold_off.length_s)
 
 
 def excuse(state: GroupState, judged_at: float, now: Instant) -> GroupState:
@@ -224,7 +249,7 @@ def excuse(state: GroupState, judged_at: float, now: Instant) -> GroupState:
     if state.record.holder is not None and live.lease_until > judged_at:
         live = replace(live, lease_until=now.mono + lease_s)
     if state.record.pending is not None:
-        live = replace(live, confirm_by=now.mono + lease_s)
+        live = replace(live, confirm_by=max(live.confirm_by, now.mono + lease_s))
     return GroupState(state.record, live)
 
 

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from agent.model import (
+    LONGEST_HOLD_OFF_S,
     TICKS_PER_SECOND,
     GroupConfig,
     GroupStatus,
@@ -89,7 +90,8 @@ def release_body(
     last_data: datetime | None,
 ) -> bytes:
     """The body of a release of the tenure that ``instance`` held."""
-    hold_off = None if hold_off_s is None else round(hold_off_s * TICKS_PER_SECOND)
+    bounded_s = None if hold_off_s is None else min(hold_off_s, LONGEST_HOLD_OFF_S)
+    hold_off = None if bounded_s is None else round(bounded_s * TICKS_PER_SECOND)
     return _body(
         Epoch=epoch,
         Instance=instance,

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from agent import model
 from agent.model import TICKS_PER_SECOND, Role, RoleOverride
 
 E = TypeVar("E", Role, RoleOverride)
 
+MAX_EPOCH = model.MAX_EPOCH
+
 MAX_TICKS = 2**63 - 1
 """A .NET time-span is a signed 64-bit count of ticks: 10675199.02:48:05.4775807 at most."""
-
-MAX_EPOCH = 2**53 - 1
-"""The largest integer that every JSON reader keeps exactly (RFC 8259, section 6)."""
 
 LONGEST_PERIOD_TICKS = 2_000_000 * 86_400 * TICKS_PER_SECOND - 1
 """The end of a period is a date that can be written: 2000000 days end well before the year 9999."""

@@ -37,7 +37,7 @@ from pydantic_core import core_schema
 
 from agent import model
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
-from agent.model import TICKS_PER_SECOND, Right, Role, RoleOverride
+from agent.model import LONGEST_HOLD_OFF_S, TICKS_PER_SECOND, Right, Role, RoleOverride
 from agent.wire.scalars import (
     CLOCK,
     ISO_BODY,
@@ -131,7 +131,14 @@ _PERIOD_PATTERNS = (
     ISO_BODY,
 )
 _HOLD_OFF_SPAN = _Span(
-    "of 00:00:00 or longer, under 2000000 days", 0, LONGEST_PERIOD_TICKS, _PERIOD_PATTERNS
+    "from 00:00:00 to 1.00:00:00 (1 day)",
+    0,
+    round(LONGEST_HOLD_OFF_S * TICKS_PER_SECOND),
+    (
+        rf"(?:0\.)?{CLOCK}",
+        r"1\.00:00:00(?:\.0{1,7})?",
+        r"P(?:1D|T(?:(?:[0-9]|1[0-9]|2[0-4])H|[0-9]{1,3}M|[0-9]{1,4}S))",
+    ),
 )
 _EXPIRATION_SPAN = _Span(
     "longer than 00:00:00, under 2000000 days",
@@ -455,7 +462,8 @@ class HeartbeatRequest(_Shape):
     Epoch: Annotated[
         Count | None,
         Field(
-            description="An integer from 0 to 9007199254740991: the highest epoch the client saw."
+            description="An integer from 0 to 9007199254740991: the highest epoch the client saw,"
+            " at most 1000000 above the group's."
         ),
     ] = None
 

@@ -2,14 +2,17 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx2
 import pytest
 
+from agent.coordinator import service
 from agent.coordinator.api import Api
 from agent.coordinator.auth import Authenticator, Password, hash_password
 from agent.coordinator.calls import ROUTES
 from agent.coordinator.service import Coordinator
+from agent.model import GroupKey
 
 from .conftest import Stage
 
@@ -271,6 +274,77 @@ async def test_a_release_needs_no_waiting(stage: Stage, http: httpx2.AsyncClient
     history = await http.get("groups/g/history")
     assert history.headers["total-count"] == "2"
     assert history.json()[1]["WhyEnded"] == "stopping"
+
+
+async def test_a_release_by_another_process_frees_nothing(http: httpx2.AsyncClient) -> None:
+    """Fault 8: whoever may write can name the session and the epoch, but not the instance."""
+    await make(http, "a", "b")
+    await beat(http, "a", Instance="a1")
+    epoch = (await beat(http, "a", Instance="a1")).json()["Epoch"]
+    await beat(http, "b")
+    path = "groups/g/clientsessions/a/release"
+    for other in ({}, {"Instance": "b1"}):
+        answer = await http.post(path, json={"Epoch": epoch, "HoldOffPeriod": "1.00:00:00"} | other)
+        assert answer.status_code == 204
+        assert (await http.get("groups/g/status")).json()["Primary"] == "a"
+    assert (await http.post(path, json={"Epoch": epoch, "Instance": "a1"})).status_code == 204
+    assert (await beat(http, "b")).json()["Role"] == 1
+
+
+async def test_an_epoch_out_of_reach_is_400_and_the_group_goes_on(http: httpx2.AsyncClient) -> None:
+    """Fault 15."""
+    await make(http, "a", "b")
+    await beat(http, "a")
+    await beat(http, "a")
+    body = is_error(await beat(http, "b", Epoch=2**53 - 1), 400)
+    assert "Epoch is 9007199254740991: it must be at most 1000001" in str(body["Reason"])
+    status = (await http.get("groups/g/status")).json()
+    assert (status["Primary"], status["Epoch"]) == ("a", 1)
+
+
+async def test_a_deleted_group_with_an_unusable_epoch_is_usable_when_made_again(
+    stage: Stage, http: httpx2.AsyncClient
+) -> None:
+    """Fault 15: the epoch that version 0.1.0 was taught is not handed on."""
+    await make(http, "a")
+    key = GroupKey("default", "default", "g")
+    ((version, record),) = [(s.version, s.record) for s in (await stage.store.load()).values()]
+    await stage.store.swap(key, version, replace(record, epoch=2**53 - 1))
+    await stage.restart()
+    app = Api(stage.coordinator, stage.clock)
+    base = f"{HOST}/api/v1/clientfailover/"
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url=base) as again:
+        body = is_error(await beat(again, "a"), 409)
+        assert "Delete the group" in str(body["Resolution"])
+        await stage.run_for(2.1)
+        assert (await again.delete("groups/g")).status_code == 204
+        await make(again, "a")
+        await beat(again, "a")
+        assert (await beat(again, "a")).json()["Epoch"] == 1
+
+
+async def test_answers_carry_the_id_of_the_store(stage: Stage, http: httpx2.AsyncClient) -> None:
+    """Fault 9: by it a client tells two coordinators apart that know nothing of each other."""
+    await make(http, "a")
+    joined = await http.post("groups/g/clientsessions", json={"Id": "a"})
+    read = await http.get("groups/g/clientsessions/a")
+    revision = (await http.get("groups/g/status")).json()["Revision"]
+    waited = await http.get("groups/g/status", params={"after": revision, "wait": "00:00:00.01"})
+    answers = [joined, read, await beat(http, "a"), await http.get("groups/g/status"), waited]
+    assert {answer.json()["StoreId"] for answer in answers} == {stage.store.store_id}
+
+
+async def test_a_reader_beyond_the_limit_is_told_to_come_back_later(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 16: answered at once with what it knows, it would ask at once, for ever."""
+    monkeypatch.setattr(service, "MAX_READERS", 0)
+    await make(http, "a")
+    revision = (await http.get("groups/g/status")).json()["Revision"]
+    answer = await http.get("groups/g/status", params={"after": revision, "wait": "00:01:00"})
+    is_error(answer, 503)
+    assert answer.headers["retry-after"] == "5"
 
 
 async def test_a_blocking_status_read_hears_of_the_change(

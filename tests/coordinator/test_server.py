@@ -229,3 +229,31 @@ async def test_the_date_is_of_the_moment_of_the_answer() -> None:
             date = parsedate_to_datetime(dates[0]).timestamp()
             assert before <= date <= time.time()
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_restart_within_the_quiet_time_promotes_nobody_early(
+    serve: Serve, end: int
+) -> None:
+    """Fault 4: the data are older than the group, and somebody may hold a lease of L."""
+    lease_s = 4.0
+    process = serve()
+    async with client(process.url) as http:
+        await http.post("groups", json={"Id": "g", "FailoverTimeout": "00:00:04"})
+        await http.post("groups/g/clientsessions", json={"Id": "a"})
+        path = "groups/g/clientsessions/a/heartbeat"
+        store_id = (await http.get("groups/g/status")).json()["StoreId"]
+        learned_at = time.monotonic()
+        body = {"FailoverScore": 100, "Instance": "a1", "Epoch": 7}
+        assert (await http.post(path, json=body)).json()["Role"] != 1
+    process.process.send_signal(end)
+    await asyncio.to_thread(process.end)
+    process = serve()
+    restarted_at = time.monotonic()
+    assert restarted_at < learned_at + lease_s, "too slow to show anything"
+    async with client(process.url) as http:
+        while (answer := (await http.post(path, json=body)).json()).get("Role") != 1:
+            assert time.monotonic() < restarted_at + 5 * lease_s
+            await asyncio.sleep(0.25)
+    assert time.monotonic() > learned_at + lease_s
+    assert (answer["Epoch"], answer["StoreId"]) == (8, store_id)

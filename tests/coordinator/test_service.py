@@ -344,7 +344,10 @@ async def test_the_number_of_waiting_readers_is_bounded(
     await join(stage)
     first = asyncio.create_task(stage.coordinator.wait_status(KEY, newest(stage), 100))
     await stage.settle()
-    await asyncio.wait_for(stage.coordinator.wait_status(KEY, newest(stage), 100), 5)
+    with pytest.raises(Unavailable, match="1 status reads wait already") as refused:
+        await stage.coordinator.wait_status(KEY, newest(stage), 100)
+    assert refused.value.retry_after_s == service.READERS_RETRY_S
+    assert (await stage.coordinator.wait_status(KEY, 0, 100)).revision == newest(stage)
     assert not first.done()
     first.cancel()
     await stage.settle()

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.group import CONFIRM_SHARE, agrees, decide, minimum_interval_s, wake_at
+from agent.core.group import (
+    EPOCH_LEAP,
+    HIGHEST_TAUGHT_EPOCH,
+    agrees,
+    decide,
+    epoch_after_deletion,
+    minimum_interval_s,
+    wake_at,
+)
+from agent.core.group_draft import CONFIRM_SHARE
 from agent.core.group_state import (
     AddSession,
     Beat,
@@ -31,8 +40,10 @@ from agent.core.group_state import (
     status_of,
     view_of,
 )
-from agent.errors import Conflict, NotFound, TooSoon
+from agent.errors import Conflict, Invalid, NotFound, TooSoon
 from agent.model import (
+    LONGEST_HOLD_OFF_S,
+    MAX_EPOCH,
     AccessList,
     GroupConfig,
     GroupRecord,
@@ -42,6 +53,7 @@ from agent.model import (
     Role,
     RoleOverride,
     SessionConfig,
+    Tenure,
 )
 
 S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
@@ -88,6 +100,18 @@ class Bench:
         answer = self.do(Beat(session_id, score, **more), after_s=after_s).answer
         assert isinstance(answer, HeartbeatAnswer)
         return answer
+
+    def release(
+        self,
+        session_id: str,
+        epoch: int,
+        why: str = "released",
+        *,
+        after_s: float = 0.0,
+        **more: Any,
+    ) -> Decision:
+        more.setdefault("instance", f"{session_id}#1")
+        return self.do(ReleaseRole(session_id, epoch, why=why, **more), after_s=after_s)
 
     def promote(self, session_id: str, score: float = 100.0, **more: Any) -> HeartbeatAnswer:
         """Beat until it is primary: once if it is chosen already, else twice."""
@@ -181,7 +205,13 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.sampled_from(RoleOverride),
         st.none() | st.integers(0, 60).map(lambda s: data(1000 + s)),
     ),
-    st.builds(ReleaseRole, st.sampled_from("abcx"), st.integers(0, 9), hold_off_s=st.floats(0, 20)),
+    st.builds(
+        ReleaseRole,
+        st.sampled_from("abcx"),
+        st.integers(0, 9),
+        st.none() | st.sampled_from(["1", "2"]),
+        hold_off_s=st.floats(0, 20),
+    ),
     st.sampled_from([Tick(), KeepProgress(), RemoveGroup(), SetAccess(AccessList())]),
 )
 
@@ -392,7 +422,7 @@ def test_r16_a_pending_session_is_primary_by_its_next_heartbeat_after_a_release(
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
-    bench.do(ReleaseRole("a", 1))
+    bench.release("a", 1)
     assert bench.beat("b", 60).role is P
 
 
@@ -422,7 +452,7 @@ def test_r16_the_bound_runs_from_the_end_of_the_lease() -> None:
     bench.beat("b", 60)
     lease_until = bench.state.live.lease_until
     assert bench.state.live.confirm_by == lease_until + CONFIRM_SHARE * LEASE_S
-    bench.do(ReleaseRole("a", 1), after_s=1)
+    bench.release("a", 1, after_s=1)
     assert bench.state.live.confirm_by == bench.mono + CONFIRM_SHARE * LEASE_S
 
 
@@ -480,7 +510,7 @@ def vacancy(**sessions: dict[str, Any]) -> Bench:
     record = replace(record, sessions={**record.sessions, **overridden})
     bench.state = replace(bench.state, record=record)
     bench.do(RemoveSession("z"))
-    bench.do(ReleaseRole("z", 1))
+    bench.release("z", 1)
     return bench
 
 
@@ -540,7 +570,7 @@ def test_r17_strict_v1_replaces_at_the_least_better_score() -> None:
 def test_r17_a_session_that_asked_not_to_be_chosen_is_not() -> None:
     bench = Bench("a")
     bench.promote("a")
-    bench.do(ReleaseRole("a", 1, hold_off_s=5.0))
+    bench.release("a", 1, hold_off_s=5.0)
     assert bench.wake == bench.mono + 5.0
     assert bench.beat("a", after_s=4.9).role is S
     bench.do(Tick(), after_s=0.1)
@@ -552,14 +582,14 @@ def test_r17_who_gave_the_role_back_is_asked_after_the_others() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
-    bench.do(ReleaseRole("a", 1, "no renewal for 6.5 s"))
+    bench.release("a", 1, "no renewal for 6.5 s")
     assert bench.pending == "b"
 
 
 def test_r17_who_gave_the_role_back_and_is_alone_is_asked_when_it_is_heard() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
-    bench.do(ReleaseRole("a", 1, "no renewal for 6.5 s"))
+    bench.release("a", 1, "no renewal for 6.5 s")
     assert bench.pending is None
     assert bench.beat("a", after_s=1).role is W
 
@@ -569,7 +599,7 @@ def test_r17_a_member_that_is_not_heard_for_l_is_not_chosen() -> None:
     bench.promote("a")
     bench.beat("b")
     bench.live(9, a=100)
-    bench.do(ReleaseRole("a", 1, hold_off_s=100), after_s=1)
+    bench.release("a", 1, hold_off_s=100, after_s=1)
     assert bench.pending is None
 
 
@@ -582,7 +612,7 @@ def test_an_override_replaces_a_better_holder_at_once() -> None:
     bench.beat("b", 1)
     bench.do(SetOverride("b", ON))
     assert bench.pending == "b"
-    bench.do(ReleaseRole("a", 1))
+    bench.release("a", 1)
     bench.beat("b", 1)
     bench.live(60, a=100, b=1)
     assert bench.primary == "b"
@@ -594,11 +624,11 @@ def test_the_newest_override_wins() -> None:
     bench.promote("a")
     bench.live(1, a=100, b=100, c=100)
     bench.do(SetOverride("c", ON))
-    bench.do(ReleaseRole("a", 1))
+    bench.release("a", 1)
     bench.promote("c")
     bench.do(SetOverride("b", ON))
     assert bench.pending == "b"
-    bench.do(ReleaseRole("c", 2))
+    bench.release("c", 2)
     bench.promote("b")
     bench.beat("c", after_s=1)
     bench.do(SetOverride("c", ON))
@@ -673,7 +703,7 @@ def test_r18_it_is_handed_to_the_successor_with_its_promotion() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("a", after_s=1, last_data=data(5))
-    bench.do(ReleaseRole("a", 1, hold_off_s=100, last_data=data(6)))
+    bench.release("a", 1, hold_off_s=100, last_data=data(6))
     bench.beat("b")
     answer = bench.beat("b")
     assert (answer.role, answer.last_data, answer.previous) == (P, data(6), "a")
@@ -685,7 +715,7 @@ def test_r18_what_is_handed_over_is_not_the_successors_own_older_time() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("a", after_s=1, last_data=data(500))
-    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    bench.release("a", 1, hold_off_s=100)
     bench.beat("b", last_data=data(3))
     assert bench.beat("b", last_data=data(3)).last_data == data(500)
 
@@ -694,18 +724,18 @@ def test_r18_a_tenure_without_a_report_hands_on_what_it_was_handed() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("a", after_s=1, last_data=data(5))
-    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    bench.release("a", 1, hold_off_s=100)
     bench.promote("b")
-    bench.do(ReleaseRole("b", 2, hold_off_s=1000))
-    bench.restart()
+    bench.release("b", 2, hold_off_s=1000)
+    bench.restart(after_s=100)
     assert bench.promote("a").last_data == data(5)
 
 
 def test_r18_a_release_of_the_past_reports_nothing() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
-    bench.do(ReleaseRole("a", 0, last_data=data(9)))
-    bench.do(ReleaseRole("b", 1, last_data=data(9)))
+    bench.release("a", 0, last_data=data(9))
+    bench.release("b", 1, last_data=data(9))
     assert (bench.primary, status_of(bench.state).last_data) == ("a", None)
 
 
@@ -748,7 +778,7 @@ def test_whoever_has_not_heard_of_the_newest_change_is_never_refused() -> None:
     bench.beat("b")
     with pytest.raises(TooSoon):
         bench.beat("b")
-    bench.do(ReleaseRole("a", 1, hold_off_s=100))
+    bench.release("a", 1, hold_off_s=100)
     assert bench.beat("b").role is P
 
 
@@ -877,9 +907,9 @@ def test_the_access_list_is_replaced() -> None:
 def test_a_release_that_comes_twice_ends_one_tenure() -> None:
     bench = Bench("a")
     bench.promote("a")
-    bench.do(ReleaseRole("a", 1))
+    bench.release("a", 1)
     bench.promote("a")
-    bench.do(ReleaseRole("a", 1))
+    bench.release("a", 1)
     assert (bench.primary, bench.state.record.epoch) == ("a", 2)
 
 
@@ -938,6 +968,120 @@ def test_an_epoch_that_is_known_teaches_nothing() -> None:
     assert bench.state.live.quiet_until == float("-inf")
 
 
+def test_an_epoch_that_is_learned_gives_the_pending_session_time_after_the_quiet_time() -> None:
+    bench = Bench("a", "b")
+    bench.beat("a")
+    bench.beat("b", after_s=1)
+    bench.beat("b", after_s=1, seen_epoch=7)
+    assert bench.state.live.confirm_by == bench.mono + (1 + CONFIRM_SHARE) * LEASE_S
+
+
+def test_the_quiet_time_begins_anew_after_a_restart() -> None:
+    """Fault 4: what protects a lease that the data does not know outlives the coordinator."""
+    bench = Bench("a", "b")
+    bench.beat("a", seen_epoch=7)
+    for _ in range(3):
+        bench.restart(after_s=LEASE_S - 1)
+        began_at = bench.mono
+        while bench.mono - began_at < LEASE_S - 1:
+            assert bench.beat("a", after_s=0.5, seen_epoch=7).role is not P
+    bench.restart(after_s=0.0)
+    bench.beat("a")
+    assert bench.state.record.pending == "a"
+    assert bench.state.live.confirm_by > bench.mono + LEASE_S, "it can confirm after the quiet time"
+    assert bench.wake <= bench.mono + LEASE_S
+    bench.do(Tick(), after_s=LEASE_S)
+    assert not bench.state.record.quiet
+    assert (bench.promote("a").epoch, bench.wake) == (8, bench.mono + LEASE_S)
+
+
+def test_a_restart_after_the_quiet_time_owes_none() -> None:
+    bench = Bench("a")
+    bench.beat("a", seen_epoch=7)
+    bench.do(Tick(), after_s=LEASE_S)
+    bench.restart()
+    assert bench.promote("a", seen_epoch=7).epoch == 8
+
+
+def test_a_group_is_not_deleted_in_its_quiet_time() -> None:
+    """Fault 8: one made anew would know nothing of the lease that the quiet time is for."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b", seen_epoch=7)
+    for session_id in "ab":
+        bench.do(RemoveSession(session_id))
+    with pytest.raises(Conflict, match='A client of group "g" may hold the role'):
+        bench.do(RemoveGroup(), after_s=LEASE_S - 0.1)
+    bench.do(RemoveGroup(), after_s=0.1)
+
+
+# -- what a caller can teach ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seen", [EPOCH_LEAP + 2, MAX_EPOCH])
+def test_an_epoch_that_no_group_can_have_reached_is_refused(seen: int) -> None:
+    """Fault 15: one heartbeat made a group unusable for ever."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    before = copy.deepcopy(bench.state)
+    bench.mono += 1
+    with pytest.raises(Invalid, match=rf"Epoch is {seen}: it must be at most 1000001, .* is 1\."):
+        bench.beat("b", seen_epoch=seen)
+    assert bench.state == before
+    assert bench.beat("a").role is P
+
+
+def test_an_epoch_within_reach_is_learned() -> None:
+    bench = Bench("a")
+    bench.beat("a", seen_epoch=EPOCH_LEAP)
+    assert bench.state.record.epoch == EPOCH_LEAP
+
+
+def test_no_number_of_heartbeats_teaches_an_epoch_without_room_above_it() -> None:
+    bench = at_epoch(HIGHEST_TAUGHT_EPOCH - 5)
+    bench.beat("a", seen_epoch=HIGHEST_TAUGHT_EPOCH)
+    with pytest.raises(Invalid, match=f"must be at most {HIGHEST_TAUGHT_EPOCH}"):
+        bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1)
+    bench.do(Tick(), after_s=LEASE_S)
+    assert bench.promote("a", seen_epoch=HIGHEST_TAUGHT_EPOCH).epoch == HIGHEST_TAUGHT_EPOCH + 1
+    assert bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1).role is P
+
+
+def at_epoch(epoch: int) -> Bench:
+    """A group with one session, whose record says that epoch."""
+    bench = Bench("a")
+    bench.state = awaken(replace(bench.state.record, epoch=epoch), bench.now)
+    return bench
+
+
+def test_a_group_without_epochs_left_says_so_and_can_be_deleted_and_made_again() -> None:
+    """Fault 15: version 0.1.0 could be taught the last epoch there is."""
+    bench = at_epoch(MAX_EPOCH)
+    with pytest.raises(Conflict, match='"g" has used up its epochs') as error:
+        bench.beat("a", seen_epoch=MAX_EPOCH)
+    assert "Delete the group" in error.value.resolution
+    with pytest.raises(Conflict):
+        bench.beat("a", after_s=LEASE_S - 1)
+    bench.do(RemoveGroup(), after_s=1)  # a refused heartbeat keeps no session active
+    assert epoch_after_deletion(bench.state.record.epoch) == 0
+    assert epoch_after_deletion(7) == 7
+
+
+def test_the_last_tenure_of_a_group_without_epochs_left_is_renewed() -> None:
+    bench = at_epoch(MAX_EPOCH - 1)
+    assert bench.promote("a", seen_epoch=None).epoch == MAX_EPOCH
+    assert bench.beat("a", after_s=1, seen_epoch=MAX_EPOCH).role is P
+
+
+def test_an_epoch_beyond_what_an_answer_can_carry_is_read_as_the_last() -> None:
+    record = Bench("a").state.record
+    record = replace(
+        record, epoch=2**53 + 3, holder=Tenure("a", 2**53 + 3, WALL, "chosen", instance="a#1")
+    )
+    state = awaken(record, Instant(1000.0, WALL))
+    assert (state.record.epoch, state.record.holder) == (MAX_EPOCH, None)
+
+
 # -- when to come back ------------------------------------------------------------------------------
 
 
@@ -961,6 +1105,136 @@ def test_r16_a_holder_that_never_hears_of_it_is_revoked_and_not_asked_again() ->
         bench.beat("a", 100.0, after_s=0.1 * lease_s, seen_epoch=0)
         bench.beat("b", 50.0, seen_epoch=bench.state.record.epoch)
     assert bench.primary == "b"
-    assert bench.state.live.contacts["a"].has_to_see == 1
+    assert bench.state.record.sessions["a"].has_to_see == 1
     bench.beat("a", 100.0, after_s=0.1 * lease_s, seen_epoch=bench.state.record.epoch)
-    assert bench.state.live.contacts["a"].has_to_see is None, "it hears again"
+    assert bench.state.record.sessions["a"].has_to_see is None, "it hears again"
+
+
+def test_r16_what_a_holder_has_to_see_outlives_a_restart() -> None:
+    """Fault 4: chosen again unheard, it would keep the others from the role for another lease."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    for _ in range(7):
+        bench.beat("a", after_s=1, seen_epoch=0)
+    bench.restart()
+    bench.beat("a", seen_epoch=0)
+    bench.end_of_lease()
+    assert bench.beat("a", seen_epoch=0).role is S
+    assert bench.promote("a", seen_epoch=1, after_s=1).epoch == 2
+
+
+def test_r16_a_late_heartbeat_from_before_the_tenure_revokes_nobody() -> None:
+    """Fault 27: the network may deliver it more than 0.6 L late."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    for _ in range(7):
+        assert bench.beat("a", after_s=1, seen_epoch=1).role is P
+    assert bench.beat("a", after_s=0.5, seen_epoch=0).role is P
+    assert bench.beat("a", after_s=0.5, instance="stranger", seen_epoch=0).role is S
+    assert bench.beat("a", after_s=0.5, seen_epoch=0).role is P
+    assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
+
+
+# -- whose release it is ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instance", [None, "", "a#2"])
+def test_a_release_by_another_process_changes_nothing(instance: str | None) -> None:
+    """Fault 8: the next one was primary within 20 ms, while the first could act until R."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    before = bench.state
+    bench.release("a", 1, instance=instance, hold_off_s=100)
+    assert bench.state == before
+    bench.release("b", 1, hold_off_s=100)
+    bench.release("a", 2, hold_off_s=100)
+    assert bench.state == before
+
+
+def test_a_release_by_a_v1_holder_needs_no_process() -> None:
+    bench = Bench("a")
+    bench.promote("a", instance=None)
+    bench.release("a", 1, instance="a#1")
+    assert bench.primary == "a"
+    bench.release("a", 1, instance=None)
+    assert bench.primary is None
+
+
+def test_a_hold_off_counts_once_after_its_tenure_has_ended_by_itself() -> None:
+    """The demotion outlasted the lease; and the same release may come again much later."""
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.end_of_lease()
+    bench.release("a", 1, instance="stranger", hold_off_s=100)
+    assert bench.beat("a").role is W
+    bench.release("a", 1, hold_off_s=5)
+    assert bench.beat("a", after_s=4).role is S
+    assert bench.beat("a", after_s=1).role is P
+    state = bench.state
+    bench.release("a", 1, hold_off_s=5)
+    assert bench.state == state
+
+
+def test_a_release_that_comes_twice_holds_off_once() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.release("a", 1, hold_off_s=5)
+    bench.release("a", 1, hold_off_s=5, after_s=4)
+    assert bench.wake == bench.mono + 1
+
+
+def test_a_release_without_a_hold_off_leaves_the_late_one_its_effect() -> None:
+    """The guard hands the tenure back, and then the agent asks to be spared."""
+    bench = Bench("a")
+    bench.promote("a")
+    bench.end_of_lease()
+    bench.release("a", 1)
+    bench.release("a", 1, hold_off_s=5)
+    assert bench.beat("a").role is S
+
+
+def test_a_hold_off_has_a_bound() -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.release("a", 1, hold_off_s=1e9)
+    assert bench.wake == bench.mono + LONGEST_HOLD_OFF_S
+    hold_off = bench.state.record.sessions["a"].hold_off
+    assert hold_off is not None
+    assert hold_off.until == bench.now.wall + timedelta(days=1)
+
+
+def test_a_hold_off_goes_on_after_a_restart() -> None:
+    """Fault 4: the member that has just failed to promote was the first to be asked again."""
+    bench = Bench("a")
+    bench.promote("a")
+    bench.release("a", 1, hold_off_s=60)
+    bench.restart(after_s=20)
+    assert bench.beat("a").role is S
+    assert bench.wake == pytest.approx(bench.mono + 40)
+    bench.beat("a", after_s=39)
+    assert bench.pending is None
+    record = bench.do(Tick(), after_s=1).state.record
+    assert (record.pending, record.sessions["a"].hold_off) == ("a", None)
+
+
+@pytest.mark.parametrize(("step_s", "left_s"), [(3600, 0), (-3600, 60)])
+def test_a_wall_clock_that_was_set_makes_no_hold_off_longer_than_it_was(
+    step_s: float, left_s: float
+) -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    bench.release("a", 1, hold_off_s=60)
+    now = Instant(bench.mono, bench.now.wall + timedelta(seconds=step_s))
+    awake = awaken(bench.state.record, now)
+    assert awake.live.contacts["a"].hold_off_until == bench.mono + left_s
+
+
+def test_a_release_of_a_session_that_was_deleted_frees_the_role() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.beat("b")
+    bench.do(RemoveSession("a"))
+    bench.release("a", 1, hold_off_s=100)
+    assert bench.pending == "b"
+    assert bench.beat("b").role is P

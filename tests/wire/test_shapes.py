@@ -449,7 +449,12 @@ LONG = "x" * 300
         (
             shapes.ReleaseRequest,
             '{"Epoch":1,"HoldOffPeriod":"-00:00:01"}',
-            "HoldOffPeriod: -00:00:01 is out of range: it must be of 00:00:00 or longer",
+            "HoldOffPeriod: -00:00:01 is out of range: it must be from 00:00:00 to 1.00:00:00",
+        ),
+        (
+            shapes.ReleaseRequest,
+            '{"Epoch":1,"HoldOffPeriod":"1.00:00:00.0000001"}',
+            "HoldOffPeriod: 1.00:00:00.0000001 is out of range: it must be from 00:00:00 to 1.00:00:00",
         ),
         (
             shapes.AccessControlRequest,

@@ -11,6 +11,7 @@ from agent.model import (
     GroupConfig,
     GroupKey,
     GroupRecord,
+    HoldOff,
     RoleOverride,
     SessionConfig,
     SessionRecord,
@@ -34,7 +35,14 @@ def make_record() -> Callable[[int], GroupRecord]:
         return GroupRecord(
             config=GroupConfig("pumps", 20_000_000, "Pumps", "all", {"Site": ["a", 1, None, 0.5]}),
             sessions={
-                "a": SessionRecord(SessionConfig("a", "A", {"x": 1}), RoleOverride.PRIMARY, NOW, 3),
+                "a": SessionRecord(
+                    SessionConfig("a", "A", {"x": 1}),
+                    RoleOverride.PRIMARY,
+                    NOW,
+                    3,
+                    HoldOff(NOW, 2.5),
+                    epoch,
+                ),
                 "b": SessionRecord(SessionConfig("b")),
             },
             holder=Tenure("a", epoch, NOW, "sole member", "i1", revoked=True, last_data=NOW),
@@ -44,6 +52,8 @@ def make_record() -> Callable[[int], GroupRecord]:
             previous="b",
             last_data=NOW,
             acl=AccessList((AccessEntry(Trustee(1, "u", "t"), denied=True, rights=31),)),
+            quiet=True,
+            ended=Tenure("b", epoch - 1, NOW, "chosen", "i2"),
         )
 
     return make

@@ -1,0 +1,206 @@
+"""One decision of a group in the making: the steps that every input is made of.
+
+Owns how a tenure begins and ends, who is pending, quiet times and what falls due by itself. What an
+input does with these steps is core/group.py's; who is the better choice is core/group_choice.py's.
+A draft is thrown away if the input is refused, so a step may change it before a later one raises.
+"""
+
+from dataclasses import replace
+from datetime import datetime
+
+from agent.core import group_choice as choice
+from agent.core.group_state import (
+    GroupState,
+    Policy,
+    last_data_of,
+    role_of,
+)
+from agent.core.roles import check_transition
+from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure
+
+CONFIRM_SHARE = 0.6
+"""Share of L in which a chosen session has to confirm. A v1 client beats every L/2 (api.md, B.2);
+the rest is room for a late one."""
+
+
+class Draft:
+    """The next state of a group, and the history that goes with it.
+
+    ``record`` stays the very object that it was while nothing durable has changed.
+    """
+
+    def __init__(self, state: GroupState, now: Instant, policy: Policy) -> None:
+        self.record = state.record
+        self.live = state.live
+        self.now = now
+        self.policy = policy
+        self.history: dict[int, HistoryEntry] = {}
+
+    @property
+    def state(self) -> GroupState:
+        """The state as far as it has come."""
+        return GroupState(self.record, self.live)
+
+    @property
+    def lease_s(self) -> float:
+        """L in seconds."""
+        return self.record.config.lease_s
+
+    def holds(self, session_id: str, instance: str | None) -> bool:
+        """Whether this very process holds the tenure on record."""
+        holder = self.record.holder
+        return holder is not None and (holder.session_id, holder.instance) == (session_id, instance)
+
+    # -- changes of one part ------------------------------------------------------------------
+
+    def bump(self, **changes: object) -> None:
+        """Change the record in what a status read shows."""
+        self.record = replace(self.record, revision=self.record.revision + 1, **changes)  # type: ignore[arg-type]
+
+    def change_session(self, session_id: str, **changes: object) -> None:
+        """Change the durable part of a session."""
+        session = replace(self.record.sessions[session_id], **changes)  # type: ignore[arg-type]
+        self.record = replace(self.record, sessions={**self.record.sessions, session_id: session})
+
+    def change_contact(self, session_id: str, **changes: object) -> None:
+        """Change the other part of a session."""
+        contact = replace(self.live.contacts[session_id], **changes)  # type: ignore[arg-type]
+        self.live = replace(self.live, contacts={**self.live.contacts, session_id: contact})
+
+    # -- what falls due by itself -------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Do all that is due at ``now``."""
+        self._expire_wishes()
+        if self.record.quiet and self.now.mono >= self.live.quiet_until:
+            self.record = replace(self.record, quiet=False)
+        if self.record.holder is not None and self.now.mono >= self.live.lease_until:
+            self.end_tenure(self.record.holder, "its lease ended without a heartbeat")
+        pending = self.record.pending
+        if pending is not None and not self._may_stay_pending(pending):
+            self.set_pending(None)
+        self._choose()
+
+    def _expire_wishes(self) -> None:
+        """End overrides and hold-offs whose time is over."""
+        for session_id, session in self.record.sessions.items():
+            if session.override_until is not None and session.override_until <= self.now.wall:
+                self.change_session(session_id, override=RoleOverride.OFF, override_until=None)
+            if (
+                session.hold_off is not None
+                and self.live.contacts[session_id].hold_off_until <= self.now.mono
+            ):
+                self.change_session(session_id, hold_off=None)
+
+    def _may_stay_pending(self, session_id: str) -> bool:
+        if not choice.eligible(self.state, session_id, self.now):
+            return False
+        if self.now.mono >= self.live.confirm_by:
+            self.change_contact(session_id, passed_over=True)
+            return False
+        return True
+
+    def _choose(self) -> None:
+        """Fill the vacancy, or replace a holder that is worse by enough (R16, R17)."""
+        state, holder = self.state, self.record.holder
+        if holder is not None and not holder.revoked:
+            challenger = choice.best(state, self.now, exclude=holder.session_id)
+            if challenger is not None and choice.should_replace(
+                state, challenger, holder.session_id, self.now, self.policy
+            ):
+                self.revoke(holder)
+                self.set_pending(challenger)
+        elif self.record.pending is None:
+            chosen = choice.best(
+                state, self.now, exclude=holder.session_id if holder is not None else None
+            )
+            if chosen is not None:
+                self.set_pending(chosen)
+
+    # -- tenures ------------------------------------------------------------------------------
+
+    def confirm(self, session_id: str, instance: str | None) -> None:
+        """Begin its tenure, unless it would be taken away at once: that would cost a whole lease."""
+        better = choice.best(self.state, self.now, exclude=session_id)
+        if better is not None and choice.outranks(self.state, better, session_id, self.policy):
+            self.set_pending(better)
+        else:
+            self._begin_tenure(session_id, instance)
+
+    def _begin_tenure(self, session_id: str, instance: str | None) -> None:
+        check_transition(role_of(self.record, session_id), Role.PRIMARY)
+        epoch = self.record.epoch + 1
+        why = "overridden" if choice.override_rank(self.state, session_id) else "chosen"
+        tenure = Tenure(session_id, epoch, self.now.wall, why, instance=instance)
+        self.bump(epoch=epoch, holder=tenure, pending=None)
+        # The answer hands over what the tenure before left, not what this heartbeat says of an older
+        # one (R18); the tenure's own progress begins with the next heartbeat.
+        self.live = replace(
+            self.live,
+            lease_until=self.now.mono + self.lease_s,
+            held_since=self.now.mono,
+            holder_hears=False,
+            last_data=None,
+        )
+        self.history[epoch] = HistoryEntry(epoch, session_id, self.now.wall, why)
+
+    def extend(self) -> None:
+        """Renew the holder's lease: one full L from now."""
+        self.live = replace(self.live, lease_until=self.now.mono + self.lease_s)
+
+    def revoke(self, holder: Tenure) -> None:
+        """Tell the holder to demote, and extend its lease no more."""
+        self.record = replace(self.record, holder=replace(holder, revoked=True))
+
+    def end_tenure(self, holder: Tenure, why: str, *, released: bool = False) -> None:
+        """End the tenure on record, which is ``holder``."""
+        check_transition(Role.PRIMARY, Role.SECONDARY)
+        last_data = last_data_of(self.state)
+        self.history[holder.epoch] = HistoryEntry(
+            holder.epoch, holder.session_id, holder.since, holder.why, self.now.wall, why
+        )
+        self.bump(
+            holder=None,
+            previous=holder.session_id,
+            last_data=last_data,
+            ended=None if released else holder,
+        )
+        self.live = replace(self.live, last_data=None)
+        self._allow_time_to_confirm()
+
+    def learn_epoch(self, seen: int) -> None:
+        """A client has seen an epoch that is not in the record: the record is older than the group.
+
+        A lease may exist that the record does not know, so no tenure begins for a full L.
+        """
+        self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
+        if self.record.holder is not None:
+            self.end_tenure(
+                self.record.holder, "its epoch is older than one that a client has seen"
+            )
+        self.bump(epoch=seen, quiet=True)
+        self._allow_time_to_confirm()
+
+    def keep_progress(self, last_data: datetime | None) -> None:
+        """The holder's data-processed time, which never goes back within a tenure (R18)."""
+        known = self.live.last_data
+        if last_data is not None and (known is None or last_data > known):
+            self.live = replace(self.live, last_data=last_data)
+
+    # -- the pending session ------------------------------------------------------------------
+
+    def set_pending(self, session_id: str | None) -> None:
+        """Ask this session to take over instead of the one before."""
+        if self.record.pending is not None:
+            check_transition(Role.PENDING_PRIMARY, Role.SECONDARY)
+        if session_id is not None:
+            check_transition(role_of(self.record, session_id), Role.PENDING_PRIMARY)
+        self.bump(pending=session_id)
+        self._allow_time_to_confirm()
+
+    def _allow_time_to_confirm(self) -> None:
+        """It can confirm from the end of the last lease on, and of a quiet time."""
+        earliest = max(self.now.mono, self.live.quiet_until)
+        if self.record.holder is not None:
+            earliest = max(earliest, self.live.lease_until)
+        self.live = replace(self.live, confirm_by=earliest + CONFIRM_SHARE * self.lease_s)
