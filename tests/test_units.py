@@ -136,7 +136,7 @@ def test_a_stop_with_the_defaults_fits_into_the_unit(
     assert 30 < stop_s < float(re.findall(r"(?m)^TimeoutStopSec=(.*)", text)[0])
     monkeypatch.setenv("FAILOVER_AGENT_FAILOVER_TIMEOUT", "600")
     assert main(["check-config"]) == 0  # R 390 + D 150, two requests of 10, 5 for left, 5 to close
-    assert capsys.readouterr().out.splitlines()[-1].startswith("# a stop takes at most 570 s: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("# a stop takes at most 600 s: ")
 
 
 def test_the_users_that_units_name_are_made() -> None:

@@ -74,6 +74,7 @@ class Executor:
         self.by = float("inf")
         """When the budget of the wanted demotion ends (R4)."""
         self._grace_s = 0.0
+        self._retry_s = 0.0
         self._retry_at = float("-inf")
         self.wanted = Role.SECONDARY
         self.completed: Role | None = None
@@ -118,6 +119,7 @@ class Executor:
         self.promotion_failed = None
         if facts.role is Role.SECONDARY:
             self.by = now + facts.limit_s
+            self._retry_s = RETRY_SHARE * facts.limit_s
             self.completed = None
             if self._running is not None and self._running.role is not Role.SECONDARY:
                 self._running = replace(
@@ -134,10 +136,10 @@ class Executor:
             return
         role, self._running = self._running.role, None
         if role is Role.SECONDARY:
-            if ok and self.wanted is Role.SECONDARY:
+            if ok:
                 self._complete(role)
-            elif self._facts is not None:
-                self._retry_at = now + RETRY_SHARE * self._facts.limit_s
+            else:
+                self._retry_at = now + self._retry_s
         elif ok and self.wanted is not Role.SECONDARY:
             self.completed = role
         elif self.wanted is not Role.SECONDARY:

@@ -38,7 +38,7 @@ class Phase(StrEnum):
     """Not registered, or not any more; a lease that it holds goes on."""
     MEMBER = "member"
     COOLING = "cooling"
-    """It has left the group after a failed promotion that had no epoch to release."""
+    """It has left the group after a failure, and had no epoch to release and be held off by."""
     STOPPING = "stopping"
     """The last demotion."""
     RELEASING = "releasing"
@@ -110,9 +110,7 @@ TABLE: Mapping[tuple[Phase, Turn], Row] = MappingProxyType(
         (Phase.MEMBER, Turn.REPLACED): Row(
             Phase.JOINING, "the server has a store id now: joining again"
         ),
-        (Phase.MEMBER, Turn.COOL_DOWN): Row(
-            Phase.COOLING, "cooling down outside the group after a failed promotion"
-        ),
+        (Phase.MEMBER, Turn.COOL_DOWN): Row(Phase.COOLING, "cooling down outside the group"),
         (Phase.MEMBER, Turn.STOP): _STOP,
         (Phase.MEMBER, Turn.DEMOTION_FAILED): _FAILED,
         (Phase.COOLING, Turn.COOLED_DOWN): Row(Phase.JOINING, "cooled down: joining the group"),

@@ -156,7 +156,7 @@ class Session(LifeCycle):
             case Stop():
                 if self._stop is None or self._stop.code is ExitCode.OK:
                     self._stop = event
-            case Tick():
+            case Tick():  # pragma: no branch - mypy proves that no event is left
                 pass
 
     # -- answers ------------------------------------------------------------------------------

@@ -43,6 +43,9 @@ class Bench:
         self.executor.ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
         return self.step()
 
+    def end_last(self, *, ok: bool = True) -> list[Effect]:
+        return self.end([e.run for e in self.seen if isinstance(e, StartHook)][-1], ok=ok)
+
     def wake(self) -> list[Effect]:
         self.now = max(self.now, self.executor.wake_at)
         return self.step()
@@ -233,6 +236,81 @@ def test_r4_a_late_success_of_the_demotion_counts() -> None:
     assert not bench.executor.overdue(bench.now + D)
 
 
+def changed(bench: Bench, hooks: frozenset[Role], limit_s: float = 9.0) -> None:
+    bench.executor.reconfigure(hooks, limit_s=limit_s, limits_s={})
+
+
+@pytest.mark.parametrize("stage", ["pending", "promoting", "primary", "demoting", "failing"])
+def test_r7_a_tenure_keeps_the_demotion_hook_that_a_reload_takes_away(stage: str) -> None:
+    """A demotion that is completed without its hook leaves the workload running."""
+    bench = Bench().demoted()
+    bench.want(W if stage == "pending" else P)
+    if stage not in {"pending", "promoting"}:
+        bench.end_last()
+        bench.end_last()
+    if stage in {"demoting", "failing"}:
+        bench.want(S)
+    if stage == "failing":
+        bench.end_last(ok=False)
+    changed(bench, frozenset())
+    if stage == "failing":
+        assert started(bench.wake()) == [S]
+    elif stage != "demoting":
+        bench.want(S)
+    while not bench.executor.settled:
+        bench.end_last()
+    assert started(bench.seen)[-1] is S
+    assert bench.want(P) == [], "the next tenure has no hooks"
+
+
+def test_r7_a_demotion_that_began_without_a_hook_runs_none_that_a_reload_brings() -> None:
+    """The hook of another configuration may manage something else than this tenure does."""
+    bench = Bench(hooks=frozenset({P}))
+    bench.want(S)
+    bench.want(P)
+    bench.end(1)
+    changed(bench, ALL)
+    assert bench.want(S) == []
+    assert started(bench.want(P)) == [W]
+
+
+def test_r7_other_limits_count_from_the_next_tenure_on() -> None:
+    bench = Bench().promoting()
+    changed(bench, ALL)
+    bench.want(S)
+    bench.end(3, ok=False)
+    bench.end(4)
+    (start,) = bench.want(P)
+    assert isinstance(start, StartHook)
+    assert start.facts.limit_s == 9.0 - GRACE
+
+
+@pytest.mark.parametrize(("role", "keeps"), [(S, False), (W, True), (P, True)])
+def test_r7_whoever_runs_hooks_can_ask_whether_a_tenure_keeps_them(
+    role: Role, *, keeps: bool
+) -> None:
+    bench = Bench(hooks=frozenset())
+    bench.want(S)
+    bench.want(role)
+    assert bench.executor.keeps_hooks is keeps
+
+
+def test_r7_a_reload_while_nothing_is_promoted_counts_at_once() -> None:
+    bench = Bench().demoted()
+    changed(bench, frozenset({P}))
+    assert not bench.executor.keeps_hooks
+    assert started(bench.want(P)) == [P]
+
+
+def test_r6_a_reload_during_the_first_demotion_does_not_take_its_hook_away() -> None:
+    bench = Bench()
+    bench.want(S)
+    bench.end(1, ok=False)
+    changed(bench, frozenset())
+    assert started(bench.wake()) == [S]
+    assert not bench.executor.settled
+
+
 MOVES = st.lists(
     st.one_of(
         st.tuples(st.just("want"), st.sampled_from(Role)),
@@ -240,6 +318,7 @@ MOVES = st.lists(
         st.tuples(st.just("wake"), st.none()),
         st.tuples(st.just("early"), st.floats(0.0, 1.0)),
         st.tuples(st.just("stray"), st.integers(0, 9)),
+        st.tuples(st.just("reload"), st.sets(st.sampled_from(Role)).map(frozenset)),
     ),
     max_size=60,
 )
@@ -254,6 +333,7 @@ class Watch:
         self.termed_at: float | None = None
         self.killed = False
         self.owed = True  # a demotion, from the beginning and from the start of any promotion
+        self.in_force = self.reloaded = hooks
 
     def see(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -277,8 +357,10 @@ class Watch:
                 case _:
                     pytest.fail(f"not for an executor to want: {effect}")
         executor = self.bench.executor
-        if executor.wanted is S and executor.settled and S in self.bench.hooks:
-            assert not self.owed, "a demotion was dropped"
+        if executor.wanted is S and executor.settled:
+            assert not self.owed or S not in self.in_force, "a demotion was dropped"
+            self.owed = False
+            self.in_force = self.reloaded
         if self.termed_at is not None and not self.killed:
             assert self.bench.now < self.termed_at + GRACE + 1e-9, "TERM without KILL"
 
@@ -310,6 +392,11 @@ class Watch:
             case "early", float() as share if executor.wake_at < float("inf"):
                 bench.now += share * max(0.0, executor.wake_at - bench.now)
                 self.see(bench.step())
+            case "reload", frozenset() as hooks:
+                changed(bench, hooks, LIMIT)
+                self.reloaded = hooks
+                if executor.wanted is S and executor.settled:
+                    self.in_force = hooks
             case "stray", int() as run if self.running is None or run != self.running.run:
                 self.see(bench.end(run))
             case _:

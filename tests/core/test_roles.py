@@ -1,4 +1,4 @@
-"""The transition table, and the page that is made of it. REWRITE=1 renews docs/roles.md."""
+"""The tables of roles and phases, and the page that is made of them. REWRITE=1 renews docs/roles.md."""
 
 import os
 from itertools import product
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.phases import FIRST_SENTENCE, TABLE, Phase, phase_diagram
 from agent.core.roles import TRANSITIONS, check_transition, diagram
 from agent.model import Role
 
@@ -14,9 +15,13 @@ PAGE = Path(__file__).parents[2] / "docs/roles.md"
 
 def page() -> str:
     rows = [f"| {before} | {after} | {why} |" for (before, after), why in TRANSITIONS.items()]
+    phases = [
+        f"| {before} | {turn.replace('_', ' ')} | {row.phase} | {row.sentence} |"
+        for (before, turn), row in TABLE.items()
+    ]
     return "\n".join(
         [
-            "# Roles",
+            "# Roles and phases",
             "",
             "A session has one of three roles. It is born Secondary, whatever it was before (R6), and",
             "no other change of role than these is possible. The coordinator assigns by this table, and",
@@ -32,7 +37,23 @@ def page() -> str:
             diagram(),
             "```",
             "",
-            "Made from `agent/core/roles.py` by `REWRITE=1 pytest tests/core/test_roles.py`.",
+            "## Phases of an agent",
+            "",
+            "A role says what a member is in its group; a phase says how far an agent's own session is. An",
+            "agent changes its phase along this table only, and the sentence of the last change is what its",
+            "log and its status show. During a demotion they show why it demotes instead. Before the",
+            f'first change it is {Phase.STARTING}, "{FIRST_SENTENCE}".',
+            "",
+            "| phase | what happens | next phase | sentence |",
+            "|---|---|---|---|",
+            *phases,
+            "",
+            "```mermaid",
+            phase_diagram(),
+            "```",
+            "",
+            "Made from `agent/core/roles.py` and `agent/core/phases.py` by"
+            " `REWRITE=1 pytest tests/core/test_roles.py`.",
             "",
         ]
     )

@@ -45,6 +45,7 @@ from .session_bench import (
     LEASE_S,
     NEVER,
     NO_HOOKS,
+    OTHER_STORE,
     STORE,
     TIMING,
     Bench,
@@ -720,6 +721,7 @@ def test_r12_the_guard_acts_behind_the_agent_and_leaves_the_drift_before_the_lea
 
 
 ROLES = st.sampled_from(Role)
+STORES = st.sampled_from([STORE, STORE, STORE, OTHER_STORE, None])
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(
         Answered,
@@ -731,6 +733,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
             st.none() | st.integers(0, 4),
             st.none() | st.integers(0, 9),
             st.just(LEASE_S),
+            store_id=STORES,
         ),
     ),
     st.builds(BeatFailed, st.integers(1, 12), st.sampled_from(Failure), st.just("no")),
@@ -743,12 +746,14 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
             st.none(),
             st.integers(0, 4),
             st.integers(0, 9),
+            store_id=STORES,
         ),
     ),
     st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
     st.builds(Stalled, st.just(2.0)),
     st.builds(Fitness, st.booleans(), st.just("disk")),
-    st.sampled_from([Joined(TIMING), Released(), Left(), Tick()]),
+    st.builds(Joined, st.just(TIMING), STORES),
+    st.sampled_from([Released(), Left(), Tick()]),
     st.sampled_from([Tick(), Stop()]),
 )
 
@@ -784,3 +789,18 @@ def test_any_events_in_any_order_keep_the_order_of_effects(
                 pass
     ended = [index for index, effect in enumerate(first.log) if isinstance(effect, Exit)]
     assert ended in ([], [len(first.log) - 1])
+
+
+def test_a_plain_v1_status_is_news_only_if_it_differs_from_the_answers() -> None:
+    bench = Bench().member(v1_server=True)
+    bench.told(v1(S))
+    assert bench.step(status(None, None, None, None, None)) == []
+    assert bench.step(status("other", None, None, None, None)) == []
+    assert kinds(bench.step(status("me", None, None, None, None))) == [SendBeat]
+
+
+def test_r18_an_answer_that_names_no_tenure_before_leaves_the_known_one() -> None:
+    bench = Bench().member()
+    bench.step(status("other", None, 0, 1))
+    bench.step(Answered(bench.beat, replace(Told(W, 0, 4).answer(), previous=None)))
+    assert bench.session.previous_primary == "other"

@@ -1,0 +1,203 @@
+"""The table of phases: what it allows, what it ignores, and that nothing else can happen."""
+
+from itertools import product
+
+import pytest
+
+from agent.core.effects import Effect, Exit
+from agent.core.events import (
+    Answered,
+    BeatFailed,
+    Event,
+    Failure,
+    Fitness,
+    HookEnded,
+    Joined,
+    Left,
+    Released,
+    Stalled,
+    Stop,
+    Tick,
+)
+from agent.core.phases import FIRST_SENTENCE, IGNORED, TABLE, Phase, Turn, next_phase, phase_diagram
+from agent.core.session import FormerTenure, Session
+
+from .session_bench import LEASE_S, STORE, TIMING, Bench, P, S, Told, W, status
+
+
+@pytest.mark.parametrize(("phase", "turn"), list(product(Phase, Turn)))
+def test_a_turn_without_a_row_is_our_own_mistake(phase: Phase, turn: Turn) -> None:
+    if (phase, turn) in TABLE:
+        assert next_phase(phase, turn) == TABLE[phase, turn]
+    else:
+        with pytest.raises(AssertionError, match=f"{phase} cannot be {turn}"):
+            next_phase(phase, turn)
+
+
+def test_every_phase_is_reached_and_all_but_the_last_can_be_left() -> None:
+    assert {row.phase for row in TABLE.values()} | {Phase.STARTING} == set(Phase)
+    assert {before for before, _ in TABLE} | {Phase.ENDED} == set(Phase)
+    assert {turn for _, turn in TABLE} == set(Turn)
+
+
+def test_every_row_has_a_sentence_for_operators() -> None:
+    for row in TABLE.values():
+        assert row.sentence
+        assert "\n" not in row.sentence
+        assert row.sentence[0].islower()
+
+
+def test_every_row_is_in_the_diagram() -> None:
+    lines = phase_diagram().splitlines()
+    for (before, turn), row in TABLE.items():
+        assert f"    {before} --> {row.phase}: {turn.replace('_', ' ')}" in lines
+
+
+EVENTS: list[Event] = [
+    Answered(1, Told(P).answer()),
+    BeatFailed(1, Failure.GONE, "404"),
+    Fitness(fit=False, reason="disk full"),
+    HookEnded(99, ok=True, why="exit 0"),
+    Joined(TIMING, STORE),
+    Left(),
+    Released(),
+    Stalled(2.0),
+    Stop(),
+    Tick(),
+    status("other", None, 9, 9),
+]
+
+
+def in_phase(phase: Phase) -> Bench:
+    """A session that has come to a phase."""
+    bench = Bench(hooks={S, P, W})
+    match phase:
+        case Phase.STARTING:
+            bench.begin()
+        case Phase.RETURNING:
+            bench.keep(bench.session.begin(bench.now, FormerTenure(7, "before")))
+            bench.ends()
+        case Phase.JOINING:
+            bench.begin()
+            bench.ends()
+        case Phase.MEMBER:
+            bench.member()
+        case Phase.COOLING:
+            bench.pending()
+            bench.ends(ok=False)
+            bench.ends()
+        case Phase.STOPPING:
+            bench.primary().step(Stop())
+        case Phase.RELEASING:
+            bench.primary().step(Stop())
+            bench.ends()
+        case Phase.LEAVING:
+            bench.primary().step(Stop())
+            bench.ends()
+            bench.wake()
+            bench.step(Released())
+        case Phase.ENDED:
+            bench.begin()
+            bench.step(Stop())
+            bench.ends()
+            bench.step(Left())
+    assert bench.session.phase is phase
+    return bench
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("phase", Phase)
+def test_an_ignored_event_changes_no_more_than_a_tick(phase: Phase, event: Event) -> None:
+    if (phase, type(event)) in IGNORED:
+        ignoring, ticking = in_phase(phase), in_phase(phase)
+        assert ignoring.step(event) == ticking.step(Tick())
+        assert ignoring.session.phase is ticking.session.phase is phase
+    else:
+        in_phase(phase).step(event)
+
+
+def test_operators_read_what_the_session_does() -> None:
+    bench = Bench(hooks={S})
+    seen = [bench.session.sentence]
+    bench.begin()
+    bench.ends()
+    seen.append(bench.session.sentence)
+    bench.step(Joined(TIMING, STORE))
+    seen.append(bench.session.sentence)
+    bench.told(Told(P))
+    bench.step(Stop())
+    seen.append(bench.session.sentence)
+    bench.ends()
+    seen.append(bench.session.sentence)
+    bench.step(Released())
+    seen.append(bench.session.sentence)
+    bench.step(Left())
+    assert [*seen, bench.session.sentence] == [
+        FIRST_SENTENCE,
+        "joining the group",
+        "registered in the group",
+        "demoting: stopping",
+        "stopping: demoted, waiting for answers under way",
+        "stopping: leaving the group",
+        "stopped",
+    ]
+
+
+def test_a_failed_demotion_is_the_last_that_operators_read() -> None:
+    bench = Bench(hooks={S}).primary()
+    bench.told(Told(S, 1, 6))
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert bench.session.sentence == "demotion failed: exiting without releasing the role"
+
+
+class Breaks(Session):
+    """Raises in the middle of a step, after it has changed all that it would."""
+
+    broken = False
+
+    def _advance(self, now: float, effects: list[Effect]) -> None:
+        super()._advance(now, effects)
+        assert not self.broken, "for the test"
+
+
+STAGES = [Phase.STARTING, Phase.RETURNING, Phase.JOINING, Phase.MEMBER, Phase.STOPPING]
+
+
+def state(session: Session) -> dict[str, object]:
+    return {
+        name: dict(vars(value)) if hasattr(value, "__dict__") else value
+        for name, value in vars(session).items()
+        if name != "broken"
+    }
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("stage", [*STAGES, "primary", "pending", "demoting"])
+def test_a_step_that_raises_has_changed_nothing(
+    stage: str, event: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon ends the tenure in order then, and it needs a session that is in one piece."""
+    monkeypatch.setattr("tests.core.session_bench.Session", Breaks)
+    match stage:
+        case "primary":
+            bench = Bench(hooks={S}).primary()
+        case "pending":
+            bench = Bench(hooks={S}).pending()
+        case "demoting":
+            bench = Bench(hooks={S}).primary()
+            bench.told(Told(S, 1, 6))
+        case _:
+            bench = in_phase(Phase(stage))
+    session = bench.session
+    assert isinstance(session, Breaks)
+    before = state(session)
+    session.broken = True
+    with pytest.raises(AssertionError, match="for the test"):
+        bench.step(event, after_s=LEASE_S)
+    assert state(session) == before
+    session.broken = False
+    bench.step(Stop())
+    while session.phase is not Phase.ENDED:
+        bench.wake()
+    assert isinstance(bench.log[-1], Exit)
