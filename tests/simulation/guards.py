@@ -199,7 +199,7 @@ class Guard:
         if release is not None and not self.world.plain_v1:
             late_s = self.late_s
             if late_s is None:
-                late_s = self.world.lease_s * 2 * self.world.chance.random() ** 4
+                late_s = self.world.lease_s * 2 * self.world.chance.random() ** 2
             self.world.after(late_s, self._release, *release)
 
     def _release(self, epoch: int, instance: str) -> None:

@@ -174,6 +174,8 @@ class AgentHost:
             self.failing_starts -= 1
             self.world.say(self.name, "cannot start")
             self.process_ends()
+            if self.runs.active:
+                self.world.broken(f"{self.name} left a workload")
             return
         self.up = True
         self.frozen = self.agent_frozen = self.blocked = self.doomed = self.stale = False

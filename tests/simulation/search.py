@@ -1,6 +1,7 @@
 """What the searches of this directory have in common: the schedules, and how they are lived through."""
 
 import os
+from collections.abc import Sequence
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -31,22 +32,37 @@ DATA_LOST = frozenset({"restore", "stranger_teach", "delete_group", "stranger_be
 """Faults after which nobody may be given the role for a full L."""
 
 
-def plans(*, plain_v1: bool = False, stores: int = 1) -> st.SearchStrategy[Plan]:
-    """Schedules: up to ten faults of every kind, on clocks within the promised drift."""
+@st.composite
+def _faults(draw: st.DrawFn, kinds: Sequence[str], focus: Sequence[str]) -> tuple[Fault, ...]:
+    """Up to ten faults of a few kinds: what takes several of one kind is found sooner than by all at once."""
+    few = [*focus, *draw(st.lists(st.sampled_from(kinds), min_size=not focus, max_size=5))]
     fault = st.builds(
         Fault,
         at_s=st.floats(0.0, 10.0),
-        kind=st.sampled_from(ON_PLAIN_V1 if plain_v1 else KINDS),
+        kind=st.sampled_from(few),
         target=st.integers(0, 2),
-        seconds=st.floats(0.01, 5.0),
+        seconds=st.one_of(st.floats(0.01, 0.5), st.floats(0.01, 5.0)),
         which=st.integers(0, 15),
     )
+    return tuple(draw(st.lists(fault, max_size=10)))
+
+
+def plans(
+    *, plain_v1: bool = False, stores: int = 1, focus: Sequence[str] = ()
+) -> st.SearchStrategy[Plan]:
+    """Schedules: up to ten faults of every kind, on clocks within the promised drift.
+
+    Args:
+        plain_v1: with a plain v1 server that keeps nothing over a restart.
+        stores: how many coordinators there are that do not know each other.
+        focus: kinds that are always among those of a schedule.
+    """
     drift = st.sampled_from([-0.005, 0.0, 0.005])
     return st.builds(
         Plan,
         seed=st.integers(0, 2**32 - 1),
         agents=st.integers(2, 3),
-        faults=st.lists(fault, max_size=10).map(tuple),
+        faults=_faults(ON_PLAIN_V1 if plain_v1 else KINDS, focus),
         lease_s=st.sampled_from([2.0, 2.0, 0.5]),
         drift=st.tuples(drift, drift, drift, drift),
         hook_seconds=st.sampled_from([0.0005, 0.02, 0.2]),

@@ -122,34 +122,53 @@ class Planted:
             live_on(world, plan)
 
 
-def of_daemon(*defects: Defect, scenarios: tuple[str, ...], lives_on: bool = False) -> Planted:
-    """A fault of the daemon or its guard."""
-    return Planted(frozenset(defects), scenarios=scenarios, lives_on=lives_on)
-
-
 PLANTED = {
-    "1 waits for the killed guard": of_daemon(
-        Defect.WAITS_FOR_THE_KILLED_GUARD, scenarios=("guard_hangs",)
+    "1 waits for the killed guard": Planted(
+        frozenset({Defect.WAITS_FOR_THE_KILLED_GUARD}),
+        scenarios=("guard_hangs",),
+        schedules=plans(focus=["hang_guard"]),
     ),
-    "2 run ends with its leader": of_daemon(
-        Defect.RUN_ENDS_WITH_ITS_LEADER, scenarios=("hook_child_on_term", "hook_leaves_a_process")
+    "2 run ends with its leader": Planted(
+        frozenset({Defect.RUN_ENDS_WITH_ITS_LEADER}),
+        scenarios=("hook_child_on_term", "hook_leaves_a_process"),
     ),
-    "2 kills only groups": of_daemon(
-        Defect.KILLS_ONLY_GROUPS, scenarios=("hook_leaves_a_process",)
+    "2 kills only groups": Planted(
+        frozenset({Defect.KILLS_ONLY_GROUPS}), scenarios=("hook_leaves_a_process",)
     ),
-    "3 calls the guard off": of_daemon(Defect.CALLS_THE_GUARD_OFF, scenarios=("loop_dies",)),
-    "3 loses tasks": of_daemon(Defect.LOSES_TASKS, scenarios=("task_dies",), lives_on=True),
-    "5 starts before it demotes": of_daemon(
-        Defect.STARTS_BEFORE_IT_DEMOTES, scenarios=("start_fails",)
+    "3 calls the guard off": Planted(
+        frozenset({Defect.CALLS_THE_GUARD_OFF}),
+        scenarios=("loop_dies",),
+        schedules=plans(focus=["loop_dies"]),
+    ),
+    "3 loses tasks": Planted(
+        frozenset({Defect.LOSES_TASKS}),
+        scenarios=("task_dies",),
+        schedules=plans(focus=["task_dies"]),
+        lives_on=True,
     ),
     "4 forgets quiet times": Planted(
-        core=replace(REAL, awaken=forgets_quiet_times), scenarios=("restored_data",)
+        core=replace(REAL, awaken=forgets_quiet_times),
+        scenarios=("restored_data",),
+        schedules=plans(focus=["restore"]),
+    ),
+    "5 starts before it demotes": Planted(
+        frozenset({Defect.STARTS_BEFORE_IT_DEMOTES}), scenarios=("start_fails",)
     ),
     "6 takes the demotion away": Planted(
         session=TakesTheDemotionAway, scenarios=("reload_without_demotion_hook",)
     ),
+    "7 reads by position": Planted(
+        frozenset({Defect.READS_BY_POSITION}),
+        scenarios=("reload_after_upgrade",),
+        schedules=plans(focus=["upgrade"]),
+    ),
     "8 takes releases of anybody": Planted(
-        core=replace(REAL, decide=takes_releases_of_anybody), scenarios=("stranger_releases",)
+        core=replace(REAL, decide=takes_releases_of_anybody),
+        scenarios=("stranger_releases",),
+        schedules=plans(focus=["stranger_release"]),
+    ),
+    "9 accepts any store": Planted(
+        session=AcceptsAnyStore, scenarios=("two_stores",), schedules=plans(stores=2)
     ),
     "10 accepts after any registration": Planted(
         session=AcceptsAfterAnyRegistration,
@@ -159,14 +178,18 @@ PLANTED = {
     "15 takes any epoch": Planted(
         core=replace(REAL, decide=takes_any_epoch),
         scenarios=("stranger_teaches_an_epoch",),
+        schedules=plans(focus=["stranger_teach"]),
         lives_on=True,
     ),
-    "7 reads by position": of_daemon(Defect.READS_BY_POSITION, scenarios=("reload_after_upgrade",)),
-    "9 accepts any store": Planted(
-        session=AcceptsAnyStore, scenarios=("two_stores",), schedules=plans(stores=2)
+    "28 releases undone": Planted(
+        frozenset({Defect.RELEASES_UNDONE}),
+        scenarios=("guard_demotes_slowly",),
+        schedules=plans(focus=["kill_agent", "freeze_agent"]),
     ),
-    "28 releases undone": of_daemon(Defect.RELEASES_UNDONE, scenarios=("guard_demotes_slowly",)),
-    "28 releases as anybody": of_daemon(Defect.RELEASES_AS_ANYBODY, scenarios=()),
+    "28 releases as anybody": Planted(
+        frozenset({Defect.RELEASES_AS_ANYBODY}),
+        schedules=plans(focus=["kill_agent", "freeze_agent"]),
+    ),
 }
 
 
