@@ -20,9 +20,9 @@ Owns what each input does. The steps that inputs share are core/group_draft.py's
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, assert_never
 
-from agent.core.group_draft import CONFIRM_SHARE, Draft
+from agent.core.group_draft import CONFIRM_SHARE, Draft, wake_at
 from agent.core.group_state import (
     AddSession,
     Beat,
@@ -113,27 +113,6 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
     return Decision(after, answer, tuple(draft.history.values()), wake_at(after, now, policy))
 
 
-def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
-    """When something is due next if nothing comes: CLOCK_BOOTTIME seconds, or infinity."""
-    record, live = state.record, state.live
-    due = [
-        now.mono + max(0.0, (session.override_until - now.wall).total_seconds())
-        for session in record.sessions.values()
-        if session.override_until is not None
-    ]
-    if record.quiet:
-        due.append(live.quiet_until)
-    if record.holder is not None:
-        due.append(live.lease_until)
-        hold_until = live.held_since + policy.minimum_hold_s
-        if hold_until > now.mono and len(record.sessions) > 1:
-            due.append(hold_until)
-    if record.pending is not None:
-        due += [live.confirm_by, live.contacts[record.pending].heard_at + record.config.lease_s]
-    due += [c.hold_off_until for c in live.contacts.values() if c.hold_off_until > now.mono]
-    return min(due, default=float("inf"))
-
-
 def agrees(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
     """Whether a registration says nothing that contradicts what exists: absent says nothing (B.1)."""
     if isinstance(wanted, GroupConfig) and isinstance(known, GroupConfig):
@@ -166,6 +145,8 @@ def _apply(draft: Draft, what: Input) -> bool | None:
             _keep_progress(draft)
         case Tick():
             pass
+        case _:
+            assert_never(what)
     return None
 
 

@@ -23,6 +23,27 @@ CONFIRM_SHARE = 0.6
 the rest is room for a late one."""
 
 
+def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
+    """When something is due next if nothing comes: CLOCK_BOOTTIME seconds, or infinity."""
+    record, live = state.record, state.live
+    due = [
+        now.mono + max(0.0, (session.override_until - now.wall).total_seconds())
+        for session in record.sessions.values()
+        if session.override_until is not None
+    ]
+    if record.quiet:
+        due.append(live.quiet_until)
+    if record.holder is not None:
+        due.append(live.lease_until)
+        hold_until = live.held_since + policy.minimum_hold_s
+        if hold_until > now.mono and len(record.sessions) > 1:
+            due.append(hold_until)
+    if record.pending is not None:
+        due += [live.confirm_by, live.contacts[record.pending].heard_at + record.config.lease_s]
+    due += [c.hold_off_until for c in live.contacts.values() if c.hold_off_until > now.mono]
+    return min(due, default=float("inf"))
+
+
 class Draft:
     """The next state of a group, and the history that goes with it.
 

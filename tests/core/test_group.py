@@ -16,9 +16,8 @@ from agent.core.group import (
     decide,
     epoch_after_deletion,
     minimum_interval_s,
-    wake_at,
 )
-from agent.core.group_draft import CONFIRM_SHARE
+from agent.core.group_draft import CONFIRM_SHARE, wake_at
 from agent.core.group_state import (
     AddSession,
     Beat,

@@ -117,7 +117,7 @@ class CoordinatorHost:
         self.disk, self.newest_epoch = copy, copy.epoch
         self.deleted = False
         self.restored_at = self.world.now
-        self.holders = {e: who for e, who in self.holders.items() if e <= copy.epoch}
+        self.holders = {e: who for e, who in self.holders.items() if e < copy.epoch}
         if self.up:
             self.state = self.world.core.awaken(copy, self.instant())
 
