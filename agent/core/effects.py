@@ -123,7 +123,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Delete the session at the server; say Left."""
+    """Delete the session at the server; say Left.
+
+    A Join under way is cancelled first: it would register the session again.
+    """
 
 
 @dataclass(frozen=True, slots=True)

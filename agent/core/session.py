@@ -88,7 +88,7 @@ class Session(LifeCycle):
         effects: list[Effect] = []
         try:
             self._judge_deadlines(now, effects)
-            self._take(event, now, effects)
+            self._handle(event, now, effects)
             self._advance(now, effects)
         except BaseException:
             vars(self).update(before)
@@ -132,7 +132,7 @@ class Session(LifeCycle):
             else:
                 self._demote(Cause.LEASE_LOST, why, now, effects)
 
-    def _take(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 - an arm an event
+    def _handle(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 - an arm an event
         match event:
             case Answered():
                 self._answered(event.beat, event.answer, now, effects)
@@ -166,7 +166,7 @@ class Session(LifeCycle):
     ) -> None:
         sent_at = self._heartbeats.end(beat)
         if answer.store_id != self.store_id:
-            self._answered_by_another_store(sent_at, now, effects)
+            self._on_foreign_answer(sent_at, now, effects)
             return
         if not self._knowledge.is_fresh(answer.epoch, answer.revision):
             return
@@ -181,9 +181,9 @@ class Session(LifeCycle):
                 self._demote(Cause.TOLD, "told Secondary by the coordinator", now, effects)
         elif sent_at is not None and sent_at >= self.sent_at:
             # Neither forgotten, nor overtaken by the answer to a later one (R3).
-            self._told_role(sent_at, answer, now, effects)
+            self._on_role(sent_at, answer, now, effects)
 
-    def _told_role(
+    def _on_role(
         self, sent_at: float, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
         if answer.lease_s is not None and abs(answer.lease_s - self.timing.lease_s) > 1e-3:  # noqa: PLR2004 - a millisecond: the resolution of a timer
@@ -192,15 +192,13 @@ class Session(LifeCycle):
         if answer.previous is not None:
             self.previous_primary = answer.previous
         if answer.role is Role.PENDING_PRIMARY:
-            self._told_pending(sent_at, answer, now, effects)
+            self._on_pending(sent_at, answer, now, effects)
         else:
-            self._told_primary(sent_at, answer, now, effects)
+            self._on_primary(sent_at, answer, now, effects)
 
-    def _answered_by_another_store(
-        self, sent_at: float | None, now: float, effects: list[Effect]
-    ) -> None:
+    def _on_foreign_answer(self, sent_at: float | None, now: float, effects: list[Effect]) -> None:
         """It counts as an error. A plain v1 server that now has a store id is another server."""
-        if sent_at is None:
+        if sent_at is None or self.phase is not Phase.MEMBER:
             return
         if self.store_id is not None:
             self._not_renewed(Failure.OTHER_STORE, now)
@@ -209,7 +207,7 @@ class Session(LifeCycle):
             self._demote(Cause.OTHER_STORE, "the server is another one now", now, effects)
         self._rejoin(Turn.REPLACED, effects)
 
-    def _told_pending(
+    def _on_pending(
         self, sent_at: float, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
         if self._executor.wanted is Role.PRIMARY:
@@ -223,7 +221,7 @@ class Session(LifeCycle):
         if self.role is Role.SECONDARY and now < self.renew_by:
             self._prepare(now, effects)
 
-    def _told_primary(
+    def _on_primary(
         self, sent_at: float, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
         self._heartbeats.confirmations = 0
