@@ -6,28 +6,41 @@ writes what happens now into the files: read each changed line as a reviewer bef
 
 Commands (names are hosts; times are seconds):
 
-    world [lease=2] [v1=yes] [hysteresis=10] [hold=2] [cooldown=2]
+    world [lease=2] [v1=yes] [forgets=yes] [stores=2] [hysteresis=10] [hold=2] [cooldown=2]
     agents NAME...            | start NAME | stop NAME | kill NAME | freeze NAME | thaw NAME
     kill_agent NAME           | freeze_agent NAME | thaw_agent NAME (its hooks' work goes on)
     unfit NAME | fit NAME     | cut NAME [out|back] | heal NAME
-    hook NAME ROLE OUTCOME    ok, fail, hang (heeds TERM), deaf (needs KILL)
+    kill_both NAME (agent and guard)        | fail_start NAME (likewise; the next start fails)
+    linger_agent NAME SECONDS (killed, and frozen in the kernel)
+    hang_guard NAME SECONDS   | kill_guard NAME
+    reload NAME all|none (hooks)            | upgrade NAME (reload with another version on disk)
+    dies NAME join|follow|beat|release|leave|reload|loop (when it runs next)
+    stop_confirming NAME (right after the next heartbeat by which it confirms)
+    hook NAME ROLE OUTCOME    ok, fail, hang (heeds TERM), deaf (needs KILL), stuck (lingers)
+    children NAME NATURE      what a promotion hook leaves (processes.py), or none
+    slow NAME SECONDS         a message takes up to so long
     score NAME NUMBER         | override NAME Primary|Off [for SECONDS] | remove NAME
-    coordinator kill|start|stop|continue|lose-data
+    stranger ACT NAME [WHICH] (strangers.py)
+    coordinator kill|start|stop|continue|lose-data|restore
     run SECONDS               | status
 """
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.core.effects import StartHook
-from agent.core.group_state import Policy, RemoveSession, SetOverride, awaken, status_of
-from agent.model import GroupRecord, Role, RoleOverride
+from agent.core.group_state import Policy, RemoveSession, SetOverride, status_of
+from agent.model import Role, RoleOverride
 
-from .world import EPOCH_OF_WALL, AgentHost, HookNature, World
+from .host import ALL_HOOKS, AgentHost
+from .strangers import ACTS
+from .world import EPOCH_OF_WALL, World
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 
@@ -37,15 +50,17 @@ class ScriptedHost(AgentHost):
 
     def start_hook(self, effect: StartHook) -> None:
         outcomes: dict[Role, str] = self.__dict__.setdefault("script", {})
-        self.nature = HookNature(outcomes=(outcomes.get(effect.facts.role, "ok"),))
+        self.nature = replace(self.nature, outcomes=(outcomes.get(effect.facts.role, "ok"),))
         super().start_hook(effect)
+        self.nature = replace(self.nature, outcomes=(outcomes.get(Role.SECONDARY, "ok"),))
 
 
 class Story:
     """One scenario on its way."""
 
-    def __init__(self) -> None:
-        self.world = World(1)
+    def __init__(self, **planted: Any) -> None:
+        self.planted = planted
+        self.world = World(1, **planted)
         self.said = 0
 
     def do(self, command: str) -> None:
@@ -64,20 +79,27 @@ class Story:
     # -- commands
 
     def do_world(self, *words: str) -> None:
-        options = {"lease": "2", "v1": "no", "hysteresis": "10", "hold": "2", "cooldown": "2"}
+        options = {"lease": "2", "v1": "no", "forgets": "no", "stores": "1"}
+        options |= {"hysteresis": "10", "hold": "2", "cooldown": "2"}
         options |= dict(word.split("=") for word in words)
         self.world = World(
             1,
             lease_s=float(options["lease"]),
             plain_v1=options["v1"] == "yes",
+            forgets=options["forgets"] == "yes",
+            stores=int(options["stores"]),
             policy=Policy(float(options["hysteresis"]), float(options["hold"])),
             cooldown_limit_s=float(options["cooldown"]),
+            **self.planted,
         )
 
     def do_agents(self, *names: str) -> None:
         for name in names:
-            self.world.agents[name] = ScriptedHost(self.world, name)
-            self.host(name).start()
+            self.world.agents[name] = agent = ScriptedHost(self.world, name)
+            if len(self.world.coordinators) > 1:
+                agent.state_file.store_id = self.world.coordinator.store_id
+            agent.guard.late_s = 0.01
+            agent.start()
 
     def do_run(self, seconds: str) -> None:
         self.world.run(float(seconds))
@@ -105,6 +127,43 @@ class Story:
 
     def do_thaw_agent(self, name: str) -> None:
         self.host(name).thaw_agent()
+
+    def do_kill_both(self, name: str) -> None:
+        self.host(name).kill_both()
+
+    def do_fail_start(self, name: str) -> None:
+        self.host(name).failing_starts = 1
+        self.host(name).kill_both()
+
+    def do_linger_agent(self, name: str, seconds: str) -> None:
+        self.host(name).kill_agent(linger_s=float(seconds))
+
+    def do_hang_guard(self, name: str, seconds: str) -> None:
+        self.host(name).guard.hang(float(seconds))
+
+    def do_kill_guard(self, name: str) -> None:
+        self.host(name).guard.kill()
+
+    def do_reload(self, name: str, hooks: str) -> None:
+        self.host(name).reload(ALL_HOOKS if hooks == "all" else frozenset())
+
+    def do_upgrade(self, name: str) -> None:
+        self.host(name).upgrade()
+
+    def do_dies(self, name: str, task: str) -> None:
+        self.host(name).dying.append(task)
+
+    def do_stop_confirming(self, name: str) -> None:
+        self.host(name).stops_confirming = True
+
+    def do_children(self, name: str, nature: str) -> None:
+        self.host(name).nature = replace(self.host(name).nature, children=(nature,))
+
+    def do_slow(self, name: str, seconds: str) -> None:
+        self.host(name).net.spread_s = float(seconds)
+
+    def do_stranger(self, act: str, name: str, which: str = "0") -> None:
+        ACTS[act](self.world.coordinator, name, int(which))
 
     def do_unfit(self, name: str) -> None:
         self.world.say(name, "is unfit")
@@ -152,10 +211,9 @@ class Story:
             case "continue":
                 coordinator.resume()
             case "lose-data":
-                self.world.say("coordinator", "loses its data")
-                coordinator.disk = GroupRecord(coordinator.disk.config)
-                coordinator.state = awaken(coordinator.disk, coordinator.instant())
-                self.world.newest_epoch = 0
+                coordinator.lose_data()
+            case "restore":
+                coordinator.restore_copy(0)
             case _:
                 raise AssertionError(what)
 
@@ -179,9 +237,9 @@ def steps(text: str) -> Iterator[tuple[str, list[str]]]:
         yield head, lines
 
 
-def played(text: str) -> str:
+def played(text: str, **planted: Any) -> str:
     """The file as it would be if everything in it happened as it does now."""
-    story = Story()
+    story = Story(**planted)
     blocks = []
     for head, commands in steps(text):
         for command in commands:

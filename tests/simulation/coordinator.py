@@ -1,0 +1,241 @@
+"""A coordinator of a simulated world: one group, decided by the real core.
+
+Owns the disk, which survives a crash and may be replaced by an older copy, and the queue of inputs: one is
+decided after the other, and answered when it is durable. Callers are messages; who they are is not its
+business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from agent.core import group, group_state
+from agent.core.group_state import (
+    AddSession,
+    Decision,
+    GroupState,
+    Input,
+    Policy,
+    RemoveGroup,
+    Tick,
+    excuse,
+    status_of,
+)
+from agent.errors import NotFound, RequestRefused
+from agent.model import GroupConfig, GroupRecord, GroupStatus, Instant
+
+from .network import Clock
+
+if TYPE_CHECKING:
+    from .world import World
+
+COPIES = 12
+"""Older copies of the data that a backup may have."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """The functions of the group's core; a planted bug is another one of them."""
+
+    decide: Callable[[GroupState, Input, Instant, Policy], Decision]
+    awaken: Callable[[GroupRecord, Instant], GroupState]
+
+
+REAL = Core(group.decide, group_state.awaken)
+
+
+class CoordinatorHost:
+    """One coordinator with one group; ``disk`` is what survives it."""
+
+    def __init__(self, world: "World", name: str) -> None:
+        self.world = world
+        self.name = name
+        self.store_id = f"store-of-{name}"
+        self.clock = Clock()
+        ticks = round(world.lease_s * 10_000_000)
+        self.disk = GroupRecord(GroupConfig("g", ticks))
+        self.copies = [self.disk]
+        self.deleted = False
+        self.up = True
+        self.life = 0
+        self.fsync_s = 0.002
+        self.backlog: list[tuple[Input, Callable[[Any], None]]] = []
+        self.writing: GroupRecord | None = None
+        self.readers: list[tuple[int, Callable[[GroupStatus], None]]] = []
+        self.wake = float("inf")
+        self.paused_at: float | None = None
+        self.holders: dict[int, str] = {}
+        self.newest_epoch = 0
+        self.restored_at = float("-inf")
+        self.lost_epoch = -1
+        """The newest epoch of which the data knew before they were restored."""
+        self.state: GroupState = world.core.awaken(self.disk, self.instant())
+
+    def instant(self) -> Instant:
+        return self.world.instant(self.clock.local(self.world.now))
+
+    # -- faults ---------------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        if not self.up:
+            return
+        self.world.say(self.name, "is killed")
+        self.up = False
+        self.life += 1
+        self.paused_at = None
+        if self.writing is not None and self.world.rng.random() < 0.5:
+            self.keep(self.writing)  # the write had reached the disk, the answer nobody
+        self.writing = None
+        self.backlog.clear()
+        self.readers.clear()
+
+    def restart(self) -> None:
+        if self.up:
+            return
+        if self.world.forgets:
+            self.lose_data()
+        self.world.say(self.name, "starts")
+        self.up = True
+        self.state = self.world.core.awaken(self.disk, self.instant())
+        self.submit(Tick(), lambda _: None)
+
+    def lose_data(self) -> None:
+        """Nothing is left but the group's configuration."""
+        self.world.say(self.name, "loses its data")
+        self.restore(GroupRecord(self.disk.config))
+
+    def restore_copy(self, which: int) -> None:
+        """Put an older copy in the place of the data; only while it is down."""
+        if not self.up:
+            copy = self.copies[which % len(self.copies)]
+            self.world.say(self.name, f"gets data of epoch {copy.epoch} from a backup")
+            self.restore(copy)
+
+    def restore(self, copy: GroupRecord) -> None:
+        if not self.world.forgets:  # without epochs nobody can hear of them
+            self.lost_epoch = max(self.lost_epoch, self.newest_epoch)
+        self.disk, self.newest_epoch = copy, copy.epoch
+        self.deleted = False
+        self.restored_at = self.world.now
+        self.holders = {e: who for e, who in self.holders.items() if e < copy.epoch}
+        if self.up:
+            self.state = self.world.core.awaken(copy, self.instant())
+
+    def pause(self) -> None:
+        if self.up and self.paused_at is None:
+            self.world.say(self.name, "is stopped")
+            self.paused_at = self.clock.local(self.world.now)
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            self.world.say(self.name, "goes on")
+            self.state = excuse(self.state, self.paused_at, self.instant())
+            self.paused_at = None
+            self.work()
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def submit(self, what: Input, reply: Callable[[Any], None]) -> None:
+        if self.up:
+            self.backlog.append((what, reply))
+            self.work()
+
+    def read_status(self, after: int, reply: Callable[[GroupStatus], None]) -> None:
+        if self.up and not self.deleted:
+            if self.state.record.revision != after:
+                reply(self.status())
+            else:
+                self.readers.append((after, reply))
+
+    def status(self) -> GroupStatus:
+        store_id = None if self.world.plain_v1 else self.store_id
+        return replace(status_of(self.state), store_id=store_id)
+
+    def work(self) -> None:
+        while self.backlog and self.writing is None and self.up and self.paused_at is None:
+            what, reply = self.backlog.pop(0)
+            if self.deleted and isinstance(what, AddSession):
+                self.create()
+            try:
+                if self.deleted:
+                    raise NotFound("There is no such group.", "Create it first.")
+                decision = self.world.core.decide(
+                    self.state, what, self.instant(), self.world.policy
+                )
+            except RequestRefused as refusal:
+                reply(refusal)
+                continue
+            if isinstance(what, RemoveGroup):
+                self.delete()
+            elif decision.state.record is self.state.record:
+                self.conclude(decision, reply)
+            else:
+                self.writing = decision.state.record
+                self.world.after(self.fsync_s, self.written, self.life, decision, reply)
+
+    def delete(self) -> None:
+        """The group is gone; its epochs are remembered."""
+        self.world.say(self.name, "deletes the group")
+        self.deleted = True
+        self.wake = float("inf")
+        self.readers.clear()
+
+    def create(self) -> None:
+        """As a join does: the group is made anew, and goes on with the epochs of the deleted one."""
+        self.deleted = False
+        epoch = group.epoch_after_deletion(self.state.record.epoch)
+        if epoch < self.newest_epoch:  # nothing but a wrong heartbeat can have brought that about
+            self.newest_epoch, self.holders = epoch, {}
+        self.keep(GroupRecord(self.disk.config, epoch=epoch))
+        self.state = self.world.core.awaken(self.disk, self.instant())
+
+    def written(self, life: int, decision: Decision, reply: Callable[[Any], None]) -> None:
+        if life == self.life:
+            self.writing = None
+            self.keep(decision.state.record)
+            self.conclude(decision, reply)
+            self.work()
+
+    def keep(self, record: GroupRecord) -> None:
+        """Make a record durable; no epoch has two holders, or goes back (R15)."""
+        self.disk = record
+        self.copies = [*self.copies[-COPIES + 1 :], record]
+        if record.epoch < self.newest_epoch:
+            self.world.broken(f"epoch goes back to {record.epoch}")
+        self.newest_epoch = record.epoch
+        if record.holder is not None:
+            self.check_epoch(record.holder.epoch, str(record.holder.instance))
+
+    def check_epoch(self, epoch: int | None, holder: str) -> None:
+        if epoch is None:
+            return
+        known = self.holders.setdefault(epoch, holder)
+        if known != holder:
+            self.world.broken(f"epoch {epoch} of {known} and {holder}")
+
+    def conclude(self, decision: Decision, reply: Callable[[Any], None]) -> None:
+        before, self.state = self.state.record, decision.state
+        record = self.state.record
+        for entry in decision.history:
+            ended = f"ended: {entry.why_ended}" if entry.until else f"began: {entry.why_started}"
+            self.world.say(self.name, f"tenure {entry.epoch} of {entry.session_id} {ended}")
+            if entry.until is None and entry.epoch <= self.lost_epoch:
+                self.world.void(self)
+        if record.pending != before.pending and record.pending is not None:
+            self.world.say(self.name, f"chooses {record.pending}")
+        reply(decision.answer)
+        if record.revision != before.revision:
+            readers, self.readers = self.readers, []
+            for _, answer in readers:
+                answer(self.status())
+        self.arm(decision.wake_at)
+
+    def arm(self, wake_at: float) -> None:
+        self.wake = wake_at
+        if wake_at < float("inf"):
+            delay_s = max(0.0, self.clock.true(wake_at) - self.world.now)
+            self.world.after(delay_s + 1e-6, self.tick, self.life, wake_at)
+
+    def tick(self, life: int, wake_at: float) -> None:
+        if life == self.life and wake_at == self.wake and self.up and self.paused_at is None:
+            self.submit(Tick(), lambda _: None)

@@ -1,0 +1,660 @@
+"""One host of a simulated world: the agent's daemon in small, around the real session.
+
+Owns the agent's life and death, its tasks, its requests and its state file. What it runs is in
+``processes``, its guard in ``guards``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from agent.core.effects import (
+    Effect,
+    Escalate,
+    Exit,
+    Join,
+    KillHook,
+    Leave,
+    Publish,
+    Release,
+    SendBeat,
+    StartHook,
+    TermHook,
+)
+from agent.core.events import (
+    Answered,
+    BeatFailed,
+    Event,
+    Failure,
+    Fitness,
+    HookEnded,
+    Joined,
+    Left,
+    Released,
+    Stalled,
+    StatusSeen,
+    Stop,
+    Tick,
+)
+from agent.core.group_state import AddSession, Beat, Input, ReleaseRole, RemoveSession
+from agent.core.roles import TRANSITIONS
+from agent.core.session import FormerTenure, Options, Phase, Session
+from agent.errors import ExitCode, NotFound, TooSoon
+from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
+
+from .defects import Defect
+from .guards import Guard
+from .network import Clock, Net
+from .processes import HookNature, Processes
+from .world import EPOCH_OF_WALL
+
+if TYPE_CHECKING:
+    from .coordinator import CoordinatorHost
+    from .world import World
+
+ALL_HOOKS = frozenset(Role)
+
+CLAIM_S = 0.05
+"""How often a start looks whether the guard of the life before is done."""
+
+GREATEST_EPOCH = 2**53 - 1
+"""What the wire takes; a call with a greater one is refused before anybody decides."""
+
+TASKS = ("join", "follow", "beat", "release", "leave", "reload")
+
+
+@dataclass
+class StateFile:
+    """What of an agent survives it on its host.
+
+    Attributes:
+        unreleased: the tenure that it held, until it has given that back itself.
+        owes_demotion: a promotion was begun, and nobody has demoted yet.
+        store_id: the store that it has met.
+    """
+
+    unreleased: FormerTenure | None = None
+    owes_demotion: bool = False
+    store_id: str | None = None
+
+
+class AgentHost:
+    """One host: the agent's daemon in small, its hooks and its workload."""
+
+    def __init__(
+        self,
+        world: "World",
+        name: str,
+        *,
+        clock: Clock | None = None,
+        nature: HookNature | None = None,
+        net: Net | None = None,
+        score: float = 100.0,
+        hooks: frozenset[Role] = ALL_HOOKS,
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.clock = clock or Clock()
+        self.nature = nature or HookNature()
+        self.nets = [net or Net(), *(Net() for _ in world.coordinators[1:])]
+        self.endpoint = 0
+        self.score = score
+        self.hooks_present = hooks
+        self.up = False
+        self.frozen = False
+        self.agent_frozen = False
+        self.blocked = False
+        self.doomed = False
+        """Its agent was killed, and lingers in the kernel."""
+        self.stale = False
+        """It was frozen until after its lease, and has not demoted yet."""
+        self.orphaned = False
+        """Neither agent nor guard could act in time, and nobody has demoted yet."""
+        self.life = 0
+        self.backlog: list[tuple[Event, int]] = []
+        self.frozen_at = 0.0
+        self.restart_after_s: float | None = None
+        self.exits: list[ExitCode] = []
+        self.unfitness: dict[str, str] = {}
+        self.registrations = 0
+        """Of this process."""
+        self.failing_starts = 0
+        self.stops_confirming = False
+        """It is asked to stop right after the next heartbeat by which it confirms."""
+        self.dying: list[str] = []
+        self.state_file = StateFile()
+        self.tenure: tuple[int, str] | None = None
+        self.runs = Processes(self, self.run_ended)
+        self.guard = Guard(self)
+        self.session: Session
+
+    # -- what others look at --------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its workload may be doing something that the promise speaks of."""
+        return self.runs.active and not self.frozen and not self.stale and not self.orphaned
+
+    @property
+    def works(self) -> bool:
+        """Whether its agent turns."""
+        return self.up and not self.frozen and not self.agent_frozen and not self.blocked
+
+    @property
+    def net(self) -> Net:
+        return self.nets[0]
+
+    @net.setter
+    def net(self, net: Net) -> None:
+        self.nets[0] = net
+
+    @property
+    def coordinator(self) -> "CoordinatorHost":
+        """The one that it asks at present."""
+        return self.world.coordinators[self.endpoint]
+
+    @property
+    def instance(self) -> str:
+        return f"{self.name}#{self.life}"
+
+    def local(self) -> float:
+        return self.clock.local(self.world.now)
+
+    # -- life and death -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start an agent, once nothing of the one before can act any more."""
+        if self.up:
+            return
+        if self.guard.claims:
+            self.world.after(CLAIM_S, self.start)
+            return
+        if self.failing_starts and Defect.STARTS_BEFORE_IT_DEMOTES in self.world.defects:
+            self.failing_starts -= 1
+            self.world.say(self.name, "cannot start")
+            self.process_ends()
+            if self.runs.active:
+                self.world.broken(f"{self.name} left a workload")
+            return
+        self.up = True
+        self.frozen = self.agent_frozen = self.blocked = self.doomed = self.stale = False
+        self.life += 1
+        self.endpoint = self.registrations = 0
+        self.backlog.clear()
+        self.dying.clear()
+        self.unfitness.clear()
+        self.runs.new_life()
+        self.guard.begin()
+        self.runs.kill_leftovers()  # what an agent that was killed together with its guard has left
+        options = self.options(self.world.rng.random())
+        if self.state_file.owes_demotion:  # by the hook with which the promotion was begun
+            options = replace(options, hooks=options.hooks | {Role.SECONDARY})
+        self.session = self.world.session_class(self.world.timing, options)
+        self.revision = -1
+        self.world.say(self.name, "starts")
+        self.begin_session()
+        if not self.world.plain_v1:
+            self.follow(self.life)
+
+    def begin_session(self) -> None:
+        """The first demotion (R6); the tenure of the life before is released after it."""
+        former = None if self.world.plain_v1 else self.state_file.unreleased
+        self.perform(self.session.begin(self.local(), former))
+
+    def options(self, jitter: float) -> Options:
+        """The settings as they are now, and what is remembered over a restart."""
+        return Options(
+            session_id=self.name,
+            hooks=self.hooks_present,
+            hook_limit_s=self.world.lease_s,
+            cooldown_s=self.world.cooldown_limit_s / 4,
+            cooldown_limit_s=self.world.cooldown_limit_s,
+            jitter=jitter,
+            store_id=self.state_file.store_id,
+        )
+
+    def kill(self) -> None:
+        """The whole host."""
+        if self.up or self.runs.active or self.guard.acts:
+            self.world.say(self.name, "is killed")
+            self.up = self.agent_frozen = self.blocked = self.doomed = self.orphaned = False
+            self.guard.begin()
+            self.guard.acts = False
+            self.runs.all_gone()
+            self.life += 1
+
+    def kill_agent(self, *, linger_s: float = 0.0) -> None:
+        """Only the agent: its hooks' work goes on. Until it is gone its guard hears of nothing."""
+        if self.up and not self.frozen:
+            if linger_s > 0.0:
+                self.world.say(self.name, f"its agent is killed, and lingers for {linger_s:.3f} s")
+                self.freeze_now()
+                self.doomed = True
+                self.world.after(linger_s, self.gone, self.life)
+                return
+            self.world.say(self.name, "its agent is killed")
+            self.die()
+
+    def gone(self, life: int) -> None:
+        """A killed agent has left the kernel."""
+        if life == self.life and self.doomed and not self.frozen:
+            self.die()
+
+    def kill_both(self) -> None:
+        """Agent and guard together, as the OOM killer does it; their hooks' work goes on."""
+        if self.up and not self.frozen and not self.guard.acts:
+            self.world.say(self.name, "its agent and its guard are killed")
+            self.orphaned = self.runs.active
+            self.guard.begin()
+            self.process_ends()
+
+    def freeze_agent(self) -> None:
+        """Only the agent: its hooks' work goes on until the guard acts."""
+        if self.works:
+            self.world.say(self.name, "its agent is frozen")
+            self.freeze_now()
+
+    def freeze_now(self) -> None:
+        if not self.agent_frozen and not self.blocked:
+            self.frozen_at = self.local()
+        self.agent_frozen = True
+        if self.guard.enabled and not self.guard.up:
+            self.orphaned = self.runs.active  # two faults at once
+
+    def thaw_agent(self) -> None:
+        if self.up and self.agent_frozen and not self.frozen and not self.doomed:
+            self.world.say(self.name, "its agent is thawed")
+            self.agent_frozen = False
+            self.wake(self.local() - self.frozen_at)
+
+    def block(self) -> None:
+        """Its loop waits for something."""
+        self.world.say(self.name, "its loop waits")
+        self.blocked, self.frozen_at = True, self.local()
+
+    def unblock(self) -> None:
+        self.blocked = False
+        if self.works:
+            self.wake(self.local() - self.frozen_at)
+
+    def die(self) -> None:
+        """The agent is dead; its guard runs the hook, and kills what is left by its limit."""
+        self.process_ends()
+        self.guard.agent_died()
+
+    def process_ends(self) -> None:
+        """However it came: a service manager starts it again."""
+        self.up = self.agent_frozen = self.blocked = self.doomed = False
+        self.life += 1
+        self.runs.new_life()
+        if self.restart_after_s is not None:
+            self.world.after(self.restart_after_s, self.start)
+
+    def stop(self) -> None:
+        if self.up:
+            self.world.say(self.name, "is asked to stop")
+            self.tell(Stop())
+
+    def freeze(self) -> None:
+        """The whole host: suspend, or a paused virtual machine."""
+        if self.up and not self.frozen:
+            self.world.say(self.name, "is frozen")
+            self.frozen = True
+            if not self.agent_frozen and not self.blocked:
+                self.frozen_at = self.local()
+
+    def thaw(self) -> None:
+        if not (self.up and self.frozen):
+            return
+        self.world.say(self.name, "is thawed")
+        self.frozen = False
+        if self.doomed:
+            self.world.after(0.0, self.gone, self.life)
+        late_s = self.local() - self.frozen_at
+        if self.runs.active and self.local() >= self.session.lease_until:
+            self.stale = True
+        self.world.check_active()
+        if self.works:
+            self.wake(late_s)
+
+    def wake(self, late_s: float) -> None:
+        """What the loop does first after it did not turn for a while (R2)."""
+        backlog, self.backlog = self.backlog, []
+        if late_s > self.session.timing.margin_s:
+            self.tell(Stalled(late_s))
+            if self.session.role is not Role.SECONDARY:
+                self.world.broken(f"{self.name} woke as primary")
+        for event, life in [*backlog, (Tick(), self.life)]:
+            self.tell(event, life)
+
+    # -- fitness and settings -------------------------------------------------------------------
+
+    def mark(self, source: str, trouble: str | None) -> None:
+        """Something makes this host unfit, or no more."""
+        before = dict(self.unfitness)
+        self.unfitness.pop(source, None)
+        if trouble is not None:
+            self.unfitness[source] = trouble
+        if self.unfitness != before:
+            self.tell(Fitness(not self.unfitness, "; ".join(self.unfitness.values())))
+
+    def unfit(self) -> None:
+        self.mark("checks", "check down")
+
+    def fit(self) -> None:
+        self.mark("checks", None)
+
+    def reload(self, hooks: frozenset[Role]) -> None:
+        """SIGHUP, with other hooks in the settings."""
+        if not self.works or self.dies("reload"):
+            return
+        self.hooks_present = hooks
+        names = ", ".join(sorted(hooks)) or "no hooks"
+        self.world.say(self.name, f"reads its settings again: {names}")
+        self.session.reconfigure(self.options(self.session.options.jitter))
+        self.perform(())
+
+    def upgrade(self) -> None:
+        """SIGHUP after another version was installed: nothing changes but by a restart."""
+        if self.works and Defect.READS_BY_POSITION in self.world.defects:
+            self.world.say(self.name, "reads the settings of another version")
+            self.runs.program[Role.SECONDARY] = Role.PRIMARY
+
+    # -- the daemon in small --------------------------------------------------------------------
+
+    def tell(self, event: Event, life: int | None = None) -> None:
+        if (life is not None and life != self.life) or not self.up:
+            return
+        if not self.works:
+            self.backlog.append((event, self.life))
+            return
+        self.perform(self.session.step(event, self.local()))
+
+    def arm_guard(self) -> None:
+        self.guard.arm(self.session.guard_by)
+
+    def perform(self, effects: tuple[Effect, ...]) -> None:
+        """Have effects done in order, with the guard told before and after."""
+        life = self.life
+        self.arm_guard()
+        for effect in effects:
+            if self.dies("loop"):
+                return
+            self.begin(effect)
+            if life != self.life:
+                return
+        self.arm_guard()
+        wake_at = self.session.wake_at
+        if wake_at < float("inf"):
+            delay_s = max(0.0, self.clock.true(wake_at) - self.world.now)
+            self.world.after(delay_s + 1e-6, self.timer, self.life, wake_at)
+
+    def timer(self, life: int, wake_at: float) -> None:
+        if life == self.life and wake_at == self.session.wake_at:
+            self.tell(Tick())
+
+    def begin(self, effect: Effect) -> None:  # noqa: C901 - one arm an effect
+        match effect:
+            case SendBeat():
+                self.beat(effect.beat)
+            case Publish():
+                self.publish(effect)
+            case StartHook():
+                self.start_hook(effect)
+            case TermHook():
+                self.runs.term(effect.run)
+            case KillHook():
+                self.runs.kill(effect.run)
+            case Join():
+                self.join(self.life)
+            case Release():
+                self.release(effect)
+            case Leave():
+                self.call("leave", RemoveSession(self.name), lambda _: Left(), Left)
+            case Escalate():
+                self.world.say(self.name, f"escalates: {effect.reason}")
+                self.runs.kill_all()
+                self.orphaned = self.state_file.owes_demotion = False
+            case Exit():
+                self.exit(effect.code)
+
+    def exit(self, code: ExitCode) -> None:
+        self.world.say(self.name, f"exits {code.name}")
+        self.exits.append(code)
+        if self.runs.active or self.runs.leftovers:
+            self.world.broken(f"{self.name} left a workload")
+        self.process_ends()
+
+    def publish(self, effect: Publish) -> None:
+        if (effect.before, effect.role) not in TRANSITIONS:
+            self.world.broken(f"{effect}")
+        epoch = "" if effect.epoch is None else f" epoch={effect.epoch}"
+        self.world.say(self.name, f"{effect.before} -> {effect.role}{epoch}: {effect.reason}")
+        if effect.role is not Role.SECONDARY and effect.epoch is not None:
+            self.state_file.unreleased = FormerTenure(effect.epoch, self.instance)
+
+    def start_hook(self, effect: StartHook) -> None:
+        facts = effect.facts
+        if facts.role is Role.PRIMARY:
+            if self.local() >= self.session.renew_by:
+                self.world.broken(f"{self.name} promoted without a lease")
+            self.stale = False
+            self.state_file.owes_demotion = True
+            if self.world.forgets and self.registrations == 1:  # a new process has heard of nothing
+                self.world.void(self.coordinator)
+            if facts.epoch is not None:
+                self.tenure = (facts.epoch, self.instance)
+                self.state_file.unreleased = FormerTenure(*self.tenure)
+                self.world.check_epoch(self.session.store_id, facts.epoch, self.instance)
+        self.runs.start(effect.run, facts)
+
+    def run_ended(self, event: HookEnded) -> None:
+        if event.ok and not self.runs.active:
+            self.stale = self.orphaned = self.state_file.owes_demotion = False
+        self.tell(event)
+        if (
+            event.ok
+            and self.up
+            and self.failing_starts
+            and self.session.phase is not Phase.STARTING
+        ):
+            self.failing_starts -= 1
+            self.world.say(self.name, "cannot start")
+            self.exit(ExitCode.GUARD)
+
+    # -- tasks that die -------------------------------------------------------------------------
+
+    def dies(self, task: str) -> bool:
+        """Whether an exception ends this task now; what follows has been seen to then."""
+        if task not in self.dying or not self.up:
+            return False
+        self.dying.remove(task)
+        self.world.say(self.name, f"an exception ends its {task}")
+        if task == "loop":
+            if Defect.CALLS_THE_GUARD_OFF in self.world.defects:
+                self.guard.arm(None)
+            unguarded = self.guard.due is None and self.guard.able
+            if self.is_active and unguarded:
+                self.world.broken(f"{self.name} left a workload")
+            self.die()
+        elif Defect.LOSES_TASKS not in self.world.defects:
+            self.world.after(
+                0.0, self.tell, Stop(ExitCode.TASK_FAILED, f"{task} failed"), self.life
+            )
+        return True
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def call(  # noqa: C901 - a request is these closures
+        self,
+        task: str,
+        what: Input,
+        answered: Callable[[Any], Event],
+        failed: Callable[[], Event],
+    ) -> None:
+        """One request with its time limit; the answer may still come after it."""
+        life, endpoint = self.life, self.endpoint
+        open_calls = [True]
+        lost = self.dies(task)
+        if lost and Defect.LOSES_TASKS not in self.world.defects:
+            self.world.after(0.0, self.tell, failed(), life)  # whoever waits for it goes on
+
+        def on_answer(answer: Any) -> None:
+            event = answered(answer)
+            if open_calls or isinstance(event, Answered):  # a late answer is told, too (R3)
+                open_calls.clear()
+                self.tell(event, life)
+
+        def on_limit() -> None:
+            if open_calls and life == self.life:
+                open_calls.clear()
+                self.next_endpoint(endpoint)
+                self.tell(failed(), life)
+
+        coordinator, net = self.coordinator, self.nets[endpoint]
+
+        def reply(answer: Any) -> None:
+            if not lost:
+                self.world.send(net, back=True, deliver=on_answer, args=(answer,))
+
+        def deliver() -> None:
+            # Plain v1 has nothing that tells a late DELETE from one of the session's next life. Here
+            # it dies with its connection, as over TCP it nearly always does.
+            if open_calls or not (self.world.plain_v1 and isinstance(what, RemoveSession)):
+                coordinator.submit(what, reply)
+
+        self.world.send(net, back=False, deliver=deliver, args=())
+        if not lost:
+            self.world.after(self.session.timing.request_timeout_s, on_limit)
+
+    def next_endpoint(self, tried: int) -> None:
+        """The next one of the list, unless another call has moved on already."""
+        if tried == self.endpoint and len(self.nets) > 1:
+            self.revision = -1
+            self.endpoint = (tried + 1) % len(self.world.coordinators)
+
+    def beat(self, beat: int) -> None:
+        plain = self.world.plain_v1
+        seen = None if plain else self.session.newest_epoch
+        coordinator = self.coordinator
+        what = Beat(
+            self.name,
+            self.score,
+            last_data=EPOCH_OF_WALL + timedelta(seconds=self.world.now)
+            if self.runs.active
+            else None,
+            instance=None if plain else self.instance,
+            seen_epoch=seen,
+        )
+
+        def answered(answer: Any) -> Event:
+            match answer:
+                case HeartbeatAnswer():
+                    if plain:
+                        return Answered(beat, HeartbeatAnswer(answer.role, answer.last_data))
+                    return Answered(beat, replace(answer, store_id=coordinator.store_id))
+                case NotFound():
+                    return BeatFailed(beat, Failure.GONE, "404")
+                case TooSoon():
+                    return BeatFailed(beat, Failure.BACK_OFF, "429", answer.retry_after_s)
+                case _:
+                    return BeatFailed(beat, Failure.OTHER, "refused")
+
+        def failed() -> Event:
+            return BeatFailed(beat, Failure.OTHER, "no answer in time")
+
+        if seen is not None and seen > GREATEST_EPOCH:
+            self.world.after(0.002, self.tell, BeatFailed(beat, Failure.OTHER, "400"), self.life)
+            return
+        self.call("beat", what, answered, failed)
+        if self.stops_confirming and coordinator.state.record.pending == self.name:
+            self.stops_confirming = False
+            self.world.after(0.0, self.stop)
+
+    def release(self, effect: Release) -> None:
+        self.world.say(self.name, f"releases epoch {effect.epoch}")
+        if self.runs.active or self.runs.leftovers:
+            self.world.broken(f"{self.name} releases, and its workload runs")
+        what = ReleaseRole(
+            self.name,
+            effect.epoch,
+            instance=effect.instance or self.instance,
+            why=effect.reason,
+            hold_off_s=effect.hold_off_s,
+        )
+        if effect.instance is None:
+            self.state_file.unreleased = None
+        if Defect.RELEASES_AS_ANYBODY in self.world.defects and effect.instance is not None:
+            what = self.anybodys_release(what)
+        self.call("release", what, lambda _: Released(), Released)
+
+    def anybodys_release(self, what: ReleaseRole) -> ReleaseRole:
+        """The planted release of whatever the coordinator has on record."""
+        holder = self.coordinator.state.record.holder
+        if holder is None or holder.session_id != self.name:
+            return what
+        return replace(what, epoch=holder.epoch, instance=holder.instance)
+
+    def join(self, life: int) -> None:
+        """Like the daemon's task: tries until it is answered, a beat apart."""
+        if life != self.life or not self.up or self.session.phase is not Phase.JOINING:
+            return
+        if not self.works:
+            self.world.after(0.05, self.join, life)
+            return
+        if self.dies("join"):
+            return
+        endpoint, coordinator = self.endpoint, self.coordinator
+        done: list[bool] = []
+
+        def on_answer(_: Any) -> None:
+            if not done and life == self.life:
+                done.append(True)
+                store_id = None if self.world.plain_v1 else coordinator.store_id
+                if self.session.accepts_store(store_id):
+                    self.registrations += 1
+                    self.state_file.store_id = store_id
+                    self.tell(Joined(self.world.timing, store_id), life)
+                else:
+                    self.next_endpoint(endpoint)
+
+        net = self.nets[endpoint]
+
+        def reply(answer: Any) -> None:
+            self.world.send(net, back=True, deliver=on_answer, args=(answer,))
+
+        def again() -> None:
+            if not done:
+                self.next_endpoint(endpoint)
+            self.join(life)
+
+        what = AddSession(SessionConfig(self.name))
+        self.world.send(net, back=False, deliver=coordinator.submit, args=(what, reply))
+        self.world.after(self.world.timing.beat_s, again)
+
+    def follow(self, life: int) -> None:
+        """Blocking reads of the status, one after the other."""
+        if life != self.life or not self.up or self.dies("follow"):
+            return
+        endpoint, coordinator = self.endpoint, self.coordinator
+        settled: list[bool] = []
+
+        def again(status: GroupStatus | None) -> None:
+            if settled or life != self.life:
+                return
+            settled.append(True)
+            if status is not None and status.revision is not None:
+                self.revision = status.revision
+                self.tell(StatusSeen(status), life)
+            self.world.after(0.0, self.follow, life)
+
+        net = self.nets[endpoint]
+
+        def reply(status: GroupStatus) -> None:
+            self.world.send(net, back=True, deliver=again, args=(status,))
+
+        self.world.send(
+            net, back=False, deliver=coordinator.read_status, args=(self.revision, reply)
+        )
+        self.world.after(2 * self.world.lease_s, again, None)

@@ -1,0 +1,93 @@
+"""Callers that are no member: they have the rights, and know or guess what is public.
+
+A stranger knows session ids and the epoch, since anybody may read the status. It does not know the
+instance of a process, which is in heartbeats only. It has a perfect network and acts at once.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from agent.core.group_state import (
+    AddSession,
+    Beat,
+    Input,
+    ReleaseRole,
+    RemoveGroup,
+    RemoveSession,
+    SetOverride,
+)
+from agent.model import RoleOverride, SessionConfig
+
+from .host import GREATEST_EPOCH
+
+if TYPE_CHECKING:
+    from .coordinator import CoordinatorHost
+
+A_MILLION_DAYS_S = 86_400e6
+
+
+def release(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
+    """Somebody gives back a role that is not theirs, and asks for a hold-off."""
+    epoch = coordinator.state.record.epoch + (0, 0, 1, -1)[which % 4]
+    instance = (None, "stranger#1")[which // 4 % 2]
+    hold_off_s = (0.0, A_MILLION_DAYS_S)[which // 2 % 2]
+    what = ReleaseRole(session_id, epoch, instance=instance, why="?", hold_off_s=hold_off_s)
+    _send(coordinator, what, f"releases epoch {epoch} of {session_id}")
+
+
+def delete(coordinator: "CoordinatorHost", session_id: str, _: int) -> None:
+    """Somebody deletes a session."""
+    coordinator.submit(RemoveSession(session_id), lambda _: None)
+
+
+def recreate(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
+    """Somebody deletes a session and makes it anew, perhaps to act as it."""
+    _send(coordinator, RemoveSession(session_id), f"deletes {session_id} and makes it anew")
+    coordinator.submit(AddSession(SessionConfig(session_id)), lambda _: None)
+    if which % 2:
+        beat(coordinator, session_id, which)
+
+
+def beat(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
+    """Somebody heartbeats as a session, without an instance or with one of their own."""
+    instance = (None, "stranger#1")[which % 2]
+    seen = (None, 0, coordinator.state.record.epoch)[which // 2 % 3]
+    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    _send(coordinator, what, f"heartbeats as {session_id}")
+
+
+def teach(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
+    """Somebody says that they have seen an epoch which never was."""
+    epoch = coordinator.state.record.epoch
+    seen = (GREATEST_EPOCH, epoch + 1, epoch + 1000, GREATEST_EPOCH - 1)[which % 4]
+    instance = (None, "stranger#1")[which // 4 % 2]
+    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    _send(coordinator, what, f"has seen epoch {seen}")
+
+
+def override(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
+    """Somebody overrides the choice."""
+    value = RoleOverride.PRIMARY if which % 4 else RoleOverride.OFF
+    coordinator.submit(SetOverride(session_id, value), lambda _: None)
+
+
+def delete_group(coordinator: "CoordinatorHost", _: str, __: int) -> None:
+    """Somebody deletes the group, which is refused while a session is alive."""
+    coordinator.submit(RemoveGroup(), lambda _: None)
+
+
+def _send(coordinator: "CoordinatorHost", what: Input, text: str) -> None:
+    coordinator.world.say("stranger", text)
+    coordinator.submit(what, lambda _: None)
+
+
+ACTS: dict[str, Callable[["CoordinatorHost", str, int], None]] = {
+    "stranger_release": release,
+    "remove_session": delete,
+    "stranger_recreate": recreate,
+    "stranger_beat": beat,
+    "stranger_teach": teach,
+    "stranger_override": override,
+    "delete_group": delete_group,
+}
+"""Faults that are acts of strangers."""
