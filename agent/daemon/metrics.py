@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.daemon.vitals import Histogram, Snapshot, why_not_ready
 from agent.model import Role
+from agent.ops import logs
 
 Labels: TypeAlias = Mapping[str, str]
 Samples: TypeAlias = Iterable[tuple[Labels, float | None]]
@@ -276,6 +277,11 @@ def _of_health(snap: Snapshot) -> Iterator[Metric]:
         "failover_agent_guard_fired",
         "1 if the process before this one was ended by its guard, which demoted in its place; else 0.",
         [({}, float(tally.guard_fired))],
+    )
+    yield _counter(
+        "failover_agent_log_lines_dropped_total",
+        "Log lines that were dropped because nobody reads this process's stderr.",
+        [({}, logs.dropped())],
     )
 
 
