@@ -31,6 +31,8 @@ run: .venv/.wheel  ## a coordinator on loopback, in the foreground
 
 test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
 	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov
+	@report=$$($(BIN)/coverage report --include='*agent/core/*' --fail-under=100) || \
+	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
 
 test-components:  ## Debian packages that the suite wants (tests/components.txt), where that is allowed
 	@tests/components.sh

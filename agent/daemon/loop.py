@@ -25,7 +25,7 @@ from agent.daemon.budget import LEFT_S, longest_stop_s
 from agent.daemon.effects import Effects
 from agent.daemon.guarding import BY_GUARD, Guarding
 from agent.daemon.inputs import Inputs
-from agent.daemon.member import Member, Published, options_of
+from agent.daemon.member import Member, Published, announcer_of, options_of
 from agent.daemon.reload import Reload
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
@@ -268,7 +268,7 @@ class Daemon:
         if self._start_probe is not None:
             member.runs.payloads.probe_url = await self._start_probe(self)
         if member.settings.mqtt is not None:
-            self._announcer = self._new_announcer()
+            self._announcer = announcer_of(member)
         await self._guarding.start(self._inputs.guard_changed, self._claim)
         await self._inputs.start()
         if self._announcer is not None:
@@ -282,19 +282,6 @@ class Daemon:
             failover_timeout_s=member.session.timing.lease_s,
             state_file=self._view.path,
             probe=member.runs.payloads.probe_url,
-        )
-
-    def _new_announcer(self) -> "Announcer":
-        from agent.drivers import mqtt  # noqa: PLC0415 - needs the extra
-
-        member = self._member
-        assert member.settings.mqtt is not None  # noqa: S101 - the caller has just looked
-        return mqtt.Announcer(
-            member.settings.mqtt,
-            member.settings.group,
-            member.session_id,
-            clock=member.clock,
-            first=member.published,
         )
 
     async def _wait_for_start(self) -> bool:

@@ -5,6 +5,7 @@ Each field has one writer, named below; the other parts read it, or send an even
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from agent.core.session import Options, Session
 from agent.daemon.payload import EVENTS
@@ -15,6 +16,9 @@ from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.settings import AgentSettings
+
+if TYPE_CHECKING:
+    from agent.drivers.mqtt import Announcer
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +80,22 @@ def options_of(
         cooldown_limit_s=settings.cooldown_limit,
         jitter=jitter,
         store_id=store_id,
+    )
+
+
+def announcer_of(member: Member) -> "Announcer":
+    """The announcer of a member whose settings have a broker.
+
+    Raises:
+        ConfigError: a password or certificate cannot be used.
+    """
+    from agent.drivers import mqtt  # noqa: PLC0415 - needs the extra
+
+    assert member.settings.mqtt is not None  # noqa: S101 - the caller has just looked
+    return mqtt.Announcer(
+        member.settings.mqtt,
+        member.settings.group,
+        member.session_id,
+        clock=member.clock,
+        first=member.published,
     )
