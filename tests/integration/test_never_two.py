@@ -311,3 +311,49 @@ def test_the_agent_of_a_relative_state_file_is_demoted_by_its_guard(
     until(lambda: path.exists() and '"Primary"' in path.read_text(), "it to be primary")
     one.end(signal.SIGKILL)
     until(lambda: "demoted by the guard" in path.read_text(), "the guard to write the file")
+
+
+# -- last resorts -----------------------------------------------------------------------------------
+
+
+def test_a_fence_command_has_its_whole_limit_and_the_agent_its_own_exit_code(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 12: the guard killed the agent in the middle of it: 137 instead of 40."""
+    begun, done = stage.directory / "begun", stage.directory / "done"
+    fence = stage.hook("host-a", "fence", f"sleep 3; touch {done}")
+    hook = stage.hook("host-a", "secondary", f"[ ! -e {begun} ] || exit 7; touch {begun}")
+    one = start(
+        stage,
+        "host-a",
+        coordinator,
+        flags=[f"--hook-secondary={hook}", f"--fence-command={fence}", "--hook-limit=10"],
+    )
+    one.until_role("Primary")
+    assert one.end() == ExitCode.DEMOTION_FAILED
+    assert done.exists()
+    assert "fence command ended" in one.said()
+
+
+def test_the_watchdog_device_is_disarmed_only_after_the_demotion(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Fault 13: it was disarmed before the demotion hook had run."""
+    device = stage.directory / "watchdog"
+    os.mkfifo(device)
+    reader = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+    stage.later(partial(os.close, reader))
+    stage.hook("host-a", "secondary")
+    one = stage.run(
+        "host-a",
+        coordinator,
+        timing=TIMING,
+        flags=[f"--watchdog-device={device}"],
+        secondary=f"dd if={device} iflag=nonblock of={stage.directory}/seen 2>/dev/null",
+    )
+    one.until_role("Primary")
+    assert one.end() == 0
+    with contextlib.suppress(BlockingIOError):
+        rest = os.read(reader, 65536)
+    assert b"V" not in (stage.directory / "seen").read_bytes()
+    assert rest.endswith(b"V")
