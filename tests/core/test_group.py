@@ -330,6 +330,25 @@ def test_r14_after_a_stall_whoever_was_alive_has_one_full_lease() -> None:
     assert bench.primary == "a"
 
 
+def test_r14_after_a_stall_a_pending_session_has_one_full_lease_to_confirm() -> None:
+    bench = Bench("a")
+    bench.beat("a")
+    judged_at, bench.mono = bench.mono + 1, bench.mono + 60
+    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    assert bench.pending == "a"
+
+
+def test_r14_a_stall_makes_no_time_to_confirm_shorter() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    bench.beat("b", 60)
+    confirm_by = bench.state.live.confirm_by
+    judged_at, bench.mono = bench.mono, bench.mono + 3
+    bench.state = excuse(bench.state, judged_at, bench.now)
+    assert bench.state.live.confirm_by == confirm_by
+
+
 def test_r14_a_stall_raises_nobody_from_the_dead() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
