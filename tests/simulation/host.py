@@ -574,7 +574,7 @@ class AgentHost:
 
     def release(self, effect: Release) -> None:
         self.world.say(self.name, f"releases epoch {effect.epoch}")
-        if self.runs.active or self.runs.leftovers:
+        if self.runs.may_be_active:
             self.world.broken(f"{self.name} releases, and its workload runs")
         what = ReleaseRole(
             self.name,

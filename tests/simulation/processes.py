@@ -50,6 +50,8 @@ class Child:
     """A process that a promotion hook has started and has not waited for."""
 
     nature: str
+    role: Role = Role.PRIMARY
+    """Whose hook it was; one of ``pending_primary`` starts nothing that the promise speaks of."""
     running: bool = True
     killed: bool = False
     """It does nothing any more, but may linger."""
@@ -101,7 +103,7 @@ class Processes:
         self.life += 1
         for hook in self.hooks.values():
             if hook.led and hook.role is not Role.SECONDARY:
-                self.left.append(Child("deaf"))  # it goes on without the agent
+                self.left.append(Child("deaf", hook.role))  # it goes on without the agent
         self.hooks = {}
 
     def all_gone(self) -> None:
@@ -115,6 +117,11 @@ class Processes:
     def leftovers(self) -> list[Child]:
         """Processes of a promotion that may still do something."""
         return [child for child in self.left if child.running and not child.killed]
+
+    @property
+    def may_be_active(self) -> bool:
+        """Whether the workload runs, or something that may start it."""
+        return self.active or any(child.role is Role.PRIMARY for child in self.leftovers)
 
     # -- a run ----------------------------------------------------------------------------------
 
@@ -142,7 +149,7 @@ class Processes:
         nature = self.world.chance.choice(natures) if len(natures) > 1 else natures[0]
         if nature == "none" or (hook.role is not Role.PRIMARY and nature in STARTERS):
             return
-        child = Child(nature)
+        child = Child(nature, hook.role)
         hook.children.append(child)
         self.left.append(child)
         if nature in {"late", "escaped"}:

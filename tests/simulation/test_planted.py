@@ -88,8 +88,8 @@ def takes_releases_of_anybody(
 
 def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
     """Fault 15: a heartbeat lifts the epoch however far it likes."""
-    seen = what.seen_epoch if isinstance(what, Beat) else None
-    if seen is not None and seen > state.record.epoch:
+    if isinstance(what, Beat) and (what.seen_epoch or 0) > state.record.epoch:
+        seen, what = what.seen_epoch or 0, replace(what, seen_epoch=None)
         record = replace(state.record, epoch=seen, holder=None, quiet=True)
         quiet_until = now.mono + record.config.lease_s
         state = GroupState(record, replace(state.live, quiet_until=quiet_until))

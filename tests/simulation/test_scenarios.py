@@ -21,7 +21,7 @@ Commands (names are hosts; times are seconds):
     slow NAME SECONDS         a message takes up to so long
     score NAME NUMBER         | override NAME Primary|Off [for SECONDS] | remove NAME
     stranger ACT NAME [WHICH] (strangers.py)
-    coordinator kill|start|stop|continue|lose-data|restore
+    coordinator kill|start|stop|continue|lose-data|restore [NUMBER of an older copy]
     run SECONDS               | status
 """
 
@@ -199,7 +199,7 @@ class Story:
     def do_remove(self, name: str) -> None:
         self.world.coordinator.submit(RemoveSession(name), lambda _: None)
 
-    def do_coordinator(self, what: str) -> None:
+    def do_coordinator(self, what: str, which: str = "0") -> None:
         coordinator = self.world.coordinator
         match what:
             case "kill":
@@ -213,7 +213,7 @@ class Story:
             case "lose-data":
                 coordinator.lose_data()
             case "restore":
-                coordinator.restore_copy(0)
+                coordinator.restore_copy(int(which))
             case _:
                 raise AssertionError(what)
 
