@@ -458,6 +458,7 @@ class AgentHost:
             and self.up
             and self.failing_starts
             and self.session.phase is not Phase.STARTING
+            and self.registrations == 0
         ):
             self.failing_starts -= 1
             self.world.say(self.name, "cannot start")

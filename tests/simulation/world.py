@@ -155,7 +155,7 @@ class World:
     def check_epoch(self, store_id: str | None, epoch: int, instance: str) -> None:
         """One process for each epoch of a store (R15)."""
         for coordinator in self.coordinators:
-            if coordinator.store_id == store_id:
+            if coordinator.store_id == store_id and self.now >= self.void_until:
                 coordinator.check_epoch(epoch, instance)
 
     def primary(self) -> str | None:
