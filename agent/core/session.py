@@ -14,8 +14,6 @@ Rules of this file:
 - The caller calls ``step(Tick(), now)`` when ``wake_at`` has come, and has exactly one timer.
 """
 
-import copy
-
 from agent.core.cooldown import Cooldown
 from agent.core.effects import Cause, Effect
 from agent.core.events import (
@@ -48,8 +46,6 @@ __all__ = ["FormerTenure", "Options", "Phase", "Session"]
 PROMOTE_SHARE = 0.25
 """A promotion starts only if this share of R is left (R8)."""
 
-_MUTABLE = (Executor, Heartbeats, Knowledge, Cooldown)
-
 
 class Session(LifeCycle):
     """One session's life. Public attributes may be read at any time, and written by nobody else."""
@@ -59,6 +55,11 @@ class Session(LifeCycle):
         super().__init__(timing, options)
         self._failure: Failure | None = None
         """Why the last heartbeat did not renew the lease."""
+
+    @property
+    def _parts(self) -> "tuple[Session | Executor | Heartbeats | Knowledge | Cooldown, ...]":
+        """Every object that a step changes."""
+        return (self, self._executor, self._heartbeats, self._knowledge, self._cooldown)
 
     # -- what the caller calls ----------------------------------------------------------------
 
@@ -84,14 +85,16 @@ class Session(LifeCycle):
             if self.phase is Phase.ENDED:
                 return ()
             event = Tick()
-        before = {k: copy.copy(v) if isinstance(v, _MUTABLE) else v for k, v in vars(self).items()}
+        before = [(vars(part), vars(part).copy()) for part in self._parts]
         effects: list[Effect] = []
         try:
             self._judge_deadlines(now, effects)
             self._handle(event, now, effects)
             self._advance(now, effects)
         except BaseException:
-            vars(self).update(before)
+            for attributes, values in before:  # their collections are replaced, never changed
+                attributes.clear()
+                attributes.update(values)
             raise
         return tuple(effects)
 
@@ -169,6 +172,7 @@ class Session(LifeCycle):
             self._on_foreign_answer(sent_at, now, effects)
             return
         if not self._knowledge.is_fresh(answer.epoch, answer.revision):
+            self._on_stale(answer, now, effects)
             return
         self._knowledge.answered(answer.revision)
         if answer.role is Role.PRIMARY:
@@ -182,6 +186,15 @@ class Session(LifeCycle):
         elif sent_at is not None and sent_at >= self.sent_at:
             # Neither forgotten, nor overtaken by the answer to a later one (R3).
             self._on_role(sent_at, answer, now, effects)
+
+    def _on_stale(self, answer: HeartbeatAnswer, now: float, effects: list[Effect]) -> None:
+        """Release a tenure of restored data: as its holder this session would keep the role (R8).
+
+        A late answer looks the same, and to release a tenure that is over changes nothing.
+        """
+        idle = self.phase is Phase.MEMBER and self.role is Role.SECONDARY and not self._demoting
+        if idle and answer.role is Role.PRIMARY and answer.epoch is not None:
+            self._release(answer.epoch, "an earlier tenure, by data that are older", now, effects)
 
     def _on_role(
         self, sent_at: float, answer: HeartbeatAnswer, now: float, effects: list[Effect]
