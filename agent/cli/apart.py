@@ -17,7 +17,7 @@ import click
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
-from agent.ops.process import register, unregister
+from agent.ops.process import Popen
 from agent.settings import AgentSettings, exchange
 
 READ_S = 60.0
@@ -62,10 +62,9 @@ class Reading:
         start = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(self._handed)]
         try:
             # A group of its own: Ctrl-C is for this process, which then waits for it.
-            self._process = subprocess.Popen(  # noqa: S603 - ourselves
+            self._process = Popen(
                 [*start, *flags, *words], pass_fds=[self._handed], process_group=0
             )
-            register(self._process.pid)
         except OSError as error:
             os.close(self._handed)
             raise ConfigError(f"no process to read the settings: {error.strerror}") from None
@@ -91,7 +90,6 @@ class Reading:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):  # a disk that hangs lets nobody be killed
                 self._process.wait(END_S)
-                unregister(self._process.pid)
             os.close(self._handed)
 
     def _received(self, code: int) -> AgentSettings:
