@@ -5,6 +5,7 @@ once, and again at a reload. So ``run`` and ``exec`` pass their words on as they
 the other process, makes settings of them, or says what is wrong. Owns the way between the two.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -120,7 +121,9 @@ def start(words: Sequence[str], *, debug: bool) -> int:
 
             add_hint_of_usual_directory(error)
             raise
-    return run(settings, partial(_again, words, debug=debug))
+    code = run(settings, partial(_again, words, debug=debug))
+    gc.freeze()  # or the interpreter looks for garbage at its end for 0.2 s, and the guard has to kill it
+    return code
 
 
 def _again(words: Sequence[str], *, debug: bool) -> AgentSettings:
