@@ -157,7 +157,11 @@ class Tree:
         if self.cgroup is not None:
             path = self.cgroup / "cgroup.kill"
             threading.Thread(target=_write, args=(path, "1"), daemon=True).start()
-        return proctree.kill_all(self.find, time.monotonic() + limit_s)
+        left = proctree.kill_all(self.find, time.monotonic() + limit_s)
+        if self.cgroup is not None:
+            with suppress(OSError):  # not empty; the next command that needs it makes it anew
+                self.cgroup.rmdir()
+        return left
 
     def _identities(self) -> list[proctree.Process]:
         """Of the commands whose process ids are still their own."""
