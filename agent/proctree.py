@@ -26,8 +26,7 @@ PAUSE_S = 0.002
 """Between two looks at what is being stopped or killed."""
 
 STOP_S = 0.25
-"""How long the stopping may take before the killing: a process in an uninterruptible call does not
-stop, and cannot fork either."""
+"""How long it is waited for that what was found has stopped: what may not be signalled never does."""
 
 QUIET_LOOKS = 3
 """Looks in a row that find nothing new: one can miss a process whose parent ends while it is made."""
@@ -166,7 +165,7 @@ def send(process: Process, number: int) -> bool:
 
 
 def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
-    """Stop all that ``find`` finds, until it finds nothing new; then kill them.
+    """Stop all that ``find`` finds, until it finds nothing new; then kill them; until nothing is found.
 
     Args:
         find: returns a set of processes, each time anew.
@@ -176,22 +175,36 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
     Returns:
         Those that live on: they are stuck in the kernel, or may not be signalled.
     """
+    while True:
+        found = _stop_all(find, end_at, clock)
+        for process in found:
+            _try_to_send(process, signal.SIGKILL)
+        while (left := {process for process in found if lives(process)}) and clock() < end_at:
+            time.sleep(PAUSE_S)
+        if left or not found:
+            return left
+        if clock() >= end_at:
+            late: set[Process] = find()
+            return late
+
+
+def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+    """Stop all that is found until several looks in a row find nothing new."""
     found: set[Process] = set()
-    stop_by = min(clock() + STOP_S, end_at)
+    stop_by = clock() + STOP_S
     quiet = 0
-    while quiet < QUIET_LOOKS and clock() < stop_by:
+    while quiet < QUIET_LOOKS:
         new = find() - found
         found |= new
         for process in new:
             _try_to_send(process, signal.SIGSTOP)
-        quiet = 0 if new or any(map(_moves, found)) else quiet + 1
+        waiting = clock() < stop_by and any(map(_moves, found))
+        quiet = 0 if new or waiting else quiet + 1
+        if clock() >= end_at:  # too late to be sure; what was found is killed at once
+            break
         if not new:
             time.sleep(PAUSE_S)
-    for process in found:
-        _try_to_send(process, signal.SIGKILL)
-    while (left := {process for process in found if lives(process)}) and clock() < end_at:
-        time.sleep(PAUSE_S)
-    return left
+    return found
 
 
 def _moves(process: Process) -> bool:

@@ -147,3 +147,31 @@ def test_a_process_that_is_gone_is_no_error() -> None:
     assert proctree.identify(2**22 + 1) is None
     assert not proctree.send((2**22 + 1, 0), signal.SIGKILL)
     assert proctree.in_cgroup(proctree.snapshot(), "/no/such/directory") == set()
+
+
+def test_what_a_slow_search_finds_late_is_killed_all_the_same(
+    mark: str, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """A look may take longer than the stopping: a success needs several that find nothing."""
+    shells = [started("exec sleep 1000") for _ in range(2)]
+    looks = 0
+
+    def find() -> set[proctree.Process]:
+        nonlocal looks
+        looks += 1
+        time.sleep(proctree.STOP_S * 1.2)
+        seen = shells[: 1 if looks == 1 else 2]
+        table = proctree.snapshot()
+        return proctree.related(table, [shell.pid for shell in seen], [])
+
+    assert proctree.kill_all(find, time.monotonic() + PATIENCE_S) == set()
+    assert not any(alive(shell.pid) for shell in shells)
+
+
+def test_what_is_found_after_the_deadline_is_killed_at_once(
+    started: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    shell = started("exec sleep 1000")
+    kill_by = time.monotonic() - 1.0
+    proctree.kill_all(lambda: proctree.related(proctree.snapshot(), [shell.pid], []), kill_by)
+    shell.wait(PATIENCE_S)

@@ -5,6 +5,7 @@ once, and again at a reload. So ``run`` and ``exec`` pass their words on as they
 the other process, makes settings of them, or says what is wrong. Owns the way between the two.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import click
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
-from agent.ops.process import register, unregister
+from agent.ops.process import Popen
 from agent.settings import AgentSettings, exchange
 
 READ_S = 60.0
@@ -62,10 +63,9 @@ class Reading:
         start = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(self._handed)]
         try:
             # A group of its own: Ctrl-C is for this process, which then waits for it.
-            self._process = subprocess.Popen(  # noqa: S603 - ourselves
+            self._process = Popen(
                 [*start, *flags, *words], pass_fds=[self._handed], process_group=0
             )
-            register(self._process.pid)
         except OSError as error:
             os.close(self._handed)
             raise ConfigError(f"no process to read the settings: {error.strerror}") from None
@@ -91,7 +91,6 @@ class Reading:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):  # a disk that hangs lets nobody be killed
                 self._process.wait(END_S)
-                unregister(self._process.pid)
             os.close(self._handed)
 
     def _received(self, code: int) -> AgentSettings:
@@ -122,7 +121,9 @@ def start(words: Sequence[str], *, debug: bool) -> int:
 
             add_hint_of_usual_directory(error)
             raise
-    return run(settings, partial(_again, words, debug=debug))
+    code = run(settings, partial(_again, words, debug=debug))
+    gc.freeze()  # or the interpreter looks for garbage at its end for 0.2 s, and the guard has to kill it
+    return code
 
 
 def _again(words: Sequence[str], *, debug: bool) -> AgentSettings:

@@ -6,8 +6,9 @@ KILL is the session's decision (R7, R8).
 """
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
+from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
+from agent.daemon.tenure import Tenure, kill_rest, note_limits
 from agent.daemon.vitals import Tally
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
+    PROMOTIONS,
     HookRun,
     HookRunner,
     HookSpec,
@@ -30,17 +34,17 @@ from agent.drivers.hooks import (
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
 from agent.ops import process
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import Tree, own_cgroup
+from agent.ops.trees import KILL_S, Tree, own_cgroup
 from agent.settings import AgentSettings
 
 TREE_POLL_S = 0.02
 """How often the processes of a pre-empted promotion are looked for."""
 
-REAP_S = 1.0
-"""How long a demotion that is done waits for orphans to be reaped."""
+LEAST_KILL_S = 0.2
+"""For the killing after a demotion hook that has used up its time: it takes milliseconds."""
 
 WORKLOAD_SHARE = 0.5
 """Share of a demotion's time in which the workload may end by itself; the hook has the rest."""
@@ -56,7 +60,7 @@ class _Run:
     tree: Tree
     hook: HookRun | None = None
     termed: bool = False
-    killing: "asyncio.Task[str | None] | None" = None
+    killed: bool = False
 
 
 class Runs:
@@ -101,12 +105,13 @@ class Runs:
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.cookie = instance
         self._runs: dict[int, _Run] = {}
-        self._of_tenure: list[HookRun] = []
-        self._tree: Tree | None = None
-        self._lane = Lane("orphans")
-        self._last_killing: asyncio.Task[str | None] | None = None
-        self._demotion: HookSpec | None = None
+        self._tenure: Tenure | None = None
+        self._former: Tree | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         process.become_subreaper()
+        self._orphans = process.Orphans(self._look)
+        cgroup = own_cgroup()
+        self._cgroup = cgroup / f"hooks-{os.getpid()}" if cgroup is not None else None
         self.workload: Workload | None = None
         if settings.workload:
             self.workload = Workload(
@@ -114,9 +119,18 @@ class Runs:
                 clock,
                 Restart(settings.workload_restart),
                 workload_ended,
-                cgroup=own_cgroup(),
+                cgroup=cgroup,
                 mark=f"{instance}.workload",
             )
+        if self.workload is not None or set(PROMOTIONS) & set(self._specs):
+            note_limits(cgroup)
+
+    @property
+    def _demotion(self) -> HookSpec | None:
+        """The demotion hook: of the tenure, else as configured."""
+        if self._tenure is not None:
+            return self._tenure.demotion
+        return self._specs.get(EVENTS[Role.SECONDARY])
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -125,6 +139,8 @@ class Runs:
         Whatever a promotion starts, a demotion has to end, with a hook of its own or without.
         """
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
+        if self._tenure is not None:
+            hooked.add(Role.SECONDARY)
         both = self.workload is not None or hooked
         return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if both else set()))
 
@@ -155,19 +171,23 @@ class Runs:
     @property
     def tenure_groups(self) -> tuple[int, ...]:
         """Process groups of the promotion hooks of this tenure, in which something may live."""
-        return tuple(pgid for hook in self._of_tenure for pgid in hook.pgids)
+        return self._tenure.groups if self._tenure is not None else ()
 
     @property
     def tenure_roots(self) -> tuple[proctree.Process, ...]:
-        """Known processes of this tenure, by number and start time."""
-        roots = set(self._tree.roots) if self._tree is not None else set()
+        """Known processes of this tenure, by process id and start time."""
+        roots = set(self._tenure.roots) if self._tenure is not None else set()
         if self.workload is not None and self.workload.identity is not None:
             roots.add(self.workload.identity)
         return tuple(sorted(roots))
 
     async def end_former_life(self, instance: str) -> None:
-        """Kill what an earlier agent, which died together with its guard, has left of its tenure."""
-        left = await Tree(instance).kill()
+        """Kill what an earlier agent, which died together with its guard, has left of its tenure.
+
+        While something of it lives that cannot be killed, the first demotion fails.
+        """
+        self._former = Tree(instance, since=0)
+        left = await self._former.kill()
         if left is not None:
             log.error("processes of an earlier run are left", reason=left)
 
@@ -176,6 +196,9 @@ class Runs:
     ) -> Coroutine[Any, Any, None]:
         """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
         run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
+        if facts.role is not Role.SECONDARY and self._tenure is None:
+            spec = self._specs.get(EVENTS[Role.SECONDARY])
+            self._tenure = Tenure(self.cookie, spec, self._cgroup)
         return self._whole(number, run, facts, self.payloads.of_role(facts, last_data))
 
     async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
@@ -196,6 +219,8 @@ class Runs:
         run.termed = True
         if run.hook is not None:
             run.hook.term()
+            if run.role is not Role.SECONDARY:
+                self._start(run.tree.signal(signal.SIGTERM))
         elif run.role is Role.SECONDARY and self.workload is not None:
             self.workload.kill()  # TERM was the beginning of its stop
 
@@ -204,11 +229,11 @@ class Runs:
         run = self._runs.get(number)
         if run is None:
             return
-        run.termed = True
+        run.termed = run.killed = True
         if run.hook is not None:
             run.hook.kill()
-        if run.role is not Role.SECONDARY:
-            self._kill_tree(run)
+            if run.role is not Role.SECONDARY:
+                self._start(run.tree.kill())
         elif self.workload is not None:
             self.workload.kill()
 
@@ -217,62 +242,54 @@ class Runs:
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
-        for hook in self._of_tenure:
-            hook.kill()
         if self.workload is not None:
             self.workload.kill()
-        if self._tree is not None:
-            self._last_killing = asyncio.get_running_loop().create_task(self._tree.kill())
+        if self._tenure is not None:
+            self._tenure.kill_groups()
+            self._start(self._tenure.kill())
 
-    def _kill_tree(self, run: _Run) -> None:
-        if run.killing is None or run.killing.done():
-            run.killing = asyncio.get_running_loop().create_task(run.tree.kill())
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _look(self) -> None:
+        """Follow the tenure's processes while their parents live, and have the guard know of them."""
+        if self._tenure is not None:
+            self._start(self._look_at(self._tenure))
+
+    async def _look_at(self, tenure: Tenure) -> None:
+        before = tenure.roots
+        await tenure.look()
+        if tenure.roots != before and tenure is self._tenure:
+            self._groups_changed()
 
     async def fence(self) -> None:
-        """R4's escalation: the fence command, if there is one; bounded by the hooks' limit."""
-        if not self._settings.fence_command:
-            return
-        limit_s = self._settings.hook_limit
-        facts = self.payloads.build(
-            event="fence",
-            old_role=Role.PRIMARY,
-            new_role=Role.SECONDARY,
-            epoch=None,
-            reason="demotion failed",
-            last_data=None,
-            deadline_s=limit_s,
-            previous_primary=None,
-        )
-        spec = HookSpec("fence", self._settings.fence_command)
-        run = self._runner.start(spec, environment_of(facts), facts)
-        log.warning("fence command started", pid=run.pid)
-        try:
-            async with asyncio.timeout(limit_s):
-                ended = await run.wait()
-                log.warning("fence command ended", result=ended.why)
-        except TimeoutError:
-            run.kill()
-            log.error("fence command killed at its limit", limit_s=limit_s)  # noqa: TRY400 - no traceback needed
+        """R4's escalation: wait for the killing, then run the fence command, if there is one.
+
+        The killing takes moments, the command at most the hooks' limit. Without a command a guard allows
+        no time for either: it does the killing itself as soon as the agent has ended.
+        """
+        if self._tasks and (self._settings.fence_command or not self._settings.guard):
+            await asyncio.wait(self._tasks, timeout=KILL_S)
+        await run_fence(self._settings, self._runner, self.payloads)
 
     def close(self) -> None:
-        """Give the hooks' process numbers back."""
+        """Give the hooks' process ids back."""
+        self._orphans.close()
         self._runner.close()
 
     # -- a change of role -----------------------------------------------------------------------
 
     async def _promote(self, run: _Run, role: Role, payload: dict[str, Any]) -> tuple[bool, str]:
-        if self._tree is None:  # the tenure begins, and keeps the demotion hook of this moment
-            self._tree = Tree(self.cookie, adopts=True)
-            self._demotion = self._specs.get(EVENTS[Role.SECONDARY])
         ok, why = await self._hook(run, role, self._specs.get(EVENTS[role]), payload)
-        if ok and role is Role.PRIMARY and self.workload is not None:
-            if run.termed:
-                return False, "terminated"
+        if ok and role is Role.PRIMARY and self.workload is not None and not run.termed:
             fault = await self.workload.start(environment_of(payload))
             self._groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.termed:
+        if run.termed:  # also if it ended well: what it has started got TERM as well
             await self._until_gone(run)
+            return False, "terminated" if ok else why
         return ok, why
 
     async def _until_gone(self, run: _Run) -> None:
@@ -280,17 +297,18 @@ class Runs:
 
         It was sent TERM; KILL comes from the session when the grace is over.
         """
-        while True:
-            with suppress(StuckError):
-                if not await run.tree.look():
-                    break
+        while not await run.tree.gone():
+            if run.killed:
+                await run.tree.kill()
             await asyncio.sleep(TREE_POLL_S)
-        if run.killing is not None:
-            await run.killing
 
     async def _demote(
         self, run: _Run, facts: HookFacts, payload: dict[str, Any]
     ) -> tuple[bool, str]:
+        kill_by = self._clock.boottime() + facts.limit_s
+        tenure = self._tenure
+        if tenure is not None:
+            await tenure.look()  # before parents end
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -298,22 +316,17 @@ class Runs:
                 await self.workload.stop()
             finally:
                 killing.cancel()
-        spec = self._demotion if self._tree is not None else self._specs.get(EVENTS[Role.SECONDARY])
-        ok, why = await self._hook(run, Role.SECONDARY, spec, payload)
-        if ok and self._tree is not None:
+        if tenure is not None:
+            tenure.begin_demotion()
+        ok, why = await self._hook(run, Role.SECONDARY, self._demotion, payload)
+        if ok:
             # Not before the hook: it may stop in order what a promotion hook has left to run.
-            left = await self._tree.kill()
+            limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
+            left = await kill_rest(self._tenure, self._former, limit_s=limit_s)
             if left is not None:
                 return False, left
-        if ok:
-            self._of_tenure.clear()
-            self._tree = self._demotion = None
-            await self._reap()
+            self._tenure = self._former = None
         return ok, why
-
-    async def _reap(self) -> None:
-        with suppress(StuckError, TimeoutError):
-            await self._lane.run(process.reap_orphans, timeout_s=REAP_S)
 
     async def _hook(
         self, run: _Run, role: Role, spec: HookSpec | None, payload: dict[str, Any]
@@ -322,12 +335,17 @@ class Runs:
             return True, "no hook"
         if run.termed:
             return False, "terminated"
-        environment = environment_of(payload)
+        environment, cgroup = environment_of(payload), None
         if role is not Role.SECONDARY:
             environment |= process.mark(run.tree.value)
-        run.hook = hook = self._runner.start(spec, environment, payload)
-        if role is not Role.SECONDARY:
-            self._of_tenure.append(hook)
+            cgroup = self._cgroup
+        run.hook = hook = self._runner.start(
+            spec,
+            environment,
+            payload,
+            launched=lambda: self._note_processes(run, hook),
+            cgroup=cgroup,
+        )
         await hook.launched()
         log.info("hook started", hook=spec.name, pid=hook.pid, epoch=payload["epoch"])
         self._note_processes(run, hook)
@@ -337,22 +355,23 @@ class Runs:
         self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
         say = log.info if ended.ok else log.warning
         say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
+        if role is not Role.SECONDARY:
+            self._look()  # for what it has left behind
         return ended.ok, ended.why
 
     def _note_processes(self, run: _Run, hook: HookRun) -> None:
         """Count what a promotion hook has started to the tenure; the guard hears of all groups."""
-        if run.role is not Role.SECONDARY and self._tree is not None:
+        if run.role is not Role.SECONDARY and self._tenure is not None:
+            self._tenure.add(hook)
             for child in hook.children:
                 run.tree.add(child)
-                self._tree.add(child)
         self._groups_changed()
 
     # -- the guard and notifications ---------------------------------------------------------------
 
     async def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """The demotion of the tenure that a promotion begins, as the guard would run it."""
-        spec = self._demotion if self._tree is not None else self._specs.get(EVENTS[Role.SECONDARY])
-        lane = Lane("demotion hook of the guard")
+        spec, lane = self._demotion, Lane("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.of_guard(spec, promotion, limit_s))
 
     def notify(

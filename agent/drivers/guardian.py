@@ -35,7 +35,7 @@ from agent.guard import MESSAGE_BYTES
 from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import register, unregister
+from agent.ops.process import Popen
 
 START_S = 10.0
 """A Python that has not started by then will not."""
@@ -324,10 +324,7 @@ class Guardian:
 
     def _reap(self) -> int:
         """Take in the end of killed guards without waiting for one; how many are left."""
-        for process in self._killed:
-            if process.poll() is not None:
-                unregister(process.pid)
-        self._killed = [process for process in self._killed if process.returncode is None]
+        self._killed = [process for process in self._killed if process.poll() is None]
         return len(self._killed)
 
     def _spawn(self) -> None:
@@ -375,7 +372,7 @@ class Guardian:
         claims = [self._claim] if self._claim is not None else []
         with theirs:
             kept = [self._program, *claims]
-            process = subprocess.Popen(  # noqa: S603 - ourselves
+            return Popen(
                 [
                     sys.executable,
                     "-I",
@@ -391,8 +388,6 @@ class Guardian:
                 cwd="/",
                 start_new_session=True,
             )
-        register(process.pid)
-        return process
 
     def _read(self) -> bool:
         """Take in one answer, if there is one; whether there was."""

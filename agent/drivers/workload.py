@@ -24,7 +24,8 @@ from agent.ops import process
 from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import Child, Ended, Tree
+from agent.ops.process import Child, Ended
+from agent.ops.trees import Tree
 
 POLL_S = 0.01
 """How often a group that is being stopped is looked at."""
@@ -116,9 +117,15 @@ class Workload:
     async def stop(self) -> None:
         """TERM to all of its processes; back when nothing of it lives. ``kill`` hurries it."""
         self._call_off()
+        tree = self._tree
+        if (
+            tree is not None
+        ):  # descendants are orphans as soon as the command ends: know them before
+            with suppress(StuckError):
+                await tree.look()
         self._signal(signal.SIGTERM)
-        if self._tree is not None:
-            await self._tree.signal(signal.SIGTERM)
+        if tree is not None:
+            await tree.signal(signal.SIGTERM)
         while await self._lives():  # noqa: ASYNC110 - nothing tells when the last of a tree is gone
             await asyncio.sleep(POLL_S)
         if self._watching is not None:
@@ -170,7 +177,7 @@ class Workload:
             return f"{self._argv[0]} could not be started: {failed.error}"
         self._tree.add(child)
         if self.cgroup is not None:
-            self._tree.cgroup = str(self.cgroup)
+            self._tree.cgroup = self.cgroup
         log.info("workload started", pid=child.pid, epoch=self._env.get("FAILOVER_EPOCH"))
         self._watching = asyncio.get_running_loop().create_task(self._watch(child))
         return None
@@ -227,10 +234,7 @@ class Workload:
             return False
         if not self._child.ended:
             return True  # itself, which is known without a look at every process there is
-        try:
-            return bool(await self._tree.look())
-        except StuckError:
-            return True
+        return not await self._tree.gone()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._child is not None:

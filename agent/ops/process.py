@@ -1,14 +1,13 @@
 """Run commands as child processes: start, signal, and learn how they ended, without blocking the loop.
 
 ``Child`` is one command. It is started and waited for in a daemon thread of its own, because a start
-waits for the kernel's exec, which on a dead network file system never returns. ``Tree`` is all that a
-tenure's commands have started, directly or not (agent/proctree.py finds it). Knows nothing of roles, of
-limits and of when something is to be stopped.
+waits for the kernel's exec, which on a dead network file system never returns. Knows nothing of roles, of limits,
+of when something is to be stopped, and of what a command leaves behind (ops/trees.py).
 
 This process is a child subreaper, and so is each command's own process: orphans stay below it as long as
-it lives and come to us afterwards, so that leaving the process group hides nobody. Orphans of ours are
-reaped here, and only they: an ended ``Child`` stays a zombie until ``release``, which keeps its number
-from being given to a stranger that a later signal would hit.
+it lives and come to us afterwards, so that leaving the process group hides nobody. ``Orphans`` reaps them,
+and only them: an ended ``Child`` stays a zombie until ``release``, which keeps its process id from being
+given to a stranger that a later signal would hit.
 
 Not promised: that a command ends. One that is stuck in the kernel survives even SIGKILL.
 """
@@ -19,8 +18,7 @@ import os
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +34,11 @@ PR_SET_CHILD_SUBREAPER = 36
 APART = "apart"
 """The mark of commands that belong to no tenure: demotion and notification hooks, checks, progress."""
 
-REAP_S = 1.0
-"""Orphans are looked for at most this often."""
+REAP_S = 5.0
+"""Between two looks for orphans: a zombie costs nothing but its process id."""
 
-KILL_S = 2.0
-"""How long the end of killed processes is waited for; only the kernel can hold one up for longer."""
-
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+# With vfork the interpreter lock is held until the program is executed: a dead disk would stop every thread.
+subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
 
 _prctl: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl  # loaded before any fork
 _own: set[int] = set()
@@ -53,8 +49,13 @@ log = Log(__name__)
 
 
 def become_subreaper() -> None:
-    """Have the orphans of our descendants come to us. Call it once, before anything is started."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    """Have the orphans of our descendants come to us. Call it once, before anything is started.
+
+    From then on everything that is started has a mark: an orphan without one has cleared its environment.
+    """
+    if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        log.warning("orphans are not adopted", reason=os.strerror(ctypes.get_errno()))
+    os.environ.setdefault(proctree.MARK, APART)
 
 
 def mark(value: str) -> dict[str, str]:
@@ -62,28 +63,70 @@ def mark(value: str) -> dict[str, str]:
     return {proctree.MARK: value}
 
 
-def register(pid: int) -> None:
-    """Note a child that other code of ours waits for, so that it is not taken for an orphan."""
-    _own.add(pid)
+def own_pids() -> frozenset[int]:
+    """Process ids of the children that this process has started and has not reaped."""
+    return frozenset(_own)
 
 
-def unregister(pid: int) -> None:
-    """Forget a child that was waited for."""
-    _own.discard(pid)
+class Popen(subprocess.Popen[bytes]):
+    """A child that is not taken for an orphan, from its fork until it is reaped."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "pid" and value is not None:
+            _own.add(value)
+        elif name == "returncode" and value is not None:
+            _own.discard(self.pid)
 
 
-def orphans(table: Mapping[int, proctree.Stat]) -> dict[int, proctree.Stat]:
-    """Children that came to us when their parents ended, zombies too."""
-    me = os.getpid()
-    return {pid: stat for pid, stat in table.items() if stat.parent == me and pid not in _own}
+class Orphans:
+    """Reaps adopted orphans, as process 1 does, inside one running loop.
 
+    Args:
+        look: called at each look for orphans.
+    """
 
-def reap_orphans() -> None:
-    """Reap the orphans that have ended."""
-    for pid, stat in orphans(proctree.snapshot()).items():
-        if stat.state in proctree.ENDED:
+    def __init__(self, look: Callable[[], object] | None = None) -> None:
+        self._look = look
+        self._zombies: set[proctree.Process] = set()
+        self._lane = Lane("orphans")
+        self._working = asyncio.get_running_loop().create_task(self._work(), name="orphans")
+
+    def close(self) -> None:
+        """Reap no more."""
+        self._working.cancel()
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(REAP_S)
+            if self._look is not None:
+                self._look()
+            if _has_zombies():
+                with suppress(StuckError):  # the next look comes soon
+                    await self._lane.run(self.reap)
+
+    def reap(self) -> None:
+        """Reap the zombies that were there at the last look, too. May block: for a thread.
+
+        A child of other code of ours is waited for by that code, long before the second look.
+        """
+        us, own = os.getpid(), own_pids()
+        zombies = {
+            (pid, stat.start)
+            for pid, stat in proctree.snapshot().items()
+            if stat.parent == us and stat.state in proctree.ENDED and pid not in own
+        }
+        for pid, _ in zombies & self._zombies:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+        self._zombies = zombies
+
+
+def _has_zombies() -> bool:
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +138,15 @@ class Ended:
     error: Exception | None = None
 
 
-class _Popen(subprocess.Popen[bytes]):
-    """Tells its number as soon as it has forked, while the constructor still waits for the exec."""
+class StoppedEarlyError(Exception):
+    """A command was stopped before it was started, so it never is."""
+
+    def __init__(self) -> None:
+        super().__init__("it was stopped before it was started")
+
+
+class _Popen(Popen):
+    """Tells its process id as soon as it has forked, while the constructor still waits for the exec."""
 
     def __init__(self, forked: Callable[[int], None], *args: Any, **kwargs: Any) -> None:
         self._forked = forked
@@ -144,7 +194,8 @@ class Child:
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         self._launched: asyncio.Future[None] = self._loop.create_future()
         self._popen: _Popen | None = None
-        self._running = False
+        self._lock = threading.Lock()
+        self._forking = self._running = self._stopped = False
         self._pending: signal.Signals | None = None
         self._identity: proctree.Process | None = None
 
@@ -179,11 +230,17 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Signal its process group, if any of it is left.
 
-        Before the exec only SIGKILL has effect at once; another signal is sent after it.
+        One that is not forked yet has ended with that: it may hang on a dead disk for ever, and is never
+        started. Between fork and exec only SIGKILL has effect at once; another signal is sent after it.
 
         Raises:
             PermissionError: none of it may be signalled.
         """
+        with self._lock:
+            self._stopped = self._stopped or not self._forking
+        if self._stopped:
+            self._failed(StoppedEarlyError())
+            return
         if self.pid is None or not (self._running or self.ended or number is signal.SIGKILL):
             self._pending = number
             return
@@ -205,7 +262,6 @@ class Child:
                 if pipe is not None:
                     pipe.close()
             self._popen.wait()
-            unregister(self._popen.pid)
             self._popen = None
 
     # -- in the thread --------------------------------------------------------------------------
@@ -215,10 +271,12 @@ class Child:
         try:
             if self._before is not None:
                 self._before()
-            if self._pending is signal.SIGKILL:
-                raise RuntimeError("it was killed before it could be started")  # noqa: TRY301
             if self._cgroup is not None:
                 inside = _open_cgroup(self._cgroup)
+            with self._lock:
+                if self._stopped:
+                    return
+                self._forking = True
             popen = _Popen(
                 self._has_forked, self._argv, preexec_fn=self._preparation(inside), **self._options
             )
@@ -251,7 +309,6 @@ class Child:
         return prepare
 
     def _has_forked(self, pid: int) -> None:
-        register(pid)
         self._identity = proctree.identify(pid)
         self.pid = pid
         if self._pending is signal.SIGKILL:
@@ -265,11 +322,10 @@ class Child:
     # -- in the loop ----------------------------------------------------------------------------
 
     def _failed(self, error: Exception) -> None:
-        if self.pid is not None:  # the exec has failed, and subprocess has reaped it
-            unregister(self.pid)
-            self._identity = self.pid = None
-        self._ended.set_result(Ended(error=error))
-        self._launched.set_result(None)
+        self._identity = self.pid = None  # subprocess has reaped one whose exec has failed
+        if not self._ended.done():
+            self._ended.set_result(Ended(error=error))
+            self._launched.set_result(None)
 
     def _has_started(self, popen: _Popen) -> None:
         self._popen = popen
@@ -291,99 +347,6 @@ class Child:
             self._ended.set_result(Ended(code=result.si_status))
         else:
             self._ended.set_result(Ended(signal=result.si_status))
-
-
-class Tree:
-    """All processes of one tenure, or of one command: found anew at each look.
-
-    Args:
-        value: of their mark. Commands whose mark begins with it and a full stop belong to it, too.
-        adopts: orphans that came to us meanwhile, and say of themselves nothing else, belong to it.
-
-    Attributes:
-        groups: process groups, which are sessions too.
-        roots: known processes.
-        cgroup: the directory of their cgroup, if there is one.
-    """
-
-    def __init__(self, value: str, *, adopts: bool = False) -> None:
-        self.value = value
-        self._adopts = adopts
-        self.groups: set[int] = set()
-        self.roots: set[proctree.Process] = set()
-        self.cgroup: str | None = None
-        self._lane = Lane(f"processes of {value}")
-        table = proctree.snapshot()
-        self._spared = {(pid, stat.start) for pid, stat in orphans(table).items()}
-
-    def add(self, child: Child) -> None:
-        """Count a command, and all that it starts, to the tenure."""
-        if child.pid is not None and child.identity is not None:
-            self.groups.add(child.pid)
-            self.roots.add(child.identity)
-
-    def find(self) -> set[proctree.Process]:
-        """Every process of it that lives. May block: for a thread."""
-        table = proctree.snapshot()
-        marked = proctree.with_mark(table, self.value)
-        if self._adopts:
-            apart = proctree.with_mark(table, APART)
-            adopted = {(pid, stat.start) for pid, stat in orphans(table).items()}
-            self.roots |= adopted - self._spared - apart
-        found = proctree.related(table, list(self.groups), list(self.roots)) | marked
-        if self.cgroup is not None:
-            found |= proctree.in_cgroup(table, self.cgroup)
-        return found
-
-    async def look(self) -> set[proctree.Process]:
-        """Every process of it that lives. Raises StuckError if an earlier look has not come back."""
-        return await self._lane.run(self.find)
-
-    async def signal(self, number: signal.Signals) -> None:
-        """Signal every process of it."""
-
-        def send() -> None:
-            for process in self.find():
-                with suppress(OSError):
-                    proctree.send(process, number)
-
-        with suppress(StuckError):
-            await self._lane.run(send)
-
-    async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill every process of it; None once nothing lives, else why something does."""
-        lane = Lane(f"killing the processes of {self.value}")  # not kept waiting by a look
-        try:
-            left = await lane.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
-        except (StuckError, TimeoutError):
-            return f"the processes of {self.value} cannot be looked at within {limit_s:g} s"
-        if not left:
-            return None
-        shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:5])
-        return f"{len(left)} processes of {self.value} cannot be killed: {shown}"
-
-    def _kill(self, limit_s: float) -> set[proctree.Process]:
-        if self.cgroup is not None:
-            with suppress(OSError):
-                Path(self.cgroup, "cgroup.kill").write_text("1")
-        return proctree.kill_all(self.find, time.monotonic() + limit_s)
-
-
-def _state_of(pid: int) -> str:
-    stat = proctree.read(pid)
-    return "gone" if stat is None else f"state {chr(stat.state)}"
-
-
-def own_cgroup() -> Path | None:
-    """The directory of our own cgroup (version 2) if one can be made below it, else None."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, _, path = line.split(":", 2)
-            directory = CGROUP_ROOT / path.lstrip("/")
-            writable = (directory / "cgroup.kill").exists() and os.access(directory, os.W_OK)
-            if number == "0" and writable:
-                return directory
-    return None
 
 
 def _open_cgroup(directory: Path) -> int | None:

@@ -405,7 +405,7 @@ async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
 
     real = subprocess.Popen
     monkeypatch.setattr(guardian_module, "RESTART_S", 0.2)
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(guardian_module, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(starts) == 4, guardian)
     assert starts[-1] - starts[0] >= 3 * 0.2 - 0.01
@@ -416,14 +416,14 @@ async def test_a_new_guard_that_never_answers_is_replaced_too(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def popen(*_: object, pass_fds: list[int], **__: object) -> subprocess.Popen[bytes]:
-        monkeypatch.setattr(subprocess, "Popen", real)
+        monkeypatch.setattr(guardian_module, "Popen", real)
         stuck.append(real(["/bin/sleep", "1000"], pass_fds=pass_fds))
         return stuck[0]
 
     stuck: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
     monkeypatch.setattr(guardian_module, "START_S", 0.5)
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(guardian_module, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(changes.said) == 3, guardian)
     assert changes.said == [None, "the guard has ended", None]

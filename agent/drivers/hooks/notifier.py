@@ -83,7 +83,7 @@ class Notifier:
         while self._waiting:
             spec, facts = self._waiting.popleft()
             run = self._runner.start(spec, environment_of(facts), facts)
-            log.info("hook started", hook=run.name, pid=run.pid, epoch=facts.get("epoch"))
+            log.info("hook started", hook=run.name, epoch=facts.get("epoch"))
             try:
                 await self._limited(run)
             except asyncio.CancelledError:

@@ -24,6 +24,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import IO, Any
 
 from agent.drivers.hooks.check import RunAs
@@ -218,6 +219,7 @@ class HookProcess:
         self._output = _Output(name, epoch)
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[None] | None = None
+        self._launched: Callable[[], None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -277,6 +279,9 @@ class HookProcess:
         env: Mapping[str, str],
         facts: Mapping[str, Any],
         before: Callable[[], None] | None = None,
+        *,
+        launched: Callable[[], None] | None = None,
+        cgroup: Path | None = None,
     ) -> None:
         """Start it, once. Does not wait, and does not raise: what cannot be started has ended.
 
@@ -285,7 +290,10 @@ class HookProcess:
             env: variables beside those of its surroundings.
             facts: for its stdin.
             before: called off the loop before the start; what it raises is why it is not started.
+            launched: called when it runs.
+            cgroup: the directory of a cgroup to put it into, if that can be made.
         """
+        self._launched = launched
         run_as = self._around.run_as
         try:
             # A file in memory: it ends by itself, and a hook that does not read it holds nobody up.
@@ -300,6 +308,7 @@ class HookProcess:
             argv,
             before=before,
             started=self._follow,
+            cgroup=cgroup,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -318,6 +327,8 @@ class HookProcess:
         for pipe, stream in ((stdout, "stdout"), (stderr, "stderr")):
             assert pipe is not None  # noqa: S101 - both were asked for
             self._output.follow(pipe, stream)
+        if self._launched is not None:
+            self._launched()
 
     async def _watch(self, child: Child, stdin: IO[bytes], argv: Sequence[str]) -> None:
         result = await child.wait()

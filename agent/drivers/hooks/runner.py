@@ -5,13 +5,15 @@ of limits and of why a hook runs: the caller limits a run by ``term``, then ``ki
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.drivers.hooks.process import HookExit, HookProcess
 from agent.drivers.hooks.spec import Command, HookSpec, Post, Step
 from agent.errors import ConfigError
+from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.process import Child
 
@@ -34,9 +36,18 @@ class HookRun:
     """
 
     def __init__(
-        self, spec: HookSpec, clock: Clock, env: Mapping[str, str], facts: Mapping[str, Any]
+        self,
+        spec: HookSpec,
+        clock: Clock,
+        env: Mapping[str, str],
+        facts: Mapping[str, Any],
+        *,
+        launched: Callable[[], None] | None,
+        cgroup: Path | None,
     ) -> None:
         self.name = spec.name
+        self._launched = launched
+        self._cgroup = cgroup
         self._spec = spec
         self._clock = clock
         self._env = env
@@ -46,6 +57,7 @@ class HookRun:
         self._ended: asyncio.Future[HookExit] = self._loop.create_future()
         self._running: HookProcess | Webhook | None = None
         self._made: list[HookProcess | Webhook] = []
+        self._begun = asyncio.Event()
         self._stop = asyncio.Event()
         self._cut_bytes = 0
         self._task: asyncio.Task[None] | None = None
@@ -73,7 +85,8 @@ class HookRun:
 
     async def launched(self) -> None:
         """Wait until the first step runs, or has ended."""
-        for child in self.children:
+        await self._begun.wait()
+        for child in self.children[:1]:
             await child.launched()
 
     async def wait(self) -> HookExit:
@@ -101,32 +114,46 @@ class HookRun:
 
     def start(self) -> None:
         """Once, by ``HookRunner.start``."""
+        self._task = self._loop.create_task(self._go())
+
+    async def _go(self) -> None:
         try:
-            steps = self._spec.steps()
-        except ConfigError as error:
+            steps = await self._steps()
+        except (ConfigError, OSError, StuckError) as error:
             self._finish(HookExit(None, None, 0.0, error=str(error)))
             return
-        self._begin(steps[0])  # now, not a turn of the loop later
-        self._task = self._loop.create_task(self._go(steps))
-
-    async def _go(self, steps: tuple[Step, ...]) -> None:
         failed: HookExit | None = None
         result = HookExit(0, None, 0.0)
-        for number, step in enumerate(steps):
+        for step in steps:
             if self._stop.is_set():
                 result = HookExit(None, None, 0.0, error="stopped before it", step=step.name)
                 break
-            result = await self._end_of(step, first=number == 0)
+            result = await self._end_of(step)
             if not result.ok and not self._spec.all_steps:
                 break
             failed = failed or (None if result.ok else result)
         self._finish(failed or result)
 
-    async def _end_of(self, step: Step, *, first: bool) -> HookExit:
+    async def _steps(self) -> tuple[Step, ...]:
+        """Read the steps off the loop: the directory may be on a disk that hangs.
+
+        Raises:
+            ConfigError: there are none.
+            StuckError: it was stopped meanwhile.
+        """
+        reading = self._loop.create_task(Lane(f"hook {self.name}").run(self._spec.steps))
+        stopping = self._loop.create_task(self._stop.wait())
+        await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not reading.done():
+            reading.cancel()
+            raise StuckError("stopped before its first step")
+        return reading.result()
+
+    async def _end_of(self, step: Step) -> HookExit:
         """How one step ended, after its repetitions."""
         for again in range(self._spec.retries + 1):
-            if again or not first:
-                self._begin(step)
+            self._begin(step)
             assert self._running is not None  # noqa: S101 - it was begun
             result = await self._running.wait()
             self._running = None
@@ -151,7 +178,14 @@ class HookRun:
                 process = HookProcess(self.name, self._clock, epoch, self._spec.around)
                 self._running = process
                 self._made.append(process)
-                process.start(step.argv, env, facts, lambda: self._spec.check_again(step))
+                process.start(
+                    step.argv,
+                    env,
+                    facts,
+                    lambda: self._spec.check_again(step),
+                    launched=self._launched,
+                    cgroup=self._cgroup,
+                )
             case Post():
                 from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - 0.1 s, for few
 
@@ -167,6 +201,7 @@ class HookRun:
                 self._running = post
                 self._made.append(post)
                 post.start(facts)
+        self._begun.set()
 
     def _now(self) -> tuple[dict[str, str], dict[str, Any]]:
         """The facts, with what is left of the time for the step that starts now."""
@@ -179,6 +214,7 @@ class HookRun:
 
     def _finish(self, result: HookExit) -> None:
         duration_s = self._clock.boottime() - self._started_at
+        self._begun.set()
         self._ended.set_result(replace(result, duration_s=duration_s, output_cut=self._cut_bytes))
 
 
@@ -189,21 +225,31 @@ class HookRunner:
         self._clock = clock
         self._runs: list[HookRun] = []
 
-    def start(self, spec: HookSpec, env: Mapping[str, str], facts: Mapping[str, Any]) -> HookRun:
+    def start(
+        self,
+        spec: HookSpec,
+        env: Mapping[str, str],
+        facts: Mapping[str, Any],
+        *,
+        launched: Callable[[], None] | None = None,
+        cgroup: Path | None = None,
+    ) -> HookRun:
         """Start a hook. Does not wait for it, and does not raise. Must be called inside the loop.
 
-        A hook that cannot be started has ended at once, with ``HookExit.error``. The caller limits
+        A hook that cannot be started has ended, with ``HookExit.error``. The caller limits
         its time: by ``term``, then ``kill``.
 
         Args:
             spec: which one; ``HookSpec.check`` has passed it, and a directory is read anew.
             env: ``environment_of(facts)``; FAILOVER_EPOCH goes into the log with the output.
             facts: ``facts_of(...)``, for stdin; the time left is corrected for later steps.
+            launched: called whenever a step that is a process has been started.
+            cgroup: the directory of a cgroup to put its processes into, if that can be made.
         """
         ended = [run for run in self._runs if run.ended]
         for run in ended[:-KEPT]:
             self.forget(run)
-        run = HookRun(spec, self._clock, env, facts)
+        run = HookRun(spec, self._clock, env, facts, launched=launched, cgroup=cgroup)
         self._runs.append(run)
         run.start()
         return run

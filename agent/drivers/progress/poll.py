@@ -34,7 +34,7 @@ from agent.drivers.progress.times import (
     read_text,
 )
 from agent.ops.blocking import Lane, StuckError
-from agent.ops.process import APART, mark, register, unregister
+from agent.ops.process import APART, Popen, mark
 from agent.settings.values import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -275,7 +275,7 @@ class CommandReader:
             os.close(self._stop)
 
     def _run(self) -> datetime:
-        process = subprocess.Popen(  # noqa: S603 - argv was checked by check_hook()
+        process = Popen(
             self._argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -285,7 +285,6 @@ class CommandReader:
             env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
             start_new_session=True,
         )
-        register(process.pid)
         pidfd = os.pidfd_open(process.pid)
         try:
             output = self._follow(process, pidfd)
@@ -296,7 +295,6 @@ class CommandReader:
                 assert fd is not None  # noqa: S101 - both were asked for
                 fd.close()
             process.wait()
-            unregister(process.pid)
             os.close(pidfd)
         if process.returncode != 0:
             said = last_line(output[1]).decode(errors="replace")
