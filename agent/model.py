@@ -203,9 +203,19 @@ class GroupRecord:
     ended: Tenure | None = None
 
 
+class TenureEnd(StrEnum):
+    """How a tenure ended, as a closed set: for metrics. History has a sentence besides."""
+
+    RELEASED = "released"
+    EXPIRED = "expired"
+    DELETED = "deleted"
+    DATA_LOSS = "data_loss"
+    """A client has seen a newer epoch than the data."""
+
+
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One tenure, as history keeps it; ``until`` and ``why_ended`` are None while it lasts."""
+    """One tenure, as history keeps it. ``until``, ``why_ended`` and ``end`` are None while it lasts."""
 
     epoch: int
     session_id: str
@@ -213,6 +223,7 @@ class HistoryEntry:
     why_started: str
     until: datetime | None = None
     why_ended: str | None = None
+    end: TenureEnd | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,20 +25,13 @@ from agent import __version__
 from agent.coordinator.engine import Group
 from agent.coordinator.service import Coordinator
 from agent.core.group_state import alive, role_of
-from agent.model import GroupRecord, HistoryEntry, Instant, Role
+from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
 """Counted before requests get their turn: about a millisecond."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 """Buckets: a heartbeat takes half a millisecond, a commit some; beyond 20 ms something is wrong."""
-
-ENDS = {
-    "its lease ended without a heartbeat": "expired",
-    "its client session was deleted": "deleted",
-    "its epoch is older than one that a client has seen": "data_loss",
-}
-"""Why tenures end, by what history says; everything else was a release, in the releaser's words."""
 
 DECISIONS = ("offered", "withdrawn", "revoked")
 GROUP_STATES = ("primary", "handing_over", "pending", "none")
@@ -89,7 +82,7 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
-        for reason in ("released", *ENDS.values()):
+        for reason in TenureEnd:
             self._ended.labels(reason)
         self._decisions = Counter(
             f"{prefix}_decisions",
@@ -162,7 +155,7 @@ class Metrics:
             if entry.until is None:
                 self._began.inc()
             else:
-                self._ended.labels(ENDS.get(entry.why_ended or "", "released")).inc()
+                self._ended.labels(entry.end or TenureEnd.RELEASED).inc()
         begun = after.holder is not None and after.epoch != before.epoch
         if after.pending is not None and after.pending != before.pending:
             self._decisions.labels("offered").inc()

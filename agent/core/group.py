@@ -57,6 +57,7 @@ from agent.model import (
     SessionConfig,
     SessionRecord,
     Tenure,
+    TenureEnd,
 )
 
 INTERVAL_SHARE = 0.05
@@ -295,7 +296,7 @@ def _remove(draft: Draft, session_id: str) -> None:
     # A v1 client deletes its session when it has stopped (B.7). Ours releases first (R5): if one
     # is removed while it still holds, somebody else did it, and the lease has to run out.
     if holder is not None and holder.session_id == session_id and holder.instance is None:
-        draft.end_tenure(holder, "its client session was deleted")
+        draft.end_tenure(holder, TenureEnd.DELETED, "its client session was deleted")
     if draft.record.pending == session_id:
         draft.set_pending(None)
     draft.record = replace(draft.record, sessions=_without(draft.record.sessions, session_id))
@@ -324,7 +325,7 @@ def _release(draft: Draft, release: ReleaseRole) -> None:
     holder, ended = draft.record.holder, draft.record.ended
     if holder is not None and _is_of(release, holder):
         draft.keep_progress(release.last_data)
-        draft.end_tenure(holder, release.why, released=True)
+        draft.end_tenure(holder, TenureEnd.RELEASED, release.why)
         if release.session_id in draft.record.sessions:
             # The others are asked first: it may be heard here, and hear nothing itself.
             draft.change_contact(release.session_id, passed_over=True)

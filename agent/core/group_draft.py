@@ -16,7 +16,7 @@ from agent.core.group_state import (
     role_of,
 )
 from agent.core.roles import check_transition
-from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure
+from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
 """Share of L in which a chosen session has to confirm. A v1 client beats every L/2 (api.md, B.2);
@@ -96,7 +96,9 @@ class Draft:
         if self.record.quiet and self.now.mono >= self.live.quiet_until:
             self.record = replace(self.record, quiet=False)
         if self.record.holder is not None and self.now.mono >= self.live.lease_until:
-            self.end_tenure(self.record.holder, "its lease ended without a heartbeat")
+            self.end_tenure(
+                self.record.holder, TenureEnd.EXPIRED, "its lease ended without a heartbeat"
+            )
         pending = self.record.pending
         if pending is not None and not self._may_stay_pending(pending):
             self.set_pending(None)
@@ -173,18 +175,18 @@ class Draft:
         """Tell the holder to demote, and extend its lease no more."""
         self.record = replace(self.record, holder=replace(holder, revoked=True))
 
-    def end_tenure(self, holder: Tenure, why: str, *, released: bool = False) -> None:
+    def end_tenure(self, holder: Tenure, end: TenureEnd, why: str) -> None:
         """End the tenure on record, which is ``holder``."""
         check_transition(Role.PRIMARY, Role.SECONDARY)
         last_data = last_data_of(self.state)
         self.history[holder.epoch] = HistoryEntry(
-            holder.epoch, holder.session_id, holder.since, holder.why, self.now.wall, why
+            holder.epoch, holder.session_id, holder.since, holder.why, self.now.wall, why, end
         )
         self.bump(
             holder=None,
             previous=holder.session_id,
             last_data=last_data,
-            ended=None if released else holder,
+            ended=None if end is TenureEnd.RELEASED else holder,
         )
         self.live = replace(self.live, last_data=None)
         self._allow_time_to_confirm()
@@ -197,7 +199,9 @@ class Draft:
         self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
         if self.record.holder is not None:
             self.end_tenure(
-                self.record.holder, "its epoch is older than one that a client has seen"
+                self.record.holder,
+                TenureEnd.DATA_LOSS,
+                "its epoch is older than one that a client has seen",
             )
         self.bump(epoch=seen, quiet=True)
         self._allow_time_to_confirm()

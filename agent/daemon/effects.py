@@ -37,8 +37,8 @@ from agent.ops.logs import Log
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
-FENCE_GRACE_S = 2.0
-"""How long the guard waits for the exit of an agent whose fence command has used up its limit."""
+EXIT_S = 2.0
+"""How long the guard waits for the exit of an agent whose demotion, and fence command, have failed."""
 
 LAST_RUN = -1
 """The number of the demotion that is run without the session."""
@@ -213,8 +213,8 @@ class Effects:
             " giving the role back",
         )
         self.escalated = True
-        if member.settings.fence_command:
-            self._guarding.fencing(member.settings.hook_limit + FENCE_GRACE_S)
+        fence_s = member.settings.hook_limit if member.settings.fence_command else 0.0
+        self._guarding.fencing(fence_s + EXIT_S)
         member.runs.kill_all()
 
     async def demote_without_session(self) -> None:

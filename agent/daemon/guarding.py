@@ -99,7 +99,7 @@ class Guarding:
             self._guardian.set_hook(await self._member.runs.guard_hook(facts, demote_s))
 
     def fencing(self, limit_s: float) -> None:
-        """Leave the agent the time for its fence command: seconds from now."""
+        """Leave the agent the time for its fence command and its exit: seconds from now."""
         self._fenced_by = self._member.clock.boottime() + limit_s
         self.update()
 

@@ -274,6 +274,7 @@ class Daemon:
         if self._announcer is not None:
             self._announcer.start()
             self._effects.announcer = self._announcer
+        self._view.write()  # it names the probe now
         log.info(
             "agent started",
             group=member.settings.group,

@@ -121,7 +121,14 @@ class View:
         session = self._member.session
         if session.guard_by is not None and session.tenure is not None:
             self._owed = session.tenure
-        key = (session.renew_by, self._member.published, self.trouble(), self._owed)
+        key = (
+            session.renew_by,
+            session.store_id,
+            self._member.published,
+            self._member.runs.payloads.probe_url,
+            self.trouble(),
+            self._owed,
+        )
         if key == self._key:
             return
         self._key = key
