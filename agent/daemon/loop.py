@@ -126,7 +126,8 @@ class Daemon:
             published=published,
         )
         self._former = former
-        self._view = View(member, state_file)
+        self._former_tenure = former_tenure(former, settings.hook_secondary)
+        self._view = View(member, state_file, self._former_tenure)
         self._inputs = Inputs(member, self._tell)
         self._view.score, self._view.trouble = self._inputs.score, self._inputs.trouble
         self._guarding = Guarding(member, self._view.describe, state_file.path)
@@ -232,16 +233,17 @@ class Daemon:
 
     async def _end_former_life(self) -> None:
         """Kill what an agent that was killed together with its guard has left of its tenure."""
-        instance = self._former.get("instance")
-        if isinstance(instance, str) and instance:
-            await self._member.runs.end_former_life(instance)
+        instances = {self._former.get("instance")}
+        if self._former_tenure is not None:
+            instances.add(self._former_tenure.instance)
+        for instance in instances:
+            if isinstance(instance, str) and instance:
+                await self._member.runs.end_former_life(instance)
 
     async def _run(self) -> None:
         """The loop, with the one edge at which an exception of our own is caught."""
         try:
-            begun = self._member.session.begin(
-                self._member.clock.boottime(), former_tenure(self._former)
-            )
+            begun = self._member.session.begin(self._member.clock.boottime(), self._former_tenure)
             self._effects.perform(begun, self._member.session.lease_until)
             await self._turn_until_over()
         except Exception as error:  # the loop's edge: whatever it is, nobody keeps the lease now

@@ -126,7 +126,7 @@ class Runs:
             note_limits(cgroup)
 
     @property
-    def _demotion(self) -> HookSpec | None:
+    def demotion(self) -> HookSpec | None:
         """The demotion hook: of the tenure, else as configured."""
         if self._tenure is not None:
             return self._tenure.demotion
@@ -318,7 +318,7 @@ class Runs:
                 killing.cancel()
         if tenure is not None:
             tenure.begin_demotion()
-        ok, why = await self._hook(run, Role.SECONDARY, self._demotion, payload)
+        ok, why = await self._hook(run, Role.SECONDARY, self.demotion, payload)
         if ok:
             # Not before the hook: it may stop in order what a promotion hook has left to run.
             limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
@@ -371,7 +371,7 @@ class Runs:
 
     async def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """The demotion of the tenure that a promotion begins, as the guard would run it."""
-        spec, lane = self._demotion, Lane("demotion hook of the guard")
+        spec, lane = self.demotion, Lane("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.of_guard(spec, promotion, limit_s))
 
     def notify(

@@ -7,12 +7,12 @@ beside the event loop, the newest state only; whoever must not go on before it i
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from agent import __version__
-from agent.core.session import FormerTenure
+from agent.core.session import FormerTenure, Phase
 from agent.daemon.member import Member
 from agent.daemon.vitals import Snapshot
 from agent.drivers.progress import Progress, Reason
@@ -45,9 +45,10 @@ class View:
     Args:
         member: read only.
         state_file: claimed by this process.
+        former: the tenure that the process before this one has not given back.
     """
 
-    def __init__(self, member: Member, state_file: StateFile) -> None:
+    def __init__(self, member: Member, state_file: StateFile, former: FormerTenure | None) -> None:
         self._member = member
         self._state_file = state_file
         self._lane = Lane("state file")
@@ -56,6 +57,7 @@ class View:
         self._writing: asyncio.Task[None] | None = None
         self._failing = False
         self._owed: int | None = None
+        self._former = former
         self.score: Callable[[], float] = lambda: 0.0
         self.trouble: Callable[[], str | None] = lambda: None
 
@@ -65,6 +67,7 @@ class View:
         """The content of the state file, and of the probe's /status."""
         member = self._member
         session, published = member.session, member.published
+        demotion = member.runs.demotion
         holds = published.role is not Role.SECONDARY
         return {
             "group": member.settings.group,
@@ -86,12 +89,21 @@ class View:
             "endpoint": member.requests.endpoint,
             "probe": member.runs.payloads.probe_url,
             "instance": member.instance,
-            "unreleased_epoch": self._owed,
+            "unreleased": self._unreleased(),
             "store": session.store_id,
-            "stop_command": list(member.settings.hook_secondary),
+            "stop_command": list(demotion.value) if demotion is not None else [],
             "pid": os.getpid(),
             "version": __version__,
         }
+
+    def _unreleased(self) -> dict[str, Any] | None:
+        """The tenure that is not released yet, for the next process: ours, or that of the one before."""
+        session = self._member.session
+        if self._owed is not None:
+            owed: FormerTenure | None = FormerTenure(self._owed, self._member.instance)
+        else:  # a process that dies before its first demotion is done hands it on
+            owed = self._former if session.phase in {Phase.STARTING, Phase.RETURNING} else None
+        return {"epoch": owed.epoch, "instance": owed.instance} if owed is not None else None
 
     @property
     def path(self) -> str:
@@ -193,12 +205,29 @@ class View:
         return f"{published.role} of {group} epoch={epoch} ({published.reason}); {doing}"
 
 
-def former_tenure(state: Mapping[str, Any]) -> FormerTenure | None:
-    """The tenure that the process before this one has not given back, by its state file."""
-    epoch, instance = state.get("unreleased_epoch"), state.get("instance")
-    if isinstance(epoch, int) and isinstance(instance, str) and store_of(state) is not None:
-        return FormerTenure(epoch, instance)
-    return None
+def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> FormerTenure | None:
+    """The tenure that the process before this one has not given back, by its state file.
+
+    Args:
+        state: the content of the file.
+        stop_command: the demotion hook of now. Another one may not stop what that process has started,
+            so then the role is left to its lease.
+    """
+    unreleased = state.get("unreleased")
+    if not isinstance(unreleased, dict) or store_of(state) is None:
+        return None
+    epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
+    if not isinstance(epoch, int) or not isinstance(instance, str):
+        return None
+    if state.get("stop_command") != list(stop_command):
+        log.warning(
+            "role of the previous run not given back: it had another demotion hook",
+            epoch=epoch,
+            resolution="make sure that its workload is stopped",
+            stop_command=state.get("stop_command"),
+        )
+        return None
+    return FormerTenure(epoch, instance)
 
 
 def store_of(state: Mapping[str, Any]) -> str | None:
