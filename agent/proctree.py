@@ -38,6 +38,9 @@ ENDED = frozenset(b"ZXx")
 AT_REST = frozenset(b"TtZXxDI")
 """States in which a process does not fork."""
 
+PF_KTHREAD = 0x00200000
+"""The flag of a kernel thread. Its parent says nothing: in a container process 2 can be anybody."""
+
 Process = tuple[int, int]
 """Number and start time, in clock ticks since the boot."""
 
@@ -45,13 +48,16 @@ Process = tuple[int, int]
 class Stat:
     """One process at one moment, as /proc/PID/stat has it."""
 
-    __slots__ = ("group", "parent", "session", "start", "state")
+    __slots__ = ("flags", "group", "parent", "session", "start", "state")
 
-    def __init__(self, state: int, parent: int, group: int, session: int, start: int) -> None:
+    def __init__(  # noqa: PLR0917 - in the order of the file
+        self, state: int, parent: int, group: int, session: int, flags: int, start: int
+    ) -> None:
         self.state = state
         self.parent = parent
         self.group = group
         self.session = session
+        self.flags = flags
         self.start = start
 
 
@@ -70,7 +76,9 @@ def read(pid: int) -> "Stat | None":
     words = line.rpartition(b") ")[2].split()
     if len(words) < 20:  # noqa: PLR2004 - it ended meanwhile
         return None
-    return Stat(words[0][0], int(words[1]), int(words[2]), int(words[3]), int(words[19]))
+    return Stat(
+        words[0][0], int(words[1]), int(words[2]), int(words[3]), int(words[6]), int(words[19])
+    )
 
 
 def snapshot() -> "dict[int, Stat]":
@@ -222,7 +230,7 @@ def _try_to_send(process: Process, number: int) -> None:
 
 def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     """Those that live, without this process, its ancestors and the kernel's threads."""
-    spared = {0, 1, 2}
+    spared = {0, 1}
     pid = os.getpid()
     while pid not in spared:
         spared.add(pid)
@@ -230,7 +238,7 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     return {
         (pid, table[pid].start)
         for pid in pids - spared
-        if pid in table and table[pid].state not in ENDED and table[pid].parent != 2  # noqa: PLR2004 - kthreadd
+        if pid in table and table[pid].state not in ENDED and not table[pid].flags & PF_KTHREAD
     }
 
 

@@ -231,7 +231,8 @@ class Effects:
                 await member.runs.begin(LAST_RUN, facts, member.progress)
         except Exception:  # the killing below is all that is left to do
             log.exception("last demotion failed")
-        member.runs.kill_all()
+        if killing := member.runs.kill_all():
+            await asyncio.wait(killing, timeout=EXIT_S)
 
     # -- requests -------------------------------------------------------------------------------
 

@@ -30,7 +30,15 @@ from agent.daemon.reload import Reload
 from agent.daemon.requests import Requests
 from agent.daemon.runs import Runs
 from agent.daemon.supervise import Supervisor
-from agent.daemon.view import STOPPED, View, former_tenure, refused_times, snapshot_of, store_of
+from agent.daemon.view import (
+    STOPPED,
+    View,
+    former_instances,
+    former_tenure,
+    refused_times,
+    snapshot_of,
+    store_of,
+)
 from agent.daemon.vitals import Snapshot, Tally
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
@@ -129,6 +137,7 @@ class Daemon:
         self._former_tenure = former_tenure(former, settings.hook_secondary)
         self._view = View(member, state_file, self._former_tenure)
         self._inputs = Inputs(member, self._tell)
+        self.report_progress = self._inputs.report_progress
         self._view.score, self._view.trouble = self._inputs.score, self._inputs.trouble
         self._guarding = Guarding(member, self._view.describe, state_file.path)
         self._effects = Effects(
@@ -233,12 +242,8 @@ class Daemon:
 
     async def _end_former_life(self) -> None:
         """Kill what an agent that was killed together with its guard has left of its tenure."""
-        instances = {self._former.get("instance")}
-        if self._former_tenure is not None:
-            instances.add(self._former_tenure.instance)
-        for instance in instances:
-            if isinstance(instance, str) and instance:
-                await self._member.runs.end_former_life(instance)
+        for instance in former_instances(self._former):
+            await self._member.runs.end_former_life(instance)
 
     async def _run(self) -> None:
         """The loop, with the one edge at which an exception of our own is caught."""

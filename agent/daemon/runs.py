@@ -237,8 +237,8 @@ class Runs:
         elif self.workload is not None:
             self.workload.kill()
 
-    def kill_all(self) -> None:
-        """R4's escalation: KILL to every process of this tenure, and to the demotion hook."""
+    def kill_all(self) -> set[asyncio.Task[Any]]:
+        """R4's escalation: KILL to all of this tenure, and to the demotion hook; what is under way."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
@@ -247,6 +247,7 @@ class Runs:
         if self._tenure is not None:
             self._tenure.kill_groups()
             self._start(self._tenure.kill())
+        return set(self._tasks)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

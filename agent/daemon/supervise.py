@@ -59,7 +59,7 @@ class Supervisor:
 
         def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             error = context.get("exception")
-            ours = "handle" in context or "task" in context
+            ours = "handle" in context or isinstance(context.get("future"), asyncio.Task)
             if ours and error is not None and not self._closing:
                 self._failed(str(context.get("message")), error)
             else:

@@ -9,6 +9,8 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from agent import __version__
@@ -90,6 +92,7 @@ class View:
             "probe": member.runs.payloads.probe_url,
             "instance": member.instance,
             "unreleased": self._unreleased(),
+            "boot": this_boot(),
             "store": session.store_id,
             "stop_command": list(demotion.value) if demotion is not None else [],
             "pid": os.getpid(),
@@ -216,6 +219,8 @@ def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Form
     unreleased = state.get("unreleased")
     if not isinstance(unreleased, dict) or store_of(state) is None:
         return None
+    if not is_of_this_boot(state):
+        return None  # another machine's: its processes may live on
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
     if not isinstance(epoch, int) or not isinstance(instance, str):
         return None
@@ -228,6 +233,30 @@ def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Form
         )
         return None
     return FormerTenure(epoch, instance)
+
+
+@cache
+def this_boot() -> str | None:
+    """Identifies the processes that this one can see: a boot of a machine, and a PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def former_instances(state: Mapping[str, Any]) -> set[str]:
+    """The earlier processes that may have left something running here, by the state file."""
+    if not is_of_this_boot(state):
+        return set()
+    unreleased = state.get("unreleased")
+    given = {state.get("instance"), unreleased.get("instance") if unreleased else None}
+    return {instance for instance in given if isinstance(instance, str) and instance}
+
+
+def is_of_this_boot(state: Mapping[str, Any]) -> bool:
+    """Whether the processes of the state's writer, if they live, can be seen here."""
+    return state.get("boot") is not None and state["boot"] == this_boot()
 
 
 def store_of(state: Mapping[str, Any]) -> str | None:

@@ -166,6 +166,7 @@ class Workload:
         child = self._child = Child(
             self._argv,
             die_with_us=True,
+            subreaper=False,
             cgroup=self._cgroup,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **self._env, **process.mark(self._mark)},
@@ -217,7 +218,12 @@ class Workload:
         self._again = None
         self._restarting = asyncio.get_running_loop().create_task(self._spawn_again())
 
+    def _is_called_off(self) -> bool:
+        return not self._wanted
+
     async def _spawn_again(self) -> None:
+        if self._is_called_off():
+            return
         self._forget()
         why = await self._spawn()
         if not self._wanted:  # stopped while it was being started

@@ -102,7 +102,7 @@ class Orphans:
             if self._look is not None:
                 self._look()
             if _has_zombies():
-                with suppress(StuckError):  # the next look comes soon
+                with suppress(StuckError, OSError):  # the next look comes soon
                     await self._lane.run(self.reap)
 
     def reap(self) -> None:
@@ -166,6 +166,8 @@ class Child:
         before: called in the thread before the start; what it raises is why it is not started.
         started: called in the loop with stdout and stderr, where they are pipes, after the exec.
         die_with_us: SIGKILL to it when this process dies.
+        subreaper: its orphans stay below it, which is not for one that runs for long: it may never
+            wait for children that it does not know.
         cgroup: a cgroup directory to move it into, if that can be made.
         options: as of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
@@ -180,6 +182,7 @@ class Child:
         before: Callable[[], None] | None = None,
         started: Callable[[IO[bytes] | None, IO[bytes] | None], None] | None = None,
         die_with_us: bool = False,
+        subreaper: bool = True,
         cgroup: Path | None = None,
         **options: Any,
     ) -> None:
@@ -188,6 +191,7 @@ class Child:
         self._before = before
         self._started = started
         self._die_with_us = die_with_us
+        self._subreaper = subreaper
         self._cgroup = cgroup
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -293,11 +297,14 @@ class Child:
         self._call(self._has_ended, result)
 
     def _preparation(self, inside: int | None) -> Callable[[], None]:
-        us, die_with_us = os.getpid(), self._die_with_us
+        us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
 
         def prepare() -> None:
             """In the child, between fork and exec."""
-            _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # kept across exec, not inherited by fork
+            if subreaper:
+                _prctl(
+                    PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+                )  # kept across exec, not inherited by fork
             if die_with_us:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # we died before the line above

@@ -111,13 +111,18 @@ class Tree:
 
     async def look(self) -> set[proctree.Process]:
         """Every process of it that lives. Raises StuckError if no thread can be started."""
-        return await Lane(f"processes of {self.value}").run(self.find)
+        try:
+            return await Lane(f"processes of {self.value}").run(self.find)
+        except OSError as error:
+            raise StuckError(
+                f"the processes of {self.value} cannot be looked at: {error}"
+            ) from error
 
     async def gone(self) -> bool:
         """Whether nothing of it lives. False, too, if that cannot be found out now."""
         try:
             return not await Lane(f"processes of {self.value}").run(self._find_repeatedly)
-        except StuckError:
+        except (StuckError, OSError):
             return False
 
     def _find_repeatedly(self) -> set[proctree.Process]:
@@ -138,7 +143,7 @@ class Tree:
                     with suppress(OSError):
                         proctree.send(process, number)
 
-        with suppress(StuckError):
+        with suppress(StuckError, OSError):
             await Lane(f"processes of {self.value}").run(send)
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
@@ -146,7 +151,7 @@ class Tree:
         lane = Lane(f"killing the processes of {self.value}")
         try:
             left = await lane.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
-        except (StuckError, TimeoutError):
+        except (StuckError, OSError):  # a TimeoutError is one
             return f"the processes of {self.value} cannot be looked at within {limit_s:g} s"
         if not left:
             return None
@@ -176,19 +181,27 @@ class Tree:
             if stat.start >= self._since and stat.state not in proctree.ENDED
         }
         self._others = {one: marked for one, marked in list(self._others.items()) if one in recent}
-        reading: list[proctree.Process] = []
-        found: list[proctree.Process] = []
-        reader = threading.Thread(
-            target=self._read_environments, args=(recent, reading, found), daemon=True
-        )
-        reader.start()
-        count = -1
-        while reader.is_alive() and count != len(reading):  # it gets on, however busy the host is
-            count = len(reading)
-            reader.join(READ_S)
-        if reader.is_alive() and reading:
-            self._unreadable.add(reading[-1])
-        return set(found)
+        all_found: set[proctree.Process] = set()
+        while (
+            True
+        ):  # past each process that blocks its reader, until one reader has seen all others
+            reading: list[proctree.Process] = []
+            found: list[proctree.Process] = []
+            reader = threading.Thread(
+                target=self._read_environments, args=(recent, reading, found), daemon=True
+            )
+            reader.start()
+            count = -1
+            while reader.is_alive() and count != len(
+                reading
+            ):  # it gets on, however busy the host is
+                count = len(reading)
+                reader.join(READ_S)
+            all_found |= set(found)
+            if not reader.is_alive():
+                return all_found
+            if reading:
+                self._unreadable.add(reading[-1])
 
     def _read_environments(
         self,
