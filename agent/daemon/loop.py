@@ -16,7 +16,6 @@ import random
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from agent.core.events import Event, Stalled, Stop, Tick
@@ -178,10 +177,6 @@ class Daemon:
             mqtt_up=None if announcer is None else announcer.up,
             mqtt_failures=0 if announcer is None else announcer.failures,
         )
-
-    def report_progress(self, time: datetime) -> datetime:
-        """As ``Inputs.report_progress``."""
-        return self._inputs.report_progress(time)
 
     def reload(self, reread: Callable[[], AgentSettings]) -> None:
         """SIGHUP: take what can change without losing the role; refuse the rest by name."""

@@ -410,7 +410,9 @@ def test_ready_comes_after_joining_and_status_says_the_role_and_epoch(plant: Pla
     plant.b.until_active()
     status = plant.b.until_status("Primary")
     epoch = plant.b.state()["epoch"]
-    assert status == f"Primary of line-7 epoch={epoch} (confirmed by the coordinator)"
+    assert status == (
+        f"Primary of line-7 epoch={epoch} (confirmed by the coordinator); registered in the group"
+    )
     assert f'Status: "{status}"' in plant.b.systemctl("status", AGENT)
 
 
