@@ -667,6 +667,7 @@ class Guard:
                 self.voice.say(ERROR, "hook could not be started", *which, ("reason", str(error)))
                 done = False
                 continue
+            self.tenure.groups.add(pid)
             how = None
             while how is None and now() < end_at + KILLED_WAIT_S:
                 how = self.look(pid, term_at, end_at)
@@ -677,9 +678,7 @@ class Guard:
             level = INFO if how == "exit 0" else WARNING
             result = how or "killed, and not gone yet"
             self.voice.say(level, "hook ended", *which, ("result", result))
-            if how != "exit 0":  # what a hook that succeeds leaves to run is a standby's
-                self.tenure.groups.add(pid)
-                done = False
+            done = done and how == "exit 0"
         return done
 
     def look(self, pid: int, term_at: float, end_at: float) -> "str | None":
