@@ -113,10 +113,6 @@ class View:
         """Where the state file is."""
         return str(self._state_file.path)
 
-    def read_former(self) -> Mapping[str, Any]:
-        """Read what the process before this one has left; empty if there is nothing."""
-        return self._state_file.read() or {}
-
     async def write_first(self, reason: str) -> FailoverError | None:
         """Write Secondary before anything else happens (R6); why that failed, or None."""
         state = self.describe() | {"reason": reason}
