@@ -18,6 +18,7 @@ from agent.drivers.rest.configured import load_client
 from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
+from agent.ops.process import become_subreaper
 from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
@@ -41,11 +42,11 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
         FailoverError: it could not start, or had to give up; everything is demoted by then.
     """
     logs.configure(settings.log_level, settings.log_format)
+    become_subreaper()
     return asyncio.run(_run(settings, reread))
 
 
 async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
-    resolve_in_own_threads(asyncio.get_running_loop())
     resolve_in_own_threads(asyncio.get_running_loop())
     async with AsyncExitStack() as stack:
         notify = Notify()

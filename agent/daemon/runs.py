@@ -108,7 +108,6 @@ class Runs:
         self._tenure: Tenure | None = None
         self._former: Tree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        process.become_subreaper()
         self._orphans = process.Orphans(self._look)
         cgroup = own_cgroup()
         self._cgroup = cgroup / f"hooks-{os.getpid()}" if cgroup is not None else None

@@ -83,6 +83,8 @@ class Stage:
 @pytest.fixture
 async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
     monkeypatch.setenv(proctree.MARK, "")
+    prctl = process._prctl
+    process.become_subreaper()
     one = Stage(tmp_path)
     yield one
     one.runs.kill_all()
@@ -92,6 +94,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         text = path.read_text().strip()
         if text and alive(int(text)):
             os.kill(int(text), signal.SIGKILL)
+    assert prctl(process.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
 async def until(condition: Callable[[], object]) -> None:

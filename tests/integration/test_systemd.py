@@ -705,6 +705,7 @@ def new_plant(plant: Plant) -> Iterator[Plant]:
     forget = (
         "rm -rf /etc/systemd/system/failover-coordinator.service.d /var/lib/failover-coordinator/*"
         f" /etc/failover-agent/secrets /etc/failover-agent/*.toml /etc/failover-agent/ca.pem {LEFT}"
+        " /run/failover-agent/*"  # else the agents refuse the store of the coordinator that is new
     )
     uninstall = (
         f"userdel {AGENT}; userdel {COORDINATOR}; rm -rf /usr/local/bin/{AGENT} /etc/{AGENT}"
