@@ -28,7 +28,8 @@ number:
     LOG   number least form group session role epoch
 
 ``running``, ``groups`` and ``workload`` are process groups: of a hook that runs, of hooks that have run, of
-the command of ``exec`` (whose cgroup may be given, too). ``hook_at`` may be "inf": the agent is
+the command of ``exec``. ``cgroup`` is that of the whole tenure, with those of its hooks and of the
+workload below it. ``hook_at`` may be "inf": the agent is
 demoting. Then what is left of the tenure is killed at ``kill_at``, and the agent at ``agent_at``: in
 between it may run its fence command. ``complete`` is 0 if the commands are not the whole demotion.
 ``document`` is what the helper hands the role back with; without one, or an epoch, the lease runs
@@ -630,19 +631,22 @@ class Guard:
             time.sleep(POLL_S)
         tree.kill(end_at)
         self.tenure.roots |= tree.roots
-        if self.cgroup and not Worker(self.kill_cgroup, self.kept).succeeded(now() + KILLED_WAIT_S):
+        if not self.cgroup:
+            return
+        killing = Worker(lambda: self.kill_cgroup(self.cgroup + b"/workload"), self.kept)
+        if not killing.succeeded(now() + KILLED_WAIT_S):
             self.failed = True
 
-    def kill_cgroup(self) -> bool:
-        """KILL to all that is in the workload's cgroup. May block."""
+    def kill_cgroup(self, directory: bytes) -> bool:
+        """KILL to all that is in a cgroup and in those below it. May block."""
         try:
-            fd = os.open(self.cgroup + b"/cgroup.kill", os.O_WRONLY)
+            fd = os.open(directory + b"/cgroup.kill", os.O_WRONLY)
             os.write(fd, b"1")
             os.close(fd)
         except FileNotFoundError:
             return True  # it is gone, and so is what was in it
         except OSError as error:
-            self.voice.say(ERROR, "cgroup of the workload not killed", ("reason", str(error)))
+            self.voice.say(ERROR, "cgroup not killed", ("reason", str(error)))
             return False
         return True
 
@@ -667,7 +671,6 @@ class Guard:
                 self.voice.say(ERROR, "hook could not be started", *which, ("reason", str(error)))
                 done = False
                 continue
-            self.tenure.groups.add(pid)
             how = None
             while how is None and now() < end_at + KILLED_WAIT_S:
                 how = self.look(pid, term_at, end_at)
@@ -678,7 +681,9 @@ class Guard:
             level = INFO if how == "exit 0" else WARNING
             result = how or "killed, and not gone yet"
             self.voice.say(level, "hook ended", *which, ("result", result))
-            done = done and how == "exit 0"
+            if how != "exit 0":  # what a hook that succeeds leaves to run is a standby's
+                self.tenure.groups.add(pid)
+                done = False
         return done
 
     def look(self, pid: int, term_at: float, end_at: float) -> "str | None":
@@ -714,7 +719,7 @@ class Guard:
 
     def sweep(self, end_at: float) -> bool:
         """Find and kill also what only its environment or its cgroup gives away. May block."""
-        killed = not self.cgroup or self.kill_cgroup()
+        killed = not self.cgroup or self.kill_cgroup(self.cgroup)
         return self.tenure.kill(end_at, everywhere=True) and killed
 
     def agent_is_dead(self) -> bool:

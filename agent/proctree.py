@@ -134,20 +134,12 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
 
 
 def in_cgroup(table: "dict[int, Stat]", directory: str) -> "set[Process]":
-    """Live members of a cgroup, by its directory."""
-    try:
-        fd = os.open(f"{directory}/cgroup.procs", os.O_RDONLY)
-    except OSError:
-        return set()
-    text = b""
-    try:
-        while part := os.read(fd, 65536):
-            text += part
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-    return _killable(table, {int(word) for word in text.split() if word.isdigit()})
+    """Live members of a cgroup and of those below it, by its directory. May block."""
+    found: set[int] = set()
+    for folder, _, _ in os.walk(directory):
+        words = _contents(f"{folder}/cgroup.procs").split()
+        found.update(int(word) for word in words if word.isdigit())
+    return _killable(table, found)
 
 
 def send(process: Process, number: int) -> bool:
@@ -243,15 +235,15 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
 
 
 def _has_mark(pid: int, wanted: bytes) -> bool:
-    for entry in _environment(pid).split(b"\0"):
+    for entry in _contents(f"/proc/{pid}/environ").split(b"\0"):
         if entry == wanted or entry.startswith(wanted + b"."):
             return True
     return False
 
 
-def _environment(pid: int) -> bytes:
+def _contents(path: str) -> bytes:
     try:
-        fd = os.open(f"/proc/{pid}/environ", os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
     except OSError:
         return b""
     text = b""

@@ -28,6 +28,7 @@ import pytest
 
 from agent import guard, proctree
 from agent.drivers.guardian import bootstrap, program
+from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer
 
 LIMIT_S = 60.0
@@ -527,12 +528,32 @@ def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
     assert not (tmp_path / "second").exists()
 
 
-def test_a_daemon_that_the_hook_left_in_its_group_is_killed(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"sleep 1000 & echo $! >{tmp_path}/pid"), sh(f"touch {tmp_path}/second")))
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_the_hook_left_in_its_group_lives_on_if_it_succeeded(
+    host: Host, tmp_path: Path, code: int
+) -> None:
+    left = f"sleep 1000 & echo $! >{tmp_path}/pid; exit {code}"
+    host.tell(*hook(sh(left), sh(f"touch {tmp_path}/second")))
     host.hand(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
-    assert (tmp_path / "second").exists(), "the daemon held it up"
-    until(lambda: not lives(int((tmp_path / "pid").read_text())))
+    assert (tmp_path / "second").exists(), "the helper held it up"
+    pid = int((tmp_path / "pid").read_text())
+    if code:
+        until(lambda: not lives(pid))
+    else:
+        assert lives(pid), "a helper of the standby"
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_only_a_cgroup_gives_away_is_killed(host: Host, run: Run) -> None:
+    """It has left its group, lost its parent and cleared its environment, and the agent is dead."""
+    with new_cgroup() as folder:
+        inside = folder / "hooks"
+        inside.mkdir()
+        left = run(f"echo 0 >{inside}/cgroup.procs; {IDLE}")
+        host.hand(*arm(now(), now() + LIMIT_S, cgroup=str(folder)))
+        assert host.code(host.guard) == guard.ACTED
+        assert left.wait(LIMIT_S) == -signal.SIGKILL
 
 
 def test_after_term_no_further_command_starts(host: Host, tmp_path: Path) -> None:

@@ -130,7 +130,6 @@ class Guarding:
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
         runs = self._member.runs
         workload = runs.workload
-        cgroup = workload.cgroup if workload is not None else None
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,
@@ -146,7 +145,7 @@ class Guarding:
             epoch=self._member.session.tenure,
             agent_at=self._fenced_by,
             workload=workload.pgid if workload is not None else None,
-            cgroup=str(cgroup) if cgroup is not None else None,
+            cgroup=str(runs.cgroup) if runs.cgroup is not None else None,
             state=(str(self._state_path), json.dumps(state)),
         )
 

@@ -6,7 +6,6 @@ KILL is the session's decision (R7, R8).
 """
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from agent.ops import process
 from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.trees import KILL_S, Tree, own_cgroup
+from agent.ops.trees import KILL_S, Tree, tenure_cgroup
 from agent.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -79,6 +78,7 @@ class Runs:
 
     Attributes:
         payloads: builds the payloads of hooks.
+        cgroup: the directory of the cgroup of its tenures, which may not be there yet, or None.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Runs:
         self._tenure: Tenure | None = None
         self._former: Tree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._looking: asyncio.Task[Any] | None = None
         self._orphans = process.Orphans(self._look)
-        cgroup = own_cgroup()
-        self._cgroup = cgroup / f"hooks-{os.getpid()}" if cgroup is not None else None
+        self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
             self.workload = Workload(
@@ -118,11 +118,11 @@ class Runs:
                 clock,
                 Restart(settings.workload_restart),
                 workload_ended,
-                cgroup=cgroup,
+                cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
                 mark=f"{instance}.workload",
             )
         if self.workload is not None or set(PROMOTIONS) & set(self._specs):
-            note_limits(cgroup)
+            note_limits(self.cgroup)
 
     @property
     def demotion(self) -> HookSpec | None:
@@ -140,8 +140,8 @@ class Runs:
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
         if self._tenure is not None:
             hooked.add(Role.SECONDARY)
-        both = self.workload is not None or hooked
-        return frozenset(hooked | ({Role.PRIMARY, Role.SECONDARY} if both else set()))
+        both = {Role.PRIMARY, Role.SECONDARY} if self.workload is not None or hooked else set()
+        return frozenset(hooked | both)
 
     @staticmethod
     def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
@@ -186,6 +186,7 @@ class Runs:
         While something of it lives that cannot be killed, the first demotion fails.
         """
         self._former = Tree(instance, since=0)
+        self._former.cgroup = tenure_cgroup(instance)
         left = await self._former.kill()
         if left is not None:
             log.error("processes of an earlier run are left", reason=left)
@@ -197,7 +198,7 @@ class Runs:
         run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
-            self._tenure = Tenure(self.cookie, spec, self._cgroup)
+            self._tenure = Tenure(self.cookie, spec, self.cgroup)
         return self._whole(number, run, facts, self.payloads.of_role(facts, last_data))
 
     async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
@@ -248,15 +249,16 @@ class Runs:
             self._start(self._tenure.kill())
         return set(self._tasks)
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _look(self) -> None:
         """Follow the tenure's processes while their parents live, and have the guard know of them."""
-        if self._tenure is not None:
-            self._start(self._look_at(self._tenure))
+        if self._tenure is not None and (self._looking is None or self._looking.done()):
+            self._looking = self._start(self._look_at(self._tenure))
 
     async def _look_at(self, tenure: Tenure) -> None:
         before = tenure.roots
@@ -338,7 +340,7 @@ class Runs:
         environment, cgroup = environment_of(payload), None
         if role is not Role.SECONDARY:
             environment |= process.mark(run.tree.value)
-            cgroup = self._cgroup
+            cgroup = self.cgroup / "hooks" if self.cgroup is not None else None
         run.hook = hook = self._runner.start(
             spec,
             environment,

@@ -111,7 +111,7 @@ class Arming:
         running: process groups of hooks that run, killed first.
         groups: process groups of hooks that have run in this tenure, killed last.
         workload: process group of the command of ``exec``, stopped before the hook, or None.
-        cgroup: its cgroup, killed with it, or None.
+        cgroup: the cgroup of the tenure, killed last, or None. Below it is ``workload``, killed with that.
         roots: processes of this tenure whose descendants belong to it, as process id and start time
             (proctree.py); those that lead a running hook's group and the workload's too.
         mark: what the tenure's processes have in their environment (FAILOVER_TENURE), or None.

@@ -60,7 +60,7 @@ class Workload:
         argv: program and arguments; a program without a slash is looked for on PATH.
         ended: called with the exit status (128 + n for signal n) when it has ended by itself and
             is not to be started again; None: it fails again and again.
-        cgroup: the directory of a cgroup of ours in which one can be made for it, or None.
+        cgroup: the directory for a cgroup of its own, or None where none can be made.
         mark: by which its processes are found again (ops/process.py).
     """
 
@@ -78,7 +78,7 @@ class Workload:
         self._clock = clock
         self._restart = restart
         self._ended = ended
-        self._cgroup = cgroup / f"workload-{os.getpid()}" if cgroup is not None else None
+        self._cgroup = cgroup
         self._mark = mark
         self._env: Mapping[str, str] = {}
         self._child: Child | None = None
@@ -105,7 +105,8 @@ class Workload:
     @property
     def cgroup(self) -> Path | None:
         """Its cgroup, if it has one."""
-        return self._cgroup if self._cgroup is not None and self._cgroup.is_dir() else None
+        made = self._cgroup is not None and (self._cgroup / "cgroup.kill").exists()
+        return self._cgroup if made else None
 
     async def start(self, env: Mapping[str, str]) -> str | None:
         """Start it with the variables of a tenure; why it could not be started, or None."""

@@ -168,7 +168,7 @@ class Child:
         die_with_us: SIGKILL to it when this process dies.
         subreaper: its orphans stay below it, which is not for one that runs for long: it may never
             wait for children that it does not know.
-        cgroup: a cgroup directory to move it into, if that can be made.
+        cgroup: a cgroup directory to move it into, if that can be made, with the one above it.
         options: as of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
@@ -358,6 +358,7 @@ class Child:
 
 def _open_cgroup(directory: Path) -> int | None:
     with suppress(OSError):
+        directory.parent.mkdir(exist_ok=True)
         directory.mkdir(exist_ok=True)
         return os.open(directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     return None

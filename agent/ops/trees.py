@@ -27,6 +27,9 @@ from agent.ops.process import Child, own_pids
 KILL_S = 2.0
 """How long the end of killed processes is waited for; only the kernel can hold one up for longer."""
 
+LOOK_S = 2.0
+"""How long one look may take: it reads what the kernel has at hand, and takes milliseconds."""
+
 READ_S = 0.25
 """How long the reading of environments may take before the one that is being read counts as stuck."""
 
@@ -110,10 +113,10 @@ class Tree:
         return found
 
     async def look(self) -> set[proctree.Process]:
-        """Every process of it that lives. Raises StuckError if no thread can be started."""
+        """Every process of it that lives. Raises StuckError if that cannot be found out in time."""
         try:
-            return await Lane(f"processes of {self.value}").run(self.find)
-        except OSError as error:
+            return await Lane(f"processes of {self.value}").run(self.find, timeout_s=LOOK_S)
+        except OSError as error:  # a TimeoutError is one
             raise StuckError(
                 f"the processes of {self.value} cannot be looked at: {error}"
             ) from error
@@ -164,8 +167,9 @@ class Tree:
             threading.Thread(target=_write, args=(path, "1"), daemon=True).start()
         left = proctree.kill_all(self.find, time.monotonic() + limit_s)
         if self.cgroup is not None:
-            with suppress(OSError):  # not empty; the next command that needs it makes it anew
-                self.cgroup.rmdir()
+            for folder, _, _ in os.walk(self.cgroup, topdown=False):
+                with suppress(OSError):  # not empty; the next command that needs it makes it anew
+                    Path(folder).rmdir()
         return left
 
     def _identities(self) -> list[proctree.Process]:
@@ -232,6 +236,15 @@ class Tree:
 
     def _is_mark(self, variable: bytes) -> bool:
         return variable == self._mark or variable.startswith(self._mark + b".")
+
+
+def tenure_cgroup(instance: str) -> Path | None:
+    """The directory for the cgroup of an agent's tenures, below which hooks and workload have theirs.
+
+    None where none can be made. An agent that comes later on this host finds it by the same instance.
+    """
+    own = own_cgroup()
+    return None if own is None else own / f"failover-{instance}"
 
 
 def own_cgroup() -> Path | None:

@@ -15,12 +15,14 @@ import pytest
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
+from agent.daemon import runs
 from agent.daemon.runs import Runs
 from agent.daemon.vitals import Tally
 from agent.model import Role
 from agent.ops import process, trees
 from agent.ops.clock import Clock
 from agent.settings.models import AgentForm
+from tests.cgroups import new_cgroup
 
 PATIENCE_S = 20.0
 
@@ -374,6 +376,27 @@ async def test_what_an_earlier_agent_left_is_killed_by_its_mark(stage: Stage) ->
     )
     await stage.runs.end_former_life("earlier")
     assert left.wait() == -signal.SIGKILL
+
+
+async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_cgroup() as folder:
+        monkeypatch.setattr(runs, "tenure_cgroup", lambda instance: folder / instance)
+        stage.open(
+            hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
+            hook_secondary=("/bin/true",),
+        )
+        assert (await stage.run(Role.PRIMARY)).ok
+        pid = await stage.pid("one.pid")
+        assert stage.runs.cgroup is not None
+        inside = {pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.runs.cgroup))}
+        assert pid in inside
+        later = trees.Tree(stage.instance, since=trees._now() + 10**6)
+        assert pid not in {one for one, _ in later.find()}
+        await stage.runs.end_former_life(stage.instance)
+        assert not alive(pid)
+        assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
 
 
 # -- the workload of exec ---------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from agent.errors import ConfigError, ExitCode
 from agent.ops import trees
 from agent.ops.clock import Clock
 from agent.ops.trees import own_cgroup
+from tests.cgroups import new_cgroup
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -91,7 +90,8 @@ class Made:
         self, script: str, restart: Restart = Restart.NEVER, cgroup: Path | None = None
     ) -> Workload:
         argv = ["/bin/sh", "-c", script]
-        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=cgroup)
+        own = None if cgroup is None else cgroup / "workload"
+        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=own)
         self.all.append(workload)
         return workload
 
@@ -454,35 +454,8 @@ async def test_it_dies_with_the_agent(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A cgroup (version 2) of this test."""
-    with tempfile.TemporaryDirectory() as root:
-        command = ["mount", "-t", "cgroup2", "none", root]
-        try:
-            done = subprocess.run(command, capture_output=True, check=False)
-        except FileNotFoundError:
-            done = None
-        if done is None or done.returncode != 0:
-            pytest.skip("needs: cgroup2 mount: run as root")
-        folder = Path(root, f"test-{os.getpid()}")
-        try:
-            folder.mkdir()
-            try:
-                yield folder
-            finally:
-                _remove(folder)
-        finally:
-            subprocess.run(["umount", root], check=True)
-
-
-def _remove(folder: Path) -> None:
-    (folder / "cgroup.kill").write_text("1")
-    end_at = time.monotonic() + LIMIT_S
-    while "populated 1" in (folder / "cgroup.events").read_text():
-        assert time.monotonic() < end_at
-        time.sleep(0.005)
-    for child in [path for path in folder.iterdir() if path.is_dir()]:
-        child.rmdir()
-    folder.rmdir()
+    with new_cgroup() as folder:
+        yield folder
 
 
 DAEMON = "setsid sh -c 'echo $$ >{0}; exec sleep 1000' & "
