@@ -7,7 +7,7 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import ask, id_argument, print_json, table
 from agent.cli.status import print_sessions, status_rows
 from agent.drivers.rest import RestClient
@@ -19,7 +19,7 @@ from agent.model import (
     HistoryEntry,
     SessionView,
 )
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 RECENT = 10
@@ -27,7 +27,7 @@ RECENT = 10
 
 NOT_FOUND = 404
 
-CLIENT_FLAGS = settings_flags(AgentForm, CLIENT_KEYS)
+CLIENT_FLAGS = settings_flags(AgentSettings, CLIENT_KEYS)
 
 
 @click.group("groups")
@@ -41,7 +41,7 @@ def command() -> None:
 def list_groups(*, as_json: bool, **given: Any) -> int:
     """List the groups of the coordinator."""
     groups = ask(
-        settings_of(given),
+        load_settings(given),
         lambda client, timeout_s: client.groups(timeout_s=timeout_s),
     )
     if as_json:
@@ -56,7 +56,7 @@ def list_groups(*, as_json: bool, **given: Any) -> int:
 
 @command.command("create")
 @id_argument("ID")
-@settings_flags(AgentForm, ("failover_timeout", *CLIENT_KEYS))
+@settings_flags(AgentSettings, ("failover_timeout", *CLIENT_KEYS))
 @click.option("--name", metavar="TEXT", help="Name for people.")
 @click.option("--description", metavar="TEXT", help="What the group is for.")
 @JSON_FLAG
@@ -67,7 +67,7 @@ def create(
 
     It is a success too if the group is there already with the same configuration.
     """
-    settings = settings_of(given)
+    settings = load_settings(given)
     wanted = GroupConfig(
         id=group_id,
         timeout_ticks=round(settings.failover_timeout * TICKS_PER_SECOND),
@@ -110,7 +110,7 @@ def show(*, group_id: str, as_json: bool, **given: Any) -> int:
             _history(client, group_id, timeout_s),
         )
 
-    group, status, sessions, history = ask(settings_of(given), question)
+    group, status, sessions, history = ask(load_settings(given), question)
     if as_json:
         print_json(
             Report(
@@ -164,7 +164,7 @@ async def _history(client: RestClient, group: str, timeout_s: float) -> list[His
 def delete(*, group_id: str, as_json: bool, **given: Any) -> int:
     """Delete a group that has no active sessions, with its history."""
     ask(
-        settings_of(given),
+        load_settings(given),
         lambda client, timeout_s: client.delete_group(group_id, timeout_s=timeout_s),
     )
     click.echo(json.dumps({"Deleted": group_id}) if as_json else f"group {group_id} is deleted")

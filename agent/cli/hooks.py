@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from agent.cli.options import JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import JSON_FLAG, load_settings, settings_flags
 from agent.core.lease import GRACE_SHARE, LONGEST_GRACE_S
 from agent.drivers.hooks import (
     EVENTS,
@@ -31,8 +31,7 @@ from agent.drivers.hooks import (
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire.scalars import parse_date_time
 
 NEW_ROLE = {"pending_primary": Role.PENDING_PRIMARY, "primary": Role.PRIMARY}
@@ -56,14 +55,14 @@ def command() -> None:
 
 
 @command.command("list")
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @JSON_FLAG
 def list_hooks(*, as_json: bool, **given: Any) -> int:
     """List every event with its hook: its form, its steps in order, and whether it could run.
 
     Exits 0, or with the code of the first fault.
     """
-    specs = specs_of(settings_of(given))
+    specs = specs_of(load_settings(given))
     found = {event: _described(specs.get(event)) for event in EVENTS}
     if as_json:
         click.echo(
@@ -123,7 +122,7 @@ def _time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> da
 
 @command.command("test")
 @click.argument("event", type=click.Choice(EVENTS))
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @click.option("--epoch", type=click.IntRange(min=0), metavar="N", help="Number of the tenure.")
 @click.option(
     "--last-data-processed-time",
@@ -160,7 +159,7 @@ def try_hook(
     With its real user, directory and environment; it really starts or stops what it is for. Exits 0
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.
     """
-    settings = settings_of(given)
+    settings = load_settings(given)
     spec = specs_of(settings).get(event)
     if spec is None:
         raise ConfigError(f"there is no hook for {event}: set it with --hook-{_flag(event)}")

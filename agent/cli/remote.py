@@ -19,8 +19,8 @@ from rich.text import Text
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
 from agent.errors import ServerError
-from agent.settings import AgentSettings
-from agent.settings.forms import check_id
+from agent.schema.formats import check_id
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import ask, id_argument, print_json, table
 from agent.drivers.rest import RestClient
 from agent.model import GroupStatus, SessionView
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 
@@ -23,7 +23,7 @@ class Report(BaseModel):
 
 @click.command("status")
 @id_argument("GROUP")
-@settings_flags(AgentForm, CLIENT_KEYS)
+@settings_flags(AgentSettings, CLIENT_KEYS)
 @JSON_FLAG
 def command(*, group_id: str, as_json: bool, **given: Any) -> int:
     """Say who is primary in GROUP, and who else is there."""
@@ -36,7 +36,7 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
             client.sessions(group_id, timeout_s=timeout_s),
         )
 
-    status, sessions = ask(settings_of(given), question)
+    status, sessions = ask(load_settings(given), question)
     if as_json:
         print_json(
             Report(

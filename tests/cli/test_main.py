@@ -16,8 +16,9 @@ import agent
 import agent.cli.status
 from agent.cli.main import COMMANDS
 from agent.errors import ExitCode, ServerError
-from agent.settings.describe import describe
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Settings, settings_of
+from agent.schema.settings import AgentSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 def test_the_version_is_told_without_importing_what_it_does_not_need() -> None:
     code = (
         "import sys; from agent.cli.main import main; assert main(['--version']) == 0;"
-        "print(*{'pydantic', 'rich', 'httpx2', 'asyncio', 'agent.settings'} & set(sys.modules))"
+        "print(*{'pydantic', 'rich', 'httpx2', 'asyncio', 'agent.schema'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -84,10 +85,12 @@ def test_every_module_with_a_command_is_listed() -> None:
     assert names == set(COMMANDS)
 
 
-@pytest.mark.parametrize(("program", "model"), [("run", AgentForm), ("serve", CoordinatorSettings)])
+@pytest.mark.parametrize(
+    ("program", "model"), [("run", AgentSettings), ("serve", CoordinatorSettings)]
+)
 def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings]) -> None:
     words = cli(program, "--help")[1].replace("/", " ").split()
-    assert {d.flag for d in describe(model)} | {"--config"} <= set(words)
+    assert {s.flag for s in settings_of(model)} | {"--config"} <= set(words)
 
 
 @pytest.mark.parametrize(
