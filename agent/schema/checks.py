@@ -73,6 +73,5 @@ class CheckSettings(Declared):
         return ()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         if self.limit > self.interval:
             yield "limit", f"must be at most interval, which is {self.interval:g} s"

@@ -59,45 +59,45 @@ class CoordinatorSettings(Settings):
     listen: Annotated[
         Address,
         ADDRESS,
-        "Where the API is served. The default can be reached from this machine only: anything "
-        "else needs TLS and authentication, or insecure. Port 0 takes a free one.",
+        "Where the API is served. The default can be reached from this machine only: anything"
+        " else needs TLS and authentication, or insecure. Port 0 takes a free one.",
     ] = DEFAULT_LISTEN
     data_dir: Annotated[
         AnyPath,
-        "Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY "
-        "(systemd), else /var/lib/failover-agent for root, else failover-agent in "
-        "$XDG_STATE_HOME or ~/.local/state.",
+        "Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY"
+        " (systemd), else /var/lib/failover-agent for root, else failover-agent in $XDG_STATE_HOME"
+        " or ~/.local/state.",
         Example("/var/lib/failover-agent"),
     ] = field(default_factory=_own_data_dir)
     store: Annotated[
         Literal["sqlite", "memory"],
-        "Where groups, holders and epochs are kept: sqlite survives a restart and a crash; "
-        "memory forgets everything and is for trials.",
+        "Where groups, holders and epochs are kept: sqlite survives a restart and a crash; memory"
+        " forgets everything and is for trials.",
     ] = "sqlite"
     role_form: Annotated[
         Literal["number", "name"],
-        "How roles are written: number as the cloud's API documents, name as the on-premises "
-        "one. Both are read.",
+        "How roles are written: number as the cloud's API documents, name as the on-premises one."
+        " Both are read.",
     ] = "number"
     score_hysteresis: Annotated[
         Number,
         Range(0, 100),
-        "A live primary with a lower score is replaced only if the other's is higher by more "
-        "than this. 10: one stream of ten that comes and goes changes nothing; 0 is strict v1 "
-        "behaviour.",
+        "A live primary with a lower score is replaced only if the other's is higher by more than"
+        " this. 10: one stream of ten that comes and goes changes nothing; 0 is strict v1"
+        " behaviour.",
     ] = 10.0
     minimum_hold: Annotated[
         DurationOrZero,
-        "A live primary is not replaced for a better score earlier than this after it became "
-        "primary. 30 s: a swap costs a gap, so two in a minute are the most; 0 is strict v1 "
-        "behaviour.",
+        "A live primary is not replaced for a better score earlier than this after it became"
+        " primary. 30 s: a swap costs a gap, so two in a minute are the most; 0 is strict v1"
+        " behaviour.",
     ] = 30.0
     max_body_bytes: Annotated[
         int,
         replace(NUMBER, metavar="BYTES", noun="bytes"),
         Range(1024, 16 * 1024 * 1024),
-        "Longest body of a request; a longer one is answered 413. 64 KiB holds a group with "
-        "plenty of AdditionalData.",
+        "Longest body of a request; a longer one is answered 413. 64 KiB holds a group with"
+        " plenty of AdditionalData.",
     ] = 65536
     max_groups: Annotated[
         Count,
@@ -107,13 +107,13 @@ class CoordinatorSettings(Settings):
     max_sessions_per_group: Annotated[
         Count,
         Range(1, 10_000),
-        "Most sessions of one group. A group is usually 2; 100 stops a client that makes a new "
-        "id at each start.",
+        "Most sessions of one group. A group is usually 2; 100 stops a client that makes a new id"
+        " at each start.",
     ] = 100
     session_metrics: Annotated[
         bool,
-        "Whether /metrics has series for each session too: its role, score and last heartbeat. "
-        "They are 5 a session, and tell its id to whoever may scrape.",
+        "Whether /metrics has series for each session too: its role, score and last heartbeat."
+        " They are 5 a session, and tell its id to whoever may scrape.",
     ] = False
     tls_certificate: Annotated[
         InputFile | None,
@@ -153,14 +153,13 @@ class CoordinatorSettings(Settings):
     ] = None
     insecure: Annotated[
         bool,
-        "Serve beyond this machine without TLS or without authentication. Whoever reaches the "
-        "port can then decide who is primary.",
+        "Serve beyond this machine without TLS or without authentication. Whoever reaches the"
+        " port can then decide who is primary.",
     ] = False
     log_level: LogLevel = "INFO"
     log_format: LogFormat = "text"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         yield from self.set_together("tls_certificate", "tls_key")
         yield from self.set_together("token_keys_file", "token_issuer", "token_audience")
         if self.listen.loopback or self.insecure:

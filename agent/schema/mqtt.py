@@ -116,7 +116,6 @@ class Broker(Declared):
         return None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         if self.password_file is not None and self.username is None:
             yield "password_file", "needs username too"
         for key in ("ca_file", "certificate"):
@@ -168,11 +167,9 @@ class Mqtt(Broker):
 
     @property
     def private_key(self) -> Path | None:
-        """As in ``Broker``."""
         return self.key
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         yield from Broker.contradictions(self)
         if self.key is not None and self.certificate is None:
             yield "key", "needs certificate too"

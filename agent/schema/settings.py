@@ -71,12 +71,11 @@ class AgentSettings(Settings):
 
     endpoint: Annotated[
         Endpoints,
-        "Base paths of ONE coordinator, or of one cluster, up to and with 'clientfailover'. The "
-        "agent stays with the one that works, and asks the others when that fails or is slow. "
-        "Never list two coordinators that know nothing of each other: answers from another "
-        "store are refused (exit code 27 at the start). The flag may be repeated; the variable "
-        "separates by commas. The default is a coordinator on this machine with its own "
-        "defaults.",
+        "Base paths of ONE coordinator, or of one cluster, up to and with 'clientfailover'. The"
+        " agent stays with the one that works, and asks the others when that fails or is slow."
+        " Never list two coordinators that know nothing of each other: answers from another store"
+        " are refused (exit code 27 at the start). The flag may be repeated; the variable"
+        " separates by commas. The default is a coordinator on this machine with its own defaults.",
     ] = (DEFAULT_ENDPOINT,)
     group: Annotated[
         Id,
@@ -90,8 +89,8 @@ class AgentSettings(Settings):
     ] = None
     session_id: Annotated[
         Id | None,
-        "Id of this member, unique in its group and the same after a restart. Not set: the "
-        "host's name, with -2, -3, ... where agents of this host have it already.",
+        "Id of this member, unique in its group and the same after a restart. Not set: the host's"
+        " name, with -2, -3, ... where agents of this host have it already.",
         Example("host-a"),
     ] = None
     session_name: Annotated[
@@ -103,20 +102,20 @@ class AgentSettings(Settings):
         float,
         DURATION,
         Range(SHORTEST_LEASE_S, LONGEST_LEASE_S, enforced=False),
-        "L, how long after its last heartbeat a member is given up and another may be chosen. A "
-        "group that exists keeps its own. 10 s outlasts lost packets and short pauses of "
-        "virtual machines, and leaves a demotion 2.5 s.",
+        "L, how long after its last heartbeat a member is given up and another may be chosen. A"
+        " group that exists keeps its own. 10 s outlasts lost packets and short pauses of virtual"
+        " machines, and leaves a demotion 2.5 s.",
     ] = 10.0
     beat: Annotated[
         Duration | None,
-        "Time between two heartbeats; 2 beats must fit into renew (R1). Not set: renew / 3, at "
-        "most 10 s, so that two may be lost.",
+        "Time between two heartbeats; 2 beats must fit into renew (R1). Not set: renew / 3, at"
+        " most 10 s, so that two may be lost.",
         Example(2.0),
     ] = None
     renew: Annotated[
         Duration | None,
-        "R, without renewal for this long demotion starts (R4). Not set: what demote and margin "
-        "leave of L.",
+        "R, without renewal for this long demotion starts (R4). Not set: what demote and margin"
+        " leave of L.",
         Example(6.5),
     ] = None
     demote: Annotated[
@@ -126,28 +125,28 @@ class AgentSettings(Settings):
     ] = None
     margin: Annotated[
         Duration | None,
-        "M, kept free for clock drift (1 % of L at least) and for scheduling. Not set: a tenth "
-        "of L.",
+        "M, kept free for clock drift (1 % of L at least) and for scheduling. Not set: a tenth of"
+        " L.",
         Example(1.0),
     ] = None
     request_timeout: Annotated[
         Duration | None,
-        "How long one request may take; under half of renew, so that a lost one can be repeated "
-        "(R1). Not set: renew / 3, at most 10 s.",
+        "How long one request may take; under half of renew, so that a lost one can be repeated"
+        " (R1). Not set: renew / 3, at most 10 s.",
         Example(2.0),
     ] = None
     failover_score: Annotated[
         Number,
         Range(0, 100),
-        "How fit this member is (v1 FailoverScore, the share of active streams). The member "
-        "with the highest is chosen. 100: as fit as can be.",
+        "How fit this member is (v1 FailoverScore, the share of active streams). The member with"
+        " the highest is chosen. 100: as fit as can be.",
         RELOADABLE,
     ] = 100.0
     hook_primary: Annotated[
         Hook,
-        "Starts the workload: a command (an absolute path and its arguments), one directory of "
-        "scripts, or one URL (docs/hooks.md). A flag or variable is split as a shell would, or "
-        "is a JSON list. Not set: none.",
+        "Starts the workload: a command (an absolute path and its arguments), one directory of"
+        " scripts, or one URL (docs/hooks.md). A flag or variable is split as a shell would, or is"
+        " a JSON list. Not set: none.",
         Example(["/usr/local/bin/start-collector", "--active"]),
         RELOADABLE,
     ] = ()
@@ -159,22 +158,22 @@ class AgentSettings(Settings):
     ] = ()
     hook_secondary: Annotated[
         Hook,
-        "Stops the workload. It also runs when the agent starts (R6), so it must do no harm "
-        "when there is nothing to stop. Not set: none.",
+        "Stops the workload. It also runs when the agent starts (R6), so it must do no harm when"
+        " there is nothing to stop. Not set: none.",
         Example(["/usr/local/bin/stop-collector"]),
         RELOADABLE,
     ] = ()
     hook_joined: Annotated[
         Hook,
-        "Told when this member has joined; advisory, as the next two: their failure is logged "
-        "and delays nothing (R10). Not set: none.",
+        "Told when this member has joined; advisory, as the next two: their failure is logged and"
+        " delays nothing (R10). Not set: none.",
         Example(["http://127.0.0.1:9000/joined"]),
         RELOADABLE,
     ] = ()
     hook_lost: Annotated[
         Hook,
-        "Told when this member gives the role up by itself: no contact, a frozen process, its "
-        "health. Not set: none.",
+        "Told when this member gives the role up by itself: no contact, a frozen process, its"
+        " health. Not set: none.",
         Example(["/usr/local/bin/raise-alarm", "role lost"]),
         RELOADABLE,
     ] = ()
@@ -186,8 +185,8 @@ class AgentSettings(Settings):
     ] = ()
     hook_limit: Annotated[
         Duration,
-        "How long a promotion hook may take before it is killed and counts as failed (a "
-        "demotion has the time that demote gives). 30 s: most services start in less.",
+        "How long a promotion hook may take before it is killed and counts as failed (a demotion"
+        " has the time that demote gives). 30 s: most services start in less.",
         RELOADABLE,
     ] = 30.0
     hook_pending_primary_limit: Annotated[
@@ -211,8 +210,8 @@ class AgentSettings(Settings):
     hook_retries: Annotated[
         Count,
         Range(0, MOST_RETRIES),
-        "How often a step of a promotion hook that failed is tried again, half a second later, "
-        "within hook_limit. 0: the other member may be healthier.",
+        "How often a step of a promotion hook that failed is tried again, half a second later,"
+        " within hook_limit. 0: the other member may be healthier.",
         RELOADABLE,
     ] = 0
     hook_user: Annotated[
@@ -229,21 +228,21 @@ class AgentSettings(Settings):
     ] = None
     hook_directory: Annotated[
         Directory,
-        "Working directory of all hooks; absolute. The default is on every host and keeps no "
-        "file system from being unmounted.",
+        "Working directory of all hooks; absolute. The default is on every host and keeps no file"
+        " system from being unmounted.",
         RELOADABLE,
     ] = Path("/")
     hook_directories_writable: Annotated[
         bool,
-        "Whether directories on the way to a hook, a check or a fence command may be writable "
-        "by others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only). Whoever "
-        "can write there decides what the agent runs.",
+        "Whether directories on the way to a hook, a check or a fence command may be writable by"
+        " others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only). Whoever can"
+        " write there decides what the agent runs.",
         RELOADABLE,
     ] = False
     hook_environment: Annotated[
         Variables,
-        "Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE "
-        "words, or a JSON object. check-config prints them: no secrets. Not set: none.",
+        "Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE"
+        " words, or a JSON object. check-config prints them: no secrets. Not set: none.",
         Example({"UNIT": "collector.service"}),
         RELOADABLE,
     ] = field(default_factory=dict)
@@ -261,63 +260,63 @@ class AgentSettings(Settings):
     ] = None
     workload: Annotated[
         Program,
-        "A command that runs only while this member is primary, beside the hooks: after "
-        "hook_primary, and stopped before hook_secondary (docs/exec.md). Not set: none.",
+        "A command that runs only while this member is primary, beside the hooks: after"
+        " hook_primary, and stopped before hook_secondary (docs/exec.md). Not set: none.",
         Example(["collector", "--active"]),
     ] = ()
     workload_restart: Annotated[
         RestartRule,
-        "When the workload is started again after it has ended by itself. If it is not, the "
-        "agent stops, with the workload's exit code.",
+        "When the workload is started again after it has ended by itself. If it is not, the agent"
+        " stops, with the workload's exit code.",
     ] = "on-failure"
     workload_forward_hup: Annotated[
         bool,
-        "Whether SIGHUP, which has the agent read its configuration again, is passed on to the "
-        "workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any "
-        "case (docs/exec.md).",
+        "Whether SIGHUP, which has the agent read its configuration again, is passed on to the"
+        " workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any case"
+        " (docs/exec.md).",
         RELOADABLE,
     ] = False
     fence_command: Annotated[
         Command,
-        "Run when a demotion has failed and everything was killed, before the agent exits: to "
-        "cut this host off by other means (R4). Not set: none.",
+        "Run when a demotion has failed and everything was killed, before the agent exits: to cut"
+        " this host off by other means (R4). Not set: none.",
         Example(["/usr/local/bin/cut-power", "self"]),
         RELOADABLE,
     ] = ()
     watchdog_device: Annotated[
         AnyPath | None,
-        "The kernel's watchdog: kept alive while this member is primary and its loop turns, so "
-        "that a host on which even the guard is stuck is reset. Not set: none.",
+        "The kernel's watchdog: kept alive while this member is primary and its loop turns, so"
+        " that a host on which even the guard is stuck is reset. Not set: none.",
         Example("/dev/watchdog"),
     ] = None
     guard: Annotated[
         bool,
-        "Whether a second small process demotes in the agent's place when the agent is frozen, "
-        "hung or killed. Without it such an agent leaves its workload running.",
+        "Whether a second small process demotes in the agent's place when the agent is frozen,"
+        " hung or killed. Without it such an agent leaves its workload running.",
     ] = True
     state_file: Annotated[
         AnyPath | None,
-        "File with role and epoch for sidecars, replaced atomically. Not set: "
-        "group.session.json in $RUNTIME_DIRECTORY (systemd), else in failover-agent under "
-        "$XDG_RUNTIME_DIR, for root /run.",
+        "File with role and epoch for sidecars, replaced atomically. Not set: group.session.json"
+        " in $RUNTIME_DIRECTORY (systemd), else in failover-agent under $XDG_RUNTIME_DIR, for root"
+        " /run.",
         Example("/run/failover-agent/state.json"),
     ] = None
     probe_listen: Annotated[
         Address | None,
         ADDRESS_OR_OFF,
-        "Where probes are answered and POST /data-processed is taken; off switches it off. Port "
-        "0 takes a free port, so that several agents fit on one host; the log says which.",
+        "Where probes are answered and POST /data-processed is taken; off switches it off. Port 0"
+        " takes a free port, so that several agents fit on one host; the log says which.",
     ] = DEFAULT_PROBE_LISTEN
     startup_timeout: Annotated[
         DurationOrZero,
-        "How long to try to reach a coordinator at the start before giving up with an exit "
-        "code; 0 tries for ever. 60 s outlasts the start of a coordinator beside it.",
+        "How long to try to reach a coordinator at the start before giving up with an exit code;"
+        " 0 tries for ever. 60 s outlasts the start of a coordinator beside it.",
         RELOADABLE,
     ] = 60.0
     cooldown: Annotated[
         Duration,
-        "Wait after a failed promotion before this member may be chosen again, doubled each "
-        "time. 5 s lets the other member try first (R8).",
+        "Wait after a failed promotion before this member may be chosen again, doubled each time."
+        " 5 s lets the other member try first (R8).",
         RELOADABLE,
     ] = 5.0
     cooldown_limit: Annotated[
@@ -343,8 +342,8 @@ class AgentSettings(Settings):
     ] = None
     token_endpoint: Annotated[
         ApiUrl | None,
-        "Where tokens are got. Not set: asked from the endpoint's host, at "
-        "/identity/.well-known/openid-configuration.",
+        "Where tokens are got. Not set: asked from the endpoint's host, at"
+        " /identity/.well-known/openid-configuration.",
         Example("https://identity.example/connect/token"),
     ] = None
     ca_file: Annotated[
@@ -355,29 +354,28 @@ class AgentSettings(Settings):
     check: Annotated[
         tuple[CheckSettings, ...],
         CHECKS,
-        "Health checks: the share of their weights that pass scales failover_score. At 0, and "
-        "while a required one fails, this member gives up the role (R9). A flag or variable is "
-        "JSON. Not set: always fit.",
+        "Health checks: the share of their weights that pass scales failover_score. At 0, and"
+        " while a required one fails, this member gives up the role (R9). A flag or variable is"
+        " JSON. Not set: always fit.",
         RELOADABLE,
     ] = ()
     progress: Annotated[
         ProgressSource | None,
         PROGRESS,
-        "Where the data-processed time comes from, beside POST /data-processed, which always "
-        "counts. A flag or variable is JSON. Not set: from that call only.",
+        "Where the data-processed time comes from, beside POST /data-processed, which always"
+        " counts. A flag or variable is JSON. Not set: from that call only.",
         RELOADABLE,
     ] = None
     mqtt: Annotated[
         Mqtt | None,
         MQTT,
-        "A broker that role changes are announced to (docs/mqtt.md), by the extra mqtt; "
-        "advisory: it can delay and fail nothing. A flag or variable is JSON. Not set: none.",
+        "A broker that role changes are announced to (docs/mqtt.md), by the extra mqtt; advisory:"
+        " it can delay and fail nothing. A flag or variable is JSON. Not set: none.",
     ] = None
     max_behind: Annotated[
         Duration | None,
-        "A secondary whose own data-processed time is further than this behind the group's says "
-        "FailoverScore 1, so that a better one is chosen if there is one. Not set: no such "
-        "gate.",
+        "A secondary whose own data-processed time is further than this behind the group's says"
+        " FailoverScore 1, so that a better one is chosen if there is one. Not set: no such gate.",
         Example(60),
         RELOADABLE,
     ] = None
@@ -409,7 +407,6 @@ class AgentSettings(Settings):
         return plan(self.failover_timeout, self.budget)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         yield from self.set_together("username", "password_file")
         yield from self.set_together("client_id", "client_secret_file")
         if self.token_endpoint is not None and self.client_id is None:

@@ -62,11 +62,9 @@ class ExecCheck(Check):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """As in ``Check``."""
         return (self.command,)
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        """As in ``Check``."""
         return Command(self)
 
 

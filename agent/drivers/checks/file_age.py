@@ -26,7 +26,6 @@ class FileAgeCheck(Check):
     max_age: Annotated[Duration, "How old it may be."]
 
     def runner(self, clock: Clock) -> Run:
-        """As in ``Check``."""
         return FileAge(self, clock)
 
 

@@ -69,11 +69,9 @@ class HttpCheck(Check):
     insecure_tls: Annotated[bool, "Do not check the certificate of an https URL."] = False
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        """As in ``Check``."""
         return Http(self)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         yield from Check.contradictions(self)
         if self.insecure_tls and not self.url.startswith("https:"):
             yield "insecure_tls", "is for an https:// url: leave it out"

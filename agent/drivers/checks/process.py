@@ -52,11 +52,9 @@ class ProcessCheck(Check):
     ] = None
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        """As in ``Check``."""
         return Process(self)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """As in ``Declared``."""
         yield from Check.contradictions(self)
         if self.pid_file is None and self.process is None:
             yield "pid_file", "needs pid_file, process or both"

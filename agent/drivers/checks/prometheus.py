@@ -61,7 +61,6 @@ class PrometheusCheck(Check):
     value: Annotated[Number, "The number to compare with."]
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        """As in ``Check``."""
         return Prometheus(self)
 
 

@@ -27,7 +27,6 @@ class TcpCheck(Check):
     address: Annotated[Peer, "What to connect to. Nothing is sent."]
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        """As in ``Check``."""
         return Connect(self.address)
 
 

@@ -54,11 +54,9 @@ class CommandProgress(PolledSource):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """As in ``ProgressSource``."""
         return (self.command,)
 
     def reader(self) -> Reader:
-        """As in ``PolledSource``."""
         return CommandReader(self)
 
 
@@ -72,7 +70,6 @@ class CommandReader:
         self._lane = Lane(f"progress {self._argv[0]}")
 
     async def read(self) -> datetime:
-        """As in ``Reader``."""
         try:
             # The command has a limit of its own; the longer one here is for a start that hangs.
             return await read_blocking(self._lane, self._run, self._limit_s + STOP_S)
@@ -81,7 +78,6 @@ class CommandReader:
             raise Refused(Reason.UNREADABLE, text) from error
 
     async def close(self) -> None:
-        """As in ``Reader``."""
         os.eventfd_write(self._stop, 1)
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):

@@ -37,7 +37,6 @@ class FileTimeProgress(PolledSource):
     path: Annotated[AnyPath, "The file (or directory)."]
 
     def reader(self) -> Reader:
-        """As in ``PolledSource``."""
         return FileReader(self, lambda: from_seconds(self.path.stat().st_mtime))
 
 
@@ -56,7 +55,6 @@ class FileProgress(PolledSource):
     key: JsonKey | None = None
 
     def reader(self) -> Reader:
-        """As in ``PolledSource``."""
         return FileReader(self, lambda: _read_content(self.path, self.key))
 
 
@@ -76,7 +74,6 @@ class FileReader:
         self._lane = Lane(f"progress {settings.path}")
 
     async def read(self) -> datetime:
-        """As in ``Reader``."""
         try:
             return await read_blocking(self._lane, self._work, self._limit_s)
         except OSError as error:

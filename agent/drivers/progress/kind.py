@@ -77,7 +77,6 @@ class PolledSource(SourceKind):
         """The reader, called for one reading at a time."""
 
     def open(self, receiver: Receiver) -> Source:
-        """As in ``SourceKind``."""
         return Polling(self.reader, self.interval, receiver)
 
 
@@ -96,12 +95,10 @@ class Polling:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """As in ``Source``."""
         self._reader = self._make()
         self._task = asyncio.get_running_loop().create_task(self._poll(self._reader))
 
     async def stop(self) -> None:
-        """As in ``Source``."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

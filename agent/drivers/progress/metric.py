@@ -48,7 +48,6 @@ class MetricProgress(PolledSource):
     ] = field(default_factory=dict)
 
     def reader(self) -> Reader:
-        """As in ``PolledSource``."""
         return MetricReader(self)
 
 
@@ -60,7 +59,6 @@ class MetricReader:
         self._client: httpx2.AsyncClient | None = None
 
     async def read(self) -> datetime:
-        """As in ``Reader``."""
         settings = self._settings
         try:
             async with asyncio.timeout(settings.limit):
@@ -82,7 +80,6 @@ class MetricReader:
         return from_seconds(fitting[0])
 
     async def close(self) -> None:
-        """As in ``Reader``."""
         if self._client is not None:
             await self._client.aclose()
 

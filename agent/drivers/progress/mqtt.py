@@ -35,7 +35,6 @@ class MqttProgress(Broker, SourceKind):
     key: JsonKey | None = None
 
     def open(self, receiver: Receiver) -> Source:
-        """As in ``SourceKind``."""
         return Subscriber(self, receiver)
 
 
@@ -61,11 +60,9 @@ class Subscriber:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """As in ``Source``."""
         self._task = asyncio.get_running_loop().create_task(self.run())
 
     async def stop(self) -> None:
-        """As in ``Source``."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -82,7 +82,6 @@ class SocketProgress(SourceKind):
     ] = "0660"
 
     def open(self, receiver: Receiver) -> Source:
-        """As in ``SourceKind``."""
         return Listener(self, receiver)
 
 
