@@ -23,15 +23,15 @@ INTERRUPTED = 130
 COMMANDS = {
     "run": "Be a member of a group: heartbeat, follow the role, run the hooks.",
     "exec": "Run a command only while this member is primary.",
-    "serve": "Be the coordinator that the agents ask.",
+    "serve": "Run the coordinator.",
     "check-config": "Validate and print the effective configuration; start nothing.",
     "explain-timing": "Draw how the failover timeout is divided (rule R1).",
-    "status": "Who is primary in a group, and who else is there.",
-    "healthcheck": "Ask a running agent whether it is well; for containers.",
-    "demo": "Two agents on this machine: a power cut, a crash, a handover, a frozen host.",
+    "status": "Show the primary and the other members of a group.",
+    "healthcheck": "Check the health of a running agent; for containers.",
+    "demo": "Show takeovers on this machine: a power cut, a crash, a switchover, a freeze.",
     "hooks": "List the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
-    "hash-password": "Print the line of a user for the coordinator's users file.",
+    "hash-password": "Print a user's line for the coordinator's users file.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""
 

@@ -14,7 +14,7 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 @click.command("serve")
 @settings_flags(CoordinatorSettings)
 def command(**given: Any) -> int:
-    """Be the coordinator that the agents ask.
+    """Run the coordinator.
 
     Runs until SIGTERM or SIGINT. Leases and groups are in the data directory, and are still in force
     when it is started again.

@@ -113,7 +113,7 @@ class CoordinatorSettings(Settings):
     session_metrics: Annotated[
         bool,
         "Whether /metrics has series for each session too: its role, score and last heartbeat."
-        " They are 5 a session, and tell its id to whoever may scrape.",
+        " They are 5 a session, and show its id to everybody who can scrape.",
     ] = False
     tls_certificate: Annotated[
         InputFile | None,

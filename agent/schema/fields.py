@@ -1,8 +1,8 @@
 """How a setting is declared: a field of a frozen dataclass, with markers in its annotation.
 
 ``hook_limit: Annotated[float, DURATION, Range(0, 60), "How long ...", RELOADABLE] = 30.0`` is all that a
-setting needs. A string says what it does, and why its default is what it is; one without a default says
-after ``Not set:`` what happens then. Its flag, its environment variable, its check, its line in the sample file and in
+setting needs. A string explains what it does, and why its default is what it is; after ``Not set:``, what
+happens without a value. Its flag, its environment variable, its check, its line in the sample file and in
 docs/settings.md, and whether a reload may change it are derived from ``settings_of``.
 
 Owns the markers. Imports no pydantic: a running agent uses the dataclasses and the reload rule.

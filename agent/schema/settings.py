@@ -165,21 +165,21 @@ class AgentSettings(Settings):
     ] = ()
     hook_joined: Annotated[
         Hook,
-        "Told when this member has joined; advisory, as the next two: their failure is logged and"
+        "Runs when this member has joined; advisory, as the next two: their failure is logged and"
         " delays nothing (R10). Not set: none.",
         Example(["http://127.0.0.1:9000/joined"]),
         RELOADABLE,
     ] = ()
     hook_lost: Annotated[
         Hook,
-        "Told when this member gives the role up by itself: no contact, a frozen process, its"
+        "Runs when this member gives the role up by itself: no contact, a frozen process, its"
         " health. Not set: none.",
         Example(["/usr/local/bin/raise-alarm", "role lost"]),
         RELOADABLE,
     ] = ()
     hook_left: Annotated[
         Hook,
-        "Told when this member has left the group at its stop. Not set: none.",
+        "Runs when this member has left the group at its stop. Not set: none.",
         Example(["http://127.0.0.1:9000/left"]),
         RELOADABLE,
     ] = ()
@@ -305,7 +305,7 @@ class AgentSettings(Settings):
         Address | None,
         ADDRESS_OR_OFF,
         "Where probes are answered and POST /data-processed is taken; off switches it off. Port 0"
-        " takes a free port, so that several agents fit on one host; the log says which.",
+        " takes a free port, so that several agents fit on one host; the log has it.",
     ] = DEFAULT_PROBE_LISTEN
     startup_timeout: Annotated[
         DurationOrZero,
@@ -374,8 +374,8 @@ class AgentSettings(Settings):
     ] = None
     max_behind: Annotated[
         Duration | None,
-        "A secondary whose own data-processed time is further than this behind the group's says"
-        " FailoverScore 1, so that a better one is chosen if there is one. Not set: no such gate.",
+        "A secondary whose own data-processed time is further than this behind the group's"
+        " reports FailoverScore 1, so that a better one is chosen if there is one. Not set: no such gate.",
         Example(60),
         RELOADABLE,
     ] = None

@@ -232,7 +232,7 @@ def test_several_faults_are_a_line_each_and_the_first_gives_the_code(cli: Cli) -
 
 def test_an_error_of_ours_is_told_with_its_code(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     error = ServerError("it said no", exit_code=ExitCode.REFUSED)
-    monkeypatch.setattr(agent.cli.status, "ask", raising(error))
+    monkeypatch.setattr(agent.cli.status, "query", raising(error))
     code, _, err = cli("status", "g")
     assert (code, one_line(err)) == (ExitCode.REFUSED, "it said no")
 
@@ -240,7 +240,7 @@ def test_an_error_of_ours_is_told_with_its_code(cli: Cli, monkeypatch: pytest.Mo
 def test_an_unexpected_error_is_one_line_that_asks_to_report_it(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(ZeroDivisionError("a\nb")))
+    monkeypatch.setattr(agent.cli.status, "query", raising(ZeroDivisionError("a\nb")))
     code, _, err = cli("status", "g")
     assert code == ExitCode.INTERNAL
     assert one_line(err).startswith("ZeroDivisionError: a b: ")
@@ -248,14 +248,14 @@ def test_an_unexpected_error_is_one_line_that_asks_to_report_it(
 
 
 def test_only_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(ZeroDivisionError()))
+    monkeypatch.setattr(agent.cli.status, "query", raising(ZeroDivisionError()))
     code, _, err = cli("--debug", "status", "g")
     assert code == ExitCode.INTERNAL
     assert "Traceback (most recent call last)" in err
 
 
 def test_an_interrupt_is_told_by_its_code_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(agent.cli.status, "query", raising(KeyboardInterrupt()))
     code, _, err = cli("status", "g")
     assert code == 130
     assert not err.strip()
