@@ -33,38 +33,24 @@ class CheckSettings(Declared):
     EXAMPLE: ClassVar[Mapping[str, Any]]
     """A table for the sample file."""
 
-    name: Annotated[
-        str,
-        Format("NAME", "1 to 64 of a-z, 0-9, _ and -", after=_check_name),
-        "Its name in the log and in the reason of a lost role. Unique.",
-    ]
-    interval: Annotated[Interval, "Time from one run's start to the next one's."] = 5.0
-    limit: Annotated[
-        Duration,
-        "How long a run may take before it counts as failed; at most interval. Not set: 2 s, or"
-        " interval if that is less.",
-        DefaultFrom(_default_limit),
-    ]
-    rise: Annotated[Count, Range(1, 100), "Successes in a row that make a check pass again."] = 2
-    fall: Annotated[
-        Count,
-        Range(1, 100),
-        "Failures in a row that make it fail. The first run alone decides a start.",
-    ] = 3
-    weight: Annotated[
-        Number,
-        Range(0, 1000, above=True),
-        "Its part of the score, beside the other checks' weights.",
-    ] = 1.0
-    required: Annotated[
-        bool,
-        "While it fails this member does not become or stay primary, whatever the others report.",
-    ] = False
-    scope: Annotated[
-        Scope,
-        "primary: done only while this member is primary, and passing otherwise: for a workload that"
-        " does not run on a secondary.",
-    ] = "always"
+    name: Annotated[str, Format("NAME", "1 to 64 of a-z, 0-9, _ and -", after=_check_name)]
+    """Its name in the log and in the reason of a lost role. Unique."""
+    interval: Interval = 5.0
+    """Time from one run's start to the next one's."""
+    limit: Annotated[Duration, DefaultFrom(_default_limit)]
+    """How long a run may take before it counts as failed; at most interval. Not set: 2 s, or
+    interval if that is less."""
+    rise: Annotated[Count, Range(1, 100)] = 2
+    """Successes in a row that make a check pass again."""
+    fall: Annotated[Count, Range(1, 100)] = 3
+    """Failures in a row that make it fail. The first run alone decides a start."""
+    weight: Annotated[Number, Range(0, 1000, above=True)] = 1.0
+    """Its part of the score, beside the other checks' weights."""
+    required: bool = False
+    """While it fails this member does not become or stay primary, whatever the others report."""
+    scope: Scope = "always"
+    """primary: done only while this member is primary, and passing otherwise: for a workload that
+    does not run on a secondary."""
     type: str
 
     @property

@@ -56,106 +56,61 @@ class CoordinatorSettings(Settings):
 
     env_prefix: ClassVar[str] = "FAILOVER_COORDINATOR_"
 
-    listen: Annotated[
-        Address,
-        ADDRESS,
-        "Where the API is served. The default can be reached from this machine only: anything"
-        " else needs TLS and authentication, or insecure. Port 0 takes a free one.",
-    ] = DEFAULT_LISTEN
-    data_dir: Annotated[
-        AnyPath,
-        "Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY"
-        " (systemd), else /var/lib/failover-agent for root, else failover-agent in $XDG_STATE_HOME"
-        " or ~/.local/state.",
-        Example("/var/lib/failover-agent"),
-    ] = field(default_factory=_own_data_dir)
-    store: Annotated[
-        Literal["sqlite", "memory"],
-        "Where groups, holders and epochs are kept: sqlite survives a restart and a crash; memory"
-        " forgets everything and is for trials.",
-    ] = "sqlite"
-    role_form: Annotated[
-        Literal["number", "name"],
-        "How roles are written: number as the cloud's API documents, name as the on-premises one."
-        " Both are read.",
-    ] = "number"
-    score_hysteresis: Annotated[
-        Number,
-        Range(0, 100),
-        "A live primary with a lower score is replaced only if the other's is higher by more than"
-        " this. 10: one stream of ten that comes and goes changes nothing; 0 is strict v1"
-        " behaviour.",
-    ] = 10.0
-    minimum_hold: Annotated[
-        DurationOrZero,
-        "A live primary is not replaced for a better score earlier than this after it became"
-        " primary. 30 s: a swap costs a gap, so two in a minute are the most; 0 is strict v1"
-        " behaviour.",
-    ] = 30.0
+    listen: Annotated[Address, ADDRESS] = DEFAULT_LISTEN
+    """Where the API is served. The default can be reached from this machine only: anything else
+    needs TLS and authentication, or insecure. Port 0 takes a free one."""
+    data_dir: Annotated[AnyPath, Example("/var/lib/failover-agent")] = field(
+        default_factory=_own_data_dir
+    )
+    """Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY (systemd),
+    else /var/lib/failover-agent for root, else failover-agent in $XDG_STATE_HOME or
+    ~/.local/state."""
+    store: Literal["sqlite", "memory"] = "sqlite"
+    """Where groups, holders and epochs are kept: sqlite survives a restart and a crash; memory
+    forgets everything and is for trials."""
+    role_form: Literal["number", "name"] = "number"
+    """How roles are written: number as the cloud's API documents, name as the on-premises one.
+    Both are read."""
+    score_hysteresis: Annotated[Number, Range(0, 100)] = 10.0
+    """A live primary with a lower score is replaced only if the other's is higher by more than
+    this. 10: one stream of ten that comes and goes changes nothing; 0 is strict v1 behaviour."""
+    minimum_hold: DurationOrZero = 30.0
+    """A live primary is not replaced for a better score earlier than this after it became primary.
+    30 s: a swap costs a gap, so two in a minute are the most; 0 is strict v1 behaviour."""
     max_body_bytes: Annotated[
-        int,
-        replace(NUMBER, metavar="BYTES", noun="bytes"),
-        Range(1024, 16 * 1024 * 1024),
-        "Longest body of a request; a longer one is answered 413. 64 KiB holds a group with"
-        " plenty of AdditionalData.",
+        int, replace(NUMBER, metavar="BYTES", noun="bytes"), Range(1024, 16 * 1024 * 1024)
     ] = 65536
-    max_groups: Annotated[
-        Count,
-        Range(1, 10_000_000),
-        "Most groups. All are in memory: 100000 take some hundred megabytes.",
-    ] = 100000
-    max_sessions_per_group: Annotated[
-        Count,
-        Range(1, 10_000),
-        "Most sessions of one group. A group is usually 2; 100 stops a client that makes a new id"
-        " at each start.",
-    ] = 100
-    session_metrics: Annotated[
-        bool,
-        "Whether /metrics has series for each session too: its role, score and last heartbeat."
-        " They are 5 a session, and show its id to everybody who can scrape.",
-    ] = False
+    """Longest body of a request; a longer one is answered 413. 64 KiB holds a group with plenty of
+    AdditionalData."""
+    max_groups: Annotated[Count, Range(1, 10_000_000)] = 100000
+    """Most groups. All are in memory: 100000 take some hundred megabytes."""
+    max_sessions_per_group: Annotated[Count, Range(1, 10_000)] = 100
+    """Most sessions of one group. A group is usually 2; 100 stops a client that makes a new id at
+    each start."""
+    session_metrics: bool = False
+    """Whether /metrics has series for each session too: its role, score and last heartbeat. They
+    are 5 a session, and show its id to everybody who can scrape."""
     tls_certificate: Annotated[
-        InputFile | None,
-        "Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP.",
-        Example("/etc/failover-agent/tls.crt"),
-        RELOADABLE,
+        InputFile | None, Example("/etc/failover-agent/tls.crt"), RELOADABLE
     ] = None
-    tls_key: Annotated[
-        SecretFile | None,
-        "That certificate's private key (PEM). Not set: plain HTTP.",
-        Example("/etc/failover-agent/tls.key"),
-        RELOADABLE,
-    ] = None
-    users_file: Annotated[
-        SecretFile | None,
-        "Users and password hashes for Basic authentication. Not set: no Basic.",
-        Example("/etc/failover-agent/users"),
-        RELOADABLE,
-    ] = None
-    token_issuer: Annotated[
-        Text | None,
-        "Issuer (iss) that a bearer token must have. Not set: no tokens are taken.",
-        Example("https://identity.example"),
-        RELOADABLE,
-    ] = None
-    token_audience: Annotated[
-        Text | None,
-        "Audience (aud) that a bearer token must have. Not set: no tokens are taken.",
-        Example("failover"),
-        RELOADABLE,
-    ] = None
+    """Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP."""
+    tls_key: Annotated[SecretFile | None, Example("/etc/failover-agent/tls.key"), RELOADABLE] = None
+    """That certificate's private key (PEM). Not set: plain HTTP."""
+    users_file: Annotated[SecretFile | None, Example("/etc/failover-agent/users"), RELOADABLE] = (
+        None
+    )
+    """Users and password hashes for Basic authentication. Not set: no Basic."""
+    token_issuer: Annotated[Text | None, Example("https://identity.example"), RELOADABLE] = None
+    """Issuer (iss) that a bearer token must have. Not set: no tokens are taken."""
+    token_audience: Annotated[Text | None, Example("failover"), RELOADABLE] = None
+    """Audience (aud) that a bearer token must have. Not set: no tokens are taken."""
     token_keys_file: Annotated[
-        InputFile | None,
-        "Public keys (JWKS) that tokens are checked with. Not set: no tokens are taken.",
-        Example("/etc/failover-agent/jwks.json"),
-        RELOADABLE,
+        InputFile | None, Example("/etc/failover-agent/jwks.json"), RELOADABLE
     ] = None
-    insecure: Annotated[
-        bool,
-        "Serve beyond this machine without TLS or without authentication. Whoever reaches the"
-        " port can then decide who is primary.",
-    ] = False
+    """Public keys (JWKS) that tokens are checked with. Not set: no tokens are taken."""
+    insecure: bool = False
+    """Serve beyond this machine without TLS or without authentication. Whoever reaches the port
+    can then decide who is primary."""
     log_level: LogLevel = "INFO"
     log_format: LogFormat = "text"
 

@@ -1,18 +1,22 @@
 """How a setting is declared: a field of a frozen dataclass, with markers in its annotation.
 
-``hook_limit: Annotated[float, DURATION, Range(0, 60), "How long ...", RELOADABLE] = 30.0`` is all that a
-setting needs. A string explains what it does, and why its default is what it is; after ``Not set:``, what
-happens without a value. Its flag, its environment variable, its check, its line in the sample file and in
-docs/settings.md, and whether a reload may change it are derived from ``settings_of``.
+``hook_limit: Annotated[float, DURATION, Range(0, 60), RELOADABLE] = 30.0`` and a string below it are all
+that a setting needs. The string explains what it does, and why its default is what it is; after ``Not
+set:``, what happens without a value. Flag, environment variable, validation, the lines in the sample file and
+in docs/settings.md, and whether a reload may change it are derived from ``settings_of``.
 
 Owns the markers. Imports no pydantic: a running agent uses the dataclasses and the reload rule.
 """
 
+import ast
 import importlib
+import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 DAY_S = 86_400
@@ -171,12 +175,14 @@ class Setting:
     """One setting, or one key of a table, as its declaration describes it.
 
     Attributes:
+        owner: the class that has it.
         name: its key in the file.
         annotation: the type of its value, without markers.
         default: MISSING if it has none, or one that is derived.
         markers: all others, by their class.
     """
 
+    owner: type[Any]
     name: str
     annotation: Any
     default: Any
@@ -223,6 +229,9 @@ class Setting:
     @property
     def doc(self) -> str:
         """What it does, and why its default is what it is."""
+        for owner in self.owner.__mro__:
+            if self.name in (docs := _docs_of(owner)):
+                return docs[self.name]
         return str(self.markers.get(str, ""))
 
     @property
@@ -262,8 +271,23 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
         markers = dict(_markers(hints[item.name]))
         given = (item.default, item.default_factory)
         required = given == (MISSING, MISSING) and DefaultFrom not in markers
-        found.append(Setting(item.name, bare[item.name], item.default, required, markers))
+        found.append(Setting(declared, item.name, bare[item.name], item.default, required, markers))
     return tuple(found)
+
+
+@cache
+def _docs_of(declared: Any) -> Mapping[str, str]:
+    """The strings below the fields of a class, from its source: a running agent keeps none in memory."""
+    if not issubclass(declared, Declared):
+        return {}
+    module = ast.parse(inspect.getsource(sys.modules[declared.__module__]))
+    classes = (node for node in module.body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == declared.__name__)
+    return {
+        ast.unparse(item.target): " ".join(str(ast.literal_eval(below.value)).split())
+        for item, below in pairwise(body)
+        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
 def _markers(annotation: Any) -> Iterator[tuple[type[Any], Any]]:

@@ -66,38 +66,26 @@ Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic), Length(1, L
 class Broker(Declared):
     """A connection to a broker."""
 
-    broker: Annotated[
-        str,
-        Format("URL", "mqtt or mqtts URL", after=_check_broker),
-        "mqtt://HOST:PORT, or mqtts:// for TLS. Without PORT: 1883, with TLS 8883.",
-    ]
-    limit: Annotated[
-        Duration, "How long the broker may take to answer. It may be far away, and busy."
-    ] = 5.0
+    broker: Annotated[str, Format("URL", "mqtt or mqtts URL", after=_check_broker)]
+    """mqtt://HOST:PORT, or mqtts:// for TLS. Without PORT: 1883, with TLS 8883."""
+    limit: Duration = 5.0
+    """How long the broker may take to answer. It may be far away, and busy."""
     keepalive: Annotated[
-        int,
-        Format("SECONDS", "whole seconds", before=NUMBER.before),
-        Range(1, 65535),
-        "Between pings of an idle connection: a dead broker is noticed, and by the broker a dead"
-        " client, within 1.5 times this.",
+        int, Format("SECONDS", "whole seconds", before=NUMBER.before), Range(1, 65535)
     ] = 10
-    protocol: Annotated[
-        Protocol,
-        Format("VERSION", '"5" or "3.1.1", in quotes'),
-        "Version of MQTT. 3.1.1 is for brokers that know no other.",
-    ] = "5"
-    username: Annotated[Text | None, "User name. Not set: none."] = None
-    password_file: Annotated[
-        SecretFile | None, "File with that user's password. Not set: none."
-    ] = None
-    ca_file: Annotated[
-        InputFile | None, "Certificates (PEM) to trust the broker by. Not set: the system's."
-    ] = None
-    certificate: Annotated[
-        InputFile | None,
-        "Client certificate (PEM) with, after it, what leads to its authority, and its private key if"
-        " that has no file of its own. Not set: none.",
-    ] = None
+    """Between pings of an idle connection: a dead broker is noticed, and by the broker a dead
+    client, within 1.5 times this."""
+    protocol: Annotated[Protocol, Format("VERSION", '"5" or "3.1.1", in quotes')] = "5"
+    """Version of MQTT. 3.1.1 is for brokers that know no other."""
+    username: Text | None = None
+    """User name. Not set: none."""
+    password_file: SecretFile | None = None
+    """File with that user's password. Not set: none."""
+    ca_file: InputFile | None = None
+    """Certificates (PEM) to trust the broker by. Not set: the system's."""
+    certificate: InputFile | None = None
+    """Client certificate (PEM) with, after it, what leads to its authority, and its private key if
+    that has no file of its own. Not set: none."""
 
     @property
     def tls(self) -> bool:
@@ -137,33 +125,25 @@ class Mqtt(Broker):
         "ca_file": "/etc/failover-agent/mqtt-ca.pem",
     }
 
-    key: Annotated[
-        SecretFile | None,
-        "That certificate's private key (PEM). Not set: it is in certificate.",
-    ] = None
-    client_id: Annotated[
-        Text | None,
-        "MQTT client id; no two clients of a broker may have the same. Not set: made of group and"
-        " session id, always the same, 23 letters and digits.",
-    ] = None
-    payload: Annotated[
-        Payload,
-        "What is announced: json, each session and the group's primary; sparkplug, the STATE of a"
-        " Sparkplug B 3.0 host application, online while a member is primary.",
-    ] = "json"
+    key: SecretFile | None = None
+    """That certificate's private key (PEM). Not set: it is in certificate."""
+    client_id: Text | None = None
+    """MQTT client id; no two clients of a broker may have the same. Not set: made of group and
+    session id, always the same, 23 letters and digits."""
+    payload: Payload = "json"
+    """What is announced: json, each session and the group's primary; sparkplug, the STATE of a
+    Sparkplug B 3.0 host application, online while a member is primary."""
     topic_prefix: Annotated[
-        str,
-        Format("TOPIC", "topic", after=_check_prefix),
-        Length(1, LONGEST_TOPIC),
-        "What the topics of payload json begin with.",
+        str, Format("TOPIC", "topic", after=_check_prefix), Length(1, LONGEST_TOPIC)
     ] = "failover"
+    """What the topics of payload json begin with."""
     sparkplug_host_id: Annotated[
         str | None,
         Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),
         Length(1, 256),
-        "Host id in the topic of payload sparkplug; the same for all members, and what edge nodes have"
-        " as their primary host. Not set: the group's id.",
     ] = None
+    """Host id in the topic of payload sparkplug; the same for all members, and what edge nodes
+    have as their primary host. Not set: the group's id."""
 
     @property
     def private_key(self) -> Path | None:

@@ -69,316 +69,168 @@ class AgentSettings(Settings):
 
     env_prefix: ClassVar[str] = "FAILOVER_AGENT_"
 
-    endpoint: Annotated[
-        Endpoints,
-        "Base paths of ONE coordinator, or of one cluster, up to and with 'clientfailover'. The"
-        " agent stays with the one that works, and asks the others when that fails or is slow."
-        " Never list two coordinators that know nothing of each other: answers from another store"
-        " are refused (exit code 27 at the start). The flag may be repeated; the variable"
-        " separates by commas. The default is a coordinator on this machine with its own defaults.",
-    ] = (DEFAULT_ENDPOINT,)
-    group: Annotated[
-        Id,
-        "Id of the group to be a member of. run needs it; the group is made if missing.",
-        Example("demo"),
-    ] = ""
-    group_name: Annotated[
-        Text | None,
-        "Name for people of the group, if this agent makes it. Not set: none.",
-        Example("Line 7 collectors"),
-    ] = None
-    session_id: Annotated[
-        Id | None,
-        "Id of this member, unique in its group and the same after a restart. Not set: the host's"
-        " name, with -2, -3, ... where agents of this host have it already.",
-        Example("host-a"),
-    ] = None
-    session_name: Annotated[
-        Text | None,
-        "Name for people of this member. Not set: the session id.",
-        Example("Host A, rack 3"),
-    ] = None
+    endpoint: Endpoints = (DEFAULT_ENDPOINT,)
+    """Base paths of ONE coordinator, or of one cluster, up to and with 'clientfailover'. The agent
+    stays with the one that works, and asks the others when that fails or is slow. Never list two
+    coordinators that know nothing of each other: answers from another store are refused (exit code
+    27 at the start). The flag may be repeated; the variable separates by commas. The default is a
+    coordinator on this machine with its own defaults."""
+    group: Annotated[Id, Example("demo")] = ""
+    """Id of the group to be a member of. run needs it; the group is made if missing."""
+    group_name: Annotated[Text | None, Example("Line 7 collectors")] = None
+    """Name for people of the group, if this agent makes it. Not set: none."""
+    session_id: Annotated[Id | None, Example("host-a")] = None
+    """Id of this member, unique in its group and the same after a restart. Not set: the host's
+    name, with -2, -3, ... where agents of this host have it already."""
+    session_name: Annotated[Text | None, Example("Host A, rack 3")] = None
+    """Name for people of this member. Not set: the session id."""
     failover_timeout: Annotated[
-        float,
-        DURATION,
-        Range(SHORTEST_LEASE_S, LONGEST_LEASE_S, enforced=False),
-        "L, how long after its last heartbeat a member is given up and another may be chosen. A"
-        " group that exists keeps its own. 10 s outlasts lost packets and short pauses of virtual"
-        " machines, and leaves a demotion 2.5 s.",
+        float, DURATION, Range(SHORTEST_LEASE_S, LONGEST_LEASE_S, enforced=False)
     ] = 10.0
-    beat: Annotated[
-        Duration | None,
-        "Time between two heartbeats; 2 beats must fit into renew (R1). Not set: renew / 3, at"
-        " most 10 s, so that two may be lost.",
-        Example(2.0),
-    ] = None
-    renew: Annotated[
-        Duration | None,
-        "R, without renewal for this long demotion starts (R4). Not set: what demote and margin"
-        " leave of L.",
-        Example(6.5),
-    ] = None
-    demote: Annotated[
-        Duration | None,
-        "D, how long demotion may take before its processes are killed. Not set: a quarter of L.",
-        Example(2.5),
-    ] = None
-    margin: Annotated[
-        Duration | None,
-        "M, kept free for clock drift (1 % of L at least) and for scheduling. Not set: a tenth of"
-        " L.",
-        Example(1.0),
-    ] = None
-    request_timeout: Annotated[
-        Duration | None,
-        "How long one request may take; under half of renew, so that a lost one can be repeated"
-        " (R1). Not set: renew / 3, at most 10 s.",
-        Example(2.0),
-    ] = None
-    failover_score: Annotated[
-        Number,
-        Range(0, 100),
-        "How fit this member is (v1 FailoverScore, the share of active streams). The member with"
-        " the highest is chosen. 100: as fit as can be.",
-        RELOADABLE,
-    ] = 100.0
+    """L, how long after its last heartbeat a member is given up and another may be chosen. A group
+    that exists keeps its own. 10 s outlasts lost packets and short pauses of virtual machines, and
+    leaves a demotion 2.5 s."""
+    beat: Annotated[Duration | None, Example(2.0)] = None
+    """Time between two heartbeats; 2 beats must fit into renew (R1). Not set: renew / 3, at most
+    10 s, so that two may be lost."""
+    renew: Annotated[Duration | None, Example(6.5)] = None
+    """R, without renewal for this long demotion starts (R4). Not set: what demote and margin leave
+    of L."""
+    demote: Annotated[Duration | None, Example(2.5)] = None
+    """D, how long demotion may take before its processes are killed. Not set: a quarter of L."""
+    margin: Annotated[Duration | None, Example(1.0)] = None
+    """M, kept free for clock drift (1 % of L at least) and for scheduling. Not set: a tenth of
+    L."""
+    request_timeout: Annotated[Duration | None, Example(2.0)] = None
+    """How long one request may take; under half of renew, so that a lost one can be repeated (R1).
+    Not set: renew / 3, at most 10 s."""
+    failover_score: Annotated[Number, Range(0, 100), RELOADABLE] = 100.0
+    """How fit this member is (v1 FailoverScore, the share of active streams). The member with the
+    highest is chosen. 100: as fit as can be."""
     hook_primary: Annotated[
-        Hook,
-        "Starts the workload: a command (an absolute path and its arguments), one directory of"
-        " scripts, or one URL (docs/hooks.md). A flag or variable is split as a shell would, or is"
-        " a JSON list. Not set: none.",
-        Example(["/usr/local/bin/start-collector", "--active"]),
-        RELOADABLE,
+        Hook, Example(["/usr/local/bin/start-collector", "--active"]), RELOADABLE
     ] = ()
+    """Starts the workload: a command (an absolute path and its arguments), one directory of
+    scripts, or one URL (docs/hooks.md). A flag or variable is split as a shell would, or is a JSON
+    list. Not set: none."""
     hook_pending_primary: Annotated[
-        Hook,
-        "Gets the workload ready while the predecessor ends. Not set: none.",
-        Example(["/etc/failover-agent/pending_primary.d"]),
-        RELOADABLE,
+        Hook, Example(["/etc/failover-agent/pending_primary.d"]), RELOADABLE
     ] = ()
-    hook_secondary: Annotated[
-        Hook,
-        "Stops the workload. It also runs when the agent starts (R6), so it must do no harm when"
-        " there is nothing to stop. Not set: none.",
-        Example(["/usr/local/bin/stop-collector"]),
-        RELOADABLE,
-    ] = ()
-    hook_joined: Annotated[
-        Hook,
-        "Runs when this member has joined; advisory, as the next two: their failure is logged and"
-        " delays nothing (R10). Not set: none.",
-        Example(["http://127.0.0.1:9000/joined"]),
-        RELOADABLE,
-    ] = ()
+    """Gets the workload ready while the predecessor ends. Not set: none."""
+    hook_secondary: Annotated[Hook, Example(["/usr/local/bin/stop-collector"]), RELOADABLE] = ()
+    """Stops the workload. It also runs when the agent starts (R6), so it must do no harm when
+    there is nothing to stop. Not set: none."""
+    hook_joined: Annotated[Hook, Example(["http://127.0.0.1:9000/joined"]), RELOADABLE] = ()
+    """Runs when this member has joined; advisory, as the next two: their failure is logged and
+    delays nothing (R10). Not set: none."""
     hook_lost: Annotated[
-        Hook,
-        "Runs when this member gives the role up by itself: no contact, a frozen process, its"
-        " health. Not set: none.",
-        Example(["/usr/local/bin/raise-alarm", "role lost"]),
-        RELOADABLE,
+        Hook, Example(["/usr/local/bin/raise-alarm", "role lost"]), RELOADABLE
     ] = ()
-    hook_left: Annotated[
-        Hook,
-        "Runs when this member has left the group at its stop. Not set: none.",
-        Example(["http://127.0.0.1:9000/left"]),
-        RELOADABLE,
-    ] = ()
-    hook_limit: Annotated[
-        Duration,
-        "How long a promotion hook may take before it is killed and counts as failed (a demotion"
-        " has the time that demote gives). 30 s: most services start in less.",
-        RELOADABLE,
-    ] = 30.0
-    hook_pending_primary_limit: Annotated[
-        Duration | None,
-        "The same for hook_pending_primary alone. Not set: hook_limit.",
-        Example(10),
-        RELOADABLE,
-    ] = None
-    hook_primary_limit: Annotated[
-        Duration | None,
-        "The same for hook_primary alone. Not set: hook_limit.",
-        Example(60),
-        RELOADABLE,
-    ] = None
-    hook_notification_limit: Annotated[
-        Duration | None,
-        "The same for each of hook_joined, hook_lost and hook_left. Not set: hook_limit.",
-        Example(5),
-        RELOADABLE,
-    ] = None
-    hook_retries: Annotated[
-        Count,
-        Range(0, MOST_RETRIES),
-        "How often a step of a promotion hook that failed is tried again, half a second later,"
-        " within hook_limit. 0: the other member may be healthier.",
-        RELOADABLE,
-    ] = 0
-    hook_user: Annotated[
-        Account | None,
-        "User that all hooks run as; the agent has to be root. Not set: the agent's.",
-        Example("collector"),
-        RELOADABLE,
-    ] = None
-    hook_group: Annotated[
-        Account | None,
-        "Group that all hooks run as; the agent has to be root. Not set: hook_user's.",
-        Example("collector"),
-        RELOADABLE,
-    ] = None
-    hook_directory: Annotated[
-        Directory,
-        "Working directory of all hooks; absolute. The default is on every host and keeps no file"
-        " system from being unmounted.",
-        RELOADABLE,
-    ] = Path("/")
-    hook_directories_writable: Annotated[
-        bool,
-        "Whether directories on the way to a hook, a check or a fence command may be writable by"
-        " others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only). Whoever can"
-        " write there decides what the agent runs.",
-        RELOADABLE,
-    ] = False
-    hook_environment: Annotated[
-        Variables,
-        "Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE"
-        " words, or a JSON object. check-config prints them: no secrets. Not set: none.",
-        Example({"UNIT": "collector.service"}),
-        RELOADABLE,
-    ] = field(default_factory=dict)
+    """Runs when this member gives the role up by itself: no contact, a frozen process, its health.
+    Not set: none."""
+    hook_left: Annotated[Hook, Example(["http://127.0.0.1:9000/left"]), RELOADABLE] = ()
+    """Runs when this member has left the group at its stop. Not set: none."""
+    hook_limit: Annotated[Duration, RELOADABLE] = 30.0
+    """How long a promotion hook may take before it is killed and counts as failed (a demotion has
+    the time that demote gives). 30 s: most services start in less."""
+    hook_pending_primary_limit: Annotated[Duration | None, Example(10), RELOADABLE] = None
+    """The same for hook_pending_primary alone. Not set: hook_limit."""
+    hook_primary_limit: Annotated[Duration | None, Example(60), RELOADABLE] = None
+    """The same for hook_primary alone. Not set: hook_limit."""
+    hook_notification_limit: Annotated[Duration | None, Example(5), RELOADABLE] = None
+    """The same for each of hook_joined, hook_lost and hook_left. Not set: hook_limit."""
+    hook_retries: Annotated[Count, Range(0, MOST_RETRIES), RELOADABLE] = 0
+    """How often a step of a promotion hook that failed is tried again, half a second later, within
+    hook_limit. 0: the other member may be healthier."""
+    hook_user: Annotated[Account | None, Example("collector"), RELOADABLE] = None
+    """User that all hooks run as; the agent has to be root. Not set: the agent's."""
+    hook_group: Annotated[Account | None, Example("collector"), RELOADABLE] = None
+    """Group that all hooks run as; the agent has to be root. Not set: hook_user's."""
+    hook_directory: Annotated[Directory, RELOADABLE] = Path("/")
+    """Working directory of all hooks; absolute. The default is on every host and keeps no file
+    system from being unmounted."""
+    hook_directories_writable: Annotated[bool, RELOADABLE] = False
+    """Whether directories on the way to a hook, a check or a fence command may be writable by
+    others, as a Kubernetes ConfigMap volume is (mode 0777, mounted read-only). Whoever can write
+    there decides what the agent runs."""
+    hook_environment: Annotated[Variables, Example({"UNIT": "collector.service"}), RELOADABLE] = (
+        field(default_factory=dict)
+    )
+    """Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE words,
+    or a JSON object. check-config prints them: no secrets. Not set: none."""
     webhook_secret_file: Annotated[
-        SecretFile | None,
-        "File with the secret that webhooks are signed with (docs/hooks.md). Not set: unsigned.",
-        Example("/etc/failover-agent/webhook-secret"),
-        RELOADABLE,
+        SecretFile | None, Example("/etc/failover-agent/webhook-secret"), RELOADABLE
     ] = None
+    """File with the secret that webhooks are signed with (docs/hooks.md). Not set: unsigned."""
     webhook_ca_file: Annotated[
-        InputFile | None,
-        "Certificates (PEM) to trust a webhook's server by. Not set: the system's.",
-        Example("/etc/failover-agent/ca.pem"),
-        RELOADABLE,
+        InputFile | None, Example("/etc/failover-agent/ca.pem"), RELOADABLE
     ] = None
-    workload: Annotated[
-        Program,
-        "A command that runs only while this member is primary, beside the hooks: after"
-        " hook_primary, and stopped before hook_secondary (docs/exec.md). Not set: none.",
-        Example(["collector", "--active"]),
-    ] = ()
-    workload_restart: Annotated[
-        RestartRule,
-        "When the workload is started again after it has ended by itself. If it is not, the agent"
-        " stops, with the workload's exit code.",
-    ] = "on-failure"
-    workload_forward_hup: Annotated[
-        bool,
-        "Whether SIGHUP, which has the agent read its configuration again, is passed on to the"
-        " workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any case"
-        " (docs/exec.md).",
-        RELOADABLE,
-    ] = False
+    """Certificates (PEM) to trust a webhook's server by. Not set: the system's."""
+    workload: Annotated[Program, Example(["collector", "--active"])] = ()
+    """A command that runs only while this member is primary, beside the hooks: after hook_primary,
+    and stopped before hook_secondary (docs/exec.md). Not set: none."""
+    workload_restart: RestartRule = "on-failure"
+    """When the workload is started again after it has ended by itself. If it is not, the agent
+    stops, with the workload's exit code."""
+    workload_forward_hup: Annotated[bool, RELOADABLE] = False
+    """Whether SIGHUP, which has the agent read its configuration again, is passed on to the
+    workload, too. Off: many programs end at SIGHUP. Other signals are passed on in any case
+    (docs/exec.md)."""
     fence_command: Annotated[
-        Command,
-        "Run when a demotion has failed and everything was killed, before the agent exits: to cut"
-        " this host off by other means (R4). Not set: none.",
-        Example(["/usr/local/bin/cut-power", "self"]),
-        RELOADABLE,
+        Command, Example(["/usr/local/bin/cut-power", "self"]), RELOADABLE
     ] = ()
-    watchdog_device: Annotated[
-        AnyPath | None,
-        "The kernel's watchdog: kept alive while this member is primary and its loop turns, so"
-        " that a host on which even the guard is stuck is reset. Not set: none.",
-        Example("/dev/watchdog"),
-    ] = None
-    guard: Annotated[
-        bool,
-        "Whether a second small process demotes in the agent's place when the agent is frozen,"
-        " hung or killed. Without it such an agent leaves its workload running.",
-    ] = True
-    state_file: Annotated[
-        AnyPath | None,
-        "File with role and epoch for sidecars, replaced atomically. Not set: group.session.json"
-        " in $RUNTIME_DIRECTORY (systemd), else in failover-agent under $XDG_RUNTIME_DIR, for root"
-        " /run.",
-        Example("/run/failover-agent/state.json"),
-    ] = None
-    probe_listen: Annotated[
-        Address | None,
-        ADDRESS_OR_OFF,
-        "Where probes are answered and POST /data-processed is taken; off switches it off. Port 0"
-        " takes a free port, so that several agents fit on one host; the log has it.",
-    ] = DEFAULT_PROBE_LISTEN
-    startup_timeout: Annotated[
-        DurationOrZero,
-        "How long to try to reach a coordinator at the start before giving up with an exit code;"
-        " 0 tries for ever. 60 s outlasts the start of a coordinator beside it.",
-        RELOADABLE,
-    ] = 60.0
-    cooldown: Annotated[
-        Duration,
-        "Wait after a failed promotion before this member may be chosen again, doubled each time."
-        " 5 s lets the other member try first (R8).",
-        RELOADABLE,
-    ] = 5.0
-    cooldown_limit: Annotated[
-        Duration,
-        "The longest such wait. 300 s: a repaired host is back within 5 minutes.",
-        RELOADABLE,
-    ] = 300.0
-    username: Annotated[
-        Text | None, "User name for Basic authentication. Not set: none.", Example("collector")
-    ] = None
-    password_file: Annotated[
-        SecretFile | None,
-        "File with that user's password. Not set: none.",
-        Example("/etc/failover-agent/password"),
-    ] = None
-    client_id: Annotated[
-        Text | None, "Client id for OAuth 2 client credentials. Not set: none.", Example("3f1c")
-    ] = None
+    """Run when a demotion has failed and everything was killed, before the agent exits: to cut
+    this host off by other means (R4). Not set: none."""
+    watchdog_device: Annotated[AnyPath | None, Example("/dev/watchdog")] = None
+    """The kernel's watchdog: kept alive while this member is primary and its loop turns, so that a
+    host on which even the guard is stuck is reset. Not set: none."""
+    guard: bool = True
+    """Whether a second small process demotes in the agent's place when the agent is frozen, hung
+    or killed. Without it such an agent leaves its workload running."""
+    state_file: Annotated[AnyPath | None, Example("/run/failover-agent/state.json")] = None
+    """File with role and epoch for sidecars, replaced atomically. Not set: group.session.json in
+    $RUNTIME_DIRECTORY (systemd), else in failover-agent under $XDG_RUNTIME_DIR, for root /run."""
+    probe_listen: Annotated[Address | None, ADDRESS_OR_OFF] = DEFAULT_PROBE_LISTEN
+    """Where probes are answered and POST /data-processed is taken; off switches it off. Port 0
+    takes a free port, so that several agents fit on one host; the log has it."""
+    startup_timeout: Annotated[DurationOrZero, RELOADABLE] = 60.0
+    """How long to try to reach a coordinator at the start before giving up with an exit code; 0
+    tries for ever. 60 s outlasts the start of a coordinator beside it."""
+    cooldown: Annotated[Duration, RELOADABLE] = 5.0
+    """Wait after a failed promotion before this member may be chosen again, doubled each time. 5 s
+    lets the other member try first (R8)."""
+    cooldown_limit: Annotated[Duration, RELOADABLE] = 300.0
+    """The longest such wait. 300 s: a repaired host is back within 5 minutes."""
+    username: Annotated[Text | None, Example("collector")] = None
+    """User name for Basic authentication. Not set: none."""
+    password_file: Annotated[SecretFile | None, Example("/etc/failover-agent/password")] = None
+    """File with that user's password. Not set: none."""
+    client_id: Annotated[Text | None, Example("3f1c")] = None
+    """Client id for OAuth 2 client credentials. Not set: none."""
     client_secret_file: Annotated[
-        SecretFile | None,
-        "File with that client's secret. Not set: none.",
-        Example("/etc/failover-agent/client-secret"),
+        SecretFile | None, Example("/etc/failover-agent/client-secret")
     ] = None
-    token_endpoint: Annotated[
-        ApiUrl | None,
-        "Where tokens are got. Not set: asked from the endpoint's host, at"
-        " /identity/.well-known/openid-configuration.",
-        Example("https://identity.example/connect/token"),
-    ] = None
-    ca_file: Annotated[
-        InputFile | None,
-        "Certificates (PEM) to trust a coordinator by. Not set: the system's.",
-        Example("/etc/failover-agent/ca.pem"),
-    ] = None
-    check: Annotated[
-        tuple[CheckSettings, ...],
-        CHECKS,
-        "Health checks: the share of their weights that pass scales failover_score. At 0, and"
-        " while a required one fails, this member gives up the role (R9). A flag or variable is"
-        " JSON. Not set: always fit.",
-        RELOADABLE,
-    ] = ()
-    progress: Annotated[
-        ProgressSource | None,
-        PROGRESS,
-        "Where the data-processed time comes from, beside POST /data-processed, which always"
-        " counts. A flag or variable is JSON. Not set: from that call only.",
-        RELOADABLE,
-    ] = None
-    mqtt: Annotated[
-        Mqtt | None,
-        MQTT,
-        "A broker that role changes are announced to (docs/mqtt.md), by the extra mqtt; advisory:"
-        " it can delay and fail nothing. A flag or variable is JSON. Not set: none.",
-    ] = None
-    max_behind: Annotated[
-        Duration | None,
-        "A secondary whose own data-processed time is further than this behind the group's"
-        " reports FailoverScore 1, so that a better one is chosen if there is one. Not set: no such gate.",
-        Example(60),
-        RELOADABLE,
-    ] = None
+    """File with that client's secret. Not set: none."""
+    token_endpoint: Annotated[ApiUrl | None, Example("https://identity.example/connect/token")] = (
+        None
+    )
+    """Where tokens are got. Not set: asked from the endpoint's host, at
+    /identity/.well-known/openid-configuration."""
+    ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.pem")] = None
+    """Certificates (PEM) to trust a coordinator by. Not set: the system's."""
+    check: Annotated[tuple[CheckSettings, ...], CHECKS, RELOADABLE] = ()
+    """Health checks: the share of their weights that pass scales failover_score. At 0, and while a
+    required one fails, this member gives up the role (R9). A flag or variable is JSON. Not set:
+    always fit."""
+    progress: Annotated[ProgressSource | None, PROGRESS, RELOADABLE] = None
+    """Where the data-processed time comes from, beside POST /data-processed, which always counts.
+    A flag or variable is JSON. Not set: from that call only."""
+    mqtt: Annotated[Mqtt | None, MQTT] = None
+    """A broker that role changes are announced to (docs/mqtt.md), by the extra mqtt; advisory: it
+    can delay and fail nothing. A flag or variable is JSON. Not set: none."""
+    max_behind: Annotated[Duration | None, Example(60), RELOADABLE] = None
+    """A secondary whose own data-processed time is further than this behind the group's reports
+    FailoverScore 1, so that a better one is chosen if there is one. Not set: no such gate."""
     log_level: LogLevel = "INFO"
     log_format: LogFormat = "text"
 

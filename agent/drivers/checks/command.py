@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
@@ -54,11 +54,9 @@ class ExecCheck(Check):
     }
 
     type: Literal["exec"] = "exec"
-    command: Annotated[
-        NeededCommand,
-        "An absolute path and its arguments; no shell. Exit 0 passes. At its limit its process group"
-        " gets TERM, then KILL.",
-    ]
+    command: NeededCommand
+    """An absolute path and its arguments; no shell. Exit 0 passes. At its limit its process group
+    gets TERM, then KILL."""
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:

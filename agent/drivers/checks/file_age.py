@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.ops.blocking import Lane
@@ -22,8 +22,10 @@ class FileAgeCheck(Check):
     }
 
     type: Literal["file_age"] = "file_age"
-    path: Annotated[AbsolutePath, "The file (or directory) whose modification time counts."]
-    max_age: Annotated[Duration, "How old it may be."]
+    path: AbsolutePath
+    """The file (or directory) whose modification time counts."""
+    max_age: Duration
+    """How old it may be."""
 
     def runner(self, clock: Clock) -> Run:
         return FileAge(self, clock)

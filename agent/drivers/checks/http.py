@@ -54,19 +54,16 @@ class HttpCheck(Check):
     }
 
     type: Literal["http"] = "http"
-    url: Annotated[PageUrl, "What to GET. No proxy is used and no redirect followed."]
-    status: Annotated[
-        StatusRange,
-        Format("STATUS", "status or range", parse=_parse_status),
-        "The statuses that pass.",
-    ] = GOOD_STATUSES
-    contains: Annotated[
-        str | None,
-        Format("TEXT", "text"),
-        Length(1, 1024),
-        "Text that the first 64 KiB of the body must have. Not set: any.",
-    ] = None
-    insecure_tls: Annotated[bool, "Do not check the certificate of an https URL."] = False
+    url: PageUrl
+    """What to GET. No proxy is used and no redirect followed."""
+    status: Annotated[StatusRange, Format("STATUS", "status or range", parse=_parse_status)] = (
+        GOOD_STATUSES
+    )
+    """The statuses that pass."""
+    contains: Annotated[str | None, Format("TEXT", "text"), Length(1, 1024)] = None
+    """Text that the first 64 KiB of the body must have. Not set: any."""
+    insecure_tls: bool = False
+    """Do not check the certificate of an https URL."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
         return Http(self)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.ops.blocking import Lane
@@ -39,17 +39,13 @@ class ProcessCheck(Check):
     }
 
     type: Literal["process"] = "process"
-    pid_file: Annotated[
-        AbsolutePath | None,
-        "File with the process's number. A number that came to name another process while the file"
-        " stayed the same fails. Not set: any process of that name.",
-    ] = None
-    process: Annotated[
-        Text | None,
-        "The process's name: its command name in /proc/PID/comm (as ps shows it, cut to 15"
-        " characters) or the name of the file in /proc/PID/exe. With pid_file: that process must also"
-        " have this name, which finds numbers reused across a restart. Not set: any name.",
-    ] = None
+    pid_file: AbsolutePath | None = None
+    """File with the process's number. A number that came to name another process while the file
+    stayed the same fails. Not set: any process of that name."""
+    process: Text | None = None
+    """The process's name: its command name in /proc/PID/comm (as ps shows it, cut to 15
+    characters) or the name of the file in /proc/PID/exe. With pid_file: that process must also
+    have this name, which finds numbers reused across a restart. Not set: any name."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
         return Process(self)

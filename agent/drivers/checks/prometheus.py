@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -50,15 +50,16 @@ class PrometheusCheck(Check):
     }
 
     type: Literal["prometheus"] = "prometheus"
-    url: Annotated[PageUrl, "The exporter's page of metrics, at most 4 MiB."]
-    metric: Annotated[
-        MetricName, "The sample's name, as the page has it (with _total, _count, ...)."
-    ]
-    labels: Annotated[
-        Labels, "Labels that a sample must have, beside any others. Not set: any."
-    ] = field(default_factory=dict)
-    op: Annotated[Comparison, "How every such sample must compare with value; NaN never does."]
-    value: Annotated[Number, "The number to compare with."]
+    url: PageUrl
+    """The exporter's page of metrics, at most 4 MiB."""
+    metric: MetricName
+    """The sample's name, as the page has it (with _total, _count, ...)."""
+    labels: Labels = field(default_factory=dict)
+    """Labels that a sample must have, beside any others. Not set: any."""
+    op: Comparison
+    """How every such sample must compare with value; NaN never does."""
+    value: Number
+    """The number to compare with."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
         return Prometheus(self)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
@@ -24,7 +24,8 @@ class TcpCheck(Check):
     }
 
     type: Literal["tcp"] = "tcp"
-    address: Annotated[Peer, "What to connect to. Nothing is sent."]
+    address: Peer
+    """What to connect to. Nothing is sent."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
         return Connect(self.address)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from agent.drivers.progress.kind import PolledSource, Reader, read_blocking
 from agent.drivers.progress.times import Reason, Refused, last_line, read_text
@@ -46,11 +46,9 @@ class CommandProgress(PolledSource):
     }
 
     type: Literal["command"] = "command"
-    command: Annotated[
-        NeededCommand,
-        "An absolute path and its arguments; no shell. Exits with 0, and the last line of its output"
-        " is the time. At its limit its process group is killed.",
-    ]
+    command: NeededCommand
+    """An absolute path and its arguments; no shell. Exits with 0, and the last line of its output
+    is the time. At its limit its process group is killed."""
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from agent.drivers.progress.kind import PolledSource, Reader, read_blocking
 from agent.drivers.progress.times import (
@@ -34,7 +34,8 @@ class FileTimeProgress(PolledSource):
     }
 
     type: Literal["file_time"] = "file_time"
-    path: Annotated[AnyPath, "The file (or directory)."]
+    path: AnyPath
+    """The file (or directory)."""
 
     def reader(self) -> Reader:
         return FileReader(self, lambda: from_seconds(self.path.stat().st_mtime))
@@ -51,7 +52,8 @@ class FileProgress(PolledSource):
     }
 
     type: Literal["file"] = "file"
-    path: Annotated[AnyPath, "The file; its last 64 KiB are read."]
+    path: AnyPath
+    """The file; its last 64 KiB are read."""
     key: JsonKey | None = None
 
     def reader(self) -> Reader:

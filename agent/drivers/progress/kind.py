@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from agent.drivers.progress.times import Reason, Refused
 from agent.ops.blocking import Lane, StuckError
@@ -67,10 +67,10 @@ class PolledSource(SourceKind):
     """A source that is polled."""
 
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
-    interval: Annotated[Interval, "Time from the end of one reading to the start of the next."] = (
-        1.0
-    )
-    limit: Annotated[Duration, "How long one reading may take."] = 1.0
+    interval: Interval = 1.0
+    """Time from the end of one reading to the start of the next."""
+    limit: Duration = 1.0
+    """How long one reading may take."""
 
     @abstractmethod
     def reader(self) -> Reader:

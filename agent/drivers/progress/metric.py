@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
@@ -40,12 +40,12 @@ class MetricProgress(PolledSource):
     }
 
     type: Literal["metric"] = "metric"
-    url: Annotated[PageUrl, "The exporter's page of metrics, at most 4 MiB."]
-    metric: Annotated[MetricName, "The sample's name, as the page has it."]
-    labels: Annotated[
-        Labels,
-        "Labels that the sample must have, beside any others; exactly one may fit. Not set: any.",
-    ] = field(default_factory=dict)
+    url: PageUrl
+    """The exporter's page of metrics, at most 4 MiB."""
+    metric: MetricName
+    """The sample's name, as the page has it."""
+    labels: Labels = field(default_factory=dict)
+    """Labels that the sample must have, beside any others; exactly one may fit. Not set: any."""
 
     def reader(self) -> Reader:
         return MetricReader(self)

@@ -7,7 +7,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
@@ -31,7 +31,8 @@ class MqttProgress(Broker, SourceKind):
 
     type: Literal["mqtt"] = "mqtt"
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
-    topic: Annotated[Topic, "The topic; a retained message counts."]
+    topic: Topic
+    """The topic; a retained message counts."""
     key: JsonKey | None = None
 
     def open(self, receiver: Receiver) -> Source:

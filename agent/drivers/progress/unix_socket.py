@@ -69,17 +69,14 @@ class SocketProgress(SourceKind):
 
     type: Literal["socket"] = "socket"
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
-    path: Annotated[
-        Path,
-        Format("PATH", "absolute path", after=_check_path),
-        "The socket. What a dead agent left there is replaced.",
-    ]
-    datagram: Annotated[bool, "A datagram socket, instead of a stream of lines."] = False
-    mode: Annotated[
-        str,
-        Format("MODE", "permissions in octal, in quotes", parse=_parse_mode),
-        "Its permissions; who may write to it is believed.",
-    ] = "0660"
+    path: Annotated[Path, Format("PATH", "absolute path", after=_check_path)]
+    """The socket. What a dead agent left there is replaced."""
+    datagram: bool = False
+    """A datagram socket, instead of a stream of lines."""
+    mode: Annotated[str, Format("MODE", "permissions in octal, in quotes", parse=_parse_mode)] = (
+        "0660"
+    )
+    """Its permissions; who may write to it is believed."""
 
     def open(self, receiver: Receiver) -> Source:
         return Listener(self, receiver)
