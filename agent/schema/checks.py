@@ -45,12 +45,12 @@ class CheckSettings(Declared):
     fall: Annotated[Count, Range(1, 100)] = 3
     """Failures in a row that make it fail. The first run alone decides a start."""
     weight: Annotated[Number, Range(0, 1000, above=True)] = 1.0
-    """Its part of the score, beside the other checks' weights."""
+    """Its weight in the score, relative to the other checks'."""
     required: bool = False
     """While it fails this member does not become or stay primary, whatever the others report."""
     scope: Scope = "always"
-    """primary: done only while this member is primary, and passing otherwise: for a workload that
-    does not run on a secondary."""
+    """primary: run only while this member is primary, and counted as passing otherwise: for a
+    workload that does not run on a secondary."""
     type: str
 
     @property

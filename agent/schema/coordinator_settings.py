@@ -57,8 +57,8 @@ class CoordinatorSettings(Settings):
     env_prefix: ClassVar[str] = "FAILOVER_COORDINATOR_"
 
     listen: Annotated[Address, ADDRESS] = DEFAULT_LISTEN
-    """Where the API is served. The default can be reached from this machine only: anything else
-    needs TLS and authentication, or insecure. Port 0 takes a free one."""
+    """Address of the API. The default can be reached from this machine only: anything else needs
+    TLS and authentication, or insecure. Port 0 takes a free one."""
     data_dir: Annotated[AnyPath, Example("/var/lib/failover-agent")] = field(
         default_factory=_own_data_dir
     )
@@ -80,13 +80,13 @@ class CoordinatorSettings(Settings):
     max_body_bytes: Annotated[
         int, replace(NUMBER, metavar="BYTES", noun="bytes"), Range(1024, 16 * 1024 * 1024)
     ] = 65536
-    """Longest body of a request; a longer one is answered 413. 64 KiB holds a group with plenty of
-    AdditionalData."""
+    """Maximum size of a request's body; a larger one is answered 413. 64 KiB holds a group with
+    plenty of AdditionalData."""
     max_groups: Annotated[Count, Range(1, 10_000_000)] = 100000
-    """Most groups. All are in memory: 100000 take some hundred megabytes."""
+    """Maximum number of groups. All are in memory: 100000 take some hundred megabytes."""
     max_sessions_per_group: Annotated[Count, Range(1, 10_000)] = 100
-    """Most sessions of one group. A group is usually 2; 100 stops a client that makes a new id at
-    each start."""
+    """Maximum number of sessions in one group. A group usually has 2; 100 stops a client that
+    creates a new id at each start."""
     session_metrics: bool = False
     """Whether /metrics has series for each session too: its role, score and last heartbeat. They
     are 5 a session, and show its id to everybody who can scrape."""
@@ -101,16 +101,16 @@ class CoordinatorSettings(Settings):
     )
     """Users and password hashes for Basic authentication. Not set: no Basic."""
     token_issuer: Annotated[Text | None, Example("https://identity.example"), RELOADABLE] = None
-    """Issuer (iss) that a bearer token must have. Not set: no tokens are taken."""
+    """Issuer (iss) that a bearer token must have. Not set: tokens are not accepted."""
     token_audience: Annotated[Text | None, Example("failover"), RELOADABLE] = None
-    """Audience (aud) that a bearer token must have. Not set: no tokens are taken."""
+    """Audience (aud) that a bearer token must have. Not set: tokens are not accepted."""
     token_keys_file: Annotated[
         InputFile | None, Example("/etc/failover-agent/jwks.json"), RELOADABLE
     ] = None
-    """Public keys (JWKS) that tokens are checked with. Not set: no tokens are taken."""
+    """Public keys (JWKS) that tokens are verified with. Not set: tokens are not accepted."""
     insecure: bool = False
-    """Serve beyond this machine without TLS or without authentication. Whoever reaches the port
-    can then decide who is primary."""
+    """Serve beyond this machine without TLS or without authentication. Everybody who can reach the
+    port can then decide who is primary."""
     log_level: LogLevel = "INFO"
     log_format: LogFormat = "text"
 

@@ -63,9 +63,7 @@ S = TypeVar("S", bound=Settings)
 class _Program(BaseSettings):
     """The settings of a program. Their variables are read as they are, and merged by ``Sources``."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", allow_inf_nan=False, enable_decoding=False, validate_default=False
-    )
+    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False, validate_default=False)
 
     @classmethod
     def settings_customise_sources(
@@ -327,7 +325,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         reason = f"is not TOML: {error}".replace("\n", "\\n")
     except RecursionError:
-        reason = "is not TOML that anybody meant: it nests too deeply"
+        reason = "is not TOML: it nests too deeply"
     raise ConfigError(f"{path}: {reason}", exit_code=ExitCode.CONFIG_FILE)
 
 

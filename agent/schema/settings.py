@@ -76,30 +76,31 @@ class AgentSettings(Settings):
     27 at the start). The flag may be repeated; the variable separates by commas. The default is a
     coordinator on this machine with its own defaults."""
     group: Annotated[Id, Example("demo")] = ""
-    """Id of the group to be a member of. run needs it; the group is made if missing."""
+    """Id of the group to join; run needs it. The group is created if it does not exist."""
     group_name: Annotated[Text | None, Example("Line 7 collectors")] = None
-    """Name for people of the group, if this agent makes it. Not set: none."""
+    """Display name of the group, if this agent creates it. Not set: none."""
     session_id: Annotated[Id | None, Example("host-a")] = None
     """Id of this member, unique in its group and the same after a restart. Not set: the host's
     name, with -2, -3, ... where agents of this host have it already."""
     session_name: Annotated[Text | None, Example("Host A, rack 3")] = None
-    """Name for people of this member. Not set: the session id."""
+    """Display name of this member. Not set: the session id."""
     failover_timeout: Annotated[
         float, DURATION, Range(SHORTEST_LEASE_S, LONGEST_LEASE_S, enforced=False)
     ] = 10.0
-    """L, how long after its last heartbeat a member is given up and another may be chosen. A group
-    that exists keeps its own. 10 s outlasts lost packets and short pauses of virtual machines, and
-    leaves a demotion 2.5 s."""
+    """L, how long a member's lease lasts after its last heartbeat; then another may be chosen. An
+    existing group keeps its own. 10 s outlasts lost packets and short pauses of virtual machines,
+    and leaves a demotion 2.5 s."""
     beat: Annotated[Duration | None, Example(2.0)] = None
     """Time between two heartbeats; 2 beats must fit into renew (R1). Not set: renew / 3, at most
     10 s, so that two may be lost."""
     renew: Annotated[Duration | None, Example(6.5)] = None
-    """R, without renewal for this long demotion starts (R4). Not set: what demote and margin leave
-    of L."""
+    """R, the renewal deadline: demotion starts after this long without renewal (R4). Not set: what
+    demote and margin leave of L."""
     demote: Annotated[Duration | None, Example(2.5)] = None
-    """D, how long demotion may take before its processes are killed. Not set: a quarter of L."""
+    """D, the demotion budget: how long demotion may take before its processes are killed. Not set:
+    a quarter of L."""
     margin: Annotated[Duration | None, Example(1.0)] = None
-    """M, kept free for clock drift (1 % of L at least) and for scheduling. Not set: a tenth of
+    """M, the margin for clock drift (1 % of L at least) and for scheduling. Not set: a tenth of
     L."""
     request_timeout: Annotated[Duration | None, Example(2.0)] = None
     """How long one request may take; under half of renew, so that a lost one can be repeated (R1).
@@ -116,7 +117,7 @@ class AgentSettings(Settings):
     hook_pending_primary: Annotated[
         Hook, Example(["/etc/failover-agent/pending_primary.d"]), RELOADABLE
     ] = ()
-    """Gets the workload ready while the predecessor ends. Not set: none."""
+    """Prepares the workload while the previous primary stops. Not set: none."""
     hook_secondary: Annotated[Hook, Example(["/usr/local/bin/stop-collector"]), RELOADABLE] = ()
     """Stops the workload. It also runs when the agent starts (R6), so it must do no harm when
     there is nothing to stop. Not set: none."""
@@ -126,8 +127,8 @@ class AgentSettings(Settings):
     hook_lost: Annotated[
         Hook, Example(["/usr/local/bin/raise-alarm", "role lost"]), RELOADABLE
     ] = ()
-    """Runs when this member gives the role up by itself: no contact, a frozen process, its health.
-    Not set: none."""
+    """Runs when this member loses the role: no contact, a frozen process, its health. Not set:
+    none."""
     hook_left: Annotated[Hook, Example(["http://127.0.0.1:9000/left"]), RELOADABLE] = ()
     """Runs when this member has left the group at its stop. Not set: none."""
     hook_limit: Annotated[Duration, RELOADABLE] = 30.0
@@ -140,8 +141,8 @@ class AgentSettings(Settings):
     hook_notification_limit: Annotated[Duration | None, Example(5), RELOADABLE] = None
     """The same for each of hook_joined, hook_lost and hook_left. Not set: hook_limit."""
     hook_retries: Annotated[Count, Range(0, MOST_RETRIES), RELOADABLE] = 0
-    """How often a step of a promotion hook that failed is tried again, half a second later, within
-    hook_limit. 0: the other member may be healthier."""
+    """Retries of a failed step of a promotion hook, each half a second later, within hook_limit.
+    0: the other member may be healthier."""
     hook_user: Annotated[Account | None, Example("collector"), RELOADABLE] = None
     """User that all hooks run as; the agent has to be root. Not set: the agent's."""
     hook_group: Annotated[Account | None, Example("collector"), RELOADABLE] = None
@@ -182,7 +183,7 @@ class AgentSettings(Settings):
     """Run when a demotion has failed and everything was killed, before the agent exits: to cut
     this host off by other means (R4). Not set: none."""
     watchdog_device: Annotated[AnyPath | None, Example("/dev/watchdog")] = None
-    """The kernel's watchdog: kept alive while this member is primary and its loop turns, so that a
+    """The kernel's watchdog: fed while this member is primary and its event loop runs, so that a
     host on which even the guard is stuck is reset. Not set: none."""
     guard: bool = True
     """Whether a second small process demotes in the agent's place when the agent is frozen, hung
@@ -191,10 +192,10 @@ class AgentSettings(Settings):
     """File with role and epoch for sidecars, replaced atomically. Not set: group.session.json in
     $RUNTIME_DIRECTORY (systemd), else in failover-agent under $XDG_RUNTIME_DIR, for root /run."""
     probe_listen: Annotated[Address | None, ADDRESS_OR_OFF] = DEFAULT_PROBE_LISTEN
-    """Where probes are answered and POST /data-processed is taken; off switches it off. Port 0
-    takes a free port, so that several agents fit on one host; the log has it."""
+    """Where probes and POST /data-processed are served; off switches it off. Port 0 takes a free
+    port, so that several agents fit on one host; the log has it."""
     startup_timeout: Annotated[DurationOrZero, RELOADABLE] = 60.0
-    """How long to try to reach a coordinator at the start before giving up with an exit code; 0
+    """Timeout for reaching a coordinator at the start; then the agent exits with an error code. 0
     tries for ever. 60 s outlasts the start of a coordinator beside it."""
     cooldown: Annotated[Duration, RELOADABLE] = 5.0
     """Wait after a failed promotion before this member may be chosen again, doubled each time. 5 s
@@ -214,7 +215,7 @@ class AgentSettings(Settings):
     token_endpoint: Annotated[ApiUrl | None, Example("https://identity.example/connect/token")] = (
         None
     )
-    """Where tokens are got. Not set: asked from the endpoint's host, at
+    """URL that issues tokens. Not set: discovered from the endpoint's host, at
     /identity/.well-known/openid-configuration."""
     ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.pem")] = None
     """Certificates (PEM) to trust a coordinator by. Not set: the system's."""

@@ -97,7 +97,7 @@ class Command:
         if result.signal is not None:
             raise CheckFailed(_with(f"killed by signal {result.signal}", output))
         if result.code is None:
-            raise CheckFailed("its end is not known: somebody else has waited for it")
+            raise CheckFailed("its exit status is unknown: it was collected elsewhere")
         if result.code != 0:
             raise CheckFailed(_with(f"exit {result.code}", output))
 
@@ -139,7 +139,7 @@ class _Run:
             raise
 
     async def finish(self) -> bytes:
-        """KILL what is left of the group, give its number back; the output's beginning."""
+        """KILL the rest of the group, release its number; the beginning of the output."""
         self._signal(signal.SIGKILL)
         try:
             await self._wait(DEATH_S)

@@ -50,7 +50,7 @@ class FileAge:
         try:
             modified_ns = await run_blocking(self._lane, lambda: path.stat().st_mtime_ns)
         except OSError as error:
-            raise CheckFailed(f"{path} cannot be looked at: {error.strerror}") from error
+            raise CheckFailed(f"{path} cannot be examined: {error.strerror}") from error
         now = self._clock.now()
         if self._seen is None or self._seen[0] != modified_ns:
             self._seen = (modified_ns, now.mono)

@@ -76,7 +76,7 @@ class SocketProgress(SourceKind):
     mode: Annotated[str, Format("MODE", "permissions in octal, in quotes", parse=_parse_mode)] = (
         "0660"
     )
-    """Its permissions; who may write to it is believed."""
+    """Its permissions; a process that may write to it is believed."""
 
     def open(self, receiver: Receiver) -> Source:
         return Listener(self, receiver)
