@@ -30,7 +30,15 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.progress import Plausible, Progress, Reason, Refused, file, read_time
+from agent.drivers.progress import (
+    Plausible,
+    Progress,
+    Reason,
+    Refused,
+    file,
+    read_time,
+    unix_socket,
+)
 from agent.drivers.progress.mqtt import MqttProgress, Subscriber
 from agent.drivers.progress.times import LONGEST_REASON, LONGEST_TEXT, read_text
 from agent.drivers.progress.unix_socket import LONGEST_LINE, MOST_CONNECTIONS
@@ -346,6 +354,24 @@ async def test_connections_are_bounded_and_a_closed_one_makes_room(short: Path) 
         with connected(short) as client:
             client.sendall(iso(SECOND).encode() + b"\n")
             await source.tells(SECOND)
+
+
+async def test_a_socket_on_a_file_system_that_hangs_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    path = tmp_path / "s"
+    monkeypatch.setattr(unix_socket, "_clear", lambda _path, _kind: hangs.wait(LIMIT_S))
+    monkeypatch.setattr(unix_socket, "FILE_S", 0.1)
+    source = made("socket", path=str(path))
+    threads = threading.active_count()
+    with pytest.raises(ConfigError, match=r"no answer within 0\.1 s") as caught:
+        await source.progress.start()
+    assert caught.value.exit_code is ExitCode.LISTEN
+    await source.progress.stop()
+    hangs.set()
+    await until(lambda: threading.active_count() <= threads)
+    assert not path.exists(), "the socket that came too late is removed"
 
 
 # --- what every source does with what it reads

@@ -91,6 +91,8 @@ class Listener:
         self.connections: set[asyncio.Transport] = set()
         self._lane = Lane(f"progress socket {settings.path}")
         self._identity: tuple[int, int] | None = None
+        self._abandoned = False
+        """Whether nobody waits for the socket that the lane may still make."""
         self._server: asyncio.Server | None = None
         self._datagrams: asyncio.DatagramTransport | None = None
 
@@ -103,7 +105,11 @@ class Listener:
         loop = asyncio.get_running_loop()
         try:
             listening = await self._lane.run(self._bind, timeout_s=FILE_S)
+        except asyncio.CancelledError:
+            self._abandoned = True
+            raise
         except TimeoutError as error:  # which is an OSError
+            self._abandoned = True
             raise self._error(f"no answer within {FILE_S:g} s") from error
         except (OSError, StuckError) as error:
             raise self._error(getattr(error, "strerror", None) or str(error)) from error
@@ -151,7 +157,11 @@ class Listener:
         except OSError:
             listening.close()
             raise
-        listening.setblocking(False)
+        if self._abandoned:
+            listening.close()
+            self._remove()
+        else:
+            listening.setblocking(False)
         return listening
 
 
