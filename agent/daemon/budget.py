@@ -5,7 +5,7 @@ Pure arithmetic on settings and timing.
 
 from agent.core.lifecycle import PATIENCE
 from agent.core.timing import Timing
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 LEFT_S = 5.0
 """How long the exit waits for notification hooks: they are advisory, and a stop is to be quick."""

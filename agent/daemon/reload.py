@@ -1,6 +1,6 @@
 """SIGHUP: read the settings anew and change what can change without losing the role.
 
-Owns the rule which settings those are. The rest is refused by name, and stays.
+A setting's declaration says whether that is so. The rest is refused by name, and stays.
 """
 
 import asyncio
@@ -13,41 +13,10 @@ from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
 from agent.ops.blocking import Lane, StuckError
-from agent.settings import AgentSettings
+from agent.schema.fields import reloadable
+from agent.schema.settings import AgentSettings
 
-RELOADABLE = frozenset(
-    {
-        "check",
-        "cooldown",
-        "cooldown_limit",
-        "failover_score",
-        "fence_command",
-        "hook_directories_writable",
-        "hook_directory",
-        "hook_environment",
-        "hook_group",
-        "hook_joined",
-        "hook_left",
-        "hook_limit",
-        "hook_lost",
-        "hook_notification_limit",
-        "hook_pending_primary",
-        "hook_pending_primary_limit",
-        "hook_primary",
-        "hook_primary_limit",
-        "hook_retries",
-        "hook_secondary",
-        "hook_user",
-        "log_format",
-        "log_level",
-        "max_behind",
-        "progress",
-        "startup_timeout",
-        "webhook_ca_file",
-        "webhook_secret_file",
-        "workload_forward_hup",
-    }
-)
+RELOADABLE = reloadable(AgentSettings)
 """Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""
 
 log = logs.Log(__name__)

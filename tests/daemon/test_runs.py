@@ -21,7 +21,7 @@ from agent.daemon.vitals import Tally
 from agent.model import Role
 from agent.ops import process, trees
 from agent.ops.clock import Clock
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from tests.cgroups import new_cgroup
 
 PATIENCE_S = 20.0
@@ -40,7 +40,7 @@ class Stage:
         self.instance = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
     def open(self, **settings: Any) -> Runs:
-        self.settings = AgentForm(hook_directory=self.directory, guard=False, **settings).value()
+        self.settings = AgentSettings(hook_directory=self.directory, guard=False, **settings)
         self.runs = Runs(
             self.settings,
             "host-a",
@@ -356,7 +356,7 @@ async def test_a_tenure_ends_by_the_demotion_with_which_it_began(stage: Stage) -
         hook_environment={"KIND": "first"},
     )
     await stage.run(Role.PRIMARY)
-    other = AgentForm(hook_directory=stage.directory).value()
+    other = AgentSettings(hook_directory=stage.directory)
     stage.runs.reconfigure(other, stage.runs.read_hooks(other))
     assert Role.SECONDARY in stage.runs.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
