@@ -60,5 +60,5 @@ class Knowledge:
             return False
         if status.revision is not None:
             return status.revision != self._answered_revision
-        # Plain v1: no news if it agrees with what heartbeats were answered.
+        # Plain v1: no news if it agrees with the answers to heartbeats.
         return (status.primary == me, status.pending == me) != (holds, prepares)

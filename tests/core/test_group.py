@@ -10,32 +10,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.group import (
-    EPOCH_LEAP,
-    HIGHEST_TAUGHT_EPOCH,
-    agrees,
+    HIGHEST_LEARNED_EPOCH,
+    LARGEST_EPOCH_STEP,
     decide,
     epoch_after_deletion,
+    is_compatible,
     minimum_interval_s,
 )
 from agent.core.group_draft import CONFIRM_SHARE, wake_at
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Decision,
     GroupState,
     Input,
-    KeepProgress,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
+    SaveProgress,
     SetAccess,
     SetOverride,
     Tick,
-    awaken,
-    excuse,
-    progress_is_unkept,
+    has_unsaved_progress,
     role_of,
+    state_after_restart,
+    state_after_stall,
     status_of,
     view_of,
 )
@@ -96,7 +96,7 @@ class Bench:
         self, session_id: str, score: float = 100.0, *, after_s: float = 0.0, **more: Any
     ) -> HeartbeatAnswer:
         more.setdefault("instance", f"{session_id}#1")
-        answer = self.do(Beat(session_id, score, **more), after_s=after_s).answer
+        answer = self.do(ReceiveHeartbeat(session_id, score, **more), after_s=after_s).answer
         assert isinstance(answer, HeartbeatAnswer)
         return answer
 
@@ -113,7 +113,7 @@ class Bench:
         return self.do(ReleaseRole(session_id, epoch, why=why, **more), after_s=after_s)
 
     def promote(self, session_id: str, score: float = 100.0, **more: Any) -> HeartbeatAnswer:
-        """Beat until it is primary: once if it is chosen already, else twice."""
+        """ReceiveHeartbeat until it is primary: once if it is chosen already, else twice."""
         answer = self.beat(session_id, score, **more)
         if answer.role is W:
             answer = self.beat(session_id, score, **more)
@@ -136,7 +136,7 @@ class Bench:
     def restart(self, after_s: float = 1.0) -> "Bench":
         """Only the record survives."""
         self.mono += after_s
-        self.state = awaken(self.state.record, self.now)
+        self.state = state_after_restart(self.state.record, self.now)
         return self
 
     @property
@@ -166,15 +166,15 @@ def test_r13_a_heartbeat_that_changes_nothing_durable_leaves_the_very_record() -
 def test_r13_progress_becomes_durable_when_it_is_kept() -> None:
     bench = Bench("a")
     bench.promote("a")
-    assert not progress_is_unkept(bench.state)
+    assert not has_unsaved_progress(bench.state)
     bench.beat("a", after_s=1, last_data=data(1))
-    assert progress_is_unkept(bench.state)
-    bench.do(KeepProgress())
-    assert not progress_is_unkept(bench.state)
+    assert has_unsaved_progress(bench.state)
+    bench.do(SaveProgress())
+    assert not has_unsaved_progress(bench.state)
     assert bench.state.record.holder is not None
     assert bench.state.record.holder.last_data == data(1)
     record = bench.state.record
-    assert bench.do(KeepProgress()).state.record is record
+    assert bench.do(SaveProgress()).state.record is record
 
 
 def test_r13_a_refused_input_changes_nothing() -> None:
@@ -189,7 +189,7 @@ def test_r13_a_refused_input_changes_nothing() -> None:
 
 INPUTS: st.SearchStrategy[Input] = st.one_of(
     st.builds(
-        Beat,
+        ReceiveHeartbeat,
         st.sampled_from("abcx"),
         st.sampled_from([0.0, 50.0, 100.0]),
         st.none() | st.integers(0, 50).map(data),
@@ -211,7 +211,7 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.none() | st.sampled_from(["1", "2"]),
         hold_off_s=st.floats(0, 20),
     ),
-    st.sampled_from([Tick(), KeepProgress(), RemoveGroup(), SetAccess(AccessList())]),
+    st.sampled_from([Tick(), SaveProgress(), RemoveGroup(), SetAccess(AccessList())]),
 )
 
 
@@ -325,7 +325,7 @@ def test_r14_after_a_stall_whoever_was_alive_has_one_full_lease() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     judged_at, bench.mono = bench.mono + 5, bench.mono + 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick(), after_s=LEASE_S - 0.01)
     assert bench.primary == "a"
 
@@ -334,7 +334,7 @@ def test_r14_after_a_stall_a_pending_session_has_one_full_lease_to_confirm() -> 
     bench = Bench("a")
     bench.beat("a")
     judged_at, bench.mono = bench.mono + 1, bench.mono + 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick(), after_s=LEASE_S - 0.01)
     assert bench.pending == "a"
 
@@ -345,7 +345,7 @@ def test_r14_a_stall_makes_no_time_to_confirm_shorter() -> None:
     bench.beat("b", 60)
     confirm_by = bench.state.live.confirm_by
     judged_at, bench.mono = bench.mono, bench.mono + 3
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     assert bench.state.live.confirm_by == confirm_by
 
 
@@ -354,7 +354,7 @@ def test_r14_a_stall_raises_nobody_from_the_dead() -> None:
     bench.promote("a")
     judged_at = bench.mono = bench.mono + LEASE_S
     bench.mono += 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick())
     assert bench.primary is None
     assert bench.pending is None
@@ -830,7 +830,9 @@ def test_a_group_has_a_bound_of_sessions() -> None:
     assert bench.do(AddSession(SessionConfig("c"))).answer is True
 
 
-@pytest.mark.parametrize("what", [Beat("x", 1.0), RemoveSession("x"), SetOverride("x", ON)])
+@pytest.mark.parametrize(
+    "what", [ReceiveHeartbeat("x", 1.0), RemoveSession("x"), SetOverride("x", ON)]
+)
 def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
     with pytest.raises(NotFound, match='no client session "x" in group "g"'):
         Bench("a").do(what)
@@ -852,7 +854,7 @@ def test_configurations_agree_where_they_both_say_something(
     wanted: Any, known: Any, *, same: bool
 ) -> None:
     """api.md, B.1."""
-    assert agrees(wanted, known) is same
+    assert is_compatible(wanted, known) is same
 
 
 def test_a_v1_holder_that_is_deleted_has_stopped() -> None:
@@ -1036,7 +1038,7 @@ def test_a_group_is_not_deleted_in_its_quiet_time() -> None:
 # -- what a caller can teach ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seen", [EPOCH_LEAP + 2, MAX_EPOCH])
+@pytest.mark.parametrize("seen", [LARGEST_EPOCH_STEP + 2, MAX_EPOCH])
 def test_an_epoch_that_no_group_can_have_reached_is_refused(seen: int) -> None:
     """Fault 15: one heartbeat made a group unusable for ever."""
     bench = Bench("a", "b")
@@ -1051,24 +1053,24 @@ def test_an_epoch_that_no_group_can_have_reached_is_refused(seen: int) -> None:
 
 def test_an_epoch_within_reach_is_learned() -> None:
     bench = Bench("a")
-    bench.beat("a", seen_epoch=EPOCH_LEAP)
-    assert bench.state.record.epoch == EPOCH_LEAP
+    bench.beat("a", seen_epoch=LARGEST_EPOCH_STEP)
+    assert bench.state.record.epoch == LARGEST_EPOCH_STEP
 
 
 def test_no_number_of_heartbeats_teaches_an_epoch_without_room_above_it() -> None:
-    bench = at_epoch(HIGHEST_TAUGHT_EPOCH - 5)
-    bench.beat("a", seen_epoch=HIGHEST_TAUGHT_EPOCH)
-    with pytest.raises(Invalid, match=f"must be at most {HIGHEST_TAUGHT_EPOCH}"):
-        bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1)
+    bench = at_epoch(HIGHEST_LEARNED_EPOCH - 5)
+    bench.beat("a", seen_epoch=HIGHEST_LEARNED_EPOCH)
+    with pytest.raises(Invalid, match=f"must be at most {HIGHEST_LEARNED_EPOCH}"):
+        bench.beat("a", after_s=1, seen_epoch=HIGHEST_LEARNED_EPOCH + 1)
     bench.do(Tick(), after_s=LEASE_S)
-    assert bench.promote("a", seen_epoch=HIGHEST_TAUGHT_EPOCH).epoch == HIGHEST_TAUGHT_EPOCH + 1
-    assert bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1).role is P
+    assert bench.promote("a", seen_epoch=HIGHEST_LEARNED_EPOCH).epoch == HIGHEST_LEARNED_EPOCH + 1
+    assert bench.beat("a", after_s=1, seen_epoch=HIGHEST_LEARNED_EPOCH + 1).role is P
 
 
 def at_epoch(epoch: int) -> Bench:
     """A group with one session, whose record says that epoch."""
     bench = Bench("a")
-    bench.state = awaken(replace(bench.state.record, epoch=epoch), bench.now)
+    bench.state = state_after_restart(replace(bench.state.record, epoch=epoch), bench.now)
     return bench
 
 
@@ -1096,7 +1098,7 @@ def test_an_epoch_beyond_what_an_answer_can_carry_is_read_as_the_last() -> None:
     record = replace(
         record, epoch=2**53 + 3, holder=Tenure("a", 2**53 + 3, WALL, "chosen", instance="a#1")
     )
-    state = awaken(record, Instant(1000.0, WALL))
+    state = state_after_restart(record, Instant(1000.0, WALL))
     assert (state.record.epoch, state.record.holder) == (MAX_EPOCH, None)
 
 
@@ -1244,7 +1246,7 @@ def test_a_wall_clock_that_was_set_makes_no_hold_off_longer_than_it_was(
     bench.promote("a")
     bench.release("a", 1, hold_off_s=60)
     now = Instant(bench.mono, bench.now.wall + timedelta(seconds=step_s))
-    awake = awaken(bench.state.record, now)
+    awake = state_after_restart(bench.state.record, now)
     assert awake.live.contacts["a"].hold_off_until == bench.mono + left_s
 
 

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from agent.core.group import decide, epoch_after_deletion
 from agent.core.group_state import (
     AddSession,
-    Beat,
     GroupState,
     Input,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
     SetOverride,
     Tick,
-    awaken,
-    excuse,
+    state_after_restart,
+    state_after_stall,
 )
 from agent.errors import RequestRefused
 from agent.model import (
@@ -101,7 +101,9 @@ class World:
         if isinstance(what, RemoveGroup):
             epoch = epoch_after_deletion(self.state.record.epoch)
             self.state = GroupState(GroupRecord(CONFIG, epoch=epoch))
-        if not isinstance(what, Beat) or not isinstance(decision.answer, HeartbeatAnswer):
+        if not isinstance(what, ReceiveHeartbeat) or not isinstance(
+            decision.answer, HeartbeatAnswer
+        ):
             return None
         if decision.answer.role is Role.PRIMARY:
             self.grant((what.session_id, what.instance), decision.answer.epoch)
@@ -124,7 +126,9 @@ class World:
         match call.what:
             case "beat":
                 seen = self.epochs.get(process, 0) if instance is not None else None
-                answer = self.call(Beat(session_id, self.score(session_id), None, instance, seen))
+                answer = self.call(
+                    ReceiveHeartbeat(session_id, self.score(session_id), None, instance, seen)
+                )
                 if answer is None:
                     self.call(AddSession(SessionConfig(session_id)))
                 elif answer.role is not Role.PRIMARY and answer.epoch is not None:
@@ -151,10 +155,10 @@ class World:
 
     def happens(self, what: str) -> None:
         if what == "restart":
-            self.state = awaken(self.state.record, self.now)
+            self.state = state_after_restart(self.state.record, self.now)
         else:
             judged_at, self.mono = self.mono, self.mono + 4.0
-            self.state = excuse(self.state, judged_at, self.now)
+            self.state = state_after_stall(self.state, judged_at, self.now)
 
 
 def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
@@ -164,16 +168,20 @@ def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
     if draw % 8 == 0:
         return [*leave_nobody, RemoveGroup()]
     if draw % 8 == 1:
-        return [Beat(session_id, 0.0, None, "stranger", epoch + 1), *leave_nobody, RemoveGroup()]
+        return [
+            ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch + 1),
+            *leave_nobody,
+            RemoveGroup(),
+        ]
     calls: list[Input] = [
         RemoveSession(session_id),
         AddSession(SessionConfig(session_id)),
-        Beat(session_id, 0.0, None, "stranger", epoch),
-        Beat(session_id, 0.0, None, "stranger", 0),
-        Beat(session_id, 100.0, None, "stranger", epoch + 1),
-        Beat(session_id, 100.0, None, "stranger"),
-        Beat(session_id, 100.0),
-        Beat(session_id, 0.0, None, None, epoch + 2),
+        ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch),
+        ReceiveHeartbeat(session_id, 0.0, None, "stranger", 0),
+        ReceiveHeartbeat(session_id, 100.0, None, "stranger", epoch + 1),
+        ReceiveHeartbeat(session_id, 100.0, None, "stranger"),
+        ReceiveHeartbeat(session_id, 100.0),
+        ReceiveHeartbeat(session_id, 0.0, None, None, epoch + 2),
         SetOverride(session_id, RoleOverride.PRIMARY),
         SetOverride(session_id, RoleOverride.OFF),
         SetOverride(session_id, RoleOverride.PRIMARY, world.now.wall + timedelta(seconds=3)),

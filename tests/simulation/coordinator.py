@@ -18,7 +18,7 @@ from agent.core.group_state import (
     Policy,
     RemoveGroup,
     Tick,
-    excuse,
+    state_after_stall,
     status_of,
 )
 from agent.errors import NotFound, RequestRefused
@@ -38,10 +38,10 @@ class Core:
     """The functions of the group's core; a planted bug is another one of them."""
 
     decide: Callable[[GroupState, Input, Instant, Policy], Decision]
-    awaken: Callable[[GroupRecord, Instant], GroupState]
+    state_after_restart: Callable[[GroupRecord, Instant], GroupState]
 
 
-REAL = Core(group.decide, group_state.awaken)
+REAL = Core(group.decide, group_state.state_after_restart)
 
 
 class CoordinatorHost:
@@ -69,7 +69,7 @@ class CoordinatorHost:
         self.restored_at = float("-inf")
         self.lost_epoch = -1
         """The newest epoch of which the data knew before they were restored."""
-        self.state: GroupState = world.core.awaken(self.disk, self.instant())
+        self.state: GroupState = world.core.state_after_restart(self.disk, self.instant())
 
     def instant(self) -> Instant:
         return self.world.instant(self.clock.local(self.world.now))
@@ -96,7 +96,7 @@ class CoordinatorHost:
             self.lose_data()
         self.world.say(self.name, "starts")
         self.up = True
-        self.state = self.world.core.awaken(self.disk, self.instant())
+        self.state = self.world.core.state_after_restart(self.disk, self.instant())
         self.submit(Tick(), lambda _: None)
 
     def lose_data(self) -> None:
@@ -119,7 +119,7 @@ class CoordinatorHost:
         self.restored_at = self.world.now
         self.holders = {e: who for e, who in self.holders.items() if e < copy.epoch}
         if self.up:
-            self.state = self.world.core.awaken(copy, self.instant())
+            self.state = self.world.core.state_after_restart(copy, self.instant())
 
     def pause(self) -> None:
         if self.up and self.paused_at is None:
@@ -129,7 +129,7 @@ class CoordinatorHost:
     def resume(self) -> None:
         if self.paused_at is not None:
             self.world.say(self.name, "goes on")
-            self.state = excuse(self.state, self.paused_at, self.instant())
+            self.state = state_after_stall(self.state, self.paused_at, self.instant())
             self.paused_at = None
             self.work()
 
@@ -187,7 +187,7 @@ class CoordinatorHost:
         if epoch < self.newest_epoch:  # nothing but a wrong heartbeat can have brought that about
             self.newest_epoch, self.holders = epoch, {}
         self.keep(GroupRecord(self.disk.config, epoch=epoch))
-        self.state = self.world.core.awaken(self.disk, self.instant())
+        self.state = self.world.core.state_after_restart(self.disk, self.instant())
 
     def written(self, life: int, decision: Decision, reply: Callable[[Any], None]) -> None:
         if life == self.life:

@@ -37,7 +37,7 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.group_state import AddSession, Beat, Input, ReleaseRole, RemoveSession
+from agent.core.group_state import AddSession, Input, ReceiveHeartbeat, ReleaseRole, RemoveSession
 from agent.core.roles import TRANSITIONS
 from agent.core.session import FormerTenure, Options, Phase, Session
 from agent.errors import ExitCode, NotFound, TooSoon
@@ -539,7 +539,7 @@ class AgentHost:
         plain = self.world.plain_v1
         seen = None if plain else self.session.newest_epoch
         coordinator = self.coordinator
-        what = Beat(
+        what = ReceiveHeartbeat(
             self.name,
             self.score,
             last_data=EPOCH_OF_WALL + timedelta(seconds=self.world.now)

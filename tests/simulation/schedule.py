@@ -104,7 +104,7 @@ def build(
     )
     for coordinator in world.coordinators:
         coordinator.clock = Clock(1 + plan.drift[0], 1000.0)
-        coordinator.state = world.core.awaken(coordinator.disk, coordinator.instant())
+        coordinator.state = world.core.state_after_restart(coordinator.disk, coordinator.instant())
     for index in range(plan.agents):
         agent = AgentHost(
             world,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Input,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
@@ -52,7 +52,7 @@ def beat(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
     """Somebody heartbeats as a session, without an instance or with one of their own."""
     instance = (None, "stranger#1")[which % 2]
     seen = (None, 0, coordinator.state.record.epoch)[which // 2 % 3]
-    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    what = ReceiveHeartbeat(session_id, 100.0, instance=instance, seen_epoch=seen)
     _send(coordinator, what, f"heartbeats as {session_id}")
 
 
@@ -61,7 +61,7 @@ def teach(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
     epoch = coordinator.state.record.epoch
     seen = (GREATEST_EPOCH, epoch + 1, epoch + 1000, GREATEST_EPOCH - 1)[which % 4]
     instance = (None, "stranger#1")[which // 4 % 2]
-    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    what = ReceiveHeartbeat(session_id, 100.0, instance=instance, seen_epoch=seen)
     _send(coordinator, what, f"has seen epoch {seen}")
 
 

@@ -18,13 +18,13 @@ from agent.core.effects import Effect
 from agent.core.events import Event
 from agent.core.group import decide
 from agent.core.group_state import (
-    Beat,
     Decision,
     GroupState,
     Input,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
-    awaken,
+    state_after_restart,
 )
 from agent.core.session import Options, Session
 from agent.model import GroupRecord, Instant
@@ -74,7 +74,7 @@ class KeepsWhatItDoesNotUse(Session):
 
 def forgets_quiet_times(record: GroupRecord, now: Instant) -> GroupState:
     """Fault 4: a quiet time does not outlive a restart."""
-    return awaken(replace(record, quiet=False), now)
+    return state_after_restart(replace(record, quiet=False), now)
 
 
 def takes_releases_of_anybody(
@@ -88,7 +88,7 @@ def takes_releases_of_anybody(
 
 def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
     """Fault 15: a heartbeat lifts the epoch however far it likes."""
-    if isinstance(what, Beat) and (what.seen_epoch or 0) > state.record.epoch:
+    if isinstance(what, ReceiveHeartbeat) and (what.seen_epoch or 0) > state.record.epoch:
         seen, what = what.seen_epoch or 0, replace(what, seen_epoch=None)
         record = replace(state.record, epoch=seen, holder=None, quiet=True)
         quiet_until = now.mono + record.config.lease_s
@@ -147,7 +147,7 @@ PLANTED = {
         lives_on=True,
     ),
     "4 forgets quiet times": Planted(
-        core=replace(REAL, awaken=forgets_quiet_times),
+        core=replace(REAL, state_after_restart=forgets_quiet_times),
         scenarios=("restored_data",),
         schedules=plans(focus=["restore"]),
     ),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.core.effects import Cause, Effect, Release
 from agent.core.events import Fitness
-from agent.core.group_state import awaken
+from agent.core.group_state import state_after_restart
 from agent.core.session import Session
 from agent.core.timing import Budget
 from agent.model import Role
@@ -206,7 +206,9 @@ def test_the_guard_leaves_the_drift_alone(margin: float) -> None:
     for seed in range(20):
         world = World(seed, lease_s=lease_s, budget=budget)
         world.coordinator.clock = Clock(1.005, 1000.0)
-        world.coordinator.state = awaken(world.coordinator.disk, world.coordinator.instant())
+        world.coordinator.state = state_after_restart(
+            world.coordinator.disk, world.coordinator.instant()
+        )
         for name in "ab":
             agent = world.add_agent(name, clock=Clock(0.995))
         world.run(5.0)
