@@ -3,7 +3,7 @@
 Pure arithmetic on settings and timing.
 """
 
-from agent.core.lifecycle import PATIENCE
+from agent.core.lifecycle import STOP_WAIT_REQUESTS
 from agent.core.timing import Timing
 from agent.settings import AgentSettings
 
@@ -22,6 +22,6 @@ def longest_stop_s(settings: AgentSettings, timing: Timing) -> float:
     (R5), and ``left`` runs; or, if the demotion failed, the fence command runs.
     """
     demotion_s = max(timing.renew_s + timing.demote_s, settings.hook_limit)
-    leaving_s = (1 + 2 * PATIENCE) * timing.request_timeout_s + LEFT_S
+    leaving_s = (1 + 2 * STOP_WAIT_REQUESTS) * timing.request_timeout_s + LEFT_S
     fencing_s = settings.hook_limit if settings.fence_command else 0.0
     return demotion_s + max(leaving_s, fencing_s) + CLOSING_S

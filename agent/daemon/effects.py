@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from agent.core.effects import (
-    SELF_DEMOTIONS,
+    UNREQUESTED_DEMOTIONS,
     Effect,
     Escalate,
     Exit,
@@ -19,11 +19,11 @@ from agent.core.effects import (
     Leave,
     Publish,
     Release,
-    SendBeat,
+    SendHeartbeat,
     StartHook,
     TermHook,
 )
-from agent.core.events import BeatFailed, Event, Failure, HookEnded, Left, Released
+from agent.core.events import Event, HeartbeatFailed, HeartbeatFailure, HookEnded, Left, Released
 from agent.core.session import Phase
 from agent.daemon.guarding import Guarding
 from agent.daemon.inputs import Inputs
@@ -103,9 +103,11 @@ class Effects:
         match effect:
             case Publish():
                 self._publish(effect, lease_until)
-            case SendBeat():
-                lost = BeatFailed(effect.beat, Failure.OTHER, "the heartbeat's task has failed")
-                start("heartbeat", requests.beat(effect.beat), lost=lost)
+            case SendHeartbeat():
+                lost = HeartbeatFailed(
+                    effect.number, HeartbeatFailure.OTHER, "the heartbeat's task has failed"
+                )
+                start("heartbeat", requests.beat(effect.number), lost=lost)
             case StartHook():
                 self._start_run(effect)
             case TermHook():
@@ -150,7 +152,7 @@ class Effects:
         if effect.role is Role.SECONDARY and Role.SECONDARY not in member.runs.roles:
             # Readers of the state file know now, and there is nothing to run.
             self._demoted(lease_until)
-        if effect.cause in SELF_DEMOTIONS:
+        if effect.cause in UNREQUESTED_DEMOTIONS:
             self._advise("lost", effect.reason, effect.before)
 
     def _demoted(self, lease_until: float) -> None:
@@ -196,7 +198,7 @@ class Effects:
         """A run has ended; of a demotion the slack is measured."""
         session = self._member.session
         secondary = self._member.published.role is Role.SECONDARY
-        if event.ok and session.guard_by is not None and secondary:
+        if event.ok and session.guard_deadlines is not None and secondary:
             self._demoted(session.lease_until)
         self._tell(event)
 

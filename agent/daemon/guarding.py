@@ -107,7 +107,7 @@ class Guarding:
         """Tell both the newest deadline, and the guard what it would have to kill (R12)."""
         if self._frozen:
             return
-        due = self._member.session.guard_by
+        due = self._member.session.guard_deadlines
         self._armed = due is not None
         self._update_watchdog(armed=due is not None)
         guardian = self._guardian

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from agent.core.events import Event, Fitness, Stop
+from agent.core.events import Event, FitnessChanged, Stop
 from agent.daemon.member import Member
 from agent.drivers.checks import Checks, Health
 from agent.drivers.progress import Plausible, Progress
@@ -165,7 +165,7 @@ class Inputs:
             say("unfit to be primary", reason=reason)
         else:
             log.info("fit to be primary again")
-        self._tell(Fitness(reason is None, reason or ""))
+        self._tell(FitnessChanged(reason is None, reason or ""))
 
     def set_primary(self, *, primary: bool) -> None:
         """Judge the checks that are for primaries only, or no more."""

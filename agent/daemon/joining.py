@@ -122,7 +122,9 @@ class Joining:
     def _pause_s(self, state: RetryCallState) -> float:
         """Exponential backoff with jitter; longer if the server asks for that."""
         timing = self.session.timing
-        backoff_s = wait_random_exponential(multiplier=SHORTEST_RETRY_S, max=timing.beat_s)(state)
+        backoff_s = wait_random_exponential(
+            multiplier=SHORTEST_RETRY_S, max=timing.heartbeat_interval_s
+        )(state)
         error = _error_of(state)
         asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
         if self.again:  # there may be a lease, which a longer wait would end

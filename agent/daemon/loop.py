@@ -243,7 +243,7 @@ class Daemon:
     async def _run(self) -> None:
         """The loop, with the one edge at which an exception of our own is caught."""
         try:
-            begun = self._member.session.begin(self._member.clock.boottime(), self._former_tenure)
+            begun = self._member.session.start(self._member.clock.boottime(), self._former_tenure)
             self._effects.perform(begun, self._member.session.lease_until)
             await self._turn_until_over()
         except Exception as error:  # the loop's edge: whatever it is, nobody keeps the lease now

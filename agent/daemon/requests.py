@@ -14,13 +14,13 @@ from functools import partial
 
 from agent.core.effects import Release
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     Left,
     Released,
-    StatusSeen,
+    StatusRead,
     Stop,
 )
 from agent.core.session import Session
@@ -130,7 +130,7 @@ class Requests:
     # -- heartbeats -----------------------------------------------------------------------------
 
     async def beat(self, beat: int) -> None:
-        """Send one heartbeat; tell Answered or BeatFailed."""
+        """Send one heartbeat; tell HeartbeatAnswered or HeartbeatFailed."""
         tally, sent = self._tally, self._clock.now()
         endpoint = self.client.endpoint
         tally.asked_at[beat] = sent.mono
@@ -139,15 +139,15 @@ class Requests:
         except ServerError as error:
             tally.beats_failed[reason_of(error)] += 1
             self._lost_contact(endpoint, error)
-            self._tell(BeatFailed(beat, _failure(error), str(error), error.retry_after_s))
+            self._tell(HeartbeatFailed(beat, _failure(error), str(error), error.retry_after_s))
         except Exception as error:
-            self._tell(BeatFailed(beat, Failure.OTHER, _fault(error)))
+            self._tell(HeartbeatFailed(beat, HeartbeatFailure.OTHER, _fault(error)))
             raise
         else:
             tally.answered(sent, self._clock.now(), self.client.date, endpoint)
             self._has_contact()
             self.group_data = answer.last_data
-            self._tell(Answered(beat, answer))
+            self._tell(HeartbeatAnswered(beat, answer))
         finally:
             del tally.asked_at[beat]
 
@@ -227,7 +227,7 @@ class Requests:
         while True:
             asked_at = self._clock.boottime()
             revision, retry_after_s = await self._read_status(after)
-            pause_s = max(self._session.timing.beat_s, SHORTEST_PAUSE_S)
+            pause_s = max(self._session.timing.heartbeat_interval_s, SHORTEST_PAUSE_S)
             took_s = self._clock.boottime() - asked_at
             if took_s >= pause_s:
                 quick = 0
@@ -238,7 +238,7 @@ class Requests:
             after = revision
 
     async def _read_status(self, after: int | None) -> tuple[int | None, float]:
-        """Tell StatusSeen; the revision to wait behind, or None, and how long the server asks to wait."""
+        """Tell StatusRead; the revision to wait behind, or None, and how long the server asks to wait."""
         endpoint, timing = self.client.endpoint, self._session.timing
         try:
             status = await self.client.status(
@@ -253,9 +253,9 @@ class Requests:
             self.client.refuse(endpoint, status.store_id)
             return None, 0.0
         if not self._extended:
-            self._tell(StatusSeen(GroupStatus(status.primary, status.pending, status.last_data)))
+            self._tell(StatusRead(GroupStatus(status.primary, status.pending, status.last_data)))
             return None, 0.0
-        self._tell(StatusSeen(status))
+        self._tell(StatusRead(status))
         return status.revision, 0.0
 
     # -- the end --------------------------------------------------------------------------------
@@ -310,16 +310,16 @@ class Requests:
             self._tell(Left())
 
 
-def _failure(error: ServerError) -> Failure:
+def _failure(error: ServerError) -> HeartbeatFailure:
     if error.exit_code is ExitCode.OTHER_STORE:
-        return Failure.OTHER_STORE
+        return HeartbeatFailure.OTHER_STORE
     match error.status:
         case 404 if error.exit_code is not ExitCode.NOT_THE_API:
-            return Failure.GONE
+            return HeartbeatFailure.GONE
         case 429 | 503:
-            return Failure.BACK_OFF
+            return HeartbeatFailure.BACK_OFF
         case _:
-            return Failure.OTHER
+            return HeartbeatFailure.OTHER
 
 
 def _fault(error: Exception) -> str:

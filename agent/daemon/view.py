@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import __version__
-from agent.core.session import FormerTenure, Phase
+from agent.core.session import Phase, PreviousTenure
 from agent.daemon.member import Member
 from agent.daemon.vitals import Snapshot
 from agent.drivers.progress import Progress, Reason
@@ -50,7 +50,9 @@ class View:
         former: the tenure that the process before this one has not given back.
     """
 
-    def __init__(self, member: Member, state_file: StateFile, former: FormerTenure | None) -> None:
+    def __init__(
+        self, member: Member, state_file: StateFile, former: PreviousTenure | None
+    ) -> None:
         self._member = member
         self._state_file = state_file
         self._lane = Lane("state file")
@@ -103,7 +105,7 @@ class View:
         """The tenure that is not released yet, for the next process: ours, or that of the one before."""
         session = self._member.session
         if self._owed is not None:
-            owed: FormerTenure | None = FormerTenure(self._owed, self._member.instance)
+            owed: PreviousTenure | None = PreviousTenure(self._owed, self._member.instance)
         else:  # a process that dies before its first demotion is done hands it on
             owed = self._former if session.phase in {Phase.STARTING, Phase.RETURNING} else None
         return {"epoch": owed.epoch, "instance": owed.instance} if owed is not None else None
@@ -130,7 +132,7 @@ class View:
     def write(self) -> None:
         """Have the state file written if something in it is new. Does not wait."""
         session = self._member.session
-        if session.guard_by is not None and session.tenure is not None:
+        if session.guard_deadlines is not None and session.tenure is not None:
             self._owed = session.tenure
         key = (
             session.renew_by,
@@ -204,7 +206,7 @@ class View:
         return f"{published.role} of {group} epoch={epoch} ({published.reason}); {doing}"
 
 
-def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> FormerTenure | None:
+def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> PreviousTenure | None:
     """The tenure that the process before this one has not given back, by its state file.
 
     Args:
@@ -228,7 +230,7 @@ def former_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Form
             stop_command=state.get("stop_command"),
         )
         return None
-    return FormerTenure(epoch, instance)
+    return PreviousTenure(epoch, instance)
 
 
 @cache
@@ -284,7 +286,7 @@ def snapshot_of(member: Member, **rest: Any) -> Snapshot:
         timing=session.timing,
         phase=session.phase,
         said=session.role,
-        demoting=session.guard_by is not None and session.role is Role.SECONDARY,
+        demoting=session.guard_deadlines is not None and session.role is Role.SECONDARY,
         epoch=session.newest_epoch,
         renew_by=session.renew_by,
         lease_until=session.lease_until,

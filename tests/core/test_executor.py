@@ -36,11 +36,11 @@ class Bench:
         return effects
 
     def want(self, role: Role, limit_s: float = D) -> list[Effect]:
-        self.executor.want(facts(role, limit_s), self.now, grace_s=GRACE)
+        self.executor.set_wanted_role(facts(role, limit_s), self.now, grace_s=GRACE)
         return self.step()
 
     def end(self, run: int, *, ok: bool = True) -> list[Effect]:
-        self.executor.ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
+        self.executor.on_hook_ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
         return self.step()
 
     def end_last(self, *, ok: bool = True) -> list[Effect]:
@@ -54,7 +54,7 @@ class Bench:
         """Begun, and Secondary: the next run has the number 2."""
         self.want(S)
         self.end(1)
-        assert self.executor.settled
+        assert self.executor.is_settled
         return self
 
     def promoting(self) -> "Bench":
@@ -79,10 +79,10 @@ def test_r7_the_way_to_primary_runs_both_hooks_one_after_the_other() -> None:
     assert started(bench.want(P)) == [W]
     assert bench.step() == []
     assert started(bench.end(2)) == [P]
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
     assert bench.end(3) == []
     assert bench.executor.completed is P
-    assert bench.executor.settled
+    assert bench.executor.is_settled
 
 
 def test_r7_hooks_are_told_the_role_before_and_their_limit() -> None:
@@ -98,7 +98,7 @@ def test_r7_a_role_without_a_hook_is_completed_by_wanting_it() -> None:
     bench = Bench(hooks=frozenset())
     assert [bench.want(S), bench.want(P)] == [[], []]
     assert bench.executor.completed is P
-    assert bench.executor.settled
+    assert bench.executor.is_settled
 
 
 def test_r7_a_demotion_preempts_a_promotion_by_term_and_then_kill() -> None:
@@ -178,7 +178,7 @@ def test_r7_a_failed_demotion_is_tried_again_within_its_budget_and_not_after_it(
     bench = Bench()
     bench.want(S)
     runs = 1
-    while not bench.executor.overdue(bench.now):
+    while not bench.executor.is_overdue(bench.now):
         bench.end(runs, ok=False)
         runs += len(started(bench.wake()))
     assert runs == 8  # every tenth of the budget, as long as more than the grace is left
@@ -203,7 +203,7 @@ def test_r4_a_demotion_hook_is_killed_when_its_budget_ends() -> None:
     assert bench.now == 100.0 + D - GRACE
     assert bench.wake() == [KillHook(1)]
     assert bench.now == 100.0 + D
-    assert bench.executor.overdue(bench.now)
+    assert bench.executor.is_overdue(bench.now)
 
 
 def test_r4_what_a_preempted_promotion_took_is_missing_from_the_demotions_budget() -> None:
@@ -219,7 +219,7 @@ def test_r7_the_end_of_a_run_that_is_not_running_says_nothing() -> None:
     bench = Bench()
     bench.want(S)
     assert bench.end(7) == []
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
     bench.end(1)
     bench.want(W)
     assert bench.end(1, ok=False) == []
@@ -232,8 +232,8 @@ def test_r4_a_late_success_of_the_demotion_counts() -> None:
     bench.want(S)
     bench.wake()
     bench.end(1, ok=True)
-    assert bench.executor.settled
-    assert not bench.executor.overdue(bench.now + D)
+    assert bench.executor.is_settled
+    assert not bench.executor.is_overdue(bench.now + D)
 
 
 def changed(bench: Bench, hooks: frozenset[Role], limit_s: float = 9.0) -> None:
@@ -257,7 +257,7 @@ def test_r7_a_tenure_keeps_the_demotion_hook_that_a_reload_takes_away(stage: str
         assert started(bench.wake()) == [S]
     elif stage != "demoting":
         bench.want(S)
-    while not bench.executor.settled:
+    while not bench.executor.is_settled:
         bench.end_last()
     assert started(bench.seen)[-1] is S
     assert bench.want(P) == [], "the next tenure has no hooks"
@@ -292,13 +292,13 @@ def test_r7_whoever_runs_hooks_can_ask_whether_a_tenure_keeps_them(
     bench = Bench(hooks=frozenset())
     bench.want(S)
     bench.want(role)
-    assert bench.executor.keeps_hooks is keeps
+    assert bench.executor.demotion_is_owed is keeps
 
 
 def test_r7_a_reload_while_nothing_is_promoted_counts_at_once() -> None:
     bench = Bench().demoted()
     changed(bench, frozenset({P}))
-    assert not bench.executor.keeps_hooks
+    assert not bench.executor.demotion_is_owed
     assert started(bench.want(P)) == [P]
 
 
@@ -308,7 +308,7 @@ def test_r6_a_reload_during_the_first_demotion_does_not_take_its_hook_away() -> 
     bench.end(1, ok=False)
     changed(bench, frozenset())
     assert started(bench.wake()) == [S]
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
 
 
 MOVES = st.lists(
@@ -357,7 +357,7 @@ class Watch:
                 case _:
                     pytest.fail(f"not for an executor to want: {effect}")
         executor = self.bench.executor
-        if executor.wanted is S and executor.settled:
+        if executor.wanted is S and executor.is_settled:
             assert not self.owed or S not in self.in_force, "a demotion was dropped"
             self.owed = False
             self.in_force = self.reloaded
@@ -366,7 +366,7 @@ class Watch:
 
     def want(self, role: Role) -> None:
         executor = self.bench.executor
-        legal = executor.completed is not None and (executor.wanted is not S or executor.settled)
+        legal = executor.completed is not None and (executor.wanted is not S or executor.is_settled)
         if role is S:
             self.owed = True
         forward = role is P or executor.wanted is not P
@@ -395,7 +395,7 @@ class Watch:
             case "reload", frozenset() as hooks:
                 changed(bench, hooks, LIMIT)
                 self.reloaded = hooks
-                if executor.wanted is S and executor.settled:
+                if executor.wanted is S and executor.is_settled:
                     self.in_force = hooks
             case "stray", int() as run if self.running is None or run != self.running.run:
                 self.see(bench.end(run))
@@ -408,7 +408,7 @@ class Watch:
 def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
     hooks: frozenset[Role], moves: list[tuple[str, object]]
 ) -> None:
-    """Never two hooks; KILL follows TERM; what was begun is demoted, or overdue, within the budget."""
+    """Never two hooks; KILL follows TERM; what was begun is demoted, or is_overdue, within the budget."""
     watch = Watch(hooks)
     watch.want(S)
     for what, how in moves:
@@ -417,13 +417,13 @@ def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
     executor, bench = watch.bench.executor, watch.bench
     end = bench.now + D
     for _ in range(40):  # nothing ends any more by itself, only by KILL
-        if executor.settled or executor.overdue(bench.now):
+        if executor.is_settled or executor.is_overdue(bench.now):
             break
         assert executor.wake_at <= end + 1e-9, "nobody would wake it"
         watch.see(bench.wake())
         if watch.killed:
             watch.end(ok=False)
-    assert executor.settled or executor.overdue(bench.now)
+    assert executor.is_settled or executor.is_overdue(bench.now)
     assert bench.now <= end + 1e-9
 
 
@@ -431,11 +431,11 @@ def test_r11_a_role_may_have_a_limit_of_its_own() -> None:
     facts = HookFacts(P, W, 1, "for the test", None, None, LIMIT)
     executor = Executor(frozenset(Role), limit_s=LIMIT, limits_s={P: 2 * LIMIT})
     executor.completed = executor.wanted = S
-    executor.want(facts, 100.0, grace_s=GRACE)
+    executor.set_wanted_role(facts, 100.0, grace_s=GRACE)
     (pending,) = executor.step(100.0)
     assert isinstance(pending, StartHook)
     assert pending.facts.limit_s == LIMIT - GRACE
-    executor.ended(pending.run, ok=True, why="exit 0", now=100.0)
+    executor.on_hook_ended(pending.run, ok=True, why="exit 0", now=100.0)
     (primary,) = executor.step(100.0)
     assert isinstance(primary, StartHook)
     assert primary.facts.limit_s == 2 * LIMIT - GRACE

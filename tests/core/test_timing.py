@@ -28,10 +28,13 @@ def holds(timing: Timing) -> bool:
     slack = 1e-6
     return (
         timing.renew_s + timing.demote_s + timing.margin_s <= timing.lease_s + slack
-        and 2 * timing.beat_s <= timing.renew_s + slack
+        and 2 * timing.heartbeat_interval_s <= timing.renew_s + slack
         and timing.request_timeout_s < timing.renew_s / 2
         and timing.margin_s >= DRIFT * timing.lease_s - slack
-        and min(timing.renew_s, timing.demote_s, timing.beat_s, timing.request_timeout_s) > 0
+        and min(
+            timing.renew_s, timing.demote_s, timing.heartbeat_interval_s, timing.request_timeout_s
+        )
+        > 0
     )
 
 
@@ -40,7 +43,7 @@ def holds(timing: Timing) -> bool:
 def test_r1_holds_by_default_for_every_lease_from_the_shortest_to_24_days(lease_s: float) -> None:
     timing = plan(lease_s)
     assert holds(timing)
-    assert timing.beat_s <= LONGEST_BEAT_S
+    assert timing.heartbeat_interval_s <= LONGEST_BEAT_S
     assert all(held for _, held in timing.rules())
 
 
@@ -67,7 +70,7 @@ def test_r1_a_budget_is_either_kept_or_refused_with_a_lease_that_fits_it(
     ("budget", "rule"),
     [
         (Budget(renew_s=6, demote_s=3, margin_s=2), "renew 6 + demote 3 + margin 2 = 11 <="),
-        (Budget(beat_s=4), "2 x beat 4 = 8 <= renew"),
+        (Budget(heartbeat_interval_s=4), "2 x beat 4 = 8 <= renew"),
         (Budget(request_timeout_s=4), "request timeout 4 < renew / 2"),
         (Budget(margin_s=0.05), "margin 0.05 >= 1% drift of 10 = 0.1"),
         (Budget(demote_s=12), "demote 12 + margin 1 < failover timeout 10"),
@@ -81,7 +84,12 @@ def test_r1_a_broken_relation_is_named_with_its_numbers(budget: Budget, rule: st
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(beat_s=4), Budget(demote_s=12), Budget(renew_s=6, demote_s=3, margin_s=2)]
+    "budget",
+    [
+        Budget(heartbeat_interval_s=4),
+        Budget(demote_s=12),
+        Budget(renew_s=6, demote_s=3, margin_s=2),
+    ],
 )
 def test_r1_the_smallest_lease_that_fits_is_the_smallest(budget: Budget) -> None:
     smallest_s = smallest_lease_s(budget)

@@ -14,14 +14,14 @@ import pytest
 
 from agent.core.effects import Release
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     Joined,
     Left,
     Released,
-    StatusSeen,
+    StatusRead,
     Stop,
 )
 from agent.core.session import Options, Session
@@ -140,7 +140,7 @@ RELEASE = Release(7, "stopping", 0.0)
 # --- each call ends by its event ------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[[Requests], Awaitable[None]], type[Event]]] = {
-    "heartbeat": (lambda requests: requests.beat(1), BeatFailed),
+    "heartbeat": (lambda requests: requests.beat(1), HeartbeatFailed),
     "release": (lambda requests: requests.release(RELEASE), Released),
     "leave": (lambda requests: requests.leave(lambda: None), Left),
 }
@@ -238,8 +238,8 @@ async def test_no_extension_is_sent_to_a_server_that_did_not_show_any(
         assert api.last("status") == ({}, None)
         await stand.requests.release(RELEASE)
         assert api.count("release") == 0
-    assert stand.told[0] == Answered(1, HeartbeatAnswer(Role.PRIMARY))
-    assert isinstance(stand.told[1], StatusSeen)
+    assert stand.told[0] == HeartbeatAnswered(1, HeartbeatAnswer(Role.PRIMARY))
+    assert isinstance(stand.told[1], StatusRead)
     assert (stand.told[1].status.primary, stand.told[1].status.revision) == ("s", None)
     assert stand.told[-1] == Released()
 
@@ -276,8 +276,8 @@ async def test_a_heartbeat_that_another_store_answers_has_failed(
         api.documents = OTHERS
         for beat in range(1, 4):
             await stand.requests.beat(beat)
-    assert {told.failure for told in stand.told if isinstance(told, BeatFailed)} == {
-        Failure.OTHER_STORE
+    assert {told.failure for told in stand.told if isinstance(told, HeartbeatFailed)} == {
+        HeartbeatFailure.OTHER_STORE
     }
     assert stand.tally.beats_failed["other_store"] == 3
     assert caplog.text.count("coordinator of another store refused") == 1
@@ -357,8 +357,8 @@ async def test_a_429_of_a_proxy_is_lost_contact(caplog: pytest.LogCaptureFixture
             assert caplog.text.count("heartbeat failed") == 1
             del api.faults["heartbeat"]
             await stand.requests.beat(3)
-    assert [told.failure for told in stand.told if isinstance(told, BeatFailed)] == [
-        Failure.BACK_OFF
+    assert [told.failure for told in stand.told if isinstance(told, HeartbeatFailed)] == [
+        HeartbeatFailure.BACK_OFF
     ] * 4
 
 
@@ -436,4 +436,4 @@ async def test_changes_that_come_together_are_read_at_once() -> None:
         await until(lambda: len(stand.told) >= 4)
         following.cancel()
         began = stand.told[:4]
-    assert all(isinstance(told, StatusSeen) for told in began)
+    assert all(isinstance(told, StatusRead) for told in began)

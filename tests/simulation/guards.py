@@ -1,7 +1,7 @@
 """The guard of a simulated host (R12): a process beside the agent, which can hang, die and linger.
 
 Owns the deadline that it was told last, and what it does when that passes or the agent dies. Decides no
-deadline: ``Session.guard_by`` does.
+deadline: ``Session.guard_deadlines`` does.
 """
 
 from typing import TYPE_CHECKING

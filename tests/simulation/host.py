@@ -18,28 +18,28 @@ from agent.core.effects import (
     Leave,
     Publish,
     Release,
-    SendBeat,
+    SendHeartbeat,
     StartHook,
     TermHook,
 )
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
-    Fitness,
+    FitnessChanged,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     HookEnded,
     Joined,
     Left,
     Released,
     Stalled,
-    StatusSeen,
+    StatusRead,
     Stop,
     Tick,
 )
 from agent.core.group_state import AddSession, Input, ReceiveHeartbeat, ReleaseRole, RemoveSession
 from agent.core.roles import TRANSITIONS
-from agent.core.session import FormerTenure, Options, Phase, Session
+from agent.core.session import Options, Phase, PreviousTenure, Session
 from agent.errors import ExitCode, NotFound, TooSoon
 from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
 
@@ -74,7 +74,7 @@ class StateFile:
         store_id: the store that it has met.
     """
 
-    unreleased: FormerTenure | None = None
+    unreleased: PreviousTenure | None = None
     owes_demotion: bool = False
     store_id: str | None = None
 
@@ -200,7 +200,7 @@ class AgentHost:
     def begin_session(self) -> None:
         """The first demotion (R6); the tenure of the life before is released after it."""
         former = None if self.world.plain_v1 else self.state_file.unreleased
-        self.perform(self.session.begin(self.local(), former))
+        self.perform(self.session.start(self.local(), former))
 
     def options(self, jitter: float) -> Options:
         """The settings as they are now, and what is remembered over a restart."""
@@ -337,7 +337,7 @@ class AgentHost:
         if trouble is not None:
             self.unfitness[source] = trouble
         if self.unfitness != before:
-            self.tell(Fitness(not self.unfitness, "; ".join(self.unfitness.values())))
+            self.tell(FitnessChanged(not self.unfitness, "; ".join(self.unfitness.values())))
 
     def unfit(self) -> None:
         self.mark("checks", "check down")
@@ -372,7 +372,7 @@ class AgentHost:
         self.perform(self.session.step(event, self.local()))
 
     def arm_guard(self) -> None:
-        self.guard.arm(self.session.guard_by)
+        self.guard.arm(self.session.guard_deadlines)
 
     def perform(self, effects: tuple[Effect, ...]) -> None:
         """Have effects done in order, with the guard told before and after."""
@@ -396,8 +396,8 @@ class AgentHost:
 
     def begin(self, effect: Effect) -> None:  # noqa: C901 - one arm an effect
         match effect:
-            case SendBeat():
-                self.beat(effect.beat)
+            case SendHeartbeat():
+                self.beat(effect.number)
             case Publish():
                 self.publish(effect)
             case StartHook():
@@ -432,7 +432,7 @@ class AgentHost:
         epoch = "" if effect.epoch is None else f" epoch={effect.epoch}"
         self.world.say(self.name, f"{effect.before} -> {effect.role}{epoch}: {effect.reason}")
         if effect.role is not Role.SECONDARY and effect.epoch is not None:
-            self.state_file.unreleased = FormerTenure(effect.epoch, self.instance)
+            self.state_file.unreleased = PreviousTenure(effect.epoch, self.instance)
 
     def start_hook(self, effect: StartHook) -> None:
         facts = effect.facts
@@ -445,7 +445,7 @@ class AgentHost:
                 self.world.void(self.coordinator)
             if facts.epoch is not None:
                 self.tenure = (facts.epoch, self.instance)
-                self.state_file.unreleased = FormerTenure(*self.tenure)
+                self.state_file.unreleased = PreviousTenure(*self.tenure)
                 self.world.check_epoch(self.session.store_id, facts.epoch, self.instance)
         self.runs.start(effect.run, facts)
 
@@ -503,7 +503,9 @@ class AgentHost:
 
         def on_answer(answer: Any) -> None:
             event = answered(answer)
-            if open_calls or isinstance(event, Answered):  # a late answer is told, too (R3)
+            if open_calls or isinstance(
+                event, HeartbeatAnswered
+            ):  # a late answer is told, too (R3)
                 open_calls.clear()
                 self.tell(event, life)
 
@@ -553,20 +555,26 @@ class AgentHost:
             match answer:
                 case HeartbeatAnswer():
                     if plain:
-                        return Answered(beat, HeartbeatAnswer(answer.role, answer.last_data))
-                    return Answered(beat, replace(answer, store_id=coordinator.store_id))
+                        return HeartbeatAnswered(
+                            beat, HeartbeatAnswer(answer.role, answer.last_data)
+                        )
+                    return HeartbeatAnswered(beat, replace(answer, store_id=coordinator.store_id))
                 case NotFound():
-                    return BeatFailed(beat, Failure.GONE, "404")
+                    return HeartbeatFailed(beat, HeartbeatFailure.GONE, "404")
                 case TooSoon():
-                    return BeatFailed(beat, Failure.BACK_OFF, "429", answer.retry_after_s)
+                    return HeartbeatFailed(
+                        beat, HeartbeatFailure.BACK_OFF, "429", answer.retry_after_s
+                    )
                 case _:
-                    return BeatFailed(beat, Failure.OTHER, "refused")
+                    return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "refused")
 
         def failed() -> Event:
-            return BeatFailed(beat, Failure.OTHER, "no answer in time")
+            return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "no answer in time")
 
         if seen is not None and seen > GREATEST_EPOCH:
-            self.world.after(0.002, self.tell, BeatFailed(beat, Failure.OTHER, "400"), self.life)
+            self.world.after(
+                0.002, self.tell, HeartbeatFailed(beat, HeartbeatFailure.OTHER, "400"), self.life
+            )
             return
         self.call("beat", what, answered, failed)
         if self.stops_confirming and coordinator.state.record.pending == self.name:
@@ -632,7 +640,7 @@ class AgentHost:
 
         what = AddSession(SessionConfig(self.name))
         self.world.send(net, back=False, deliver=coordinator.submit, args=(what, reply))
-        self.world.after(self.world.timing.beat_s, again)
+        self.world.after(self.world.timing.heartbeat_interval_s, again)
 
     def follow(self, life: int) -> None:
         """Blocking reads of the status, one after the other."""
@@ -647,7 +655,7 @@ class AgentHost:
             settled.append(True)
             if status is not None and status.revision is not None:
                 self.revision = status.revision
-                self.tell(StatusSeen(status), life)
+                self.tell(StatusRead(status), life)
             self.world.after(0.0, self.follow, life)
 
         net = self.nets[endpoint]

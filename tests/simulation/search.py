@@ -106,7 +106,7 @@ def live_on(world: World, plan: Plan) -> None:
     timing, kinds = world.timing, {fault.kind for fault in plan.faults}
     hooks_s = 3 * 1.5 * plan.hook_seconds + 0.05
     under_way_s = plan.spread_s  # a heartbeat that was sent before may arrive as late as this
-    limit_s = 1.01 * (timing.lease_s + 2 * timing.beat_s) + hooks_s + under_way_s
+    limit_s = 1.01 * (timing.lease_s + 2 * timing.heartbeat_interval_s) + hooks_s + under_way_s
     if HELD_OFF & kinds:
         limit_s += world.lease_s  # the longest cool-down, and what a stopped session asks for
     if plan.outcomes != ("ok",):

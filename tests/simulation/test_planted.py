@@ -53,23 +53,23 @@ class TakesTheDemotionAway(Session):
 
     def reconfigure(self, options: Options) -> None:
         super().reconfigure(options)
-        self._executor._hooks = self._executor._next_hooks
+        self._executor._hooks = self._executor._configured_hooks
 
 
 class AcceptsAfterAnyRegistration(Session):
     """Fault 10: a role is taken at once from a plain v1 server that had forgotten everything."""
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
-        self._accept_at = float("-inf")
+        self._accept_roles_at = float("-inf")
         return super().step(event, now)
 
 
 class KeepsWhatItDoesNotUse(Session):
     """Fault 17: a role that is given on the way out is not released, but waited for."""
 
-    def _note_tenure(self, epoch: int | None) -> None:
+    def _record_assigned_tenure(self, epoch: int | None) -> None:
         if self._stop is None:
-            super()._note_tenure(epoch)
+            super()._record_assigned_tenure(epoch)
 
 
 def forgets_quiet_times(record: GroupRecord, now: Instant) -> GroupState:

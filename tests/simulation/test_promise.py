@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.effects import Cause, Effect, Release
-from agent.core.events import Fitness
+from agent.core.events import FitnessChanged
 from agent.core.group_state import state_after_restart
 from agent.core.session import Session
 from agent.core.timing import Budget
@@ -78,8 +78,8 @@ class CountsFromTheAnswer(Session):
         self._now = now
         return super().step(event, now)  # type: ignore[arg-type]
 
-    def _extend(self, sent_at: float) -> None:
-        super()._extend(self._now)
+    def _renew(self, sent_at: float) -> None:
+        super()._renew(self._now)
 
 
 class ReleasesFirst(Session):
@@ -94,7 +94,7 @@ class ReleasesFirst(Session):
 class ResumesAfterStall(Session):
     """A planted bug: a process that was frozen asks before it demotes."""
 
-    def _stalled(self, late_s: float, now: float, effects: list[Effect]) -> None:
+    def _on_stalled(self, late_s: float, now: float, effects: list[Effect]) -> None:
         self.renew_by = now + self.timing.renew_s
 
 
@@ -102,8 +102,8 @@ class GuardsTooLate(Session):
     """A planted bug: the guard is told a deadline behind the end of the lease (R12)."""
 
     @property
-    def guard_by(self) -> tuple[float, float] | None:
-        due = super().guard_by
+    def guard_deadlines(self) -> tuple[float, float] | None:
+        due = super().guard_deadlines
         lease_s = self.timing.lease_s
         return due and (due[0] + lease_s, due[1] + lease_s)
 
@@ -111,10 +111,10 @@ class GuardsTooLate(Session):
 class StaysThoughUnfit(Session):
     """A planted bug: a demotion for unfitness gives the role back before its hook has run (R9)."""
 
-    def _fitness(self, event: Fitness, now: float, effects: list[Effect]) -> None:
+    def _on_fitness_changed(self, event: FitnessChanged, now: float, effects: list[Effect]) -> None:
         if not event.fit and self.role is Role.PRIMARY and self.tenure is not None:
             effects.append(Release(self.tenure, event.reason, 0.0))
-        super()._fitness(event, now, effects)
+        super()._on_fitness_changed(event, now, effects)
 
 
 def test_without_a_guard_a_frozen_agent_breaks_the_promise() -> None:
