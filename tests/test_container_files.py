@@ -21,7 +21,7 @@ import yaml  # type: ignore[import-untyped] # nothing else here would use its st
 
 from agent import __version__
 from agent.cli.main import main
-from agent.daemon.vitals import PROBES
+from agent.daemon.telemetry import PROBES
 from agent.settings.models import AgentForm, CoordinatorSettings
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from agent.coordinator.server import serving
-from agent.daemon import life
+from agent.daemon import main
 from agent.daemon.loop import Daemon
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
@@ -359,13 +359,13 @@ def test_agents_of_one_host_choose_distinct_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr("agent.daemon.life.socket.gethostname", lambda: "edge 1/a")
-    claimed = [life._claim(settings_for("http://a/clientfailover")) for _ in range(3)]
+    monkeypatch.setattr("agent.daemon.main.socket.gethostname", lambda: "edge 1/a")
+    claimed = [main._claim(settings_for("http://a/clientfailover")) for _ in range(3)]
     assert [name for _, name in claimed] == ["edge 1/a", "edge 1/a-2", "edge 1/a-3"]
     assert len({state_file.path for state_file, _ in claimed}) == 3
     assert {state_file.path.parent for state_file, _ in claimed} == {tmp_path}
     claimed[1][0].close()
-    again, name = life._claim(settings_for("http://a/clientfailover"))
+    again, name = main._claim(settings_for("http://a/clientfailover"))
     assert name == "edge 1/a-2"
     for state_file, _ in (*claimed, (again, name)):
         state_file.close()
@@ -376,10 +376,10 @@ def test_a_name_that_was_given_is_not_replaced_by_another(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     settings = settings_for("http://a/clientfailover", session_id="host-a")
-    state_file, name = life._claim(settings)
+    state_file, name = main._claim(settings)
     assert name == "host-a"
     with pytest.raises(ConfigError) as caught:
-        life._claim(settings)
+        main._claim(settings)
     assert caught.value.exit_code is ExitCode.SESSION_IN_USE
     state_file.close()
 
@@ -388,10 +388,10 @@ async def test_a_demotion_without_hooks_has_its_slack_too(endpoint: str, tmp_pat
     """Who follows the state file is told in that instant."""
     async with a_daemon(settings_for(endpoint), tmp_path) as (host, _), living(host) as task:
         await host.until_role("Primary")
-        assert host.daemon.snapshot().tally.slack_s is None
+        assert host.daemon.snapshot().stats.slack_s is None
         host.stop.set()
         await task
-        slack_s = host.daemon.snapshot().tally.slack_s
+        slack_s = host.daemon.snapshot().stats.slack_s
     assert slack_s is not None
     assert 0 < slack_s <= 3
 

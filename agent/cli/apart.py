@@ -112,12 +112,12 @@ def start(words: Sequence[str], *, debug: bool) -> int:
     """
     reading = Reading(words, debug=debug)
     try:
-        from agent.daemon.life import run  # noqa: PLC0415 - while the other process reads
+        from agent.daemon.main import run  # noqa: PLC0415 - while the other process reads
     finally:
         try:
             settings = reading.settings()
         except ConfigError as error:
-            from agent.daemon.former import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
+            from agent.daemon.leftover_workload import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
 
             add_hint_of_usual_directory(error)
             raise

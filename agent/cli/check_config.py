@@ -32,7 +32,7 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     else:
         origin = sources(AgentForm, given)
         settings = form = load_agent(origin)
-        from agent.daemon.budget import longest_stop_s  # noqa: PLC0415 - wrong settings are told without it
+        from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - wrong settings are told without it
 
         told = form.value()
         timing = asdict(told.timing)

@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 from agent.core.events import Event, Stalled, Stop, Tick
 from agent.core.session import Phase, Session
-from agent.daemon.budget import LEFT_S, longest_stop_s
-from agent.daemon.effects import Effects
-from agent.daemon.guarding import BY_GUARD, Guarding
-from agent.daemon.inputs import Inputs
+from agent.daemon.effect_runner import EffectRunner
+from agent.daemon.guard_control import BY_GUARD, GuardControl
+from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published, announcer_of, options_of
 from agent.daemon.reload import Reload
 from agent.daemon.requests import Requests
-from agent.daemon.runs import Runs
-from agent.daemon.supervise import Supervisor
-from agent.daemon.view import (
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.state_publisher import (
     STOPPED,
-    View,
+    StatePublisher,
     former_instances,
     former_tenure,
     refused_times,
     snapshot_of,
     store_of,
 )
-from agent.daemon.vitals import Snapshot, Tally
+from agent.daemon.stop_budget import LEFT_S, longest_stop_s
+from agent.daemon.supervise import Supervisor
+from agent.daemon.telemetry import Snapshot, Stats
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ExitCode, FailoverError
@@ -95,28 +95,28 @@ class Daemon:
         self._announcer: Announcer | None = None
         self._supervisor = Supervisor(self._tell, self._task_failed)
         former = state_file.read() or {}
-        clock, tally, instance = clock or Clock(), Tally(), secrets.token_hex(8)
-        runs = Runs(
+        clock, stats, instance = clock or Clock(), Stats(), secrets.token_hex(8)
+        role_runner = RoleRunner(
             settings,
             session_id,
             state_file.path,
             clock,
-            tally,
+            stats,
             instance=instance,
             ended=lambda event: self._effects.run_ended(event),  # noqa: PLW0108 - made below
-            groups_changed=lambda: self._guarding.update(),  # noqa: PLW0108 - as above
-            workload_ended=lambda status: self._inputs.workload_ended(status),  # noqa: PLW0108 - as above
+            groups_changed=lambda: self._guard_control.update(),  # noqa: PLW0108 - as above
+            workload_ended=lambda status: self._host_health.workload_ended(status),  # noqa: PLW0108 - as above
         )
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
-        options = options_of(settings, session_id, runs, jitter, store_of(former))
+        options = options_of(settings, session_id, role_runner, jitter, store_of(former))
         session = Session(settings.timing, options)
         requests = Requests(
             settings,
             session,
             self._tell,
-            lambda: self._inputs.report(),  # noqa: PLW0108 - as above
+            lambda: self._host_health.report(),  # noqa: PLW0108 - as above
             instance=instance,
-            tally=tally,
+            stats=stats,
             clock=clock,
         )
         published = Published(Role.SECONDARY, None, "starting", clock.wall())
@@ -125,55 +125,58 @@ class Daemon:
             session_id=session_id,
             instance=instance,
             clock=clock,
-            tally=tally,
+            stats=stats,
             notify=notify or Notify({}),
             session=session,
-            runs=runs,
+            role_runner=role_runner,
             requests=requests,
             published=published,
         )
         self._former = former
         self._former_tenure = former_tenure(former, settings.hook_secondary)
-        self._view = View(member, state_file, self._former_tenure)
-        self._inputs = Inputs(member, self._tell)
-        self.report_progress = self._inputs.report_progress
-        self._view.score, self._view.trouble = self._inputs.score, self._inputs.trouble
-        self._guarding = Guarding(member, self._view.describe, state_file.path)
-        self._effects = Effects(
+        self._state_publisher = StatePublisher(member, state_file, self._former_tenure)
+        self._host_health = HostHealth(member, self._tell)
+        self.report_progress = self._host_health.report_progress
+        self._state_publisher.score, self._state_publisher.trouble = (
+            self._host_health.score,
+            self._host_health.trouble,
+        )
+        self._guard_control = GuardControl(member, self._state_publisher.describe, state_file.path)
+        self._effects = EffectRunner(
             member,
-            self._view,
-            self._inputs,
-            self._guarding,
+            self._state_publisher,
+            self._host_health,
+            self._guard_control,
             self._supervisor,
             tell=self._tell,
             started=self._wait_for_start,
         )
         self._reload = Reload(
             member,
-            self._inputs,
+            self._host_health,
             options=lambda settings: options_of(
-                settings, session_id, runs, jitter, session.store_id
+                settings, session_id, role_runner, jitter, session.store_id
             ),
-            status=lambda: self._view.status,
+            status=lambda: self._state_publisher.status,
         )
 
     # -- for the world --------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """The content of the state file and of the probe's /status."""
-        return self._view.describe()
+        return self._state_publisher.describe()
 
     def snapshot(self) -> Snapshot:
         """Everything that probes and metrics are answered from, at this moment."""
-        inputs, announcer = self._inputs, self._announcer
+        host_health, announcer = self._host_health, self._announcer
         return snapshot_of(
             self._member,
             turn_s=self._turn_s,
-            unfit=inputs.unfit,
-            score=inputs.score(),
-            checks=inputs.checks_up,
-            guard_up=None if not self._guarding.enabled else "guard" not in inputs.unfit,
-            refused=refused_times(inputs.source, self._member.tally.future_refused),
+            unfit=host_health.unfit,
+            score=host_health.score(),
+            checks=host_health.checks_up,
+            guard_up=None if not self._guard_control.enabled else "guard" not in host_health.unfit,
+            refused=refused_times(host_health.source, self._member.stats.future_refused),
             mqtt_up=None if announcer is None else announcer.up,
             mqtt_failures=0 if announcer is None else announcer.failures,
         )
@@ -186,7 +189,7 @@ class Daemon:
 
     def signal_workload(self, number: int) -> bool:
         """Pass a signal on to the command of ``exec``; whether it runs."""
-        workload = self._member.runs.workload
+        workload = self._member.role_runner.workload
         return workload is not None and workload.send_signal(number)
 
     # -- life -----------------------------------------------------------------------------------
@@ -203,8 +206,8 @@ class Daemon:
         """
         member = self._member
         member.notify.status(f"starting, not yet in group {member.settings.group}")
-        member.tally.guard_fired = self._former.get("reason") == BY_GUARD
-        self._failure = await self._view.write_first("starting")
+        member.stats.guard_fired = self._former.get("reason") == BY_GUARD
+        self._failure = await self._state_publisher.write_first("starting")
         try:
             await self._end_former_life()
             self._supervisor.watch_loop()
@@ -213,9 +216,9 @@ class Daemon:
             await self._run()
             self._show_stopping()
             if self._effects.escalated:
-                await member.runs.fence()
+                await member.role_runner.fence()
             in_order = self._effects.exit_code is ExitCode.OK
-            await member.runs.notifier.drain(LEFT_S if in_order else 0.0)
+            await member.role_runner.notifier.drain(LEFT_S if in_order else 0.0)
         finally:
             await self._let_go()
         if self._broken is not None:
@@ -226,19 +229,19 @@ class Daemon:
             if failure.exit_code is ExitCode.OTHER_STORE:
                 failure.hint = (
                     "if the coordinator's data were made anew on purpose, remove"
-                    f" {self._view.path} and start the agent again"
+                    f" {self._state_publisher.path} and start the agent again"
                 )
             raise failure
         if self._task_has_failed and code is ExitCode.OK:
             code = ExitCode.TASK_FAILED  # too late to be the reason of the stop
         assert code is not None  # noqa: S101 - the loop ends by Exit or by a failure
         log.info("agent stopped", code=int(code), reason=code.name)
-        return code or self._inputs.workload_status
+        return code or self._host_health.workload_status
 
     async def _end_former_life(self) -> None:
         """Kill what an agent that was killed together with its guard has left of its tenure."""
         for instance in former_instances(self._former):
-            await self._member.runs.end_former_life(instance)
+            await self._member.role_runner.end_former_life(instance)
 
     async def _run(self) -> None:
         """The loop, with the one edge at which an exception of our own is caught."""
@@ -248,9 +251,9 @@ class Daemon:
             await self._turn_until_over()
         except Exception as error:  # the loop's edge: whatever it is, nobody keeps the lease now
             self._broken = error
-            self._guarding.freeze()
+            self._guard_control.freeze()
             log.exception("agent failed", action="leaving the demotion to the guard")
-            if self._guarding.owed and not self._guarding.ready:
+            if self._guard_control.owed and not self._guard_control.ready:
                 await self._effects.demote_without_session()
 
     async def _start(self) -> None:
@@ -268,23 +271,23 @@ class Daemon:
         member = self._member
         member.requests.use(await self._make_client())
         if self._start_probe is not None:
-            member.runs.payloads.probe_url = await self._start_probe(self)
+            member.role_runner.payloads.probe_url = await self._start_probe(self)
         if member.settings.mqtt is not None:
             self._announcer = announcer_of(member)
-        await self._guarding.start(self._inputs.guard_changed, self._claim)
-        await self._inputs.start()
+        await self._guard_control.start(self._host_health.guard_changed, self._claim)
+        await self._host_health.start()
         if self._announcer is not None:
             self._announcer.start()
             self._effects.announcer = self._announcer
-        self._view.write()  # it names the probe now
+        self._state_publisher.write()  # it names the probe now
         log.info(
             "agent started",
             group=member.settings.group,
             session=member.session_id,
             endpoint=member.requests.endpoint,
             failover_timeout_s=member.session.timing.lease_s,
-            state_file=self._view.path,
-            probe=member.runs.payloads.probe_url,
+            state_file=self._state_publisher.path,
+            probe=member.role_runner.payloads.probe_url,
         )
 
     async def _wait_for_start(self) -> bool:
@@ -297,24 +300,24 @@ class Daemon:
         if (
             self._broken is not None
         ):  # the guard acts when this process has ended: do not keep it waiting
-            await self._guarding.stop()
+            await self._guard_control.stop()
             return
         await self._supervisor.cancel_all()
-        await self._inputs.stop()
-        await self._guarding.stop()
+        await self._host_health.stop()
+        await self._guard_control.stop()
         member = self._member
-        if not self._guarding.owed:
+        if not self._guard_control.owed:
             member.published = Published(
                 member.published.role, member.published.epoch, STOPPED, member.published.since
             )
-            await self._view.close()
+            await self._state_publisher.close()
         if self._announcer is not None:
             await self._announcer.stop()
         await member.requests.close()
 
     def close(self) -> None:
         """Give the hooks' process numbers back."""
-        self._member.runs.close()
+        self._member.role_runner.close()
 
     async def _wait_for_stop(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -345,7 +348,7 @@ class Daemon:
         requests = self._member.requests
         failed = self._failure or (requests.failure and not requests.joined_once)
         started = self._member.session.phase is not Phase.STARTING
-        return bool(failed) and started and not self._guarding.owed
+        return bool(failed) and started and not self._guard_control.owed
 
     async def _turn_until_over(self) -> None:
         member = self._member
@@ -360,11 +363,11 @@ class Daemon:
                 break
             now = clock.boottime()
             late_s, turned_at = now - turned_at - turn_s, now
-            member.tally.turned_at = now
+            member.stats.turned_at = now
             suspended_s = clock.suspended_s()
             if late_s > session.timing.margin_s or suspended_s > SUSPENDED_S:
                 log.warning("this process was stopped", late_s=late_s, suspended_s=suspended_s)
-                member.tally.stalled(suspended=suspended_s > SUSPENDED_S)
+                member.stats.stalled(suspended=suspended_s > SUSPENDED_S)
                 self._step(Stalled(max(late_s, suspended_s)), now)
             self._show_life()
             self._step(event, clock.boottime())
@@ -395,4 +398,4 @@ class Daemon:
         if watchdog_s is not None and now - self._shown_at >= watchdog_s / 4:
             self._shown_at = now  # not at each turn: the queue of the receiver is short
             member.notify.watchdog()
-        self._guarding.check()
+        self._guard_control.check()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from agent.core.session import Options, Session
 from agent.daemon.payload import EVENTS
 from agent.daemon.requests import Requests
-from agent.daemon.runs import Runs
-from agent.daemon.vitals import Tally
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
@@ -38,8 +38,8 @@ class Member:
     Attributes:
         settings: those in force. Written by ``Reload``.
         session: stepped by ``Daemon`` only.
-        published: written by ``Effects``.
-        progress: up to when data was processed in this tenure. Written by ``Inputs``.
+        published: written by ``EffectRunner``.
+        progress: up to when data was processed in this tenure. Written by ``HostHealth``.
         instance: identifies this process towards the coordinator, and the processes of its tenures.
     """
 
@@ -47,30 +47,34 @@ class Member:
     session_id: str
     instance: str
     clock: Clock
-    tally: Tally
+    stats: Stats
     notify: Notify
     session: Session
-    runs: Runs
+    role_runner: RoleRunner
     requests: Requests
     published: Published
     progress: datetime | None = None
 
 
 def options_of(
-    settings: AgentSettings, session_id: str, runs: Runs, jitter: float, store_id: str | None
+    settings: AgentSettings,
+    session_id: str,
+    role_runner: RoleRunner,
+    jitter: float,
+    store_id: str | None,
 ) -> Options:
     """The options of a session by its settings.
 
     Args:
         settings: those in force.
         session_id: its own id.
-        runs: what there is to run.
+        role_runner: what there is to run.
         jitter: from 0 to 1, drawn once for this process.
         store_id: the store that it belongs to, if it has met one.
     """
     return Options(
         session_id=session_id,
-        hooks=runs.roles,
+        hooks=role_runner.roles,
         hook_limit_s=settings.hook_limit,
         hook_limits_s={
             role: settings.hook_limit_of(EVENTS[role])

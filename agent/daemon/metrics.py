@@ -19,7 +19,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from agent import __version__
-from agent.daemon.vitals import Histogram, Snapshot, why_not_ready
+from agent.daemon.telemetry import Histogram, Snapshot, why_not_ready
 from agent.model import Role
 from agent.ops import logs
 
@@ -93,7 +93,7 @@ def _of_identity(snap: Snapshot) -> Iterator[Metric]:
 
 
 def _of_lease(snap: Snapshot) -> Iterator[Metric]:
-    timing, tally = snap.timing, snap.tally
+    timing, stats = snap.timing, snap.stats
     yield _gauge(
         "failover_agent_role",
         "1 for the role at this moment, by the lease's deadline; 0 for the others.",
@@ -134,61 +134,61 @@ def _of_lease(snap: Snapshot) -> Iterator[Metric]:
         "Changes of the role of this member, by what it was, what it became, and why.",
         [
             ({"from": before.value, "to": after.value, "cause": cause.value}, count)
-            for (before, after, cause), count in tally.changes.items()
+            for (before, after, cause), count in stats.changes.items()
         ],
     )
     yield _gauge(
         "failover_agent_demotion_slack_seconds",
         "How much of L was left when the last demotion was done. Below 0: two members may have been"
         " active. Of a demotion by the guard only the log tells it.",
-        [({}, tally.slack_s)],
+        [({}, stats.slack_s)],
     )
     yield _gauge(
         "failover_agent_demotion_slack_min_seconds",
         "The smallest slack of a demotion since the start of the agent.",
-        [({}, None if tally.slack_s is None else tally.least_slack_s)],
+        [({}, None if stats.slack_s is None else stats.least_slack_s)],
     )
 
 
 def _of_contact(snap: Snapshot) -> Iterator[Metric]:
-    tally = snap.tally
+    stats = snap.stats
     yield _gauge(
         "failover_agent_last_renewal_timestamp_seconds",
         "When the newest answered heartbeat was sent, by this host's clock, since 1970.",
-        [({}, _unix(tally.renewed_at))],
+        [({}, _unix(stats.renewed_at))],
     )
     yield _histogram(
         "failover_agent_heartbeat_duration_seconds",
         "From sending a heartbeat to its answer. Failed ones are not among them.",
-        [({}, tally.beats)],
+        [({}, stats.beats)],
     )
     yield _counter(
         "failover_agent_heartbeat_failures_total",
         "Heartbeats that were not answered, or with an error.",
-        [({"reason": reason}, count) for reason, count in tally.beats_failed.items()],
+        [({"reason": reason}, count) for reason, count in stats.beats_failed.items()],
     )
     yield _gauge(
         "failover_agent_clock_skew_seconds",
         "How far this host's clock is ahead of the server's, by its Date header, which has whole"
         " seconds: within some tenths of a second, at a plain v1 server up to 1 s too much. Leases do"
         " not depend on it, data-processed times do.",
-        [({}, tally.skew_s)],
+        [({}, stats.skew_s)],
     )
 
 
 def _of_hooks(snap: Snapshot) -> Iterator[Metric]:
-    tally = snap.tally
+    stats = snap.stats
     yield _histogram(
         "failover_agent_hook_duration_seconds",
         "How long hooks took, whatever came of it.",
-        [({"hook": name}, durations) for name, durations in tally.hooks.items()],
+        [({"hook": name}, durations) for name, durations in stats.hooks.items()],
     )
     yield _counter(
         "failover_agent_hook_runs_total",
         "Hooks that have ended: ok, or failed (which includes killed ones).",
         [
             ({"hook": name, "outcome": "ok" if ok else "failed"}, count)
-            for (name, ok), count in tally.hooks_ended.items()
+            for (name, ok), count in stats.hooks_ended.items()
         ],
     )
     yield _counter(
@@ -233,7 +233,7 @@ def _of_data(snap: Snapshot) -> Iterator[Metric]:
 
 
 def _of_health(snap: Snapshot) -> Iterator[Metric]:
-    tally = snap.tally
+    stats = snap.stats
     yield _gauge(
         "failover_agent_ready",
         "1 for a member that holds the role or could take it over, as /readyz says; else 0.",
@@ -261,7 +261,7 @@ def _of_health(snap: Snapshot) -> Iterator[Metric]:
         "failover_agent_stalls_total",
         "How often this process did not run for longer than its margin: late (frozen, or starved of"
         " CPU), or suspended with its host.",
-        [({"kind": kind}, count) for kind, count in tally.stalls.items()],
+        [({"kind": kind}, count) for kind, count in stats.stalls.items()],
     )
     yield _gauge(
         "failover_agent_guard_up",
@@ -271,12 +271,12 @@ def _of_health(snap: Snapshot) -> Iterator[Metric]:
     yield _counter(
         "failover_agent_guard_restarts_total",
         "How often the guard was lost, and another one started.",
-        [({}, None if snap.guard_up is None else tally.guard_lost)],
+        [({}, None if snap.guard_up is None else stats.guard_lost)],
     )
     yield _gauge(
         "failover_agent_guard_fired",
         "1 if the process before this one was ended by its guard, which demoted in its place; else 0.",
-        [({}, float(tally.guard_fired))],
+        [({}, float(stats.guard_fired))],
     )
     yield _counter(
         "failover_agent_log_lines_dropped_total",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from agent.core.session import Options
-from agent.daemon.inputs import Inputs
+from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
@@ -65,13 +65,13 @@ class Reload:
     def __init__(
         self,
         member: Member,
-        inputs: Inputs,
+        host_health: HostHealth,
         *,
         options: Callable[[AgentSettings], Options],
         status: Callable[[], str],
     ) -> None:
         self._member = member
-        self._inputs = inputs
+        self._host_health = host_health
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
@@ -100,15 +100,15 @@ class Reload:
         refused = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
         settings = replace(before, **update)
-        specs = await self._lane.run(lambda: member.runs.read_hooks(settings))
+        specs = await self._lane.run(lambda: member.role_runner.read_hooks(settings))
         if "progress" in changed:
-            await self._inputs.change_source(settings)
-        member.runs.reconfigure(settings, specs)
+            await self._host_health.change_source(settings)
+        member.role_runner.reconfigure(settings, specs)
         member.settings = member.requests.settings = settings
         member.session.reconfigure(self._options(settings))
         logs.configure(settings.log_level, settings.log_format)
         if {"check", "failover_score"} & changed:
-            await self._inputs.change_checks(settings)
+            await self._host_health.change_checks(settings)
         if refused:
             log.warning(
                 "settings not changed",

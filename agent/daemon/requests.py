@@ -25,7 +25,7 @@ from agent.core.events import (
 )
 from agent.core.session import Session
 from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Joining, where_next
-from agent.daemon.vitals import Tally, reason_of
+from agent.daemon.telemetry import Stats, reason_of
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, FailoverError, ServerError
 from agent.model import GroupStatus, HeartbeatAnswer
@@ -59,7 +59,7 @@ class Requests:
         tell: takes the events.
         report: the content of a heartbeat: FailoverScore and the data-processed time.
         instance: identifies this process.
-        tally: counts heartbeats.
+        stats: counts heartbeats.
         clock: measures them.
 
     Attributes:
@@ -75,7 +75,7 @@ class Requests:
         report: Callable[[], tuple[float, datetime | None]],
         *,
         instance: str,
-        tally: Tally,
+        stats: Stats,
         clock: Clock,
     ) -> None:
         self.settings = settings
@@ -87,7 +87,7 @@ class Requests:
         self._session = session
         self._tell = tell
         self._report = report
-        self._tally = tally
+        self._stats = stats
         self._clock = clock
         self._trouble: tuple[object, ...] | None = None
         self._too_soon = 0
@@ -131,25 +131,25 @@ class Requests:
 
     async def beat(self, beat: int) -> None:
         """Send one heartbeat; tell HeartbeatAnswered or HeartbeatFailed."""
-        tally, sent = self._tally, self._clock.now()
+        stats, sent = self._stats, self._clock.now()
         endpoint = self.client.endpoint
-        tally.asked_at[beat] = sent.mono
+        stats.asked_at[beat] = sent.mono
         try:
             answer = await self._beat(endpoint)
         except ServerError as error:
-            tally.beats_failed[reason_of(error)] += 1
+            stats.beats_failed[reason_of(error)] += 1
             self._lost_contact(endpoint, error)
             self._tell(HeartbeatFailed(beat, _failure(error), str(error), error.retry_after_s))
         except Exception as error:
             self._tell(HeartbeatFailed(beat, HeartbeatFailure.OTHER, _fault(error)))
             raise
         else:
-            tally.answered(sent, self._clock.now(), self.client.date, endpoint)
+            stats.answered(sent, self._clock.now(), self.client.date, endpoint)
             self._has_contact()
             self.group_data = answer.last_data
             self._tell(HeartbeatAnswered(beat, answer))
         finally:
-            del tally.asked_at[beat]
+            del stats.asked_at[beat]
 
     async def _beat(self, endpoint: str) -> HeartbeatAnswer:
         score, last_data = self._report()

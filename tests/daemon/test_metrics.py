@@ -14,12 +14,12 @@ from agent.core.effects import Cause, Publish
 from agent.core.session import Phase
 from agent.core.timing import Timing
 from agent.daemon import metrics
-from agent.daemon.vitals import (
+from agent.daemon.telemetry import (
     CHANGES,
     REASONS,
     SKEWS,
     Snapshot,
-    Tally,
+    Stats,
     reason_of,
     why_not_live,
     why_not_primary,
@@ -35,9 +35,9 @@ TIMING = Timing(10.0, 6.5, 2.5, 1.0, 2.0, 2.0)
 URL = "http://a/clientfailover"
 
 
-def tally() -> Tally:
+def stats() -> Stats:
     """Something of everything has happened."""
-    made = Tally()
+    made = Stats()
     made.turned_at = NOW - 0.1
     made.answered(at(-1.0), at(-0.9), NOON, URL)
     made.hook_ended("secondary", 0.3, ok=True)
@@ -80,7 +80,7 @@ def snapshot(**changed: Any) -> Snapshot:
         refused={"future": 2, "never": 0},
         notifications_dropped=1,
         notifications_failed=3,
-        tally=tally(),
+        stats=stats(),
     )
     return replace(whole, **changed)
 
@@ -135,7 +135,7 @@ def test_a_healthy_secondary_is_ready() -> None:
     [
         ({"phase": Phase.JOINING}, "not joined: joining"),
         ({"unfit": {"checks": "disk: full"}}, "unfit to be primary: disk: full"),
-        ({"tally": Tally()}, "no heartbeat was answered within 10 s"),
+        ({"stats": Stats()}, "no heartbeat was answered within 10 s"),
         ({"wake_at": NOW - 2}, "the session has stalled"),
     ],
 )
@@ -145,31 +145,31 @@ def test_who_could_not_take_over_is_not_ready(changed: dict[str, Any], why: str)
 
 def test_a_member_that_was_not_answered_for_L_is_live_and_not_ready() -> None:  # noqa: N802 - L is L
     snap = snapshot(**SECONDARY)
-    snap.tally.heard_at = NOW - 9.9
+    snap.stats.heard_at = NOW - 9.9
     assert why_not_ready(snap) is None
-    snap.tally.heard_at = NOW - 10
+    snap.stats.heard_at = NOW - 10
     assert why_not_ready(snap) is not None
     assert why_not_live(snap) is None
 
 
 def test_a_late_loop_is_not_live() -> None:
     snap = snapshot()
-    snap.tally.turned_at = NOW - 1.5
+    snap.stats.turned_at = NOW - 1.5
     assert why_not_live(snap) is None
-    snap.tally.turned_at = NOW - 1.6
+    snap.stats.turned_at = NOW - 1.6
     assert why_not_live(snap) == "the loop has stalled, it is 1.100 s late"
 
 
 def test_a_heartbeat_that_hangs_beyond_its_limit_is_not_live() -> None:
     snap = snapshot()
-    snap.tally.asked_at = {1: NOW - 3.0, 2: NOW - 1.0}
+    snap.stats.asked_at = {1: NOW - 3.0, 2: NOW - 1.0}
     assert why_not_live(snap) is None
-    snap.tally.asked_at = {1: NOW - 3.1, 2: NOW - 1.0}
+    snap.stats.asked_at = {1: NOW - 3.1, 2: NOW - 1.0}
     assert why_not_live(snap) == "renewal has stalled, a heartbeat hangs for 3.100 s"
 
 
 def test_what_starts_is_live() -> None:
-    assert why_not_live(snapshot(tally=Tally(), wake_at=-math.inf)) is None
+    assert why_not_live(snapshot(stats=Stats(), wake_at=-math.inf)) is None
 
 
 # -- metrics ------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_secondary_has_no_lease() -> None:
 
 def test_what_is_not_known_has_no_sample() -> None:
     unknown = {"epoch": None, "data": None, "group_data": None, "guard_up": None, "mqtt_up": None}
-    snap = snapshot(**unknown, tally=Tally())
+    snap = snapshot(**unknown, stats=Stats())
     for name in (
         "epoch",
         "data_lag_seconds",
@@ -263,7 +263,7 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_a_change_of_role_is_counted_by_from_to_and_cause() -> None:
     snap = snapshot()
-    snap.tally.changed(Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late"))
+    snap.stats.changed(Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late"))
     labels = {"from": "Primary", "to": "Secondary"}
     assert value(snap, "role_changes_total", **labels, cause="lease_lost") == 1
     assert value(snap, "role_changes_total", **labels, cause="told") == 0
@@ -288,9 +288,9 @@ def test_the_number_of_series_does_not_grow_with_what_happens() -> None:
         for status in (None, 404, 429, 500, 503):
             error = ServerError("why", exit_code=code, status=status)
             assert reason_of(error) in REASONS
-            snap.tally.beats_failed[reason_of(error)] += 1
+            snap.stats.beats_failed[reason_of(error)] += 1
     for change in CHANGES:
-        snap.tally.changed(Publish(change[0], change[1], 1, change[2], "why"))
+        snap.stats.changed(Publish(change[0], change[1], 1, change[2], "why"))
     assert series(snap) == before
 
 
@@ -315,7 +315,7 @@ def test_why_a_heartbeat_failed(status: int | None, code: ExitCode, reason: str)
 
 def test_the_skew_is_right_within_tenths_though_the_date_has_whole_seconds() -> None:
     """The server cuts fractions off."""
-    made = Tally()
+    made = Stats()
     for n in range(SKEWS):
         sent = at(2.1 * n)
         servers = sent.wall - timedelta(seconds=3)
@@ -324,14 +324,14 @@ def test_the_skew_is_right_within_tenths_though_the_date_has_whole_seconds() -> 
 
 
 def test_the_skew_of_another_endpoint_is_begun_anew() -> None:
-    made = Tally()
+    made = Stats()
     made.answered(at(0), at(0), NOON, URL)
     made.answered(at(1), at(1), NOON - timedelta(seconds=60), "http://b/clientfailover")
     assert made.skew_s == pytest.approx(61)
 
 
 def test_an_answer_that_was_overtaken_does_not_turn_the_renewal_back() -> None:
-    made = Tally()
+    made = Stats()
     made.answered(at(2), at(3), None, URL)
     made.answered(at(1), at(4), None, URL)
     assert (made.heard_at, made.renewed_at) == (NOW + 2, NOON + timedelta(seconds=2))

@@ -26,7 +26,7 @@ from agent.core.events import (
 )
 from agent.core.session import Options, Session
 from agent.daemon.requests import Requests
-from agent.daemon.vitals import Tally
+from agent.daemon.telemetry import Stats
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode
 from agent.model import HeartbeatAnswer, Role
@@ -85,7 +85,7 @@ class Stand:
     requests: Requests
     session: Session
     client: RestClient
-    tally: Tally
+    stats: Stats
     told: list[Event]
 
     async def join(self) -> None:
@@ -106,19 +106,19 @@ async def standing(
 ) -> AsyncIterator[Stand]:
     settings = settings_for(*endpoints, **more)
     session = Session(settings.timing, Options("s", store_id=store_id))
-    client, tally, told = RestClient(settings.endpoint), Tally(), list[Event]()
+    client, stats, told = RestClient(settings.endpoint), Stats(), list[Event]()
     requests = Requests(
         settings,
         session,
         told.append,
         lambda: (100.0, None),
         instance="this-process",
-        tally=tally,
+        stats=stats,
         clock=Clock(),
     )
     requests.use(client)
     try:
-        yield Stand(requests, session, client, tally, told)
+        yield Stand(requests, session, client, stats, told)
     finally:
         await client.aclose()
 
@@ -188,7 +188,7 @@ async def test_a_fault_of_ours_tells_the_event_and_is_raised(
         with pytest.raises(KeyError):
             await call(stand.requests)
     assert [type(told) for told in stand.told] == [event]
-    assert not stand.tally.asked_at
+    assert not stand.stats.asked_at
     if isinstance(stand.told[0], Stop):
         assert stand.told[0].code is ExitCode.TASK_FAILED
 
@@ -279,7 +279,7 @@ async def test_a_heartbeat_that_another_store_answers_has_failed(
     assert {told.failure for told in stand.told if isinstance(told, HeartbeatFailed)} == {
         HeartbeatFailure.OTHER_STORE
     }
-    assert stand.tally.beats_failed["other_store"] == 3
+    assert stand.stats.beats_failed["other_store"] == 3
     assert caplog.text.count("coordinator of another store refused") == 1
     assert stand.requests.group_data is None
 

@@ -1,7 +1,7 @@
 """The processes of one simulated host: hooks, what they leave behind, and the workload.
 
 Owns which processes run, what a signal does to them, and whether the workload may be active. It is the
-driver in small, as ``agent/daemon/runs.py`` does it: a hook that was told to end has ended when its
+driver in small, as ``agent/daemon/role_runner.py`` does it: a hook that was told to end has ended when its
 whole tree is gone, and what a tenure's promotion has left is killed after the demotion hook has succeeded,
 before that is reported. A process that was killed may linger in the kernel: it does nothing any more, but
 it is not gone.

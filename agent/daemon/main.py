@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-from agent.daemon.former import add_hint
+from agent.daemon.leftover_workload import add_hint
 from agent.daemon.loop import Daemon
-from agent.daemon.vitals import PROBES, Snapshot
+from agent.daemon.telemetry import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest.configured import load_client
 from agent.drivers.statefile import StateFile, default_directory

@@ -18,8 +18,8 @@ from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
 from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
-from agent.daemon.tenure import Tenure, kill_rest, note_limits
-from agent.daemon.vitals import Tally
+from agent.daemon.telemetry import Stats
+from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
     PROMOTIONS,
@@ -62,7 +62,7 @@ class _Run:
     killed: bool = False
 
 
-class Runs:
+class RoleRunner:
     """The runs of one session, inside one running loop.
 
     Args:
@@ -70,7 +70,7 @@ class Runs:
         session_id: for the payload of hooks.
         state_file: likewise.
         instance: marks the processes of this agent's tenures, to find them again.
-        tally: counts hooks.
+        stats: counts hooks.
         ended: takes HookEnded.
         groups_changed: called when there is something else to be killed by the guard.
         workload_ended: called with the exit status when the workload has ended for good, or None
@@ -87,7 +87,7 @@ class Runs:
         session_id: str,
         state_file: Path,
         clock: Clock,
-        tally: Tally,
+        stats: Stats,
         *,
         instance: str,
         ended: Callable[[HookEnded], None],
@@ -97,7 +97,7 @@ class Runs:
         self.payloads = Payloads(settings.group, session_id, state_file, clock)
         self._settings = settings
         self._clock = clock
-        self._tally = tally
+        self._stats = stats
         self._ended = ended
         self._groups_changed = groups_changed
         self._runner = HookRunner(clock)
@@ -105,11 +105,11 @@ class Runs:
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.cookie = instance
         self._runs: dict[int, _Run] = {}
-        self._tenure: Tenure | None = None
+        self._tenure: TenureProcesses | None = None
         self._former: Tree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._looking: asyncio.Task[Any] | None = None
-        self._orphans = process.Orphans(self._look)
+        self._tracking: asyncio.Task[Any] | None = None
+        self._orphans = process.Orphans(self._track_processes)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -122,7 +122,7 @@ class Runs:
                 mark=f"{instance}.workload",
             )
         if self.workload is not None or set(PROMOTIONS) & set(self._specs):
-            note_limits(self.cgroup)
+            log_tracking_limits(self.cgroup)
 
     @property
     def demotion(self) -> HookSpec | None:
@@ -198,7 +198,7 @@ class Runs:
         run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
-            self._tenure = Tenure(self.cookie, spec, self.cgroup)
+            self._tenure = TenureProcesses(self.cookie, spec, self.cgroup)
         return self._whole(number, run, facts, self.payloads.of_role(facts, last_data))
 
     async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
@@ -255,14 +255,14 @@ class Runs:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _look(self) -> None:
+    def _track_processes(self) -> None:
         """Follow the tenure's processes while their parents live, and have the guard know of them."""
-        if self._tenure is not None and (self._looking is None or self._looking.done()):
-            self._looking = self._start(self._look_at(self._tenure))
+        if self._tenure is not None and (self._tracking is None or self._tracking.done()):
+            self._tracking = self._start(self._track_processes_of(self._tenure))
 
-    async def _look_at(self, tenure: Tenure) -> None:
+    async def _track_processes_of(self, tenure: TenureProcesses) -> None:
         before = tenure.roots
-        await tenure.look()
+        await tenure.track_processes()
         if tenure.roots != before and tenure is self._tenure:
             self._groups_changed()
 
@@ -310,7 +310,7 @@ class Runs:
         kill_by = self._clock.boottime() + facts.limit_s
         tenure = self._tenure
         if tenure is not None:
-            await tenure.look()  # before parents end
+            await tenure.track_processes()  # before parents end
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -319,12 +319,12 @@ class Runs:
             finally:
                 killing.cancel()
         if tenure is not None:
-            tenure.begin_demotion()
+            tenure.stop_adopting()
         ok, why = await self._hook(run, Role.SECONDARY, self.demotion, payload)
         if ok:
             # Not before the hook: it may stop in order what a promotion hook has left to run.
             limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
-            left = await kill_rest(self._tenure, self._former, limit_s=limit_s)
+            left = await kill_remaining(self._tenure, self._former, limit_s=limit_s)
             if left is not None:
                 return False, left
             self._tenure = self._former = None
@@ -354,11 +354,11 @@ class Runs:
         ended = await hook.wait()
         run.hook = None
         self._note_processes(run, hook)
-        self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
+        self._stats.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
         say = log.info if ended.ok else log.warning
         say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
         if role is not Role.SECONDARY:
-            self._look()  # for what it has left behind
+            self._track_processes()  # for what it has left behind
         return ended.ok, ended.why
 
     def _note_processes(self, run: _Run, hook: HookRun) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from agent import __version__
 from agent.core.session import Phase, PreviousTenure
 from agent.daemon.member import Member
-from agent.daemon.vitals import Snapshot
+from agent.daemon.telemetry import Snapshot
 from agent.drivers.progress import Progress, Reason
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, FailoverError
@@ -41,7 +41,7 @@ STOPPED = "stopped"
 log = logs.Log(__name__)
 
 
-class View:
+class StatePublisher:
     """The view of one agent.
 
     Args:
@@ -71,7 +71,7 @@ class View:
         """The content of the state file, and of the probe's /status."""
         member = self._member
         session, published = member.session, member.published
-        demotion = member.runs.demotion
+        demotion = member.role_runner.demotion
         holds = published.role is not Role.SECONDARY
         return {
             "group": member.settings.group,
@@ -91,7 +91,7 @@ class View:
             "score": self.score(),
             "unfit": self.trouble(),
             "endpoint": member.requests.endpoint,
-            "probe": member.runs.payloads.probe_url,
+            "probe": member.role_runner.payloads.probe_url,
             "instance": member.instance,
             "unreleased": self._unreleased(),
             "boot": this_boot(),
@@ -138,7 +138,7 @@ class View:
             session.renew_by,
             session.store_id,
             self._member.published,
-            self._member.runs.payloads.probe_url,
+            self._member.role_runner.payloads.probe_url,
             self.trouble(),
             self._owed,
         )
@@ -295,8 +295,8 @@ def snapshot_of(member: Member, **rest: Any) -> Snapshot:
         group_data=member.requests.group_data,
         endpoint=member.requests.endpoint,
         endpoints=member.settings.endpoint,
-        notifications_dropped=member.runs.notifier.dropped,
-        notifications_failed=member.runs.notifier.failed,
-        tally=member.tally,
+        notifications_dropped=member.role_runner.notifier.dropped,
+        notifications_failed=member.role_runner.notifier.failed,
+        stats=member.stats,
         **rest,
     )

@@ -79,7 +79,7 @@ class Histogram:
         self.sum_s += seconds
 
 
-class Tally:
+class Stats:
     """What has happened since the start of this process. Written by the daemon's parts only.
 
     Attributes:
@@ -194,7 +194,7 @@ class Snapshot:
     mqtt_failures: int
     notifications_dropped: int
     notifications_failed: int
-    tally: Tally
+    stats: Stats
 
     @property
     def role(self) -> Role:
@@ -226,7 +226,7 @@ def why_not_ready(snap: Snapshot) -> str | None:
         return f"not joined: {snap.phase.value}"
     if snap.unfit:
         return f"unfit to be primary: {'; '.join(snap.unfit.values())}"
-    silent_s = snap.now - snap.tally.heard_at
+    silent_s = snap.now - snap.stats.heard_at
     if silent_s >= snap.timing.lease_s:
         return f"no heartbeat was answered within {snap.timing.lease_s:g} s"
     return why_not_live(snap)
@@ -237,16 +237,16 @@ def why_not_live(snap: Snapshot) -> str | None:
 
     Heartbeats that fail are alive: to start an agent anew repairs no coordinator and no network.
     """
-    tally, margin_s = snap.tally, snap.timing.margin_s
-    if tally.turned_at is None:
+    stats, margin_s = snap.stats, snap.timing.margin_s
+    if stats.turned_at is None:
         return None  # the start has limits of its own
-    late_s = snap.now - tally.turned_at - snap.turn_s
+    late_s = snap.now - stats.turned_at - snap.turn_s
     if late_s > margin_s:
         return f"the loop has stalled, it is {late_s:.3f} s late"
     late_s = snap.now - snap.wake_at
     if late_s > margin_s:
         return f"the session has stalled, it is {late_s:.3f} s late"
-    oldest_s = snap.now - min(tally.asked_at.values(), default=snap.now)
+    oldest_s = snap.now - min(stats.asked_at.values(), default=snap.now)
     if oldest_s > snap.timing.request_timeout_s + margin_s:
         return f"renewal has stalled, a heartbeat hangs for {oldest_s:.3f} s"
     return None

@@ -17,7 +17,7 @@ from agent.ops.trees import KILL_S, Tree
 log = Log(__name__)
 
 
-class Tenure:
+class TenureProcesses:
     """What one tenure has started.
 
     Args:
@@ -47,15 +47,15 @@ class Tenure:
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which its processes descend, as far as known from the last look."""
+        """Processes from which its processes descend, as far as known from the last track_processes."""
         return self._tree.roots
 
-    async def look(self) -> None:
+    async def track_processes(self) -> None:
         """Learn which processes there are, before their parents end."""
         with suppress(StuckError):
             await self._tree.look()
 
-    def begin_demotion(self) -> None:
+    def stop_adopting(self) -> None:
         """Leave alone what is started from now on without a mark: it is the demotion hook's."""
         self._tree.adopt_no_more()
 
@@ -69,7 +69,7 @@ class Tenure:
         return await self._tree.kill(limit_s)
 
 
-async def kill_rest(*trees: Tenure | Tree | None, limit_s: float) -> str | None:
+async def kill_remaining(*trees: TenureProcesses | Tree | None, limit_s: float) -> str | None:
     """Kill what is left of tenures; None once nothing lives, else why something does."""
     for tree in trees:
         if tree is not None:
@@ -80,7 +80,7 @@ async def kill_rest(*trees: Tenure | Tree | None, limit_s: float) -> str | None:
     return None
 
 
-def note_limits(cgroup: Path | None) -> None:
+def log_tracking_limits(cgroup: Path | None) -> None:
     """Say at the start what a demotion on this host cannot find (docs/hooks.md)."""
     if cgroup is None:
         log.info(

@@ -15,9 +15,9 @@ import pytest
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
-from agent.daemon import runs
-from agent.daemon.runs import Runs
-from agent.daemon.vitals import Tally
+from agent.daemon import role_runner
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops import process, trees
 from agent.ops.clock import Clock
@@ -39,20 +39,20 @@ class Stage:
         self.number = 0
         self.instance = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
-    def open(self, **settings: Any) -> Runs:
+    def open(self, **settings: Any) -> RoleRunner:
         self.settings = AgentForm(hook_directory=self.directory, guard=False, **settings).value()
-        self.runs = Runs(
+        self.role_runner = RoleRunner(
             self.settings,
             "host-a",
             self.directory / "state.json",
             Clock(),
-            Tally(),
+            Stats(),
             instance=self.instance,
             ended=self.ends.append,
             groups_changed=lambda: None,
             workload_ended=lambda _: None,
         )
-        return self.runs
+        return self.role_runner
 
     def hook(self, name: str, text: str) -> tuple[str, ...]:
         path = self.directory / name
@@ -63,7 +63,7 @@ class Stage:
     def begin(self, role: Role, limit_s: float = 5.0) -> int:
         self.number += 1
         facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
-        work = self.runs.begin(self.number, facts, None)
+        work = self.role_runner.begin(self.number, facts, None)
         self.task = asyncio.get_running_loop().create_task(work)
         return self.number
 
@@ -89,9 +89,9 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     process.become_subreaper()
     one = Stage(tmp_path)
     yield one
-    one.runs.kill_all()
-    await one.runs.fence()
-    one.runs.close()
+    one.role_runner.kill_all()
+    await one.role_runner.fence()
+    one.role_runner.close()
     for path in tmp_path.glob("*.pid"):  # noqa: ASYNC240 - nothing else runs
         text = path.read_text().strip()
         if text and alive(int(text)):
@@ -130,10 +130,10 @@ async def test_a_child_that_starts_the_workload_on_term_is_gone_before_the_run_h
     stage.open(hook_primary=stage.hook("p", f"sh {child} & wait"))
     number = stage.begin(Role.PRIMARY)
     pid = await stage.pid("child.pid")
-    stage.runs.term(number)
+    stage.role_runner.term(number)
     work = await stage.pid("work.pid")
     assert not stage.task.done(), "the run has ended though its workload lives"
-    stage.runs.kill(number)
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     assert not alive(pid)
     assert not alive(work)
@@ -147,10 +147,10 @@ async def test_a_tree_that_ignores_term_is_killed_at_the_kill_time(stage: Stage)
     number = stage.begin(Role.PRIMARY)
     pid = await stage.pid("child.pid")
     assert os.getsid(pid) == pid
-    stage.runs.term(number)
+    stage.role_runner.term(number)
     await asyncio.sleep(0.3)
     assert not stage.task.done(), "the run has ended though its child lives"
-    stage.runs.kill(number)
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     assert not alive(pid)
 
@@ -161,14 +161,14 @@ async def test_a_terminated_promotion_has_failed_even_if_it_exits_with_0(stage: 
     stage.open(hook_primary=stage.hook("p", text))
     number = stage.begin(Role.PRIMARY)
     await stage.pid("p.pid")
-    stage.runs.term(number)
+    stage.role_runner.term(number)
     ended = await stage.end()
     assert (ended.ok, ended.why) == (False, "terminated")
 
 
-@pytest.mark.parametrize("end", [Runs.term, Runs.kill])
+@pytest.mark.parametrize("end", [RoleRunner.term, RoleRunner.kill])
 async def test_a_start_that_hangs_holds_up_nothing_and_can_be_ended(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[Runs, int], None]
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[RoleRunner, int], None]
 ) -> None:
     """Fault 1: a hook's path may be on a dead network file system."""
     release = threading.Event()
@@ -179,7 +179,7 @@ async def test_a_start_that_hangs_holds_up_nothing_and_can_be_ended(
     number = stage.begin(Role.PRIMARY)
     await asyncio.sleep(0.1)
     assert not stage.task.done()
-    end(stage.runs, number)
+    end(stage.role_runner, number)
     assert not (await stage.end()).ok
     release.set()
     await asyncio.sleep(0.1)
@@ -199,8 +199,8 @@ async def test_a_program_that_is_never_executed_is_killed(
     number = stage.begin(Role.PRIMARY)
     await asyncio.sleep(0.2)
     assert not stage.task.done()
-    stage.runs.term(number)
-    stage.runs.kill(number)
+    stage.role_runner.term(number)
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     os.close(writing)
     os.close(reading)
@@ -233,15 +233,15 @@ async def test_what_is_left_of_a_promotion_is_killed_after_the_demotion_hook(
     assert ended.ok, ended.why
     assert (stage.directory / "alive").exists(), "it was killed before the demotion hook"
     assert not alive(pid)
-    assert not stage.runs.tenure_groups
-    assert not stage.runs.tenure_roots
+    assert not stage.role_runner.tenure_groups
+    assert not stage.role_runner.tenure_roots
 
 
 async def test_pending_primary_leaves_nothing_behind_either_and_no_demotion_hook_is_needed(
     stage: Stage,
 ) -> None:
     stage.open(hook_pending_primary=stage.hook("p", "sleep 1000 >&- 2>&- & echo $! > left.pid"))
-    assert Role.SECONDARY in stage.runs.roles
+    assert Role.SECONDARY in stage.role_runner.roles
     assert (await stage.run(Role.PENDING_PRIMARY)).ok
     pid = await stage.pid("left.pid")
     assert (await stage.run(Role.SECONDARY)).ok
@@ -333,7 +333,7 @@ async def test_our_own_children_and_those_of_notifications_live_on(stage: Stage)
     before = process.Popen(["sleep", "1000"])
     await stage.run(Role.PRIMARY)
     during = process.Popen(["sleep", "1000"], env={})
-    stage.runs.notifier.put("lost", {})
+    stage.role_runner.notifier.put("lost", {})
     pid = await stage.pid("notified.pid")
     try:
         assert (await stage.run(Role.SECONDARY)).ok
@@ -357,13 +357,13 @@ async def test_a_tenure_ends_by_the_demotion_with_which_it_began(stage: Stage) -
     )
     await stage.run(Role.PRIMARY)
     other = AgentForm(hook_directory=stage.directory).value()
-    stage.runs.reconfigure(other, stage.runs.read_hooks(other))
-    assert Role.SECONDARY in stage.runs.roles
+    stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
+    assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
-    assert (await stage.runs.guard_hook(facts, 1.0)).commands
+    assert (await stage.role_runner.guard_hook(facts, 1.0)).commands
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
-    assert stage.runs.roles == frozenset(), "the next tenure has the new settings"
+    assert stage.role_runner.roles == frozenset(), "the next tenure has the new settings"
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
@@ -374,7 +374,7 @@ async def test_what_an_earlier_agent_left_is_killed_by_its_mark(stage: Stage) ->
     left = process.Popen(
         ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
     )
-    await stage.runs.end_former_life("earlier")
+    await stage.role_runner.end_former_life("earlier")
     assert left.wait() == -signal.SIGKILL
 
 
@@ -382,19 +382,21 @@ async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with new_cgroup() as folder:
-        monkeypatch.setattr(runs, "tenure_cgroup", lambda instance: folder / instance)
+        monkeypatch.setattr(role_runner, "tenure_cgroup", lambda instance: folder / instance)
         stage.open(
             hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
             hook_secondary=("/bin/true",),
         )
         assert (await stage.run(Role.PRIMARY)).ok
         pid = await stage.pid("one.pid")
-        assert stage.runs.cgroup is not None
-        inside = {pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.runs.cgroup))}
+        assert stage.role_runner.cgroup is not None
+        inside = {
+            pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
+        }
         assert pid in inside
         later = trees.Tree(stage.instance, since=trees._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        await stage.runs.end_former_life(stage.instance)
+        await stage.role_runner.end_former_life(stage.instance)
         assert not alive(pid)
         assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
 

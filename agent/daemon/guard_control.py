@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.effects import HookFacts
-from agent.daemon import handback
+from agent.daemon import release_helper
 from agent.daemon.member import Member
 from agent.drivers.guardian import Arming, Guardian, GuardLog
 from agent.model import Role
@@ -24,7 +24,7 @@ BY_GUARD = "demoted by the guard"
 """The reason in the state file that the guard writes."""
 
 
-class Guarding:
+class GuardControl:
     """The guard and the watchdog device of one agent.
 
     Args:
@@ -96,7 +96,7 @@ class Guarding:
         """Tell the guard the demotion hook of the tenure whose promotion is about to start."""
         if self._guardian is not None:
             demote_s = self._member.session.timing.demote_s
-            self._guardian.set_hook(await self._member.runs.guard_hook(facts, demote_s))
+            self._guardian.set_hook(await self._member.role_runner.guard_hook(facts, demote_s))
 
     def fencing(self, limit_s: float) -> None:
         """Leave the agent the time for its fence command and its exit: seconds from now."""
@@ -128,8 +128,8 @@ class Guarding:
         guardian.arm(None if due is None else self._arming(*due))
 
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
-        runs = self._member.runs
-        workload = runs.workload
+        role_runner = self._member.role_runner
+        workload = role_runner.workload
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,
@@ -138,14 +138,14 @@ class Guarding:
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,
-            running=runs.running_groups,
-            groups=runs.tenure_groups,
-            roots=runs.tenure_roots,
-            mark=runs.cookie,
+            running=role_runner.running_groups,
+            groups=role_runner.tenure_groups,
+            roots=role_runner.tenure_roots,
+            mark=role_runner.cookie,
             epoch=self._member.session.tenure,
             agent_at=self._fenced_by,
             workload=workload.pgid if workload is not None else None,
-            cgroup=str(runs.cgroup) if runs.cgroup is not None else None,
+            cgroup=str(role_runner.cgroup) if role_runner.cgroup is not None else None,
             state=(str(self._state_path), json.dumps(state)),
         )
 
@@ -158,7 +158,9 @@ class Guarding:
         text = None
         if store_id is not None:
             member = self._member
-            text = handback.document(member.settings, member.session_id, member.instance, store_id)
+            text = release_helper.document(
+                member.settings, member.session_id, member.instance, store_id
+            )
         self._guardian.set_handback(text)
 
     def _update_watchdog(self, *, armed: bool) -> None:

@@ -25,11 +25,11 @@ from agent.core.effects import (
 )
 from agent.core.events import Event, HeartbeatFailed, HeartbeatFailure, HookEnded, Left, Released
 from agent.core.session import Phase
-from agent.daemon.guarding import Guarding
-from agent.daemon.inputs import Inputs
+from agent.daemon.guard_control import GuardControl
+from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published
+from agent.daemon.state_publisher import StatePublisher
 from agent.daemon.supervise import Supervisor
-from agent.daemon.view import View
 from agent.errors import ExitCode
 from agent.model import Role
 from agent.ops.logs import Log
@@ -46,7 +46,7 @@ LAST_RUN = -1
 log = Log(__name__)
 
 
-class Effects:
+class EffectRunner:
     """The effects of one agent.
 
     Args:
@@ -63,9 +63,9 @@ class Effects:
     def __init__(
         self,
         member: Member,
-        view: View,
-        inputs: Inputs,
-        guarding: Guarding,
+        state_publisher: StatePublisher,
+        host_health: HostHealth,
+        guard_control: GuardControl,
         supervisor: Supervisor,
         *,
         tell: Callable[[Event], None],
@@ -75,9 +75,9 @@ class Effects:
         self.escalated = False
         self.announcer: Announcer | None = None
         self._member = member
-        self._view = view
-        self._inputs = inputs
-        self._guarding = guarding
+        self._state_publisher = state_publisher
+        self._host_health = host_health
+        self._guard_control = guard_control
         self._supervisor = supervisor
         self._tell = tell
         self._started = started
@@ -91,15 +91,19 @@ class Effects:
             effects: in their order.
             lease_until: when the lease ended or ends that they are about, on CLOCK_BOOTTIME.
         """
-        self._guarding.update()  # before a hook starts that it would have to undo
+        self._guard_control.update()  # before a hook starts that it would have to undo
         for effect in effects:
             self._perform(effect, lease_until)
         if effects:  # an idle turn has changed nothing that the guard was not told just now
-            self._guarding.update()
-        self._view.write()
+            self._guard_control.update()
+        self._state_publisher.write()
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
-        requests, runs, start = self._member.requests, self._member.runs, self._supervisor.start
+        requests, role_runner, start = (
+            self._member.requests,
+            self._member.role_runner,
+            self._supervisor.start,
+        )
         match effect:
             case Publish():
                 self._publish(effect, lease_until)
@@ -111,9 +115,9 @@ class Effects:
             case StartHook():
                 self._start_run(effect)
             case TermHook():
-                runs.term(effect.run)
+                role_runner.term(effect.run)
             case KillHook():
-                runs.kill(effect.run)
+                role_runner.kill(effect.run)
             case Join():
                 if self._joining is not None:
                     self._joining.cancel()
@@ -132,10 +136,10 @@ class Effects:
     def _publish(self, effect: Publish, lease_until: float) -> None:
         member = self._member
         if effect.before is Role.SECONDARY:
-            self._inputs.begin_tenure()
+            self._host_health.begin_tenure()
         member.published = Published(effect.role, effect.epoch, effect.reason, member.clock.wall())
-        member.tally.changed(effect)
-        self._view.write()
+        member.stats.changed(effect)
+        self._state_publisher.write()
         log.info(
             "role changed",
             group=member.settings.group,
@@ -145,11 +149,11 @@ class Effects:
             epoch=effect.epoch,
             reason=effect.reason,
         )
-        member.notify.status(self._view.status)
+        member.notify.status(self._state_publisher.status)
         if self.announcer is not None:
             self.announcer.announce(member.published)
-        self._inputs.set_primary(primary=effect.role is Role.PRIMARY)
-        if effect.role is Role.SECONDARY and Role.SECONDARY not in member.runs.roles:
+        self._host_health.set_primary(primary=effect.role is Role.PRIMARY)
+        if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
             # Readers of the state file know now, and there is nothing to run.
             self._demoted(lease_until)
         if effect.cause in UNREQUESTED_DEMOTIONS:
@@ -159,12 +163,12 @@ class Effects:
         """Measure how much of L is left after a demotion: less than 0 breaks the promise."""
         slack_s = lease_until - self._member.clock.boottime()
         log.info("demoted", epoch=self._member.published.epoch, demote_slack_s=slack_s)
-        self._member.tally.demoted(slack_s)
+        self._member.stats.demoted(slack_s)
 
     def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
         """Run a notification hook (R10)."""
         member = self._member
-        member.runs.notify(
+        member.role_runner.notify(
             event,
             old_role=before or member.published.role,
             new_role=member.published.role,
@@ -181,18 +185,20 @@ class Effects:
         last_data = facts.last_data
         if facts.role is Role.SECONDARY and member.progress is not None:
             last_data = member.progress
-        run = member.runs.begin(effect.run, facts, last_data)
+        run = member.role_runner.begin(effect.run, facts, last_data)
 
         async def begin() -> None:
             if facts.role is not Role.SECONDARY:
-                await self._guarding.set_promotion(facts)
-            await self._view.flushed()  # what is published is published before its hook starts
+                await self._guard_control.set_promotion(facts)
+            await (
+                self._state_publisher.flushed()
+            )  # what is published is published before its hook starts
             await run
 
         lost = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
         self._supervisor.start("hook", begin(), lost=lost)
         if facts.role is Role.SECONDARY:
-            self._inputs.mark("workload", None)
+            self._host_health.mark("workload", None)
 
     def run_ended(self, event: HookEnded) -> None:
         """A run has ended; of a demotion the slack is measured."""
@@ -216,8 +222,8 @@ class Effects:
         )
         self.escalated = True
         fence_s = member.settings.hook_limit if member.settings.fence_command else 0.0
-        self._guarding.fencing(fence_s + EXIT_S)
-        member.runs.kill_all()
+        self._guard_control.fencing(fence_s + EXIT_S)
+        member.role_runner.kill_all()
 
     async def demote_without_session(self) -> None:
         """Demote after the loop itself has failed and no guard answers: all that is left to do."""
@@ -225,15 +231,15 @@ class Effects:
         demote_s = member.session.timing.demote_s
         before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
         member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
-        self._view.write()
+        self._state_publisher.write()
         facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
         try:
             async with asyncio.timeout(demote_s):
-                await self._view.flushed()
-                await member.runs.begin(LAST_RUN, facts, member.progress)
+                await self._state_publisher.flushed()
+                await member.role_runner.begin(LAST_RUN, facts, member.progress)
         except Exception:  # the killing below is all that is left to do
             log.exception("last demotion failed")
-        if killing := member.runs.kill_all():
+        if killing := member.role_runner.kill_all():
             await asyncio.wait(killing, timeout=EXIT_S)
 
     # -- requests -------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ class Effects:
         await self._member.requests.join()
         if self._member.requests.failure is not None:
             return
-        self._member.notify.ready(self._view.status)
+        self._member.notify.ready(self._state_publisher.status)
         self._advise("joined", "registered at the coordinator")
         if first and not self._following:
             self._following = True
@@ -256,14 +262,14 @@ class Effects:
         if not await self._started():
             self._tell(Released())
             return
-        written = await self._view.flushed(member.session.timing.request_timeout_s)
-        if not written and Role.SECONDARY not in member.runs.roles:
+        written = await self._state_publisher.flushed(member.session.timing.request_timeout_s)
+        if not written and Role.SECONDARY not in member.role_runner.roles:
             # Nothing but the state file tells the workload that it is not active any more.
             log.warning("role not given back, its lease will end", reason="state file not written")
             self._tell(Released())
             return
         await member.requests.release(effect)
-        self._view.released()
+        self._state_publisher.released()
 
     async def _leave(self) -> None:
         if self._joining is not None:

@@ -27,7 +27,7 @@ CHECKS_POLL_S = 0.02
 log = Log(__name__)
 
 
-class Inputs:
+class HostHealth:
     """Checks, progress and fitness of one agent.
 
     Args:
@@ -76,7 +76,7 @@ class Inputs:
         try:
             plausible = Plausible(bound_s).check(time, self._member.clock.wall())
         except ValueError:
-            self._member.tally.future_refused += 1
+            self._member.stats.future_refused += 1
             raise
         return self._take_progress(plausible)
 
@@ -173,7 +173,7 @@ class Inputs:
 
     def guard_changed(self, trouble: str | None) -> None:
         """The guard was lost, or answers again."""
-        self._member.tally.guard_lost += trouble is not None
+        self._member.stats.guard_lost += trouble is not None
         self.mark("guard", trouble)
 
     def workload_ended(self, status: int | None) -> None:

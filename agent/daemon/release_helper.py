@@ -44,7 +44,7 @@ log = logs.Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Handback:
+class ReleaseDocument:
     """Whose tenure it is, and how the coordinator is reached."""
 
     session_id: str
@@ -89,7 +89,7 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def read(text: bytes) -> Handback:
+def read(text: bytes) -> ReleaseDocument:
     """Read what ``document`` has made.
 
     Raises:
@@ -98,20 +98,22 @@ def read(text: bytes) -> Handback:
     try:
         given = json.loads(text)
         settings = load(given["settings"].encode())
-        return Handback(
+        return ReleaseDocument(
             str(given["session"]), str(given["instance"]), str(given["store"]), settings
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"the document to hand the role back cannot be read: {error}") from error
 
 
-async def hand_back(handback: Handback, epoch: int, clients: Sequence[RestClient]) -> bool:
+async def release_everywhere(
+    handback: ReleaseDocument, epoch: int, clients: Sequence[RestClient]
+) -> bool:
     """Release the tenure at every endpoint; whether one has taken it. Closes the clients."""
     done = await asyncio.gather(*(_release_at(client, handback, epoch) for client in clients))
     return any(done)
 
 
-async def _release_at(client: RestClient, handback: Handback, epoch: int) -> bool:
+async def _release_at(client: RestClient, handback: ReleaseDocument, epoch: int) -> bool:
     """Release at one endpoint, repeated until it answers or the time is up."""
     reason = f"no answer within {LIMIT_S:g} s"
     try:
@@ -136,7 +138,7 @@ async def _release_at(client: RestClient, handback: Handback, epoch: int) -> boo
     return False
 
 
-async def _release(client: RestClient, handback: Handback, epoch: int) -> None:
+async def _release(client: RestClient, handback: ReleaseDocument, epoch: int) -> None:
     await client.release(
         handback.settings.group,
         handback.session_id,
@@ -163,7 +165,7 @@ def main(words: Sequence[str]) -> int:
         ready, _, _ = select.select([0], [], [], wait_s)
         if not ready or not os.read(0, 1):
             return 0
-        return 0 if asyncio.run(hand_back(handback, epoch, clients)) else 1
+        return 0 if asyncio.run(release_everywhere(handback, epoch, clients)) else 1
     except FailoverError as error:
         log.error("role not handed back", reason=error)  # noqa: TRY400 - no traceback needed
         return error.exit_code

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.daemon import handback
+from agent.daemon import release_helper
 from agent.drivers.guardian import _helper
 from agent.drivers.rest.configured import client_for
 from agent.errors import ConfigError, ExitCode
@@ -70,7 +70,7 @@ def holder(coordinator: Coordinator) -> int:
 
 
 def document_for(*endpoints: str) -> bytes:
-    return handback.document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
+    return release_helper.document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def test_a_go_releases_the_tenure(stage: Stage) -> None:
         code, said = ended(process, b"1")
     assert (code, "role handed back" in said) == (0, True), said
     assert coordinator.status().get("Primary") is None
-    assert coordinator.tenure(epoch)["WhyEnded"] == handback.REASON
+    assert coordinator.tenure(epoch)["WhyEnded"] == release_helper.REASON
 
 
 def test_without_a_go_nothing_happens(stage: Stage) -> None:
@@ -135,7 +135,7 @@ def test_dead_endpoints_before_the_good_one_do_not_delay_it(stage: Stage) -> Non
             process.stdin.flush()
             begun_at = time.monotonic()
             until(lambda: coordinator.status().get("Primary") is None, "the release")
-            assert time.monotonic() - begun_at < handback.TRY_S
+            assert time.monotonic() - begun_at < release_helper.TRY_S
 
 
 def test_a_coordinator_that_comes_back_within_the_limit_is_told(
@@ -154,13 +154,13 @@ def test_a_coordinator_that_comes_back_within_the_limit_is_told(
 
 
 async def test_the_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handback, "LIMIT_S", 0.3)
+    monkeypatch.setattr(release_helper, "LIMIT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1/clientfailover"
-        given = handback.read(document_for(endpoint))
+        given = release_helper.read(document_for(endpoint))
         async with asyncio.timeout(LIMIT_S):
             clients = [client_for(given.settings)]
-            assert not await handback.hand_back(given, 7, clients)
+            assert not await release_helper.release_everywhere(given, 7, clients)
 
 
 def test_the_document_of_another_version_is_refused_with_one_line() -> None:
@@ -178,7 +178,7 @@ def test_the_document_of_another_version_is_refused_with_one_line() -> None:
 @pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"settings": 1}', b"\xff"])
 def test_a_damaged_document_is_refused(text: bytes) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        handback.read(text)
+        release_helper.read(text)
 
 
 def test_paths_are_absolute_and_what_no_request_needs_is_left_out(
@@ -192,9 +192,9 @@ def test_paths_are_absolute_and_what_no_request_needs_is_left_out(
         password_file=Path("secret"),
         hook_environment={"TOKEN": "hidden"},
     )
-    text = handback.document(settings, "host-a", INSTANCE, "store-1")
+    text = release_helper.document(settings, "host-a", INSTANCE, "store-1")
     assert b"hidden" not in text
-    read = handback.read(text)
+    read = release_helper.read(text)
     assert read.settings.password_file == tmp_path / "secret"
     assert (read.session_id, read.instance, read.store_id) == ("host-a", INSTANCE, "store-1")
 
