@@ -130,7 +130,7 @@ class Session(LifeCycle):
 
     def _check_deadlines(self, now: float, effects: list[Effect]) -> None:
         if self._has_lease and now >= self.renew_by:
-            why = f"no renewal for {now - self.sent_at:.3f} s"
+            why = f"lease lost: no renewal for {now - self.sent_at:.3f} s"
             if self._last_failure is HeartbeatFailure.OTHER_STORE:
                 why = f"{why}: the answers were from another store"
                 self._demote(Cause.OTHER_STORE, why, now, effects)
@@ -320,7 +320,7 @@ class Session(LifeCycle):
         self._heartbeats.forget()
         self._heartbeats.send_by(now)
         if self._has_lease:
-            why = f"this process was stopped for {late_s:.3f} s"
+            why = f"lease lost: process stalled for {late_s:.3f} s"
             self._demote(Cause.LEASE_LOST, why, now, effects)
 
     def _on_fitness_changed(self, event: FitnessChanged, now: float, effects: list[Effect]) -> None:

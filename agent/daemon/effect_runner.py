@@ -1,7 +1,7 @@
-"""Carry out what the session wants, effect by effect, in the order in which it wants them.
+"""Carry out the effects of the session, in their order.
 
-Owns what each effect means on this host: which task starts, what is published and to whom. Whatever
-waits is a task; an event stands for each one that dies. Decides nothing.
+Owns what each effect does on this host: which task starts, what is published and where. Whatever waits
+is a task; if one fails, its event is posted all the same. Decides nothing.
 """
 
 import asyncio
@@ -38,26 +38,26 @@ if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
 EXIT_S = 2.0
-"""How long the guard waits for the exit of an agent whose demotion, and fence command, have failed."""
+"""How long the guard waits for the exit of an agent after a failed demotion and its fence command."""
 
-LAST_RUN = -1
-"""The number of the demotion that is run without the session."""
+RUN_WITHOUT_SESSION = -1
+"""The run number of the demotion without the session."""
 
 log = Log(__name__)
 
 
 class EffectRunner:
-    """The effects of one agent.
+    """Carries out the effects of one agent.
 
     Args:
         member: ``published`` is written here.
-        tell: takes events.
-        started: awaited before each request: whether the drivers of this host have come up.
+        post_event: puts an event into the inbox.
+        started: awaited before each request; whether the drivers of this host have started.
 
     Attributes:
         exit_code: set by Exit.
-        escalated: the demotion has failed, and what was left was killed (R4).
-        announcer: tells an MQTT broker of each role; set when it has started.
+        escalated: the demotion has failed, and the processes of the tenure were killed (R4).
+        announcer: publishes each role to an MQTT broker; set when it has started.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EffectRunner:
         guard_control: GuardControl,
         supervisor: Supervisor,
         *,
-        tell: Callable[[Event], None],
+        post_event: Callable[[Event], None],
         started: Callable[[], Awaitable[bool]],
     ) -> None:
         self.exit_code: ExitCode | None = None
@@ -79,22 +79,22 @@ class EffectRunner:
         self._host_health = host_health
         self._guard_control = guard_control
         self._supervisor = supervisor
-        self._tell = tell
+        self._post_event = post_event
         self._started = started
         self._joining: asyncio.Task[None] | None = None
         self._following = False
 
     def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
-        """Carry them out.
+        """Carry effects out, in their order.
 
         Args:
-            effects: in their order.
-            lease_until: when the lease ended or ends that they are about, on CLOCK_BOOTTIME.
+            effects: of one step.
+            lease_until: the end of the lease before that step, on CLOCK_BOOTTIME.
         """
-        self._guard_control.update()  # before a hook starts that it would have to undo
+        self._guard_control.update()  # before a hook starts that the guard would have to undo
         for effect in effects:
             self._perform(effect, lease_until)
-        if effects:  # an idle turn has changed nothing that the guard was not told just now
+        if effects:  # without effects, nothing has changed since the update above
             self._guard_control.update()
         self._state_publisher.write()
 
@@ -111,11 +111,11 @@ class EffectRunner:
                 lost = HeartbeatFailed(
                     effect.number, HeartbeatFailure.OTHER, "the heartbeat's task has failed"
                 )
-                start("heartbeat", requests.beat(effect.number), lost=lost)
+                start("heartbeat", requests.send_heartbeat(effect.number), lost=lost)
             case StartHook():
-                self._start_run(effect)
+                self._start_hook(effect)
             case TermHook():
-                role_runner.term(effect.run)
+                role_runner.terminate(effect.run)
             case KillHook():
                 role_runner.kill(effect.run)
             case Join():
@@ -138,7 +138,7 @@ class EffectRunner:
         if effect.before is Role.SECONDARY:
             self._host_health.begin_tenure()
         member.published = Published(effect.role, effect.epoch, effect.reason, member.clock.wall())
-        member.stats.changed(effect)
+        member.stats.record_role_change(effect)
         self._state_publisher.write()
         log.info(
             "role changed",
@@ -154,18 +154,18 @@ class EffectRunner:
             self.announcer.announce(member.published)
         self._host_health.set_primary(primary=effect.role is Role.PRIMARY)
         if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
-            # Readers of the state file know now, and there is nothing to run.
-            self._demoted(lease_until)
+            # The state file is published, and there is no hook to run.
+            self._record_demotion(lease_until)
         if effect.cause in UNREQUESTED_DEMOTIONS:
-            self._advise("lost", effect.reason, effect.before)
+            self._run_notification_hook("lost", effect.reason, effect.before)
 
-    def _demoted(self, lease_until: float) -> None:
-        """Measure how much of L is left after a demotion: less than 0 breaks the promise."""
+    def _record_demotion(self, lease_until: float) -> None:
+        """Record how much of L is left after a demotion; below 0, two members may have been active."""
         slack_s = lease_until - self._member.clock.boottime()
         log.info("demoted", epoch=self._member.published.epoch, demote_slack_s=slack_s)
-        self._member.stats.demoted(slack_s)
+        self._member.stats.record_demotion(slack_s)
 
-    def _advise(self, event: str, reason: str, before: Role | None = None) -> None:
+    def _run_notification_hook(self, event: str, reason: str, before: Role | None = None) -> None:
         """Run a notification hook (R10)."""
         member = self._member
         member.role_runner.notify(
@@ -180,36 +180,34 @@ class EffectRunner:
 
     # -- hooks ----------------------------------------------------------------------------------
 
-    def _start_run(self, effect: StartHook) -> None:
+    def _start_hook(self, effect: StartHook) -> None:
         member, facts = self._member, effect.facts
         last_data = facts.last_data
         if facts.role is Role.SECONDARY and member.progress is not None:
             last_data = member.progress
-        run = member.role_runner.begin(effect.run, facts, last_data)
+        run = member.role_runner.start_run(effect.run, facts, last_data)
 
         async def begin() -> None:
             if facts.role is not Role.SECONDARY:
-                await self._guard_control.set_promotion(facts)
-            await (
-                self._state_publisher.flushed()
-            )  # what is published is published before its hook starts
+                await self._guard_control.send_demotion_hook(facts)
+            await self._state_publisher.flush()  # publish before the hook starts
             await run
 
         lost = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
         self._supervisor.start("hook", begin(), lost=lost)
         if facts.role is Role.SECONDARY:
-            self._host_health.mark("workload", None)
+            self._host_health.set_trouble("workload", None)
 
-    def run_ended(self, event: HookEnded) -> None:
-        """A run has ended; of a demotion the slack is measured."""
+    def on_hook_ended(self, event: HookEnded) -> None:
+        """Post the end of a run; record the slack of a demotion."""
         session = self._member.session
         secondary = self._member.published.role is Role.SECONDARY
         if event.ok and session.guard_deadlines is not None and secondary:
-            self._demoted(session.lease_until)
-        self._tell(event)
+            self._record_demotion(session.lease_until)
+        self._post_event(event)
 
     def _escalate(self, reason: str) -> None:
-        """R4: the demotion failed; kill what is left, run the fence command, exit."""
+        """Handle a failed demotion (R4): kill what is left, run the fence command, exit."""
         member = self._member
         log.error(
             "demotion failed",
@@ -218,15 +216,15 @@ class EffectRunner:
             epoch=member.published.epoch,
             reason=reason,
             action="killing the processes of the hooks and of the workload, then exiting without"
-            " giving the role back",
+            " releasing the role",
         )
         self.escalated = True
         fence_s = member.settings.hook_limit if member.settings.fence_command else 0.0
-        self._guard_control.fencing(fence_s + EXIT_S)
+        self._guard_control.allow_fencing(fence_s + EXIT_S)
         member.role_runner.kill_all()
 
     async def demote_without_session(self) -> None:
-        """Demote after the loop itself has failed and no guard answers: all that is left to do."""
+        """Demote after the loop itself has failed and no guard answers."""
         member = self._member
         demote_s = member.session.timing.demote_s
         before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
@@ -235,10 +233,10 @@ class EffectRunner:
         facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
         try:
             async with asyncio.timeout(demote_s):
-                await self._state_publisher.flushed()
-                await member.role_runner.begin(LAST_RUN, facts, member.progress)
-        except Exception:  # the killing below is all that is left to do
-            log.exception("last demotion failed")
+                await self._state_publisher.flush()
+                await member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
+        except Exception:  # whatever it is, the processes are killed below
+            log.exception("demotion without the session failed")
         if killing := member.role_runner.kill_all():
             await asyncio.wait(killing, timeout=EXIT_S)
 
@@ -246,39 +244,39 @@ class EffectRunner:
 
     async def _join(self) -> None:
         if not await self._started():
-            return  # the loop ends as soon as the first demotion is done
+            return  # the start has failed: the loop ends after the first demotion
         first = not self._member.requests.joined_once
         await self._member.requests.join()
         if self._member.requests.failure is not None:
             return
         self._member.notify.ready(self._state_publisher.status)
-        self._advise("joined", "registered at the coordinator")
+        self._run_notification_hook("joined", "registered at the coordinator")
         if first and not self._following:
             self._following = True
-            self._supervisor.start("follow", self._member.requests.follow(), endless=True)
+            self._supervisor.start("follow", self._member.requests.follow_status(), endless=True)
 
     async def _release(self, effect: Release) -> None:
         member = self._member
         if not await self._started():
-            self._tell(Released())
+            self._post_event(Released())
             return
-        written = await self._state_publisher.flushed(member.session.timing.request_timeout_s)
+        written = await self._state_publisher.flush(member.session.timing.request_timeout_s)
         if not written and Role.SECONDARY not in member.role_runner.roles:
-            # Nothing but the state file tells the workload that it is not active any more.
-            log.warning("role not given back, its lease will end", reason="state file not written")
-            self._tell(Released())
+            # Without a hook, only the state file makes the workload inactive.
+            log.warning("role not released, its lease will expire", reason="state file not written")
+            self._post_event(Released())
             return
         await member.requests.release(effect)
-        self._state_publisher.released()
+        self._state_publisher.on_released()
 
     async def _leave(self) -> None:
         if self._joining is not None:
-            self._joining.cancel()  # it would register again after the session was deleted
+            self._joining.cancel()  # it would register again after the deletion
         if await self._started():
             await self._member.requests.leave(self._left)
         else:
-            self._tell(Left())
+            self._post_event(Left())
 
     def _left(self) -> None:
         if self._member.session.phase is Phase.LEAVING:
-            self._advise("left", "stopping")
+            self._run_notification_hook("left", "stopping")

@@ -1,12 +1,12 @@
-"""The helper of the guard that hands the role back after a demotion (docs/guard.md).
+"""The guard's helper that releases the role after a demotion (docs/guard.md).
 
 The guard of a dead agent starts it at the beginning of the demotion, so that its imports take no time
-later, and lets it go on with one byte on stdin, once the demotion has succeeded and nothing of the
-tenure is alive. Without that byte it does nothing. It then releases the tenure at every endpoint, by
-the agent's own credentials, so that the coordinator need not wait for the lease to run out.
+later. Once the demotion has succeeded and nothing of the tenure is alive, the guard sends one byte on
+stdin; without it the helper does nothing. It then releases the tenure at every endpoint, with the
+agent's credentials, so that the coordinator need not wait for the lease to expire.
 
-A late release, or a second one, changes nothing: it carries the tenure's epoch and the agent's instance,
-and a coordinator ignores one that is of neither the holder nor its epoch.
+A late or repeated release changes nothing: it carries the tenure's epoch and the agent's instance, and
+a coordinator ignores it unless both are the holder's.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ from agent.settings import AgentSettings
 from agent.settings.exchange import dump, load
 
 DOCUMENT_FD = 3
-"""Where the guard puts the document: memory that only this process reads, as it names secrets' files."""
+"""The descriptor of the document: memory that only this process reads, as it names files of secrets."""
 
 LIMIT_S = 10.0
-"""For the whole handing back: later, the lease has run out by itself."""
+"""Timeout of the whole release; by then the lease has usually expired."""
 
 TRY_S = 2.0
-"""For one request: an answer that is there at all comes within this."""
+"""Timeout of one request."""
 
 PAUSE_S = 0.2
 REASON = "demoted by the guard"
 FINAL = range(400, 500)
-"""Statuses with which repeating the same request is pointless, but for the next."""
+"""Statuses after which a retry is pointless, except for the next one."""
 TOO_MANY_REQUESTS = 429
 
 log = logs.Log(__name__)
@@ -45,7 +45,7 @@ log = logs.Log(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReleaseDocument:
-    """Whose tenure it is, and how the coordinator is reached."""
+    """The holder of the tenure, and the settings for reaching the coordinator."""
 
     session_id: str
     instance: str
@@ -54,14 +54,14 @@ class ReleaseDocument:
 
 
 def document(settings: AgentSettings, session_id: str, instance: str, store_id: str) -> bytes:
-    """The document that the guard keeps for the helper, of this version of the program.
+    """Format the document that the guard keeps for the helper, with this program's version.
 
     Args:
         settings: the agent's; those that no request needs are left out.
         session_id: the agent's.
         instance: of this process.
-        store_id: of the coordinator that the agent has joined. A server without one is plain v1, and
-            knows no release: do not make a document for it.
+        store_id: of the coordinator that the agent has joined. A plain v1 server has none, and no
+            release: build no document for it.
     """
     needed = replace(
         settings,
@@ -90,7 +90,7 @@ def _absolute(path: Path | None) -> Path | None:
 
 
 def read(text: bytes) -> ReleaseDocument:
-    """Read what ``document`` has made.
+    """Parse a document of ``document``.
 
     Raises:
         ConfigError: it is of another version, or damaged.
@@ -102,19 +102,19 @@ def read(text: bytes) -> ReleaseDocument:
             str(given["session"]), str(given["instance"]), str(given["store"]), settings
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"the document to hand the role back cannot be read: {error}") from error
+        raise ConfigError(f"the document for the release cannot be read: {error}") from error
 
 
 async def release_everywhere(
     handback: ReleaseDocument, epoch: int, clients: Sequence[RestClient]
 ) -> bool:
-    """Release the tenure at every endpoint; whether one has taken it. Closes the clients."""
+    """Release the tenure at every endpoint; whether one has accepted it. Closes the clients."""
     done = await asyncio.gather(*(_release_at(client, handback, epoch) for client in clients))
     return any(done)
 
 
 async def _release_at(client: RestClient, handback: ReleaseDocument, epoch: int) -> bool:
-    """Release at one endpoint, repeated until it answers or the time is up."""
+    """Release at one endpoint, with retries until it answers or the time is up."""
     reason = f"no answer within {LIMIT_S:g} s"
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -127,14 +127,14 @@ async def _release_at(client: RestClient, handback: ReleaseDocument, epoch: int)
                         break
                     pause_s = max(PAUSE_S, error.retry_after_s or 0.0)
                 else:
-                    log.info("role handed back", endpoint=client.endpoint, epoch=epoch)
+                    log.info("role released by the guard", endpoint=client.endpoint, epoch=epoch)
                     return True
                 await asyncio.sleep(pause_s)
     except TimeoutError:
         pass
     finally:
         await client.aclose()
-    log.warning("role not handed back", endpoint=client.endpoint, reason=reason)
+    log.warning("role not released by the guard", endpoint=client.endpoint, reason=reason)
     return False
 
 
@@ -150,10 +150,10 @@ async def _release(client: RestClient, handback: ReleaseDocument, epoch: int) ->
 
 
 def main(words: Sequence[str]) -> int:
-    """Wait for the guard's byte, then hand the role back; the exit code.
+    """Wait for the guard's byte, then release the role; the exit code.
 
     Args:
-        words: the epoch, and for how many seconds the byte may take.
+        words: the epoch, and the timeout of the byte in seconds.
     """
     epoch, wait_s = int(words[0]), float(words[1])
     logs.configure("INFO", "text")  # until the settings are read
@@ -167,5 +167,5 @@ def main(words: Sequence[str]) -> int:
             return 0
         return 0 if asyncio.run(release_everywhere(handback, epoch, clients)) else 1
     except FailoverError as error:
-        log.error("role not handed back", reason=error)  # noqa: TRY400 - no traceback needed
+        log.error("role not released by the guard", reason=error)  # noqa: TRY400 - no traceback needed
         return error.exit_code

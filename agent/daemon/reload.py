@@ -1,6 +1,6 @@
-"""SIGHUP: read the settings anew and change what can change without losing the role.
+"""SIGHUP: read the settings again, and apply those that can change without losing the role.
 
-Owns the rule which settings those are. The rest is refused by name, and stays.
+Owns the list of those settings. A change of any other one is refused by name.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ RELOADABLE = frozenset(
         "workload_forward_hup",
     }
 )
-"""Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""
+"""The settings that SIGHUP changes."""
 
 log = logs.Log(__name__)
 
@@ -58,8 +58,8 @@ class Reload:
 
     Args:
         member: ``settings`` is written here.
-        options: makes the session's options of settings.
-        status: the line for systemd once it is done.
+        options: builds the session's options from settings.
+        status: the status line for systemd after the reload.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Reload:
         self._lane = Lane("configuration")
 
     async def run(self, reread: Callable[[], AgentSettings]) -> None:
-        """Read the settings anew and take them over; what is wrong with them is logged.
+        """Read the settings again and apply them; log an error if they cannot be used.
 
         Args:
             reread: reads them; may block, and raises FailoverError.
@@ -86,13 +86,13 @@ class Reload:
         async with self._lock:
             self._member.notify.reloading()
             try:
-                await self._take_over(await self._lane.run(reread))
+                await self._apply(await self._lane.run(reread))
             except (FailoverError, StuckError) as error:
                 log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
             finally:
                 self._member.notify.ready(self._status())
 
-    async def _take_over(self, wanted: AgentSettings) -> None:
+    async def _apply(self, wanted: AgentSettings) -> None:
         member = self._member
         before = member.settings
         keys = [setting.name for setting in fields(wanted)]
@@ -102,13 +102,13 @@ class Reload:
         settings = replace(before, **update)
         specs = await self._lane.run(lambda: member.role_runner.read_hooks(settings))
         if "progress" in changed:
-            await self._host_health.change_source(settings)
+            await self._host_health.replace_source(settings)
         member.role_runner.reconfigure(settings, specs)
         member.settings = member.requests.settings = settings
         member.session.reconfigure(self._options(settings))
         logs.configure(settings.log_level, settings.log_format)
         if {"check", "failover_score"} & changed:
-            await self._host_health.change_checks(settings)
+            await self._host_health.replace_checks(settings)
         if refused:
             log.warning(
                 "settings not changed",

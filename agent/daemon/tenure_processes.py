@@ -1,8 +1,8 @@
-"""One tenure on this host: its promotion hooks, the demotion with which it began, and all its processes.
+"""The processes of one tenure on this host, and its demotion hook.
 
-Owns what has to be ended before the role can be given back: everything that a promotion of this tenure has
-started, wherever it has gone (ops/trees.py). The demotion hook is the one that was configured when the first
-promotion started: a reload changes later tenures only. Knows nothing of when a demotion is due.
+Owns what has to end before the role can be released: every process that a promotion of this tenure has
+started (ops/trees.py). The demotion hook is the one that was configured when the first promotion started:
+a reload changes later tenures only. Knows nothing of when a demotion is due.
 """
 
 from contextlib import suppress
@@ -18,23 +18,25 @@ log = Log(__name__)
 
 
 class TenureProcesses:
-    """What one tenure has started.
+    """The processes of one tenure.
 
     Args:
-        cookie: marks its processes.
-        demotion: the hook by which it ends, or None.
-        cgroup: the directory for a cgroup of its promotion hooks, or None.
+        process_mark: the mark of its processes.
+        demotion_hook: the hook that ends it, or None.
+        cgroup: the directory for the cgroup of its promotion hooks, or None.
     """
 
-    def __init__(self, cookie: str, demotion: HookSpec | None, cgroup: Path | None) -> None:
-        self.demotion = demotion
+    def __init__(
+        self, process_mark: str, demotion_hook: HookSpec | None, cgroup: Path | None
+    ) -> None:
+        self.demotion_hook = demotion_hook
         self.cgroup = cgroup
         self._hooks: list[HookRun] = []
-        self._tree = Tree(cookie, adopts=True)
+        self._tree = Tree(process_mark, adopts=True)
         self._tree.cgroup = cgroup
 
     def add(self, hook: HookRun) -> None:
-        """Count a promotion hook to it, with all that it starts. Repeat it after each of its steps."""
+        """Add a promotion hook with its processes. Repeat this after each step of the hook."""
         if hook not in self._hooks:
             self._hooks.append(hook)
         for child in hook.children:
@@ -42,35 +44,35 @@ class TenureProcesses:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Process groups of its promotion hooks, in which something may live."""
+        """Process groups of its promotion hooks, in which processes may be alive."""
         return tuple(pgid for hook in self._hooks for pgid in hook.pgids)
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which its processes descend, as far as known from the last track_processes."""
+        """The roots of its process trees, as last tracked."""
         return self._tree.roots
 
     async def track_processes(self) -> None:
-        """Learn which processes there are, before their parents end."""
+        """Record which processes there are, before their parents end."""
         with suppress(StuckError):
             await self._tree.look()
 
     def stop_adopting(self) -> None:
-        """Leave alone what is started from now on without a mark: it is the demotion hook's."""
+        """Do not add unmarked processes from now on: they belong to the demotion hook."""
         self._tree.adopt_no_more()
 
     def kill_groups(self) -> None:
-        """SIGKILL to what its promotion hooks have in their process groups. Does not wait."""
+        """SIGKILL to the process groups of its promotion hooks. Does not wait."""
         for hook in self._hooks:
             hook.kill()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill all of it; None once nothing lives, else why something does."""
+        """Kill all its processes; None once all are gone, else why some are not."""
         return await self._tree.kill(limit_s)
 
 
 async def kill_remaining(*trees: TenureProcesses | Tree | None, limit_s: float) -> str | None:
-    """Kill what is left of tenures; None once nothing lives, else why something does."""
+    """Kill what is left of tenures; None once all processes are gone, else why some are not."""
     for tree in trees:
         if tree is not None:
             left = await tree.kill(min(KILL_S, limit_s))
@@ -81,7 +83,7 @@ async def kill_remaining(*trees: TenureProcesses | Tree | None, limit_s: float) 
 
 
 def log_tracking_limits(cgroup: Path | None) -> None:
-    """Say at the start what a demotion on this host cannot find (docs/hooks.md)."""
+    """Log at the start which processes a demotion on this host cannot find (docs/hooks.md)."""
     if cgroup is None:
         log.info(
             "processes are followed without a cgroup",

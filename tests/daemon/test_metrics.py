@@ -17,10 +17,10 @@ from agent.daemon import metrics
 from agent.daemon.telemetry import (
     CHANGES,
     REASONS,
-    SKEWS,
+    SKEW_SAMPLES,
     Snapshot,
     Stats,
-    reason_of,
+    failure_reason,
     why_not_live,
     why_not_primary,
     why_not_ready,
@@ -38,12 +38,12 @@ URL = "http://a/clientfailover"
 def stats() -> Stats:
     """Something of everything has happened."""
     made = Stats()
-    made.turned_at = NOW - 0.1
-    made.answered(at(-1.0), at(-0.9), NOON, URL)
-    made.hook_ended("secondary", 0.3, ok=True)
-    made.demoted(3.0)
-    made.demoted(2.0)
-    made.demoted(4.0)
+    made.loop_ran_at = NOW - 0.1
+    made.record_answer(at(-1.0), at(-0.9), NOON, URL)
+    made.record_hook("secondary", 0.3, ok=True)
+    made.record_demotion(3.0)
+    made.record_demotion(2.0)
+    made.record_demotion(4.0)
     return made
 
 
@@ -60,13 +60,13 @@ def snapshot(**changed: Any) -> Snapshot:
         session_id="host-a",
         timing=TIMING,
         phase=Phase.MEMBER,
-        said=Role.PRIMARY,
+        session_role=Role.PRIMARY,
         demoting=False,
         epoch=7,
         renew_by=NOW + 6.0,
         lease_until=NOW + 9.5,
         wake_at=NOW + 1.0,
-        turn_s=0.5,
+        loop_interval_s=0.5,
         unfit={},
         score=90.0,
         checks={"disk": True, "feed": False},
@@ -96,7 +96,7 @@ def roles(snap: Snapshot) -> dict[str, float | None]:
 
 
 SECONDARY: dict[str, Any] = {
-    "said": Role.SECONDARY,
+    "session_role": Role.SECONDARY,
     "renew_by": -math.inf,
     "lease_until": -math.inf,
 }
@@ -109,13 +109,13 @@ def test_a_primary_is_one_while_its_lease_runs_and_not_a_moment_longer() -> None
     assert why_not_primary(snapshot(renew_by=NOW + 0.001)) is None
     assert "0.000 s ago" in str(why_not_primary(snapshot(renew_by=NOW)))
     assert why_not_primary(snapshot(**SECONDARY)) == "this member is Secondary"
-    pending = snapshot(said=Role.PENDING_PRIMARY)
+    pending = snapshot(session_role=Role.PENDING_PRIMARY)
     assert why_not_primary(pending) == "this member is PendingPrimary"
 
 
 def test_whose_lease_has_ended_is_no_secondary_until_it_has_demoted() -> None:
     assert why_not_secondary(snapshot(renew_by=NOW - 1)) == "this member is Primary"
-    demoting = snapshot(said=Role.SECONDARY, demoting=True)
+    demoting = snapshot(session_role=Role.SECONDARY, demoting=True)
     assert why_not_secondary(demoting) == "the demotion is not done yet"
     assert why_not_secondary(snapshot(**SECONDARY)) is None
 
@@ -154,17 +154,17 @@ def test_a_member_that_was_not_answered_for_L_is_live_and_not_ready() -> None:  
 
 def test_a_late_loop_is_not_live() -> None:
     snap = snapshot()
-    snap.stats.turned_at = NOW - 1.5
+    snap.stats.loop_ran_at = NOW - 1.5
     assert why_not_live(snap) is None
-    snap.stats.turned_at = NOW - 1.6
+    snap.stats.loop_ran_at = NOW - 1.6
     assert why_not_live(snap) == "the loop has stalled, it is 1.100 s late"
 
 
 def test_a_heartbeat_that_hangs_beyond_its_limit_is_not_live() -> None:
     snap = snapshot()
-    snap.stats.asked_at = {1: NOW - 3.0, 2: NOW - 1.0}
+    snap.stats.in_flight = {1: NOW - 3.0, 2: NOW - 1.0}
     assert why_not_live(snap) is None
-    snap.stats.asked_at = {1: NOW - 3.1, 2: NOW - 1.0}
+    snap.stats.in_flight = {1: NOW - 3.1, 2: NOW - 1.0}
     assert why_not_live(snap) == "renewal has stalled, a heartbeat hangs for 3.100 s"
 
 
@@ -177,12 +177,12 @@ def test_what_starts_is_live() -> None:
 
 @pytest.mark.parametrize("role", list(Role))
 def test_exactly_one_role_is_1(role: Role) -> None:
-    assert roles(snapshot(said=role)) == {r.value: float(r is role) for r in Role}
+    assert roles(snapshot(session_role=role)) == {r.value: float(r is role) for r in Role}
 
 
 @pytest.mark.parametrize("role", [Role.PRIMARY, Role.PENDING_PRIMARY])
 def test_the_role_ends_with_the_deadline_whatever_was_said(role: Role) -> None:
-    assert roles(snapshot(said=role, renew_by=NOW))["Secondary"] == 1
+    assert roles(snapshot(session_role=role, renew_by=NOW))["Secondary"] == 1
 
 
 def test_each_scrape_asks_anew() -> None:
@@ -263,7 +263,9 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_a_change_of_role_is_counted_by_from_to_and_cause() -> None:
     snap = snapshot()
-    snap.stats.changed(Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late"))
+    snap.stats.record_role_change(
+        Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late")
+    )
     labels = {"from": "Primary", "to": "Secondary"}
     assert value(snap, "role_changes_total", **labels, cause="lease_lost") == 1
     assert value(snap, "role_changes_total", **labels, cause="told") == 0
@@ -287,10 +289,10 @@ def test_the_number_of_series_does_not_grow_with_what_happens() -> None:
     for code in ExitCode:
         for status in (None, 404, 429, 500, 503):
             error = ServerError("why", exit_code=code, status=status)
-            assert reason_of(error) in REASONS
-            snap.stats.beats_failed[reason_of(error)] += 1
+            assert failure_reason(error) in REASONS
+            snap.stats.heartbeats_failed[failure_reason(error)] += 1
     for change in CHANGES:
-        snap.stats.changed(Publish(change[0], change[1], 1, change[2], "why"))
+        snap.stats.record_role_change(Publish(change[0], change[1], 1, change[2], "why"))
     assert series(snap) == before
 
 
@@ -307,7 +309,7 @@ def test_the_number_of_series_does_not_grow_with_what_happens() -> None:
     ],
 )
 def test_why_a_heartbeat_failed(status: int | None, code: ExitCode, reason: str) -> None:
-    assert reason_of(ServerError("why", exit_code=code, status=status)) == reason
+    assert failure_reason(ServerError("why", exit_code=code, status=status)) == reason
 
 
 # -- the skew -----------------------------------------------------------------------------------------
@@ -316,24 +318,24 @@ def test_why_a_heartbeat_failed(status: int | None, code: ExitCode, reason: str)
 def test_the_skew_is_right_within_tenths_though_the_date_has_whole_seconds() -> None:
     """The server cuts fractions off."""
     made = Stats()
-    for n in range(SKEWS):
+    for n in range(SKEW_SAMPLES):
         sent = at(2.1 * n)
         servers = sent.wall - timedelta(seconds=3)
-        made.answered(sent, at(2.1 * n + 0.01), servers.replace(microsecond=0), URL)
+        made.record_answer(sent, at(2.1 * n + 0.01), servers.replace(microsecond=0), URL)
     assert made.skew_s == pytest.approx(3, abs=0.3)
 
 
 def test_the_skew_of_another_endpoint_is_begun_anew() -> None:
     made = Stats()
-    made.answered(at(0), at(0), NOON, URL)
-    made.answered(at(1), at(1), NOON - timedelta(seconds=60), "http://b/clientfailover")
+    made.record_answer(at(0), at(0), NOON, URL)
+    made.record_answer(at(1), at(1), NOON - timedelta(seconds=60), "http://b/clientfailover")
     assert made.skew_s == pytest.approx(61)
 
 
 def test_an_answer_that_was_overtaken_does_not_turn_the_renewal_back() -> None:
     made = Stats()
-    made.answered(at(2), at(3), None, URL)
-    made.answered(at(1), at(4), None, URL)
+    made.record_answer(at(2), at(3), None, URL)
+    made.record_answer(at(1), at(4), None, URL)
     assert (made.heard_at, made.renewed_at) == (NOW + 2, NOON + timedelta(seconds=2))
     assert made.skew_s is None
 
@@ -344,7 +346,7 @@ def test_an_answer_that_was_overtaken_does_not_turn_the_renewal_back() -> None:
 def page(accept: str) -> tuple[str, str]:
     registry = CollectorRegistry()
     metrics.register(registry, snapshot)
-    body, content_type = metrics.page_of(registry, accept)
+    body, content_type = metrics.build_page(registry, accept)
     return body.decode(), content_type
 
 

@@ -101,7 +101,7 @@ def test_a_go_releases_the_tenure(stage: Stage) -> None:
     epoch = holder(coordinator)
     with helper(document_for(coordinator.endpoint), epoch) as process:
         code, said = ended(process, b"1")
-    assert (code, "role handed back" in said) == (0, True), said
+    assert (code, "role released by the guard" in said) == (0, True), said
     assert coordinator.status().get("Primary") is None
     assert coordinator.tenure(epoch)["WhyEnded"] == release_helper.REASON
 

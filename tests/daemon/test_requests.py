@@ -116,7 +116,7 @@ async def standing(
         stats=stats,
         clock=Clock(),
     )
-    requests.use(client)
+    requests.set_client(client)
     try:
         yield Stand(requests, session, client, stats, told)
     finally:
@@ -140,7 +140,7 @@ RELEASE = Release(7, "stopping", 0.0)
 # --- each call ends by its event ------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[[Requests], Awaitable[None]], type[Event]]] = {
-    "heartbeat": (lambda requests: requests.beat(1), HeartbeatFailed),
+    "heartbeat": (lambda requests: requests.send_heartbeat(1), HeartbeatFailed),
     "release": (lambda requests: requests.release(RELEASE), Released),
     "leave": (lambda requests: requests.leave(lambda: None), Left),
 }
@@ -188,7 +188,7 @@ async def test_a_fault_of_ours_tells_the_event_and_is_raised(
         with pytest.raises(KeyError):
             await call(stand.requests)
     assert [type(told) for told in stand.told] == [event]
-    assert not stand.stats.asked_at
+    assert not stand.stats.in_flight
     if isinstance(stand.told[0], Stop):
         assert stand.told[0].code is ExitCode.TASK_FAILED
 
@@ -230,9 +230,9 @@ async def test_no_extension_is_sent_to_a_server_that_did_not_show_any(
     async with at(PLAIN) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
         assert api.last("status") == ({}, None)
@@ -250,13 +250,13 @@ async def test_extensions_are_sent_to_a_server_that_showed_them(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert api.last("heartbeat")[1] == {
             "FailoverScore": 100.0,
             "Instance": stand.requests.instance,
             "Epoch": 7,
         }
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
         assert api.last("status")[0]["after"] == ["3"]
@@ -275,11 +275,11 @@ async def test_a_heartbeat_that_another_store_answers_has_failed(
         await stand.join()
         api.documents = OTHERS
         for beat in range(1, 4):
-            await stand.requests.beat(beat)
+            await stand.requests.send_heartbeat(beat)
     assert {told.failure for told in stand.told if isinstance(told, HeartbeatFailed)} == {
         HeartbeatFailure.OTHER_STORE
     }
-    assert stand.stats.beats_failed["other_store"] == 3
+    assert stand.stats.heartbeats_failed["other_store"] == 3
     assert caplog.text.count("coordinator of another store refused") == 1
     assert stand.requests.group_data is None
 
@@ -288,7 +288,7 @@ async def test_a_status_of_another_store_is_not_told() -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         api.documents = OTHERS
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
     assert not stand.told
@@ -352,11 +352,11 @@ async def test_a_429_of_a_proxy_is_lost_contact(caplog: pytest.LogCaptureFixture
         for body, kind in ((b"slow down", "text/plain"), (PROBLEM, "application/problem+json")):
             caplog.clear()
             api.faults["heartbeat"] = answer(body, "429 Too Many Requests", kind)
-            await stand.requests.beat(1)
-            await stand.requests.beat(2)
+            await stand.requests.send_heartbeat(1)
+            await stand.requests.send_heartbeat(2)
             assert caplog.text.count("heartbeat failed") == 1
             del api.faults["heartbeat"]
-            await stand.requests.beat(3)
+            await stand.requests.send_heartbeat(3)
     assert [told.failure for told in stand.told if isinstance(told, HeartbeatFailed)] == [
         HeartbeatFailure.BACK_OFF
     ] * 4
@@ -368,14 +368,14 @@ async def test_one_429_of_the_api_is_contact_and_more_in_a_row_are_not(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         api.faults["heartbeat"] = answer(json.dumps(REFUSAL).encode(), "429 Too Many Requests")
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert "heartbeat failed" not in caplog.text
-        await stand.requests.beat(2)
-        await stand.requests.beat(3)
+        await stand.requests.send_heartbeat(2)
+        await stand.requests.send_heartbeat(3)
         assert caplog.text.count("heartbeat failed") == 1
         del api.faults["heartbeat"]
         with caplog.at_level(logging.INFO):
-            await stand.requests.beat(4)
+            await stand.requests.send_heartbeat(4)
         assert "heartbeat answered again" in caplog.text
 
 
@@ -421,7 +421,7 @@ async def test_status_reads_that_are_answered_at_once_do_not_spin(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         arrange(api)
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await asyncio.sleep(1.0)
         following.cancel()
         await asyncio.wait([following])
@@ -432,7 +432,7 @@ async def test_changes_that_come_together_are_read_at_once() -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         rising(api)
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: len(stand.told) >= 4)
         following.cancel()
         began = stand.told[:4]

@@ -48,9 +48,9 @@ class Stage:
             Clock(),
             Stats(),
             instance=self.instance,
-            ended=self.ends.append,
-            groups_changed=lambda: None,
-            workload_ended=lambda _: None,
+            on_ended=self.ends.append,
+            on_groups_changed=lambda: None,
+            on_workload_ended=lambda _: None,
         )
         return self.role_runner
 
@@ -63,7 +63,7 @@ class Stage:
     def begin(self, role: Role, limit_s: float = 5.0) -> int:
         self.number += 1
         facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
-        work = self.role_runner.begin(self.number, facts, None)
+        work = self.role_runner.start_run(self.number, facts, None)
         self.task = asyncio.get_running_loop().create_task(work)
         return self.number
 
@@ -90,7 +90,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     one = Stage(tmp_path)
     yield one
     one.role_runner.kill_all()
-    await one.role_runner.fence()
+    await one.role_runner.run_fence_command()
     one.role_runner.close()
     for path in tmp_path.glob("*.pid"):  # noqa: ASYNC240 - nothing else runs
         text = path.read_text().strip()
@@ -130,7 +130,7 @@ async def test_a_child_that_starts_the_workload_on_term_is_gone_before_the_run_h
     stage.open(hook_primary=stage.hook("p", f"sh {child} & wait"))
     number = stage.begin(Role.PRIMARY)
     pid = await stage.pid("child.pid")
-    stage.role_runner.term(number)
+    stage.role_runner.terminate(number)
     work = await stage.pid("work.pid")
     assert not stage.task.done(), "the run has ended though its workload lives"
     stage.role_runner.kill(number)
@@ -147,7 +147,7 @@ async def test_a_tree_that_ignores_term_is_killed_at_the_kill_time(stage: Stage)
     number = stage.begin(Role.PRIMARY)
     pid = await stage.pid("child.pid")
     assert os.getsid(pid) == pid
-    stage.role_runner.term(number)
+    stage.role_runner.terminate(number)
     await asyncio.sleep(0.3)
     assert not stage.task.done(), "the run has ended though its child lives"
     stage.role_runner.kill(number)
@@ -161,12 +161,12 @@ async def test_a_terminated_promotion_has_failed_even_if_it_exits_with_0(stage: 
     stage.open(hook_primary=stage.hook("p", text))
     number = stage.begin(Role.PRIMARY)
     await stage.pid("p.pid")
-    stage.role_runner.term(number)
+    stage.role_runner.terminate(number)
     ended = await stage.end()
     assert (ended.ok, ended.why) == (False, "terminated")
 
 
-@pytest.mark.parametrize("end", [RoleRunner.term, RoleRunner.kill])
+@pytest.mark.parametrize("end", [RoleRunner.terminate, RoleRunner.kill])
 async def test_a_start_that_hangs_holds_up_nothing_and_can_be_ended(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[RoleRunner, int], None]
 ) -> None:
@@ -199,7 +199,7 @@ async def test_a_program_that_is_never_executed_is_killed(
     number = stage.begin(Role.PRIMARY)
     await asyncio.sleep(0.2)
     assert not stage.task.done()
-    stage.role_runner.term(number)
+    stage.role_runner.terminate(number)
     stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     os.close(writing)
@@ -360,7 +360,7 @@ async def test_a_tenure_ends_by_the_demotion_with_which_it_began(stage: Stage) -
     stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
     assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
-    assert (await stage.role_runner.guard_hook(facts, 1.0)).commands
+    assert (await stage.role_runner.build_guard_hook(facts, 1.0)).commands
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
     assert stage.role_runner.roles == frozenset(), "the next tenure has the new settings"
@@ -374,7 +374,7 @@ async def test_what_an_earlier_agent_left_is_killed_by_its_mark(stage: Stage) ->
     left = process.Popen(
         ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
     )
-    await stage.role_runner.end_former_life("earlier")
+    await stage.role_runner.kill_previous_processes("earlier")
     assert left.wait() == -signal.SIGKILL
 
 
@@ -396,7 +396,7 @@ async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
         assert pid in inside
         later = trees.Tree(stage.instance, since=trees._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        await stage.role_runner.end_former_life(stage.instance)
+        await stage.role_runner.kill_previous_processes(stage.instance)
         assert not alive(pid)
         assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
 
