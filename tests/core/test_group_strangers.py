@@ -50,7 +50,7 @@ Process = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Own:
-    """A member beats at once, releases what it holds, starts anew, or is cut off (or no more)."""
+    """A member sends a heartbeat at once, releases, restarts, or is cut off (or connected again)."""
 
     session_id: str
     what: str
@@ -58,14 +58,14 @@ class Own:
 
 @dataclass(frozen=True)
 class Happens:
-    """Something happens to the coordinator itself."""
+    """A restart or a stall of the coordinator."""
 
     what: str
 
 
 @dataclass
 class World:
-    """A coordinator, its members, and every lease that is still running."""
+    """A coordinator, its members, and every lease that has not expired."""
 
     v1: frozenset[str]
     mono: float = 1000.0
@@ -85,11 +85,11 @@ class World:
         return session_id, f"{session_id}#{self.starts.get(session_id, 0)}"
 
     def score(self, session_id: str) -> float:
-        """Who is best changes every few seconds, and by too little to replace anybody."""
+        """Scores whose order changes every few seconds, by too little to replace a holder."""
         return 95.0 + (self.mono // 7 + SESSIONS.index(session_id)) % len(SESSIONS)
 
     def call(self, what: Input) -> HeartbeatAnswer | None:
-        """What comes is decided, and a promotion is checked against every lease that runs."""
+        """Decide an input, and check each promotion against every lease that has not expired."""
         try:
             decision = decide(self.state, what, self.now, POLICY)
         except RequestRefused:
@@ -144,7 +144,7 @@ class World:
                 self.cut_off ^= {session_id}
 
     def pass_time(self, seconds: float) -> None:
-        """Everybody who is not cut off beats about each second."""
+        """Each connected member sends a heartbeat about every second."""
         end = self.mono + seconds
         while self.mono + 1.0 <= end:
             self.mono += 1.0
@@ -162,7 +162,7 @@ class World:
 
 
 def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
-    """One of all that a stranger can send, or all that could make a group forget a lease."""
+    """An input that a stranger can send, or one that could make a group forget a lease."""
     epoch = world.state.record.epoch
     leave_nobody: list[Input] = [RemoveSession(known) for known in SESSIONS]
     if draw % 8 == 0:
@@ -191,7 +191,7 @@ def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
         RemoveGroup(),
         Tick(),
     ]
-    if session_id not in world.v1:  # a v1 holder has no name that a stranger could lack
+    if session_id not in world.v1:  # a v1 holder has no instance that a stranger could lack
         calls.append(ReleaseRole(session_id, epoch, None, hold_off_s=5.0))
     return [calls[draw // 2 % len(calls)]]
 
@@ -209,7 +209,7 @@ PAUSES = st.sampled_from([0.0, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 11.0])
 
 
 @pytest.mark.parametrize("v1", [frozenset[str](), frozenset("a"), frozenset(SESSIONS)])
-def test_nobody_is_primary_before_the_lease_of_another_is_over(v1: frozenset[str]) -> None:
+def test_nobody_is_primary_before_the_other_lease_has_expired(v1: frozenset[str]) -> None:
     @settings(max_examples=300, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(STEPS, PAUSES), min_size=5, max_size=40))
     def check(steps: list[tuple[Own | Happens | tuple[str, int], float]]) -> None:

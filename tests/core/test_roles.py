@@ -1,4 +1,4 @@
-"""The tables of roles and phases, and the page that is made of them. REWRITE=1 renews docs/roles.md."""
+"""The table of roles, and the page of both tables. REWRITE=1 regenerates docs/roles.md."""
 
 import os
 from itertools import product
@@ -71,16 +71,25 @@ def test_every_row_is_in_the_diagram_and_has_a_reason() -> None:
     assert "[*] --> Secondary" in diagram()
 
 
+POSSIBLE = {
+    (Role.SECONDARY, Role.PENDING_PRIMARY),
+    (Role.PENDING_PRIMARY, Role.PRIMARY),
+    (Role.PENDING_PRIMARY, Role.SECONDARY),
+    (Role.PRIMARY, Role.SECONDARY),
+}
+"""Every role change, written out once more."""
+
+
 @pytest.mark.parametrize(("before", "after"), list(product(Role, Role)))
-def test_a_change_that_is_not_in_the_table_raises(before: Role, after: Role) -> None:
-    if (before, after) in TRANSITIONS:
-        assert check_transition(before, after) == TRANSITIONS[before, after]
+def test_a_role_change_has_a_sentence_or_raises(before: Role, after: Role) -> None:
+    if (before, after) in POSSIBLE:
+        assert check_transition(before, after)
     else:
         with pytest.raises(AssertionError, match=f"from {before} to {after}"):
             check_transition(before, after)
 
 
-def test_r8_the_way_to_primary_leads_over_pending_primary_and_back_to_secondary_at_once() -> None:
+def test_r8_primary_is_reached_by_pending_primary_and_left_to_secondary() -> None:
     assert {before for before, after in TRANSITIONS if after is Role.PRIMARY} == {
         Role.PENDING_PRIMARY
     }

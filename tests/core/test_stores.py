@@ -1,4 +1,4 @@
-"""R3: which server's answers count, and what a member may do at one that may have lost its data."""
+"""R3: the stores whose answers count, and members of a server that may have lost its data."""
 
 import pytest
 
@@ -30,7 +30,7 @@ FOREIGN = [OTHER_STORE, None]
 
 @pytest.mark.parametrize("store_id", FOREIGN)
 @pytest.mark.parametrize("role", [W, P])
-def test_r3_an_answer_from_another_store_promotes_nobody(store_id: str | None, role: Role) -> None:
+def test_r3_an_answer_from_another_store_does_not_promote(store_id: str | None, role: Role) -> None:
     bench = Bench().member()
     bench.answered(Answer(role, 7, 70, store_id=store_id))
     assert bench.session.role is S
@@ -38,7 +38,7 @@ def test_r3_an_answer_from_another_store_promotes_nobody(store_id: str | None, r
 
 
 @pytest.mark.parametrize("store_id", FOREIGN)
-def test_r3_an_answer_from_another_store_extends_nothing_and_is_retried_early(
+def test_r3_an_answer_from_another_store_does_not_renew_and_is_retried_early(
     store_id: str | None,
 ) -> None:
     bench = Bench().primary()
@@ -60,8 +60,8 @@ def test_r3_an_answer_from_another_store_does_not_demote(store_id: str | None) -
 
 
 @pytest.mark.parametrize("store_id", FOREIGN)
-def test_r3_another_store_teaches_no_epoch(store_id: str | None) -> None:
-    """A member that believed it would take every answer of its own store for an old one."""
+def test_r3_an_epoch_of_another_store_is_ignored(store_id: str | None) -> None:
+    """Otherwise every answer of its own store would count as stale."""
     bench = Bench().member()
     bench.answered(Answer(S, 999, 999, store_id=store_id))
     bench.step(status("me", None, 999, 999, store_id))
@@ -78,7 +78,7 @@ def test_r3_a_status_of_another_store_does_not_demote(store_id: str | None) -> N
     assert bench.session.role is P
 
 
-def test_r3_a_status_that_comes_before_the_session_is_registered_teaches_nothing() -> None:
+def test_r3_a_status_before_the_registration_is_ignored() -> None:
     bench = Bench()
     bench.begin()
     bench.step(status("other", None, 999, 999, OTHER_STORE))
@@ -87,7 +87,7 @@ def test_r3_a_status_that_comes_before_the_session_is_registered_teaches_nothing
     assert bench.session.role is P
 
 
-def test_r3_a_lease_that_only_another_store_answers_ends_with_its_own_cause() -> None:
+def test_r3_a_lease_lost_to_answers_of_another_store_has_its_own_cause() -> None:
     bench = Bench().primary()
     while bench.session.role is P:
         if kinds(bench.wake()) == [SendHeartbeat]:
@@ -97,7 +97,7 @@ def test_r3_a_lease_that_only_another_store_answers_ends_with_its_own_cause() ->
     assert "another store" in lost.reason
 
 
-def test_r3_a_heartbeat_that_the_caller_found_to_be_of_another_store_is_an_error() -> None:
+def test_r3_a_heartbeat_failed_by_another_store_is_an_error() -> None:
     bench = Bench().primary()
     before = bench.session.renew_by
     bench.wake()
@@ -107,7 +107,7 @@ def test_r3_a_heartbeat_that_the_caller_found_to_be_of_another_store_is_an_error
 
 @pytest.mark.parametrize("store_id", FOREIGN)
 def test_r3_a_session_does_not_register_at_another_store(store_id: str | None) -> None:
-    """It asks again later: another endpoint of the list may be the right one."""
+    """It retries: another endpoint of the list may have the right store."""
     bench = Bench(store_id=STORE)
     bench.begin()
     assert bench.step(Joined(TIMING, store_id)) == []
@@ -116,7 +116,7 @@ def test_r3_a_session_does_not_register_at_another_store(store_id: str | None) -
     assert kinds(bench.step(Joined(TIMING, STORE))) == [SendHeartbeat]
 
 
-def test_r3_a_store_is_kept_once_it_was_met() -> None:
+def test_r3_a_session_keeps_the_store_that_it_has_joined() -> None:
     bench = Bench()
     assert bench.session.accepts_store(STORE)
     assert bench.session.accepts_store(OTHER_STORE)
@@ -127,8 +127,8 @@ def test_r3_a_store_is_kept_once_it_was_met() -> None:
     assert not bench.session.accepts_store(None)
 
 
-def test_r3_a_primary_keeps_its_lease_while_it_meets_another_store_and_no_longer() -> None:
-    """404 from an independent coordinator, and then its offer to register there."""
+def test_r3_answers_of_another_store_neither_shorten_nor_renew_the_lease() -> None:
+    """An independent coordinator answers 404, and then accepts a registration."""
     bench = Bench().primary()
     renew_by = bench.session.renew_by
     bench.wake()
@@ -144,7 +144,7 @@ def test_r3_a_primary_keeps_its_lease_while_it_meets_another_store_and_no_longer
 
 
 def registered_again(*, store_id: str | None = None, lease_s: float = LEASE_S) -> Bench:
-    """A member of a plain v1 server that has answered 404 and taken the session again."""
+    """A member of a plain v1 server that has answered 404 and registered the session again."""
     bench = Bench().member(v1_server=True)
     bench.answered(v1(S))
     bench.wake()
@@ -154,7 +154,7 @@ def registered_again(*, store_id: str | None = None, lease_s: float = LEASE_S) -
 
 
 def beats_for(bench: Bench, seconds: float, answer: Answer) -> None:
-    """Answer each heartbeat of that time at once."""
+    """Answer each heartbeat at once, for this long."""
     end = bench.now + seconds
     while bench.session.wake_at < end:
         if SendHeartbeat in kinds(bench.wake()):
@@ -163,10 +163,10 @@ def beats_for(bench: Bench, seconds: float, answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("role", [W, P])
-def test_r3_who_registers_again_at_a_server_without_epochs_takes_no_role_for_one_lease(
+def test_r3_a_second_registration_at_a_server_without_epochs_accepts_no_role_for_one_lease(
     role: Role,
 ) -> None:
-    """Such a server has lost its data, and with them the lease of another member."""
+    """Such a server has lost its data, including the lease of another member."""
     bench = registered_again()
     bench.answered(v1(role))
     beats_for(bench, LEASE_S - 0.1, v1(role))
@@ -181,7 +181,7 @@ def test_r3_the_first_registration_at_a_server_without_epochs_does_not_wait() ->
     assert bench.session.role is P
 
 
-def test_r3_who_registers_again_at_a_server_with_a_store_does_not_wait() -> None:
+def test_r3_a_second_registration_at_a_server_with_a_store_does_not_wait() -> None:
     bench = Bench().member()
     bench.fails(HeartbeatFailure.GONE)
     bench.step(Joined(TIMING, STORE))
@@ -191,14 +191,14 @@ def test_r3_who_registers_again_at_a_server_with_a_store_does_not_wait() -> None
 
 
 def test_r3_the_wait_is_as_long_as_the_longer_of_both_failover_timeouts() -> None:
-    """Who made the group anew may have made it with a shorter one than the holder counts by."""
+    """The group may have been created again with a shorter timeout than the holder's."""
     bench = registered_again(lease_s=LEASE_S / 2)
     beats_for(bench, LEASE_S - 0.1, v1(P))
     assert bench.session.role is S
 
 
-def test_r3_who_has_left_a_server_without_epochs_to_cool_down_waits_as_well() -> None:
-    """It may have lost its data meanwhile, and nothing in its answer would show that."""
+def test_r3_a_session_that_left_a_server_without_epochs_to_cool_down_also_waits() -> None:
+    """It may have lost its data meanwhile, which its answers do not show."""
     bench = Bench(hooks={P}).pending(v1_server=True)
     bench.answered(v1(P))
     bench.ends(ok=False)
@@ -232,7 +232,7 @@ def test_r3_two_members_of_a_v1_server_that_lost_its_data_are_never_both_primary
         assert other.now > lease_until
 
 
-def test_r3_the_member_waits_although_the_holder_hears_nothing() -> None:
+def test_r3_the_member_waits_although_the_holder_receives_no_answers() -> None:
     """The holder is cut off while the server loses its data: its lease ends before the wait does."""
     holder = Bench(hooks={S}).primary(v1_server=True)
     other = registered_again()
@@ -241,7 +241,7 @@ def test_r3_the_member_waits_although_the_holder_hears_nothing() -> None:
     assert other.session._accept_roles_at >= holder.session.lease_until
 
 
-def test_r3_a_v1_server_that_gets_a_store_is_another_server() -> None:
+def test_r3_a_v1_server_that_gets_a_store_counts_as_a_new_server() -> None:
     """An upgrade in place, or the next one of a list with two independent servers."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.wake()
@@ -255,7 +255,7 @@ def test_r3_a_v1_server_that_gets_a_store_is_another_server() -> None:
     assert Release(3, "registered again", 0.0) in bench.log
 
 
-def test_r3_a_member_without_a_role_registers_anew_at_a_server_that_gets_a_store() -> None:
+def test_r3_a_secondary_registers_again_at_a_server_that_gets_a_store() -> None:
     bench = Bench().member(v1_server=True)
     assert kinds(bench.answered(Answer(P))) == [Join]
     assert bench.session.role is S
@@ -267,8 +267,8 @@ def test_r3_a_forgotten_answer_of_a_server_that_gets_a_store_changes_nothing() -
     assert bench.session.role is P
 
 
-def test_r5_a_v1_server_that_speaks_of_epochs_is_released_by_leaving() -> None:
-    """A server without a store id takes no release: to wait for one would keep the role from all."""
+def test_r5_a_v1_server_with_epochs_is_released_by_leaving() -> None:
+    """A server without a store id has no release: waiting for one would block the role."""
     bench = Bench(hooks={P}).member(v1_server=True)
     bench.answered(Answer(P, 1, 1, store_id=None))
     bench.ends(ok=False)
