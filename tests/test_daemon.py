@@ -360,12 +360,12 @@ def test_agents_of_one_host_choose_distinct_names(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     monkeypatch.setattr("agent.daemon.main.socket.gethostname", lambda: "edge 1/a")
-    claimed = [main._claim(settings_for("http://a/clientfailover")) for _ in range(3)]
+    claimed = [main._lock_state_file(settings_for("http://a/clientfailover")) for _ in range(3)]
     assert [name for _, name in claimed] == ["edge 1/a", "edge 1/a-2", "edge 1/a-3"]
     assert len({state_file.path for state_file, _ in claimed}) == 3
     assert {state_file.path.parent for state_file, _ in claimed} == {tmp_path}
     claimed[1][0].close()
-    again, name = main._claim(settings_for("http://a/clientfailover"))
+    again, name = main._lock_state_file(settings_for("http://a/clientfailover"))
     assert name == "edge 1/a-2"
     for state_file, _ in (*claimed, (again, name)):
         state_file.close()
@@ -376,10 +376,10 @@ def test_a_configured_session_id_is_never_replaced(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     settings = settings_for("http://a/clientfailover", session_id="host-a")
-    state_file, name = main._claim(settings)
+    state_file, name = main._lock_state_file(settings)
     assert name == "host-a"
     with pytest.raises(ConfigError) as caught:
-        main._claim(settings)
+        main._lock_state_file(settings)
     assert caught.value.exit_code is ExitCode.SESSION_IN_USE
     state_file.close()
 

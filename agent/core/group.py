@@ -153,88 +153,90 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 # -- heartbeats ---------------------------------------------------------------------------------
 
 
-def _receive_heartbeat(draft: Draft, beat: ReceiveHeartbeat) -> None:
-    session = session_of(draft.record, beat.session_id)
-    contact = draft.live.contacts[beat.session_id]
-    _refuse_too_soon(draft, beat, contact)
-    _refuse_unusable_epoch(draft, beat)
+def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
+    session = session_of(draft.record, heartbeat.session_id)
+    contact = draft.live.contacts[heartbeat.session_id]
+    _refuse_too_soon(draft, heartbeat, contact)
+    _refuse_unusable_epoch(draft, heartbeat)
     draft.live = replace(
         draft.live,
         contacts={
             **draft.live.contacts,
-            beat.session_id: Contact(  # the hot path: replace() takes twice as long
+            heartbeat.session_id: Contact(  # the hot path: replace() takes twice as long
                 heard_at=draft.now.mono,
                 last_heartbeat=draft.now,
-                score=beat.score,
-                last_data=beat.last_data if beat.last_data is not None else contact.last_data,
-                instance=beat.instance,
+                score=heartbeat.score,
+                last_data=heartbeat.last_data
+                if heartbeat.last_data is not None
+                else contact.last_data,
+                instance=heartbeat.instance,
                 answered_revision=contact.answered_revision,
                 hold_off_until=contact.hold_off_until,
             ),
         },
     )
-    if session.has_to_see is not None and _has_seen(beat, session.has_to_see):
-        draft.change_session(beat.session_id, has_to_see=None)
-    if beat.seen_epoch is not None and beat.seen_epoch > draft.record.epoch:
-        draft.learn_epoch(beat.seen_epoch)
+    if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
+        draft.change_session(heartbeat.session_id, has_to_see=None)
+    if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > draft.record.epoch:
+        draft.learn_epoch(heartbeat.seen_epoch)
     holder = draft.record.holder
-    if holder is not None and draft.holds(beat.session_id, beat.instance):
-        _renew(draft, holder, beat)
-    elif draft.record.pending == beat.session_id and holder is None and not draft.record.quiet:
-        draft.confirm(beat.session_id, beat.instance)
+    if holder is not None and draft.holds(heartbeat.session_id, heartbeat.instance):
+        _renew(draft, holder, heartbeat)
+    elif draft.record.pending == heartbeat.session_id and holder is None and not draft.record.quiet:
+        draft.confirm(heartbeat.session_id, heartbeat.instance)
 
 
-def _renew(draft: Draft, holder: Tenure, beat: ReceiveHeartbeat) -> None:
+def _renew(draft: Draft, holder: Tenure, heartbeat: ReceiveHeartbeat) -> None:
     """Apply the heartbeat of the process that holds the tenure."""
-    draft.record_progress(beat.last_data)
-    if not draft.live.answers_reach_holder and _has_seen(beat, holder.epoch):
+    draft.record_progress(heartbeat.last_data)
+    if not draft.live.answers_reach_holder and _has_seen(heartbeat, holder.epoch):
         draft.live = replace(draft.live, answers_reach_holder=True)
     held_s = draft.now.mono - draft.live.held_since
     if not draft.live.answers_reach_holder and held_s > CONFIRM_SHARE * draft.lease_s:
         # Our answers do not reach the holder: it is not active, and blocks the role for the others.
-        draft.change_session(beat.session_id, has_to_see=holder.epoch)
+        draft.change_session(heartbeat.session_id, has_to_see=holder.epoch)
         draft.revoke(holder)
     elif not holder.revoked:
         draft.extend()
 
 
-def _has_seen(beat: ReceiveHeartbeat, epoch: int) -> bool:
+def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
     """Whether the client of a heartbeat knows ``epoch``; v1 clients send none and pass."""
-    return beat.seen_epoch is None or beat.seen_epoch >= epoch
+    return heartbeat.seen_epoch is None or heartbeat.seen_epoch >= epoch
 
 
-def _refuse_too_soon(draft: Draft, beat: ReceiveHeartbeat, contact: Contact) -> None:
+def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> None:
     """Enforce B.4, except for confirmations and for clients that have not seen the newest revision."""
     interval_s = minimum_interval_s(draft.lease_s)
     if (
         contact.last_heartbeat is None
-        or contact.instance != beat.instance
+        or contact.instance != heartbeat.instance
         or contact.answered_revision != draft.record.revision
-        or draft.record.pending == beat.session_id
+        or draft.record.pending == heartbeat.session_id
     ):
         return
     early_s = contact.last_heartbeat.mono + interval_s - draft.now.mono
     if early_s > interval_s * (1 - INTERVAL_TOLERANCE):
         raise TooSoon(
-            f'The heartbeat of client session "{beat.session_id}" came {early_s:.3f} s before'
+            f'The heartbeat of client session "{heartbeat.session_id}" came {early_s:.3f} s before'
             f" the group's minimum interval of {interval_s:g} s had passed.",
             "Wait for the time in Retry-After, and send heartbeats every FailoverTimeout / 2 or so.",
             retry_after_s=early_s,
         )
 
 
-def _refuse_unusable_epoch(draft: Draft, beat: ReceiveHeartbeat) -> None:
+def _refuse_unusable_epoch(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     """Bound the epoch that a client can set, so that there is always a next one."""
     known = draft.record.epoch
     limit = max(known, min(known + LARGEST_EPOCH_STEP, HIGHEST_LEARNED_EPOCH))
-    if beat.seen_epoch is not None and beat.seen_epoch > limit:
+    if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > limit:
         raise Invalid(
-            f"Epoch is {beat.seen_epoch}: it must be at most {limit}, since the newest epoch of group"
+            f"Epoch is {heartbeat.seen_epoch}: it must be at most {limit}, since the newest epoch of group"
             f' "{draft.record.config.id}" is {known}.',
             "Restart the client, so that it forgets this epoch; or restore newer data of the"
             " coordinator.",
         )
-    if known >= MAX_EPOCH and not draft.holds(beat.session_id, beat.instance):
+    if known >= MAX_EPOCH and not draft.holds(heartbeat.session_id, heartbeat.instance):
         raise Conflict(
             f'Group "{draft.record.config.id}" has used up its epochs: the newest is {known}.',
             "Delete the group when FailoverTimeout has passed, create it again, and restart its"

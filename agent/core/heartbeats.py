@@ -69,15 +69,15 @@ class Heartbeats:
         """Send none before the moment that the server asked for."""
         self.due_at = self.not_before = until
 
-    def finish(self, beat: int) -> float | None:
+    def finish(self, number: int) -> float | None:
         """Record that a heartbeat was answered or has failed.
 
         Returns:
             When it was sent, or None if its answer may neither promote nor renew.
         """
-        sent_at = self._sent.get(beat)
-        self._sent = {b: at for b, at in self._sent.items() if b != beat}
-        self._forgotten = {b: at for b, at in self._forgotten.items() if b != beat}
+        sent_at = self._sent.get(number)
+        self._sent = {n: at for n, at in self._sent.items() if n != number}
+        self._forgotten = {n: at for n, at in self._forgotten.items() if n != number}
         return sent_at
 
     def forget(self) -> None:

@@ -167,9 +167,9 @@ class Session(LifeCycle):
     # -- answers ------------------------------------------------------------------------------
 
     def _on_heartbeat_answered(
-        self, beat: int, answer: HeartbeatAnswer, now: float, effects: list[Effect]
+        self, number: int, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
-        sent_at = self._heartbeats.finish(beat)
+        sent_at = self._heartbeats.finish(number)
         if answer.store_id != self.store_id:
             self._on_foreign_answer(sent_at, now, effects)
             return

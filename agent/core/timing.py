@@ -105,7 +105,7 @@ def divide(lease_s: float, budget: Budget) -> Timing:
     margin = budget.margin_s if budget.margin_s is not None else MARGIN_SHARE * lease_s
     demote = budget.demote_s if budget.demote_s is not None else DEMOTE_SHARE * lease_s
     renew = budget.renew_s if budget.renew_s is not None else lease_s - demote - margin
-    beat = (
+    interval = (
         budget.heartbeat_interval_s
         if budget.heartbeat_interval_s is not None
         else min(renew / 3, LONGEST_BEAT_S)
@@ -113,7 +113,7 @@ def divide(lease_s: float, budget: Budget) -> Timing:
     request = budget.request_timeout_s
     if request is None:
         request = min(renew / 3, LONGEST_BEAT_S)
-    return Timing(lease_s, renew, demote, margin, beat, request)
+    return Timing(lease_s, renew, demote, margin, interval, request)
 
 
 def smallest_lease_s(budget: Budget) -> float:

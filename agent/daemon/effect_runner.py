@@ -108,10 +108,12 @@ class EffectRunner:
             case Publish():
                 self._publish(effect, lease_until)
             case SendHeartbeat():
-                lost = HeartbeatFailed(
+                failure_event = HeartbeatFailed(
                     effect.number, HeartbeatFailure.OTHER, "the heartbeat's task has failed"
                 )
-                start("heartbeat", requests.send_heartbeat(effect.number), lost=lost)
+                start(
+                    "heartbeat", requests.send_heartbeat(effect.number), failure_event=failure_event
+                )
             case StartHook():
                 self._start_hook(effect)
             case TermHook():
@@ -123,9 +125,9 @@ class EffectRunner:
                     self._joining.cancel()
                 self._joining = start("join", self._join())
             case Release():
-                start("release", self._release(effect), lost=Released())
+                start("release", self._release(effect), failure_event=Released())
             case Leave():
-                start("leave", self._leave(), lost=Left())
+                start("leave", self._leave(), failure_event=Left())
             case Escalate():
                 self._escalate(effect.reason)
             case Exit():
@@ -193,10 +195,10 @@ class EffectRunner:
             await self._state_publisher.flush()  # publish before the hook starts
             await run
 
-        lost = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
-        self._supervisor.start("hook", begin(), lost=lost)
+        failure_event = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
+        self._supervisor.start("hook", begin(), failure_event=failure_event)
         if facts.role is Role.SECONDARY:
-            self._host_health.set_trouble("workload", None)
+            self._host_health.set_unfit("workload", None)
 
     def on_hook_ended(self, event: HookEnded) -> None:
         """Post the end of a run; record the slack of a demotion."""

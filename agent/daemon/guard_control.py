@@ -160,7 +160,7 @@ class GuardControl:
         text = None
         if store_id is not None:
             member = self._member
-            text = release_helper.document(
+            text = release_helper.format_document(
                 member.settings, member.session_id, member.instance, store_id
             )
         self._guardian.set_handback(text)

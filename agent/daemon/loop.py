@@ -221,7 +221,7 @@ class Daemon:
         if failure is not None and code is not ExitCode.DEMOTION_FAILED:
             if failure.exit_code is ExitCode.OTHER_STORE:
                 failure.hint = (
-                    "if the coordinator's data were made anew on purpose, remove"
+                    "if the coordinator's data were deleted on purpose, remove"
                     f" {self._state_publisher.path} and start the agent again"
                 )
             raise failure

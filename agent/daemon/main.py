@@ -24,7 +24,7 @@ from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
 from agent.settings import AgentSettings
 
-GUARD_S = 30.0
+PREVIOUS_GUARD_S = 30.0
 """How long a start waits for the previous agent's guard to exit."""
 
 NAMES_ON_ONE_HOST = 64
@@ -52,7 +52,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
         notify = Notify()
         stack.callback(notify.close)
         try:
-            state_file, session_id = _claim(settings)
+            state_file, session_id = _lock_state_file(settings)
             stack.callback(state_file.close)
             daemon = Daemon(
                 settings,
@@ -106,7 +106,7 @@ def _verdict(daemon: Daemon, why_not: Callable[[Snapshot], str | None]) -> str |
     return why_not(daemon.snapshot())
 
 
-def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
+def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     """Lock a state file and a session id for this process."""
     host = socket.gethostname() or "localhost"
     names = [host, *(f"{host}-{n}" for n in range(2, NAMES_ON_ONE_HOST + 1))]
@@ -116,7 +116,7 @@ def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
             path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
         state_file = StateFile(path.absolute())  # the guard's working directory is another one
         try:
-            state_file.acquire(wait_s=GUARD_S)
+            state_file.acquire(wait_s=PREVIOUS_GUARD_S)
         except ConfigError as error:
             last = name == names[-1] or settings.session_id or settings.state_file
             if error.exit_code is not ExitCode.SESSION_IN_USE or last:

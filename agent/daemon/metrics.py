@@ -151,7 +151,7 @@ def _contact_families(snap: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "failover_agent_last_renewal_timestamp_seconds",
         "Unix time at which the newest answered heartbeat was sent, by this host's clock.",
-        [({}, _unix(stats.renewed_at))],
+        [({}, _unix_time(stats.renewed_at))],
     )
     yield _histogram(
         "failover_agent_heartbeat_duration_seconds",
@@ -203,7 +203,7 @@ def _data_families(snap: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "failover_agent_data_processed_timestamp_seconds",
         "This member's data-processed time, as Unix time.",
-        [({}, _unix(snap.data))],
+        [({}, _unix_time(snap.data))],
     )
     yield _gauge(
         "failover_agent_data_lag_seconds",
@@ -213,7 +213,7 @@ def _data_families(snap: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "failover_agent_group_data_processed_timestamp_seconds",
         "The group's data-processed time in the last heartbeat's answer, as Unix time.",
-        [({}, _unix(snap.group_data))],
+        [({}, _unix_time(snap.group_data))],
     )
     yield _gauge(
         "failover_agent_group_data_lag_seconds",
@@ -298,7 +298,7 @@ def _mqtt_families(snap: Snapshot) -> Iterator[Metric]:
 # -- families ---------------------------------------------------------------------------------------
 
 
-def _filled(
+def _add_samples(
     family: GaugeMetricFamily | CounterMetricFamily, samples: Samples
 ) -> GaugeMetricFamily | CounterMetricFamily:
     for labels, value in samples:
@@ -307,20 +307,20 @@ def _filled(
     return family
 
 
-def _names(samples: Iterable[tuple[Labels, object]]) -> list[str]:
+def _label_names(samples: Iterable[tuple[Labels, object]]) -> list[str]:
     return next(([*labels] for labels, _ in samples), [])
 
 
 def _gauge(name: str, text: str, samples: list[tuple[Labels, float | None]]) -> Metric:
-    return _filled(GaugeMetricFamily(name, text, labels=_names(samples)), samples)
+    return _add_samples(GaugeMetricFamily(name, text, labels=_label_names(samples)), samples)
 
 
 def _counter(name: str, text: str, samples: list[tuple[Labels, float | None]]) -> Metric:
-    return _filled(CounterMetricFamily(name, text, labels=_names(samples)), samples)
+    return _add_samples(CounterMetricFamily(name, text, labels=_label_names(samples)), samples)
 
 
 def _histogram(name: str, text: str, samples: list[tuple[Labels, Histogram]]) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=_names(samples))
+    family = HistogramMetricFamily(name, text, labels=_label_names(samples))
     for labels, histogram in samples:
         total, buckets = 0, []
         bounds = [*map(str, histogram.bounds_s), "+Inf"]
@@ -331,7 +331,7 @@ def _histogram(name: str, text: str, samples: list[tuple[Labels, Histogram]]) ->
     return family
 
 
-def _unix(time: datetime | None) -> float | None:
+def _unix_time(time: datetime | None) -> float | None:
     return time.timestamp() if time is not None else None
 
 

@@ -28,15 +28,15 @@ from agent.settings.exchange import dump, load
 DOCUMENT_FD = 3
 """The descriptor of the document: memory that only this process reads, as it names files of secrets."""
 
-LIMIT_S = 10.0
+RELEASE_TIMEOUT_S = 10.0
 """Timeout of the whole release; by then the lease has usually expired."""
 
-TRY_S = 2.0
+REQUEST_TIMEOUT_S = 2.0
 """Timeout of one request."""
 
 PAUSE_S = 0.2
 REASON = "demoted by the guard"
-FINAL = range(400, 500)
+FINAL_STATUSES = range(400, 500)
 """Statuses after which a retry is pointless, except for the next one."""
 TOO_MANY_REQUESTS = 429
 
@@ -53,7 +53,9 @@ class ReleaseDocument:
     settings: AgentSettings
 
 
-def document(settings: AgentSettings, session_id: str, instance: str, store_id: str) -> bytes:
+def format_document(
+    settings: AgentSettings, session_id: str, instance: str, store_id: str
+) -> bytes:
     """Format the document that the guard keeps for the helper, with this program's version.
 
     Args:
@@ -89,8 +91,8 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def read(text: bytes) -> ReleaseDocument:
-    """Parse a document of ``document``.
+def parse_document(text: bytes) -> ReleaseDocument:
+    """Parse a document of ``format_document``.
 
     Raises:
         ConfigError: it is of another version, or damaged.
@@ -106,24 +108,24 @@ def read(text: bytes) -> ReleaseDocument:
 
 
 async def release_everywhere(
-    handback: ReleaseDocument, epoch: int, clients: Sequence[RestClient]
+    document: ReleaseDocument, epoch: int, clients: Sequence[RestClient]
 ) -> bool:
     """Release the tenure at every endpoint; whether one has accepted it. Closes the clients."""
-    done = await asyncio.gather(*(_release_at(client, handback, epoch) for client in clients))
+    done = await asyncio.gather(*(_release_at(client, document, epoch) for client in clients))
     return any(done)
 
 
-async def _release_at(client: RestClient, handback: ReleaseDocument, epoch: int) -> bool:
+async def _release_at(client: RestClient, document: ReleaseDocument, epoch: int) -> bool:
     """Release at one endpoint, with retries until it answers or the time is up."""
-    reason = f"no answer within {LIMIT_S:g} s"
+    reason = f"no answer within {RELEASE_TIMEOUT_S:g} s"
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(RELEASE_TIMEOUT_S):
             while True:
                 try:
-                    await _release(client, handback, epoch)
+                    await _release(client, document, epoch)
                 except ServerError as error:
                     reason = str(error)
-                    if error.status in FINAL and error.status != TOO_MANY_REQUESTS:
+                    if error.status in FINAL_STATUSES and error.status != TOO_MANY_REQUESTS:
                         break
                     pause_s = max(PAUSE_S, error.retry_after_s or 0.0)
                 else:
@@ -138,14 +140,14 @@ async def _release_at(client: RestClient, handback: ReleaseDocument, epoch: int)
     return False
 
 
-async def _release(client: RestClient, handback: ReleaseDocument, epoch: int) -> None:
+async def _release(client: RestClient, document: ReleaseDocument, epoch: int) -> None:
     await client.release(
-        handback.settings.group,
-        handback.session_id,
+        document.settings.group,
+        document.session_id,
         epoch=epoch,
-        instance=handback.instance,
+        instance=document.instance,
         reason=REASON,
-        timeout_s=TRY_S,
+        timeout_s=REQUEST_TIMEOUT_S,
     )
 
 
@@ -158,14 +160,14 @@ def main(words: Sequence[str]) -> int:
     epoch, wait_s = int(words[0]), float(words[1])
     logs.configure("INFO", "text")  # until the settings are read
     try:
-        handback = read(os.pread(DOCUMENT_FD, os.fstat(DOCUMENT_FD).st_size, 0))
-        settings = handback.settings
+        document = parse_document(os.pread(DOCUMENT_FD, os.fstat(DOCUMENT_FD).st_size, 0))
+        settings = document.settings
         logs.configure(settings.log_level, settings.log_format)
         clients = [client_for(replace(settings, endpoint=(one,))) for one in settings.endpoint]
         ready, _, _ = select.select([0], [], [], wait_s)
         if not ready or not os.read(0, 1):
             return 0
-        return 0 if asyncio.run(release_everywhere(handback, epoch, clients)) else 1
+        return 0 if asyncio.run(release_everywhere(document, epoch, clients)) else 1
     except FailoverError as error:
         log.error("role not released by the guard", reason=error)  # noqa: TRY400 - no traceback needed
         return error.exit_code

@@ -102,16 +102,11 @@ class StatePublisher:
     def _unreleased(self) -> dict[str, Any] | None:
         """The tenure that the next process has to release: this process's, or the previous one's."""
         session = self._member.session
+        owed: PreviousTenure | None = None
         if self._unreleased_epoch is not None:
-            owed: PreviousTenure | None = PreviousTenure(
-                self._unreleased_epoch, self._member.instance
-            )
-        else:  # a process that dies before its first demotion is done hands it on
-            owed = (
-                self._previous_tenure
-                if session.phase in {Phase.STARTING, Phase.RETURNING}
-                else None
-            )
+            owed = PreviousTenure(self._unreleased_epoch, self._member.instance)
+        elif session.phase in {Phase.STARTING, Phase.RETURNING}:
+            owed = self._previous_tenure  # if this process dies now, the next one releases it
         return {"epoch": owed.epoch, "instance": owed.instance} if owed is not None else None
 
     @property

@@ -34,7 +34,7 @@ class Supervisor:
         name: str,
         work: Coroutine[Any, Any, Any],
         *,
-        lost: Event | None = None,
+        failure_event: Event | None = None,
         endless: bool = False,
     ) -> asyncio.Task[Any]:
         """Run ``work`` in a task.
@@ -42,12 +42,12 @@ class Supervisor:
         Args:
             name: for the log.
             work: may be cancelled at any time.
-            lost: the event to post if ``work`` raises, as a substitute for its own.
+            failure_event: the event to post if ``work`` raises, as a substitute for its own.
             endless: ``work`` must not return; if it does, it has failed.
         """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._ended(done, lost, endless=endless))
+        task.add_done_callback(lambda done: self._ended(done, failure_event, endless=endless))
         return task
 
     def watch_loop(self) -> None:
@@ -75,7 +75,9 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _ended(self, task: asyncio.Task[Any], lost: Event | None, *, endless: bool) -> None:
+    def _ended(
+        self, task: asyncio.Task[Any], failure_event: Event | None, *, endless: bool
+    ) -> None:
         self._tasks.discard(task)
         if self._closing or task.cancelled():
             return
@@ -84,6 +86,6 @@ class Supervisor:
             error = RuntimeError("it returned, though it should run until cancelled")
         if error is None:
             return
-        if lost is not None:
-            self._post_event(lost)
+        if failure_event is not None:
+            self._post_event(failure_event)
         self._on_failed(task.get_name(), error)

@@ -70,7 +70,7 @@ def holder(coordinator: Coordinator) -> int:
 
 
 def document_for(*endpoints: str) -> bytes:
-    return release_helper.document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
+    return release_helper.format_document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def test_dead_endpoints_before_the_good_one_do_not_delay_it(stage: Stage) -> Non
             process.stdin.flush()
             begun_at = time.monotonic()
             until(lambda: coordinator.status().get("Primary") is None, "the release")
-            assert time.monotonic() - begun_at < release_helper.TRY_S
+            assert time.monotonic() - begun_at < release_helper.REQUEST_TIMEOUT_S
 
 
 def test_a_coordinator_that_returns_within_the_limit_gets_the_release(
@@ -154,10 +154,10 @@ def test_a_coordinator_that_returns_within_the_limit_gets_the_release(
 
 
 async def test_the_release_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release_helper, "LIMIT_S", 0.3)
+    monkeypatch.setattr(release_helper, "RELEASE_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1/clientfailover"
-        given = release_helper.read(document_for(endpoint))
+        given = release_helper.parse_document(document_for(endpoint))
         async with asyncio.timeout(LIMIT_S):
             clients = [client_for(given.settings)]
             assert not await release_helper.release_everywhere(given, 7, clients)
@@ -178,7 +178,7 @@ def test_the_document_of_another_version_is_refused_with_one_line() -> None:
 @pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"settings": 1}', b"\xff"])
 def test_a_damaged_document_is_refused(text: bytes) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        release_helper.read(text)
+        release_helper.parse_document(text)
 
 
 def test_the_document_has_absolute_paths_and_only_what_requests_need(
@@ -192,9 +192,9 @@ def test_the_document_has_absolute_paths_and_only_what_requests_need(
         password_file=Path("secret"),
         hook_environment={"TOKEN": "hidden"},
     )
-    text = release_helper.document(settings, "host-a", INSTANCE, "store-1")
+    text = release_helper.format_document(settings, "host-a", INSTANCE, "store-1")
     assert b"hidden" not in text
-    read = release_helper.read(text)
+    read = release_helper.parse_document(text)
     assert read.settings.password_file == tmp_path / "secret"
     assert (read.session_id, read.instance, read.store_id) == ("host-a", INSTANCE, "store-1")
 
