@@ -99,11 +99,8 @@ class EffectRunner:
         self._state_publisher.write()
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
-        requests, role_runner, start = (
-            self._member.requests,
-            self._member.role_runner,
-            self._supervisor.start,
-        )
+        member, start = self._member, self._supervisor.start
+        requests, role_runner = member.requests, member.role_runner
         match effect:
             case Publish():
                 self._publish(effect, lease_until)
@@ -156,7 +153,7 @@ class EffectRunner:
             self.announcer.announce(member.published)
         self._host_health.set_primary(primary=effect.role is Role.PRIMARY)
         if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
-            # The state file is published, and there is no hook to run.
+            # The role is published, and there is no hook to run.
             self._record_demotion(lease_until)
         if effect.cause in UNREQUESTED_DEMOTIONS:
             self._run_notification_hook("lost", effect.reason, effect.before)
@@ -198,7 +195,7 @@ class EffectRunner:
         failure_event = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
         self._supervisor.start("hook", begin(), failure_event=failure_event)
         if facts.role is Role.SECONDARY:
-            self._host_health.set_unfit("workload", None)
+            self._host_health.set_unfit_reason("workload", None)
 
     def on_hook_ended(self, event: HookEnded) -> None:
         """Post the end of a run; record the slack of a demotion."""

@@ -145,7 +145,7 @@ class HostHealth:
         """Why this host may not be primary, in one line; None if it may."""
         return "; ".join(self._unfit.values()) or None
 
-    def set_unfit(self, source: str, why: str | None, *, expected: bool = False) -> None:
+    def set_unfit_reason(self, source: str, why: str | None, *, expected: bool = False) -> None:
         """Record why this host is unfit by a source, or that it is fit; each change is posted.
 
         Args:
@@ -174,12 +174,12 @@ class HostHealth:
     def on_guard_changed(self, why: str | None) -> None:
         """The guard was lost, or answers again."""
         self._member.stats.guard_lost += why is not None
-        self.set_unfit("guard", why)
+        self.set_unfit_reason("guard", why)
 
     def on_workload_ended(self, status: int | None) -> None:
         """The command of ``exec`` has ended for good, or fails again and again (None)."""
         if status is None:
-            self.set_unfit("workload", "the workload fails again and again")
+            self.set_unfit_reason("workload", "the workload fails again and again")
         else:
             self.workload_status = status
             self._post_event(Stop(reason="the workload has ended"))
@@ -209,4 +209,4 @@ class HostHealth:
     def _on_health_changed(self, _: Health) -> None:
         health = self._checks.health  # checks that are not in force yet report theirs, too
         waiting = not all(result.known for result in health.results.values())
-        self.set_unfit("checks", None if health.fit else health.reason, expected=waiting)
+        self.set_unfit_reason("checks", None if health.fit else health.reason, expected=waiting)

@@ -131,10 +131,8 @@ class Daemon:
         self._state_publisher = StatePublisher(member, state_file, self._previous_tenure)
         self._host_health = HostHealth(member, self._post_event)
         self.report_progress = self._host_health.report_progress
-        self._state_publisher.score, self._state_publisher.unfit_reason = (
-            self._host_health.score,
-            self._host_health.unfit_reason,
-        )
+        self._state_publisher.score = self._host_health.score
+        self._state_publisher.unfit_reason = self._host_health.unfit_reason
         self._guard_control = GuardControl(member, self._state_publisher.describe, state_file.path)
         self._effects = EffectRunner(
             member,
