@@ -21,7 +21,7 @@ import yaml  # type: ignore[import-untyped] # nothing else here would use its st
 
 from agent import __version__
 from agent.cli.main import main
-from agent.daemon.vitals import PROBES
+from agent.daemon.telemetry import PROBES
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.settings import AgentSettings
 

@@ -35,7 +35,7 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     else:
         origin = sources(AgentSettings, given)
         settings = agent = load_agent(origin)
-        from agent.daemon.budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
+        from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
 
         timing = asdict(agent.timing)
         timing["longest_stop_s"] = longest_stop_s(agent, agent.timing)

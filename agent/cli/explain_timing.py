@@ -61,7 +61,7 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
     rows = [
         *((f"{sign} {name}", getattr(timing, f"{name}_s"), text) for sign, name, text in MEANINGS),
         ("L failover timeout", timing.lease_s, "then another member may be chosen"),
-        ("^ beat", timing.beat_s, "from one heartbeat to the next"),
+        ("^ beat", timing.heartbeat_interval_s, "from one heartbeat to the next"),
         ("  request timeout", timing.request_timeout_s, "for one heartbeat and its answer"),
     ]
     lines += [f"  {name:<18}{part_s:>12.3f} s  {text}" for name, part_s, text in rows]
@@ -95,7 +95,9 @@ def _bar(timing: Timing) -> list[str]:
     }
     for place in marks:
         bar[place] = "|"
-    step_s = max(timing.beat_s, whole_s / BAR)  # closer than a column they are one mark
+    step_s = max(
+        timing.heartbeat_interval_s, whole_s / BAR
+    )  # closer than a column they are one mark
     beats = {column(number * step_s) for number in range(int(renew_s / step_s) + 1)}
     return [
         "  " + "".join(marks.get(place, " ") for place in range(BAR + 1)).rstrip(),

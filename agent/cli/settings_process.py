@@ -115,12 +115,12 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
     """
     process = SettingsProcess(arguments, debug=debug)
     try:
-        from agent.daemon.life import run  # noqa: PLC0415 - while the other process reads
+        from agent.daemon.main import run  # noqa: PLC0415 - while the other process reads
     finally:
         try:
             settings = process.receive()
         except ConfigError as error:
-            from agent.daemon.former import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
+            from agent.daemon.leftover_workload import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
 
             add_hint_of_usual_directory(error)
             raise

@@ -12,7 +12,7 @@ log = Log(__name__)
 
 
 async def run_fence(settings: AgentSettings, runner: HookRunner, payloads: Payloads) -> None:
-    """Run it to its end, or kill it at the limit. Does nothing if there is none."""
+    """Run the fence command, if there is one; kill it at its limit."""
     if not settings.fence_command:
         return
     limit_s = settings.hook_limit

@@ -70,7 +70,7 @@ exec(of_guard)
 2 MiB, so it is compiled already, by the same version of Python."""
 
 HANDBACK = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.handback import main;"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.release_helper import main;"
     " sys.exit(main(sys.argv[2:]))"
 )
 """The helper with which the guard releases the role; the guard adds epoch and time limit."""
@@ -248,7 +248,7 @@ class Guardian:
         """Send the document with which a guard that has demoted hands the role back.
 
         Args:
-            document: made by agent/daemon/handback.py, in JSON; None for a lease that just runs out.
+            document: made by agent/daemon/release_helper.py, in JSON; None for a lease that just runs out.
         """
         text = document.decode() if document is not None else ""
         if len(text) > HANDBACK_BYTES:

@@ -250,7 +250,7 @@ class AgentSettings(Settings):
             renew_s=self.renew,
             demote_s=self.demote,
             margin_s=self.margin,
-            beat_s=self.beat,
+            heartbeat_interval_s=self.beat,
             request_timeout_s=self.request_timeout,
         )
 

@@ -44,7 +44,7 @@ def test_each_value_is_told_with_where_it_is_from(
     assert told["settings"]["group"] == {"value": "g", "from": str(path)}
     assert told["settings"]["beat"] == {"value": 1.0, "from": "FAILOVER_AGENT_BEAT"}
     assert told["settings"]["demote"] == {"value": None, "from": "default"}
-    assert told["timing"]["beat_s"] == 1.0
+    assert told["timing"]["heartbeat_interval_s"] == 1.0
     assert told["timing"]["demote_s"] == 2.5
 
 

@@ -98,12 +98,12 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
     [
         (
             ("run", "--group", "g", "--endpoint", "http://a/clientfailover"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {"group": "g", "endpoint": ("http://a/clientfailover",)},
         ),
         (
             ("run", "--group", "g", *TWO_ENDPOINTS, "--failover-timeout", "00:00:02"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {
                 "endpoint": ("http://a/clientfailover", "http://b/clientfailover"),
                 "failover_timeout": 2.0,
@@ -116,7 +116,7 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
         ),
         (
             ("exec", "--group", "demo", "--", "sleep", "5"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {"workload": ("sleep", "5")},
         ),
         (("serve", "--no-insecure"), "agent.coordinator.server", {"insecure": False}),

@@ -123,9 +123,9 @@ def test_a_reload_is_refused_whatever_becomes_of_the_reader(
         rereads.append(reread)
         return 0
 
-    fake: Any = ModuleType("agent.daemon.life")
+    fake: Any = ModuleType("agent.daemon.main")
     fake.run = run
-    monkeypatch.setitem(sys.modules, "agent.daemon.life", fake)
+    monkeypatch.setitem(sys.modules, "agent.daemon.main", fake)
     assert settings_process.run_agent(("run", "--group", "g"), debug=False) == 0
     (reread,) = rereads
     assert reread().group == "g"

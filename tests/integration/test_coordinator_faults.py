@@ -165,7 +165,7 @@ def test_a_stop_ends_in_order_while_the_coordinator_is_away(stage: Stage, role: 
         stage.run("host-b", coordinator).until_role("Primary")
     agent = stage.run("host-a", gate.endpoint, flags=("--startup-timeout=0",))
     if role == "joining":
-        agent.until_said("cannot join yet")
+        agent.until_said("join failed, retrying")
     elif role == "Secondary":
         agent.until_said("joined")
     else:
@@ -192,7 +192,7 @@ def test_a_server_that_wants_a_client_certificate_ends_a_start(
     flags = ("--startup-timeout=1", f"--ca-file={certificate}")
     agent = stage.run("host-a", f"https://127.0.0.1:{port}/clientfailover", flags=flags)
     assert agent.wait() in {ExitCode.UNREACHABLE, ExitCode.NO_ANSWER}
-    assert "cannot join yet" in agent.said()
+    assert "join failed, retrying" in agent.said()
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def test_an_exception_in_the_loop_is_a_demotion_before_the_lease_ends(
 TASKS = [
     ("agent.drivers.rest.client", "RestClient.heartbeat"),
     ("agent.drivers.rest.client", "RestClient.status"),
-    ("agent.daemon.reload", "Reload._take_over"),
+    ("agent.daemon.reload", "Reload._apply"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What is left of a tenure after its demotion: nothing, whatever its hooks have started. Real processes."""
+"""No process of a tenure is left after its demotion, whatever its hooks have started. Real processes."""
 
 import asyncio
 import os
@@ -15,9 +15,9 @@ import pytest
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
-from agent.daemon import runs
-from agent.daemon.runs import Runs
-from agent.daemon.vitals import Tally
+from agent.daemon import role_runner
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops import process, trees
 from agent.ops.clock import Clock
@@ -27,11 +27,11 @@ from tests.cgroups import new_cgroup
 PATIENCE_S = 20.0
 
 ESCAPE = "env -i setsid sh -c 'sleep 1000 & echo $! > {0}' &"
-"""Leaves the group, loses its parent and has no variable of ours."""
+"""Leaves the process group, loses its parent and has no variable of ours."""
 
 
 class Stage:
-    """The runs of one agent, hooks of shell, and process ids in files."""
+    """A role runner with shell hooks that write process ids into files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -39,20 +39,20 @@ class Stage:
         self.number = 0
         self.instance = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
-    def open(self, **settings: Any) -> Runs:
+    def open(self, **settings: Any) -> RoleRunner:
         self.settings = AgentSettings(hook_directory=self.directory, guard=False, **settings)
-        self.runs = Runs(
+        self.role_runner = RoleRunner(
             self.settings,
             "host-a",
             self.directory / "state.json",
             Clock(),
-            Tally(),
+            Stats(),
             instance=self.instance,
-            ended=self.ends.append,
-            groups_changed=lambda: None,
-            workload_ended=lambda _: None,
+            on_ended=self.ends.append,
+            on_groups_changed=lambda: None,
+            on_workload_ended=lambda _: None,
         )
-        return self.runs
+        return self.role_runner
 
     def hook(self, name: str, text: str) -> tuple[str, ...]:
         path = self.directory / name
@@ -63,7 +63,7 @@ class Stage:
     def begin(self, role: Role, limit_s: float = 5.0) -> int:
         self.number += 1
         facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
-        work = self.runs.begin(self.number, facts, None)
+        work = self.role_runner.start_run(self.number, facts, None)
         self.task = asyncio.get_running_loop().create_task(work)
         return self.number
 
@@ -89,9 +89,9 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     process.become_subreaper()
     one = Stage(tmp_path)
     yield one
-    one.runs.kill_all()
-    await one.runs.fence()
-    one.runs.close()
+    one.role_runner.kill_all()
+    await one.role_runner.run_fence_command()
+    one.role_runner.close()
     for path in tmp_path.glob("*.pid"):  # noqa: ASYNC240 - nothing else runs
         text = path.read_text().strip()
         if text and alive(int(text)):
@@ -101,7 +101,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - processes cannot be awaited
             await asyncio.sleep(0.005)
 
 
@@ -130,59 +130,65 @@ async def test_a_child_that_starts_the_workload_on_term_is_gone_before_the_run_h
     stage.open(hook_primary=stage.hook("p", f"sh {child} & wait"))
     number = stage.begin(Role.PRIMARY)
     pid = await stage.pid("child.pid")
-    stage.runs.term(number)
+    stage.role_runner.terminate(number)
     work = await stage.pid("work.pid")
     assert not stage.task.done(), "the run has ended though its workload lives"
-    stage.runs.kill(number)
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     assert not alive(pid)
     assert not alive(work)
     assert (await stage.run(Role.SECONDARY)).ok
 
 
-async def test_a_tree_that_ignores_term_is_killed_at_the_kill_time(stage: Stage) -> None:
+async def test_a_process_tree_that_ignores_term_is_killed(stage: Stage) -> None:
     child = stage.directory / "child"
     child.write_text("trap '' TERM; echo $$ > child.pid; while :; do sleep 0.02; done")
-    stage.open(hook_primary=stage.hook("p", f"setsid sh {child} & wait"))
+    hook = f"echo $$ > hook.pid; setsid sh {child} & wait"
+    stage.open(hook_primary=stage.hook("p", hook))
     number = stage.begin(Role.PRIMARY)
-    pid = await stage.pid("child.pid")
+    leader, pid = await stage.pid("hook.pid"), await stage.pid("child.pid")
     assert os.getsid(pid) == pid
-    stage.runs.term(number)
-    await asyncio.sleep(0.3)
-    assert not stage.task.done(), "the run has ended though its child lives"
-    stage.runs.kill(number)
+    stage.role_runner.terminate(number)
+    await until(lambda: not alive(leader))
+    assert not stage.task.done(), "the run has ended although its child is alive"
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     assert not alive(pid)
 
 
 async def test_a_terminated_promotion_has_failed_even_if_it_exits_with_0(stage: Stage) -> None:
-    """What it had started got TERM as well."""
+    """Its other processes got TERM, too."""
     text = "trap 'exit 0' TERM; echo $$ > p.pid; while :; do sleep 0.02; done"
     stage.open(hook_primary=stage.hook("p", text))
     number = stage.begin(Role.PRIMARY)
     await stage.pid("p.pid")
-    stage.runs.term(number)
+    stage.role_runner.terminate(number)
     ended = await stage.end()
     assert (ended.ok, ended.why) == (False, "terminated")
 
 
-@pytest.mark.parametrize("end", [Runs.term, Runs.kill])
-async def test_a_start_that_hangs_holds_up_nothing_and_can_be_ended(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[Runs, int], None]
+@pytest.mark.parametrize("end", [RoleRunner.terminate, RoleRunner.kill])
+async def test_a_hook_that_hangs_at_its_start_blocks_nothing_and_can_be_killed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[RoleRunner, int], None]
 ) -> None:
     """Fault 1: a hook's path may be on a dead network file system."""
-    release = threading.Event()
-    monkeypatch.setattr(
-        "agent.drivers.hooks.HookSpec.check_again", lambda *_: release.wait(PATIENCE_S)
-    )
+    hangs, release, returned = threading.Event(), threading.Event(), threading.Event()
+
+    def check_again(*_: object) -> None:
+        hangs.set()
+        release.wait(PATIENCE_S)
+        returned.set()
+
+    monkeypatch.setattr("agent.drivers.hooks.HookSpec.check_again", check_again)
     stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"), hook_secondary=("/bin/true",))
     number = stage.begin(Role.PRIMARY)
-    await asyncio.sleep(0.1)
+    await until(hangs.is_set)
     assert not stage.task.done()
-    end(stage.runs, number)
+    end(stage.role_runner, number)
     assert not (await stage.end()).ok
     release.set()
-    await asyncio.sleep(0.1)
+    await until(returned.is_set)
+    await asyncio.sleep(0.1)  # a start would follow at once, and take milliseconds
     assert not (stage.directory / "p.pid").exists(), "it was started after its end"
 
 
@@ -199,14 +205,14 @@ async def test_a_program_that_is_never_executed_is_killed(
     number = stage.begin(Role.PRIMARY)
     await asyncio.sleep(0.2)
     assert not stage.task.done()
-    stage.runs.term(number)
-    stage.runs.kill(number)
+    stage.role_runner.terminate(number)
+    stage.role_runner.kill(number)
     assert not (await stage.end()).ok
     os.close(writing)
     os.close(reading)
 
 
-# -- what a promotion that has succeeded leaves behind ----------------------------------------------
+# -- processes that a successful promotion leaves ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,10 +224,10 @@ async def test_a_program_that_is_never_executed_is_killed(
     ],
     ids=["group", "session", "no-variables"],
 )
-async def test_what_is_left_of_a_promotion_is_killed_after_the_demotion_hook(
+async def test_processes_of_a_promotion_are_killed_after_the_demotion_hook(
     stage: Stage, helper: str
 ) -> None:
-    """Fault 2: the hook may stop it in order; only what it leaves is killed."""
+    """Fault 2: the demotion hook may stop them in order; only the rest is killed."""
     stage.open(
         hook_primary=stage.hook("p", helper),
         hook_secondary=stage.hook("s", 'kill -0 "$(cat left.pid)" && echo x > alive'),
@@ -233,15 +239,15 @@ async def test_what_is_left_of_a_promotion_is_killed_after_the_demotion_hook(
     assert ended.ok, ended.why
     assert (stage.directory / "alive").exists(), "it was killed before the demotion hook"
     assert not alive(pid)
-    assert not stage.runs.tenure_groups
-    assert not stage.runs.tenure_roots
+    assert not stage.role_runner.tenure_groups
+    assert not stage.role_runner.tenure_roots
 
 
-async def test_pending_primary_leaves_nothing_behind_either_and_no_demotion_hook_is_needed(
+async def test_processes_of_a_pending_hook_are_killed_without_a_demotion_hook(
     stage: Stage,
 ) -> None:
     stage.open(hook_pending_primary=stage.hook("p", "sleep 1000 >&- 2>&- & echo $! > left.pid"))
-    assert Role.SECONDARY in stage.runs.roles
+    assert Role.SECONDARY in stage.role_runner.roles
     assert (await stage.run(Role.PENDING_PRIMARY)).ok
     pid = await stage.pid("left.pid")
     assert (await stage.run(Role.SECONDARY)).ok
@@ -264,7 +270,7 @@ async def test_the_processes_of_another_user_are_killed(stage: Stage, tmp_path: 
     assert not alive(pid)
 
 
-async def test_the_demotion_fails_while_something_lives_and_says_what(
+async def test_the_demotion_fails_and_names_a_process_that_survives(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.open(hook_primary=stage.hook("p", "sleep 1000 >&- 2>&- & echo $! > left.pid"))
@@ -280,7 +286,7 @@ async def test_the_demotion_fails_while_something_lives_and_says_what(
     assert not alive(pid)
 
 
-async def test_an_environment_that_cannot_be_read_holds_up_no_demotion(
+async def test_an_unreadable_environment_delays_no_demotion(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading it blocks while its process is stuck in a page-in: any process of this host."""
@@ -305,10 +311,10 @@ async def test_an_environment_that_cannot_be_read_holds_up_no_demotion(
     await stuck.wait()
 
 
-# -- what is none of its business -------------------------------------------------------------------
+# -- processes that are not killed ------------------------------------------------------------------
 
 
-async def test_what_a_demotion_hook_starts_lives_on(stage: Stage) -> None:
+async def test_processes_of_a_demotion_hook_are_not_killed(stage: Stage) -> None:
     stage.open(
         hook_primary=stage.hook("p", "exit 0"),
         hook_secondary=stage.hook(
@@ -325,7 +331,7 @@ async def test_what_a_demotion_hook_starts_lives_on(stage: Stage) -> None:
     assert all(map(alive, pids)), "a standby helper was killed with the tenure"
 
 
-async def test_our_own_children_and_those_of_notifications_live_on(stage: Stage) -> None:
+async def test_children_of_the_agent_and_of_notification_hooks_are_not_killed(stage: Stage) -> None:
     stage.open(
         hook_primary=stage.hook("p", "exit 0"),
         hook_lost=stage.hook("n", "setsid sleep 1000 >&- 2>&- & echo $! > notified.pid"),
@@ -333,7 +339,7 @@ async def test_our_own_children_and_those_of_notifications_live_on(stage: Stage)
     before = process.Popen(["sleep", "1000"])
     await stage.run(Role.PRIMARY)
     during = process.Popen(["sleep", "1000"], env={})
-    stage.runs.notifier.put("lost", {})
+    stage.role_runner.notifier.put("lost", {})
     pid = await stage.pid("notified.pid")
     try:
         assert (await stage.run(Role.SECONDARY)).ok
@@ -345,11 +351,11 @@ async def test_our_own_children_and_those_of_notifications_live_on(stage: Stage)
             child.wait()
 
 
-# -- a reload, and an earlier life ------------------------------------------------------------------
+# -- a reload, and a previous agent -----------------------------------------------------------------
 
 
-async def test_a_tenure_ends_by_the_demotion_with_which_it_began(stage: Stage) -> None:
-    """Fault 6: a reload took the demotion hook away."""
+async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> None:
+    """Fault 6: a reload removed the demotion hook of the tenure."""
     stage.open(
         hook_primary=stage.hook("p", "exit 0"),
         hook_secondary=stage.hook("s", "echo $KIND >> demoted"),
@@ -357,44 +363,46 @@ async def test_a_tenure_ends_by_the_demotion_with_which_it_began(stage: Stage) -
     )
     await stage.run(Role.PRIMARY)
     other = AgentSettings(hook_directory=stage.directory)
-    stage.runs.reconfigure(other, stage.runs.read_hooks(other))
-    assert Role.SECONDARY in stage.runs.roles
+    stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
+    assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
-    assert (await stage.runs.guard_hook(facts, 1.0)).commands
+    assert (await stage.role_runner.build_guard_hook(facts, 1.0)).commands
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
-    assert stage.runs.roles == frozenset(), "the next tenure has the new settings"
+    assert stage.role_runner.roles == frozenset(), "the next tenure has the new settings"
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
 
 
-async def test_what_an_earlier_agent_left_is_killed_by_its_mark(stage: Stage) -> None:
+async def test_marked_processes_of_a_previous_agent_are_killed(stage: Stage) -> None:
     stage.open()
     left = process.Popen(
         ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
     )
-    await stage.runs.end_former_life("earlier")
+    await stage.role_runner.kill_previous_processes("earlier")
     assert left.wait() == -signal.SIGKILL
 
 
-async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
+async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with new_cgroup() as folder:
-        monkeypatch.setattr(runs, "tenure_cgroup", lambda instance: folder / instance)
+        monkeypatch.setattr(role_runner, "tenure_cgroup", lambda instance: folder / instance)
         stage.open(
             hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
             hook_secondary=("/bin/true",),
         )
         assert (await stage.run(Role.PRIMARY)).ok
         pid = await stage.pid("one.pid")
-        assert stage.runs.cgroup is not None
-        inside = {pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.runs.cgroup))}
+        assert stage.role_runner.cgroup is not None
+        inside = {
+            pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
+        }
         assert pid in inside
         later = trees.Tree(stage.instance, since=trees._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        await stage.runs.end_former_life(stage.instance)
+        await stage.role_runner.kill_previous_processes(stage.instance)
         assert not alive(pid)
         assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
 
@@ -402,7 +410,7 @@ async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
 # -- the workload of exec ---------------------------------------------------------------------------
 
 
-async def test_a_workload_that_becomes_another_user_is_gone_with_all_its_children(
+async def test_a_workload_of_another_user_is_killed_with_its_children(
     stage: Stage,
 ) -> None:
     """Fault 2: ``su -c`` is another session, and what it leaves in the background an orphan."""
@@ -442,7 +450,7 @@ asyncio.run(main())
 """
 
 
-async def test_orphans_are_reaped_and_our_own_zombies_are_kept() -> None:
+async def test_orphans_are_reaped_and_zombies_of_our_own_children_are_not() -> None:
     agent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SUBREAPER, stdout=asyncio.subprocess.PIPE
     )

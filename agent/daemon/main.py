@@ -1,7 +1,7 @@
-"""The agent's start and end: its claims on this host, its signals, its local HTTP server.
+"""The agent's process: its state file lock, its signals, its local HTTP server.
 
-Owns the order in which things come up and go down, as far as it is not the loop's. What can fail before
-the first demotion (R6) fails with a hint that a workload of an earlier run may still be active.
+Owns the order of start and shutdown around the loop. An error before the first demotion (R6) carries a
+hint that a workload of a previous run may still be active.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-from agent.daemon.former import add_hint
+from agent.daemon.leftover_workload import add_hint
 from agent.daemon.loop import Daemon
-from agent.daemon.vitals import PROBES, Snapshot
+from agent.daemon.telemetry import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest.configured import load_client
 from agent.drivers.statefile import StateFile, default_directory
@@ -24,22 +24,22 @@ from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
 from agent.schema.settings import AgentSettings
 
-GUARD_S = 30.0
-"""How long a start waits for the guard of a dead agent to finish its demotion."""
+PREVIOUS_GUARD_S = 30.0
+"""How long a start waits for the previous agent's guard to exit."""
 
 NAMES_ON_ONE_HOST = 64
-"""Agents of one group on one host that get a session id by themselves."""
+"""Cap on the generated session ids of one group on one host."""
 
 
 def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
-    """Be a member of the group until SIGTERM or SIGINT; the exit code.
+    """Run an agent until SIGTERM or SIGINT; the exit code.
 
     Args:
-        settings: checked, with the hooks that they name.
-        reread: reads the settings anew, at SIGHUP; raises ConfigError.
+        settings: checked, with their hooks.
+        reread: reads the settings again, at SIGHUP; raises ConfigError.
 
     Raises:
-        FailoverError: it could not start, or had to give up; everything is demoted by then.
+        FailoverError: the agent could not start, or cannot go on; it has demoted by then.
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
@@ -52,7 +52,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
         notify = Notify()
         stack.callback(notify.close)
         try:
-            state_file, session_id = _claim(settings)
+            state_file, session_id = _lock_state_file(settings)
             stack.callback(state_file.close)
             daemon = Daemon(
                 settings,
@@ -72,7 +72,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
             stack.enter_context(on_hangup(partial(daemon.reload, reread)))
         if settings.workload:
             stack.enter_context(forwarded_signals(daemon.signal_workload))
-        return await daemon.live(stop)
+        return await daemon.run(stop)
 
 
 async def _start_probe(
@@ -98,7 +98,7 @@ def _probe_server(daemon: Daemon) -> ProbeServer:
         daemon.report_progress,
         daemon.describe,
         verdicts={name: partial(_verdict, daemon, ask) for name, ask in PROBES.items()},
-        metrics=partial(metrics.page_of, registry),
+        metrics=partial(metrics.build_page, registry),
     )
 
 
@@ -106,8 +106,8 @@ def _verdict(daemon: Daemon, why_not: Callable[[Snapshot], str | None]) -> str |
     return why_not(daemon.snapshot())
 
 
-def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
-    """The state file and the session id, both for this process alone."""
+def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
+    """Lock a state file and a session id for this process."""
     host = socket.gethostname() or "localhost"
     names = [host, *(f"{host}-{n}" for n in range(2, NAMES_ON_ONE_HOST + 1))]
     for name in [settings.session_id] if settings.session_id is not None else names:
@@ -116,7 +116,7 @@ def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
             path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
         state_file = StateFile(path.absolute())  # the guard's working directory is another one
         try:
-            state_file.acquire(wait_s=GUARD_S)
+            state_file.acquire(wait_s=PREVIOUS_GUARD_S)
         except ConfigError as error:
             last = name == names[-1] or settings.session_id or settings.state_file
             if error.exit_code is not ExitCode.SESSION_IN_USE or last:
@@ -127,5 +127,5 @@ def _claim(settings: AgentSettings) -> tuple[StateFile, str]:
 
 
 def _safe(name: str) -> str:
-    """An id as part of a file's name."""
+    """Escape an id for a file name."""
     return "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02X}" for c in name)[:100]

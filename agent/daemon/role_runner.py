@@ -1,8 +1,8 @@
-"""What the daemon runs on this host at a change of role: hooks, and the workload of ``exec``.
+"""Run the hooks of a role change, and the workload of ``exec``, on this host.
 
-Owns the runs that the session asked for, by their number. A promotion runs the hook and then starts
-the workload; a demotion stops the workload, and then runs the hook. When a run starts, gets TERM and
-KILL is the session's decision (R7, R8).
+Owns the runs that the session has requested, by their number. A promotion runs the hook and then starts
+the workload; a demotion stops the workload and then runs the hook. The session decides when a run
+starts, and when it gets TERM and KILL (R7, R8).
 """
 
 import asyncio
@@ -11,15 +11,15 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
 from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
-from agent.daemon.tenure import Tenure, kill_rest, note_limits
-from agent.daemon.vitals import Tally
+from agent.daemon.telemetry import Stats
+from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
 from agent.drivers.guardian import GuardHook
 from agent.drivers.hooks import (
     PROMOTIONS,
@@ -40,45 +40,48 @@ from agent.ops.trees import KILL_S, Tree, tenure_cgroup
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
-"""How often the processes of a pre-empted promotion are looked for."""
+"""Poll interval for the processes of a pre-empted promotion."""
 
 LEAST_KILL_S = 0.2
-"""For the killing after a demotion hook that has used up its time: it takes milliseconds."""
+"""Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
 
 WORKLOAD_SHARE = 0.5
-"""Share of a demotion's time in which the workload may end by itself; the hook has the rest."""
+"""Share of the demotion budget after which the workload is killed; the hook has the rest."""
+
+Payload: TypeAlias = dict[str, Any]
+Outcome: TypeAlias = tuple[bool, str]  # ok, and why
 
 log = Log(__name__)
 
 
 @dataclass
 class _Run:
-    """One run under way."""
+    """A run that has not ended."""
 
     role: Role
     tree: Tree
     hook: HookRun | None = None
-    termed: bool = False
+    terminated: bool = False
     killed: bool = False
 
 
-class Runs:
-    """The runs of one session, inside one running loop.
+class RoleRunner:
+    """Runs the hooks and the workload of one session, inside one running loop.
 
     Args:
         settings: hooks and workload.
         session_id: for the payload of hooks.
         state_file: likewise.
-        instance: marks the processes of this agent's tenures, to find them again.
-        tally: counts hooks.
-        ended: takes HookEnded.
-        groups_changed: called when there is something else to be killed by the guard.
-        workload_ended: called with the exit status when the workload has ended for good, or None
+        instance: the mark of this agent's processes, to find them again.
+        stats: counts hooks.
+        on_ended: receives HookEnded.
+        on_groups_changed: called when the processes that the guard has to kill have changed.
+        on_workload_ended: called with the exit status when the workload has ended for good, or None
             when it fails again and again.
 
     Attributes:
         payloads: builds the payloads of hooks.
-        cgroup: the directory of the cgroup of its tenures, which may not be there yet, or None.
+        cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
     """
 
     def __init__(
@@ -87,29 +90,29 @@ class Runs:
         session_id: str,
         state_file: Path,
         clock: Clock,
-        tally: Tally,
+        stats: Stats,
         *,
         instance: str,
-        ended: Callable[[HookEnded], None],
-        groups_changed: Callable[[], None],
-        workload_ended: Callable[[int | None], None],
+        on_ended: Callable[[HookEnded], None],
+        on_groups_changed: Callable[[], None],
+        on_workload_ended: Callable[[int | None], None],
     ) -> None:
         self.payloads = Payloads(settings.group, session_id, state_file, clock)
         self._settings = settings
         self._clock = clock
-        self._tally = tally
-        self._ended = ended
-        self._groups_changed = groups_changed
+        self._stats = stats
+        self._on_ended = on_ended
+        self._on_groups_changed = on_groups_changed
         self._runner = HookRunner(clock)
         self._specs = specs_of(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
-        self.cookie = instance
+        self.process_mark = instance
         self._runs: dict[int, _Run] = {}
-        self._tenure: Tenure | None = None
-        self._former: Tree | None = None
+        self._tenure: TenureProcesses | None = None
+        self._previous_tree: Tree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._looking: asyncio.Task[Any] | None = None
-        self._orphans = process.Orphans(self._look)
+        self._tracking: asyncio.Task[Any] | None = None
+        self._orphans = process.Orphans(self._track_processes)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -117,25 +120,25 @@ class Runs:
                 settings.workload,
                 clock,
                 Restart(settings.workload_restart),
-                workload_ended,
+                on_workload_ended,
                 cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
                 mark=f"{instance}.workload",
             )
         if self.workload is not None or set(PROMOTIONS) & set(self._specs):
-            note_limits(self.cgroup)
+            log_tracking_limits(self.cgroup)
 
     @property
-    def demotion(self) -> HookSpec | None:
-        """The demotion hook: of the tenure, else as configured."""
+    def demotion_hook(self) -> HookSpec | None:
+        """The demotion hook: that of the tenure, else the configured one."""
         if self._tenure is not None:
-            return self._tenure.demotion
+            return self._tenure.demotion_hook
         return self._specs.get(EVENTS[Role.SECONDARY])
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles for which there is something to run, or to tell the guard at a promotion.
+        """The roles that have a run, or of which the guard has to know.
 
-        Whatever a promotion starts, a demotion has to end, with a hook of its own or without.
+        A demotion has to end what a promotion starts, so it has a run even without a hook.
         """
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
         if self._tenure is not None:
@@ -145,10 +148,10 @@ class Runs:
 
     @staticmethod
     def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
-        """The hooks of other settings, checked. May block.
+        """Load and check the hooks of new settings. May block.
 
         Raises:
-            ConfigError: they cannot be used.
+            ConfigError: a hook cannot be used.
         """
         specs = specs_of(settings)
         for spec in specs.values():
@@ -156,20 +159,20 @@ class Runs:
         return specs
 
     def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
-        """Use other hooks, of ``read_hooks``, from the next tenure on."""
+        """Replace the hooks by those of ``read_hooks``, from the next tenure on."""
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
         self.notifier.limit_s = settings.hook_limit_of("joined")
 
     @property
     def running_groups(self) -> tuple[int, ...]:
-        """Process groups of the hooks that run."""
+        """Process groups of the running hooks."""
         hooks = [run.hook for run in self._runs.values() if run.hook is not None]
         return tuple(pgid for hook in hooks for pgid in hook.pgids)
 
     @property
     def tenure_groups(self) -> tuple[int, ...]:
-        """Process groups of the promotion hooks of this tenure, in which something may live."""
+        """Process groups of this tenure's promotion hooks, in which processes may be alive."""
         return self._tenure.groups if self._tenure is not None else ()
 
     @property
@@ -180,65 +183,63 @@ class Runs:
             roots.add(self.workload.identity)
         return tuple(sorted(roots))
 
-    async def end_former_life(self, instance: str) -> None:
-        """Kill what an earlier agent, which died together with its guard, has left of its tenure.
-
-        While something of it lives that cannot be killed, the first demotion fails.
-        """
-        self._former = Tree(instance, since=0)
-        self._former.cgroup = tenure_cgroup(instance)
-        left = await self._former.kill()
+    async def kill_previous_processes(self, instance: str) -> None:
+        """Kill what a previous agent has left; the first demotion fails while some of it is alive."""
+        self._previous_tree = Tree(instance, since=0)
+        self._previous_tree.cgroup = tenure_cgroup(instance)
+        left = await self._previous_tree.kill()
         if left is not None:
-            log.error("processes of an earlier run are left", reason=left)
+            log.error("processes of a previous run are still alive", reason=left)
 
-    def begin(
+    def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
-        """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
-        run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
+        """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
+        run = self._runs[number] = _Run(facts.role, Tree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
-            self._tenure = Tenure(self.cookie, spec, self.cgroup)
-        return self._whole(number, run, facts, self.payloads.of_role(facts, last_data))
+            self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+        payload = self.payloads.build_role_payload(facts, last_data)
+        return self._execute(number, run, facts, payload)
 
-    async def _whole(self, number: int, run: _Run, facts: HookFacts, told: dict[str, Any]) -> None:
+    async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> None:
         try:
             if facts.role is Role.SECONDARY:
-                ok, why = await self._demote(run, facts, told)
+                ok, why = await self._demote(run, facts, payload)
             else:
-                ok, why = await self._promote(run, facts.role, told)
+                ok, why = await self._promote(run, facts.role, payload)
         finally:
             del self._runs[number]
-        self._ended(HookEnded(number, ok, why))
+        self._on_ended(HookEnded(number, ok, why))
 
-    def term(self, number: int) -> None:
-        """TERM to what runs; nothing further of this run starts."""
+    def terminate(self, number: int) -> None:
+        """TERM to the processes of a run; it starts nothing more."""
         run = self._runs.get(number)
         if run is None:
             return
-        run.termed = True
+        run.terminated = True
         if run.hook is not None:
             run.hook.term()
             if run.role is not Role.SECONDARY:
-                self._start(run.tree.signal(signal.SIGTERM))
+                self._start_task(run.tree.signal(signal.SIGTERM))
         elif run.role is Role.SECONDARY and self.workload is not None:
-            self.workload.kill()  # TERM was the beginning of its stop
+            self.workload.kill()  # it got TERM when its stop began
 
     def kill(self, number: int) -> None:
-        """KILL to what runs, with all that a promotion has started."""
+        """KILL to the processes of a run, with all that a promotion has started."""
         run = self._runs.get(number)
         if run is None:
             return
-        run.termed = run.killed = True
+        run.terminated = run.killed = True
         if run.hook is not None:
             run.hook.kill()
             if run.role is not Role.SECONDARY:
-                self._start(run.tree.kill())
+                self._start_task(run.tree.kill())
         elif self.workload is not None:
             self.workload.kill()
 
     def kill_all(self) -> set[asyncio.Task[Any]]:
-        """R4's escalation: KILL to all of this tenure, and to the demotion hook; what is under way."""
+        """Escalate (R4): KILL to the whole tenure and the demotion hook; the tasks that do it."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
@@ -246,71 +247,66 @@ class Runs:
             self.workload.kill()
         if self._tenure is not None:
             self._tenure.kill_groups()
-            self._start(self._tenure.kill())
+            self._start_task(self._tenure.kill())
         return set(self._tasks)
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _look(self) -> None:
-        """Follow the tenure's processes while their parents live, and have the guard know of them."""
-        if self._tenure is not None and (self._looking is None or self._looking.done()):
-            self._looking = self._start(self._look_at(self._tenure))
+    def _track_processes(self) -> None:
+        """Track the tenure's processes while their parents live, and report them to the guard."""
+        if self._tenure is not None and (self._tracking is None or self._tracking.done()):
+            self._tracking = self._start_task(self._track_processes_of(self._tenure))
 
-    async def _look_at(self, tenure: Tenure) -> None:
+    async def _track_processes_of(self, tenure: TenureProcesses) -> None:
         before = tenure.roots
-        await tenure.look()
+        await tenure.track_processes()
         if tenure.roots != before and tenure is self._tenure:
-            self._groups_changed()
+            self._on_groups_changed()
 
-    async def fence(self) -> None:
-        """R4's escalation: wait for the killing, then run the fence command, if there is one.
+    async def run_fence_command(self) -> None:
+        """Escalate (R4): wait for the KILL, then run the fence command, if there is one.
 
-        The killing takes moments, the command at most the hooks' limit. Without a command a guard allows
-        no time for either: it does the killing itself as soon as the agent has ended.
+        The KILL takes moments, the command at most the hooks' limit. Without a command the agent does
+        not wait if it has a guard, which kills as soon as the agent has exited.
         """
         if self._tasks and (self._settings.fence_command or not self._settings.guard):
             await asyncio.wait(self._tasks, timeout=KILL_S)
         await run_fence(self._settings, self._runner, self.payloads)
 
     def close(self) -> None:
-        """Give the hooks' process ids back."""
+        """Release the handles of the hooks' processes."""
         self._orphans.close()
         self._runner.close()
 
     # -- a change of role -----------------------------------------------------------------------
 
-    async def _promote(self, run: _Run, role: Role, payload: dict[str, Any]) -> tuple[bool, str]:
-        ok, why = await self._hook(run, role, self._specs.get(EVENTS[role]), payload)
-        if ok and role is Role.PRIMARY and self.workload is not None and not run.termed:
+    async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
+        ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
+        if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
             fault = await self.workload.start(environment_of(payload))
-            self._groups_changed()
+            self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.termed:  # also if it ended well: what it has started got TERM as well
-            await self._until_gone(run)
+        if run.terminated:  # even after a success: what it has started also got TERM
+            await self._wait_until_gone(run)
             return False, "terminated" if ok else why
         return ok, why
 
-    async def _until_gone(self, run: _Run) -> None:
-        """Wait until nothing lives that a pre-empted promotion has started.
-
-        It was sent TERM; KILL comes from the session when the grace is over.
-        """
+    async def _wait_until_gone(self, run: _Run) -> None:
+        """Wait until every process of a terminated promotion is gone; the session decides on KILL."""
         while not await run.tree.gone():
             if run.killed:
                 await run.tree.kill()
             await asyncio.sleep(TREE_POLL_S)
 
-    async def _demote(
-        self, run: _Run, facts: HookFacts, payload: dict[str, Any]
-    ) -> tuple[bool, str]:
+    async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
         tenure = self._tenure
         if tenure is not None:
-            await tenure.look()  # before parents end
+            await tenure.track_processes()  # before parents end
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -319,23 +315,23 @@ class Runs:
             finally:
                 killing.cancel()
         if tenure is not None:
-            tenure.begin_demotion()
-        ok, why = await self._hook(run, Role.SECONDARY, self.demotion, payload)
+            tenure.stop_adopting()
+        ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
         if ok:
-            # Not before the hook: it may stop in order what a promotion hook has left to run.
+            # After the hook, which may stop in order what a promotion hook has left running.
             limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
-            left = await kill_rest(self._tenure, self._former, limit_s=limit_s)
+            left = await kill_remaining(self._tenure, self._previous_tree, limit_s=limit_s)
             if left is not None:
                 return False, left
-            self._tenure = self._former = None
+            self._tenure = self._previous_tree = None
         return ok, why
 
-    async def _hook(
-        self, run: _Run, role: Role, spec: HookSpec | None, payload: dict[str, Any]
-    ) -> tuple[bool, str]:
+    async def _run_hook(
+        self, run: _Run, role: Role, spec: HookSpec | None, payload: Payload
+    ) -> Outcome:
         if spec is None:
             return True, "no hook"
-        if run.termed:
+        if run.terminated:
             return False, "terminated"
         environment, cgroup = environment_of(payload), None
         if role is not Role.SECONDARY:
@@ -345,36 +341,36 @@ class Runs:
             spec,
             environment,
             payload,
-            launched=lambda: self._note_processes(run, hook),
+            launched=lambda: self._record_processes(run, hook),
             cgroup=cgroup,
         )
         await hook.launched()
         log.info("hook started", hook=spec.name, pid=hook.pid, epoch=payload["epoch"])
-        self._note_processes(run, hook)
-        ended = await hook.wait()
+        self._record_processes(run, hook)
+        result = await hook.wait()
         run.hook = None
-        self._note_processes(run, hook)
-        self._tally.hook_ended(spec.name, ended.duration_s, ok=ended.ok)
-        say = log.info if ended.ok else log.warning
-        say("hook ended", hook=spec.name, result=ended.why, seconds=ended.duration_s)
+        self._record_processes(run, hook)
+        self._stats.record_hook(spec.name, result.duration_s, ok=result.ok)
+        write = log.info if result.ok else log.warning
+        write("hook ended", hook=spec.name, result=result.why, seconds=result.duration_s)
         if role is not Role.SECONDARY:
-            self._look()  # for what it has left behind
-        return ended.ok, ended.why
+            self._track_processes()  # those that it has left running
+        return result.ok, result.why
 
-    def _note_processes(self, run: _Run, hook: HookRun) -> None:
-        """Count what a promotion hook has started to the tenure; the guard hears of all groups."""
+    def _record_processes(self, run: _Run, hook: HookRun) -> None:
+        """Add the processes of a promotion hook to the tenure; report all groups to the guard."""
         if run.role is not Role.SECONDARY and self._tenure is not None:
             self._tenure.add(hook)
             for child in hook.children:
                 run.tree.add(child)
-        self._groups_changed()
+        self._on_groups_changed()
 
     # -- the guard and notifications ---------------------------------------------------------------
 
-    async def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
-        """The demotion of the tenure that a promotion begins, as the guard would run it."""
-        spec, lane = self.demotion, Lane("demotion hook of the guard")
-        return await lane.run(lambda: self.payloads.of_guard(spec, promotion, limit_s))
+    async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
+        """Build the demotion hook that the guard runs for the tenure of a promotion."""
+        spec, lane = self.demotion_hook, Lane("demotion hook of the guard")
+        return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
 
     def notify(
         self,
@@ -387,7 +383,7 @@ class Runs:
         last_data: datetime | None,
         previous_primary: str | None,
     ) -> None:
-        """Run an advisory hook apart from everything else (R10)."""
+        """Queue a notification hook (R10)."""
         facts = self.payloads.build(
             event=event,
             old_role=old_role,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.daemon import handback
+from agent.daemon import release_helper
 from agent.drivers.guardian import _helper
 from agent.drivers.rest.configured import client_for
 from agent.errors import ConfigError, ExitCode
@@ -62,21 +62,21 @@ def holder(coordinator: Coordinator) -> int:
     path = "groups/line-7/clientsessions/host-a/heartbeat"
 
     def primary() -> int | None:
-        said = coordinator.ask("POST", path, {"FailoverScore": 100, "Instance": INSTANCE}).body
-        return said["Epoch"] if said.get("Role") in {1, "Primary"} else None
+        answer = coordinator.ask("POST", path, {"FailoverScore": 100, "Instance": INSTANCE}).body
+        return answer["Epoch"] if answer.get("Role") in {1, "Primary"} else None
 
     return until(primary, "host-a to be Primary")
 
 
 def document_for(*endpoints: str) -> bytes:
-    return handback.document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
+    return release_helper.format_document(settings_for(*endpoints), "host-a", INSTANCE, "store-1")
 
 
 @contextlib.contextmanager
 def helper(
     document: bytes, epoch: int, wait_s: float = LIMIT_S
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The helper as the guard starts it, which has not been told to go on."""
+    """The helper as the guard starts it, before the byte that lets it go on."""
     memory = os.memfd_create("document")
     os.write(memory, document)
     words = [*_helper(), str(epoch), str(wait_s)]
@@ -90,22 +90,22 @@ def helper(
 
 
 def ended(process: subprocess.Popen[bytes], go: bytes) -> tuple[int, str]:
-    _, said = process.communicate(go, timeout=LIMIT_S)
-    return process.returncode, said.decode()
+    _, output = process.communicate(go, timeout=LIMIT_S)
+    return process.returncode, output.decode()
 
 
-def test_a_go_releases_the_tenure(stage: Stage) -> None:
+def test_the_guards_byte_releases_the_tenure(stage: Stage) -> None:
     """Fault 28: otherwise the group waits for the end of the lease."""
     coordinator = stage.serve()
     epoch = holder(coordinator)
     with helper(document_for(coordinator.endpoint), epoch) as process:
-        code, said = ended(process, b"1")
-    assert (code, "role handed back" in said) == (0, True), said
+        code, log = ended(process, b"1")
+    assert (code, "role released by the guard" in log) == (0, True), log
     assert coordinator.status().get("Primary") is None
-    assert coordinator.tenure(epoch)["WhyEnded"] == handback.REASON
+    assert coordinator.tenure(epoch)["WhyEnded"] == release_helper.REASON
 
 
-def test_without_a_go_nothing_happens(stage: Stage) -> None:
+def test_without_the_guards_byte_nothing_happens(stage: Stage) -> None:
     coordinator = stage.serve()
     epoch = holder(coordinator)
     with helper(document_for(coordinator.endpoint), epoch) as process:
@@ -134,10 +134,10 @@ def test_dead_endpoints_before_the_good_one_do_not_delay_it(stage: Stage) -> Non
             process.stdin.flush()
             begun_at = time.monotonic()
             until(lambda: coordinator.status().get("Primary") is None, "the release")
-            assert time.monotonic() - begun_at < handback.TRY_S
+            assert time.monotonic() - begun_at < release_helper.REQUEST_TIMEOUT_S
 
 
-def test_a_coordinator_that_comes_back_within_the_limit_is_told(
+def test_a_coordinator_that_returns_within_the_limit_gets_the_release(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coordinator = stage.serve(store="sqlite")
@@ -152,14 +152,14 @@ def test_a_coordinator_that_comes_back_within_the_limit_is_told(
     assert again.status().get("Primary") is None
 
 
-async def test_the_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handback, "LIMIT_S", 0.3)
+async def test_the_release_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_helper, "RELEASE_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1/clientfailover"
-        given = handback.read(document_for(endpoint))
+        given = release_helper.parse_document(document_for(endpoint))
         async with asyncio.timeout(LIMIT_S):
             clients = [client_for(given.settings)]
-            assert not await handback.hand_back(given, 7, clients)
+            assert not await release_helper.release_everywhere(given, 7, clients)
 
 
 def test_the_document_of_another_version_is_refused_with_one_line() -> None:
@@ -168,19 +168,19 @@ def test_the_document_of_another_version_is_refused_with_one_line() -> None:
     settings = json.loads(given["settings"])
     given["settings"] = json.dumps(settings | {"version": "99.0.0"})
     with helper(json.dumps(given).encode(), 7) as process:
-        code, said = ended(process, b"1")
+        code, log = ended(process, b"1")
     assert code == ExitCode.INTERNAL
-    assert "99.0.0" in said
-    assert len(said.splitlines()) == 1, said
+    assert "99.0.0" in log
+    assert len(log.splitlines()) == 1, log
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"settings": 1}', b"\xff"])
 def test_a_damaged_document_is_refused(text: bytes) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        handback.read(text)
+        release_helper.parse_document(text)
 
 
-def test_paths_are_absolute_and_what_no_request_needs_is_left_out(
+def test_the_document_has_absolute_paths_and_only_what_requests_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its working directory is /."""
@@ -191,14 +191,14 @@ def test_paths_are_absolute_and_what_no_request_needs_is_left_out(
         password_file=Path("secret"),
         hook_environment={"TOKEN": "hidden"},
     )
-    text = handback.document(settings, "host-a", INSTANCE, "store-1")
+    text = release_helper.format_document(settings, "host-a", INSTANCE, "store-1")
     assert b"hidden" not in text
-    read = handback.read(text)
+    read = release_helper.parse_document(text)
     assert read.settings.password_file == tmp_path / "secret"
     assert (read.session_id, read.instance, read.store_id) == ("host-a", INSTANCE, "store-1")
 
 
-def test_a_killed_agent_loses_the_role_at_once_through_its_guard(
+def test_the_guard_of_a_killed_agent_releases_the_role_at_once(
     stage: Stage, tmp_path: Path
 ) -> None:
     """Fault 28: guard and helper together."""

@@ -1,7 +1,7 @@
-"""Keep the last resorts informed: the guard (R12) and the kernel's watchdog device (R4).
+"""Arm and disarm the guard (R12) and the kernel's watchdog device (R4).
 
-Owns when they are armed and when they are called off: only after a demotion that is done. Any other end
-of the agent leaves them armed, and they act in its place.
+Owns when that happens: both are disarmed only after a completed demotion. Any other end of the agent
+leaves them armed, and they act in its place.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.effects import HookFacts
-from agent.daemon import handback
+from agent.daemon import release_helper
 from agent.daemon.member import Member
 from agent.drivers.guardian import Arming, Guardian, GuardLog
 from agent.model import Role
@@ -18,19 +18,19 @@ from agent.ops import logs
 from agent.ops.watchdog import WatchdogDevice
 
 SHORTEST_GUARD_ANSWER_S = 0.5
-"""How long the guard may take to answer on the busiest host; above that it is a margin."""
+"""Lower bound of the guard's answer timeout, for a busy host; otherwise the timeout is a margin."""
 
 BY_GUARD = "demoted by the guard"
-"""The reason in the state file that the guard writes."""
+"""The reason in a state file that the guard has written."""
 
 
-class Guarding:
+class GuardControl:
     """The guard and the watchdog device of one agent.
 
     Args:
         member: read only.
-        state: the content of the state file at this moment.
-        state_path: where it is.
+        state: returns the content of the state file at this moment.
+        state_path: path of the state file.
     """
 
     def __init__(
@@ -43,37 +43,37 @@ class Guarding:
         self._watchdog: WatchdogDevice | None = None
         self._watchdog_armed = False
         self._armed = self._frozen = False
-        self._fenced_by: float | None = None
-        self._handback_store: str | None = None
+        self._fence_by: float | None = None
+        self._document_store: str | None = None
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a guard."""
+        """Whether the settings ask for a guard."""
         return self._guardian is not None
 
     @property
     def ready(self) -> bool:
-        """Whether there is a guard that answers."""
+        """Whether a guard answers."""
         return self._guardian is not None and self._guardian.ready
 
     @property
-    def owed(self) -> bool:
-        """Whether a demotion is still to be done: something is promoted, or being demoted."""
+    def demotion_is_owed(self) -> bool:
+        """Whether a demotion has yet to succeed: something is promoted, or being demoted."""
         return self._armed
 
     def freeze(self) -> None:
-        """Leave both as they are from now on: the session can no longer be trusted."""
+        """Leave both as they are from now on: the session has failed and cannot be trusted."""
         self._frozen = True
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
-        """Start what the settings ask for.
+        """Start the guard and open the watchdog device, as configured.
 
         Args:
-            changed: called with what is wrong with the guard, or None when it answers again.
+            changed: called with the fault of the guard, or None when it answers again.
             claim: the descriptor of the state file's lock, for the guard to keep open.
 
         Raises:
-            ConfigError: the guard cannot be started, or the watchdog device not be used.
+            ConfigError: the guard cannot be started, or the watchdog device cannot be used.
         """
         settings = self._member.settings
         if settings.watchdog_device is not None:
@@ -86,28 +86,30 @@ class Guarding:
             await self._guardian.start()
 
     def check(self) -> None:
-        """Notice a guard that does not answer, and keep the watchdog device from firing."""
+        """Detect a guard that does not answer, and keep the watchdog device from firing."""
         if self._guardian is not None:
             self._guardian.check()
         if self._watchdog is not None:
             self._watchdog.pet()
 
-    async def set_promotion(self, facts: HookFacts) -> None:
-        """Tell the guard the demotion hook of the tenure whose promotion is about to start."""
+    async def send_demotion_hook(self, facts: HookFacts) -> None:
+        """Send the guard the demotion hook of the tenure whose promotion is about to start."""
         if self._guardian is not None:
             demote_s = self._member.session.timing.demote_s
-            self._guardian.set_hook(await self._member.runs.guard_hook(facts, demote_s))
+            self._guardian.set_hook(
+                await self._member.role_runner.build_guard_hook(facts, demote_s)
+            )
 
-    def fencing(self, limit_s: float) -> None:
-        """Leave the agent the time for its fence command and its exit: seconds from now."""
-        self._fenced_by = self._member.clock.boottime() + limit_s
+    def allow_fencing(self, limit_s: float) -> None:
+        """Have the guard wait for the fence command and the exit of the agent: seconds from now."""
+        self._fence_by = self._member.clock.boottime() + limit_s
         self.update()
 
     def update(self) -> None:
-        """Tell both the newest deadline, and the guard what it would have to kill (R12)."""
+        """Send both the newest deadline, and the guard the processes to kill (R12)."""
         if self._frozen:
             return
-        due = self._member.session.guard_by
+        due = self._member.session.guard_deadlines
         self._armed = due is not None
         self._update_watchdog(armed=due is not None)
         guardian = self._guardian
@@ -124,12 +126,12 @@ class Guarding:
                 published.epoch,
             )
         )
-        self._send_handback()
+        self._send_release_document()
         guardian.arm(None if due is None else self._arming(*due))
 
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
-        runs = self._member.runs
-        workload = runs.workload
+        role_runner = self._member.role_runner
+        workload = role_runner.workload
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,
@@ -138,27 +140,29 @@ class Guarding:
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,
-            running=runs.running_groups,
-            groups=runs.tenure_groups,
-            roots=runs.tenure_roots,
-            mark=runs.cookie,
+            running=role_runner.running_groups,
+            groups=role_runner.tenure_groups,
+            roots=role_runner.tenure_roots,
+            mark=role_runner.process_mark,
             epoch=self._member.session.tenure,
-            agent_at=self._fenced_by,
+            agent_at=self._fence_by,
             workload=workload.pgid if workload is not None else None,
-            cgroup=str(runs.cgroup) if runs.cgroup is not None else None,
+            cgroup=str(role_runner.cgroup) if role_runner.cgroup is not None else None,
             state=(str(self._state_path), json.dumps(state)),
         )
 
-    def _send_handback(self) -> None:
-        """Give the guard what it needs to release the role, once the coordinator's store is known."""
+    def _send_release_document(self) -> None:
+        """Send the guard the document for releasing the role, once the coordinator's store is known."""
         store_id = self._member.session.store_id
-        if self._guardian is None or store_id == self._handback_store:
+        if self._guardian is None or store_id == self._document_store:
             return
-        self._handback_store = store_id
+        self._document_store = store_id
         text = None
         if store_id is not None:
             member = self._member
-            text = handback.document(member.settings, member.session_id, member.instance, store_id)
+            text = release_helper.format_document(
+                member.settings, member.session_id, member.instance, store_id
+            )
         self._guardian.set_handback(text)
 
     def _update_watchdog(self, *, armed: bool) -> None:
@@ -171,8 +175,8 @@ class Guarding:
             self._watchdog.disarm()
 
     async def stop(self) -> None:
-        """Call both off if nothing is owed; else leave them armed, for this process is about to end."""
-        if self.owed:
+        """Disarm both unless a demotion is owed; then they stay armed, since this process is ending."""
+        if self.demotion_is_owed:
             if self._guardian is not None:
                 self._guardian.abandon()
             return

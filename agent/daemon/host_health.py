@@ -1,14 +1,14 @@
-"""What this host says of itself: its fitness (R9), its score, and up to when data was processed (R18).
+"""The health of this host: its fitness (R9), its score, and its data-processed time (R18).
 
-Owns the health checks, the source of the data-processed time, and the reasons for which this member is
-unfit. It turns each change into an event for the session, and decides nothing.
+Owns the health checks, the source of the data-processed time, and the reasons why this member is unfit.
+Posts each change as an event to the session, and decides nothing.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from agent.core.events import Event, Fitness, Stop
+from agent.core.events import Event, FitnessChanged, Stop
 from agent.daemon.member import Member
 from agent.drivers.checks import Checks, Health
 from agent.drivers.progress import Plausible, Progress
@@ -19,28 +19,28 @@ from agent.schema.progress import DEFAULT_MAX_FUTURE_S
 from agent.schema.settings import AgentSettings
 
 BEHIND_SCORE = 1.0
-"""The score of a secondary whose data is too far behind (``max_behind``): it is chosen only if every
-other member is worse off."""
+"""The score of a secondary whose data is too far behind (``max_behind``): it is chosen only if no other
+member has a better one."""
 
 CHECKS_POLL_S = 0.02
-"""How often new checks are asked at a reload whether each has a first result; each run has its limit."""
+"""Poll interval for the first results of new checks at a reload; each check has its own timeout."""
 
 log = Log(__name__)
 
 
-class Inputs:
+class HostHealth:
     """Checks, progress and fitness of one agent.
 
     Args:
         member: ``progress`` is written here.
-        tell: takes events.
+        post_event: puts an event into the inbox.
     """
 
-    def __init__(self, member: Member, tell: Callable[[Event], None]) -> None:
+    def __init__(self, member: Member, post_event: Callable[[Event], None]) -> None:
         self._member = member
-        self._tell = tell
+        self._post_event = post_event
         self._unfit: dict[str, str] = {}
-        self._checks = self._new_checks(member.settings)
+        self._checks = self._build_checks(member.settings)
         self.source: Progress | None = None
         self.workload_status = 0
         """The exit status of the command of ``exec``, once it has ended by itself."""
@@ -52,7 +52,7 @@ class Inputs:
             ConfigError: the source cannot be started.
         """
         await self._start_source(self._member.settings)
-        self._health_changed(self._checks.health)
+        self._on_health_changed(self._checks.health)
         self._checks.start()
 
     async def stop(self) -> None:
@@ -64,35 +64,35 @@ class Inputs:
     # -- data-processed time --------------------------------------------------------------------
 
     def report_progress(self, time: datetime) -> datetime:
-        """Take a data-processed time from the probe; it never goes back within a tenure (R18).
+        """Record a data-processed time from the probe; it never goes back within a tenure (R18).
 
         Returns:
-            The time that is in force now.
+            The newest time of the tenure.
 
         Raises:
-            ValueError: it lies too far in the future to be true.
+            ValueError: it is implausibly far in the future.
         """
         source = self._member.settings.progress
         bound_s = source.max_future if source is not None else DEFAULT_MAX_FUTURE_S
         try:
             plausible = Plausible(bound_s).check(time, self._member.clock.wall())
         except ValueError:
-            self._member.tally.future_refused += 1
+            self._member.stats.future_refused += 1
             raise
-        return self._take_progress(plausible)
+        return self._record_progress(plausible)
 
     def begin_tenure(self) -> None:
         """Forget the data-processed time: a new tenure may begin further back (R18)."""
         self._member.progress = None
 
-    def _take_progress(self, time: datetime) -> datetime:
+    def _record_progress(self, time: datetime) -> datetime:
         known = self._member.progress
         if known is None or time > known:
             self._member.progress = known = time
         return known
 
-    async def change_source(self, settings: AgentSettings) -> None:
-        """Use another source, or go on with the one of before if that cannot be started.
+    async def replace_source(self, settings: AgentSettings) -> None:
+        """Replace the source; keep the previous one if the new one cannot be started.
 
         Raises:
             FailoverError: it cannot be started.
@@ -108,17 +108,17 @@ class Inputs:
     async def _start_source(self, settings: AgentSettings) -> None:
         self.source = None
         if settings.progress is not None:
-            self.source = Progress(settings.progress, self._member.clock, self._take_progress)
+            self.source = Progress(settings.progress, self._member.clock, self._record_progress)
             await self.source.start()
 
     # -- score and fitness ----------------------------------------------------------------------
 
-    def report(self) -> tuple[float, datetime | None]:
-        """The content of a heartbeat: FailoverScore and data-processed time."""
+    def heartbeat_content(self) -> tuple[float, datetime | None]:
+        """The content of the next heartbeat: FailoverScore and data-processed time."""
         return self.score(), self._member.progress
 
     def score(self) -> float:
-        """FailoverScore: that of the checks, or nearly nothing for a secondary that is far behind."""
+        """FailoverScore: that of the checks, or BEHIND_SCORE for a secondary that is too far behind."""
         score = self._checks.health.score
         member = self._member
         group_data, bound_s = member.requests.group_data, member.settings.max_behind
@@ -142,52 +142,52 @@ class Inputs:
         """Why this host may not be primary, by source."""
         return dict(self._unfit)
 
-    def trouble(self) -> str | None:
+    def unfit_reason(self) -> str | None:
         """Why this host may not be primary, in one line; None if it may."""
         return "; ".join(self._unfit.values()) or None
 
-    def mark(self, source: str, trouble: str | None, *, expected: bool = False) -> None:
-        """Record what makes this host unfit, or that it is no more; the session hears each change.
+    def set_unfit_reason(self, source: str, why: str | None, *, expected: bool = False) -> None:
+        """Record why this host is unfit by a source, or that it is fit; each change is posted.
 
         Args:
-            source: what found it.
-            trouble: why; None if it is well.
+            source: what has found it.
+            why: the reason; None for fit.
             expected: it belongs to an ordinary start, and is no warning.
         """
         before = dict(self._unfit)
         self._unfit.pop(source, None)
-        if trouble is not None:
-            self._unfit[source] = trouble
+        if why is not None:
+            self._unfit[source] = why
         if self._unfit == before:
             return
-        reason = self.trouble()
+        reason = self.unfit_reason()
         if reason is not None:
-            say = log.info if expected else log.warning
-            say("unfit to be primary", reason=reason)
+            write = log.info if expected else log.warning
+            write("unfit to be primary", reason=reason)
         else:
             log.info("fit to be primary again")
-        self._tell(Fitness(reason is None, reason or ""))
+        self._post_event(FitnessChanged(reason is None, reason or ""))
 
     def set_primary(self, *, primary: bool) -> None:
-        """Judge the checks that are for primaries only, or no more."""
+        """Evaluate the checks that are for primaries only, or leave them out."""
         self._checks.set_primary(primary)
 
-    def guard_changed(self, trouble: str | None) -> None:
+    def on_guard_changed(self, why: str | None) -> None:
         """The guard was lost, or answers again."""
-        self._member.tally.guard_lost += trouble is not None
-        self.mark("guard", trouble)
+        self._member.stats.guard_lost += why is not None
+        self.set_unfit_reason("guard", why)
 
-    def workload_ended(self, status: int | None) -> None:
+    def on_workload_ended(self, status: int | None) -> None:
         """The command of ``exec`` has ended for good, or fails again and again (None)."""
         if status is None:
-            self.mark("workload", "the workload fails again and again")
+            self.set_unfit_reason("workload", "the workload fails again and again")
         else:
             self.workload_status = status
-            self._tell(Stop(reason="the workload has ended"))
+            self._post_event(Stop(reason="the workload has ended"))
 
-    async def change_checks(self, settings: AgentSettings) -> None:
-        """Use other checks, as soon as each has a first result; the old ones count until then."""
-        checks = self._new_checks(settings)
+    async def replace_checks(self, settings: AgentSettings) -> None:
+        """Replace the checks once each new one has a first result; the old ones count until then."""
+        checks = self._build_checks(settings)
         checks.start()
         try:
             while not all(  # noqa: ASYNC110 - checks report changes, and a first failure is none
@@ -199,15 +199,15 @@ class Inputs:
             raise
         before, self._checks = self._checks, checks
         checks.set_primary(self._member.published.role is Role.PRIMARY)
-        self._health_changed(checks.health)
+        self._on_health_changed(checks.health)
         await before.stop()
 
-    def _new_checks(self, settings: AgentSettings) -> Checks:
+    def _build_checks(self, settings: AgentSettings) -> Checks:
         return Checks(
-            settings.check, self._member.clock, self._health_changed, settings.failover_score
+            settings.check, self._member.clock, self._on_health_changed, settings.failover_score
         )
 
-    def _health_changed(self, _: Health) -> None:
+    def _on_health_changed(self, _: Health) -> None:
         health = self._checks.health  # checks that are not in force yet report theirs, too
         waiting = not all(result.known for result in health.results.values())
-        self.mark("checks", None if health.fit else health.reason, expected=waiting)
+        self.set_unfit_reason("checks", None if health.fit else health.reason, expected=waiting)

@@ -1,8 +1,8 @@
-"""Say that a workload of an earlier run may still be active, when a start fails before it is stopped.
+"""Warn in a start's error that the workload of a previous run may still be active.
 
-The first demotion (R6) stops whatever an agent left behind that was killed together with its guard. Where
-not even that can be begun, because the settings cannot be read or the demotion hook is not fit, a person
-has to stop it: the error says so, and how.
+The first demotion (R6) stops what an agent has left that was killed together with its guard. If even
+that cannot begin, because of unreadable settings or an unusable demotion hook, a person has to stop the
+workload: the error has the command.
 """
 
 import json
@@ -17,17 +17,17 @@ from agent.model import Role
 
 
 def add_hint(error: FailoverError, stop_command: Sequence[str]) -> None:
-    """Add to an error what to do about a workload that may still run.
+    """Add the command that stops a leftover workload to an error.
 
     Args:
         error: why the agent cannot start.
         stop_command: the demotion hook, or empty if there is none.
     """
-    error.hint = f"a workload of an earlier run may still be active; {_to_stop_it(stop_command)}"
+    error.hint = f"a workload of a previous run may still be active; {_to_stop_it(stop_command)}"
 
 
 def add_hint_of_usual_directory(error: FailoverError) -> None:
-    """Add a line for each member that died as primary, by the state files in their usual directory."""
+    """Add a line for each member that died as primary, by the state files in the default directory."""
     lines = []
     with suppress(OSError):
         for path in sorted(usual_directory().glob("*.json")):
@@ -47,7 +47,7 @@ def _to_stop_it(command: Sequence[str]) -> str:
 
 
 def _stop_command(path: Path) -> list[str] | None:
-    """The demotion hook of a member that died as primary; None for any other."""
+    """The demotion hook of a member that died as primary; None for any other member."""
     try:
         with path.open("rb") as file:
             state = json.loads(file.read(MAX_BYTES))

@@ -1,8 +1,8 @@
-"""What an agent knows of itself at one moment: counts, a snapshot, and the verdicts of its probes.
+"""Telemetry of an agent: its counters, a snapshot of its state, and the verdicts of its probes.
 
-Owns the counts, and what "primary", "ready" and "live" mean to somebody who asks. All is judged by the
-deadlines at the moment of asking, never by a role that was noted earlier. Knows nothing of HTTP, nor of
-how metrics are written (``metrics`` does).
+Owns the counters, and the meaning of "primary", "ready" and "live". Verdicts use the deadlines at the
+moment of the request, never a role that was recorded earlier. Knows nothing of HTTP, nor of the format of
+metrics (``metrics`` does).
 """
 
 from bisect import bisect_left
@@ -19,10 +19,10 @@ from agent.errors import ExitCode, ServerError
 from agent.model import Instant, Role
 
 HEARTBEAT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Bounds of the histogram. A request takes 10 s at most unless it is configured otherwise."""
+"""Bounds of the heartbeats' histogram. The default request timeout is 10 s at most."""
 
 HOOK_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Likewise of hooks: a promotion is limited to 30 s by default."""
+"""Bounds of the hooks' histogram. The default limit of a promotion hook is 30 s."""
 
 HOOKS = ("primary", "pending_primary", "secondary")
 
@@ -34,12 +34,12 @@ CHANGES = tuple(
     for cause in Cause
     if (cause in _PROMOTING) is (after is not Role.SECONDARY)
 )
-"""Every possible change of role with its cause. They are told from 0 on: a rate sees the first one."""
+"""Every possible role change with its cause. Each counter starts at 0, so that a rate sees the first one."""
 
-SKEWS = 16
-"""Readings of the server's clock that are remembered. A Date header has whole seconds, cut off: the
-smallest difference among so many is within some tenths of the truth. A server that renews its Date by a
-timer of its own, once a second, adds the phase of that timer, up to a second; our coordinator does not."""
+SKEW_SAMPLES = 16
+"""Samples of the server's Date header, which is truncated to whole seconds: the smallest difference of so
+many is accurate to some tenths of a second. A server that updates its Date once a second by a timer adds
+up to 1 s; our coordinator does not."""
 
 _STATUSES = {404: "gone", 429: "back_off", 503: "back_off"}
 _CODES = {
@@ -60,14 +60,14 @@ REASONS = (*dict.fromkeys(_STATUSES.values()), *_CODES.values(), OTHER)
 """Why a heartbeat can fail, as a closed set."""
 
 
-def reason_of(error: ServerError) -> str:
-    """Which of REASONS an error is."""
+def failure_reason(error: ServerError) -> str:
+    """The one of REASONS for an error."""
     by_code = _CODES.get(error.exit_code, OTHER)
     return by_code if error.status is None else _STATUSES.get(error.status, by_code)
 
 
 class Histogram:
-    """Seconds, counted by upper bounds."""
+    """A histogram of durations in seconds, by upper bounds."""
 
     def __init__(self, bounds_s: tuple[float, ...]) -> None:
         self.bounds_s = bounds_s
@@ -79,59 +79,61 @@ class Histogram:
         self.sum_s += seconds
 
 
-class Tally:
-    """What has happened since the start of this process. Written by the daemon's parts only.
+class Stats:
+    """The counters of this process. Written by the daemon's parts only.
 
     Attributes:
-        renewed_at: when the newest heartbeat was sent that was answered (wall clock), or None.
+        renewed_at: when the newest answered heartbeat was sent (wall clock), or None.
         heard_at: the same on CLOCK_BOOTTIME; minus infinity for never.
-        asked_at: when each heartbeat was sent that is under way, on CLOCK_BOOTTIME.
-        slack_s: how much of L was left when the last demotion was done, or None.
-        least_slack_s: the smallest of those.
-        turned_at: when the pump last turned, on CLOCK_BOOTTIME, or None before it does.
-        guard_fired: whether the process before this one was ended by its guard.
+        in_flight: the send time of each heartbeat in flight, on CLOCK_BOOTTIME.
+        slack_s: how much of L was left at the end of the last demotion, or None.
+        min_slack_s: the smallest of those.
+        loop_ran_at: the last iteration of the loop, on CLOCK_BOOTTIME, or None before the first.
+        guard_fired: whether the guard demoted in place of the previous process.
     """
 
     def __init__(self) -> None:
-        self.beats = Histogram(HEARTBEAT_S)
-        self.beats_failed = Counter(dict.fromkeys(REASONS, 0))
+        self.heartbeats = Histogram(HEARTBEAT_S)
+        self.heartbeats_failed = Counter(dict.fromkeys(REASONS, 0))
         self.renewed_at: datetime | None = None
         self.heard_at = float("-inf")
-        self.asked_at: dict[int, float] = {}
-        self.changes: Counter[tuple[Role, Role, Cause]] = Counter(dict.fromkeys(CHANGES, 0))
+        self.in_flight: dict[int, float] = {}
+        self.role_changes: Counter[tuple[Role, Role, Cause]] = Counter(dict.fromkeys(CHANGES, 0))
         self.hooks = {name: Histogram(HOOK_S) for name in HOOKS}
         self.hooks_ended = Counter({(name, ok): 0 for name in HOOKS for ok in (True, False)})
         self.slack_s: float | None = None
-        self.least_slack_s = float("inf")
+        self.min_slack_s = float("inf")
         self.stalls = Counter({"late": 0, "suspended": 0})
         self.guard_lost = 0
         self.guard_fired = False
         self.future_refused = 0
-        self.turned_at: float | None = None
-        self._skews_s: deque[float] = deque(maxlen=SKEWS)
+        self.loop_ran_at: float | None = None
+        self._skews_s: deque[float] = deque(maxlen=SKEW_SAMPLES)
         self._skew_of: str | None = None
 
-    def changed(self, change: Publish) -> None:
-        """A role was published."""
-        self.changes[change.before, change.role, change.cause] += 1
+    def record_role_change(self, change: Publish) -> None:
+        """Count a role change."""
+        self.role_changes[change.before, change.role, change.cause] += 1
 
-    def hook_ended(self, name: str, seconds: float, *, ok: bool) -> None:
-        """A hook of HOOKS has ended."""
+    def record_hook(self, name: str, seconds: float, *, ok: bool) -> None:
+        """Count a run of a hook of HOOKS."""
         self.hooks[name].add(seconds)
         self.hooks_ended[name, ok] += 1
 
-    def demoted(self, slack_s: float) -> None:
-        """A demotion is done; less than 0 breaks the promise."""
+    def record_demotion(self, slack_s: float) -> None:
+        """Record the slack of a demotion; below 0, two members may have been active."""
         self.slack_s = slack_s
-        self.least_slack_s = min(self.least_slack_s, slack_s)
+        self.min_slack_s = min(self.min_slack_s, slack_s)
 
-    def stalled(self, *, suspended: bool) -> None:
-        """This process did not run for a while (R2)."""
+    def record_stall(self, *, suspended: bool) -> None:
+        """Count a stall of this process (R2)."""
         self.stalls["suspended" if suspended else "late"] += 1
 
-    def answered(self, sent: Instant, now: Instant, date: datetime | None, endpoint: str) -> None:
-        """A heartbeat that was sent then to that endpoint was answered, with that Date or none."""
-        self.beats.add(now.mono - sent.mono)
+    def record_answer(
+        self, sent: Instant, now: Instant, date: datetime | None, endpoint: str
+    ) -> None:
+        """Record an answered heartbeat, with the Date header of its answer."""
+        self.heartbeats.add(now.mono - sent.mono)
         if sent.mono > self.heard_at:
             self.heard_at, self.renewed_at = sent.mono, sent.wall
         if endpoint != self._skew_of:
@@ -143,29 +145,29 @@ class Tally:
 
     @property
     def skew_s(self) -> float | None:
-        """How far this host's clock is ahead of the server's, in seconds; None if it is not known."""
+        """How far this host's clock is ahead of the server's, in seconds; None if unknown."""
         return min(self._skews_s, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One moment. ``now`` and all ``_at`` and ``_by`` are on CLOCK_BOOTTIME.
+    """The state of an agent at one moment. ``now`` and all ``_at`` and ``_by`` are on CLOCK_BOOTTIME.
 
     Attributes:
-        phase: how far the session is.
-        said: the role of the session, whose lease may have ended since.
+        phase: of the session.
+        session_role: the role of the session, whose lease may have expired since.
         demoting: whether a demotion is under way.
-        epoch: the newest that was seen.
-        renew_by: when demotion starts unless a heartbeat is answered.
-        lease_until: when somebody else may become primary.
-        wake_at: when the session wants to be asked again at the latest.
-        turn_s: how often the pump turns at least.
-        unfit: why this host may not be primary, by source.
+        epoch: the newest epoch seen.
+        renew_by: the renewal deadline.
+        lease_until: when another member may become primary.
+        wake_at: when the session needs its next step at the latest.
+        loop_interval_s: the longest interval of the loop.
+        unfit: why this host is unfit to be primary, by source.
         checks: whether each health check passes, by name.
         guard_up: whether the guard answers; None without a guard.
-        refused: data-processed times that were refused, by reason.
-        mqtt_up: whether the role is announced to the broker; None if there is none to tell.
-        mqtt_failures: connections to it that failed or were lost.
+        refused: refused data-processed times, by reason.
+        mqtt_up: whether the role is announced to the MQTT broker; None without one.
+        mqtt_failures: failed or lost connections to the broker.
     """
 
     now: float
@@ -174,13 +176,13 @@ class Snapshot:
     session_id: str
     timing: Timing
     phase: Phase
-    said: Role
+    session_role: Role
     demoting: bool
     epoch: int | None
     renew_by: float
     lease_until: float
     wake_at: float
-    turn_s: float
+    loop_interval_s: float
     unfit: Mapping[str, str]
     score: float
     checks: Mapping[str, bool]
@@ -194,59 +196,59 @@ class Snapshot:
     mqtt_failures: int
     notifications_dropped: int
     notifications_failed: int
-    tally: Tally
+    stats: Stats
 
     @property
     def role(self) -> Role:
-        """The role at this very moment: no lease, no Primary and no PendingPrimary."""
-        return self.said if self.now < self.renew_by else Role.SECONDARY
+        """The current role: Secondary from the renewal deadline on."""
+        return self.session_role if self.now < self.renew_by else Role.SECONDARY
 
 
 def why_not_primary(snap: Snapshot) -> str | None:
-    """None for a primary whose lease runs at this moment; else a sentence."""
+    """None for a primary before its renewal deadline; else the reason."""
     if snap.role is Role.PRIMARY:
         return None
-    if snap.said is Role.PRIMARY:
+    if snap.session_role is Role.PRIMARY:
         return f"no renewal, demotion was due {snap.now - snap.renew_by:.3f} s ago"
-    return f"this member is {snap.said}"
+    return f"this member is {snap.session_role}"
 
 
 def why_not_secondary(snap: Snapshot) -> str | None:
-    """None for a secondary whose demotion is done, whatever its health; else a sentence."""
-    if snap.said is not Role.SECONDARY:
-        return f"this member is {snap.said}"
+    """None for a secondary whose demotion is done, whatever its health; else the reason."""
+    if snap.session_role is not Role.SECONDARY:
+        return f"this member is {snap.session_role}"
     if snap.demoting or snap.phase is Phase.STARTING:
         return "the demotion is not done yet"
     return None
 
 
 def why_not_ready(snap: Snapshot) -> str | None:
-    """None for a member that holds the role or could take it over; else a sentence."""
+    """None for a member that holds the role or could take it over; else the reason."""
     if snap.phase is not Phase.MEMBER:
         return f"not joined: {snap.phase.value}"
     if snap.unfit:
         return f"unfit to be primary: {'; '.join(snap.unfit.values())}"
-    silent_s = snap.now - snap.tally.heard_at
+    silent_s = snap.now - snap.stats.heard_at
     if silent_s >= snap.timing.lease_s:
         return f"no heartbeat was answered within {snap.timing.lease_s:g} s"
     return why_not_live(snap)
 
 
 def why_not_live(snap: Snapshot) -> str | None:
-    """None while the loop turns and heartbeats are sent and end; else a sentence.
+    """None while the loop iterates and heartbeats end in time; else the reason.
 
-    Heartbeats that fail are alive: to start an agent anew repairs no coordinator and no network.
+    Failed heartbeats are live: a restart of the agent repairs neither coordinator nor network.
     """
-    tally, margin_s = snap.tally, snap.timing.margin_s
-    if tally.turned_at is None:
-        return None  # the start has limits of its own
-    late_s = snap.now - tally.turned_at - snap.turn_s
+    stats, margin_s = snap.stats, snap.timing.margin_s
+    if stats.loop_ran_at is None:
+        return None  # the start has its own timeouts
+    late_s = snap.now - stats.loop_ran_at - snap.loop_interval_s
     if late_s > margin_s:
         return f"the loop has stalled, it is {late_s:.3f} s late"
     late_s = snap.now - snap.wake_at
     if late_s > margin_s:
         return f"the session has stalled, it is {late_s:.3f} s late"
-    oldest_s = snap.now - min(tally.asked_at.values(), default=snap.now)
+    oldest_s = snap.now - min(stats.in_flight.values(), default=snap.now)
     if oldest_s > snap.timing.request_timeout_s + margin_s:
         return f"renewal has stalled, a heartbeat hangs for {oldest_s:.3f} s"
     return None
@@ -258,4 +260,4 @@ PROBES: Mapping[str, Callable[[Snapshot], str | None]] = {
     "primary": why_not_primary,
     "secondary": why_not_secondary,
 }
-"""Each question with what answers it: why not, or None."""
+"""The verdict of each probe: None for yes, or the reason for no."""
