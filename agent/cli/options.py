@@ -24,13 +24,7 @@ S = TypeVar("S", bound=Settings)
 
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
-HOOK_KEYS = (
-    "hook_user",
-    "hook_group",
-    "hook_directory",
-    "webhook_secret_file",
-    "webhook_ca_file",
-)
+HOOK_KEYS = ("hook_user", "hook_group", "hook_directory", "webhook_secret_file", "webhook_ca_file")
 """Settings that ``specs_of`` can refuse beyond a single hook."""
 
 CLIENT_KEYS = (

@@ -6,14 +6,12 @@ The kinds are in drivers/checks, each with its own keys; kinds.py lists them.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal
 
 from agent.schema.fields import Declared, DefaultFrom, Format, Range
 from agent.schema.formats import Count, Duration, Interval, Number
 
 DEFAULT_LIMIT_S = 2.0
-
-Scope: TypeAlias = Literal["always", "primary"]
 
 
 def _check_name(value: str) -> str:
@@ -48,7 +46,7 @@ class CheckSettings(Declared):
     """Its weight in the score, relative to the other checks'."""
     required: bool = False
     """While it fails this member does not become or stay primary, whatever the others report."""
-    scope: Scope = "always"
+    scope: Literal["always", "primary"] = "always"
     """primary: run only while this member is primary, and counted as passing otherwise: for a
     workload that does not run on a secondary."""
     type: str

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
@@ -127,7 +128,8 @@ def _upper(value: object) -> object:
 # --- lists --------------------------------------------------------------------------------------
 
 
-def _load_json(text: str, what: str) -> object:
+def load_json(text: str, what: str) -> object:
+    """A value that a flag or a variable has in JSON; ``what`` it has to be."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -145,7 +147,7 @@ def _strings(value: object, split: Callable[[str], list[str]]) -> tuple[str, ...
     """A list of strings; a flag or variable is a JSON list, or text to split."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("[")
-        value = _load_json(value, "a list") if in_json else split(value)
+        value = load_json(value, "a list") if in_json else split(value)
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
         raise ValueError("must be a list of strings")
     return tuple(value)
@@ -196,7 +198,7 @@ def parse_variables(value: object) -> dict[str, str]:
     """Environment variables: a table, or a JSON object, or NAME=VALUE words."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("{")
-        value = _load_json(value, "an object") if in_json else _assignments(value)
+        value = load_json(value, "an object") if in_json else _assignments(value)
     if not isinstance(value, Mapping):
         raise ValueError('must be a table of variables, like { UNIT = "collector.service" }')  # noqa: TRY004 - for pydantic
     if len(value) > MOST_VARIABLES:
@@ -356,6 +358,7 @@ def _check_secret_file(path: Path) -> Path:
 DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
 NUMBER = Format("NUMBER", "number", before=check_not_boolean)
 ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
+COMMAND = Format("COMMAND", "command: list of strings")
 LEVEL = Format("LEVEL", "DEBUG, INFO, WARNING or ERROR", before=_upper)
 ADDRESS_OR_OFF = Format(
     "HOST:PORT|off", "HOST:PORT or off", parse=_parse_address_or_off, none="off"
@@ -369,15 +372,9 @@ Number = Annotated[float, NUMBER]
 Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", after=check_id)]
 Text = Annotated[str, Format("TEXT", "text"), Length(1, LONGEST_ID)]
 Account = Annotated[str, Format("NAME", "name or number", parse=parse_account)]
-Command = Annotated[
-    tuple[str, ...], Format("COMMAND", "command: list of strings", parse=parse_command)
-]
-NeededCommand = Annotated[
-    tuple[str, ...], Format("COMMAND", "command: list of strings", parse=parse_needed_command)
-]
-Program = Annotated[
-    tuple[str, ...], Format("COMMAND", "command: list of strings", parse=parse_program)
-]
+Command = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_command)]
+NeededCommand = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_needed_command)]
+Program = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_program)]
 Hook = Annotated[
     tuple[str, ...],
     Format("HOOK", "list of strings: a command, one directory, or one URL", parse=parse_hook),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from agent.schema.addresses import Address, is_loopback
@@ -21,17 +21,10 @@ MQTTS_PORT = 8883
 LONGEST_TOPIC = 1024
 """Characters; MQTT's own limit is 65535 bytes."""
 
-Protocol: TypeAlias = Literal["5", "3.1.1"]
-Payload: TypeAlias = Literal["json", "sparkplug"]
-
 
 def _check_broker(url: str) -> str:
-    parts = check_url(
-        url,
-        schemes=("mqtt", "mqtts"),
-        shape=(shape := "mqtt://HOST:PORT or mqtts://HOST:PORT"),
-        query=True,
-    )
+    shape = "mqtt://HOST:PORT or mqtts://HOST:PORT"
+    parts = check_url(url, schemes=("mqtt", "mqtts"), shape=shape, query=True)
     if parts.port == 0:
         raise ValueError(f"must be {shape}")
     if parts.path.strip("/") or parts.query:
@@ -75,7 +68,7 @@ class Broker(Declared):
     ] = 10
     """Interval of pings on an idle connection: a dead broker is noticed, and by the broker a dead
     client, within 1.5 times this."""
-    protocol: Annotated[Protocol, Format("VERSION", '"5" or "3.1.1", in quotes')] = "5"
+    protocol: Annotated[Literal["5", "3.1.1"], Format("VERSION", '"5" or "3.1.1", in quotes')] = "5"
     """Version of MQTT. 3.1.1 is for brokers that know no other."""
     username: Text | None = None
     """User name. Not set: none."""
@@ -130,7 +123,7 @@ class Mqtt(Broker):
     client_id: Text | None = None
     """MQTT client id; no two clients of a broker may have the same. Not set: made of group and
     session id, always the same, 23 letters and digits."""
-    payload: Payload = "json"
+    payload: Literal["json", "sparkplug"] = "json"
     """What is announced: json, each session and the group's primary; sparkplug, the STATE of a
     Sparkplug B 3.0 host application, online while a member is primary."""
     topic_prefix: Annotated[

@@ -6,7 +6,6 @@ imported only where settings are read. pydantic-settings ignores misspelt variab
 found here.
 """
 
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from agent.schema.fields import (
     Tables,
     settings_of,
 )
+from agent.schema.formats import load_json
 
 D = TypeVar("D", bound=Declared)
 S = TypeVar("S", bound=Settings)
@@ -157,13 +157,8 @@ def _read_tables(tables: Tables, value: object) -> Any:
     """
     if value is None:
         return None
-    many = tables.most is not None
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            what = "a list of tables" if many else "a table"
-            raise ValueError(f"must be {what} in JSON, but: {error}") from None
+        value = load_json(value, "a table" if tables.most is None else "a list of tables")
     if tables.most is None:
         if not isinstance(value, Mapping | Declared):
             raise ValueError(f"must be a table, under {tables.header}")

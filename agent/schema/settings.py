@@ -8,7 +8,7 @@ lease is divided (R1) is core/timing.py's; whether a hook can be run is drivers/
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S, Budget, Timing, plan
 from agent.schema.addresses import Address, is_loopback
@@ -46,8 +46,6 @@ DEFAULT_PROBE_LISTEN = Address("127.0.0.1", 0)
 
 MOST_RETRIES = 100
 """Half a second each: more would outlast any limit."""
-
-RestartRule: TypeAlias = Literal["on-failure", "always", "never"]
 
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR"],
@@ -170,7 +168,7 @@ class AgentSettings(Settings):
     workload: Annotated[Program, Example(["collector", "--active"])] = ()
     """A command that runs only while this member is primary, beside the hooks: after hook_primary,
     and stopped before hook_secondary (docs/exec.md). Not set: none."""
-    workload_restart: RestartRule = "on-failure"
+    workload_restart: Literal["on-failure", "always", "never"] = "on-failure"
     """When the workload is started again after it has ended by itself. If it is not, the agent
     stops, with the workload's exit code."""
     workload_forward_hup: Annotated[bool, RELOADABLE] = False
