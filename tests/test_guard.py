@@ -982,7 +982,7 @@ def test_an_environment_that_cannot_be_read_holds_up_only_the_last_search(
     new_host: Callable[..., Host], run: Run, tmp_path: Path
 ) -> None:
     """As that of a process that is stuck in the kernel."""
-    stuck = "\ndef _environment(pid):\n    time.sleep(1000)\n"
+    stuck = "\ndef _contents(path):\n    time.sleep(1000)\n"
     left = run(IDLE)
     host = new_host(program=program_with(stuck))
     host.tell(*hook(sh(f"touch {tmp_path}/done")))
