@@ -22,12 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from agent import guard, proctree
-from agent.drivers.guardian import bootstrap, program
+from agent import proctree
+from agent.drivers.guardian.program import MODULES, bootstrap, program
+from agent.guard import hook as guard_hook
+from agent.guard import log as guard_log
+from agent.guard import main as guard
+from agent.guard.processes import IGNORED
 from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer
 
@@ -456,7 +461,7 @@ def test_the_hook_has_what_was_told_and_nothing_else(
     assert sorted(gids.split(), reverse=True) == ["65533", "65532", "65531"]
     assert files == "4", "the three, and the folder that ls reads"
     assert leads == f"{pid} {pid}", "it leads its own group and session"
-    ours = (*guard.IGNORED, signal.SIGXFSZ)  # what else is ignored is inherited from our shell
+    ours = (*IGNORED, signal.SIGXFSZ)  # what else is ignored is inherited from our shell
     assert not int(ignored.split()[1], 16) & sum(1 << (number - 1) for number in ours)
 
 
@@ -578,7 +583,7 @@ def test_a_host_without_room_for_a_process_is_no_reason_not_to_kill(
     full = "def fork(): raise BlockingIOError(11, 'no more processes')\nos.fork = fork"
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
-        host = new_host(program=program_with(guard_source=full), stderr=stderr.fileno())
+        host = new_host(program=program_with(full), stderr=stderr.fileno())
     left = run(IDLE)
     host.tell(*hook(sh("exit 0")))
     host.hand(*arm(now(), now() + LIMIT_S, groups=left.pid))
@@ -647,7 +652,7 @@ def test_of_a_flood_only_so_much_is_passed_on(
     host.hand(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     lines = [e["line"] for e in events(output) if e["message"] == "hook output"]
-    assert sum(map(len, lines)) == guard.OUTPUT_BYTES
+    assert sum(map(len, lines)) == guard_hook.OUTPUT_BYTES
     assert set("".join(lines)) == {"x"}
 
 
@@ -863,11 +868,11 @@ def test_a_deadline_that_passes_while_the_host_is_suspended_is_seen_soon(
 
     with ours, theirs:
         monkeypatch.setattr(guard, "now", jumping)
-        monkeypatch.setattr(guard.Guard, "act", lambda _, why, *, hook: acted.append(hook))
+        monkeypatch.setattr(guard.Guard, "demote", lambda _, why, *, hook: acted.append(hook))
         process = guard.Guard(theirs.fileno(), os.getpid())
         process.hook_at = process.kill_at = 3 * LIMIT_S
         start = time.monotonic()
-        assert process.watch() == guard.ACTED
+        assert process.run() == guard.ACTED
     assert acted == [True]
     assert time.monotonic() - start < LIMIT_S
 
@@ -969,12 +974,13 @@ def test_the_id_of_an_ended_process_that_a_stranger_has_now_is_left_alone(
 # --- nothing holds the demotion up -------------------------------------------------------------
 
 
-def program_with(proctree_source: str = "", guard_source: str = "") -> bytes:
-    """A guard with lines of its own behind ours."""
-    ours = Path(proctree.__file__).read_text() + proctree_source
-    main = 'if __name__ == "__main__":'
-    theirs = Path(guard.__file__).read_text().replace(main, f"{guard_source}\n{main}")
-    codes = (compile(ours, "proctree", "exec"), compile(theirs, "guard", "exec"))
+def program_with(lines: str, module: ModuleType = guard) -> bytes:
+    """The guard's program with ``lines`` at the end of one of its modules."""
+    codes = []
+    for each in MODULES:
+        assert each.__file__ is not None
+        source = Path(each.__file__).read_text() + (lines if each is module else "")
+        codes.append((each.__name__, compile(source, each.__name__, "exec")))
     return marshal.dumps(codes)
 
 
@@ -984,7 +990,7 @@ def test_an_environment_that_cannot_be_read_holds_up_only_the_last_search(
     """As that of a process that is stuck in the kernel."""
     stuck = "\ndef _contents(path):\n    time.sleep(1000)\n"
     left = run(IDLE)
-    host = new_host(program=program_with(stuck))
+    host = new_host(program=program_with(stuck, proctree))
     host.tell(*hook(sh(f"touch {tmp_path}/done")))
     host.tell(*back(tmp_path))
     kill_at = now() + 1.5
@@ -1029,8 +1035,8 @@ def test_a_state_file_that_cannot_be_written_does_not_keep_the_demotion_from_run
     "broken",
     [
         "proctree.snapshot = None",
-        "Voice.say = None",
-        "Voice.open = None",
+        "LogWriter.log = None",
+        "LogWriter.start_writer = None",
         "Worker.__init__ = None",
         "Guard.stop_workload = None",
         "Guard.run_hook = None",
@@ -1044,7 +1050,7 @@ def test_a_step_that_fails_keeps_no_other_one_from_running(
     left = run(IDLE)
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
-        host = new_host(program=program_with(guard_source=broken), stderr=stderr.fileno())
+        host = new_host(program=program_with(broken), stderr=stderr.fileno())
     host.tell(*hook(sh(f"touch {tmp_path}/done")))
     host.tell(*back(tmp_path))
     host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, epoch=7))
@@ -1053,7 +1059,7 @@ def test_a_step_that_fails_keeps_no_other_one_from_running(
     assert (tmp_path / "done").exists() or "run_hook" in broken
     assert left.poll() is not None or left.wait(0.5)
     assert handed(tmp_path) == ""
-    if "say" not in broken:
+    if "LogWriter.log" not in broken:
         assert "guard step failed" in output.read_text()
 
 
@@ -1074,19 +1080,19 @@ def test_lines_for_a_file_on_a_dead_disk_are_dropped(
     with (tmp_path / "stderr").open("wb") as file:
         os.dup2(file.fileno(), 2)
     try:
-        voice = guard.Voice()
-        voice.open([])
-        os.kill(voice.writer, signal.SIGSTOP)
+        log = guard_log.LogWriter()
+        log.start_writer([])
+        os.kill(log.writer_pid, signal.SIGSTOP)
         begun_at = now()
         for _ in range(10_000):
-            voice.say(guard.ERROR, "a line")
-        voice.close()
-        assert now() - begun_at < guard.WRITTEN_WAIT_S + LATE_S
+            log.log(guard_log.ERROR, "a line")
+        log.close()
+        assert now() - begun_at < guard_log.FLUSH_S + LATE_S
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.kill(voice.writer, signal.SIGKILL)
-        os.waitpid(voice.writer, 0)
+        os.kill(log.writer_pid, signal.SIGKILL)
+        os.waitpid(log.writer_pid, 0)
 
 
 # --- an agent that fences itself ---------------------------------------------------------------

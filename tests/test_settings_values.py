@@ -93,7 +93,7 @@ def test_a_value_has_what_its_form_was_told_and_can_be_handed_over(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "module", ["agent.cli.run", "agent.cli.exec", "agent.daemon.life", "agent.guard"]
+    "module", ["agent.cli.run", "agent.cli.exec", "agent.daemon.life", "agent.guard.main"]
 )
 def test_what_an_agent_keeps_in_memory_has_no_pydantic_and_no_rich(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import agent.guard
-from agent.drivers import guardian as guardian_module
-from agent.drivers.guardian import Arming, GuardHook, Guardian
+import agent.guard.main
+from agent.drivers.guardian import Arming, GuardHook, Guardian, supervisor
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from tests.hung import dead_disk, freezer
@@ -272,8 +271,8 @@ async def test_a_guard_that_not_even_sigkill_ends_holds_nothing_up(
 async def test_no_further_guard_is_started_beside_too_many_that_cannot_die(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian_module, "MOST_ABANDONED", 1)
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    monkeypatch.setattr(supervisor, "MOST_ABANDONED", 1)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.05)
     with freezer("guardian") as cgroup:
         cgroup.freeze(pid_of(guardian))
         guardian._lost("it is frozen")
@@ -305,7 +304,7 @@ async def test_a_python_on_a_dead_disk_holds_nothing_up(
 async def test_a_start_with_python_on_a_dead_disk_ends_with_an_error(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(guardian_module, "START_S", 0.3)
+    monkeypatch.setattr(supervisor, "START_S", 0.3)
     with dead_disk(tmp_path / "disk") as disk:
         monkeypatch.setattr(sys, "executable", str(disk / "python"))
         guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
@@ -320,10 +319,10 @@ async def test_the_running_agent_starts_the_guard_that_it_was_installed_with(
 ) -> None:
     """Fault 7: what has replaced the program on disk since the start is not run."""
     # in place of another version of the whole package
-    other = tmp_path / "guard.py"
-    shutil.copy(agent.guard.__file__, other)
-    loader = SourceFileLoader("agent.guard", str(other))
-    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    other = tmp_path / "main.py"
+    shutil.copy(agent.guard.main.__file__, other)
+    loader = SourceFileLoader("agent.guard.main", str(other))
+    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     other.write_text("import sys\nsys.exit(5)\n")
@@ -339,8 +338,8 @@ async def test_the_running_agent_starts_the_guard_that_it_was_installed_with(
 async def test_a_program_that_cannot_be_read_is_an_error(
     changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = SourceFileLoader("agent.guard", "/nowhere/guard.py")
-    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    loader = SourceFileLoader("agent.guard.main", "/nowhere/main.py")
+    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
     with pytest.raises(ConfigError, match=r"cannot be read.*nowhere") as caught:
         Guardian(Clock(), changes, limit_s=ANSWER_S)
     assert caught.value.exit_code is ExitCode.GUARD
@@ -376,7 +375,7 @@ async def test_a_guard_whose_queue_is_full_is_frozen(guardian: Guardian, changes
         guardian.arm(arming())
         if len(changes.said) > 1:
             break
-    assert changes.said == [None, "the guard cannot be told: Resource temporarily unavailable"]
+    assert changes.said == [None, "cannot send to the guard: Resource temporarily unavailable"]
 
 
 async def test_a_killed_guard_is_noticed_at_once_and_replaced(
@@ -404,8 +403,8 @@ async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
         return real(["/bin/false"], start_new_session=True)
 
     real = subprocess.Popen
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.2)
-    monkeypatch.setattr(guardian_module, "Popen", popen)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.2)
+    monkeypatch.setattr(supervisor, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(starts) == 4, guardian)
     assert starts[-1] - starts[0] >= 3 * 0.2 - 0.01
@@ -416,14 +415,14 @@ async def test_a_new_guard_that_never_answers_is_replaced_too(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def popen(*_: object, pass_fds: list[int], **__: object) -> subprocess.Popen[bytes]:
-        monkeypatch.setattr(guardian_module, "Popen", real)
+        monkeypatch.setattr(supervisor, "Popen", real)
         stuck.append(real(["/bin/sleep", "1000"], pass_fds=pass_fds))
         return stuck[0]
 
     stuck: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
-    monkeypatch.setattr(guardian_module, "START_S", 0.5)
-    monkeypatch.setattr(guardian_module, "Popen", popen)
+    monkeypatch.setattr(supervisor, "START_S", 0.5)
+    monkeypatch.setattr(supervisor, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(changes.said) == 3, guardian)
     assert changes.said == [None, "the guard has ended", None]
@@ -457,8 +456,8 @@ async def test_an_answer_that_lay_unread_is_not_late(guardian: Guardian, changes
 async def test_a_hook_that_does_not_fit_into_a_message_is_named(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.1)
-    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.MESSAGE_BYTES}))
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.1)
+    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.main.MESSAGE_BYTES}))
     assert len(changes.said) == 2
     why = changes.said[1]
     assert why is not None
@@ -473,7 +472,7 @@ async def test_the_longest_message_that_fits_arrives_whole(
     guardian: Guardian, changes: Changes
 ) -> None:
     overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true")
-    big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
+    big = "x" * (agent.guard.main.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
     await until(lambda: not guardian._unanswered)
     assert changes.said == [None]
@@ -490,7 +489,7 @@ async def test_a_guard_that_cannot_be_started_is_an_error_that_says_why(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, program: str, says: str
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.0)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.0)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     with pytest.raises(ConfigError, match=f"could not be started with {program}.*{says}") as caught:
         await guardian.start()
@@ -508,7 +507,7 @@ async def test_a_guard_that_does_not_answer_at_the_start_is_an_error(
     silent.write_text("#!/bin/sh\nexec sleep 1000\n")
     silent.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(silent))
-    monkeypatch.setattr(guardian_module, "START_S", 0.1)
+    monkeypatch.setattr(supervisor, "START_S", 0.1)
     guardian = Guardian(Clock(), changes, limit_s=0.1)
     with pytest.raises(ConfigError, match="has not started yet") as caught:
         await guardian.start()
@@ -521,7 +520,7 @@ async def test_a_process_without_room_for_files_is_an_error_at_the_start_and_tri
     def full(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socketpair", full)
         other = Guardian(Clock(), changes, limit_s=ANSWER_S)
