@@ -144,9 +144,9 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
 
 
 def _check_mqtt(table: Broker, where: str) -> None:
-    from agent.ops.mqtt import access_of  # noqa: PLC0415 - needs the extra
+    from agent.ops.mqtt import load_access  # noqa: PLC0415 - needs the extra
 
-    access_of(table, where)
+    load_access(table, where)
 
 
 def _check_group(settings: AgentSettings) -> None:

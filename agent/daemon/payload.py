@@ -96,7 +96,7 @@ class Payloads:
         payload = self.of_role(facts, promotion.last_data)
         return GuardHook(
             plan.commands,
-            {**plan.environment, **environment_of(payload), **process.mark(process.APART)},
+            {**plan.environment, **environment_of(payload), **process.mark(process.NO_TENURE)},
             json.dumps(payload) + "\n",
             plan.directory,
             plan.uid,

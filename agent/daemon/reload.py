@@ -12,7 +12,7 @@ from agent.daemon.inputs import Inputs
 from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.settings import AgentSettings
 
 RELOADABLE = frozenset(
@@ -75,7 +75,7 @@ class Reload:
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
-        self._lane = Lane("configuration")
+        self._lane = BlockingThread("configuration")
 
     async def run(self, reread: Callable[[], AgentSettings]) -> None:
         """Read the settings anew and take them over; what is wrong with them is logged.

@@ -33,10 +33,10 @@ from agent.drivers.hooks import (
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
 from agent.ops import process
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.trees import KILL_S, Tree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
 from agent.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -56,7 +56,7 @@ class _Run:
     """One run under way."""
 
     role: Role
-    tree: Tree
+    tree: ProcessTree
     hook: HookRun | None = None
     termed: bool = False
     killed: bool = False
@@ -106,10 +106,10 @@ class Runs:
         self.cookie = instance
         self._runs: dict[int, _Run] = {}
         self._tenure: Tenure | None = None
-        self._former: Tree | None = None
+        self._former: ProcessTree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[Any] | None = None
-        self._orphans = process.Orphans(self._look)
+        self._orphans = process.OrphanReaper(self._look)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -185,7 +185,7 @@ class Runs:
 
         While something of it lives that cannot be killed, the first demotion fails.
         """
-        self._former = Tree(instance, since=0)
+        self._former = ProcessTree(instance, since=0)
         self._former.cgroup = tenure_cgroup(instance)
         left = await self._former.kill()
         if left is not None:
@@ -195,7 +195,7 @@ class Runs:
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
         """One whole run, to be awaited in a task; tells HookEnded. It can be stopped from now on."""
-        run = self._runs[number] = _Run(facts.role, Tree(f"{self.cookie}.{number}"))
+        run = self._runs[number] = _Run(facts.role, ProcessTree(f"{self.cookie}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = Tenure(self.cookie, spec, self.cgroup)
@@ -373,7 +373,7 @@ class Runs:
 
     async def guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """The demotion of the tenure that a promotion begins, as the guard would run it."""
-        spec, lane = self.demotion, Lane("demotion hook of the guard")
+        spec, lane = self.demotion, BlockingThread("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.of_guard(spec, promotion, limit_s))
 
     def notify(

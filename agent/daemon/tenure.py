@@ -1,7 +1,7 @@
 """One tenure on this host: its promotion hooks, the demotion with which it began, and all its processes.
 
 Owns what has to be ended before the role can be given back: everything that a promotion of this tenure has
-started, wherever it has gone (ops/trees.py). The demotion hook is the one that was configured when the first
+started, wherever it has gone (ops/process_tree.py). The demotion hook is the one that was configured when the first
 promotion started: a reload changes later tenures only. Knows nothing of when a demotion is due.
 """
 
@@ -12,7 +12,7 @@ from agent import proctree
 from agent.drivers.hooks import HookRun, HookSpec
 from agent.ops.blocking import StuckError
 from agent.ops.logs import Log
-from agent.ops.trees import KILL_S, Tree
+from agent.ops.process_tree import KILL_S, ProcessTree
 
 log = Log(__name__)
 
@@ -30,7 +30,7 @@ class Tenure:
         self.demotion = demotion
         self.cgroup = cgroup
         self._hooks: list[HookRun] = []
-        self._tree = Tree(cookie, adopts=True)
+        self._tree = ProcessTree(cookie, adopts=True)
         self._tree.cgroup = cgroup
 
     def add(self, hook: HookRun) -> None:
@@ -53,11 +53,11 @@ class Tenure:
     async def look(self) -> None:
         """Learn which processes there are, before their parents end."""
         with suppress(StuckError):
-            await self._tree.look()
+            await self._tree.find_in_thread()
 
     def begin_demotion(self) -> None:
         """Leave alone what is started from now on without a mark: it is the demotion hook's."""
-        self._tree.adopt_no_more()
+        self._tree.stop_adopting()
 
     def kill_groups(self) -> None:
         """SIGKILL to what its promotion hooks have in their process groups. Does not wait."""
@@ -69,7 +69,7 @@ class Tenure:
         return await self._tree.kill(limit_s)
 
 
-async def kill_rest(*trees: Tenure | Tree | None, limit_s: float) -> str | None:
+async def kill_rest(*trees: Tenure | ProcessTree | None, limit_s: float) -> str | None:
     """Kill what is left of tenures; None once nothing lives, else why something does."""
     for tree in trees:
         if tree is not None:

@@ -21,7 +21,7 @@ from aiomqtt import Client, Message, Will
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.mqtt import Waits, access_of, connected, subscribe
+from agent.ops.mqtt import Backoff, connected, load_access, subscribe
 from agent.settings.values import Mqtt
 from agent.wire.scalars import format_date_time
 
@@ -85,7 +85,7 @@ class Announcer:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
-        self._access = access_of(settings, "mqtt")
+        self._access = load_access(settings, "mqtt")
         self._session = session
         self._clock = clock
         self._chance = chance
@@ -106,7 +106,7 @@ class Announcer:
         self._newest_ms = -1
         """The newest timestamp of any STATE, ours too; edge nodes ignore what is older."""
         self._outdated = False
-        self._rebirths = Waits(chance)
+        self._rebirths = Backoff(chance)
         self._behind = False
         self._ending = False
         self._echoes: deque[tuple[str, bytes]] = deque(maxlen=MOST_ECHOES)
@@ -147,7 +147,7 @@ class Announcer:
     # -- one connection after the other ---------------------------------------------------------
 
     async def _run(self) -> None:
-        waits = Waits(self._chance)
+        waits = Backoff(self._chance)
         while not self._ending:
             try:
                 await self._visit()

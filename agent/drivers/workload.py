@@ -24,8 +24,8 @@ from agent.ops import process
 from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import Child, Ended
-from agent.ops.trees import Tree
+from agent.ops.process import Child, ExitResult
+from agent.ops.process_tree import ProcessTree
 
 POLL_S = 0.01
 """How often a group that is being stopped is looked at."""
@@ -82,7 +82,7 @@ class Workload:
         self._mark = mark
         self._env: Mapping[str, str] = {}
         self._child: Child | None = None
-        self._tree: Tree | None = None
+        self._tree: ProcessTree | None = None
         self._watching: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[str | None] | None = None
         self._again: asyncio.TimerHandle | None = None
@@ -123,7 +123,7 @@ class Workload:
             tree is not None
         ):  # descendants are orphans as soon as the command ends: know them before
             with suppress(StuckError):
-                await tree.look()
+                await tree.find_in_thread()
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)
@@ -163,7 +163,7 @@ class Workload:
     async def _spawn(self) -> str | None:
         self._again = None
         self._started_at = self._clock.boottime()
-        self._tree = Tree(self._mark)
+        self._tree = ProcessTree(self._mark)
         child = self._child = Child(
             self._argv,
             die_with_us=True,
@@ -265,7 +265,7 @@ class Workload:
                 self._cgroup.rmdir()
 
 
-def _status(ended: Ended) -> tuple[int, str]:
+def _status(ended: ExitResult) -> tuple[int, str]:
     """The exit status as a shell has it, and how it ended, for people."""
     if ended.code is not None:
         return ended.code, f"exit {ended.code}"

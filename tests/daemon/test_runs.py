@@ -19,7 +19,7 @@ from agent.daemon import runs
 from agent.daemon.runs import Runs
 from agent.daemon.vitals import Tally
 from agent.model import Role
-from agent.ops import process, trees
+from agent.ops import process, process_tree
 from agent.ops.clock import Clock
 from agent.settings.models import AgentForm
 from tests.cgroups import new_cgroup
@@ -287,7 +287,7 @@ async def test_an_environment_that_cannot_be_read_holds_up_no_demotion(
     stage.open(hook_primary=stage.hook("p", "setsid sleep 1000 >&- 2>&- & echo $! > left.pid"))
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("left.pid")
-    contents, release = trees._contents, threading.Event()
+    contents, release = process_tree._contents, threading.Event()
     stuck = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
 
     def block(of: int, name: str) -> bytes:
@@ -295,7 +295,7 @@ async def test_an_environment_that_cannot_be_read_holds_up_no_demotion(
             release.wait(PATIENCE_S)
         return contents(of, name)
 
-    monkeypatch.setattr(trees, "_contents", block)
+    monkeypatch.setattr(process_tree, "_contents", block)
     started_at = time.monotonic()
     assert (await stage.run(Role.SECONDARY)).ok
     assert time.monotonic() - started_at < 5
@@ -392,7 +392,7 @@ async def test_what_is_only_in_the_cgroup_of_an_earlier_life_is_killed(
         assert stage.runs.cgroup is not None
         inside = {pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.runs.cgroup))}
         assert pid in inside
-        later = trees.Tree(stage.instance, since=trees._now() + 10**6)
+        later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
         await stage.runs.end_former_life(stage.instance)
         assert not alive(pid)
@@ -426,12 +426,12 @@ process.REAP_S = 0.1
 
 async def main():
     process.become_subreaper()
-    orphans = process.Orphans()
+    orphans = process.OrphanReaper()
     child = process.Child(["/bin/sh", "-c", "sleep 0.1 & exit 3"], start_new_session=True)
     child.start()
     await child.wait()
     await asyncio.sleep(1)
-    zombies = [line.split()[2] for line in subprocess.check_output(
+    zombies = [line.split()[2][0] for line in subprocess.check_output(
         ["ps", "--ppid", str(os.getpid()), "-o", "pid,comm,stat"], text=True).splitlines()[1:]
         if line.split()[1] in {"sleep", "sh"}]
     print(zombies)
@@ -447,4 +447,4 @@ async def test_orphans_are_reaped_and_our_own_zombies_are_kept() -> None:
         sys.executable, "-c", SUBREAPER, stdout=asyncio.subprocess.PIPE
     )
     out, _ = await agent.communicate()
-    assert out.decode().splitlines() == ["['Zs']", "3"]
+    assert out.decode().splitlines() == ["['Z']", "3"]

@@ -23,7 +23,7 @@ from agent.drivers.checks.aside import Failed, run_in
 from agent.drivers.checks.command import Command
 from agent.drivers.checks.local import Connect, FileAge, Process
 from agent.drivers.checks.web import Http, Prometheus
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.settings.checks import (
     CheckForm,
@@ -732,7 +732,7 @@ async def test_work_that_is_stuck_in_the_kernel_is_begun_once_only() -> None:
         begun.append(1)
         release.wait(LIMIT_S)
 
-    lane = Lane("a")
+    lane = BlockingThread("a")
     first = asyncio.create_task(run_in(lane, stuck))
     await until(lambda: begun)
     first.cancel()

@@ -558,7 +558,7 @@ async def test_what_the_broker_does_not_let_us_publish_is_told(
 
 
 async def test_two_attempts_wait_longer_each_time_unless_the_connection_lasted() -> None:
-    waits = ops.Waits(chance=lambda: 0.5)
+    waits = ops.Backoff(chance=lambda: 0.5)
     failed = [waits.next_s(worked=False) for _ in range(4)]
     assert failed == sorted(failed)
     assert failed[-1] == 0.75 * ops.LONGEST_WAIT_S

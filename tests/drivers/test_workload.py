@@ -20,9 +20,9 @@ from agent.drivers.workload import (
     check_workload,
 )
 from agent.errors import ConfigError, ExitCode
-from agent.ops import trees
+from agent.ops import process_tree
 from agent.ops.clock import Clock
-from agent.ops.trees import own_cgroup
+from agent.ops.process_tree import own_cgroup
 from tests.cgroups import new_cgroup
 
 LIMIT_S = 60.0
@@ -527,11 +527,11 @@ async def test_a_cgroup_that_cannot_be_made_is_done_without(new: Made, tmp_path:
 def test_our_own_cgroup_is_found_where_one_can_be_made_below(
     monkeypatch: pytest.MonkeyPatch, cgroup: Path
 ) -> None:
-    monkeypatch.setattr(trees, "CGROUP_ROOT", cgroup.parent)
+    monkeypatch.setattr(process_tree, "CGROUP_ROOT", cgroup.parent)
     inside = cgroup / "ours"
     inside.mkdir()
     code = (
-        "import os, sys; from pathlib import Path; from agent.ops import trees as w\n"
+        "import os, sys; from pathlib import Path; from agent.ops import process_tree as w\n"
         f"w.CGROUP_ROOT = Path({str(cgroup.parent)!r})\n"
         f"Path({str(inside)!r}, 'cgroup.procs').write_text('0')\n"
         "print(w.own_cgroup())"
@@ -545,7 +545,7 @@ def test_our_own_cgroup_is_found_where_one_can_be_made_below(
 def test_a_system_without_cgroup_version_2_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trees, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(process_tree, "CGROUP_ROOT", tmp_path)
     assert own_cgroup() is None
 
 

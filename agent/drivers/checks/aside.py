@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 
 T = TypeVar("T")
 
@@ -12,7 +12,7 @@ class Failed(Exception):  # noqa: N818 - an outcome of a run, not a fault of our
     """A run of a check did not succeed; the message says why."""
 
 
-async def run_in(lane: Lane, work: Callable[[], T]) -> T:
+async def run_in(lane: BlockingThread, work: Callable[[], T]) -> T:
     """Do blocking work, and return or raise what it does.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent.drivers.checks.aside import Failed, run_in
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.settings.values import FileAgeCheck, ProcessCheck, TcpCheck
 
@@ -56,7 +56,7 @@ class FileAge:
     def __init__(self, check: FileAgeCheck, clock: Clock) -> None:
         self._check = check
         self._clock = clock
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
         self._seen: tuple[int, float] | None = None
 
     async def __call__(self) -> None:
@@ -123,7 +123,7 @@ class Process:
 
     def __init__(self, check: ProcessCheck) -> None:
         self._check = check
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
         self._known: tuple[tuple[int, ...], int | None] | None = None
         self._last: int | None = None
         """Which process had the name when it was last looked for."""

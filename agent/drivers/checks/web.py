@@ -17,7 +17,7 @@ from prometheus_client.samples import Sample
 from agent import __version__
 from agent.drivers.checks.aside import Failed, run_in
 from agent.drivers.checks.verdict import one_line
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.settings.values import HttpCheck, PrometheusCheck
 
 HTTP_BYTES = 64 * 1024
@@ -120,7 +120,7 @@ class Prometheus:
         self._line = re.compile(
             rb"^[ \t]*" + check.metric.encode() + rb"(?=[ \t{]).*$", re.MULTILINE
         )
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
 
     async def __call__(self) -> None:
         """Return if the metric is as it should be. Raises Failed."""

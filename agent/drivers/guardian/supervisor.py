@@ -22,7 +22,7 @@ from agent.drivers.guardian.messages import Arming, GuardHook, GuardLogContext
 from agent.drivers.guardian.program import bootstrap, helper_command, program, sealed_memory
 from agent.errors import ConfigError, ExitCode
 from agent.guard.main import MESSAGE_BYTES
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import Popen
@@ -82,7 +82,7 @@ class Guardian:
             raise ConfigError(
                 f"the guard's program cannot be read: {error}", exit_code=ExitCode.GUARD
             ) from error
-        self._lane = Lane("start of the guard")
+        self._start_thread = BlockingThread("start of the guard")
         self._starting: asyncio.Task[None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: list[subprocess.Popen[bytes]] = []
@@ -120,7 +120,7 @@ class Guardian:
             failed = self._process is None and self._starting is None
             if failed or self._clock.boottime() > end_at:
                 why = self._trouble
-                if self._lane.busy:
+                if self._start_thread.busy:
                     why = f"it was not executed within {START_S:g} s: is it on a disk that hangs?"
                 await self.call_off()
                 raise ConfigError(
@@ -190,7 +190,7 @@ class Guardian:
         for process in self._killed:
             process.kill()
         await self._wait_until_gone(GONE_S)
-        if self._program is not None and not self._lane.busy:
+        if self._program is not None and not self._start_thread.busy:
             os.close(self._program)
             self._program = None
 
@@ -243,7 +243,7 @@ class Guardian:
         """Start a guard in a thread: a Python on a dead disk may never be executed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            process = await self._lane.run(partial(self._start_in_thread, theirs))
+            process = await self._start_thread.run(partial(self._start_in_thread, theirs))
         except BaseException as error:
             ours.close()
             if isinstance(error, StuckError):

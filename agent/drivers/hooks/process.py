@@ -11,7 +11,7 @@ Its stdout and stderr go line by line into the log, up to the bounds below.
 What is not promised:
 - A hook that leaves a process behind (a daemon) has to redirect that one's output: the pipes are
   closed ``LINGER_S`` after the hook's own end, and a later write to them fails (SIGPIPE).
-- A process that leaves the group (setsid, setpgid) is not signalled with it; ``Tree`` finds it.
+- A process that leaves the group (setsid, setpgid) is not signalled with it; ``ProcessTree`` finds it.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from agent.drivers.hooks.check import RunAs
 from agent.errors import ConfigError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import APART, Child, mark
+from agent.ops.process import NO_TENURE, Child, mark
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """The variables that a hook has from the agent's own environment, where they are set."""
@@ -307,14 +307,14 @@ class HookProcess:
         self.child = Child(
             argv,
             before=before,
-            started=self._follow,
+            on_started=self._follow,
             cgroup=cgroup,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd=self._around.directory,
-            env={**self._around.variables(), **mark(APART), **env},
+            env={**self._around.variables(), **mark(NO_TENURE), **env},
             user=run_as.uid if run_as else None,
             group=run_as.gid if run_as else None,
             extra_groups=run_as.groups if run_as else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from agent.drivers.hooks.process import HookExit, HookProcess
 from agent.drivers.hooks.spec import Command, HookSpec, Post, Step
 from agent.errors import ConfigError
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.process import Child
 
@@ -141,7 +141,7 @@ class HookRun:
             ConfigError: there are none.
             StuckError: it was stopped meanwhile.
         """
-        reading = self._loop.create_task(Lane(f"hook {self.name}").run(self._spec.steps))
+        reading = self._loop.create_task(BlockingThread(f"hook {self.name}").run(self._spec.steps))
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

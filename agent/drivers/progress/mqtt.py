@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 from agent.drivers.progress.times import Reason, Refused
-from agent.ops.mqtt import Waits, access_of, connected, subscribe
+from agent.ops.mqtt import Backoff, connected, load_access, subscribe
 from agent.settings.values import MqttProgress
 
 
@@ -31,14 +31,14 @@ class Subscriber:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
-        self._access = access_of(settings, "progress")
+        self._access = load_access(settings, "progress")
         self._take = take
         self._refuse = refuse
         self._chance = chance
 
     async def run(self) -> None:
         """Follow the topic until cancelled."""
-        waits = Waits(self._chance)
+        waits = Backoff(self._chance)
         while True:
             self._heard = False
             try:

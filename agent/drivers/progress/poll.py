@@ -33,8 +33,8 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
-from agent.ops.blocking import Lane, StuckError
-from agent.ops.process import APART, Popen, mark
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.process import NO_TENURE, Popen, mark
 from agent.settings.values import CommandProgress, FileProgress, FileTimeProgress, MetricProgress
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -114,7 +114,7 @@ class FileReader:
         work = self._content if isinstance(settings, FileProgress) else self._modified
         self._work = work
         self._limit_s = settings.limit
-        self._lane = Lane(f"progress {settings.path}")
+        self._lane = BlockingThread(f"progress {settings.path}")
 
     async def read(self) -> datetime:
         try:
@@ -282,7 +282,7 @@ class CommandReader:
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
             start_new_session=True,
         )
         pidfd = os.pidfd_open(process.pid)
