@@ -20,13 +20,13 @@ from agent.drivers.hooks import (
     EVENTS,
     NOTIFICATIONS,
     PROMOTIONS,
-    Command,
+    CommandStep,
     HookExit,
     HookRunner,
     HookSpec,
-    environment_of,
-    facts_of,
-    specs_of,
+    build_payload,
+    load_specs,
+    payload_environment,
 )
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role
@@ -63,7 +63,7 @@ def list_hooks(*, as_json: bool, **given: Any) -> int:
 
     Exits 0, or with the code of the first fault.
     """
-    specs = specs_of(settings_of(given))
+    specs = load_specs(settings_of(given))
     found = {event: _described(specs.get(event)) for event in EVENTS}
     if as_json:
         click.echo(
@@ -82,7 +82,8 @@ def _described(spec: HookSpec | None) -> dict[str, Any]:
     steps: list[list[str]] = []
     try:
         steps = [
-            list(step.argv) if isinstance(step, Command) else [step.url] for step in spec.steps()
+            list(step.argv) if isinstance(step, CommandStep) else [step.url]
+            for step in spec.steps()
         ]
         spec.check()
     except ConfigError as error:
@@ -161,7 +162,7 @@ def try_hook(
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.
     """
     settings = settings_of(given)
-    spec = specs_of(settings).get(event)
+    spec = load_specs(settings).get(event)
     if spec is None:
         raise ConfigError(f"there is no hook for {event}: set it with --hook-{_flag(event)}")
     spec.check()
@@ -172,7 +173,7 @@ def try_hook(
         )
         deadline_s = limit_s if event in NOTIFICATIONS else max(0.0, limit_s - grace_s)
     clock = Clock()
-    facts = facts_of(
+    facts = build_payload(
         event=event,
         group=settings.group or "test",
         session=settings.session_id or "test",
@@ -203,7 +204,7 @@ async def _run(
 ) -> HookExit:
     """Limit it as the executor does; nothing of it goes on behind an interrupt."""
     runner = HookRunner(clock)
-    run = runner.start(spec, environment_of(facts), facts)
+    run = runner.start(spec, payload_environment(facts), facts)
     try:
         for limit_s, then in ((deadline_s, run.term), (grace_s, run.kill), (KILLED_S, None)):
             try:

@@ -31,7 +31,7 @@ HOOK_KEYS = (
     "webhook_secret_file",
     "webhook_ca_file",
 )
-"""Of what ``specs_of`` can refuse beyond a single hook."""
+"""Of what ``load_specs`` can refuse beyond a single hook."""
 
 CLIENT_KEYS = (
     "endpoint",
@@ -118,15 +118,15 @@ def load_agent(origin: Sources[AgentForm]) -> AgentForm:
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What has to hold beyond each value's form, with the keys that it is about."""
     from agent.drivers.hooks import check_hook as checked  # noqa: PLC0415 - not needed by every command
-    from agent.drivers.hooks import specs_of  # noqa: PLC0415 - likewise
+    from agent.drivers.hooks import load_specs  # noqa: PLC0415 - likewise
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
 
     check_hook = partial(checked, writable_directories=settings.hook_directories_writable)
     yield (), partial(_check_group, settings)
     yield TIMING_KEYS, lambda: settings.timing
-    yield HOOK_KEYS, partial(specs_of, settings)
+    yield HOOK_KEYS, partial(load_specs, settings)
     with suppress(ConfigError):  # it was told by the line before
-        for event, spec in specs_of(settings).items():
+        for event, spec in load_specs(settings).items():
             yield (f"hook_{event}",), spec.check
     for check in settings.check:
         if isinstance(check, ExecCheck):

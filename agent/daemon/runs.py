@@ -27,8 +27,8 @@ from agent.drivers.hooks import (
     HookRunner,
     HookSpec,
     Notifier,
-    environment_of,
-    specs_of,
+    load_specs,
+    payload_environment,
 )
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
@@ -101,7 +101,7 @@ class Runs:
         self._ended = ended
         self._groups_changed = groups_changed
         self._runner = HookRunner(clock)
-        self._specs = specs_of(settings)
+        self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.cookie = instance
         self._runs: dict[int, _Run] = {}
@@ -150,7 +150,7 @@ class Runs:
         Raises:
             ConfigError: they cannot be used.
         """
-        specs = specs_of(settings)
+        specs = load_specs(settings)
         for spec in specs.values():
             spec.check()
         return specs
@@ -286,7 +286,7 @@ class Runs:
     async def _promote(self, run: _Run, role: Role, payload: dict[str, Any]) -> tuple[bool, str]:
         ok, why = await self._hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.termed:
-            fault = await self.workload.start(environment_of(payload))
+            fault = await self.workload.start(payload_environment(payload))
             self._groups_changed()
             ok, why = fault is None, fault or "workload started"
         if run.termed:  # also if it ended well: what it has started got TERM as well
@@ -337,7 +337,7 @@ class Runs:
             return True, "no hook"
         if run.termed:
             return False, "terminated"
-        environment, cgroup = environment_of(payload), None
+        environment, cgroup = payload_environment(payload), None
         if role is not Role.SECONDARY:
             environment |= process.mark(run.tree.value)
             cgroup = self.cgroup / "hooks" if self.cgroup is not None else None

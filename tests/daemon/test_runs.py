@@ -172,9 +172,7 @@ async def test_a_start_that_hangs_holds_up_nothing_and_can_be_ended(
 ) -> None:
     """Fault 1: a hook's path may be on a dead network file system."""
     release = threading.Event()
-    monkeypatch.setattr(
-        "agent.drivers.hooks.HookSpec.check_again", lambda *_: release.wait(PATIENCE_S)
-    )
+    monkeypatch.setattr("agent.drivers.hooks.HookSpec.recheck", lambda *_: release.wait(PATIENCE_S))
     stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"), hook_secondary=("/bin/true",))
     number = stage.begin(Role.PRIMARY)
     await asyncio.sleep(0.1)

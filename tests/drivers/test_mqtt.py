@@ -112,7 +112,7 @@ def cut(client: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_each_change_of_role_is_retained_and_the_end_is_said(
+async def test_each_role_change_and_the_exit_are_published_retained(
     broker: Broker, watcher: Watcher, protocol: str
 ) -> None:
     async with announcing(**broker.table(protocol=protocol)) as announcer:
@@ -133,7 +133,7 @@ async def test_each_change_of_role_is_retained_and_the_end_is_said(
         assert all(message.retained for message in late.heard)
 
 
-async def test_a_lost_connection_leaves_the_will_of_its_birth_and_is_made_again(
+async def test_a_lost_connection_leaves_its_will_and_is_renewed(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     async with announcing(role=Role.PRIMARY, **broker.table()):
@@ -153,7 +153,7 @@ def _online(payload: bytes) -> Any:
     return {"online": json.loads(payload)["online"]}
 
 
-async def test_what_was_retained_before_the_birth_is_corrected_by_it_alone(
+async def test_a_retained_message_from_before_the_connection_is_replaced_once(
     broker: Broker, watcher: Watcher
 ) -> None:
     watcher.publish(SESSION, b"garbage")
@@ -185,7 +185,7 @@ async def corrected(watcher: Watcher, topic: str, garbage: bytes, **told: Any) -
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_garbage_that_is_retained_is_replaced(
+async def test_retained_garbage_is_replaced(
     broker: Broker, watcher: Watcher, garbage: bytes, protocol: str
 ) -> None:
     for topic in (SESSION, PRIMARY):
@@ -218,7 +218,7 @@ async def test_corrections_come_at_a_bounded_rate(
     assert len(watcher.of(SESSION)) == 203  # birth, garbage, one correction, the end
 
 
-async def test_a_newer_epoch_that_is_retained_stays_and_is_told_once(
+async def test_a_retained_newer_epoch_stays_and_is_logged_once(
     broker: Broker, watcher: Watcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer = {"session": "host-b", "epoch": 9, "since": "x"}
@@ -233,7 +233,7 @@ async def test_a_newer_epoch_that_is_retained_stays_and_is_told_once(
     assert caplog.text.count("primary is not announced") == 1
 
 
-async def test_without_epochs_the_last_one_counts(broker: Broker, watcher: Watcher) -> None:
+async def test_without_epochs_the_last_announcement_wins(broker: Broker, watcher: Watcher) -> None:
     watcher.publish(PRIMARY, b'{"session": "host-b", "epoch": 9}')
     async with announcing(**broker.table()) as announcer:
         announcer.announce(Said(Role.PRIMARY, None))
@@ -241,9 +241,7 @@ async def test_without_epochs_the_last_one_counts(broker: Broker, watcher: Watch
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_a_broker_that_is_restarted_in_order_is_told_what_is_true_meanwhile(
-    broker: Broker, protocol: str
-) -> None:
+async def test_a_restarted_broker_receives_the_current_role(broker: Broker, protocol: str) -> None:
     """It keeps what is retained: the role of before, until the member is back."""
     broker.kill()
     broker.lines += ["persistence true", f"persistence_location {broker.directory}/"]
@@ -321,7 +319,7 @@ def believed(watcher: Watcher) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 @pytest.mark.parametrize("before", [True, False])
-async def test_a_newer_offline_state_is_outdone(
+async def test_a_newer_offline_state_is_replaced_by_a_newer_online_state(
     broker: Broker, watcher: Watcher, clients: list[Any], *, protocol: str, before: bool
 ) -> None:
     """Fault 26: edge nodes stored for ever, since online was repeated with the old timestamp."""
@@ -340,7 +338,7 @@ async def test_a_newer_offline_state_is_outdone(
     assert believed(watcher)[-1] == watcher.of(STATE)[-1].told
 
 
-async def test_a_member_that_saw_a_newer_state_is_born_newer_at_once(
+async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     watcher.publish(STATE, state(AHEAD_MS))
@@ -353,7 +351,7 @@ async def test_a_member_that_saw_a_newer_state_is_born_newer_at_once(
         assert len(watcher.of(STATE)) == 2
 
 
-async def test_somebody_who_always_outdoes_us_cannot_make_a_storm(
+async def test_a_peer_that_always_publishes_a_newer_state_cannot_cause_a_storm(
     broker: Broker, watcher: Watcher, clients: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.1)
@@ -368,7 +366,7 @@ async def test_somebody_who_always_outdoes_us_cannot_make_a_storm(
         assert 2 <= len(clients) <= 7  # 0.2, 0.4, 0.8, ... and at least half of each
 
 
-async def test_a_newer_online_state_of_somebody_else_is_no_reason_to_connect_anew(
+async def test_a_newer_online_state_of_another_host_causes_no_reconnect(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
@@ -408,7 +406,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == driver.__name__]
 
 
-async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is_back(
+async def test_a_dead_broker_is_logged_once_and_receives_the_newest_role_when_it_is_back(
     broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -434,7 +432,7 @@ async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is
     assert before <= 3  # up, lost, refused
 
 
-async def test_a_broker_that_freezes_is_noticed_and_delays_no_end(
+async def test_a_frozen_broker_is_noticed_and_does_not_delay_the_exit(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "LEAVE_S", 0.1)
@@ -481,21 +479,23 @@ async def pretending(answer: bytes) -> AsyncIterator[str]:
     ],
     ids=["silent", "http", "huge packet", "malformed", "refused"],
 )
-async def test_a_hostile_broker_gets_nowhere(answer: bytes) -> None:
+async def test_a_hostile_broker_causes_no_failure(answer: bytes) -> None:
     async with pretending(answer) as url, announcing(broker=url, limit=0.2) as announcer:
         await until(lambda: announcer._trouble)
         announcer.announce(Said(Role.PRIMARY, 2))
         assert announcer._up_since is None
 
 
-async def test_of_a_huge_packet_nothing_is_kept(clients: list[Any]) -> None:
+async def test_a_huge_packet_is_not_kept_in_memory(clients: list[Any]) -> None:
     answer = bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 2_000_000
     async with pretending(answer) as url, announcing(broker=url, limit=PATIENCE_S) as announcer:
         await until(lambda: announcer._trouble)
         assert len(clients[0]._client._in_packet["packet"]) == 0
 
 
-async def test_a_name_server_that_hangs_delays_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_server_that_hangs_does_not_delay_the_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     held = asyncio.Event()
     loop = asyncio.get_running_loop()
     release: list[Any] = []
@@ -515,7 +515,7 @@ async def test_a_name_server_that_hangs_delays_no_end(monkeypatch: pytest.Monkey
     release[0].set()
 
 
-async def test_a_wrong_password_is_told_once_and_without_it(
+async def test_a_wrong_password_is_logged_once_and_never_shown(
     broker: Broker, caplog: pytest.LogCaptureFixture, clients: list[Any]
 ) -> None:
     broker.kill()
@@ -528,7 +528,7 @@ async def test_a_wrong_password_is_told_once_and_without_it(
     assert "hunter2" not in str([r.__dict__ for r in caplog.records])
 
 
-async def test_tls_with_a_client_certificate_and_a_password_is_let_in(broker: Broker) -> None:
+async def test_tls_with_a_client_certificate_and_a_password_connects(broker: Broker) -> None:
     broker.kill()
     broker.secure()
     broker.start()
@@ -537,7 +537,7 @@ async def test_tls_with_a_client_certificate_and_a_password_is_let_in(broker: Br
             await heard(watcher, PRIMARY, session="host-a")
 
 
-async def test_what_the_broker_does_not_let_us_publish_is_told(
+async def test_a_refused_publication_is_logged(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker.kill()
@@ -557,7 +557,7 @@ async def test_what_the_broker_does_not_let_us_publish_is_told(
 # --- settings, names
 
 
-async def test_two_attempts_wait_longer_each_time_unless_the_connection_lasted() -> None:
+async def test_the_backoff_grows_until_a_connection_lasts() -> None:
     waits = ops.Backoff(chance=lambda: 0.5)
     failed = [waits.next_s(worked=False) for _ in range(4)]
     assert failed == sorted(failed)
@@ -574,7 +574,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
         lambda value: json.dumps(value).encode()
     )
 )
-def test_whatever_is_retained_has_an_epoch_or_none(payload: bytes) -> None:
+def test_any_retained_payload_has_an_epoch_or_none(payload: bytes) -> None:
     assert -1 <= epoch_in(payload) <= driver.LARGEST_EPOCH
 
 
@@ -582,7 +582,7 @@ def test_ids_are_single_levels_of_a_topic() -> None:
     assert level("a+b#c%d e") == "a%2Bb%23c%25d e"
 
 
-def test_a_members_client_id_is_its_own_and_short_enough_for_every_broker() -> None:
+def test_a_client_id_is_unique_and_short_enough_for_every_broker() -> None:
     ids = {default_client_id(*ids) for ids in (("a", "b"), ("a", "c"), ("b", "a"))}
     assert len(ids) == 3
     assert all(len(i) == 23 and i.isalnum() and i.isascii() for i in ids)
@@ -603,7 +603,7 @@ async def test_a_certificate_without_its_key_is_refused(broker: Broker) -> None:
         made(**table)
 
 
-async def test_a_key_with_a_pass_phrase_is_refused_without_asking_for_it(broker: Broker) -> None:
+async def test_a_key_with_a_pass_phrase_is_refused_without_a_prompt(broker: Broker) -> None:
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - of this test alone
 
     broker.secure()
@@ -621,7 +621,7 @@ async def test_a_key_with_a_pass_phrase_is_refused_without_asking_for_it(broker:
         made(**table)
 
 
-def test_without_the_extra_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "agent.ops.mqtt")
     monkeypatch.setitem(sys.modules, "aiomqtt", None)
     with pytest.raises(ConfigError, match=r"pip install client-failover-agent\[mqtt\]"):
