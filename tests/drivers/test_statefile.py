@@ -66,7 +66,7 @@ def test_a_missing_file_is_none_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     assert file.read() is None
-    assert "no earlier state" in caplog.text
+    assert "no previous state" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_none_and_logged(
 ) -> None:
     file.path.write_bytes(content)
     assert file.read() is None
-    assert "earlier state ignored" in caplog.text
+    assert "previous state ignored" in caplog.text
 
 
 def test_a_failed_write_raises_and_leaves_the_old_state(file: StateFile) -> None:
@@ -184,8 +184,8 @@ def test_the_fallback_directory_depends_on_the_user(uid: int, expected: tuple[st
 
 
 def test_the_directory_is_created_with_its_mode(tmp_path: Path) -> None:
-    statefile._make(tmp_path / "d", 0o700)
-    statefile._make(tmp_path / "d", 0o700)
+    statefile._create(tmp_path / "d", 0o700)
+    statefile._create(tmp_path / "d", 0o700)
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
 
 
@@ -201,7 +201,7 @@ def test_a_directory_that_others_can_change_is_refused(tmp_path: Path) -> None:
         names.append("theirs")
     for name in names:
         with pytest.raises(ConfigError) as caught:
-            statefile._make(tmp_path / name, 0o700)
+            statefile._create(tmp_path / name, 0o700)
         assert caught.value.exit_code == ExitCode.STATE_FILE
         assert str(tmp_path / name) in str(caught.value)
 

@@ -110,7 +110,7 @@ async def new() -> AsyncIterator[Made]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back-off in milliseconds; no run counts as a long one."""
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(workload_module, "DOUBLINGS", 1)
+    monkeypatch.setattr(workload_module, "MAX_DOUBLINGS", 1)
 
 
 def pid_of(workload: Workload) -> int:
@@ -421,7 +421,7 @@ async def test_an_end_that_other_code_has_reaped_is_a_failure(
             await workload.stop()
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert "not known" in str([record.__dict__.get("fields") for record in caplog.records])
+    assert "unknown" in str([record.__dict__.get("fields") for record in caplog.records])
 
 
 # --- the agent's end --------------------------------------------------------------------------
@@ -564,10 +564,13 @@ def test_a_program_that_can_be_started_is_accepted(program: str) -> None:
 @pytest.mark.parametrize(
     ("program", "says"),
     [
-        ("no-such-program", "command no-such-program is not there: no folder on PATH has it; name"),
-        ("/nowhere/x", "command /nowhere/x is not there; name a program that exists, after --"),
-        ("/etc", "command /etc is not there; name"),
-        ("x" * 5000, "is not there: no folder on PATH has it"),
+        (
+            "no-such-program",
+            "command no-such-program does not exist in any directory on PATH; name",
+        ),
+        ("/nowhere/x", "command /nowhere/x does not exist; name a program that exists, after --"),
+        ("/etc", "command /etc does not exist; name"),
+        ("x" * 5000, "does not exist in any directory on PATH"),
     ],
 )
 def test_a_program_that_does_not_exist_is_refused(program: str, says: str) -> None:

@@ -141,7 +141,7 @@ def test_a_command_that_ends_is_started_again_or_ends_the_agent_with_its_code(
         if code is None:
             until(partial(has_run_twice, runs), f"{agent.name} to start it again")
             assert agent.state["role"] == "Primary"
-            assert agent.lines("workload is started again")
+            assert agent.lines("workload restart scheduled")
             assert agent.end() == 0
         else:
             assert agent.wait() == code
@@ -216,7 +216,7 @@ def test_a_stop_while_the_command_waits_for_its_next_start_starts_it_no_more(
 ) -> None:
     runs = runs_of(stage)
     agent = start(stage, "host-a", coordinator, command=sh(f"echo run >> {runs}; exit 1"))
-    agent.until_said("workload is started again")
+    agent.until_said("workload restart scheduled")
     assert agent.end() == 0
     assert runs.read_text() == "run\n" * len(agent.lines("workload started"))
     assert "Traceback" not in agent.said()
