@@ -1,4 +1,4 @@
-"""Announcements by MQTT: what a real broker is told, and what broken and hostile ones cannot do."""
+"""MQTT announcements: at a real broker, and at broken and hostile ones."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drivers import mqtt as driver
-from agent.drivers.mqtt import Announcer, default_client_id, epoch_in, level
+from agent.drivers.mqtt import Announcer, default_client_id, parse_epoch, topic_level
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import mqtt as ops
@@ -35,7 +35,7 @@ STATE = "spBv1.0/STATE/plant"
 
 
 @dataclass(frozen=True)
-class Said:
+class State:
     role: Role
     epoch: int | None = None
     since: datetime = SINCE
@@ -58,12 +58,12 @@ def watcher(broker: Broker) -> Iterator[Watcher]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(ops, "LONGEST_WAIT_S", 0.1)
-    monkeypatch.setattr(driver, "CORRECT_S", 0.05)
+    monkeypatch.setattr(driver, "CORRECTION_S", 0.05)
 
 
 def made(session: str = "host-a", role: Role = Role.SECONDARY, **keys: Any) -> Announcer:
     settings = plain_of(MqttForm.model_validate({"limit": PATIENCE_S, **keys}))
-    return Announcer(settings, "line-7", session, clock=Clock(), first=Said(role, 1))
+    return Announcer(settings, "line-7", session, clock=Clock(), first=State(role, 1))
 
 
 @asynccontextmanager
@@ -88,8 +88,8 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def heard(watcher: Watcher, topic: str, **told: Any) -> Any:
-    return await asyncio.to_thread(watcher.until, topic, **told)
+async def heard(watcher: Watcher, topic: str, **fields: Any) -> Any:
+    return await asyncio.to_thread(watcher.until, topic, **fields)
 
 
 @pytest.fixture
@@ -118,12 +118,12 @@ async def test_each_role_change_and_the_exit_are_published_retained(
     async with announcing(**broker.table(protocol=protocol)) as announcer:
         born = await heard(watcher, SESSION, role="Secondary", online=True)
         assert born["since"] == "2026-01-31T12:00:00Z"
-        announcer.announce(Said(Role.PRIMARY, 7))
-        told = {"role": "Primary", "epoch": 7, "timestamp": born["timestamp"]}
-        await heard(watcher, SESSION, **told)
+        announcer.announce(State(Role.PRIMARY, 7))
+        fields = {"role": "Primary", "epoch": 7, "timestamp": born["timestamp"]}
+        await heard(watcher, SESSION, **fields)
         primary = await heard(watcher, PRIMARY, session="host-a")
         assert primary == {"session": "host-a", "epoch": 7, "since": "2026-01-31T12:00:00Z"}
-        announcer.announce(Said(Role.SECONDARY, 7))
+        announcer.announce(State(Role.SECONDARY, 7))
         await heard(watcher, SESSION, role="Secondary", epoch=7)
     left = await heard(watcher, SESSION, online=False)
     assert left["timestamp"] >= born["timestamp"]
@@ -158,10 +158,10 @@ async def test_a_retained_message_from_before_the_connection_is_replaced_once(
 ) -> None:
     watcher.publish(SESSION, b"garbage")
     async with announcing(**broker.table()) as announcer:
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         await heard(watcher, PRIMARY, epoch=2)
-    said = [heard.payload for heard in watcher.of(SESSION)[1:]]
-    assert len(said) == len(set(said)) <= 3
+    payloads = [heard.payload for heard in watcher.of(SESSION)[1:]]
+    assert len(payloads) == len(set(payloads)) <= 3
 
 
 async def test_a_will_that_comes_after_the_new_birth_is_corrected(
@@ -175,12 +175,12 @@ async def test_a_will_that_comes_after_the_new_birth_is_corrected(
 GARBAGE = [b"", b"\xff\0", b"[]", b'{"epoch": true}', b'{"epoch": "9"}', b"9" * 5000, b"[" * 4000]
 
 
-async def corrected(watcher: Watcher, topic: str, garbage: bytes, **told: Any) -> None:
-    """Publish garbage while an agent is connected; it has to say this after it."""
+async def corrected(watcher: Watcher, topic: str, garbage: bytes, **fields: Any) -> None:
+    """Publish garbage while an agent is connected; the agent then has to publish ``fields``."""
     before = len(watcher.of(topic))
     watcher.publish(topic, garbage)
     await until(lambda: len(watcher.of(topic)) >= before + 2)
-    await heard(watcher, topic, **told)
+    await heard(watcher, topic, **fields)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -208,7 +208,7 @@ async def test_with_mqtt_5_a_huge_retained_message_is_replaced_unread(
 async def test_corrections_come_at_a_bounded_rate(
     broker: Broker, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "CORRECT_S", PATIENCE_S)
+    monkeypatch.setattr(driver, "CORRECTION_S", PATIENCE_S)
     async with announcing(**broker.table()):
         await heard(watcher, SESSION, role="Secondary")
         for _ in range(200):
@@ -225,10 +225,10 @@ async def test_a_retained_newer_epoch_stays_and_is_logged_once(
     watcher.publish(PRIMARY, json.dumps(newer).encode())
     async with announcing(role=Role.PRIMARY, **broker.table()) as announcer:
         await heard(watcher, SESSION, role="Primary")
-        announcer.announce(Said(Role.PRIMARY, 8))
+        announcer.announce(State(Role.PRIMARY, 8))
         await heard(watcher, SESSION, epoch=8)
         assert watcher.last(PRIMARY) == newer
-        announcer.announce(Said(Role.PRIMARY, 9))
+        announcer.announce(State(Role.PRIMARY, 9))
         await heard(watcher, PRIMARY, session="host-a", epoch=9)
     assert caplog.text.count("primary is not announced") == 1
 
@@ -236,7 +236,7 @@ async def test_a_retained_newer_epoch_stays_and_is_logged_once(
 async def test_without_epochs_the_last_announcement_wins(broker: Broker, watcher: Watcher) -> None:
     watcher.publish(PRIMARY, b'{"session": "host-b", "epoch": 9}')
     async with announcing(**broker.table()) as announcer:
-        announcer.announce(Said(Role.PRIMARY, None))
+        announcer.announce(State(Role.PRIMARY, None))
         await heard(watcher, PRIMARY, session="host-a", epoch=None)
 
 
@@ -254,7 +254,7 @@ async def test_a_restarted_broker_receives_the_current_role(broker: Broker, prot
         await asyncio.to_thread(broker.process.wait, PATIENCE_S)
         assert (broker.directory / "mosquitto.db").stat().st_size > 0
         await until(lambda: not announcer.up)
-        announcer.announce(Said(Role.SECONDARY, 1))
+        announcer.announce(State(Role.SECONDARY, 1))
         broker.start()
         with watching(broker) as watcher:
             await heard(watcher, SESSION, role="Secondary", online=True)
@@ -272,18 +272,18 @@ async def test_only_the_primary_announces_the_state_of_the_sparkplug_host(
     async with announcing(**keys) as announcer:
         await until(lambda: announcer._up_since is not None)
         assert not watcher.heard
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         born = await heard(watcher, STATE, online=True)
         assert set(born) == {"online", "timestamp"}
         cut(clients[-1])
         await heard(watcher, STATE, online=False)
         assert watcher.of(STATE)[-1].told["timestamp"] == born["timestamp"] or len(clients) > 2
         again = await heard(watcher, STATE, online=True)
-        announcer.announce(Said(Role.SECONDARY, 2))
+        announcer.announce(State(Role.SECONDARY, 2))
         gone = await heard(watcher, STATE, online=False)
         assert gone["timestamp"] >= again["timestamp"]
-        told = len(watcher.of(STATE))
-    assert len(watcher.of(STATE)) == told
+        count = len(watcher.of(STATE))
+    assert len(watcher.of(STATE)) == count
     assert {message.topic for message in watcher.heard} == {STATE}
 
 
@@ -293,7 +293,7 @@ async def test_a_primary_that_is_replaced_leaves_the_next_ones_state(
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
     async with announcing("host-a", Role.PRIMARY, **keys) as first:
         await heard(watcher, STATE, online=True)
-        first._said = Said(Role.SECONDARY, 1)  # it hears of both at once
+        first._state = State(Role.SECONDARY, 1)  # it hears of both at once
         other = b'{"online": true, "timestamp": 9999999999999}'
         watcher.publish(STATE, other)
         await until(lambda: len(clients) == 2)  # now without a will
@@ -345,7 +345,7 @@ async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
     async with announcing("host-a", **keys) as announcer:
         await until(lambda: announcer._newest_ms == AHEAD_MS)
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         await heard(watcher, STATE, online=True, timestamp=AHEAD_MS + 1)
         assert len(clients) == 2
         assert len(watcher.of(STATE)) == 2
@@ -391,7 +391,7 @@ async def test_a_newer_online_state_of_another_host_causes_no_reconnect(
     ],
 )
 def test_a_state_that_edge_nodes_ignore_has_no_timestamp(garbage: bytes) -> None:
-    assert driver.state_in(garbage) == (False, -1)
+    assert driver.parse_state(garbage) == (False, -1)
 
 
 async def test_the_groups_id_is_the_host_id_by_default() -> None:
@@ -418,7 +418,7 @@ async def test_a_dead_broker_is_logged_once_and_receives_the_newest_role_when_it
         assert not announcer.up
         assert announcer.failures > 0
         for epoch in range(1000):
-            announcer.announce(Said(Role.PRIMARY, epoch))
+            announcer.announce(State(Role.PRIMARY, epoch))
         await asyncio.sleep(0)
         await until(lambda: "refused" in (announcer._trouble or ""))
         before = len(lines(caplog))
@@ -440,7 +440,7 @@ async def test_a_frozen_broker_is_noticed_and_does_not_delay_the_exit(
     announcer.start()
     await until(lambda: announcer._up_since is not None)
     broker.send(signal.SIGSTOP)
-    announcer.announce(Said(Role.PRIMARY, 2))
+    announcer.announce(State(Role.PRIMARY, 2))
     await until(lambda: announcer._trouble)
     broker.send(signal.SIGCONT)
     await until(lambda: announcer._trouble is None)
@@ -482,7 +482,7 @@ async def pretending(answer: bytes) -> AsyncIterator[str]:
 async def test_a_hostile_broker_causes_no_failure(answer: bytes) -> None:
     async with pretending(answer) as url, announcing(broker=url, limit=0.2) as announcer:
         await until(lambda: announcer._trouble)
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         assert announcer._up_since is None
 
 
@@ -575,11 +575,11 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
     )
 )
 def test_any_retained_payload_has_an_epoch_or_none(payload: bytes) -> None:
-    assert -1 <= epoch_in(payload) <= driver.LARGEST_EPOCH
+    assert -1 <= parse_epoch(payload) <= driver.LARGEST_EPOCH
 
 
 def test_ids_are_single_levels_of_a_topic() -> None:
-    assert level("a+b#c%d e") == "a%2Bb%23c%25d e"
+    assert topic_level("a+b#c%d e") == "a%2Bb%23c%25d e"
 
 
 def test_a_client_id_is_unique_and_short_enough_for_every_broker() -> None:
