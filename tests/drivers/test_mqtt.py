@@ -143,7 +143,7 @@ async def test_a_lost_connection_leaves_its_will_and_is_renewed(
         cut(clients[0])
         await until(lambda: len(clients) > 1)
         await until(lambda: {"online": False} in [_online(h.payload) for h in watcher.of(SESSION)])
-        will = next(h.told for h in watcher.of(SESSION) if not h.told["online"])
+        will = next(h.content for h in watcher.of(SESSION) if not h.content["online"])
         assert will == {"online": False, "timestamp": born["timestamp"]}
         again = await heard(watcher, SESSION, online=True, role="Primary")
         assert again["timestamp"] >= born["timestamp"]
@@ -277,7 +277,7 @@ async def test_only_the_primary_announces_the_state_of_the_sparkplug_host(
         assert set(born) == {"online", "timestamp"}
         cut(clients[-1])
         await heard(watcher, STATE, online=False)
-        assert watcher.of(STATE)[-1].told["timestamp"] == born["timestamp"] or len(clients) > 2
+        assert watcher.of(STATE)[-1].content["timestamp"] == born["timestamp"] or len(clients) > 2
         again = await heard(watcher, STATE, online=True)
         announcer.announce(State(Role.SECONDARY, 2))
         gone = await heard(watcher, STATE, online=False)
@@ -312,8 +312,8 @@ def believed(watcher: Watcher) -> list[dict[str, Any]]:
     """The messages that an edge node takes: none that is older than the one before."""
     taken: list[dict[str, Any]] = []
     for message in watcher.of(STATE):
-        if not taken or message.told["timestamp"] >= taken[-1]["timestamp"]:
-            taken.append(message.told)
+        if not taken or message.content["timestamp"] >= taken[-1]["timestamp"]:
+            taken.append(message.content)
     return taken
 
 
@@ -335,7 +335,7 @@ async def test_a_newer_offline_state_is_replaced_by_a_newer_online_state(
         await until(lambda: {"online": False, "timestamp": AHEAD_MS + 1} in believed(watcher))
         await until(lambda: believed(watcher)[-1]["online"])
     await until(lambda: not believed(watcher)[-1]["online"])
-    assert believed(watcher)[-1] == watcher.of(STATE)[-1].told
+    assert believed(watcher)[-1] == watcher.of(STATE)[-1].content
 
 
 async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
@@ -360,7 +360,7 @@ async def test_a_peer_that_always_publishes_a_newer_state_cannot_cause_a_storm(
     async with announcing("host-a", Role.PRIMARY, **keys):
         began_at = asyncio.get_running_loop().time()
         while asyncio.get_running_loop().time() - began_at < 2:
-            newest = max((m.told["timestamp"] for m in watcher.of(STATE)), default=AHEAD_MS)
+            newest = max((m.content["timestamp"] for m in watcher.of(STATE)), default=AHEAD_MS)
             await asyncio.to_thread(watcher.publish, STATE, state(newest + 1))
             await asyncio.sleep(0.02)
         assert 2 <= len(clients) <= 7  # 0.2, 0.4, 0.8, ... and at least half of each
@@ -426,7 +426,7 @@ async def test_a_dead_broker_is_logged_once_and_receives_the_newest_role_when_it
         with watching(broker) as watcher:
             await heard(watcher, SESSION, role="Primary", epoch=999)
             await heard(watcher, PRIMARY, epoch=999)
-            assert {h.told.get("epoch") for h in watcher.of(PRIMARY)} == {999}
+            assert {h.content.get("epoch") for h in watcher.of(PRIMARY)} == {999}
     assert lines(caplog)[0] == "role is announced by MQTT"
     assert lines(caplog)[before:] == ["role is announced by MQTT"]
     assert before <= 3  # up, lost, refused

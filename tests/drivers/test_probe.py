@@ -82,7 +82,7 @@ async def test_a_report_may_have_any_zone_and_precision(
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "reason"),
     [
         (b"", "not JSON"),
         (b'{"time": "2026', "not JSON"),
@@ -99,12 +99,12 @@ async def test_a_report_may_have_any_zone_and_precision(
     ],
 )
 async def test_an_invalid_report_is_refused_with_a_reason(
-    client: httpx2.AsyncClient, agent: Agent, body: bytes, says: str
+    client: httpx2.AsyncClient, agent: Agent, body: bytes, reason: str
 ) -> None:
     answer = await client.post("/data-processed", content=body)
     assert answer.status_code == 400
     (message,) = answer.json().values()
-    assert says in message
+    assert reason in message
     assert "2026-01-31T12:00:00Z" in message
     assert message.endswith(".")
     assert agent.reported == []

@@ -50,7 +50,7 @@ IGNORING = "trap '' TERM; echo $$ >{0}; while :; do sleep 0.01; done"
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
 
 
@@ -75,7 +75,7 @@ def read(path: Path) -> str:
     return text if text.endswith("\n") else ""
 
 
-def says(path: Path, text: str) -> bool:
+def has_text(path: Path, text: str) -> bool:
     return read(path) == text
 
 
@@ -138,15 +138,15 @@ async def test_the_command_runs_from_start_to_stop_in_its_own_process_group(
     await workload.stop()
     assert state_of(pid) == "", "it was not reaped"
     assert workload.pgid is None
-    assert new.ends == [], "it was told that it ended by itself"
+    assert new.ends == [], "the end was reported as its own"
 
 
 async def test_a_new_start_has_the_variables_of_the_new_tenure(new: Made, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     workload = new(f"echo $FAILOVER_EPOCH >>{seen}; exec sleep 1000")
-    for told in ("1\n", "1\n2\n"):
-        assert await workload.start({"FAILOVER_EPOCH": told.split()[-1]}) is None
-        await until(partial(says, seen, told))
+    for text in ("1\n", "1\n2\n"):
+        assert await workload.start({"FAILOVER_EPOCH": text.split()[-1]}) is None
+        await until(partial(has_text, seen, text))
         await workload.stop()
 
 
@@ -562,7 +562,7 @@ def test_a_program_that_can_be_started_is_accepted(program: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "says"),
+    ("program", "reason"),
     [
         (
             "no-such-program",
@@ -573,11 +573,11 @@ def test_a_program_that_can_be_started_is_accepted(program: str) -> None:
         ("x" * 5000, "does not exist in any directory on PATH"),
     ],
 )
-def test_a_program_that_does_not_exist_is_refused(program: str, says: str) -> None:
+def test_a_program_that_does_not_exist_is_refused(program: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_workload([program])
     assert caught.value.exit_code is ExitCode.HOOK_MISSING
-    assert says in str(caught.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("on_path", [False, True])
