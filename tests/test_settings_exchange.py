@@ -52,7 +52,7 @@ def test_every_value_is_frozen_and_has_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["agent.cli.run", "agent.cli.exec", "agent.daemon.main", "agent.guard"]
+    "module", ["agent.cli.run", "agent.cli.exec", "agent.daemon.main", "agent.guard.main"]
 )
 def test_what_an_agent_keeps_in_memory_has_no_pydantic_and_no_rich(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"

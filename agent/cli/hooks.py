@@ -20,13 +20,13 @@ from agent.drivers.hooks import (
     EVENTS,
     NOTIFICATIONS,
     PROMOTIONS,
-    Command,
+    CommandStep,
     HookExit,
     HookRunner,
     HookSpec,
-    environment_of,
-    facts_of,
-    specs_of,
+    build_payload,
+    load_specs,
+    payload_environment,
 )
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role
@@ -62,7 +62,7 @@ def list_hooks(*, as_json: bool, **given: Any) -> int:
 
     Exits 0, or with the code of the first fault.
     """
-    specs = specs_of(load_settings(given))
+    specs = load_specs(load_settings(given))
     reports = {event: _report(specs.get(event)) for event in EVENTS}
     if as_json:
         click.echo(
@@ -81,7 +81,8 @@ def _report(spec: HookSpec | None) -> dict[str, Any]:
     steps: list[list[str]] = []
     try:
         steps = [
-            list(step.argv) if isinstance(step, Command) else [step.url] for step in spec.steps()
+            list(step.argv) if isinstance(step, CommandStep) else [step.url]
+            for step in spec.steps()
         ]
         spec.check()
     except ConfigError as error:
@@ -160,7 +161,7 @@ def try_hook(
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.
     """
     settings = load_settings(given)
-    spec = specs_of(settings).get(event)
+    spec = load_specs(settings).get(event)
     if spec is None:
         raise ConfigError(f"there is no hook for {event}: set it with --hook-{_flag(event)}")
     spec.check()
@@ -171,7 +172,7 @@ def try_hook(
         )
         deadline_s = limit_s if event in NOTIFICATIONS else max(0.0, limit_s - grace_s)
     clock = Clock()
-    facts = facts_of(
+    facts = build_payload(
         event=event,
         group=settings.group or "test",
         session=settings.session_id or "test",
@@ -204,7 +205,7 @@ async def _run(
 ) -> HookExit:
     """Enforce the limits as the executor does; an interrupt leaves nothing of it running."""
     runner = HookRunner(clock)
-    run = runner.start(spec, environment_of(facts), facts)
+    run = runner.start(spec, payload_environment(facts), facts)
     try:
         for limit_s, then in ((deadline_s, run.term), (grace_s, run.kill), (KILLED_S, None)):
             try:

@@ -119,9 +119,9 @@ def main(
 
 def _print_error(text: str, exit_code: int, *, debug: bool = False) -> None:
     """One line on stderr for each fault."""
-    from agent.ops.logs import last_words  # noqa: PLC0415 - --version and --help do without
+    from agent.ops.logs import format_fatal_error  # noqa: PLC0415 - --version and --help do without
 
     if debug:
         traceback.print_exc()
     for line in text.splitlines():
-        click.echo(last_words(f"{PROGRAM}: error: {line}", exit_code), err=True)
+        click.echo(format_fatal_error(f"{PROGRAM}: error: {line}", exit_code), err=True)

@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Settings)
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
 HOOK_KEYS = ("hook_user", "hook_group", "hook_directory", "webhook_secret_file", "webhook_ca_file")
-"""Settings that ``specs_of`` can refuse beyond a single hook."""
+"""Settings that ``load_specs`` can refuse beyond a single hook."""
 
 CLIENT_KEYS = (
     "endpoint",
@@ -109,15 +109,15 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What has to hold beyond each value's form, with the keys that it is about."""
     from agent.drivers.hooks import check_hook as checked  # noqa: PLC0415 - not needed by every command
-    from agent.drivers.hooks import specs_of  # noqa: PLC0415 - likewise
+    from agent.drivers.hooks import load_specs  # noqa: PLC0415 - likewise
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
 
     check_hook = partial(checked, writable_directories=settings.hook_directories_writable)
     yield (), partial(_check_group, settings)
     yield TIMING_KEYS, lambda: settings.timing
-    yield HOOK_KEYS, partial(specs_of, settings)
+    yield HOOK_KEYS, partial(load_specs, settings)
     with suppress(ConfigError):  # the line before has reported it
-        for event, spec in specs_of(settings).items():
+        for event, spec in load_specs(settings).items():
             yield (f"hook_{event}",), spec.check
     for check in settings.check:
         for argv in check.commands:
@@ -135,9 +135,9 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
 
 
 def _check_mqtt(table: Broker, where: str) -> None:
-    from agent.ops.mqtt import access_of  # noqa: PLC0415 - needs the extra
+    from agent.ops.mqtt import load_access  # noqa: PLC0415 - needs the extra
 
-    access_of(table, where)
+    load_access(table, where)
 
 
 def _check_group(settings: AgentSettings) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 
 from agent.daemon.payload import Payloads
-from agent.drivers.hooks import HookRunner, HookSpec, environment_of
+from agent.drivers.hooks import HookRunner, HookSpec, payload_environment
 from agent.model import Role
 from agent.ops.logs import Log
 from agent.schema.settings import AgentSettings
@@ -26,7 +26,9 @@ async def run_fence(settings: AgentSettings, runner: HookRunner, payloads: Paylo
         deadline_s=limit_s,
         previous_primary=None,
     )
-    run = runner.start(HookSpec("fence", settings.fence_command), environment_of(payload), payload)
+    run = runner.start(
+        HookSpec("fence", settings.fence_command), payload_environment(payload), payload
+    )
     try:
         async with asyncio.timeout(limit_s):
             await run.launched()

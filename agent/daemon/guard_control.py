@@ -12,7 +12,7 @@ from typing import Any
 from agent.core.effects import HookFacts
 from agent.daemon import release_helper
 from agent.daemon.member import Member
-from agent.drivers.guardian import Arming, Guardian, GuardLog
+from agent.drivers.guardian import Arming, Guardian, GuardLogContext
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.watchdog import WatchdogDevice
@@ -117,7 +117,7 @@ class GuardControl:
             return
         member, published = self._member, self._member.published
         guardian.set_log(
-            GuardLog(
+            GuardLogContext(
                 logs.LEVELS[member.settings.log_level],
                 member.settings.log_format,
                 member.settings.group,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from agent.drivers.statefile import MAX_BYTES, usual_directory
+from agent.drivers.statefile import MAX_BYTES, default_directory_path
 from agent.errors import FailoverError
 from agent.model import Role
 
@@ -30,7 +30,7 @@ def add_hint_of_usual_directory(error: FailoverError) -> None:
     """Add a line for each member that died as primary, by the state files in the default directory."""
     lines = []
     with suppress(OSError):
-        for path in sorted(usual_directory().glob("*.json")):
+        for path in sorted(default_directory_path().glob("*.json")):
             command = _stop_command(path)
             if command is not None:
                 lines.append(

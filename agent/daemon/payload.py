@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import HookSpec, environment_of, facts_of
+from agent.drivers.hooks import HookSpec, build_payload, payload_environment
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
@@ -60,7 +60,7 @@ class Payloads:
 
     def build(self, **facts: Any) -> dict[str, Any]:
         """Build a payload: the fields of the event plus the common ones."""
-        return facts_of(
+        return build_payload(
             **facts,
             group=self._group,
             session=self._session_id,
@@ -98,7 +98,7 @@ class Payloads:
         payload = self.build_role_payload(facts, promotion.last_data)
         return GuardHook(
             plan.commands,
-            {**plan.environment, **environment_of(payload), **process.mark(process.APART)},
+            {**plan.environment, **payload_environment(payload), **process.mark(process.NO_TENURE)},
             json.dumps(payload) + "\n",
             plan.directory,
             plan.uid,

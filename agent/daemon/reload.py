@@ -12,7 +12,7 @@ from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.schema.fields import reloadable
 from agent.schema.settings import AgentSettings
 
@@ -44,7 +44,7 @@ class Reload:
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
-        self._lane = Lane("configuration")
+        self._lane = BlockingThread("configuration")
 
     async def run(self, reread: Callable[[], AgentSettings]) -> None:
         """Read the settings again and apply them; log an error if they cannot be used.

@@ -27,16 +27,16 @@ from agent.drivers.hooks import (
     HookRunner,
     HookSpec,
     Notifier,
-    environment_of,
-    specs_of,
+    load_specs,
+    payload_environment,
 )
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
 from agent.ops import process
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.trees import KILL_S, Tree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -59,7 +59,7 @@ class _Run:
     """A run that has not ended."""
 
     role: Role
-    tree: Tree
+    tree: ProcessTree
     hook: HookRun | None = None
     terminated: bool = False
     killed: bool = False
@@ -104,15 +104,15 @@ class RoleRunner:
         self._on_ended = on_ended
         self._on_groups_changed = on_groups_changed
         self._runner = HookRunner(clock)
-        self._specs = specs_of(settings)
+        self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.process_mark = instance
         self._runs: dict[int, _Run] = {}
         self._tenure: TenureProcesses | None = None
-        self._previous_tree: Tree | None = None
+        self._previous_tree: ProcessTree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tracking: asyncio.Task[Any] | None = None
-        self._orphans = process.Orphans(self._track_processes)
+        self._orphans = process.OrphanReaper(self._track_processes)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -153,7 +153,7 @@ class RoleRunner:
         Raises:
             ConfigError: a hook cannot be used.
         """
-        specs = specs_of(settings)
+        specs = load_specs(settings)
         for spec in specs.values():
             spec.check()
         return specs
@@ -185,7 +185,7 @@ class RoleRunner:
 
     async def kill_previous_processes(self, instance: str) -> None:
         """Kill what a previous agent has left; the first demotion fails while some of it is alive."""
-        self._previous_tree = Tree(instance, since=0)
+        self._previous_tree = ProcessTree(instance, since=0)
         self._previous_tree.cgroup = tenure_cgroup(instance)
         left = await self._previous_tree.kill()
         if left is not None:
@@ -195,7 +195,7 @@ class RoleRunner:
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
         """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
-        run = self._runs[number] = _Run(facts.role, Tree(f"{self.process_mark}.{number}"))
+        run = self._runs[number] = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
@@ -287,7 +287,7 @@ class RoleRunner:
     async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
-            fault = await self.workload.start(environment_of(payload))
+            fault = await self.workload.start(payload_environment(payload))
             self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
         if run.terminated:  # even after a success: what it has started also got TERM
@@ -333,7 +333,7 @@ class RoleRunner:
             return True, "no hook"
         if run.terminated:
             return False, "terminated"
-        environment, cgroup = environment_of(payload), None
+        environment, cgroup = payload_environment(payload), None
         if role is not Role.SECONDARY:
             environment |= process.mark(run.tree.value)
             cgroup = self.cgroup / "hooks" if self.cgroup is not None else None
@@ -369,7 +369,7 @@ class RoleRunner:
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure of a promotion."""
-        spec, lane = self.demotion_hook, Lane("demotion hook of the guard")
+        spec, lane = self.demotion_hook, BlockingThread("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
 
     def notify(

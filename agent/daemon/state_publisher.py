@@ -20,7 +20,7 @@ from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.wire.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -53,7 +53,7 @@ class StatePublisher:
     ) -> None:
         self._member = member
         self._state_file = state_file
-        self._lane = Lane("state file")
+        self._lane = BlockingThread("state file")
         self._pending_state: Mapping[str, Any] | None = None
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None

@@ -1,7 +1,7 @@
 """The processes of one tenure on this host, and its demotion hook.
 
 Owns what has to end before the role can be released: every process that a promotion of this tenure has
-started (ops/trees.py). The demotion hook is the one that was configured when the first promotion started:
+started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started:
 a reload changes later tenures only. Knows nothing of when a demotion is due.
 """
 
@@ -12,7 +12,7 @@ from agent import proctree
 from agent.drivers.hooks import HookRun, HookSpec
 from agent.ops.blocking import StuckError
 from agent.ops.logs import Log
-from agent.ops.trees import KILL_S, Tree
+from agent.ops.process_tree import KILL_S, ProcessTree
 
 log = Log(__name__)
 
@@ -32,7 +32,7 @@ class TenureProcesses:
         self.demotion_hook = demotion_hook
         self.cgroup = cgroup
         self._hooks: list[HookRun] = []
-        self._tree = Tree(process_mark, adopts=True)
+        self._tree = ProcessTree(process_mark, adopts=True)
         self._tree.cgroup = cgroup
 
     def add(self, hook: HookRun) -> None:
@@ -55,11 +55,11 @@ class TenureProcesses:
     async def track_processes(self) -> None:
         """Record which processes there are, before their parents end."""
         with suppress(StuckError):
-            await self._tree.look()
+            await self._tree.find_in_thread()
 
     def stop_adopting(self) -> None:
         """Do not add unmarked processes from now on: they belong to the demotion hook."""
-        self._tree.adopt_no_more()
+        self._tree.stop_adopting()
 
     def kill_groups(self) -> None:
         """SIGKILL to the process groups of its promotion hooks. Does not wait."""
@@ -71,7 +71,9 @@ class TenureProcesses:
         return await self._tree.kill(limit_s)
 
 
-async def kill_remaining(*trees: TenureProcesses | Tree | None, limit_s: float) -> str | None:
+async def kill_remaining(
+    *trees: TenureProcesses | ProcessTree | None, limit_s: float
+) -> str | None:
     """Kill what is left of tenures; None once all processes are gone, else why some are not."""
     for tree in trees:
         if tree is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.daemon import release_helper
-from agent.drivers.guardian import _helper
+from agent.drivers.guardian.program import helper_command
 from agent.drivers.rest.configured import client_for
 from agent.errors import ConfigError, ExitCode
 from agent.schema.settings import AgentSettings
@@ -79,7 +79,7 @@ def helper(
     """The helper as the guard starts it, before the byte that lets it go on."""
     memory = os.memfd_create("document")
     os.write(memory, document)
-    words = [*_helper(), str(epoch), str(wait_s)]
+    words = [*helper_command(), str(epoch), str(wait_s)]
     shell = ["/bin/sh", "-c", f'exec 3</proc/self/fd/{memory}; exec "$@"', "sh", *words]
     with subprocess.Popen(
         shell, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", pass_fds=[memory]

@@ -19,7 +19,7 @@ from agent.daemon import role_runner
 from agent.daemon.role_runner import RoleRunner
 from agent.daemon.telemetry import Stats
 from agent.model import Role
-from agent.ops import process, trees
+from agent.ops import process, process_tree
 from agent.ops.clock import Clock
 from agent.schema.settings import AgentSettings
 from tests.cgroups import new_cgroup
@@ -174,12 +174,12 @@ async def test_a_hook_that_hangs_at_its_start_blocks_nothing_and_can_be_killed(
     """Fault 1: a hook's path may be on a dead network file system."""
     hangs, release, returned = threading.Event(), threading.Event(), threading.Event()
 
-    def check_again(*_: object) -> None:
+    def recheck(*_: object) -> None:
         hangs.set()
         release.wait(PATIENCE_S)
         returned.set()
 
-    monkeypatch.setattr("agent.drivers.hooks.HookSpec.check_again", check_again)
+    monkeypatch.setattr("agent.drivers.hooks.HookSpec.recheck", recheck)
     stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"), hook_secondary=("/bin/true",))
     number = stage.begin(Role.PRIMARY)
     await until(hangs.is_set)
@@ -293,7 +293,7 @@ async def test_an_unreadable_environment_delays_no_demotion(
     stage.open(hook_primary=stage.hook("p", "setsid sleep 1000 >&- 2>&- & echo $! > left.pid"))
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("left.pid")
-    contents, release = trees._contents, threading.Event()
+    contents, release = process_tree._contents, threading.Event()
     stuck = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
 
     def block(of: int, name: str) -> bytes:
@@ -301,7 +301,7 @@ async def test_an_unreadable_environment_delays_no_demotion(
             release.wait(PATIENCE_S)
         return contents(of, name)
 
-    monkeypatch.setattr(trees, "_contents", block)
+    monkeypatch.setattr(process_tree, "_contents", block)
     started_at = time.monotonic()
     assert (await stage.run(Role.SECONDARY)).ok
     assert time.monotonic() - started_at < 5
@@ -400,7 +400,7 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
             pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
         }
         assert pid in inside
-        later = trees.Tree(stage.instance, since=trees._now() + 10**6)
+        later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
         await stage.role_runner.kill_previous_processes(stage.instance)
         assert not alive(pid)
@@ -434,7 +434,7 @@ process.REAP_S = 0.1
 
 async def main():
     process.become_subreaper()
-    orphans = process.Orphans()
+    orphans = process.OrphanReaper()
     child = process.Child(["/bin/sh", "-c", "sleep 0.1 & exit 3"], start_new_session=True)
     child.start()
     await child.wait()

@@ -27,7 +27,7 @@ from agent.drivers.checks.kind import Check, CheckFailed, run_blocking
 from agent.drivers.checks.process import Process, ProcessCheck
 from agent.drivers.checks.prometheus import Prometheus, PrometheusCheck
 from agent.drivers.checks.tcp import Connect, TcpCheck
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import parse_peer
 from agent.schema.read import validate
@@ -60,7 +60,7 @@ def _no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.002)
 
 
@@ -725,7 +725,7 @@ async def test_work_that_is_stuck_in_the_kernel_is_begun_once_only() -> None:
         begun.append(1)
         release.wait(LIMIT_S)
 
-    lane = Lane("a")
+    lane = BlockingThread("a")
     first = asyncio.create_task(run_blocking(lane, stuck))
     await until(lambda: begun)
     first.cancel()

@@ -1006,7 +1006,7 @@ async def test_a_ca_file_without_certificates_is_refused_at_the_start(tmp_path: 
 
 async def test_of_more_messages_than_the_queue_holds_the_newest_stay() -> None:
     messages = [aiomqtt.Message("t", b"", 1, False, n, None) for n in range(5)]
-    queue = mqtt.Latest(2)
+    queue = mqtt.DropOldestQueue(2)
     for message in messages:
         queue.put_nowait(message)
     assert [queue.get_nowait(), queue.get_nowait()] == messages[3:]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ANSWER_S = 0.5
 RESTART_S = 1.0
-"""As in drivers/guardian.py."""
+"""As in drivers/guardian."""
 
 RETRY_S = 0.01
 

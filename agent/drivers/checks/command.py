@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar, Literal
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import APART, Child, Ended, mark
+from agent.ops.process import NO_TENURE, Child, ExitResult, mark
 from agent.schema.formats import NeededCommand
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -118,18 +118,18 @@ class _Run:
         self.released = False
         self._child = Child(
             check.command,
-            started=self._follow,
+            on_started=self._follow,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
             start_new_session=True,
         )
         self._child.start()
 
-    async def end(self) -> Ended:
+    async def end(self) -> ExitResult:
         """How the command ended. Cancelled: TERM, and GRACE_S."""
         try:
             return await self._child.wait()

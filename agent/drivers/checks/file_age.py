@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Duration
 
@@ -41,7 +41,7 @@ class FileAge:
     def __init__(self, check: FileAgeCheck, clock: Clock) -> None:
         self._check = check
         self._clock = clock
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
         self._seen: tuple[int, float] | None = None
 
     async def __call__(self) -> None:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.schema.checks import CheckSettings
 
@@ -32,7 +32,7 @@ class Check(CheckSettings):
         """The runner of this check, called for one run at a time."""
 
 
-async def run_blocking(lane: Lane, work: Callable[[], T]) -> T:
+async def run_blocking(lane: BlockingThread, work: Callable[[], T]) -> T:
     """Do blocking work, and return or raise what it does.
 
     Raises:

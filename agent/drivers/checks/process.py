@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Text
 
@@ -105,7 +105,7 @@ class Process:
 
     def __init__(self, check: ProcessCheck) -> None:
         self._check = check
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
         self._known: tuple[tuple[int, ...], int | None] | None = None
         self._last: int | None = None
         """Which process had the name when it was last looked for."""

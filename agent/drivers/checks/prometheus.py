@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.drivers.checks.request import Request
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import Labels, MetricName, Number, PageUrl
 
@@ -74,7 +74,7 @@ class Prometheus:
         self._line = re.compile(
             rb"^[ \t]*" + check.metric.encode() + rb"(?=[ \t{]).*$", re.MULTILINE
         )
-        self._lane = Lane(f"check {check.name}")
+        self._lane = BlockingThread(f"check {check.name}")
 
     async def __call__(self) -> None:
         """Return if the metric is as it should be. Raises CheckFailed."""

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from agent.drivers.progress.kind import PolledSource, Reader, read_blocking
 from agent.drivers.progress.times import Reason, Refused, last_line, read_text
-from agent.ops.blocking import Lane
-from agent.ops.process import APART, Popen, mark
+from agent.ops.blocking import BlockingThread
+from agent.ops.process import NO_TENURE, Popen, mark
 from agent.schema.formats import NeededCommand
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
@@ -65,7 +65,7 @@ class CommandReader:
         self._argv = settings.command
         self._limit_s = settings.limit
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lane = Lane(f"progress {self._argv[0]}")
+        self._lane = BlockingThread(f"progress {self._argv[0]}")
 
     async def read(self) -> datetime:
         try:
@@ -92,7 +92,7 @@ class CommandReader:
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
             start_new_session=True,
         )
         pidfd = os.pidfd_open(process.pid)

@@ -18,7 +18,7 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.schema.formats import AnyPath
 from agent.schema.progress import JsonKey
 
@@ -73,7 +73,7 @@ class FileReader:
         self._path = settings.path
         self._limit_s = settings.limit
         self._work = work
-        self._lane = Lane(f"progress {settings.path}")
+        self._lane = BlockingThread(f"progress {settings.path}")
 
     async def read(self) -> datetime:
         try:

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Protocol, TypeVar
 
 from agent.drivers.progress.times import Reason, Refused
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.schema.formats import Duration, Interval
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture, ProgressSource
 
@@ -119,7 +119,7 @@ class Polling:
             await asyncio.sleep(self._interval_s)
 
 
-async def read_blocking(lane: Lane, work: Callable[[], T], limit_s: float) -> T:
+async def read_blocking(lane: BlockingThread, work: Callable[[], T], limit_s: float) -> T:
     """Do blocking work, and return or raise what it does.
 
     Raises:

@@ -52,10 +52,10 @@ class Subscriber:
         receiver: Receiver,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        from agent.ops.mqtt import access_of  # noqa: PLC0415 - needs the extra
+        from agent.ops.mqtt import load_access  # noqa: PLC0415 - needs the extra
 
         self._settings = settings
-        self._access = access_of(settings, "progress")
+        self._access = load_access(settings, "progress")
         self._receiver = receiver
         self._chance = chance
         self._task: asyncio.Task[None] | None = None
@@ -70,9 +70,9 @@ class Subscriber:
 
     async def run(self) -> None:
         """Follow the topic until cancelled."""
-        from agent.ops.mqtt import Waits  # noqa: PLC0415 - needs the extra
+        from agent.ops.mqtt import Backoff  # noqa: PLC0415 - needs the extra
 
-        waits = Waits(self._chance)
+        waits = Backoff(self._chance)
         while True:
             self._subscribed = False
             try:

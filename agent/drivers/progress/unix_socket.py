@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
 from agent.errors import ConfigError, ExitCode
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.schema.fields import Format
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture
 
@@ -89,7 +89,7 @@ class Listener:
         self._settings = settings
         self.receiver = receiver
         self.connections: set[asyncio.Transport] = set()
-        self._lane = Lane(f"progress socket {settings.path}")
+        self._lane = BlockingThread(f"progress socket {settings.path}")
         self._identity: tuple[int, int] | None = None
         self._abandoned = False
         """Whether nobody waits for the socket that the lane may still make."""

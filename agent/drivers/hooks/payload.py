@@ -1,4 +1,4 @@
-"""What every hook is told, as JSON and as variables (docs/hooks.md). Pure."""
+"""The hook payload, as JSON and as environment variables (docs/hooks.md). Pure."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -8,7 +8,7 @@ from agent.model import Role
 from agent.wire.scalars import format_date_time
 
 
-def facts_of(
+def build_payload(
     *,
     event: str,
     group: str,
@@ -24,10 +24,10 @@ def facts_of(
     probe_url: str | None,
     now: datetime,
 ) -> dict[str, Any]:
-    """The JSON object of one run; the table in docs/hooks.md says what each fact is.
+    """Build the payload of one run; docs/hooks.md defines each field.
 
-    ``deadline_s`` is from the start of the hook until it gets TERM, in seconds. The gap is counted
-    from ``last_data`` to ``now``, and never negative, however the clocks of two hosts differ.
+    ``deadline_s`` counts from the start of the hook to its TERM, in seconds. The gap counts from
+    ``last_data`` to ``now``, and is never negative, however the clocks of two hosts differ.
     """
     gap_ms = None
     if event == "primary" and last_data is not None:
@@ -49,9 +49,9 @@ def facts_of(
     }
 
 
-def environment_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The same as variables; what is not known is empty."""
+def payload_environment(payload: Mapping[str, Any]) -> dict[str, str]:
+    """The payload as environment variables; an unknown value is empty."""
     return {
         f"FAILOVER_{key.upper()}": "" if value is None else str(value)
-        for key, value in facts.items()
+        for key, value in payload.items()
     }

@@ -1,16 +1,15 @@
-"""Follow all processes that one purpose has started, wherever they have gone, and end them.
+"""Find, signal and kill all processes of a tenure, or of one command, wherever they have gone.
 
-``Tree`` finds them by process group and session, descent, mark, cgroup, and adoption by this process
-(agent/proctree.py). One that was seen once is followed by its identity: it is not lost when its parent ends.
-Knows nothing of what runs, and of when it is to end.
+``ProcessTree`` finds them by process group and session, descent, mark, cgroup, and adoption by this process
+(agent/proctree.py). A process that was found once is followed by its identity, even if its parent ends.
+Knows nothing of what runs, and of when it has to end.
 
-Everything here reads /proc in a thread. To read the environment of a process that is stuck in the kernel
-can block for ever: that is done in yet another thread, which is abandoned then, and that process is not
-asked again.
+Everything here reads /proc in a thread. Reading the environment of a process that is stuck in the kernel
+can block for ever: another thread does it, is abandoned if it blocks, and that process is not read again.
 
-Not promised, unless there is a cgroup: that a process is found which has left its group, has lost its parent
-between two looks *and* has cleared its environment, once this process has died. Whatever another manager
-starts on request (systemd, a container engine, at, cron) is no part of a tree.
+Not promised without a cgroup: to find a process that has left its group, has lost its parent between two
+searches *and* has cleared its environment, once this process has died. What another manager starts (systemd,
+a container engine, at, cron) is no part of the tree.
 """
 
 import os
@@ -21,22 +20,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent import proctree
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.process import Child, own_pids
 
 KILL_S = 2.0
-"""How long the end of killed processes is waited for; only the kernel can hold one up for longer."""
+"""How long to wait for the end of killed processes; only one that is stuck in the kernel takes longer."""
 
-LOOK_S = 2.0
-"""How long one look may take: it reads what the kernel has at hand, and takes milliseconds."""
+SEARCH_S = 2.0
+"""How long one search may take; it takes milliseconds, as the kernel has the data in memory."""
 
 READ_S = 0.25
-"""How long the reading of environments may take before the one that is being read counts as stuck."""
+"""After this time without progress the environment that is being read counts as stuck."""
 
 MOST_ROOTS = 256
-"""Of the processes that others are told of; they know the mark as well."""
+"""Bound of ``roots``; the guard finds further processes by the mark."""
 
-SHOWN = 5
+MOST_SHOWN = 5
 """Processes that a message names."""
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -45,14 +44,14 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _ANY_MARK = f"{proctree.MARK}=".encode()
 
 
-class Tree:
-    """All processes of one tenure, or of one command: found anew at each look.
+class ProcessTree:
+    """All processes of one tenure, or of one command; each search finds them anew.
 
     Args:
-        value: of their mark. Commands whose mark begins with it and a full stop belong to it, too.
-        adopts: orphans that came to this process, and have no mark at all, belong to it.
-        since: when the first of it was started, in clock ticks since the boot; processes that are older
-            are found by group, descent and cgroup only. Not given: now.
+        value: of their mark. A mark that continues with a full stop and more belongs to the tree, too.
+        adopts: whether orphans belong to it that this process adopted, and that have no mark at all.
+        since: earliest start of its processes, in clock ticks since the boot, by default now. Older ones
+            are found by group, descent and cgroup only.
 
     Attributes:
         cgroup: the directory of their cgroup, if there is one.
@@ -69,35 +68,35 @@ class Tree:
         self._known: frozenset[proctree.Process] = frozenset()
         self._tops: frozenset[proctree.Process] = frozenset()
         self._others: dict[proctree.Process, bool] = {}
-        """What was read of other environments: whether there is a mark."""
+        """Other processes that were read: whether their environment has any mark."""
         self._unreadable: set[proctree.Process] = set()
 
     def add(self, child: Child) -> None:
-        """Count a command, and all that it starts, to the tree."""
+        """Add a command, and all that it starts, to the tree."""
         if child not in self._children:
             self._children.append(child)
 
     @property
     def empty(self) -> bool:
-        """Whether no command was ever counted to it."""
+        """Whether no command was ever added."""
         return not self._children
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Process groups of its commands, which cannot be a stranger's yet."""
+        """Process groups of its commands that are not released, so that their ids are not reused."""
         return tuple(identity[0] for identity in self._identities())
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which all of it descends, as far as known from the last look."""
+        """Processes from which the others descend, as of the last search."""
         return tuple(sorted({*self._identities(), *self._tops})[:MOST_ROOTS])
 
-    def adopt_no_more(self) -> None:
-        """Leave orphans alone that are started from now on."""
+    def stop_adopting(self) -> None:
+        """Do not adopt orphans that are started from now on."""
         self._adopts_until = min(self._adopts_until, _now())
 
     def find(self) -> set[proctree.Process]:
-        """Every process of it that lives. Takes milliseconds: for a thread."""
+        """Find all live processes. Takes milliseconds: for a thread."""
         with self._lock:
             return self._find()
 
@@ -112,32 +111,32 @@ class Tree:
         self._known = frozenset(found)
         return found
 
-    async def look(self) -> set[proctree.Process]:
-        """Every process of it that lives. Raises StuckError if that cannot be found out in time."""
+    async def find_in_thread(self) -> set[proctree.Process]:
+        """Find all live processes. Raises StuckError if the search does not end in time."""
         try:
-            return await Lane(f"processes of {self.value}").run(self.find, timeout_s=LOOK_S)
+            thread = BlockingThread(f"processes of {self.value}")
+            return await thread.run(self.find, timeout_s=SEARCH_S)
         except OSError as error:  # a TimeoutError is one
-            raise StuckError(
-                f"the processes of {self.value} cannot be looked at: {error}"
-            ) from error
+            raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
 
     async def gone(self) -> bool:
-        """Whether nothing of it lives. False, too, if that cannot be found out now."""
+        """Whether no process is alive. Also False if the search fails."""
         try:
-            return not await Lane(f"processes of {self.value}").run(self._find_repeatedly)
+            thread = BlockingThread(f"processes of {self.value}")
+            return not await thread.run(self._find_repeatedly)
         except (StuckError, OSError):
             return False
 
     def _find_repeatedly(self) -> set[proctree.Process]:
-        """One look can miss a process whose parent ends while it is made."""
-        for _ in range(proctree.QUIET_LOOKS):
+        """Search several times: one search can miss a process whose parent ends meanwhile."""
+        for _ in range(proctree.QUIET_SEARCHES):
             if found := self.find():
                 return found
             time.sleep(proctree.PAUSE_S)
         return set()
 
     async def signal(self, number: signal.Signals) -> None:
-        """Signal its processes outside of its groups; ``Child.signal`` signals those inside."""
+        """Signal the processes outside of its groups; ``Child.signal`` signals those inside."""
 
         def send() -> None:
             for process in self.find():
@@ -147,18 +146,18 @@ class Tree:
                         proctree.send(process, number)
 
         with suppress(StuckError, OSError):
-            await Lane(f"processes of {self.value}").run(send)
+            await BlockingThread(f"processes of {self.value}").run(send)
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill every process of it; None once nothing lives, else why something does."""
-        lane = Lane(f"killing the processes of {self.value}")
+        """Kill all processes; return None once none is alive, else the reason."""
+        thread = BlockingThread(f"killing the processes of {self.value}")
         try:
-            left = await lane.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
+            left = await thread.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
         except (StuckError, OSError):  # a TimeoutError is one
-            return f"the processes of {self.value} cannot be looked at within {limit_s:g} s"
+            return f"cannot list the processes of {self.value} within {limit_s:g} s"
         if not left:
             return None
-        shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:SHOWN])
+        shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:MOST_SHOWN])
         return f"{len(left)} processes of {self.value} cannot be killed: {shown}"
 
     def _kill(self, limit_s: float) -> set[proctree.Process]:
@@ -168,17 +167,17 @@ class Tree:
         left = proctree.kill_all(self.find, time.monotonic() + limit_s)
         if self.cgroup is not None:
             for folder, _, _ in os.walk(self.cgroup, topdown=False):
-                with suppress(OSError):  # not empty; the next command that needs it makes it anew
+                with suppress(OSError):  # not empty; it is created anew when needed
                     Path(folder).rmdir()
         return left
 
     def _identities(self) -> list[proctree.Process]:
-        """Of the commands whose process ids are still their own."""
+        """Identities of its commands that are not released."""
         identities = (child.identity for child in tuple(self._children))
         return [identity for identity in identities if identity is not None]
 
     def _by_environment(self, table: dict[int, proctree.Stat]) -> set[proctree.Process]:
-        """Processes that have the mark, and adopted orphans without any."""
+        """Find processes with the mark, and adopted orphans without any."""
         recent = {
             (pid, stat.start): stat.parent
             for pid, stat in table.items()
@@ -188,7 +187,7 @@ class Tree:
         all_found: set[proctree.Process] = set()
         while (
             True
-        ):  # past each process that blocks its reader, until one reader has seen all others
+        ):  # skip each process that blocks its reader, until one reader has read all others
             reading: list[proctree.Process] = []
             found: list[proctree.Process] = []
             reader = threading.Thread(
@@ -196,9 +195,7 @@ class Tree:
             )
             reader.start()
             count = -1
-            while reader.is_alive() and count != len(
-                reading
-            ):  # it gets on, however busy the host is
+            while reader.is_alive() and count != len(reading):  # while it makes progress
                 count = len(reading)
                 reader.join(READ_S)
             all_found |= set(found)
@@ -227,7 +224,7 @@ class Tree:
                     continue
                 command = _contents(process[0], "cmdline")
                 if command in {b"", ours}:
-                    continue  # a child of ours that is not executed yet, or one that is just executed
+                    continue  # a child of ours before its exec, or during it
                 marked = any(variable.startswith(_ANY_MARK) for variable in variables)
                 self._others[process] = marked
             orphan = parent == us and process[0] not in own_pids()
@@ -239,16 +236,16 @@ class Tree:
 
 
 def tenure_cgroup(instance: str) -> Path | None:
-    """The directory for the cgroup of an agent's tenures, below which hooks and workload have theirs.
+    """Directory of the cgroup of an agent's tenures; those of hooks and workload are below it.
 
-    None where none can be made. An agent that comes later on this host finds it by the same instance.
+    None where none can be created. The next agent on this host finds it by the same instance.
     """
     own = own_cgroup()
     return None if own is None else own / f"failover-{instance}"
 
 
 def own_cgroup() -> Path | None:
-    """The directory of our own cgroup (version 2) if one can be made below it, else None."""
+    """Directory of our own cgroup (version 2) if one can be created below it, else None."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             number, _, path = line.split(":", 2)
@@ -260,7 +257,7 @@ def own_cgroup() -> Path | None:
 
 
 def _now() -> int:
-    """This moment as /proc has the start of a process."""
+    """The current moment in clock ticks, the unit of a process's start in /proc."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
 
 
