@@ -23,8 +23,10 @@ from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig
 from agent.ops.clock import Clock
-from agent.settings import Address, AgentSettings
-from agent.settings.models import AgentForm, CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 
 PATIENCE_S = 20.0
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -71,7 +73,7 @@ class Host:
 def settings_for(endpoint: str, **more: Any) -> AgentSettings:
     """Settings with a margin that a busy machine does not exceed."""
     quick = {"failover_timeout": 3.0, "demote": 0.5, "margin": 1.0, "guard": False}
-    return AgentForm(**{"endpoint": [endpoint], "group": "g", **quick, **more}).value()
+    return validate(AgentSettings, {"endpoint": [endpoint], "group": "g", **quick, **more})
 
 
 class Recorded(StateFile):

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from agent.cli.options import JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import JSON_FLAG, load_settings, settings_flags
 from agent.core.timing import Timing, divide, plan, smallest_lease_s
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 
 BAR = 72
 """Characters of the bar: with its indent and frame it fits into 80 columns."""
@@ -25,7 +25,7 @@ MEANINGS = (
 
 
 @click.command("explain-timing")
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @JSON_FLAG
 def command(*, as_json: bool, **given: Any) -> int:
     """Draw how the failover timeout is divided (rule R1).
@@ -33,7 +33,7 @@ def command(*, as_json: bool, **given: Any) -> int:
     Takes what 'run' takes. Shows each part, when heartbeats are sent, each relation that has to hold,
     and the smallest failover timeout that the same budgets fit in. Exits 13 if R1 does not hold.
     """
-    settings = settings_of(given)
+    settings = load_settings(given)
     lease_s, budget = settings.failover_timeout, settings.budget
     timing = divide(lease_s, budget)
     smallest_s = smallest_lease_s(budget)

@@ -29,8 +29,8 @@ from agent.ops.blocking import Lane, StuckError
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import on_hangup, stop_signals
-from agent.settings import Address
-from agent.settings.models import CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this: longer than any beat (an agent's is 10 s at most, a v1

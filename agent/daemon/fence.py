@@ -6,7 +6,7 @@ from agent.daemon.payload import Payloads
 from agent.drivers.hooks import HookRunner, HookSpec, environment_of
 from agent.model import Role
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 log = Log(__name__)
 

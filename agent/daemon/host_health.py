@@ -15,7 +15,8 @@ from agent.drivers.progress import Plausible, Progress
 from agent.errors import FailoverError
 from agent.model import Role
 from agent.ops.logs import Log
-from agent.settings import DEFAULT_MAX_FUTURE_S, AgentSettings
+from agent.schema.progress import DEFAULT_MAX_FUTURE_S
+from agent.schema.settings import AgentSettings
 
 BEHIND_SCORE = 1.0
 """The score of a secondary whose data is too far behind (``max_behind``): it is chosen only if no other

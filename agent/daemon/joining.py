@@ -22,7 +22,7 @@ from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 SHORTEST_RETRY_S = 0.05
 TOO_MANY_REQUESTS = 429

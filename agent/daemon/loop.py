@@ -38,7 +38,7 @@ from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.sd_notify import Notify
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer

@@ -22,7 +22,7 @@ from agent.ops.process import become_subreaper
 from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 PREVIOUS_GUARD_S = 30.0
 """How long a start waits for the previous agent's guard to exit."""

@@ -15,7 +15,7 @@ from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer

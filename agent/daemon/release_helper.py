@@ -22,8 +22,8 @@ from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
 from agent.errors import ConfigError, FailoverError, ServerError
 from agent.ops import logs
-from agent.settings import AgentSettings
-from agent.settings.exchange import dump, load
+from agent.schema.exchange import dump, load
+from agent.schema.settings import AgentSettings
 
 DOCUMENT_FD = 3
 """The descriptor of the document: memory that only this process reads, as it names files of secrets."""

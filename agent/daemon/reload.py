@@ -1,6 +1,6 @@
 """SIGHUP: read the settings again, and apply those that can change without losing the role.
 
-Owns the list of those settings. A change of any other one is refused by name.
+The declaration of a setting decides whether it is one. A change of any other one is refused by name.
 """
 
 import asyncio
@@ -13,41 +13,10 @@ from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
 from agent.ops.blocking import Lane, StuckError
-from agent.settings import AgentSettings
+from agent.schema.fields import reloadable
+from agent.schema.settings import AgentSettings
 
-RELOADABLE = frozenset(
-    {
-        "check",
-        "cooldown",
-        "cooldown_limit",
-        "failover_score",
-        "fence_command",
-        "hook_directories_writable",
-        "hook_directory",
-        "hook_environment",
-        "hook_group",
-        "hook_joined",
-        "hook_left",
-        "hook_limit",
-        "hook_lost",
-        "hook_notification_limit",
-        "hook_pending_primary",
-        "hook_pending_primary_limit",
-        "hook_primary",
-        "hook_primary_limit",
-        "hook_retries",
-        "hook_secondary",
-        "hook_user",
-        "log_format",
-        "log_level",
-        "max_behind",
-        "progress",
-        "startup_timeout",
-        "webhook_ca_file",
-        "webhook_secret_file",
-        "workload_forward_hup",
-    }
-)
+RELOADABLE = reloadable(AgentSettings)
 """The settings that SIGHUP changes."""
 
 log = logs.Log(__name__)

@@ -31,7 +31,7 @@ from agent.errors import ExitCode, FailoverError, ServerError
 from agent.model import GroupStatus, HeartbeatAnswer
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 LONGEST_WAIT_S = 30.0
 """Cap on one blocking read: shorter than the idle timeouts of usual balancers and proxies."""

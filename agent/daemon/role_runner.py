@@ -37,7 +37,7 @@ from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.trees import KILL_S, Tree, tenure_cgroup
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
 """Poll interval for the processes of a pre-empted promotion."""

@@ -5,7 +5,7 @@ Pure arithmetic on settings and timing.
 
 from agent.core.lifecycle import STOP_WAIT_REQUESTS
 from agent.core.timing import Timing
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 LEFT_HOOK_S = 5.0
 """Timeout of the notification hooks at the exit: they are advisory, and must not delay a stop."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.errors import ConfigError
-from agent.settings import read_secret
-from agent.settings.values import Address, Broker
+from agent.schema.addresses import Address
+from agent.schema.mqtt import Broker
+from agent.schema.secret_files import read_secret
 
 try:
     import aiomqtt

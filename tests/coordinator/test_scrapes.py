@@ -37,7 +37,7 @@ from agent.model import (
     Tenure,
 )
 from agent.ops.clock import Clock
-from agent.settings import Address
+from agent.schema.addresses import Address
 from tests.mosquitto import Authority
 
 MANY = 10_000

@@ -18,8 +18,7 @@ from agent.daemon import release_helper
 from agent.drivers.guardian import _helper
 from agent.drivers.rest.configured import client_for
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from tests.integration.stage import Coordinator, Stage, until
 
 INSTANCE = "0b5c1f0e"
@@ -53,7 +52,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 
 def settings_for(*endpoints: str) -> AgentSettings:
-    return AgentForm(group="line-7", endpoint=list(endpoints)).value()
+    return AgentSettings(group="line-7", endpoint=endpoints)
 
 
 def holder(coordinator: Coordinator) -> int:

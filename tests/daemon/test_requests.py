@@ -31,8 +31,8 @@ from agent.drivers.rest import RestClient
 from agent.errors import ExitCode
 from agent.model import HeartbeatAnswer, Role
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings
-from agent.settings.models import AgentForm
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 from tests.bad_server import PATIENCE_S, Raw, answer, served, until
 
 REFUSAL = {"Error": "No", "Reason": "No.", "Resolution": "Wait."}
@@ -97,7 +97,7 @@ class Stand:
 
 def settings_for(*endpoints: str, **more: Any) -> AgentSettings:
     form = {"endpoint": list(endpoints), "group": "g", "failover_timeout": 3.0, "guard": False}
-    return AgentForm(**{**form, **more}).value()
+    return validate(AgentSettings, {**form, **more})
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops import process, trees
 from agent.ops.clock import Clock
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from tests.cgroups import new_cgroup
 
 PATIENCE_S = 20.0
@@ -40,7 +40,7 @@ class Stage:
         self.instance = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
     def open(self, **settings: Any) -> RoleRunner:
-        self.settings = AgentForm(hook_directory=self.directory, guard=False, **settings).value()
+        self.settings = AgentSettings(hook_directory=self.directory, guard=False, **settings)
         self.role_runner = RoleRunner(
             self.settings,
             "host-a",
@@ -362,7 +362,7 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
         hook_environment={"KIND": "first"},
     )
     await stage.run(Role.PRIMARY)
-    other = AgentForm(hook_directory=stage.directory).value()
+    other = AgentSettings(hook_directory=stage.directory)
     stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
     assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)

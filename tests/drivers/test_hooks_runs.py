@@ -29,7 +29,8 @@ from agent.drivers.hooks import (
 )
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
-from agent.settings.models import AgentForm
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 
 LIMIT_S = 60
 EMPTY: Mapping[str, Any] = {}
@@ -275,15 +276,15 @@ async def test_only_so_many_ended_runs_are_kept(
 
 def test_hooks_are_made_of_the_settings(hooks: Path) -> None:
     script(hooks / "a", "exit 0")
-    settings = AgentForm(
+    settings = AgentSettings(
         hook_primary=(str(hooks),),
         hook_secondary=("/bin/true", "x"),
-        hook_lost="http://127.0.0.1:1/lost?a=b&c",
+        hook_lost=("http://127.0.0.1:1/lost?a=b&c",),
         hook_retries=3,
         hook_directory=hooks,
         hook_environment={"UNIT": "x"},
     )
-    specs = specs_of(settings.value())
+    specs = specs_of(settings)
     assert {name: one.form for name, one in specs.items()} == {
         "primary": Form.DIRECTORY,
         "secondary": Form.COMMAND,
@@ -296,7 +297,7 @@ def test_hooks_are_made_of_the_settings(hooks: Path) -> None:
     ]
     assert specs["secondary"].steps() == (Command(("/bin/true", "x")),)
     assert all(one.around.directory == str(hooks) for one in specs.values())
-    assert specs_of(AgentForm().value()) == {}
+    assert specs_of(AgentSettings()) == {}
 
 
 def test_the_plan_for_another_process_has_all_but_webhooks(
@@ -305,10 +306,10 @@ def test_the_plan_for_another_process_has_all_but_webhooks(
     for name in ("b", "a"):
         script(hooks / name, "exit 0")
     monkeypatch.setenv("TZ", "UTC")
-    settings = AgentForm(
-        hook_secondary=(str(hooks),), hook_left="http://h/", hook_environment={"UNIT": "x"}
+    settings = AgentSettings(
+        hook_secondary=(str(hooks),), hook_left=("http://h/",), hook_environment={"UNIT": "x"}
     )
-    specs = specs_of(settings.value())
+    specs = specs_of(settings)
     plan = specs["secondary"].exec_plan()
     assert plan.commands == ((str(hooks / "a"),), (str(hooks / "b"),))
     assert (plan.all_steps, plan.left_out, plan.uid, plan.directory) == (True, (), None, "/")
@@ -328,15 +329,15 @@ def test_the_plan_for_another_process_has_all_but_webhooks(
     ],
 )
 def test_what_hooks_have_around_them_is_checked(given: dict[str, Any], says: str) -> None:
-    settings = AgentForm(**{"hook_primary": ("/bin/true",), **given})
+    settings = validate(AgentSettings, {"hook_primary": ("/bin/true",), **given})
     with pytest.raises(ConfigError, match=says):
-        specs_of(settings.value())
+        specs_of(settings)
 
 
 def test_another_user_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="root"):
-        specs_of(AgentForm(hook_primary=("/bin/true",), hook_user="nobody").value())
+        specs_of(AgentSettings(hook_primary=("/bin/true",), hook_user="nobody"))
 
 
 def _root_only() -> None:
@@ -346,13 +347,13 @@ def _root_only() -> None:
 
 async def test_a_hook_runs_as_the_user_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
     _root_only()
-    settings = AgentForm(
+    settings = AgentSettings(
         hook_primary=("/bin/sh", "-c", "id -u; id -g; id -G; echo $HOME $UNIT; pwd"),
         hook_user="nobody",
         hook_environment={"UNIT": "x"},
         hook_directory=Path("/usr"),
     )
-    hook = specs_of(settings.value())["primary"]
+    hook = specs_of(settings)["primary"]
     hook.check()
     assert (await run(hook)).ok
     uid, gid, groups, rest, cwd = lines(caplog)
@@ -367,7 +368,7 @@ def test_a_hook_has_to_be_executable_for_its_user(hooks: Path) -> None:
         if part.stat().st_uid == 0 and str(part).startswith(str(hooks.parent)):
             part.chmod(0o755)
     path.chmod(0o700)
-    hook = specs_of(AgentForm(hook_primary=(str(path),), hook_user="nobody").value())["primary"]
+    hook = specs_of(AgentSettings(hook_primary=(str(path),), hook_user="nobody"))["primary"]
     with pytest.raises(ConfigError) as caught:
         hook.check()
     assert caught.value.exit_code == ExitCode.HOOK_NOT_EXECUTABLE
@@ -410,7 +411,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 def webhook(url: str, **given: Any) -> HookSpec:
-    return specs_of(AgentForm(hook_primary=url, **given).value())["primary"]
+    return specs_of(AgentSettings(hook_primary=(url,), **given))["primary"]
 
 
 async def test_a_webhook_is_a_post_of_the_facts(receiver: Receiver) -> None:

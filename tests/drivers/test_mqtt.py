@@ -24,8 +24,8 @@ from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import mqtt as ops
 from agent.ops.clock import Clock
-from agent.settings.mqtt import MqttForm
-from agent.settings.plain import plain_of
+from agent.schema.mqtt import Mqtt
+from agent.schema.read import validate
 from tests.mosquitto import PATIENCE_S, Broker, Watcher, a_broker, watching
 
 SINCE = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -62,7 +62,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(session: str = "host-a", role: Role = Role.SECONDARY, **keys: Any) -> Announcer:
-    settings = plain_of(MqttForm.model_validate({"limit": PATIENCE_S, **keys}))
+    settings = validate(Mqtt, {"limit": PATIENCE_S, **keys})
     return Announcer(settings, "line-7", session, clock=Clock(), first=Said(role, 1))
 
 

@@ -16,7 +16,8 @@ from types import MappingProxyType
 from agent.drivers.hooks.check import RunAs, check_directory, check_hook, scripts_in
 from agent.drivers.hooks.process import Surroundings
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings, read_secret
+from agent.schema.secret_files import read_secret
+from agent.schema.settings import AgentSettings
 
 PROMOTIONS = ("pending_primary", "primary")
 ROLE_EVENTS = (*PROMOTIONS, "secondary")

@@ -7,7 +7,8 @@ from agent.drivers.rest.credentials import ClientCredentials
 from agent.errors import ConfigError
 from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings, read_secret
+from agent.schema.secret_files import read_secret
+from agent.schema.settings import AgentSettings
 
 LONGEST_LOAD_S = 10.0
 """For the files of credentials and certificates, which are a few KiB."""

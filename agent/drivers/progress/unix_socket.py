@@ -1,24 +1,33 @@
-"""The Unix socket that the workload writes times to.
+"""The source ``socket``: a Unix socket that the workload writes times to.
 
 Owns the socket file and the connections. Knows nothing of what a line means.
 
-Whoever may write to the socket is believed: its mode decides. Of one read the last LINES_PER_READ
-lines are looked at; those before are superseded by them. A last line that no newline ends counts at
-the end of the stream. Not promised: that of two agents which are given one path, and start within a
+The socket's mode decides who may write to it, and every writer is believed. Of one read the last
+LINES_PER_READ lines are parsed; they supersede those before. A last line without a newline counts at the
+end of the stream. Not promised: that of two agents which are given one path, and start within a
 millisecond of each other, the second is refused.
 """
 
 import asyncio
 import os
+import re
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
+from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
 from agent.errors import ConfigError, ExitCode
-from agent.settings.values import SocketProgress
+from agent.ops.blocking import Lane, StuckError
+from agent.schema.fields import Format
+from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes; the kernel's address has 108 with the closing NUL (unix(7))."""
 
 LONGEST_LINE = 1024
 """Bytes. A time has under 40."""
@@ -32,25 +41,58 @@ MOST_CONNECTIONS = 32
 BACKLOG = 32
 
 
+FILE_S = 2.0
+"""How long the socket's file may take to be made or removed, on a file system that may hang."""
+
+
+def _check_path(path: Path) -> Path:
+    if not path.is_absolute() or len(bytes(path)) > LONGEST_SOCKET_PATH:
+        raise ValueError(f"must be an absolute path of at most {LONGEST_SOCKET_PATH} bytes")
+    return path
+
+
+def _parse_mode(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError('must be permissions in octal and in quotes, like "0660"')
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketProgress(SourceKind):
+    """A Unix socket that the agent makes; each line, or datagram, is a time."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "type": "socket",
+        "path": "/run/failover-agent/progress.sock",
+        "mode": "0660",
+    }
+
+    type: Literal["socket"] = "socket"
+    max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
+    path: Annotated[Path, Format("PATH", "absolute path", after=_check_path)]
+    """The socket. What a dead agent left there is replaced."""
+    datagram: bool = False
+    """A datagram socket, instead of a stream of lines."""
+    mode: Annotated[str, Format("MODE", "permissions in octal, in quotes", parse=_parse_mode)] = (
+        "0660"
+    )
+    """Its permissions; a process that may write to it is believed."""
+
+    def open(self, receiver: Receiver) -> Source:
+        return Listener(self, receiver)
+
+
 class Listener:
-    """The socket. ``start`` it inside a running loop; ``stop`` it there too.
+    """The socket. ``start`` it inside a running loop; ``stop`` it there too."""
 
-    Args:
-        take: given a line or a datagram, as it came.
-        refuse: given what is wrong with what cannot be one.
-    """
-
-    def __init__(
-        self,
-        settings: SocketProgress,
-        take: Callable[[bytes], None],
-        refuse: Callable[[Refused], None],
-    ) -> None:
+    def __init__(self, settings: SocketProgress, receiver: Receiver) -> None:
         self._settings = settings
-        self.take = take
-        self.refuse = refuse
+        self.receiver = receiver
         self.connections: set[asyncio.Transport] = set()
+        self._lane = Lane(f"progress socket {settings.path}")
         self._identity: tuple[int, int] | None = None
+        self._abandoned = False
+        """Whether nobody waits for the socket that the lane may still make."""
         self._server: asyncio.Server | None = None
         self._datagrams: asyncio.DatagramTransport | None = None
 
@@ -61,7 +103,16 @@ class Listener:
             ConfigError: LISTEN, something alive or something else is there, or it cannot be made.
         """
         loop = asyncio.get_running_loop()
-        listening = self._bind()
+        try:
+            listening = await self._lane.run(self._bind, timeout_s=FILE_S)
+        except asyncio.CancelledError:
+            self._abandoned = True
+            raise
+        except TimeoutError as error:  # which is an OSError
+            self._abandoned = True
+            raise self._error(f"no answer within {FILE_S:g} s") from error
+        except (OSError, StuckError) as error:
+            raise self._error(getattr(error, "strerror", None) or str(error)) from error
         if self._settings.datagram:
             self._datagrams, _ = await loop.create_datagram_endpoint(
                 lambda: _Datagrams(self), sock=listening
@@ -71,18 +122,27 @@ class Listener:
                 lambda: _Lines(self), sock=listening, backlog=BACKLOG
             )
 
-    def stop(self) -> None:
-        """Listen no more, and take the socket away. May be called twice, or without a start."""
-        path = self._settings.path
-        with suppress(OSError):
-            if self._identity == _identity(path):
-                path.unlink()
+    async def stop(self) -> None:
+        """Listen no more, and remove the socket."""
+        with suppress(OSError, StuckError):
+            await self._lane.run(self._remove, timeout_s=FILE_S)
         if self._server is not None:
             self._server.close()
         if self._datagrams is not None:
             self._datagrams.abort()
         for connection in list(self.connections):
             connection.abort()
+
+    def _error(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"progress: socket {self._settings.path} cannot be made ({reason}): name another path, in a"
+            " directory that this user may write to",
+            exit_code=ExitCode.LISTEN,
+        )
+
+    def _remove(self) -> None:
+        if self._identity == _identity(self._settings.path):
+            self._settings.path.unlink()
 
     def _bind(self) -> socket.socket:
         path, mode = self._settings.path, int(self._settings.mode, 8)
@@ -94,22 +154,22 @@ class Listener:
             listening.bind(str(path))
             path.chmod(mode)  # what the umask took away
             self._identity = _identity(path)
-        except OSError as error:
+        except OSError:
             listening.close()
-            raise ConfigError(
-                f"progress: socket {path} cannot be made ({error.strerror or error}): name another"
-                " path, in a directory that this user may write to",
-                exit_code=ExitCode.LISTEN,
-            ) from error
-        listening.setblocking(False)
+            raise
+        if self._abandoned:
+            listening.close()
+            self._remove()
+        else:
+            listening.setblocking(False)
         return listening
 
 
 def _clear(path: Path, kind: socket.SocketKind) -> None:
-    """Take a dead agent's socket away.
+    """Remove a dead agent's socket.
 
     Raises:
-        OSError: somebody listens there, or it is something else.
+        OSError: a process listens there, or it is something else.
     """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -147,7 +207,7 @@ class _Lines(asyncio.Protocol):
         connections = self._listener.connections
         if len(connections) >= MOST_CONNECTIONS:
             text = f"a connection above {MOST_CONNECTIONS} was closed: close those not in use"
-            self._listener.refuse(Refused(Reason.UNREADABLE, text))
+            self._listener.receiver.refuse(Refused(Reason.UNREADABLE, text))
             transport.abort()
             return
         self._transport = transport
@@ -177,9 +237,9 @@ class _Lines(asyncio.Protocol):
     def _line(self, line: bytes) -> None:
         if len(line) > LONGEST_LINE:
             text = f"a line has more than {LONGEST_LINE} bytes"
-            self._listener.refuse(Refused(Reason.TOO_LONG, text))
+            self._listener.receiver.refuse(Refused(Reason.TOO_LONG, text))
         elif line.strip():
-            self._listener.take(line)
+            self._listener.receiver.receive_text(line)
 
 
 class _Datagrams(asyncio.DatagramProtocol):
@@ -191,6 +251,6 @@ class _Datagrams(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: object) -> None:  # noqa: ARG002 - of the protocol
         if len(data) > LONGEST_LINE:
             text = f"a datagram of {len(data)} bytes has more than {LONGEST_LINE}"
-            self._listener.refuse(Refused(Reason.TOO_LONG, text))
+            self._listener.receiver.refuse(Refused(Reason.TOO_LONG, text))
         else:
-            self._listener.take(data)
+            self._listener.receiver.receive_text(data)

@@ -1,16 +1,15 @@
-"""The ``tcp``, ``file_age`` and ``process`` checks: what this host can see by itself."""
+"""The ``process`` check: whether a process runs on this host."""
 
-import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from agent.drivers.checks.aside import Failed, run_in
+from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.ops.blocking import Lane
 from agent.ops.clock import Clock
-from agent.settings.values import FileAgeCheck, ProcessCheck, TcpCheck
+from agent.schema.formats import AbsolutePath, Text
 
 PID_FILE_BYTES = 64
 """Of a pid file that are read: its first line is the number."""
@@ -28,50 +27,33 @@ DELETED = " (deleted)"
 """What /proc/PID/exe ends with once a program was replaced by an update."""
 
 
-class Connect:
-    """Runs a ``tcp`` check."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessCheck(Check):
+    """Passes if a process runs."""
 
-    def __init__(self, check: TcpCheck) -> None:
-        self._address = check.address
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "name": "broker",
+        "type": "process",
+        "pid_file": "/run/broker.pid",
+        "process": "mosquitto",
+    }
 
-    async def __call__(self) -> None:
-        """Return if the address takes a connection. Raises Failed."""
-        try:
-            _, writer = await asyncio.open_connection(*self._address)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise Failed(f"{self._address} takes no connection: {why}") from error
-        writer.close()
-        with suppress(OSError):  # it was taken, whatever happened then
-            await writer.wait_closed()
+    type: Literal["process"] = "process"
+    pid_file: AbsolutePath | None = None
+    """File with the process's number. A number that came to name another process while the file
+    stayed the same fails. Not set: any process of that name."""
+    process: Text | None = None
+    """The process's name: its command name in /proc/PID/comm (as ps shows it, cut to 15
+    characters) or the name of the file in /proc/PID/exe. With pid_file: that process must also
+    have this name, which finds numbers reused across a restart. Not set: any name."""
 
+    def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
+        return Process(self)
 
-class FileAge:
-    """Runs a ``file_age`` check.
-
-    The age is the greater of two: by the time of day, and by our own clock since this modification
-    time was first seen. So a file from "the future" (a clock that was set back) ages too.
-    """
-
-    def __init__(self, check: FileAgeCheck, clock: Clock) -> None:
-        self._check = check
-        self._clock = clock
-        self._lane = Lane(f"check {check.name}")
-        self._seen: tuple[int, float] | None = None
-
-    async def __call__(self) -> None:
-        """Return if the file is young enough. Raises Failed."""
-        path, most = self._check.path, self._check.max_age
-        try:
-            modified_ns = await run_in(self._lane, lambda: path.stat().st_mtime_ns)
-        except OSError as error:
-            raise Failed(f"{path} cannot be looked at: {error.strerror}") from error
-        now = self._clock.now()
-        if self._seen is None or self._seen[0] != modified_ns:
-            self._seen = (modified_ns, now.mono)
-        age_s = max(now.wall.timestamp() - modified_ns / 1e9, now.mono - self._seen[1])
-        if age_s > most:
-            raise Failed(f"{path} is {age_s:.1f} s old, must be at most {most:g} s")
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from Check.contradictions(self)
+        if self.pid_file is None and self.process is None:
+            yield "pid_file", "needs pid_file, process or both"
 
 
 class _Found(NamedTuple):
@@ -129,18 +111,18 @@ class Process:
         """Which process had the name when it was last looked for."""
 
     async def __call__(self) -> None:
-        """Return if the process runs. Raises Failed."""
+        """Return if the process runs. Raises CheckFailed."""
         try:
-            await run_in(self._lane, self._see)
+            await run_blocking(self._lane, self._see)
         except OSError as error:
-            raise Failed(f"{self._check.pid_file} cannot be read: {error.strerror}") from error
+            raise CheckFailed(f"{self._check.pid_file} cannot be read: {error.strerror}") from error
 
     def _see(self) -> None:
         name = self._check.process
         if self._check.pid_file is not None:
             self._see_pid_file(self._check.pid_file, name)
         elif not self._is_there(name or ""):
-            raise Failed(f"no process is named {name}")
+            raise CheckFailed(f"no process is named {name}")
 
     def _is_there(self, name: str) -> bool:
         """Whether a process of the name runs: first the one that did, then all of this host."""
@@ -155,7 +137,7 @@ class Process:
             stat = os.fstat(file.fileno())
             text = file.read(PID_FILE_BYTES).partition(b"\n")[0].strip()
         if not text.isdigit() or not 0 < int(text) < 2**31:
-            raise Failed(f"{path} must begin with a process number, not {text!r}")
+            raise CheckFailed(f"{path} must begin with a process number, not {text!r}")
         pid = int(text)
         found = _look(pid)
         identity = (stat.st_ino, stat.st_mtime_ns, pid)
@@ -163,8 +145,10 @@ class Process:
             self._known = (identity, found.started if found else None)
         if found is None:
             self._known = (identity, None)
-            raise Failed(f"{path} names process {pid}, which does not run")
+            raise CheckFailed(f"{path} names process {pid}, which does not run")
         if found.started != self._known[1]:
-            raise Failed(f"{path} names process {pid}, which is another one by now: {found.comm}")
+            raise CheckFailed(
+                f"{path} names process {pid}, which is another one by now: {found.comm}"
+            )
         if name is not None and not _is_named(found, name):
-            raise Failed(f"{path} names process {pid}, which is {found.comm} and not {name}")
+            raise CheckFailed(f"{path} names process {pid}, which is {found.comm} and not {name}")

@@ -10,15 +10,16 @@ from typing import Any
 import click
 import pytest
 
-from agent.cli import apart
-from agent.cli.apart import Reading
+from agent.cli import settings_process
+from agent.cli.settings_process import SettingsProcess
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings, exchange
-from agent.settings.models import AgentForm
+from agent.schema import exchange
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 
 
 def read(*words: str) -> object:
-    return Reading(words, debug=False).settings()
+    return SettingsProcess(words, debug=False).receive()
 
 
 def test_the_settings_are_what_this_process_would_have_read(
@@ -27,15 +28,16 @@ def test_the_settings_are_what_this_process_would_have_read(
     file = tmp_path / "agent.toml"
     file.write_text('group = "g"\n[[check]]\nname = "a"\ntype = "tcp"\naddress = "127.0.0.1:1"\n')
     monkeypatch.setenv("FAILOVER_AGENT_BEAT", "PT1S")
-    wanted = AgentForm.model_validate(
+    wanted = validate(
+        AgentSettings,
         {
             "group": "g",
             "beat": 1.0,
             "session_id": "host-a",
             "check": [{"name": "a", "type": "tcp", "address": "127.0.0.1:1"}],
-        }
+        },
     )
-    assert read("run", "--config", str(file), "--session-id", "host-a") == wanted.value()
+    assert read("run", "--config", str(file), "--session-id", "host-a") == wanted
 
 
 def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
@@ -43,13 +45,13 @@ def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
 ) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit(77)")
     monkeypatch.chdir(tmp_path)
-    assert read("run", "--group", "g") == AgentForm(group="g").value()
+    assert read("run", "--group", "g") == AgentSettings(group="g")
 
 
 def test_exec_hands_its_command_over_with_every_word() -> None:
     words = ("exec", "--group", "g", "--", "sleep", "--", "-x", "a b")
-    wanted = AgentForm(group="g", workload=("sleep", "--", "-x", "a b"))
-    assert read(*words) == wanted.value()
+    wanted = AgentSettings(group="g", workload=("sleep", "--", "-x", "a b"))
+    assert read(*words) == wanted
 
 
 def test_what_is_wrong_is_handed_back_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
@@ -67,17 +69,17 @@ def test_help_is_answered_by_the_reader(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_reader_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(settings_process, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(ConfigError, match="was ended by signal 9"):
         read("run")
 
 
 def test_a_reader_that_hangs_is_killed_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "PROGRAM", "import time; time.sleep(1000)")
-    monkeypatch.setattr(apart, "READ_S", 0.2)
-    reading = Reading(("run",), debug=False)
+    monkeypatch.setattr(settings_process, "PROGRAM", "import time; time.sleep(1000)")
+    monkeypatch.setattr(settings_process, "READ_S", 0.2)
+    reading = SettingsProcess(("run",), debug=False)
     with pytest.raises(ConfigError, match=r"within 0\.2 s"):
-        reading.settings()
+        reading.receive()
     assert reading._process.returncode == -signal.SIGKILL
 
 
@@ -103,9 +105,9 @@ def test_the_reader_is_told_whether_tracebacks_are_wanted(
     debug: bool,
     flags: list[str],
 ) -> None:
-    monkeypatch.setattr(apart, "PROGRAM", "import sys; print(sys.argv[3:]); sys.exit(7)")
+    monkeypatch.setattr(settings_process, "PROGRAM", "import sys; print(sys.argv[3:]); sys.exit(7)")
     with pytest.raises(click.exceptions.Exit) as caught:
-        Reading(("run", "-x"), debug=debug).settings()
+        SettingsProcess(("run", "-x"), debug=debug).receive()
     assert caught.value.exit_code == 7
     assert capfd.readouterr().out == f"{[*flags, 'run', '-x']}\n"
 
@@ -124,7 +126,7 @@ def test_a_reload_is_refused_whatever_becomes_of_the_reader(
     fake: Any = ModuleType("agent.daemon.main")
     fake.run = run
     monkeypatch.setitem(sys.modules, "agent.daemon.main", fake)
-    assert apart.start(("run", "--group", "g"), debug=False) == 0
+    assert settings_process.run_agent(("run", "--group", "g"), debug=False) == 0
     (reread,) = rereads
     assert reread().group == "g"
     for program, says in {
@@ -132,7 +134,7 @@ def test_a_reload_is_refused_whatever_becomes_of_the_reader(
         "1 / 0": "ended with code 1",
         "import os; os.abort()": "signal 6",
     }.items():
-        monkeypatch.setattr(apart, "PROGRAM", program)
+        monkeypatch.setattr(settings_process, "PROGRAM", program)
         with pytest.raises(ConfigError, match=says):
             reread()
 
@@ -153,7 +155,7 @@ def test_another_version_on_disk_is_named_and_nothing_of_it_is_read(
 
 def test_settings_of_a_program_with_other_fields_are_refused() -> None:
     """The same version, installed from another checkout."""
-    document = exchange.dump(AgentForm(group="g").value())
+    document = exchange.dump(AgentSettings(group="g"))
     for changed in (
         document.replace(b'"hook_primary"', b'"hook_swapped"'),
         document.replace(b'"group": "g"', b'"group": 1'),

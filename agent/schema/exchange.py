@@ -1,23 +1,23 @@
-"""Agent settings as a JSON document: how they cross from one process to another.
+"""Agent settings as a JSON document: how they pass from one process to another.
 
 Every value goes by its name, and the document carries the version of the program that wrote it. Another
 version may have other settings, so a document of another version is refused as a whole: reading it by
 position, or half of it, could make the demotion hook the promotion hook.
 
-Owns the form of the document. Knows nothing of what a setting means, and checks no ranges: the process
-that wrote the document has done that.
+Owns the form of the document. Knows no meaning of a setting, and checks no ranges: the process that wrote
+the document has done that.
 """
 
 import json
-import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
-from agent.settings.values import AgentSettings
+from agent.schema.fields import Setting, Tables, settings_of
+from agent.schema.settings import AgentSettings
 
 
 def dump(settings: AgentSettings) -> bytes:
@@ -44,7 +44,7 @@ def load(document: bytes) -> AgentSettings:
         check_version(given["version"])
         if "error" in given:
             raise ConfigError(given["error"], exit_code=ExitCode(given["exit_code"]))
-        settings: AgentSettings = _from_json(given["settings"], AgentSettings, "settings")
+        settings: AgentSettings = _table(given["settings"], AgentSettings, "settings")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"the settings document cannot be read ({type(error).__name__}: {error}): the installed"
@@ -77,30 +77,52 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _from_json(given: Any, wanted: Any, where: str) -> Any:
-    """Read one value of a type of settings/values.py. Raises ValueError or TypeError."""
+def _table(given: Any, declared: type[Any], where: str) -> Any:
+    """Read the settings of one class. Raises ValueError, TypeError or KeyError, as all below."""
+    _check(given, dict, where)
+    settings = settings_of(declared)
+    if differing := given.keys() ^ {setting.name for setting in settings}:
+        names = ", ".join(sorted(differing))
+        raise ValueError(f"{where} has other settings than expected: {names}")
+    return declared(
+        **{setting.name: _setting(given[setting.name], setting) for setting in settings}
+    )
+
+
+def _setting(given: Any, setting: Setting) -> Any:
+    if given is None and setting.value_type != setting.annotation:
+        return None
+    if setting.tables is None:
+        return _value(given, setting.value_type, setting.name)
+    if setting.tables.most is None:
+        return _kind(given, setting.tables)
+    _check(given, list, setting.name)
+    return tuple(_kind(table, setting.tables) for table in given)
+
+
+def _kind(given: Any, tables: Tables) -> Any:
+    """Read a table of the kind that it names."""
+    _check(given, dict, tables.key)
+    kind = given.get("type", "")
+    if kind not in tables.kinds:
+        raise ValueError(f"{tables.key} is of the unknown type {kind!r}")
+    return _table(given, tables.load(kind), tables.key)
+
+
+def _value(given: Any, wanted: Any, where: str) -> Any:
+    """Read a value that is no table."""
     origin, arguments = get_origin(wanted), get_args(wanted)
-    if origin in {Union, types.UnionType}:
-        return _from_json(given, _member(given, arguments, where), where)
     if origin is tuple:
         _check(given, list, where)
-        return tuple(_from_json(item, arguments[0], where) for item in given)
+        return tuple(_value(item, arguments[0], where) for item in given)
     if origin is Literal:
         if given not in arguments:
             raise ValueError(f"{where} is {given!r}")
         return given
-    if is_dataclass(wanted):
-        make: Any = wanted
-        _check(given, dict, where)
-        hints = get_type_hints(wanted)
-        if given.keys() != hints.keys():
-            names = sorted(given.keys() ^ hints.keys())
-            raise ValueError(f"{where} has other settings than expected: {', '.join(names)}")
-        return make(**{name: _from_json(given[name], hint, name) for name, hint in hints.items()})
     if origin is not None:  # a mapping of strings
         _check(given, dict, where)
         return {str(key): str(item) for key, item in given.items()}
-    if isinstance(wanted, type) and issubclass(wanted, tuple):  # a NamedTuple
+    if issubclass(wanted, tuple):  # a NamedTuple
         _check(given, list, where)
         return wanted(*given)
     if wanted is Path:
@@ -108,20 +130,6 @@ def _from_json(given: Any, wanted: Any, where: str) -> Any:
         return Path(given)
     _check(given, (int, float) if wanted is float else wanted, where)
     return given
-
-
-def _member(given: Any, members: tuple[Any, ...], where: str) -> Any:
-    """Which type of a union a value is of: None, a table by its ``type``, or the only other one."""
-    if given is None and type(None) in members:
-        return type(None)
-    others = [member for member in members if member is not type(None)]
-    if len(others) == 1:
-        return others[0]
-    kind = given["type"] if isinstance(given, dict) else None
-    for member in others:
-        if is_dataclass(member) and kind in get_args(get_type_hints(member)["type"]):
-            return member
-    raise ValueError(f"{where} is of the unknown type {kind!r}")
 
 
 def _check(given: Any, wanted: Any, where: str) -> None:
