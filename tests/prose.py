@@ -23,9 +23,9 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         for statement in body if isinstance(body, list) else ():
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.lineno, statement.value.value
+            value = getattr(statement, "value", None)
+            if isinstance(statement, ast.Expr) and isinstance(value, ast.Constant):
+                yield statement.lineno, str(value.value)
     block: list[str] = []
     first = last = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -55,7 +55,7 @@ def main() -> None:
     ]
     draw = random.Random(wanted.seed)
     for path, line, text in sorted(draw.sample(found, min(wanted.count, len(found)))):
-        print(f"{path}:{line}\n{text}\n")
+        print(f"{path}:{line}\n{text}\n")  # noqa: T201 - what it is for
 
 
 if __name__ == "__main__":
