@@ -1,6 +1,6 @@
 """SIGHUP: read the settings again, and apply those that can change without losing the role.
 
-A setting's declaration says whether that is so. The rest is refused by name, and stays.
+The declaration of a setting decides whether it is one. A change of any other one is refused by name.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from agent.schema.fields import reloadable
 from agent.schema.settings import AgentSettings
 
 RELOADABLE = reloadable(AgentSettings)
-"""Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""
+"""The settings that SIGHUP changes."""
 
 log = logs.Log(__name__)
 
