@@ -33,6 +33,14 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 NAME = re.compile(r"`[^`\n]*`")
 COMMAND = re.compile(r"^(?:[$#] )?(?:[A-Z_]+=\S+ )*(?:\S*/)?failover-agent((?: .*)?)$")
+CITATION = re.compile(
+    r"(?<![\w./%*<-])(?:docs/)?((?:README|CHANGELOG|[a-z][a-z-]*)\.md)(?!\w)"
+    r"(?:#([\w-]+))?(?:,? \(?(?:\"([^\"]+)\"|'([^']+)')|(?:, | \(|,? part )([A-Z](?:\.\d+)?)(?![\w']))?"
+)
+SECTION_OF = re.compile(
+    r"[Ss]ection (?P<quote>[\"'])(?P<section>[^\"']+)(?P=quote) (?:of|in) (?:docs/)?(?P<page>[a-z-]+\.md)"
+)
+READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
 AFTER_A_COMMAND = frozenset({"|", "||", "&", "&&", ";", ">", ">>", "2>", "2>&1", "<"})
 RULES = {f"R{number}" for number in range(1, 20)}
 OUTSIDE = {
@@ -253,6 +261,71 @@ def test_every_rule_that_is_cited_is_in_the_design() -> None:
         if path != Path(__file__):
             cited = set(re.findall(r"(?<![\w/])R[0-9]+\b", path.read_text()))
             assert cited <= RULES, f"{path.relative_to(ROOT)}: {cited - RULES}"
+
+
+def texts() -> list[Path]:
+    """Every file that people read: code, pages, samples, units and tests."""
+    folders = ("agent", "config", "docs", "requirements", "systemd", "tests", ".ci")
+    named = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    at_the_top = [ROOT / name for name in ("README.md", "CHANGELOG.md", "Dockerfile", "Makefile")]
+    return [path for path in [*at_the_top, *named] if path.suffix in READ and path.is_file()]
+
+
+def citations(text: str) -> Iterator[tuple[str, str, str]]:
+    """(page, section or "", anchor or "") of each mention of a page, over the ends of lines."""
+    flowing = re.sub(r"\s*\n[ \t]*(?:#+ |# ?|//|\* )?", " ", text)
+    for found in CITATION.finditer(flowing):
+        page, anchor, *sections, letter = found.groups(default="")
+        yield page, next(filter(None, sections), "") or letter, anchor
+    for found in SECTION_OF.finditer(flowing):
+        yield found["page"], found["section"], ""
+
+
+def dangling(text: str) -> list[str]:
+    """The citations in a text whose page, section or anchor is not there."""
+    wrong = []
+    for name, section, anchor in citations(text):
+        page = ROOT / name if name in {"README.md", "CHANGELOG.md"} else ROOT / "docs" / name
+        there = page.exists()
+        titles = HEADING.findall(prose(page.read_text())) if there else []
+        there = there and (not section or section in titles)
+        if not (there and (not anchor or anchor in anchors(page))):
+            wrong.append(", ".join(filter(None, (name, section, anchor))))
+    return wrong
+
+
+def test_every_citation_of_a_page_or_a_section_leads_somewhere() -> None:
+    cited = {path: dangling(path.read_text()) for path in texts() if path != Path(__file__)}
+    assert not {str(path.relative_to(ROOT)): wrong for path, wrong in cited.items() if wrong}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_section_that_is_said_to_be_below_is_there(page: Path) -> None:
+    text = prose(page.read_text())
+    cited = re.findall(r"[\"']([A-Z][^\"'\n]+)[\"'],? (?:above|below)\b", text)
+    assert set(cited) <= set(HEADING.findall(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("see docs/guard.md", []),
+        ("see docs/guards.md", ["guards.md"]),
+        ('(docs/hooks.md, "What a demotion ends")', []),
+        ("(hooks.md, 'What a demotion ends')", []),
+        ('(docs/hooks.md, "What a\n    # demotion ends")', []),
+        ('(docs/hooks.md, "What a demotion is")', ["hooks.md, What a demotion is"]),
+        ("as api.md, B.4 has it", ["api.md, B.4"]),
+        ("as api.md (B) has it", ["api.md, B"]),
+        ("as api.md, part C, has it", ["api.md, C"]),
+        ('the section "History" of docs/api.md', []),
+        ('section "Story" of docs/api.md', ["api.md, Story"]),
+        ("runbook: docs/runbooks.md#failoverunfit", []),
+        ("runbook: docs/runbooks.md#unfit", ["runbooks.md, unfit"]),
+    ],
+)
+def test_a_citation_that_dangles_is_found(text: str, wrong: list[str]) -> None:
+    assert dangling(text) == wrong
 
 
 def test_the_api_page_has_every_call_with_its_statuses() -> None:

@@ -12,7 +12,7 @@ class Failure(StrEnum):
     """Why a heartbeat was not answered, as far as the session acts on the difference."""
 
     GONE = "gone"
-    """404: the group or the session is not known there (api.md, B.6)."""
+    """404: the group or the session is not known there (docs/api.md, "Status codes")."""
     BACK_OFF = "back_off"
     """429 or 503: asked to come later."""
     OTHER_STORE = "other_store"

@@ -62,7 +62,7 @@ from agent.model import (
 
 INTERVAL_SHARE = 0.05
 LONGEST_INTERVAL_S = 1.0
-"""Heartbeats closer than L/20, at most 1 s, are refused (api.md, B.4)."""
+"""Heartbeats closer than L/20, at most 1 s, are refused (docs/api.md, "Sessions and heartbeats")."""
 
 INTERVAL_TOLERANCE = 0.9
 """A v1 client's second heartbeat comes 1 s after its first by a timer that may be early."""
@@ -77,7 +77,7 @@ tenures again below MAX_EPOCH."""
 
 
 def minimum_interval_s(lease_s: float) -> float:
-    """How far apart two heartbeats of one session should be, in seconds (api.md, B.4)."""
+    """How far apart two heartbeats of one session should be, in seconds (docs/api.md, "Sessions and heartbeats")."""
     return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
 
 
@@ -115,7 +115,7 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
 
 
 def agrees(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
-    """Whether a registration says nothing that contradicts what exists: absent says nothing (B.1)."""
+    """Whether a registration says nothing that contradicts what exists: absent says nothing (docs/api.md, "Groups")."""
     if isinstance(wanted, GroupConfig) and isinstance(known, GroupConfig):
         if wanted.timeout_ticks != known.timeout_ticks:
             return False
@@ -206,7 +206,7 @@ def _has_seen(beat: Beat, epoch: int) -> bool:
 
 
 def _refuse_haste(draft: Draft, beat: Beat, contact: Contact) -> None:
-    """B.4: confirmations, and whoever has not heard of the newest change, are never refused."""
+    """Confirmations, and whoever has not heard of the newest change, are never refused (docs/api.md, "Sessions and heartbeats")."""
     interval_s = minimum_interval_s(draft.lease_s)
     if (
         contact.posted_at is None
@@ -293,7 +293,7 @@ def _add(draft: Draft, config: SessionConfig) -> bool:
 def _remove(draft: Draft, session_id: str) -> None:
     session_of(draft.record, session_id)
     holder = draft.record.holder
-    # A v1 client deletes its session when it has stopped (B.7). Ours releases first (R5): if one
+    # A v1 client deletes its session when it has stopped. Ours releases first (R5): if one
     # is removed while it still holds, somebody else did it, and the lease has to run out.
     if holder is not None and holder.session_id == session_id and holder.instance is None:
         draft.end_tenure(holder, TenureEnd.DELETED, "its client session was deleted")

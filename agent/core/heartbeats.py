@@ -10,7 +10,7 @@ MAX_IN_FLIGHT = 8
 """Heartbeats under way at once. Each is bound by the request timeout, which is under three beats."""
 
 MAX_CONFIRMATIONS = 10
-"""Heartbeats sent at once, one after the other, while the answer is PendingPrimary (api.md, B.4)."""
+"""Heartbeats sent at once, one after the other, while the answer is PendingPrimary (docs/api.md, "What v1 clients do, and what they get")."""
 
 JITTER_SHARE = 0.1
 """By how much of a beat heartbeats are spread, so that agents started together drift apart."""

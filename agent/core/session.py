@@ -266,7 +266,7 @@ class Session(LifeCycle):
             return
         if event.failure is Failure.GONE:
             if self.store_id is None and self._is_held:
-                # A plain v1 server hands the role on when it deletes a session (api.md, B.7).
+                # A plain v1 server hands the role on when it deletes a session (docs/api.md, "Sessions and heartbeats").
                 why = "the server does not know this session any more"
                 self._demote(Cause.GONE, why, now, effects)
             self._rejoin(Turn.UNKNOWN, effects)

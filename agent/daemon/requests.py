@@ -3,7 +3,7 @@
 Each call is a task of its own with its own time limit, and ends by telling an event, also if it fails
 by a fault of ours: that is raised besides, for whoever supervises the task. Decides nothing about roles.
 
-Extensions of the API (part C) are used only once the answer to joining had a StoreId. At any other server
+Extensions of the API (docs/api.md) are used only once the answer to joining had a StoreId. At any other server
 all answers are taken as plain v1, whatever they carry.
 """
 
@@ -92,7 +92,7 @@ class Requests:
         self._trouble: tuple[object, ...] | None = None
         self._too_soon = 0
         self._extended = False
-        """Whether the server has the extensions of part C, by its answer to joining."""
+        """Whether the server has the extensions of docs/api.md, by its answer to joining."""
 
     def use(self, client: RestClient) -> None:
         """Take the client for all calls; needed before the first one."""

@@ -676,7 +676,7 @@ def test_an_override_ends_by_itself_at_its_time() -> None:
 
 
 def test_an_override_never_pins_a_dead_session() -> None:
-    """api.md, C: it loses the role like any other, and gets it back when it returns."""
+    """docs/api.md, "Role override": it loses the role like any other, and gets it back when it returns."""
     bench = Bench("a", "b")
     bench.do(SetOverride("b", ON))
     bench.promote("b", 1)
@@ -851,12 +851,12 @@ def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
 def test_configurations_agree_where_they_both_say_something(
     wanted: Any, known: Any, *, same: bool
 ) -> None:
-    """api.md, B.1."""
+    """docs/api.md, "Groups": an absent property says nothing."""
     assert agrees(wanted, known) is same
 
 
 def test_a_v1_holder_that_is_deleted_has_stopped() -> None:
-    """api.md, B.7: there is nothing else by which it could say so."""
+    """docs/api.md, "Sessions and heartbeats": there is nothing else by which it could say so."""
     bench = Bench("a", "b")
     bench.promote("a", instance=None)
     bench.beat("b")

@@ -337,7 +337,7 @@ def test_r5_a_stopping_session_asks_not_to_be_chosen_again() -> None:
 
 
 def test_r5_a_stop_without_a_tenure_number_has_nothing_to_release() -> None:
-    """A plain v1 server hands the role on when the session is deleted (api.md, B.7)."""
+    """A plain v1 server hands the role on when the session is deleted (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.step(Stop())
     assert kinds(bench.ends()) == [Leave]
@@ -534,7 +534,7 @@ def test_unanswered_heartbeats_are_forgotten_at_a_bound() -> None:
 
 
 def test_a_pending_primary_confirms_at_once_ten_times_at_most() -> None:
-    """api.md, B.4."""
+    """As the published client (docs/api.md, "What v1 clients do, and what they get")."""
     bench = Bench().member()
     at_once = sum(kinds(bench.told(Told(W, 0, 4))).count(SendBeat) for _ in range(30))
     assert at_once == MAX_CONFIRMATIONS == 10
@@ -639,7 +639,7 @@ def test_r4_a_session_that_is_gone_and_cannot_join_demotes_at_r() -> None:
 
 
 def test_a_session_that_is_gone_from_a_plain_v1_server_demotes_first() -> None:
-    """That server has handed the role on with the deletion (api.md, B.7)."""
+    """That server has handed the role on with the deletion (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.wake()
     assert kinds(bench.fails(Failure.GONE)) == [(Publish, S), Join, (StartHook, S)]
