@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree as ET
 
 import click
 import pytest
@@ -41,7 +42,8 @@ SECTION_OF = re.compile(
     r"[Ss]ection (?P<quote>[\"'])(?P<section>[^\"']+)(?P=quote) (?:of|in) (?:docs/)?(?P<page>[a-z-]+\.md)"
 )
 READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
-AFTER_A_COMMAND = frozenset({"|", "||", "&", "&&", ";", ">", ">>", "2>", "2>&1", "<"})
+SVG = "{http://www.w3.org/2000/svg}"
+AFTER_A_COMMAND = re.compile(r"\|\|?|&&?|;|\d*(>>?|<).*")
 RULES = {f"R{number}" for number in range(1, 20)}
 OUTSIDE = {
     "a package registry": r"(pypi|pythonhosted|npmjs|docker|ghcr|quay|crates|golang)\.(org|io|com)\b",
@@ -84,7 +86,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
             continue
         args: list[str] = []
         for arg in shlex.split(found[1], comments=True):
-            if arg in AFTER_A_COMMAND:
+            if AFTER_A_COMMAND.fullmatch(arg):
                 break
             args.append(arg)
         yield args
@@ -326,6 +328,33 @@ def test_every_section_that_is_said_to_be_below_is_there(page: Path) -> None:
 )
 def test_a_citation_that_dangles_is_found(text: str, wrong: list[str]) -> None:
     assert dangling(text) == wrong
+
+
+def test_the_picture_is_well_formed_and_names_what_it_shows() -> None:
+    root = ET.parse(ROOT / "docs/overview.svg").getroot()
+    words = " ".join(text for text in root.itertext() if "{" not in text)
+    assert root.tag == f"{SVG}svg"
+    for shown in (
+        "host-a",
+        "host-b",
+        "coordinator",
+        "agent",
+        "guard",
+        "hooks",
+        "heartbeat",
+        "epoch",
+    ):
+        assert re.search(rf"\b{shown}\b", words), shown
+    assert root.find(f"{SVG}title") is not None
+    assert root.find(f"{SVG}desc") is not None
+
+
+def test_the_picture_has_colours_for_light_and_dark() -> None:
+    style = ET.parse(ROOT / "docs/overview.svg").getroot().findtext(f"{SVG}style")
+    assert style is not None
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    drawn = set(re.findall(r"(\.?\w+) \{", light))
+    assert drawn - set(re.findall(r"(\.?\w+) \{", dark)) == {".name"}, "a weight, no colour"
 
 
 def test_the_api_page_has_every_call_with_its_statuses() -> None:
