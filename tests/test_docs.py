@@ -42,6 +42,19 @@ SECTION_OF = re.compile(
     r"[Ss]ection (?P<quote>[\"'])(?P<section>[^\"']+)(?P=quote) (?:of|in) (?:docs/)?(?P<page>[a-z-]+\.md)"
 )
 READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
+GENERATED = {"settings.md", "roles.md", "CHANGELOG.md"}
+"""Made from code, or a list."""
+
+READERS = (
+    "whoever",
+    "operators",
+    "SREs",
+    "people",
+    "somebody",
+    "developers",
+    "scripts",
+    "reviewers",
+)
 SVG = "{http://www.w3.org/2000/svg}"
 AFTER_A_COMMAND = re.compile(r"\|\|?|&&?|;|\d*(>>?|<).*")
 RULES = {f"R{number}" for number in range(1, 20)}
@@ -328,6 +341,23 @@ def test_every_section_that_is_said_to_be_below_is_there(page: Path) -> None:
 )
 def test_a_citation_that_dangles_is_found(text: str, wrong: list[str]) -> None:
     assert dangling(text) == wrong
+
+
+INCLUDED = re.compile(r"^<!-- (config/\S+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_every_recipe_is_shown_as_it_is() -> None:
+    shown = dict(INCLUDED.findall((ROOT / "docs/recipes.md").read_text()))
+    recipes = (path for path in (ROOT / "config/recipes").iterdir() if path.is_file())
+    assert shown == {str(path.relative_to(ROOT)): path.read_text() for path in recipes}
+
+
+@pytest.mark.parametrize("name", sorted({page.name for page in PAGES} - GENERATED))
+def test_a_page_says_in_its_first_lines_for_whom_it_is(name: str) -> None:
+    page = next(page for page in PAGES if page.name == name)
+    introduction = re.split(r"^## ", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    readers = "|".join(READERS)
+    assert re.search(rf"\b[Ff]or ({readers})\b", " ".join(introduction.split()))
 
 
 def test_the_picture_is_well_formed_and_names_what_it_shows() -> None:
