@@ -1,4 +1,4 @@
-"""What the documents say is so: links, command lines, names, rule numbers, the calls of the API."""
+"""The pages are true: links, citations, command lines, names, rule numbers, the calls of the API."""
 
 import re
 import shlex
@@ -17,6 +17,7 @@ from agent.coordinator.calls import ROUTES
 from agent.settings.describe import Described, describe
 from agent.settings.models import AgentForm, CoordinatorSettings, Settings
 from agent.wire import shapes
+from tests.test_metrics_docs import exported
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,7 @@ def prose(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes from headings."""
     titles = HEADING.findall(prose(page.read_text()))
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -137,7 +138,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), target
 
 
-def test_every_command_line_in_the_documents_is_one() -> None:
+def test_every_command_line_in_a_page_is_valid() -> None:
     found = [(block, args) for block in blocks() for args in command_lines(block.text)]
     assert found
     wrong = []
@@ -160,13 +161,13 @@ def test_every_command_line_in_the_documents_is_one() -> None:
         "failover-agent run \\\n    --no-such-flag",
     ],
 )
-def test_a_command_line_that_is_wrong_is_found(line: str) -> None:
+def test_a_wrong_command_line_is_found(line: str) -> None:
     (args,) = command_lines(line)
     with pytest.raises(click.UsageError):
         parse(args)
 
 
-def test_the_pictures_of_a_budget_are_what_the_program_draws(
+def test_the_diagrams_of_explain_timing_are_the_programs_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for setting in describe(AgentForm):
@@ -194,8 +195,8 @@ def fenced(page: Path) -> list[tuple[str, str, str]]:
     return FENCE.findall(page.read_text())
 
 
-def test_every_environment_variable_is_read_or_given_by_something() -> None:
-    """A setting's variable has its setting; any other is in the code, the tests or the Makefile."""
+def test_every_environment_variable_in_a_page_exists() -> None:
+    """A setting's variable belongs to a setting; any other is in the code, the tests or the Makefile."""
     known = "\n".join(
         path.read_text() for path in [*SOURCES, ROOT / "Makefile"] if path != Path(__file__)
     )
@@ -210,14 +211,9 @@ def test_every_environment_variable_is_read_or_given_by_something() -> None:
             assert re.search(rf"\b{name}\b", known), f"{page}: {name}"
 
 
-def test_every_name_with_the_projects_prefix_is_a_setting_or_in_the_code() -> None:
-    """Settings and metrics: ``failover_timeout``, ``failover_..._total``.
-
-    That the tables of metrics are right is seen to by test_metrics_docs.py.
-    """
-    tables = (ROOT / "docs/metrics.md").read_text()
-    metrics = set(re.findall(r"^\| `(failover_\w+)` \|", tables, re.MULTILINE))
-    assert metrics
+def test_every_setting_and_metric_named_in_a_page_exists() -> None:
+    """Settings and metrics: ``failover_timeout``, ``failover_..._total``."""
+    metrics = exported()
     known = "\n".join(path.read_text() for path in SOURCES if path != Path(__file__))
     for page, name in in_backticks(r"\bfailover_[a-z_]*[a-z]\b"):
         if name in SETTINGS or name in metrics:
@@ -225,7 +221,7 @@ def test_every_name_with_the_projects_prefix_is_a_setting_or_in_the_code() -> No
         assert re.search(rf'["\'{{ ]{name}["\'}} =:]', known), f"{page}: {name}"
 
 
-def test_every_setting_in_a_sample_of_a_configuration_is_one() -> None:
+def test_every_key_in_a_sample_configuration_is_a_setting() -> None:
     samples = [block for block in blocks() if block.language == "toml"]
     assert samples
     for block in samples:
@@ -238,8 +234,7 @@ def test_every_setting_in_a_sample_of_a_configuration_is_one() -> None:
                 assert key[1] in keys, f"{block.page}: {line}"
 
 
-def test_every_flag_that_is_named_is_one_of_the_program() -> None:
-    """Beside those of programs that a page names on the same line's backticks."""
+def test_every_flag_in_a_page_is_one_of_the_program() -> None:
     known = {"--help", "--version", "--debug", *flags(cli)}
     for page in PAGES:
         for name in NAME.findall(prose(page.read_text())):
@@ -260,13 +255,13 @@ def flags(command: click.Command) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("what", OUTSIDE)
-def test_nothing_of_outside_is_named(what: str) -> None:
+def test_no_page_names_a_registry_or_a_private_folder(what: str) -> None:
     for page in PAGES:
         found = [match[0] for match in re.finditer(OUTSIDE[what], page.read_text())]
         assert not found, f"{page.name}: {what}"
 
 
-def test_every_rule_that_is_cited_is_in_the_design() -> None:
+def test_every_cited_rule_is_in_the_design() -> None:
     numbered = re.findall(
         r"^- \*\*(R\d+)\.\*\*", (ROOT / "docs/design.md").read_text(), re.MULTILINE
     )
@@ -388,15 +383,15 @@ def test_the_picture_has_colours_for_light_and_dark() -> None:
 
 
 def test_the_api_page_has_every_call_with_its_statuses() -> None:
-    said = {}
+    documented = {}
     for line in (ROOT / "docs/api.md").read_text().splitlines():
         if re.match(r"\| `[A-Z]+ (/\S+)?` \|", line):
             head, *rest = [cell.strip() for cell in line.strip("|").split("|")]
             method, _, path = head.strip("`").partition(" ")
-            said[method, path] = rest
+            documented[method, path] = rest
     routes = {(route.method, route.path): route for route in ROUTES if route.right is not None}
-    assert set(said) == set(routes)
-    for call, (body, success, refused, right) in said.items():
+    assert set(documented) == set(routes)
+    for call, (body, success, refused, right) in documented.items():
         route = routes[call]
         assert body == (route.body.__name__ if route.body else ""), call
         statuses = [int(n) for n in re.findall(r"\b[1-5]\d\d\b", success)]
