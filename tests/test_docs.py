@@ -1,10 +1,11 @@
-"""What the documents say is so: links, command lines, names, rule numbers, the calls of the API."""
+"""The pages are true: links, citations, command lines, names, rule numbers, the calls of the API."""
 
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree as ET
 
 import click
 import pytest
@@ -18,6 +19,7 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Setting, Settings, settings_of
 from agent.schema.settings import AgentSettings
 from agent.wire import shapes
+from tests.test_metrics_docs import exported
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +37,29 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 NAME = re.compile(r"`[^`\n]*`")
 COMMAND = re.compile(r"^(?:[$#] )?(?:[A-Z_]+=\S+ )*(?:\S*/)?failover-agent((?: .*)?)$")
-AFTER_A_COMMAND = frozenset({"|", "||", "&", "&&", ";", ">", ">>", "2>", "2>&1", "<"})
+CITATION = re.compile(
+    r"(?<![\w./%*<-])(?:docs/)?((?:README|CHANGELOG|[a-z][a-z-]*)\.md)(?!\w)"
+    r"(?:#([\w-]+))?(?:,? \(?(?:\"([^\"]+)\"|'([^']+)')|(?:, | \(|,? part )([A-Z](?:\.\d+)?)(?![\w']))?"
+)
+SECTION_OF = re.compile(
+    r"[Ss]ection (?P<quote>[\"'])(?P<section>[^\"']+)(?P=quote) (?:of|in) (?:docs/)?(?P<page>[a-z-]+\.md)"
+)
+READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
+GENERATED = {"settings.md", "roles.md", "CHANGELOG.md"}
+"""Made from code, or a list."""
+
+READERS = (
+    "whoever",
+    "operators",
+    "SREs",
+    "people",
+    "somebody",
+    "developers",
+    "scripts",
+    "reviewers",
+)
+SVG = "{http://www.w3.org/2000/svg}"
+AFTER_A_COMMAND = re.compile(r"\|\|?|&&?|;|\d*(>>?|<).*")
 RULES = {f"R{number}" for number in range(1, 20)}
 OUTSIDE = {
     "a package registry": r"(pypi|pythonhosted|npmjs|docker|ghcr|quay|crates|golang)\.(org|io|com)\b",
@@ -65,7 +89,7 @@ def prose(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes from headings."""
     titles = HEADING.findall(prose(page.read_text()))
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -78,7 +102,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
             continue
         args: list[str] = []
         for arg in shlex.split(found[1], comments=True):
-            if arg in AFTER_A_COMMAND:
+            if AFTER_A_COMMAND.fullmatch(arg):
                 break
             args.append(arg)
         yield args
@@ -116,7 +140,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), target
 
 
-def test_every_command_line_in_the_documents_is_one() -> None:
+def test_every_command_line_in_a_page_is_valid() -> None:
     found = [(block, args) for block in blocks() for args in command_lines(block.text)]
     assert found
     wrong = []
@@ -139,13 +163,13 @@ def test_every_command_line_in_the_documents_is_one() -> None:
         "failover-agent run \\\n    --no-such-flag",
     ],
 )
-def test_a_command_line_that_is_wrong_is_found(line: str) -> None:
+def test_a_wrong_command_line_is_found(line: str) -> None:
     (args,) = command_lines(line)
     with pytest.raises(click.UsageError):
         parse(args)
 
 
-def test_the_pictures_of_a_budget_are_what_the_program_draws(
+def test_the_diagrams_of_explain_timing_are_the_programs_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for setting in settings_of(AgentSettings):
@@ -173,8 +197,8 @@ def fenced(page: Path) -> list[tuple[str, str, str]]:
     return FENCE.findall(page.read_text())
 
 
-def test_every_environment_variable_is_read_or_given_by_something() -> None:
-    """A setting's variable has its setting; any other is in the code, the tests or the Makefile."""
+def test_every_environment_variable_in_a_page_exists() -> None:
+    """A setting's variable belongs to a setting; any other is in the code, the tests or the Makefile."""
     known = "\n".join(
         path.read_text() for path in [*SOURCES, ROOT / "Makefile"] if path != Path(__file__)
     )
@@ -190,14 +214,9 @@ def test_every_environment_variable_is_read_or_given_by_something() -> None:
             assert re.search(rf"\b{name}\b", known), f"{page}: {name}"
 
 
-def test_every_name_with_the_projects_prefix_is_a_setting_or_in_the_code() -> None:
-    """Settings and metrics: ``failover_timeout``, ``failover_..._total``.
-
-    That the tables of metrics are right is seen to by test_metrics_docs.py.
-    """
-    tables = (ROOT / "docs/metrics.md").read_text()
-    metrics = set(re.findall(r"^\| `(failover_\w+)` \|", tables, re.MULTILINE))
-    assert metrics
+def test_every_setting_and_metric_named_in_a_page_exists() -> None:
+    """Settings and metrics: ``failover_timeout``, ``failover_..._total``."""
+    metrics = exported()
     known = "\n".join(path.read_text() for path in SOURCES if path != Path(__file__))
     for page, name in in_backticks(r"\bfailover_[a-z_]*[a-z]\b"):
         if name in SETTINGS or name in metrics:
@@ -205,7 +224,7 @@ def test_every_name_with_the_projects_prefix_is_a_setting_or_in_the_code() -> No
         assert re.search(rf'["\'{{ ]{name}["\'}} =:]', known), f"{page}: {name}"
 
 
-def test_every_setting_in_a_sample_of_a_configuration_is_one() -> None:
+def test_every_key_in_a_sample_configuration_is_a_setting() -> None:
     samples = [block for block in blocks() if block.language == "toml"]
     assert samples
     for block in samples:
@@ -219,8 +238,7 @@ def test_every_setting_in_a_sample_of_a_configuration_is_one() -> None:
                 assert key[1] in keys, f"{block.page}: {line}"
 
 
-def test_every_flag_that_is_named_is_one_of_the_program() -> None:
-    """Beside those of programs that a page names on the same line's backticks."""
+def test_every_flag_in_a_page_is_one_of_the_program() -> None:
     known = {"--help", "--version", "--debug", *flags(cli)}
     for page in PAGES:
         for name in NAME.findall(prose(page.read_text())):
@@ -241,13 +259,13 @@ def flags(command: click.Command) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("what", OUTSIDE)
-def test_nothing_of_outside_is_named(what: str) -> None:
+def test_no_page_names_a_registry_or_a_private_folder(what: str) -> None:
     for page in PAGES:
         found = [match[0] for match in re.finditer(OUTSIDE[what], page.read_text())]
         assert not found, f"{page.name}: {what}"
 
 
-def test_every_rule_that_is_cited_is_in_the_design() -> None:
+def test_every_cited_rule_is_in_the_design() -> None:
     numbered = re.findall(
         r"^- \*\*(R\d+)\.\*\*", (ROOT / "docs/design.md").read_text(), re.MULTILINE
     )
@@ -259,16 +277,125 @@ def test_every_rule_that_is_cited_is_in_the_design() -> None:
             assert cited <= RULES, f"{path.relative_to(ROOT)}: {cited - RULES}"
 
 
+def texts() -> list[Path]:
+    """Every file that people read: code, pages, samples, units and tests."""
+    folders = ("agent", "config", "docs", "requirements", "systemd", "tests", ".ci")
+    named = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    at_the_top = [ROOT / name for name in ("README.md", "CHANGELOG.md", "Dockerfile", "Makefile")]
+    return [path for path in [*at_the_top, *named] if path.suffix in READ and path.is_file()]
+
+
+def citations(text: str) -> Iterator[tuple[str, str, str]]:
+    """(page, section or "", anchor or "") of each mention of a page, over the ends of lines."""
+    flowing = re.sub(r"\s*\n[ \t]*(?:#+ |# ?|//|\* )?", " ", text)
+    for found in CITATION.finditer(flowing):
+        page, anchor, *sections, letter = found.groups(default="")
+        yield page, next(filter(None, sections), "") or letter, anchor
+    for found in SECTION_OF.finditer(flowing):
+        yield found["page"], found["section"], ""
+
+
+def dangling(text: str) -> list[str]:
+    """The citations in a text whose page, section or anchor is not there."""
+    wrong = []
+    for name, section, anchor in citations(text):
+        page = ROOT / name if name in {"README.md", "CHANGELOG.md"} else ROOT / "docs" / name
+        there = page.exists()
+        titles = HEADING.findall(prose(page.read_text())) if there else []
+        there = there and (not section or section in titles)
+        if not (there and (not anchor or anchor in anchors(page))):
+            wrong.append(", ".join(filter(None, (name, section, anchor))))
+    return wrong
+
+
+def test_every_citation_of_a_page_or_a_section_leads_somewhere() -> None:
+    cited = {path: dangling(path.read_text()) for path in texts() if path != Path(__file__)}
+    assert not {str(path.relative_to(ROOT)): wrong for path, wrong in cited.items() if wrong}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_section_that_is_said_to_be_below_is_there(page: Path) -> None:
+    text = prose(page.read_text())
+    cited = re.findall(r"[\"']([A-Z][^\"'\n]+)[\"'],? (?:above|below)\b", text)
+    assert set(cited) <= set(HEADING.findall(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("see docs/guard.md", []),
+        ("see docs/guards.md", ["guards.md"]),
+        ('(docs/hooks.md, "What a demotion ends")', []),
+        ("(hooks.md, 'What a demotion ends')", []),
+        ('(docs/hooks.md, "What a\n    # demotion ends")', []),
+        ('(docs/hooks.md, "What a demotion is")', ["hooks.md, What a demotion is"]),
+        ("as api.md, B.4 has it", ["api.md, B.4"]),
+        ("as api.md (B) has it", ["api.md, B"]),
+        ("as api.md, part C, has it", ["api.md, C"]),
+        ('the section "History" of docs/api.md', []),
+        ('section "Story" of docs/api.md', ["api.md, Story"]),
+        ("runbook: docs/runbooks.md#failoverunfit", []),
+        ("runbook: docs/runbooks.md#unfit", ["runbooks.md, unfit"]),
+    ],
+)
+def test_a_citation_that_dangles_is_found(text: str, wrong: list[str]) -> None:
+    assert dangling(text) == wrong
+
+
+INCLUDED = re.compile(r"^<!-- (config/\S+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_every_recipe_is_shown_as_it_is() -> None:
+    shown = dict(INCLUDED.findall((ROOT / "docs/recipes.md").read_text()))
+    recipes = (path for path in (ROOT / "config/recipes").iterdir() if path.is_file())
+    assert shown == {str(path.relative_to(ROOT)): path.read_text() for path in recipes}
+
+
+@pytest.mark.parametrize("name", sorted({page.name for page in PAGES} - GENERATED))
+def test_a_page_says_in_its_first_lines_for_whom_it_is(name: str) -> None:
+    page = next(page for page in PAGES if page.name == name)
+    introduction = re.split(r"^## ", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    readers = "|".join(READERS)
+    assert re.search(rf"\b[Ff]or ({readers})\b", " ".join(introduction.split()))
+
+
+def test_the_picture_is_well_formed_and_names_what_it_shows() -> None:
+    root = ET.parse(ROOT / "docs/overview.svg").getroot()
+    words = " ".join(text for text in root.itertext() if "{" not in text)
+    assert root.tag == f"{SVG}svg"
+    for shown in (
+        "host-a",
+        "host-b",
+        "coordinator",
+        "agent",
+        "guard",
+        "hooks",
+        "heartbeat",
+        "epoch",
+    ):
+        assert re.search(rf"\b{shown}\b", words), shown
+    assert root.find(f"{SVG}title") is not None
+    assert root.find(f"{SVG}desc") is not None
+
+
+def test_the_picture_has_colours_for_light_and_dark() -> None:
+    style = ET.parse(ROOT / "docs/overview.svg").getroot().findtext(f"{SVG}style")
+    assert style is not None
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    drawn = set(re.findall(r"(\.?\w+) \{", light))
+    assert drawn - set(re.findall(r"(\.?\w+) \{", dark)) == {".name"}, "a weight, no colour"
+
+
 def test_the_api_page_has_every_call_with_its_statuses() -> None:
-    said = {}
+    documented = {}
     for line in (ROOT / "docs/api.md").read_text().splitlines():
         if re.match(r"\| `[A-Z]+ (/\S+)?` \|", line):
             head, *rest = [cell.strip() for cell in line.strip("|").split("|")]
             method, _, path = head.strip("`").partition(" ")
-            said[method, path] = rest
+            documented[method, path] = rest
     routes = {(route.method, route.path): route for route in ROUTES if route.right is not None}
-    assert set(said) == set(routes)
-    for call, (body, success, refused, right) in said.items():
+    assert set(documented) == set(routes)
+    for call, (body, success, refused, right) in documented.items():
         route = routes[call]
         assert body == (route.body.__name__ if route.body else ""), call
         statuses = [int(n) for n in re.findall(r"\b[1-5]\d\d\b", success)]

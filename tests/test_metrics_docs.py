@@ -84,16 +84,21 @@ def families(who: str) -> list[Metric]:
     return [f for f in PAGES_OF[who]().collect() if f.name.startswith(f"failover_{who}_")]
 
 
+def exported() -> set[str]:
+    """The names of all samples of both programs, and of their histograms."""
+    every = [family for who in PAGES_OF for family in families(who)]
+    known = {sample.name for family in every for sample in family.samples}
+    known |= {family.name for family in every if family.type == "histogram"}
+    return known | {name for name, _ in SessionLines.FAMILIES}
+
+
 def test_the_page_has_what_is_there_for_each_session() -> None:
     rows = re.findall(r"(?m)^\| `(failover_coordinator_session_\w+)` \|", PAGE.read_text())
     assert rows == [name for name, _ in SessionLines.FAMILIES]
 
 
 def test_every_metric_that_is_named_is_one_of_the_programs() -> None:
-    every = [family for who in PAGES_OF for family in families(who)]
-    known = {sample.name for family in every for sample in family.samples}
-    known |= {family.name for family in every if family.type == "histogram"}
-    known |= {name for name, _ in SessionLines.FAMILIES}
+    known = exported()
     for path in (RULES, RULES_TEST, DASHBOARD, PAGE, RUNBOOKS):
         named = set(NAME.findall(path.read_text()))
         assert {name.split("_")[1] for name in named} == set(PAGES_OF), path.name

@@ -12,7 +12,7 @@ class HeartbeatFailure(StrEnum):
     """Why a heartbeat has failed, as far as the session acts on the difference."""
 
     GONE = "gone"
-    """404: the server does not know the group or the session (api.md, B.6)."""
+    """404: the server does not know the group or the session (docs/api.md, "Status codes")."""
     BACK_OFF = "back_off"
     """429 or 503: the server asks for a later retry."""
     OTHER_STORE = "other_store"

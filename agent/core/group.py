@@ -62,7 +62,7 @@ from agent.model import (
 
 INTERVAL_SHARE = 0.05
 LONGEST_INTERVAL_S = 1.0
-"""Minimum interval between heartbeats: L/20, at most 1 s (api.md, B.4)."""
+"""Minimum interval between heartbeats: L/20, at most 1 s (docs/api.md, "Sessions and heartbeats")."""
 
 INTERVAL_TOLERANCE = 0.9
 """A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
@@ -76,7 +76,7 @@ HIGHEST_LEARNED_EPOCH = 2**52
 
 
 def minimum_interval_s(lease_s: float) -> float:
-    """The minimum interval between two heartbeats of one session, in seconds (api.md, B.4)."""
+    """The minimum interval between two heartbeats of one session, in seconds (docs/api.md, "Sessions and heartbeats")."""
     return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
 
 
@@ -114,7 +114,7 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
 
 
 def is_compatible(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
-    """Whether a registration agrees with the existing one; absent fields agree with any (B.1)."""
+    """Whether a registration agrees with the existing one; absent fields agree with any."""
     if isinstance(wanted, GroupConfig) and isinstance(known, GroupConfig):
         if wanted.timeout_ticks != known.timeout_ticks:
             return False
@@ -206,7 +206,7 @@ def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
 
 
 def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> None:
-    """Enforce B.4, except for confirmations and for clients that have not seen the newest revision."""
+    """Enforce the minimum interval, except for confirmations and for clients that have not seen the newest revision."""
     interval_s = minimum_interval_s(draft.lease_s)
     if (
         contact.last_heartbeat is None
@@ -295,7 +295,7 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
 def _remove_session(draft: Draft, session_id: str) -> None:
     session_of(draft.record, session_id)
     holder = draft.record.holder
-    # A v1 client deletes its session after it has stopped (B.7). Our agents release first (R5): a
+    # A v1 client deletes its session after it has stopped. Our agents release first (R5): a
     # holder's session is deleted by somebody else, and its lease has to expire.
     if holder is not None and holder.session_id == session_id and holder.instance is None:
         draft.end_tenure(holder, TenureEnd.DELETED, "its client session was deleted")

@@ -19,7 +19,7 @@ from agent.core.roles import check_transition
 from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
-"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (api.md, B.2);
+"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
 the rest allows for a late one."""
 
 

@@ -10,7 +10,7 @@ MAX_IN_FLIGHT = 8
 """Heartbeats in flight. Each ends within the request timeout, which is under three intervals."""
 
 MAX_CONFIRMATIONS = 10
-"""Heartbeats sent without a delay while the answer is PendingPrimary (api.md, B.4)."""
+"""Heartbeats sent without a delay while the answer is PendingPrimary (docs/api.md, "Sessions and heartbeats")."""
 
 JITTER_SHARE = 0.1
 """Share of the interval that is jitter, so that agents started together spread out."""

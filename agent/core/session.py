@@ -277,7 +277,7 @@ class Session(LifeCycle):
             return
         if event.failure is HeartbeatFailure.GONE:
             if self.store_id is None and self._has_lease:
-                # A plain v1 server reassigns the role when it deletes a session (api.md, B.7).
+                # A plain v1 server reassigns the role when it deletes a session (docs/api.md, "Sessions and heartbeats").
                 why = "the server does not know this session any more"
                 self._demote(Cause.GONE, why, now, effects)
             self._rejoin(Trigger.UNKNOWN, effects)

@@ -3,7 +3,7 @@
 Each request is a task with its own timeout, and ends by posting its event. An internal error posts it too,
 and is then raised to the supervisor. Decides nothing about roles.
 
-Extensions of the API (part C) are used only if the answer to joining had a StoreId. The answers of any
+Extensions of the API are used only if the answer to joining had a StoreId. The answers of any
 other server are handled as plain v1, whatever they carry.
 """
 
@@ -92,7 +92,7 @@ class Requests:
         self._last_failure: tuple[object, ...] | None = None
         self._too_soon_count = 0
         self._has_extensions = False
-        """Whether the server has the extensions of part C, by its answer to joining."""
+        """Whether the server has the extensions of the API, by its answer to joining."""
 
     def set_client(self, client: RestClient) -> None:
         """Set the client, before the first request."""

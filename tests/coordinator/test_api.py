@@ -197,7 +197,7 @@ async def test_a_wrong_page_is_400(http: httpx2.AsyncClient, query: str) -> None
 
 
 async def test_a_group_that_exists_is_200_or_409(http: httpx2.AsyncClient) -> None:
-    """Equality of configurations ignores what is absent (B.1)."""
+    """Equality of configurations ignores what is absent (docs/api.md, "Groups")."""
     body = {"Id": "g", "Name": "G", "FailoverTimeout": "00:00:02", "AdditionalData": {"a": 1}}
     assert (await http.post("groups", json=body)).status_code == 201
     again = await http.post("groups", json={"Id": "g", "FailoverTimeout": "PT2S"})

@@ -1,4 +1,4 @@
-"""A client that knows only version 1 of the API, as api.md (B) describes it on the wire."""
+"""A client that knows only version 1 of the API (docs/api.md, "What v1 clients do, and what they get")."""
 
 import httpx2
 
@@ -31,7 +31,7 @@ class V1Client:
         assert answer.status_code in {200, 201}
 
     async def beat(self, last_data: str = "0001-01-01T00:00:00") -> None:
-        """On PendingPrimary it keeps its role and beats again at once, up to 10 times (B.4)."""
+        """On PendingPrimary it keeps its role and beats again at once, up to 10 times."""
         path = f"groups/collectors/clientsessions/{self.session}/heartbeat"
         body = {"FailoverScore": 100.0, "LastDataProcessedTime": last_data, "Unknown": [1]}
         for _ in range(10):
@@ -73,7 +73,7 @@ async def test_it_adopts_the_servers_timeout(http: httpx2.AsyncClient) -> None:
 
 
 async def test_its_rhythm_is_never_refused(stage: Stage, http: httpx2.AsyncClient) -> None:
-    """One at once, one after 1 s, then one each FailoverTimeout / 2; confirmations besides (B.2)."""
+    """One at once, one after 1 s, then one each FailoverTimeout / 2; confirmations besides."""
     client = V1Client(http, "one")
     await client.start()
     for wait_s in (1, 29, 30, 30):

@@ -676,7 +676,7 @@ def test_an_override_expires() -> None:
 
 
 def test_an_override_never_pins_a_dead_session() -> None:
-    """api.md, C: it loses the role like any other, and gets it again when it returns."""
+    """docs/api.md, "Role override": it loses the role like any other, and gets it again when it returns."""
     bench = Bench("a", "b")
     bench.do(SetOverride("b", ON))
     bench.promote("b", 1)
@@ -853,12 +853,12 @@ def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
 def test_configurations_are_compatible_if_their_common_fields_agree(
     wanted: Any, known: Any, *, same: bool
 ) -> None:
-    """api.md, B.1."""
+    """docs/api.md, "Groups"."""
     assert is_compatible(wanted, known) is same
 
 
 def test_deleting_a_v1_holder_frees_the_role() -> None:
-    """api.md, B.7: a v1 client has no other way to release."""
+    """docs/api.md, "Sessions and heartbeats": a v1 client has no other way to release."""
     bench = Bench("a", "b")
     bench.promote("a", instance=None)
     bench.beat("b")

@@ -339,7 +339,7 @@ def test_r5_a_stopping_session_asks_for_a_hold_off() -> None:
 
 
 def test_r5_a_stop_without_an_epoch_releases_nothing() -> None:
-    """A plain v1 server reassigns the role when the session is deleted (api.md, B.7)."""
+    """A plain v1 server reassigns the role when the session is deleted (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.step(Stop())
     assert kinds(bench.ends()) == [Leave]
@@ -538,7 +538,7 @@ def test_the_number_of_remembered_heartbeats_is_bounded() -> None:
 
 
 def test_a_pending_primary_confirms_at_once_ten_times_at_most() -> None:
-    """api.md, B.4."""
+    """As the published client (docs/api.md, "What v1 clients do, and what they get")."""
     bench = Bench().member()
     at_once = sum(kinds(bench.answered(Answer(W, 0, 4))).count(SendHeartbeat) for _ in range(30))
     assert at_once == MAX_CONFIRMATIONS == 10
@@ -641,7 +641,7 @@ def test_r4_a_session_that_cannot_join_again_demotes_at_r() -> None:
 
 
 def test_a_session_unknown_to_a_plain_v1_server_demotes_first() -> None:
-    """That server has reassigned the role with the deletion (api.md, B.7)."""
+    """That server has reassigned the role with the deletion (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.wake()
     assert kinds(bench.fails(HeartbeatFailure.GONE)) == [(Publish, S), Join, (StartHook, S)]

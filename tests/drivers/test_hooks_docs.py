@@ -51,7 +51,7 @@ def test_the_page_has_each_variable_with_its_name_in_the_json() -> None:
 
 
 def test_the_page_has_each_event() -> None:
-    role, notices = PAGE.split("Notification hooks tell somebody.")
+    role, notices = PAGE.split("### Notification hooks")
     assert re.findall(r"^\| `([a-z_]+)` \| ", role, re.MULTILINE) == list(ROLE_EVENTS)
     found = re.findall(r"^\| `([a-z_]+)` \| ", notices.split("## ")[0], re.MULTILINE)
     assert found == list(NOTIFICATIONS)
@@ -64,7 +64,7 @@ def test_the_page_has_the_bounds() -> None:
     assert f"{process.LINE_BYTES // 1024} KiB a line" in PAGE
     assert f"stops reading {process.LINGER_S} s after" in PAGE
     assert f"1 to {check.MOST_SCRIPTS} scripts" in PAGE
-    assert f"body {webhook.ANSWER_BYTES // 1024} KiB" in PAGE
+    assert f"first {webhook.ANSWER_BYTES // 1024} KiB of the\nresponse body" in PAGE
     assert runner.RETRY_PAUSE_S == 0.5
     assert "half a second later" in PAGE
     assert check.SCRIPT_NAME.pattern in PAGE

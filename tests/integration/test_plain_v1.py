@@ -124,7 +124,7 @@ def test_a_member_whose_session_a_v1_server_lost_demotes_and_registers_again(
 def test_an_agent_takes_over_from_a_v1_client_and_the_other_way_round(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """The exact words of a published client (api.md, part B) against ours, beside our agent."""
+    """The exact words of a published client (docs/api.md, "What v1 clients do, and what they get") against ours, beside our agent."""
     session = f"groups/{stage.group}/clientsessions/adapter"
 
     def register() -> None:

@@ -7,7 +7,7 @@ gives the same transcript.
 
 What counts as active: from the start of a promotion hook to the success of a demotion hook, the
 escalation after one failed, or the death of the host; and a workload that a process starts later which
-such a hook has left behind. Out of the promise (design.md, "What is promised") is a host
+such a hook has left behind. Out of the promise (docs/design.md, "What is promised") is a host
 
 - that was frozen until after its lease, until it has demoted: there the epoch protects;
 - whose agent and guard are both dead or stopped, until it has demoted;

@@ -183,7 +183,7 @@ class RestClient:
         """The group as the server has it: made from ``config`` if it was missing.
 
         A group that is there already with another configuration is taken as it is, with its timeout
-        (part B 1). ``timeout_s`` bounds both requests together.
+        (docs/api.md, "Groups"). ``timeout_s`` bounds both requests together.
 
         Raises:
             ServerError: as the class says.
@@ -294,7 +294,7 @@ class RestClient:
         last_data: datetime | None = None,
         timeout_s: float,
     ) -> None:
-        """Tell that the session has demoted, so that the next one is promoted now (part C, R5).
+        """Tell that the session has demoted, so that the next one is promoted now (R5; docs/api.md, "Release").
 
         Args:
             group: its id.
@@ -431,7 +431,7 @@ class RestClient:
     async def history(
         self, group: str, *, skip: int = 0, count: int = PAGE, timeout_s: float
     ) -> list[HistoryEntry]:
-        """Up to ``count`` tenures of a group after ``skip`` of them, newest first (part C).
+        """Up to ``count`` tenures of a group after ``skip`` of them, newest first (docs/api.md, "History").
 
         Raises:
             ServerError: ``status`` 404 if there is no such group; a plain v1 server has no history.
