@@ -328,9 +328,9 @@ def test_the_plan_for_the_guard_has_all_steps_but_webhooks(
         ({"webhook_ca_file": Path("/etc/passwd"), "hook_primary": "https://h/"}, "PEM"),
     ],
 )
-def test_what_hooks_have_around_them_is_checked(given: dict[str, Any], says: str) -> None:
+def test_directory_user_and_secret_of_hooks_are_checked(given: dict[str, Any], reason: str) -> None:
     settings = validate(AgentSettings, {"hook_primary": ("/bin/true",), **given})
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=reason):
         load_specs(settings)
 
 
