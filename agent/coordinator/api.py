@@ -17,8 +17,6 @@ from email.utils import formatdate
 from time import perf_counter
 from typing import Any
 
-from pydantic import ValidationError
-
 from agent.coordinator.auth import Authenticator, Caller, allowed
 from agent.coordinator.calls import ROUTES, Answer, Call, get_status
 from agent.coordinator.metrics import Metrics
@@ -37,7 +35,8 @@ from agent.errors import (
 )
 from agent.model import AccessList, GroupKey, Instant, Right
 from agent.ops.logs import Log
-from agent.wire import shapes
+from agent.schema.api import ErrorResponse
+from agent.schema.codec import BodyError, decode, encode
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -150,10 +149,10 @@ class Api:
         if route.body is not None:
             text = await self._read_body(headers, receive)
             try:
-                body = route.body.model_validate_json(text)
-            except ValidationError as error:
+                body = decode(route.body, text)
+            except BodyError as error:
                 raise Invalid(
-                    f"{shapes.explain_request(error)}.",
+                    f"{error}.",
                     f"{route.body.__name__} is in /openapi.json.",
                 ) from None
         call = Call(
@@ -261,7 +260,7 @@ class Api:
         if body is None:
             body = b""
         elif not isinstance(body, bytes):
-            body = shapes.to_json(body, enum_names=self._role_names)
+            body = encode(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
         if answer.status != 204:  # noqa: PLR2004 - No Content
@@ -300,11 +299,11 @@ def _error(
     operation_id: str,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Answer:
-    body = shapes.ErrorResponse(
-        OperationId=operation_id,
-        Error=kind,
-        Reason=refusal.reason,
-        Resolution=refusal.resolution,
+    body = ErrorResponse(
+        operation_id=operation_id,
+        error=kind,
+        reason=refusal.reason,
+        resolution=refusal.resolution,
     )
     return Answer(status, body, headers)
 

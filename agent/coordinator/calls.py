@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from pydantic import BaseModel
+from msgspec import Struct
 
 from agent import __version__
 from agent.coordinator.metrics import Metrics
@@ -19,7 +19,9 @@ from agent.coordinator.service import LONGEST_WAIT_S, Coordinator
 from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
-from agent.wire import scalars, shapes
+from agent.schema import api
+from agent.schema.scalars import parse_time_span
+from agent.schema.values import whole
 
 MOST_LISTED = 1000
 """The largest page of a list, some hundred kilobytes: making it keeps heartbeats waiting."""
@@ -71,7 +73,7 @@ class Answer:
     """What to answer. Not changed by anybody. ``body`` is a shape, several, JSON as bytes, or nothing."""
 
     status: int = 200
-    body: BaseModel | Sequence[BaseModel] | bytes | None = None
+    body: Struct | Sequence[Struct] | bytes | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
     media: str = "application/json"
 
@@ -118,7 +120,7 @@ async def openapi(call: Call) -> Answer:
 
 async def get_version(_call: Call) -> Answer:
     """The version of the service."""
-    return Answer(body=shapes.Version(Version=__version__))
+    return Answer(body=api.Version(version=__version__))
 
 
 # -- groups -----------------------------------------------------------------------------------
@@ -129,19 +131,21 @@ async def list_groups(call: Call) -> Answer:
     total, groups = call.coordinator.groups(
         *call.place, call.query["skip"], call.query["count"], call.may_read
     )
-    return Answer(body=[shapes.GroupConfiguration.of(g) for g in groups], headers=_total(total))
+    return Answer(
+        body=[api.GroupConfiguration.from_model(g) for g in groups], headers=_total(total)
+    )
 
 
 async def create_group(call: Call) -> Answer:
     """Make a group, or find that it is there."""
     config = call.body.to_model()
     known, created = await call.coordinator.create_group(GroupKey(*call.place, config.id), config)
-    return Answer(201 if created else 200, shapes.GroupConfiguration.of(known))
+    return Answer(201 if created else 200, api.GroupConfiguration.from_model(known))
 
 
 async def get_group(call: Call) -> Answer:
     """A group's configuration."""
-    return Answer(body=shapes.GroupConfiguration.of(call.coordinator.group(call.key)))
+    return Answer(body=api.GroupConfiguration.from_model(call.coordinator.group(call.key)))
 
 
 async def delete_group(call: Call) -> Answer:
@@ -157,14 +161,14 @@ async def get_status(call: Call) -> Answer:
         status = call.coordinator.status(call.key)
     else:
         status = await call.coordinator.wait_status(call.key, after, call.query["wait"])
-    return Answer(body=shapes.GroupStatus.of(status))
+    return Answer(body=api.GroupStatus.from_model(status))
 
 
 async def get_history(call: Call) -> Answer:
     """Who was primary, and why, newest first."""
     skip, count = call.query["skip"], call.query["count"]
     total, entries = await call.coordinator.history(call.key, skip, count)
-    return Answer(body=[shapes.HistoryEntry.of(e) for e in entries], headers=_total(total))
+    return Answer(body=[api.HistoryEntry.from_model(e) for e in entries], headers=_total(total))
 
 
 async def get_group_access(call: Call) -> Answer:
@@ -172,7 +176,7 @@ async def get_group_access(call: Call) -> Answer:
     acl = call.coordinator.group_access(call.key)
     if acl is None:
         acl = await call.coordinator.access(*call.place)
-    return Answer(body=shapes.AccessControlList.of(acl or AccessList()))
+    return Answer(body=api.AccessControlList.from_model(acl or AccessList()))
 
 
 async def put_group_access(call: Call) -> Answer:
@@ -184,7 +188,7 @@ async def put_group_access(call: Call) -> Answer:
 async def get_access(call: Call) -> Answer:
     """The access-control list of a namespace's groups; empty if none was ever set."""
     acl = await call.coordinator.access(*call.place)
-    return Answer(body=shapes.AccessControlList.of(acl or AccessList()))
+    return Answer(body=api.AccessControlList.from_model(acl or AccessList()))
 
 
 async def put_access(call: Call) -> Answer:
@@ -200,20 +204,20 @@ async def list_sessions(call: Call) -> Answer:
     """The sessions of a group, by id."""
     sessions = call.coordinator.sessions(call.key)
     return Answer(
-        body=[shapes.ClientSession.of(s) for s in sessions], headers=_total(len(sessions))
+        body=[api.ClientSession.from_model(s) for s in sessions], headers=_total(len(sessions))
     )
 
 
 async def create_session(call: Call) -> Answer:
     """Join a group, or find that one has joined."""
     view, created = await call.coordinator.add_session(call.key, call.body.to_model())
-    return Answer(201 if created else 200, shapes.ClientSession.of(view))
+    return Answer(201 if created else 200, api.ClientSession.from_model(view))
 
 
 async def get_session(call: Call) -> Answer:
     """One session."""
     view = call.coordinator.session(call.key, call.values["sessionId"])
-    return Answer(body=shapes.ClientSession.of(view))
+    return Answer(body=api.ClientSession.from_model(view))
 
 
 async def delete_session(call: Call) -> Answer:
@@ -224,42 +228,42 @@ async def delete_session(call: Call) -> Answer:
 
 async def post_heartbeat(call: Call) -> Answer:
     """Say that one is alive, and hear which role one has."""
-    body: shapes.HeartbeatRequest = call.body
+    body: api.HeartbeatRequest = call.body
     beat = Beat(
         call.values["sessionId"],
-        body.FailoverScore,
-        body.LastDataProcessedTime,
-        body.Instance,
-        body.Epoch,
+        body.failover_score,
+        body.last_data_processed_time,
+        body.instance,
+        whole(body.epoch),
     )
     answer = await call.coordinator.beat(call.key, beat)
-    return Answer(body=shapes.HeartbeatResponse.of(answer))
+    return Answer(body=api.HeartbeatResponse.from_model(answer))
 
 
 async def set_override(call: Call) -> Answer:
     """Make a session primary by hand, or stop that."""
-    ticks = call.body.ExpirationPeriod
+    ticks = call.body.expiration_period
     until = None
     if ticks is not None:
         until = call.clock().wall + timedelta(microseconds=ticks / 10)
     session_id = call.values["sessionId"]
-    await call.coordinator.apply(call.key, SetOverride(session_id, call.body.Value, until))
+    await call.coordinator.apply(call.key, SetOverride(session_id, call.body.value.member, until))
     record = call.coordinator.session(call.key, session_id).record
-    return Answer(body=shapes.RoleOverrideResponse.of(record))
+    return Answer(body=api.RoleOverrideResponse.from_model(record))
 
 
 async def release_role(call: Call) -> Answer:
     """Say that one has demoted: the next one may be promoted now."""
-    body: shapes.ReleaseRequest = call.body
+    body: api.ReleaseRequest = call.body
     await call.coordinator.apply(
         call.key,
         ReleaseRole(
             call.values["sessionId"],
-            body.Epoch,
-            instance=body.Instance,
-            why=body.Reason or "released",
-            hold_off_s=(body.HoldOffPeriod or 0) / TICKS_PER_SECOND,
-            last_data=body.LastDataProcessedTime,
+            int(body.epoch),
+            instance=body.instance,
+            why=body.reason or "released",
+            hold_off_s=(body.hold_off_period or 0) / TICKS_PER_SECOND,
+            last_data=body.last_data_processed_time,
         ),
     )
     return Answer(204)
@@ -281,13 +285,13 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _wait(text: str) -> float:
-    ticks = scalars.parse_time_span(text)
+    ticks = parse_time_span(text)
     if ticks < 0:
         raise ValueError("it must not be negative")
     return ticks / TICKS_PER_SECOND
 
 
-def _whole(name: str, high: int, default: int | None, description: str) -> Parameter:
+def _integer_parameter(name: str, high: int, default: int | None, description: str) -> Parameter:
     schema: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": high}
     if default is not None:
         schema["default"] = default
@@ -295,11 +299,11 @@ def _whole(name: str, high: int, default: int | None, description: str) -> Param
 
 
 PAGE = (
-    _whole("skip", MOST_SKIPPED, 0, "How many to leave out at the beginning."),
-    _whole("count", MOST_LISTED, LISTED, f"How many to list, at most {MOST_LISTED}."),
+    _integer_parameter("skip", MOST_SKIPPED, 0, "How many to leave out at the beginning."),
+    _integer_parameter("count", MOST_LISTED, LISTED, f"How many to list, at most {MOST_LISTED}."),
 )
 WAIT = (
-    _whole(
+    _integer_parameter(
         "after",
         MOST_SKIPPED,
         None,
@@ -346,14 +350,14 @@ ROUTES: tuple[Route, ...] = (
         "",
         get_version,
         "The version of the service",
-        (Result(200, "The version", shapes.Version),),
+        (Result(200, "The version", api.Version),),
     ),
     Route(
         "GET",
         "/groups",
         list_groups,
         "List groups",
-        (Result(200, "A page of groups", shapes.GroupConfiguration, many=True),),
+        (Result(200, "A page of groups", api.GroupConfiguration, many=True),),
         query=PAGE,
     ),
     Route(
@@ -362,11 +366,11 @@ ROUTES: tuple[Route, ...] = (
         create_group,
         "Create a group",
         (
-            Result(201, "Created", shapes.GroupConfiguration),
-            Result(200, "It existed, with the same configuration", shapes.GroupConfiguration),
+            Result(201, "Created", api.GroupConfiguration),
+            Result(200, "It existed, with the same configuration", api.GroupConfiguration),
         ),
         right=Right.WRITE,
-        body=shapes.GroupRequest,
+        body=api.GroupRequest,
         refusals=(409,),
     ),
     Route(
@@ -374,7 +378,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP,
         get_group,
         "Read a group",
-        (Result(200, "The group", shapes.GroupConfiguration),),
+        (Result(200, "The group", api.GroupConfiguration),),
         refusals=(404,),
     ),
     Route(
@@ -391,7 +395,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP + "/status",
         get_status,
         "Read who is primary, or wait for a change",
-        (Result(200, "The status", shapes.GroupStatus),),
+        (Result(200, "The status", api.GroupStatus),),
         refusals=(404,),
         query=WAIT,
     ),
@@ -400,7 +404,7 @@ ROUTES: tuple[Route, ...] = (
         GROUP + "/history",
         get_history,
         "List the tenures of primaries, newest first",
-        (Result(200, "A page of tenures", shapes.HistoryEntry, many=True),),
+        (Result(200, "A page of tenures", api.HistoryEntry, many=True),),
         refusals=(404,),
         query=PAGE,
     ),
@@ -409,7 +413,7 @@ ROUTES: tuple[Route, ...] = (
         ACCESS,
         get_group_access,
         "Read the access-control list of a group",
-        (Result(200, "The list in force", shapes.AccessControlList),),
+        (Result(200, "The list in force", api.AccessControlList),),
         refusals=(404,),
     ),
     Route(
@@ -419,7 +423,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a group",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=shapes.AccessControlRequest,
+        body=api.AccessControlRequest,
         refusals=(404,),
     ),
     Route(
@@ -427,7 +431,7 @@ ROUTES: tuple[Route, ...] = (
         NAMESPACE_ACCESS,
         get_access,
         "Read the access-control list of a namespace's groups",
-        (Result(200, "The list", shapes.AccessControlList),),
+        (Result(200, "The list", api.AccessControlList),),
         bases=(CLOUD,),
     ),
     Route(
@@ -437,7 +441,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a namespace's groups",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=shapes.AccessControlRequest,
+        body=api.AccessControlRequest,
         bases=(CLOUD,),
     ),
     Route(
@@ -445,7 +449,7 @@ ROUTES: tuple[Route, ...] = (
         SESSIONS,
         list_sessions,
         "List the sessions of a group",
-        (Result(200, "All sessions", shapes.ClientSession, many=True),),
+        (Result(200, "All sessions", api.ClientSession, many=True),),
         refusals=(404,),
     ),
     Route(
@@ -454,11 +458,11 @@ ROUTES: tuple[Route, ...] = (
         create_session,
         "Join a group",
         (
-            Result(201, "Created", shapes.ClientSession),
-            Result(200, "It existed, with the same configuration", shapes.ClientSession),
+            Result(201, "Created", api.ClientSession),
+            Result(200, "It existed, with the same configuration", api.ClientSession),
         ),
         right=Right.WRITE,
-        body=shapes.SessionRequest,
+        body=api.SessionRequest,
         refusals=(404, 409),
     ),
     Route(
@@ -466,7 +470,7 @@ ROUTES: tuple[Route, ...] = (
         SESSION,
         get_session,
         "Read a session",
-        (Result(200, "The session", shapes.ClientSession),),
+        (Result(200, "The session", api.ClientSession),),
         refusals=(404,),
     ),
     Route(
@@ -483,9 +487,9 @@ ROUTES: tuple[Route, ...] = (
         SESSION + "/heartbeat",
         post_heartbeat,
         "Send a heartbeat",
-        (Result(200, "The role from now on", shapes.HeartbeatResponse),),
+        (Result(200, "The role from now on", api.HeartbeatResponse),),
         right=Right.WRITE,
-        body=shapes.HeartbeatRequest,
+        body=api.HeartbeatRequest,
         refusals=(404, 409, 429),
     ),
     Route(
@@ -493,9 +497,9 @@ ROUTES: tuple[Route, ...] = (
         SESSION + "/roleoverride",
         set_override,
         "Override the choice of the primary",
-        (Result(200, "The override", shapes.RoleOverrideResponse),),
+        (Result(200, "The override", api.RoleOverrideResponse),),
         right=Right.WRITE,
-        body=shapes.RoleOverrideRequest,
+        body=api.RoleOverrideRequest,
         refusals=(404,),
     ),
     Route(
@@ -505,7 +509,7 @@ ROUTES: tuple[Route, ...] = (
         "Give the role of primary back",
         (Result(204, "It is released"),),
         right=Right.WRITE,
-        body=shapes.ReleaseRequest,
+        body=api.ReleaseRequest,
         refusals=(404,),
     ),
 )

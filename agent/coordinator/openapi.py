@@ -1,15 +1,15 @@
-"""The OpenAPI 3.1 document, made of the route table and of the shapes of shapes.py: no second list."""
+"""The OpenAPI 3.1 document, made of the route table and of the shapes of schema/api.py: no second list."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-from pydantic_core import to_json
+import msgspec
 
 from agent import __version__
 from agent.coordinator.routes import BASES, CLOUD, Result, Route
-from agent.wire import shapes
+from agent.schema.api import Shape
+from agent.schema.codec import component_schemas, id_schema
 
 ABOUT = (
     "Groups of clients of which exactly one is primary. Path literals match in any letter case, and"
@@ -81,10 +81,10 @@ def document(routes: Sequence[Route], schemes: Sequence[str]) -> bytes:
     for route in routes:
         for path in route.paths:
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, schemes)
-    components: dict[str, Any] = {"schemas": shapes.component_schemas()}
+    components: dict[str, Any] = {"schemas": component_schemas()}
     if schemes:
         components["securitySchemes"] = {name: SECURITY[name] for name in schemes}
-    return to_json(
+    return msgspec.json.encode(
         {
             "openapi": "3.1.0",
             "info": {
@@ -140,7 +140,7 @@ def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
 
 
 def _parameters(route: Route, path: str) -> list[dict[str, Any]]:
-    schema = TypeAdapter(shapes.Id).json_schema()
+    schema = id_schema()
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": schema}
         for name in re.findall(r"\{(\w+)\}", path)
@@ -183,7 +183,7 @@ def _refusal(status: int) -> dict[str, Any]:
     }
 
 
-def _reference(shape: type[BaseModel]) -> dict[str, str]:
+def _reference(shape: type[Shape]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 

@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+import msgspec
 
 from agent.errors import Invalid, NotFound
 from agent.model import Right
-from agent.wire.shapes import Id
+from agent.schema.api import Shape
+from agent.schema.values import Id
 
 CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
 BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")
@@ -54,7 +55,7 @@ class Result:
 
     status: int
     meaning: str
-    shape: type[BaseModel] | None = None
+    shape: type[Shape] | None = None
     many: bool = False
     media: str | None = None
 
@@ -77,7 +78,7 @@ class Route:
     summary: str
     results: tuple[Result, ...]
     right: Right | None = Right.READ
-    body: type[BaseModel] | None = None
+    body: type[Shape] | None = None
     refusals: tuple[int, ...] = ()
     query: tuple[Parameter, ...] = ()
     bases: tuple[str, ...] = BASES
@@ -115,7 +116,6 @@ class Router:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._root = _Node()
-        self._id: TypeAdapter[str] = TypeAdapter(Id)
         for route in routes:
             for path in route.paths:
                 self._node(path).routes[route.method] = route
@@ -156,8 +156,8 @@ class Router:
 
     def _read_id(self, name: str, segment: str) -> str:
         try:
-            return self._id.validate_python(unquote_to_bytes(segment).decode())
-        except (UnicodeDecodeError, ValidationError):
+            return msgspec.convert(unquote_to_bytes(segment).decode(), Id)
+        except (UnicodeDecodeError, msgspec.ValidationError):
             raise Invalid(
                 f"{segment[:60]!r} in the path cannot be a {name}.",
                 "It must be 1 to 256 characters in percent-encoded UTF-8, without '/' and control"

@@ -23,7 +23,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import Lane, StuckError
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
 """How long a hook waits for the state file to be written. Sidecars read a deadline in it, so a disk that

@@ -22,8 +22,8 @@ from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.mqtt import Waits, access_of, connected, subscribe
+from agent.schema.scalars import format_date_time
 from agent.settings.values import Mqtt
-from agent.wire.scalars import format_date_time
 
 LEAVE_S = 1.0
 """How long the exit waits until a connected broker has taken ``offline``."""

@@ -19,8 +19,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pl
 
 from agent.core.timing import LONGEST_LEASE_S
 from agent.model import TICKS_PER_SECOND
+from agent.schema.scalars import parse_time_span
 from agent.settings.values import Address, LogLevel, RestartRule
-from agent.wire.scalars import parse_time_span
 
 LONGEST_ID = 256
 """Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""

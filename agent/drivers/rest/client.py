@@ -27,6 +27,7 @@ from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
 from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import (
+    LONGEST_HOLD_OFF_S,
     TICKS_PER_SECOND,
     GroupConfig,
     GroupStatus,
@@ -36,10 +37,13 @@ from agent.model import (
     SessionView,
 )
 from agent.ops.logs import Log
-from agent.wire import answers
-from agent.wire.scalars import format_time_span
+from agent.schema import api
+from agent.schema.codec import BodyError, decode, decode_many, encode, has_none_of
+from agent.schema.scalars import format_time_span
+from agent.schema.values import HoldOffSpan
 
 T = TypeVar("T")
+S = TypeVar("S", bound=api.Shape)
 
 log = Log(__name__)
 
@@ -63,6 +67,9 @@ PAGE = 100
 """Groups asked for at once, the documented default."""
 
 EXAMPLE = "http://127.0.0.1:8080/api/v1/clientfailover"
+
+WHOLE = "the answer"
+QUESTION = " (is this the address of a client failover service?)"
 
 MOST_PAGES = 1000
 """A listing ends here whatever Total-Count says: 100,000 groups are more than a coordinator serves."""
@@ -213,8 +220,8 @@ class RestClient:
             f"groups/{_segment(group)}/clientsessions",
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
-            body=answers.session_body(session),
-            read=lambda answer: answers.read_store_id(answer.body),
+            body=encode(api.SessionRequest.from_model(session)),
+            read=lambda answer: _decode(api.ClientSession, answer).store_id,
         )
 
     async def heartbeat(
@@ -247,8 +254,15 @@ class RestClient:
             f"{_session(group, session)}/heartbeat",
             what=f"heartbeat of session {session} in group {group}",
             timeout_s=timeout_s,
-            body=answers.heartbeat_body(score, last_data, instance, seen_epoch),
-            read=lambda answer: answers.read_heartbeat(answer.body),
+            body=encode(
+                api.HeartbeatRequest(
+                    failover_score=score,
+                    last_data_processed_time=last_data,
+                    instance=instance,
+                    epoch=seen_epoch,
+                )
+            ),
+            read=lambda answer: _decode(api.HeartbeatResponse, answer).to_model(),
         )
 
     async def status(
@@ -280,7 +294,7 @@ class RestClient:
             timeout_s=timeout_s if after is None else wait_s + timeout_s,
             params=params,
         )
-        return _read(answer, lambda answer: answers.read_status(answer.body))
+        return _read(answer, lambda answer: _decode(api.GroupStatus, answer).to_model())
 
     async def release(
         self,
@@ -315,7 +329,15 @@ class RestClient:
             f"{_session(group, session)}/release",
             what=f"release of group {group} by session {session}",
             timeout_s=timeout_s,
-            body=answers.release_body(epoch, instance, hold_off_s, reason, last_data),
+            body=encode(
+                api.ReleaseRequest(
+                    epoch=epoch,
+                    instance=instance,
+                    hold_off_period=None if hold_off_s is None else _hold_off(hold_off_s),
+                    reason=reason,
+                    last_data_processed_time=last_data,
+                )
+            ),
             read=_done,
         )
 
@@ -346,7 +368,7 @@ class RestClient:
             "",
             what="version",
             timeout_s=timeout_s,
-            read=lambda answer: answers.read_version(answer.body),
+            read=lambda answer: _decode(api.Version, answer).version,
         )
 
     async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
@@ -362,7 +384,7 @@ class RestClient:
                 what="groups",
                 timeout_s=timeout_s,
                 params={"skip": str(page * PAGE), "count": str(PAGE)},
-                read=lambda answer: (_total(answer), answers.read_groups(answer.body)),
+                read=lambda answer: (_total(answer), _decode_groups(answer)),
             )
             known = len(found)
             found |= {group.id: group for group in groups}
@@ -381,7 +403,7 @@ class RestClient:
             f"groups/{_segment(group)}",
             what=f"group {group}",
             timeout_s=timeout_s,
-            read=lambda answer: answers.read_group(answer.body),
+            read=_decode_group,
         )
 
     async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
@@ -395,9 +417,9 @@ class RestClient:
             "groups/",  # with the slash, as v1 clients do
             what=f"creating group {config.id}",
             timeout_s=timeout_s,
-            body=answers.group_body(config),
+            body=encode(api.GroupRequest.from_model(config)),
             look=f"groups/{_segment(config.id)}/status",
-            read=lambda answer: answers.read_group(answer.body),
+            read=_decode_group,
         )
 
     async def delete_group(self, group: str, *, timeout_s: float) -> None:
@@ -425,7 +447,7 @@ class RestClient:
             f"groups/{_segment(group)}/clientsessions",
             what=f"sessions of group {group}",
             timeout_s=timeout_s,
-            read=lambda answer: answers.read_sessions(answer.body),
+            read=lambda answer: [s.to_model() for s in _decode_many(api.ClientSession, answer)],
         )
 
     async def history(
@@ -442,7 +464,7 @@ class RestClient:
             what=f"history of group {group}",
             timeout_s=timeout_s,
             params={"skip": str(skip), "count": str(count)},
-            read=lambda answer: answers.read_history(answer.body),
+            read=lambda answer: [t.to_model() for t in _decode_many(api.HistoryEntry, answer)],
         )
 
     # --- how it is asked --------------------------------------------------------------------------
@@ -561,16 +583,46 @@ def _read(answer: Answer, read: Callable[[Answer], T]) -> T:
     answer.check()
     try:
         return read(answer)
-    except answers.AnswerError as error:
+    except BodyError as error:
         raise answer.unreadable(str(error)) from None
 
 
+def _decode(shape: type[S], answer: Answer) -> S:
+    try:
+        value = decode(shape, answer.body, WHOLE)
+    except BodyError as error:
+        raise BodyError(f"{error}{QUESTION}") from None
+    if has_none_of(value, answer.body):
+        raise BodyError(f"none of the properties of {shape.__name__}")
+    return value
+
+
+def _decode_many(shape: type[S], answer: Answer) -> list[S]:
+    try:
+        return decode_many(shape, answer.body, WHOLE)
+    except BodyError as error:
+        raise BodyError(f"{error}{QUESTION}") from None
+
+
+def _decode_group(answer: Answer) -> GroupConfig:
+    group = _decode(api.GroupConfiguration, answer).to_model()
+    if not group.id:
+        raise BodyError("a group without an Id")
+    return group
+
+
+def _decode_groups(answer: Answer) -> list[GroupConfig]:
+    """Those without an id left out."""
+    groups = [group.to_model() for group in _decode_many(api.GroupConfiguration, answer)]
+    return [group for group in groups if group.id]
+
+
 def _store_id(answer: Answer) -> str | None:
-    return answers.read_status(answer.body).store_id
+    return _decode(api.GroupStatus, answer).store_id
 
 
 def _no_store_id(answer: Answer) -> None:
-    answers.read_version(answer.body)
+    _decode(api.Version, answer)
 
 
 def _harmless(path: str) -> str:
@@ -625,4 +677,8 @@ def _done(answer: Answer) -> None:
         try:
             json.loads(answer.body)
         except (ValueError, RecursionError) as error:
-            raise answers.AnswerError(str(error)) from None
+            raise BodyError(str(error)) from None
+
+
+def _hold_off(seconds: float) -> HoldOffSpan:
+    return HoldOffSpan(round(min(seconds, LONGEST_HOLD_OFF_S) * TICKS_PER_SECOND))

@@ -117,6 +117,8 @@ def parse_date_time(text: str) -> datetime | None:
         read = datetime.fromisoformat(text.upper())
     except ValueError as error:
         raise ValueError(f"{not_a_time(text)} ({error})") from None
+    if read.tzinfo is UTC and read.year > 1:
+        return read
     if read.replace(tzinfo=None) == datetime.min:  # noqa: DTZ901 - the wall time, whatever its zone
         return None
     try:
