@@ -12,8 +12,10 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
 from agent.coordinator.api import Api
@@ -220,13 +222,47 @@ class _Server(uvicorn.Server):
         self.accepting.set()
 
 
+class _JoiningTransport:
+    """Sends head and body of an answer together, at the end of the loop's turn they were written in.
+
+    Uvicorn writes them apart. Each send is a system call, which costs more than making the answer, and
+    wakes the client.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._unsent: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._unsent and not self._transport.is_closing():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+
+
+class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast("asyncio.Transport", _JoiningTransport(transport)))
+
+
 @asynccontextmanager
 async def _web_server(
     app: Api, listener: socket.socket, tls: ssl.SSLContext | None, coordinator: Coordinator
 ) -> AsyncIterator[str]:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=_Protocol,
         ws="none",
         loop="none",
         lifespan="off",

@@ -242,7 +242,15 @@ class Coordinator:
         """Take a heartbeat. Raises TooSoon if it must not come yet."""
         answer = await self.apply(key, beat)
         assert isinstance(answer, HeartbeatAnswer)  # noqa: S101 - what decide promises
-        return replace(answer, store_id=self._store.store_id)
+        return HeartbeatAnswer(  # replace() takes five times as long, thousands of times a second
+            answer.role,
+            answer.last_data,
+            answer.epoch,
+            answer.revision,
+            answer.lease_s,
+            answer.previous,
+            self._store.store_id,
+        )
 
     async def apply(self, key: GroupKey, what: Input) -> HeartbeatAnswer | bool | None:
         """Let a group decide on an input, and make the decision durable if anything durable is in it."""

@@ -119,13 +119,12 @@ async def listen(connection: Connection, result: Result, measure_from: float) ->
 
 async def beat(connections: list[Connection], groups: int, rate: float, until: float) -> None:
     """Send heartbeats at their times: every session in turn, spread over all connections."""
-    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
-    random.Random(1).shuffle(sessions)  # agents beat when they like, not the primaries together
+    turn = in_turn(groups)
     start, number = time.monotonic(), 0
     while (due := start + number / rate) < until:
         if (early_s := due - time.monotonic()) > 0.0005:
             await asyncio.sleep(early_s)
-        group, session = sessions[number % len(sessions)]
+        group, session = next(turn)
         body = heartbeat(90 + number % 10)
         connection = connections[number % len(connections)]
         connection.sent.put_nowait(due)
@@ -137,12 +136,9 @@ async def beat(connections: list[Connection], groups: int, rate: float, until: f
 
 
 async def saturate(
-    connections: list[Connection], groups: int, until: float
+    connections: list[Connection], turn: Iterator[tuple[str, str]], until: float
 ) -> tuple[int, Counter[int]]:
     """Heartbeats as fast as they are answered, one at a time on each connection, by status."""
-    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
-    random.Random(1).shuffle(sessions)
-    turn = itertools.cycle(sessions)
     statuses: Counter[int] = Counter()
 
     async def one(connection: Connection) -> None:
@@ -153,6 +149,13 @@ async def saturate(
 
     await asyncio.gather(*(one(connection) for connection in connections))
     return statuses.total(), statuses
+
+
+def in_turn(groups: int) -> Iterator[tuple[str, str]]:
+    """Group and session of one heartbeat after another, without end."""
+    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
+    random.Random(1).shuffle(sessions)  # agents beat when they like, not the primaries together
+    return itertools.cycle(sessions)
 
 
 def heartbeat(score: int) -> str:
@@ -318,9 +321,10 @@ async def throughput(
     pairs = [await asyncio.open_connection(host, port) for _ in range(BUSY_CONNECTIONS)]
     connections = [Connection(*pair) for pair in pairs]
     await set_up(connections, args.groups, args.failover_timeout)
-    await saturate(connections, args.groups, time.monotonic() + 1.0)
+    turn = in_turn(args.groups)
+    await saturate(connections, turn, time.monotonic() + 1.0)
     began, cpu = time.monotonic(), cpu_s(process)
-    count, statuses = await saturate(connections, args.groups, began + args.seconds)
+    count, statuses = await saturate(connections, turn, began + args.seconds)
     took, cpu = time.monotonic() - began, cpu_s(process) - cpu
     if statuses[200] < 0.99 * count:
         raise SystemExit(f"too many refusals, take more --groups: {dict(statuses)}")

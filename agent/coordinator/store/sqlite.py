@@ -38,10 +38,15 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What somebody awaits: ``work`` runs inside a transaction, in the store's thread."""
+    """What somebody awaits: ``work`` runs inside a transaction, in the store's thread.
+
+    Attributes:
+        savepoint: false for a ``work`` of one statement, which is undone by itself if it fails.
+    """
 
     work: Callable[[], Any]
     answer: asyncio.Future[Any]
+    savepoint: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,17 @@ class SqliteStore:
         text = encode(record, name_of(key))
         entries = [(entry.epoch, encode(entry, name_of(key))) for entry in history]
 
+        def work_without_history() -> int:
+            self._db.execute(
+                "UPDATE failover_group SET version = ?, record = ?"
+                " WHERE tenant = ? AND namespace = ? AND name = ? AND version = ?",
+                (self._version + 1, text, *key, expected),
+            )
+            if self._db.changes() == 0:
+                self._check_version(key, expected)  # raises CasMismatch
+            self._version += 1
+            return self._version
+
         def work() -> int:
             group = self._check_version(key, expected)
             self._version += 1
@@ -148,6 +164,8 @@ class SqliteStore:
                 )
             return self._version
 
+        if not entries:
+            return await self._ask(work_without_history, savepoint=False)
         return await self._ask(work)
 
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
@@ -233,7 +251,7 @@ class SqliteStore:
             self._calls.put(None)
         await asyncio.shield(asyncio.wrap_future(self._closed))
 
-    async def _ask(self, work: Callable[[], AnswerT]) -> AnswerT:
+    async def _ask(self, work: Callable[[], AnswerT], *, savepoint: bool = True) -> AnswerT:
         """What ``work`` returns, once the transaction that it ran in is durable."""
         if self._closing:
             raise StoreError(
@@ -248,7 +266,7 @@ class SqliteStore:
                 exit_code=ExitCode.INTERNAL,
             )
         answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        self._calls.put(_Call(work, answer))
+        self._calls.put(_Call(work, answer, savepoint))
         return await answer
 
     # What follows runs in the store's thread.
@@ -292,7 +310,8 @@ class SqliteStore:
         """Run one call inside a savepoint, so that its refusal undoes nothing of the others."""
         if call.answer.cancelled():
             return _Outcome()
-        self._db.execute("SAVEPOINT one_call")
+        if call.savepoint:
+            self._db.execute("SAVEPOINT one_call")
         try:
             outcome = _Outcome(value=call.work())
         except (CasMismatch, StoreError) as error:
@@ -303,9 +322,10 @@ class SqliteStore:
                 exit_code=ExitCode.INTERNAL,
             )
             outcome = _Outcome(error=refusal)
-        if outcome.error is not None:
-            self._db.execute("ROLLBACK TO one_call")
-        self._db.execute("RELEASE one_call")
+        if call.savepoint:
+            if outcome.error is not None:
+                self._db.execute("ROLLBACK TO one_call")
+            self._db.execute("RELEASE one_call")
         return outcome
 
     def _undo(self, error: Exception) -> None:
