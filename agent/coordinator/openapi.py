@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made of the route table and of the shapes of schema/api.py: no second list."""
+"""The OpenAPI 3.1 document, built from the route table and from the shapes of schema/api.py."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ABOUT = (
 )
 
 MEANINGS = {
-    400: "The request is wrong; Reason says what, and what would be right.",
+    400: "The request is wrong; Reason has the property, its value and what would be right.",
     401: "The caller is not known.",
     403: "The caller may not do this.",
     404: "There is no such group or session.",
@@ -62,7 +62,7 @@ RETRY = {
 }
 CHALLENGE = {
     "WWW-Authenticate": {
-        "description": "How to say who one is.",
+        "description": "The accepted authentication schemes.",
         "required": True,
         "schema": {"type": "string"},
     }
@@ -126,7 +126,7 @@ def _tag(path: str) -> str:
 
 
 def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
-    """Every status that it can be refused with, but 404 and 405 of routing."""
+    """Every status of a refusal, except 404 and 405 of routing."""
     known = set(route.refusals)
     if route.query or route.body is not None or "{" in path:
         known.add(400)
@@ -162,12 +162,12 @@ def _result(result: Result) -> dict[str, Any]:
         "description": result.meaning,
         "headers": {"Operation-Id": OPERATION_ID},
     }
-    if result.many:
+    if result.is_list:
         response["headers"] |= {"Total-Count": TOTAL}
     if result.shape is not None:
         schema = _reference(result.shape)
         response["content"] = _content(
-            {"type": "array", "items": schema} if result.many else schema
+            {"type": "array", "items": schema} if result.is_list else schema
         )
     elif result.media is not None:
         kind = "object" if result.media == "application/json" else "string"

@@ -1,8 +1,8 @@
 """The coordinator as a process: store, service, application and web server, started and stopped.
 
 ``run`` is the process; ``serving`` is the same inside another one (the demonstration, tests). The
-order counts: what is wrong with the settings is found before the data directory is touched, and
-nobody can connect before every group is loaded.
+order matters: settings are checked before the data directory is touched, and no client can connect before
+every group is loaded.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ SPARE_FILES = 64
 them, the store and the log; the limit of open files is raised so far if the system lets us."""
 
 GRACE_S = 5
-"""Requests that are being answered at a stop get so long; then they are cut off. What is being made
-durable is finished in any case."""
+"""Time for the requests in progress at a shutdown; then they are aborted. Durable writes are finished in any
+case."""
 
 RELOAD_S = 30.0
 """How long a reload waits for files on a disk that may hang."""
@@ -73,7 +73,7 @@ def run(
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
-        StoreError: the data directory cannot be used; the exit code says why.
+        StoreError: the data directory cannot be used; the exit code has the reason.
     """
     logs.configure(settings.log_level, settings.log_format)
     gc.set_threshold(*GC_THRESHOLDS)
@@ -130,7 +130,7 @@ def _reloading(
 
 async def _reload(access: Access, reread: Callable[[], CoordinatorSettings], lane: Lane) -> None:
     def read() -> tuple[CoordinatorSettings, list[str], Files]:
-        settings, refused = access.merged(reread())
+        settings, refused = access.merge_reloadable(reread())
         return settings, refused, load(settings)
 
     try:
@@ -143,7 +143,7 @@ async def _reload(access: Access, reread: Callable[[], CoordinatorSettings], lan
             "configuration not changed", reason=f"its files were not read within {RELOAD_S:g} s"
         )
         return
-    changed = access.take_over(settings, files)
+    changed = access.apply(settings, files)
     logs.configure(settings.log_level, settings.log_format)
     if refused:
         log.warning(
@@ -272,7 +272,7 @@ async def _web_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=False,  # it would be up to a second old: api.py says it
+        date_header=False,  # it would be up to a second old: api.py writes its own
         backlog=BACKLOG,
         limit_concurrency=_most_connections(),
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -292,7 +292,7 @@ async def _web_server(
     try:
         yield url
     finally:
-        coordinator.stop_taking()
+        coordinator.refuse_requests()
         server.should_exit = True
         await task
 
