@@ -96,7 +96,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> str:
-    """Why a body is no JSON, or which property is wrong; the standard library's parser says where."""
+    """Why a body is no JSON, or which property is wrong; the standard library's parser knows where."""
     try:
         given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The values inside the JSON shapes: time-spans, date-times, enumerations, and how a wrong one is told.
+"""The values inside the JSON shapes: time-spans, date-times, enumerations, and sentences about wrong ones.
 
 Plain functions, for both ends of the API. Owns no shape, and imports no pydantic: an agent reads its
 answers without it.
@@ -165,7 +165,7 @@ OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
 
 
 def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
-    """The member that a number or a name in any letter case says.
+    """The member with a number, or with a name in any letter case.
 
     Raises:
         ValueError: it is neither.
