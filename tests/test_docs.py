@@ -12,7 +12,7 @@ import pytest
 from agent.cli.main import Wishes, cli, main
 from agent.cli.reader import commands
 from agent.coordinator.calls import ROUTES
-from agent.schema import api
+from agent.schema import access, codec
 from agent.settings.describe import Described, describe
 from agent.settings.models import AgentForm, CoordinatorSettings, Settings
 
@@ -277,10 +277,10 @@ def test_the_api_page_has_every_call_with_its_statuses() -> None:
 def test_the_api_page_has_every_property() -> None:
     page = (ROOT / "docs/api.md").read_text()
     known: list[Any] = [
-        *api.REQUESTS,
-        *api.ANSWERS,
-        api.Trustee,
-        api.AccessControlEntry,
+        *codec.REQUESTS,
+        *codec.ANSWERS,
+        access.Trustee,
+        access.AccessControlEntry,
     ]
     for shape in known:
         for name in shape.__struct_encode_fields__:

@@ -19,7 +19,7 @@ from agent.coordinator.service import LONGEST_WAIT_S, Coordinator
 from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
-from agent.schema import api
+from agent.schema import access, api
 from agent.schema.scalars import parse_time_span
 from agent.schema.values import whole
 
@@ -180,7 +180,7 @@ async def get_group_access(call: Call) -> Answer:
     acl = call.coordinator.group_access(call.key)
     if acl is None:
         acl = await call.coordinator.access(*call.tenant_namespace)
-    return Answer(body=api.AccessControlList.from_model(acl or AccessList()))
+    return Answer(body=access.AccessControlList.from_model(acl or AccessList()))
 
 
 async def put_group_access(call: Call) -> Answer:
@@ -192,7 +192,7 @@ async def put_group_access(call: Call) -> Answer:
 async def get_access(call: Call) -> Answer:
     """The access-control list of a namespace's groups; empty if none was ever set."""
     acl = await call.coordinator.access(*call.tenant_namespace)
-    return Answer(body=api.AccessControlList.from_model(acl or AccessList()))
+    return Answer(body=access.AccessControlList.from_model(acl or AccessList()))
 
 
 async def put_access(call: Call) -> Answer:
@@ -418,7 +418,7 @@ ROUTES: tuple[Route, ...] = (
         ACCESS,
         get_group_access,
         "Read the access-control list of a group",
-        (Result(200, "The list in force", api.AccessControlList),),
+        (Result(200, "The list in force", access.AccessControlList),),
         refusals=(404,),
     ),
     Route(
@@ -428,7 +428,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a group",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=api.AccessControlRequest,
+        body=access.AccessControlRequest,
         refusals=(404,),
     ),
     Route(
@@ -436,7 +436,7 @@ ROUTES: tuple[Route, ...] = (
         NAMESPACE_ACCESS,
         get_access,
         "Read the access-control list of a namespace's groups",
-        (Result(200, "The list", api.AccessControlList),),
+        (Result(200, "The list", access.AccessControlList),),
         bases=(CLOUD,),
     ),
     Route(
@@ -446,7 +446,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace the access-control list of a namespace's groups",
         (Result(204, "Replaced"),),
         right=Right.MANAGE,
-        body=api.AccessControlRequest,
+        body=access.AccessControlRequest,
         bases=(CLOUD,),
     ),
     Route(

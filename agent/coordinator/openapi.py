@@ -8,8 +8,8 @@ import msgspec
 
 from agent import __version__
 from agent.coordinator.routes import BASES, CLOUD, Result, Route
-from agent.schema.api import Shape
 from agent.schema.codec import component_schemas, id_schema
+from agent.schema.values import Shape
 
 ABOUT = (
     "Groups of clients of which exactly one is primary. Path literals match in any letter case, and"

@@ -13,8 +13,7 @@ import msgspec
 
 from agent.errors import Invalid, NotFound
 from agent.model import Right
-from agent.schema.api import Shape
-from agent.schema.values import Id
+from agent.schema.values import Id, Shape
 
 CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
 BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")

@@ -6,16 +6,17 @@ caller; the others are answers, in which a v1 server leaves out much. Unknown pr
 and a null property is an absent one. Each description is used twice: in the OpenAPI document, and as the
 end of an error's sentence ("... it must be a number from ...").
 
-What this module refuses to know: HTTP, who asks, and what is decided. codec.py decodes and encodes.
+What this module refuses to know: HTTP, who asks, and what is decided. codec.py decodes and encodes, and
+access.py has the shapes of access-control lists.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from agent import model
-from agent.model import TICKS_PER_SECOND, Right
+from agent.model import TICKS_PER_SECOND
 from agent.schema.values import (
     OVERRIDES,
     ROLES,
@@ -29,12 +30,10 @@ from agent.schema.values import (
     NeededMoment,
     OverrideCode,
     RoleCode,
+    Shape,
     TimeSpan,
     whole,
 )
-
-MAX_ENTRIES = 1000
-"""Entries of an access-control list: each request walks them, so the list has an end."""
 
 DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
 """00:01:00, the FailoverTimeout that v1 clients take when none is given."""
@@ -83,11 +82,6 @@ Override = Annotated[OverrideCode, Meta(description="An override: 0 or Off, 1 or
 OverrideEnd = Annotated[
     Moment | None, Meta(description="A date-time: when the override ends; left out for never.")
 ]
-
-
-class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
-    """A JSON object of the API. A property without a value is None, and left out of the JSON."""
-
 
 # --- groups -------------------------------------------------------------------------------------
 
@@ -413,118 +407,6 @@ class RoleOverrideResponse(Shape, frozen=True):
         return cls(value=override, role_override_expiration_time=until)
 
 
-# --- access -------------------------------------------------------------------------------------
-
-
-class Trustee(Shape, frozen=True):
-    """Whom an entry speaks of."""
-
-    type: Annotated[
-        Annotated[int, Meta(ge=1, le=3)] | Annotated[float, Meta(ge=1, le=3, multiple_of=1)],
-        Meta(description="An integer: 1 for a user, 2 for a client, 3 for a role."),
-    ]
-    object_id: Annotated[
-        str,
-        Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters."),
-    ]
-    tenant_id: Annotated[
-        Annotated[str, Meta(max_length=256)] | None,
-        Meta(description="A string of at most 256 characters."),
-    ] = None
-
-
-class AccessControlEntry(Shape, frozen=True):
-    """What one trustee may do, or may not. Denied beats allowed."""
-
-    trustee: Annotated[Trustee, Meta(description="An object with Type and ObjectId.")]
-    access_type: Annotated[
-        Annotated[int, Meta(ge=0, le=1)] | Annotated[float, Meta(ge=0, le=1, multiple_of=1)],
-        Meta(description="An integer: 0 for allowed, 1 for denied."),
-    ]
-    access_rights: Annotated[
-        Annotated[int, Meta(ge=0, le=31)] | Annotated[float, Meta(ge=0, le=31, multiple_of=1)],
-        Meta(
-            description="An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
-            " ManageAccessControl 8, Share 16."
-        ),
-    ]
-
-
-class AccessControlList(Shape, frozen=True):
-    """Who may do what."""
-
-    role_trustee_access_control_entries: Annotated[
-        list[AccessControlEntry],
-        Meta(
-            max_length=MAX_ENTRIES,
-            description=f"A list of at most {MAX_ENTRIES} access-control entries.",
-        ),
-    ]
-
-    @classmethod
-    def from_model(cls, access: model.AccessList) -> Self:
-        return cls(
-            role_trustee_access_control_entries=[
-                AccessControlEntry(
-                    trustee=Trustee(
-                        type=entry.trustee.kind,
-                        object_id=entry.trustee.object_id,
-                        tenant_id=entry.trustee.tenant_id,
-                    ),
-                    access_type=int(entry.denied),
-                    access_rights=entry.rights,
-                )
-                for entry in access.entries
-            ]
-        )
-
-    def to_model(self) -> model.AccessList:
-        return model.AccessList(
-            tuple(
-                model.AccessEntry(
-                    trustee=model.Trustee(
-                        kind=int(entry.trustee.type),
-                        object_id=entry.trustee.object_id,
-                        tenant_id=entry.trustee.tenant_id,
-                    ),
-                    denied=bool(entry.access_type),
-                    rights=int(entry.access_rights),
-                )
-                for entry in self.role_trustee_access_control_entries
-            )
-        )
-
-
-class AccessControlRequest(AccessControlList, frozen=True):
-    """Who may do what from now on. At least one trustee keeps ManageAccessControl."""
-
-    role_trustee_access_control_entries: Annotated[
-        list[AccessControlEntry],
-        Meta(
-            max_length=MAX_ENTRIES,
-            description=f"A list of 1 to {MAX_ENTRIES} access-control entries.",
-            extra_json_schema={
-                "contains": {
-                    "properties": {
-                        "AccessType": {"const": 0},
-                        "AccessRights": {"enum": [r for r in range(32) if r & Right.MANAGE]},
-                    }
-                }
-            },
-        ),
-    ]
-
-    def __post_init__(self) -> None:
-        """Refuse a list after which nobody could change it."""
-        managing = [entry for entry in self.to_model().entries if entry.rights & Right.MANAGE]
-        denied = {entry.trustee for entry in managing if entry.denied}
-        if all(entry.denied or entry.trustee in denied for entry in managing):
-            raise ValueError(
-                "nobody would keep the right ManageAccessControl: RoleTrusteeAccessControlEntries"
-                " must allow (AccessType 0) it (AccessRights 8) to one trustee that is not denied it"
-            )
-
-
 # --- the service itself -------------------------------------------------------------------------
 
 
@@ -548,28 +430,6 @@ class Version(Shape, frozen=True):
     """What answers at the base path."""
 
     version: Annotated[str, Meta(description="A string: the version of the server.")]
-
-
-REQUESTS: tuple[type[Shape], ...] = (
-    GroupRequest,
-    SessionRequest,
-    HeartbeatRequest,
-    RoleOverrideRequest,
-    ReleaseRequest,
-    AccessControlRequest,
-)
-ANSWERS: tuple[type[Shape], ...] = (
-    GroupConfiguration,
-    GroupStatus,
-    ClientSession,
-    HeartbeatResponse,
-    RoleOverrideResponse,
-    HistoryEntry,
-    ErrorResponse,
-    Version,
-)
-NESTED: tuple[type[Shape], ...] = (AccessControlList, SessionHeartbeat, AccessControlEntry, Trustee)
-"""The shapes that are inside of others, and AccessControlList, which is both asked and answered."""
 
 
 def _span(seconds: float) -> TimeSpan:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.schema.api import ANSWERS, NESTED, REQUESTS, SessionHeartbeat, Shape
+from agent.schema import access, api
 from agent.schema.scalars import not_json, shown
 from agent.schema.values import (
     Id,
+    Shape,
     decode_value,
     describe_value,
     encode_with_names,
@@ -24,6 +25,32 @@ from agent.schema.values import (
 )
 
 S = TypeVar("S", bound=Shape)
+
+REQUESTS: tuple[type[Shape], ...] = (
+    api.GroupRequest,
+    api.SessionRequest,
+    api.HeartbeatRequest,
+    api.RoleOverrideRequest,
+    api.ReleaseRequest,
+    access.AccessControlRequest,
+)
+ANSWERS: tuple[type[Shape], ...] = (
+    api.GroupConfiguration,
+    api.GroupStatus,
+    api.ClientSession,
+    api.HeartbeatResponse,
+    api.RoleOverrideResponse,
+    api.HistoryEntry,
+    api.ErrorResponse,
+    api.Version,
+)
+NESTED: tuple[type[Shape], ...] = (
+    access.AccessControlList,
+    api.SessionHeartbeat,
+    access.AccessControlEntry,
+    access.Trustee,
+)
+"""The shapes that are inside of others, and AccessControlList, which is both asked and answered."""
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -181,7 +208,7 @@ def component_schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         [*REQUESTS, *ANSWERS, *NESTED], schema_hook=describe_value, ref_template=REFERENCE
     )
-    answers = {shape.__name__ for shape in ANSWERS} | {SessionHeartbeat.__name__}
+    answers = {shape.__name__ for shape in ANSWERS} | {api.SessionHeartbeat.__name__}
     for name, schema in schemas.items():
         properties = schema["properties"]
         for key, declared in properties.items():

@@ -1,4 +1,4 @@
-"""The types inside the JSON shapes that JSON does not have, each with its one way in and its one way out.
+"""The base of all JSON shapes, and the types inside them that JSON does not have.
 
 ``decode_value`` and the two ``encode_`` functions are the hooks for msgspec. A type's ``read`` raises
 TypeError for a value of the wrong kind, and ValueError, whose text completes "PROPERTY: ...", for one
@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
@@ -231,6 +231,11 @@ Id = Annotated[
         " and not '.' or '..'.",
     ),
 ]
+
+
+class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
+    """A JSON object of the API. A property without a value is None, and left out of the JSON."""
+
 
 # --- the hooks ----------------------------------------------------------------------------------
 

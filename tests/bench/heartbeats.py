@@ -3,7 +3,8 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
     .venv/bin/python tests/bench/heartbeats.py [--rate 3000] [--groups 2000] [--seconds 10]
     .venv/bin/python tests/bench/heartbeats.py --rate 700 --groups 10000 --failover-timeout 60 \
         --seconds 30 --scrape 1 [--session-metrics]
-    .venv/bin/python tests/bench/heartbeats.py --compare main [--rounds 5] [--groups 1000] [--seconds 5]
+    .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
+        [--rounds 5] [--groups 1000] [--seconds 5]
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -327,7 +328,9 @@ async def throughput(
     count, statuses = await saturate(connections, turn, began + args.seconds)
     took, cpu = time.monotonic() - began, cpu_s(process) - cpu
     if statuses[200] < 0.99 * count:
-        raise SystemExit(f"too many refusals, take more --groups: {dict(statuses)}")
+        raise SystemExit(
+            f"too many refusals, take more --groups or a shorter --failover-timeout: {dict(statuses)}"
+        )
     return count / took, count / cpu
 
 

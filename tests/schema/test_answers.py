@@ -20,6 +20,7 @@ from agent.model import (
 )
 from agent.schema import api, codec
 from agent.schema.codec import BodyError
+from agent.schema.values import Shape
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -28,11 +29,11 @@ def answer(body: bytes) -> Answer:
     return Answer("test", "http://test", 200, httpx2.Headers(), body)
 
 
-def one(shape: type[api.Shape]) -> Callable[[bytes], Any]:
+def one(shape: type[Shape]) -> Callable[[bytes], Any]:
     return lambda body: client._decode(shape, answer(body))
 
 
-def many(shape: type[api.Shape]) -> Callable[[bytes], Any]:
+def many(shape: type[Shape]) -> Callable[[bytes], Any]:
     return lambda body: client._decode_many(shape, answer(body))
 
 

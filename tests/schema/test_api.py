@@ -17,8 +17,9 @@ from schemathesis.core import NotSet
 from agent import model
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import TICKS_PER_SECOND, Role, RoleOverride
-from agent.schema import api, codec, scalars, values
+from agent.schema import access, api, codec, scalars, values
 from agent.schema.codec import BodyError
+from agent.schema.values import Shape
 
 TICKS = st.integers(-scalars.MAX_TICKS - 1, scalars.MAX_TICKS)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -27,14 +28,14 @@ ROUND_TRIPS = 100_000
 GENERATED = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 """A slow draw on a busy machine is no failure."""
 
-S = TypeVar("S", bound=api.Shape)
+S = TypeVar("S", bound=Shape)
 
 
 def read(shape: type[S], **properties: Any) -> S:
     return codec.decode(shape, json.dumps(properties).encode())
 
 
-def complaint(shape: type[api.Shape], body: bytes | str) -> str:
+def complaint(shape: type[Shape], body: bytes | str) -> str:
     with pytest.raises(BodyError) as caught:
         codec.decode(shape, body.encode() if isinstance(body, str) else body)
     return str(caught.value)
@@ -269,7 +270,7 @@ VALUES: list[tuple[type[Any], Any]] = [
         model.SessionView(model.SessionRecord(model.SessionConfig("s")), Role.SECONDARY),
     ),
     (
-        api.AccessControlRequest,
+        access.AccessControlRequest,
         model.AccessList(
             (
                 model.AccessEntry(model.Trustee(3, "admins", "t"), denied=False, rights=31),
@@ -277,7 +278,7 @@ VALUES: list[tuple[type[Any], Any]] = [
             )
         ),
     ),
-    (api.AccessControlList, model.AccessList()),
+    (access.AccessControlList, model.AccessList()),
 ]
 
 
@@ -447,12 +448,12 @@ LONG = "x" * 300
             "HoldOffPeriod: 1.00:00:00.0000001 is out of range: it must be from 00:00:00 to 1.00:00:00",
         ),
         (
-            api.AccessControlRequest,
+            access.AccessControlRequest,
             '{"RoleTrusteeAccessControlEntries":[{"AccessType":1,"AccessRights":1,"Trustee":{}}]}',
             "RoleTrusteeAccessControlEntries[0].Trustee.Type is missing: it must be an integer: 1",
         ),
         (
-            api.AccessControlRequest,
+            access.AccessControlRequest,
             '{"RoleTrusteeAccessControlEntries":[5]}',
             "RoleTrusteeAccessControlEntries[0] is 5: it must be a JSON object",
         ),
@@ -473,7 +474,7 @@ LONG = "x" * 300
     ],
 )
 def test_a_refusal_says_which_property_what_was_given_and_what_is_right(
-    shape: type[api.Shape], body: bytes | str, sentence: str
+    shape: type[Shape], body: bytes | str, sentence: str
 ) -> None:
     assert complaint(shape, body).startswith(sentence)
 
@@ -511,9 +512,11 @@ def test_an_access_control_list_has_to_leave_somebody_in_charge() -> None:
         return json.dumps({"RoleTrusteeAccessControlEntries": entries})
 
     for entries in ([], [entry(0, 7, "a")], [entry(0, 31, "a"), entry(1, 8, "a")]):
-        assert "nobody would keep the right" in complaint(api.AccessControlRequest, body(*entries))
+        assert "nobody would keep the right" in complaint(
+            access.AccessControlRequest, body(*entries)
+        )
     kept = body(entry(0, 31, "a"), entry(1, 8, "a"), entry(0, 8, "b"))
-    assert len(codec.decode(api.AccessControlRequest, kept.encode()).to_model().entries) == 3
+    assert len(codec.decode(access.AccessControlRequest, kept.encode()).to_model().entries) == 3
 
 
 def test_every_property_has_a_description_that_completes_the_sentence() -> None:
@@ -525,7 +528,7 @@ def test_every_property_has_a_description_that_completes_the_sentence() -> None:
 # --- the schema tells the truth -----------------------------------------------------------------
 
 
-def _operation(shape: type[api.Shape]) -> Any:
+def _operation(shape: type[Shape]) -> Any:
     content = {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}
     post = {
         "requestBody": {"required": True, "content": {"application/json": content}},
@@ -541,9 +544,9 @@ def _operation(shape: type[api.Shape]) -> Any:
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("shape", api.REQUESTS, ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", codec.REQUESTS, ids=lambda shape: shape.__name__)
 def test_a_request_is_accepted_if_and_only_if_its_schema_admits_it(
-    shape: type[api.Shape], mode: GenerationMode
+    shape: type[Shape], mode: GenerationMode
 ) -> None:
     @settings(GENERATED, max_examples=20, phases=[Phase.generate])
     @given(case=_operation(shape).as_strategy(generation_mode=mode))

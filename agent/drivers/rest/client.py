@@ -39,10 +39,10 @@ from agent.ops.logs import Log
 from agent.schema import api
 from agent.schema.codec import BodyError, decode, decode_many, encode, has_none_of
 from agent.schema.scalars import format_time_span
-from agent.schema.values import HoldOffSpan
+from agent.schema.values import HoldOffSpan, Shape
 
 T = TypeVar("T")
-S = TypeVar("S", bound=api.Shape)
+S = TypeVar("S", bound=Shape)
 
 log = Log(__name__)
 
