@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import click
-from pydantic import BaseModel
+from msgspec import Struct
 
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import id_argument, print_json, query, table
@@ -19,8 +19,8 @@ from agent.model import (
     HistoryEntry,
     SessionView,
 )
+from agent.schema import api
 from agent.schema.settings import AgentSettings
-from agent.wire import shapes
 
 RECENT = 10
 """Tenures that ``show`` prints: recent history fits on a screen."""
@@ -45,7 +45,7 @@ def list_groups(*, as_json: bool, **given: Any) -> int:
         lambda client, timeout_s: client.groups(timeout_s=timeout_s),
     )
     if as_json:
-        print_json([shapes.GroupConfiguration.of(group) for group in groups])
+        print_json([api.GroupConfiguration.from_model(group) for group in groups])
     else:
         table(
             ("group", "name", "failover timeout", "description"),
@@ -78,19 +78,19 @@ def create(
         settings, lambda client, timeout_s: client.create_group(wanted, timeout_s=timeout_s)
     )
     if as_json:
-        print_json(shapes.GroupConfiguration.of(group))
+        print_json(api.GroupConfiguration.from_model(group))
     else:
         click.echo(f"group {group.id} is there, failover timeout {group.lease_s:g} s")
     return 0
 
 
-class Report(BaseModel):
-    """The output of ``groups show --json``: the API's own shapes. A plain v1 server has no history."""
+class Report(Struct, omit_defaults=True):
+    """What ``groups show --json`` prints: the API's own shapes. A plain v1 server has no history."""
 
-    Group: shapes.GroupConfiguration
-    Status: shapes.GroupStatus
-    Sessions: list[shapes.ClientSession]
-    History: list[shapes.HistoryEntry] | None
+    Group: api.GroupConfiguration
+    Status: api.GroupStatus
+    Sessions: list[api.ClientSession]
+    History: list[api.HistoryEntry] | None = None
 
 
 @command.command("show")
@@ -114,12 +114,12 @@ def show(*, group_id: str, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(
             Report(
-                Group=shapes.GroupConfiguration.of(group),
-                Status=shapes.GroupStatus.of(status),
-                Sessions=[shapes.ClientSession.of(view) for view in sessions],
+                Group=api.GroupConfiguration.from_model(group),
+                Status=api.GroupStatus.from_model(status),
+                Sessions=[api.ClientSession.from_model(view) for view in sessions],
                 History=None
                 if history is None
-                else [shapes.HistoryEntry.of(tenure) for tenure in history],
+                else [api.HistoryEntry.from_model(tenure) for tenure in history],
             )
         )
         return 0

@@ -31,8 +31,8 @@ from agent.drivers.hooks import (
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role
 from agent.ops.clock import Clock
+from agent.schema.scalars import parse_date_time
 from agent.schema.settings import AgentSettings
-from agent.wire.scalars import parse_date_time
 
 NEW_ROLE = {"pending_primary": Role.PENDING_PRIMARY, "primary": Role.PRIMARY}
 OLD_ROLE = {

@@ -6,12 +6,12 @@ and no markup of it reaches the terminal.
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TypeVar
 
 import click
-from pydantic import BaseModel
+from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +19,9 @@ from rich.text import Text
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
 from agent.errors import ServerError
+from agent.schema import codec
 from agent.schema.formats import check_id
 from agent.schema.settings import AgentSettings
-from agent.wire import shapes
 
 T = TypeVar("T")
 
@@ -72,9 +72,9 @@ def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
     return click.argument("group_id", metavar=name, callback=check)
 
 
-def print_json(value: BaseModel | list[BaseModel]) -> None:
-    """Print shapes of the API, as it would send them, with roles as names."""
-    click.echo(shapes.to_json(value, enum_names=True).decode())
+def print_json(value: Struct | Sequence[Struct]) -> None:
+    """The shapes of the API, as it would send them, with roles as names."""
+    click.echo(codec.encode(value, enum_names=True).decode())
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

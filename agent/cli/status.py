@@ -4,21 +4,21 @@ import asyncio
 from typing import Any
 
 import click
-from pydantic import BaseModel
+from msgspec import Struct
 
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import id_argument, print_json, query, table
 from agent.drivers.rest import RestClient
 from agent.model import GroupStatus, SessionView
+from agent.schema import api
 from agent.schema.settings import AgentSettings
-from agent.wire import shapes
 
 
-class Report(BaseModel):
-    """The output of ``status --json``: the API's own shapes."""
+class Report(Struct, omit_defaults=True):
+    """What ``status --json`` prints: the API's own shapes."""
 
-    Status: shapes.GroupStatus
-    Sessions: list[shapes.ClientSession]
+    Status: api.GroupStatus
+    Sessions: list[api.ClientSession]
 
 
 @click.command("status")
@@ -40,8 +40,8 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(
             Report(
-                Status=shapes.GroupStatus.of(status),
-                Sessions=[shapes.ClientSession.of(view) for view in sessions],
+                Status=api.GroupStatus.from_model(status),
+                Sessions=[api.ClientSession.from_model(view) for view in sessions],
             )
         )
     else:

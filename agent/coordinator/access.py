@@ -1,4 +1,4 @@
-"""Who is served, and by which certificate: what SIGHUP reads again while connections stay open.
+"""Authentication and TLS files, which SIGHUP reloads while connections stay open.
 
 Owns loading the certificate, its key, the users file and the token keys, and taking all of them over at
 once or none. Knows nothing of sockets and signals.
@@ -34,7 +34,7 @@ def load(settings: CoordinatorSettings) -> Files:
     """Read all files, and check that they can be used. Blocks for as long as the disk does.
 
     Raises:
-        ConfigError: a file cannot be read, or is not what its setting says.
+        ConfigError: a file cannot be read, or does not hold what its setting needs.
     """
     tokens = None
     if settings.token_keys_file is not None:
@@ -98,8 +98,10 @@ class Access:
             _use_pair(self.tls, *files.tls)
         self.auth = Authenticator(files.users, files.tokens)
 
-    def merged(self, wanted: CoordinatorSettings) -> tuple[CoordinatorSettings, list[str]]:
-        """The settings with what SIGHUP may change of ``wanted``, and the names of what it may not."""
+    def merge_reloadable(
+        self, wanted: CoordinatorSettings
+    ) -> tuple[CoordinatorSettings, list[str]]:
+        """The settings with the reloadable changes of ``wanted``; the names of those that need a restart."""
         kept = {}
         for key in (setting.name for setting in fields(wanted)):
             old, new = getattr(self.settings, key), getattr(wanted, key)
@@ -108,8 +110,8 @@ class Access:
                 kept[key] = old
         return replace(wanted, **kept), sorted(kept)
 
-    def take_over(self, settings: CoordinatorSettings, files: Files) -> list[str]:
-        """Put settings of ``merged`` and their files into force; the names of changed settings.
+    def apply(self, settings: CoordinatorSettings, files: Files) -> list[str]:
+        """Put settings from ``merge_reloadable`` and their files into force; the names of changed settings.
 
         Connections that are open stay as they are; new ones get the new certificate, and each request
         is authenticated by the new users.

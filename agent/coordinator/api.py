@@ -1,7 +1,7 @@
 """The group API over HTTP: an ASGI application around the coordinator.
 
-Owns what is HTTP's: paths and methods, bodies and their types, credentials, status codes and the
-ErrorResponse that every refusal is answered with. What a call does stands in calls.py.
+Owns the HTTP side: dispatch, bodies and their types, authentication, status codes, and the ErrorResponse of
+each refusal. The handlers are in calls.py.
 
 A plain ASGI application rather than Starlette routes: a heartbeat costs a third of it, and every
 error, also one of routing, is answered in one form.
@@ -17,13 +17,11 @@ from email.utils import formatdate
 from time import perf_counter
 from typing import Any
 
-from pydantic import ValidationError
-
 from agent.coordinator.auth import Authenticator, Caller, allowed
 from agent.coordinator.calls import ROUTES, Answer, Call, get_status
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
-from agent.coordinator.routes import Found, Route, Router, read_query
+from agent.coordinator.routes import DEFAULT_NAME, PathMatch, Route, Router, read_query
 from agent.coordinator.service import Coordinator
 from agent.errors import (
     Conflict,
@@ -37,7 +35,8 @@ from agent.errors import (
 )
 from agent.model import AccessList, GroupKey, Instant, Right
 from agent.ops.logs import Log
-from agent.wire import shapes
+from agent.schema.api import ErrorResponse
+from agent.schema.codec import BodyError, decode, encode
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -46,7 +45,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPERATION_ID = b"operation-id"
 
 PART_BYTES = 65_536
-"""Of a long body, sent before other requests get their turn: with TLS, 12 MB at once took 50 ms."""
+"""Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
 
 log = Log(__name__)
 
@@ -85,12 +84,12 @@ class Api:
     """The ASGI application.
 
     Args:
-        coordinator: answers the calls; started and stopped by whoever made it.
+        coordinator: started and stopped by the caller.
         clock: for the end of an override.
-        authenticator: who may call; without schemes, everybody.
+        authenticator: without schemes every call is allowed.
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
-        metrics: counts the requests; the coordinator's own, too.
+        metrics: also served at /metrics.
     """
 
     def __init__(
@@ -106,13 +105,13 @@ class Api:
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
-        self._dated = (0, b"")
+        self._date_header = (0, b"")
         self._auth = authenticator or Authenticator()
         self._open = not self._auth.schemes
         self._max_body_bytes = max_body_bytes
         self._role_names = role_names
         self._router = Router(ROUTES)
-        self._run_id = str(uuid.uuid4())[:-12]  # an operation's id is this and its number
+        self._run_id = str(uuid.uuid4())[:-12]  # prefix of each operation id
         self._operations = itertools.count(1)
         self._document = document(ROUTES, self._auth.schemes)
 
@@ -124,10 +123,10 @@ class Api:
         try:
             answer = await self._answer(scope, receive)
         except RequestRefused as refusal:
-            answer = self._refused(refusal, operation_id)
+            answer = self._refusal_answer(refusal, operation_id)
         except Exception:  # a request's edge: the caller gets an ErrorResponse
             log.exception("request failed", operation_id=operation_id, path=scope["path"])
-            answer = _error(500, "InternalError", _INTERNAL, operation_id)
+            answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         await self._send(scope["method"], answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
@@ -140,7 +139,7 @@ class Api:
             return self._without_route(method, found)
         scope["failover.route"] = route.name
         if self._coordinator.stopping and route.right is not None:
-            raise _STOPPING
+            raise _STOPPING_REFUSAL
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         caller = None
         if not self._open and route.right is not None:
@@ -150,10 +149,10 @@ class Api:
         if route.body is not None:
             text = await self._read_body(headers, receive)
             try:
-                body = route.body.model_validate_json(text)
-            except ValidationError as error:
+                body = decode(route.body, text)
+            except BodyError as error:
                 raise Invalid(
-                    f"{shapes.explain_request(error)}.",
+                    f"{error}.",
                     f"{route.body.__name__} is in /openapi.json.",
                 ) from None
         call = Call(
@@ -162,7 +161,7 @@ class Api:
             found.values,
             read_query(route.query, scope["query_string"]),
             body,
-            self._reader(found, caller),
+            self._read_check(found, caller),
             self._document,
             self._metrics,
             (_header(headers, b"accept") or b"").decode("latin-1"),
@@ -172,8 +171,8 @@ class Api:
         answer: Answer = await route.handler(call)
         return answer
 
-    def _without_route(self, method: str, found: Found) -> Answer:
-        """What OPTIONS is told, or why there is no such method here."""
+    def _without_route(self, method: str, found: PathMatch) -> Answer:
+        """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
         methods = {*found.routes, "OPTIONS"} | ({"HEAD"} if "GET" in found.routes else set())
         allow = ", ".join(sorted(methods))
         if method == "OPTIONS":
@@ -183,24 +182,29 @@ class Api:
     # -- rights -------------------------------------------------------------------------------
 
     async def _authorise(self, route: Route, right: Right, values: Any, caller: Caller) -> None:
-        """Raise Forbidden unless the list that counts gives the right."""
-        place = values.get("tenantId", "default"), values.get("namespaceId", "default")
+        """Raise Forbidden unless the access-control list in force grants the right."""
+        tenant_namespace = (
+            values.get("tenantId", DEFAULT_NAME),
+            values.get("namespaceId", DEFAULT_NAME),
+        )
         acl = None
         if "groupId" in values:
-            with suppress(NotFound):  # only somebody who may ask is told so
-                acl = self._coordinator.group_access(GroupKey(*place, values["groupId"]))
+            with suppress(NotFound):  # 404 is only for callers with the right
+                acl = self._coordinator.group_access(GroupKey(*tenant_namespace, values["groupId"]))
         if acl is None:
-            acl = await self._coordinator.access(*place)
-        if not allowed(acl, caller, place[0], right):
+            acl = await self._coordinator.access(*tenant_namespace)
+        if not allowed(acl, caller, tenant_namespace[0], right):
             raise Forbidden(
-                f'"{caller.name}" has not the right {right.name} for {route.name}.',
+                f'"{caller.name}" does not have the right {right.name} for {route.name}.',
                 "Somebody with ManageAccessControl can give it.",
             )
 
-    def _reader(self, found: Found, caller: Caller | None) -> Callable[[AccessList | None], bool]:
+    def _read_check(
+        self, found: PathMatch, caller: Caller | None
+    ) -> Callable[[AccessList | None], bool]:
         if caller is None:
-            return _everybody
-        tenant = found.values.get("tenantId", "default")
+            return _allow_everyone
+        tenant = found.values.get("tenantId", DEFAULT_NAME)
         return lambda acl: allowed(acl, caller, tenant, Right.READ)
 
     # -- bodies -------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ class Api:
 
     # -- answers ------------------------------------------------------------------------------
 
-    def _refused(self, refusal: RequestRefused, operation_id: str) -> Answer:
+    def _refusal_answer(self, refusal: RequestRefused, operation_id: str) -> Answer:
         status = next(status for kind, status in STATUSES if isinstance(refusal, kind))
         headers: tuple[tuple[bytes, bytes], ...] = ()
         match refusal:
@@ -244,24 +248,24 @@ class Api:
             case MethodNotAllowed(allow=allow):
                 headers = ((b"allow", allow.encode()),)
             case TooLarge():
-                headers = ((b"connection", b"close"),)  # what is still to come is not read
+                headers = ((b"connection", b"close"),)  # the rest of the body is not read
             case _:
                 pass
         return _error(status, type(refusal).__name__, refusal, operation_id, headers)
 
     def _date(self) -> bytes:
-        """The time of this moment, which agents compare their clocks with; made once a second."""
+        """The Date header, which agents compare their clocks with; formatted once a second."""
         second = int(self._clock().wall.timestamp())
-        if second != self._dated[0]:
-            self._dated = second, formatdate(second, usegmt=True).encode()
-        return self._dated[1]
+        if second != self._date_header[0]:
+            self._date_header = second, formatdate(second, usegmt=True).encode()
+        return self._date_header[1]
 
     async def _send(self, method: str, answer: Answer, operation_id: str, send: Send) -> None:
         body = answer.body
         if body is None:
             body = b""
         elif not isinstance(body, bytes):
-            body = shapes.to_json(body, enum_names=self._role_names)
+            body = encode(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
         if answer.status != 204:  # noqa: PLR2004 - No Content
@@ -281,15 +285,15 @@ class Api:
         await send({"type": "http.response.body", "body": body[sent:]})
 
 
-_STOPPING = Unavailable(
+_STOPPING_REFUSAL = Unavailable(
     "The coordinator is stopping.", "Ask another endpoint, or this one after Retry-After."
 )
-_INTERNAL = RequestRefused(
+_INTERNAL_REFUSAL = RequestRefused(
     "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
 )
 
 
-def _everybody(_acl: AccessList | None) -> bool:
+def _allow_everyone(_acl: AccessList | None) -> bool:
     return True
 
 
@@ -300,11 +304,11 @@ def _error(
     operation_id: str,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Answer:
-    body = shapes.ErrorResponse(
-        OperationId=operation_id,
-        Error=kind,
-        Reason=refusal.reason,
-        Resolution=refusal.resolution,
+    body = ErrorResponse(
+        operation_id=operation_id,
+        error=kind,
+        reason=refusal.reason,
+        resolution=refusal.resolution,
     )
     return Answer(status, body, headers)
 
@@ -317,7 +321,7 @@ def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
 
 
 def _check_content_type(value: bytes | None) -> None:
-    """JSON in UTF-8, or nothing said."""
+    """Raise UnsupportedContent unless it is JSON in UTF-8, or absent."""
     if value is None or value == b"application/json":
         return
     media, *parameters = [part.strip().lower() for part in value.decode("latin-1").split(";")]
@@ -331,9 +335,9 @@ def _check_content_type(value: bytes | None) -> None:
 
 
 async def _while_connected(answering: Any, receive: Receive) -> Answer:
-    """The answer of a call that may wait; it ends when nobody waits for it any more."""
+    """Await a blocking call; cancel it if the client disconnects."""
     answer: asyncio.Task[Answer] = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
         return await answer if answer.done() else Answer(204)
@@ -342,6 +346,6 @@ async def _while_connected(answering: Any, receive: Receive) -> Answer:
         answer.cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""Who asks, and whether they may.
+"""Authentication and authorisation of callers.
 
 Knows credentials and access lists, and nothing of groups, nor of HTTP but the Authorization header.
-Two ways to say who one is, either or both configured; without any, everything is allowed:
+Two schemes, either or both configured; without any, everything is allowed:
 
 - Basic, from a users file with one user a line (``#`` begins a comment)::
 
@@ -49,14 +49,14 @@ VERIFIERS = 2
 """Checks of a password at the same time, 32 MiB each, in threads."""
 
 MOST_WAITING = 200
-"""Different credentials that wait for a check (10 s of work). Whoever comes beyond is asked to wait."""
+"""Different credentials that wait for a check (10 s of work). Further callers get 503."""
 
 KNOWN_FOR_S = 300.0
 WRONG_FOR_S = 10.0
 """How long a check is remembered: a good one saves the hash for each heartbeat, a bad one stops a
 misconfigured agent from burning the processor."""
 
-MOST_REMEMBERED = 4096
+MOST_CACHED_CHECKS = 4096
 """Remembered checks: more than the agents of one coordinator have credentials."""
 
 LEEWAY_S = 60
@@ -73,11 +73,11 @@ USER, CLIENT, ROLE = 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody who is known.
+    """An authenticated caller.
 
     Attributes:
         name: for the log.
-        trustees: (type, object id) of each trustee that the caller is.
+        trustees: (type, object id) of each trustee that this caller matches.
         tenant: the tenant that the identity is of, or None if it is of any.
     """
 
@@ -88,7 +88,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """What the users file has of one user."""
+    """The entry of one user in the users file."""
 
     log2_n: int
     block: int
@@ -199,7 +199,7 @@ def read_token_rules(issuer: str, audience: str, path: Path) -> TokenRules:
 
 
 class Authenticator:
-    """Tells who a caller is.
+    """Identifies the caller of a request.
 
     Args:
         users: by name, or None for no Basic.
@@ -217,11 +217,13 @@ class Authenticator:
         self._tokens = tokens
         self._now = now
         self._secret = os.urandom(32)
-        self._remembered: dict[bytes, tuple[float, Caller | None, Password | None]] = {}
+        self._checks: dict[bytes, tuple[float, Caller | None, Password | None]] = {}
         self._checking: dict[bytes, asyncio.Task[Caller | None]] = {}
         self._verifiers = asyncio.Semaphore(VERIFIERS)
-        # Who does not exist is refused as slowly as who has another password.
-        self._nobody = Password(LOG2_N, BLOCK, PARALLEL, b"\0" * SALT_BYTES, b"\0" * HASH_BYTES)
+        # An unknown user takes as long to refuse as a wrong password.
+        self._dummy_password = Password(
+            LOG2_N, BLOCK, PARALLEL, b"\0" * SALT_BYTES, b"\0" * HASH_BYTES
+        )
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -230,24 +232,26 @@ class Authenticator:
         return tuple(name for name, way in ways if way is not None)
 
     def replace(self, users: Mapping[str, Password] | None, tokens: TokenRules | None) -> None:
-        """Judge by these from now on; the configured ways stay the same.
+        """Use these users and token rules from now on; the configured schemes stay the same.
 
         Good passwords that are still right stay known: to check those of 10,000 agents again would take
         minutes.
         """
         self._users = users
         self._tokens = tokens
-        self._remembered = {
+        self._checks = {
             digest: (until, caller, password)
-            for digest, (until, caller, password) in self._remembered.items()
-            if caller is not None and password is not None and self._has(caller.name, password)
+            for digest, (until, caller, password) in self._checks.items()
+            if caller is not None
+            and password is not None
+            and self._has_password(caller.name, password)
         }
 
-    def _has(self, name: str, password: Password | None) -> bool:
+    def _has_password(self, name: str, password: Password | None) -> bool:
         return (self._users or {}).get(name) == password
 
     async def caller(self, authorization: bytes | None) -> Caller:
-        """Who sends this Authorization header.
+        """The caller with this Authorization header.
 
         Raises:
             Unauthenticated: it is missing, of another kind, or wrong.
@@ -256,20 +260,24 @@ class Authenticator:
         scheme, _, credentials = (authorization or b"").partition(b" ")
         kind = scheme.decode("latin-1").capitalize()
         if kind not in self.schemes:
-            raise _unknown(f"The call has no Authorization header of {' or '.join(self.schemes)}.")
+            raise _unauthenticated(
+                f"The call has no Authorization header of {' or '.join(self.schemes)}."
+            )
         digest = hmac.digest(self._secret, authorization or b"", "sha256")
-        until, caller, _ = self._remembered.get(digest, (0.0, None, None))
+        until, caller, _ = self._checks.get(digest, (0.0, None, None))
         if until <= self._now():
             caller = await self._check(kind, credentials.strip(), digest)
         if caller is None:
-            raise _unknown(f"The {kind} credentials are wrong, expired or not for this service.")
+            raise _unauthenticated(
+                f"The {kind} credentials are wrong, expired or not for this service."
+            )
         return caller
 
     async def _check(self, kind: str, credentials: bytes, digest: bytes) -> Caller | None:
-        """Check once, however many ask at the same time, and remember."""
+        """Check once for all concurrent requests with these credentials, and cache the outcome."""
         if kind == "Bearer":
             caller, until = self._by_token(credentials)
-            self._remember(digest, until, caller)
+            self._cache_check(digest, until, caller)
             return caller
         task = self._checking.get(digest)
         if task is None:
@@ -288,14 +296,14 @@ class Authenticator:
             return None
         async with self._verifiers:
             known = (self._users or {}).get(user)
-            fits = await asyncio.to_thread((known or self._nobody).fits, password)
+            fits = await asyncio.to_thread((known or self._dummy_password).fits, password)
         caller = None
         if known is not None and colon and fits:
             roles = {(ROLE, role) for role in known.roles}
             caller = Caller(user, frozenset({(USER, user), *roles}))
-        if self._has(user, known):  # the users may have been replaced meanwhile
+        if self._has_password(user, known):  # the users may have been replaced meanwhile
             until = self._now() + (KNOWN_FOR_S if caller else WRONG_FOR_S)
-            self._remember(digest, until, caller, known)
+            self._cache_check(digest, until, caller, known)
         return caller
 
     def _by_token(self, credentials: bytes) -> tuple[Caller | None, float]:
@@ -315,17 +323,17 @@ class Authenticator:
             return None, now + WRONG_FOR_S
         return _caller_of(claims), min(now + KNOWN_FOR_S, claims["exp"] + LEEWAY_S)
 
-    def _remember(
+    def _cache_check(
         self,
         digest: bytes,
         until: float,
         caller: Caller | None,
         password: Password | None = None,
     ) -> None:
-        self._remembered.pop(digest, None)
-        if len(self._remembered) >= MOST_REMEMBERED:
-            self._remembered.pop(next(iter(self._remembered)))
-        self._remembered[digest] = (until, caller, password)
+        self._checks.pop(digest, None)
+        if len(self._checks) >= MOST_CACHED_CHECKS:
+            self._checks.pop(next(iter(self._checks)))
+        self._checks[digest] = (until, caller, password)
 
 
 def _caller_of(claims: Mapping[str, Any]) -> Caller | None:
@@ -344,12 +352,12 @@ def _caller_of(claims: Mapping[str, Any]) -> Caller | None:
     return Caller(str(client), known, tenant if isinstance(tenant, str) else None)
 
 
-def _unknown(reason: str) -> Unauthenticated:
+def _unauthenticated(reason: str) -> Unauthenticated:
     return Unauthenticated(reason, "Send credentials that this coordinator knows.")
 
 
 def allowed(acl: AccessList | None, caller: Caller, tenant: str, right: Right) -> bool:
-    """Whether a list gives ``caller`` a right in ``tenant``. None is no list: it gives all."""
+    """Whether a list grants ``caller`` a right in ``tenant``. Without a list (None) every right is granted."""
     if acl is None:
         return True
     given = False

@@ -1,18 +1,17 @@
-"""Load, decide, swap (R13): the groups in memory, what is made durable of them, and when they are judged.
+"""Load, decide, swap (R13): the groups in memory, their durable records, and the timer that expires leases.
 
 Rules of this file:
 
-- What ``decide`` says is durable before anybody can see it: an answer, a status read, a blocked
-  reader or another input. A change of ``live`` alone (a heartbeat that only extends) awaits nothing.
-- One durable change of a group at a time. While one is on its way, other inputs of that group wait
-  for it; except while only the data-processed time is being kept, which decides nothing.
-- A durable change that was begun is finished, whoever has gone away meanwhile. If it fails, the old
-  state stays in force. If nobody knows whether it failed, the group is used again only once the
-  store has told.
-- Whenever this process was stopped or stalled, or the store was, whoever was alive before gets one
-  full L (R14): what they sent may still lie unread.
+- A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
+  input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
+- One durable change of a group at a time. Other inputs of that group wait for it, except while only
+  progress (the data-processed time) is being written, which decides nothing.
+- A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
+  If its outcome is unknown, the group is used again only after its record was read from the store.
+- After a stall of this process or of the store, every session that was alive before it gets one full L
+  (R14): its heartbeats may still be unread.
 
-It refuses to know what is asked (service.py), HTTP, and what a decision means.
+Knows nothing of the operations (service.py), of HTTP, and of what a decision means.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.journal import log_role_changes, names_of
+from agent.coordinator.journal import log_names, log_role_changes
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
 from agent.core.group import decide, epoch_after_deletion
@@ -50,28 +49,28 @@ from agent.model import (
 from agent.ops.logs import Log
 
 TURN_S = 0.05
-"""The loop shows this often that it still turns; a stall is noticed by the gap."""
+"""Longest time between two runs of the timer; a longer gap is a stall."""
 
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
-"""A stall of L/4 cannot yet cost a lease that is renewed as R1 demands, nor that of a v1 client, which
-beats every L/2; and an extension at each shorter one would keep a dead primary for ever on a busy host.
-Under 0.1 s it is scheduling."""
+"""A stall of L/4 cannot expire a lease that is renewed as R1 demands, nor that of a v1 client, which sends a
+heartbeat every L/2. Excusing shorter stalls would keep a dead primary for ever on a busy host; under 0.1 s
+they are scheduling."""
 
 BATCH = 50
-"""Groups judged in one go (some ms): requests get their turn in between when many leases end at once."""
+"""Groups checked in one run (some ms): requests are served in between when many leases expire at once."""
 
-KEEP_AFTER_S = 0.5
-KEEP_EVERY_S = 0.03
-"""A new data-processed time is made durable so long after it came (R13: within a second, commit
-included), together with all others of these 30 ms in one commit, which halves what one costs."""
+PROGRESS_DELAY_S = 0.5
+PROGRESS_BATCH_S = 0.03
+"""Delay of writing new progress (R13: within a second, commit included), and the time for which such writes
+are collected into one commit, which halves the cost of each."""
 
 RETRY_S = 0.5
-"""What is due and could not be made durable is tried again so often: well under any useful L, and
-no storm on a full disk."""
+"""Retry interval of a due change that could not be made durable: well under any useful L, and not too often
+for a full disk."""
 
-TROUBLE_S = 10.0
-"""A store that has failed counts as unusable for so long, unless a write succeeds before."""
+FAILURE_MEMORY_S = 10.0
+"""How long a store counts as unusable after a failure, unless a write succeeds before."""
 
 T = TypeVar("T")
 log = Log(__name__)
@@ -82,23 +81,23 @@ class Group:
 
     Attributes:
         lock: held during a durable change.
-        keeping: the change on its way is of the data-processed time only.
-        doubtful: the outcome of a change is not known; nothing is decided before the store tells.
-        gone: deleted; whoever still waits for the lock has to ask again.
-        queued: it is in the queue of those whose data-processed time is to be kept.
+        writing_progress: the durable change in progress is of the data-processed time only.
+        doubtful: the outcome of a change is unknown; the record has to be read before the next decision.
+        gone: deleted; inputs that wait for the lock fail with NotFound.
+        progress_queued: it is in the queue of groups with unwritten progress.
     """
 
     __slots__ = (
         "doubtful",
         "gone",
-        "keeping",
         "key",
         "lock",
-        "queued",
+        "progress_queued",
         "readers",
         "stall_s",
         "state",
         "version",
+        "writing_progress",
     )
 
     def __init__(self, key: GroupKey, state: GroupState, version: int) -> None:
@@ -107,12 +106,12 @@ class Group:
         self.version = version
         self.stall_s = max(STALL_FLOOR_S, STALL_SHARE * state.record.config.lease_s)
         self.lock = asyncio.Lock()
-        self.keeping = self.doubtful = self.gone = self.queued = False
+        self.writing_progress = self.doubtful = self.gone = self.progress_queued = False
         self.readers: dict[asyncio.Future[None], int] = {}
 
 
 class Meter(Protocol):
-    """Who counts what happens here."""
+    """Receives what is counted here."""
 
     def committed(self, seconds: float) -> None: ...
     def commit_failed(self) -> None: ...
@@ -123,7 +122,7 @@ class Meter(Protocol):
 
 
 class Engine:
-    """All groups, each with its state, its durable copy and its moment to be judged.
+    """All groups, each with its state, its durable record and its next wakeup.
 
     Call ``start`` first and ``stop`` last. ``groups`` is for reading.
     """
@@ -142,36 +141,36 @@ class Engine:
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
-        self._to_keep: deque[tuple[float, Group]] = deque()
-        self._keep_from = -inf
+        self._progress_queue: deque[tuple[float, Group]] = deque()
+        self._next_progress_write = -inf
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._armed_for = inf
-        self._turned_at = clock().mono
-        self._trouble: tuple[float, str] | None = None
+        self._timer_at = inf
+        self._ran_at = clock().mono
+        self._store_failure: tuple[float, str] | None = None
 
     async def start(self) -> None:
-        """Load every group, give every session one full L (R14), and begin to judge.
+        """Load every group, give every session one full L (R14), and start the timer.
 
         Raises:
             StoreError: the store cannot be read.
         """
         stored = await self._store.load()
         now = self._clock()
-        self._turned_at = now.mono
+        self._ran_at = now.mono
         for key, one in stored.items():
-            self._admit(key, one, now)
-        self._turn()
+            self._add_group(key, one, now)
+        self._on_timer()
 
-    def stop_taking(self) -> None:
-        """Judge nobody any more, and answer all blocked readers."""
+    def refuse_requests(self) -> None:
+        """Refuse new requests, expire no lease any more, and answer all blocked reads."""
         self.stopping = True
         for group in self.groups.values():
-            answer_readers(group)
+            wake_blocked_reads(group)
 
     async def stop(self) -> None:
-        """Finish the writes that were begun."""
-        self.stop_taking()
+        """Wait for the writes in progress."""
+        self.refuse_requests()
         if self._timer is not None:
             self._timer.cancel()
         while self._tasks:
@@ -182,121 +181,126 @@ class Engine:
         try:
             return self.groups[key]
         except KeyError:
-            raise no_group(key) from None
+            raise group_not_found(key) from None
 
-    def recent_trouble(self) -> str | None:
-        """How the store failed within TROUBLE_S, or None."""
-        if self._trouble is not None and self._clock().mono < self._trouble[0] + TROUBLE_S:
-            return self._trouble[1]
+    def recent_store_failure(self) -> str | None:
+        """The store's failure within the last FAILURE_MEMORY_S, or None."""
+        if (
+            self._store_failure is not None
+            and self._clock().mono < self._store_failure[0] + FAILURE_MEMORY_S
+        ):
+            return self._store_failure[1]
         return None
 
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if (not group.lock.locked() or group.keeping) and not group.doubtful:
+        if (not group.lock.locked() or group.writing_progress) and not group.doubtful:
             now = self._now()
             before = group.state
             decision = decide(before, what, now, self._policy)
             if decision.state.record is before.record and not decision.history:
-                self._adopt(group, decision, now)
+                self._apply_decision(group, decision, now)
                 return decision.answer
         return await asyncio.shield(self.spawn(self._apply_durably(group, what)))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         async with group.lock:
-            await self._be_sure(group)
+            await self._resolve_doubt(group)
             now = self._now()
             before = group.state
             decision = decide(before, what, now, self._policy)
             after = decision.state
             if after.record is before.record and not decision.history:
-                self._adopt(group, decision, now)
+                self._apply_decision(group, decision, now)
                 return decision.answer
-            group.keeping = isinstance(what, SaveProgress) and _only_progress(before, after)
+            group.writing_progress = isinstance(what, SaveProgress) and _is_progress_only(
+                before, after
+            )
             try:
-                group.version = await self._settled(
+                group.version = await self._write_change(
                     group,
                     self._store.swap(group.key, group.version, after.record, decision.history),
                 )
             finally:
-                group.keeping, kept = False, group.keeping
+                group.writing_progress, kept = False, group.writing_progress
             if kept:  # heartbeats may have come in meanwhile
                 group.state = GroupState(after.record, group.state.live)
                 return None
             log_role_changes(group.key, before.record, after.record, decision.history)
             if self._meter is not None:
                 self._meter.decided(before.record, after.record, decision.history)
-            self._adopt(group, decision, now)
-            self._excuse_one(group, now.mono, self._clock())
+            self._apply_decision(group, decision, now)
+            self._excuse_group(group, now.mono, self._clock())
             return decision.answer
 
-    def _adopt(self, group: Group, decision: Decision, now: Instant) -> None:
-        """Make a decision the truth: it is durable, or there is nothing durable in it."""
+    def _apply_decision(self, group: Group, decision: Decision, now: Instant) -> None:
+        """Put a decision in force, once it is durable or if it changes nothing durable."""
         group.state = state = decision.state
         if self._wakeups.set(group.key, decision.wake_at):
-            self._arm(now)
-        if not group.queued and has_unsaved_progress(state):
-            group.queued = True
-            self._to_keep.append((now.mono + KEEP_AFTER_S, group))
-            if len(self._to_keep) == 1:
-                self._arm(now)
+            self._set_timer(now)
+        if not group.progress_queued and has_unsaved_progress(state):
+            group.progress_queued = True
+            self._progress_queue.append((now.mono + PROGRESS_DELAY_S, group))
+            if len(self._progress_queue) == 1:
+                self._set_timer(now)
         if group.readers:
-            answer_readers(group, state.record.revision)
+            wake_blocked_reads(group, state.record.revision)
 
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
-        """Whether it was this that created the group; else it is what the store has."""
-        # Who remembers the epochs of a deleted group of this name must not take the new one's for old.
+        """Create a group; whether it is new. If not, the store's record is loaded."""
+        # Epochs go on from a deleted group of this name: its clients must not take new ones for old.
         retired = await self.read(self._store.retired_epoch(key))
         record = GroupRecord(config, epoch=epoch_after_deletion(retired))
         try:
             version = await self.write(self._store.create(key, record))
-        except CasMismatch:  # an earlier attempt whose outcome was never known did succeed
+        except CasMismatch:  # an earlier attempt of unknown outcome has succeeded
             stored = (await self.read(self._store.load())).get(key)
             if stored is None:
                 raise unavailable("the group is being deleted") from None
-            self._admit(key, stored, self._clock())
+            self._add_group(key, stored, self._clock())
             return False
-        self._admit(key, Stored(version, record), self._clock())
-        log.info("group created", **names_of(key), timeout_s=config.lease_s)
+        self._add_group(key, Stored(version, record), self._clock())
+        log.info("group created", **log_names(key), timeout_s=config.lease_s)
         return True
 
-    def _admit(self, key: GroupKey, stored: Stored, now: Instant) -> None:
+    def _add_group(self, key: GroupKey, stored: Stored, now: Instant) -> None:
         group = Group(key, state_after_restart(stored.record, now), stored.version)
         self.groups[key] = group
-        self._wakeups.set(key, now.mono)  # the first Tick says when there is something to do
+        self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
         async with group.lock:
-            await self._be_sure(group)
+            await self._resolve_doubt(group)
             decide(group.state, RemoveGroup(), self._now(), self._policy)
-            await self._settled(
+            await self._write_change(
                 group, self._store.delete(group.key, group.version, group.state.record.epoch)
             )
             self._remove(group)
-            log.info("group deleted", **names_of(group.key))
+            log.info("group deleted", **log_names(group.key))
 
     def _remove(self, group: Group) -> None:
         group.gone = True
         del self.groups[group.key]
         self._wakeups.forget(group.key)
-        answer_readers(group)
+        wake_blocked_reads(group)
 
-    async def _settled(self, group: Group, change: Awaitable[T]) -> T:
-        """The result of a change; if it is not known whether it was made, the group is in doubt."""
+    async def _write_change(self, group: Group, change: Awaitable[T]) -> T:
+        """Await a change of the record; mark the group as doubtful if its outcome is unknown."""
         try:
             return await self.write(change)
         except Unavailable:
-            raise  # it was not made
+            raise  # not written
         except CasMismatch as error:
             group.doubtful = True
-            log.warning("the store has another version", **names_of(group.key), error=error)
+            log.warning("the store has another version", **log_names(group.key), error=error)
             raise unavailable(str(error)) from error
-        except BaseException:  # cancelled, or a fault of the store's: it may have been made
+        except BaseException:  # cancelled, or a fault of the store: it may have been written
             group.doubtful = True
             raise
 
-    async def _be_sure(self, group: Group) -> None:
-        """Go on only with a group that exists, and whose state is the store's."""
+    async def _resolve_doubt(self, group: Group) -> None:
+        """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""
         if group.doubtful and not group.gone:
             stored = (await self.read(self._store.load())).get(group.key)
             if stored is None:
@@ -306,10 +310,10 @@ class Engine:
                 if stored.record != group.state.record:
                     log_role_changes(group.key, group.state.record, stored.record, ())
                     group.state = state_after_restart(stored.record, self._clock())
-                    answer_readers(group, stored.record.revision)
+                    wake_blocked_reads(group, stored.record.revision)
                 group.doubtful = False
         if group.gone:
-            raise no_group(group.key)
+            raise group_not_found(group.key)
 
     async def write(self, change: Awaitable[T]) -> T:
         began_at = perf_counter()
@@ -319,14 +323,14 @@ class Engine:
             if self._meter is not None:
                 self._meter.commit_failed()
             if error.exit_code is not ExitCode.INTERNAL:  # the disk, not this one value
-                if self._trouble is None:
+                if self._store_failure is None:
                     log.warning("store failed", error=error)
-                self._trouble = (self._clock().mono, str(error))
+                self._store_failure = (self._clock().mono, str(error))
             raise unavailable(str(error)) from error
         if self._meter is not None:
             self._meter.committed(perf_counter() - began_at)
-        if self._trouble is not None:
-            self._trouble = None
+        if self._store_failure is not None:
+            self._store_failure = None
             log.info("store works again")
         return result
 
@@ -337,7 +341,7 @@ class Engine:
             raise unavailable(str(error)) from error
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Work that runs to its end even if nobody waits for it any more."""
+        """Start a task that is finished even if its caller is cancelled."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -347,49 +351,49 @@ class Engine:
     # -- time ---------------------------------------------------------------------------------
 
     def _now(self) -> Instant:
-        """This moment, for a decision: if this process has stalled before it, nobody pays for that."""
+        """The time for a decision, after excusing a stall of this process."""
         now = self._clock()
-        gap_s = now.mono - self._turned_at
+        gap_s = now.mono - self._ran_at
         if gap_s > STALL_FLOOR_S:
-            judged_at, self._turned_at = self._turned_at, now.mono
-            excused = [self._excuse_one(group, judged_at, now) for group in self.groups.values()]
+            judged_at, self._ran_at = self._ran_at, now.mono
+            excused = [self._excuse_group(group, judged_at, now) for group in self.groups.values()]
             if any(excused):
                 if self._meter is not None:
                     self._meter.stalled()
                 log.warning("stalled", gap_s=gap_s, groups_excused=sum(excused))
         return now
 
-    def _excuse_one(self, group: Group, judged_at: float, now: Instant) -> bool:
+    def _excuse_group(self, group: Group, judged_at: float, now: Instant) -> bool:
         if now.mono - judged_at <= group.stall_s:
             return False
         group.state = state_after_stall(group.state, judged_at, now)
         return True
 
     def turn(self) -> None:
-        """Do what is due. Called by the coordinator's one timer; and by a test that has no time."""
+        """Run what is due. Called by the one timer, and by tests."""
         now = self._now()
-        self._turned_at = now.mono
+        self._ran_at = now.mono
         if self.stopping:
             return
         for key in self._wakeups.due(now.mono, BATCH):
-            self.spawn(self._try(self.groups[key], Tick()))
-        if now.mono >= self._keep_from:
-            self._keep_progress(now)
+            self.spawn(self._run_due_input(self.groups[key], Tick()))
+        if now.mono >= self._next_progress_write:
+            self._write_progress(now)
 
-    def _keep_progress(self, now: Instant) -> None:
-        self._keep_from = now.mono + KEEP_EVERY_S
+    def _write_progress(self, now: Instant) -> None:
+        self._next_progress_write = now.mono + PROGRESS_BATCH_S
         kept = 0
-        while self._to_keep and self._to_keep[0][0] <= now.mono:
+        while self._progress_queue and self._progress_queue[0][0] <= now.mono:
             if kept == BATCH:
-                self._keep_from = now.mono  # the rest as soon as requests have had their turn
+                self._next_progress_write = now.mono  # the rest after waiting requests
                 return
-            group = self._to_keep.popleft()[1]
-            group.queued = False
-            self.spawn(self._try(group, SaveProgress()))
+            group = self._progress_queue.popleft()[1]
+            group.progress_queued = False
+            self.spawn(self._run_due_input(group, SaveProgress()))
             kept += 1
 
-    async def _try(self, group: Group, what: Tick | SaveProgress) -> None:
-        """What is due of itself; if it cannot be made durable now, again soon."""
+    async def _run_due_input(self, group: Group, what: Tick | SaveProgress) -> None:
+        """Apply a Tick or SaveProgress; retry later if it cannot be made durable now."""
         try:
             if isinstance(what, SaveProgress):
                 await self._apply_durably(group, what)
@@ -399,45 +403,45 @@ class Engine:
             return  # deleted meanwhile
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
-                log.exception("a group could not be judged", **names_of(group.key))
+                log.exception("due change of group failed", **log_names(group.key))
             again_at = self._clock().mono + RETRY_S
             if isinstance(what, Tick):
                 self._wakeups.set(group.key, again_at)
-            elif not group.queued:
-                group.queued = True
-                self._to_keep.append((again_at, group))
+            elif not group.progress_queued:
+                group.progress_queued = True
+                self._progress_queue.append((again_at, group))
 
-    def _turn(self) -> None:
+    def _on_timer(self) -> None:
         try:
             self.turn()
         finally:
             self._timer = None
             if not self.stopping:
-                self._arm(self._clock())
+                self._set_timer(self._clock())
 
-    def _arm(self, now: Instant) -> None:
-        """Let the timer come at the nearest moment; in any case after TURN_S."""
+    def _set_timer(self, now: Instant) -> None:
+        """Set the timer to the next wakeup, at most TURN_S ahead."""
         at = min(self._wakeups.next_at(), now.mono + TURN_S)
-        if self._to_keep:
-            at = min(at, max(self._to_keep[0][0], self._keep_from))
+        if self._progress_queue:
+            at = min(at, max(self._progress_queue[0][0], self._next_progress_write))
         if self._timer is not None:
-            if self._armed_for <= at:
+            if self._timer_at <= at:
                 return
             self._timer.cancel()
-        self._armed_for = at
+        self._timer_at = at
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, at - now.mono), self._turn)
+        self._timer = loop.call_later(max(0.0, at - now.mono), self._on_timer)
 
 
-def answer_readers(group: Group, revision: float = inf) -> None:
-    """Wake the blocked status reads that ``revision`` is news to."""
+def wake_blocked_reads(group: Group, revision: float = inf) -> None:
+    """Wake the blocked status reads that wait for ``revision`` or an earlier one."""
     for changed, after in group.readers.items():
         if after < revision and not changed.done():
             changed.set_result(None)
 
 
-def _only_progress(before: GroupState, after: GroupState) -> bool:
-    """Whether a SaveProgress did nothing else: what was due by the way decides something."""
+def _is_progress_only(before: GroupState, after: GroupState) -> bool:
+    """Whether a SaveProgress changed nothing else, such as a lease that expired meanwhile."""
     return (
         after.record.revision == before.record.revision
         and after.record.sessions is before.record.sessions
@@ -445,13 +449,13 @@ def _only_progress(before: GroupState, after: GroupState) -> bool:
     )
 
 
-def no_group(key: GroupKey) -> NotFound:
-    """The refusal of whoever asks for a group that does not exist."""
+def group_not_found(key: GroupKey) -> NotFound:
+    """The refusal of a request for a group that does not exist."""
     return NotFound(f'There is no group "{key.group}".', "Create it with POST .../groups first.")
 
 
 def unavailable(why: str) -> Unavailable:
-    """The refusal of what cannot be done now."""
+    """The refusal of a request that cannot be served now."""
     return Unavailable(
         f"The coordinator cannot do this now: {why}.", "Try again after Retry-After."
     )

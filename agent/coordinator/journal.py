@@ -1,4 +1,4 @@
-"""What the coordinator says in its log about groups, in one shape. Decides nothing."""
+"""Log lines of the coordinator about groups. Decides nothing."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from agent.ops.logs import Log
 log = Log(__name__)
 
 
-def names_of(key: GroupKey) -> dict[str, str]:
-    """A group in a log line; tenant and namespace only where there are any."""
+def log_names(key: GroupKey) -> dict[str, str]:
+    """The fields that name a group in a log line; tenant and namespace unless they are the default."""
     names = {"group": key.group}
     if key[:2] != ("default", "default"):
         names |= {"tenant": key.tenant, "namespace": key.namespace}
@@ -42,7 +42,7 @@ def log_role_changes(
             }[step]
             log.info(
                 "role changed",
-                **names_of(key),
+                **log_names(key),
                 session=session_id,
                 before=old,
                 after=step,

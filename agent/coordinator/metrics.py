@@ -1,7 +1,7 @@
-"""What the coordinator tells Prometheus. Knows numbers; decides nothing.
+"""The coordinator's metrics for Prometheus. Decides nothing.
 
-Counters grow where the thing happens (``Meter``); what stands in the groups is counted at each scrape,
-a few groups at a time, so that a scrape of thousands delays no heartbeat. No label is a group or a
+Counters are incremented by the engine (``Meter``); groups and sessions are counted at each scrape, a few
+groups at a time, so that a scrape of thousands delays no heartbeat. No label is a group or a
 session, so the number of series is fixed, unless that is asked for (``session_metrics``).
 """
 
@@ -28,7 +28,7 @@ from agent.core.group_state import is_alive, role_of
 from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
-"""Counted before requests get their turn: about a millisecond."""
+"""Groups counted before requests are served again: about a millisecond."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 """Buckets: a heartbeat takes half a millisecond, a commit some; beyond 20 ms something is wrong."""
@@ -38,7 +38,7 @@ GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 
 class Metrics:
-    """The numbers of one coordinator. Also the engine's Meter.
+    """The metrics of one coordinator. Also the engine's Meter.
 
     Args:
         sessions: whether each session has series of its own.
@@ -46,7 +46,7 @@ class Metrics:
 
     def __init__(self, *, sessions: bool = False) -> None:
         self._each_session = sessions
-        disable_created_metrics()  # type: ignore[no-untyped-call] # when this process began is told once, by the process's metrics
+        disable_created_metrics()  # type: ignore[no-untyped-call] # the process collector has the start time
         self.registry = registry = CollectorRegistry()
         prefix = "failover_coordinator"
         self._requests: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
@@ -181,7 +181,7 @@ class Metrics:
         for number, group in enumerate(coordinator.all_groups()):
             if number % GROUPS_AT_ONCE == GROUPS_AT_ONCE - 1:
                 if lines is not None:
-                    lines.cut()
+                    lines.encode_lines()
                 await asyncio.sleep(0)
             vacant += _count(group, now, groups, sessions)
             if lines is not None:
@@ -195,7 +195,7 @@ class Metrics:
         self._readers.set(coordinator.blocked_readers)
         encode, media = choose_encoder(accept)
         page = encode(self.registry)
-        return page if lines is None else lines.added_to(page), media
+        return page if lines is None else lines.append_to(page), media
 
 
 def _count(
@@ -256,16 +256,16 @@ class SessionLines:
                 scores.append(f"{score_name}{{{labels}}} {contact.score}")
                 beats.append(f"{beat_name}{{{labels}}} {contact.last_heartbeat.wall.timestamp()}")
 
-    def cut(self) -> None:
-        """What is there becomes bytes now, while it is little."""
+    def encode_lines(self) -> None:
+        """Encode the lines collected so far, in small portions."""
         for done, lines in zip(self._done, self._open, strict=True):
             if lines:
                 done.append(("\n".join(lines) + "\n").encode())
                 lines.clear()
 
-    def added_to(self, page: bytes) -> bytes:
-        """The page with these behind its own, and before the end that OpenMetrics has."""
-        self.cut()
+    def append_to(self, page: bytes) -> bytes:
+        """The page with these lines appended, before the end marker of OpenMetrics."""
+        self.encode_lines()
         own, end, _ = page.partition(b"# EOF")
         parts = [part for done in self._done for part in done]
         return b"".join([own, *parts, b"# EOF\n" if end else b""])

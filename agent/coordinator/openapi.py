@@ -1,15 +1,15 @@
-"""The OpenAPI 3.1 document, made of the route table and of the shapes of shapes.py: no second list."""
+"""The OpenAPI 3.1 document, built from the route table and from the shapes of schema/api.py."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-from pydantic_core import to_json
+import msgspec
 
 from agent import __version__
 from agent.coordinator.routes import BASES, CLOUD, Result, Route
-from agent.wire import shapes
+from agent.schema.codec import component_schemas, id_schema
+from agent.schema.values import Shape
 
 ABOUT = (
     "Groups of clients of which exactly one is primary. Path literals match in any letter case, and"
@@ -19,7 +19,7 @@ ABOUT = (
 )
 
 MEANINGS = {
-    400: "The request is wrong; Reason says what, and what would be right.",
+    400: "The request is wrong; Reason has the property, its value and what would be right.",
     401: "The caller is not known.",
     403: "The caller may not do this.",
     404: "There is no such group or session.",
@@ -62,7 +62,7 @@ RETRY = {
 }
 CHALLENGE = {
     "WWW-Authenticate": {
-        "description": "How to say who one is.",
+        "description": "The accepted authentication schemes.",
         "required": True,
         "schema": {"type": "string"},
     }
@@ -81,10 +81,10 @@ def document(routes: Sequence[Route], schemes: Sequence[str]) -> bytes:
     for route in routes:
         for path in route.paths:
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, schemes)
-    components: dict[str, Any] = {"schemas": shapes.component_schemas()}
+    components: dict[str, Any] = {"schemas": component_schemas()}
     if schemes:
         components["securitySchemes"] = {name: SECURITY[name] for name in schemes}
-    return to_json(
+    return msgspec.json.encode(
         {
             "openapi": "3.1.0",
             "info": {
@@ -126,7 +126,7 @@ def _tag(path: str) -> str:
 
 
 def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
-    """Every status that it can be refused with, but 404 and 405 of routing."""
+    """Every status of a refusal, except 404 and 405 of routing."""
     known = set(route.refusals)
     if route.query or route.body is not None or "{" in path:
         known.add(400)
@@ -140,7 +140,7 @@ def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
 
 
 def _parameters(route: Route, path: str) -> list[dict[str, Any]]:
-    schema = TypeAdapter(shapes.Id).json_schema()
+    schema = id_schema()
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": schema}
         for name in re.findall(r"\{(\w+)\}", path)
@@ -162,12 +162,12 @@ def _result(result: Result) -> dict[str, Any]:
         "description": result.meaning,
         "headers": {"Operation-Id": OPERATION_ID},
     }
-    if result.many:
+    if result.is_list:
         response["headers"] |= {"Total-Count": TOTAL}
     if result.shape is not None:
         schema = _reference(result.shape)
         response["content"] = _content(
-            {"type": "array", "items": schema} if result.many else schema
+            {"type": "array", "items": schema} if result.is_list else schema
         )
     elif result.media is not None:
         kind = "object" if result.media == "application/json" else "string"
@@ -183,7 +183,7 @@ def _refusal(status: int) -> dict[str, Any]:
     }
 
 
-def _reference(shape: type[BaseModel]) -> dict[str, str]:
+def _reference(shape: type[Shape]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 

@@ -1,6 +1,6 @@
-"""What a route of the API is, and which one a path names. Knows paths, and nothing of what is done.
+"""Routes of the API, and the lookup of a path. Knows nothing of what a handler does.
 
-The one list of routes (calls.py) is both dispatched from, here, and described from, in openapi.py.
+The route table is in calls.py: requests are dispatched by it, and openapi.py describes it.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -9,22 +9,21 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+import msgspec
 
 from agent.errors import Invalid, NotFound
 from agent.model import Right
-from agent.wire.shapes import Id
+from agent.schema.values import Id, Shape
 
 CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
 BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")
 """The cloud's base path, and the on-premises one, which stands for the tenant and namespace
 ``default``."""
 
-DEFAULT_PLACE = "default"
+DEFAULT_NAME = "default"
 
 PATHS_REMEMBERED = 32_768
-"""Parsed paths that are kept, some 500 bytes each: twice the sessions that one coordinator can beat
-for on one core."""
+"""Parsed paths in the cache, some 500 bytes each: twice the sessions that one core can serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Parameter:
     """A query parameter.
 
     Attributes:
-        read: makes the value of the text, or raises ValueError with what would be right.
+        read: parses the text; raises ValueError with the accepted values.
         default: the value if it is absent.
     """
 
@@ -45,17 +44,17 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a call is answered with when it succeeds.
+    """A successful answer of a route.
 
     Attributes:
-        shape: of the body; a list of it if ``many``; None for no body, or for one that is no shape.
+        shape: of the body, or of its items if ``is_list``; None for no body, or for one without a shape.
         media: the body's Content-Type if it is not of a shape.
     """
 
     status: int
     meaning: str
-    shape: type[BaseModel] | None = None
-    many: bool = False
+    shape: type[Shape] | None = None
+    is_list: bool = False
     media: str | None = None
 
 
@@ -66,7 +65,7 @@ class Route:
     Attributes:
         path: after the base, or in full if ``bases`` is empty.
         handler: answers it.
-        right: what a caller needs; None is for anybody, known or not.
+        right: the right that a caller needs; None: open to everybody, without authentication.
         body: the shape of its body.
         refusals: statuses beside those that any call can have.
     """
@@ -77,7 +76,7 @@ class Route:
     summary: str
     results: tuple[Result, ...]
     right: Right | None = Right.READ
-    body: type[BaseModel] | None = None
+    body: type[Shape] | None = None
     refusals: tuple[int, ...] = ()
     query: tuple[Parameter, ...] = ()
     bases: tuple[str, ...] = BASES
@@ -94,8 +93,8 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a path names: the routes by method, and the values in the path."""
+class PathMatch:
+    """The routes of a path by method, and the path parameters."""
 
     routes: Mapping[str, Route]
     values: Mapping[str, str]
@@ -103,7 +102,7 @@ class Found:
 
 @dataclass(slots=True)
 class _Node:
-    """A place in the tree of paths: after a segment."""
+    """A node in the tree of paths: the position after a segment."""
 
     literals: dict[str, "_Node"] = field(default_factory=dict)
     parameter: tuple[str, "_Node"] | None = None
@@ -111,11 +110,10 @@ class _Node:
 
 
 class Router:
-    """Finds the routes of a path. ``find`` remembers its answers: agents repeat theirs for ever."""
+    """Finds the routes of a path. ``find`` caches: agents request the same few paths again and again."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._root = _Node()
-        self._id: TypeAdapter[str] = TypeAdapter(Id)
         for route in routes:
             for path in route.paths:
                 self._node(path).routes[route.method] = route
@@ -131,14 +129,14 @@ class Router:
                 node = node.literals.setdefault(segment, _Node())
         return node
 
-    def _find(self, raw_path: bytes) -> Found:
+    def _find(self, raw_path: bytes) -> PathMatch:
         """The routes of a path as it came over the wire.
 
         Literals match in any letter case; a slash at the end is accepted.
 
         Raises:
             NotFound: there is no such path.
-            Invalid: what stands in a place of an id cannot be one.
+            Invalid: a path parameter is not a valid id.
         """
         node, values = self._root, {}
         for segment in _segments(raw_path.decode("latin-1")):
@@ -152,12 +150,12 @@ class Router:
                 raise _no_path(raw_path)
         if not node.routes:
             raise _no_path(raw_path)
-        return Found(node.routes, values)
+        return PathMatch(node.routes, values)
 
     def _read_id(self, name: str, segment: str) -> str:
         try:
-            return self._id.validate_python(unquote_to_bytes(segment).decode())
-        except (UnicodeDecodeError, ValidationError):
+            return msgspec.convert(unquote_to_bytes(segment).decode(), Id)
+        except (UnicodeDecodeError, msgspec.ValidationError):
             raise Invalid(
                 f"{segment[:60]!r} in the path cannot be a {name}.",
                 "It must be 1 to 256 characters in percent-encoded UTF-8, without '/' and control"
@@ -196,7 +194,7 @@ def read_query(parameters: Sequence[Parameter], query_string: bytes) -> dict[str
             continue
         try:
             if len(texts) > 1:
-                raise ValueError("it must be given once")  # noqa: TRY301 - said as the others are
+                raise ValueError("it must be given once")  # noqa: TRY301 - handled like a value that cannot be read
             values[parameter.name] = parameter.read(texts[0])
         except ValueError as error:
             raise Invalid(

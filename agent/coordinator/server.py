@@ -1,8 +1,8 @@
 """The coordinator as a process: store, service, application and web server, started and stopped.
 
 ``run`` is the process; ``serving`` is the same inside another one (the demonstration, tests). The
-order counts: what is wrong with the settings is found before the data directory is touched, and
-nobody can connect before every group is loaded.
+order matters: settings are checked before the data directory is touched, and no client can connect before
+every group is loaded.
 """
 
 import asyncio
@@ -12,8 +12,10 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
 from agent.coordinator.api import Api
@@ -46,8 +48,8 @@ SPARE_FILES = 64
 them, the store and the log; the limit of open files is raised so far if the system lets us."""
 
 GRACE_S = 5
-"""Requests that are being answered at a stop get so long; then they are cut off. What is being made
-durable is finished in any case."""
+"""Time for the requests in progress at a shutdown; then they are aborted. Durable writes are finished in any
+case."""
 
 RELOAD_S = 30.0
 """How long a reload waits for files on a disk that may hang."""
@@ -71,7 +73,7 @@ def run(
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
-        StoreError: the data directory cannot be used; the exit code says why.
+        StoreError: the data directory cannot be used; the exit code has the reason.
     """
     logs.configure(settings.log_level, settings.log_format)
     gc.set_threshold(*GC_THRESHOLDS)
@@ -130,7 +132,7 @@ async def _reload(
     access: Access, reread: Callable[[], CoordinatorSettings], lane: BlockingThread
 ) -> None:
     def read() -> tuple[CoordinatorSettings, list[str], Files]:
-        settings, refused = access.merged(reread())
+        settings, refused = access.merge_reloadable(reread())
         return settings, refused, load(settings)
 
     try:
@@ -143,7 +145,7 @@ async def _reload(
             "configuration not changed", reason=f"its files were not read within {RELOAD_S:g} s"
         )
         return
-    changed = access.take_over(settings, files)
+    changed = access.apply(settings, files)
     logs.configure(settings.log_level, settings.log_format)
     if refused:
         log.warning(
@@ -222,13 +224,47 @@ class _Server(uvicorn.Server):
         self.accepting.set()
 
 
+class _JoiningTransport:
+    """Sends head and body of an answer together, at the end of the loop's turn they were written in.
+
+    Uvicorn writes them apart. Each send is a system call, which costs more than making the answer, and
+    wakes the client.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._unsent: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._unsent and not self._transport.is_closing():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+
+
+class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast("asyncio.Transport", _JoiningTransport(transport)))
+
+
 @asynccontextmanager
 async def _web_server(
     app: Api, listener: socket.socket, tls: ssl.SSLContext | None, coordinator: Coordinator
 ) -> AsyncIterator[str]:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=_Protocol,
         ws="none",
         loop="none",
         lifespan="off",
@@ -238,7 +274,7 @@ async def _web_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=False,  # it would be up to a second old: api.py says it
+        date_header=False,  # it would be up to a second old: api.py writes its own
         backlog=BACKLOG,
         limit_concurrency=_most_connections(),
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -258,7 +294,7 @@ async def _web_server(
     try:
         yield url
     finally:
-        coordinator.stop_taking()
+        coordinator.refuse_requests()
         server.should_exit = True
         await task
 

@@ -1,4 +1,4 @@
-"""When to look at which group again. Knows keys and moments, and nothing of groups.
+"""The next wakeup of each group. Knows keys and times, and nothing of groups.
 
 A heartbeat moves its group's next moment further away, thousands of times a second. So the moment
 is kept beside the heap: an entry of the heap that comes up too early is put back, and only a moment

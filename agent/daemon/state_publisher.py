@@ -21,7 +21,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
 """How long a hook waits for the state file. A disk that hangs for longer must not delay a demotion, since

@@ -23,7 +23,7 @@ from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.mqtt import Backoff, connected, load_access, subscribe
 from agent.schema.mqtt import Mqtt
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 
 LEAVE_S = 1.0
 """How long the exit waits for a connected broker to acknowledge ``offline``."""

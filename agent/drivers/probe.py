@@ -33,7 +33,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from agent.errors import ConfigError, ExitCode
-from agent.wire.scalars import format_date_time, parse_date_time
+from agent.schema.scalars import format_date_time, parse_date_time
 
 MAX_BODY_BYTES = 64 * 1024
 """A report is under 100 bytes."""

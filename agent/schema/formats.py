@@ -20,8 +20,8 @@ from agent.core.timing import LONGEST_LEASE_S
 from agent.model import TICKS_PER_SECOND
 from agent.schema.addresses import Address
 from agent.schema.fields import Format, Length, Range
+from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
-from agent.wire.scalars import parse_time_span
 
 SHORTEST_INTERVAL_S = 0.05
 """A quarter of the shortest lease; checking or polling more often only costs the host."""

@@ -3,6 +3,8 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
     .venv/bin/python tests/bench/heartbeats.py [--rate 3000] [--groups 2000] [--seconds 10]
     .venv/bin/python tests/bench/heartbeats.py --rate 700 --groups 10000 --failover-timeout 60 \
         --seconds 30 --scrape 1 [--session-metrics]
+    .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
+        [--rounds 5] [--groups 1000] [--seconds 5]
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -10,26 +12,36 @@ ones have been answered, and their latency counts from the moment at which each 
 waiting inside this generator is not left out. Each carries a new LastDataProcessedTime, which the
 coordinator has to make durable as well.
 
+With --compare the coordinator of this checkout (or of the installed wheel) and that of another revision are
+measured in turn, each round on fresh stores: closed loop, as many heartbeats as are answered. What is
+compared is heartbeats for each second of the coordinator's CPU time, which another process on the machine
+disturbs less than heartbeats for each second; both are printed, with the ratio of their medians.
+
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 
 CONNECTIONS = 400
+BUSY_CONNECTIONS = 64
 RAMP_UP_S = 3.0
 
 SCRAPER = """
@@ -108,15 +120,13 @@ async def listen(connection: Connection, result: Result, measure_from: float) ->
 
 async def beat(connections: list[Connection], groups: int, rate: float, until: float) -> None:
     """Send heartbeats at their times: every session in turn, spread over all connections."""
-    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
-    random.Random(1).shuffle(sessions)  # agents beat when they like, not the primaries together
+    turn = in_turn(groups)
     start, number = time.monotonic(), 0
     while (due := start + number / rate) < until:
         if (early_s := due - time.monotonic()) > 0.0005:
             await asyncio.sleep(early_s)
-        group, session = sessions[number % len(sessions)]
-        now = datetime.now(UTC).isoformat()[:-6]
-        body = f'{{"FailoverScore":{90 + number % 10},"LastDataProcessedTime":"{now}Z"}}'
+        group, session = next(turn)
+        body = heartbeat(90 + number % 10)
         connection = connections[number % len(connections)]
         connection.sent.put_nowait(due)
         path = f"groups/{group}/clientsessions/{session}/heartbeat"
@@ -124,6 +134,34 @@ async def beat(connections: list[Connection], groups: int, rate: float, until: f
         number += 1
         if number % 8 == 0:
             await asyncio.sleep(0)
+
+
+async def saturate(
+    connections: list[Connection], turn: Iterator[tuple[str, str]], until: float
+) -> tuple[int, Counter[int]]:
+    """Heartbeats as fast as they are answered, one at a time on each connection, by status."""
+    statuses: Counter[int] = Counter()
+
+    async def one(connection: Connection) -> None:
+        while time.monotonic() < until:
+            group, session = next(turn)
+            path = f"groups/{group}/clientsessions/{session}/heartbeat"
+            statuses[await ask(connection, "POST", path, heartbeat(95))] += 1
+
+    await asyncio.gather(*(one(connection) for connection in connections))
+    return statuses.total(), statuses
+
+
+def in_turn(groups: int) -> Iterator[tuple[str, str]]:
+    """Group and session of one heartbeat after another, without end."""
+    sessions = [(f"g{number // 2}", "ab"[number % 2]) for number in range(2 * groups)]
+    random.Random(1).shuffle(sessions)  # agents beat when they like, not the primaries together
+    return itertools.cycle(sessions)
+
+
+def heartbeat(score: int) -> str:
+    now = datetime.now(UTC).isoformat()[:-6]
+    return f'{{"FailoverScore":{score},"LastDataProcessedTime":"{now}Z"}}'
 
 
 def cpu_s(process: int) -> float:
@@ -200,28 +238,100 @@ def main() -> None:
         "--session-metrics", action="store_true", help="with series of each session"
     )
     parser.add_argument("--profile", type=Path, help="where to write the coordinator's cProfile")
+    parser.add_argument(
+        "--compare", metavar="REV", help="measure this and another revision in turn"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
     args = parser.parse_args()
+    if args.compare:
+        with checked_out(args.compare) as tree:
+            compare(args, tree)
+        return
+    with coordinator(args) as (host, port, process):
+        asyncio.run(measure(args, host, port, process))
+
+
+@contextmanager
+def coordinator(
+    args: argparse.Namespace, tree: Path | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """A coordinator on one core, this process on another: host, port and process id.
+
+    ``tree`` is a checkout whose code is run, rather than this program's own.
+    """
     cores = sorted(os.sched_getaffinity(0))
     program = ["-m", "agent", "serve"]
     if args.profile:
         program = ["-m", "cProfile", "-o", str(args.profile), *program]
+    environment = dict(os.environ)
+    if tree is not None:
+        environment |= {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as data_dir:
         command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
         command += ["--listen", "127.0.0.1:0", "--data-dir", data_dir, "--log-level", "INFO"]
         if args.session_metrics:
             command.append("--session-metrics")
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment
+        ) as server:
             assert server.stderr is not None
             url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
             log = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
             os.sched_setaffinity(0, {cores[-1]})
             host, _, port = url.removeprefix("http://").rpartition(":")
             try:
-                asyncio.run(measure(args, host, int(port), server.pid))
+                yield host, int(port), server.pid
             finally:
+                os.sched_setaffinity(0, cores)
                 server.send_signal(signal.SIGTERM)
                 server.wait(20)
                 log.wait()
+
+
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """A temporary git worktree of a revision."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "worktree"]
+    tree = Path(tempfile.mkdtemp(prefix="heartbeats-"))
+    subprocess.run([*git, "add", "--quiet", "--detach", str(tree), revision], check=True)
+    try:
+        yield tree
+    finally:
+        subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+        shutil.rmtree(tree, ignore_errors=True)
+
+
+def compare(args: argparse.Namespace, tree: Path) -> None:
+    """Both versions in turn; the ratio of the medians of what they serve."""
+    figures: dict[str, list[tuple[float, float]]] = {args.compare: [], "this": []}
+    for _ in range(args.rounds):
+        for name, results in figures.items():
+            with coordinator(args, tree if name == args.compare else None) as (host, port, process):
+                result = asyncio.run(throughput(args, host, port, process))
+            results.append(result)
+            print(f"{name}: {result[0]:.0f} heartbeats/s, {result[1]:.0f} per CPU second")  # noqa: T201 - as above
+    for what, index in (("heartbeats/s", 0), ("heartbeats per CPU second", 1)):
+        before, after = (median(one[index] for one in each) for each in figures.values())
+        print(f"{what}: {before:.0f} -> {after:.0f}, ratio {after / before:.2f}")  # noqa: T201 - as above
+
+
+async def throughput(
+    args: argparse.Namespace, host: str, port: int, process: int
+) -> tuple[float, float]:
+    """Heartbeats that were accepted, for each second and for each second of the coordinator's CPU."""
+    pairs = [await asyncio.open_connection(host, port) for _ in range(BUSY_CONNECTIONS)]
+    connections = [Connection(*pair) for pair in pairs]
+    await set_up(connections, args.groups, args.failover_timeout)
+    turn = in_turn(args.groups)
+    await saturate(connections, turn, time.monotonic() + 1.0)
+    began, cpu = time.monotonic(), cpu_s(process)
+    count, statuses = await saturate(connections, turn, began + args.seconds)
+    took, cpu = time.monotonic() - began, cpu_s(process) - cpu
+    if statuses[200] < 0.99 * count:
+        raise SystemExit(
+            f"too many refusals, take more --groups or a shorter --failover-timeout: {dict(statuses)}"
+        )
+    return count / took, count / cpu
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 from tests.integration.resting import (
     PROCESSED,
     cost,

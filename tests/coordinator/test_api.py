@@ -417,7 +417,7 @@ async def test_roles_can_be_written_as_names(stage: Stage) -> None:
         assert (await beat(http, "a")).json()["Role"] == "PendingPrimary"
 
 
-# -- trouble --------------------------------------------------------------------------------------
+# -- readiness_problem --------------------------------------------------------------------------------------
 
 
 async def test_a_failing_store_is_503_and_not_ready(stage: Stage, http: httpx2.AsyncClient) -> None:
@@ -434,7 +434,7 @@ async def test_a_failing_store_is_503_and_not_ready(stage: Stage, http: httpx2.A
 
 async def test_a_stopping_coordinator_is_503(stage: Stage, http: httpx2.AsyncClient) -> None:
     await make(http, "a")
-    stage.coordinator.stop_taking()
+    stage.coordinator.refuse_requests()
     is_error(await beat(http, "a"), 503)
     is_error(await http.get("groups/g/status"), 503)
     is_error(await http.get(f"{HOST}/readyz"), 503)

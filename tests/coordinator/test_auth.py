@@ -106,12 +106,12 @@ async def test_a_password_is_hashed_once_however_often_it_comes(
 async def test_what_is_remembered_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(auth, "MOST_CACHED_CHECKS", 3)
     known = Authenticator(users(tmp_path, f"ann:{hash_password('s')}"))
     for number in range(6):
         with pytest.raises(Unauthenticated):
             await known.caller(basic("ann", str(number)))
-    assert len(known._remembered) == 3
+    assert len(known._checks) == 3
 
 
 @pytest.mark.parametrize(

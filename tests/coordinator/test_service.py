@@ -90,10 +90,10 @@ async def test_a_failing_store_leaves_the_old_state_in_force(stage: Stage) -> No
         await beat(stage, "a")
     assert refusal.value.retry_after_s > 0
     assert stage.coordinator.status(KEY).primary is None
-    assert await stage.coordinator.trouble() is not None
+    assert await stage.coordinator.readiness_problem() is not None
     stage.store.failing = None
     assert (await beat(stage, "a")).role is Role.PRIMARY
-    assert await stage.coordinator.trouble() is None
+    assert await stage.coordinator.readiness_problem() is None
 
 
 async def test_a_holder_extends_its_lease_while_the_store_fails(stage: Stage) -> None:
@@ -321,7 +321,7 @@ async def test_waiting_readers_are_answered_at_a_stop(stage: Stage) -> None:
     await join(stage, "a")
     reading = asyncio.create_task(stage.coordinator.wait_status(KEY, newest(stage), 100))
     await stage.settle()
-    stage.coordinator.stop_taking()
+    stage.coordinator.refuse_requests()
     assert (await asyncio.wait_for(reading, 5)).primary is None
     with pytest.raises(Unavailable):
         await beat(stage, "a")

@@ -19,7 +19,7 @@ import pytest
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient, configured
-from agent.drivers.rest.client import WATCH_CONNECTIONS
+from agent.drivers.rest.client import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -622,7 +622,7 @@ async def test_hanging_blocking_reads_take_nothing_from_a_heartbeat() -> None:
             )
             for _ in range(20)
         ]
-        await until(lambda: len(raw.seen) == WATCH_CONNECTIONS)
+        await until(lambda: len(raw.seen) == BLOCKING_READ_CONNECTIONS)
         raw.talk = raw.answers(BEAT)
         assert (await beat(client)).role is Role.PRIMARY
         for read in reads:
@@ -633,7 +633,7 @@ async def test_hanging_blocking_reads_take_nothing_from_a_heartbeat() -> None:
 async def test_a_connection_that_the_server_closed_while_idle_is_not_used_again() -> None:
     async with served() as raw, client_of(raw.endpoint()) as client:
         raw.talk = raw.says(answer(json.dumps(BEAT).encode()))
-        pool = client._calls._transport._pool  # type: ignore[attr-defined] # to see the close
+        pool = client._call_client._transport._pool  # type: ignore[attr-defined] # to see the close
         for _ in range(5):
             await beat(client)
             await until(lambda: all(c.has_expired() for c in pool.connections))
@@ -778,7 +778,7 @@ async def test_a_good_answer_ends_the_look_at_the_others() -> None:
         await failure(client)
         await looked.wait()
         await beat(client)
-        await until(lambda: all(look.done() for look in client._looks.values()))
+        await until(lambda: all(look.done() for look in client._probes.values()))
         assert (client.endpoint, client.faults_of_others) == (A, None)
 
 
@@ -786,7 +786,7 @@ async def test_a_good_answer_ends_the_look_at_the_others() -> None:
 async def test_a_refusal_of_the_api_keeps_the_endpoint(status: int) -> None:
     async with client_of(A, B, **mocked(lambda _: httpx2.Response(status, json=REFUSAL))) as client:
         await failure(client)
-        assert client._looks == {}
+        assert client._probes == {}
         assert client.endpoint == A
 
 
@@ -795,7 +795,7 @@ async def test_failed_status_reads_move_nothing() -> None:
     async with client_of(A, B, **mocked(lambda _: httpx2.Response(504))) as client:
         with pytest.raises(ServerError):
             await client.status("g", after=1, wait_s=1.0, timeout_s=PATIENCE_S)
-        assert client._looks == {}
+        assert client._probes == {}
 
 
 async def test_a_late_failure_of_an_endpoint_that_was_left_moves_nothing() -> None:

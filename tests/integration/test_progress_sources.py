@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 
 from .stage import Agent, Coordinator, Stage, ask, until
 from .workloads import start

@@ -1,4 +1,4 @@
-"""What the coordinator keeps across its own death, as a few small calls (R13).
+"""The durable state of the coordinator, as a few small calls (R13).
 
 A record is one value with a version; ``swap`` is a compare-and-set. When a call that changes
 something returns, the change is durable; when it raises, nothing of it is. The stores do not know

@@ -52,7 +52,7 @@ def encode(value: ValueT, where: str) -> str:
     Without the proof a value that can be written but not read (an integer of 5,000 digits in
     AdditionalData, a NaN) would be acknowledged and then stop the next start.
 
-    ``where`` says what the value belongs to, for the message.
+    ``where`` names the owner of the value in an error message.
 
     Raises:
         StoreError: it does not read back.
@@ -78,7 +78,7 @@ def encode(value: ValueT, where: str) -> str:
 
 
 def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
-    """The value that ``text`` was made from; ``where`` says what it belongs to, for the message.
+    """The value that ``text`` was made from; ``where`` names its owner in an error message.
 
     Raises:
         StoreError: the text is not one of ``kind``; the message has the place inside it.

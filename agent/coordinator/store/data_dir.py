@@ -1,6 +1,6 @@
 """The data directory of a coordinator on SQLite: made, locked, checked and opened - or refused.
 
-Owns the files and the sentences that are said when they cannot be used; knows nothing of groups
+Owns the files and the error messages about them; knows nothing of groups
 beyond the tables that hold them. A refusal leaves every file as it was: a database that is not
 there yet appears whole or not at all, and one that is there is read as plain bytes before SQLite
 may touch it.
@@ -111,7 +111,7 @@ def open_data_dir(directory: Path) -> DataDir:
     """Open ``directory``, making it and what belongs in it where missing.
 
     Raises:
-        StoreError: it cannot be used. The message says which path, what is wrong and what would be
+        StoreError: it cannot be used. The message has the path, the fault and what would be
             right; ``exit_code`` is the one of DATA_DIR_* that fits.
     """
     path = directory / DATABASE_NAME
@@ -133,7 +133,7 @@ def open_data_dir(directory: Path) -> DataDir:
 
 
 def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
-    """What an error of the system's or of SQLite's means for the data directory, in words."""
+    """The StoreError for an error of the system or of SQLite."""
     match error:
         case (
             OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM)
@@ -280,7 +280,7 @@ def _create(path: Path) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             unfinished.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)

@@ -38,15 +38,20 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What somebody awaits: ``work`` runs inside a transaction, in the store's thread."""
+    """A submitted call: ``work`` runs inside a transaction, in the store's thread.
+
+    Attributes:
+        savepoint: false for a ``work`` of one statement, which is undone by itself if it fails.
+    """
 
     work: Callable[[], Any]
     answer: asyncio.Future[Any]
+    savepoint: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a call ended, told to its awaiter once the transaction is durable."""
+    """The outcome of a call, delivered to its awaiter once the transaction is durable."""
 
     value: Any = None
     error: Exception | None = None
@@ -75,7 +80,7 @@ class SqliteStore:
 
         Raises:
             StoreError: it is read-only, full, locked by another coordinator, from a newer version,
-                or damaged; its ``exit_code`` says which, and nothing was changed.
+                or damaged; its ``exit_code`` is specific, and nothing was changed.
         """
         opened = open_data_dir(data_dir)
         try:
@@ -97,7 +102,7 @@ class SqliteStore:
                 found[key] = Stored(version, decode(GroupRecord, text, self._place(key)))
             return found
 
-        return await self._ask(work)
+        return await self._submit(work)
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
         """Add a group; its version. Raises CasMismatch if there is one."""
@@ -114,7 +119,7 @@ class SqliteStore:
             )
             return self._version
 
-        return await self._ask(work)
+        return await self._submit(work)
 
     async def swap(
         self,
@@ -126,6 +131,17 @@ class SqliteStore:
         """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
         text = encode(record, name_of(key))
         entries = [(entry.epoch, encode(entry, name_of(key))) for entry in history]
+
+        def work_without_history() -> int:
+            self._db.execute(
+                "UPDATE failover_group SET version = ?, record = ?"
+                " WHERE tenant = ? AND namespace = ? AND name = ? AND version = ?",
+                (self._version + 1, text, *key, expected),
+            )
+            if self._db.changes() == 0:
+                self._check_version(key, expected)  # raises CasMismatch
+            self._version += 1
+            return self._version
 
         def work() -> int:
             group = self._check_version(key, expected)
@@ -148,7 +164,9 @@ class SqliteStore:
                 )
             return self._version
 
-        return await self._ask(work)
+        if not entries:
+            return await self._submit(work_without_history, savepoint=False)
+        return await self._submit(work)
 
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
         """Remove a group with its history, and remember its epoch; or CasMismatch."""
@@ -169,7 +187,7 @@ class SqliteStore:
                     (MOST_RETIRED,),
                 )
 
-        await self._ask(work)
+        await self._submit(work)
 
     async def retired_epoch(self, key: GroupKey) -> int:
         """The epoch that was remembered for the name, or 0."""
@@ -180,7 +198,7 @@ class SqliteStore:
             )
             return next((int(epoch) for (epoch,) in rows), 0)
 
-        return await self._ask(work)
+        return await self._submit(work)
 
     async def history(
         self, key: GroupKey, *, skip: int = 0, count: int = 100
@@ -200,7 +218,7 @@ class SqliteStore:
             )
             return total, [decode(HistoryEntry, text, self._place(key)) for (text,) in rows]
 
-        return await self._ask(work)
+        return await self._submit(work)
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
@@ -211,7 +229,7 @@ class SqliteStore:
             ).get
             return None if text is None else decode(AccessList, text, f"{tenant}/{namespace}")
 
-        return await self._ask(work)
+        return await self._submit(work)
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
         """Replace that list."""
@@ -224,7 +242,7 @@ class SqliteStore:
                 (tenant, namespace, text),
             )
 
-        await self._ask(work)
+        await self._submit(work)
 
     async def close(self) -> None:
         """Answer the calls that wait, then let go of the data directory. May be called twice."""
@@ -233,7 +251,7 @@ class SqliteStore:
             self._calls.put(None)
         await asyncio.shield(asyncio.wrap_future(self._closed))
 
-    async def _ask(self, work: Callable[[], AnswerT]) -> AnswerT:
+    async def _submit(self, work: Callable[[], AnswerT], *, savepoint: bool = True) -> AnswerT:
         """What ``work`` returns, once the transaction that it ran in is durable."""
         if self._closing:
             raise StoreError(
@@ -248,14 +266,14 @@ class SqliteStore:
                 exit_code=ExitCode.INTERNAL,
             )
         answer: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        self._calls.put(_Call(work, answer))
+        self._calls.put(_Call(work, answer, savepoint))
         return await answer
 
     # What follows runs in the store's thread.
 
     def _run(self) -> None:
         while (first := self._calls.get()) is not None:
-            batch = self._gather(first)
+            batch = self._next_batch(first)
             outcomes = self._commit(batch)
             with suppress(RuntimeError):  # the loop has ended, and its awaiters with it
                 batch[0].answer.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
@@ -266,7 +284,7 @@ class SqliteStore:
         else:
             self._closed.set_result(None)
 
-    def _gather(self, first: _Call) -> list[_Call]:
+    def _next_batch(self, first: _Call) -> list[_Call]:
         batch = [first]
         with suppress(queue.Empty):
             while len(batch) < BATCH_BOUND:
@@ -281,18 +299,19 @@ class SqliteStore:
         """Run a batch as one transaction: how each call ended, or the disk's error for all."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            outcomes = [self._try_one(call) for call in batch]
+            outcomes = [self._run_call(call) for call in batch]
             self._db.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - a thread's edge: whatever it is, awaiters hear it
-            self._undo(error)
+        except Exception as error:  # noqa: BLE001 - a thread's edge: every error goes to the awaiters
+            self._roll_back(error)
             return [_Outcome(error=self._explain(error)) for _ in batch]
         return outcomes
 
-    def _try_one(self, call: _Call) -> _Outcome:
+    def _run_call(self, call: _Call) -> _Outcome:
         """Run one call inside a savepoint, so that its refusal undoes nothing of the others."""
         if call.answer.cancelled():
             return _Outcome()
-        self._db.execute("SAVEPOINT one_call")
+        if call.savepoint:
+            self._db.execute("SAVEPOINT one_call")
         try:
             outcome = _Outcome(value=call.work())
         except (CasMismatch, StoreError) as error:
@@ -303,12 +322,13 @@ class SqliteStore:
                 exit_code=ExitCode.INTERNAL,
             )
             outcome = _Outcome(error=refusal)
-        if outcome.error is not None:
-            self._db.execute("ROLLBACK TO one_call")
-        self._db.execute("RELEASE one_call")
+        if call.savepoint:
+            if outcome.error is not None:
+                self._db.execute("ROLLBACK TO one_call")
+            self._db.execute("RELEASE one_call")
         return outcome
 
-    def _undo(self, error: Exception) -> None:
+    def _roll_back(self, error: Exception) -> None:
         """Leave no trace of a failed transaction, so that the next one finds the store usable."""
         with suppress(apsw.Error):
             if self._db.in_transaction:

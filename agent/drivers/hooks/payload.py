@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from agent.model import Role
-from agent.wire.scalars import format_date_time
+from agent.schema.scalars import format_date_time
 
 
 def build_payload(

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from agent.wire.scalars import format_date_time, parse_date_time
+from agent.schema.scalars import format_date_time, parse_date_time
 
 LONGEST_TEXT = 64 * 1024
 """Bytes of a file's end or of a message: a page of state in JSON, read in a millisecond."""

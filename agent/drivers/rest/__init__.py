@@ -1,7 +1,6 @@
 """The group API as its callers see it: RestClient, and OAuth2 credentials for it.
 
-``exchange`` is one request and its answer, ``credentials`` where tokens come from, ``client`` the
-calls of the API.
+``exchange`` is one request and its answer, ``credentials`` the tokens, ``client`` the operations of the API.
 """
 
 from agent.drivers.rest.client import RestClient

@@ -18,7 +18,7 @@ def client_for(settings: AgentSettings) -> RestClient:
     """A client for the endpoints of the settings, with their credentials and CA. Close it.
 
     Raises:
-        ConfigError: a file that the settings name has not in it what it should.
+        ConfigError: a file that the settings name does not have the right content.
     """
     context = httpx2.create_ssl_context(trust_env=False)
     if settings.ca_file is not None:

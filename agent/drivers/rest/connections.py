@@ -149,11 +149,11 @@ def open_client(
     """A client with connections of its own; close it with ``aclose``.
 
     Args:
-        context: how servers prove who they are.
+        context: verifies the servers' certificates.
         keepalive_s: seconds after which an idle connection is not used again.
         connections: how many there are at most.
         names: resolves the names of hosts.
-        auth: what each request proves itself by.
+        auth: the credentials of each request.
         transport: stands in for the network, in tests.
     """
     return httpx2.AsyncClient(

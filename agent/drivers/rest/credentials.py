@@ -3,9 +3,9 @@
 Owns the client secret and the token; neither is ever in a message, a repr or a log. Knows nothing of
 what the token is good for.
 
-A call that needs a token waits for at most one fetch, which all calls to that origin share, and no
-longer than its own time limit. Once most of a token's life is over the next one is fetched behind the calls' backs,
-so a slow identity server delays no heartbeat while the old token is good.
+A request that needs a token waits for at most one fetch, which all requests to that origin share, and no
+longer than its own timeout. Once most of a token's lifetime is over, the next one is fetched in the
+background, so a slow identity server delays no heartbeat while the old token is valid.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 
 DISCOVERY_PATH = "/identity/.well-known/openid-configuration"
-"""Where the cloud service says, below the endpoint's own origin, where its tokens come from."""
+"""Path of the cloud service's OpenID discovery document, at the origin of the endpoint."""
 
 REFRESH_SHARE = 0.8
 """Share of a token's life after which the next one is fetched: a fifth is left for trouble."""
@@ -40,7 +40,7 @@ CONNECTIONS = 8
 """One for each endpoint whose origin is asked, and some that were given up."""
 
 LONGEST_LIFE_S = 24 * 3600.0
-"""However long a token says it lives, a secret that was revoked is noticed within a day."""
+"""Upper limit of a token's lifetime: a revoked secret is noticed within a day."""
 
 
 class ClientCredentials(httpx2.Auth):
@@ -59,19 +59,19 @@ class ClientCredentials(httpx2.Auth):
         verify: ssl.SSLContext | bool = True,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        """Nothing is asked yet.
+        """Sends nothing yet.
 
         Args:
-            client_id: who asks.
-            client_secret: what proves it.
+            client_id: of this client.
+            client_secret: its secret.
             clock: seconds that go on in suspend (CLOCK_BOOTTIME).
-            token_url: where tokens come from; None for what the origin of the endpoint that is being
-                asked tells at DISCOVERY_PATH.
-            verify: how the identity server proves who it is.
+            token_url: the token endpoint; None to discover it by DISCOVERY_PATH at the origin of the
+                endpoint in use.
+            verify: how the certificate of the identity server is verified.
             transport: stands in for the network, in tests.
 
         Raises:
-            ConfigError: the token URL is none.
+            ConfigError: the token URL is not valid.
         """
         if token_url is not None and (problem := fault_of_url(token_url)):
             shown = re.sub("//.*@", "//***@", token_url)
@@ -111,7 +111,7 @@ class ClientCredentials(httpx2.Auth):
         """Send with a token; if the server refuses that token, once more with another one.
 
         Raises:
-            ServerError: there is no token to be had: NOT_AUTHORISED if the identity server refuses
+            ServerError: no token could be obtained: NOT_AUTHORISED if the identity server refuses
                 this client, else as ``send`` does.
         """
         token = await self._valid_token(request.url)
@@ -142,7 +142,7 @@ class ClientCredentials(httpx2.Auth):
         fetch = self._fetching.get(origin)
         if fetch is None or fetch.done():
             fetch = self._fetching[origin] = asyncio.create_task(self._fetch(asked), name="token")
-            fetch.add_done_callback(_seen)
+            fetch.add_done_callback(_retrieve_error)
         return fetch
 
     async def _fetch(self, asked: httpx2.URL) -> None:
@@ -197,33 +197,33 @@ class ClientCredentials(httpx2.Auth):
     def _refused(self, answer: Answer) -> ServerError:
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
-        said = ": ".join(word for word in words if isinstance(word, str))
-        for form in _forms(self._secret):  # some servers repeat what they were sent
-            said = said.replace(form, "***")
+        reason = ": ".join(word for word in words if isinstance(word, str))
+        for form in _encodings(self._secret):  # some servers repeat the request
+            reason = reason.replace(form, "***")
         return answer.error(
-            f"answered {answer.status} ({quoted(said) or 'no reason given'})",
+            f"answered {answer.status} ({quoted(reason) or 'no reason given'})",
             "check the client id and its secret",
             ExitCode.NOT_AUTHORISED,
             of_the_api=False,
         )
 
 
-def _forms(secret: str) -> Iterator[str]:
-    """A secret as it is, and as a form or a URL has it."""
+def _encodings(secret: str) -> Iterator[str]:
+    """A secret in plain form, and encoded for a form and for a URL."""
     if secret:
         yield secret
         yield quote_plus(secret)
         yield quote(secret, safe="")
 
 
-def _seen(task: asyncio.Task[None]) -> None:
-    """A fetch that fails behind the calls' backs is tried again by the next call."""
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Retrieve the error of a background fetch: the next request fetches again."""
     if not task.cancelled():
         task.exception()
 
 
 def _seconds(expires_in: Any) -> float:
-    """The life that a token states; some servers state it as a string."""
+    """The lifetime of a token; some servers send it as a string."""
     try:
         life_s = float(expires_in)
     except (TypeError, ValueError, OverflowError):

@@ -1,7 +1,7 @@
-"""One request and its answer over HTTP, or one ServerError that says what went wrong.
+"""One request and its answer over HTTP, or one ServerError with the reason.
 
-Owns the time limit of a call and the classification of every way in which a server can fail: nothing
-but a ServerError, or cancellation, leaves ``send``. Knows nothing of groups, roles, leases or tokens.
+Owns the timeout of a request and the classification of every failure of a server: ``send`` raises
+nothing but a ServerError, or cancellation. Knows nothing of groups, roles, leases or tokens.
 
 A ServerError's ``status`` is that of an answer of the API itself. It is None when no answer came
 and when something else answered, so ``status == 404`` always means "gone", never a wrong address.
@@ -28,21 +28,20 @@ from agent.errors import ExitCode, ServerError
 from agent.ops.logs import Log
 
 LONGEST_RETRY_AFTER_S = 300.0
-"""Whatever a server asks, it is asked again after five minutes: an operator who has repaired it does
-not wait for longer."""
+"""Upper limit of Retry-After: after a repair an operator waits for five minutes at most."""
 
 LONGEST_QUOTE = 300
 """Characters of a server's own words in a message, so that it stays one readable line."""
 
 LONGEST_CHAIN = 32
-"""Causes of an exception that are looked at: a chain could be a circle."""
+"""Causes of an exception that are followed: the chain could be a circle."""
 
 LAST_PORT = 65535
 
 log = Log(__name__)
 
 _PROBLEM_FIELDS = ("title", "detail")
-"""What a ProblemDetails body (RFC 9457) says for people; ASP.NET's framework answers by such bodies."""
+"""The readable fields of a ProblemDetails body (RFC 9457), which ASP.NET sends."""
 
 _ERROR_FIELDS = ("OperationId", "Error", "Reason", "Resolution")
 
@@ -77,7 +76,7 @@ class Answer:
         *,
         of_the_api: bool = True,
     ) -> ServerError:
-        """The error that this answer amounts to, with its status and what Retry-After says."""
+        """The error that this answer amounts to, with its status and Retry-After."""
         return _error(
             self.what,
             self.url,
@@ -108,9 +107,9 @@ class Answer:
         """
         if self.status // 100 == 2:  # noqa: PLR2004 - the class of success
             return
-        said = self._said()
+        quote = self._quote_error()
         if self.status in {401, 403}:
-            problem = f"answered {self.status} ({said})"
+            problem = f"answered {self.status} ({quote})"
             right = "check the credentials and the rights of this client on the group"
             raise self.error(problem, right, ExitCode.NOT_AUTHORISED)
         if self.status // 100 == 3:  # noqa: PLR2004 - the class of redirects
@@ -118,20 +117,20 @@ class Answer:
             raise self.not_the_api(f"redirects ({self.status}) to {target}, which is not followed")
         if self.status == httpx2.codes.TOO_MANY_REQUESTS and not self._is_error_response():
             right = "look for a proxy or balancer on the way that limits requests"
-            problem = f"answered 429 without an ErrorResponse: {said}"
+            problem = f"answered 429 without an ErrorResponse: {quote}"
             raise self.error(problem, right, ExitCode.NOT_THE_API)
-        if self.status < 500 and not (self._is_error_response() or self._problem()):  # noqa: PLR2004 - as above
-            raise self.not_the_api(f"answered {self.status} without an ErrorResponse: {said}")
-        raise self.error(f"answered {self.status}", said, ExitCode.REFUSED)
+        if self.status < 500 and not (self._is_error_response() or self._problem_details()):  # noqa: PLR2004 - as above
+            raise self.not_the_api(f"answered {self.status} without an ErrorResponse: {quote}")
+        raise self.error(f"answered {self.status}", quote, ExitCode.REFUSED)
 
     def unreadable(self, why: str) -> ServerError:
         """The error for a body of success that has not the shape that was promised.
 
-        HALF_BODY if nothing told where the body ends and it begins like JSON, else NOT_THE_API.
+        HALF_BODY for a body without a length that begins like JSON, else NOT_THE_API.
         """
         framed = "content-length" in self.headers or "transfer-encoding" in self.headers
         if not framed and self.body.lstrip()[:1] in {b"{", b"["} and self._json() is None:
-            return _half(self.what, self.url, f"after {len(self.body)} bytes")
+            return _incomplete(self.what, self.url, f"after {len(self.body)} bytes")
         return self.not_the_api(f"answered {self.status} with something else: {quoted(why)}")
 
     def _json(self) -> Any:
@@ -146,7 +145,7 @@ class Answer:
             return any(name in body for name in _ERROR_FIELDS)
         return not self.body and "operation-id" in self.headers
 
-    def _problem(self) -> str:
+    def _problem_details(self) -> str:
         """Title and detail of a ProblemDetails body, or nothing."""
         body = self._json()
         kind = self.headers.get("content-type", "").lower()
@@ -155,8 +154,8 @@ class Answer:
         words = [body.get(name) for name in _PROBLEM_FIELDS]
         return ": ".join(word for word in words if isinstance(word, str) and word) or "no title"
 
-    def _said(self) -> str:
-        if problem := self._problem():
+    def _quote_error(self) -> str:
+        if problem := self._problem_details():
             return quoted(problem)
         body = self._json()
         if isinstance(body, dict):
@@ -168,7 +167,7 @@ class Answer:
 
 
 def fault_of_url(text: str) -> str | None:
-    """Why nothing can be asked at this URL, as the end of a sentence; None if it can."""
+    """Why this URL cannot be used, as the end of a sentence; None if it can."""
     try:
         url = httpx2.URL(text)
         url.host.encode("idna")
@@ -186,7 +185,7 @@ def fault_of_url(text: str) -> str | None:
 
 
 def quoted(text: str) -> str:
-    """Words of others, fit for a message: one line, printable, of bounded length."""
+    """Text of a server, made fit for a message: one line, printable, of bounded length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}..."
 
@@ -228,7 +227,7 @@ async def send(
     content: bytes | None = None,
     form: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Ask once and return the whole answer, whatever its status.
+    """Send one request and return the whole answer, whatever its status.
 
     Args:
         client: whose connections to use.
@@ -269,13 +268,13 @@ async def send(
         right = "check that the server is healthy and that nothing on the way drops packets"
         raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from None
     except Exception as error:  # the one edge: whatever the HTTP stack raises is no answer
-        raise _classified(what, url, error, headers_came=headers_came) from error
+        raise _classify(what, url, error, headers_came=headers_came) from error
     return Answer(what, url, response.status_code, response.headers, body)
 
 
-def _classified(what: str, url: str, error: Exception, *, headers_came: bool) -> ServerError:
-    """What went wrong, said of whatever was raised by a request."""
-    root = _root(error)
+def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> ServerError:
+    """The ServerError for an exception raised by a request."""
+    root = _root_cause(error)
     if isinstance(error, NotHttpError):
         return _not_http(what, url, f"its first bytes are {error}")
     if isinstance(error, TooLongError):
@@ -291,7 +290,7 @@ def _classified(what: str, url: str, error: Exception, *, headers_came: bool) ->
             reason=quoted(str(error)),
         )
     if headers_came:
-        return _half(what, url, quoted(str(error) or type(error).__name__))
+        return _incomplete(what, url, quoted(str(error) or type(error).__name__))
     if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
         return _unreachable(what, url, root)
     if isinstance(error, httpx2.RemoteProtocolError) and "disconnected" not in str(error):
@@ -321,7 +320,7 @@ def _error(
     )
 
 
-def _half(what: str, url: str, how: str) -> ServerError:
+def _incomplete(what: str, url: str, how: str) -> ServerError:
     problem = f"closed the connection in the middle of its answer ({how})"
     right = "look at the log of the server and of any proxy before it"
     return _error(what, url, problem, right, ExitCode.HALF_BODY)
@@ -355,8 +354,8 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
     return _error(what, url, problem, right, ExitCode.UNREACHABLE)
 
 
-def _root(error: BaseException) -> BaseException:
-    """The first cause, which is the one that the operating system or OpenSSL told."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The first cause, which is the one of the operating system or of OpenSSL."""
     root = error
     for _ in range(LONGEST_CHAIN):
         inner = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Resolve host names without holding up anything else, and connect to the first address that answers.
+"""Resolve host names without blocking anything else, and connect to the first address that answers.
 
 Owns one look-up thread for each host and the addresses that each look-up last found. Knows nothing of
 HTTP. The resolver of the C library blocks its thread for as long as it likes, and asyncio's shared
@@ -22,7 +22,7 @@ SLOW_SHARE = 0.25
 """A look-up that takes longer than this, or than this share of the connection's time limit, is slow."""
 
 GIVE_UP_SHARE = 0.9
-"""Without known addresses a look-up may take this share of the time limit; the rest is left to say so."""
+"""Share of the timeout that a look-up may take without known addresses; the rest is for the error."""
 
 STAGGER_S = 0.25
 STAGGER_SHARE = 0.25
@@ -94,16 +94,16 @@ def _is_address(host: str) -> bool:
 
 
 async def _addresses(entry: _Host, host: str, timeout_s: float) -> tuple[str, ...]:
-    """What a look-up finds, or the last one found if this one fails or is slow."""
+    """The addresses of a look-up, or the known ones if it fails or is slow."""
     if entry.look_up is None or entry.look_up.done():
         entry.look_up = asyncio.create_task(_look_up(entry, host), name=f"look-up of {host}")
-        entry.look_up.add_done_callback(_seen)
+        entry.look_up.add_done_callback(_retrieve_error)
     look_up = entry.look_up
-    patience_s = min(SLOW_LOOK_UP_S, SLOW_SHARE * timeout_s)
+    timeout_part_s = min(SLOW_LOOK_UP_S, SLOW_SHARE * timeout_s)
     if not entry.known:
-        patience_s = GIVE_UP_SHARE * timeout_s
+        timeout_part_s = GIVE_UP_SHARE * timeout_s
     await asyncio.wait(
-        [look_up], timeout=patience_s
+        [look_up], timeout=timeout_part_s
     )  # others wait for it, too: it is not cancelled
     if look_up.done() and not look_up.cancelled() and look_up.exception() is None:
         return look_up.result()
@@ -111,16 +111,16 @@ async def _addresses(entry: _Host, host: str, timeout_s: float) -> tuple[str, ..
         return entry.known
     if look_up.done():
         return look_up.result()
-    raise TimeoutError(f"the name {host} was not resolved within {patience_s:.3g} s")
+    raise TimeoutError(f"the name {host} was not resolved within {timeout_part_s:.3g} s")
 
 
 async def _look_up(entry: _Host, host: str) -> tuple[str, ...]:
-    def ask() -> list[str]:
+    def resolve() -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return [str(address[0]) for *_, address in found]
 
     try:
-        found = dict.fromkeys(await entry.lane.run(ask))
+        found = dict.fromkeys(await entry.lane.run(resolve))
     except StuckError as error:
         raise TimeoutError(str(error)) from error
     if not found:
@@ -131,8 +131,8 @@ async def _look_up(entry: _Host, host: str) -> tuple[str, ...]:
     return entry.known
 
 
-def _seen(task: "asyncio.Task[tuple[str, ...]]") -> None:
-    """A failure that nobody waits for any more is no unhandled one: the next look-up meets it."""
+def _retrieve_error(task: "asyncio.Task[tuple[str, ...]]") -> None:
+    """Retrieve the error of a look-up that nobody awaits any more; the next one meets it again."""
     if not task.cancelled():
         task.exception()
 
@@ -164,11 +164,11 @@ async def _first(
                 errors.append(error)
         raise errors[0]
     finally:
-        await _drop(pending)
+        await _close_unused(pending)
 
 
-async def _drop(pending: "dict[asyncio.Future[S], str]") -> None:
-    """Give up connections that are no longer wanted, also those that have just been made."""
+async def _close_unused(pending: "dict[asyncio.Future[S], str]") -> None:
+    """Cancel the other connection attempts, and close those that have just succeeded."""
     for task in pending:
         task.cancel()
     if pending:

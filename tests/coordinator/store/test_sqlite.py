@@ -34,7 +34,7 @@ class Gate:
     def __init__(self, store: SqliteStore) -> None:
         self._inside = threading.Event()
         self._opened = threading.Event()
-        self.call = asyncio.ensure_future(store._ask(self._wait))
+        self.call = asyncio.ensure_future(store._submit(self._wait))
 
     def _wait(self) -> str:
         self._inside.set()
@@ -147,7 +147,7 @@ async def test_a_failure_that_nobody_foresaw_reaches_its_awaiters_and_the_thread
 
     version = await store.create(key, make_record(1))
     with pytest.raises(StoreError, match="ZeroDivisionError"):
-        await store._ask(broken)
+        await store._submit(broken)
     assert await store.load() == {key: Stored(version, make_record(1))}
 
 
@@ -210,7 +210,7 @@ async def test_a_record_that_cannot_be_read_is_named_with_its_group_and_file(
     store: SqliteStore, key: GroupKey, make_record: MakeRecord
 ) -> None:
     await store.create(key, make_record(1))
-    await store._ask(lambda: store._db.execute("UPDATE failover_group SET record = '{}'").get)
+    await store._submit(lambda: store._db.execute("UPDATE failover_group SET record = '{}'").get)
     with pytest.raises(StoreError, match=r"group 'pumps'.*coordinator\.db.*config: ") as refused:
         await store.load()
     assert refused.value.exit_code is ExitCode.DATA_DIR_DAMAGED

@@ -1,4 +1,4 @@
-"""The values inside the JSON shapes: time-spans, date-times, enumerations, and how a wrong one is told.
+"""The values inside the JSON shapes: time-spans, date-times, enumerations, and sentences about wrong ones.
 
 Plain functions, for both ends of the API. Owns no shape, and imports no pydantic: an agent reads its
 answers without it.
@@ -117,6 +117,8 @@ def parse_date_time(text: str) -> datetime | None:
         read = datetime.fromisoformat(text.upper())
     except ValueError as error:
         raise ValueError(f"{not_a_time(text)} ({error})") from None
+    if read.tzinfo is UTC and read.year > 1:
+        return read
     if read.replace(tzinfo=None) == datetime.min:  # noqa: DTZ901 - the wall time, whatever its zone
         return None
     try:
@@ -163,7 +165,7 @@ OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
 
 
 def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
-    """The member that a number or a name in any letter case says.
+    """The member with a number, or with a name in any letter case.
 
     Raises:
         ValueError: it is neither.

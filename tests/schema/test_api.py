@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, TypeVar
 
@@ -12,33 +11,34 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
 from schemathesis import GenerationMode
 from schemathesis.core import NotSet
 
 from agent import model
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import TICKS_PER_SECOND, Role, RoleOverride
-from agent.wire import answers, scalars, shapes
+from agent.schema import access, api, codec, scalars, values
+from agent.schema.codec import BodyError
+from agent.schema.values import Shape
 
 TICKS = st.integers(-scalars.MAX_TICKS - 1, scalars.MAX_TICKS)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
-SPANS = [shapes._ANY_SPAN, shapes._LEASE_SPAN, shapes._EXPIRATION_SPAN, shapes._HOLD_OFF_SPAN]
+SPANS = [values.LeaseSpan, values.ExpirationSpan, values.HoldOffSpan]
 ROUND_TRIPS = 100_000
 GENERATED = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 """A slow draw on a busy machine is no failure."""
 
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound=Shape)
 
 
 def read(shape: type[S], **properties: Any) -> S:
-    return shape.model_validate_json(json.dumps(properties))
+    return codec.decode(shape, json.dumps(properties).encode())
 
 
-def complaint(shape: type[BaseModel], body: bytes | str) -> str:
-    with pytest.raises(ValidationError) as caught:
-        shape.model_validate_json(body)
-    return shapes.explain_request(caught.value)
+def complaint(shape: type[Shape], body: bytes | str) -> str:
+    with pytest.raises(BodyError) as caught:
+        codec.decode(shape, body.encode() if isinstance(body, str) else body)
+    return str(caught.value)
 
 
 # --- time-spans ---------------------------------------------------------------------------------
@@ -127,16 +127,20 @@ def test_more_ticks_than_a_time_span_has_are_not_written() -> None:
 @pytest.mark.parametrize("span", SPANS, ids=lambda span: span.limits)
 @settings(GENERATED, max_examples=30)
 @given(data=st.data())
-def test_a_schema_pattern_admits_only_what_is_read(span: shapes._Span, data: st.DataObject) -> None:
+def test_a_schema_pattern_admits_only_what_is_read(
+    span: type[values.TimeSpan], data: st.DataObject
+) -> None:
     pattern = data.draw(st.sampled_from(span.patterns))
     text = data.draw(st.from_regex(re.compile(pattern), fullmatch=True))
-    assert span.low <= span._read(text) <= span.high
+    assert span.low <= span.read(text) <= span.high
 
 
-@pytest.mark.parametrize("span", SPANS, ids=lambda span: span.limits)
+@pytest.mark.parametrize("span", [values.TimeSpan, *SPANS], ids=lambda span: span.limits)
 @settings(GENERATED)
 @given(data=st.data())
-def test_a_schema_pattern_admits_what_is_written(span: shapes._Span, data: st.DataObject) -> None:
+def test_a_schema_pattern_admits_what_is_written(
+    span: type[values.TimeSpan], data: st.DataObject
+) -> None:
     whole_days = 10_675_199 * 86_400 * TICKS_PER_SECOND  # the last part of a day is not described
     bounds = max(span.low, 1 - whole_days), min(span.high, whole_days - 1)
     ticks = data.draw(st.integers(*bounds) | st.sampled_from(bounds))
@@ -206,7 +210,7 @@ def test_a_date_time_of_another_zone_is_written_in_utc() -> None:
 def test_never_is_refused_where_a_date_time_is_needed() -> None:
     entry = {"Epoch": 1, "SessionId": "a", "WhyStarted": "sole member"}
     body = json.dumps(entry | {"Since": "0001-01-01T00:00:00"})
-    assert complaint(shapes.HistoryEntry, body).startswith("Since: ")
+    assert complaint(api.HistoryEntry, body).startswith("Since: ")
 
 
 # --- enumerations -------------------------------------------------------------------------------
@@ -216,20 +220,20 @@ def test_never_is_refused_where_a_date_time_is_needed() -> None:
     "given_role", [2, 2.0, "PendingPrimary", "pendingprimary", "PENDINGPRIMARY"]
 )
 def test_roles_are_read_as_numbers_and_as_names_in_any_case(given_role: object) -> None:
-    assert read(shapes.HeartbeatResponse, Role=given_role).Role is Role.PENDING_PRIMARY
+    assert read(api.HeartbeatResponse, Role=given_role).role.member is Role.PENDING_PRIMARY
 
 
 @pytest.mark.parametrize("given_value", [True, 2, -1, "1", "Primary ", None, [], {}, 0.5])
 def test_an_unknown_override_is_refused_with_the_known_ones(given_value: object) -> None:
-    sentence = complaint(shapes.RoleOverrideRequest, json.dumps({"Value": given_value}))
+    sentence = complaint(api.RoleOverrideRequest, json.dumps({"Value": given_value}))
     assert sentence.startswith("Value: ")
     assert sentence.endswith("is unknown: it must be 0 or Off, 1 or Primary")
 
 
 def test_every_role_has_its_v1_number_or_its_name_when_names_are_wanted() -> None:
-    said = [shapes.HeartbeatResponse(Role=role) for role in Role]
-    assert json.loads(shapes.to_json(said)) == [{"Role": 0}, {"Role": 1}, {"Role": 2}]
-    assert json.loads(shapes.to_json(said, enum_names=True)) == [
+    answers = [api.HeartbeatResponse(role=values.ROLES[role]) for role in Role]
+    assert json.loads(codec.encode(answers)) == [{"Role": 0}, {"Role": 1}, {"Role": 2}]
+    assert json.loads(codec.encode(answers, enum_names=True)) == [
         {"Role": "Secondary"},
         {"Role": "Primary"},
         {"Role": "PendingPrimary"},
@@ -239,18 +243,18 @@ def test_every_role_has_its_v1_number_or_its_name_when_names_are_wanted() -> Non
 # --- conversions --------------------------------------------------------------------------------
 
 VALUES: list[tuple[type[Any], Any]] = [
-    (shapes.GroupRequest, model.GroupConfig("g", 5_000_000, "n", "d", {"a": {"b": None}})),
-    (shapes.GroupRequest, model.GroupConfig("g", 600_000_000)),
-    (shapes.GroupConfiguration, model.GroupConfig("g", 5_000_000, "n", "d", {"a": [None]})),
-    (shapes.GroupStatus, model.GroupStatus("a", "b", NOON, 7, 9, NOON, "c")),
-    (shapes.GroupStatus, model.GroupStatus(None, None, None)),
-    (shapes.SessionRequest, model.SessionConfig("s", "n", {"a": 1})),
-    (shapes.HeartbeatResponse, model.HeartbeatAnswer(Role.PRIMARY, NOON, 7, 9, 2.5, "a")),
-    (shapes.HeartbeatResponse, model.HeartbeatAnswer(Role.SECONDARY)),
-    (shapes.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen", NOON, "released")),
-    (shapes.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen")),
+    (api.GroupRequest, model.GroupConfig("g", 5_000_000, "n", "d", {"a": {"b": None}})),
+    (api.GroupRequest, model.GroupConfig("g", 600_000_000)),
+    (api.GroupConfiguration, model.GroupConfig("g", 5_000_000, "n", "d", {"a": [None]})),
+    (api.GroupStatus, model.GroupStatus("a", "b", NOON, 7, 9, NOON, "c")),
+    (api.GroupStatus, model.GroupStatus(None, None, None)),
+    (api.SessionRequest, model.SessionConfig("s", "n", {"a": 1})),
+    (api.HeartbeatResponse, model.HeartbeatAnswer(Role.PRIMARY, NOON, 7, 9, 2.5, "a")),
+    (api.HeartbeatResponse, model.HeartbeatAnswer(Role.SECONDARY)),
+    (api.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen", NOON, "released")),
+    (api.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen")),
     (
-        shapes.ClientSession,
+        api.ClientSession,
         model.SessionView(
             model.SessionRecord(
                 model.SessionConfig("s", "n", {"a": 1}), RoleOverride.PRIMARY, NOON
@@ -262,11 +266,11 @@ VALUES: list[tuple[type[Any], Any]] = [
         ),
     ),
     (
-        shapes.ClientSession,
+        api.ClientSession,
         model.SessionView(model.SessionRecord(model.SessionConfig("s")), Role.SECONDARY),
     ),
     (
-        shapes.AccessControlRequest,
+        access.AccessControlRequest,
         model.AccessList(
             (
                 model.AccessEntry(model.Trustee(3, "admins", "t"), denied=False, rights=31),
@@ -274,18 +278,8 @@ VALUES: list[tuple[type[Any], Any]] = [
             )
         ),
     ),
-    (shapes.AccessControlList, model.AccessList()),
+    (access.AccessControlList, model.AccessList()),
 ]
-
-
-READERS: dict[type[Any], Callable[[bytes], Any]] = {
-    shapes.GroupConfiguration: answers.read_group,
-    shapes.GroupStatus: answers.read_status,
-    shapes.HeartbeatResponse: answers.read_heartbeat,
-    shapes.HistoryEntry: lambda body: answers.read_history(b"[%s]" % body)[0],
-    shapes.ClientSession: answers.read_session,
-}
-"""How a caller reads what the coordinator writes."""
 
 
 @pytest.mark.parametrize("enum_names", [False, True])
@@ -293,10 +287,9 @@ READERS: dict[type[Any], Callable[[bytes], Any]] = {
 def test_a_value_survives_the_wire_and_what_is_written_is_what_the_schema_says(
     shape: type[Any], value: Any, *, enum_names: bool
 ) -> None:
-    body = shapes.to_json(shape.of(value), enum_names=enum_names)
-    read = READERS.get(shape) or (lambda body: shape.model_validate_json(body).to_model())
-    assert read(body) == value
-    document = {"components": {"schemas": shapes.component_schemas()}}
+    body = codec.encode(shape.from_model(value), enum_names=enum_names)
+    assert codec.decode(shape, body).to_model() == value
+    document = {"components": {"schemas": codec.component_schemas()}}
     reference = {"$ref": f"#/components/schemas/{shape.__name__}"}
     jsonschema_rs.validator_for(document | reference, validate_formats=True).validate(
         json.loads(body)
@@ -305,7 +298,7 @@ def test_a_value_survives_the_wire_and_what_is_written_is_what_the_schema_says(
 
 def test_null_properties_are_left_out_but_not_inside_additional_data() -> None:
     group = model.GroupConfig("g", 600_000_000, additional={"a": None})
-    body = shapes.to_json(shapes.GroupConfiguration.of(group))
+    body = codec.encode(api.GroupConfiguration.from_model(group))
     assert body == b'{"Id":"g","FailoverTimeout":"00:01:00","AdditionalData":{"a":null}}'
 
 
@@ -313,7 +306,7 @@ def test_a_session_without_a_heartbeat_still_has_the_heartbeat_object_that_v1_cl
     None
 ):
     view = model.SessionView(model.SessionRecord(model.SessionConfig("s")), Role.SECONDARY)
-    assert json.loads(shapes.to_json(shapes.ClientSession.of(view))) == {
+    assert json.loads(codec.encode(api.ClientSession.from_model(view))) == {
         "Id": "s",
         "Heartbeat": {"FailoverScore": 0.0},
         "Role": 0,
@@ -324,27 +317,25 @@ def test_a_session_without_a_heartbeat_still_has_the_heartbeat_object_that_v1_cl
 
 def test_an_override_is_answered_with_its_end() -> None:
     record = model.SessionRecord(model.SessionConfig("s"), RoleOverride.PRIMARY, NOON)
-    assert shapes.to_json(shapes.RoleOverrideResponse.of(record)) == (
+    assert codec.encode(api.RoleOverrideResponse.from_model(record)) == (
         b'{"Value":1,"RoleOverrideExpirationTime":"2026-01-31T12:00:00Z"}'
     )
 
 
-def test_an_error_response_keeps_further_properties() -> None:
-    body = {"OperationId": "o", "Error": "e", "EventId": 7}
-    assert json.loads(shapes.to_json(read(shapes.ErrorResponse, **body))) == body
-
-
 def test_a_heartbeat_of_the_published_client_is_read() -> None:
     body = b'{"FailoverScore":100,"LastDataProcessedTime":"0001-01-01T00:00:00","Other":{}}'
-    beat = shapes.HeartbeatRequest.model_validate_json(body)
-    assert (beat.FailoverScore, beat.LastDataProcessedTime) == (100.0, None)
+    beat = codec.decode(api.HeartbeatRequest, body)
+    assert (beat.failover_score, beat.last_data_processed_time) == (100.0, None)
 
 
 def test_a_heartbeat_of_our_agent_is_read_as_it_was_made() -> None:
-    beat = shapes.HeartbeatRequest(
-        FailoverScore=99.5, LastDataProcessedTime=NOON, Instance="i", Epoch=scalars.MAX_EPOCH
+    beat = api.HeartbeatRequest(
+        failover_score=99.5,
+        last_data_processed_time=NOON,
+        instance="i",
+        epoch=scalars.MAX_EPOCH,
     )
-    assert shapes.HeartbeatRequest.model_validate_json(shapes.to_json(beat)) == beat
+    assert codec.decode(api.HeartbeatRequest, codec.encode(beat)) == beat
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -356,155 +347,159 @@ LONG = "x" * 300
     ("shape", "body", "sentence"),
     [
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             "{}",
             "FailoverScore is missing: it must be a number from 0 to 100",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":null}',
             "FailoverScore is null: it must be a num",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":"5"}',
             'FailoverScore is "5": it must be a number',
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":true}',
             "FailoverScore is true: it must be a num",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":100.5}',
             "FailoverScore is 100.5: it must be a n",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":NaN}',
             "FailoverScore is NaN: it must be a number",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":[[]]}',
             "FailoverScore is a list: it must be a nu",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":1,"Epoch":9007199254740992}',
             "Epoch is 9007199254740992: it must be an integer from 0 to 9007199254740991",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":1,"Epoch":-1}',
             "Epoch is -1: it must be an int",
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             json.dumps({"FailoverScore": 1, "Instance": LONG}),
             f'Instance is "{"x" * 60}" (300 characters): it must be a string of at most 128',
         ),
         (
-            shapes.HeartbeatRequest,
+            api.HeartbeatRequest,
             '{"FailoverScore":1,"LastDataProcessedTime":1700000000}',
             "LastDataProcessedTime: 1700000000 is not a date-time: it must be ISO 8601, such as 2026",
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"g"}',
             "FailoverTimeout is missing: it must be a time-span from 00:00:00.2000000 (0.2 s) to"
             " 24.00:00:00 (24 days), such as 00:01:00",
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"g","FailoverTimeout":60}',
             "FailoverTimeout is 60: it must be a",
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"g","FailoverTimeout":"00:00:00.1999999"}',
             "FailoverTimeout: 00:00:00.1999999 is out of range: it must be from 00:00:00.2000000",
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"g","FailoverTimeout":"P1M"}',
             'FailoverTimeout: "P1M" counts in years or months, which have no fixed length',
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"a/b","FailoverTimeout":"00:01:00"}',
             'Id is "a/b": it must be a string of 1 to 256 characters, without',
         ),
         (
-            shapes.GroupRequest,
+            api.GroupRequest,
             '{"Id":"g","FailoverTimeout":"00:01:00","AdditionalData":{"a":[1e999]}}',
-            "AdditionalData: it holds a number that JSON cannot: each must be finite",
+            "AdditionalData: it holds a number that is out of range: each must be finite",
         ),
         (
-            shapes.RoleOverrideRequest,
+            api.RoleOverrideRequest,
             '{"Value":1,"ExpirationPeriod":"00:00:00"}',
             "ExpirationPeriod: 00:00:00 is out of range: it must be longer than 00:00:00",
         ),
         (
-            shapes.ReleaseRequest,
+            api.ReleaseRequest,
             '{"Epoch":1,"HoldOffPeriod":"-00:00:01"}',
             "HoldOffPeriod: -00:00:01 is out of range: it must be from 00:00:00 to 1.00:00:00",
         ),
         (
-            shapes.ReleaseRequest,
+            api.ReleaseRequest,
             '{"Epoch":1,"HoldOffPeriod":"1.00:00:00.0000001"}',
             "HoldOffPeriod: 1.00:00:00.0000001 is out of range: it must be from 00:00:00 to 1.00:00:00",
         ),
         (
-            shapes.AccessControlRequest,
-            '{"RoleTrusteeAccessControlEntries":[{"AccessType":2,"AccessRights":1,"Trustee":{}}]}',
+            access.AccessControlRequest,
+            '{"RoleTrusteeAccessControlEntries":[{"AccessType":1,"AccessRights":1,"Trustee":{}}]}',
             "RoleTrusteeAccessControlEntries[0].Trustee.Type is missing: it must be an integer: 1",
         ),
         (
-            shapes.AccessControlRequest,
+            access.AccessControlRequest,
             '{"RoleTrusteeAccessControlEntries":[5]}',
             "RoleTrusteeAccessControlEntries[0] is 5: it must be a JSON object",
         ),
-        (shapes.ReleaseRequest, "[1]", "the body is a list: it must be a JSON object"),
-        (shapes.ReleaseRequest, "", "the body is empty: it must be a JSON object"),
-        (shapes.ReleaseRequest, b"\xff\xfe", "the body is not JSON (expected value at line 1"),
-        (shapes.ReleaseRequest, '{"Epoch":', "the body is not JSON (EOF while parsing"),
-        (shapes.ReleaseRequest, "[" * 5000, "the body is not JSON (recursion limit exceeded"),
+        (api.ReleaseRequest, "[1]", "the body is a list: it must be a JSON object"),
+        (api.ReleaseRequest, "", "the body is empty: it must be a JSON object"),
+        (api.ReleaseRequest, b"\xff\xfe", "the body is not JSON (not UTF-8)"),
         (
-            shapes.ReleaseRequest,
-            '{"Epoch":' + "1" * 5000,
-            "the body is not JSON (number out of range",
+            api.ReleaseRequest,
+            '{"Epoch":',
+            "the body is not JSON (Expecting value: line 1 column 10",
+        ),
+        (api.ReleaseRequest, "[" * 5000, "the body is not JSON (it nests too deeply)"),
+        (
+            api.ReleaseRequest,
+            '{"Epoch":' + "1" * 5000 + "}",
+            "Epoch is out of range: it must be an integer from 0 to",
         ),
     ],
 )
 def test_a_refusal_says_which_property_what_was_given_and_what_is_right(
-    shape: type[BaseModel], body: bytes | str, sentence: str
+    shape: type[Shape], body: bytes | str, sentence: str
 ) -> None:
     assert complaint(shape, body).startswith(sentence)
 
 
 @pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "a\n", "\x00", "\x7f", "\x9f", "x" * 257, 5])
 def test_ids_that_could_not_be_addressed_are_refused(bad: object) -> None:
-    assert complaint(shapes.SessionRequest, json.dumps({"Id": bad})).startswith("Id is ")
+    assert complaint(api.SessionRequest, json.dumps({"Id": bad})).startswith("Id is ")
 
 
 @pytest.mark.parametrize("good", ["a", "...", ".a", "..a", "a b", "Zürich %2F", "x" * 256, "🙂"])
 def test_other_ids_are_accepted(good: str) -> None:
-    assert read(shapes.SessionRequest, Id=good).Id == good
+    assert read(api.SessionRequest, Id=good).id == good
 
 
 @pytest.mark.parametrize("timeout_s", [SHORTEST_LEASE_S, 0.5, 60.0, LONGEST_LEASE_S])
 def test_failover_timeouts_of_the_whole_stated_range_are_accepted(timeout_s: float) -> None:
     text = scalars.format_time_span(round(timeout_s * TICKS_PER_SECOND))
-    group = read(shapes.GroupRequest, Id="g", FailoverTimeout=text).to_model()
+    group = read(api.GroupRequest, Id="g", FailoverTimeout=text).to_model()
     assert group.lease_s == timeout_s
 
 
 def test_a_failover_timeout_over_24_days_is_refused() -> None:
     body = '{"Id":"g","FailoverTimeout":"24.00:00:00.0000001"}'
     assert "it must be from 00:00:00.2000000 (0.2 s) to 24.00:00:00" in complaint(
-        shapes.GroupRequest, body
+        api.GroupRequest, body
     )
 
 
@@ -518,14 +513,14 @@ def test_an_access_control_list_has_to_leave_somebody_in_charge() -> None:
 
     for entries in ([], [entry(0, 7, "a")], [entry(0, 31, "a"), entry(1, 8, "a")]):
         assert "nobody would keep the right" in complaint(
-            shapes.AccessControlRequest, body(*entries)
+            access.AccessControlRequest, body(*entries)
         )
     kept = body(entry(0, 31, "a"), entry(1, 8, "a"), entry(0, 8, "b"))
-    assert len(shapes.AccessControlRequest.model_validate_json(kept).to_model().entries) == 3
+    assert len(codec.decode(access.AccessControlRequest, kept.encode()).to_model().entries) == 3
 
 
 def test_every_property_has_a_description_that_completes_the_sentence() -> None:
-    for name, schema in shapes.component_schemas().items():
+    for name, schema in codec.component_schemas().items():
         for property_name, declared in schema["properties"].items():
             assert declared.get("description", "").endswith("."), f"{name}.{property_name}"
 
@@ -533,7 +528,7 @@ def test_every_property_has_a_description_that_completes_the_sentence() -> None:
 # --- the schema tells the truth -----------------------------------------------------------------
 
 
-def _operation(shape: type[BaseModel]) -> Any:
+def _operation(shape: type[Shape]) -> Any:
     content = {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}
     post = {
         "requestBody": {"required": True, "content": {"application/json": content}},
@@ -542,26 +537,26 @@ def _operation(shape: type[BaseModel]) -> Any:
     document = {
         "openapi": "3.1.0",
         "info": {"title": "requests", "version": "1"},
-        "components": {"schemas": shapes.component_schemas()},
+        "components": {"schemas": codec.component_schemas()},
         "paths": {"/": {"post": post}},
     }
     return schemathesis.openapi.from_dict(document)["/"]["POST"]
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("shape", shapes.REQUESTS, ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", codec.REQUESTS, ids=lambda shape: shape.__name__)
 def test_a_request_is_accepted_if_and_only_if_its_schema_admits_it(
-    shape: type[BaseModel], mode: GenerationMode
+    shape: type[Shape], mode: GenerationMode
 ) -> None:
     @settings(GENERATED, max_examples=20, phases=[Phase.generate])
     @given(case=_operation(shape).as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case[Any]) -> None:
         raw = b"" if isinstance(case.body, NotSet) else case.body
-        body = raw if isinstance(raw, bytes) else json.dumps(raw)
+        body = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
         if mode is GenerationMode.POSITIVE:
             try:
-                shape.model_validate_json(body)
-            except ValidationError as error:
+                codec.decode(shape, body)
+            except BodyError as error:
                 # JSON Schema cannot say that the one who is allowed is not denied as well.
                 if "nobody would keep" not in str(error) or '"AccessType": 1' not in str(body):
                     raise

@@ -1,0 +1,121 @@
+"""The JSON shapes of access-control lists. The rules of api.py apply."""
+
+from typing import Annotated, Self
+
+from msgspec import Meta
+
+from agent import model
+from agent.model import Right
+from agent.schema.values import Shape
+
+MAX_ENTRIES = 1000
+"""Entries of an access-control list: each request walks them, so the list has an end."""
+
+
+class Trustee(Shape, frozen=True):
+    """Whom an entry speaks of."""
+
+    type: Annotated[
+        Annotated[int, Meta(ge=1, le=3)] | Annotated[float, Meta(ge=1, le=3, multiple_of=1)],
+        Meta(description="An integer: 1 for a user, 2 for a client, 3 for a role."),
+    ]
+    object_id: Annotated[
+        str,
+        Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters."),
+    ]
+    tenant_id: Annotated[
+        Annotated[str, Meta(max_length=256)] | None,
+        Meta(description="A string of at most 256 characters."),
+    ] = None
+
+
+class AccessControlEntry(Shape, frozen=True):
+    """What one trustee may do, or may not. Denied beats allowed."""
+
+    trustee: Annotated[Trustee, Meta(description="An object with Type and ObjectId.")]
+    access_type: Annotated[
+        Annotated[int, Meta(ge=0, le=1)] | Annotated[float, Meta(ge=0, le=1, multiple_of=1)],
+        Meta(description="An integer: 0 for allowed, 1 for denied."),
+    ]
+    access_rights: Annotated[
+        Annotated[int, Meta(ge=0, le=31)] | Annotated[float, Meta(ge=0, le=31, multiple_of=1)],
+        Meta(
+            description="An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
+            " ManageAccessControl 8, Share 16."
+        ),
+    ]
+
+
+class AccessControlList(Shape, frozen=True):
+    """Who may do what."""
+
+    role_trustee_access_control_entries: Annotated[
+        list[AccessControlEntry],
+        Meta(
+            max_length=MAX_ENTRIES,
+            description=f"A list of at most {MAX_ENTRIES} access-control entries.",
+        ),
+    ]
+
+    @classmethod
+    def from_model(cls, access: model.AccessList) -> Self:
+        return cls(
+            role_trustee_access_control_entries=[
+                AccessControlEntry(
+                    trustee=Trustee(
+                        type=entry.trustee.kind,
+                        object_id=entry.trustee.object_id,
+                        tenant_id=entry.trustee.tenant_id,
+                    ),
+                    access_type=int(entry.denied),
+                    access_rights=entry.rights,
+                )
+                for entry in access.entries
+            ]
+        )
+
+    def to_model(self) -> model.AccessList:
+        return model.AccessList(
+            tuple(
+                model.AccessEntry(
+                    trustee=model.Trustee(
+                        kind=int(entry.trustee.type),
+                        object_id=entry.trustee.object_id,
+                        tenant_id=entry.trustee.tenant_id,
+                    ),
+                    denied=bool(entry.access_type),
+                    rights=int(entry.access_rights),
+                )
+                for entry in self.role_trustee_access_control_entries
+            )
+        )
+
+
+class AccessControlRequest(AccessControlList, frozen=True):
+    """Who may do what from now on. At least one trustee keeps ManageAccessControl."""
+
+    role_trustee_access_control_entries: Annotated[
+        list[AccessControlEntry],
+        Meta(
+            max_length=MAX_ENTRIES,
+            description=f"A list of 1 to {MAX_ENTRIES} access-control entries.",
+            extra_json_schema={
+                "contains": {
+                    "properties": {
+                        "AccessType": {"const": 0},
+                        "AccessRights": {"enum": [r for r in range(32) if r & Right.MANAGE]},
+                    }
+                }
+            },
+        ),
+    ]
+
+    def __post_init__(self) -> None:
+        """Refuse a list after which nobody could change it."""
+        managing = [entry for entry in self.to_model().entries if entry.rights & Right.MANAGE]
+        denied = {entry.trustee for entry in managing if entry.denied}
+        if all(entry.denied or entry.trustee in denied for entry in managing):
+            raise ValueError(
+                "nobody would keep the right ManageAccessControl: RoleTrusteeAccessControlEntries"
+                " must allow (AccessType 0) it (AccessRights 8) to one trustee that is not denied it"
+            )

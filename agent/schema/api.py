@@ -1,0 +1,440 @@
+"""The JSON shapes of the group API, each declared once: the coordinator and its callers use the same ones.
+
+A property's name on the wire is the field's name in PascalCase. ``from_model`` makes the shape of a value
+of model.py, ``to_model`` the value of a shape. ``*Request`` shapes are what this service demands of a
+caller; the others are answers, in which a v1 server leaves out much. Unknown properties are ignored,
+and a null property is an absent one. Each description is used twice: in the OpenAPI document, and as the
+end of an error's sentence ("... it must be a number from ...").
+
+What this module refuses to know: HTTP, who asks, and what is decided. codec.py decodes and encodes, and
+access.py has the shapes of access-control lists.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from msgspec import Meta
+
+from agent import model
+from agent.model import TICKS_PER_SECOND
+from agent.schema.values import (
+    OVERRIDES,
+    ROLES,
+    Additional,
+    Count,
+    ExpirationSpan,
+    HoldOffSpan,
+    Id,
+    LeaseSpan,
+    Moment,
+    NeededMoment,
+    OverrideCode,
+    RoleCode,
+    Shape,
+    TimeSpan,
+    whole,
+)
+
+DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
+"""00:01:00, the FailoverTimeout that v1 clients take when none is given."""
+
+# --- properties that several shapes have ----------------------------------------------------------
+
+Text = Annotated[
+    Annotated[str, Meta(max_length=1024)] | None,
+    Meta(description="A string of at most 1024 characters."),
+]
+Score = Annotated[float, Meta(ge=0, le=100)]
+AdditionalData = Annotated[Additional | None, Meta(description="An object, kept as it was given.")]
+NewestEpoch = Annotated[
+    Count | None,
+    Meta(
+        description="An integer from 0 to 9007199254740991; it grows with each tenure of a primary."
+    ),
+]
+Revision = Annotated[
+    Count | None,
+    Meta(
+        description="An integer from 0 to 9007199254740991; it grows with each change of the group's"
+        " status."
+    ),
+]
+Previous = Annotated[str | None, Meta(description="A string: the session of the tenure before.")]
+StoreId = Annotated[
+    str | None,
+    Meta(description="A string: the id of the coordinator's store, made with its data directory."),
+]
+GivenLastData = Annotated[
+    Moment | None,
+    Meta(
+        description="A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
+        " data. Without a zone it is UTC; 0001-01-01T00:00:00 means never."
+    ),
+]
+Instance = Annotated[
+    Annotated[str, Meta(max_length=128)] | None,
+    Meta(description="A string of at most 128 characters: which process of this session calls."),
+]
+Role = Annotated[
+    RoleCode, Meta(description="A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary.")
+]
+Override = Annotated[OverrideCode, Meta(description="An override: 0 or Off, 1 or Primary.")]
+OverrideEnd = Annotated[
+    Moment | None, Meta(description="A date-time: when the override ends; left out for never.")
+]
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+class GroupConfiguration(Shape, frozen=True):
+    """A group, as its creator described it."""
+
+    id: Annotated[str | None, Meta(description="A string: the id of the group.")] = None
+    name: Annotated[str | None, Meta(description="A string: a name for people.")] = None
+    description: Annotated[str | None, Meta(description="A string: what the group is for.")] = None
+    failover_timeout: Annotated[
+        TimeSpan | None,
+        Meta(description="A time-span, after which a silent session counts as inactive."),
+    ] = None
+    additional_data: AdditionalData = None
+
+    @classmethod
+    def from_model(cls, group: model.GroupConfig) -> Self:
+        return cls(
+            id=group.id,
+            name=group.name,
+            description=group.description,
+            failover_timeout=LeaseSpan(group.timeout_ticks),
+            additional_data=_additional(group.additional),
+        )
+
+    def to_model(self) -> model.GroupConfig:
+        """The group; without a FailoverTimeout it has v1's default."""
+        ticks = DEFAULT_TIMEOUT_TICKS if self.failover_timeout is None else self.failover_timeout
+        return model.GroupConfig(
+            id=self.id or "",
+            timeout_ticks=int(ticks),
+            name=self.name,
+            description=self.description,
+            additional=self.additional_data,
+        )
+
+
+class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
+    """A group to create. Id and FailoverTimeout are needed; nothing of it can be changed later."""
+
+    id: Id
+    name: Text = None
+    description: Text = None
+    failover_timeout: Annotated[
+        LeaseSpan,
+        Meta(
+            description=f"A time-span {LeaseSpan.limits}: a session that sends no heartbeat for"
+            " longer counts as inactive. An ISO 8601 duration such as PT1M is read too."
+        ),
+    ]
+
+
+class GroupStatus(Shape, frozen=True):
+    """Who is primary in a group, and since when."""
+
+    primary: Annotated[str | None, Meta(description="A string: the session that is primary.")] = (
+        None
+    )
+    pending_primary: Annotated[
+        str | None, Meta(description="A string: the session that is about to take over.")
+    ] = None
+    last_data_processed_time: Annotated[
+        Moment | None, Meta(description="A date-time: when the primary last processed data.")
+    ] = None
+    epoch: NewestEpoch = None
+    revision: Revision = None
+    primary_since: Annotated[
+        Moment | None, Meta(description="A date-time: when this primary's tenure began.")
+    ] = None
+    previous_primary: Previous = None
+    store_id: StoreId = None
+
+    @classmethod
+    def from_model(cls, status: model.GroupStatus) -> Self:
+        return cls(
+            primary=status.primary,
+            pending_primary=status.pending,
+            last_data_processed_time=status.last_data,
+            epoch=status.epoch,
+            revision=status.revision,
+            primary_since=status.primary_since,
+            previous_primary=status.previous,
+            store_id=status.store_id,
+        )
+
+    def to_model(self) -> model.GroupStatus:
+        return model.GroupStatus(
+            primary=self.primary,
+            pending=self.pending_primary,
+            last_data=self.last_data_processed_time,
+            epoch=whole(self.epoch),
+            revision=whole(self.revision),
+            primary_since=self.primary_since,
+            previous=self.previous_primary,
+            store_id=self.store_id,
+        )
+
+
+class HistoryEntry(Shape, frozen=True, kw_only=True):
+    """One tenure of a primary. Until and WhyEnded are left out while it lasts."""
+
+    epoch: Annotated[Count, Meta(description="An integer, the epoch of the tenure.")]
+    session_id: Annotated[str, Meta(description="A string: the session that was primary.")]
+    since: Annotated[NeededMoment, Meta(description="A date-time: when the tenure began.")]
+    until: Annotated[Moment | None, Meta(description="A date-time: when the tenure ended.")] = None
+    why_started: Annotated[str, Meta(description="A string: why this session was chosen.")]
+    why_ended: Annotated[str | None, Meta(description="A string: why the tenure ended.")] = None
+
+    @classmethod
+    def from_model(cls, entry: model.HistoryEntry) -> Self:
+        return cls(
+            epoch=entry.epoch,
+            session_id=entry.session_id,
+            since=entry.since,
+            until=entry.until,
+            why_started=entry.why_started,
+            why_ended=entry.why_ended,
+        )
+
+    def to_model(self) -> model.HistoryEntry:
+        return model.HistoryEntry(
+            epoch=int(self.epoch),
+            session_id=self.session_id,
+            since=self.since,
+            why_started=self.why_started,
+            until=self.until,
+            why_ended=self.why_ended,
+        )
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+class SessionRequest(Shape, frozen=True):
+    """A client session to create. It cannot be changed later."""
+
+    id: Id
+    name: Text = None
+    additional_data: AdditionalData = None
+
+    @classmethod
+    def from_model(cls, session: model.SessionConfig) -> Self:
+        additional = _additional(session.additional)
+        return cls(id=session.id, name=session.name, additional_data=additional)
+
+    def to_model(self) -> model.SessionConfig:
+        return model.SessionConfig(self.id, self.name, self.additional_data)
+
+
+class SessionHeartbeat(Shape, frozen=True):
+    """The last heartbeat of a session. Without HeartbeatTime there was none."""
+
+    failover_score: Annotated[Score | None, Meta(description="A number from 0 to 100.")] = None
+    last_data_processed_time: Annotated[
+        Moment | None, Meta(description="A date-time: when the session last processed data.")
+    ] = None
+    heartbeat_time: Annotated[
+        Moment | None, Meta(description="A date-time: when the heartbeat was received.")
+    ] = None
+
+
+class ClientSession(Shape, frozen=True):
+    """A member of a group."""
+
+    id: Annotated[str, Meta(description="A string: the id of the session.")]
+    name: Annotated[str | None, Meta(description="A string: a name for people.")] = None
+    heartbeat: Annotated[
+        SessionHeartbeat | None, Meta(description="An object: the last heartbeat of the session.")
+    ] = None
+    role: Role | None = None
+    heartbeat_posted: Annotated[
+        bool | None, Meta(description="A boolean: whether a heartbeat came since the start.")
+    ] = None
+    role_override: Override | None = None
+    role_override_expiration_time: OverrideEnd = None
+    additional_data: AdditionalData = None
+    store_id: StoreId = None
+
+    @classmethod
+    def from_model(cls, view: model.SessionView) -> Self:
+        """Heartbeat is always there: v1 clients read it without asking."""
+        record, config = view.record, view.record.config
+        return cls(
+            id=config.id,
+            name=config.name,
+            heartbeat=SessionHeartbeat(
+                failover_score=view.score,
+                last_data_processed_time=view.last_data,
+                heartbeat_time=view.heartbeat_at,
+            ),
+            role=ROLES[view.role],
+            heartbeat_posted=view.heartbeat_at is not None,
+            role_override=OVERRIDES[record.override],
+            role_override_expiration_time=record.override_until,
+            additional_data=_additional(config.additional),
+            store_id=view.store_id,
+        )
+
+    def to_model(self) -> model.SessionView:
+        beat = self.heartbeat or SessionHeartbeat()
+        return model.SessionView(
+            record=model.SessionRecord(
+                config=model.SessionConfig(self.id, self.name, self.additional_data),
+                override=(self.role_override or OVERRIDES[model.RoleOverride.OFF]).member,
+                override_until=self.role_override_expiration_time,
+            ),
+            role=(self.role or ROLES[model.Role.SECONDARY]).member,
+            score=beat.failover_score or 0.0,
+            last_data=beat.last_data_processed_time,
+            heartbeat_at=beat.heartbeat_time,
+            store_id=self.store_id,
+        )
+
+
+# --- what a session sends -------------------------------------------------------------------------
+
+
+class HeartbeatRequest(Shape, frozen=True):
+    """A sign of life. Without Instance and Epoch it is plain v1."""
+
+    failover_score: Annotated[
+        Score, Meta(description="A number from 0 to 100: the share of streams that are active.")
+    ]
+    last_data_processed_time: GivenLastData = None
+    instance: Instance = None
+    epoch: Annotated[
+        Count | None,
+        Meta(
+            description="An integer from 0 to 9007199254740991: the highest epoch the client saw,"
+            " at most 1000000 above the group's."
+        ),
+    ] = None
+
+
+class HeartbeatResponse(Shape, frozen=True):
+    """What a session is from now on."""
+
+    role: Role
+    last_data_processed_time: Annotated[
+        Moment | None,
+        Meta(description="A date-time: when the group's primary last processed data."),
+    ] = None
+    epoch: NewestEpoch = None
+    lease_duration: Annotated[
+        TimeSpan | None,
+        Meta(description="A time-span: how long the next heartbeat is waited for."),
+    ] = None
+    revision: Revision = None
+    previous_primary: Previous = None
+    store_id: StoreId = None
+
+    @classmethod
+    def from_model(cls, answer: model.HeartbeatAnswer) -> Self:
+        lease_s = answer.lease_s
+        return cls(
+            role=ROLES[answer.role],
+            last_data_processed_time=answer.last_data,
+            epoch=answer.epoch,
+            lease_duration=None if lease_s is None else _span(lease_s),
+            revision=answer.revision,
+            previous_primary=answer.previous,
+            store_id=answer.store_id,
+        )
+
+    def to_model(self) -> model.HeartbeatAnswer:
+        ticks = self.lease_duration
+        return model.HeartbeatAnswer(
+            role=self.role.member,
+            last_data=self.last_data_processed_time,
+            epoch=whole(self.epoch),
+            revision=whole(self.revision),
+            lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
+            previous=self.previous_primary,
+            store_id=self.store_id,
+        )
+
+
+class ReleaseRequest(Shape, frozen=True):
+    """The holder has demoted: the next one may be promoted now."""
+
+    epoch: Annotated[
+        Count,
+        Meta(description="An integer from 0 to 9007199254740991: the epoch of the ended tenure."),
+    ]
+    instance: Instance = None
+    hold_off_period: Annotated[
+        HoldOffSpan | None,
+        Meta(
+            description=f"A time-span {HoldOffSpan.limits}, in which this session is not to be"
+            " chosen again."
+        ),
+    ] = None
+    reason: Annotated[
+        Annotated[str, Meta(max_length=256)] | None,
+        Meta(description="A string of at most 256 characters, for the history."),
+    ] = None
+    last_data_processed_time: GivenLastData = None
+
+
+class RoleOverrideRequest(Shape, frozen=True):
+    """What an operator wants a session to be."""
+
+    value: Override
+    expiration_period: Annotated[
+        ExpirationSpan | None,
+        Meta(
+            description=f"A time-span {ExpirationSpan.limits}, after which the override ends;"
+            " left out for never."
+        ),
+    ] = None
+
+
+class RoleOverrideResponse(Shape, frozen=True):
+    """The override that a session has."""
+
+    value: Override
+    role_override_expiration_time: OverrideEnd = None
+
+    @classmethod
+    def from_model(cls, record: model.SessionRecord) -> Self:
+        override, until = OVERRIDES[record.override], record.override_until
+        return cls(value=override, role_override_expiration_time=until)
+
+
+# --- the service itself -------------------------------------------------------------------------
+
+
+class ErrorResponse(Shape, frozen=True):
+    """Why a call was refused, and what to do about it. Further properties are possible."""
+
+    operation_id: Annotated[
+        str | None, Meta(description="A string that names this call in the log.")
+    ] = None
+    error: Annotated[str | None, Meta(description="A string: what kind of error it is.")] = None
+    reason: Annotated[str | None, Meta(description="A string: why the call was refused.")] = None
+    resolution: Annotated[str | None, Meta(description="A string: what can be done about it.")] = (
+        None
+    )
+    additional_parameters: Annotated[
+        Additional | None, Meta(description="An object with further facts.")
+    ] = None
+
+
+class Version(Shape, frozen=True):
+    """What answers at the base path."""
+
+    version: Annotated[str, Meta(description="A string: the version of the server.")]
+
+
+def _span(seconds: float) -> TimeSpan:
+    return TimeSpan(round(seconds * TICKS_PER_SECOND))
+
+
+def _additional(given: Mapping[str, Any] | None) -> Additional | None:
+    return None if given is None else Additional(given)

@@ -1,0 +1,237 @@
+"""Shapes to and from JSON, what is wrong with a body in one sentence, and the JSON Schema of the shapes.
+
+Owns no shape (api.py) and no type inside one (values.py). Decoders and encoders are built once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from agent.schema import access, api
+from agent.schema.scalars import not_json, shown
+from agent.schema.values import (
+    Id,
+    Shape,
+    decode_value,
+    describe_value,
+    encode_with_names,
+    encode_with_numbers,
+)
+
+S = TypeVar("S", bound=Shape)
+
+REQUESTS: tuple[type[Shape], ...] = (
+    api.GroupRequest,
+    api.SessionRequest,
+    api.HeartbeatRequest,
+    api.RoleOverrideRequest,
+    api.ReleaseRequest,
+    access.AccessControlRequest,
+)
+ANSWERS: tuple[type[Shape], ...] = (
+    api.GroupConfiguration,
+    api.GroupStatus,
+    api.ClientSession,
+    api.HeartbeatResponse,
+    api.RoleOverrideResponse,
+    api.HistoryEntry,
+    api.ErrorResponse,
+    api.Version,
+)
+NESTED: tuple[type[Shape], ...] = (
+    access.AccessControlList,
+    api.SessionHeartbeat,
+    access.AccessControlEntry,
+    access.Trustee,
+)
+"""The shapes that are inside of others, and AccessControlList, which is both asked and answered."""
+
+REFERENCE = "#/components/schemas/{name}"
+
+MAX_DIGITS = 4000
+"""Of an integer in a wrong body: Python converts no more than 4300."""
+
+_Path = list[str | int]
+
+_WRITERS = {
+    False: msgspec.json.Encoder(enc_hook=encode_with_numbers),
+    True: msgspec.json.Encoder(enc_hook=encode_with_names),
+}
+
+
+class BodyError(ValueError):
+    """A body that is not what it should be: one sentence on the first fault, without a full stop."""
+
+
+# --- encode and decode --------------------------------------------------------------------------
+
+
+def encode(value: Struct | Sequence[Struct], *, enum_names: bool = False) -> bytes:
+    """A body. Null properties are left out; roles are numbers, or names with ``enum_names``."""
+    return _WRITERS[enum_names].encode(value)
+
+
+def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
+    """The shape that a body is. ``whole`` is what it is called in an error.
+
+    Raises:
+        BodyError: it is another one, or no JSON.
+    """
+    value: S = _decode(shape, shape, body, whole)
+    return value
+
+
+def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
+    """The same for a list of them."""
+    values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
+    return values
+
+
+def has_none_of(value: Shape, body: bytes) -> bool:
+    """Whether a body that was decoded has properties, but none of its shape's: it is something else."""
+    if any(getattr(value, name) is not None for name in value.__struct_fields__):
+        return False
+    given = json.loads(body)
+    return bool(given) and not given.keys() & set(value.__struct_encode_fields__)
+
+
+def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
+    try:
+        if not body.isascii():
+            body.decode()  # msgspec does not look into what it ignores
+        return _reader(kind).decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BodyError(_explain(error, shape, body, whole)) from None
+
+
+@cache
+def _reader(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind, dec_hook=decode_value)
+
+
+# --- what is wrong ------------------------------------------------------------------------------
+
+_WHERE = re.compile(r" - at `\$(.*)`$")
+_STEP = re.compile(r"\.(\w+)|\[([0-9]+)\]")
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+
+
+def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> str:
+    """Why a body is no JSON, or which property is wrong; the standard library's parser knows where."""
+    try:
+        given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
+    except UnicodeDecodeError:
+        return not_json(body, whole, "not UTF-8")
+    except RecursionError:
+        return not_json(body, whole, "it nests too deeply")
+    except ValueError as fault:
+        return not_json(body, whole, str(fault))
+    if isinstance(error, msgspec.ValidationError):
+        return _explain_property(error, shape, given, whole)
+    for path, value in _walk(given, []):
+        if isinstance(value, float) and not math.isfinite(value):
+            right = _right(shape, path, "a finite number")
+            return f"{_format(path, whole)} is {shown(value)}: it must be {right}"
+    why = "it nests too deeply" if isinstance(error, RecursionError) else "half a surrogate pair"
+    return not_json(body, whole, why)
+
+
+def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: str) -> str:
+    """Which property is wrong, what was given, and what would be right."""
+    text, cause = str(error), error.__cause__
+    found = _WHERE.search(text)
+    place, inside, _ = (found[1] if found else "").partition("[...]")
+    path: _Path = [name or int(index) for name, index in _STEP.findall(place)]
+    if missing := _MISSING.match(text):
+        path.append(missing[1])
+    where, right = _format(path, whole), _right(shape, path, "a JSON list")
+    if missing:
+        return f"{where} is missing: it must be {right}"
+    if isinstance(cause, ValueError):
+        return f"{where}: {cause}"
+    if "out of range" in text:
+        if inside:
+            return f"{where}: it holds a number that is out of range: each must be finite"
+        return f"{where} is out of range: it must be {right}"
+    if text.startswith("Expected `object"):
+        right = "a JSON object"
+    try:
+        for step in path:
+            given = given[step]
+    except (LookupError, TypeError):  # the property is there twice, and the last one is right
+        return f"{where} is wrong: it must be {right}"
+    return f"{where} is {shown(given)}: it must be {right}"
+
+
+def _walk(value: Any, path: _Path) -> Iterator[tuple[_Path, Any]]:
+    yield path, value
+    steps = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for step in steps:
+        yield from _walk(value[step], [*path, step])
+
+
+def _format(path: _Path, whole: str) -> str:
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return "".join(steps).lstrip(".") or whole
+
+
+def _right(shape: type[Shape], path: _Path, otherwise: str) -> str:
+    """The description of the last property of the path, of ``shape`` or of one inside it."""
+    name = next((step for step in reversed(path) if isinstance(step, str)), None)
+    for known in (shape, *NESTED):
+        for field in msgspec.structs.fields(known):
+            if field.encode_name == name and (text := _description(field.type)):
+                return text[0].lower() + text[1:].rstrip(".")
+    return otherwise
+
+
+def _description(annotated: Any) -> str | None:
+    for one in getattr(annotated, "__metadata__", ()):
+        if isinstance(one, Meta) and one.description:
+            return one.description
+    return next(filter(None, map(_description, get_args(annotated))), None)
+
+
+# --- JSON Schema --------------------------------------------------------------------------------
+
+
+def component_schemas() -> dict[str, Any]:
+    """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
+    _, schemas = msgspec.json.schema_components(
+        [*REQUESTS, *ANSWERS, *NESTED], schema_hook=describe_value, ref_template=REFERENCE
+    )
+    answers = {shape.__name__ for shape in ANSWERS} | {api.SessionHeartbeat.__name__}
+    for name, schema in schemas.items():
+        properties = schema["properties"]
+        for key, declared in properties.items():
+            properties[key] = _tidied(declared, answered=name in answers)
+    return schemas
+
+
+def id_schema() -> dict[str, Any]:
+    """The JSON Schema of an id in a path."""
+    return _tidied(msgspec.json.schema(Id), answered=False)
+
+
+def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
+    """The same in JSON Schema's own words: integers as such, its ``$``, no ``default: null``.
+
+    Without null in answers, which is never written there.
+    """
+    schema = {key: value for key, value in declared.items() if key != "default"}
+    if "pattern" in schema:
+        schema["pattern"] = schema["pattern"].replace(r"\Z", "$")
+    choices = [one for one in schema.pop("anyOf", []) if "multipleOf" not in one]
+    if answered:
+        choices = [one for one in choices if one != {"type": "null"}]
+    if len(choices) > 1:
+        schema["anyOf"] = choices
+    return schema if len(choices) != 1 else {**choices[0], **schema}

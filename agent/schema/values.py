@@ -1,0 +1,270 @@
+"""The base of all JSON shapes, and the types inside them that JSON does not have.
+
+``decode_value`` and the two ``encode_`` functions are the hooks for msgspec. A type's ``read`` raises
+TypeError for a value of the wrong kind, and ValueError, whose text completes "PROPERTY: ...", for one
+that is wrong in itself. ``schema`` is what JSON Schema can say of the accepted values, at most all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self
+
+from msgspec import Meta, Struct
+
+from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
+from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
+from agent.schema.scalars import (
+    CLOCK,
+    ISO_BODY,
+    LONGEST_PERIOD_TICKS,
+    MAX_TICKS,
+    OVERRIDE_NUMBERS,
+    ROLE_NUMBERS,
+    E,
+    format_time_span,
+    not_a_time,
+    parse_date_time,
+    parse_time_span,
+    read_member,
+)
+
+MAX_DEPTH = 198
+"""Levels of lists and objects in AdditionalData: no reader that it is repeated to runs out of stack."""
+
+# --- time-spans ---------------------------------------------------------------------------------
+
+
+class TimeSpan(int):
+    """Ticks of 100 ns; a time-span in JSON.
+
+    Attributes:
+        limits: the range in words; ``low`` and ``high`` are the same in ticks.
+        patterns: of the texts that the schema admits.
+    """
+
+    limits: ClassVar[str] = "from -10675199.02:48:05.4775808 to 10675199.02:48:05.4775807"
+    low: ClassVar[int] = -MAX_TICKS - 1
+    high: ClassVar[int] = MAX_TICKS
+    patterns: ClassVar[tuple[str, ...]] = (rf"-?(?:[1-9][0-9]{{0,7}}\.)?{CLOCK}",)
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        if not isinstance(given, str):
+            raise TypeError
+        ticks = parse_time_span(given)
+        if not cls.low <= ticks <= cls.high:
+            raise ValueError(f"{format_time_span(ticks)} is out of range: it must be {cls.limits}")
+        return cls(ticks)
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {
+            "type": "string",
+            "pattern": "|".join(f"^{pattern}$" for pattern in cls.patterns),
+            "description": f"A time-span {cls.limits}.",
+            "examples": ["00:01:00"],
+        }
+
+
+class LeaseSpan(TimeSpan):
+    """A FailoverTimeout that a group can be created with."""
+
+    limits = "from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
+    low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
+    high = round(LONGEST_LEASE_S * TICKS_PER_SECOND)
+    patterns = (
+        rf"(?!(?:0\.)?00:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{CLOCK}",
+        r"24\.00:00:00(?:\.0{1,7})?",
+        r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
+    )
+
+
+class HoldOffSpan(TimeSpan):
+    """How long a session that releases is not to be chosen again."""
+
+    limits = "from 00:00:00 to 1.00:00:00 (1 day)"
+    low = 0
+    high = round(LONGEST_HOLD_OFF_S * TICKS_PER_SECOND)
+    patterns = (
+        rf"(?:0\.)?{CLOCK}",
+        r"1\.00:00:00(?:\.0{1,7})?",
+        r"P(?:1D|T(?:(?:[0-9]|1[0-9]|2[0-4])H|[0-9]{1,3}M|[0-9]{1,4}S))",
+    )
+
+
+class ExpirationSpan(TimeSpan):
+    """How long an override lasts."""
+
+    limits = "longer than 00:00:00, under 2000000 days"
+    low = 1
+    high = LONGEST_PERIOD_TICKS
+    patterns = (
+        rf"(?=.*[1-9])(?:(?:0|[1-9][0-9]{{0,5}}|1[0-9]{{6}})\.)?{CLOCK}",
+        rf"(?=.*[1-9]){ISO_BODY}",
+    )
+
+
+# --- date-times ---------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    Moment = datetime
+    NeededMoment = datetime
+else:
+
+    class _GivesAnother(type):
+        """Of a type whose ``read`` gives another: msgspec asks whether the value is an instance of it."""
+
+        def __instancecheck__(cls, value: object) -> bool:
+            return True
+
+    class Moment(metaclass=_GivesAnother):
+        """An aware datetime in UTC, or None: ISO 8601 in JSON, where 0001-01-01T00:00:00 means never."""
+
+        @classmethod
+        def read(cls, given: object) -> datetime | None:
+            if not isinstance(given, str):
+                raise ValueError(not_a_time(given))  # noqa: TRY004 - the sentence is complete
+            return parse_date_time(given)
+
+        @classmethod
+        def schema(cls) -> dict[str, Any]:
+            return {"type": "string", "format": "date-time"}
+
+    class NeededMoment(Moment):
+        """The same where "never" is refused."""
+
+        @classmethod
+        def read(cls, given: object) -> datetime:
+            if (moment := super().read(given)) is None:
+                raise ValueError(not_a_time(given))
+            return moment
+
+
+# --- enumerations -------------------------------------------------------------------------------
+
+
+class _Code(Generic[E]):  # no dataclass: msgspec would decode that itself
+    """A member of an enumeration of v1: numbers and names are read, one of them is written."""
+
+    numbers: ClassVar[Sequence[tuple[Any, int]]] = ()
+
+    def __init__(self, member: E) -> None:
+        self.member: E = member
+        self.number = dict(self.numbers)[member]
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        return cls(read_member(cls.numbers, given))
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        known = [number for _, number in cls.numbers] + [member.value for member, _ in cls.numbers]
+        return {"type": ["integer", "string"], "enum": known}
+
+
+class RoleCode(_Code[Role]):
+    """A ClientRole."""
+
+    numbers: ClassVar = ROLE_NUMBERS
+
+
+class OverrideCode(_Code[RoleOverride]):
+    """A RoleOverride."""
+
+    numbers: ClassVar = OVERRIDE_NUMBERS
+
+
+ROLES: Mapping[Role, RoleCode] = {role: RoleCode(role) for role in Role}
+OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one in RoleOverride}
+
+# --- objects, integers, ids ---------------------------------------------------------------------
+
+
+class Additional(dict[str, Any]):
+    """An object that is kept, and repeated to others."""
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        if not isinstance(given, dict):
+            raise TypeError
+        if _is_deeper(given, MAX_DEPTH):
+            raise ValueError(f"it nests more than {MAX_DEPTH} levels deep: it must nest less")
+        return cls(given)
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": True}
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return levels == 0 or any(_is_deeper(inner, levels - 1) for inner in value)
+
+
+Count = (
+    Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
+    | Annotated[float, Meta(ge=0, le=MAX_EPOCH, multiple_of=1)]
+)
+"""An integer. To JSON, 1.0 is one, too: ``whole`` makes an int of it."""
+
+
+def whole(count: float | None) -> int | None:
+    """The int that a Count is."""
+    return None if count is None else int(count)
+
+
+# C stands for the characters that no id has: '/' would end a path segment, and "." and ".." as
+# whole segments are taken out of a URL by HTTP clients.
+_ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f\x7f-\x9f")
+
+Id = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=256,
+        pattern=_ID_PATTERN,
+        description="A string of 1 to 256 characters, without '/' and control characters,"
+        " and not '.' or '..'.",
+    ),
+]
+
+
+class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
+    """A JSON object of the API. A property without a value is None, and left out of the JSON."""
+
+
+# --- the hooks ----------------------------------------------------------------------------------
+
+
+def decode_value(kind: Any, given: Any) -> Any:
+    """The value of one of these types."""
+    return kind.read(given)
+
+
+def encode_with_numbers(value: Any) -> Any:
+    """What JSON has for a value of these types; roles and overrides as numbers."""
+    return value.number if isinstance(value, _Code) else _encode_span(value)
+
+
+def encode_with_names(value: Any) -> Any:
+    """The same, with roles and overrides as names."""
+    return value.member.value if isinstance(value, _Code) else _encode_span(value)
+
+
+@lru_cache(
+    maxsize=1024
+)  # groups have few different timeouts, and each heartbeat is answered with one
+def _encode_span(value: Any) -> str:
+    if not isinstance(value, TimeSpan):
+        raise TypeError(f"{type(value).__name__} is no type of the API")
+    return format_time_span(value)
+
+
+def describe_value(kind: Any) -> dict[str, Any]:
+    """The JSON Schema of one of these types."""
+    schema: dict[str, Any] = kind.schema()
+    return schema

@@ -1,0 +1,193 @@
+"""What an agent reads of the answers of any server, and how it refuses what is none."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx2
+import pytest
+
+from agent.drivers.rest import client
+from agent.drivers.rest.exchange import Answer
+from agent.model import (
+    TICKS_PER_SECOND,
+    GroupStatus,
+    HeartbeatAnswer,
+    HistoryEntry,
+    Role,
+    RoleOverride,
+)
+from agent.schema import api, codec
+from agent.schema.codec import BodyError
+from agent.schema.values import Shape
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def answer(body: bytes) -> Answer:
+    return Answer("test", "http://test", 200, httpx2.Headers(), body)
+
+
+def one(shape: type[Shape]) -> Callable[[bytes], Any]:
+    return lambda body: client._decode(shape, answer(body))
+
+
+def many(shape: type[Shape]) -> Callable[[bytes], Any]:
+    return lambda body: client._decode_many(shape, answer(body))
+
+
+def read_group(body: bytes) -> Any:
+    return client._decode_group(answer(body))
+
+
+def read_heartbeat(body: bytes) -> HeartbeatAnswer:
+    return client._decode(api.HeartbeatResponse, answer(body)).to_model()
+
+
+read_status = one(api.GroupStatus)
+read_session = one(api.ClientSession)
+read_sessions = many(api.ClientSession)
+read_history = many(api.HistoryEntry)
+
+
+def test_what_is_not_known_is_left_out_of_a_request() -> None:
+    heartbeat = codec.encode(api.HeartbeatRequest(failover_score=100.0))
+    assert json.loads(heartbeat) == {"FailoverScore": 100.0}
+    release = codec.encode(api.ReleaseRequest(epoch=0, instance="i", reason="r"))
+    assert json.loads(release) == {"Epoch": 0, "Instance": "i", "Reason": "r"}
+
+
+def test_a_v1_servers_answers_are_read_with_what_they_leave_out_or_set_to_null() -> None:
+    groups = client._decode_groups(
+        answer(
+            b'[{"Id":"g","Name":null,"FailoverTimeout":null},{"Id":"h","FailoverTimeout":"90.00:00:00"},'
+            b'{"Name":"none"}]'
+        )
+    )
+    assert [(group.id, group.timeout_ticks) for group in groups] == [
+        ("g", 60 * TICKS_PER_SECOND),
+        ("h", 90 * 86_400 * TICKS_PER_SECOND),
+    ]
+    read = read_heartbeat(b'{"Role":"Primary","LastDataProcessedTime":null,"Extra":1}')
+    assert read == HeartbeatAnswer(Role.PRIMARY)
+    session = read_session(b'{"Id":"s","Heartbeat":null,"RoleOverride":null}').to_model()
+    assert (session.role, session.record.override) == (Role.SECONDARY, RoleOverride.OFF)
+
+
+def test_never_is_read_as_none() -> None:
+    body = b'{"Role":1.0,"Epoch":7.0,"LastDataProcessedTime":"0001-01-01T00:00:00"}'
+    assert read_heartbeat(body) == HeartbeatAnswer(Role.PRIMARY, epoch=7)
+
+
+def test_the_store_of_an_answer_is_read() -> None:
+    assert read_session(b'{"Id":"s","StoreId":"x"}').store_id == "x"
+    assert read_session(b'{"Id":"s"}').store_id is None
+    assert read_heartbeat(b'{"Role":0,"StoreId":"x"}').store_id == "x"
+    assert read_status(b'{"StoreId":"x"}').store_id == "x"
+
+
+def test_a_tenure_that_lasts_has_no_end() -> None:
+    body = b'[{"Epoch":7,"SessionId":"s","Since":"2026-01-31T12:00:00Z","WhyStarted":"chosen"}]'
+    assert [tenure.to_model() for tenure in read_history(body)] == [
+        HistoryEntry(7, "s", NOON, "chosen")
+    ]
+
+
+def test_an_empty_object_is_a_status_without_anything() -> None:
+    assert read_status(b" {} ").to_model() == GroupStatus(None, None, None)
+
+
+ASKS = " (is this the address of a client failover service?)"
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "sentence"),
+    [
+        (
+            read_status,
+            b"<!doctype html><title>Sign in</title>",
+            "the answer is HTML or XML: it must be a JSON object, and begins with"
+            ' "<!doctype html><title>Sign in</title>"' + ASKS,
+        ),
+        (read_status, b" ", "the answer is empty: it must be a JSON object" + ASKS),
+        (read_status, b'{"a":1}', "none of the properties of GroupStatus"),
+        (read_status, b"7", "the answer is 7: it must be a JSON object" + ASKS),
+        (
+            read_status,
+            b'{"Primary":7}',
+            "Primary is 7: it must be a string: the session that is primary" + ASKS,
+        ),
+        (
+            read_status,
+            b'{"Epoch":true}',
+            "Epoch is true: it must be an integer from 0 to 9007199254740991; it grows with each"
+            " tenure of a primary" + ASKS,
+        ),
+        (
+            read_heartbeat,
+            b'{"Epoch":7}',
+            "Role is missing: it must be a role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary"
+            + ASKS,
+        ),
+        (
+            read_heartbeat,
+            b'{"Role":3}',
+            "Role: 3 is unknown: it must be 0 or Secondary, 1 or Primary, 2 or PendingPrimary"
+            + ASKS,
+        ),
+        (
+            read_heartbeat,
+            b'{"Role":1,"LeaseDuration":10}',
+            "LeaseDuration is 10: it must be a time-span: how long the next heartbeat is waited for"
+            + ASKS,
+        ),
+        (
+            read_session,
+            b'{"Id":"s","Heartbeat":{"FailoverScore":101}}',
+            "Heartbeat.FailoverScore is 101: it must be a number from 0 to 100" + ASKS,
+        ),
+        (
+            read_session,
+            b'{"Id":"s","Heartbeat":[]}',
+            "Heartbeat is a list: it must be a JSON object" + ASKS,
+        ),
+        (read_sessions, b"{}", "the answer is an object: it must be a JSON list" + ASKS),
+        (
+            read_sessions,
+            b'[{"Id":"s"},{}]',
+            "[1].Id is missing: it must be a string: the id of the session" + ASKS,
+        ),
+        (read_sessions, b"[7]", "[0] is 7: it must be a JSON object" + ASKS),
+        (read_group, b'{"Name":"n"}', "a group without an Id"),
+        (
+            read_history,
+            b'[{"Epoch":1,"SessionId":"s","Since":"0001-01-01T00:00:00","WhyStarted":""}]',
+            '[0].Since: "0001-01-01T00:00:00" is not a date-time: it must be ISO 8601, such as'
+            " 2026-01-31T12:00:00Z" + ASKS,
+        ),
+    ],
+)
+def test_what_is_no_answer_is_refused_in_one_sentence(
+    read: Callable[[bytes], Any], body: bytes, sentence: str
+) -> None:
+    with pytest.raises(BodyError) as caught:
+        read(body)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff{}",
+        b"[" * 100_000,
+        b'{"Primary":NaN}',
+        b'{"Primary":1e999}',
+        b'{"Primary":"\\ud800"}',
+        b'{"Primary":',
+        b"nul",
+    ],
+)
+def test_what_is_no_json_is_refused(body: bytes) -> None:
+    with pytest.raises(BodyError, match="must be"):
+        read_status(body)
