@@ -14,9 +14,12 @@ COMPLETE = lacking=$$($(BIN)/python -m pip check) || \
 # Tests and benchmarks see the installed wheel, and so does every process that they start; without
 # this, agent/ of the checkout would hide it.
 INSTALLED := PYTHONSAFEPATH=1
+# Core, simulation, declarations and coordinator, without processes and without the longest searches.
+QUICK := tests/core tests/simulation tests/schema tests/coordinator -k 'not (a_search_finds or before_the_lease_of_another or for_every_sequence)' \
+  $(foreach name,test_server test_scrapes test_openapi store/test_sigkill,--ignore=tests/coordinator/$(name).py)
 SOURCES := $(shell find agent -type f ! -name '*.pyc') pyproject.toml README.md LICENSE
 
-.PHONY: help demo run test test-components check bench editable lock clean FORCE
+.PHONY: help demo run test quick test-components check bench editable lock clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,6 +36,9 @@ test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the install
 	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov
 	@report=$$($(BIN)/coverage report --include='*agent/core/*' --fail-under=100) || \
 	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
+
+quick: .venv/.dev  ## the inner loop, under a minute: no processes, a short simulation, the checkout itself
+	FAILOVER_SIMULATION_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider $(QUICK)
 
 test-components:  ## Debian packages that the suite wants (tests/components.txt), where that is allowed
 	@tests/components.sh

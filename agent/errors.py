@@ -8,7 +8,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller. Documented in docs/exit-codes.md, checked by a test."""
+    """The exit codes of the process. Documented in docs/exit-codes.md, checked by a test."""
 
     OK = 0
     INTERNAL = 1
@@ -44,7 +44,7 @@ class ExitCode(IntEnum):
 
 
 class FailoverError(Exception):
-    """Something went wrong that a person can act on: the message says what, where, what is right.
+    """An error that a person can act on: its message names the fault, the place and the remedy.
 
     Attributes:
         hint: further lines for the same person, or None.
@@ -80,10 +80,10 @@ class TimingError(ConfigError):
 
 
 class ServerError(FailoverError):
-    """A server was asked and gave no usable answer; trying again later may help.
+    """A request to a server got no usable answer; a retry may succeed.
 
     Attributes:
-        retry_after_s: how long the server asks to wait, in seconds, or None.
+        retry_after_s: the server's Retry-After, in seconds, or None.
     """
 
     exit_code = ExitCode.UNREACHABLE
@@ -102,16 +102,16 @@ class ServerError(FailoverError):
 
 
 class StoreError(FailoverError):
-    """The data directory cannot be used. What is in it was left as it is."""
+    """The data directory cannot be used. Its content was not changed."""
 
     exit_code = ExitCode.DATA_DIR_DAMAGED
 
 
 class RequestRefused(FailoverError):  # noqa: N818 - a refusal is an answer, not a fault of ours
-    """The coordinator refuses a request; nothing was changed by it.
+    """The coordinator refuses a request and has changed nothing.
 
     Attributes:
-        reason: why, in one sentence with names and values.
+        reason: one sentence with names and values.
         resolution: what the caller can do about it.
     """
 
@@ -128,7 +128,7 @@ class NotFound(RequestRefused):
 
 
 class Conflict(RequestRefused):
-    """What is there already contradicts the request."""
+    """The request contradicts the current state."""
 
 
 class Invalid(RequestRefused):
@@ -136,18 +136,18 @@ class Invalid(RequestRefused):
 
 
 class Forbidden(RequestRefused):
-    """The caller is known, and may not do this."""
+    """The caller is authenticated, and does not have the right."""
 
 
 class Unauthenticated(RequestRefused):
-    """The caller is not known."""
+    """The caller is not authenticated."""
 
 
 class TooSoon(RequestRefused):
-    """A heartbeat came closer to the one before than the group's minimum interval.
+    """A heartbeat arrived before the group's minimum interval had passed.
 
     Attributes:
-        retry_after_s: seconds until the next one is welcome.
+        retry_after_s: seconds until the next heartbeat is accepted.
     """
 
     def __init__(self, reason: str, resolution: str, *, retry_after_s: float) -> None:
@@ -156,7 +156,7 @@ class TooSoon(RequestRefused):
 
 
 class Unavailable(RequestRefused):
-    """The coordinator cannot make the change durable now, or is stopping; nothing was changed."""
+    """The coordinator cannot make the change durable now, or is shutting down; nothing was changed."""
 
     def __init__(self, reason: str, resolution: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(reason, resolution)

@@ -1,7 +1,7 @@
-"""The values that the whole project speaks of. Frozen, and without behaviour beyond their own.
+"""Values that the agent and the coordinator share. Frozen, without behaviour beyond their own.
 
-Units: seconds are floats named ``_s``; a FailoverTimeout is kept in ticks of 100 ns, the resolution
-of the .NET time-span that it travels as; date-times are aware and in UTC. Points on a local clock
+Units: seconds are floats named ``_s``; a FailoverTimeout is in ticks of 100 ns, the resolution of the
+.NET time-span in the API; date-times are aware and in UTC. Points on a local clock
 (``_at``, ``_until``) are seconds on CLOCK_BOOTTIME (R2) and never leave the process.
 """
 
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 TICKS_PER_SECOND = 10_000_000
 
 MAX_EPOCH = 2**53 - 1
-"""The largest integer that every JSON reader keeps exactly (RFC 8259, section 6)."""
+"""The largest integer that every JSON parser represents exactly (RFC 8259, section 6)."""
 
 LONGEST_HOLD_OFF_S = 86_400.0
-"""The longest hold-off of a release: a day outlasts every repair that somebody is waiting for, and a
-member that asked for more would be forgotten rather than spared."""
+"""Cap on the hold-off of a release: a day outlasts any repair, and a member that asked for more would
+be forgotten."""
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Role(StrEnum):
-    """What a session is in its group (v1 ClientRole)."""
+    """The role of a session in its group (v1 ClientRole)."""
 
     SECONDARY = "Secondary"
     PRIMARY = "Primary"
@@ -33,7 +33,7 @@ class Role(StrEnum):
 
 
 class RoleOverride(StrEnum):
-    """What an operator has asked a session to be (v1 RoleOverride)."""
+    """The override that an operator has set on a session (v1 RoleOverride)."""
 
     OFF = "Off"
     PRIMARY = "Primary"
@@ -43,7 +43,7 @@ class Instant(NamedTuple):
     """One moment, on both clocks.
 
     Attributes:
-        mono: CLOCK_BOOTTIME in seconds. Decides everything about leases.
+        mono: CLOCK_BOOTTIME in seconds. All lease decisions use it.
         wall: UTC. For people, for history and for overrides, which outlive a restart.
     """
 
@@ -52,7 +52,7 @@ class Instant(NamedTuple):
 
 
 class GroupKey(NamedTuple):
-    """Names one group on a coordinator. The on-premises paths use ``default``, ``default``."""
+    """The key of a group on a coordinator. The on-premises paths use ``default``, ``default``."""
 
     tenant: str
     namespace: str
@@ -71,7 +71,7 @@ class Right(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Trustee:
-    """Whom an entry speaks of: ``kind`` 1 is a user, 2 a client, 3 a role."""
+    """The subject of an access entry: ``kind`` 1 is a user, 2 a client, 3 a role."""
 
     kind: int
     object_id: str
@@ -80,7 +80,7 @@ class Trustee:
 
 @dataclass(frozen=True, slots=True)
 class AccessEntry:
-    """One line of an access-control list. Denied beats allowed."""
+    """One entry of an access-control list. Deny takes precedence over allow."""
 
     trustee: Trustee
     denied: bool
@@ -89,14 +89,14 @@ class AccessEntry:
 
 @dataclass(frozen=True, slots=True)
 class AccessList:
-    """Who may do what with one group, or with the groups of one namespace."""
+    """The access-control list of one group, or of the groups of one namespace."""
 
     entries: tuple[AccessEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GroupConfig:
-    """A group as its creator described it. ``timeout_ticks`` is the FailoverTimeout, L."""
+    """The configuration of a group, as created. ``timeout_ticks`` is the FailoverTimeout, L."""
 
     id: str
     timeout_ticks: int
@@ -112,7 +112,7 @@ class GroupConfig:
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """A client session as its creator described it."""
+    """The configuration of a client session, as registered."""
 
     id: str
     name: str | None = None
@@ -121,12 +121,11 @@ class SessionConfig:
 
 @dataclass(frozen=True, slots=True)
 class HoldOff:
-    """A session asked not to be chosen for a time.
+    """A period in which a session is not chosen, at its own request.
 
     Attributes:
-        until: when it ends (wall clock). Only a restart reads this.
-        length_s: the whole of it: what is left after a restart is not more, whatever the wall
-            clock says.
+        until: its end (wall clock). Only read after a restart.
+        length_s: its full length, which caps the rest after a restart if the wall clock has changed.
     """
 
     until: datetime
@@ -140,9 +139,9 @@ class SessionRecord:
     Attributes:
         override_until: when the override ends (wall clock), or None for never.
         override_order: grows with each override that is set in the group; the highest one wins.
-        hold_off: it is not chosen before this has passed.
-        has_to_see: the epoch of a tenure that it held without ever receiving our answers, or None.
-            It is not chosen until its heartbeats carry this epoch.
+        hold_off: the session is not chosen before its end.
+        has_to_see: the epoch of a tenure that it held without receiving the coordinator's answers, or
+            None. It is not chosen until its heartbeats carry this epoch.
     """
 
     config: SessionConfig
@@ -155,13 +154,13 @@ class SessionRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tenure:
-    """One holder's time as primary (R15).
+    """One holding of the role, from promotion to demotion (R15).
 
     Attributes:
-        instance: which process of that session confirmed it, or None for a plain v1 client. Another
-            process with the same session id does not continue it.
-        revoked: the holder is being told to demote; its lease is extended no more.
-        last_data: the newest LastDataProcessedTime that it reported, as last made durable.
+        instance: the process that confirmed it, or None for a plain v1 client. Another process with
+            the same session id does not continue it.
+        revoked: heartbeats of the holder are answered Secondary, and its lease is not renewed.
+        last_data: the newest LastDataProcessedTime that was reported and made durable.
     """
 
     session_id: str
@@ -178,16 +177,16 @@ class GroupRecord:
     """The durable part of a group: one versioned value, swapped by compare-and-set (R13).
 
     Attributes:
-        epoch: the highest ever given in this group, or seen by one of its clients.
+        epoch: the highest epoch of this group, whether assigned here or seen by a client.
         revision: grows with each change of the status (holder, pending, epoch).
-        pending: the session that is chosen to take over, or None.
-        previous: the session of the tenure before, or None.
-        last_data: what the next holder is told: the last LastDataProcessedTime of the tenures before.
+        pending: the candidate to take over, or None.
+        previous: the session of the previous tenure, or None.
+        last_data: LastDataProcessedTime of the previous tenure, for the next holder.
         acl: the group's own access-control list, or None for its namespace's.
-        quiet: a client has seen a newer epoch than this record had, so a lease may exist that it does
-            not know. No tenure begins for one full L; a restart begins that L anew.
-        ended: the last tenure, if it ended without a release: the hold-off of a release that comes
-            late still counts, once.
+        quiet: a client has seen a newer epoch than this record had, so an unknown lease may exist.
+            No tenure begins for one full L; a restart begins that L anew.
+        ended: the last tenure, if it ended without a release: the hold-off of a late release still
+            counts, once.
     """
 
     config: GroupConfig
@@ -204,18 +203,18 @@ class GroupRecord:
 
 
 class TenureEnd(StrEnum):
-    """How a tenure ended, as a closed set: for metrics. History has a sentence besides."""
+    """How a tenure ended, as a closed set for metrics. History also has a sentence."""
 
     RELEASED = "released"
     EXPIRED = "expired"
     DELETED = "deleted"
     DATA_LOSS = "data_loss"
-    """A client has seen a newer epoch than the data."""
+    """A client has seen a newer epoch than the coordinator's data has."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One tenure, as history keeps it. ``until``, ``why_ended`` and ``end`` are None while it lasts."""
+    """A tenure in the history. ``until``, ``why_ended`` and ``end`` are None until it ends."""
 
     epoch: int
     session_id: str
@@ -228,7 +227,7 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """What a status read tells. A plain v1 server leaves out the part after ``last_data``."""
+    """The answer to a status read. A plain v1 server omits the fields after ``last_data``."""
 
     primary: str | None
     pending: str | None
@@ -242,11 +241,11 @@ class GroupStatus:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatAnswer:
-    """What a heartbeat is told. A plain v1 server leaves out the part after ``last_data``.
+    """The answer to a heartbeat. A plain v1 server omits the fields after ``last_data``.
 
     Attributes:
-        lease_s: how long the coordinator waits for the next heartbeat, from its receipt of this one.
-        store_id: the store that decided; an agent takes answers from one store only.
+        lease_s: L, counted by the coordinator from its receipt of the heartbeat.
+        store_id: the store behind the answer; an agent accepts answers from one store only.
     """
 
     role: Role
@@ -260,10 +259,10 @@ class HeartbeatAnswer:
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A session as a reader sees it (v1 ClientSession).
+    """A session as the API shows it (v1 ClientSession).
 
     Attributes:
-        heartbeat_at: when the last heartbeat came, or None if none came since the coordinator started.
+        heartbeat_at: time of the last heartbeat, or None if none came since the coordinator started.
         store_id: the store that the session is registered in.
     """
 

@@ -1,21 +1,21 @@
-"""Find and end every process of a tenure, whoever its parent is by now.
+"""Find and kill every process of a tenure, whoever its parent is by now.
 
 A hook or a workload is a tree of processes: children may leave its process group (setsid), become
-orphans, and go on after their parent has ended. A process belongs to a tenure if it
+orphans, and outlive their parent. A process belongs to a tenure if it
 
 - is in one of its process groups or sessions,
 - descends from one of its known processes,
 - has the tenure's mark in its environment, which children inherit, or
 - is in its cgroup.
 
-``kill_all`` stops everything that it finds before it kills anything, so that nothing escapes by forking.
-A process is identified by its number and its start time, since numbers are used again.
+``kill_all`` stops every process before it kills any, so that none escapes by forking. A process is
+identified by its process id and start time, since process ids are reused.
 
-Rules of this file: the standard library's smallest modules only, for the guard loads it; nothing of ours.
+Rules of this file: the smallest modules of the standard library only, as the guard imports it.
+
 Not promised: a process that has left the group, has lost its parent *and* has cleared its environment is
-found only by the cgroup. Nothing that runs under another manager (systemd, a container engine, at, cron)
-is a part of the tree. Reading an environment can block on a process that is stuck in the kernel:
-``with_mark`` says so, everything else reads only what the kernel has at hand.
+found only by the cgroup. What runs under another manager (systemd, a container engine, at, cron) is no part
+of the tree. ``with_mark`` and ``in_cgroup`` may block; the rest reads only what the kernel has in memory.
 """
 
 import os
@@ -23,30 +23,30 @@ import signal
 import time
 
 PAUSE_S = 0.002
-"""Between two looks at what is being stopped or killed."""
+"""Interval between two searches."""
 
 STOP_S = 0.25
-"""How long it is waited for that what was found has stopped: what may not be signalled never does."""
+"""How long to wait until all processes have stopped; one that may not be signalled never does."""
 
-QUIET_LOOKS = 3
-"""Looks in a row that find nothing new: one can miss a process whose parent ends while it is made."""
+QUIET_SEARCHES = 3
+"""Searches in a row that find nothing new: one can miss a process whose parent ends meanwhile."""
 
 MARK = "FAILOVER_TENURE"
-"""The variable of the mark."""
+"""The environment variable of the mark."""
 
 ENDED = frozenset(b"ZXx")
 AT_REST = frozenset(b"TtZXxDI")
 """States in which a process does not fork."""
 
 PF_KTHREAD = 0x00200000
-"""The flag of a kernel thread. Its parent says nothing: in a container process 2 can be anybody."""
+"""The flag of a kernel thread. Its parent is no criterion: in a container process 2 can be any process."""
 
 Process = tuple[int, int]
-"""Number and start time, in clock ticks since the boot."""
+"""Process id and start time, in clock ticks since the boot."""
 
 
 class Stat:
-    """One process at one moment, as /proc/PID/stat has it."""
+    """One process at one moment, from /proc/PID/stat."""
 
     __slots__ = ("flags", "group", "parent", "session", "start", "state")
 
@@ -62,7 +62,7 @@ class Stat:
 
 
 def read(pid: int) -> "Stat | None":
-    """One process; None if it is not there."""
+    """Read one process; None if it does not exist."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
@@ -82,7 +82,7 @@ def read(pid: int) -> "Stat | None":
 
 
 def snapshot() -> "dict[int, Stat]":
-    """Every process that is there. It costs some ten microseconds for each."""
+    """Read all processes, which takes some ten microseconds for each."""
     table = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -93,13 +93,13 @@ def snapshot() -> "dict[int, Stat]":
 
 
 def identify(pid: int) -> "Process | None":
-    """A process with its start time; None if it is not there."""
+    """Identity of a process; None if it does not exist."""
     stat = read(pid)
     return None if stat is None else (pid, stat.start)
 
 
 def lives(process: Process) -> bool:
-    """Whether it is there, the same one, and no zombie."""
+    """Whether it exists, is the same process, and is no zombie."""
     stat = read(process[0])
     return stat is not None and stat.start == process[1] and stat.state not in ENDED
 
@@ -107,7 +107,7 @@ def lives(process: Process) -> bool:
 def related(
     table: "dict[int, Stat]", groups: "list[int]", roots: "list[Process]"
 ) -> "set[Process]":
-    """Live members of the process groups and sessions, and the roots with all that descend from them."""
+    """Live members of the process groups and sessions, the roots, and the descendants of both."""
     wanted = set(groups)
     inside = {pid for pid, stat in table.items() if stat.group in wanted or stat.session in wanted}
     inside |= {pid for pid, start in roots if pid in table and table[pid].start == start}
@@ -124,9 +124,9 @@ def related(
 
 
 def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
-    """Live processes whose environment, as it was at their start, has the mark. May block.
+    """Live processes that were started with the mark in their environment. May block.
 
-    A mark that goes on with a full stop and more counts, too.
+    A mark that continues with a full stop and more counts, too.
     """
     wanted = f"{MARK}={mark}".encode()
     found = {pid for pid in table if _has_mark(pid, wanted)}
@@ -134,16 +134,16 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
 
 
 def in_cgroup(table: "dict[int, Stat]", directory: str) -> "set[Process]":
-    """Live members of a cgroup and of those below it, by its directory. May block."""
+    """Live members of the cgroup at ``directory`` and of those below it. May block."""
     found: set[int] = set()
     for folder, _, _ in os.walk(directory):
-        words = _contents(f"{folder}/cgroup.procs").split()
+        words = _read_file(f"{folder}/cgroup.procs").split()
         found.update(int(word) for word in words if word.isdigit())
     return _killable(table, found)
 
 
 def send(process: Process, number: int) -> bool:
-    """Signal exactly this process; False if it is gone.
+    """Signal exactly this process; return False if it is gone.
 
     Raises:
         PermissionError: it may not be signalled.
@@ -153,7 +153,7 @@ def send(process: Process, number: int) -> bool:
     except OSError:
         return False
     try:
-        stat = read(process[0])  # the descriptor holds the number: it cannot be a stranger's by now
+        stat = read(process[0])  # while the descriptor is open, the process id is not reused
         if stat is None or stat.start != process[1]:
             return False
         signal.pidfd_send_signal(fd, number)
@@ -165,15 +165,15 @@ def send(process: Process, number: int) -> bool:
 
 
 def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
-    """Stop all that ``find`` finds, until it finds nothing new; then kill them; until nothing is found.
+    """Stop all that ``find`` finds until it finds nothing new, kill them, and repeat until none is left.
 
     Args:
-        find: returns a set of processes, each time anew.
+        find: searches anew and returns a set of processes.
         end_at: by ``clock``; how long to wait for their end.
         clock: seconds.
 
     Returns:
-        Those that live on: they are stuck in the kernel, or may not be signalled.
+        Survivors: they are stuck in the kernel, or may not be signalled.
     """
     while True:
         found = _stop_all(find, end_at, clock)
@@ -189,25 +189,25 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
 
 
 def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-    """Stop all that is found until several looks in a row find nothing new."""
+    """Stop all that is found until several searches in a row find nothing new."""
     found: set[Process] = set()
     stop_by = clock() + STOP_S
     quiet = 0
-    while quiet < QUIET_LOOKS:
+    while quiet < QUIET_SEARCHES:
         new = find() - found
         found |= new
         for process in new:
             _try_to_send(process, signal.SIGSTOP)
-        waiting = clock() < stop_by and any(map(_moves, found))
+        waiting = clock() < stop_by and any(map(_can_fork, found))
         quiet = 0 if new or waiting else quiet + 1
-        if clock() >= end_at:  # too late to be sure; what was found is killed at once
+        if clock() >= end_at:  # too late for another search: kill what was found
             break
         if not new:
             time.sleep(PAUSE_S)
     return found
 
 
-def _moves(process: Process) -> bool:
+def _can_fork(process: Process) -> bool:
     """Whether it may still fork."""
     stat = read(process[0])
     return stat is not None and stat.start == process[1] and stat.state not in AT_REST
@@ -217,11 +217,11 @@ def _try_to_send(process: Process, number: int) -> None:
     try:
         send(process, number)
     except OSError:
-        pass  # it lives on, and is returned
+        pass  # kill_all returns it
 
 
 def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
-    """Those that live, without this process, its ancestors and the kernel's threads."""
+    """Live ones among ``pids``, without this process, its ancestors and kernel threads."""
     spared = {0, 1}
     pid = os.getpid()
     while pid not in spared:
@@ -235,13 +235,13 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
 
 
 def _has_mark(pid: int, wanted: bytes) -> bool:
-    for entry in _contents(f"/proc/{pid}/environ").split(b"\0"):
+    for entry in _read_file(f"/proc/{pid}/environ").split(b"\0"):
         if entry == wanted or entry.startswith(wanted + b"."):
             return True
     return False
 
 
-def _contents(path: str) -> bytes:
+def _read_file(path: str) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:

@@ -27,7 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     What it runs is measured in its other tests, which follow single schedules.
     """
     for item in items:
-        searches = isinstance(item, pytest.Function) and is_hypothesis_test(item.obj)
+        searches = isinstance(item, pytest.Function) and (
+            is_hypothesis_test(item.obj) or "a_search_finds" in item.name
+        )
         if searches and "simulation" in item.path.parts:
             item.add_marker(pytest.mark.no_cover)
 

@@ -173,12 +173,12 @@ class Heard:
     retained: bool
 
     @property
-    def told(self) -> Any:
+    def content(self) -> Any:
         return json.loads(self.payload)
 
 
 class Watcher:
-    """Hears every topic, in a thread of its own, and comes back when the broker does."""
+    """Subscribes to every topic in a thread of its own, and reconnects to a restarted broker."""
 
     def __init__(self, broker: Broker) -> None:
         self.heard: list[Heard] = []
@@ -208,19 +208,19 @@ class Watcher:
     def last(self, topic: str) -> Any:
         """What was heard last there, from JSON; {} for nothing and for what is not JSON."""
         try:
-            return self.of(topic)[-1].told
+            return self.of(topic)[-1].content
         except (IndexError, ValueError, RecursionError):
             return {}
 
-    def until(self, topic: str, **told: Any) -> Any:
+    def until(self, topic: str, **fields: Any) -> Any:
         """What the topic tells once it tells this."""
 
         def fits() -> Any:
             last = self.last(topic)
-            return isinstance(last, dict) and told.items() <= last.items() and last
+            return isinstance(last, dict) and fields.items() <= last.items() and last
 
         try:
-            return waited(fits, f"{told} on {topic}")
+            return waited(fits, f"{fields} on {topic}")
         except AssertionError as error:
             raise AssertionError(f"{error}; heard: {self.heard}") from None
 

@@ -21,8 +21,9 @@ import yaml  # type: ignore[import-untyped] # nothing else here would use its st
 
 from agent import __version__
 from agent.cli.main import main
-from agent.daemon.vitals import PROBES
-from agent.settings.models import AgentForm, CoordinatorSettings
+from agent.daemon.telemetry import PROBES
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.settings import AgentSettings
 
 ROOT = Path(__file__).parents[1]
 IMAGE = f"failover-agent:{__version__}"
@@ -305,8 +306,8 @@ def test_the_environment_is_a_configuration_that_can_stop_in_its_time(
 def test_every_variable_of_the_image_is_a_setting_or_is_read() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert "FAILOVER_COORDINATOR_LISTEN=0.0.0.0:5470" in text
-    assert "listen" in CoordinatorSettings.model_fields
-    assert "probe_listen" in AgentForm.model_fields
+    assert "listen" in CoordinatorSettings.__dataclass_fields__
+    assert "probe_listen" in AgentSettings.__dataclass_fields__
 
 
 # -- the sample collector --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The daemon in this process: one inbox, one pump, one timer; at a real coordinator on loopback."""
+"""The daemon in this process, with a real coordinator on loopback."""
 
 import asyncio
 import errno
@@ -16,15 +16,17 @@ import httpx2
 import pytest
 
 from agent.coordinator.server import serving
-from agent.daemon import life
+from agent.daemon import main
 from agent.daemon.loop import Daemon
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig
 from agent.ops.clock import Clock
-from agent.settings import Address, AgentSettings
-from agent.settings.models import AgentForm, CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 
 PATIENCE_S = 20.0
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -42,7 +44,7 @@ async def endpoint() -> AsyncIterator[str]:
 
 @dataclass
 class Host:
-    """One agent that lives in this event loop."""
+    """One agent in this event loop."""
 
     daemon: Daemon
     state_file: Path
@@ -56,7 +58,7 @@ class Host:
             await asyncio.sleep(0.01)
 
     async def until_written(self, old: int) -> Mapping[str, Any]:
-        """The first state after so many that is not Primary."""
+        """The first written state after this many that is not Primary."""
 
         def others() -> list[Mapping[str, Any]]:
             return [state for state in self.written[old:] if state["role"] != "Primary"]
@@ -69,13 +71,13 @@ class Host:
 
 
 def settings_for(endpoint: str, **more: Any) -> AgentSettings:
-    """With a margin that a busy machine does not use up."""
+    """Settings with a margin that a busy machine does not exceed."""
     quick = {"failover_timeout": 3.0, "demote": 0.5, "margin": 1.0, "guard": False}
-    return AgentForm(**{"endpoint": [endpoint], "group": "g", **quick, **more}).value()
+    return validate(AgentSettings, {"endpoint": [endpoint], "group": "g", **quick, **more})
 
 
 class Recorded(StateFile):
-    """A state file that keeps all that was written, and whose disk can be full."""
+    """A state file that records each write, and whose disk can be full."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -117,8 +119,8 @@ async def a_daemon(
 
 @asynccontextmanager
 async def living(host: Host) -> AsyncIterator[asyncio.Task[int]]:
-    """The daemon at work; stopped at the end if it still is."""
-    task = asyncio.create_task(host.daemon.live(host.stop))
+    """A running daemon; stopped at the end."""
+    task = asyncio.create_task(host.daemon.run(host.stop))
     try:
         yield task
     finally:
@@ -128,7 +130,7 @@ async def living(host: Host) -> AsyncIterator[asyncio.Task[int]]:
 
 
 class Faulty(httpx2.AsyncHTTPTransport):
-    """The network, with answers put in between: the first of ``instead`` that fits is used once."""
+    """A transport with injected answers: the first of ``instead`` that matches is used once."""
 
     def __init__(self) -> None:
         super().__init__(trust_env=False)
@@ -156,10 +158,10 @@ async def unplugged(_request: httpx2.Request) -> httpx2.Response:
     raise httpx2.ConnectError("unplugged")
 
 
-# -- what is said -------------------------------------------------------------------------------------
+# -- publishing --------------------------------------------------------------------------------------
 
 
-async def test_secondary_is_published_before_anything_is_asked(
+async def test_secondary_is_published_before_the_first_request(
     endpoint: str, tmp_path: Path
 ) -> None:
     transport = Faulty()
@@ -169,32 +171,32 @@ async def test_secondary_is_published_before_anything_is_asked(
     ):
         state_file.asked = transport.asked
         async with living(host):
-            await host.until_role("Primary")
+            await host.until(
+                lambda: any(state["role"] == "Primary" for state in host.written), "Primary"
+            )
         assert state_file.asked_before_first == []
         assert (host.written[0]["role"], host.written[0]["reason"]) == ("Secondary", "starting")
         assert host.written[0]["active_until_boottime_s"] is None
-        roles = [state["role"] for state in host.written]
-        assert "Primary" in roles
-        assert (roles[-1], host.written[-1]["reason"]) == ("Secondary", "stopped")
+        assert (host.written[-1]["role"], host.written[-1]["reason"]) == ("Secondary", "stopped")
 
 
-async def test_it_does_not_join_if_secondary_cannot_be_published(
+async def test_an_agent_that_cannot_publish_secondary_does_not_join(
     endpoint: str, tmp_path: Path
 ) -> None:
     async with a_daemon(settings_for(endpoint), tmp_path) as (host, state_file):
         state_file.full = True
         with pytest.raises(ConfigError, match=r"No space left on device.*--state-file") as caught:
-            await host.daemon.live(host.stop)
+            await host.daemon.run(host.stop)
         assert caught.value.exit_code is ExitCode.STATE_FILE
 
 
-async def test_a_full_disk_later_is_logged_and_costs_no_role(
+async def test_a_full_disk_after_the_start_is_logged_and_keeps_the_role(
     endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with a_daemon(settings_for(endpoint), tmp_path) as (host, state_file), living(host):
         await host.until_role("Primary")
         state_file.full = True
-        await host.until(lambda: "state file cannot be written" in caplog.text, "the log to say so")
+        await host.until(lambda: "state file cannot be written" in caplog.text, "the log line")
         old = len(host.written)
         assert host.daemon.describe()["role"] == "Primary"
         state_file.full = False
@@ -234,7 +236,9 @@ async def test_progress_never_goes_back_within_a_tenure_and_may_in_the_next(
 # -- time ---------------------------------------------------------------------------------------------
 
 
-async def test_a_suspended_host_demotes_first_then_asks(endpoint: str, tmp_path: Path) -> None:
+async def test_a_suspended_host_demotes_before_its_next_heartbeat(
+    endpoint: str, tmp_path: Path
+) -> None:
     """R2: the gap between boot time and monotonic time."""
     asleep = {"time": 0.0}
     clock = Clock(boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + asleep["time"])
@@ -244,7 +248,7 @@ async def test_a_suspended_host_demotes_first_then_asks(endpoint: str, tmp_path:
         asleep["time"] += 0.5
         new = await host.until_written(old)
         assert new["role"] == "Secondary"
-        assert "stopped for" in new["reason"]
+        assert "process stalled for" in new["reason"]
 
 
 async def test_a_blocked_loop_counts_as_a_lost_lease(endpoint: str, tmp_path: Path) -> None:
@@ -256,13 +260,13 @@ async def test_a_blocked_loop_counts_as_a_lost_lease(endpoint: str, tmp_path: Pa
         time.sleep(0.8)  # noqa: ASYNC251 - that is the fault
         new = await host.until_written(old)
         assert new["role"] == "Secondary"
-        assert "stopped for" in new["reason"]
+        assert "process stalled for" in new["reason"]
 
 
 # -- servers ------------------------------------------------------------------------------------------
 
 
-async def test_lost_contact_is_one_line_and_so_is_its_return(
+async def test_lost_contact_and_its_return_are_one_log_line_each(
     endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -279,7 +283,7 @@ async def test_lost_contact_is_one_line_and_so_is_its_return(
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("asked", ["POST groups", "POST clientsessions"])
-async def test_a_server_that_is_not_ready_yet_is_asked_again_at_the_start(
+async def test_joining_is_retried_while_the_server_is_not_ready(
     endpoint: str, tmp_path: Path, asked: str, status: int
 ) -> None:
     transport = Faulty()
@@ -295,7 +299,7 @@ async def test_a_server_that_is_not_ready_yet_is_asked_again_at_the_start(
         assert await task == ExitCode.OK
 
 
-async def test_a_refusal_at_the_start_is_told_at_once(endpoint: str, tmp_path: Path) -> None:
+async def test_a_refusal_at_the_start_ends_the_agent_at_once(endpoint: str, tmp_path: Path) -> None:
     transport = Faulty()
     transport.instead = [("POST clientsessions", saying(409, "It is configured otherwise."))]
     async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
@@ -307,7 +311,7 @@ async def test_a_refusal_at_the_start_is_told_at_once(endpoint: str, tmp_path: P
 
 
 async def test_a_stop_before_any_server_answered_ends_in_order(tmp_path: Path) -> None:
-    """With startup_timeout 0 it would try for ever."""
+    """With startup_timeout 0 it would retry for ever."""
     settings = settings_for("http://127.0.0.1:9/clientfailover", startup_timeout=0.0)
     transport = Faulty()
     transport.instead += [("POST groups", unplugged)] * 1000
@@ -319,7 +323,7 @@ async def test_a_stop_before_any_server_answered_ends_in_order(tmp_path: Path) -
             assert await task == ExitCode.OK
 
 
-async def test_a_groups_timeout_that_the_budgets_do_not_fit_in_is_named_with_the_group(
+async def test_an_error_about_a_group_timeout_that_does_not_fit_names_the_group(
     endpoint: str, tmp_path: Path
 ) -> None:
     client = RestClient([endpoint])
@@ -330,10 +334,8 @@ async def test_a_groups_timeout_that_the_budgets_do_not_fit_in_is_named_with_the
             await task
 
 
-async def test_a_refusal_after_it_had_joined_is_no_reason_to_give_up(
-    endpoint: str, tmp_path: Path
-) -> None:
-    """A coordinator in trouble must not end the agents that it had."""
+async def test_joining_again_is_retried_after_a_refusal(endpoint: str, tmp_path: Path) -> None:
+    """A coordinator in trouble must not end its running agents."""
     transport = Faulty()
     async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _):
         async with living(host) as task:
@@ -359,44 +361,44 @@ def test_agents_of_one_host_choose_distinct_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr("agent.daemon.life.socket.gethostname", lambda: "edge 1/a")
-    claimed = [life._claim(settings_for("http://a/clientfailover")) for _ in range(3)]
+    monkeypatch.setattr("agent.daemon.main.socket.gethostname", lambda: "edge 1/a")
+    claimed = [main._lock_state_file(settings_for("http://a/clientfailover")) for _ in range(3)]
     assert [name for _, name in claimed] == ["edge 1/a", "edge 1/a-2", "edge 1/a-3"]
     assert len({state_file.path for state_file, _ in claimed}) == 3
     assert {state_file.path.parent for state_file, _ in claimed} == {tmp_path}
     claimed[1][0].close()
-    again, name = life._claim(settings_for("http://a/clientfailover"))
+    again, name = main._lock_state_file(settings_for("http://a/clientfailover"))
     assert name == "edge 1/a-2"
     for state_file, _ in (*claimed, (again, name)):
         state_file.close()
 
 
-def test_a_name_that_was_given_is_not_replaced_by_another(
+def test_a_configured_session_id_is_never_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     settings = settings_for("http://a/clientfailover", session_id="host-a")
-    state_file, name = life._claim(settings)
+    state_file, name = main._lock_state_file(settings)
     assert name == "host-a"
     with pytest.raises(ConfigError) as caught:
-        life._claim(settings)
+        main._lock_state_file(settings)
     assert caught.value.exit_code is ExitCode.SESSION_IN_USE
     state_file.close()
 
 
-async def test_a_demotion_without_hooks_has_its_slack_too(endpoint: str, tmp_path: Path) -> None:
-    """Who follows the state file is told in that instant."""
+async def test_a_demotion_without_hooks_records_its_slack(endpoint: str, tmp_path: Path) -> None:
+    """Readers of the state file see it at once."""
     async with a_daemon(settings_for(endpoint), tmp_path) as (host, _), living(host) as task:
         await host.until_role("Primary")
-        assert host.daemon.snapshot().tally.slack_s is None
+        assert host.daemon.snapshot().stats.slack_s is None
         host.stop.set()
         await task
-        slack_s = host.daemon.snapshot().tally.slack_s
+        slack_s = host.daemon.snapshot().stats.slack_s
     assert slack_s is not None
     assert 0 < slack_s <= 3
 
 
-async def test_a_check_that_has_no_result_yet_is_no_warning(
+async def test_a_check_without_a_first_result_logs_no_warning(
     endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -407,5 +409,5 @@ async def test_a_check_that_has_no_result_yet_is_no_warning(
             lambda: len([r for r in caplog.records if r.msg == "unfit to be primary"]) == 2,
             "no result, and then a bad one",
         )
-    told = [r for r in caplog.records if r.msg == "unfit to be primary"]
-    assert [r.levelname for r in told] == ["INFO", "WARNING"]
+    records = [r for r in caplog.records if r.msg == "unfit to be primary"]
+    assert [r.levelname for r in records] == ["INFO", "WARNING"]

@@ -11,11 +11,13 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from agent.cli.main import Wishes, cli, main
-from agent.cli.reader import commands
+from agent.cli.main import GlobalOptions, cli, main
+from agent.cli.reference import tables_of
+from agent.cli.settings_reader import commands
 from agent.coordinator.calls import ROUTES
-from agent.settings.describe import Described, describe
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Setting, Settings, settings_of
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 from tests.test_metrics_docs import exported
 
@@ -23,11 +25,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "agent").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 PREFIXES: Mapping[str, type[Settings]] = {
-    "FAILOVER_AGENT_": AgentForm,
+    "FAILOVER_AGENT_": AgentSettings,
     "FAILOVER_COORDINATOR_": CoordinatorSettings,
 }
-SETTINGS: Mapping[str, Described] = {
-    setting.key: setting for model in PREFIXES.values() for setting in describe(model)
+SETTINGS: Mapping[str, Setting] = {
+    setting.name: setting for model in PREFIXES.values() for setting in settings_of(model)
 }
 
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -110,10 +112,10 @@ def parse(args: list[str]) -> None:
     """Let click read a command line; nothing is run. Raises click.UsageError."""
     command: click.Command = cli
     context: click.Context | None = None
-    wishes = Wishes(own=commands(lambda _: 0))
+    options = GlobalOptions(replaced=commands(lambda _: 0))
     while True:
         try:
-            context = command.make_context(command.name, list(args), parent=context, obj=wishes)
+            context = command.make_context(command.name, list(args), parent=context, obj=options)
         except click.exceptions.Exit:
             return  # --help or --version
         if not isinstance(command, click.Group):
@@ -170,8 +172,8 @@ def test_a_wrong_command_line_is_found(line: str) -> None:
 def test_the_diagrams_of_explain_timing_are_the_programs_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for setting in describe(AgentForm):
-        monkeypatch.delenv(f"FAILOVER_AGENT_{setting.key.upper()}", raising=False)
+    for setting in settings_of(AgentSettings):
+        monkeypatch.delenv(f"FAILOVER_AGENT_{setting.name.upper()}", raising=False)
     drawn = [b.text for b in blocks() if b.text.startswith("$ failover-agent explain-timing")]
     assert drawn
     for text in drawn:
@@ -205,8 +207,9 @@ def test_every_environment_variable_in_a_page_exists() -> None:
     for page, name in mentioned:
         prefix = next((p for p in PREFIXES if name.startswith(p)), None)
         if prefix is not None:
-            key = name.removeprefix(prefix).lower()
-            assert key in PREFIXES[prefix].model_fields, f"{page}: {name}"
+            assert name.removeprefix(prefix) in {
+                s.name.upper() for s in settings_of(PREFIXES[prefix])
+            }, f"{page}: {name}"
         else:
             assert re.search(rf"\b{name}\b", known), f"{page}: {name}"
 
@@ -229,7 +232,8 @@ def test_every_key_in_a_sample_configuration_is_a_setting() -> None:
         for line in block.text.splitlines():
             if header := re.match(r"^#?\[+([a-z_]+)\]+", line):
                 assert header[1] in SETTINGS, f"{block.page}: {line}"
-                keys = {key.key for table in SETTINGS[header[1]].tables for key in table.keys}
+                tables = tables_of(SETTINGS[header[1]]).values()
+                keys = {key.name for table in tables for key in settings_of(table)}
             elif key := re.match(r"^#?([a-z_]+) *=", line):
                 assert key[1] in keys, f"{block.page}: {line}"
 
@@ -247,7 +251,7 @@ def flags(command: click.Command) -> Iterator[str]:
     for param in command.params:
         yield from (*param.opts, *param.secondary_opts)
     if isinstance(command, click.Group):
-        context = click.Context(command, obj=Wishes(own=commands(lambda _: 0)))
+        context = click.Context(command, obj=GlobalOptions(replaced=commands(lambda _: 0)))
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None

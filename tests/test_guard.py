@@ -1,7 +1,7 @@
 """The guard (R12), as a process beside a small agent that freezes, hangs, dies, or ends in order.
 
-The agent is a child of a host process that adopts orphans, as an init does: it tells how the guard
-has ended, and it is the stranger that the guard must never signal.
+The agent is a child of a host process that adopts orphans, as an init does: it reports how the guard
+has ended, and it is the new parent that the guard must never signal.
 """
 
 import fcntl
@@ -22,12 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from agent import guard, proctree
-from agent.drivers.guardian import bootstrap, program
+from agent import proctree
+from agent.drivers.guardian.program import MODULES, bootstrap, program
+from agent.guard import hook as guard_hook
+from agent.guard import log as guard_log
+from agent.guard import main as guard
+from agent.guard.processes import IGNORED
 from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer
 
@@ -54,7 +59,7 @@ def agent():
     program = os.open(sys.argv[2], os.O_RDONLY)
     for line in sys.stdin:
         what, *rest = json.loads(line)
-        said = None
+        result = None
         if what == "guard":
             process = subprocess.Popen(
                 [*argv, str(theirs.fileno()), str(os.getpid()), str(program)],
@@ -63,7 +68,7 @@ def agent():
             )
             theirs.close()
             os.close(program)
-            said = process.pid
+            result = process.pid
         elif what == "send":
             number += 1
             word, *fields = rest
@@ -75,10 +80,10 @@ def agent():
         elif what == "readable":
             select.select([ours], [], [])
         elif what == "hang":
-            print(json.dumps(["said", None]), flush=True)
+            print(json.dumps(["done", None]), flush=True)
             while True:
                 pass
-        print(json.dumps(["said", said]), flush=True)
+        print(json.dumps(["done", result]), flush=True)
     os._exit(0)
 
 pid = os.fork()
@@ -161,10 +166,10 @@ class Host:
             if line[0] == word:
                 return line
 
-    def say(self, *words: Any) -> Any:
-        """Have the agent do something, and wait until it has done it."""
+    def command(self, *words: Any) -> Any:
+        """Have the agent run a command, and return its result."""
         self._write(words)
-        return self._next("said")[1]
+        return self._next("done")[1]
 
     def _write(self, words: Sequence[Any]) -> None:
         assert self._process.stdin is not None
@@ -172,15 +177,15 @@ class Host:
         self._process.stdin.flush()
 
     def start_guard(self) -> None:
-        self.guard = self.say("guard")
+        self.guard = self.command("guard")
 
-    def tell(self, *words: str) -> None:
-        """A message to the guard, and its answer."""
-        self.say("send", *words)
-        self.say("answers")
+    def send(self, *words: str) -> None:
+        """Send a message to the guard, and wait for its answer."""
+        self.command("send", *words)
+        self.command("answers")
 
-    def hand(self, *words: str) -> None:
-        """A message on which the guard acts at once: the agent may be stopped before it says so."""
+    def send_last(self, *words: str) -> None:
+        """Send a message on which the guard acts at once: the agent may be stopped before it answers."""
         self._write(["send", *words])
 
     def exit(self) -> None:
@@ -238,7 +243,7 @@ Run = Callable[[str], subprocess.Popen[bytes]]
 
 @pytest.fixture
 def run() -> Iterator[Run]:
-    """A process group of a shell script, which has said that it is ready."""
+    """Start a shell script in a process group of its own, and wait until it prints that it is ready."""
     started = []
 
     def start(text: str) -> subprocess.Popen[bytes]:
@@ -302,7 +307,7 @@ def sh(text: str) -> list[str]:
 # --- what it does -----------------------------------------------------------------------------
 
 
-def test_a_frozen_agent_is_demoted_in_order_and_in_time(
+def test_a_frozen_agent_is_demoted_in_order_and_by_kill_at(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     seen, state_file = tmp_path / "seen", tmp_path / "state"
@@ -312,10 +317,10 @@ def test_a_frozen_agent_is_demoted_in_order_and_in_time(
     pids = [host.agent, running.pid, workload.pid, left.pid]
     states = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in pids)
     look = f"(cut -d' ' -f1 /proc/uptime; {states}; cat {state_file}) >{seen}"
-    host.tell(*hook(sh(look)))
+    host.send(*hook(sh(look)))
     hook_at = now() + LATE_S
     kill_at = hook_at + 4.0
-    host.tell(
+    host.send(
         *arm(
             hook_at,
             kill_at,
@@ -335,20 +340,18 @@ def test_a_frozen_agent_is_demoted_in_order_and_in_time(
     assert host.code(host.agent) == -signal.SIGKILL
     for process in (running, workload, left):
         assert process.wait(LIMIT_S) == -signal.SIGKILL
-    uptime, agent, *others, said = seen.read_text().split()
+    uptime, agent, *others, state = seen.read_text().split()
     assert float(uptime) >= hook_at + 1.9
-    assert (agent, others, said) == ("T", ["Z", "Z", "S"], "Secondary")
+    assert (agent, others, state) == ("T", ["Z", "Z", "S"], "Secondary")
     assert state_file.stat().st_ino != before, "it was not replaced as a whole"
     assert not state_file.with_name("state.guard").exists()
 
 
-def test_a_workload_that_ends_at_term_is_not_waited_for(
-    host: Host, run: Run, tmp_path: Path
-) -> None:
+def test_a_workload_that_ends_at_term_delays_nothing(host: Host, run: Run, tmp_path: Path) -> None:
     workload = run(IDLE)
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     hook_at = now() + LATE_S
-    host.tell(*arm(hook_at, hook_at + 2 * LIMIT_S, workload=workload.pid))
+    host.send(*arm(hook_at, hook_at + 2 * LIMIT_S, workload=workload.pid))
     host.signal(host.agent, signal.SIGSTOP)
     assert workload.wait(LIMIT_S) == -signal.SIGTERM
     assert host.code(host.guard) == guard.ACTED
@@ -356,10 +359,10 @@ def test_a_workload_that_ends_at_term_is_not_waited_for(
     assert (tmp_path / "done").exists()
 
 
-def test_a_killed_agent_is_replaced_at_once(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+def test_the_guard_demotes_at_once_when_the_agent_is_killed(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     hook_at = now() + LIMIT_S
-    host.tell(*arm(hook_at, hook_at + LIMIT_S))
+    host.send(*arm(hook_at, hook_at + LIMIT_S))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists()
@@ -368,23 +371,23 @@ def test_a_killed_agent_is_replaced_at_once(host: Host, tmp_path: Path) -> None:
 
 
 def test_a_hung_agent_is_demoted(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     hook_at = now() + LATE_S
-    host.tell(*arm(hook_at, hook_at + LIMIT_S))
-    host.say("hang")
+    host.send(*arm(hook_at, hook_at + LIMIT_S))
+    host.command("hang")
     assert host.code(host.guard) == guard.ACTED
     assert now() >= hook_at
     assert (tmp_path / "done").exists()
     assert host.code(host.agent) == -signal.SIGKILL
 
 
-def test_while_the_agent_demotes_it_only_kills_and_only_at_the_end(
+def test_while_the_agent_demotes_the_guard_only_kills_at_kill_at(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     running = run(IDLE)
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     kill_at = now() + 0.5
-    host.hand(*arm(float("inf"), kill_at, running=running.pid))
+    host.send_last(*arm(float("inf"), kill_at, running=running.pid))
     assert running.wait(LIMIT_S) == -signal.SIGKILL
     assert now() >= kill_at
     assert host.code(host.guard) == guard.ACTED
@@ -392,22 +395,22 @@ def test_while_the_agent_demotes_it_only_kills_and_only_at_the_end(
     assert not (tmp_path / "done").exists()
 
 
-def test_if_the_agent_dies_while_it_demotes_the_hook_runs(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.tell(*arm(float("inf"), now() + LIMIT_S))
+def test_the_hook_runs_if_the_agent_dies_while_it_demotes(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*arm(float("inf"), now() + LIMIT_S))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists()
 
 
-def test_a_guard_that_comes_too_late_kills_first_and_still_runs_the_hook(
+def test_a_late_guard_kills_the_tenure_first_and_still_runs_the_hook(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     left, workload = run(IDLE), run(STUBBORN)
     pids = (left.pid, workload.pid)
     look = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in pids)
-    host.tell(*hook(sh(f"({look}) >{tmp_path}/seen")))
-    host.hand(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid, workload=workload.pid))
+    host.send(*hook(sh(f"({look}) >{tmp_path}/seen")))
+    host.send_last(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid, workload=workload.pid))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "seen").read_text().split() == ["Z", "Z"]
 
@@ -419,11 +422,11 @@ LOG = ("LOG", "20", "json", "7", "host-a", "Primary", "7")
 
 
 def events(output: Path) -> list[dict[str, Any]]:
-    """The lines of a guard that was told to write JSON."""
+    """The log of a guard in JSON."""
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_the_hook_has_what_was_told_and_nothing_else(
+def test_the_hook_has_the_configured_environment_user_and_files_only(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
@@ -435,8 +438,8 @@ def test_the_hook_has_what_was_told_and_nothing_else(
     )
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
-    host.tell(*LOG)
-    host.tell(
+    host.send(*LOG)
+    host.send(
         *hook(
             ["/usr/bin/env"],
             sh(facts),
@@ -446,21 +449,21 @@ def test_the_hook_has_what_was_told_and_nothing_else(
             stdin='{"event": "secondary"}\n',
         )
     )
-    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
-    said = [e["line"] for e in events(output) if e["message"] == "hook output"]
-    assert said[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
-    uid, gid, gids, cwd, stdin, files, leads, pid, ignored = said[5:]
+    lines = [e["line"] for e in events(output) if e["message"] == "hook output"]
+    assert lines[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
+    uid, gid, gids, cwd, stdin, files, leads, pid, ignored = lines[5:]
     assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", '{"event": "secondary"}')
     assert sorted(gids.split(), reverse=True) == ["65533", "65532", "65531"]
     assert files == "4", "the three, and the folder that ls reads"
     assert leads == f"{pid} {pid}", "it leads its own group and session"
-    ours = (*guard.IGNORED, signal.SIGXFSZ)  # what else is ignored is inherited from our shell
+    ours = (*IGNORED, signal.SIGXFSZ)  # what else is ignored is inherited from our shell
     assert not int(ignored.split()[1], 16) & sum(1 << (number - 1) for number in ours)
 
 
-def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
+def test_a_command_that_fails_does_not_prevent_the_next_one(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     (tmp_path / "plain").write_text("#!/bin/sh\n")
@@ -472,8 +475,8 @@ def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
-    host.tell(*LOG)
-    host.tell(
+    host.send(*LOG)
+    host.send(
         *hook(
             sh(f"echo one >>{tmp_path}/seen; exit 3"),
             [tmp_path / "missing"],
@@ -483,31 +486,31 @@ def test_several_commands_run_in_turn_and_faults_stop_none_of_the_rest(
             sh(f"echo two >>{tmp_path}/seen; kill -USR1 $$"),
         )
     )
-    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "seen").read_text().split() == ["one", "strange", "two"]
-    told = events(output)
-    ended = [(e["command"], e["result"]) for e in told if e["message"] == "hook ended"]
+    logged = events(output)
+    ended = [(e["command"], e["result"]) for e in logged if e["message"] == "hook ended"]
     assert ended[0] == ("/bin/sh", "exit 3")
     assert ended[-2:] == [
         (f"{tmp_path}/\ufffd", "exit 0"),
         ("/bin/sh", f"signal {signal.SIGUSR1:d}"),
     ]
-    output_lines = [e["line"] for e in told if e["message"] == "hook output"]
+    output_lines = [e["line"] for e in logged if e["message"] == "hook output"]
     for part in ("No such file", "Permission denied", "Exec format error"):
         assert any(part in line for line in output_lines), part
     assert "Traceback" not in output.read_text()
 
 
-def test_a_folder_that_is_gone_is_said_and_the_agent_is_killed(
+def test_a_missing_directory_is_logged_and_the_agent_is_killed(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
-    host.tell(*hook(sh("exit 0"), directory=tmp_path / "gone"))
-    host.hand(*arm(now(), now() + LIMIT_S))
+    host.send(*hook(sh("exit 0"), directory=tmp_path / "gone"))
+    host.send_last(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     assert host.code(host.agent) == -signal.SIGKILL
     assert "could not be started" in output.read_text()
@@ -517,9 +520,9 @@ def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
     host: Host, tmp_path: Path
 ) -> None:
     child = f"trap '' TERM; sleep 1000 & echo $$ $! >{tmp_path}/pids; while :; do sleep 0.01; done"
-    host.tell(*hook(sh(child), sh(f"touch {tmp_path}/second")))
+    host.send(*hook(sh(child), sh(f"touch {tmp_path}/second")))
     kill_at = now() + 1.5
-    host.hand(*arm(now(), kill_at))
+    host.send_last(*arm(now(), kill_at))
     assert host.code(host.guard) == guard.ACTED
     assert kill_at - 0.1 <= now() <= kill_at + LATE_S
     assert host.code(host.agent) == -signal.SIGKILL
@@ -529,12 +532,12 @@ def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_what_the_hook_left_in_its_group_lives_on_if_it_succeeded(
+def test_processes_that_a_successful_hook_left_survive(
     host: Host, tmp_path: Path, code: int
 ) -> None:
     left = f"sleep 1000 & echo $! >{tmp_path}/pid; exit {code}"
-    host.tell(*hook(sh(left), sh(f"touch {tmp_path}/second")))
-    host.hand(*arm(now(), now() + LIMIT_S))
+    host.send(*hook(sh(left), sh(f"touch {tmp_path}/second")))
+    host.send_last(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "second").exists(), "the helper held it up"
     pid = int((tmp_path / "pid").read_text())
@@ -545,43 +548,43 @@ def test_what_the_hook_left_in_its_group_lives_on_if_it_succeeded(
         os.kill(pid, signal.SIGKILL)
 
 
-def test_what_only_a_cgroup_gives_away_is_killed(host: Host, run: Run) -> None:
+def test_a_process_that_is_found_only_by_its_cgroup_is_killed(host: Host, run: Run) -> None:
     """It has left its group, lost its parent and cleared its environment, and the agent is dead."""
     with new_cgroup() as folder:
         inside = folder / "hooks"
         inside.mkdir()
         left = run(f"echo 0 >{inside}/cgroup.procs; {IDLE}")
-        host.hand(*arm(now(), now() + LIMIT_S, cgroup=str(folder)))
+        host.send_last(*arm(now(), now() + LIMIT_S, cgroup=str(folder)))
         assert host.code(host.guard) == guard.ACTED
         assert left.wait(LIMIT_S) == -signal.SIGKILL
 
 
 def test_after_term_no_further_command_starts(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh("exec sleep 1000"), sh(f"touch {tmp_path}/second")))
-    host.hand(*arm(now(), now() + 2.0))
+    host.send(*hook(sh("exec sleep 1000"), sh(f"touch {tmp_path}/second")))
+    host.send_last(*arm(now(), now() + 2.0))
     assert host.code(host.guard) == guard.ACTED
     assert not (tmp_path / "second").exists()
 
 
-def test_a_hook_that_has_no_time_at_all_does_not_stop_the_killing(host: Host, run: Run) -> None:
+def test_a_hook_without_any_time_does_not_prevent_the_killing(host: Host, run: Run) -> None:
     left = run(IDLE)
-    host.tell(*hook(sh("exec sleep 1000")))
-    host.hand(*arm(now(), now() + 1e-3, groups=left.pid))
+    host.send(*hook(sh("exec sleep 1000")))
+    host.send_last(*arm(now(), now() + 1e-3, groups=left.pid))
     assert host.code(host.guard) == guard.ACTED
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
 
 
-def test_a_host_without_room_for_a_process_is_no_reason_not_to_kill(
+def test_the_tenure_is_killed_even_if_fork_fails(
     new_host: Callable[..., Host], run: Run, tmp_path: Path
 ) -> None:
     full = "def fork(): raise BlockingIOError(11, 'no more processes')\nos.fork = fork"
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
-        host = new_host(program=program_with(guard_source=full), stderr=stderr.fileno())
+        host = new_host(program=build_program_with(full), stderr=stderr.fileno())
     left = run(IDLE)
-    host.tell(*hook(sh("exit 0")))
-    host.hand(*arm(now(), now() + LIMIT_S, groups=left.pid))
+    host.send(*hook(sh("exit 0")))
+    host.send_last(*arm(now(), now() + LIMIT_S, groups=left.pid))
     assert host.code(host.guard) == guard.ACTED
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
@@ -619,15 +622,15 @@ def _fill(fd: int) -> None:
 
 
 @pytest.mark.parametrize("full", [full_pipe, full_socket])
-def test_a_full_stderr_that_nobody_reads_stops_neither_the_guard_nor_the_hook(
+def test_a_full_stderr_blocks_neither_the_guard_nor_the_hook(
     new_host: Callable[..., Host], tmp_path: Path, full: Callable[[], tuple[int, int]]
 ) -> None:
     read, write = full()
     try:
         host = new_host(stderr=write)
         flood = f"head -c 1000000 /dev/zero >&2; head -c 1000000 /dev/zero; touch {tmp_path}/done"
-        host.tell(*hook(sh(flood)))
-        host.hand(*arm(now(), now() + LIMIT_S))
+        host.send(*hook(sh(flood)))
+        host.send_last(*arm(now(), now() + LIMIT_S))
         assert host.code(host.guard) == guard.ACTED
         assert (tmp_path / "done").exists()
         assert not fcntl.fcntl(write, fcntl.F_GETFL) & os.O_NONBLOCK, "it is the agent's, too"
@@ -636,18 +639,16 @@ def test_a_full_stderr_that_nobody_reads_stops_neither_the_guard_nor_the_hook(
         os.close(write)
 
 
-def test_of_a_flood_only_so_much_is_passed_on(
-    new_host: Callable[..., Host], tmp_path: Path
-) -> None:
+def test_logged_hook_output_is_bounded(new_host: Callable[..., Host], tmp_path: Path) -> None:
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno())
-    host.tell(*LOG)
-    host.tell(*hook(sh("head -c 1000000 /dev/zero | tr '\\0' x")))
-    host.hand(*arm(now(), now() + LIMIT_S))
+    host.send(*LOG)
+    host.send(*hook(sh("head -c 1000000 /dev/zero | tr '\\0' x")))
+    host.send_last(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     lines = [e["line"] for e in events(output) if e["message"] == "hook output"]
-    assert sum(map(len, lines)) == guard.OUTPUT_BYTES
+    assert sum(map(len, lines)) == guard_hook.OUTPUT_BYTES
     assert set("".join(lines)) == {"x"}
 
 
@@ -657,28 +658,28 @@ def test_of_a_flood_only_so_much_is_passed_on(
 def acted(
     new_host: Callable[..., Host], output: Path, *log: str, script: str = "exit 0", **spawn: Any
 ) -> str:
-    """What a guard has said that was told this, and demoted."""
+    """Have a guard demote; return its log."""
     with output.open("wb") as stderr:
         host = new_host(stderr=stderr.fileno(), **spawn)
     if log:
-        host.tell(*log)
-    host.tell(*hook(sh(script)))
-    host.hand(*arm(now(), now() + LIMIT_S))
+        host.send(*log)
+    host.send(*hook(sh(script)))
+    host.send_last(*arm(now(), now() + LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     return output.read_text()
 
 
-def test_its_lines_look_like_the_agents_in_json(
+def test_log_lines_have_the_agents_format_in_json(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     script = r"""printf 'a "b" \\ \t\303\274\360\237\230\200\377\n5\n\nlast'"""
-    acted(new_host, tmp_path / "said", *LOG, script=script)
-    told = events(tmp_path / "said")
-    for event in told:
+    acted(new_host, tmp_path / "stderr", *LOG, script=script)
+    logged = events(tmp_path / "stderr")
+    for event in logged:
         assert list(event)[:6] == ["time", "level", "logger", "message", "group", "session"]
         assert datetime.fromisoformat(event.pop("time")) > datetime.now(UTC) - timedelta(minutes=5)
         assert (event["logger"], event["group"], event["session"]) == ("agent.guard", "7", "host-a")
-    changed, *output, ended, demoted = told
+    changed, *output, ended, demoted = logged
     assert changed == changed | {
         "level": "WARNING",
         "message": "role changed",
@@ -692,11 +693,11 @@ def test_its_lines_look_like_the_agents_in_json(
     assert 0 < demoted["left_of_limit_s"] <= LIMIT_S
 
 
-def test_its_lines_look_like_the_agents_in_text(
+def test_log_lines_have_the_agents_format_in_text(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
-    told = ("LOG", "30", "text", "line 7", "host-a", "PendingPrimary", "")
-    lines = acted(new_host, tmp_path / "said", *told).splitlines()
+    context = ("LOG", "30", "text", "line 7", "host-a", "PendingPrimary", "")
+    lines = acted(new_host, tmp_path / "stderr", *context).splitlines()
     assert len(lines) == 2, "hook ended is less than a warning"
     time_, _, rest = lines[0].partition(" ")
     assert datetime.fromisoformat(time_).tzinfo is not None
@@ -707,18 +708,18 @@ def test_its_lines_look_like_the_agents_in_text(
     )
 
 
-def test_who_had_begun_to_demote_does_not_change_its_role_twice(
+def test_a_demotion_of_the_agent_that_the_guard_repeats_is_no_second_role_change(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
-    told = ("LOG", "20", "json", "g", "host-a", "Secondary", "7")
-    acted(new_host, tmp_path / "said", *told)
-    assert events(tmp_path / "said")[0]["message"] == "demotion taken over"
+    context = ("LOG", "20", "json", "g", "host-a", "Secondary", "7")
+    acted(new_host, tmp_path / "stderr", *context)
+    assert events(tmp_path / "stderr")[0]["message"] == "demotion taken over"
 
 
-def test_the_journal_gets_priorities_and_no_time(
+def test_journal_lines_have_a_priority_and_no_time(
     new_host: Callable[..., Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "said"
+    output = tmp_path / "stderr"
     output.touch()
     there = output.stat()
     monkeypatch.setenv("JOURNAL_STREAM", f"{there.st_dev}:{there.st_ino}")
@@ -737,20 +738,20 @@ def test_the_journal_gets_priorities_and_no_time(
 # --- the state file ---------------------------------------------------------------------------
 
 
-def test_the_state_file_is_readable_for_sidecars_whatever_the_umask_is(
+def test_the_state_file_is_readable_for_sidecars_under_any_umask(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     def strict() -> None:
         os.umask(0o077)
 
     host = new_host(before=strict)
-    host.hand(*arm(now(), now() + LIMIT_S, state=(tmp_path / "state", "Secondary")))
+    host.send_last(*arm(now(), now() + LIMIT_S, state=(tmp_path / "state", "Secondary")))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "state").read_text() == "Secondary"
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_state_that_does_not_fit_on_the_disk_leaves_the_old_one_whole(
+def test_a_state_file_that_cannot_be_written_completely_is_not_replaced(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     def small_files() -> None:
@@ -759,8 +760,8 @@ def test_a_state_that_does_not_fit_on_the_disk_leaves_the_old_one_whole(
     state = tmp_path / "state"
     state.write_text("Primary")
     host = new_host(before=small_files)
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.hand(*arm(now(), now() + LIMIT_S, state=(state, "x" * 1000)))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + LIMIT_S, state=(state, "x" * 1000)))
     assert host.code(host.guard) == guard.ACTED
     assert state.read_text() == "Primary"
     assert (tmp_path / "done").exists()
@@ -769,11 +770,13 @@ def test_a_state_that_does_not_fit_on_the_disk_leaves_the_old_one_whole(
 # --- when it does nothing ---------------------------------------------------------------------
 
 
-def test_nothing_happens_when_the_agent_ends_in_order(host: Host, run: Run, tmp_path: Path) -> None:
+def test_the_guard_does_nothing_when_the_agent_exits_after_off(
+    host: Host, run: Run, tmp_path: Path
+) -> None:
     workload = run(IDLE)
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S, workload=workload.pid))
-    host.tell("OFF")
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*arm(now() + LIMIT_S, now() + LIMIT_S, workload=workload.pid))
+    host.send("OFF")
     host.exit()
     assert host.code(host.guard) == 0
     assert host.code(host.agent) == 0
@@ -781,14 +784,14 @@ def test_nothing_happens_when_the_agent_ends_in_order(host: Host, run: Run, tmp_
     assert workload.poll() is None
 
 
-def test_an_agent_that_ends_with_answers_unread_has_ended_in_order(
+def test_the_guard_does_nothing_when_the_agent_exits_with_unread_answers(
     host: Host, tmp_path: Path
 ) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
-    host.say("readable")
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.command("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.command("readable")
     host.signal(host.guard, signal.SIGSTOP)
-    host.say("send", "OFF")
+    host.command("send", "OFF")
     host.exit()
     assert host.code(host.agent) == 0
     os.kill(host.guard, signal.SIGCONT)
@@ -796,28 +799,28 @@ def test_an_agent_that_ends_with_answers_unread_has_ended_in_order(
     assert not (tmp_path / "done").exists()
 
 
-def test_nothing_happens_while_renewals_come(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+def test_the_guard_does_nothing_while_it_receives_new_deadlines(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     end_at = now() + 2.0
     while now() < end_at:
-        host.tell(*arm(now() + LATE_S, now() + LIMIT_S))
+        host.send(*arm(now() + LATE_S, now() + LIMIT_S))
         time.sleep(0.02)
-    host.tell("OFF")
+    host.send("OFF")
     host.exit()
     assert host.code(host.guard) == 0
     assert not (tmp_path / "done").exists()
 
 
-def test_a_guard_that_was_frozen_reads_before_it_acts(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+def test_a_thawed_guard_reads_messages_before_it_acts(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     hook_at = now() + LATE_S
-    host.tell(*arm(hook_at, hook_at + 0.1))
+    host.send(*arm(hook_at, hook_at + 0.1))
     host.signal(host.guard, signal.SIGSTOP)
     until(lambda: now() > hook_at + 0.1)
-    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.command("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
     os.kill(host.guard, signal.SIGCONT)
-    host.say("answers")
-    host.tell("OFF")
+    host.command("answers")
+    host.send("OFF")
     host.exit()
     assert host.code(host.guard) == 0
     assert not (tmp_path / "done").exists()
@@ -825,21 +828,21 @@ def test_a_guard_that_was_frozen_reads_before_it_acts(host: Host, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_that_end_services_do_not_end_the_guard(host: Host, number: int) -> None:
-    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.send(*arm(now() + LIMIT_S, now() + LIMIT_S))
     os.kill(host.guard, number)
-    host.tell("OFF")
+    host.send("OFF")
     host.exit()
     assert host.code(host.guard) == 0
 
 
-def test_whoever_replaced_a_dead_agent_is_never_signalled(
+def test_a_new_parent_of_the_guard_is_never_signalled(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     """The agent dies before the guard's first line: its parent is the host's init by then."""
     stopped = ("/bin/sh", "-c", 'kill -STOP $$; exec "$@"', "sh")
     host = new_host(argv=(*stopped, *GUARD), start=False)
-    host.say("send", *hook(sh(f"cut -d' ' -f3 /proc/{host.pid}/stat >{tmp_path}/seen")))
-    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.command("send", *hook(sh(f"cut -d' ' -f3 /proc/{host.pid}/stat >{tmp_path}/seen")))
+    host.command("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
     host.start_guard()
     until(lambda: state_of(host.guard) == "T")
     os.kill(host.agent, signal.SIGKILL)
@@ -849,7 +852,7 @@ def test_whoever_replaced_a_dead_agent_is_never_signalled(
     assert (tmp_path / "seen").read_text().strip() == "S", "the host was stopped"
 
 
-def test_a_deadline_that_passes_while_the_host_is_suspended_is_seen_soon(
+def test_a_deadline_that_passes_during_a_suspend_is_noticed_at_the_next_poll(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """poll() counts no suspended time: it would end a long while after the deadline."""
@@ -863,11 +866,11 @@ def test_a_deadline_that_passes_while_the_host_is_suspended_is_seen_soon(
 
     with ours, theirs:
         monkeypatch.setattr(guard, "now", jumping)
-        monkeypatch.setattr(guard.Guard, "act", lambda _, why, *, hook: acted.append(hook))
+        monkeypatch.setattr(guard.Guard, "demote", lambda _, why, *, hook: acted.append(hook))
         process = guard.Guard(theirs.fileno(), os.getpid())
         process.hook_at = process.kill_at = 3 * LIMIT_S
         start = time.monotonic()
-        assert process.watch() == guard.ACTED
+        assert process.run() == guard.ACTED
     assert acted == [True]
     assert time.monotonic() - start < LIMIT_S
 
@@ -900,7 +903,7 @@ def escaped(tmp_path: Path) -> Iterator[Callable[[str], int]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_what_a_running_promotion_left_in_another_session_is_killed_before_the_demotion_hook(
+def test_descendants_of_a_running_promotion_are_killed_before_the_demotion_hook(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     """Fault 2: at TERM it starts the workload again."""
@@ -910,28 +913,28 @@ def test_what_a_running_promotion_left_in_another_session_is_killed_before_the_d
     )
     until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
     child = int((tmp_path / "child").read_text())
-    host.tell(
+    host.send(
         *hook(sh(f"cut -d' ' -f3 /proc/{child}/stat >{tmp_path}/seen || touch {tmp_path}/gone"))
     )
-    host.hand(*arm(now(), now() + LIMIT_S, running=promotion.pid, roots=root(promotion.pid)))
+    host.send_last(*arm(now(), now() + LIMIT_S, running=promotion.pid, roots=root(promotion.pid)))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "gone").exists() or (tmp_path / "seen").read_text().strip() == "Z"
     assert not lives(child)
     assert not (tmp_path / "active").exists()
 
 
-def test_what_only_its_environment_gives_away_is_killed_and_what_is_of_another_tenure_is_not(
+def test_a_process_that_is_found_only_by_its_mark_is_killed_and_another_tenures_is_not(
     host: Host, escaped: Callable[[str], int]
 ) -> None:
     ours, other = escaped("instance-1"), escaped("instance-12")
-    host.tell(*hook(sh("exit 0")))
-    host.hand(*arm(now(), now() + LIMIT_S, mark="instance-1"))
+    host.send(*hook(sh("exit 0")))
+    host.send_last(*arm(now(), now() + LIMIT_S, mark="instance-1"))
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
     assert lives(other)
 
 
-def test_the_whole_tree_of_a_workload_gets_term_and_kill(
+def test_the_whole_process_tree_of_a_workload_gets_term_and_kill(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     """Such as ``su -c``, which gives its command a session of its own."""
@@ -943,25 +946,23 @@ def test_the_whole_tree_of_a_workload_gets_term_and_kill(
         f" setsid sh -c \"trap '' TERM; echo \\$\\$ >{stubborn}; {loop}\" & {STUBBORN}"
     )
     until(lambda: all(file.exists() and file.read_text() for file in (polite, stubborn)))
-    host.tell(
+    host.send(
         *hook(
             sh(f"grep -q '^State:.[RS]' /proc/$(cat {stubborn})/status && touch {tmp_path}/alive")
         )
     )
-    host.hand(*arm(now(), now() + 2.0, workload=workload.pid, roots=root(workload.pid)))
+    host.send_last(*arm(now(), now() + 2.0, workload=workload.pid, roots=root(workload.pid)))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "term").read_text() == "term\n"
     assert not any(lives(int(file.read_text())) for file in (polite, stubborn))
     assert not (tmp_path / "alive").exists(), "it was killed after the hook only"
 
 
-def test_the_id_of_an_ended_process_that_a_stranger_has_now_is_left_alone(
-    host: Host, run: Run
-) -> None:
+def test_a_reused_process_id_is_not_signalled(host: Host, run: Run) -> None:
     stranger = run(IDLE)
-    host.tell(*hook(sh("exit 0")))
+    host.send(*hook(sh("exit 0")))
     recorded = f"{stranger.pid}:1"
-    host.hand(*arm(now(), now() + LIMIT_S, groups=stranger.pid, roots=recorded))
+    host.send_last(*arm(now(), now() + LIMIT_S, groups=stranger.pid, roots=recorded))
     assert host.code(host.guard) == guard.ACTED
     assert stranger.poll() is None
 
@@ -969,44 +970,45 @@ def test_the_id_of_an_ended_process_that_a_stranger_has_now_is_left_alone(
 # --- nothing holds the demotion up -------------------------------------------------------------
 
 
-def program_with(proctree_source: str = "", guard_source: str = "") -> bytes:
-    """A guard with lines of its own behind ours."""
-    ours = Path(proctree.__file__).read_text() + proctree_source
-    main = 'if __name__ == "__main__":'
-    theirs = Path(guard.__file__).read_text().replace(main, f"{guard_source}\n{main}")
-    codes = (compile(ours, "proctree", "exec"), compile(theirs, "guard", "exec"))
+def build_program_with(lines: str, module: ModuleType = guard) -> bytes:
+    """The guard's program with ``lines`` at the end of one of its modules."""
+    codes = []
+    for each in MODULES:
+        assert each.__file__ is not None
+        source = Path(each.__file__).read_text() + (lines if each is module else "")
+        codes.append((each.__name__, compile(source, each.__name__, "exec")))
     return marshal.dumps(codes)
 
 
-def test_an_environment_that_cannot_be_read_holds_up_only_the_last_search(
+def test_an_environment_that_blocks_its_reader_delays_only_the_last_search(
     new_host: Callable[..., Host], run: Run, tmp_path: Path
 ) -> None:
     """As that of a process that is stuck in the kernel."""
-    stuck = "\ndef _environment(pid):\n    time.sleep(1000)\n"
+    stuck = "\ndef _read_file(path):\n    time.sleep(1000)\n"
     left = run(IDLE)
-    host = new_host(program=program_with(stuck))
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.tell(*back(tmp_path))
+    host = new_host(program=build_program_with(stuck, proctree))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*back(tmp_path))
     kill_at = now() + 1.5
-    host.hand(*arm(now(), kill_at, groups=left.pid, mark="x", epoch=7))
+    host.send_last(*arm(now(), kill_at, groups=left.pid, mark="x", epoch=7))
     assert host.code(host.guard) == guard.ACTED
     assert now() < kill_at + guard.SWEEP_S + LATE_S
     assert (tmp_path / "done").exists()
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
-    assert handed(tmp_path) == "", "what lives of the tenure is not known"
+    assert go_ahead(tmp_path) == "", "what lives of the tenure is not known"
 
 
-def test_a_state_file_on_a_dead_disk_does_not_hold_the_demotion_up(
+def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     """Fault 14: and neither does any other fault of the state file."""
     left = run(IDLE)
     with dead_disk(tmp_path / "disk") as disk:
-        host.tell(*hook(sh(f"touch {tmp_path}/done")))
+        host.send(*hook(sh(f"touch {tmp_path}/done")))
         begun_at = now()
         state = (disk / "state", "Secondary")
-        host.hand(*arm(begun_at, begun_at + LIMIT_S, groups=left.pid, state=state))
+        host.send_last(*arm(begun_at, begun_at + LIMIT_S, groups=left.pid, state=state))
         assert host.code(host.guard) == guard.ACTED
         assert now() < begun_at + LATE_S + 2 * guard.STATE_WAIT_S
         assert (tmp_path / "done").exists()
@@ -1014,11 +1016,11 @@ def test_a_state_file_on_a_dead_disk_does_not_hold_the_demotion_up(
 
 
 @pytest.mark.parametrize("path", ["/nowhere/state", "state", "/proc/state"])
-def test_a_state_file_that_cannot_be_written_does_not_keep_the_demotion_from_running(
+def test_a_state_file_that_cannot_be_written_does_not_prevent_the_demotion(
     host: Host, tmp_path: Path, path: str
 ) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.hand(*arm(now(), now() + LIMIT_S, state=(path, "Secondary")))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + LIMIT_S, state=(path, "Secondary")))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists()
     with suppress(FileNotFoundError):
@@ -1029,8 +1031,8 @@ def test_a_state_file_that_cannot_be_written_does_not_keep_the_demotion_from_run
     "broken",
     [
         "proctree.snapshot = None",
-        "Voice.say = None",
-        "Voice.open = None",
+        "LogWriter.log = None",
+        "LogWriter.start_writer = None",
         "Worker.__init__ = None",
         "Guard.stop_workload = None",
         "Guard.run_hook = None",
@@ -1038,30 +1040,30 @@ def test_a_state_file_that_cannot_be_written_does_not_keep_the_demotion_from_run
         "os.getppid = lambda: 1 / 0",
     ],
 )
-def test_a_step_that_fails_keeps_no_other_one_from_running(
+def test_a_step_that_fails_prevents_no_other_step(
     new_host: Callable[..., Host], run: Run, tmp_path: Path, broken: str
 ) -> None:
     left = run(IDLE)
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
-        host = new_host(program=program_with(guard_source=broken), stderr=stderr.fileno())
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.tell(*back(tmp_path))
-    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, epoch=7))
+        host = new_host(program=build_program_with(broken), stderr=stderr.fileno())
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*back(tmp_path))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, epoch=7))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists() or "run_hook" in broken
     assert left.poll() is not None or left.wait(0.5)
-    assert handed(tmp_path) == ""
-    if "say" not in broken:
+    assert go_ahead(tmp_path) == ""
+    if "LogWriter.log" not in broken:
         assert "guard step failed" in output.read_text()
 
 
-def test_a_message_that_makes_no_sense_is_not_answered_and_ends_nothing(host: Host) -> None:
-    host.say("send", "ARM", "soon")
-    host.say("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
-    host.say("answers")
-    host.tell("OFF")
+def test_an_invalid_message_is_not_answered_and_does_not_end_the_guard(host: Host) -> None:
+    host.command("send", "ARM", "soon")
+    host.command("send", *arm(now() + LIMIT_S, now() + LIMIT_S))
+    host.command("answers")
+    host.send("OFF")
     host.exit()
     assert host.code(host.guard) == 0
 
@@ -1069,82 +1071,82 @@ def test_a_message_that_makes_no_sense_is_not_answered_and_ends_nothing(host: Ho
 def test_lines_for_a_file_on_a_dead_disk_are_dropped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The one that writes them is stuck: nobody waits for it."""
+    """The process that writes them is stuck, and not waited for."""
     kept = os.dup(2)
     with (tmp_path / "stderr").open("wb") as file:
         os.dup2(file.fileno(), 2)
     try:
-        voice = guard.Voice()
-        voice.open([])
-        os.kill(voice.writer, signal.SIGSTOP)
+        log = guard_log.LogWriter()
+        log.start_writer([])
+        os.kill(log.writer_pid, signal.SIGSTOP)
         begun_at = now()
         for _ in range(10_000):
-            voice.say(guard.ERROR, "a line")
-        voice.close()
-        assert now() - begun_at < guard.WRITTEN_WAIT_S + LATE_S
+            log.log(guard_log.ERROR, "a line")
+        log.close()
+        assert now() - begun_at < guard_log.FLUSH_S + LATE_S
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.kill(voice.writer, signal.SIGKILL)
-        os.waitpid(voice.writer, 0)
+        os.kill(log.writer_pid, signal.SIGKILL)
+        os.waitpid(log.writer_pid, 0)
 
 
 # --- an agent that fences itself ---------------------------------------------------------------
 
 
-def test_the_guard_leaves_the_agent_to_its_fence_command_until_agent_at(
+def test_the_agent_may_run_its_fence_command_until_agent_at(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     """Fault 12: it killed the agent in the middle of it."""
     left, workload = run(IDLE), run(STUBBORN)
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
     kill_at = now() + 0.3
     agent_at = kill_at + 2.0
-    host.tell(
+    host.send(
         *arm(float("inf"), kill_at, agent_at=agent_at, groups=left.pid, workload=workload.pid)
     )
     assert left.wait(LIMIT_S) == workload.wait(LIMIT_S) == -signal.SIGKILL
     assert kill_at <= now() < agent_at
     assert state_of(host.agent) != "T"
-    host.tell(*LOG)  # it goes on
+    host.send(*LOG)  # it goes on
     assert now() < agent_at, "this machine is too slow"
     assert host.code(host.agent) == -signal.SIGKILL
     assert now() >= agent_at
     assert host.code(host.guard) == guard.ACTED
 
 
-def test_a_tenure_that_begins_after_the_killing_is_left_alone(
+def test_a_tenure_that_begins_during_a_sweep_is_not_killed(
     host: Host, escaped: Callable[[str], int]
 ) -> None:
     """It has the same mark, and the killing still goes on: something cannot die."""
     with freezer("guard") as cgroup:
         cgroup.freeze(escaped("instance-1"))
-        host.tell(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark="instance-1"))
+        host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark="instance-1"))
         time.sleep(0.2)
-        host.tell("OFF")
+        host.send("OFF")
         process = escaped("instance-1")
         time.sleep(guard.SWEEP_S)
         assert lives(process)
 
 
-def test_an_agent_that_ends_behind_its_fence_command_has_its_demotion_repeated(
+def test_the_demotion_is_repeated_if_the_agent_exits_after_its_fence_command(
     host: Host, tmp_path: Path
 ) -> None:
-    host.tell(*hook(sh(f"touch {tmp_path}/done")))
-    host.tell(*back(tmp_path))
-    host.tell(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
-    host.tell(*arm(float("inf"), now() + 0.2, agent_at=now() + LIMIT_S, epoch=7))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*back(tmp_path))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
+    host.send(*arm(float("inf"), now() + 0.2, agent_at=now() + LIMIT_S, epoch=7))
     time.sleep(0.4)
     host.exit()
     assert host.code(host.guard) == guard.ACTED
     assert host.code(host.agent) == 0
     assert (tmp_path / "done").exists()
-    assert handed(tmp_path) == "", "it came too late"
+    assert go_ahead(tmp_path) == "", "it came too late"
 
 
-def test_a_frozen_agent_is_stopped_at_hook_at_whatever_agent_at_is(host: Host) -> None:
-    host.tell(*hook(sh("exit 0")))
-    host.hand(*arm(now(), now() + LIMIT_S, agent_at=now() + 2 * LIMIT_S))
+def test_a_frozen_agent_is_stopped_at_hook_at_even_if_agent_at_is_later(host: Host) -> None:
+    host.send(*hook(sh("exit 0")))
+    host.send_last(*arm(now(), now() + LIMIT_S, agent_at=now() + 2 * LIMIT_S))
     assert host.code(host.guard) == guard.ACTED
     assert host.code(host.agent) == -signal.SIGKILL
 
@@ -1153,13 +1155,13 @@ def test_a_frozen_agent_is_stopped_at_hook_at_whatever_agent_at_is(host: Host) -
 
 
 def back(folder: Path) -> list[str]:
-    """A helper that notes the document, and what it reads from stdin."""
+    """A BACK message with a helper that records its document, and what it reads from stdin."""
     note = f'echo "$@" >{folder}/words; cat /proc/self/fd/3 >{folder}/document; head -c 1 >{folder}/byte'
     return ["BACK", '{"document": 1}', "/bin/sh", "-c", f"{note}; touch {folder}/ended", "sh"]
 
 
-def handed(folder: Path) -> str:
-    """What the helper was given to go on; nothing if it was not started."""
+def go_ahead(folder: Path) -> str:
+    """The byte that the helper received; empty if it received none, or was not started."""
     if not (folder / "words").exists():
         time.sleep(0.2)
     if not (folder / "words").exists():
@@ -1168,7 +1170,7 @@ def handed(folder: Path) -> str:
     return (folder / "byte").read_text()
 
 
-def test_the_role_is_handed_back_after_a_demotion_that_has_succeeded(
+def test_the_role_is_released_after_a_successful_demotion(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
     """Fault 28."""
@@ -1176,14 +1178,14 @@ def test_the_role_is_handed_back_after_a_demotion_that_has_succeeded(
     states = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in (host.agent, left.pid))
     note = f"head -c 1 >{tmp_path}/byte; ({states}) >{tmp_path}/seen; touch {tmp_path}/ended"
     words = f'echo "$@" >{tmp_path}/words; cat /proc/self/fd/3 >{tmp_path}/document'
-    host.tell("BACK", '{"document": 1}', "/bin/sh", "-c", f"{words}; {note}", "sh")
-    host.tell(*hook(sh(f"until [ -e {tmp_path}/words ]; do sleep 0.01; done"), sh("exit 0")))
-    host.tell(
+    host.send("BACK", '{"document": 1}', "/bin/sh", "-c", f"{words}; {note}", "sh")
+    host.send(*hook(sh(f"until [ -e {tmp_path}/words ]; do sleep 0.01; done"), sh("exit 0")))
+    host.send(
         *arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, workload=workload.pid, epoch=7)
     )
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
-    assert handed(tmp_path) == "1"
+    assert go_ahead(tmp_path) == "1"
     epoch, wait_s = (tmp_path / "words").read_text().split()
     assert epoch == "7"
     assert float(wait_s) > guard.HELPER_WAIT_S
@@ -1191,14 +1193,12 @@ def test_the_role_is_handed_back_after_a_demotion_that_has_succeeded(
     assert set((tmp_path / "seen").read_text().split()) <= {"Z"}
 
 
-def test_the_role_of_a_stopped_agent_is_handed_back_when_that_is_dead(
-    host: Host, tmp_path: Path
-) -> None:
-    host.tell(*hook(sh("exit 0")))
-    host.tell(*back(tmp_path))
-    host.hand(*arm(now(), now() + LIMIT_S, epoch=7))
+def test_the_role_is_released_once_a_stopped_agent_is_dead(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh("exit 0")))
+    host.send(*back(tmp_path))
+    host.send_last(*arm(now(), now() + LIMIT_S, epoch=7))
     assert host.code(host.guard) == guard.ACTED
-    assert handed(tmp_path) == "1"
+    assert go_ahead(tmp_path) == "1"
 
 
 @pytest.mark.parametrize(
@@ -1207,14 +1207,14 @@ def test_the_role_of_a_stopped_agent_is_handed_back_when_that_is_dead(
         pytest.param({"exits": 1}, {}, id="the hook fails"),
         pytest.param({"exits": "0; kill -9 $$"}, {}, id="the hook is killed"),
         pytest.param({"complete": False}, {}, id="a part of the hook is a webhook"),
-        pytest.param({"hook": False}, {}, id="there was no word of a hook"),
+        pytest.param({"hook": False}, {}, id="no hook was sent"),
         pytest.param({"back": False}, {}, id="there is no document"),
         pytest.param({}, {"epoch": ""}, id="the server has no epochs"),
         pytest.param({}, {"late": True}, id="it came too late"),
         pytest.param({}, {"demoting": True}, id="the agent's demotion hangs"),
     ],
 )
-def test_the_role_is_not_handed_back_if(
+def test_the_role_is_not_released_if(
     host: Host, tmp_path: Path, fails: dict[str, Any], arming: dict[str, Any]
 ) -> None:
     """Fault 28: never by a guard whose demotion failed, or that came too late."""
@@ -1222,45 +1222,45 @@ def test_the_role_is_not_handed_back_if(
         script = sh(f"exit {fails.get('exits', 0)}")
         if "kill" in str(fails.get("exits")):
             script = sh("kill -9 $$")
-        host.tell(*hook(script, complete=fails.get("complete", True)))
+        host.send(*hook(script, complete=fails.get("complete", True)))
     if fails.get("back", True):
-        host.tell(*back(tmp_path))
+        host.send(*back(tmp_path))
     hook_at, kill_at = now(), now() + LIMIT_S
     if arming.get("late"):
         hook_at, kill_at = now() - 2.0, now() - 1.0
     if arming.get("demoting"):
         hook_at, kill_at = float("inf"), now() + 0.2
-    host.hand(*arm(hook_at, kill_at, epoch=arming.get("epoch", 7)))
+    host.send_last(*arm(hook_at, kill_at, epoch=arming.get("epoch", 7)))
     assert host.code(host.guard) == guard.ACTED
-    assert handed(tmp_path) == ""
+    assert go_ahead(tmp_path) == ""
 
 
 @pytest.mark.parametrize("which", ["agent", "left"])
-def test_the_role_is_not_handed_back_while_anything_of_the_tenure_lives(
+def test_the_role_is_not_released_while_a_process_of_the_tenure_is_alive(
     host: Host, run: Run, tmp_path: Path, which: str
 ) -> None:
     """It is frozen in the kernel: it has got SIGKILL, and lives."""
     left = run(IDLE)
-    host.tell(*hook(sh("exit 0")))
-    host.tell(*back(tmp_path))
+    host.send(*hook(sh("exit 0")))
+    host.send(*back(tmp_path))
     with freezer("guard") as cgroup:
-        host.tell(*arm(now() + LATE_S, now() + 2 * LATE_S, groups=left.pid, epoch=7))
+        host.send(*arm(now() + LATE_S, now() + 2 * LATE_S, groups=left.pid, epoch=7))
         frozen = host.agent if which == "agent" else left.pid
         cgroup.freeze(frozen)
         if which == "left":
             os.kill(host.agent, signal.SIGKILL)
         until(lambda: not lives(host.guard))
         assert lives(frozen)
-        assert handed(tmp_path) == ""
+        assert go_ahead(tmp_path) == ""
 
 
-def test_a_guard_that_is_killed_hands_nothing_back(host: Host, tmp_path: Path) -> None:
-    host.tell(*hook(sh("exec sleep 1000")))
-    host.tell(*back(tmp_path))
-    host.hand(*arm(now(), now() + LIMIT_S, epoch=7))
+def test_a_killed_guard_does_not_release_the_role(host: Host, tmp_path: Path) -> None:
+    host.send(*hook(sh("exec sleep 1000")))
+    host.send(*back(tmp_path))
+    host.send_last(*arm(now(), now() + LIMIT_S, epoch=7))
     until((tmp_path / "words").exists)
     os.kill(host.guard, signal.SIGKILL)
-    assert handed(tmp_path) == ""
+    assert go_ahead(tmp_path) == ""
 
 
 # --- how small it is --------------------------------------------------------------------------
@@ -1269,8 +1269,8 @@ def test_a_guard_that_is_killed_hands_nothing_back(host: Host, tmp_path: Path) -
 def test_it_is_small(
     host: Host, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    host.tell(*hook(sh("x" * 2000)))
-    host.tell(*arm(now() + LIMIT_S, now() + LIMIT_S, state=(tmp_path / "state", "x" * 1000)))
+    host.send(*hook(sh("x" * 2000)))
+    host.send(*arm(now() + LIMIT_S, now() + LIMIT_S, state=(tmp_path / "state", "x" * 1000)))
     status = Path(f"/proc/{host.guard}/status").read_text()
     rollup = Path(f"/proc/{host.guard}/smaps_rollup").read_text()
     sizes = {
@@ -1286,7 +1286,7 @@ def test_it_is_small(
     assert not libraries & {"libssl", "libcrypto", "libsqlite3", "libffi"}
 
 
-def test_it_imports_the_smallest_modules_only() -> None:
+def test_the_guard_imports_only_the_smallest_modules() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
     with theirs, tempfile.TemporaryFile() as file:

@@ -168,7 +168,7 @@ def test_the_dashboard_has_no_panel_twice_and_names_no_data_source() -> None:
 
 
 def test_promtool_finds_no_fault_with_the_names(promtool: Promtool) -> None:
-    page, _ = metrics.page_of(of_an_agent(), "")
+    page, _ = metrics.build_page(of_an_agent(), "")
     assert page.count(b"\n") > 100
     assert promtool("check", "metrics", page=page) == (0, "")
 
@@ -192,7 +192,9 @@ def test_the_tests_of_the_rules_would_miss_an_alert_that_never_fires(
     end = text.index("labels:", begin)
     (tmp_path / "rules.yml").write_text(f"{text[:begin]}expr: vector(1) > 2\n        {text[end:]}")
     head, *tests = re.split(r"^(?=  - name: )", RULES_TEST.read_text(), flags=re.MULTILINE)
-    tests = [test for test in tests if f"alertname: {alert}\n" in test]  # the others take long
+    tests = [
+        test for test in tests if f"alertname: {alert}\n" in test
+    ]  # the others take_snapshot long
     (tmp_path / "rules_test.yml").write_text("".join([head, *tests]))
     code, said = promtool("test", "rules", "rules_test.yml", where=tmp_path)
     assert code != 0

@@ -99,7 +99,7 @@ def test_a_process_group_is_found_whose_leader_has_ended(
     assert not alive(orphan)
 
 
-def test_nothing_escapes_by_forking(
+def test_no_process_escapes_by_forking(
     mark: str, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     """Each process starts another one, which leaves the group, and ends."""
@@ -123,7 +123,7 @@ def test_nothing_escapes_by_forking(
     assert not any(find() for _ in range(20))
 
 
-def test_a_number_that_was_used_again_is_not_signalled(
+def test_a_reused_process_id_is_not_signalled_by_send(
     started: Callable[..., subprocess.Popen[bytes]],
 ) -> None:
     shell = started("exec sleep 1000")
@@ -142,14 +142,14 @@ def test_this_process_and_its_ancestors_are_never_killed() -> None:
     assert not mine & {os.getpid(), os.getppid(), 1, 2}
 
 
-def test_a_process_that_is_gone_is_no_error() -> None:
+def test_signalling_a_process_that_is_gone_is_no_error() -> None:
     assert proctree.read(2**22 + 1) is None
     assert proctree.identify(2**22 + 1) is None
     assert not proctree.send((2**22 + 1, 0), signal.SIGKILL)
     assert proctree.in_cgroup(proctree.snapshot(), "/no/such/directory") == set()
 
 
-def test_what_a_slow_search_finds_late_is_killed_all_the_same(
+def test_processes_that_a_slow_search_finds_late_are_killed(
     mark: str, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     """A look may take longer than the stopping: a success needs several that find nothing."""
@@ -168,7 +168,7 @@ def test_what_a_slow_search_finds_late_is_killed_all_the_same(
     assert not any(alive(shell.pid) for shell in shells)
 
 
-def test_what_is_found_after_the_deadline_is_killed_at_once(
+def test_processes_found_after_the_deadline_are_killed_at_once(
     started: Callable[..., subprocess.Popen[bytes]],
 ) -> None:
     shell = started("exec sleep 1000")

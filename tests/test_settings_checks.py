@@ -1,22 +1,20 @@
 """The [[check]] tables: what they mean, what is refused, and how a refusal says where."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from agent.drivers.checks.command import ExecCheck
+from agent.drivers.checks.http import HttpCheck
 from agent.errors import ConfigError, ExitCode
-from agent.settings.checks import (
-    EXAMPLES,
-    MOST_CHECKS,
-    TYPES,
-    AnyCheckForm,
-    ExecCheckForm,
-    HttpCheckForm,
-)
-from agent.settings.describe import describe, toml
-from agent.settings.models import AgentForm
-from agent.settings.sources import load
+from agent.schema.checks import CheckSettings
+from agent.schema.fields import settings_of
+from agent.schema.kinds import CHECKS, PROGRESS
+from agent.schema.read import load, validate
+from agent.schema.settings import AgentSettings
+from agent.schema.toml import to_json, to_toml
+
+MOST = CHECKS.most or 0
 
 VALID: dict[str, str] = {
     "exec": 'command = ["/bin/true"]',
@@ -37,10 +35,10 @@ def table(kind: str, *lines: str, name: str = "a") -> str:
     return "\n".join(["[[check]]", f'name = "{name}"', f'type = "{kind}"', *lines, ""])
 
 
-def read(tmp_path: Path, text: str) -> tuple[AnyCheckForm, ...]:
+def read(tmp_path: Path, text: str) -> tuple[CheckSettings, ...]:
     path = tmp_path / "agent.toml"
     path.write_text(text)
-    return load(AgentForm, path=path).check
+    return load(AgentSettings, path=path).check
 
 
 def faults(tmp_path: Path, text: str) -> tuple[list[str], ExitCode]:
@@ -52,12 +50,12 @@ def faults(tmp_path: Path, text: str) -> tuple[list[str], ExitCode]:
     return [line.removeprefix(place) for line in lines], caught.value.exit_code
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", CHECKS.kinds)
 def test_each_type_needs_few_keys_and_has_the_documented_defaults(
     tmp_path: Path, kind: str
 ) -> None:
     (check,) = read(tmp_path, table(kind, VALID[kind]))
-    assert isinstance(check, TYPES[kind])
+    assert isinstance(check, CHECKS.load(kind))
     assert (check.interval, check.limit, check.rise, check.fall) == (5, 2, 2, 3)
     assert (check.weight, check.required, check.scope) == (1, False, "always")
 
@@ -69,10 +67,10 @@ def test_the_default_limit_is_never_longer_than_the_interval(tmp_path: Path) -> 
 
 def test_a_variable_and_a_flag_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     text = '[{"name": "a", "type": "exec", "command": ["/bin/true"]}]'
-    (check,) = load(AgentForm, {"check": text}).check
-    assert isinstance(check, ExecCheckForm)
+    (check,) = load(AgentSettings, {"check": text}).check
+    assert isinstance(check, ExecCheck)
     monkeypatch.setenv("FAILOVER_AGENT_CHECK", text)
-    assert load(AgentForm).check == (check,)
+    assert load(AgentSettings).check == (check,)
 
 
 @pytest.mark.parametrize(("text", "why"), [("[", "in JSON"), ("5", "tables"), ("x", "in JSON")])
@@ -81,7 +79,7 @@ def test_a_variable_that_is_not_tables_is_refused(
 ) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_CHECK", text)
     with pytest.raises(ConfigError, match=f"^FAILOVER_AGENT_CHECK='.*{why}"):
-        load(AgentForm)
+        load(AgentSettings)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,7 @@ def test_a_variable_that_is_not_tables_is_refused(
 )
 def test_a_status_is_one_or_a_range(tmp_path: Path, status: str, least: int, most: int) -> None:
     (check,) = read(tmp_path, table("http", VALID["http"], f"status = {status}"))
-    assert isinstance(check, HttpCheckForm)
+    assert isinstance(check, HttpCheck)
     assert check.status == (least, most)
 
 
@@ -159,8 +157,8 @@ def test_a_key_of_another_type_or_of_none_is_an_unknown_key(tmp_path: Path) -> N
 
 def test_an_unknown_or_missing_type_is_told_with_those_there_are(tmp_path: Path) -> None:
     told, _ = faults(tmp_path, table("telnet") + '[[check]]\nname = "b"\n')
-    assert told[0] == f"check 1 ('a'): type = 'telnet': must be one of {', '.join(TYPES)}"
-    assert told[1] == f"check 2 ('b'): type: must be one of {', '.join(TYPES)}"
+    assert told[0] == f"check 1 ('a'): type = 'telnet': must be one of {', '.join(CHECKS.kinds)}"
+    assert told[1] == f"check 2 ('b'): type: must be one of {', '.join(CHECKS.kinds)}"
 
 
 def test_every_table_with_a_fault_is_told_of_and_a_cause_only_once(tmp_path: Path) -> None:
@@ -181,13 +179,13 @@ def test_what_is_no_list_of_tables_is_refused(tmp_path: Path) -> None:
 
 
 def test_there_are_at_most_so_many(tmp_path: Path) -> None:
-    tables = [table("tcp", VALID["tcp"], name=f"a{n}") for n in range(MOST_CHECKS + 1)]
+    tables = [table("tcp", VALID["tcp"], name=f"a{n}") for n in range(MOST + 1)]
     assert "at most 64 tables" in faults(tmp_path, "".join(tables))[0][0]
-    assert len(read(tmp_path, "".join(tables[:-1]))) == MOST_CHECKS
+    assert len(read(tmp_path, "".join(tables[:-1]))) == MOST
 
 
 def test_a_flood_of_faults_is_cut(tmp_path: Path) -> None:
-    assert len(faults(tmp_path, table("exec", name="!") * MOST_CHECKS)[0]) == 20
+    assert len(faults(tmp_path, table("exec", name="!") * MOST)[0]) == 20
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
@@ -197,13 +195,18 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> No
 
 
 def test_the_examples_load_and_survive_being_written_as_toml_and_as_json(tmp_path: Path) -> None:
-    settings = AgentForm.model_validate({"check": list(EXAMPLES)})
-    assert read(tmp_path, f"check = {toml(settings.check)}\n") == settings.check
-    dumped: dict[str, Any] = settings.model_dump(mode="json")
-    assert AgentForm.model_validate({"check": dumped["check"]}).check == settings.check
+    examples = [CHECKS.load(kind).EXAMPLE for kind in CHECKS.kinds]
+    checks = validate(AgentSettings, {"check": examples}).check
+    assert read(tmp_path, f"check = {to_toml(checks)}\n") == checks
+    assert validate(AgentSettings, {"check": to_json(checks)}).check == checks
 
 
-def test_the_reference_has_a_table_for_each_type() -> None:
-    (setting,) = [d for d in describe(AgentForm) if d.key == "check"]
-    assert [t.type for t in setting.tables] == list(TYPES)
-    assert all(t.meaning.startswith("Passes if ") for t in setting.tables)
+def test_each_kind_has_a_sentence_for_the_reference() -> None:
+    assert all((CHECKS.load(kind).__doc__ or "").startswith("Passes if ") for kind in CHECKS.kinds)
+
+
+def test_a_kind_is_registered_under_the_type_that_it_declares() -> None:
+    for tables in (CHECKS, PROGRESS):
+        for kind in tables.kinds:
+            (setting,) = (s for s in settings_of(tables.load(kind)) if s.name == "type")
+            assert setting.default == kind

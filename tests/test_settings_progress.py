@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 
 from agent.cli.reference import sample
+from agent.drivers.progress.file import FileTimeProgress
+from agent.drivers.progress.metric import MetricProgress
+from agent.drivers.progress.mqtt import MqttProgress
+from agent.drivers.progress.unix_socket import SocketProgress
 from agent.errors import ConfigError, ExitCode
-from agent.settings import DEFAULT_MAX_FUTURE_S, Address
-from agent.settings.models import AgentForm
-from agent.settings.plain import plain_of
-from agent.settings.progress import (
-    EXAMPLES,
-    TYPES,
-    FileTimeProgressForm,
-    MetricProgressForm,
-    MqttProgressForm,
-    SocketProgressForm,
-)
-from agent.settings.sources import load
-from agent.settings.values import MQTT_PORT, MQTTS_PORT
+from agent.schema.addresses import Address
+from agent.schema.kinds import PROGRESS
+from agent.schema.mqtt import MQTT_PORT, MQTTS_PORT
+from agent.schema.progress import DEFAULT_MAX_FUTURE_S
+from agent.schema.read import load, validate
+from agent.schema.settings import AgentSettings
+from agent.schema.toml import to_json
 
 
 @pytest.fixture
@@ -31,53 +29,53 @@ def secret(tmp_path: Path) -> str:
     return str(path)
 
 
-def read(tmp_path: Path, text: str) -> AgentForm:
+def read(tmp_path: Path, text: str) -> AgentSettings:
     path = tmp_path / "agent.toml"
     path.write_text(text)
-    return load(AgentForm, path=path)
+    return load(AgentSettings, path=path)
 
 
 def refusal(table: object) -> tuple[str, ExitCode]:
     with pytest.raises(ConfigError) as caught:
-        load(AgentForm, {"progress": json.dumps(table)})
+        load(AgentSettings, {"progress": json.dumps(table)})
     return str(caught.value), caught.value.exit_code
 
 
 def test_without_a_table_there_is_no_source() -> None:
-    assert load(AgentForm).progress is None
+    assert load(AgentSettings).progress is None
 
 
 def test_a_table_of_a_file_is_read_with_its_defaults(tmp_path: Path) -> None:
     table = '[progress]\ntype = "file_time"\npath = "/a"\ninterval = "PT2S"\n'
-    assert read(tmp_path, table).progress == FileTimeProgressForm(
-        type="file_time", path=Path("/a"), interval=2.0, limit=1.0, max_future=DEFAULT_MAX_FUTURE_S
+    assert read(tmp_path, table).progress == FileTimeProgress(
+        path=Path("/a"), interval=2.0, limit=1.0, max_future=DEFAULT_MAX_FUTURE_S
     )
 
 
 def test_a_flag_or_a_variable_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_PROGRESS", '{"type": "socket", "path": "/run/s"}')
-    progress = load(AgentForm).progress
-    assert isinstance(progress, SocketProgressForm)
+    progress = load(AgentSettings).progress
+    assert isinstance(progress, SocketProgress)
     assert (progress.path, progress.mode, progress.datagram) == (Path("/run/s"), "0660", False)
 
 
 def test_what_was_read_is_written_so_that_it_reads_the_same(secret: str) -> None:
-    for example in EXAMPLES:
+    for kind in PROGRESS.kinds:
+        example = PROGRESS.load(kind).EXAMPLE
         table = {**example, **{key: secret for key in example if key.endswith("_file")}}
-        settings = AgentForm.model_validate({"progress": table})
-        written = settings.model_dump(mode="json", include={"progress"})
-        again = AgentForm.model_validate(written)
+        settings = validate(AgentSettings, {"progress": table})
+        again = validate(AgentSettings, {"progress": to_json(settings.progress)})
         assert again.progress == settings.progress
         assert settings.progress is not None
 
 
 def test_there_is_an_example_of_each_type_in_the_sample(tmp_path: Path, secret: str) -> None:
-    parts = sample("run", AgentForm).split("[progress]\n")[-len(TYPES) :]
-    for kind, part in zip(TYPES, parts, strict=True):
+    parts = sample("run", AgentSettings).split("[progress]\n")[-len(PROGRESS.kinds) :]
+    for kind, part in zip(PROGRESS.kinds, parts, strict=True):
         lines = [line.lstrip("# ") for line in part.split("\n\n")[0].splitlines()]
         lines = [f'{x.split(" =")[0]} = "{secret}"' if "_file =" in x else x for x in lines]
         progress = read(tmp_path, "\n".join(["[progress]", *lines])).progress
-        assert isinstance(progress, TYPES[kind])
+        assert isinstance(progress, PROGRESS.load(kind))
 
 
 @pytest.mark.parametrize(
@@ -89,22 +87,22 @@ def test_there_is_an_example_of_each_type_in_the_sample(tmp_path: Path, secret: 
     ],
 )
 def test_a_broker_has_an_address(broker: str, host: str, port: int, *, tls: bool) -> None:
-    settings = plain_of(MqttProgressForm(type="mqtt", broker=broker, topic="t"))
+    settings = MqttProgress(broker=broker, topic="t")
     assert (settings.address, settings.tls) == (Address(host, port), tls)
 
 
 def test_a_password_goes_in_clear_to_this_machine_only(secret: str) -> None:
     table = {"type": "mqtt", "topic": "t", "username": "u", "password_file": secret}
     for good in ("mqtt://127.0.0.1", "mqtts://broker.example"):
-        settings = AgentForm.model_validate({"progress": {**table, "broker": good}})
-        assert isinstance(settings.progress, MqttProgressForm)
+        settings = validate(AgentSettings, {"progress": {**table, "broker": good}})
+        assert isinstance(settings.progress, MqttProgress)
     text, _ = refusal({**table, "broker": "mqtt://broker.example"})
     assert "broker: mqtt://broker.example would carry the password unencrypted" in text
 
 
 def test_labels_are_strings_and_none_by_default() -> None:
     table = {"type": "metric", "url": "http://127.0.0.1:1/m?x=1", "metric": "a:b_c"}
-    settings = MetricProgressForm.model_validate(table)
+    settings = validate(MetricProgress, table)
     assert (settings.labels, settings.url) == ({}, "http://127.0.0.1:1/m?x=1")
     assert "labels" in refusal({**table, "labels": {"a": 1}})[0]
 
@@ -171,4 +169,4 @@ def test_a_misspelt_key_is_named_with_the_right_one_and_has_its_own_exit_code() 
 
 def test_json_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a table in JSON, but"):
-        load(AgentForm, {"progress": "{type: file}"})
+        load(AgentSettings, {"progress": "{type: file}"})

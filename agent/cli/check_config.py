@@ -1,23 +1,26 @@
-"""``failover-agent check-config``: what is in force, or what is wrong; nothing is started."""
+"""``failover-agent check-config``: validate and print the effective configuration; nothing is started."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from agent.cli.options import CONFIG_FLAG, JSON_FLAG, load_agent, load_coordinator, sources
-from agent.settings.describe import describe, toml
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
-from agent.settings.sources import Sources
+from agent.cli.options import CONFIG_FLAG, JSON_FLAG, load_agent, sources
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Settings, is_unset, settings_of
+from agent.schema.read import Sources
+from agent.schema.settings import AgentSettings
+from agent.schema.toml import to_json, to_toml
 
 
 @click.command("check-config")
 @CONFIG_FLAG
-@click.option("--coordinator", is_flag=True, help="Check what serve would take, instead of run.")
+@click.option("--coordinator", is_flag=True, help="Check the settings of serve, instead of run.")
 @JSON_FLAG
 def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
-    """Say what is in force, or what is wrong, and start nothing.
+    """Validate and print the effective configuration; start nothing.
 
     Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
     the timings and the hooks, and prints each setting with where it is from, and how long a stop may
@@ -28,15 +31,14 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     timing: dict[str, float] = {}
     if coordinator:
         origin = sources(CoordinatorSettings, given)
-        settings = load_coordinator(origin)
+        settings = origin.load()
     else:
-        origin = sources(AgentForm, given)
-        settings = form = load_agent(origin)
-        from agent.daemon.budget import longest_stop_s  # noqa: PLC0415 - wrong settings are told without it
+        origin = sources(AgentSettings, given)
+        settings = agent = load_agent(origin)
+        from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
 
-        told = form.value()
-        timing = asdict(told.timing)
-        timing["longest_stop_s"] = longest_stop_s(told, told.timing)
+        timing = asdict(agent.timing)
+        timing["longest_stop_s"] = longest_stop_s(agent, agent.timing)
     if as_json:
         click.echo(json.dumps(_document(settings, origin, timing), indent=2))
     else:
@@ -44,26 +46,30 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     return 0
 
 
+def _values(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Each setting with its value, as a file has it."""
+    for setting in settings_of(type(settings)):
+        value = getattr(settings, setting.name)
+        yield setting.name, setting.format.none if value is None else value
+
+
 def _document(settings: Settings, origin: Sources[Any], timing: dict[str, float]) -> dict[str, Any]:
-    values = settings.model_dump(mode="json")
     document: dict[str, Any] = {
         "settings": {
-            key: {"value": value, "from": origin.origin(key)} for key, value in values.items()
+            key: {"value": to_json(value), "from": origin.origin(key)}
+            for key, value in _values(settings)
         }
     }
     return {**document, "timing": timing} if timing else document
 
 
 def _lines(settings: Settings, origin: Sources[Any], timing: dict[str, float]) -> list[str]:
-    lines = []
-    for setting in describe(type(settings)):
-        value = getattr(settings, setting.key)
-        if setting.key == "probe_listen" and value is None:
-            value = "off"
-        if value in (None, "", ()):
-            lines.append(f"# {setting.key} is not set")
-        else:
-            lines.append(f"{setting.key} = {toml(value)}  # from {origin.origin(setting.key)}")
+    lines = [
+        f"# {key} is not set"
+        if is_unset(value)
+        else f"{key} = {to_toml(value)}  # from {origin.origin(key)}"
+        for key, value in _values(settings)
+    ]
     if not timing:
         return lines
     stop_s = timing.pop("longest_stop_s")

@@ -1,7 +1,7 @@
-"""``failover-agent demo``: two hosts, one workload, four faults, and what came of it.
+"""``failover-agent demo``: two hosts, one workload, four faults, and their takeovers measured.
 
-Owns a temporary folder and the processes that it starts there: a coordinator, an agent for each of
-two "hosts", and whatever their hooks start. Nothing is simulated: the collector (demo_collector.py)
+Owns a temporary directory and the processes that it starts there: a coordinator, an agent for each of
+two "hosts", and the processes of their hooks. Nothing is simulated: the collector (demo_collector.py)
 is really started and stopped, killed and frozen, and the figures are read from its output.
 """
 
@@ -32,13 +32,13 @@ from agent.errors import ExitCode, FailoverError
 GROUP = "demo"
 LEASE_S = 2.0
 LINE_S = 0.02
-"""The source grows by a line this often."""
+"""Interval at which the source grows by a line."""
 
-PATIENCE_S = 20.0
-"""Ten failover timeouts: whatever has not happened by then will not."""
+TIMEOUT_S = 20.0
+"""Ten failover timeouts: what has not happened by then will not."""
 
 WORK_S = 1.5
-"""The collector is left to work for this long between two faults."""
+"""How long the collector works between two faults."""
 
 START_HOOK = """#!/bin/sh
 # Promotion: start the collector, and remember which process it is.
@@ -64,18 +64,18 @@ rm -f {host}.pid
 
 
 class DemoError(FailoverError):
-    """The demonstration could not be carried through."""
+    """The demonstration could not be completed."""
 
     exit_code = ExitCode.DEMO_CHECK_FAILED
 
 
 @click.command("demo")
-@click.option("--keep", is_flag=True, help="Keep the folder with the logs and the output.")
+@click.option("--keep", is_flag=True, help="Keep the directory with the logs and the output.")
 def command(*, keep: bool) -> int:
     """Show takeovers after a power cut, a crash, a stop and a freeze, in under a minute.
 
     Starts a coordinator and two agents on this machine's loopback, with a collector that is really
-    started and stopped. Needs nothing else, changes nothing outside a temporary folder. Exit code 41
+    started and stopped. Needs nothing else, changes nothing outside a temporary directory. Exit code 41
     if anything was written twice, lost, or written by two hosts at once.
     """
     directory = Path(tempfile.mkdtemp(prefix="failover-demo-"))
@@ -100,7 +100,7 @@ def _remove(directory: Path) -> None:
 
 @dataclass
 class Host:
-    """One "host": an agent and what its hooks start."""
+    """One "host": an agent and the processes of its hooks."""
 
     name: str
     directory: Path
@@ -121,14 +121,14 @@ class Host:
 
     @property
     def guard(self) -> int | None:
-        """The guard of the agent, by the agent's log."""
+        """The process id of the agent's guard, from the agent's log."""
         with contextlib.suppress(OSError, IndexError):
             log = (self.directory / f"{self.name}.agent.log").read_text()
             return int(re.findall(r"guard ready pid=(\d+)", log)[-1])
         return None
 
     def signal(self, number: signal.Signals) -> None:
-        """To the whole host: guard, collector and agent, as a power cut or a frozen machine."""
+        """Signal the whole host, as a power cut or a freeze does: guard, collector and agent."""
         agent = self.agent.pid if self.agent else None
         pids = [self.guard if agent else None, self.collector, agent]
         for pid in pids:
@@ -137,10 +137,10 @@ class Host:
                     os.kill(pid, number)
 
     def wait(self) -> int:
-        """For the agent's end; its exit code."""
+        """Wait for the agent to exit; its exit code."""
         code = 0
         if self.agent is not None:
-            code = self.agent.wait(PATIENCE_S)
+            code = self.agent.wait(TIMEOUT_S)
             self.agent = None
         return code
 
@@ -169,7 +169,7 @@ class Fault:
 
 @dataclass
 class Demo:
-    """The whole demonstration."""
+    """The demonstration: its hosts, faults and figures."""
 
     directory: Path
     console: Console
@@ -185,8 +185,8 @@ class Demo:
     lease_s: float = LEASE_S
 
     def run(self) -> bool:
-        """All of it; whether every check holds."""
-        self.say(
+        """Run everything; whether every check holds."""
+        self.log(
             f"One group, two hosts, failover timeout {self.lease_s:g} s. A collector copies a growing"
             f" file; a line is due every {LINE_S * 1000:.0f} ms."
         )
@@ -195,7 +195,7 @@ class Demo:
         for host in self.hosts:
             self.start(host)
         primary = self.until_primary(after_epoch=0)
-        self.say(f"{primary.name} is primary, and its collector works.")
+        self.log(f"{primary.name} is primary, and its collector works.")
         self.work(WORK_S)
         killed = self.kill()
         self.start(killed)
@@ -215,7 +215,7 @@ class Demo:
         self.finish()
         return self.report()
 
-    # -- the stage ------------------------------------------------------------------------------
+    # -- setting up ------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         for name in ("source", "output", "activity"):
@@ -235,7 +235,7 @@ class Demo:
         threading.Thread(target=self.grow, daemon=True).start()
 
     def grow(self) -> None:
-        """The plant: a numbered line with its time, every LINE_S."""
+        """Write the source: a numbered line with its time, every LINE_S."""
         with (self.directory / "source").open("a") as source:
             while self.growing.is_set():
                 self.lines += 1
@@ -256,16 +256,16 @@ class Demo:
             start_new_session=True,
         )
         assert self.coordinator.stderr is not None  # noqa: S101 - it was asked for
-        told = []
+        lines = []
         for line in self.coordinator.stderr:
-            told.append(line)
+            lines.append(line)
             if "coordinator listening" in line:
                 url = next(w for w in line.split() if w.startswith("url=")).removeprefix("url=")
                 self.endpoint = f"{url}/api/v1/clientfailover"
                 threading.Thread(target=self.drain, daemon=True).start()
-                self.say(f"The coordinator listens at {url}.")
+                self.log(f"The coordinator listens at {url}.")
                 return
-        raise DemoError("the coordinator did not start: " + "".join(told))
+        raise DemoError("the coordinator did not start: " + "".join(lines))
 
     def drain(self) -> None:
         assert self.coordinator is not None  # noqa: S101 - serve() has made it
@@ -293,13 +293,13 @@ class Demo:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self.say(f"An agent starts on {host.name}.")
+        self.log(f"An agent starts on {host.name}.")
 
-    # -- the acts -------------------------------------------------------------------------------
+    # -- the faults ------------------------------------------------------------------------------
 
     def kill(self) -> Host:
         host, fault = self.strike("power cut (SIGKILL)")
-        self.say(f"{host.name} loses power: SIGKILL to its agent, its guard and its collector.")
+        self.log(f"{host.name} loses power: SIGKILL to its agent, its guard and its collector.")
         host.signal(signal.SIGKILL)
         host.wait()
         (self.directory / f"{host.name}.pid").unlink(missing_ok=True)
@@ -309,7 +309,7 @@ class Demo:
     def crash(self) -> Host:
         host, fault = self.strike("crash (SIGKILL)")
         assert host.agent is not None  # noqa: S101 - it is primary
-        self.say(
+        self.log(
             f"{host.name}'s agent crashes: SIGKILL to it alone. Its collector goes on, until the guard"
             " has stopped it and has handed the role back."
         )
@@ -320,7 +320,7 @@ class Demo:
 
     def stop_one(self) -> Host:
         host, fault = self.strike("stop (SIGTERM)")
-        self.say(f"{host.name} is stopped: SIGTERM to its agent, which hands over.")
+        self.log(f"{host.name} is stopped: SIGTERM to its agent, which hands over.")
         assert host.agent is not None  # noqa: S101 - it is primary
         host.agent.send_signal(signal.SIGTERM)
         self.taken_over(fault)
@@ -330,13 +330,13 @@ class Demo:
     def freeze(self) -> None:
         host, fault = self.strike("frozen (SIGSTOP)")
         assert host.agent is not None  # noqa: S101 - it is primary
-        self.say(
+        self.log(
             f"{host.name}'s agent freezes: SIGSTOP. Its collector goes on, until the guard acts."
         )
         host.agent.send_signal(signal.SIGSTOP)
         self.taken_over(fault)
         if host.wait() == -signal.SIGKILL:
-            self.say(f"{host.name}'s guard has stopped the collector, and killed the frozen agent.")
+            self.log(f"{host.name}'s guard has stopped the collector, and killed the frozen agent.")
         else:
             self.unclean += 1
 
@@ -350,7 +350,7 @@ class Demo:
         host = self.until_primary(after_epoch=fault.epoch_before)
         fault.after, fault.epoch_after = host.name, host.state["epoch"]
         first = next(line for line in self.written() if line.epoch == fault.epoch_after)
-        self.say(
+        self.log(
             f"{host.name} has taken over: its first line came {first.at_s - fault.at_s:.3f} s after"
             f" the fault, under epoch {fault.epoch_after}."
         )
@@ -363,17 +363,17 @@ class Demo:
                 host.agent.send_signal(signal.SIGTERM)
         for host in self.hosts:
             self.unclean += host.wait() != ExitCode.OK
-        self.say("Both agents have stopped, and so has the collector.")
+        self.log("Both agents have stopped, and so has the collector.")
 
     def close(self) -> None:
-        """End whatever is left, whatever happened."""
+        """Kill what still runs, also after an error."""
         self.growing.clear()
         for host in self.hosts:
             host.signal(signal.SIGKILL)
             host.wait()
         if self.coordinator is not None:
             self.coordinator.terminate()
-            self.coordinator.wait(PATIENCE_S)
+            self.coordinator.wait(TIMEOUT_S)
 
     # -- watching -------------------------------------------------------------------------------
 
@@ -399,10 +399,10 @@ class Demo:
         return next(found())
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        end_at = time.monotonic() + PATIENCE_S
+        end_at = time.monotonic() + TIMEOUT_S
         while not condition():
             if time.monotonic() > end_at:
-                raise DemoError(f"waited {PATIENCE_S:g} s in vain for {what}")
+                raise DemoError(f"timeout after {TIMEOUT_S:g} s: waiting for {what}")
             self.show()
             time.sleep(0.02)
 
@@ -411,14 +411,13 @@ class Demo:
         self.until(lambda: time.monotonic() >= end_at, "the time to pass")
 
     def show(self) -> None:
-        """Who is what, twice a second."""
+        """Print the state of both hosts, twice a second."""
         if time.monotonic() - self.shown_at < 0.5:  # noqa: PLR2004 - often enough to follow
             return
         self.shown_at = time.monotonic()
-        told = [self.told(host) for host in self.hosts]
-        self.say("   ".join(told), style="dim")
+        self.log("   ".join(map(self.describe, self.hosts)), style="dim")
 
-    def told(self, host: Host) -> str:
+    def describe(self, host: Host) -> str:
         state = host.state
         if host.agent is None:
             return f"{host.name}: down".ljust(58)
@@ -432,11 +431,11 @@ class Demo:
             text += f", lag {lag_s:.2f} s"
         return text.ljust(58)
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def log(self, text: str, style: str | None = None) -> None:
         at_s = time.monotonic() - self.started_at
         self.console.print(f"{at_s:6.2f} s  {text.rstrip()}", style=style, soft_wrap=True)
 
-    # -- what came of it ------------------------------------------------------------------------
+    # -- the result ---------------------------------------------------------------------------
 
     def report(self) -> bool:
         """Print the table and the checks; whether all hold."""
@@ -468,7 +467,7 @@ class Demo:
             "disorder: lines that are not in the order of the source": sum(
                 later <= earlier for earlier, later in itertools.pairwise(numbers)
             ),
-            "unclean: agents that did not end as they should": self.unclean,
+            "unclean: agents that did not exit as they should": self.unclean,
         }
         for what, count in checks.items():
             self.console.print(f"{'ok    ' if count == 0 else 'FAILED'}  {count}  {what}")
@@ -478,7 +477,7 @@ class Demo:
         return not any(checks.values())
 
     def overlap_s(self, before: int, after: int) -> float:
-        """For how long the earlier epoch went on trying to write after the later one had begun."""
+        """How long the earlier epoch still tried to write after the later one had begun."""
         first, last = float("inf"), float("-inf")
         for line in (self.directory / "activity").read_text().splitlines():
             epoch, _, at_ns = line.split()

@@ -1,11 +1,11 @@
 """The demonstration's workload: a collector that reads a growing file and appends to an output.
 
-It is what a real one should be: it starts behind the data-processed time that it is handed, reports
-its own, looks at its lease before each write, and its sink refuses an epoch older than the newest.
+It does what a real one should: it starts after the data-processed time that it receives, reports its
+own, checks its lease before each write, and its sink refuses an epoch older than the newest.
 Standard library only, so that it starts at once. Runs alone: ``python -m agent.cli.demo_collector``.
 
 Lines of the source: ``number time``. Lines of the output: ``number time epoch host nanoseconds``.
-Each attempt to write is noted in the activity file, before the sink decides about it.
+Each attempt to write is recorded in the activity file, before the sink accepts or refuses it.
 """
 
 import fcntl
@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-LOOK_S = 0.01
-"""How often the source is looked at."""
+POLL_S = 0.01
+"""How often the source is polled."""
 
 REPORT_S = 0.1
 TAIL_BYTES = 256
@@ -27,14 +27,14 @@ TAIL_BYTES = 256
 
 
 class Fenced(Exception):  # noqa: N818 - an outcome
-    """Somebody with a newer epoch has written, or our own lease is over."""
+    """A holder with a newer epoch has written, or our own lease has expired."""
 
 
 def main(directory: Path, host: str) -> None:
     """Collect until SIGTERM, or until fenced. The facts come from the hook's environment."""
     epoch = int(os.environ["FAILOVER_EPOCH"])
     state_file = Path(os.environ["FAILOVER_STATE_FILE"])
-    handed = _time(os.environ["FAILOVER_LAST_DATA_PROCESSED_TIME"])
+    processed_until = _time(os.environ["FAILOVER_LAST_DATA_PROCESSED_TIME"])
     reported_at = 0.0
     with (
         (directory / "source").open("rb") as source,
@@ -45,10 +45,10 @@ def main(directory: Path, host: str) -> None:
             line = source.readline()
             if not line.endswith(b"\n"):
                 source.seek(-len(line), os.SEEK_CUR)
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
                 continue
             number, stamp = line.decode().split()
-            if handed is not None and _parse(stamp) <= handed:
+            if processed_until is not None and _parse(stamp) <= processed_until:
                 continue
             _check_lease(state_file, epoch)
             activity.write(f"{epoch} {host} {time.monotonic_ns()}\n".encode())
@@ -67,11 +67,11 @@ def _parse(text: str) -> datetime:
 
 
 def _check_lease(state_file: Path, epoch: int) -> None:
-    """The state file says until when this tenure may write (docs/hooks.md)."""
+    """Raise Fenced unless this tenure's lease is valid, by the state file (docs/hooks.md)."""
     state = json.loads(state_file.read_text())
     until = state["active_until_boottime_s"]
-    over = until is None or time.clock_gettime(time.CLOCK_BOOTTIME) >= until
-    if over or state["epoch"] != epoch:
+    expired = until is None or time.clock_gettime(time.CLOCK_BOOTTIME) >= until
+    if expired or state["epoch"] != epoch:
         raise Fenced
 
 
@@ -96,7 +96,7 @@ def _append(output: BinaryIO, number: int, stamp: str, epoch: int, host: str) ->
 
 
 def _report(probe_url: str, stamp: str) -> None:
-    """Tell the agent up to when data was processed; it is told again soon, so nothing is checked."""
+    """Report the data-processed time to the agent; the next report follows soon, so errors are ignored."""
     address, _, port = probe_url.removeprefix("http://").rpartition(":")
     body = json.dumps({"time": stamp}).encode()
     head = (
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), sys.argv[2])
     except Fenced:
-        sys.exit("fenced: the lease is over, or a newer epoch has written")
+        sys.exit("fenced: the lease has expired, or a newer epoch has written")

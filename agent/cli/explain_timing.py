@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from agent.cli.options import JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import JSON_FLAG, load_settings, settings_flags
 from agent.core.timing import Timing, divide, plan, smallest_lease_s
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 
 BAR = 72
 """Characters of the bar: with its indent and frame it fits into 80 columns."""
@@ -25,7 +25,7 @@ MEANINGS = (
 
 
 @click.command("explain-timing")
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @JSON_FLAG
 def command(*, as_json: bool, **given: Any) -> int:
     """Draw how the failover timeout is divided (rule R1).
@@ -33,7 +33,7 @@ def command(*, as_json: bool, **given: Any) -> int:
     Takes what 'run' takes. Shows each part, when heartbeats are sent, each relation that has to hold,
     and the smallest failover timeout that the same budgets fit in. Exits 13 if R1 does not hold.
     """
-    settings = settings_of(given)
+    settings = load_settings(given)
     lease_s, budget = settings.failover_timeout, settings.budget
     timing = divide(lease_s, budget)
     smallest_s = smallest_lease_s(budget)
@@ -61,7 +61,7 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
     rows = [
         *((f"{sign} {name}", getattr(timing, f"{name}_s"), text) for sign, name, text in MEANINGS),
         ("L failover timeout", timing.lease_s, "then another member may be chosen"),
-        ("^ beat", timing.beat_s, "from one heartbeat to the next"),
+        ("^ beat", timing.heartbeat_interval_s, "from one heartbeat to the next"),
         ("  request timeout", timing.request_timeout_s, "for one heartbeat and its answer"),
     ]
     lines += [f"  {name:<18}{part_s:>12.3f} s  {text}" for name, part_s, text in rows]
@@ -95,7 +95,9 @@ def _bar(timing: Timing) -> list[str]:
     }
     for place in marks:
         bar[place] = "|"
-    step_s = max(timing.beat_s, whole_s / BAR)  # closer than a column they are one mark
+    step_s = max(
+        timing.heartbeat_interval_s, whole_s / BAR
+    )  # closer than a column they are one mark
     beats = {column(number * step_s) for number in range(int(renew_s / step_s) + 1)}
     return [
         "  " + "".join(marks.get(place, " ") for place in range(BAR + 1)).rstrip(),

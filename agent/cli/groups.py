@@ -7,8 +7,8 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, settings_of
-from agent.cli.remote import ask, id_argument, print_json, table
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
+from agent.cli.remote import id_argument, print_json, query, table
 from agent.cli.status import print_sessions, status_rows
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, ServerError
@@ -19,15 +19,15 @@ from agent.model import (
     HistoryEntry,
     SessionView,
 )
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 RECENT = 10
-"""Tenures that ``show`` prints: what has happened lately fits on a screen."""
+"""Tenures that ``show`` prints: recent history fits on a screen."""
 
 NOT_FOUND = 404
 
-CLIENT_FLAGS = settings_flags(AgentForm, CLIENT_KEYS)
+CLIENT_FLAGS = settings_flags(AgentSettings, CLIENT_KEYS)
 
 
 @click.group("groups")
@@ -40,8 +40,8 @@ def command() -> None:
 @JSON_FLAG
 def list_groups(*, as_json: bool, **given: Any) -> int:
     """List the groups of the coordinator."""
-    groups = ask(
-        settings_of(given),
+    groups = query(
+        load_settings(given),
         lambda client, timeout_s: client.groups(timeout_s=timeout_s),
     )
     if as_json:
@@ -56,25 +56,25 @@ def list_groups(*, as_json: bool, **given: Any) -> int:
 
 @command.command("create")
 @id_argument("ID")
-@settings_flags(AgentForm, ("failover_timeout", *CLIENT_KEYS))
+@settings_flags(AgentSettings, ("failover_timeout", *CLIENT_KEYS))
 @click.option("--name", metavar="TEXT", help="Name for people.")
 @click.option("--description", metavar="TEXT", help="What the group is for.")
 @JSON_FLAG
 def create(
     *, group_id: str, name: str | None, description: str | None, as_json: bool, **given: Any
 ) -> int:
-    """Make a group with ID; all of it is fixed from then on.
+    """Create a group with ID; its configuration cannot be changed later.
 
-    It is a success too if the group is there already with the same configuration.
+    Succeeds too if the group exists already with the same configuration.
     """
-    settings = settings_of(given)
+    settings = load_settings(given)
     wanted = GroupConfig(
         id=group_id,
         timeout_ticks=round(settings.failover_timeout * TICKS_PER_SECOND),
         name=name,
         description=description,
     )
-    group = ask(
+    group = query(
         settings, lambda client, timeout_s: client.create_group(wanted, timeout_s=timeout_s)
     )
     if as_json:
@@ -85,7 +85,7 @@ def create(
 
 
 class Report(BaseModel):
-    """What ``groups show --json`` prints: the API's own shapes. A plain v1 server has no history."""
+    """The output of ``groups show --json``: the API's own shapes. A plain v1 server has no history."""
 
     Group: shapes.GroupConfiguration
     Status: shapes.GroupStatus
@@ -100,7 +100,7 @@ class Report(BaseModel):
 def show(*, group_id: str, as_json: bool, **given: Any) -> int:
     """Show a group: its configuration, status, sessions and recent tenures."""
 
-    async def question(
+    async def request(
         client: RestClient, timeout_s: float
     ) -> tuple[GroupConfig, GroupStatus, list[SessionView], list[HistoryEntry] | None]:
         return await asyncio.gather(
@@ -110,7 +110,7 @@ def show(*, group_id: str, as_json: bool, **given: Any) -> int:
             _history(client, group_id, timeout_s),
         )
 
-    group, status, sessions, history = ask(settings_of(given), question)
+    group, status, sessions, history = query(load_settings(given), request)
     if as_json:
         print_json(
             Report(
@@ -148,7 +148,7 @@ def _print_history(history: list[HistoryEntry]) -> None:
 
 
 async def _history(client: RestClient, group: str, timeout_s: float) -> list[HistoryEntry] | None:
-    """Recent tenures, or None if the server keeps none: a plain v1 server has not this call."""
+    """Recent tenures, or None if the server keeps none: a plain v1 server does not have this call."""
     try:
         return await client.history(group, count=RECENT, timeout_s=timeout_s)
     except ServerError as error:
@@ -163,8 +163,8 @@ async def _history(client: RestClient, group: str, timeout_s: float) -> list[His
 @JSON_FLAG
 def delete(*, group_id: str, as_json: bool, **given: Any) -> int:
     """Delete a group that has no active sessions, with its history."""
-    ask(
-        settings_of(given),
+    query(
+        load_settings(given),
         lambda client, timeout_s: client.delete_group(group_id, timeout_s=timeout_s),
     )
     click.echo(json.dumps({"Deleted": group_id}) if as_json else f"group {group_id} is deleted")

@@ -6,7 +6,7 @@ import sys
 import click
 
 from agent.coordinator.auth import hash_password
-from agent.settings.values import LONGEST_SECRET
+from agent.schema.secret_files import LONGEST_SECRET
 
 
 def _name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:

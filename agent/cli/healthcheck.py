@@ -1,6 +1,6 @@
-"""``failover-agent healthcheck``: ask a running agent, or coordinator, whether it is well.
+"""``failover-agent healthcheck``: check the health of a running agent or coordinator.
 
-For a container's HEALTHCHECK and for exec probes: it starts quickly, so it imports next to nothing.
+For a container's HEALTHCHECK and for exec probes: it imports next to nothing, so that it starts quickly.
 """
 
 import http.client
@@ -19,15 +19,15 @@ from agent.errors import ConfigError
 if TYPE_CHECKING:
     import ssl
 
-ANSWER_S = 3.0
+TIMEOUT_S = 3.0
 """A healthy agent answers in milliseconds; one that is stalled does not."""
 
 ANSWER_BYTES = 64 * 1024
 CERTIFICATE = "FAILOVER_COORDINATOR_TLS_CERTIFICATE"
 
 
-class Unwell(Exception):  # noqa: N818 - an answer, no fault of ours
-    """Why the answer is no, in one sentence."""
+class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
+    """The answer is no, for the reason in the message."""
 
 
 @click.command("healthcheck")
@@ -58,8 +58,8 @@ def command(*, question: str, probe: str | None, ca_file: str | None) -> int:
     try:
         url = address(probe)
         click.echo(ask(url, question, trust(url, ca_file, given=probe is not None)))
-    except Unwell as unwell:
-        click.echo(str(unwell), err=True)
+    except Unhealthy as unhealthy:
+        click.echo(str(unhealthy), err=True)
         return 1
     return 0
 
@@ -68,11 +68,11 @@ def address(given: str | None) -> str:
     """The URL to ask, with or without a path.
 
     Raises:
-        Unwell: nobody says where, or the state file names no probe.
+        Unhealthy: no address is configured, or the state file names no probe.
     """
     given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE")
     if given is not None:
-        return given if "://" in given else of_state(Path(given))
+        return given if "://" in given else probe_of(Path(given))
     if listens := listener("FAILOVER_AGENT_PROBE_LISTEN"):
         return listens
     files = state_files()
@@ -80,33 +80,35 @@ def address(given: str | None) -> str:
         secure = os.environ.get(CERTIFICATE)
         return f"{listens.replace('http:', 'https:') if secure else listens}/healthz"
     if len(files) != 1:
-        raise Unwell(f"{len(files)} state files on this host: say by --probe which agent is meant")
-    return of_state(files[0])
+        raise Unhealthy(f"{len(files)} state files on this host: name the agent by --probe")
+    return probe_of(files[0])
 
 
 def listener(variable: str) -> str | None:
-    """The URL of the HOST:PORT that a variable says, or None if it says no fixed port."""
+    """The URL of the HOST:PORT in a variable, or None if it has no fixed port."""
     host, _, port = os.environ.get(variable, "").rpartition(":")
     return f"http://{host}:{port}" if host and port.isdecimal() and int(port) else None
 
 
 def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | None":
-    """How the other side proves who it is; None if that is not by TLS.
+    """The TLS context to verify the other side by; None without TLS.
 
-    A coordinator of this container shows its own certificate, whatever name and authority it is of.
+    A coordinator of this container is verified by its own certificate, whatever its name and authority.
 
     Raises:
-        Unwell: the certificates cannot be read.
+        Unhealthy: the certificates cannot be read.
     """
     if not url.startswith("https:"):
         return None
-    import ssl  # noqa: PLC0415 - most are asked without
+    import ssl  # noqa: PLC0415 - most checks do without
 
     own = None if given or ca_file is not None else os.environ.get(CERTIFICATE)
     try:
         context = ssl.create_default_context(cafile=own or ca_file)
     except OSError as error:  # an SSLError is one
-        raise Unwell(f"{own or ca_file} must be a file with certificates in PEM: {error}") from None
+        raise Unhealthy(
+            f"{own or ca_file} must be a file with certificates in PEM: {error}"
+        ) from None
     if own is not None:
         context.check_hostname = False
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -114,31 +116,31 @@ def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | No
 
 
 def state_files() -> list[Path]:
-    """Those in the directory where agents put theirs.
+    """The state files in the directory where agents put theirs.
 
     Raises:
-        Unwell: that directory cannot be used.
+        Unhealthy: that directory cannot be used.
     """
     try:
         return list(default_directory().glob("*.json"))
     except ConfigError as error:
-        raise Unwell(str(error)) from None
+        raise Unhealthy(str(error)) from None
 
 
-def of_state(path: Path) -> str:
+def probe_of(path: Path) -> str:
     """The address of the probe that a state file names.
 
     Raises:
-        Unwell: there is none.
+        Unhealthy: there is none.
     """
     try:
         with path.open("rb") as file:
             state = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise Unwell(f"state file {path} cannot be read: {error}") from None
+        raise Unhealthy(f"state file {path} cannot be read: {error}") from None
     probe = state.get("probe") if isinstance(state, dict) else None
     if not isinstance(probe, str):
-        raise Unwell(
+        raise Unhealthy(
             f"state file {path} names no probe: the agent is starting, or its probe_listen is off"
         )
     return probe
@@ -148,7 +150,7 @@ def ask(url: str, question: str, context: "ssl.SSLContext | None" = None) -> str
     """The answer's text, if it is yes. ``context`` is for https.
 
     Raises:
-        Unwell: it is no, or there is none.
+        Unhealthy: it is no, or there is none.
     """
     parts = urlsplit(url)
     path = parts.path if parts.path.strip("/") else f"/{question}"
@@ -156,16 +158,16 @@ def ask(url: str, question: str, context: "ssl.SSLContext | None" = None) -> str
         with closing(_connection(parts, context)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
-            said = " ".join(answer.read(ANSWER_BYTES).decode("utf-8", "replace").split())
+            text = " ".join(answer.read(ANSWER_BYTES).decode("utf-8", "replace").split())
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unwell(f"{url} gives no answer: {str(error) or type(error).__name__}") from None
+        raise Unhealthy(f"{url} gives no answer: {str(error) or type(error).__name__}") from None
     if answer.status != http.HTTPStatus.OK:
-        raise Unwell(f"{url} says {answer.status}: {said}")
-    return said
+        raise Unhealthy(f"{url} answers {answer.status}: {text}")
+    return text
 
 
 def _connection(parts: SplitResult, context: "ssl.SSLContext | None") -> http.client.HTTPConnection:
     host = parts.hostname or ""
     if context is None:
-        return http.client.HTTPConnection(host, parts.port, timeout=ANSWER_S)
-    return http.client.HTTPSConnection(host, parts.port, timeout=ANSWER_S, context=context)
+        return http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT_S)
+    return http.client.HTTPSConnection(host, parts.port, timeout=TIMEOUT_S, context=context)

@@ -1,7 +1,7 @@
-"""``failover-agent hooks``: which hooks there are and whether they are fit, and trying one.
+"""``failover-agent hooks``: list the hooks and whether they could run, and try one.
 
-Owns what a person is told of hooks before there is a group. What a hook is, is drivers/hooks'; what
-follows of its end is the core's, said here in sentences (docs/hooks.md has them as tables).
+Owns how hooks are described to a person before there is a group. What a hook is, drivers/hooks defines;
+what its result leads to, the core decides: here it is in sentences (docs/hooks.md has it as tables).
 """
 
 import asyncio
@@ -14,25 +14,24 @@ from typing import Any
 
 import click
 
-from agent.cli.options import JSON_FLAG, settings_flags, settings_of
+from agent.cli.options import JSON_FLAG, load_settings, settings_flags
 from agent.core.lease import GRACE_SHARE, LONGEST_GRACE_S
 from agent.drivers.hooks import (
     EVENTS,
     NOTIFICATIONS,
     PROMOTIONS,
-    Command,
+    CommandStep,
     HookExit,
     HookRunner,
     HookSpec,
-    environment_of,
-    facts_of,
-    specs_of,
+    build_payload,
+    load_specs,
+    payload_environment,
 )
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire.scalars import parse_date_time
 
 NEW_ROLE = {"pending_primary": Role.PENDING_PRIMARY, "primary": Role.PRIMARY}
@@ -41,48 +40,49 @@ OLD_ROLE = {
     "secondary": Role.PRIMARY,
     "lost": Role.PRIMARY,
 }
-"""Where it is not Secondary."""
+"""Role before the event, where it is not Secondary."""
 
 LONGEST_DEADLINE_S = 24 * 3600.0
-"""A person waits for a trial."""
+"""For a trial: a person waits for it."""
 
 KILLED_S = 5.0
-"""How long a killed hook is waited for; in uninterruptible sleep it does not end."""
+"""Timeout for a killed hook to exit; in uninterruptible sleep it does not."""
 
 
 @click.group("hooks")
 def command() -> None:
-    """Look at the hooks, and try one without a group (docs/hooks.md)."""
+    """List the hooks, and try one without a group (docs/hooks.md)."""
 
 
 @command.command("list")
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @JSON_FLAG
 def list_hooks(*, as_json: bool, **given: Any) -> int:
     """List every event with its hook: its form, its steps in order, and whether it could run.
 
     Exits 0, or with the code of the first fault.
     """
-    specs = specs_of(settings_of(given))
-    found = {event: _described(specs.get(event)) for event in EVENTS}
+    specs = load_specs(load_settings(given))
+    reports = {event: _report(specs.get(event)) for event in EVENTS}
     if as_json:
         click.echo(
-            json.dumps([{"event": event, **told} for event, told in found.items()], indent=2)
+            json.dumps([{"event": event, **report} for event, report in reports.items()], indent=2)
         )
     else:
-        for event, told in found.items():
-            click.echo("\n".join(_lines(event, told)))
-    return next((told["exit_code"] for told in found.values() if told["exit_code"]), 0)
+        for event, report in reports.items():
+            click.echo("\n".join(_lines(event, report)))
+    return next((r["exit_code"] for r in reports.values() if r["exit_code"]), 0)
 
 
-def _described(spec: HookSpec | None) -> dict[str, Any]:
+def _report(spec: HookSpec | None) -> dict[str, Any]:
     if spec is None:
         return {"form": None, "steps": [], "ignored": [], "fault": None, "exit_code": 0}
     fault: ConfigError | None = None
     steps: list[list[str]] = []
     try:
         steps = [
-            list(step.argv) if isinstance(step, Command) else [step.url] for step in spec.steps()
+            list(step.argv) if isinstance(step, CommandStep) else [step.url]
+            for step in spec.steps()
         ]
         spec.check()
     except ConfigError as error:
@@ -97,17 +97,17 @@ def _described(spec: HookSpec | None) -> dict[str, Any]:
     }
 
 
-def _lines(event: str, told: Mapping[str, Any]) -> Iterator[str]:
-    if told["form"] is None:
+def _lines(event: str, report: Mapping[str, Any]) -> Iterator[str]:
+    if report["form"] is None:
         yield f"{event}: none"
         return
-    yield f"{event}: {told['form']}, {'not fit' if told['fault'] else 'fit to run'}"
-    for step in told["steps"]:
+    yield f"{event}: {report['form']}, {'not fit' if report['fault'] else 'fit to run'}"
+    for step in report["steps"]:
         yield f"  runs {_words(step)}"
-    for ignored in told["ignored"]:
+    for ignored in report["ignored"]:
         yield f"  ignores {ignored['name']!r}: {ignored['reason']}"
-    if told["fault"]:
-        yield f"  fault: {told['fault']}"
+    if report["fault"]:
+        yield f"  fault: {report['fault']}"
 
 
 def _words(argv: list[str]) -> str:
@@ -123,7 +123,7 @@ def _time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> da
 
 @command.command("test")
 @click.argument("event", type=click.Choice(EVENTS))
-@settings_flags(AgentForm)
+@settings_flags(AgentSettings)
 @click.option("--epoch", type=click.IntRange(min=0), metavar="N", help="Number of the tenure.")
 @click.option(
     "--last-data-processed-time",
@@ -155,13 +155,13 @@ def try_hook(
     deadline_s: float | None,
     **given: Any,
 ) -> int:
-    """Run the hook of EVENT as the agent would, and say what would follow.
+    """Run the hook of EVENT as the agent would, and explain what its result would lead to.
 
-    With its real user, directory and environment; it really starts or stops what it is for. Exits 0
+    It runs with its real user, directory and environment, and really starts or stops the workload. Exits 0
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.
     """
-    settings = settings_of(given)
-    spec = specs_of(settings).get(event)
+    settings = load_settings(given)
+    spec = load_specs(settings).get(event)
     if spec is None:
         raise ConfigError(f"there is no hook for {event}: set it with --hook-{_flag(event)}")
     spec.check()
@@ -172,7 +172,7 @@ def try_hook(
         )
         deadline_s = limit_s if event in NOTIFICATIONS else max(0.0, limit_s - grace_s)
     clock = Clock()
-    facts = facts_of(
+    facts = build_payload(
         event=event,
         group=settings.group or "test",
         session=settings.session_id or "test",
@@ -187,10 +187,12 @@ def try_hook(
         probe_url=None,
         now=clock.wall(),
     )
-    with _output_shown():
+    with _log_to_terminal():
         click.echo(f"{event}: {spec.form.value} {_words(list(spec.value))}")
         result = asyncio.run(_run(spec, facts, clock, deadline_s, grace_s))
-    click.echo(f"{result.why} after {result.duration_s:.3f} s: {_meaning(event, result, settings)}")
+    click.echo(
+        f"{result.why} after {result.duration_s:.3f} s: {_consequence(event, result, settings)}"
+    )
     return ExitCode.OK if result.ok else ExitCode.HOOK_FAILED
 
 
@@ -201,9 +203,9 @@ def _flag(event: str) -> str:
 async def _run(
     spec: HookSpec, facts: Mapping[str, Any], clock: Clock, deadline_s: float, grace_s: float
 ) -> HookExit:
-    """Limit it as the executor does; nothing of it goes on behind an interrupt."""
+    """Enforce the limits as the executor does; an interrupt leaves nothing of it running."""
     runner = HookRunner(clock)
-    run = runner.start(spec, environment_of(facts), facts)
+    run = runner.start(spec, payload_environment(facts), facts)
     try:
         for limit_s, then in ((deadline_s, run.term), (grace_s, run.kill), (KILLED_S, None)):
             try:
@@ -211,7 +213,7 @@ async def _run(
                     return await run.wait()
             except TimeoutError:
                 if then is not None:
-                    click.echo(f"its time is up: {then.__name__.upper()}")
+                    click.echo(f"timeout: {then.__name__.upper()}")
                     then()
         return HookExit(None, None, deadline_s, error="it does not end, even by KILL")
     finally:
@@ -220,11 +222,11 @@ async def _run(
         runner.close()
 
 
-def _meaning(event: str, result: HookExit, settings: AgentSettings) -> str:
-    """What would follow in a real change of role (docs/hooks.md)."""
+def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
+    """What the result would lead to in a real change of role (docs/hooks.md)."""
     if event in NOTIFICATIONS:
-        told = "nothing would follow" if result.ok else "it would be logged and counted, no more"
-        return f"{told}; a notification decides nothing"
+        effect = "nothing would follow" if result.ok else "it would be logged and counted, no more"
+        return f"{effect}; a notification decides nothing"
     if event in PROMOTIONS:
         if not result.ok:
             return (
@@ -233,7 +235,7 @@ def _meaning(event: str, result: HookExit, settings: AgentSettings) -> str:
                 " before it can be chosen again"
             )
         if event == "primary":
-            return "the agent would say that it is Primary"
+            return "the agent would report that it is Primary"
         return "the agent would be ready, and run the primary hook once it is confirmed"
     if result.ok:
         return "the agent would give the role back, and the other member may start at once"
@@ -245,7 +247,7 @@ def _meaning(event: str, result: HookExit, settings: AgentSettings) -> str:
 
 
 class _Echo(logging.Handler):
-    """A hook's output as it comes; anything else that the driver has to say as a remark."""
+    """Print a hook's output as it comes, and other log messages of the driver in parentheses."""
 
     def emit(self, record: logging.LogRecord) -> None:
         fields: Mapping[str, Any] = getattr(record, "fields", {})
@@ -257,8 +259,8 @@ class _Echo(logging.Handler):
 
 
 @contextmanager
-def _output_shown() -> Iterator[None]:
-    """The driver's events go to the terminal for a while, and nowhere else."""
+def _log_to_terminal() -> Iterator[None]:
+    """Send the driver's log to the terminal meanwhile, and nowhere else."""
     logger = logging.getLogger("agent.drivers.hooks")
     before = logger.level, logger.propagate
     handler = _Echo()

@@ -1,12 +1,15 @@
-"""docs/settings.md and the samples in config/, made from the models so that they cannot be stale.
+"""docs/settings.md and the samples in config/, generated from the declared settings.
 
-Owns their text and its form; a test compares them with the files and can rewrite those.
+Owns their text; a test compares them with the files, so that they cannot be stale, and can rewrite those.
 """
 
 import textwrap
+from collections.abc import Iterator
 
-from agent.settings.describe import Described, describe
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Setting, Settings, settings_of
+from agent.schema.settings import AgentSettings
+from agent.schema.toml import to_toml
 
 COLUMNS = 98
 """Of the samples' comments."""
@@ -17,7 +20,7 @@ DURATIONS = (
 
 DOCS_HEAD = f"""# Settings
 
-Made from the models in `agent/settings`; `REWRITE=1 pytest tests/cli/test_reference.py` renews it.
+Generated from the declarations in `agent/schema`; `REWRITE=1 pytest tests/cli/test_reference.py` renews it.
 
 Each setting can be given in four ways. The first of these that is there counts:
 
@@ -35,82 +38,88 @@ prints what is in force and where each value is from.
 """
 
 PROGRAMS: tuple[tuple[str, type[Settings]], ...] = (
-    ("run", AgentForm),
+    ("run", AgentSettings),
     ("serve", CoordinatorSettings),
 )
 
 ALWAYS_SHOWN = frozenset({"group"})
-"""What a sample sets, since the program does not start without it."""
+"""Set in a sample, since the program does not start without it."""
 
 
 def settings_page() -> str:
     """The whole of docs/settings.md."""
     parts = [DOCS_HEAD]
-    for program, model in PROGRAMS:
+    for program, declared in PROGRAMS:
+        settings = settings_of(declared)
         parts.append(
-            f"## failover-agent {program}\n\nEnvironment: `{model.env_prefix}` and the setting in"
+            f"## failover-agent {program}\n\nEnvironment: `{declared.env_prefix}` and the setting in"
             " capitals.\n\n| setting | form | default | meaning |\n|---|---|---|---|\n"
-            + "".join(_row(setting) for setting in describe(model))
+            + "".join(map(_row, settings))
         )
-        parts += [_tables(setting) for setting in describe(model) if setting.tables]
+        parts += ["".join(_table_rows(setting)) for setting in settings if setting.tables]
     return "\n".join(parts)
 
 
-def _tables(setting: Described) -> str:
-    """The keys of a setting's tables: those that all have, then each type's own."""
-    tables = setting.tables
-    shared = set.intersection(*({key.key for key in table.keys} for table in tables)) - {"type"}
+def tables_of(setting: Setting) -> dict[str, type]:
+    """The class of each kind of the setting's tables."""
+    assert setting.tables is not None, setting  # noqa: S101 - our own mistake
+    return {kind: setting.tables.load(kind) for kind in setting.tables.kinds}
+
+
+def _table_rows(setting: Setting) -> Iterator[str]:
+    """The keys of a setting's tables: those that all have, then each kind's own."""
+    keys = {
+        kind: [key for key in settings_of(declared) if key.name != "type"]
+        for kind, declared in tables_of(setting).items()
+    }
+    shared = set.intersection(*({key.name for key in own} for own in keys.values()))
     head = "\n| key | form | default | meaning |\n|---|---|---|---|\n"
-    parts = [
-        f"### `{tables[0].header}`\n",
-        head,
-        *(_row(key) for key in tables[0].keys if key.key in shared),
-    ]
-    for table in tables:
-        own = [key for key in table.keys if key.key not in shared and key.key != "type"]
-        if own:
-            parts += [f'\n`type = "{table.type}"`: {table.meaning}\n', head, *map(_row, own)]
-    return "".join(parts)
+    yield f"### `{setting.tables.header if setting.tables else ''}`\n{head}"
+    yield from (_row(key) for key in next(iter(keys.values())) if key.name in shared)
+    for kind, declared in tables_of(setting).items():
+        if own := [key for key in keys[kind] if key.name not in shared]:
+            yield f'\n`type = "{kind}"`: {declared.__doc__}\n{head}'
+            yield from map(_row, own)
 
 
-def _row(setting: Described) -> str:
-    default = f"`{setting.default}`" if setting.default else "not set"
+def _row(setting: Setting) -> str:
+    default = f"`{to_toml(setting.default)}`" if setting.has_default else "not set"
     if setting.required:
         default = "needed"
-    return f"| `{setting.key}` | {setting.kind} | {default} | {setting.meaning} |\n"
+    return f"| `{setting.name}` | {setting.format_text} | {default} | {setting.doc} |\n"
 
 
-def sample(program: str, model: type[Settings]) -> str:
+def sample(program: str, declared: type[Settings]) -> str:
     """A configuration file that names every setting, and changes nothing but what has to be set."""
     head = (
         f"For: failover-agent {program} --config FILE. Every setting is here, as a comment with its"
         " default, or with an example where it is not set by default: take the '#' away to set it."
-        f" A flag, and {model.env_prefix}..., go before this file. {DURATIONS}"
+        f" A flag, and {declared.env_prefix}..., override this file. {DURATIONS}"
     )
-    settings = sorted(describe(model), key=lambda setting: bool(setting.tables))  # TOML's own rule
-    return _comment(head) + "".join(_entry(setting) for setting in settings)
+    settings = sorted(settings_of(declared), key=lambda setting: bool(setting.tables))  # as in TOML
+    return _comment(head) + "".join(map(_entry, settings))
 
 
-def _entry(setting: Described) -> str:
-    mark = "" if setting.key in ALWAYS_SHOWN else "#"
-    form = f"Form: {setting.kind}."
+def _entry(setting: Setting) -> str:
+    mark = "" if setting.name in ALWAYS_SHOWN else "#"
+    text = f"{setting.doc} Form: {setting.format_text}."
     if setting.tables:
         after = "Tables come after every other setting; docs/settings.md has all their keys."
-        return "\n" + _comment(f"{setting.meaning} {form} {after}") + _samples(setting)
-    return f"\n{_comment(f'{setting.meaning} {form}')}{mark}{setting.key} = {setting.example}\n"
+        return "\n" + _comment(f"{text} {after}") + "".join(_table_samples(setting))
+    return f"\n{_comment(text)}{mark}{setting.name} = {to_toml(setting.sample)}\n"
 
 
-def _samples(setting: Described) -> str:
-    parts = []
-    for number, table in enumerate(setting.tables):
-        other = number > 0 and not table.header.startswith("[[")  # there can be one only
-        lines = [table.header, *(f"{key} = {value}" for key, value in table.example.items())]
+def _table_samples(setting: Setting) -> Iterator[str]:
+    assert setting.tables is not None, setting  # noqa: S101 - our own mistake
+    for number, declared in enumerate(tables_of(setting).values()):
+        other = number > 0 and setting.tables.most is None
+        example = [f"{key} = {to_toml(value)}" for key, value in declared.EXAMPLE.items()]  # type: ignore[attr-defined]
         mark = "# " if other else "#"
-        meaning = table.meaning
+        meaning = declared.__doc__ or ""
         if other:
             meaning = f"Or: {meaning[0].lower()}{meaning[1:]}"
-        parts.append("\n" + _comment(meaning) + "".join(f"{mark}{line}\n" for line in lines))
-    return "".join(parts)
+        lines = "".join(f"{mark}{line}\n" for line in [setting.tables.header, *example])
+        yield f"\n{_comment(meaning)}{lines}"
 
 
 def _comment(text: str) -> str:

@@ -1,7 +1,7 @@
-"""What the commands that ask a coordinator share: trying the endpoints in turn, and the tables.
+"""Shared by the commands that query a coordinator: trying the endpoints in turn, and printing tables.
 
-Owns nothing that lasts: one question, one answer, printed. What a server says is data: no control
-character and no markup of it reaches the terminal.
+Owns nothing that lasts: one request, one answer, printed. A server's answer is data: no control character
+and no markup of it reaches the terminal.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ from rich.text import Text
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.configured import client_for
 from agent.errors import ServerError
-from agent.settings import AgentSettings
-from agent.settings.forms import check_id
+from agent.schema.formats import check_id
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 T = TypeVar("T")
 
-PATIENCE_S = 10.0
-"""How long one request may take unless request_timeout is set: a person is waiting."""
+DEFAULT_TIMEOUT_S = 10.0
+"""Request timeout unless request_timeout is set: a person is waiting."""
 
 PIPED_COLUMNS = 1000
 """Width of a table that no terminal shows: nothing is folded, so that grep finds whole values."""
 
 
-def ask(settings: AgentSettings, question: Callable[[RestClient, float], Awaitable[T]]) -> T:
-    """The answer of the first endpoint that gives one. ``question`` gets the client and a time limit.
+def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaitable[T]]) -> T:
+    """The answer of the first endpoint that gives one. ``request`` gets the client and its timeout.
 
     Raises:
         ServerError: no endpoint answered (the last one's error), or one refused.
@@ -46,15 +46,17 @@ def ask(settings: AgentSettings, question: Callable[[RestClient, float], Awaitab
             for _ in settings.endpoint[1:]:
                 asked = client.endpoint
                 try:
-                    return await question(client, timeout_s)
+                    return await request(client, timeout_s)
                 except ServerError as error:
-                    if not client.ask_next(asked, error):  # this one refuses, another would too
+                    if not client.ask_next(
+                        asked, error
+                    ):  # a refusal: another endpoint would refuse too
                         raise
-            return await question(client, timeout_s)
+            return await request(client, timeout_s)
         finally:
             await client.aclose()
 
-    timeout_s = settings.request_timeout or PATIENCE_S
+    timeout_s = settings.request_timeout or DEFAULT_TIMEOUT_S
     return asyncio.run(in_turn())
 
 
@@ -71,7 +73,7 @@ def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 
 
 def print_json(value: BaseModel | list[BaseModel]) -> None:
-    """The shapes of the API, as it would send them, with roles as names."""
+    """Print shapes of the API, as it would send them, with roles as names."""
     click.echo(shapes.to_json(value, enum_names=True).decode())
 
 
@@ -87,7 +89,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
 
 
 def cell(value: object) -> str:
-    """A value for people: nothing is a dash, times are to the second, controls are shown as '?'."""
+    """Format a value for people: a dash for none, times to the second, '?' for control characters."""
     match value:
         case None | "":
             return "-"

@@ -6,26 +6,26 @@ from typing import Any
 
 import click
 
-from agent.cli.options import load_coordinator, settings_flags, sources
+from agent.cli.options import settings_flags, sources
 from agent.ops.signals import ignored_signals
-from agent.settings.models import CoordinatorSettings
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 
 @click.command("serve")
 @settings_flags(CoordinatorSettings)
 def command(**given: Any) -> int:
-    """Be the coordinator that the agents ask.
+    """Run the coordinator.
 
-    Runs until SIGTERM or SIGINT. What it promised is in the data directory, and is still true when
-    it is started again.
+    Runs until SIGTERM or SIGINT. Leases and groups are in the data directory, and are still in force
+    when it is started again.
     """
     with ignored_signals():
         read = partial(_read, given)
         settings = read()
-        from agent.coordinator.server import run  # noqa: PLC0415 - wrong settings are told without it
+        from agent.coordinator.server import run  # noqa: PLC0415 - not needed to report a fault
 
         return run(settings, read)
 
 
 def _read(given: Mapping[str, Any]) -> CoordinatorSettings:
-    return load_coordinator(sources(CoordinatorSettings, given))
+    return sources(CoordinatorSettings, given).load()

@@ -1,4 +1,4 @@
-"""``failover-agent status GROUP``: who is primary, and who else is there."""
+"""``failover-agent status GROUP``: the primary and the other members of a group."""
 
 import asyncio
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from agent.cli.options import CLIENT_KEYS, JSON_FLAG, settings_flags, settings_of
-from agent.cli.remote import ask, id_argument, print_json, table
+from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
+from agent.cli.remote import id_argument, print_json, query, table
 from agent.drivers.rest import RestClient
 from agent.model import GroupStatus, SessionView
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from agent.wire import shapes
 
 
 class Report(BaseModel):
-    """What ``status --json`` prints: the API's own shapes."""
+    """The output of ``status --json``: the API's own shapes."""
 
     Status: shapes.GroupStatus
     Sessions: list[shapes.ClientSession]
@@ -23,12 +23,12 @@ class Report(BaseModel):
 
 @click.command("status")
 @id_argument("GROUP")
-@settings_flags(AgentForm, CLIENT_KEYS)
+@settings_flags(AgentSettings, CLIENT_KEYS)
 @JSON_FLAG
 def command(*, group_id: str, as_json: bool, **given: Any) -> int:
-    """Say who is primary in GROUP, and who else is there."""
+    """Show the primary and the other members of GROUP."""
 
-    async def question(
+    async def request(
         client: RestClient, timeout_s: float
     ) -> tuple[GroupStatus, list[SessionView]]:
         return await asyncio.gather(
@@ -36,7 +36,7 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
             client.sessions(group_id, timeout_s=timeout_s),
         )
 
-    status, sessions = ask(settings_of(given), question)
+    status, sessions = query(load_settings(given), request)
     if as_json:
         print_json(
             Report(
@@ -52,7 +52,7 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
 
 
 def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
-    """The status of a group, one fact a row. What a plain v1 server does not tell is a dash."""
+    """The status of a group, one fact a row. What a plain v1 server does not report is a dash."""
     return [
         ("primary", status.primary),
         ("primary since", status.primary_since),

@@ -8,25 +8,15 @@ import os
 import ssl
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from agent.coordinator.auth import Authenticator, Password, TokenRules, read_token_rules, read_users
 from agent.errors import ConfigError
-from agent.settings.models import CoordinatorSettings
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import reloadable
 
-RELOADABLE = frozenset(
-    {
-        "log_format",
-        "log_level",
-        "tls_certificate",
-        "tls_key",
-        "token_audience",
-        "token_issuer",
-        "token_keys_file",
-        "users_file",
-    }
-)
+RELOADABLE = reloadable(CoordinatorSettings)
 """Settings that SIGHUP changes. A change of another one is refused by name, and so is switching TLS or a
 kind of authentication on or off."""
 
@@ -111,12 +101,12 @@ class Access:
     def merged(self, wanted: CoordinatorSettings) -> tuple[CoordinatorSettings, list[str]]:
         """The settings with what SIGHUP may change of ``wanted``, and the names of what it may not."""
         kept = {}
-        for key in type(wanted).model_fields:
+        for key in (setting.name for setting in fields(wanted)):
             old, new = getattr(self.settings, key), getattr(wanted, key)
             switched = (old is None) != (new is None)
             if old != new and (switched or key not in RELOADABLE):
                 kept[key] = old
-        return wanted.model_copy(update=kept), sorted(kept)
+        return replace(wanted, **kept), sorted(kept)
 
     def take_over(self, settings: CoordinatorSettings, files: Files) -> list[str]:
         """Put settings of ``merged`` and their files into force; the names of changed settings.
@@ -128,5 +118,5 @@ class Access:
         if self.tls is not None and files.tls is not None:
             _use_pair(self.tls, *files.tls)
         self.auth.replace(files.users, files.tokens)
-        keys = type(settings).model_fields
+        keys = [setting.name for setting in fields(settings)]
         return sorted(key for key in keys if getattr(settings, key) != getattr(before, key))

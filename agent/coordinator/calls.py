@@ -16,7 +16,7 @@ from agent import __version__
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import CLOUD, DEFAULT_PLACE, Parameter, Result, Route
 from agent.coordinator.service import LONGEST_WAIT_S, Coordinator
-from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
+from agent.core.group_state import ReceiveHeartbeat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
 from agent.wire import scalars, shapes
@@ -225,7 +225,7 @@ async def delete_session(call: Call) -> Answer:
 async def post_heartbeat(call: Call) -> Answer:
     """Say that one is alive, and hear which role one has."""
     body: shapes.HeartbeatRequest = call.body
-    beat = Beat(
+    beat = ReceiveHeartbeat(
         call.values["sessionId"],
         body.FailoverScore,
         body.LastDataProcessedTime,

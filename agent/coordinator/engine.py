@@ -30,13 +30,13 @@ from agent.core.group_state import (
     Decision,
     GroupState,
     Input,
-    KeepProgress,
     Policy,
     RemoveGroup,
+    SaveProgress,
     Tick,
-    awaken,
-    excuse,
-    progress_is_unkept,
+    has_unsaved_progress,
+    state_after_restart,
+    state_after_stall,
 )
 from agent.errors import CasMismatch, ExitCode, NotFound, StoreError, Unavailable
 from agent.model import (
@@ -55,7 +55,7 @@ TURN_S = 0.05
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
 """A stall of L/4 cannot yet cost a lease that is renewed as R1 demands, nor that of a v1 client, which
-beats every L/2; and an excuse at each shorter one would keep a dead primary for ever on a busy host.
+beats every L/2; and an extension at each shorter one would keep a dead primary for ever on a busy host.
 Under 0.1 s it is scheduling."""
 
 BATCH = 50
@@ -212,7 +212,7 @@ class Engine:
             if after.record is before.record and not decision.history:
                 self._adopt(group, decision, now)
                 return decision.answer
-            group.keeping = isinstance(what, KeepProgress) and _only_progress(before, after)
+            group.keeping = isinstance(what, SaveProgress) and _only_progress(before, after)
             try:
                 group.version = await self._settled(
                     group,
@@ -235,7 +235,7 @@ class Engine:
         group.state = state = decision.state
         if self._wakeups.set(group.key, decision.wake_at):
             self._arm(now)
-        if not group.queued and progress_is_unkept(state):
+        if not group.queued and has_unsaved_progress(state):
             group.queued = True
             self._to_keep.append((now.mono + KEEP_AFTER_S, group))
             if len(self._to_keep) == 1:
@@ -261,7 +261,7 @@ class Engine:
         return True
 
     def _admit(self, key: GroupKey, stored: Stored, now: Instant) -> None:
-        group = Group(key, awaken(stored.record, now), stored.version)
+        group = Group(key, state_after_restart(stored.record, now), stored.version)
         self.groups[key] = group
         self._wakeups.set(key, now.mono)  # the first Tick says when there is something to do
 
@@ -305,7 +305,7 @@ class Engine:
                 group.version = stored.version
                 if stored.record != group.state.record:
                     log_role_changes(group.key, group.state.record, stored.record, ())
-                    group.state = awaken(stored.record, self._clock())
+                    group.state = state_after_restart(stored.record, self._clock())
                     answer_readers(group, stored.record.revision)
                 group.doubtful = False
         if group.gone:
@@ -362,7 +362,7 @@ class Engine:
     def _excuse_one(self, group: Group, judged_at: float, now: Instant) -> bool:
         if now.mono - judged_at <= group.stall_s:
             return False
-        group.state = excuse(group.state, judged_at, now)
+        group.state = state_after_stall(group.state, judged_at, now)
         return True
 
     def turn(self) -> None:
@@ -385,13 +385,13 @@ class Engine:
                 return
             group = self._to_keep.popleft()[1]
             group.queued = False
-            self.spawn(self._try(group, KeepProgress()))
+            self.spawn(self._try(group, SaveProgress()))
             kept += 1
 
-    async def _try(self, group: Group, what: Tick | KeepProgress) -> None:
+    async def _try(self, group: Group, what: Tick | SaveProgress) -> None:
         """What is due of itself; if it cannot be made durable now, again soon."""
         try:
-            if isinstance(what, KeepProgress):
+            if isinstance(what, SaveProgress):
                 await self._apply_durably(group, what)
             else:
                 await self.apply(group, what)
@@ -437,7 +437,7 @@ def answer_readers(group: Group, revision: float = inf) -> None:
 
 
 def _only_progress(before: GroupState, after: GroupState) -> bool:
-    """Whether a KeepProgress did nothing else: what was due by the way decides something."""
+    """Whether a SaveProgress did nothing else: what was due by the way decides something."""
     return (
         after.record.revision == before.record.revision
         and after.record.sessions is before.record.sessions

@@ -24,7 +24,7 @@ from prometheus_client.exposition import choose_encoder
 from agent import __version__
 from agent.coordinator.engine import Group
 from agent.coordinator.service import Coordinator
-from agent.core.group_state import alive, role_of
+from agent.core.group_state import is_alive, role_of
 from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
@@ -205,7 +205,7 @@ def _count(
     record = group.state.record
     some_active = False
     for session_id in record.sessions:
-        active = alive(group.state, session_id, now)
+        active = is_alive(group.state, session_id, now)
         some_active |= active
         sessions[role_of(record, session_id), active] += 1
     if record.holder is not None:
@@ -252,9 +252,9 @@ class SessionLines:
                 f'{role_name}{{{labels},role="{role.value}"}} {int(role is now)}' for role in Role
             ]
             contact = contacts.get(session_id)
-            if contact is not None and contact.posted_at is not None:
+            if contact is not None and contact.last_heartbeat is not None:
                 scores.append(f"{score_name}{{{labels}}} {contact.score}")
-                beats.append(f"{beat_name}{{{labels}}} {contact.posted_at.wall.timestamp()}")
+                beats.append(f"{beat_name}{{{labels}}} {contact.last_heartbeat.wall.timestamp()}")
 
     def cut(self) -> None:
         """What is there becomes bytes now, while it is little."""

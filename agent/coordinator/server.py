@@ -25,12 +25,12 @@ from agent.coordinator.store.sqlite import SqliteStore
 from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import on_hangup, stop_signals
-from agent.settings import Address
-from agent.settings.models import CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this: longer than any beat (an agent's is 10 s at most, a v1
@@ -107,7 +107,7 @@ def _reloading(
     hangup = asyncio.Event()
 
     async def follow() -> None:
-        lane = Lane("settings")
+        lane = BlockingThread("settings")
         while True:
             await hangup.wait()
             hangup.clear()
@@ -126,7 +126,9 @@ def _reloading(
         task.cancel()
 
 
-async def _reload(access: Access, reread: Callable[[], CoordinatorSettings], lane: Lane) -> None:
+async def _reload(
+    access: Access, reread: Callable[[], CoordinatorSettings], lane: BlockingThread
+) -> None:
     def read() -> tuple[CoordinatorSettings, list[str], Files]:
         settings, refused = access.merged(reread())
         return settings, refused, load(settings)

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from agent.coordinator.engine import Engine, Group, Meter, no_group, unavailable
 from agent.coordinator.store import Store
-from agent.core.group import agrees
+from agent.core.group import is_compatible
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Input,
     Policy,
+    ReceiveHeartbeat,
     SetAccess,
     status_of,
     view_of,
@@ -139,7 +139,7 @@ class Coordinator:
             task.add_done_callback(lambda _: self._creating.pop(key))
             created = await asyncio.shield(task)
         known = self._engine.find(key).state.record.config
-        if not created and not agrees(config, known):
+        if not created and not is_compatible(config, known):
             raise Conflict(
                 f'Group "{key.group}" exists with another configuration.',
                 "GET it and use its FailoverTimeout, or choose another Id.",
@@ -238,7 +238,7 @@ class Coordinator:
         state = self._engine.find(key).state
         return [view_of(state, session_id) for session_id in sorted(state.record.sessions)]
 
-    async def beat(self, key: GroupKey, beat: Beat) -> HeartbeatAnswer:
+    async def beat(self, key: GroupKey, beat: ReceiveHeartbeat) -> HeartbeatAnswer:
         """Take a heartbeat. Raises TooSoon if it must not come yet."""
         answer = await self.apply(key, beat)
         assert isinstance(answer, HeartbeatAnswer)  # noqa: S101 - what decide promises

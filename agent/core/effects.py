@@ -1,9 +1,9 @@
-"""What a session wants done. Values; the daemon does them.
+"""The effects that a session requests. Values; the daemon carries them out.
 
-The order in the tuple that ``Session.step`` returns is contract: the daemon begins them one by one
-in that order, and what an earlier one says is said before a later one starts. In particular
-``Publish(Secondary)`` comes before the demotion hook starts, and ``Release`` is only ever wanted
-after the demotion hook has succeeded (R5).
+The order in the tuple that ``Session.step`` returns is a contract: the daemon starts them one by one in
+that order, and publishes what an earlier one publishes before it starts a later one. In particular
+``Publish(Secondary)`` comes before the demotion hook starts, and ``Release`` only after the demotion
+hook has succeeded (R5).
 """
 
 from dataclasses import dataclass
@@ -15,40 +15,42 @@ from agent.model import Role
 
 
 class Cause(StrEnum):
-    """Why a role changed, as a closed set: for metrics, and for who acts on the difference."""
+    """Why a role changed, as a closed set. The values are labels of metrics."""
 
     CHOSEN = "chosen"
     CONFIRMED = "confirmed"
     LEASE_LOST = "lease_lost"
-    """No renewal until R, or this process was stopped: nobody told us."""
+    """No renewal until R, or this process was stopped."""
     UNFIT = "unfit"
     """A health check, the guard or the workload failed."""
     PROMOTION_FAILED = "promotion_failed"
-    TOLD = "told"
-    """The coordinator says so."""
+    REVOKED = "told"
+    """The coordinator has answered with another role, or with another tenure."""
     GONE = "gone"
     """A server without epochs does not know the session any more."""
     OTHER_STORE = "other_store"
-    """The answers are from another store than the one that this session has met."""
+    """The answers came from another store than the session's."""
     TASK_FAILED = "task_failed"
     """A part of the agent has failed."""
     STOPPING = "stopping"
 
 
-SELF_DEMOTIONS = frozenset({Cause.LEASE_LOST, Cause.UNFIT, Cause.OTHER_STORE, Cause.TASK_FAILED})
-"""Demotions that nobody asked for: these run the notification hook ``lost``."""
+UNREQUESTED_DEMOTIONS = frozenset(
+    {Cause.LEASE_LOST, Cause.UNFIT, Cause.OTHER_STORE, Cause.TASK_FAILED}
+)
+"""Demotions that nobody has requested: these run the notification hook ``lost``."""
 
 
 @dataclass(frozen=True, slots=True)
 class HookFacts:
-    """What a hook is told (docs/hooks.md).
+    """The facts of a hook payload that the session knows (docs/hooks.md).
 
     Attributes:
-        role: the role that is being taken; it names the hook, too.
-        epoch: of the tenure that begins or ends, or None when the server has none.
-        last_data: up to which moment data was processed, by whoever was primary.
-        previous_primary: session id of the tenure before, if known.
-        limit_s: seconds from its start after which it is killed.
+        role: the new role, which also selects the hook.
+        epoch: of the tenure that begins or ends, or None at a server without epochs.
+        last_data: the group's LastDataProcessedTime.
+        previous_primary: session id of the previous tenure, if known.
+        limit_s: seconds from its start after which the hook is killed.
     """
 
     role: Role
@@ -62,19 +64,19 @@ class HookFacts:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Make sure that the group and the session exist; keep trying; then say Joined."""
+    """Register the group and the session, with retries; answered by Joined."""
 
 
 @dataclass(frozen=True, slots=True)
-class SendBeat:
-    """Send a heartbeat now; say Answered or BeatFailed. Bound by the timing's request timeout."""
+class SendHeartbeat:
+    """Send a heartbeat now, within the request timeout; answered by HeartbeatAnswered or HeartbeatFailed."""
 
-    beat: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Say to the world (state file, log, probe) what this session is."""
+    """Publish the role of this session (state file, log, probe)."""
 
     before: Role
     role: Role
@@ -85,7 +87,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class StartHook:
-    """Run the hook of ``facts.role``; say HookEnded."""
+    """Run the hook of ``facts.role``; answered by HookEnded."""
 
     run: int
     facts: HookFacts
@@ -107,11 +109,11 @@ class KillHook:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Tell the coordinator that demotion is done; say Released.
+    """Release the role at the coordinator after the demotion; answered by Released.
 
     Attributes:
-        epoch: whose tenure ends.
-        hold_off_s: how long this session does not want to be chosen.
+        epoch: of the tenure that ends.
+        hold_off_s: how long this session asks not to be chosen.
         instance: the process that held the tenure; None for this one.
     """
 
@@ -123,7 +125,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Delete the session at the server; say Left.
+    """Delete the session at the server; answered by Left.
 
     A Join under way is cancelled first: it would register the session again.
     """
@@ -131,18 +133,27 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Escalate:
-    """Demotion failed within its budget (R4): kill what hooks of this tenure left running."""
+    """The demotion has failed within its budget (R4): kill all processes of this tenure."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The session is over; nothing else will be wanted."""
+    """The session has ended; no other effect follows."""
 
     code: ExitCode
 
 
 Effect = (
-    Join | SendBeat | Publish | StartHook | TermHook | KillHook | Release | Leave | Escalate | Exit
+    Join
+    | SendHeartbeat
+    | Publish
+    | StartHook
+    | TermHook
+    | KillHook
+    | Release
+    | Leave
+    | Escalate
+    | Exit
 )

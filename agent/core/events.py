@@ -1,4 +1,4 @@
-"""What can happen to an agent's session. Values; core/session.py decides what follows."""
+"""The events of an agent's session. Values; core/session.py decides what follows."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,15 +8,15 @@ from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer
 
 
-class Failure(StrEnum):
-    """Why a heartbeat was not answered, as far as the session acts on the difference."""
+class HeartbeatFailure(StrEnum):
+    """Why a heartbeat has failed, as far as the session acts on the difference."""
 
     GONE = "gone"
-    """404: the group or the session is not known there (docs/api.md, "Status codes")."""
+    """404: the server does not know the group or the session (docs/api.md, "Status codes")."""
     BACK_OFF = "back_off"
-    """429 or 503: asked to come later."""
+    """429 or 503: the server asks for a later retry."""
     OTHER_STORE = "other_store"
-    """The answer is from another store than the one that this session has met."""
+    """The answer came from another store than the session's."""
     OTHER = "other"
 
 
@@ -25,7 +25,7 @@ class Joined:
     """The group exists and the session is registered in it.
 
     Attributes:
-        timing: for the server's L.
+        timing: for the group's L at the server.
         store_id: the store that the session is registered in; None at a plain v1 server.
     """
 
@@ -34,30 +34,30 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class HeartbeatAnswered:
     """A heartbeat was answered."""
 
-    beat: int
+    number: int
     answer: HeartbeatAnswer
 
 
 @dataclass(frozen=True, slots=True)
-class BeatFailed:
-    """A heartbeat was not answered, or with an error.
+class HeartbeatFailed:
+    """A heartbeat was not answered, or was answered with an error.
 
     Attributes:
         why: for people.
-        retry_after_s: how long the server asks to wait, or None.
+        retry_after_s: the server's Retry-After, or None.
     """
 
-    beat: int
-    failure: Failure
+    number: int
+    failure: HeartbeatFailure
     why: str
     retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class StatusSeen:
+class StatusRead:
     """The group's status was read."""
 
     status: GroupStatus
@@ -65,7 +65,7 @@ class StatusSeen:
 
 @dataclass(frozen=True, slots=True)
 class HookEnded:
-    """A hook that was started has ended, or could not be started; ``why`` says how, for people."""
+    """A hook has ended, or could not be started; ``why`` is its result, for people."""
 
     run: int
     ok: bool
@@ -74,16 +74,16 @@ class HookEnded:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """The host slept or the loop was late by more than the margin (R2)."""
+    """The host was suspended, or the loop was late by more than the margin (R2)."""
 
     late_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Fitness:
-    """Whether this host may be primary at all (R9): its checks, its guard, its workload.
+class FitnessChanged:
+    """This host has become fit or unfit to be primary (R9), by its checks, its guard or its workload.
 
-    Said at each change. An unfit session demotes, beats no more, and so is not chosen.
+    An unfit session demotes and sends no heartbeats, so it is not chosen.
     """
 
     fit: bool
@@ -92,20 +92,20 @@ class Fitness:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The release was answered, or given up."""
+    """The release was answered, or has failed for good."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The session was deleted at the server, or that was given up."""
+    """The session was deleted at the server, or that has failed for good."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The session is to end: demote, release, leave, exit (R5).
+    """Shut the session down: demote, release, leave, exit (R5).
 
     Attributes:
-        code: the exit code. Not OK if a part of the agent has failed.
+        code: the exit code; not OK if a part of the agent has failed.
         reason: for operators.
     """
 
@@ -120,12 +120,12 @@ class Tick:
 
 Event = (
     Joined
-    | Answered
-    | BeatFailed
-    | StatusSeen
+    | HeartbeatAnswered
+    | HeartbeatFailed
+    | StatusRead
     | HookEnded
     | Stalled
-    | Fitness
+    | FitnessChanged
     | Released
     | Left
     | Stop

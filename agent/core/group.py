@@ -2,19 +2,19 @@
 
 Rules of this file:
 
-- ``decide`` changes nothing that it is given. It returns the next state, the answer, the history to
-  keep and the next moment at which something will be due. Same arguments, same result.
-- An input that cannot be obeyed raises a RequestRefused, and nothing has happened.
-- Whoever calls it must make ``decision.state.record`` and ``decision.history`` durable *before* it
-  hands the answer to anybody, whenever the record is not the one it put in.
-- ``state.live`` is what a restart forgets. After one, ``awaken`` gives every session one full L
-  (R14): a lease is made longer by trouble, never shorter.
-- At most one tenure exists at a time, and only a session whose own heartbeat is being answered
-  receives one, under a new epoch (R15, R16).
-- A lease ends before its time only by a release of the very process that holds it, or, where the
-  holder never named a process (plain v1), by the deletion of its session.
+- ``decide`` does not change its arguments. It returns the next state, the answer, the history to keep
+  and the next wake-up time. Same arguments, same result.
+- An input that cannot be applied raises a RequestRefused, and nothing has changed.
+- If the record has changed, the caller must make ``decision.state.record`` and ``decision.history``
+  durable *before* anybody sees the answer.
+- ``state.live`` is lost at a restart. ``state_after_restart`` then gives every session one full L
+  (R14): failures make a lease longer, never shorter.
+- At most one tenure exists at a time. A session receives one only in the answer to its own heartbeat,
+  under a new epoch (R15, R16).
+- A lease ends early only by a release from the very process that holds it, or, if the holder named no
+  process (plain v1), by the deletion of its session.
 
-Owns what each input does. The steps that inputs share are core/group_draft.py's.
+Owns what each input does. The steps that inputs share are in core/group_draft.py.
 """
 
 from collections.abc import Mapping
@@ -25,22 +25,22 @@ from typing import Any, assert_never
 from agent.core.group_draft import CONFIRM_SHARE, Draft, wake_at
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Contact,
     Decision,
     GroupState,
     Input,
-    KeepProgress,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
+    SaveProgress,
     SetAccess,
     SetOverride,
     Tick,
-    alive,
+    has_unsaved_progress,
+    is_alive,
     last_data_of,
-    progress_is_unkept,
     role_of,
     session_of,
 )
@@ -62,60 +62,59 @@ from agent.model import (
 
 INTERVAL_SHARE = 0.05
 LONGEST_INTERVAL_S = 1.0
-"""Heartbeats closer than L/20, at most 1 s, are refused (docs/api.md, "Sessions and heartbeats")."""
+"""Minimum interval between heartbeats: L/20, at most 1 s (docs/api.md, "Sessions and heartbeats")."""
 
 INTERVAL_TOLERANCE = 0.9
-"""A v1 client's second heartbeat comes 1 s after its first by a timer that may be early."""
+"""A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
 
-EPOCH_LEAP = 1_000_000
-"""How far above the record's epoch one heartbeat may lift it. Data that is older than its group has
-missed one epoch a tenure: a million are months of a group that changes hands every ten seconds."""
+LARGEST_EPOCH_STEP = 1_000_000
+"""The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per
+tenure: a million are months of a takeover every ten seconds."""
 
-HIGHEST_TAUGHT_EPOCH = 2**52
-"""No heartbeat lifts the epoch above this, however often it tries: there is always room for as many
-tenures again below MAX_EPOCH."""
+HIGHEST_LEARNED_EPOCH = 2**52
+"""Heartbeats never raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
 
 
 def minimum_interval_s(lease_s: float) -> float:
-    """How far apart two heartbeats of one session should be, in seconds (docs/api.md, "Sessions and heartbeats")."""
+    """The minimum interval between two heartbeats of one session, in seconds (docs/api.md, "Sessions and heartbeats")."""
     return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
 
 
 def epoch_after_deletion(retired: int) -> int:
-    """The epoch with which a group begins that has the name of a deleted one.
+    """The first epoch of a group that is created under the name of a deleted one.
 
     Args:
-        retired: the epoch of the deleted group. One that nothing but a wrong heartbeat can have
-            brought about is not continued: deleting and creating a group makes it usable again.
+        retired: the epoch of the deleted group. One that only a wrong heartbeat can have caused is not
+            continued, so that deleting and creating a group makes it usable again.
     """
-    return retired if retired <= HIGHEST_TAUGHT_EPOCH else 0
+    return retired if retired <= HIGHEST_LEARNED_EPOCH else 0
 
 
 def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
-    """What one input does to a group.
+    """Apply one input to a group.
 
     Args:
-        state: the group as it is; not changed.
-        what: what came, or Tick.
-        now: the moment of the decision. A lease that it grants runs from here, which is never
-            before the request was received.
+        state: the current state; not changed.
+        what: the input.
+        now: the moment of the decision, never before the request was received. A granted lease
+            starts here.
         policy: the coordinator's settings.
 
     Raises:
-        RequestRefused: the input cannot be obeyed, and nothing has happened.
+        RequestRefused: the input cannot be applied, and nothing has changed.
     """
     draft = Draft(state, now, policy)
-    draft.settle()
+    draft.apply_due_changes()
     answer: HeartbeatAnswer | bool | None = _apply(draft, what)
-    draft.settle()
-    if isinstance(what, Beat):
-        answer = _answer_beat(draft, what.session_id)
+    draft.apply_due_changes()
+    if isinstance(what, ReceiveHeartbeat):
+        answer = _answer_heartbeat(draft, what.session_id)
     after = draft.state
     return Decision(after, answer, tuple(draft.history.values()), wake_at(after, now, policy))
 
 
-def agrees(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
-    """Whether a registration says nothing that contradicts what exists: absent says nothing (docs/api.md, "Groups")."""
+def is_compatible(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
+    """Whether a registration agrees with the existing one; absent fields agree with any (docs/api.md, "Groups")."""
     if isinstance(wanted, GroupConfig) and isinstance(known, GroupConfig):
         if wanted.timeout_ticks != known.timeout_ticks:
             return False
@@ -128,22 +127,22 @@ def agrees(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConf
 
 def _apply(draft: Draft, what: Input) -> bool | None:
     match what:
-        case Beat():
-            _beat(draft, what)
+        case ReceiveHeartbeat():
+            _receive_heartbeat(draft, what)
         case AddSession():
-            return _add(draft, what.config)
+            return _add_session(draft, what.config)
         case RemoveSession():
-            _remove(draft, what.session_id)
+            _remove_session(draft, what.session_id)
         case SetOverride():
-            _override(draft, what)
+            _set_override(draft, what)
         case ReleaseRole():
-            _release(draft, what)
+            _release_role(draft, what)
         case SetAccess():
             draft.record = replace(draft.record, acl=what.acl)
         case RemoveGroup():
-            _refuse_removal_while_alive(draft)
-        case KeepProgress():
-            _keep_progress(draft)
+            _refuse_removal_while_active(draft)
+        case SaveProgress():
+            _save_progress(draft)
         case Tick():
             pass
         case _:
@@ -154,89 +153,90 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 # -- heartbeats ---------------------------------------------------------------------------------
 
 
-def _beat(draft: Draft, beat: Beat) -> None:
-    session = session_of(draft.record, beat.session_id)
-    contact = draft.live.contacts[beat.session_id]
-    _refuse_haste(draft, beat, contact)
-    _refuse_unusable_epoch(draft, beat)
+def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
+    session = session_of(draft.record, heartbeat.session_id)
+    contact = draft.live.contacts[heartbeat.session_id]
+    _refuse_too_soon(draft, heartbeat, contact)
+    _refuse_unusable_epoch(draft, heartbeat)
     draft.live = replace(
         draft.live,
         contacts={
             **draft.live.contacts,
-            beat.session_id: Contact(  # each heartbeat comes by here: replace() costs twice this
+            heartbeat.session_id: Contact(  # the hot path: replace() takes twice as long
                 heard_at=draft.now.mono,
-                posted_at=draft.now,
-                score=beat.score,
-                last_data=beat.last_data if beat.last_data is not None else contact.last_data,
-                instance=beat.instance,
-                told_revision=contact.told_revision,
+                last_heartbeat=draft.now,
+                score=heartbeat.score,
+                last_data=heartbeat.last_data
+                if heartbeat.last_data is not None
+                else contact.last_data,
+                instance=heartbeat.instance,
+                answered_revision=contact.answered_revision,
                 hold_off_until=contact.hold_off_until,
             ),
         },
     )
-    if session.has_to_see is not None and _has_seen(beat, session.has_to_see):
-        draft.change_session(beat.session_id, has_to_see=None)
-    if beat.seen_epoch is not None and beat.seen_epoch > draft.record.epoch:
-        draft.learn_epoch(beat.seen_epoch)
+    if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
+        draft.change_session(heartbeat.session_id, has_to_see=None)
+    if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > draft.record.epoch:
+        draft.learn_epoch(heartbeat.seen_epoch)
     holder = draft.record.holder
-    if holder is not None and draft.holds(beat.session_id, beat.instance):
-        _renew(draft, holder, beat)
-    elif draft.record.pending == beat.session_id and holder is None and not draft.record.quiet:
-        draft.confirm(beat.session_id, beat.instance)
+    if holder is not None and draft.holds(heartbeat.session_id, heartbeat.instance):
+        _renew(draft, holder, heartbeat)
+    elif draft.record.pending == heartbeat.session_id and holder is None and not draft.record.quiet:
+        draft.confirm(heartbeat.session_id, heartbeat.instance)
 
 
-def _renew(draft: Draft, holder: Tenure, beat: Beat) -> None:
-    """The heartbeat of the process that holds the tenure."""
-    draft.keep_progress(beat.last_data)
-    if not draft.live.holder_hears and _has_seen(beat, holder.epoch):
-        draft.live = replace(draft.live, holder_hears=True)
+def _renew(draft: Draft, holder: Tenure, heartbeat: ReceiveHeartbeat) -> None:
+    """Apply the heartbeat of the process that holds the tenure."""
+    draft.record_progress(heartbeat.last_data)
+    if not draft.live.answers_reach_holder and _has_seen(heartbeat, holder.epoch):
+        draft.live = replace(draft.live, answers_reach_holder=True)
     held_s = draft.now.mono - draft.live.held_since
-    if not draft.live.holder_hears and held_s > CONFIRM_SHARE * draft.lease_s:
-        # Our answers do not reach it: it is not active, and would keep everybody else from the role.
-        # One late heartbeat from before its tenure says nothing once a newer one has been here.
-        draft.change_session(beat.session_id, has_to_see=holder.epoch)
+    if not draft.live.answers_reach_holder and held_s > CONFIRM_SHARE * draft.lease_s:
+        # Our answers do not reach the holder: it is not active, and blocks the role for the others.
+        draft.change_session(heartbeat.session_id, has_to_see=holder.epoch)
         draft.revoke(holder)
     elif not holder.revoked:
         draft.extend()
 
 
-def _has_seen(beat: Beat, epoch: int) -> bool:
-    """Whether a heartbeat says that its client knows ``epoch``; a v1 client never says so."""
-    return beat.seen_epoch is None or beat.seen_epoch >= epoch
+def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
+    """Whether the client of a heartbeat knows ``epoch``; v1 clients send none and pass."""
+    return heartbeat.seen_epoch is None or heartbeat.seen_epoch >= epoch
 
 
-def _refuse_haste(draft: Draft, beat: Beat, contact: Contact) -> None:
-    """Confirmations, and whoever has not heard of the newest change, are never refused (docs/api.md, "Sessions and heartbeats")."""
+def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> None:
+    """Enforce the minimum interval, except for confirmations and for clients that have not seen the newest revision."""
     interval_s = minimum_interval_s(draft.lease_s)
     if (
-        contact.posted_at is None
-        or contact.instance != beat.instance
-        or contact.told_revision != draft.record.revision
-        or draft.record.pending == beat.session_id
+        contact.last_heartbeat is None
+        or contact.instance != heartbeat.instance
+        or contact.answered_revision != draft.record.revision
+        or draft.record.pending == heartbeat.session_id
     ):
         return
-    early_s = contact.posted_at.mono + interval_s - draft.now.mono
+    early_s = contact.last_heartbeat.mono + interval_s - draft.now.mono
     if early_s > interval_s * (1 - INTERVAL_TOLERANCE):
         raise TooSoon(
-            f'The heartbeat of client session "{beat.session_id}" came {early_s:.3f} s before'
+            f'The heartbeat of client session "{heartbeat.session_id}" came {early_s:.3f} s before'
             f" the group's minimum interval of {interval_s:g} s had passed.",
-            "Wait for the time in Retry-After, and beat every FailoverTimeout / 2 or so.",
+            "Wait for the time in Retry-After, and send heartbeats every FailoverTimeout / 2 or so.",
             retry_after_s=early_s,
         )
 
 
-def _refuse_unusable_epoch(draft: Draft, beat: Beat) -> None:
-    """An epoch must leave room for the next ones: what a caller teaches is bounded."""
+def _refuse_unusable_epoch(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
+    """Bound the epoch that a client can set, so that there is always a next one."""
     known = draft.record.epoch
-    limit = max(known, min(known + EPOCH_LEAP, HIGHEST_TAUGHT_EPOCH))
-    if beat.seen_epoch is not None and beat.seen_epoch > limit:
+    limit = max(known, min(known + LARGEST_EPOCH_STEP, HIGHEST_LEARNED_EPOCH))
+    if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > limit:
         raise Invalid(
-            f"Epoch is {beat.seen_epoch}: it must be at most {limit}, since the newest epoch of group"
+            f"Epoch is {heartbeat.seen_epoch}: it must be at most {limit}, since the newest epoch of group"
             f' "{draft.record.config.id}" is {known}.',
             "Restart the client, so that it forgets this epoch; or restore newer data of the"
             " coordinator.",
         )
-    if known >= MAX_EPOCH and not draft.holds(beat.session_id, beat.instance):
+    if known >= MAX_EPOCH and not draft.holds(heartbeat.session_id, heartbeat.instance):
         raise Conflict(
             f'Group "{draft.record.config.id}" has used up its epochs: the newest is {known}.',
             "Delete the group when FailoverTimeout has passed, create it again, and restart its"
@@ -244,15 +244,17 @@ def _refuse_unusable_epoch(draft: Draft, beat: Beat) -> None:
         )
 
 
-def _answer_beat(draft: Draft, session_id: str) -> HeartbeatAnswer:
+def _answer_heartbeat(draft: Draft, session_id: str) -> HeartbeatAnswer:
     record, contact = draft.record, draft.live.contacts[session_id]
     holder = record.holder
     role = role_of(record, session_id)
-    keeps = draft.holds(session_id, contact.instance) and holder is not None and not holder.revoked
-    if role is Role.PRIMARY and not keeps:
-        role = Role.SECONDARY  # to be demoted, or another process than the one that holds
-    if contact.told_revision != record.revision:
-        draft.change_contact(session_id, told_revision=record.revision)
+    holds_role = (
+        draft.holds(session_id, contact.instance) and holder is not None and not holder.revoked
+    )
+    if role is Role.PRIMARY and not holds_role:
+        role = Role.SECONDARY  # revoked, or another process than the holder
+    if contact.answered_revision != record.revision:
+        draft.change_contact(session_id, answered_revision=record.revision)
     return HeartbeatAnswer(
         role=role,
         last_data=last_data_of(draft.state),
@@ -266,7 +268,7 @@ def _answer_beat(draft: Draft, session_id: str) -> HeartbeatAnswer:
 # -- sessions -----------------------------------------------------------------------------------
 
 
-def _add(draft: Draft, config: SessionConfig) -> bool:
+def _add_session(draft: Draft, config: SessionConfig) -> bool:
     record = draft.record
     known = record.sessions.get(config.id)
     if known is None:
@@ -282,7 +284,7 @@ def _add(draft: Draft, config: SessionConfig) -> bool:
         contacts = {**draft.live.contacts, config.id: Contact(heard_at=draft.now.mono)}
         draft.live = replace(draft.live, contacts=contacts)
         return True
-    if not agrees(config, known.config):
+    if not is_compatible(config, known.config):
         raise Conflict(
             f'Client session "{config.id}" exists with another configuration.',
             "Use the same Name and AdditionalData, another Id, or delete that session first.",
@@ -290,11 +292,11 @@ def _add(draft: Draft, config: SessionConfig) -> bool:
     return False
 
 
-def _remove(draft: Draft, session_id: str) -> None:
+def _remove_session(draft: Draft, session_id: str) -> None:
     session_of(draft.record, session_id)
     holder = draft.record.holder
-    # A v1 client deletes its session when it has stopped. Ours releases first (R5): if one
-    # is removed while it still holds, somebody else did it, and the lease has to run out.
+    # A v1 client deletes its session after it has stopped. Our agents release first (R5): a
+    # holder's session is deleted by somebody else, and its lease has to expire.
     if holder is not None and holder.session_id == session_id and holder.instance is None:
         draft.end_tenure(holder, TenureEnd.DELETED, "its client session was deleted")
     if draft.record.pending == session_id:
@@ -307,12 +309,12 @@ def _without(sessions: Mapping[str, Any], session_id: str) -> dict[str, Any]:
     return {known: value for known, value in sessions.items() if known != session_id}
 
 
-def _override(draft: Draft, wish: SetOverride) -> None:
-    session_of(draft.record, wish.session_id)
+def _set_override(draft: Draft, request: SetOverride) -> None:
+    session_of(draft.record, request.session_id)
     draft.change_session(
-        wish.session_id,
-        override=wish.value,
-        override_until=wish.until if wish.value is not RoleOverride.OFF else None,
+        request.session_id,
+        override=request.value,
+        override_until=request.until if request.value is not RoleOverride.OFF else None,
         override_order=1 + max(s.override_order for s in draft.record.sessions.values()),
     )
 
@@ -320,16 +322,16 @@ def _override(draft: Draft, wish: SetOverride) -> None:
 # -- releases -----------------------------------------------------------------------------------
 
 
-def _release(draft: Draft, release: ReleaseRole) -> None:
-    """End the tenure that the caller holds. Anything else was asked for by somebody else, or is done."""
+def _release_role(draft: Draft, release: ReleaseRole) -> None:
+    """End the tenure if its holder asks for that; ignore a release by anybody else, or a repeated one."""
     holder, ended = draft.record.holder, draft.record.ended
-    if holder is not None and _is_of(release, holder):
-        draft.keep_progress(release.last_data)
+    if holder is not None and _matches_tenure(release, holder):
+        draft.record_progress(release.last_data)
         draft.end_tenure(holder, TenureEnd.RELEASED, release.why)
         if release.session_id in draft.record.sessions:
-            # The others are asked first: it may be heard here, and hear nothing itself.
+            # Prefer the others: its heartbeats arrive, but our answers may not reach it.
             draft.change_contact(release.session_id, passed_over=True)
-    elif ended is not None and _is_of(release, ended) and release.hold_off_s > 0:
+    elif ended is not None and _matches_tenure(release, ended) and release.hold_off_s > 0:
         draft.record = replace(draft.record, ended=None)
     else:
         return
@@ -337,8 +339,8 @@ def _release(draft: Draft, release: ReleaseRole) -> None:
         _hold_off(draft, release.session_id, min(release.hold_off_s, LONGEST_HOLD_OFF_S))
 
 
-def _is_of(release: ReleaseRole, tenure: Tenure) -> bool:
-    """Whether the caller is the process that held this tenure."""
+def _matches_tenure(release: ReleaseRole, tenure: Tenure) -> bool:
+    """Whether a release comes from the process that held this tenure."""
     return (release.session_id, release.epoch, release.instance) == (
         tenure.session_id,
         tenure.epoch,
@@ -355,9 +357,9 @@ def _hold_off(draft: Draft, session_id: str, length_s: float) -> None:
 # -- the group ----------------------------------------------------------------------------------
 
 
-def _refuse_removal_while_alive(draft: Draft) -> None:
+def _refuse_removal_while_active(draft: Draft) -> None:
     group_id = draft.record.config.id
-    active = {s for s in draft.record.sessions if alive(draft.state, s, draft.now)}
+    active = {s for s in draft.record.sessions if is_alive(draft.state, s, draft.now)}
     if draft.record.holder is not None:
         active.add(draft.record.holder.session_id)
     if active:
@@ -365,7 +367,7 @@ def _refuse_removal_while_alive(draft: Draft) -> None:
             f'Group "{group_id}" has active client sessions: {", ".join(sorted(active))}.',
             "Stop these clients, or wait until FailoverTimeout after their last heartbeat.",
         )
-    if draft.record.quiet:  # a group of its name would know nothing of that lease
+    if draft.record.quiet:  # a new group of this name would not know of that lease
         raise Conflict(
             f'A client of group "{group_id}" may hold the role, since one has seen an epoch that'
             " the group's data did not have.",
@@ -373,7 +375,7 @@ def _refuse_removal_while_alive(draft: Draft) -> None:
         )
 
 
-def _keep_progress(draft: Draft) -> None:
+def _save_progress(draft: Draft) -> None:
     holder = draft.record.holder
-    if holder is not None and progress_is_unkept(draft.state):
+    if holder is not None and has_unsaved_progress(draft.state):
         draft.record = replace(draft.record, holder=replace(holder, last_data=draft.live.last_data))

@@ -1,36 +1,36 @@
-"""Which session of a group should be primary (R17): eligibility, order of preference, who is better.
+"""Which session of a group should be primary (R17): eligibility, preference, replacement.
 
-Owns the comparison and nothing else: it reads a state and changes none. When somebody is chosen, and
-what a choice does, is core/group_draft.py's.
+Owns the comparison only, and changes no state. core/group_draft.py owns when a candidate is chosen and
+what follows.
 """
 
-from agent.core.group_state import GroupState, Policy, alive
+from agent.core.group_state import GroupState, Policy, is_alive
 from agent.model import Instant, RoleOverride
 
 
-def eligible(state: GroupState, session_id: str, now: Instant) -> bool:
-    """Whether a session may be pending or become it: alive, and nothing speaks against it."""
+def is_eligible(state: GroupState, session_id: str, now: Instant) -> bool:
+    """Whether a session may be the candidate: alive, not held off, and receiving our answers."""
     contact = state.live.contacts.get(session_id)
     return (
         contact is not None
-        and alive(state, session_id, now)
+        and is_alive(state, session_id, now)
         and contact.hold_off_until <= now.mono
         and state.record.sessions[session_id].has_to_see is None
     )
 
 
-def best(state: GroupState, now: Instant, *, exclude: str | None) -> str | None:
-    """The session to ask next, or None.
+def best_candidate(state: GroupState, now: Instant, *, exclude: str | None) -> str | None:
+    """The session to choose next, or None.
 
-    Only one that was heard since the coordinator started, and was not just passed over, is asked.
+    Only sessions that sent a heartbeat since the coordinator started, and were not passed over, count.
     """
     contacts = state.live.contacts
     ready = [
         session_id
         for session_id in state.record.sessions
         if session_id != exclude
-        and eligible(state, session_id, now)
-        and contacts[session_id].posted_at is not None
+        and is_eligible(state, session_id, now)
+        and contacts[session_id].last_heartbeat is not None
         and not contacts[session_id].passed_over
     ]
     return min(ready, key=lambda session_id: _preference(state, session_id), default=None)
@@ -43,7 +43,7 @@ def _preference(state: GroupState, session_id: str) -> tuple[float, float, float
 
 
 def override_rank(state: GroupState, session_id: str) -> int:
-    """0 without an override; the newest override has the highest rank."""
+    """The rank of a session's override: 0 without one, highest for the newest."""
     session = state.record.sessions.get(session_id)
     if session is None or session.override is not RoleOverride.PRIMARY:
         return 0
@@ -53,7 +53,7 @@ def override_rank(state: GroupState, session_id: str) -> int:
 def should_replace(
     state: GroupState, challenger: str, holder: str, now: Instant, policy: Policy
 ) -> bool:
-    """Whether a live holder gives way: to a newer override at once, to a score after its minimum hold."""
+    """Whether to replace a live holder: at once for a newer override, after its minimum hold for a score."""
     overridden = override_rank(state, challenger) != override_rank(state, holder)
     if not overridden and now.mono - state.live.held_since < policy.minimum_hold_s:
         return False
@@ -61,11 +61,11 @@ def should_replace(
 
 
 def outranks(state: GroupState, challenger: str, incumbent: str, policy: Policy) -> bool:
-    """By a newer override, else by a score that is better by more than the hysteresis."""
+    """Whether a session has a newer override, or else a score better by more than the hysteresis."""
     theirs, ours = override_rank(state, challenger), override_rank(state, incumbent)
     if theirs != ours:
         return theirs > ours
     contact = state.live.contacts.get(incumbent)
-    if contact is None or contact.posted_at is None:
-        return False  # after a restart its score is not known yet
+    if contact is None or contact.last_heartbeat is None:
+        return False  # its score is unknown after a restart
     return state.live.contacts[challenger].score - contact.score > policy.score_hysteresis

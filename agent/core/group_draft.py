@@ -1,8 +1,8 @@
-"""One decision of a group in the making: the steps that every input is made of.
+"""A draft of a group's next state: the steps that inputs share.
 
-Owns how a tenure begins and ends, who is pending, quiet times and what falls due by itself. What an
-input does with these steps is core/group.py's; who is the better choice is core/group_choice.py's.
-A draft is thrown away if the input is refused, so a step may change it before a later one raises.
+Owns how a tenure begins and ends, the pending session, quiet times and expiry. core/group.py owns what
+each input does with these steps; core/group_choice.py owns who is the better choice.
+A draft is discarded if the input is refused, so a step may change it before a later one raises.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ from agent.core.roles import check_transition
 from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
-"""Share of L in which a chosen session has to confirm. A v1 client beats every L/2 (docs/api.md, "What v1 clients do, and what they get");
-the rest is room for a late one."""
+"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
+the rest allows for a late one."""
 
 
 def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
-    """When something is due next if nothing comes: CLOCK_BOOTTIME seconds, or infinity."""
+    """When the next change is due without an input: CLOCK_BOOTTIME seconds, or infinity."""
     record, live = state.record, state.live
     due = [
         now.mono + max(0.0, (session.override_until - now.wall).total_seconds())
@@ -45,9 +45,9 @@ def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
 
 
 class Draft:
-    """The next state of a group, and the history that goes with it.
+    """The next state of a group, with its history.
 
-    ``record`` stays the very object that it was while nothing durable has changed.
+    ``record`` stays the same object while nothing durable has changed.
     """
 
     def __init__(self, state: GroupState, now: Instant, policy: Policy) -> None:
@@ -59,7 +59,7 @@ class Draft:
 
     @property
     def state(self) -> GroupState:
-        """The state as far as it has come."""
+        """The state so far."""
         return GroupState(self.record, self.live)
 
     @property
@@ -68,14 +68,14 @@ class Draft:
         return self.record.config.lease_s
 
     def holds(self, session_id: str, instance: str | None) -> bool:
-        """Whether this very process holds the tenure on record."""
+        """Whether this very process holds the current tenure."""
         holder = self.record.holder
         return holder is not None and (holder.session_id, holder.instance) == (session_id, instance)
 
     # -- changes of one part ------------------------------------------------------------------
 
-    def bump(self, **changes: object) -> None:
-        """Change the record in what a status read shows."""
+    def change_status(self, **changes: object) -> None:
+        """Change fields of the record that a status read shows; this makes a new revision."""
         self.record = replace(self.record, revision=self.record.revision + 1, **changes)  # type: ignore[arg-type]
 
     def change_session(self, session_id: str, **changes: object) -> None:
@@ -84,15 +84,15 @@ class Draft:
         self.record = replace(self.record, sessions={**self.record.sessions, session_id: session})
 
     def change_contact(self, session_id: str, **changes: object) -> None:
-        """Change the other part of a session."""
+        """Change the part of a session that is not durable."""
         contact = replace(self.live.contacts[session_id], **changes)  # type: ignore[arg-type]
         self.live = replace(self.live, contacts={**self.live.contacts, session_id: contact})
 
-    # -- what falls due by itself -------------------------------------------------------------
+    # -- expiry -------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Do all that is due at ``now``."""
-        self._expire_wishes()
+    def apply_due_changes(self) -> None:
+        """Apply every change that is due at ``now``."""
+        self._expire_overrides_and_hold_offs()
         if self.record.quiet and self.now.mono >= self.live.quiet_until:
             self.record = replace(self.record, quiet=False)
         if self.record.holder is not None and self.now.mono >= self.live.lease_until:
@@ -104,8 +104,8 @@ class Draft:
             self.set_pending(None)
         self._choose()
 
-    def _expire_wishes(self) -> None:
-        """End overrides and hold-offs whose time is over."""
+    def _expire_overrides_and_hold_offs(self) -> None:
+        """End the overrides and hold-offs that have expired."""
         for session_id, session in self.record.sessions.items():
             if session.override_until is not None and session.override_until <= self.now.wall:
                 self.change_session(session_id, override=RoleOverride.OFF, override_until=None)
@@ -116,7 +116,7 @@ class Draft:
                 self.change_session(session_id, hold_off=None)
 
     def _may_stay_pending(self, session_id: str) -> bool:
-        if not choice.eligible(self.state, session_id, self.now):
+        if not choice.is_eligible(self.state, session_id, self.now):
             return False
         if self.now.mono >= self.live.confirm_by:
             self.change_contact(session_id, passed_over=True)
@@ -124,17 +124,17 @@ class Draft:
         return True
 
     def _choose(self) -> None:
-        """Fill the vacancy, or replace a holder that is worse by enough (R16, R17)."""
+        """Choose a candidate for a vacant role, or to replace a worse holder (R16, R17)."""
         state, holder = self.state, self.record.holder
         if holder is not None and not holder.revoked:
-            challenger = choice.best(state, self.now, exclude=holder.session_id)
+            challenger = choice.best_candidate(state, self.now, exclude=holder.session_id)
             if challenger is not None and choice.should_replace(
                 state, challenger, holder.session_id, self.now, self.policy
             ):
                 self.revoke(holder)
                 self.set_pending(challenger)
         elif self.record.pending is None:
-            chosen = choice.best(
+            chosen = choice.best_candidate(
                 state, self.now, exclude=holder.session_id if holder is not None else None
             )
             if chosen is not None:
@@ -143,8 +143,8 @@ class Draft:
     # -- tenures ------------------------------------------------------------------------------
 
     def confirm(self, session_id: str, instance: str | None) -> None:
-        """Begin its tenure, unless it would be taken away at once: that would cost a whole lease."""
-        better = choice.best(self.state, self.now, exclude=session_id)
+        """Begin the candidate's tenure, unless a better one would replace it at once."""
+        better = choice.best_candidate(self.state, self.now, exclude=session_id)
         if better is not None and choice.outranks(self.state, better, session_id, self.policy):
             self.set_pending(better)
         else:
@@ -155,14 +155,14 @@ class Draft:
         epoch = self.record.epoch + 1
         why = "overridden" if choice.override_rank(self.state, session_id) else "chosen"
         tenure = Tenure(session_id, epoch, self.now.wall, why, instance=instance)
-        self.bump(epoch=epoch, holder=tenure, pending=None)
-        # The answer hands over what the tenure before left, not what this heartbeat says of an older
-        # one (R18); the tenure's own progress begins with the next heartbeat.
+        self.change_status(epoch=epoch, holder=tenure, pending=None)
+        # The answer carries the previous tenure's progress, not this heartbeat's, which may be of an
+        # older tenure (R18). The new tenure's own progress begins with the next heartbeat.
         self.live = replace(
             self.live,
             lease_until=self.now.mono + self.lease_s,
             held_since=self.now.mono,
-            holder_hears=False,
+            answers_reach_holder=False,
             last_data=None,
         )
         self.history[epoch] = HistoryEntry(epoch, session_id, self.now.wall, why)
@@ -172,29 +172,29 @@ class Draft:
         self.live = replace(self.live, lease_until=self.now.mono + self.lease_s)
 
     def revoke(self, holder: Tenure) -> None:
-        """Tell the holder to demote, and extend its lease no more."""
+        """Answer the holder Secondary from now on, and stop renewing its lease."""
         self.record = replace(self.record, holder=replace(holder, revoked=True))
 
     def end_tenure(self, holder: Tenure, end: TenureEnd, why: str) -> None:
-        """End the tenure on record, which is ``holder``."""
+        """End the current tenure, which is ``holder``."""
         check_transition(Role.PRIMARY, Role.SECONDARY)
         last_data = last_data_of(self.state)
         self.history[holder.epoch] = HistoryEntry(
             holder.epoch, holder.session_id, holder.since, holder.why, self.now.wall, why, end
         )
-        self.bump(
+        self.change_status(
             holder=None,
             previous=holder.session_id,
             last_data=last_data,
             ended=None if end is TenureEnd.RELEASED else holder,
         )
         self.live = replace(self.live, last_data=None)
-        self._allow_time_to_confirm()
+        self._set_confirmation_deadline()
 
     def learn_epoch(self, seen: int) -> None:
-        """A client has seen an epoch that is not in the record: the record is older than the group.
+        """Adopt a newer epoch that a client has seen: the record is older than the group.
 
-        A lease may exist that the record does not know, so no tenure begins for a full L.
+        An unknown lease may exist, so no tenure begins for a full L.
         """
         self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
         if self.record.holder is not None:
@@ -203,11 +203,11 @@ class Draft:
                 TenureEnd.DATA_LOSS,
                 "its epoch is older than one that a client has seen",
             )
-        self.bump(epoch=seen, quiet=True)
-        self._allow_time_to_confirm()
+        self.change_status(epoch=seen, quiet=True)
+        self._set_confirmation_deadline()
 
-    def keep_progress(self, last_data: datetime | None) -> None:
-        """The holder's data-processed time, which never goes back within a tenure (R18)."""
+    def record_progress(self, last_data: datetime | None) -> None:
+        """Record the holder's data-processed time, which never goes back within a tenure (R18)."""
         known = self.live.last_data
         if last_data is not None and (known is None or last_data > known):
             self.live = replace(self.live, last_data=last_data)
@@ -215,16 +215,16 @@ class Draft:
     # -- the pending session ------------------------------------------------------------------
 
     def set_pending(self, session_id: str | None) -> None:
-        """Ask this session to take over instead of the one before."""
+        """Make this session the candidate, in place of the previous one."""
         if self.record.pending is not None:
             check_transition(Role.PENDING_PRIMARY, Role.SECONDARY)
         if session_id is not None:
             check_transition(role_of(self.record, session_id), Role.PENDING_PRIMARY)
-        self.bump(pending=session_id)
-        self._allow_time_to_confirm()
+        self.change_status(pending=session_id)
+        self._set_confirmation_deadline()
 
-    def _allow_time_to_confirm(self) -> None:
-        """It can confirm from the end of the last lease on, and of a quiet time."""
+    def _set_confirmation_deadline(self) -> None:
+        """Count the time to confirm from when the last lease and the quiet time have ended."""
         earliest = max(self.now.mono, self.live.quiet_until)
         if self.record.holder is not None:
             earliest = max(earliest, self.live.lease_until)

@@ -1,7 +1,7 @@
-"""A coordinator's group as values: the state, what can come in, what is read out of it.
+"""A coordinator's group as values: its state, its inputs, and reads of it.
 
-Nothing here decides; core/group.py does. ``GroupState.record`` is durable, ``GroupState.live`` is
-what a restart forgets; ``awaken`` and ``excuse`` rebuild it to the advantage of whoever holds a lease
+Nothing here decides; core/group.py does. ``GroupState.record`` is durable, ``GroupState.live`` is lost
+at a restart; ``state_after_restart`` and ``state_after_stall`` rebuild it in favour of the lease holder
 (R14). All moments are CLOCK_BOOTTIME seconds unless they are date-times.
 """
 
@@ -30,12 +30,12 @@ from agent.model import (
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How eagerly a live primary is replaced by a better one (R17).
+    """When a better session replaces a live primary (R17).
 
     Attributes:
-        score_hysteresis: its score must be exceeded by more than this; 0 is strict v1.
-        minimum_hold_s: and it must have held for this long, in seconds; 0 is strict v1.
-        max_sessions: bound on a group's sessions, so that one caller cannot fill the memory.
+        score_hysteresis: how much higher its score must be; 0 is strict v1.
+        minimum_hold_s: how long the primary must have held the role, in seconds; 0 is strict v1.
+        max_sessions: cap on a group's sessions, so that one caller cannot fill the memory.
     """
 
     score_hysteresis: float = 10.0
@@ -45,36 +45,36 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """What is known of a session since the coordinator started.
+    """What the coordinator knows of a session since its own start.
 
     Attributes:
-        heard_at: when it was last heard, or the start of its grace.
-        posted_at: when a heartbeat last came, or None.
-        told_revision: the group's revision in the last answer, or None.
-        passed_over: it did not confirm, or gave the role back; its next heartbeat forgives that.
-        hold_off_until: it asked not to be chosen before then; kept in the record, too.
+        heard_at: when it was last heard, or when its grace after a restart began.
+        last_heartbeat: when the last heartbeat came, or None.
+        answered_revision: the group's revision in the last answer, or None.
+        passed_over: it did not confirm, or has released the role; its next heartbeat clears this.
+        hold_off_until: it is not chosen before then; also in the record.
     """
 
     heard_at: float
-    posted_at: Instant | None = None
+    last_heartbeat: Instant | None = None
     score: float = 0.0
     last_data: datetime | None = None
     instance: str | None = None
-    told_revision: int | None = None
+    answered_revision: int | None = None
     passed_over: bool = False
     hold_off_until: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The part of a group's state that a restart forgets. All times are CLOCK_BOOTTIME seconds.
+    """The part of a group's state that is lost at a restart. All times are CLOCK_BOOTTIME seconds.
 
     Attributes:
         lease_until: end of the holder's lease; meaningless without a holder.
-        held_since: when the tenure began, as far as this run knows.
-        confirm_by: when the pending session is passed over.
-        quiet_until: when the quiet time of the record ends; meaningless without one.
-        holder_hears: a heartbeat of the holder has carried its epoch, so our answers reach it.
+        held_since: start of the tenure, or of this process if that is later.
+        confirm_by: deadline of the pending session to confirm; then it is passed over.
+        quiet_until: end of the quiet time; meaningless without one.
+        answers_reach_holder: a heartbeat of the holder has carried its epoch.
         last_data: the newest LastDataProcessedTime of this tenure.
     """
 
@@ -83,21 +83,21 @@ class Live:
     held_since: float = float("-inf")
     confirm_by: float = float("-inf")
     quiet_until: float = float("-inf")
-    holder_hears: bool = False
+    answers_reach_holder: bool = False
     last_data: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """All of a group: what is durable, and what is not."""
+    """The whole state of a group, durable and not."""
 
     record: GroupRecord
     live: Live = field(default_factory=Live)
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """A heartbeat. ``instance`` and ``seen_epoch`` come from our own agents only."""
+class ReceiveHeartbeat:
+    """A heartbeat came. Only our own agents send ``instance`` and ``seen_epoch``."""
 
     session_id: str
     score: float
@@ -115,14 +115,14 @@ class AddSession:
 
 @dataclass(frozen=True, slots=True)
 class RemoveSession:
-    """A client leaves, or somebody removes it."""
+    """A session is deleted, by its client or by somebody else."""
 
     session_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class SetOverride:
-    """An operator's wish; ``until`` None is for ever."""
+    """An operator sets a role override; without ``until`` it does not expire."""
 
     session_id: str
     value: RoleOverride
@@ -131,10 +131,10 @@ class SetOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseRole:
-    """The holder has demoted; the next one may be promoted now.
+    """The holder has demoted and releases the role.
 
-    It counts only if session, epoch and instance are those of the tenure, and so does its hold-off,
-    which counts also if that tenure has just ended by itself.
+    It counts only if session, epoch and instance are those of the current tenure. Its hold-off also
+    counts if that tenure has just expired.
     """
 
     session_id: str
@@ -147,28 +147,28 @@ class ReleaseRole:
 
 @dataclass(frozen=True, slots=True)
 class SetAccess:
-    """The group's own access-control list is replaced."""
+    """Replace the group's own access-control list."""
 
     acl: AccessList
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveGroup:
-    """Somebody wants to delete the group. Allowed while no session is alive."""
+    """Delete the group. Refused while a session is alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Nothing came; look whether something is due."""
+    """No input; apply what is due."""
 
 
 @dataclass(frozen=True, slots=True)
-class KeepProgress:
+class SaveProgress:
     """Make the tenure's data-processed time durable (R13: at least once a second)."""
 
 
 Input = (
-    Beat
+    ReceiveHeartbeat
     | AddSession
     | RemoveSession
     | SetOverride
@@ -176,18 +176,18 @@ Input = (
     | SetAccess
     | RemoveGroup
     | Tick
-    | KeepProgress
+    | SaveProgress
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What ``decide`` decided.
+    """The result of ``decide``.
 
     Attributes:
-        answer: for Beat a HeartbeatAnswer; for AddSession whether it was created; else None.
-        history: tenures that began or ended, to be upserted by epoch with the record.
-        wake_at: when to come back with a Tick at the latest, or infinity.
+        answer: a HeartbeatAnswer for ReceiveHeartbeat; for AddSession whether it was created; else None.
+        history: tenures that began or ended, to upsert by epoch together with the record.
+        wake_at: when to call ``decide`` with a Tick at the latest, or infinity.
     """
 
     state: GroupState
@@ -196,12 +196,14 @@ class Decision:
     wake_at: float
 
 
-def awaken(record: GroupRecord, now: Instant) -> GroupState:
-    """A group as it stands after a restart (R14).
+def state_after_restart(record: GroupRecord, now: Instant) -> GroupState:
+    """The state of a group after a restart (R14).
 
-    Every session has one full L, a quiet time begins anew, and a hold-off goes on.
+    Every session has one full L, a quiet time starts again, and a hold-off continues.
     """
-    if record.epoch > MAX_EPOCH:  # version 0.1.0 could be taught this; no answer can carry it
+    if (
+        record.epoch > MAX_EPOCH
+    ):  # clients of version 0.1.0 could cause this; no answer can carry it
         record = replace(record, epoch=MAX_EPOCH, holder=None)
     lease_s = record.config.lease_s
     contacts = {
@@ -232,10 +234,10 @@ def _hold_off_until(hold_off: HoldOff | None, now: Instant) -> float:
     return now.mono + min(max(0.0, left_s), hold_off.length_s)
 
 
-def excuse(state: GroupState, judged_at: float, now: Instant) -> GroupState:
-    """The state after the coordinator itself was stopped or stalled since ``judged_at``.
+def state_after_stall(state: GroupState, judged_at: float, now: Instant) -> GroupState:
+    """The state after the coordinator itself has stalled since ``judged_at``.
 
-    Whoever was alive then gets one full L from now: the heartbeats may lie unread (R14).
+    Every session that was alive then gets one full L: its heartbeats may still be unread (R14).
     """
     lease_s = state.record.config.lease_s
     live = state.live
@@ -254,7 +256,7 @@ def excuse(state: GroupState, judged_at: float, now: Instant) -> GroupState:
 
 
 def status_of(state: GroupState) -> GroupStatus:
-    """What a status read tells."""
+    """The answer to a status read."""
     record = state.record
     holder = record.holder
     return GroupStatus(
@@ -269,7 +271,7 @@ def status_of(state: GroupState) -> GroupStatus:
 
 
 def last_data_of(state: GroupState) -> datetime | None:
-    """The primary's LastDataProcessedTime; until it reports one, what it was handed (R18)."""
+    """The primary's LastDataProcessedTime, or the previous tenure's until it reports one (R18)."""
     if state.record.holder is not None and state.live.last_data is not None:
         return state.live.last_data
     return state.record.last_data
@@ -283,7 +285,7 @@ def role_of(record: GroupRecord, session_id: str) -> Role:
 
 
 def view_of(state: GroupState, session_id: str) -> SessionView:
-    """A session as a reader sees it.
+    """A session as the API shows it.
 
     Raises:
         NotFound: there is no such session.
@@ -295,18 +297,18 @@ def view_of(state: GroupState, session_id: str) -> SessionView:
         role=role_of(state.record, session_id),
         score=contact.score,
         last_data=contact.last_data,
-        heartbeat_at=contact.posted_at.wall if contact.posted_at else None,
+        heartbeat_at=contact.last_heartbeat.wall if contact.last_heartbeat else None,
     )
 
 
-def alive(state: GroupState, session_id: str, now: Instant) -> bool:
-    """Whether a session's last heartbeat, or its grace after a restart, is younger than L."""
+def is_alive(state: GroupState, session_id: str, now: Instant) -> bool:
+    """Whether a session's last heartbeat, or the start of its grace, is less than L ago."""
     contact = state.live.contacts.get(session_id)
     return contact is not None and now.mono < contact.heard_at + state.record.config.lease_s
 
 
-def progress_is_unkept(state: GroupState) -> bool:
-    """Whether the tenure's data-processed time is newer than its durable copy."""
+def has_unsaved_progress(state: GroupState) -> bool:
+    """Whether the tenure's data-processed time differs from its durable copy."""
     holder = state.record.holder
     return holder is not None and state.live.last_data != holder.last_data
 

@@ -1,35 +1,35 @@
-"""When the next heartbeat is due, and which ones are under way (R3).
+"""When the next heartbeat is due, and which ones are in flight (R3).
 
-A heartbeat that is *forgotten* can neither promote nor extend, but its answer may still name a tenure
-that has to be released.
+The answer to a *forgotten* heartbeat can neither promote nor renew, but it may still name a tenure that
+has to be released.
 """
 
-from agent.core.effects import SendBeat
+from agent.core.effects import SendHeartbeat
 
 MAX_IN_FLIGHT = 8
-"""Heartbeats under way at once. Each is bound by the request timeout, which is under three beats."""
+"""Heartbeats in flight. Each ends within the request timeout, which is under three intervals."""
 
 MAX_CONFIRMATIONS = 10
-"""Heartbeats sent at once, one after the other, while the answer is PendingPrimary (docs/api.md, "What v1 clients do, and what they get")."""
+"""Heartbeats sent without a delay while the answer is PendingPrimary (docs/api.md, "What v1 clients do, and what they get")."""
 
 JITTER_SHARE = 0.1
-"""By how much of a beat heartbeats are spread, so that agents started together drift apart."""
+"""Share of the interval that is jitter, so that agents started together spread out."""
 
 GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio, modulo 1, are spread evenly: jitter without chance."""
+"""Multiples of the golden ratio, modulo 1, are evenly spread: jitter without randomness."""
 
 
 class Heartbeats:
     """The heartbeats of one session. Moments are CLOCK_BOOTTIME seconds.
 
     Attributes:
-        due_at: when the next one is to be sent.
-        not_before: until then a server has asked for no heartbeat (Retry-After).
-        confirmations: how many were sent at once since the session was chosen.
+        due_at: when to send the next one.
+        not_before: end of the pause that a server has asked for (Retry-After).
+        confirmations: how many were sent without a delay since the session was chosen.
     """
 
     def __init__(self, jitter: float) -> None:
-        """Make it for a process.
+        """Build it for one process.
 
         Args:
             jitter: from 0 to 1, different for each process.
@@ -42,51 +42,51 @@ class Heartbeats:
         self._sent: dict[int, float] = {}
         self._forgotten: dict[int, float] = {}
 
-    def send(self, now: float, beat_s: float) -> SendBeat:
-        """The next heartbeat; the one after it is due a beat later, less some jitter."""
+    def send(self, now: float, heartbeat_interval_s: float) -> SendHeartbeat:
+        """The next heartbeat; the one after it is due an interval later, less some jitter."""
         self._count += 1
         self._sent = _newest({**self._sent, self._count: now})
         share = (self._jitter + self._count * GOLDEN) % 1.0
-        self.due_at = now + beat_s * (1.0 - JITTER_SHARE * share)
-        return SendBeat(self._count)
+        self.due_at = now + heartbeat_interval_s * (1.0 - JITTER_SHARE * share)
+        return SendHeartbeat(self._count)
 
-    def hurry(self, at: float) -> None:
-        """Send the next one at a moment, unless it is due earlier."""
+    def send_by(self, at: float) -> None:
+        """Send the next one at this moment, unless it is due earlier."""
         self.due_at = min(self.due_at, at)
 
-    def ask(self, now: float, *, obey_pause: bool) -> None:
-        """Send the next one now, as there is news; or after the pause that a server asked for."""
+    def send_now(self, now: float, *, obey_pause: bool) -> None:
+        """Send the next one now, or after the pause that a server asked for."""
         self.confirmations = 0
         self.due_at = max(now, self.not_before) if obey_pause else now
 
-    def confirm(self, now: float) -> None:
-        """Send the next one at once, as long as that was not done too often."""
+    def send_confirmation(self, now: float) -> None:
+        """Send the next one without a delay, at most MAX_CONFIRMATIONS times in a row."""
         if self.confirmations < MAX_CONFIRMATIONS:
             self.confirmations += 1
             self.due_at = now
 
     def back_off(self, until: float) -> None:
-        """Send none until a moment that the server asked for."""
+        """Send none before the moment that the server asked for."""
         self.due_at = self.not_before = until
 
-    def end(self, beat: int) -> float | None:
-        """Take in that a heartbeat was answered or has failed.
+    def finish(self, number: int) -> float | None:
+        """Record that a heartbeat was answered or has failed.
 
         Returns:
-            When it was sent, or None if it may neither promote nor extend.
+            When it was sent, or None if its answer may neither promote nor renew.
         """
-        sent_at = self._sent.get(beat)
-        self._sent = {b: at for b, at in self._sent.items() if b != beat}
-        self._forgotten = {b: at for b, at in self._forgotten.items() if b != beat}
+        sent_at = self._sent.get(number)
+        self._sent = {n: at for n, at in self._sent.items() if n != number}
+        self._forgotten = {n: at for n, at in self._forgotten.items() if n != number}
         return sent_at
 
     def forget(self) -> None:
-        """Let nothing that is under way promote or extend."""
+        """Forget all that are in flight: their answers may neither promote nor renew."""
         self._forgotten = _newest({**self._forgotten, **self._sent})
         self._sent = {}
 
-    def answered_by(self, timeout_s: float) -> float:
-        """When all that are under way are answered, at the latest; minus infinity if none is."""
+    def all_finished_by(self, timeout_s: float) -> float:
+        """When the last one in flight is answered or has timed out; minus infinity if none is."""
         sent_at = max([*self._sent.values(), *self._forgotten.values()], default=float("-inf"))
         return sent_at + timeout_s
 

@@ -1,10 +1,10 @@
-"""What a session has heard of its group: the newest epoch and revision, and the statuses (R3)."""
+"""What a session knows of its group: the newest epoch and revision, and the last status (R3)."""
 
 from agent.model import GroupStatus
 
 
-class Knowledge:
-    """The newest that is known.
+class GroupKnowledge:
+    """The newest known state of the group.
 
     Attributes:
         epoch: the newest epoch, or None before one was seen.
@@ -16,18 +16,18 @@ class Knowledge:
         self._answered_revision: int | None = None
         self._status: tuple[object, ...] | None = None
 
-    def registered(self) -> None:
-        """A group that was made anew counts its revisions from the start; epochs go on."""
+    def on_registered(self) -> None:
+        """Forget the revision: a group that was created again restarts it, but continues the epochs."""
         self._revision = -1
 
     def forget_epoch(self) -> None:
-        """The epochs of another server say nothing about those of this one."""
+        """Forget the epoch, which was of another server."""
         self.epoch = None
 
-    def is_fresh(self, epoch: int | None, revision: int | None) -> bool:
-        """Whether it is not older than the newest, which it becomes (R3).
+    def accept_if_fresh(self, epoch: int | None, revision: int | None) -> bool:
+        """Record an epoch and revision, unless they are older than the newest; whether they were not (R3).
 
-        A server without epochs and revisions is always fresh.
+        Those of a server without epochs and revisions are always fresh.
         """
         newest = (self.epoch if self.epoch is not None else -1, self._revision)
         seen = (
@@ -41,15 +41,15 @@ class Knowledge:
         self._revision = seen[1]
         return True
 
-    def answered(self, revision: int | None) -> None:
-        """The revision of the last heartbeat's answer: a status with the same one is no news."""
+    def record_answer(self, revision: int | None) -> None:
+        """Record the revision of a heartbeat's answer: a status of the same revision is no news."""
         self._answered_revision = revision
 
-    def is_news(self, status: GroupStatus, me: str, *, holds: bool, prepares: bool) -> bool:
-        """Whether a status says what neither a status nor a heartbeat's answer has said before.
+    def record_status(self, status: GroupStatus, me: str, *, holds: bool, prepares: bool) -> bool:
+        """Record a status; whether it differs from the last one and from the heartbeats' answers.
 
         Args:
-            status: what was read.
+            status: the status that was read.
             me: this session's id.
             holds: whether this session holds a tenure as far as it knows.
             prepares: whether it is PendingPrimary as far as it knows.
@@ -60,5 +60,5 @@ class Knowledge:
             return False
         if status.revision is not None:
             return status.revision != self._answered_revision
-        # Plain v1: no news if it agrees with what heartbeats were answered.
+        # Plain v1: no news if it agrees with the answers to heartbeats.
         return (status.primary == me, status.pending == me) != (holds, prepares)

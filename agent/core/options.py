@@ -1,4 +1,4 @@
-"""What a session is given when it starts: its options, and the tenure of the process before it."""
+"""The inputs of a session's start: its options, and the tenure of the previous process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ class Options:
     Attributes:
         session_id: its own id, to find itself in a status.
         hooks: the roles that have a hook.
-        hook_limit_s: how long a promotion hook may take.
-        hook_limits_s: the same for single roles, where that is another.
-        cooldown_s: wait after a failed promotion; doubles with each in a row.
-        cooldown_limit_s: and grows no further than this.
+        hook_limit_s: the limit of a promotion hook.
+        hook_limits_s: overrides of that limit, by role.
+        cooldown_s: the hold-off after a failed promotion; it doubles with each one in a row.
+        cooldown_limit_s: cap on the hold-off.
         jitter: from 0 to 1, drawn once by the caller, different for each process.
-        store_id: the store that an earlier process of this session met, or None.
+        store_id: the store that a previous process of this session has joined, or None.
     """
 
     session_id: str
@@ -33,8 +33,8 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class FormerTenure:
-    """The tenure that an earlier process of this session held when it ended.
+class PreviousTenure:
+    """The tenure that the previous process of this session held when it ended.
 
     Attributes:
         epoch: of the tenure.

@@ -1,9 +1,9 @@
-"""The phases of a session, and the table of every way from one to another.
+"""The phases of a session, and the table of every transition between them.
 
-``TABLE`` has a row for each (phase, turn): the next phase, and the sentence that operators see in the
-log, the status and systemd. ``next_phase`` looks a row up before anything is changed; a pair without a
-row is our own mistake, and raises. ``IGNORED`` has the events that mean nothing in a phase. The diagram
-in docs/roles.md is drawn from the table.
+``TABLE`` has a row for each (phase, trigger): the next phase, and the sentence that operators see in
+the log, the status and systemd. ``next_phase`` looks a row up before anything is changed; a pair
+without a row is a bug of ours, and raises. ``IGNORED`` has the events that have no effect in a phase.
+The diagram in docs/roles.md is generated from the table.
 """
 
 from collections.abc import Mapping
@@ -12,48 +12,48 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Fitness,
+    FitnessChanged,
+    HeartbeatAnswered,
+    HeartbeatFailed,
     HookEnded,
     Joined,
     Left,
     Released,
     Stalled,
-    StatusSeen,
+    StatusRead,
     Stop,
     Tick,
 )
 
 
 class Phase(StrEnum):
-    """How far a session is."""
+    """The phase of a session."""
 
     STARTING = "starting"
     """The demotion hook runs: the previous process may have died as primary (R6)."""
     RETURNING = "returning"
     """The tenure of the previous process is being released."""
     JOINING = "joining"
-    """Not registered, or not any more; a lease that it holds goes on."""
+    """Not registered, or no longer; its lease goes on."""
     MEMBER = "member"
     COOLING = "cooling"
-    """It has left the group after a failure, and had no epoch to release and be held off by."""
+    """It has left the group after a failure, since it had no epoch to release with a hold-off."""
     STOPPING = "stopping"
     """The last demotion."""
     RELEASING = "releasing"
-    """Demoted: waiting for heartbeats and releases under way."""
+    """Demoted: waiting for heartbeats and releases in flight."""
     LEAVING = "leaving"
     ENDED = "ended"
 
 
-class Turn(StrEnum):
-    """What moves a session from one phase to another."""
+class Trigger(StrEnum):
+    """What triggers a transition from one phase to another."""
 
     DEMOTED = "demoted"
-    FORMER_TENURE = "former_tenure"
+    PREVIOUS_TENURE = "previous_tenure"
     """Demoted, and the previous process held a tenure."""
-    FORMER_RELEASED = "former_released"
+    PREVIOUS_RELEASED = "previous_released"
     REGISTERED = "registered"
     REGISTERED_AGAIN = "registered_again"
     """At a server without epochs, which may have lost its data (R3)."""
@@ -62,18 +62,18 @@ class Turn(StrEnum):
     RETIMED = "retimed"
     """The group has another failover timeout."""
     REPLACED = "replaced"
-    """A server without a store id has got one."""
+    """A server that had no store id has one now."""
     COOL_DOWN = "cool_down"
     COOLED_DOWN = "cooled_down"
     STOP = "stop"
     SETTLED = "settled"
-    """Nothing is under way that could still give this session the role."""
+    """No request in flight can still assign the role to this session."""
     LEFT = "left"
     DEMOTION_FAILED = "demotion_failed"
 
 
 class Row(NamedTuple):
-    """Where a turn leads, and what operators read from then on."""
+    """The next phase, and the sentence that operators see in it."""
 
     phase: Phase
     sentence: str
@@ -84,56 +84,56 @@ FIRST_SENTENCE = "demoting first: the previous process may have left the workloa
 _FAILED = Row(Phase.ENDED, "demotion failed: exiting without releasing the role")
 _STOP = Row(Phase.STOPPING, "stopping: demoting")
 
-TABLE: Mapping[tuple[Phase, Turn], Row] = MappingProxyType(
+TABLE: Mapping[tuple[Phase, Trigger], Row] = MappingProxyType(
     {
-        (Phase.STARTING, Turn.DEMOTED): Row(Phase.JOINING, "joining the group"),
-        (Phase.STARTING, Turn.FORMER_TENURE): Row(
+        (Phase.STARTING, Trigger.DEMOTED): Row(Phase.JOINING, "joining the group"),
+        (Phase.STARTING, Trigger.PREVIOUS_TENURE): Row(
             Phase.RETURNING, "releasing the tenure of the previous process"
         ),
-        (Phase.STARTING, Turn.STOP): _STOP,
-        (Phase.STARTING, Turn.DEMOTION_FAILED): _FAILED,
-        (Phase.RETURNING, Turn.FORMER_RELEASED): Row(Phase.JOINING, "joining the group"),
-        (Phase.RETURNING, Turn.STOP): _STOP,
-        (Phase.JOINING, Turn.REGISTERED): Row(Phase.MEMBER, "registered in the group"),
-        (Phase.JOINING, Turn.REGISTERED_AGAIN): Row(
+        (Phase.STARTING, Trigger.STOP): _STOP,
+        (Phase.STARTING, Trigger.DEMOTION_FAILED): _FAILED,
+        (Phase.RETURNING, Trigger.PREVIOUS_RELEASED): Row(Phase.JOINING, "joining the group"),
+        (Phase.RETURNING, Trigger.STOP): _STOP,
+        (Phase.JOINING, Trigger.REGISTERED): Row(Phase.MEMBER, "registered in the group"),
+        (Phase.JOINING, Trigger.REGISTERED_AGAIN): Row(
             Phase.MEMBER,
-            "registered again at a server without epochs: no role for one failover timeout",
+            "registered again at a server without epochs: refusing any role for one failover timeout",
         ),
-        (Phase.JOINING, Turn.STOP): _STOP,
-        (Phase.JOINING, Turn.DEMOTION_FAILED): _FAILED,
-        (Phase.MEMBER, Turn.UNKNOWN): Row(
-            Phase.JOINING, "the server does not know this session: joining again"
+        (Phase.JOINING, Trigger.STOP): _STOP,
+        (Phase.JOINING, Trigger.DEMOTION_FAILED): _FAILED,
+        (Phase.MEMBER, Trigger.UNKNOWN): Row(
+            Phase.JOINING, "session unknown to the server: joining again"
         ),
-        (Phase.MEMBER, Turn.RETIMED): Row(
-            Phase.JOINING, "the group's failover timeout has changed: joining again"
+        (Phase.MEMBER, Trigger.RETIMED): Row(
+            Phase.JOINING, "failover timeout of the group changed: joining again"
         ),
-        (Phase.MEMBER, Turn.REPLACED): Row(
+        (Phase.MEMBER, Trigger.REPLACED): Row(
             Phase.JOINING, "the server has a store id now: joining again"
         ),
-        (Phase.MEMBER, Turn.COOL_DOWN): Row(Phase.COOLING, "cooling down outside the group"),
-        (Phase.MEMBER, Turn.STOP): _STOP,
-        (Phase.MEMBER, Turn.DEMOTION_FAILED): _FAILED,
-        (Phase.COOLING, Turn.COOLED_DOWN): Row(Phase.JOINING, "cooled down: joining the group"),
-        (Phase.COOLING, Turn.STOP): _STOP,
-        (Phase.STOPPING, Turn.DEMOTED): Row(
-            Phase.RELEASING, "stopping: demoted, waiting for answers under way"
+        (Phase.MEMBER, Trigger.COOL_DOWN): Row(Phase.COOLING, "cooling down outside the group"),
+        (Phase.MEMBER, Trigger.STOP): _STOP,
+        (Phase.MEMBER, Trigger.DEMOTION_FAILED): _FAILED,
+        (Phase.COOLING, Trigger.COOLED_DOWN): Row(Phase.JOINING, "cooled down: joining the group"),
+        (Phase.COOLING, Trigger.STOP): _STOP,
+        (Phase.STOPPING, Trigger.DEMOTED): Row(
+            Phase.RELEASING, "stopping: demoted, waiting for heartbeats and releases in flight"
         ),
-        (Phase.STOPPING, Turn.DEMOTION_FAILED): _FAILED,
-        (Phase.RELEASING, Turn.SETTLED): Row(Phase.LEAVING, "stopping: leaving the group"),
-        (Phase.LEAVING, Turn.LEFT): Row(Phase.ENDED, "stopped"),
+        (Phase.STOPPING, Trigger.DEMOTION_FAILED): _FAILED,
+        (Phase.RELEASING, Trigger.SETTLED): Row(Phase.LEAVING, "stopping: leaving the group"),
+        (Phase.LEAVING, Trigger.LEFT): Row(Phase.ENDED, "stopped"),
     }
 )
 
 _EVENTS: tuple[type[Event], ...] = (
-    Answered,
-    BeatFailed,
-    Fitness,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    FitnessChanged,
     HookEnded,
     Joined,
     Left,
     Released,
     Stalled,
-    StatusSeen,
+    StatusRead,
     Stop,
     Tick,
 )
@@ -143,26 +143,26 @@ IGNORED: frozenset[tuple[Phase, type[Event]]] = frozenset(
     + [(phase, Left) for phase in Phase if phase not in {Phase.COOLING, Phase.LEAVING}]
     + [(Phase.ENDED, event) for event in _EVENTS]
 )
-"""A late answer to a request of an earlier phase, and everything once the session has ended."""
+"""Late answers to requests of an earlier phase, and every event once the session has ended."""
 
 
-def next_phase(phase: Phase, turn: Turn) -> Row:
+def next_phase(phase: Phase, trigger: Trigger) -> Row:
     """The table's row.
 
     Raises:
-        AssertionError: there is no such row; a mistake in this project.
+        AssertionError: there is no such row; a bug of ours.
     """
     try:
-        return TABLE[phase, turn]
+        return TABLE[phase, trigger]
     except KeyError:
-        raise AssertionError(f"a session that is {phase} cannot be {turn}") from None
+        raise AssertionError(f"a session that is {phase} cannot be {trigger}") from None
 
 
 def phase_diagram() -> str:
     """The table as a Mermaid state diagram."""
     lines = ["stateDiagram-v2", f"    [*] --> {Phase.STARTING}"]
     lines += [
-        f"    {before} --> {row.phase}: {turn.replace('_', ' ')}"
-        for (before, turn), row in TABLE.items()
+        f"    {before} --> {row.phase}: {trigger.replace('_', ' ')}"
+        for (before, trigger), row in TABLE.items()
     ]
     return "\n".join([*lines, f"    {Phase.ENDED} --> [*]"])

@@ -1,7 +1,7 @@
 """The transition table: which change of role is possible, and the sentence that operators see.
 
-Both sides obey it: what the coordinator assigns to a session, and what an agent says of itself. A
-pair that is not in the table is our own mistake, and raises. The diagram in docs/roles.md is drawn
+Both sides follow it: the coordinator in the roles that it assigns, the agent in those that it publishes.
+A pair that is not in the table is a bug of ours, and raises. The diagram in docs/roles.md is generated
 from the table.
 """
 
@@ -12,10 +12,13 @@ from agent.model import Role
 
 TRANSITIONS: Mapping[tuple[Role, Role], str] = MappingProxyType(
     {
-        (Role.SECONDARY, Role.PENDING_PRIMARY): "chosen to take over, and getting ready",
-        (Role.PENDING_PRIMARY, Role.PRIMARY): "confirmed while no other lease is alive",
-        (Role.PENDING_PRIMARY, Role.SECONDARY): "not to take over after all",
-        (Role.PRIMARY, Role.SECONDARY): "demoted: the lease has ended, or was given back or taken",
+        (Role.SECONDARY, Role.PENDING_PRIMARY): "chosen to take over",
+        (Role.PENDING_PRIMARY, Role.PRIMARY): "confirmed, and no other lease is valid",
+        (Role.PENDING_PRIMARY, Role.SECONDARY): "no longer chosen to take over",
+        (
+            Role.PRIMARY,
+            Role.SECONDARY,
+        ): "demoted: the lease has expired, or the role was released or revoked",
     }
 )
 
@@ -24,7 +27,7 @@ def check_transition(before: Role, after: Role) -> str:
     """The table's sentence for a change of role.
 
     Raises:
-        AssertionError: there is no such row; a mistake in this project.
+        AssertionError: there is no such row; a bug of ours.
     """
     try:
         return TRANSITIONS[before, after]

@@ -1,13 +1,13 @@
-"""The time budget of a lease (R1): how FailoverTimeout L is divided, and whether it holds.
+"""The time budget of a lease (R1): how FailoverTimeout L is divided, and whether the parts fit.
 
-All durations are seconds. Everything on the agent's side is counted from the moment at which a
-heartbeat *request was sent*; the coordinator counts L from the moment at which it *received* it,
-which is later, so whatever the network does the agent's end comes first.
+All durations are seconds. The agent counts from the moment at which a heartbeat *request was sent*; the
+coordinator counts L from the moment at which it *received* the request. That is later, so the agent's
+lease always ends first.
 
     sent                    R: renewal is due      R+D: demotion is done    L: another may be chosen
       |------- renew_s ------------|------- demote_s ------|--- margin_s ---|
 
-What is not promised: nothing here helps against a clock that runs faster than ``drift`` says.
+What is not promised: nothing here helps against a clock that runs faster than ``DRIFT`` allows.
 """
 
 import math
@@ -16,52 +16,52 @@ from dataclasses import dataclass
 from agent.errors import TimingError
 
 DRIFT = 0.01
-"""By how much the rates of two hosts' clocks may differ (share). Crystal clocks stay under 0.0002;
-1 % leaves room for virtual machines that lose ticks."""
+"""The tolerated difference of two clocks' rates (share). Crystal clocks stay under 0.0002; 1 % allows
+for virtual machines that lose ticks."""
 
 MARGIN_SHARE = 0.10
-"""Share of L kept free by default: drift, and how late the agent's loop may be before it counts as
+"""Default share of L for the margin: drift, and how late the agent's loop may be before it counts as
 frozen (R2)."""
 
 DEMOTE_SHARE = 0.25
-"""Share of L for the demotion hook by default."""
+"""Default share of L for the demotion hook."""
 
 LONGEST_BEAT_S = 10.0
-"""However long L is, a heartbeat this often keeps the data-processed time fresh."""
+"""Cap on the heartbeat interval: the data-processed time stays fresh however long L is."""
 
 SHORTEST_LEASE_S = 0.2
-"""Under this, scheduling delays of an ordinary host are longer than the margin."""
+"""With a shorter lease, scheduling delays of an ordinary host exceed the margin."""
 
 LONGEST_LEASE_S = 24 * 24 * 3600.0
-"""24 days: what v1 clients can express as a timer in milliseconds (2**31)."""
+"""24 days: the longest timer of v1 clients (2**31 ms)."""
 
 SPLIT_TOLERANCE_S = 1e-9
-"""Rounding of sums of floats; a nanosecond of a lease does not matter, refusing 0.1+0.2 would."""
+"""Tolerance for sums of floats, such as 0.1 + 0.2; a nanosecond of a lease does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A budget for which R1 holds. Make one by ``plan``.
+    """A budget for which R1 holds. Build it by ``plan``.
 
     Attributes:
         lease_s: L, the group's FailoverTimeout.
-        renew_s: R, without renewal for this long demotion starts.
-        demote_s: D, after which what still runs is killed.
-        margin_s: M, kept free for drift and for scheduling.
-        beat_s: time between two heartbeats.
-        request_timeout_s: how long one request may take, of its sending and answering together.
+        renew_s: R, the time without renewal after which demotion starts.
+        demote_s: D, the demotion budget, at whose end the rest is killed.
+        margin_s: M, reserved for drift and scheduling.
+        heartbeat_interval_s: time between two heartbeats.
+        request_timeout_s: timeout of one request, from sending it to its answer.
     """
 
     lease_s: float
     renew_s: float
     demote_s: float
     margin_s: float
-    beat_s: float
+    heartbeat_interval_s: float
     request_timeout_s: float
 
     @property
     def drift_s(self) -> float:
-        """What of the margin is for clocks that run at different rates; nothing else may use it."""
+        """The part of the margin that is reserved for clock drift."""
         return DRIFT * self.lease_s
 
     def rules(self) -> tuple[tuple[str, bool], ...]:
@@ -74,8 +74,8 @@ class Timing:
                 spent <= self.lease_s + SPLIT_TOLERANCE_S,
             ),
             (
-                f"2 x beat {self.beat_s:g} = {2 * self.beat_s:g} <= renew {self.renew_s:g}",
-                2 * self.beat_s <= self.renew_s + SPLIT_TOLERANCE_S,
+                f"2 x beat {self.heartbeat_interval_s:g} = {2 * self.heartbeat_interval_s:g} <= renew {self.renew_s:g}",
+                2 * self.heartbeat_interval_s <= self.renew_s + SPLIT_TOLERANCE_S,
             ),
             (
                 f"request timeout {self.request_timeout_s:g} < renew / 2 = {self.renew_s / 2:g}",
@@ -91,29 +91,33 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a person asked for; None leaves a part to ``plan``. Seconds."""
+    """The configured parts of a timing, in seconds; None leaves a part to ``plan``."""
 
     renew_s: float | None = None
     demote_s: float | None = None
     margin_s: float | None = None
-    beat_s: float | None = None
+    heartbeat_interval_s: float | None = None
     request_timeout_s: float | None = None
 
 
 def divide(lease_s: float, budget: Budget) -> Timing:
-    """What ``plan`` checks, unchecked: only for showing which rule is broken."""
+    """Divide L without checking R1: only for showing which rule is broken."""
     margin = budget.margin_s if budget.margin_s is not None else MARGIN_SHARE * lease_s
     demote = budget.demote_s if budget.demote_s is not None else DEMOTE_SHARE * lease_s
     renew = budget.renew_s if budget.renew_s is not None else lease_s - demote - margin
-    beat = budget.beat_s if budget.beat_s is not None else min(renew / 3, LONGEST_BEAT_S)
+    interval = (
+        budget.heartbeat_interval_s
+        if budget.heartbeat_interval_s is not None
+        else min(renew / 3, LONGEST_BEAT_S)
+    )
     request = budget.request_timeout_s
     if request is None:
         request = min(renew / 3, LONGEST_BEAT_S)
-    return Timing(lease_s, renew, demote, margin, beat, request)
+    return Timing(lease_s, renew, demote, margin, interval, request)
 
 
 def smallest_lease_s(budget: Budget) -> float:
-    """The shortest L that the asked-for parts fit in, rounded up to 10 ms."""
+    """The shortest L that the configured parts fit in, rounded up to 10 ms."""
 
     def fits(lease_s: float) -> bool:
         timing = divide(lease_s, budget)
@@ -121,7 +125,7 @@ def smallest_lease_s(budget: Budget) -> float:
 
     low, high = SHORTEST_LEASE_S, LONGEST_LEASE_S
     if budget.margin_s is not None:
-        high = min(high, budget.margin_s / DRIFT)  # a longer lease drifts by more than this margin
+        high = min(high, budget.margin_s / DRIFT)  # the drift of a longer lease exceeds this margin
     if high < low or not fits(high):
         return math.inf
     if fits(low):
@@ -137,8 +141,8 @@ def plan(lease_s: float, budget: Budget | None = None) -> Timing:
     """Divide L into the parts of R1.
 
     Raises:
-        TimingError: the parts do not fit; the message has the rule that is broken, with its numbers,
-            and the smallest L that would do.
+        TimingError: the parts do not fit; the message has the broken rule with its numbers, and the
+            smallest L that fits.
     """
     budget = budget or Budget()
     timing = divide(lease_s, budget)
@@ -152,7 +156,7 @@ def plan(lease_s: float, budget: Budget | None = None) -> Timing:
         if timing.renew_s <= 0 or not holds:
             smallest = smallest_lease_s(budget)
             if timing.renew_s <= 0:
-                rule = (  # noqa: PLW2901 - said in terms of what was set
+                rule = (  # noqa: PLW2901 - in terms of the settings
                     f"demote {timing.demote_s:g} + margin {timing.margin_s:g}"
                     f" < failover timeout {lease_s:g}"
                 )

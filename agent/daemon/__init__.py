@@ -1,8 +1,8 @@
-"""The agent's daemon: the session's life in one process.
+"""The agent's daemon: one session in one process.
 
-``pump`` has the one inbox, the one caller of ``Session.step`` and the one timer; ``requests`` is what it
-asks of the server, ``runs`` what it runs on this host. Whatever waits is a task that ends by putting
-an event into the inbox, so a heartbeat waits for nothing. ``life.run`` is the whole of it.
+``loop`` has the one inbox, the one caller of ``Session.step`` and the one timer. ``requests`` asks the
+server, ``role_runner`` runs hooks and the workload. Whatever waits is a task that ends by posting an event,
+so no heartbeat is ever delayed. ``main.run`` is the entry point.
 
-Nothing is imported here: ``handback`` is a program of its own, which has to start quickly.
+Nothing is imported here: ``release_helper`` is a program of its own, which has to start quickly.
 """

@@ -3,16 +3,16 @@
 import asyncio
 
 from agent.daemon.payload import Payloads
-from agent.drivers.hooks import HookRunner, HookSpec, environment_of
+from agent.drivers.hooks import HookRunner, HookSpec, payload_environment
 from agent.model import Role
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 log = Log(__name__)
 
 
 async def run_fence(settings: AgentSettings, runner: HookRunner, payloads: Payloads) -> None:
-    """Run it to its end, or kill it at the limit. Does nothing if there is none."""
+    """Run the fence command, if there is one; kill it at its limit."""
     if not settings.fence_command:
         return
     limit_s = settings.hook_limit
@@ -26,7 +26,9 @@ async def run_fence(settings: AgentSettings, runner: HookRunner, payloads: Paylo
         deadline_s=limit_s,
         previous_primary=None,
     )
-    run = runner.start(HookSpec("fence", settings.fence_command), environment_of(payload), payload)
+    run = runner.start(
+        HookSpec("fence", settings.fence_command), payload_environment(payload), payload
+    )
     try:
         async with asyncio.timeout(limit_s):
             await run.launched()

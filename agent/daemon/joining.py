@@ -1,7 +1,7 @@
-"""Registering the group and the session, again and again until it succeeds.
+"""Register the group and the session, with retries.
 
-Owns which failures are worth another attempt, and the backoff between attempts. Knows nothing of events
-and of what happens to a session that cannot register.
+Owns which failures are retried, and the backoff between attempts. Knows nothing of events, nor of what
+happens to a session that cannot register.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, ServerError, TimingError
 from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 SHORTEST_RETRY_S = 0.05
 TOO_MANY_REQUESTS = 429
@@ -30,47 +30,47 @@ SERVER_FAULT = 500
 """From this status on the server has failed, rather than refused."""
 
 PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
-"""What a server says at the start and would say again."""
+"""Failures that are not retried at the start."""
 
 LOGGED_EVERY = 20
-"""Attempts: the first one is logged, and then one of so many."""
+"""The first failed attempt is logged, and then one of so many."""
 
 log = Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
+class Registration:
     """One registration.
 
     Args:
         session: read only.
-        again: it was registered before, and so keeps trying for ever, whatever is refused.
+        rejoining: the session was registered before; every failure is retried without a timeout.
     """
 
     settings: AgentSettings
     client: RestClient
     session: Session
-    again: bool
+    rejoining: bool
 
     async def run(self) -> Joined:
-        """Register, however long it takes; the first time only for ``startup_timeout``.
+        """Register, with retries; the first time only for ``startup_timeout``.
 
         Raises:
-            ServerError: OTHER_STORE if a coordinator of another store answered and none of ours;
-                else the last failure.
-            TimingError: the timeout of the group that is there does not fit the settings.
+            ServerError: OTHER_STORE if only a coordinator of another store answered; else the last
+                failure.
+            TimingError: the existing group's timeout does not fit the settings.
         """
-        patience_s = self.settings.startup_timeout
-        bounded = not self.again and patience_s > 0
+        timeout_s = self.settings.startup_timeout
+        bounded = not self.rejoining and timeout_s > 0
         failures: dict[ExitCode, ServerError] = {}
         retrying = AsyncRetrying(
             retry=retry_if_exception(self._worth_retrying),
             wait=self._pause_s,
-            before_sleep=partial(self._note_failure, failures),
+            before_sleep=partial(self._record_failure, failures),
             reraise=True,
         )
         try:
-            async with asyncio.timeout(patience_s if bounded else None):
+            async with asyncio.timeout(timeout_s if bounded else None):
                 joined: Joined = await retrying(self._register)
                 return joined
         except TimeoutError:
@@ -79,7 +79,7 @@ class Joining:
             raise failures.get(ExitCode.OTHER_STORE, list(failures.values())[-1])
         raise ServerError(
             f"joining group {self.settings.group}: {self.client.endpoint} gave no answer within"
-            f" startup_timeout {patience_s:g} s; check that the server is healthy and that nothing on"
+            f" startup_timeout {timeout_s:g} s; check that the server is healthy and that nothing on"
             " the way drops packets",
             exit_code=ExitCode.NO_ANSWER,
         )
@@ -117,35 +117,37 @@ class Joining:
         not_ready = error.status is not None and (
             error.status == TOO_MANY_REQUESTS or error.status >= SERVER_FAULT
         )
-        return self.again or not_ready or error.exit_code not in PERMANENT
+        return self.rejoining or not_ready or error.exit_code not in PERMANENT
 
     def _pause_s(self, state: RetryCallState) -> float:
         """Exponential backoff with jitter; longer if the server asks for that."""
         timing = self.session.timing
-        backoff_s = wait_random_exponential(multiplier=SHORTEST_RETRY_S, max=timing.beat_s)(state)
+        backoff_s = wait_random_exponential(
+            multiplier=SHORTEST_RETRY_S, max=timing.heartbeat_interval_s
+        )(state)
         error = _error_of(state)
         asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
-        if self.again:  # there may be a lease, which a longer wait would end
+        if self.rejoining:  # a longer wait could cost the lease
             asked_s = min(asked_s, timing.renew_s / 2)
         return max(backoff_s, asked_s)
 
-    def _note_failure(self, failures: dict[ExitCode, ServerError], state: RetryCallState) -> None:
-        """Keep the newest failure of each kind, the last one at the end; log some of them."""
+    def _record_failure(self, failures: dict[ExitCode, ServerError], state: RetryCallState) -> None:
+        """Keep the newest failure of each kind, in order; log some of them."""
         error = _error_of(state)
         if error is not None:
             failures.pop(error.exit_code, None)
             failures[error.exit_code] = error
         if state.attempt_number % LOGGED_EVERY == 1:
             log.warning(
-                "cannot join yet",
+                "join failed, retrying",
                 reason=error,
                 attempt=state.attempt_number,
-                **where_next(self.client),
+                **endpoint_fields(self.client),
             )
 
 
-def where_next(client: RestClient) -> dict[str, str]:
-    """The fields of a log line on a failure: which endpoint is asked next, why no other one is."""
+def endpoint_fields(client: RestClient) -> dict[str, str]:
+    """Log fields of a failed request: the next endpoint, and the faults of the others."""
     faults = client.faults_of_others
     others = {} if faults is None else {"other_endpoints": faults}
     return {"next_endpoint": client.endpoint, **others}

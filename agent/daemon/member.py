@@ -1,6 +1,6 @@
-"""What the parts of one agent share: its settings, its session, and what it has published last.
+"""The state that the parts of one agent share: settings, session, published role.
 
-Each field has one writer, named below; the other parts read it, or send an event.
+Each field has one writer, named below; the other parts read it, or post an event.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from agent.core.session import Options, Session
 from agent.daemon.payload import EVENTS
 from agent.daemon.requests import Requests
-from agent.daemon.runs import Runs
-from agent.daemon.vitals import Tally
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.telemetry import Stats
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The role that this member has published last."""
+    """The role that this member published last."""
 
     role: Role
     epoch: int | None
@@ -38,8 +38,8 @@ class Member:
     Attributes:
         settings: those in force. Written by ``Reload``.
         session: stepped by ``Daemon`` only.
-        published: written by ``Effects``.
-        progress: up to when data was processed in this tenure. Written by ``Inputs``.
+        published: written by ``EffectRunner``.
+        progress: up to when data was processed in this tenure. Written by ``HostHealth``.
         instance: identifies this process towards the coordinator, and the processes of its tenures.
     """
 
@@ -47,30 +47,34 @@ class Member:
     session_id: str
     instance: str
     clock: Clock
-    tally: Tally
+    stats: Stats
     notify: Notify
     session: Session
-    runs: Runs
+    role_runner: RoleRunner
     requests: Requests
     published: Published
     progress: datetime | None = None
 
 
-def options_of(
-    settings: AgentSettings, session_id: str, runs: Runs, jitter: float, store_id: str | None
+def build_options(
+    settings: AgentSettings,
+    session_id: str,
+    role_runner: RoleRunner,
+    jitter: float,
+    store_id: str | None,
 ) -> Options:
-    """The options of a session by its settings.
+    """Build the options of a session from its settings.
 
     Args:
         settings: those in force.
         session_id: its own id.
-        runs: what there is to run.
+        role_runner: names the roles that have a hook or a workload.
         jitter: from 0 to 1, drawn once for this process.
-        store_id: the store that it belongs to, if it has met one.
+        store_id: the store that the session has joined, if any.
     """
     return Options(
         session_id=session_id,
-        hooks=runs.roles,
+        hooks=role_runner.roles,
         hook_limit_s=settings.hook_limit,
         hook_limits_s={
             role: settings.hook_limit_of(EVENTS[role])
@@ -83,15 +87,15 @@ def options_of(
     )
 
 
-def announcer_of(member: Member) -> "Announcer":
-    """The announcer of a member whose settings have a broker.
+def build_announcer(member: Member) -> "Announcer":
+    """Build the announcer of a member whose settings have an MQTT broker.
 
     Raises:
         ConfigError: a password or certificate cannot be used.
     """
     from agent.drivers import mqtt  # noqa: PLC0415 - needs the extra
 
-    assert member.settings.mqtt is not None  # noqa: S101 - the caller has just looked
+    assert member.settings.mqtt is not None  # noqa: S101 - the caller has checked it
     return mqtt.Announcer(
         member.settings.mqtt,
         member.settings.group,

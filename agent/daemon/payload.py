@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import HookSpec, environment_of, facts_of
+from agent.drivers.hooks import HookSpec, build_payload, payload_environment
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
@@ -26,16 +26,16 @@ log = Log(__name__)
 
 
 class Payloads:
-    """Builds payloads.
+    """Builds the hook payloads of one agent.
 
     Args:
         group: id of the group.
-        session_id: this member.
-        state_file: where its state file is.
-        clock: for the moment of the event.
+        session_id: of this member.
+        state_file: path of its state file.
+        clock: for the time of the event.
 
     Attributes:
-        probe_url: of the local HTTP server; set it when it is known.
+        probe_url: of the local HTTP server; set once it listens.
     """
 
     def __init__(self, group: str, session_id: str, state_file: Path, clock: Clock) -> None:
@@ -45,8 +45,8 @@ class Payloads:
         self._state_file = state_file
         self._clock = clock
 
-    def of_role(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
-        """The payload of a role hook."""
+    def build_role_payload(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
+        """Build the payload of a role hook."""
         return self.build(
             event=EVENTS[facts.role],
             old_role=facts.old_role,
@@ -59,8 +59,8 @@ class Payloads:
         )
 
     def build(self, **facts: Any) -> dict[str, Any]:
-        """Event fields plus the common ones."""
-        return facts_of(
+        """Build a payload: the fields of the event plus the common ones."""
+        return build_payload(
             **facts,
             group=self._group,
             session=self._session_id,
@@ -69,8 +69,10 @@ class Payloads:
             now=self._clock.wall(),
         )
 
-    def of_guard(self, spec: HookSpec | None, promotion: HookFacts, limit_s: float) -> GuardHook:
-        """The demotion of the tenure that a promotion begins, as the guard would run it. May block.
+    def build_guard_hook(
+        self, spec: HookSpec | None, promotion: HookFacts, limit_s: float
+    ) -> GuardHook:
+        """Build the demotion hook that the guard runs for the tenure of a promotion. May block.
 
         Args:
             spec: the demotion hook, if there is one.
@@ -93,10 +95,10 @@ class Payloads:
             reason="the guard acts for the agent",
             limit_s=limit_s,
         )
-        payload = self.of_role(facts, promotion.last_data)
+        payload = self.build_role_payload(facts, promotion.last_data)
         return GuardHook(
             plan.commands,
-            {**plan.environment, **environment_of(payload), **process.mark(process.APART)},
+            {**plan.environment, **payload_environment(payload), **process.mark(process.NO_TENURE)},
             json.dumps(payload) + "\n",
             plan.directory,
             plan.uid,

@@ -1,6 +1,6 @@
-"""SIGHUP: read the settings anew and change what can change without losing the role.
+"""SIGHUP: read the settings again, and apply those that can change without losing the role.
 
-Owns the rule which settings those are. The rest is refused by name, and stays.
+The declaration of a setting decides whether it is one. A change of any other one is refused by name.
 """
 
 import asyncio
@@ -8,47 +8,16 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from agent.core.session import Options
-from agent.daemon.inputs import Inputs
+from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
 from agent.errors import FailoverError
 from agent.ops import logs
-from agent.ops.blocking import Lane, StuckError
-from agent.settings import AgentSettings
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.schema.fields import reloadable
+from agent.schema.settings import AgentSettings
 
-RELOADABLE = frozenset(
-    {
-        "check",
-        "cooldown",
-        "cooldown_limit",
-        "failover_score",
-        "fence_command",
-        "hook_directories_writable",
-        "hook_directory",
-        "hook_environment",
-        "hook_group",
-        "hook_joined",
-        "hook_left",
-        "hook_limit",
-        "hook_lost",
-        "hook_notification_limit",
-        "hook_pending_primary",
-        "hook_pending_primary_limit",
-        "hook_primary",
-        "hook_primary_limit",
-        "hook_retries",
-        "hook_secondary",
-        "hook_user",
-        "log_format",
-        "log_level",
-        "max_behind",
-        "progress",
-        "startup_timeout",
-        "webhook_ca_file",
-        "webhook_secret_file",
-        "workload_forward_hup",
-    }
-)
-"""Settings that SIGHUP changes without losing the role; a change of another one is refused by name."""
+RELOADABLE = reloadable(AgentSettings)
+"""The settings that SIGHUP changes."""
 
 log = logs.Log(__name__)
 
@@ -58,27 +27,27 @@ class Reload:
 
     Args:
         member: ``settings`` is written here.
-        options: makes the session's options of settings.
-        status: the line for systemd once it is done.
+        options: builds the session's options from settings.
+        status: the status line for systemd after the reload.
     """
 
     def __init__(
         self,
         member: Member,
-        inputs: Inputs,
+        host_health: HostHealth,
         *,
         options: Callable[[AgentSettings], Options],
         status: Callable[[], str],
     ) -> None:
         self._member = member
-        self._inputs = inputs
+        self._host_health = host_health
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
-        self._lane = Lane("configuration")
+        self._lane = BlockingThread("configuration")
 
     async def run(self, reread: Callable[[], AgentSettings]) -> None:
-        """Read the settings anew and take them over; what is wrong with them is logged.
+        """Read the settings again and apply them; log an error if they cannot be used.
 
         Args:
             reread: reads them; may block, and raises FailoverError.
@@ -86,13 +55,13 @@ class Reload:
         async with self._lock:
             self._member.notify.reloading()
             try:
-                await self._take_over(await self._lane.run(reread))
+                await self._apply(await self._lane.run(reread))
             except (FailoverError, StuckError) as error:
                 log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
             finally:
                 self._member.notify.ready(self._status())
 
-    async def _take_over(self, wanted: AgentSettings) -> None:
+    async def _apply(self, wanted: AgentSettings) -> None:
         member = self._member
         before = member.settings
         keys = [setting.name for setting in fields(wanted)]
@@ -100,15 +69,15 @@ class Reload:
         refused = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
         settings = replace(before, **update)
-        specs = await self._lane.run(lambda: member.runs.read_hooks(settings))
+        specs = await self._lane.run(lambda: member.role_runner.read_hooks(settings))
         if "progress" in changed:
-            await self._inputs.change_source(settings)
-        member.runs.reconfigure(settings, specs)
+            await self._host_health.replace_source(settings)
+        member.role_runner.reconfigure(settings, specs)
         member.settings = member.requests.settings = settings
         member.session.reconfigure(self._options(settings))
         logs.configure(settings.log_level, settings.log_format)
         if {"check", "failover_score"} & changed:
-            await self._inputs.change_checks(settings)
+            await self._host_health.replace_checks(settings)
         if refused:
             log.warning(
                 "settings not changed",

@@ -1,10 +1,10 @@
-"""What the daemon asks of the server: joining, heartbeats, the status, the end.
+"""The requests to the server: join, heartbeat, status, release, leave.
 
-Each call is a task of its own with its own time limit, and ends by telling an event, also if it fails
-by a fault of ours: that is raised besides, for whoever supervises the task. Decides nothing about roles.
+Each request is a task with its own timeout, and ends by posting its event. An internal error posts it too,
+and is then raised to the supervisor. Decides nothing about roles.
 
-Extensions of the API (docs/api.md) are used only once the answer to joining had a StoreId. At any other server
-all answers are taken as plain v1, whatever they carry.
+Extensions of the API (docs/api.md) are used only if the answer to joining had a StoreId. The answers of any
+other server are handled as plain v1, whatever they carry.
 """
 
 import asyncio
@@ -14,68 +14,68 @@ from functools import partial
 
 from agent.core.effects import Release
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     Left,
     Released,
-    StatusSeen,
+    StatusRead,
     Stop,
 )
 from agent.core.session import Session
-from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Joining, where_next
-from agent.daemon.vitals import Tally, reason_of
+from agent.daemon.joining import SERVER_FAULT, TOO_MANY_REQUESTS, Registration, endpoint_fields
+from agent.daemon.telemetry import Stats, failure_reason
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, FailoverError, ServerError
 from agent.model import GroupStatus, HeartbeatAnswer
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings import AgentSettings
+from agent.schema.settings import AgentSettings
 
 LONGEST_WAIT_S = 30.0
-"""One blocking read: shorter than the idle limits of usual balancers and proxies."""
+"""Cap on one blocking read: shorter than the idle timeouts of usual balancers and proxies."""
 
 SHORTEST_PAUSE_S = 0.25
-"""Between status reads that are answered at once, however short a beat is."""
+"""Minimum interval of status reads that are answered at once."""
 
 QUICK_READS = 4
-"""Changes of the status that are read one right after the other: a takeover has about three."""
+"""Changes of the status that are read without a pause: a takeover has about three."""
 
 RETRY_RELEASE_S = 0.1
-"""Between attempts to give the role back."""
+"""Minimum delay between attempts to release the role."""
 
 LONGEST_REASON = 256
-"""Characters that a release may carry."""
+"""Cap on the reason of a release, in characters."""
 
 log = Log(__name__)
 
 
 class Requests:
-    """The calls of one session.
+    """The requests of one session.
 
     Args:
         session: read only.
-        tell: takes the events.
-        report: the content of a heartbeat: FailoverScore and the data-processed time.
+        post_event: puts an event into the inbox.
+        heartbeat_content: returns FailoverScore and data-processed time.
         instance: identifies this process.
-        tally: counts heartbeats.
+        stats: counts heartbeats.
         clock: measures them.
 
     Attributes:
-        failure: why the session cannot go on, once a join has failed for good.
-        group_data: the group's data-processed time, as last heard.
+        failure: the error of a join that has failed for good.
+        group_data: the group's data-processed time, as last received.
     """
 
     def __init__(
         self,
         settings: AgentSettings,
         session: Session,
-        tell: Callable[[Event], None],
-        report: Callable[[], tuple[float, datetime | None]],
+        post_event: Callable[[Event], None],
+        heartbeat_content: Callable[[], tuple[float, datetime | None]],
         *,
         instance: str,
-        tally: Tally,
+        stats: Stats,
         clock: Clock,
     ) -> None:
         self.settings = settings
@@ -85,17 +85,17 @@ class Requests:
         self.group_data: datetime | None = None
         self.instance = instance
         self._session = session
-        self._tell = tell
-        self._report = report
-        self._tally = tally
+        self._post_event = post_event
+        self._heartbeat_content = heartbeat_content
+        self._stats = stats
         self._clock = clock
-        self._trouble: tuple[object, ...] | None = None
-        self._too_soon = 0
-        self._extended = False
+        self._last_failure: tuple[object, ...] | None = None
+        self._too_soon_count = 0
+        self._has_extensions = False
         """Whether the server has the extensions of docs/api.md, by its answer to joining."""
 
-    def use(self, client: RestClient) -> None:
-        """Take the client for all calls; needed before the first one."""
+    def set_client(self, client: RestClient) -> None:
+        """Set the client, before the first request."""
         client.store_id = self._session.store_id
         self._client = client
 
@@ -106,13 +106,13 @@ class Requests:
 
     @property
     def client(self) -> RestClient:
-        """The client that makes the calls."""
-        assert self._client is not None, "use() comes first"  # noqa: S101 - our own mistake
+        """The client of all requests."""
+        assert self._client is not None, "set_client() comes first"  # noqa: S101 - our own mistake
         return self._client
 
     @property
     def endpoint(self) -> str:
-        """The endpoint that the next call goes to."""
+        """The endpoint of the next request."""
         return self.settings.endpoint[0] if self._client is None else self._client.endpoint
 
     @property
@@ -124,85 +124,89 @@ class Requests:
         return self._session.options.session_id
 
     @property
-    def _limit_s(self) -> float:
+    def _timeout_s(self) -> float:
         return self._session.timing.request_timeout_s
 
     # -- heartbeats -----------------------------------------------------------------------------
 
-    async def beat(self, beat: int) -> None:
-        """Send one heartbeat; tell Answered or BeatFailed."""
-        tally, sent = self._tally, self._clock.now()
+    async def send_heartbeat(self, number: int) -> None:
+        """Send one heartbeat; posts HeartbeatAnswered or HeartbeatFailed."""
+        stats, sent = self._stats, self._clock.now()
         endpoint = self.client.endpoint
-        tally.asked_at[beat] = sent.mono
+        stats.in_flight[number] = sent.mono
         try:
-            answer = await self._beat(endpoint)
+            answer = await self._request_heartbeat(endpoint)
         except ServerError as error:
-            tally.beats_failed[reason_of(error)] += 1
-            self._lost_contact(endpoint, error)
-            self._tell(BeatFailed(beat, _failure(error), str(error), error.retry_after_s))
+            stats.heartbeats_failed[failure_reason(error)] += 1
+            self._record_failure(endpoint, error)
+            self._post_event(
+                HeartbeatFailed(number, _failure(error), str(error), error.retry_after_s)
+            )
         except Exception as error:
-            self._tell(BeatFailed(beat, Failure.OTHER, _fault(error)))
+            self._post_event(
+                HeartbeatFailed(number, HeartbeatFailure.OTHER, _format_internal_error(error))
+            )
             raise
         else:
-            tally.answered(sent, self._clock.now(), self.client.date, endpoint)
-            self._has_contact()
+            stats.record_answer(sent, self._clock.now(), self.client.date, endpoint)
+            self._record_success()
             self.group_data = answer.last_data
-            self._tell(Answered(beat, answer))
+            self._post_event(HeartbeatAnswered(number, answer))
         finally:
-            del tally.asked_at[beat]
+            del stats.in_flight[number]
 
-    async def _beat(self, endpoint: str) -> HeartbeatAnswer:
-        score, last_data = self._report()
+    async def _request_heartbeat(self, endpoint: str) -> HeartbeatAnswer:
+        score, last_data = self._heartbeat_content()
         answer = await self.client.heartbeat(
             self._group,
             self._id,
             score=score,
             last_data=last_data,
-            instance=self.instance if self._extended else None,
-            seen_epoch=self._session.newest_epoch if self._extended else None,
-            timeout_s=self._limit_s,
+            instance=self.instance if self._has_extensions else None,
+            seen_epoch=self._session.newest_epoch if self._has_extensions else None,
+            timeout_s=self._timeout_s,
         )
         if not self._session.accepts_store(answer.store_id):
             raise self.client.refuse(endpoint, answer.store_id)
-        return answer if self._extended else HeartbeatAnswer(answer.role, answer.last_data)
+        return answer if self._has_extensions else HeartbeatAnswer(answer.role, answer.last_data)
 
-    def _lost_contact(self, endpoint: str, error: ServerError) -> None:
-        """One line when contact is lost, or changes its reason."""
+    def _record_failure(self, endpoint: str, error: ServerError) -> None:
+        """Log a failed heartbeat, once for each reason in a row."""
         if error.status == TOO_MANY_REQUESTS and error.exit_code is not ExitCode.NOT_THE_API:
-            self._too_soon += 1
-            if self._too_soon == 1:
-                return  # the API itself finds a heartbeat too soon: there is contact
-        trouble = (endpoint, error.exit_code, error.status)
-        if trouble != self._trouble:
-            self._trouble = trouble
-            log.warning("heartbeat failed", reason=error, **where_next(self.client))
+            self._too_soon_count += 1
+            if self._too_soon_count == 1:
+                return  # the API itself has refused a heartbeat as too soon: there is contact
+        failure = (endpoint, error.exit_code, error.status)
+        if failure != self._last_failure:
+            self._last_failure = failure
+            log.warning("heartbeat failed", reason=error, **endpoint_fields(self.client))
 
-    def _has_contact(self) -> None:
-        self._too_soon = 0
-        if self._trouble is not None:
-            self._trouble = None
+    def _record_success(self) -> None:
+        self._too_soon_count = 0
+        if self._last_failure is not None:
+            self._last_failure = None
             log.info("heartbeat answered again", endpoint=self.client.endpoint)
 
     # -- joining --------------------------------------------------------------------------------
 
     async def join(self) -> None:
-        """Register, however long it takes; at the start only for ``startup_timeout``.
+        """Register, with retries; at the start only for ``startup_timeout``.
 
-        Tells Joined; or Stop, with ``failure`` set.
+        Posts Joined; or Stop, with ``failure`` set.
         """
         try:
-            joined = await Joining(
-                self.settings, self.client, self._session, again=self.joined_once
+            joined = await Registration(
+                self.settings, self.client, self._session, rejoining=self.joined_once
             ).run()
         except FailoverError as error:
             self.failure = error
-            self._tell(Stop(error.exit_code, str(error)))
+            self._post_event(Stop(error.exit_code, str(error)))
         except Exception as error:
-            self._tell(Stop(ExitCode.TASK_FAILED, _fault(error)))
+            self._post_event(Stop(ExitCode.TASK_FAILED, _format_internal_error(error)))
             raise
         else:
             self.joined_once = True
-            self._extended = joined.store_id is not None
+            self._has_extensions = joined.store_id is not None
             self.client.store_id = joined.store_id
             log.info(
                 "joined",
@@ -212,22 +216,22 @@ class Requests:
                 failover_timeout_s=joined.timing.lease_s,
                 store=joined.store_id,
             )
-            self._tell(joined)
+            self._post_event(joined)
 
     # -- the status -----------------------------------------------------------------------------
 
-    async def follow(self) -> None:
-        """Read the status for ever: by blocking reads where the server has them, else every beat.
+    async def follow_status(self) -> None:
+        """Read the status in a loop: by blocking reads if the server has them, else every interval.
 
-        A server that does not block, although it is asked to, is read once a beat; only some changes
-        in a row are read one right after the other.
+        A server that does not block is read once per heartbeat interval, except for QUICK_READS changes
+        in a row.
         """
         after: int | None = None
         quick = 0
         while True:
             asked_at = self._clock.boottime()
             revision, retry_after_s = await self._read_status(after)
-            pause_s = max(self._session.timing.beat_s, SHORTEST_PAUSE_S)
+            pause_s = max(self._session.timing.heartbeat_interval_s, SHORTEST_PAUSE_S)
             took_s = self._clock.boottime() - asked_at
             if took_s >= pause_s:
                 quick = 0
@@ -238,7 +242,7 @@ class Requests:
             after = revision
 
     async def _read_status(self, after: int | None) -> tuple[int | None, float]:
-        """Tell StatusSeen; the revision to wait behind, or None, and how long the server asks to wait."""
+        """Read the status once; posts StatusRead. The revision for the next blocking read, and Retry-After."""
         endpoint, timing = self.client.endpoint, self._session.timing
         try:
             status = await self.client.status(
@@ -247,31 +251,33 @@ class Requests:
                 wait_s=min(max(timing.lease_s, 1.0), LONGEST_WAIT_S),
                 timeout_s=timing.request_timeout_s,
             )
-        except ServerError as error:  # the heartbeat meets the same and says so
+        except ServerError as error:  # the heartbeat fails, too, and logs it
             return None, error.retry_after_s or 0.0
         if not self._session.accepts_store(status.store_id):
             self.client.refuse(endpoint, status.store_id)
             return None, 0.0
-        if not self._extended:
-            self._tell(StatusSeen(GroupStatus(status.primary, status.pending, status.last_data)))
+        if not self._has_extensions:
+            self._post_event(
+                StatusRead(GroupStatus(status.primary, status.pending, status.last_data))
+            )
             return None, 0.0
-        self._tell(StatusSeen(status))
+        self._post_event(StatusRead(status))
         return status.revision, 0.0
 
     # -- the end --------------------------------------------------------------------------------
 
     async def release(self, effect: Release) -> None:
-        """Give the role back; tells Released, also if it failed: the lease ends by itself then.
+        """Release the role; posts Released, even after a failure: the lease then expires.
 
-        A plain v1 server is sent nothing. That of a former life is known by the store it had.
+        A plain v1 server gets no release. Before the first join, a known store id decides.
         """
         try:
-            if self._extended or self._session.store_id is not None:
-                await self._insist(partial(self._release, effect))
+            if self._has_extensions or self._session.store_id is not None:
+                await self._call_with_retries(partial(self._release, effect))
         except ServerError as error:
-            log.warning("role not given back, its lease will end", reason=error)
+            log.warning("role not released, its lease will expire", reason=error)
         finally:
-            self._tell(Released())
+            self._post_event(Released())
 
     async def _release(self, effect: Release, limit_s: float) -> None:
         await self.client.release(
@@ -281,14 +287,14 @@ class Requests:
             instance=effect.instance or self.instance,
             reason=effect.reason[:LONGEST_REASON],
             hold_off_s=effect.hold_off_s or None,
-            last_data=self._report()[1],
+            last_data=self._heartbeat_content()[1],
             timeout_s=limit_s,
         )
 
-    async def _insist(self, call: Callable[[float], Awaitable[None]]) -> None:
-        """Make a call again while the server fails and the time of one request is not over."""
+    async def _call_with_retries(self, call: Callable[[float], Awaitable[None]]) -> None:
+        """Call with retries while the server fails, within one request timeout."""
         loop = asyncio.get_running_loop()
-        end_at = loop.time() + self._limit_s
+        end_at = loop.time() + self._timeout_s
         while True:
             try:
                 return await call(end_at - loop.time())
@@ -300,28 +306,28 @@ class Requests:
             await asyncio.sleep(pause_s)
 
     async def leave(self, left: Callable[[], None]) -> None:
-        """Delete the session; ``left`` is called if that succeeded. Tells Left in any case."""
+        """Delete the session; ``left`` is called if that succeeded. Posts Left in any case."""
         try:
-            await self.client.leave(self._group, self._id, timeout_s=self._limit_s)
+            await self.client.leave(self._group, self._id, timeout_s=self._timeout_s)
             left()
         except ServerError as error:
             log.warning("session not deleted", reason=error)
         finally:
-            self._tell(Left())
+            self._post_event(Left())
 
 
-def _failure(error: ServerError) -> Failure:
+def _failure(error: ServerError) -> HeartbeatFailure:
     if error.exit_code is ExitCode.OTHER_STORE:
-        return Failure.OTHER_STORE
+        return HeartbeatFailure.OTHER_STORE
     match error.status:
         case 404 if error.exit_code is not ExitCode.NOT_THE_API:
-            return Failure.GONE
+            return HeartbeatFailure.GONE
         case 429 | 503:
-            return Failure.BACK_OFF
+            return HeartbeatFailure.BACK_OFF
         case _:
-            return Failure.OTHER
+            return HeartbeatFailure.OTHER
 
 
-def _fault(error: Exception) -> str:
-    """A fault of ours, for the log and the history."""
+def _format_internal_error(error: Exception) -> str:
+    """Format an internal error for the log and the history."""
     return f"internal error: {type(error).__name__}: {error}"

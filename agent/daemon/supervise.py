@@ -1,8 +1,8 @@
-"""Supervise the background tasks of one agent: none of them dies unseen.
+"""Supervise the background tasks of one agent, so that no failure goes unnoticed.
 
-Whatever the daemon waits for is a task that ends by putting an event into the inbox. A task that ends
-otherwise would leave the session waiting for ever, so ``Supervisor`` reports it at once: the event that
-stands for the lost answer first, then the failure itself. Knows nothing of sessions.
+Whatever the daemon waits for is a task that ends by posting an event. A task that fails would leave the
+session waiting for that event, so ``Supervisor`` posts a substitute, and then reports the failure. Knows
+nothing of sessions.
 """
 
 import asyncio
@@ -11,21 +11,21 @@ from typing import Any
 
 from agent.core.events import Event
 
-Failed = Callable[[str, BaseException], None]
-"""Takes the name of a task and what it raised."""
+OnFailed = Callable[[str, BaseException], None]
+"""Receives the name of a failed task and its exception."""
 
 
 class Supervisor:
     """The background tasks of one agent, inside one running loop.
 
     Args:
-        tell: takes events.
-        failed: called once for each task that ended unexpectedly. It must not raise.
+        post_event: puts an event into the inbox.
+        on_failed: called once for each task that ended unexpectedly. It must not raise.
     """
 
-    def __init__(self, tell: Callable[[Event], None], failed: Failed) -> None:
-        self._tell = tell
-        self._failed = failed
+    def __init__(self, post_event: Callable[[Event], None], on_failed: OnFailed) -> None:
+        self._post_event = post_event
+        self._on_failed = on_failed
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -34,26 +34,26 @@ class Supervisor:
         name: str,
         work: Coroutine[Any, Any, Any],
         *,
-        lost: Event | None = None,
+        failure_event: Event | None = None,
         endless: bool = False,
     ) -> asyncio.Task[Any]:
         """Run ``work`` in a task.
 
         Args:
             name: for the log.
-            work: what to run. It may be cancelled at any time.
-            lost: the event to tell if it raises, in place of the one that it would have told.
-            endless: it is not to return; if it does, it has failed.
+            work: may be cancelled at any time.
+            failure_event: the event to post if ``work`` raises, as a substitute for its own.
+            endless: ``work`` must not return; if it does, it has failed.
         """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._ended(done, lost, endless=endless))
+        task.add_done_callback(lambda done: self._ended(done, failure_event, endless=endless))
         return task
 
     def watch_loop(self) -> None:
-        """Report, too, what a callback of the loop raises, and a driver's task that nobody awaits.
+        """Also report exceptions of loop callbacks, and of drivers' tasks that nobody awaits.
 
-        Connections are not meant: what a peer does to one of them is the driver's affair.
+        Not those of connections: drivers handle what a peer does.
         """
         loop = asyncio.get_running_loop()
 
@@ -61,29 +61,31 @@ class Supervisor:
             error = context.get("exception")
             ours = "handle" in context or isinstance(context.get("future"), asyncio.Task)
             if ours and error is not None and not self._closing:
-                self._failed(str(context.get("message")), error)
+                self._on_failed(str(context.get("message")), error)
             else:
                 loop.default_exception_handler(context)
 
         loop.set_exception_handler(handle)
 
     async def cancel_all(self) -> None:
-        """Cancel every task and wait until all have ended. Nothing is reported any more."""
-        await asyncio.sleep(0)  # what has failed already is reported
+        """Cancel every task and wait until all have ended. Later failures are not reported."""
+        await asyncio.sleep(0)  # report the tasks that have failed already
         self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _ended(self, task: asyncio.Task[Any], lost: Event | None, *, endless: bool) -> None:
+    def _ended(
+        self, task: asyncio.Task[Any], failure_event: Event | None, *, endless: bool
+    ) -> None:
         self._tasks.discard(task)
         if self._closing or task.cancelled():
             return
         error = task.exception()
         if error is None and endless:
-            error = RuntimeError("it returned, and was to run until the end")
+            error = RuntimeError("it returned, though it should run until cancelled")
         if error is None:
             return
-        if lost is not None:
-            self._tell(lost)
-        self._failed(task.get_name(), error)
+        if failure_event is not None:
+            self._post_event(failure_event)
+        self._on_failed(task.get_name(), error)

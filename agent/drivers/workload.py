@@ -1,11 +1,10 @@
 """The workload of ``failover-agent exec``: one command that runs only while this member is primary.
 
-Owns its process, its process group and, where one can be made, its cgroup. Knows nothing of roles:
-it starts, stops and restarts when it is told to, and says when the command has ended for good.
+Owns its process, process group and, where one can be created, cgroup. Knows nothing of roles: the caller
+starts and stops it; it restarts the command by its policy, and reports when it does not any more.
 
-The command gets our stdout, stderr and working directory, /dev/null as stdin, our environment and
-the FAILOVER_ variables. It is killed when the agent dies (PDEATHSIG); the guard sees to the rest.
-Its processes are found as agent/proctree.py says, also where no cgroup can be made.
+The command inherits our stdout, stderr, working directory and environment, and gets /dev/null as stdin and
+the FAILOVER_ variables. The kernel kills it when the agent dies (PDEATHSIG), and the guard its descendants.
 """
 
 import asyncio
@@ -24,29 +23,29 @@ from agent.ops import process
 from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import Child, Ended
-from agent.ops.trees import Tree
+from agent.ops.process import Child, ExitResult
+from agent.ops.process_tree import ProcessTree
 
 POLL_S = 0.01
-"""How often a group that is being stopped is looked at."""
+"""Interval of the check whether a stopped process tree is gone."""
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
-"""Between two starts; doubled each time, from the first again after a run of the longest."""
+"""Backoff between two starts: doubled each time, and reset after a run of the longest delay."""
 
-DOUBLINGS = 16
-"""More than it takes from the first delay to the longest; no power of two grows for ever."""
+MAX_DOUBLINGS = 16
+"""Cap of the exponent, so that the delay cannot overflow."""
 
 GIVE_UP_AFTER = 5
-"""Failed starts in a row after which another member is to try."""
+"""Failures in a row after which another member should take over."""
 
-UNKNOWN = "not known: SIGCHLD is ignored, or somebody else has waited for it"
+UNKNOWN = "unknown: SIGCHLD is ignored, or other code has reaped it"
 
 log = Log(__name__)
 
 
 class Restart(StrEnum):
-    """What follows when the command ends by itself."""
+    """Restart policy for a command that ends by itself."""
 
     ALWAYS = "always"
     ON_FAILURE = "on-failure"
@@ -57,11 +56,11 @@ class Workload:
     """One command, started and stopped any number of times, inside one running loop.
 
     Args:
-        argv: program and arguments; a program without a slash is looked for on PATH.
-        ended: called with the exit status (128 + n for signal n) when it has ended by itself and
-            is not to be started again; None: it fails again and again.
-        cgroup: the directory for a cgroup of its own, or None where none can be made.
-        mark: by which its processes are found again (ops/process.py).
+        argv: program and arguments; a program without a slash is searched on PATH.
+        ended: called when the command has ended by itself and is not restarted, with the exit status
+            (128 + n for signal n), or None after too many failures.
+        cgroup: the directory for a cgroup of its own, or None where none can be created.
+        mark: identifies its processes (ops/process.py).
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Workload:
         self._mark = mark
         self._env: Mapping[str, str] = {}
         self._child: Child | None = None
-        self._tree: Tree | None = None
+        self._tree: ProcessTree | None = None
         self._watching: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[str | None] | None = None
         self._again: asyncio.TimerHandle | None = None
@@ -94,12 +93,12 @@ class Workload:
 
     @property
     def pgid(self) -> int | None:
-        """Its process group, while any of it may live."""
+        """Its process group, until it is released."""
         return self._child.pid if self._child is not None and self._child.identity else None
 
     @property
     def identity(self) -> proctree.Process | None:
-        """Number and start time of its own process, while any of it may live."""
+        """Process id and start time of the command, until it is released."""
         return self._child.identity if self._child is not None else None
 
     @property
@@ -109,41 +108,39 @@ class Workload:
         return self._cgroup if made else None
 
     async def start(self, env: Mapping[str, str]) -> str | None:
-        """Start it with the variables of a tenure; why it could not be started, or None."""
+        """Start it with the variables of a tenure; return None, or why it could not be started."""
         self._env = env
         self._wanted = True
         self._short = self._failed = 0
         return await self._spawn()
 
     async def stop(self) -> None:
-        """TERM to all of its processes; back when nothing of it lives. ``kill`` hurries it."""
-        self._call_off()
+        """Send TERM to all of its processes, and wait until none is left. ``kill`` hurries it."""
+        self._cancel_restart()
         tree = self._tree
-        if (
-            tree is not None
-        ):  # descendants are orphans as soon as the command ends: know them before
+        if tree is not None:  # find descendants before they become orphans
             with suppress(StuckError):
-                await tree.look()
+                await tree.find_in_thread()
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)
-        while await self._lives():  # noqa: ASYNC110 - nothing tells when the last of a tree is gone
+        while await self._lives():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
             await asyncio.sleep(POLL_S)
         if self._watching is not None:
             await self._watching
         if self._killing is not None:
             await self._killing
-        self._forget()
+        self._release()
 
     def kill(self) -> None:
-        """KILL to all of its processes."""
-        self._call_off()
+        """Send KILL to all of its processes."""
+        self._cancel_restart()
         self._signal(signal.SIGKILL)
         if self._tree is not None and (self._killing is None or self._killing.done()):
             self._killing = asyncio.get_running_loop().create_task(self._tree.kill())
 
     def send_signal(self, number: int) -> bool:
-        """Send a signal to the command's main process; whether it runs."""
+        """Send a signal to the command's own process; return whether it runs."""
         if self._child is None or self._child.ended or self._child.identity is None:
             return False
         try:
@@ -153,8 +150,8 @@ class Workload:
 
     # -- small steps --------------------------------------------------------------------------
 
-    def _call_off(self) -> None:
-        """It is not started again."""
+    def _cancel_restart(self) -> None:
+        """Do not start it again."""
         self._wanted = False
         if self._again is not None:
             self._again.cancel()
@@ -163,7 +160,7 @@ class Workload:
     async def _spawn(self) -> str | None:
         self._again = None
         self._started_at = self._clock.boottime()
-        self._tree = Tree(self._mark)
+        self._tree = ProcessTree(self._mark)
         child = self._child = Child(
             self._argv,
             die_with_us=True,
@@ -189,10 +186,10 @@ class Workload:
         seconds = self._clock.boottime() - self._started_at
         log.info("workload ended", pid=child.pid, result=how, seconds=seconds)
         if self._wanted:
-            await self._end_by_itself(status)
+            await self._on_own_end(status)
 
-    async def _end_by_itself(self, status: int) -> None:
-        if self._tree is not None:  # what it left behind does not outlive it
+    async def _on_own_end(self, status: int) -> None:
+        if self._tree is not None:  # its descendants must not outlive it
             left = await self._tree.kill()
             if left is not None:
                 log.error("workload left processes behind", reason=left)
@@ -211,36 +208,36 @@ class Workload:
             self._wanted = False
             self._ended(None)
             return
-        delay_s = min(FIRST_DELAY_S * 2 ** min(self._short - 1, DOUBLINGS), LONGEST_DELAY_S)
-        log.warning("workload is started again", after_s=delay_s, failed=self._failed)
+        delay_s = min(FIRST_DELAY_S * 2 ** min(self._short - 1, MAX_DOUBLINGS), LONGEST_DELAY_S)
+        log.warning("workload restart scheduled", after_s=delay_s, failed=self._failed)
         self._again = asyncio.get_running_loop().call_later(delay_s, self._start_again)
 
     def _start_again(self) -> None:
         self._again = None
         self._restarting = asyncio.get_running_loop().create_task(self._spawn_again())
 
-    def _is_called_off(self) -> bool:
+    def _is_cancelled(self) -> bool:
         return not self._wanted
 
     async def _spawn_again(self) -> None:
-        if self._is_called_off():
+        if self._is_cancelled():
             return
-        self._forget()
+        self._release()
         why = await self._spawn()
         if not self._wanted:  # stopped while it was being started
             self.kill()
         elif why is not None:
             log.error("workload not started", reason=why)
-            await self._end_by_itself(127)
+            await self._on_own_end(127)
 
     async def _lives(self) -> bool:
-        """Whether anything of it is more than a zombie."""
+        """Whether any of its processes is alive, zombies excepted."""
         if self._restarting is not None and not self._restarting.done():
             return True
         if self._child is None or self._tree is None:
             return False
         if not self._child.ended:
-            return True  # itself, which is known without a look at every process there is
+            return True  # no search of /proc is needed
         return not await self._tree.gone()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -255,8 +252,8 @@ class Workload:
                     resolution="run the agent as the user that the command becomes",
                 )
 
-    def _forget(self) -> None:
-        """Reap it; its numbers are given back."""
+    def _release(self) -> None:
+        """Reap it, and remove its cgroup."""
         if self._child is not None and self._child.ended:
             self._child.release()
             self._child = None
@@ -265,8 +262,8 @@ class Workload:
                 self._cgroup.rmdir()
 
 
-def _status(ended: Ended) -> tuple[int, str]:
-    """The exit status as a shell has it, and how it ended, for people."""
+def _status(ended: ExitResult) -> tuple[int, str]:
+    """The exit status as in a shell, and a readable result."""
     if ended.code is not None:
         return ended.code, f"exit {ended.code}"
     if ended.signal is None:
@@ -279,10 +276,10 @@ def _status(ended: Ended) -> tuple[int, str]:
 
 
 def check_workload(argv: Sequence[str]) -> None:
-    """Refuse a command that could not be started.
+    """Reject a command that could not be started.
 
     Raises:
-        ConfigError: HOOK_MISSING or HOOK_NOT_EXECUTABLE; the message says which and where.
+        ConfigError: HOOK_MISSING or HOOK_NOT_EXECUTABLE; the message names the program.
     """
     program = argv[0]
     if shutil.which(program) is not None:
@@ -290,8 +287,8 @@ def check_workload(argv: Sequence[str]) -> None:
     found = shutil.which(program, mode=os.F_OK)
     if found is None:
         raise ConfigError(
-            f"command {program} is not there"
-            + (": no folder on PATH has it" if "/" not in program else "")
+            f"command {program} does not exist"
+            + (" in any directory on PATH" if "/" not in program else "")
             + "; name a program that exists, after --",
             exit_code=ExitCode.HOOK_MISSING,
         )

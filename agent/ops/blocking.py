@@ -1,11 +1,11 @@
-"""Run work that the kernel may never return from, without holding up the event loop.
+"""Run calls that may block for ever in a thread, without blocking the event loop.
 
-A dead network file system, a pipe that nobody reads or a resolver that does not answer blocks the thread
-that asks for ever. ``Lane`` gives such work a daemon thread: the loop goes on, and the process can exit.
-Knows nothing of what the work is.
+A dead network file system, a pipe that nobody reads or a resolver that does not answer may block its
+caller for ever. ``BlockingThread`` runs such a call in a daemon thread: the loop goes on, and the process
+can exit. Knows nothing of what the call does.
 
-Not promised: that the work ends. A thread that is stuck in the kernel is abandoned; there is at most one
-for each lane.
+Not promised: that the call returns. A thread that is stuck in the kernel is abandoned; there is at most one
+for each ``BlockingThread``.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class StuckError(Exception):
-    """The lane's last work has not returned, so no further work is started; the message says so."""
+    """The previous call has not returned, so no further one is started."""
 
 
-class Lane:
-    """At most one thread for one kind of blocking work.
+class BlockingThread:
+    """At most one thread for one kind of blocking call.
 
     Args:
-        name: what the work is, for the thread's name and for messages, such as "state file".
+        name: of the kind, for the thread's name and for messages, such as "state file".
     """
 
     def __init__(self, name: str) -> None:
@@ -34,26 +34,26 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        """Whether the last work has not returned yet."""
+        """Whether the last call has not returned yet."""
         return self._last is not None and not self._last.done()
 
     async def run(self, work: Callable[[], T], *, timeout_s: float | None = None) -> T:
-        """Return what ``work`` returns, or raise what it raises.
+        """Call ``work`` in a daemon thread; return what it returns, or raise what it raises.
 
-        If the caller is cancelled or the time is up, the work goes on by itself and its result is lost.
+        If the caller is cancelled or times out, the call goes on and its result is lost.
 
         Args:
-            work: called in a daemon thread of its own.
+            work: the blocking call.
             timeout_s: seconds to wait for it; None waits for ever.
 
         Raises:
-            StuckError: the work before has not returned, or no thread can be started.
+            StuckError: the previous call has not returned, or no thread can be started.
             TimeoutError: ``timeout_s`` is over.
         """
         if self.busy:
             raise StuckError(f"{self.name}: the last call is still blocked in the kernel")
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # a cancelled caller must not cancel the work
+        future.set_running_or_notify_cancel()  # a cancelled caller must not cancel the call
 
         def call() -> None:
             try:

@@ -1,7 +1,7 @@
-"""The clocks that decisions are made by (R2). Knows nothing of what is decided.
+"""The clocks for all decisions (R2).
 
-``Clock`` is passed to whatever needs the time; nothing else reads one. Its sources are arguments,
-so a test's clock is ``Clock(boottime=lambda: t.now, monotonic=lambda: t.now)``.
+A ``Clock`` is passed to each part that needs the time; nothing else reads the system's clocks. Its sources
+are arguments, so a test's clock is ``Clock(boottime=lambda: t.now, monotonic=lambda: t.now)``.
 """
 
 import time
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from agent.model import Instant
 
 READINGS = 3
-"""A reading of two clocks is off by any pause in between; the tightest of three hardly ever is."""
+"""A pause between the reading of two clocks is an error; the shortest of three has hardly any."""
 
 
 def _boottime() -> float:
@@ -23,7 +23,7 @@ def _utc_now() -> datetime:
 
 
 class Clock:
-    """Where the time comes from.
+    """Source of the time.
 
     Attributes:
         boottime: seconds on CLOCK_BOOTTIME, which counts suspended time. Decides about leases.
@@ -43,14 +43,14 @@ class Clock:
         self._gap_s = self._read_gap_s()
 
     def now(self) -> Instant:
-        """This moment, on both clocks that the project speaks of."""
+        """The current moment, as boot time and as time of day."""
         return Instant(self.boottime(), self.wall())
 
     def suspended_s(self) -> float:
         """Seconds, 0 or more, that the host was suspended since the last call (or since the start).
 
-        It is the growth of boot time minus monotonic time. A pause of this process alone is not
-        seen here; a rest of some microseconds is noise.
+        Measured as the growth of boot time minus monotonic time, with some microseconds of noise. A pause
+        of this process alone does not count.
         """
         before, self._gap_s = self._gap_s, self._read_gap_s()
         return max(0.0, self._gap_s - before)

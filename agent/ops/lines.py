@@ -1,8 +1,8 @@
-"""Write lines to a descriptor that may block, such as a pipe that nobody reads, from a thread.
+"""Write lines in a thread to a descriptor that may block, such as a pipe that nobody reads.
 
-Owns a bounded queue and one daemon thread that writes. Whoever has a line never waits: a line for which
-there is no room is dropped and counted, and once writing works again one line reports how many are
-missing, where they are missing. Knows nothing of what the lines mean.
+Owns a bounded queue and one daemon thread that writes. Callers never block: a line that does not fit is
+dropped and counted, and once writing works again one line reports, at that place, how many are missing.
+Knows nothing of what the lines mean.
 
 Not promised: that a line was written when the process is killed. ``flush`` waits, up to a limit.
 """
@@ -17,39 +17,39 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MOST_BYTES = 256 * 1024
-"""Queued lines, some 2,000. An agent's memory has to stay small, and a reader that is further behind
-than this has been stopped."""
+"""Bound of the queue, some 2,000 lines: the agent has to stay small, and a reader that is further behind
+has stopped reading."""
 
 BULK_BYTES = MOST_BYTES * 3 // 4
-"""Of these for lines that are marked as bulk: a program's output never pushes out our own lines."""
+"""Share of the queue for bulk lines: output of other programs never displaces our own lines."""
 
 RESUME_BYTES = MOST_BYTES // 2
-"""After a drop, bulk lines are queued again from here on, so that gaps are few and long."""
+"""After a drop, bulk lines are queued again below this, so that gaps are few and long."""
 
 LONGEST_PART = 8192
-"""Characters without a newline that ``StderrLines`` keeps."""
+"""Characters without a newline that ``StderrLines`` buffers."""
 
 
 class _Entry(NamedTuple):
-    """A queued line; ``missing``: how many dropped lines it reports, 0 for a line itself."""
+    """A queued line; ``missing``: how many dropped lines it reports, 0 for an ordinary line."""
 
     data: bytes
     missing: int
 
 
 class LineWriter:
-    """A queue of lines to one descriptor. Any thread may put lines; none of them ever waits.
+    """A queue of lines to one descriptor. Any thread may put lines, without blocking.
 
     Args:
-        fd: where the lines go. It is not closed.
-        report: makes the line that says how many lines were dropped.
+        fd: the descriptor. It is not closed.
+        report: formats the line that reports a number of dropped lines.
     """
 
     def __init__(self, fd: int, report: Callable[[int], str]) -> None:
         self.fd = fd
         self.report = report
         self.dropped = 0
-        """Lines that were dropped so far: no room, or the descriptor refused them."""
+        """Number of dropped lines: the queue was full, or writing failed."""
         self._missing = 0
         self._queue: deque[_Entry] = deque()
         self._bytes = 0
@@ -63,7 +63,7 @@ class LineWriter:
         """Queue a line, without its newline, or drop it. Never blocks, never raises.
 
         Args:
-            line: what is to be written.
+            line: its text.
             bulk: leave the reserve (MOST_BYTES - BULK_BYTES) to other lines.
         """
         data = line.encode(errors="backslashreplace") + b"\n"
@@ -78,7 +78,7 @@ class LineWriter:
             self._start()
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until every line is written or dropped; False if the limit is over before that."""
+        """Wait until every line is written or dropped; return False if the limit is over first."""
         with self._changed:
             if self._thread is None:
                 return not self._queue
@@ -113,7 +113,7 @@ class LineWriter:
             self._thread = thread
 
     def _work(self) -> None:
-        # Signals are for the main thread, which may be blocked in a call that they have to interrupt.
+        # Leave signals to the main thread, which may be blocked in a call that they have to interrupt.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             entry = self._next()
@@ -128,7 +128,7 @@ class LineWriter:
                 self._changed.notify_all()
 
     def _next(self) -> _Entry:
-        """Wait for an entry. It stays in the queue, as ``flush`` waits for it too."""
+        """Wait for an entry. It stays in the queue until it is written, for ``flush``."""
         with self._changed:
             while not self._queue:
                 if self._missing and self._working:
@@ -142,9 +142,9 @@ class LineWriter:
         while rest:
             try:
                 rest = rest[os.write(self.fd, rest) :]
-            except BlockingIOError:  # somebody who shares the descriptor has made it non-blocking
+            except BlockingIOError:  # another process that shares it has made it non-blocking
                 select.select([], [self.fd], [])
-            except OSError:  # nobody will ever read it, or the disk is full
+            except OSError:  # the reader is gone, or the disk is full
                 return False
         return True
 
@@ -157,7 +157,7 @@ class LineWriter:
 
 
 class StderrLines(io.TextIOBase):
-    """A ``sys.stderr`` that never blocks: whatever is printed goes line by line through a writer."""
+    """A ``sys.stderr`` that never blocks: it passes complete lines to a ``LineWriter``."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -168,7 +168,7 @@ class StderrLines(io.TextIOBase):
         self._part = ""
 
     def fileno(self) -> int:
-        """The descriptor below, which a child process may be given."""
+        """The underlying descriptor, for child processes."""
         return self._writer.fd
 
     def isatty(self) -> bool:
@@ -180,7 +180,7 @@ class StderrLines(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Queue the lines that this completes."""
+        """Queue the lines that ``text`` completes."""
         *lines, self._part = (self._part + text).split("\n")
         if len(self._part) > LONGEST_PART:
             lines.append(self._part)

@@ -1,10 +1,10 @@
-"""Logs: one event is one line on stderr, whatever is in it. Knows nothing of what is logged.
+"""Structured logs: one event is one line on stderr, whatever it contains.
 
     2026-01-31T12:00:00.000Z INFO role changed before=Secondary after=PendingPrimary epoch=7
 
 A module that logs has ``log = Log(__name__)`` and calls ``log.info("role changed", epoch=7)``: a
-constant message, and the facts as fields. In the journal (stderr is connected to it) the time is
-the journal's own, and the level goes as its priority prefix.
+constant message, and variable fields. If stderr is connected to the journal, the journal adds the time,
+and the level becomes its priority prefix.
 
 Logging never blocks: a thread writes the lines (ops/lines.py). Where stderr is a pipe that nobody reads,
 lines are dropped and counted (``dropped``), output of other programs (events with a field ``line``) first.
@@ -33,20 +33,20 @@ PRIORITIES = (
     (logging.WARNING, 4),
     (logging.INFO, 6),
 )
-"""Syslog priority from each level on; what is lower is 7, debug."""
+"""Syslog priority from each level on; lower levels are 7, debug."""
 
 UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access")
-A_LINE_PER_REQUEST = ("httpx2", "httpcore2")
-"""Libraries that say at INFO what each heartbeat is; only their warnings are events."""
+HTTP_LIBRARIES = ("httpx2", "httpcore2")
+"""They log each request, and so each heartbeat, at INFO; only their warnings are shown."""
 
-QUOTED_BECAUSE_OF = frozenset(' "=\\')
+QUOTED_CHARACTERS = frozenset(' "=\\')
 
 FLUSH_S = 1.0
-"""How long the end of the process waits for its last lines to be written."""
+"""How long the process waits at its exit until its last lines are written."""
 
 
 class Log:
-    """A named logger whose events have fields. Cheap; a module makes its own."""
+    """A named logger whose events have fields. Cheap; each module has its own."""
 
     __slots__ = ("_logger",)
 
@@ -54,23 +54,23 @@ class Log:
         self._logger = logging.getLogger(name)
 
     def debug(self, message: str, /, **fields: Any) -> None:
-        """What helps while looking for a fault, and is off otherwise."""
+        """Log a detail for troubleshooting; not shown by default."""
         self.event(logging.DEBUG, message, **fields)
 
     def info(self, message: str, /, **fields: Any) -> None:
-        """Something happened that an operator will want to find again."""
+        """Log an event that an operator may search for."""
         self.event(logging.INFO, message, **fields)
 
     def warning(self, message: str, /, **fields: Any) -> None:
-        """Something is wrong and was coped with."""
+        """Log a fault that was handled."""
         self.event(logging.WARNING, message, **fields)
 
     def error(self, message: str, /, **fields: Any) -> None:
-        """Something is wrong that a person has to look at."""
+        """Log a fault that needs a person."""
         self.event(logging.ERROR, message, **fields)
 
     def exception(self, message: str, /, **fields: Any) -> None:
-        """An error, with the traceback of the exception that is being handled."""
+        """Log an error with the traceback of the current exception."""
         self.event(logging.ERROR, message, exc_info=True, **fields)
 
     def event(self, level: int, message: str, /, *, exc_info: bool = False, **fields: Any) -> None:
@@ -80,11 +80,11 @@ class Log:
 
 
 Plain = str | int | float | bool | None
-"""What JSON can hold beside lists of it."""
+"""A JSON scalar."""
 
 
 def plain(value: Any) -> Plain | list[Any]:
-    """A field's value as JSON can hold it: UTC for date-times, six decimals, no NaN, else text."""
+    """Convert a field's value for JSON: UTC for date-times, six decimals, no NaN, else text."""
     match value:
         case None | bool() | int():
             return value
@@ -104,29 +104,29 @@ def _utc(moment: datetime) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""``text`` with what is not printable (newlines, controls, surrogates) as ``\n``, ``\u001b``."""
+    r"""Escape what is not printable (newlines, controls, surrogates) as ``\n``, ``\u001b``."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     value = plain(value)
     if isinstance(value, list):
         value = ",".join(map(str, value))
     if not isinstance(value, str):
         return json.dumps(value)
-    if value and value.isprintable() and QUOTED_BECAUSE_OF.isdisjoint(value):
+    if value and value.isprintable() and QUOTED_CHARACTERS.isdisjoint(value):
         return value
     return escaped(json.dumps(value, ensure_ascii=False))
 
 
 class LineFormatter(logging.Formatter):
-    """A record as one line.
+    """Formats a record as one line.
 
     Args:
         form: see ``Form``.
-        journal: begin with the journal's priority prefix, and leave the time to it (``text``).
+        journal: begin with the journal's priority prefix, and omit the time (``text``).
     """
 
     def __init__(self, form: Form, *, journal: bool) -> None:
@@ -143,7 +143,7 @@ class LineFormatter(logging.Formatter):
             line = _json(record, time, fields)
         else:
             words = [record.levelname, escaped(record.getMessage())]
-            words += [f"{key}={_word(value)}" for key, value in fields.items()]
+            words += [f"{key}={_format_value(value)}" for key, value in fields.items()]
             line = " ".join(words if self._journal else [time, *words])
         return f"<{_priority(record.levelno)}>{line}" if self._journal else line
 
@@ -164,23 +164,23 @@ def _priority(level: int) -> int:
     return next((priority for least, priority in PRIORITIES if level >= least), 7)
 
 
-def last_words(text: str, exit_code: int) -> str:
-    """An error that ends this process, as its log has looked so far: plain text, unless that is JSON.
+def format_fatal_error(text: str, exit_code: int) -> str:
+    """Format the error that ends this process: as JSON if its log is JSON, else as plain text.
 
-    In the journal it is an error in any case, also if it comes before there is a log.
+    In the journal it has the priority of an error, even before the log is configured.
     """
     journal = in_journal(sys.stderr, os.environ)
     formatters = [handler.formatter for handler in logging.getLogger().handlers]
     ours = next((f for f in formatters if isinstance(f, LineFormatter)), None)
     if ours is None or ours.form != "json":
         return f"<{_priority(logging.ERROR)}>{text}" if journal else text
-    record = logging.LogRecord("agent", logging.ERROR, "", 0, "ended by an error", None, None)
+    record = logging.LogRecord("agent", logging.ERROR, "", 0, "exiting with an error", None, None)
     record.fields = {"reason": text, "exit_code": exit_code}
     return ours.format(record)
 
 
 def in_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Whether ``stream`` is the journal's: JOURNAL_STREAM is its device and inode (systemd.exec)."""
+    """Whether ``stream`` goes to the journal: JOURNAL_STREAM has its device and inode (systemd.exec)."""
     try:
         stat = os.fstat(stream.fileno())
     except (OSError, ValueError):  # closed, or not a file at all
@@ -189,7 +189,7 @@ def in_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 class _QueueHandler(logging.Handler):
-    """Hands each line to a writer that never blocks."""
+    """Passes each line to a ``LineWriter``, which never blocks."""
 
     def __init__(self, writer: LineWriter, formatter: LineFormatter) -> None:
         super().__init__()
@@ -199,18 +199,18 @@ class _QueueHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001 - a field that cannot be printed must not end its caller
+        except Exception:  # noqa: BLE001 - a field that cannot be formatted must not end the caller
             self.handleError(record)
             return
         self.writer.put(line, bulk="line" in getattr(record, "fields", {}))
 
     def flush(self) -> None:
-        """Called by logging.shutdown() at the end of the process."""
+        """Called by logging.shutdown() at the exit of the process."""
         self.writer.flush(FLUSH_S)
 
 
 def _writer_of(stream: TextIO) -> LineWriter | None:
-    """The writer in use, or a new one for ``stream``; None if it is no file, which cannot block."""
+    """The writer in use, or a new one for ``stream``; None if it is not a file and cannot block."""
     try:
         fd = stream.fileno()
     except (OSError, ValueError):
@@ -235,13 +235,13 @@ def _handler_of(stream: TextIO, formatter: LineFormatter) -> logging.Handler:
         return formatter.format(record)
 
     writer.report = report
-    if stream is sys.__stderr__:  # warnings, tracebacks of threads and errors must not block either
+    if stream is sys.__stderr__:  # other output, such as tracebacks, must not block either
         sys.stderr = StderrLines(writer)
     return _QueueHandler(writer, formatter)
 
 
 def dropped() -> int:
-    """How many log lines this process has dropped because nobody reads its stderr."""
+    """Number of log lines that this process has dropped because nobody reads its stderr."""
     handlers = logging.getLogger().handlers
     return sum(h.writer.dropped for h in handlers if isinstance(h, _QueueHandler))
 
@@ -252,14 +252,14 @@ def configure(level: str, form: Form, *, access_log: bool = False) -> None:
     Args:
         level: the lowest level that is shown: DEBUG, INFO, WARNING, ERROR or CRITICAL.
         form: see ``Form``.
-        access_log: whether uvicorn's line per request is wanted (a server's Config must agree).
+        access_log: log uvicorn's line per request (the server's Config must agree).
     """
     formatter = LineFormatter(form, journal=in_journal(sys.stderr, os.environ))
     logging.basicConfig(level=level, handlers=[_handler_of(sys.stderr, formatter)], force=True)
     for name in UVICORN:
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)  # whatever a server before has set
+        logger.setLevel(logging.NOTSET)  # an earlier server may have set one
         logger.propagate = access_log or name != "uvicorn.access"
-    for name in A_LINE_PER_REQUEST:
+    for name in HTTP_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""A connection to an MQTT broker that can harm nothing here; the only part that needs the extra.
+"""Connections to an MQTT broker, with timeouts and bounds. Needs the extra ``mqtt``.
 
-Owns making it within a limit, ending it without a rest, the bounds on what a broker may send, and the
-waits between attempts. Knows nothing of topics and of what messages mean.
+Owns the timeout of a connect, a complete close, bounds on what a broker may send, and the backoff between
+attempts. Knows nothing of topics and of what messages mean.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.errors import ConfigError
-from agent.settings import read_secret
-from agent.settings.values import Address, Broker
+from agent.schema.addresses import Address
+from agent.schema.mqtt import Broker
+from agent.schema.secret_files import read_secret
 
 try:
     import aiomqtt
@@ -32,20 +33,20 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
-"""Between two attempts: a broker that restarts is found soon, one that is gone is not pestered."""
+"""Backoff between two attempts: a restarted broker is found soon, and a dead one is rarely asked."""
 
 MOST_WAITING = 64
-"""Messages between two turns of the loop; then the oldest goes."""
+"""Received messages that wait; then the oldest is dropped."""
 
 LONGEST_PACKET = 256 * 1024
-"""Bytes. MQTT allows 256 MiB, which a small host may not have; what we follow has some hundred."""
+"""Bytes. MQTT allows 256 MiB, more than a small host may have; our messages have some hundred."""
 
 
-class Waits:
-    """How long to wait before the next attempt: longer each time, with jitter.
+class Backoff:
+    """The growing delay before the next attempt, with jitter.
 
     Args:
-        chance: a number from 0 up to 1.
+        chance: returns a random number from 0 up to 1.
     """
 
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
@@ -53,14 +54,14 @@ class Waits:
         self._wait_s = FIRST_WAIT_S
 
     def next_s(self, *, worked: bool) -> float:
-        """Seconds. ``worked``: the attempt that has just ended was good for something."""
+        """Seconds until the next attempt. ``worked`` starts again from the first delay."""
         self._wait_s = FIRST_WAIT_S if worked else min(LONGEST_WAIT_S, 2 * self._wait_s)
         return self._wait_s * (0.5 + self._chance() / 2)
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """What it takes to connect, read once. ``access_of`` makes it."""
+class BrokerAccess:
+    """Address, credentials and certificates of a broker, loaded once by ``load_access``."""
 
     address: Address
     protocol: aiomqtt.ProtocolVersion
@@ -71,11 +72,11 @@ class Access:
     tls: ssl.SSLContext | None
 
 
-def access_of(settings: Broker, where: str) -> Access:
-    """What it takes to connect, with the secrets and certificates that the settings name.
+def load_access(settings: Broker, where: str) -> BrokerAccess:
+    """Load the secrets and certificates that the settings name.
 
     Args:
-        settings: checked.
+        settings: valid ones.
         where: the table's name, for errors.
 
     Raises:
@@ -91,7 +92,7 @@ def access_of(settings: Broker, where: str) -> Access:
             raise ConfigError(text) from error
     if tls is not None and settings.certificate is not None:
         key = settings.private_key
-        try:  # with a password, or it would be asked for on the terminal
+        try:  # without a password, OpenSSL would prompt for one on the terminal
             tls.load_cert_chain(settings.certificate, key, password="")
         except OSError as error:
             files = " and ".join(str(file) for file in (settings.certificate, key) if file)
@@ -100,7 +101,7 @@ def access_of(settings: Broker, where: str) -> Access:
                 f" PEM, without a pass phrase: {error}"
             ) from error
     v5 = settings.protocol == "5"
-    return Access(
+    return BrokerAccess(
         address=settings.address,
         protocol=aiomqtt.ProtocolVersion.V5 if v5 else aiomqtt.ProtocolVersion.V311,
         limit_s=settings.limit,
@@ -111,8 +112,8 @@ def access_of(settings: Broker, where: str) -> Access:
     )
 
 
-class Latest(asyncio.Queue[aiomqtt.Message]):
-    """A full queue drops its oldest message, where aiomqtt's own would drop the newest."""
+class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):
+    """A queue that drops its oldest message when full; aiomqtt's own drops the newest."""
 
     def put_nowait(self, item: aiomqtt.Message) -> None:
         if self.full():
@@ -121,13 +122,15 @@ class Latest(asyncio.Queue[aiomqtt.Message]):
 
 
 class _Client(aiomqtt.Client):
-    """Connects in a thread that nobody waits for at the exit: name servers and handshakes hang.
+    """Connects in a daemon thread, as look-ups and handshakes may hang, without delaying the exit.
 
-    It is bounded on the way in, and a publication that the broker refuses is an error, where aiomqtt
-    would take it for done.
+    Received packets are bounded, and a publication that the broker refuses raises, where aiomqtt would
+    report success.
     """
 
-    def __init__(self, access: Access, will: aiomqtt.Will | None, client_id: str | None) -> None:
+    def __init__(
+        self, access: BrokerAccess, will: aiomqtt.Will | None, client_id: str | None
+    ) -> None:
         properties = None
         if access.protocol is aiomqtt.ProtocolVersion.V5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call] # paho has no type for it
@@ -144,12 +147,12 @@ class _Client(aiomqtt.Client):
             will=will,
             identifier=client_id,
             properties=properties,
-            queue_type=Latest,
+            queue_type=DropOldestQueue,
             max_queued_incoming_messages=MOST_WAITING,
         )
         self.left = False
         self._refused: str | None = None
-        self._client.connect_timeout = access.limit_s  # the handshake's, too
+        self._client.connect_timeout = access.limit_s  # also for the handshake
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound
         self._client._sock_recv = self._bounded  # type: ignore[method-assign, assignment] # noqa: SLF001 - see above
 
@@ -170,10 +173,10 @@ class _Client(aiomqtt.Client):
             raise aiomqtt.MqttError(f"publication to {topic} refused: {self._refused}")
 
     def _client_connect(self) -> None:
-        """Nothing is left of this for the loop's executor: see ``connect``."""
+        """Do nothing in the loop's executor: ``connect`` has done it."""
 
     async def connect(self) -> None:
-        """Make the connection, up to where ``async with`` goes on."""
+        """Connect; ``async with`` then waits for the broker's answer."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -187,28 +190,28 @@ class _Client(aiomqtt.Client):
             failed: Exception | None = None
             try:
                 super(_Client, self)._client_connect()
-            except Exception as error:  # noqa: BLE001 - is raised where it is waited for
+            except Exception as error:  # noqa: BLE001 - raised again where it is awaited
                 failed = error
-            with suppress(RuntimeError):  # the loop is closed: this process ends
+            with suppress(RuntimeError):  # the loop is closed: the process exits
                 loop.call_soon_threadsafe(settle, failed)
 
         threading.Thread(target=work, name="mqtt-connect", daemon=True).start()
         await done
 
     def leave(self) -> None:
-        """Close what aiomqtt leaves open after a failed start."""
+        """Close the socket that aiomqtt leaves open after a failed start."""
         self.left = True
         self._client.disconnect()
 
 
 @asynccontextmanager
 async def connected(
-    access: Access, *, will: aiomqtt.Will | None = None, client_id: str | None = None
+    access: BrokerAccess, *, will: aiomqtt.Will | None = None, client_id: str | None = None
 ) -> AsyncIterator[aiomqtt.Client]:
-    """A connection, ended cleanly. Iterate its messages, or its loss goes unseen.
+    """A connection, closed cleanly at the end. Iterate its messages: only that notices its loss.
 
     Raises:
-        Exception: of any kind; paho raises more than aiomqtt turns into its own.
+        Exception: of any kind; aiomqtt does not convert all that paho raises.
     """
     client = _Client(access, will, client_id)
     try:
@@ -220,7 +223,7 @@ async def connected(
 
 
 async def subscribe(client: aiomqtt.Client, *topics: str) -> None:
-    """Follow topics. Raises MqttError if the broker refuses one."""
+    """Subscribe to topics. Raises MqttError if the broker refuses one."""
     codes = await client.subscribe([(topic, 1) for topic in topics])
     for topic, code in zip(topics, codes, strict=False):
         if isinstance(code, ReasonCode) and code.is_failure:

@@ -1,13 +1,13 @@
-"""Run commands as child processes: start, signal, and learn how they ended, without blocking the loop.
+"""Run commands as child processes: start, signal and wait for them, without blocking the loop.
 
-``Child`` is one command. It is started and waited for in a daemon thread of its own, because a start
-waits for the kernel's exec, which on a dead network file system never returns. Knows nothing of roles, of limits,
-of when something is to be stopped, and of what a command leaves behind (ops/trees.py).
+``Child`` is one command. A daemon thread of its own starts it and waits for it, because a start waits for
+the kernel's exec, which on a dead network file system never returns. Knows nothing of roles, of limits, of
+when a command has to stop, and of the processes that it leaves behind (ops/process_tree.py).
 
-This process is a child subreaper, and so is each command's own process: orphans stay below it as long as
-it lives and come to us afterwards, so that leaving the process group hides nobody. ``Orphans`` reaps them,
-and only them: an ended ``Child`` stays a zombie until ``release``, which keeps its process id from being
-given to a stranger that a later signal would hit.
+This process is a child subreaper, and so is each command: orphans become children of their command while it
+lives, and ours afterwards, even if they have left the process group. ``OrphanReaper`` reaps only them. An
+ended ``Child`` stays a zombie until ``release``, so that its process id is not reused and no later signal
+hits another process.
 
 Not promised: that a command ends. One that is stuck in the kernel survives even SIGKILL.
 """
@@ -25,41 +25,40 @@ from pathlib import Path
 from typing import IO, Any
 
 from agent import proctree
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-APART = "apart"
+NO_TENURE = "apart"
 """The mark of commands that belong to no tenure: demotion and notification hooks, checks, progress."""
 
 REAP_S = 5.0
-"""Between two looks for orphans: a zombie costs nothing but its process id."""
+"""Interval of the reaper: a zombie costs nothing but its process id."""
 
-# With vfork the interpreter lock is held until the program is executed: a dead disk would stop every thread.
+# vfork holds the interpreter lock until the exec is done: a dead disk would block every thread.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
 
 _prctl: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl  # loaded before any fork
 _own: set[int] = set()
-"""Child processes that this process has started and has not reaped. The kernel's table of children is of
-the process, and so is this."""
+"""Children that this process has started and has not reaped. Global, like the kernel's list of children."""
 
 log = Log(__name__)
 
 
 def become_subreaper() -> None:
-    """Have the orphans of our descendants come to us. Call it once, before anything is started.
+    """Adopt the orphans of our descendants. Call it once, before any command is started.
 
-    From then on everything that is started has a mark: an orphan without one has cleared its environment.
+    From then on every command has a mark: an orphan without one has cleared its environment.
     """
     if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         log.warning("orphans are not adopted", reason=os.strerror(ctypes.get_errno()))
-    os.environ.setdefault(proctree.MARK, APART)
+    os.environ.setdefault(proctree.MARK, NO_TENURE)
 
 
 def mark(value: str) -> dict[str, str]:
-    """The environment variable by which processes of a tenure are found again."""
+    """The environment variable that identifies the processes of a tenure."""
     return {proctree.MARK: value}
 
 
@@ -69,7 +68,7 @@ def own_pids() -> frozenset[int]:
 
 
 class Popen(subprocess.Popen[bytes]):
-    """A child that is not taken for an orphan, from its fork until it is reaped."""
+    """A child that is in ``own_pids`` from its fork until it is reaped."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -79,36 +78,36 @@ class Popen(subprocess.Popen[bytes]):
             _own.discard(self.pid)
 
 
-class Orphans:
+class OrphanReaper:
     """Reaps adopted orphans, as process 1 does, inside one running loop.
 
     Args:
-        look: called at each look for orphans.
+        on_interval: called each time before it reaps.
     """
 
-    def __init__(self, look: Callable[[], object] | None = None) -> None:
-        self._look = look
+    def __init__(self, on_interval: Callable[[], object] | None = None) -> None:
+        self._on_interval = on_interval
         self._zombies: set[proctree.Process] = set()
-        self._lane = Lane("orphans")
+        self._thread = BlockingThread("orphans")
         self._working = asyncio.get_running_loop().create_task(self._work(), name="orphans")
 
     def close(self) -> None:
-        """Reap no more."""
+        """Stop reaping."""
         self._working.cancel()
 
     async def _work(self) -> None:
         while True:
             await asyncio.sleep(REAP_S)
-            if self._look is not None:
-                self._look()
+            if self._on_interval is not None:
+                self._on_interval()
             if _has_zombies():
-                with suppress(StuckError, OSError):  # the next look comes soon
-                    await self._lane.run(self.reap)
+                with suppress(StuckError, OSError):  # tried again after the next interval
+                    await self._thread.run(self.reap)
 
     def reap(self) -> None:
-        """Reap the zombies that were there at the last look, too. May block: for a thread.
+        """Reap each zombie that the previous call has seen, too. May block: for a thread.
 
-        A child of other code of ours is waited for by that code, long before the second look.
+        Other code in this process reaps its own children long before the second call.
         """
         us, own = os.getpid(), own_pids()
         zombies = {
@@ -130,8 +129,8 @@ def _has_zombies() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a command ended: one of the three is set, or none if somebody else has waited for it."""
+class ExitResult:
+    """How a command ended: one of the three is set, or none if other code has reaped it."""
 
     code: int | None = None
     signal: int | None = None
@@ -139,14 +138,14 @@ class Ended:
 
 
 class StoppedEarlyError(Exception):
-    """A command was stopped before it was started, so it never is."""
+    """The command was stopped before it was started, and never starts."""
 
     def __init__(self) -> None:
         super().__init__("it was stopped before it was started")
 
 
 class _Popen(Popen):
-    """Tells its process id as soon as it has forked, while the constructor still waits for the exec."""
+    """Reports its process id right after the fork, while the constructor still waits for the exec."""
 
     def __init__(self, forked: Callable[[int], None], *args: Any, **kwargs: Any) -> None:
         self._forked = forked
@@ -163,16 +162,16 @@ class Child:
 
     Args:
         argv: program and arguments, no shell.
-        before: called in the thread before the start; what it raises is why it is not started.
-        started: called in the loop with stdout and stderr, where they are pipes, after the exec.
+        before: called in the thread before the start; if it raises, the command is not started.
+        on_started: called in the loop after the exec, with stdout and stderr where they are pipes.
         die_with_us: SIGKILL to it when this process dies.
-        subreaper: its orphans stay below it, which is not for one that runs for long: it may never
-            wait for children that it does not know.
-        cgroup: a cgroup directory to move it into, if that can be made, with the one above it.
-        options: as of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
+        subreaper: its orphans become its children. Not for a long-running command, which may never reap
+            children that it has not started.
+        cgroup: a cgroup directory to move it into; it and its parent are created where possible.
+        options: of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
-        pid: its number, which is its process group's too; None until it was forked.
+        pid: its process id, also its process group's; None until it is forked.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class Child:
         argv: Sequence[str],
         *,
         before: Callable[[], None] | None = None,
-        started: Callable[[IO[bytes] | None, IO[bytes] | None], None] | None = None,
+        on_started: Callable[[IO[bytes] | None, IO[bytes] | None], None] | None = None,
         die_with_us: bool = False,
         subreaper: bool = True,
         cgroup: Path | None = None,
@@ -189,13 +188,13 @@ class Child:
         self.pid: int | None = None
         self._argv = list(argv)
         self._before = before
-        self._started = started
+        self._on_started = on_started
         self._die_with_us = die_with_us
         self._subreaper = subreaper
         self._cgroup = cgroup
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[Ended] = self._loop.create_future()
+        self._ended: asyncio.Future[ExitResult] = self._loop.create_future()
         self._launched: asyncio.Future[None] = self._loop.create_future()
         self._popen: _Popen | None = None
         self._lock = threading.Lock()
@@ -205,37 +204,37 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended, and that was noticed."""
+        """Whether its end has been noticed."""
         return self._ended.done()
 
     @property
     def identity(self) -> proctree.Process | None:
-        """Number and start time; None until it was forked, and once it was released."""
+        """Process id and start time; None before the fork and after ``release``."""
         return self._identity
 
     def start(self) -> None:
-        """Start it. Does not wait and does not raise: what cannot be started has ended."""
+        """Start it, without waiting. A failure is not raised here, but is the result of ``wait``."""
         try:
             threading.Thread(target=self._work, name=self._argv[0], daemon=True).start()
         except RuntimeError as error:
             self._failed(error)
 
-    async def launched(self) -> Ended | None:
-        """Wait until it runs; or how it ended, if it could not be started."""
+    async def launched(self) -> ExitResult | None:
+        """Wait until it runs; return the result if it could not be started."""
         await asyncio.wait([self._launched])
         if self._ended.done() and self._ended.result().error is not None:
             return self._ended.result()
         return None
 
-    async def wait(self) -> Ended:
-        """Wait for its own process, not for what it left behind. May be called repeatedly."""
+    async def wait(self) -> ExitResult:
+        """Wait for its own process, not for its descendants. May be called repeatedly."""
         return await asyncio.shield(self._ended)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal its process group, if any of it is left.
 
-        One that is not forked yet has ended with that: it may hang on a dead disk for ever, and is never
-        started. Between fork and exec only SIGKILL has effect at once; another signal is sent after it.
+        Before the fork this ends it: it may hang on a dead disk, and is never started. Between fork and
+        exec only SIGKILL has effect at once; another signal is sent after the exec.
 
         Raises:
             PermissionError: none of it may be signalled.
@@ -249,7 +248,7 @@ class Child:
             self._pending = number
             return
         if self._identity is None:
-            return  # released, or reaped by somebody else: the number may be a stranger's
+            return  # released, or reaped by other code: the process id may have been reused
         assert self.pid not in {0, 1, os.getpgrp()}  # noqa: S101 - our own mistake
         try:
             os.killpg(self.pid, number)
@@ -258,7 +257,7 @@ class Child:
                 proctree.send(self._identity, number)  # it does not lead its group yet
 
     def release(self) -> None:
-        """Reap it: its number is given back, and its group is never signalled again."""
+        """Reap it: its process id may be reused, and its group is never signalled again."""
         assert self.ended, "a running command is not released"  # noqa: S101 - our own mistake
         self._identity = None
         if self._popen is not None:
@@ -282,21 +281,21 @@ class Child:
                     return
                 self._forking = True
             popen = _Popen(
-                self._has_forked, self._argv, preexec_fn=self._preparation(inside), **self._options
+                self._on_forked, self._argv, preexec_fn=self._build_preexec(inside), **self._options
             )
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
-            self._call(self._failed, error)
+        except Exception as error:  # noqa: BLE001 - returned by wait()
+            self._call_in_loop(self._failed, error)
             return
         finally:
             if inside is not None:
                 os.close(inside)
-        self._call(self._has_started, popen)
+        self._call_in_loop(self._on_exec, popen)
         result = None
         with suppress(ChildProcessError):  # not reaped here: see ``release``
             result = os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT)
-        self._call(self._has_ended, result)
+        self._call_in_loop(self._on_ended, result)
 
-    def _preparation(self, inside: int | None) -> Callable[[], None]:
+    def _build_preexec(self, inside: int | None) -> Callable[[], None]:
         us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
 
         def prepare() -> None:
@@ -310,50 +309,50 @@ class Child:
                 if os.getppid() != us:  # we died before the line above
                     os._exit(1)
             if inside is not None:
-                with suppress(OSError):  # then it is found by other means
+                with suppress(OSError):  # its processes are found by other means
                     os.write(inside, b"0")
 
         return prepare
 
-    def _has_forked(self, pid: int) -> None:
+    def _on_forked(self, pid: int) -> None:
         self._identity = proctree.identify(pid)
         self.pid = pid
         if self._pending is signal.SIGKILL:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _call(self, callback: Callable[[Any], None], argument: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    def _call_in_loop(self, callback: Callable[[Any], None], argument: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(callback, argument)
 
     # -- in the loop ----------------------------------------------------------------------------
 
     def _failed(self, error: Exception) -> None:
-        self._identity = self.pid = None  # subprocess has reaped one whose exec has failed
+        self._identity = self.pid = None  # subprocess has reaped it if the exec failed
         if not self._ended.done():
-            self._ended.set_result(Ended(error=error))
+            self._ended.set_result(ExitResult(error=error))
             self._launched.set_result(None)
 
-    def _has_started(self, popen: _Popen) -> None:
+    def _on_exec(self, popen: _Popen) -> None:
         self._popen = popen
         self._running = True
         self._launched.set_result(None)
-        if self._started is not None:
-            self._started(popen.stdout, popen.stderr)
+        if self._on_started is not None:
+            self._on_started(popen.stdout, popen.stderr)
         if self._pending is not None:
             number, self._pending = self._pending, None
             with suppress(PermissionError):
                 self.signal(number)
 
-    def _has_ended(self, result: os.waitid_result | None) -> None:
+    def _on_ended(self, result: os.waitid_result | None) -> None:
         self._running = False
         if result is None:
             self._identity = None
-            self._ended.set_result(Ended())
+            self._ended.set_result(ExitResult())
         elif result.si_code == os.CLD_EXITED:
-            self._ended.set_result(Ended(code=result.si_status))
+            self._ended.set_result(ExitResult(code=result.si_status))
         else:
-            self._ended.set_result(Ended(signal=result.si_status))
+            self._ended.set_result(ExitResult(signal=result.si_status))
 
 
 def _open_cgroup(directory: Path) -> int | None:

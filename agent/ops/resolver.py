@@ -1,23 +1,24 @@
 """Resolve names without the event loop's shared executor.
 
-The C library's resolver blocks its thread for as long as it likes. In asyncio's executor, a few look-ups
-that hang delay every other one, and the end of the process waits for them. Here each look-up has a daemon
-thread of its own, shared by those who ask for the same at the same time, and bounded for each host.
+The C library's resolver may block its thread for long. In asyncio's executor, a few blocked look-ups delay
+every other one, and the exit of the process waits for them. Here each look-up has a daemon thread of its
+own, which callers with the same question share, and look-ups are bounded for each host.
 """
 
 import asyncio
-import concurrent.futures
 import ipaddress
 import socket
-import threading
 from collections import Counter
+from functools import partial
 from typing import Any
+
+from agent.ops.blocking import BlockingThread, StuckError
 
 MOST_OF_ONE_HOST = 4
 """Blocked look-ups of one name, for different ports or kinds."""
 
 MOST_LOOKUPS = 32
-"""Blocked look-ups at the same time: threads that wait for a resolver that is gone."""
+"""Blocked look-ups in total: threads that wait for a resolver that is gone."""
 
 Key = tuple[Any, ...]
 
@@ -26,7 +27,7 @@ class Resolver:
     """The ``getaddrinfo`` of an event loop."""
 
     def __init__(self) -> None:
-        self._pending: dict[Key, concurrent.futures.Future[list[Any]]] = {}
+        self._pending: dict[Key, asyncio.Task[list[Any]]] = {}
 
     async def getaddrinfo(
         self,
@@ -46,34 +47,26 @@ class Resolver:
         key = (host, port, family, type, proto, flags)
         if _is_numeric(host):
             return socket.getaddrinfo(*key)
-        found = self._pending.get(key)
-        if found is None or found.done():  # answers are not kept: that is the resolver's matter
-            found = self._start(key)
-        addresses: list[Any] = await asyncio.wrap_future(found)
-        return list(addresses)
+        look_up = self._pending.get(key)
+        if look_up is None or look_up.done():  # not a cache: that is the resolver's task
+            look_up = self._start(key)
+        return list(await asyncio.shield(look_up))
 
-    def _start(self, key: Key) -> concurrent.futures.Future[list[Any]]:
-        for done in [one for one, future in self._pending.items() if future.done()]:
-            del self._pending[done]
+    def _start(self, key: Key) -> asyncio.Task[list[Any]]:
+        self._pending = {one: task for one, task in self._pending.items() if not task.done()}
         of_host = Counter(one[0] for one in self._pending)[key[0]]
         if of_host >= MOST_OF_ONE_HOST or len(self._pending) >= MOST_LOOKUPS:
             raise socket.gaierror(socket.EAI_AGAIN, "too many look-ups are blocked")
-        future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # a caller that is cancelled must not cancel the others'
+        look_up = asyncio.get_running_loop().create_task(_look_up(key))
+        self._pending[key] = look_up
+        return look_up
 
-        def look_up() -> None:
-            try:
-                future.set_result(socket.getaddrinfo(*key))
-            except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
-                future.set_exception(error)
 
-        thread = threading.Thread(target=look_up, name=f"look-up of {key[0]}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            raise socket.gaierror(socket.EAI_AGAIN, f"no thread can be started: {error}") from error
-        self._pending[key] = future
-        return future
+async def _look_up(key: Key) -> list[Any]:
+    try:
+        return await BlockingThread(f"look-up of {key[0]}").run(partial(socket.getaddrinfo, *key))
+    except StuckError as error:
+        raise socket.gaierror(socket.EAI_AGAIN, str(error)) from error
 
 
 def _is_numeric(host: str | bytes | None) -> bool:
@@ -85,5 +78,5 @@ def _is_numeric(host: str | bytes | None) -> bool:
 
 
 def resolve_in_own_threads(loop: asyncio.AbstractEventLoop) -> None:
-    """Have every look-up of this loop done by a Resolver: connections, checks, webhooks."""
+    """Have a ``Resolver`` do every look-up of this loop: connections, checks, webhooks."""
     loop.getaddrinfo = Resolver().getaddrinfo  # type: ignore[method-assign]

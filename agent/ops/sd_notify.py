@@ -1,8 +1,8 @@
-"""What this process tells systemd, by its notification protocol (sd_notify(3), sd_watchdog_enabled(3)).
+"""Notifications to systemd: readiness, status, watchdog (sd_notify(3), sd_watchdog_enabled(3)).
 
-Owns the socket and the three variables that systemd sets. Knows nothing of what the states mean here.
-Nothing in it raises, waits or matters: with no systemd it does nothing, and a message that cannot be
-sent at once is dropped. (The C library waits instead, which a process with a lease cannot afford.)
+Owns the socket and the three variables that systemd sets. Nothing in it raises or blocks: without systemd
+it does nothing, and a message that cannot be sent at once is dropped. (The C library waits instead, which a
+process with a lease cannot afford.)
 """
 
 import os
@@ -13,28 +13,28 @@ from collections.abc import Callable, MutableMapping
 from agent.ops.logs import Log, escaped
 
 STATUS_CHARS = 500
-"""At most 2,000 bytes: systemd ignores a message above 4,096, and people read one line of it."""
+"""At most 2,000 bytes: systemd ignores a message of more than 4,096, and shows one line of it."""
 
 LONGEST_EXTENSION_S = 86_400.0
-"""A day: more than any budget, and what an endless or undefined time is cut to."""
+"""A day, more than any budget: the bound for infinite times."""
 
 NO_TIMEOUT_USEC = 2**64 - 1
-"""What systemd calls infinity; a watchdog of that is none."""
+"""systemd's infinity: no watchdog."""
 
 log = Log(__name__)
 
 
 class Notify:
-    """The line to systemd. ``close`` it at the end; until then its methods may be called at any time.
+    """Sends notifications to systemd until ``close``.
 
     Args:
-        environ: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are read and *removed*, so that no
-            child speaks in our name; None for this process's own environment.
+        environ: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are read from it and *removed*, so that no
+            child notifies in our name; None for this process's own environment.
         monotonic_ns: CLOCK_MONOTONIC, in nanoseconds.
 
     Attributes:
-        watchdog_s: seconds, above 0, within which systemd wants each next ``watchdog()``: call it at
-            least twice as often. None if it has no watchdog on this process.
+        watchdog_s: systemd's watchdog timeout in seconds, above 0; call ``watchdog()`` at least twice in
+            it. None if systemd has no watchdog for this process.
     """
 
     def __init__(
@@ -56,46 +56,47 @@ class Notify:
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._socket.setblocking(False)
             except OSError as error:
-                log.debug("systemd is not told", reason=error)
+                log.debug("systemd notification unavailable", reason=error)
         elif address:
-            log.debug("systemd is not told", reason="neither a path nor abstract", socket=address)
+            reason = "neither a path nor an abstract socket"
+            log.debug("systemd notification unavailable", reason=reason, socket=address)
 
     def ready(self, status: str) -> None:
-        """The start, or a reload, is complete; ``status`` as in ``status()``."""
-        self._say(status, "READY=1")
+        """Notify that the start, or a reload, is complete; ``status`` as in ``status()``."""
+        self._send_status(status, "READY=1")
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``; sent only if it is not what systemd has already.
+        """Set the line that ``systemctl status`` shows; an unchanged one is not sent again.
 
-        White space becomes single spaces, and what is longer than STATUS_CHARS is cut.
+        White space becomes single spaces; the text is cut to STATUS_CHARS.
         """
-        self._say(text)
+        self._send_status(text)
 
     def reloading(self) -> None:
-        """A reload begins; ``ready`` must follow, whether or not anything was changed by it."""
+        """Notify that a reload begins; ``ready`` must follow, whether or not it changed anything."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={self._monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """The stop begins."""
+        """Notify that the stop begins."""
         self._send("STOPPING=1")
 
     def watchdog(self) -> None:
-        """The main loop turns. Nothing is sent if systemd has no watchdog on this process."""
+        """Reset systemd's watchdog, if it has one for this process."""
         if self.watchdog_s is not None:
             self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:
-        """The start, reload or stop under way may take ``seconds`` more, counted from now."""
+        """Allow the current start, reload or stop ``seconds`` more, counted from now."""
         seconds = max(0.0, min(LONGEST_EXTENSION_S, seconds))
         self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def close(self) -> None:
-        """Say no more. May be called twice."""
+        """Close the socket. May be called twice."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _say(self, status: str, *states: str) -> None:
+    def _send_status(self, status: str, *states: str) -> None:
         status = escaped(" ".join(status.split()))[:STATUS_CHARS]
         if (states or status != self._status) and self._send(*states, f"STATUS={status}"):
             self._status = status
@@ -105,9 +106,9 @@ class Notify:
             return False
         try:
             self._socket.sendto("\n".join(assignments).encode(), self._address)
-        except OSError as error:  # nobody there, or its queue is full
+        except OSError as error:  # systemd is gone, or its queue is full
             if not self._failing:
-                log.debug("systemd was not told", message=assignments[0], reason=error)
+                log.debug("systemd notification dropped", message=assignments[0], reason=error)
             self._failing = True
             return False
         self._failing = False

@@ -1,12 +1,12 @@
-"""The kernel's watchdog device, which resets the host when nobody pets it in time.
+"""The kernel's watchdog device, which resets the host unless it is petted in time.
 
-Owns the open device. Knows nothing of when it ought to be petted. By the kernel's
-Documentation/watchdog/watchdog-api.rst: opening starts the countdown, any write restarts it, and only
-a "V" before the close stops it. So, on purpose, the host is reset if this process dies armed.
+Owns the open device. By the kernel's Documentation/watchdog/watchdog-api.rst, opening starts the countdown,
+any write restarts it, and only a "V" before the close stops it. So the host is reset if this process dies
+while the watchdog is armed, which is intended.
 
 Not promised: that ``disarm`` stops it. A kernel with CONFIG_WATCHDOG_NOWAYOUT, or a driver loaded with
 nowayout=1, goes on counting and resets the host, unless another program opens the device in time.
-One program at a time can have a device: systemd's RuntimeWatchdogSec= takes the first.
+Only one program at a time can open a device: systemd's RuntimeWatchdogSec= takes the first.
 """
 
 import fcntl
@@ -20,10 +20,10 @@ from agent.errors import ConfigError, ExitCode
 from agent.ops.logs import Log
 
 WDIOC_SETTIMEOUT = 0xC0045706
-"""_IOWR('W', 6, int): whole seconds in, what the driver made of them out."""
+"""_IOWR('W', 6, int): the requested timeout in seconds in, the driver's out."""
 
 LONGEST_TIMEOUT_S = 2**31 - 1
-"""An int of the ioctl; drivers refuse far smaller ones, and then keep their own."""
+"""The ioctl's int; drivers refuse far shorter ones, and then keep their own."""
 
 FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -33,11 +33,10 @@ log = Log(__name__)
 class WatchdogDevice:
     """One device. ``check`` first, then ``arm``, ``pet`` in time, ``disarm``; only ``check`` raises.
 
-    An error is logged once, and again only after a call that succeeded.
+    An error is logged once, and again only after a call has succeeded.
 
     Args:
-        path: the device, such as /dev/watchdog. A FIFO with a reader, or a file that is empty, may
-            stand for it.
+        path: the device, such as /dev/watchdog; for tests, a FIFO with a reader or an empty file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,10 +45,10 @@ class WatchdogDevice:
         self._failing = False
 
     def check(self) -> None:
-        """See that ``arm`` can be expected to work. A device is not opened: that would start it.
+        """Check that ``arm`` can work. A device is not opened: that would start it.
 
         Raises:
-            ConfigError: CONFIG_VALUE, it is missing, is neither a device nor a stand-in, or is not
+            ConfigError: CONFIG_VALUE, it is missing, is neither a device nor a substitute, or is not
                 writable for this process.
         """
         try:
@@ -69,16 +68,16 @@ class WatchdogDevice:
             if not os.access(self.path, os.W_OK, effective_ids=True):
                 raise PermissionError("not writable")
         elif stat.S_ISREG(found.st_mode) and found.st_size:
-            raise ValueError("it is a file with something in it")  # which a pet would overwrite
+            raise ValueError("it is a file with something in it")  # a pet would overwrite it
         else:
             os.close(os.open(self.path, FLAGS))
 
     def arm(self, timeout_s: float) -> None:
-        """Start the countdown; if it runs already, only set its time.
+        """Start the countdown; if it runs already, only set its timeout.
 
         Args:
-            timeout_s: seconds, above 0, from the last ``pet`` to the reset; rounded up to whole ones.
-                A driver that does not take it keeps its own (often 60), which is logged.
+            timeout_s: seconds, above 0, from the last ``pet`` to the reset; rounded up to whole seconds.
+                A driver that refuses it keeps its own (often 60), which is logged.
         """
         if self._device is None:
             try:
@@ -96,11 +95,11 @@ class WatchdogDevice:
         log.info("watchdog armed", path=self.path, timeout_s=struct.unpack("i", answer)[0])
 
     def pet(self) -> None:
-        """Begin the countdown anew. Nothing happens if it is not armed."""
+        """Restart the countdown. Does nothing if it is not armed."""
         self._write(b"\0", "watchdog not petted")
 
     def disarm(self) -> None:
-        """Stop the countdown, where the kernel allows it (see above), and close. May be called twice."""
+        """Stop the countdown, if the kernel allows it (see above), and close. May be called twice."""
         self._write(b"V", "watchdog not disarmed")
         device, self._device = self._device, None
         if device is None:

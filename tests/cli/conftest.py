@@ -9,8 +9,8 @@ import pytest
 
 from agent.cli.main import main
 from agent.coordinator.server import serving
-from agent.settings import Address
-from agent.settings.models import CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 

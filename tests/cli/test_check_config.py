@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ExitCode
-from agent.settings.models import AgentForm, CoordinatorSettings
-from agent.settings.sources import load
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.read import load
+from agent.schema.settings import AgentSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -27,7 +28,7 @@ def test_what_it_prints_is_toml_that_means_the_same(cli: Cli, tmp_path: Path) ->
     code, out, _ = cli("check-config", "--config", str(path))
     again = config(tmp_path, out)
     assert code == 0
-    assert load(AgentForm, path=again) == AgentForm(
+    assert load(AgentSettings, path=again) == AgentSettings(
         group="g", hook_primary=("/bin/true", 'a "b"'), beat=0.5, probe_listen=None
     )
 
@@ -43,7 +44,7 @@ def test_each_value_is_told_with_where_it_is_from(
     assert told["settings"]["group"] == {"value": "g", "from": str(path)}
     assert told["settings"]["beat"] == {"value": 1.0, "from": "FAILOVER_AGENT_BEAT"}
     assert told["settings"]["demote"] == {"value": None, "from": "default"}
-    assert told["timing"]["beat_s"] == 1.0
+    assert told["timing"]["heartbeat_interval_s"] == 1.0
     assert told["timing"]["demote_s"] == 2.5
 
 
@@ -89,7 +90,7 @@ def test_the_command_of_a_check_is_checked_as_a_hook_is(cli: Cli, tmp_path: Path
 def test_checks_are_printed_as_toml_that_means_the_same(cli: Cli, tmp_path: Path) -> None:
     text = 'group = "g"\n[[check]]\nname = "a"\ntype = "http"\nurl = "http://h/"\nstatus = 204\n'
     path = config(tmp_path, text)
-    before = load(AgentForm, path=path)
+    before = load(AgentSettings, path=path)
     code, out, _ = cli("check-config", "--config", str(path))
     assert code == 0
-    assert load(AgentForm, path=config(tmp_path, out)) == before
+    assert load(AgentSettings, path=config(tmp_path, out)) == before

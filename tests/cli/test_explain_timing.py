@@ -83,7 +83,12 @@ def test_the_ends_of_the_range_hold(cli: Cli, lease_s: float) -> None:
 @given(
     lease_s=st.floats(min_value=SHORTEST_LEASE_S, max_value=LONGEST_LEASE_S),
     budget=st.builds(
-        Budget, renew_s=part, demote_s=part, margin_s=part, beat_s=part, request_timeout_s=part
+        Budget,
+        renew_s=part,
+        demote_s=part,
+        margin_s=part,
+        heartbeat_interval_s=part,
+        request_timeout_s=part,
     ),
 )
 def test_any_budget_fits_into_80_columns(lease_s: float, budget: Budget) -> None:

@@ -86,7 +86,7 @@ def test_yes_is_0_and_prints_the_answer(cli: Cli, url: str) -> None:
 def test_no_is_1_and_says_why(cli: Cli, url: str, question: str) -> None:
     code, _, err = cli("healthcheck", question, "--probe", url)
     assert code == 1
-    assert f"{url} says 503" in err
+    assert f"{url} answers 503" in err
     assert f"/{question}" in err
 
 
@@ -180,7 +180,7 @@ def test_nobody_to_ask_is_1_in_one_line(
 def test_a_probe_that_never_answers_is_1(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(healthcheck, "ANSWER_S", 0.05)
+    monkeypatch.setattr(healthcheck, "TIMEOUT_S", 0.05)
     with HTTPServer(("127.0.0.1", 0), Handler) as server:  # it listens and does not serve
         code, _, err = cli("healthcheck", "--probe", f"http://127.0.0.1:{server.server_address[1]}")
     assert (code, "timed out" in err) == (1, True)

@@ -88,7 +88,7 @@ def test_a_trial_gives_what_was_asked_for_and_shows_the_output(
     assert 8000 < int(shown[1]) <= 9000
     assert "stderr | bad" in out
     assert "exit 0 after" in out
-    assert "would say that it is Primary" in out
+    assert "would report that it is Primary" in out
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import agent
 import agent.cli.status
 from agent.cli.main import COMMANDS
 from agent.errors import ExitCode, ServerError
-from agent.settings.describe import describe
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Settings, settings_of
+from agent.schema.settings import AgentSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 def test_the_version_is_told_without_importing_what_it_does_not_need() -> None:
     code = (
         "import sys; from agent.cli.main import main; assert main(['--version']) == 0;"
-        "print(*{'pydantic', 'rich', 'httpx2', 'asyncio', 'agent.settings'} & set(sys.modules))"
+        "print(*{'pydantic', 'rich', 'httpx2', 'asyncio', 'agent.schema'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -84,10 +85,12 @@ def test_every_module_with_a_command_is_listed() -> None:
     assert names == set(COMMANDS)
 
 
-@pytest.mark.parametrize(("program", "model"), [("run", AgentForm), ("serve", CoordinatorSettings)])
+@pytest.mark.parametrize(
+    ("program", "model"), [("run", AgentSettings), ("serve", CoordinatorSettings)]
+)
 def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings]) -> None:
     words = cli(program, "--help")[1].replace("/", " ").split()
-    assert {d.flag for d in describe(model)} | {"--config"} <= set(words)
+    assert {s.flag for s in settings_of(model)} | {"--config"} <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +98,12 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
     [
         (
             ("run", "--group", "g", "--endpoint", "http://a/clientfailover"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {"group": "g", "endpoint": ("http://a/clientfailover",)},
         ),
         (
             ("run", "--group", "g", *TWO_ENDPOINTS, "--failover-timeout", "00:00:02"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {
                 "endpoint": ("http://a/clientfailover", "http://b/clientfailover"),
                 "failover_timeout": 2.0,
@@ -113,7 +116,7 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
         ),
         (
             ("exec", "--group", "demo", "--", "sleep", "5"),
-            "agent.daemon.life",
+            "agent.daemon.main",
             {"workload": ("sleep", "5")},
         ),
         (("serve", "--no-insecure"), "agent.coordinator.server", {"insecure": False}),
@@ -229,7 +232,7 @@ def test_several_faults_are_a_line_each_and_the_first_gives_the_code(cli: Cli) -
 
 def test_an_error_of_ours_is_told_with_its_code(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     error = ServerError("it said no", exit_code=ExitCode.REFUSED)
-    monkeypatch.setattr(agent.cli.status, "ask", raising(error))
+    monkeypatch.setattr(agent.cli.status, "query", raising(error))
     code, _, err = cli("status", "g")
     assert (code, one_line(err)) == (ExitCode.REFUSED, "it said no")
 
@@ -237,7 +240,7 @@ def test_an_error_of_ours_is_told_with_its_code(cli: Cli, monkeypatch: pytest.Mo
 def test_an_unexpected_error_is_one_line_that_asks_to_report_it(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(ZeroDivisionError("a\nb")))
+    monkeypatch.setattr(agent.cli.status, "query", raising(ZeroDivisionError("a\nb")))
     code, _, err = cli("status", "g")
     assert code == ExitCode.INTERNAL
     assert one_line(err).startswith("ZeroDivisionError: a b: ")
@@ -245,14 +248,14 @@ def test_an_unexpected_error_is_one_line_that_asks_to_report_it(
 
 
 def test_only_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(ZeroDivisionError()))
+    monkeypatch.setattr(agent.cli.status, "query", raising(ZeroDivisionError()))
     code, _, err = cli("--debug", "status", "g")
     assert code == ExitCode.INTERNAL
     assert "Traceback (most recent call last)" in err
 
 
 def test_an_interrupt_is_told_by_its_code_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.cli.status, "ask", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(agent.cli.status, "query", raising(KeyboardInterrupt()))
     code, _, err = cli("status", "g")
     assert code == 130
     assert not err.strip()

@@ -3,20 +3,22 @@
 import os
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from agent.cli.reference import PROGRAMS, sample, settings_page
+from agent.cli.reference import PROGRAMS, sample, settings_page, tables_of
 from agent.errors import ExitCode
-from agent.settings.checks import TYPES
-from agent.settings.describe import describe
-from agent.settings.models import AgentForm, CoordinatorSettings, Settings
-from agent.settings.sources import load
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import Settings, settings_of
+from agent.schema.kinds import CHECKS
+from agent.schema.read import load, validate
+from agent.schema.settings import AgentSettings
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = {
-    AgentForm: ROOT / "config/agent.toml",
+    AgentSettings: ROOT / "config/agent.toml",
     CoordinatorSettings: ROOT / "config/coordinator.toml",
 }
 MODELS = [model for _, model in PROGRAMS]
@@ -40,51 +42,53 @@ def test_the_samples_are_up_to_date(program: str, model: type[Settings]) -> None
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sample_loads_and_changes_nothing_but_the_group(model: type[Settings]) -> None:
-    loaded = load(model, path=SAMPLES[model]).model_dump()
-    if model is AgentForm:
-        assert loaded.pop("group") == "demo"
-    assert loaded.items() <= model().model_dump().items()
+    loaded = load(model, path=SAMPLES[model])
+    if isinstance(loaded, AgentSettings):
+        assert loaded.group == "demo"
+        loaded = replace(loaded, group="")
+    assert loaded == model()
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sample_names_every_setting_with_its_default(model: type[Settings]) -> None:
     shown = tomllib.loads(COMMENTED.sub(r"\1", SAMPLES[model].read_text()))
-    assert set(shown) == set(model.model_fields)
-    defaults = {d.key: shown[d.key] for d in describe(model) if d.default is not None}
-    assert model(**defaults) == model()
+    assert set(shown) == {s.name for s in settings_of(model)}
+    defaults = {s.name: shown[s.name] for s in settings_of(model) if s.has_default}
+    assert validate(model, defaults) == model()
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_setting_that_is_not_set_by_default_says_what_happens_then(
     model: type[Settings],
 ) -> None:
+    settings = settings_of(model)
     silent = [
-        d.key
-        for d in describe(model)
-        if d.default is None and "Not set:" not in d.meaning and d.key != "group"
+        s.name
+        for s in settings
+        if not s.has_default and "Not set:" not in s.doc and s.name != "group"
     ]
     assert not silent
-    assert all(d.meaning.endswith(".") for d in describe(model))
+    assert all(s.doc.endswith(".") for s in settings)
 
 
 def test_the_sample_has_a_table_of_each_type_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "agent.toml"
-    path.write_text(COMMENTED.sub(r"\1", SAMPLES[AgentForm].read_text()))
+    path.write_text(COMMENTED.sub(r"\1", SAMPLES[AgentSettings].read_text()))
     shown = tomllib.loads(path.read_text())["check"]
-    checks = AgentForm.model_validate({"check": shown}).check
-    assert [check.type for check in checks] == list(TYPES)
-    assert len({check.name for check in checks}) == len(TYPES)
+    checks = validate(AgentSettings, {"check": shown}).check
+    assert [check.type for check in checks] == list(CHECKS.kinds)
+    assert len({check.name for check in checks}) == len(CHECKS.kinds)
 
 
 def test_the_settings_page_explains_every_key_of_every_table() -> None:
     page = (ROOT / "docs/settings.md").read_text()
-    tables = [t for model in MODELS for setting in describe(model) for t in setting.tables]
-    assert [t.type for t in tables if t.header == "[[check]]"] == list(TYPES)
-    for table in tables:
-        for key in (key for key in table.keys if key.key != "type"):
-            assert page.count(f"| `{key.key}` | {key.kind} |"), key
-            assert key.meaning.endswith("."), key
-            assert key.required or key.default is not None or "Not set:" in key.meaning, key
+    settings = [s for model in MODELS for s in settings_of(model) if s.tables]
+    assert [s.name for s in settings] == ["check", "progress", "mqtt"]
+    for table in (table for setting in settings for table in tables_of(setting).values()):
+        for key in (key for key in settings_of(table) if key.name != "type"):
+            assert page.count(f"| `{key.name}` | {key.format_text} |"), key
+            assert key.doc.endswith("."), key
+            assert key.required or key.has_default or "Not set:" in key.doc, key
 
 
 def test_the_exit_codes_page_has_every_code_once_under_its_name() -> None:

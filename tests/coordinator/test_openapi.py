@@ -22,7 +22,8 @@ from agent.coordinator.auth import hash_password
 from agent.coordinator.calls import ROUTES
 from agent.coordinator.openapi import document
 from agent.coordinator.server import serving
-from agent.settings.models import CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 ROOM_BYTES = 4 * 1024 * 1024
 """The longest body that the schemas allow has room: 413 depends on a setting, which no schema says."""
@@ -55,7 +56,7 @@ def run_schemathesis(cwd: Path, url: str, *options: str) -> None:
 def embedded(**given: Any) -> Iterator[str]:
     """A real coordinator on a real port, in a thread of its own."""
     settings = CoordinatorSettings(
-        listen="127.0.0.1:0", store="memory", max_body_bytes=ROOM_BYTES, **given
+        listen=Address("127.0.0.1", 0), store="memory", max_body_bytes=ROOM_BYTES, **given
     )
     told: queue.Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
 

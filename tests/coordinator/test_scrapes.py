@@ -26,7 +26,7 @@ from agent.coordinator.server import GC_THRESHOLDS, _bound, _web_server
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group import minimum_interval_s
-from agent.core.group_state import Beat, Policy
+from agent.core.group_state import Policy, ReceiveHeartbeat
 from agent.model import (
     TICKS_PER_SECOND,
     GroupConfig,
@@ -37,7 +37,7 @@ from agent.model import (
     Tenure,
 )
 from agent.ops.clock import Clock
-from agent.settings import Address
+from agent.schema.addresses import Address
 from tests.mosquitto import Authority
 
 MANY = 10_000
@@ -81,8 +81,8 @@ async def many_groups(metrics: Metrics, clock: Clock) -> Coordinator:
     coordinator = Coordinator(store, clock.now, Policy(), meter=metrics)
     await coordinator.start()
     for group in coordinator.all_groups():
-        await coordinator.beat(group.key, Beat("a", 97.5, clock.wall()))
-        await coordinator.beat(group.key, Beat("b", 96.5))
+        await coordinator.beat(group.key, ReceiveHeartbeat("a", 97.5, clock.wall()))
+        await coordinator.beat(group.key, ReceiveHeartbeat("b", 96.5))
     await asyncio.sleep(minimum_interval_s(LEASE_S))  # sooner, the next would be refused
     return coordinator
 

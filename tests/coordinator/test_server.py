@@ -19,7 +19,8 @@ import pytest
 
 from agent.coordinator.server import serving
 from agent.errors import ConfigError, ExitCode
-from agent.settings.models import CoordinatorSettings
+from agent.schema.addresses import Address
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 from .conftest import Process
 
@@ -88,7 +89,10 @@ async def test_a_wrong_certificate_is_refused_before_anything_starts(tmp_path: P
     wrong.write_text("no certificate")
     wrong.chmod(0o600)
     settings = CoordinatorSettings(
-        listen="127.0.0.1:0", data_dir=tmp_path / "data", tls_certificate=wrong, tls_key=wrong
+        listen=Address("127.0.0.1", 0),
+        data_dir=tmp_path / "data",
+        tls_certificate=wrong,
+        tls_key=wrong,
     )
     with pytest.raises(ConfigError, match="tls_certificate"):
         async with serving(settings):
@@ -103,7 +107,10 @@ async def test_it_serves_over_tls(tmp_path: Path) -> None:
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(tmp_path / "crt.pem")]
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     settings = CoordinatorSettings(
-        listen="127.0.0.1:0", store="memory", tls_certificate=tmp_path / "crt.pem", tls_key=pair
+        listen=Address("127.0.0.1", 0),
+        store="memory",
+        tls_certificate=tmp_path / "crt.pem",
+        tls_key=pair,
     )
     trust = ssl.create_default_context(cafile=tmp_path / "crt.pem")
     async with serving(settings) as url, httpx2.AsyncClient(verify=trust, trust_env=False) as http:
@@ -219,7 +226,7 @@ async def test_after_sigkill_the_holder_keeps_its_role_for_one_lease(serve: Serv
 
 async def test_the_date_is_of_the_moment_of_the_answer() -> None:
     """Agents compare their clocks with it: one that a timer renews is up to a second old."""
-    settings = CoordinatorSettings(listen="127.0.0.1:0", store="memory")
+    settings = CoordinatorSettings(listen=Address("127.0.0.1", 0), store="memory")
     async with serving(settings) as url, httpx2.AsyncClient(trust_env=False) as http:
         for _ in range(60):
             before = int(time.time())

@@ -5,7 +5,7 @@ import pytest
 
 from agent.coordinator import service
 from agent.coordinator.store import Stored
-from agent.core.group_state import Beat, ReleaseRole, RemoveSession, SetOverride
+from agent.core.group_state import ReceiveHeartbeat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Conflict, NotFound, TooSoon, Unavailable
 from agent.model import (
     AccessEntry,
@@ -33,7 +33,7 @@ async def join(stage: Stage, *sessions: str, lease_s: float = LEASE_S) -> None:
 
 
 async def beat(stage: Stage, session: str, score: float = 100.0, **more: object) -> HeartbeatAnswer:
-    return await stage.coordinator.beat(KEY, Beat(session, score, **more))  # type: ignore[arg-type]
+    return await stage.coordinator.beat(KEY, ReceiveHeartbeat(session, score, **more))  # type: ignore[arg-type]
 
 
 async def promote(stage: Stage, session: str) -> HeartbeatAnswer:

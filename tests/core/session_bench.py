@@ -1,4 +1,4 @@
-"""A session on its own, its time, and everything that it wanted."""
+"""A session without a daemon, its clock, and every effect that it requested."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from typing import Any
 from agent.core.effects import (
     Effect,
     Publish,
-    SendBeat,
+    SendHeartbeat,
     StartHook,
 )
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     HookEnded,
     Joined,
-    StatusSeen,
+    StatusRead,
     Tick,
 )
 from agent.core.session import Options, Session
@@ -35,8 +35,8 @@ STORE, OTHER_STORE = "store-1", "store-2"
 
 
 @dataclass(frozen=True)
-class Told:
-    """An answer in short; epoch None is a plain v1 server's."""
+class Answer:
+    """A short form of a heartbeat's answer; epoch None for a plain v1 server."""
 
     role: Role
     epoch: int | None = 1
@@ -44,14 +44,14 @@ class Told:
     lease_s: float | None = LEASE_S
     store_id: str | None = STORE
 
-    def answer(self) -> HeartbeatAnswer:
+    def build(self) -> HeartbeatAnswer:
         return HeartbeatAnswer(
             self.role, DATA, self.epoch, self.revision, self.lease_s, "other", self.store_id
         )
 
 
-def v1(role: Role) -> Told:
-    return Told(role, None, None, None, None)
+def v1(role: Role) -> Answer:
+    return Answer(role, None, None, None, None)
 
 
 def status(
@@ -60,12 +60,12 @@ def status(
     epoch: int | None,
     revision: int | None,
     store_id: str | None = STORE,
-) -> StatusSeen:
-    return StatusSeen(GroupStatus(primary, pending, None, epoch, revision, store_id=store_id))
+) -> StatusRead:
+    return StatusRead(GroupStatus(primary, pending, None, epoch, revision, store_id=store_id))
 
 
 class Bench:
-    """A session, its time, and everything that it wanted."""
+    """A session, its clock, and every effect that it requested."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Bench:
         self.log: list[Effect] = []
 
     def begin(self) -> list[Effect]:
-        return self.keep(self.session.begin(self.now))
+        return self.keep(self.session.start(self.now))
 
     def keep(self, effects: tuple[Effect, ...]) -> list[Effect]:
         self.log += effects
@@ -105,23 +105,25 @@ class Bench:
     @property
     def beat(self) -> int:
         """The heartbeat that was sent last."""
-        return [e.beat for e in self.log if isinstance(e, SendBeat)][-1]
+        return [e.number for e in self.log if isinstance(e, SendHeartbeat)][-1]
 
     @property
     def run(self) -> int:
         return [e.run for e in self.log if isinstance(e, StartHook)][-1]
 
-    def told(self, told: Told, *, beat: int | None = None, after_s: float = 0.0) -> list[Effect]:
-        answer = told.answer()
-        return self.step(Answered(self.beat if beat is None else beat, answer), after_s=after_s)
+    def answered(
+        self, answer: Answer, *, beat: int | None = None, after_s: float = 0.0
+    ) -> list[Effect]:
+        number = self.beat if beat is None else beat
+        return self.step(HeartbeatAnswered(number, answer.build()), after_s=after_s)
 
-    def fails(self, failure: Failure, retry_after_s: float | None = None) -> list[Effect]:
-        return self.step(BeatFailed(self.beat, failure, "for the test", retry_after_s))
+    def fails(self, failure: HeartbeatFailure, retry_after_s: float | None = None) -> list[Effect]:
+        return self.step(HeartbeatFailed(self.beat, failure, "for the test", retry_after_s))
 
     def ends(self, *, ok: bool = True) -> list[Effect]:
         return self.step(HookEnded(self.run, ok, "exit 0" if ok else "exit 1"))
 
-    # -- stages of a life
+    # -- stages of a session
 
     def member(self, *, v1_server: bool = False) -> "Bench":
         """Begun, demoted and joined; the first heartbeat is under way."""
@@ -132,7 +134,7 @@ class Bench:
         return self
 
     def pending(self, *, v1_server: bool = False) -> "Bench":
-        self.member(v1_server=v1_server).told(v1(W) if v1_server else Told(W, 0, 4))
+        self.member(v1_server=v1_server).answered(v1(W) if v1_server else Answer(W, 0, 4))
         assert self.session.role is W
         return self
 
@@ -141,7 +143,7 @@ class Bench:
         self.pending(v1_server=v1_server)
         if W in self.session.options.hooks:
             self.ends()
-        self.told(v1(P) if v1_server else Told(P))
+        self.answered(v1(P) if v1_server else Answer(P))
         if P in self.session.options.hooks:
             self.ends()
         assert self.session.role is P
@@ -149,7 +151,7 @@ class Bench:
 
 
 def kinds(effects: Iterable[Effect]) -> list[Any]:
-    """What was wanted, in order: the class, or for Publish and StartHook the role, too."""
+    """The kinds of effects, in order: the class, with the role for Publish and StartHook."""
     short: list[Any] = []
     for effect in effects:
         match effect:

@@ -1,4 +1,4 @@
-"""R7: which hook runs when."""
+"""The hook executor (R7)."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ def facts(role: Role, limit_s: float = D) -> HookFacts:
 
 @dataclass
 class Bench:
-    """An executor, its time, and what it has asked for: (seconds, effect)."""
+    """An executor, its clock, and the effects that it has requested."""
 
     hooks: frozenset[Role] = ALL
     now: float = 100.0
@@ -36,11 +36,11 @@ class Bench:
         return effects
 
     def want(self, role: Role, limit_s: float = D) -> list[Effect]:
-        self.executor.want(facts(role, limit_s), self.now, grace_s=GRACE)
+        self.executor.set_wanted_role(facts(role, limit_s), self.now, grace_s=GRACE)
         return self.step()
 
     def end(self, run: int, *, ok: bool = True) -> list[Effect]:
-        self.executor.ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
+        self.executor.on_hook_ended(run, ok=ok, why="exit 0" if ok else "exit 1", now=self.now)
         return self.step()
 
     def end_last(self, *, ok: bool = True) -> list[Effect]:
@@ -51,14 +51,14 @@ class Bench:
         return self.step()
 
     def demoted(self) -> "Bench":
-        """Begun, and Secondary: the next run has the number 2."""
+        """Complete the first demotion; the next run has the number 2."""
         self.want(S)
         self.end(1)
-        assert self.executor.settled
+        assert self.executor.is_settled
         return self
 
     def promoting(self) -> "Bench":
-        """The hook of Primary runs, as run 3."""
+        """Start the hook of Primary, as run 3."""
         self.demoted().want(P)
         self.end(2)
         return self
@@ -68,24 +68,24 @@ def started(effects: list[Effect]) -> list[Role]:
     return [e.facts.role for e in effects if isinstance(e, StartHook)]
 
 
-def test_r6_at_the_beginning_demotion_is_owed() -> None:
+def test_r6_an_executor_starts_with_a_demotion() -> None:
     bench = Bench()
     assert bench.executor.completed is None
     assert started(bench.want(S)) == [S]
 
 
-def test_r7_the_way_to_primary_runs_both_hooks_one_after_the_other() -> None:
+def test_r7_a_promotion_to_primary_runs_both_hooks_in_order() -> None:
     bench = Bench().demoted()
     assert started(bench.want(P)) == [W]
     assert bench.step() == []
     assert started(bench.end(2)) == [P]
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
     assert bench.end(3) == []
     assert bench.executor.completed is P
-    assert bench.executor.settled
+    assert bench.executor.is_settled
 
 
-def test_r7_hooks_are_told_the_role_before_and_their_limit() -> None:
+def test_r7_a_hook_receives_the_previous_role_and_its_limit() -> None:
     bench = Bench().promoting()
     first, second = bench.seen[-2:]
     assert isinstance(first, StartHook)
@@ -94,11 +94,11 @@ def test_r7_hooks_are_told_the_role_before_and_their_limit() -> None:
     assert second.facts.limit_s == LIMIT - GRACE
 
 
-def test_r7_a_role_without_a_hook_is_completed_by_wanting_it() -> None:
+def test_r7_a_role_without_a_hook_is_completed_at_once() -> None:
     bench = Bench(hooks=frozenset())
     assert [bench.want(S), bench.want(P)] == [[], []]
     assert bench.executor.completed is P
-    assert bench.executor.settled
+    assert bench.executor.is_settled
 
 
 def test_r7_a_demotion_preempts_a_promotion_by_term_and_then_kill() -> None:
@@ -112,7 +112,7 @@ def test_r7_a_demotion_preempts_a_promotion_by_term_and_then_kill() -> None:
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_r7_a_demotion_follows_a_preempted_promotion_however_that_ended(*, ok: bool) -> None:
+def test_r7_a_demotion_follows_a_preempted_promotion_whatever_its_result(*, ok: bool) -> None:
     bench = Bench().promoting()
     bench.want(S)
     assert started(bench.end(3, ok=ok)) == [S]
@@ -121,7 +121,7 @@ def test_r7_a_demotion_follows_a_preempted_promotion_however_that_ended(*, ok: b
 
 
 def test_r7_a_promotion_preempts_nothing() -> None:
-    """It may not even be wanted before a demotion has ended; that would be our own mistake."""
+    """A request for it before the end of a demotion is a bug of ours."""
     bench = Bench()
     bench.want(S)
     with pytest.raises(AssertionError):
@@ -143,7 +143,7 @@ def test_r7_promotions_that_have_not_started_coalesce() -> None:
     assert started(bench.seen) == [S, W, S]
 
 
-def test_r7_the_same_promotion_wanted_twice_runs_once() -> None:
+def test_r7_a_promotion_that_is_requested_twice_runs_once() -> None:
     bench = Bench().demoted()
     bench.want(W)
     bench.end(2)
@@ -151,7 +151,7 @@ def test_r7_the_same_promotion_wanted_twice_runs_once() -> None:
     assert started(bench.want(P)) == [P]
 
 
-def test_r7_a_promotion_hook_is_ended_at_its_limit() -> None:
+def test_r7_a_promotion_hook_is_killed_at_its_limit() -> None:
     bench = Bench().promoting()
     assert bench.wake() == [TermHook(3)]
     assert bench.now == 100.0 + LIMIT - GRACE
@@ -162,8 +162,8 @@ def test_r7_a_promotion_hook_is_ended_at_its_limit() -> None:
     assert bench.executor.wake_at == float("inf")
 
 
-def test_r7_a_promotion_that_not_even_kill_ends_has_failed() -> None:
-    """Stuck in the kernel, it would keep the role for ever and nobody would be active."""
+def test_r7_a_promotion_that_survives_kill_has_failed() -> None:
+    """Otherwise a hook that is stuck in the kernel would block the role for ever."""
     bench = Bench().promoting()
     assert bench.wake() == [TermHook(3)]
     assert bench.wake() == [KillHook(3)]
@@ -174,11 +174,11 @@ def test_r7_a_promotion_that_not_even_kill_ends_has_failed() -> None:
     assert bench.executor.wake_at == float("inf")
 
 
-def test_r7_a_failed_demotion_is_tried_again_within_its_budget_and_not_after_it() -> None:
+def test_r7_a_failed_demotion_is_retried_only_within_its_budget() -> None:
     bench = Bench()
     bench.want(S)
     runs = 1
-    while not bench.executor.overdue(bench.now):
+    while not bench.executor.is_overdue(bench.now):
         bench.end(runs, ok=False)
         runs += len(started(bench.wake()))
     assert runs == 8  # every tenth of the budget, as long as more than the grace is left
@@ -186,7 +186,7 @@ def test_r7_a_failed_demotion_is_tried_again_within_its_budget_and_not_after_it(
     assert bench.executor.completed is None
 
 
-def test_r7_a_retry_that_was_slept_through_does_not_make_its_caller_spin() -> None:
+def test_r7_a_missed_retry_does_not_make_the_caller_spin() -> None:
     """Less than the grace is left of the budget: too late to try, too early to give up."""
     bench = Bench()
     bench.want(S)
@@ -203,10 +203,10 @@ def test_r4_a_demotion_hook_is_killed_when_its_budget_ends() -> None:
     assert bench.now == 100.0 + D - GRACE
     assert bench.wake() == [KillHook(1)]
     assert bench.now == 100.0 + D
-    assert bench.executor.overdue(bench.now)
+    assert bench.executor.is_overdue(bench.now)
 
 
-def test_r4_what_a_preempted_promotion_took_is_missing_from_the_demotions_budget() -> None:
+def test_r4_the_end_of_a_preempted_promotion_counts_against_the_demotion_budget() -> None:
     bench = Bench().promoting()
     bench.want(S)
     bench.wake()
@@ -215,11 +215,11 @@ def test_r4_what_a_preempted_promotion_took_is_missing_from_the_demotions_budget
     assert start.facts.limit_s == pytest.approx(D - 2 * GRACE)
 
 
-def test_r7_the_end_of_a_run_that_is_not_running_says_nothing() -> None:
+def test_r7_the_end_of_an_unknown_run_is_ignored() -> None:
     bench = Bench()
     bench.want(S)
     assert bench.end(7) == []
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
     bench.end(1)
     bench.want(W)
     assert bench.end(1, ok=False) == []
@@ -232,8 +232,8 @@ def test_r4_a_late_success_of_the_demotion_counts() -> None:
     bench.want(S)
     bench.wake()
     bench.end(1, ok=True)
-    assert bench.executor.settled
-    assert not bench.executor.overdue(bench.now + D)
+    assert bench.executor.is_settled
+    assert not bench.executor.is_overdue(bench.now + D)
 
 
 def changed(bench: Bench, hooks: frozenset[Role], limit_s: float = 9.0) -> None:
@@ -241,7 +241,7 @@ def changed(bench: Bench, hooks: frozenset[Role], limit_s: float = 9.0) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pending", "promoting", "primary", "demoting", "failing"])
-def test_r7_a_tenure_keeps_the_demotion_hook_that_a_reload_takes_away(stage: str) -> None:
+def test_r7_a_tenure_keeps_the_demotion_hook_that_a_reload_removes(stage: str) -> None:
     """A demotion that is completed without its hook leaves the workload running."""
     bench = Bench().demoted()
     bench.want(W if stage == "pending" else P)
@@ -257,13 +257,13 @@ def test_r7_a_tenure_keeps_the_demotion_hook_that_a_reload_takes_away(stage: str
         assert started(bench.wake()) == [S]
     elif stage != "demoting":
         bench.want(S)
-    while not bench.executor.settled:
+    while not bench.executor.is_settled:
         bench.end_last()
     assert started(bench.seen)[-1] is S
     assert bench.want(P) == [], "the next tenure has no hooks"
 
 
-def test_r7_a_demotion_that_began_without_a_hook_runs_none_that_a_reload_brings() -> None:
+def test_r7_a_demotion_without_a_hook_runs_none_that_a_reload_adds() -> None:
     """The hook of another configuration may manage something else than this tenure does."""
     bench = Bench(hooks=frozenset({P}))
     bench.want(S)
@@ -274,7 +274,7 @@ def test_r7_a_demotion_that_began_without_a_hook_runs_none_that_a_reload_brings(
     assert started(bench.want(P)) == [W]
 
 
-def test_r7_other_limits_count_from_the_next_tenure_on() -> None:
+def test_r7_new_limits_apply_from_the_next_tenure_on() -> None:
     bench = Bench().promoting()
     changed(bench, ALL)
     bench.want(S)
@@ -286,29 +286,27 @@ def test_r7_other_limits_count_from_the_next_tenure_on() -> None:
 
 
 @pytest.mark.parametrize(("role", "keeps"), [(S, False), (W, True), (P, True)])
-def test_r7_whoever_runs_hooks_can_ask_whether_a_tenure_keeps_them(
-    role: Role, *, keeps: bool
-) -> None:
+def test_r7_the_executor_shows_whether_a_demotion_is_owed(role: Role, *, keeps: bool) -> None:
     bench = Bench(hooks=frozenset())
     bench.want(S)
     bench.want(role)
-    assert bench.executor.keeps_hooks is keeps
+    assert bench.executor.demotion_is_owed is keeps
 
 
-def test_r7_a_reload_while_nothing_is_promoted_counts_at_once() -> None:
+def test_r7_a_reload_applies_at_once_while_nothing_is_promoted() -> None:
     bench = Bench().demoted()
     changed(bench, frozenset({P}))
-    assert not bench.executor.keeps_hooks
+    assert not bench.executor.demotion_is_owed
     assert started(bench.want(P)) == [P]
 
 
-def test_r6_a_reload_during_the_first_demotion_does_not_take_its_hook_away() -> None:
+def test_r6_a_reload_during_the_first_demotion_keeps_its_hook() -> None:
     bench = Bench()
     bench.want(S)
     bench.end(1, ok=False)
     changed(bench, frozenset())
     assert started(bench.wake()) == [S]
-    assert not bench.executor.settled
+    assert not bench.executor.is_settled
 
 
 MOVES = st.lists(
@@ -357,7 +355,7 @@ class Watch:
                 case _:
                     pytest.fail(f"not for an executor to want: {effect}")
         executor = self.bench.executor
-        if executor.wanted is S and executor.settled:
+        if executor.wanted is S and executor.is_settled:
             assert not self.owed or S not in self.in_force, "a demotion was dropped"
             self.owed = False
             self.in_force = self.reloaded
@@ -366,7 +364,7 @@ class Watch:
 
     def want(self, role: Role) -> None:
         executor = self.bench.executor
-        legal = executor.completed is not None and (executor.wanted is not S or executor.settled)
+        legal = executor.completed is not None and (executor.wanted is not S or executor.is_settled)
         if role is S:
             self.owed = True
         forward = role is P or executor.wanted is not P
@@ -395,7 +393,7 @@ class Watch:
             case "reload", frozenset() as hooks:
                 changed(bench, hooks, LIMIT)
                 self.reloaded = hooks
-                if executor.wanted is S and executor.settled:
+                if executor.wanted is S and executor.is_settled:
                     self.in_force = hooks
             case "stray", int() as run if self.running is None or run != self.running.run:
                 self.see(bench.end(run))
@@ -405,10 +403,10 @@ class Watch:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sets(st.sampled_from(Role)).map(frozenset), MOVES)
-def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
+def test_r7_holds_for_every_sequence_of_wanted_roles_ends_and_times(
     hooks: frozenset[Role], moves: list[tuple[str, object]]
 ) -> None:
-    """Never two hooks; KILL follows TERM; what was begun is demoted, or overdue, within the budget."""
+    """Never two hooks; KILL follows TERM; a promotion is demoted, or overdue, within the budget."""
     watch = Watch(hooks)
     watch.want(S)
     for what, how in moves:
@@ -416,26 +414,26 @@ def test_r7_holds_for_every_sequence_of_wishes_ends_and_time(
     watch.want(S)
     executor, bench = watch.bench.executor, watch.bench
     end = bench.now + D
-    for _ in range(40):  # nothing ends any more by itself, only by KILL
-        if executor.settled or executor.overdue(bench.now):
+    for _ in range(40):  # from here on hooks end only by KILL
+        if executor.is_settled or executor.is_overdue(bench.now):
             break
         assert executor.wake_at <= end + 1e-9, "nobody would wake it"
         watch.see(bench.wake())
         if watch.killed:
             watch.end(ok=False)
-    assert executor.settled or executor.overdue(bench.now)
+    assert executor.is_settled or executor.is_overdue(bench.now)
     assert bench.now <= end + 1e-9
 
 
-def test_r11_a_role_may_have_a_limit_of_its_own() -> None:
+def test_r11_a_role_can_override_the_limit() -> None:
     facts = HookFacts(P, W, 1, "for the test", None, None, LIMIT)
     executor = Executor(frozenset(Role), limit_s=LIMIT, limits_s={P: 2 * LIMIT})
     executor.completed = executor.wanted = S
-    executor.want(facts, 100.0, grace_s=GRACE)
+    executor.set_wanted_role(facts, 100.0, grace_s=GRACE)
     (pending,) = executor.step(100.0)
     assert isinstance(pending, StartHook)
     assert pending.facts.limit_s == LIMIT - GRACE
-    executor.ended(pending.run, ok=True, why="exit 0", now=100.0)
+    executor.on_hook_ended(pending.run, ok=True, why="exit 0", now=100.0)
     (primary,) = executor.step(100.0)
     assert isinstance(primary, StartHook)
     assert primary.facts.limit_s == 2 * LIMIT - GRACE

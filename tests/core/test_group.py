@@ -10,32 +10,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.group import (
-    EPOCH_LEAP,
-    HIGHEST_TAUGHT_EPOCH,
-    agrees,
+    HIGHEST_LEARNED_EPOCH,
+    LARGEST_EPOCH_STEP,
     decide,
     epoch_after_deletion,
+    is_compatible,
     minimum_interval_s,
 )
 from agent.core.group_draft import CONFIRM_SHARE, wake_at
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Decision,
     GroupState,
     Input,
-    KeepProgress,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
+    SaveProgress,
     SetAccess,
     SetOverride,
     Tick,
-    awaken,
-    excuse,
-    progress_is_unkept,
+    has_unsaved_progress,
     role_of,
+    state_after_restart,
+    state_after_stall,
     status_of,
     view_of,
 )
@@ -69,7 +69,7 @@ def data(seconds: float) -> datetime:
 
 
 class Bench:
-    """A group, its time, and the tenures that it has seen."""
+    """A group, its clock, and the tenures that it has seen."""
 
     def __init__(self, *sessions: str, policy: Policy = CALM) -> None:
         self.policy = policy
@@ -96,7 +96,7 @@ class Bench:
         self, session_id: str, score: float = 100.0, *, after_s: float = 0.0, **more: Any
     ) -> HeartbeatAnswer:
         more.setdefault("instance", f"{session_id}#1")
-        answer = self.do(Beat(session_id, score, **more), after_s=after_s).answer
+        answer = self.do(ReceiveHeartbeat(session_id, score, **more), after_s=after_s).answer
         assert isinstance(answer, HeartbeatAnswer)
         return answer
 
@@ -113,7 +113,7 @@ class Bench:
         return self.do(ReleaseRole(session_id, epoch, why=why, **more), after_s=after_s)
 
     def promote(self, session_id: str, score: float = 100.0, **more: Any) -> HeartbeatAnswer:
-        """Beat until it is primary: once if it is chosen already, else twice."""
+        """Send heartbeats until it is primary: one if it is already chosen, else two."""
         answer = self.beat(session_id, score, **more)
         if answer.role is W:
             answer = self.beat(session_id, score, **more)
@@ -121,7 +121,7 @@ class Bench:
         return answer
 
     def live(self, seconds: float, **scores: float) -> "Bench":
-        """Everybody named beats every second, with that score."""
+        """Each named session sends a heartbeat every second, with its score."""
         for _ in range(round(seconds)):
             self.mono += 1.0
             for session_id, score in scores.items():
@@ -134,9 +134,9 @@ class Bench:
         return self
 
     def restart(self, after_s: float = 1.0) -> "Bench":
-        """Only the record survives."""
+        """Restart the coordinator: only the record survives."""
         self.mono += after_s
-        self.state = awaken(self.state.record, self.now)
+        self.state = state_after_restart(self.state.record, self.now)
         return self
 
     @property
@@ -151,8 +151,8 @@ class Bench:
 # -- R13 --------------------------------------------------------------------------------------------
 
 
-def test_r13_a_heartbeat_that_changes_nothing_durable_leaves_the_very_record() -> None:
-    """By which its caller knows that there is nothing to write."""
+def test_r13_a_heartbeat_without_a_durable_change_keeps_the_same_record_object() -> None:
+    """By that its caller knows that there is nothing to write."""
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
@@ -163,18 +163,18 @@ def test_r13_a_heartbeat_that_changes_nothing_durable_leaves_the_very_record() -
     assert bench.state.record is record
 
 
-def test_r13_progress_becomes_durable_when_it_is_kept() -> None:
+def test_r13_progress_becomes_durable_when_it_is_saved() -> None:
     bench = Bench("a")
     bench.promote("a")
-    assert not progress_is_unkept(bench.state)
+    assert not has_unsaved_progress(bench.state)
     bench.beat("a", after_s=1, last_data=data(1))
-    assert progress_is_unkept(bench.state)
-    bench.do(KeepProgress())
-    assert not progress_is_unkept(bench.state)
+    assert has_unsaved_progress(bench.state)
+    bench.do(SaveProgress())
+    assert not has_unsaved_progress(bench.state)
     assert bench.state.record.holder is not None
     assert bench.state.record.holder.last_data == data(1)
     record = bench.state.record
-    assert bench.do(KeepProgress()).state.record is record
+    assert bench.do(SaveProgress()).state.record is record
 
 
 def test_r13_a_refused_input_changes_nothing() -> None:
@@ -189,7 +189,7 @@ def test_r13_a_refused_input_changes_nothing() -> None:
 
 INPUTS: st.SearchStrategy[Input] = st.one_of(
     st.builds(
-        Beat,
+        ReceiveHeartbeat,
         st.sampled_from("abcx"),
         st.sampled_from([0.0, 50.0, 100.0]),
         st.none() | st.integers(0, 50).map(data),
@@ -211,7 +211,7 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.none() | st.sampled_from(["1", "2"]),
         hold_off_s=st.floats(0, 20),
     ),
-    st.sampled_from([Tick(), KeepProgress(), RemoveGroup(), SetAccess(AccessList())]),
+    st.sampled_from([Tick(), SaveProgress(), RemoveGroup(), SetAccess(AccessList())]),
 )
 
 
@@ -247,13 +247,13 @@ def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
 
 
 def check_step(before: GroupState, bench: Bench) -> None:
-    """What one step may do to a group."""
+    """Check what one step may do to a group."""
     after = bench.state
     assert bench.wake > bench.mono
     assert after.record.revision >= before.record.revision
     assert after.record.epoch >= before.record.epoch
-    told = [replace(status_of(state), last_data=None) for state in (before, after)]
-    assert (told[0] == told[1]) or after.record.revision > before.record.revision
+    statuses = [replace(status_of(state), last_data=None) for state in (before, after)]
+    assert (statuses[0] == statuses[1]) or after.record.revision > before.record.revision
     was, holds = before.record.holder, after.record.holder
     if was is not None and holds is not None and was.epoch == holds.epoch:
         assert (was.session_id, was.instance) == (holds.session_id, holds.instance)
@@ -285,7 +285,7 @@ def test_r14_after_a_restart_the_holder_has_one_full_lease() -> None:
     assert bench.primary is None
 
 
-def test_r14_a_holder_that_beats_after_a_restart_keeps_role_and_epoch() -> None:
+def test_r14_a_holder_that_sends_heartbeats_after_a_restart_keeps_role_and_epoch() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.restart()
@@ -294,8 +294,8 @@ def test_r14_a_holder_that_beats_after_a_restart_keeps_role_and_epoch() -> None:
     assert (answer.role, answer.epoch) == (P, 1)
 
 
-def test_r14_nobody_is_chosen_unheard() -> None:
-    """A session of the record is alive for one L, and chosen only when it has been heard."""
+def test_r14_a_session_is_chosen_only_after_its_first_heartbeat() -> None:
+    """A session of the record is alive for one L, but not chosen before its first heartbeat."""
     bench = Bench("a", "b").restart()
     bench.do(Tick())
     assert bench.pending is None
@@ -312,7 +312,7 @@ def test_r14_a_pending_session_has_one_full_lease_to_confirm_after_a_restart() -
     assert bench.beat("a").role is P
 
 
-def test_r14_a_score_that_is_not_known_yet_is_not_held_against_the_holder() -> None:
+def test_r14_a_holder_whose_score_is_unknown_is_not_replaced() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 60)
     bench.restart()
@@ -321,11 +321,11 @@ def test_r14_a_score_that_is_not_known_yet_is_not_held_against_the_holder() -> N
     assert not bench.state.record.holder.revoked
 
 
-def test_r14_after_a_stall_whoever_was_alive_has_one_full_lease() -> None:
+def test_r14_after_a_stall_every_live_session_has_one_full_lease() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     judged_at, bench.mono = bench.mono + 5, bench.mono + 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick(), after_s=LEASE_S - 0.01)
     assert bench.primary == "a"
 
@@ -334,27 +334,27 @@ def test_r14_after_a_stall_a_pending_session_has_one_full_lease_to_confirm() -> 
     bench = Bench("a")
     bench.beat("a")
     judged_at, bench.mono = bench.mono + 1, bench.mono + 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick(), after_s=LEASE_S - 0.01)
     assert bench.pending == "a"
 
 
-def test_r14_a_stall_makes_no_time_to_confirm_shorter() -> None:
+def test_r14_a_stall_never_shortens_the_time_to_confirm() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
     confirm_by = bench.state.live.confirm_by
     judged_at, bench.mono = bench.mono, bench.mono + 3
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     assert bench.state.live.confirm_by == confirm_by
 
 
-def test_r14_a_stall_raises_nobody_from_the_dead() -> None:
+def test_r14_a_stall_does_not_revive_a_dead_session() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     judged_at = bench.mono = bench.mono + LEASE_S
     bench.mono += 60
-    bench.state = excuse(bench.state, judged_at, bench.now)
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
     bench.do(Tick())
     assert bench.primary is None
     assert bench.pending is None
@@ -397,7 +397,7 @@ def test_r15_another_process_with_the_same_session_id_does_not_continue_a_tenure
     assert bench.promote("a", instance="second").epoch == 2
 
 
-def test_r15_two_processes_with_one_session_id_are_never_primary_both() -> None:
+def test_r15_two_processes_with_one_session_id_are_never_both_primary() -> None:
     bench = Bench("a")
     bench.promote("a", instance="first")
     for _ in range(30):
@@ -405,8 +405,8 @@ def test_r15_two_processes_with_one_session_id_are_never_primary_both() -> None:
         assert bench.beat("a", instance="first").role is P
 
 
-def test_r15_the_tenure_of_a_v1_client_has_no_process() -> None:
-    """It has no name for itself: started again within L, it goes on."""
+def test_r15_the_tenure_of_a_v1_client_has_no_instance() -> None:
+    """It names no process: a restarted client continues the tenure within L."""
     bench = Bench("a")
     bench.promote("a", instance=None)
     assert bench.beat("a", after_s=9, instance=None).role is P
@@ -420,7 +420,7 @@ def test_r16_a_sole_member_becomes_pending_and_then_primary() -> None:
     assert [bench.beat("a").role for _ in range(2)] == [W, P]
 
 
-def test_r16_nobody_is_pending_while_a_good_holder_lives() -> None:
+def test_r16_nobody_is_pending_while_the_holder_is_alive() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.live(60, a=100, b=100)
@@ -444,7 +444,7 @@ def test_r16_a_pending_session_is_primary_by_its_next_heartbeat_after_a_release(
     assert bench.beat("b", 60).role is P
 
 
-def test_r16_who_does_not_confirm_within_the_bound_is_passed_over() -> None:
+def test_r16_a_candidate_that_does_not_confirm_in_time_is_passed_over() -> None:
     bench = Bench("a", "b")
     bench.beat("a")
     bench.beat("b", after_s=1)
@@ -456,7 +456,7 @@ def test_r16_who_does_not_confirm_within_the_bound_is_passed_over() -> None:
     assert bench.beat("b").role is P
 
 
-def test_r16_who_was_passed_over_may_be_chosen_when_it_is_heard_again() -> None:
+def test_r16_a_passed_over_session_can_be_chosen_after_its_next_heartbeat() -> None:
     bench = Bench("a")
     bench.beat("a")
     bench.do(Tick(), after_s=CONFIRM_SHARE * LEASE_S)
@@ -464,7 +464,7 @@ def test_r16_who_was_passed_over_may_be_chosen_when_it_is_heard_again() -> None:
     assert [bench.beat("a").role, bench.beat("a").role] == [W, P]
 
 
-def test_r16_the_bound_runs_from_the_end_of_the_lease() -> None:
+def test_r16_the_time_to_confirm_starts_at_the_end_of_the_lease() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
@@ -475,8 +475,8 @@ def test_r16_the_bound_runs_from_the_end_of_the_lease() -> None:
 
 
 @pytest.mark.parametrize("by", ["score", "override"])
-def test_r16_a_tenure_that_would_be_taken_away_at_once_is_not_begun(by: str) -> None:
-    """Its holder would be told Secondary, have nothing to release, and block the role for one L."""
+def test_r16_a_tenure_that_would_be_revoked_at_once_does_not_begin(by: str) -> None:
+    """Its holder would be answered Secondary, have nothing to release, and block the role for one L."""
     bench = Bench("a", "b", policy=V1)
     bench.beat("a", 50)
     if by == "score":
@@ -489,7 +489,7 @@ def test_r16_a_tenure_that_would_be_taken_away_at_once_is_not_begun(by: str) -> 
     assert bench.beat("b", 60).role is P
 
 
-def test_r16_a_pending_session_that_dies_is_not_waited_for() -> None:
+def test_r16_a_dead_pending_session_is_replaced() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
@@ -498,7 +498,7 @@ def test_r16_a_pending_session_that_dies_is_not_waited_for() -> None:
     assert bench.pending == "a"
 
 
-def test_r16_a_holder_that_is_to_go_is_told_secondary_and_its_lease_not_extended() -> None:
+def test_r16_a_revoked_holder_is_answered_secondary_and_its_lease_is_not_renewed() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
@@ -512,7 +512,7 @@ def test_r16_a_holder_that_is_to_go_is_told_secondary_and_its_lease_not_extended
 
 
 def vacancy(**sessions: dict[str, Any]) -> Bench:
-    """A group in which nobody holds the role, and everybody was just heard."""
+    """A group without a holder, in which every session has just sent a heartbeat."""
     bench = Bench("z", *sorted(sessions))
     bench.promote("z", 100)
     for session_id, what in sessions.items():
@@ -548,7 +548,7 @@ def test_r17_the_order_of_choice(sessions: dict[str, dict[str, Any]], chosen: st
     assert vacancy(**sessions).pending == chosen
 
 
-def test_r17_a_live_incumbent_is_replaced_past_the_hysteresis_and_the_minimum_hold() -> None:
+def test_r17_a_live_holder_is_replaced_beyond_the_hysteresis_and_the_minimum_hold() -> None:
     bench = Bench("a", "b")
     bench.promote("a", 80)
     bench.live(60, a=80, b=90)
@@ -585,7 +585,7 @@ def test_r17_strict_v1_replaces_at_the_least_better_score() -> None:
     assert bench.pending == "b"
 
 
-def test_r17_a_session_that_asked_not_to_be_chosen_is_not() -> None:
+def test_r17_a_session_is_not_chosen_during_its_hold_off() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=5.0)
@@ -595,8 +595,8 @@ def test_r17_a_session_that_asked_not_to_be_chosen_is_not() -> None:
     assert bench.pending == "a"
 
 
-def test_r17_who_gave_the_role_back_is_asked_after_the_others() -> None:
-    """It may be heard, and hear nothing: then it would be given the role again and again."""
+def test_r17_a_member_that_has_released_the_role_is_chosen_after_the_others() -> None:
+    """Its heartbeats may arrive but not the answers: it would get the role again and again."""
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
@@ -604,7 +604,7 @@ def test_r17_who_gave_the_role_back_is_asked_after_the_others() -> None:
     assert bench.pending == "b"
 
 
-def test_r17_who_gave_the_role_back_and_is_alone_is_asked_when_it_is_heard() -> None:
+def test_r17_a_sole_member_that_has_released_the_role_is_chosen_after_its_next_heartbeat() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.release("a", 1, "no renewal for 6.5 s")
@@ -612,7 +612,7 @@ def test_r17_who_gave_the_role_back_and_is_alone_is_asked_when_it_is_heard() -> 
     assert bench.beat("a", after_s=1).role is W
 
 
-def test_r17_a_member_that_is_not_heard_for_l_is_not_chosen() -> None:
+def test_r17_a_member_without_a_heartbeat_for_l_is_not_chosen() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
@@ -653,7 +653,7 @@ def test_the_newest_override_wins() -> None:
     assert bench.pending == "c"
 
 
-def test_an_override_that_is_turned_off_counts_no_more() -> None:
+def test_an_override_that_is_turned_off_has_no_effect() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.do(SetOverride("b", ON))
     bench.promote("b", 1)
@@ -663,7 +663,7 @@ def test_an_override_that_is_turned_off_counts_no_more() -> None:
     assert bench.pending == "a"
 
 
-def test_an_override_ends_by_itself_at_its_time() -> None:
+def test_an_override_expires() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.do(SetOverride("b", ON, bench.now.wall + timedelta(seconds=5)))
     assert bench.wake == pytest.approx(bench.mono + 5)
@@ -676,7 +676,7 @@ def test_an_override_ends_by_itself_at_its_time() -> None:
 
 
 def test_an_override_never_pins_a_dead_session() -> None:
-    """docs/api.md, "Role override": it loses the role like any other, and gets it back when it returns."""
+    """docs/api.md, "Role override": it loses the role like any other, and gets it again when it returns."""
     bench = Bench("a", "b")
     bench.do(SetOverride("b", ON))
     bench.promote("b", 1)
@@ -707,7 +707,7 @@ def test_r18_the_status_has_the_primarys_time_and_not_a_secondarys() -> None:
     assert status_of(bench.state).last_data == data(5)
 
 
-def test_r18_it_never_goes_back_within_a_tenure() -> None:
+def test_r18_the_data_processed_time_never_goes_back_within_a_tenure() -> None:
     bench = Bench("a")
     bench.promote("a")
     for seconds, expected in [(5, 5), (3, 5), (6, 6)]:
@@ -717,7 +717,7 @@ def test_r18_it_never_goes_back_within_a_tenure() -> None:
     assert status_of(bench.state).last_data == data(6)
 
 
-def test_r18_it_is_handed_to_the_successor_with_its_promotion() -> None:
+def test_r18_the_next_holder_receives_the_data_processed_time_with_its_promotion() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("a", after_s=1, last_data=data(5))
@@ -728,7 +728,7 @@ def test_r18_it_is_handed_to_the_successor_with_its_promotion() -> None:
     assert status_of(bench.state).last_data == data(6), "until the new primary reports its own"
 
 
-def test_r18_what_is_handed_over_is_not_the_successors_own_older_time() -> None:
+def test_r18_the_next_holder_does_not_receive_its_own_older_time() -> None:
     """Its hook would back-fill from too far back."""
     bench = Bench("a", "b")
     bench.promote("a")
@@ -738,7 +738,7 @@ def test_r18_what_is_handed_over_is_not_the_successors_own_older_time() -> None:
     assert bench.beat("b", last_data=data(3)).last_data == data(500)
 
 
-def test_r18_a_tenure_without_a_report_hands_on_what_it_was_handed() -> None:
+def test_r18_a_tenure_without_a_report_passes_on_the_time_that_it_received() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("a", after_s=1, last_data=data(5))
@@ -749,7 +749,7 @@ def test_r18_a_tenure_without_a_report_hands_on_what_it_was_handed() -> None:
     assert bench.promote("a").last_data == data(5)
 
 
-def test_r18_a_release_of_the_past_reports_nothing() -> None:
+def test_r18_a_release_of_an_old_tenure_reports_no_progress() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.release("a", 0, last_data=data(9))
@@ -757,7 +757,7 @@ def test_r18_a_release_of_the_past_reports_nothing() -> None:
     assert (bench.primary, status_of(bench.state).last_data) == ("a", None)
 
 
-# -- how often heartbeats may come ------------------------------------------------------------------
+# -- the minimum interval of heartbeats -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("lease_s", "interval_s"), [(0.5, 0.025), (10, 0.5), (60, 1), (2e6, 1)])
@@ -777,7 +777,7 @@ def test_heartbeats_closer_than_the_interval_are_refused_with_the_time_to_wait()
     assert bench.beat("a", after_s=0.3).role is P
 
 
-def test_a_timer_that_is_a_little_early_is_not_refused() -> None:
+def test_a_heartbeat_that_is_a_little_early_is_not_refused() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.beat("a", after_s=0.5)
@@ -790,7 +790,7 @@ def test_confirmations_are_never_refused() -> None:
     assert [bench.beat("b", 60).role for _ in range(20)] == [W] * 20
 
 
-def test_whoever_has_not_heard_of_the_newest_change_is_never_refused() -> None:
+def test_a_session_that_has_not_seen_the_newest_revision_is_never_refused() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
@@ -815,13 +815,13 @@ def test_a_session_is_created_once() -> None:
     assert bench.do(AddSession(SessionConfig("a", "A"))).answer is True
     record = bench.state.record
     assert bench.do(AddSession(SessionConfig("a", "A"))).answer is False
-    assert bench.do(AddSession(SessionConfig("a"))).answer is False, "absent says nothing"
+    assert bench.do(AddSession(SessionConfig("a"))).answer is False, "absent fields agree with any"
     assert bench.state.record is record
     with pytest.raises(Conflict, match='"a" exists with another configuration'):
         bench.do(AddSession(SessionConfig("a", "B")))
 
 
-def test_a_group_has_a_bound_of_sessions() -> None:
+def test_the_number_of_sessions_of_a_group_is_bounded() -> None:
     bench = Bench("a", "b", policy=replace(CALM, max_sessions=2))
     with pytest.raises(Conflict, match="has 2 client sessions, the most"):
         bench.do(AddSession(SessionConfig("c")))
@@ -830,7 +830,9 @@ def test_a_group_has_a_bound_of_sessions() -> None:
     assert bench.do(AddSession(SessionConfig("c"))).answer is True
 
 
-@pytest.mark.parametrize("what", [Beat("x", 1.0), RemoveSession("x"), SetOverride("x", ON)])
+@pytest.mark.parametrize(
+    "what", [ReceiveHeartbeat("x", 1.0), RemoveSession("x"), SetOverride("x", ON)]
+)
 def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
     with pytest.raises(NotFound, match='no client session "x" in group "g"'):
         Bench("a").do(what)
@@ -848,15 +850,15 @@ def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
         (SessionConfig("a", "B"), SessionConfig("a", "A"), False),
     ],
 )
-def test_configurations_agree_where_they_both_say_something(
+def test_configurations_are_compatible_if_their_common_fields_agree(
     wanted: Any, known: Any, *, same: bool
 ) -> None:
     """docs/api.md, "Groups": an absent property says nothing."""
-    assert agrees(wanted, known) is same
+    assert is_compatible(wanted, known) is same
 
 
-def test_a_v1_holder_that_is_deleted_has_stopped() -> None:
-    """docs/api.md, "Sessions and heartbeats": there is nothing else by which it could say so."""
+def test_deleting_a_v1_holder_frees_the_role() -> None:
+    """docs/api.md, "Sessions and heartbeats": a v1 client has no other way to release."""
     bench = Bench("a", "b")
     bench.promote("a", instance=None)
     bench.beat("b")
@@ -866,8 +868,8 @@ def test_a_v1_holder_that_is_deleted_has_stopped() -> None:
     assert bench.beat("b").role is P
 
 
-def test_our_holder_that_is_deleted_keeps_its_lease_to_its_end() -> None:
-    """R5: it would have released; so somebody else deleted it, and it may still be active."""
+def test_deleting_a_holder_with_an_instance_leaves_its_lease_to_expire() -> None:
+    """R5: our agents release first; so somebody else deleted it, and it may still be active."""
     bench = Bench("a", "b")
     bench.promote("a")
     bench.live(1, a=100, b=100)
@@ -879,7 +881,7 @@ def test_our_holder_that_is_deleted_keeps_its_lease_to_its_end() -> None:
     assert bench.pending == "b"
 
 
-def test_our_holder_that_was_deleted_and_registers_again_goes_on() -> None:
+def test_a_deleted_holder_that_registers_again_keeps_its_tenure() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b")
@@ -891,7 +893,7 @@ def test_our_holder_that_was_deleted_and_registers_again_goes_on() -> None:
     assert (answer.role, answer.epoch) == (P, 1)
 
 
-def test_a_pending_session_that_is_deleted_makes_room() -> None:
+def test_a_deleted_pending_session_is_replaced() -> None:
     bench = Bench("a", "b")
     bench.beat("a")
     bench.beat("b")
@@ -922,7 +924,7 @@ def test_the_access_list_is_replaced() -> None:
     assert bench.state.record.acl is acl
 
 
-def test_a_release_that_comes_twice_ends_one_tenure() -> None:
+def test_a_repeated_release_ends_one_tenure() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1)
@@ -943,7 +945,7 @@ def test_a_view_has_the_role_and_the_last_heartbeat() -> None:
         view_of(bench.state, "x")
 
 
-def test_revisions_grow_with_what_the_status_says_and_only_with_it() -> None:
+def test_the_revision_grows_only_with_a_change_of_the_status() -> None:
     bench = Bench("a", "b")
     revision = bench.state.record.revision
     bench.do(SetAccess(AccessList()))
@@ -957,7 +959,7 @@ def test_revisions_grow_with_what_the_status_says_and_only_with_it() -> None:
 
 
 def test_data_older_than_its_clients_gives_nobody_the_role_for_one_lease() -> None:
-    """Somebody may hold a lease of the epochs that were lost."""
+    """A member may hold a lease of an epoch that was lost."""
     bench = Bench("a", "b")
     answer = bench.beat("a", seen_epoch=7)
     assert (answer.role, answer.epoch) == (W, 7)
@@ -978,7 +980,7 @@ def test_a_tenure_older_than_what_clients_have_seen_ends() -> None:
     assert bench.beat("a", after_s=1).role is not P
 
 
-def test_an_epoch_that_is_known_teaches_nothing() -> None:
+def test_a_known_epoch_changes_nothing() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
     assert bench.beat("a", after_s=1, seen_epoch=1).role is P
@@ -986,7 +988,7 @@ def test_an_epoch_that_is_known_teaches_nothing() -> None:
     assert bench.state.live.quiet_until == float("-inf")
 
 
-def test_an_epoch_that_is_learned_gives_the_pending_session_time_after_the_quiet_time() -> None:
+def test_a_learned_epoch_restarts_the_time_to_confirm_after_the_quiet_time() -> None:
     bench = Bench("a", "b")
     bench.beat("a")
     bench.beat("b", after_s=1)
@@ -994,8 +996,8 @@ def test_an_epoch_that_is_learned_gives_the_pending_session_time_after_the_quiet
     assert bench.state.live.confirm_by == bench.mono + (1 + CONFIRM_SHARE) * LEASE_S
 
 
-def test_the_quiet_time_begins_anew_after_a_restart() -> None:
-    """Fault 4: what protects a lease that the data does not know outlives the coordinator."""
+def test_the_quiet_time_starts_again_after_a_restart() -> None:
+    """Fault 4: the protection of an unknown lease survives the coordinator."""
     bench = Bench("a", "b")
     bench.beat("a", seen_epoch=7)
     for _ in range(3):
@@ -1013,7 +1015,7 @@ def test_the_quiet_time_begins_anew_after_a_restart() -> None:
     assert (bench.promote("a").epoch, bench.wake) == (8, bench.mono + LEASE_S)
 
 
-def test_a_restart_after_the_quiet_time_owes_none() -> None:
+def test_a_restart_after_the_quiet_time_starts_none() -> None:
     bench = Bench("a")
     bench.beat("a", seen_epoch=7)
     bench.do(Tick(), after_s=LEASE_S)
@@ -1022,7 +1024,7 @@ def test_a_restart_after_the_quiet_time_owes_none() -> None:
 
 
 def test_a_group_is_not_deleted_in_its_quiet_time() -> None:
-    """Fault 8: one made anew would know nothing of the lease that the quiet time is for."""
+    """Fault 8: a new group of this name would not know of the lease."""
     bench = Bench("a", "b")
     bench.promote("a")
     bench.beat("b", seen_epoch=7)
@@ -1033,11 +1035,11 @@ def test_a_group_is_not_deleted_in_its_quiet_time() -> None:
     bench.do(RemoveGroup(), after_s=0.1)
 
 
-# -- what a caller can teach ------------------------------------------------------------------------
+# -- epochs from callers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seen", [EPOCH_LEAP + 2, MAX_EPOCH])
-def test_an_epoch_that_no_group_can_have_reached_is_refused(seen: int) -> None:
+@pytest.mark.parametrize("seen", [LARGEST_EPOCH_STEP + 2, MAX_EPOCH])
+def test_an_implausible_epoch_is_refused(seen: int) -> None:
     """Fault 15: one heartbeat made a group unusable for ever."""
     bench = Bench("a", "b")
     bench.promote("a")
@@ -1051,29 +1053,29 @@ def test_an_epoch_that_no_group_can_have_reached_is_refused(seen: int) -> None:
 
 def test_an_epoch_within_reach_is_learned() -> None:
     bench = Bench("a")
-    bench.beat("a", seen_epoch=EPOCH_LEAP)
-    assert bench.state.record.epoch == EPOCH_LEAP
+    bench.beat("a", seen_epoch=LARGEST_EPOCH_STEP)
+    assert bench.state.record.epoch == LARGEST_EPOCH_STEP
 
 
-def test_no_number_of_heartbeats_teaches_an_epoch_without_room_above_it() -> None:
-    bench = at_epoch(HIGHEST_TAUGHT_EPOCH - 5)
-    bench.beat("a", seen_epoch=HIGHEST_TAUGHT_EPOCH)
-    with pytest.raises(Invalid, match=f"must be at most {HIGHEST_TAUGHT_EPOCH}"):
-        bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1)
+def test_repeated_heartbeats_cannot_raise_the_epoch_beyond_the_limit() -> None:
+    bench = at_epoch(HIGHEST_LEARNED_EPOCH - 5)
+    bench.beat("a", seen_epoch=HIGHEST_LEARNED_EPOCH)
+    with pytest.raises(Invalid, match=f"must be at most {HIGHEST_LEARNED_EPOCH}"):
+        bench.beat("a", after_s=1, seen_epoch=HIGHEST_LEARNED_EPOCH + 1)
     bench.do(Tick(), after_s=LEASE_S)
-    assert bench.promote("a", seen_epoch=HIGHEST_TAUGHT_EPOCH).epoch == HIGHEST_TAUGHT_EPOCH + 1
-    assert bench.beat("a", after_s=1, seen_epoch=HIGHEST_TAUGHT_EPOCH + 1).role is P
+    assert bench.promote("a", seen_epoch=HIGHEST_LEARNED_EPOCH).epoch == HIGHEST_LEARNED_EPOCH + 1
+    assert bench.beat("a", after_s=1, seen_epoch=HIGHEST_LEARNED_EPOCH + 1).role is P
 
 
 def at_epoch(epoch: int) -> Bench:
-    """A group with one session, whose record says that epoch."""
+    """A group with one session, whose record has that epoch."""
     bench = Bench("a")
-    bench.state = awaken(replace(bench.state.record, epoch=epoch), bench.now)
+    bench.state = state_after_restart(replace(bench.state.record, epoch=epoch), bench.now)
     return bench
 
 
-def test_a_group_without_epochs_left_says_so_and_can_be_deleted_and_made_again() -> None:
-    """Fault 15: version 0.1.0 could be taught the last epoch there is."""
+def test_a_group_without_epochs_left_is_refused_and_can_be_deleted_and_created_again() -> None:
+    """Fault 15: a heartbeat could set the last epoch in version 0.1.0."""
     bench = at_epoch(MAX_EPOCH)
     with pytest.raises(Conflict, match='"g" has used up its epochs') as error:
         bench.beat("a", seen_epoch=MAX_EPOCH)
@@ -1091,16 +1093,16 @@ def test_the_last_tenure_of_a_group_without_epochs_left_is_renewed() -> None:
     assert bench.beat("a", after_s=1, seen_epoch=MAX_EPOCH).role is P
 
 
-def test_an_epoch_beyond_what_an_answer_can_carry_is_read_as_the_last() -> None:
+def test_an_epoch_above_the_maximum_is_loaded_as_the_maximum() -> None:
     record = Bench("a").state.record
     record = replace(
         record, epoch=2**53 + 3, holder=Tenure("a", 2**53 + 3, WALL, "chosen", instance="a#1")
     )
-    state = awaken(record, Instant(1000.0, WALL))
+    state = state_after_restart(record, Instant(1000.0, WALL))
     assert (state.record.epoch, state.record.holder) == (MAX_EPOCH, None)
 
 
-# -- when to come back ------------------------------------------------------------------------------
+# -- wake-up times ----------------------------------------------------------------------------------
 
 
 def test_nothing_is_due_in_an_idle_group() -> None:
@@ -1114,8 +1116,8 @@ def test_the_end_of_the_lease_is_due() -> None:
     assert bench.wake == bench.mono + LEASE_S
 
 
-def test_r16_a_holder_that_never_hears_of_it_is_revoked_and_not_asked_again() -> None:
-    """Its heartbeats arrive, our answers do not: it is not active, and nobody else could be."""
+def test_r16_a_holder_that_receives_no_answers_is_revoked_and_not_chosen_again() -> None:
+    """Its heartbeats arrive, our answers do not: it is not active, and blocks the role."""
     bench = Bench("a", "b")
     bench.promote("a", seen_epoch=0)
     lease_s = CONFIG.lease_s
@@ -1128,8 +1130,8 @@ def test_r16_a_holder_that_never_hears_of_it_is_revoked_and_not_asked_again() ->
     assert bench.state.record.sessions["a"].has_to_see is None, "it hears again"
 
 
-def test_r16_what_a_holder_has_to_see_outlives_a_restart() -> None:
-    """Fault 4: chosen again unheard, it would keep the others from the role for another lease."""
+def test_r16_the_epoch_that_a_session_has_to_see_survives_a_restart() -> None:
+    """Fault 4: chosen again, it would block the role for another lease."""
     bench = Bench("a", "b")
     bench.promote("a", seen_epoch=0)
     for _ in range(7):
@@ -1153,7 +1155,7 @@ def test_r16_a_late_heartbeat_from_before_the_tenure_revokes_nobody() -> None:
     assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
 
 
-# -- whose release it is ----------------------------------------------------------------------------
+# -- releases ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("instance", [None, "", "a#2"])
@@ -1179,7 +1181,7 @@ def test_a_release_by_a_v1_holder_needs_no_process() -> None:
     assert bench.primary is None
 
 
-def test_a_hold_off_counts_once_after_its_tenure_has_ended_by_itself() -> None:
+def test_the_hold_off_of_a_late_release_counts_once() -> None:
     """The demotion outlasted the lease; and the same release may come again much later."""
     bench = Bench("a", "b")
     bench.promote("a")
@@ -1194,7 +1196,7 @@ def test_a_hold_off_counts_once_after_its_tenure_has_ended_by_itself() -> None:
     assert bench.state == state
 
 
-def test_a_release_that_comes_twice_holds_off_once() -> None:
+def test_a_repeated_release_holds_off_once() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=5)
@@ -1202,8 +1204,8 @@ def test_a_release_that_comes_twice_holds_off_once() -> None:
     assert bench.wake == bench.mono + 1
 
 
-def test_a_release_without_a_hold_off_leaves_the_late_one_its_effect() -> None:
-    """The guard hands the tenure back, and then the agent asks to be spared."""
+def test_a_release_without_a_hold_off_does_not_consume_the_late_one() -> None:
+    """The guard releases the tenure, and then the agent asks for a hold-off."""
     bench = Bench("a")
     bench.promote("a")
     bench.end_of_lease()
@@ -1212,7 +1214,7 @@ def test_a_release_without_a_hold_off_leaves_the_late_one_its_effect() -> None:
     assert bench.beat("a").role is S
 
 
-def test_a_hold_off_has_a_bound() -> None:
+def test_a_hold_off_is_bounded() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=1e9)
@@ -1222,8 +1224,8 @@ def test_a_hold_off_has_a_bound() -> None:
     assert hold_off.until == bench.now.wall + timedelta(days=1)
 
 
-def test_a_hold_off_goes_on_after_a_restart() -> None:
-    """Fault 4: the member that has just failed to promote was the first to be asked again."""
+def test_a_hold_off_continues_after_a_restart() -> None:
+    """Fault 4: the member whose promotion had just failed was chosen first."""
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=60)
@@ -1237,14 +1239,12 @@ def test_a_hold_off_goes_on_after_a_restart() -> None:
 
 
 @pytest.mark.parametrize(("step_s", "left_s"), [(3600, 0), (-3600, 60)])
-def test_a_wall_clock_that_was_set_makes_no_hold_off_longer_than_it_was(
-    step_s: float, left_s: float
-) -> None:
+def test_a_changed_wall_clock_never_lengthens_a_hold_off(step_s: float, left_s: float) -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=60)
     now = Instant(bench.mono, bench.now.wall + timedelta(seconds=step_s))
-    awake = awaken(bench.state.record, now)
+    awake = state_after_restart(bench.state.record, now)
     assert awake.live.contacts["a"].hold_off_until == bench.mono + left_s
 
 

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from agent.core.group import decide, epoch_after_deletion
 from agent.core.group_state import (
     AddSession,
-    Beat,
     GroupState,
     Input,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
     SetOverride,
     Tick,
-    awaken,
-    excuse,
+    state_after_restart,
+    state_after_stall,
 )
 from agent.errors import RequestRefused
 from agent.model import (
@@ -50,7 +50,7 @@ Process = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Own:
-    """A member beats at once, releases what it holds, starts anew, or is cut off (or no more)."""
+    """A member sends a heartbeat at once, releases, restarts, or is cut off (or connected again)."""
 
     session_id: str
     what: str
@@ -58,14 +58,14 @@ class Own:
 
 @dataclass(frozen=True)
 class Happens:
-    """Something happens to the coordinator itself."""
+    """A restart or a stall of the coordinator."""
 
     what: str
 
 
 @dataclass
 class World:
-    """A coordinator, its members, and every lease that is still running."""
+    """A coordinator, its members, and every lease that has not expired."""
 
     v1: frozenset[str]
     mono: float = 1000.0
@@ -85,11 +85,11 @@ class World:
         return session_id, f"{session_id}#{self.starts.get(session_id, 0)}"
 
     def score(self, session_id: str) -> float:
-        """Who is best changes every few seconds, and by too little to replace anybody."""
+        """Scores whose order changes every few seconds, by too little to replace a holder."""
         return 95.0 + (self.mono // 7 + SESSIONS.index(session_id)) % len(SESSIONS)
 
     def call(self, what: Input) -> HeartbeatAnswer | None:
-        """What comes is decided, and a promotion is checked against every lease that runs."""
+        """Decide an input, and check each promotion against every lease that has not expired."""
         try:
             decision = decide(self.state, what, self.now, POLICY)
         except RequestRefused:
@@ -101,7 +101,9 @@ class World:
         if isinstance(what, RemoveGroup):
             epoch = epoch_after_deletion(self.state.record.epoch)
             self.state = GroupState(GroupRecord(CONFIG, epoch=epoch))
-        if not isinstance(what, Beat) or not isinstance(decision.answer, HeartbeatAnswer):
+        if not isinstance(what, ReceiveHeartbeat) or not isinstance(
+            decision.answer, HeartbeatAnswer
+        ):
             return None
         if decision.answer.role is Role.PRIMARY:
             self.grant((what.session_id, what.instance), decision.answer.epoch)
@@ -124,7 +126,9 @@ class World:
         match call.what:
             case "beat":
                 seen = self.epochs.get(process, 0) if instance is not None else None
-                answer = self.call(Beat(session_id, self.score(session_id), None, instance, seen))
+                answer = self.call(
+                    ReceiveHeartbeat(session_id, self.score(session_id), None, instance, seen)
+                )
                 if answer is None:
                     self.call(AddSession(SessionConfig(session_id)))
                 elif answer.role is not Role.PRIMARY and answer.epoch is not None:
@@ -140,7 +144,7 @@ class World:
                 self.cut_off ^= {session_id}
 
     def pass_time(self, seconds: float) -> None:
-        """Everybody who is not cut off beats about each second."""
+        """Each connected member sends a heartbeat about every second."""
         end = self.mono + seconds
         while self.mono + 1.0 <= end:
             self.mono += 1.0
@@ -151,29 +155,33 @@ class World:
 
     def happens(self, what: str) -> None:
         if what == "restart":
-            self.state = awaken(self.state.record, self.now)
+            self.state = state_after_restart(self.state.record, self.now)
         else:
             judged_at, self.mono = self.mono, self.mono + 4.0
-            self.state = excuse(self.state, judged_at, self.now)
+            self.state = state_after_stall(self.state, judged_at, self.now)
 
 
 def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
-    """One of all that a stranger can send, or all that could make a group forget a lease."""
+    """An input that a stranger can send, or one that could make a group forget a lease."""
     epoch = world.state.record.epoch
     leave_nobody: list[Input] = [RemoveSession(known) for known in SESSIONS]
     if draw % 8 == 0:
         return [*leave_nobody, RemoveGroup()]
     if draw % 8 == 1:
-        return [Beat(session_id, 0.0, None, "stranger", epoch + 1), *leave_nobody, RemoveGroup()]
+        return [
+            ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch + 1),
+            *leave_nobody,
+            RemoveGroup(),
+        ]
     calls: list[Input] = [
         RemoveSession(session_id),
         AddSession(SessionConfig(session_id)),
-        Beat(session_id, 0.0, None, "stranger", epoch),
-        Beat(session_id, 0.0, None, "stranger", 0),
-        Beat(session_id, 100.0, None, "stranger", epoch + 1),
-        Beat(session_id, 100.0, None, "stranger"),
-        Beat(session_id, 100.0),
-        Beat(session_id, 0.0, None, None, epoch + 2),
+        ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch),
+        ReceiveHeartbeat(session_id, 0.0, None, "stranger", 0),
+        ReceiveHeartbeat(session_id, 100.0, None, "stranger", epoch + 1),
+        ReceiveHeartbeat(session_id, 100.0, None, "stranger"),
+        ReceiveHeartbeat(session_id, 100.0),
+        ReceiveHeartbeat(session_id, 0.0, None, None, epoch + 2),
         SetOverride(session_id, RoleOverride.PRIMARY),
         SetOverride(session_id, RoleOverride.OFF),
         SetOverride(session_id, RoleOverride.PRIMARY, world.now.wall + timedelta(seconds=3)),
@@ -183,7 +191,7 @@ def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
         RemoveGroup(),
         Tick(),
     ]
-    if session_id not in world.v1:  # a v1 holder has no name that a stranger could lack
+    if session_id not in world.v1:  # a v1 holder has no instance that a stranger could lack
         calls.append(ReleaseRole(session_id, epoch, None, hold_off_s=5.0))
     return [calls[draw // 2 % len(calls)]]
 
@@ -201,7 +209,7 @@ PAUSES = st.sampled_from([0.0, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 11.0])
 
 
 @pytest.mark.parametrize("v1", [frozenset[str](), frozenset("a"), frozenset(SESSIONS)])
-def test_nobody_is_primary_before_the_lease_of_another_is_over(v1: frozenset[str]) -> None:
+def test_nobody_is_primary_before_the_other_lease_has_expired(v1: frozenset[str]) -> None:
     @settings(max_examples=300, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(STEPS, PAUSES), min_size=5, max_size=40))
     def check(steps: list[tuple[Own | Happens | tuple[str, int], float]]) -> None:

@@ -1,4 +1,4 @@
-"""The table of phases: what it allows, what it ignores, and that nothing else can happen."""
+"""The table of phases: its transitions, its ignored events, and that nothing else is possible."""
 
 from itertools import product
 
@@ -6,11 +6,11 @@ import pytest
 
 from agent.core.effects import Effect, Exit
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
-    Fitness,
+    FitnessChanged,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     HookEnded,
     Joined,
     Left,
@@ -19,25 +19,63 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.phases import FIRST_SENTENCE, IGNORED, TABLE, Phase, Turn, next_phase, phase_diagram
-from agent.core.session import FormerTenure, Session
+from agent.core.phases import (
+    FIRST_SENTENCE,
+    IGNORED,
+    TABLE,
+    Phase,
+    Trigger,
+    next_phase,
+    phase_diagram,
+)
+from agent.core.session import PreviousTenure, Session
 
-from .session_bench import LEASE_S, STORE, TIMING, Bench, P, S, Told, W, status
+from .session_bench import LEASE_S, STORE, TIMING, Answer, Bench, P, S, W, status
+
+NEXT: dict[str, dict[str, str]] = {
+    "starting": {
+        "demoted": "joining",
+        "previous_tenure": "returning",
+        "stop": "stopping",
+        "demotion_failed": "ended",
+    },
+    "returning": {"previous_released": "joining", "stop": "stopping"},
+    "joining": {
+        "registered": "member",
+        "registered_again": "member",
+        "stop": "stopping",
+        "demotion_failed": "ended",
+    },
+    "member": {
+        "unknown": "joining",
+        "retimed": "joining",
+        "replaced": "joining",
+        "cool_down": "cooling",
+        "stop": "stopping",
+        "demotion_failed": "ended",
+    },
+    "cooling": {"cooled_down": "joining", "stop": "stopping"},
+    "stopping": {"demoted": "releasing", "demotion_failed": "ended"},
+    "releasing": {"settled": "leaving"},
+    "leaving": {"left": "ended"},
+}
+"""Every transition, written out once more."""
 
 
-@pytest.mark.parametrize(("phase", "turn"), list(product(Phase, Turn)))
-def test_a_turn_without_a_row_is_our_own_mistake(phase: Phase, turn: Turn) -> None:
-    if (phase, turn) in TABLE:
-        assert next_phase(phase, turn) == TABLE[phase, turn]
+@pytest.mark.parametrize(("phase", "trigger"), list(product(Phase, Trigger)))
+def test_a_trigger_leads_to_its_phase_or_raises(phase: Phase, trigger: Trigger) -> None:
+    expected = NEXT.get(phase, {}).get(trigger)
+    if expected is not None:
+        assert next_phase(phase, trigger).phase == expected
     else:
-        with pytest.raises(AssertionError, match=f"{phase} cannot be {turn}"):
-            next_phase(phase, turn)
+        with pytest.raises(AssertionError, match=f"{phase} cannot be {trigger}"):
+            next_phase(phase, trigger)
 
 
-def test_every_phase_is_reached_and_all_but_the_last_can_be_left() -> None:
+def test_every_phase_is_reachable_and_every_phase_but_the_last_can_be_left() -> None:
     assert {row.phase for row in TABLE.values()} | {Phase.STARTING} == set(Phase)
     assert {before for before, _ in TABLE} | {Phase.ENDED} == set(Phase)
-    assert {turn for _, turn in TABLE} == set(Turn)
+    assert {trigger for _, trigger in TABLE} == set(Trigger)
 
 
 def test_every_row_has_a_sentence_for_operators() -> None:
@@ -49,14 +87,14 @@ def test_every_row_has_a_sentence_for_operators() -> None:
 
 def test_every_row_is_in_the_diagram() -> None:
     lines = phase_diagram().splitlines()
-    for (before, turn), row in TABLE.items():
-        assert f"    {before} --> {row.phase}: {turn.replace('_', ' ')}" in lines
+    for (before, trigger), row in TABLE.items():
+        assert f"    {before} --> {row.phase}: {trigger.replace('_', ' ')}" in lines
 
 
 EVENTS: list[Event] = [
-    Answered(1, Told(P).answer()),
-    BeatFailed(1, Failure.GONE, "404"),
-    Fitness(fit=False, reason="disk full"),
+    HeartbeatAnswered(1, Answer(P).build()),
+    HeartbeatFailed(1, HeartbeatFailure.GONE, "404"),
+    FitnessChanged(fit=False, reason="disk full"),
     HookEnded(99, ok=True, why="exit 0"),
     Joined(TIMING, STORE),
     Left(),
@@ -69,13 +107,13 @@ EVENTS: list[Event] = [
 
 
 def in_phase(phase: Phase) -> Bench:
-    """A session that has come to a phase."""
+    """A session in this phase."""
     bench = Bench(hooks={S, P, W})
     match phase:
         case Phase.STARTING:
             bench.begin()
         case Phase.RETURNING:
-            bench.keep(bench.session.begin(bench.now, FormerTenure(7, "before")))
+            bench.keep(bench.session.start(bench.now, PreviousTenure(7, "before")))
             bench.ends()
         case Phase.JOINING:
             bench.begin()
@@ -116,7 +154,7 @@ def test_an_ignored_event_changes_no_more_than_a_tick(phase: Phase, event: Event
         in_phase(phase).step(event)
 
 
-def test_operators_read_what_the_session_does() -> None:
+def test_the_sentence_follows_the_phase() -> None:
     bench = Bench(hooks={S})
     seen = [bench.session.sentence]
     bench.begin()
@@ -124,7 +162,7 @@ def test_operators_read_what_the_session_does() -> None:
     seen.append(bench.session.sentence)
     bench.step(Joined(TIMING, STORE))
     seen.append(bench.session.sentence)
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     bench.step(Stop())
     seen.append(bench.session.sentence)
     bench.ends()
@@ -137,22 +175,22 @@ def test_operators_read_what_the_session_does() -> None:
         "joining the group",
         "registered in the group",
         "demoting: stopping",
-        "stopping: demoted, waiting for answers under way",
+        "stopping: demoted, waiting for heartbeats and releases in flight",
         "stopping: leaving the group",
         "stopped",
     ]
 
 
-def test_a_failed_demotion_is_the_last_that_operators_read() -> None:
+def test_the_last_sentence_is_that_of_the_failed_demotion() -> None:
     bench = Bench(hooks={S}).primary()
-    bench.told(Told(S, 1, 6))
+    bench.answered(Answer(S, 1, 6))
     while bench.session.phase is not Phase.ENDED:
         bench.wake()
     assert bench.session.sentence == "demotion failed: exiting without releasing the role"
 
 
 class Breaks(Session):
-    """Raises in the middle of a step, after it has changed all that it would."""
+    """Raises at the end of a step, after every change."""
 
     broken = False
 
@@ -177,7 +215,7 @@ def state(session: Session) -> dict[str, object]:
 def test_a_step_that_raises_has_changed_nothing(
     stage: str, event: Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon ends the tenure in order then, and it needs a session that is in one piece."""
+    """The daemon then ends the tenure in order, for which it needs a consistent session."""
     monkeypatch.setattr("tests.core.session_bench.Session", Breaks)
     match stage:
         case "primary":
@@ -186,7 +224,7 @@ def test_a_step_that_raises_has_changed_nothing(
             bench = Bench(hooks={S}).pending()
         case "demoting":
             bench = Bench(hooks={S}).primary()
-            bench.told(Told(S, 1, 6))
+            bench.answered(Answer(S, 1, 6))
         case _:
             bench = in_phase(Phase(stage))
     session = bench.session

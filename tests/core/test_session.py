@@ -1,4 +1,4 @@
-"""The agent's side of one session: R2-R8, and what servers of every kind answer."""
+"""The agent's side of one session: R2-R8, with the answers of every kind of server."""
 
 from dataclasses import replace
 
@@ -15,27 +15,27 @@ from agent.core.effects import (
     Leave,
     Publish,
     Release,
-    SendBeat,
+    SendHeartbeat,
     StartHook,
     TermHook,
 )
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
-    Fitness,
+    FitnessChanged,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     HookEnded,
     Joined,
     Left,
     Released,
     Stalled,
-    StatusSeen,
+    StatusRead,
     Stop,
     Tick,
 )
 from agent.core.heartbeats import MAX_CONFIRMATIONS, MAX_IN_FLIGHT
-from agent.core.session import PROMOTE_SHARE, Phase
+from agent.core.session import MIN_PROMOTION_SHARE, Phase
 from agent.core.timing import plan
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
@@ -48,10 +48,10 @@ from .session_bench import (
     OTHER_STORE,
     STORE,
     TIMING,
+    Answer,
     Bench,
     P,
     S,
-    Told,
     W,
     kinds,
     status,
@@ -69,35 +69,35 @@ def test_r2_the_first_deadline_is_minus_infinity() -> None:
 
 def test_r2_after_a_demotion_the_deadline_is_minus_infinity_again() -> None:
     bench = Bench().primary()
-    bench.told(Told(S, 1, 6))
+    bench.answered(Answer(S, 1, 6))
     assert (bench.session.renew_by, bench.session.lease_until) == (NEVER, NEVER)
 
 
-def test_r2_a_primary_that_was_stopped_demotes_before_it_asks() -> None:
+def test_r2_a_stalled_primary_demotes_before_its_next_heartbeat() -> None:
     bench = Bench(hooks={S}).primary()
     assert kinds(bench.step(Stalled(1.5), after_s=1.5)) == [(Publish, S), (StartHook, S)]
-    assert kinds(bench.ends()) == [Release, SendBeat]
+    assert kinds(bench.ends()) == [Release, SendHeartbeat]
 
 
-def test_r2_what_was_asked_before_a_stall_promotes_nobody_after_it() -> None:
+def test_r2_a_heartbeat_from_before_a_stall_does_not_promote() -> None:
     bench = Bench().member()
     before = bench.beat
     bench.step(Stalled(1.5), after_s=1.5)
-    bench.told(Told(P), beat=before)
+    bench.answered(Answer(P), beat=before)
     assert bench.session.role is S
 
 
-def test_r2_a_secondary_that_was_stopped_asks_at_once() -> None:
+def test_r2_a_stalled_secondary_sends_a_heartbeat_at_once() -> None:
     bench = Bench().member()
-    bench.told(Told(S))
-    assert kinds(bench.step(Stalled(1.5), after_s=1.5)) == [SendBeat]
+    bench.answered(Answer(S))
+    assert kinds(bench.step(Stalled(1.5), after_s=1.5)) == [SendHeartbeat]
 
 
-def test_r2_deadlines_are_judged_before_the_event() -> None:
-    """An answer that lay in the queue while its process was frozen extends nothing any more."""
+def test_r2_deadlines_are_checked_before_the_event() -> None:
+    """An answer that was queued while its process was frozen renews nothing."""
     bench = Bench(hooks={S}).primary()
     bench.wake()
-    effects = bench.told(Told(P), after_s=TIMING.renew_s)
+    effects = bench.answered(Answer(P), after_s=TIMING.renew_s)
     assert kinds(effects) == [(Publish, S), (StartHook, S)]
 
 
@@ -108,64 +108,64 @@ def test_r3_the_lease_counts_from_the_sending_of_the_heartbeat() -> None:
     bench = Bench().primary()
     bench.wake()
     sent_at = bench.now
-    bench.told(Told(P), after_s=1.0)
+    bench.answered(Answer(P), after_s=1.0)
     assert bench.session.renew_by == sent_at + TIMING.renew_s
     assert bench.session.lease_until == sent_at + LEASE_S
 
 
 @pytest.mark.parametrize(
-    ("told", "beat"),
+    ("answer", "beat"),
     [
-        (Told(P, 0, 9), None),
-        (Told(P, 1, 4), None),
-        (Told(P), 999),
-        (Told(W, 0, 9), None),
+        (Answer(P, 0, 9), None),
+        (Answer(P, 1, 4), None),
+        (Answer(P), 999),
+        (Answer(W, 0, 9), None),
     ],
     ids=["stale epoch", "stale revision", "unknown beat", "stale PendingPrimary"],
 )
-def test_r3_such_an_answer_extends_nothing(told: Told, beat: int | None) -> None:
+def test_r3_a_stale_or_unknown_answer_does_not_renew(answer: Answer, beat: int | None) -> None:
     bench = Bench().primary()
     bench.wake()
     before = bench.session.renew_by
-    bench.told(told, beat=beat, after_s=0.1)
+    bench.answered(answer, beat=beat, after_s=0.1)
     assert bench.session.role is P
     assert bench.session.renew_by == before
 
 
-def test_r3_an_answer_that_came_twice_extends_once() -> None:
+def test_r3_a_repeated_answer_renews_once() -> None:
     bench = Bench().primary()
     bench.wake()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     after = bench.session.renew_by
-    bench.told(Told(P), after_s=1.0)
+    bench.answered(Answer(P), after_s=1.0)
     assert bench.session.renew_by == after
 
 
-def test_r3_an_answer_that_was_overtaken_neither_extends_nor_shortens() -> None:
+def test_r3_an_overtaken_answer_neither_renews_nor_shortens_the_lease() -> None:
     bench = Bench().primary()
     bench.wake()
     first = bench.beat
     bench.wake()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     after = bench.session.renew_by
-    bench.told(Told(P), beat=first, after_s=0.1)
+    bench.answered(Answer(P), beat=first, after_s=0.1)
     assert bench.session.renew_by == after
 
 
 @pytest.mark.parametrize(
-    ("told", "beat"),
-    [(Told(W, 0, 3), None), (Told(P, 0, 9), None), (Told(P), 999), (Told(W), 999)],
+    ("answer", "beat"),
+    [(Answer(W, 0, 3), None), (Answer(P, 0, 9), None), (Answer(P), 999), (Answer(W), 999)],
 )
-def test_r3_such_an_answer_promotes_nobody(told: Told, beat: int | None) -> None:
+def test_r3_a_stale_or_unknown_answer_does_not_promote(answer: Answer, beat: int | None) -> None:
     bench = Bench().member()
-    bench.told(Told(S, 1, 4))
+    bench.answered(Answer(S, 1, 4))
     bench.wake()
-    bench.told(told, beat=beat)
+    bench.answered(answer, beat=beat)
     assert bench.session.role is S
 
 
-@pytest.mark.parametrize("failure", Failure)
-def test_r3_an_error_never_extends(failure: Failure) -> None:
+@pytest.mark.parametrize("failure", HeartbeatFailure)
+def test_r3_an_error_never_renews(failure: HeartbeatFailure) -> None:
     bench = Bench().primary()
     bench.wake()
     before = bench.session.renew_by
@@ -177,20 +177,22 @@ def test_r3_an_error_never_extends(failure: Failure) -> None:
 def test_r3_any_answer_may_demote(beat: int | None) -> None:
     bench = Bench().primary()
     bench.wake()
-    assert (Publish, S) in kinds(bench.told(Told(S, 1, 6), beat=beat))
+    assert (Publish, S) in kinds(bench.answered(Answer(S, 1, 6), beat=beat))
 
 
-@pytest.mark.parametrize("told", [Told(W, 1, 6), Told(P, 2, 6)])
-def test_r3_a_primary_whose_tenure_has_ended_demotes_whatever_else_it_is_told(told: Told) -> None:
+@pytest.mark.parametrize("answer", [Answer(W, 1, 6), Answer(P, 2, 6)])
+def test_r3_a_primary_whose_tenure_has_ended_demotes_even_if_it_is_chosen_again(
+    answer: Answer,
+) -> None:
     """It may be chosen again, but another may have been primary meanwhile."""
     bench = Bench(hooks={S}).primary()
     bench.wake()
-    assert kinds(bench.told(told)) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.answered(answer)) == [(Publish, S), (StartHook, S)]
 
 
-def test_r3_a_status_neither_promotes_nor_extends() -> None:
+def test_r3_a_status_neither_promotes_nor_renews() -> None:
     bench = Bench().member()
-    bench.told(Told(S, 1, 4))
+    bench.answered(Answer(S, 1, 4))
     bench.step(status("me", None, 2, 9))
     assert bench.session.role is S
     assert bench.session.renew_by == NEVER
@@ -214,11 +216,11 @@ def test_r4_without_renewal_demotion_starts_at_r_and_is_killed_at_r_plus_d() -> 
 
 
 LAST_S = TIMING.lease_s - TIMING.drift_s
-"""From the sending of the heartbeat to the last moment at which clocks within the drift agree."""
+"""From the sending of the heartbeat to L less the drift."""
 
 
 def test_r4_a_demotion_that_starts_late_has_d_from_then_but_never_beyond_l_less_the_drift() -> None:
-    """A frozen process wakes behind R; at L another may be promoted, however short its hook was."""
+    """A frozen process wakes after R; at L another member may be promoted."""
     bench = Bench(hooks={S}).primary()
     last_at = bench.session.sent_at + LAST_S
     (_, start) = bench.step(Tick(), after_s=LAST_S - 0.1 * TIMING.demote_s)
@@ -230,33 +232,33 @@ def test_r4_a_demotion_that_starts_late_has_d_from_then_but_never_beyond_l_less_
     assert bench.now == pytest.approx(last_at)
 
 
-def test_r4_who_wakes_between_r_plus_d_and_l_still_tries_its_hook() -> None:
-    """A workload that only the hook can stop would go on otherwise."""
+def test_r4_a_freeze_until_between_r_plus_d_and_l_still_runs_the_hook() -> None:
+    """Otherwise a workload that only the hook can stop would go on."""
     bench = Bench(hooks={S}).primary()
     effects = bench.step(Tick(), after_s=TIMING.renew_s + TIMING.demote_s + 0.01)
     assert kinds(effects) == [(Publish, S), (StartHook, S)]
-    assert kinds(bench.ends()) == [Release, SendBeat]
+    assert kinds(bench.ends()) == [Release, SendHeartbeat]
 
 
-def test_r4_who_wakes_behind_l_demotes_in_order() -> None:
-    """Nothing is left to keep: from here on the epoch protects."""
+def test_r4_a_freeze_beyond_l_demotes_in_order() -> None:
+    """The lease has expired: from here on only the epoch protects."""
     bench = Bench(hooks={S}).primary()
     (_, start) = bench.step(Tick(), after_s=LEASE_S)
     assert isinstance(start, StartHook)
     assert start.facts.limit_s == pytest.approx(0.75 * TIMING.demote_s)
-    assert kinds(bench.ends()) == [Release, SendBeat]
+    assert kinds(bench.ends()) == [Release, SendHeartbeat]
 
 
 @pytest.mark.parametrize("after_s", [TIMING.renew_s + TIMING.demote_s + 0.01, LEASE_S + 1])
-def test_r4_without_a_hook_there_is_nothing_to_be_late_with(after_s: float) -> None:
+def test_r4_without_a_hook_a_demotion_is_never_late(after_s: float) -> None:
     bench = Bench().primary()
-    assert kinds(bench.step(Tick(), after_s=after_s)) == [(Publish, S), Release, SendBeat]
+    assert kinds(bench.step(Tick(), after_s=after_s)) == [(Publish, S), Release, SendHeartbeat]
 
 
-def test_r4_a_role_whose_demotion_failed_is_not_given_back() -> None:
-    """The workload may still run: only the end of the lease makes room."""
+def test_r4_the_role_is_not_released_after_a_failed_demotion() -> None:
+    """The workload may still run: the role must stay taken until the lease expires."""
     bench = Bench(hooks={S}).primary()
-    bench.told(Told(S, 1, 6))
+    bench.answered(Answer(S, 1, 6))
     while bench.session.phase is not Phase.ENDED:
         bench.wake()
     assert Release not in kinds(bench.log)
@@ -266,15 +268,15 @@ def test_r4_a_role_whose_demotion_failed_is_not_given_back() -> None:
 def test_r4_a_demotion_before_r_may_use_all_of_the_lease_that_is_left() -> None:
     bench = Bench(hooks={S}).primary()
     end_at = bench.session.renew_by + TIMING.demote_s
-    bench.told(Told(S, 1, 6), after_s=1.0)
-    assert bench.session.guard_by is not None
-    assert bench.session.guard_by[0] == float("inf")
-    assert bench.session.guard_by[1] == pytest.approx(end_at + BEHIND_S)
+    bench.answered(Answer(S, 1, 6), after_s=1.0)
+    assert bench.session.guard_deadlines is not None
+    assert bench.session.guard_deadlines[0] == float("inf")
+    assert bench.session.guard_deadlines[1] == pytest.approx(end_at + BEHIND_S)
 
 
-def test_r4_a_failed_demotion_is_tried_again() -> None:
+def test_r4_a_failed_demotion_is_retried() -> None:
     bench = Bench(hooks={S}).primary()
-    bench.told(Told(S, 1, 6))
+    bench.answered(Answer(S, 1, 6))
     bench.ends(ok=False)
     assert kinds(bench.wake()) == [(StartHook, S)]
     assert Release in kinds(bench.ends())
@@ -299,7 +301,7 @@ def test_r5_no_heartbeat_is_sent_after_a_stop() -> None:
     bench.ends()
     while bench.session.phase is not Phase.ENDED:
         bench.wake()
-    assert SendBeat not in kinds(bench.log[stopped:])
+    assert SendHeartbeat not in kinds(bench.log[stopped:])
     assert bench.session.wake_at == float("inf")
 
 
@@ -309,7 +311,7 @@ def test_r5_a_secondary_that_stops_leaves_and_exits(stage: str) -> None:
     if stage == "joining":
         bench.begin()
     else:
-        bench.member().told(Told(S))
+        bench.member().answered(Answer(S))
     assert kinds(bench.step(Stop())) == [Leave]
     assert bench.step(Left()) == [Exit(ExitCode.OK)]
 
@@ -321,23 +323,23 @@ def test_r5_a_stop_while_starting_waits_for_the_demotion() -> None:
     assert kinds(bench.ends()) == [Leave]
 
 
-def test_r5_a_stop_during_a_promotion_ends_its_hook_first() -> None:
+def test_r5_a_stop_during_a_promotion_terminates_its_hook_first() -> None:
     bench = Bench(hooks={S, P}).pending()
-    assert kinds(bench.told(Told(P))) == [(StartHook, P)]
+    assert kinds(bench.answered(Answer(P))) == [(StartHook, P)]
     assert kinds(bench.step(Stop())) == [(Publish, S), TermHook]
     assert kinds(bench.ends(ok=False)) == [(StartHook, S)]
     assert kinds(bench.ends()) == [Release]
 
 
-def test_r5_a_stopping_session_asks_not_to_be_chosen_again() -> None:
+def test_r5_a_stopping_session_asks_for_a_hold_off() -> None:
     bench = Bench().primary()
     (release,) = [e for e in bench.step(Stop()) if isinstance(e, Release)]
     assert release.epoch == 1
     assert release.hold_off_s >= LEASE_S
 
 
-def test_r5_a_stop_without_a_tenure_number_has_nothing_to_release() -> None:
-    """A plain v1 server hands the role on when the session is deleted (docs/api.md, "Sessions and heartbeats")."""
+def test_r5_a_stop_without_an_epoch_releases_nothing() -> None:
+    """A plain v1 server reassigns the role when the session is deleted (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.step(Stop())
     assert kinds(bench.ends()) == [Leave]
@@ -346,7 +348,7 @@ def test_r5_a_stop_without_a_tenure_number_has_nothing_to_release() -> None:
 # -- R6 ---------------------------------------------------------------------------------------------
 
 
-def test_r6_the_demotion_hook_runs_before_anything_is_asked() -> None:
+def test_r6_the_demotion_hook_runs_before_the_first_request() -> None:
     bench = Bench(hooks={S})
     assert kinds(bench.begin()) == [(StartHook, S)]
     assert kinds(bench.ends()) == [Join]
@@ -363,32 +365,32 @@ def test_r6_a_session_whose_first_demotion_fails_exits_without_joining() -> None
 
 
 def test_r6_every_tenure_begins_as_secondary_even_if_the_first_answer_says_primary() -> None:
-    """As a server does whose record says that this session was primary when it died."""
+    """The answer of a server on whose record this session was primary when it died."""
     bench = Bench(hooks={P}).member()
-    assert kinds(bench.told(Told(P)))[:2] == [(Publish, W), (StartHook, P)]
+    assert kinds(bench.answered(Answer(P)))[:2] == [(Publish, W), (StartHook, P)]
 
 
 # -- R8 ---------------------------------------------------------------------------------------------
 
 
-def test_r8_primary_is_said_only_after_the_hook_succeeded() -> None:
+def test_r8_primary_is_published_only_after_the_hook_has_succeeded() -> None:
     bench = Bench(hooks={P}).pending()
-    assert kinds(bench.told(Told(P))) == [(StartHook, P)]
+    assert kinds(bench.answered(Answer(P))) == [(StartHook, P)]
     assert bench.session.role is W
     assert kinds(bench.ends()) == [(Publish, P)]
 
 
 def test_r8_a_promotion_needs_enough_of_the_lease() -> None:
-    late_s = TIMING.renew_s * (1 - PROMOTE_SHARE)
+    late_s = TIMING.renew_s * (1 - MIN_PROMOTION_SHARE)
     late, in_time = Bench().member(), Bench().member()
-    late.told(Told(P), after_s=late_s + 0.01)
-    in_time.told(Told(P), after_s=late_s - 0.01)
+    late.answered(Answer(P), after_s=late_s + 0.01)
+    in_time.answered(Answer(P), after_s=late_s - 0.01)
     assert (late.session.role, in_time.session.role) == (S, P)
 
 
-def test_r8_a_promotion_hook_is_ended_if_the_lease_goes() -> None:
+def test_r8_a_promotion_hook_is_terminated_when_the_lease_is_lost() -> None:
     bench = Bench(hooks={P}, hook_limit_s=100).pending()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     renew_by = bench.session.renew_by
     while bench.session.role is W:
         effects = bench.wake()
@@ -396,85 +398,85 @@ def test_r8_a_promotion_hook_is_ended_if_the_lease_goes() -> None:
     assert kinds(effects) == [(Publish, S), TermHook]
 
 
-def test_r8_a_promotion_hook_is_ended_if_the_role_is_taken() -> None:
+def test_r8_a_promotion_hook_is_terminated_when_the_role_is_revoked() -> None:
     bench = Bench(hooks={P}).pending()
-    bench.told(Told(P))
-    assert kinds(bench.told(Told(S, 1, 6), beat=999)) == [(Publish, S), TermHook]
+    bench.answered(Answer(P))
+    assert kinds(bench.answered(Answer(S, 1, 6), beat=999)) == [(Publish, S), TermHook]
 
 
 def test_r8_a_failed_promotion_demotes_and_releases_with_a_hold_off() -> None:
     bench = Bench(hooks={P, S}).pending()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     assert kinds(bench.ends(ok=False)) == [(Publish, S), (StartHook, S)]
     release, beat = bench.ends()
     assert release == Release(1, "promotion failed: exit 1", 5.0)
-    assert isinstance(beat, SendBeat)
+    assert isinstance(beat, SendHeartbeat)
 
 
 def fail_promotion(bench: Bench, epoch: int) -> float:
-    """Be promoted in vain; the hold-off that was asked for."""
-    bench.told(Told(P, epoch, 10 * epoch))
+    """Fail a promotion; the hold-off of its release."""
+    bench.answered(Answer(P, epoch, 10 * epoch))
     (release,) = [e for e in bench.ends(ok=False) if isinstance(e, Release)]
     bench.step(Released())
     bench.step(Tick(), after_s=release.hold_off_s)
     return release.hold_off_s
 
 
-def test_r8_delays_double_up_to_the_limit() -> None:
+def test_r8_hold_offs_double_up_to_the_limit() -> None:
     bench = Bench(hooks={P}).member()
     assert [fail_promotion(bench, epoch) for epoch in range(1, 6)] == [5, 10, 20, 30, 30]
 
 
-def test_r8_a_tenure_that_lasted_makes_the_delays_short_again() -> None:
+def test_r8_a_long_tenure_resets_the_hold_off() -> None:
     bench = Bench(hooks={P}).member()
     assert [fail_promotion(bench, epoch) for epoch in (1, 2)] == [5, 10]
-    bench.told(Told(P, 3, 30))
+    bench.answered(Answer(P, 3, 30))
     bench.ends()
-    for _ in range(40):  # seconds; longer than the limit of the delays
+    for _ in range(40):  # seconds; longer than the longest hold-off
         bench.step(Tick(), after_s=1.0)
-        bench.told(Told(P, 3, 30))
+        bench.answered(Answer(P, 3, 30))
     (release,) = [
-        e for e in bench.step(Fitness(fit=False, reason="disk")) if isinstance(e, Release)
+        e for e in bench.step(FitnessChanged(fit=False, reason="disk")) if isinstance(e, Release)
     ]
     assert release.hold_off_s == 5
 
 
 @pytest.mark.parametrize("role", [W, P])
-def test_r8_while_it_cools_down_a_session_takes_no_role(role: Role) -> None:
+def test_r8_a_session_accepts_no_role_while_it_cools_down(role: Role) -> None:
     bench = Bench(hooks={P}).pending()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     bench.ends(ok=False)
     bench.step(Released())
-    bench.told(Told(role, 2, 9), after_s=4.9)
+    bench.answered(Answer(role, 2, 9), after_s=4.9)
     assert bench.session.role is S
 
 
-def test_r8_a_tenure_given_by_a_coordinator_that_forgot_the_hold_off_is_given_back() -> None:
-    """Else its heartbeats would keep the lease, and everybody else from the role, for so long."""
+def test_r8_a_tenure_assigned_despite_the_hold_off_is_released() -> None:
+    """Otherwise its heartbeats would renew the lease and block the role."""
     bench = Bench(hooks={P}).pending()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     bench.ends(ok=False)
     bench.step(Released())
-    (release, *_) = bench.told(Told(P, 2, 9), after_s=2.0)
+    (release, *_) = bench.answered(Answer(P, 2, 9), after_s=2.0)
     assert release == Release(2, "promotion failed: exit 1", 3.0)
     bench.step(Released())
     bench.step(Tick(), after_s=10)
-    bench.told(Told(P, 2, 9))
+    bench.answered(Answer(P, 2, 9))
     assert bench.session.role is S, "a tenure that was given back is never taken"
 
 
-def test_r8_a_release_that_was_lost_is_said_again() -> None:
+def test_r8_a_lost_release_is_repeated() -> None:
     bench = Bench().primary()
-    bench.told(Told(S, 1, 6))
+    bench.answered(Answer(S, 1, 6))
     bench.step(Released())
     bench.step(Tick())
-    assert kinds(bench.told(Told(P, 1, 6))) == [Release]
+    assert kinds(bench.answered(Answer(P, 1, 6))) == [Release]
     bench.wake()
-    assert bench.told(Told(P, 1, 6)) == [], "one release at a time"
+    assert bench.answered(Answer(P, 1, 6)) == [], "one release at a time"
 
 
 def test_r8_after_a_failed_pending_hook_the_session_leaves_and_comes_back_later() -> None:
-    """It has no tenure to release, and must not be asked again at once."""
+    """It has no tenure to release, and must not be chosen again at once."""
     bench = Bench(hooks={W}).pending()
     assert kinds(bench.ends(ok=False)) == [(Publish, S), Leave]
     assert bench.session.wake_at == float("inf"), "not before it is known to have left"
@@ -486,9 +488,9 @@ def test_r8_after_a_failed_pending_hook_the_session_leaves_and_comes_back_later(
 # -- R9: fitness ------------------------------------------------------------------------------------
 
 
-def test_r9_an_unfit_primary_demotes_releases_and_beats_no_more() -> None:
+def test_r9_an_unfit_primary_demotes_releases_and_sends_no_heartbeats() -> None:
     bench = Bench(hooks={S}).primary()
-    effects = bench.step(Fitness(fit=False, reason="disk full"))
+    effects = bench.step(FitnessChanged(fit=False, reason="disk full"))
     assert kinds(effects) == [(Publish, S), (StartHook, S)]
     assert isinstance(effects[0], Publish)
     assert effects[0].cause is Cause.UNFIT
@@ -496,64 +498,66 @@ def test_r9_an_unfit_primary_demotes_releases_and_beats_no_more() -> None:
     assert bench.session.wake_at == float("inf")
 
 
-def test_r9_an_unfit_session_beats_again_when_it_is_fit() -> None:
+def test_r9_a_session_sends_heartbeats_again_once_it_is_fit() -> None:
     bench = Bench().member()
-    bench.told(Told(S))
-    bench.step(Fitness(fit=False, reason="disk full"))
+    bench.answered(Answer(S))
+    bench.step(FitnessChanged(fit=False, reason="disk full"))
     assert bench.step(Tick(), after_s=LEASE_S) == []
-    assert kinds(bench.step(Fitness(fit=True, reason=""))) == [SendBeat]
+    assert kinds(bench.step(FitnessChanged(fit=True, reason=""))) == [SendHeartbeat]
 
 
 @pytest.mark.parametrize(("role", "wanted"), [(W, []), (P, [Release])])
-def test_r9_an_unfit_session_takes_no_role(role: Role, wanted: list[type]) -> None:
+def test_r9_an_unfit_session_accepts_no_role(role: Role, wanted: list[type]) -> None:
     bench = Bench().member()
-    bench.step(Fitness(fit=False, reason="disk full"))
-    assert kinds(bench.told(Told(role))) == wanted
+    bench.step(FitnessChanged(fit=False, reason="disk full"))
+    assert kinds(bench.answered(Answer(role))) == wanted
     assert bench.session.role is S
 
 
 # -- heartbeats -------------------------------------------------------------------------------------
 
 
-def test_heartbeats_come_a_beat_apart_and_never_later() -> None:
+def test_heartbeats_are_at_most_an_interval_apart() -> None:
     bench = Bench().member()
     for _ in range(50):
-        bench.told(Told(S))
+        bench.answered(Answer(S))
         before = bench.now
-        assert kinds(bench.wake()) == [SendBeat]
-        assert 0.9 * TIMING.beat_s <= bench.now - before <= TIMING.beat_s
+        assert kinds(bench.wake()) == [SendHeartbeat]
+        assert (
+            0.9 * TIMING.heartbeat_interval_s <= bench.now - before <= TIMING.heartbeat_interval_s
+        )
 
 
-def test_unanswered_heartbeats_are_forgotten_at_a_bound() -> None:
+def test_the_number_of_remembered_heartbeats_is_bounded() -> None:
     bench = Bench().member()
     first = bench.beat
     for _ in range(MAX_IN_FLIGHT):
         bench.wake()
-    bench.told(Told(P), beat=first)
+    bench.answered(Answer(P), beat=first)
     assert bench.session.role is S
 
 
 def test_a_pending_primary_confirms_at_once_ten_times_at_most() -> None:
     """As the published client (docs/api.md, "What v1 clients do, and what they get")."""
     bench = Bench().member()
-    at_once = sum(kinds(bench.told(Told(W, 0, 4))).count(SendBeat) for _ in range(30))
+    at_once = sum(kinds(bench.answered(Answer(W, 0, 4))).count(SendHeartbeat) for _ in range(30))
     assert at_once == MAX_CONFIRMATIONS == 10
-    assert kinds(bench.wake()) == [SendBeat]
+    assert kinds(bench.wake()) == [SendHeartbeat]
 
 
-def test_news_in_the_status_make_a_pending_primary_ask_again() -> None:
+def test_a_changed_status_makes_a_pending_primary_send_a_heartbeat() -> None:
     bench = Bench().member()
     for _ in range(30):
-        bench.told(Told(W, 0, 4))
+        bench.answered(Answer(W, 0, 4))
     news = status(None, "me", 0, 5)
-    assert kinds(bench.step(news)) == [SendBeat]
+    assert kinds(bench.step(news)) == [SendHeartbeat]
     assert bench.step(news) == []
-    assert kinds(bench.told(Told(W, 0, 5))) == [SendBeat]
+    assert kinds(bench.answered(Answer(W, 0, 5))) == [SendHeartbeat]
 
 
-def test_a_secondary_that_is_not_meant_does_not_ask_at_news() -> None:
+def test_a_changed_status_of_others_makes_no_secondary_send_a_heartbeat() -> None:
     bench = Bench().member()
-    bench.told(Told(S, 0, 4))
+    bench.answered(Answer(S, 0, 4))
     assert bench.step(status(None, "other", 0, 5)) == []
 
 
@@ -569,80 +573,78 @@ def test_an_old_status_changes_nothing() -> None:
     assert bench.session.role is P
 
 
-# -- what servers answer ----------------------------------------------------------------------------
+# -- answers of servers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("asked_s", "waits_s"), [(0.5, 0.5), (60.0, TIMING.renew_s / 2)])
-def test_a_server_that_asks_to_wait_is_obeyed_up_to_half_of_r(
-    asked_s: float, waits_s: float
-) -> None:
-    """Longer would take the role away from a primary that is well."""
+def test_retry_after_is_obeyed_up_to_half_of_r(asked_s: float, waits_s: float) -> None:
+    """A longer pause would cost a healthy primary its lease."""
     bench = Bench().primary()
     bench.wake()
     before = bench.now
-    bench.fails(Failure.BACK_OFF, asked_s)
-    assert kinds(bench.wake()) == [SendBeat]
+    bench.fails(HeartbeatFailure.BACK_OFF, asked_s)
+    assert kinds(bench.wake()) == [SendHeartbeat]
     assert bench.now - before == pytest.approx(waits_s)
 
 
-@pytest.mark.parametrize("failure", [Failure.OTHER, Failure.BACK_OFF])
-def test_a_failed_heartbeat_is_tried_again_sooner_than_a_beat(failure: Failure) -> None:
+@pytest.mark.parametrize("failure", [HeartbeatFailure.OTHER, HeartbeatFailure.BACK_OFF])
+def test_a_failed_heartbeat_is_retried_before_the_next_interval(failure: HeartbeatFailure) -> None:
     bench = Bench().primary()
     bench.wake()
     before = bench.now
     bench.fails(failure)
-    assert kinds(bench.wake()) == [SendBeat]
+    assert kinds(bench.wake()) == [SendHeartbeat]
     assert bench.now - before == pytest.approx(TIMING.renew_s / 10)
 
 
-def test_the_failure_of_a_heartbeat_that_was_answered_says_nothing() -> None:
+def test_the_failure_of_an_answered_heartbeat_is_ignored() -> None:
     bench = Bench().primary()
     bench.wake()
-    bench.told(Told(P))
+    bench.answered(Answer(P))
     due = bench.session.wake_at
-    assert bench.fails(Failure.GONE) == []
+    assert bench.fails(HeartbeatFailure.GONE) == []
     assert bench.session.wake_at == due
 
 
-def test_a_session_that_is_gone_joins_again_and_keeps_its_lease() -> None:
-    """Its tenure is of record: nobody else gets the role before the lease ends."""
+def test_a_session_unknown_to_the_server_joins_again_and_keeps_its_lease() -> None:
+    """Its tenure is on record: nobody else gets the role before the lease expires."""
     bench = Bench().primary()
     bench.wake()
-    assert kinds(bench.fails(Failure.GONE)) == [Join]
+    assert kinds(bench.fails(HeartbeatFailure.GONE)) == [Join]
     assert bench.session.role is P
-    assert kinds(bench.step(Joined(TIMING, STORE))) == [SendBeat]
-    bench.told(Told(P, 1, 1))
+    assert kinds(bench.step(Joined(TIMING, STORE))) == [SendHeartbeat]
+    bench.answered(Answer(P, 1, 1))
     assert bench.session.renew_by == bench.now + TIMING.renew_s
 
 
-def test_a_server_that_registers_and_forgets_is_not_asked_without_a_pause() -> None:
+def test_a_server_that_forgets_each_registration_is_asked_with_a_delay() -> None:
     """404 to each heartbeat and 200 to each join would be a loop without delay."""
     bench = Bench().member()
-    bench.fails(Failure.GONE)
+    bench.fails(HeartbeatFailure.GONE)
     bench.step(Joined(TIMING, STORE))
     began_at = bench.now
     for _ in range(20):
-        if SendBeat not in kinds(bench.log[-1:]):
+        if SendHeartbeat not in kinds(bench.log[-1:]):
             bench.wake()
-        bench.fails(Failure.GONE)
+        bench.fails(HeartbeatFailure.GONE)
         bench.step(Joined(TIMING, STORE))
     assert bench.now - began_at > TIMING.renew_s
 
 
-def test_r4_a_session_that_is_gone_and_cannot_join_demotes_at_r() -> None:
+def test_r4_a_session_that_cannot_join_again_demotes_at_r() -> None:
     bench = Bench().primary()
     renew_by = bench.session.renew_by
     bench.wake()
-    bench.fails(Failure.GONE)
+    bench.fails(HeartbeatFailure.GONE)
     assert (Publish, S) in kinds(bench.wake())
     assert bench.now == pytest.approx(renew_by)
 
 
-def test_a_session_that_is_gone_from_a_plain_v1_server_demotes_first() -> None:
-    """That server has handed the role on with the deletion (docs/api.md, "Sessions and heartbeats")."""
+def test_a_session_unknown_to_a_plain_v1_server_demotes_first() -> None:
+    """That server has reassigned the role with the deletion (docs/api.md, "Sessions and heartbeats")."""
     bench = Bench(hooks={S}).primary(v1_server=True)
     bench.wake()
-    assert kinds(bench.fails(Failure.GONE)) == [(Publish, S), Join, (StartHook, S)]
+    assert kinds(bench.fails(HeartbeatFailure.GONE)) == [(Publish, S), Join, (StartHook, S)]
 
 
 def test_the_servers_timeout_is_adopted() -> None:
@@ -651,36 +653,36 @@ def test_the_servers_timeout_is_adopted() -> None:
     longer = plan(2 * LEASE_S)
     bench.step(Joined(longer, STORE))
     assert bench.session.timing == longer
-    bench.told(replace(Told(P), lease_s=2 * LEASE_S))
+    bench.answered(replace(Answer(P), lease_s=2 * LEASE_S))
     assert bench.session.renew_by == bench.now + longer.renew_s
 
 
-def test_an_answer_with_another_timeout_extends_nothing_and_joins_again() -> None:
+def test_an_answer_with_another_timeout_does_not_renew_and_joins_again() -> None:
     bench = Bench().primary()
     bench.wake()
     before = bench.session.renew_by
-    assert kinds(bench.told(replace(Told(P), lease_s=2 * LEASE_S))) == [Join]
+    assert kinds(bench.answered(replace(Answer(P), lease_s=2 * LEASE_S))) == [Join]
     assert bench.session.renew_by == before
 
 
-def test_a_plain_v1_server_is_enough_for_a_whole_life() -> None:
+def test_a_session_runs_at_a_plain_v1_server_from_start_to_exit() -> None:
     bench = Bench(hooks={P, S}).member(v1_server=True)
-    assert kinds(bench.told(v1(W))) == [(Publish, W), SendBeat]
-    assert kinds(bench.told(v1(P))) == [(StartHook, P)]
+    assert kinds(bench.answered(v1(W))) == [(Publish, W), SendHeartbeat]
+    assert kinds(bench.answered(v1(P))) == [(StartHook, P)]
     bench.ends()
     bench.wake()
-    bench.told(v1(P))
+    bench.answered(v1(P))
     assert bench.session.renew_by == bench.now + TIMING.renew_s
     bench.wake()
-    assert kinds(bench.told(v1(S))) == [(Publish, S), (StartHook, S)]
-    assert kinds(bench.ends()) == [SendBeat]
+    assert kinds(bench.answered(v1(S))) == [(Publish, S), (StartHook, S)]
+    assert kinds(bench.ends()) == [SendHeartbeat]
     assert bench.session.role is S
     assert bench.session.tenure is None
 
 
 def test_r8_with_a_plain_v1_server_a_session_leaves_to_cool_down() -> None:
     bench = Bench(hooks={P}).pending(v1_server=True)
-    bench.told(v1(P))
+    bench.answered(v1(P))
     assert kinds(bench.ends(ok=False)) == [(Publish, S), Leave]
     bench.step(Left())
     assert kinds(bench.wake()) == [Join]
@@ -688,7 +690,7 @@ def test_r8_with_a_plain_v1_server_a_session_leaves_to_cool_down() -> None:
 
 def test_r5_a_stop_while_it_cools_down_leaves_and_exits() -> None:
     bench = Bench(hooks={P}).pending(v1_server=True)
-    bench.told(v1(P))
+    bench.answered(v1(P))
     bench.ends(ok=False)
     bench.step(Left())
     assert kinds(bench.step(Stop())) == [Leave]
@@ -698,9 +700,9 @@ def test_r5_a_stop_while_it_cools_down_leaves_and_exits() -> None:
 # -- the whole --------------------------------------------------------------------------------------
 
 
-def test_r18_the_hook_is_told_what_was_processed_and_by_whom() -> None:
+def test_r18_the_hook_receives_the_data_processed_time_and_the_previous_primary() -> None:
     bench = Bench(hooks={P}).pending()
-    (start,) = bench.told(Told(P))
+    (start,) = bench.answered(Answer(P))
     assert isinstance(start, StartHook)
     assert start.facts.last_data == DATA
     assert start.facts.previous_primary == "other"
@@ -710,21 +712,21 @@ def test_r18_the_hook_is_told_what_was_processed_and_by_whom() -> None:
 BEHIND_S = (TIMING.margin_s - TIMING.drift_s) / 2
 
 
-def test_r12_the_guard_acts_behind_the_agent_and_leaves_the_drift_before_the_lease_ends() -> None:
+def test_r12_the_guard_acts_after_the_agent_and_before_the_lease_end_less_the_drift() -> None:
     bench = Bench().primary()
     session = bench.session
-    assert session.guard_by is not None
-    runs_at, kills_at = session.guard_by
+    assert session.guard_deadlines is not None
+    runs_at, kills_at = session.guard_deadlines
     assert runs_at == pytest.approx(session.renew_by + BEHIND_S)
     assert kills_at + BEHIND_S + TIMING.drift_s == pytest.approx(session.lease_until)
-    assert Bench().member().session.guard_by is None
+    assert Bench().member().session.guard_deadlines is None
 
 
 ROLES = st.sampled_from(Role)
 STORES = st.sampled_from([STORE, STORE, STORE, OTHER_STORE, None])
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(
-        Answered,
+        HeartbeatAnswered,
         st.integers(1, 12),
         st.builds(
             HeartbeatAnswer,
@@ -736,9 +738,11 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
             store_id=STORES,
         ),
     ),
-    st.builds(BeatFailed, st.integers(1, 12), st.sampled_from(Failure), st.just("no")),
     st.builds(
-        StatusSeen,
+        HeartbeatFailed, st.integers(1, 12), st.sampled_from(HeartbeatFailure), st.just("no")
+    ),
+    st.builds(
+        StatusRead,
         st.builds(
             GroupStatus,
             st.sampled_from([None, "me", "other"]),
@@ -751,7 +755,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     ),
     st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
     st.builds(Stalled, st.just(2.0)),
-    st.builds(Fitness, st.booleans(), st.just("disk")),
+    st.builds(FitnessChanged, st.booleans(), st.just("disk")),
     st.builds(Joined, st.just(TIMING), STORES),
     st.sampled_from([Released(), Left(), Tick()]),
     st.sampled_from([Tick(), Stop()]),
@@ -766,7 +770,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
 def test_any_events_in_any_order_keep_the_order_of_effects(
     events: list[tuple[Event, float]], hooks: frozenset[Role]
 ) -> None:
-    """Whatever comes: rows of the table only, no release before the demotion, nothing after Exit.
+    """Whatever comes: only the table's transitions, no release before the demotion, nothing after Exit.
 
     And twice the same events give twice the same effects.
     """
@@ -791,16 +795,16 @@ def test_any_events_in_any_order_keep_the_order_of_effects(
     assert ended in ([], [len(first.log) - 1])
 
 
-def test_a_plain_v1_status_is_news_only_if_it_differs_from_the_answers() -> None:
+def test_a_plain_v1_status_is_new_only_if_it_differs_from_the_answers() -> None:
     bench = Bench().member(v1_server=True)
-    bench.told(v1(S))
+    bench.answered(v1(S))
     assert bench.step(status(None, None, None, None, None)) == []
     assert bench.step(status("other", None, None, None, None)) == []
-    assert kinds(bench.step(status("me", None, None, None, None))) == [SendBeat]
+    assert kinds(bench.step(status("me", None, None, None, None))) == [SendHeartbeat]
 
 
-def test_r18_an_answer_that_names_no_tenure_before_leaves_the_known_one() -> None:
+def test_r18_an_answer_without_a_previous_primary_keeps_the_known_one() -> None:
     bench = Bench().member()
     bench.step(status("other", None, 0, 1))
-    bench.step(Answered(bench.beat, replace(Told(W, 0, 4).answer(), previous=None)))
+    bench.step(HeartbeatAnswered(bench.beat, replace(Answer(W, 0, 4).build(), previous=None)))
     assert bench.session.previous_primary == "other"

@@ -1,4 +1,4 @@
-"""R1: how a lease is divided, and what is refused."""
+"""R1: how a lease is divided, and which budgets are refused."""
 
 import math
 from dataclasses import fields
@@ -28,10 +28,13 @@ def holds(timing: Timing) -> bool:
     slack = 1e-6
     return (
         timing.renew_s + timing.demote_s + timing.margin_s <= timing.lease_s + slack
-        and 2 * timing.beat_s <= timing.renew_s + slack
+        and 2 * timing.heartbeat_interval_s <= timing.renew_s + slack
         and timing.request_timeout_s < timing.renew_s / 2
         and timing.margin_s >= DRIFT * timing.lease_s - slack
-        and min(timing.renew_s, timing.demote_s, timing.beat_s, timing.request_timeout_s) > 0
+        and min(
+            timing.renew_s, timing.demote_s, timing.heartbeat_interval_s, timing.request_timeout_s
+        )
+        > 0
     )
 
 
@@ -40,7 +43,7 @@ def holds(timing: Timing) -> bool:
 def test_r1_holds_by_default_for_every_lease_from_the_shortest_to_24_days(lease_s: float) -> None:
     timing = plan(lease_s)
     assert holds(timing)
-    assert timing.beat_s <= LONGEST_BEAT_S
+    assert timing.heartbeat_interval_s <= LONGEST_BEAT_S
     assert all(held for _, held in timing.rules())
 
 
@@ -49,7 +52,7 @@ def test_r1_holds_by_default_for_every_lease_from_the_shortest_to_24_days(lease_
     st.floats(SHORTEST_LEASE_S, 1000),
     st.builds(Budget, **dict.fromkeys(PARTS, st.none() | st.floats(0.001, 100))),
 )
-def test_r1_a_budget_is_either_kept_or_refused_with_a_lease_that_fits_it(
+def test_r1_a_budget_either_fits_or_is_refused_with_a_lease_that_fits(
     lease_s: float, budget: Budget
 ) -> None:
     try:
@@ -67,7 +70,7 @@ def test_r1_a_budget_is_either_kept_or_refused_with_a_lease_that_fits_it(
     ("budget", "rule"),
     [
         (Budget(renew_s=6, demote_s=3, margin_s=2), "renew 6 + demote 3 + margin 2 = 11 <="),
-        (Budget(beat_s=4), "2 x beat 4 = 8 <= renew"),
+        (Budget(heartbeat_interval_s=4), "2 x beat 4 = 8 <= renew"),
         (Budget(request_timeout_s=4), "request timeout 4 < renew / 2"),
         (Budget(margin_s=0.05), "margin 0.05 >= 1% drift of 10 = 0.1"),
         (Budget(demote_s=12), "demote 12 + margin 1 < failover timeout 10"),
@@ -81,7 +84,12 @@ def test_r1_a_broken_relation_is_named_with_its_numbers(budget: Budget, rule: st
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(beat_s=4), Budget(demote_s=12), Budget(renew_s=6, demote_s=3, margin_s=2)]
+    "budget",
+    [
+        Budget(heartbeat_interval_s=4),
+        Budget(demote_s=12),
+        Budget(renew_s=6, demote_s=3, margin_s=2),
+    ],
 )
 def test_r1_the_smallest_lease_that_fits_is_the_smallest(budget: Budget) -> None:
     smallest_s = smallest_lease_s(budget)
@@ -90,14 +98,14 @@ def test_r1_the_smallest_lease_that_fits_is_the_smallest(budget: Budget) -> None
         plan(smallest_s - 0.02, budget)
 
 
-def test_r1_a_lease_that_would_leave_nothing_to_renew_in_does_not_fit() -> None:
+def test_r1_a_lease_without_time_to_renew_does_not_fit() -> None:
     """Demote 1 + margin 2 is 3: the smallest lease is just longer."""
     budget = Budget(demote_s=1, margin_s=2)
     assert smallest_lease_s(budget) == pytest.approx(3.01)
     assert holds(plan(smallest_lease_s(budget), budget))
 
 
-def test_r1_a_margin_that_no_lease_can_drift_less_than_has_no_smallest_lease() -> None:
+def test_r1_a_margin_below_the_drift_of_every_lease_has_no_smallest_lease() -> None:
     with pytest.raises(TimingError, match="no failover timeout fits") as refused:
         plan(10, Budget(margin_s=0.001))
     assert refused.value.smallest_lease_s == math.inf
@@ -109,6 +117,6 @@ def test_r1_a_lease_out_of_range_is_refused(lease_s: float) -> None:
         plan(lease_s)
 
 
-def test_r1_sums_of_floats_are_not_held_against_a_budget() -> None:
+def test_r1_rounding_of_floats_does_not_break_a_budget() -> None:
     """0.1 + 0.2 is more than 0.3 by 4e-17."""
     assert plan(0.3, Budget(renew_s=0.2, demote_s=0.07, margin_s=0.03)).renew_s == 0.2

@@ -1,4 +1,4 @@
-"""The collector and the probes' verdicts: what they make of one moment."""
+"""The collector's metrics and the probes' verdicts, each from one snapshot."""
 
 import math
 from dataclasses import replace
@@ -14,13 +14,13 @@ from agent.core.effects import Cause, Publish
 from agent.core.session import Phase
 from agent.core.timing import Timing
 from agent.daemon import metrics
-from agent.daemon.vitals import (
+from agent.daemon.telemetry import (
     CHANGES,
     REASONS,
-    SKEWS,
+    SKEW_SAMPLES,
     Snapshot,
-    Tally,
-    reason_of,
+    Stats,
+    failure_reason,
     why_not_live,
     why_not_primary,
     why_not_ready,
@@ -35,15 +35,15 @@ TIMING = Timing(10.0, 6.5, 2.5, 1.0, 2.0, 2.0)
 URL = "http://a/clientfailover"
 
 
-def tally() -> Tally:
-    """Something of everything has happened."""
-    made = Tally()
-    made.turned_at = NOW - 0.1
-    made.answered(at(-1.0), at(-0.9), NOON, URL)
-    made.hook_ended("secondary", 0.3, ok=True)
-    made.demoted(3.0)
-    made.demoted(2.0)
-    made.demoted(4.0)
+def stats() -> Stats:
+    """Counters that are not 0."""
+    made = Stats()
+    made.loop_ran_at = NOW - 0.1
+    made.record_answer(at(-1.0), at(-0.9), NOON, URL)
+    made.record_hook("secondary", 0.3, ok=True)
+    made.record_demotion(3.0)
+    made.record_demotion(2.0)
+    made.record_demotion(4.0)
     return made
 
 
@@ -60,13 +60,13 @@ def snapshot(**changed: Any) -> Snapshot:
         session_id="host-a",
         timing=TIMING,
         phase=Phase.MEMBER,
-        said=Role.PRIMARY,
+        session_role=Role.PRIMARY,
         demoting=False,
         epoch=7,
         renew_by=NOW + 6.0,
         lease_until=NOW + 9.5,
         wake_at=NOW + 1.0,
-        turn_s=0.5,
+        loop_interval_s=0.5,
         unfit={},
         score=90.0,
         checks={"disk": True, "feed": False},
@@ -80,7 +80,7 @@ def snapshot(**changed: Any) -> Snapshot:
         refused={"future": 2, "never": 0},
         notifications_dropped=1,
         notifications_failed=3,
-        tally=tally(),
+        stats=stats(),
     )
     return replace(whole, **changed)
 
@@ -96,7 +96,7 @@ def roles(snap: Snapshot) -> dict[str, float | None]:
 
 
 SECONDARY: dict[str, Any] = {
-    "said": Role.SECONDARY,
+    "session_role": Role.SECONDARY,
     "renew_by": -math.inf,
     "lease_until": -math.inf,
 }
@@ -105,22 +105,22 @@ SECONDARY: dict[str, Any] = {
 # -- verdicts -----------------------------------------------------------------------------------------
 
 
-def test_a_primary_is_one_while_its_lease_runs_and_not_a_moment_longer() -> None:
+def test_a_primary_is_primary_until_its_renewal_deadline() -> None:
     assert why_not_primary(snapshot(renew_by=NOW + 0.001)) is None
     assert "0.000 s ago" in str(why_not_primary(snapshot(renew_by=NOW)))
     assert why_not_primary(snapshot(**SECONDARY)) == "this member is Secondary"
-    pending = snapshot(said=Role.PENDING_PRIMARY)
+    pending = snapshot(session_role=Role.PENDING_PRIMARY)
     assert why_not_primary(pending) == "this member is PendingPrimary"
 
 
-def test_whose_lease_has_ended_is_no_secondary_until_it_has_demoted() -> None:
+def test_after_the_lease_a_member_is_no_secondary_until_it_has_demoted() -> None:
     assert why_not_secondary(snapshot(renew_by=NOW - 1)) == "this member is Primary"
-    demoting = snapshot(said=Role.SECONDARY, demoting=True)
+    demoting = snapshot(session_role=Role.SECONDARY, demoting=True)
     assert why_not_secondary(demoting) == "the demotion is not done yet"
     assert why_not_secondary(snapshot(**SECONDARY)) is None
 
 
-def test_a_start_is_no_secondary_before_its_demotion_is_done() -> None:
+def test_a_starting_agent_is_no_secondary_before_its_first_demotion() -> None:
     assert why_not_secondary(snapshot(**SECONDARY, phase=Phase.STARTING)) is not None
     assert why_not_secondary(snapshot(**SECONDARY, phase=Phase.JOINING)) is None
 
@@ -135,41 +135,41 @@ def test_a_healthy_secondary_is_ready() -> None:
     [
         ({"phase": Phase.JOINING}, "not joined: joining"),
         ({"unfit": {"checks": "disk: full"}}, "unfit to be primary: disk: full"),
-        ({"tally": Tally()}, "no heartbeat was answered within 10 s"),
+        ({"stats": Stats()}, "no heartbeat was answered within 10 s"),
         ({"wake_at": NOW - 2}, "the session has stalled"),
     ],
 )
-def test_who_could_not_take_over_is_not_ready(changed: dict[str, Any], why: str) -> None:
+def test_a_member_that_cannot_take_over_is_not_ready(changed: dict[str, Any], why: str) -> None:
     assert why in str(why_not_ready(snapshot(**SECONDARY | changed)))
 
 
-def test_a_member_that_was_not_answered_for_L_is_live_and_not_ready() -> None:  # noqa: N802 - L is L
+def test_a_member_without_an_answer_for_l_is_live_and_not_ready() -> None:
     snap = snapshot(**SECONDARY)
-    snap.tally.heard_at = NOW - 9.9
+    snap.stats.heard_at = NOW - 9.9
     assert why_not_ready(snap) is None
-    snap.tally.heard_at = NOW - 10
+    snap.stats.heard_at = NOW - 10
     assert why_not_ready(snap) is not None
     assert why_not_live(snap) is None
 
 
 def test_a_late_loop_is_not_live() -> None:
     snap = snapshot()
-    snap.tally.turned_at = NOW - 1.5
+    snap.stats.loop_ran_at = NOW - 1.5
     assert why_not_live(snap) is None
-    snap.tally.turned_at = NOW - 1.6
+    snap.stats.loop_ran_at = NOW - 1.6
     assert why_not_live(snap) == "the loop has stalled, it is 1.100 s late"
 
 
-def test_a_heartbeat_that_hangs_beyond_its_limit_is_not_live() -> None:
+def test_an_agent_whose_heartbeat_hangs_is_not_live() -> None:
     snap = snapshot()
-    snap.tally.asked_at = {1: NOW - 3.0, 2: NOW - 1.0}
+    snap.stats.in_flight = {1: NOW - 3.0, 2: NOW - 1.0}
     assert why_not_live(snap) is None
-    snap.tally.asked_at = {1: NOW - 3.1, 2: NOW - 1.0}
+    snap.stats.in_flight = {1: NOW - 3.1, 2: NOW - 1.0}
     assert why_not_live(snap) == "renewal has stalled, a heartbeat hangs for 3.100 s"
 
 
-def test_what_starts_is_live() -> None:
-    assert why_not_live(snapshot(tally=Tally(), wake_at=-math.inf)) is None
+def test_a_starting_agent_is_live() -> None:
+    assert why_not_live(snapshot(stats=Stats(), wake_at=-math.inf)) is None
 
 
 # -- metrics ------------------------------------------------------------------------------------------
@@ -177,15 +177,15 @@ def test_what_starts_is_live() -> None:
 
 @pytest.mark.parametrize("role", list(Role))
 def test_exactly_one_role_is_1(role: Role) -> None:
-    assert roles(snapshot(said=role)) == {r.value: float(r is role) for r in Role}
+    assert roles(snapshot(session_role=role)) == {r.value: float(r is role) for r in Role}
 
 
 @pytest.mark.parametrize("role", [Role.PRIMARY, Role.PENDING_PRIMARY])
-def test_the_role_ends_with_the_deadline_whatever_was_said(role: Role) -> None:
-    assert roles(snapshot(said=role, renew_by=NOW))["Secondary"] == 1
+def test_the_role_metric_is_secondary_after_the_deadline(role: Role) -> None:
+    assert roles(snapshot(session_role=role, renew_by=NOW))["Secondary"] == 1
 
 
-def test_each_scrape_asks_anew() -> None:
+def test_each_scrape_takes_a_new_snapshot() -> None:
     taken = [snapshot(), snapshot(renew_by=NOW)]
     registry = CollectorRegistry()
     metrics.register(registry, lambda: taken.pop(0))
@@ -232,7 +232,7 @@ def test_each_scrape_asks_anew() -> None:
         ("mqtt_failures_total", {}, 3),
     ],
 )
-def test_the_value_of(name: str, labels: dict[str, str], expected: float) -> None:
+def test_each_metric_has_its_value(name: str, labels: dict[str, str], expected: float) -> None:
     assert value(snapshot(), name, **labels) == pytest.approx(expected)
 
 
@@ -242,9 +242,9 @@ def test_a_secondary_has_no_lease() -> None:
     assert value(snap, "renew_remaining_seconds") == 0
 
 
-def test_what_is_not_known_has_no_sample() -> None:
+def test_an_unknown_value_has_no_sample() -> None:
     unknown = {"epoch": None, "data": None, "group_data": None, "guard_up": None, "mqtt_up": None}
-    snap = snapshot(**unknown, tally=Tally())
+    snap = snapshot(**unknown, stats=Stats())
     for name in (
         "epoch",
         "data_lag_seconds",
@@ -263,13 +263,15 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 def test_a_change_of_role_is_counted_by_from_to_and_cause() -> None:
     snap = snapshot()
-    snap.tally.changed(Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late"))
+    snap.stats.record_role_change(
+        Publish(Role.PRIMARY, Role.SECONDARY, 7, Cause.LEASE_LOST, "late")
+    )
     labels = {"from": "Primary", "to": "Secondary"}
     assert value(snap, "role_changes_total", **labels, cause="lease_lost") == 1
     assert value(snap, "role_changes_total", **labels, cause="told") == 0
 
 
-def test_every_change_of_role_is_there_from_the_start() -> None:
+def test_every_role_change_has_a_counter_from_the_start() -> None:
     assert all(
         value(snapshot(), "role_changes_total", **{"from": a, "to": b}, cause=cause) == 0
         for a, b, cause in CHANGES
@@ -287,10 +289,10 @@ def test_the_number_of_series_does_not_grow_with_what_happens() -> None:
     for code in ExitCode:
         for status in (None, 404, 429, 500, 503):
             error = ServerError("why", exit_code=code, status=status)
-            assert reason_of(error) in REASONS
-            snap.tally.beats_failed[reason_of(error)] += 1
+            assert failure_reason(error) in REASONS
+            snap.stats.heartbeats_failed[failure_reason(error)] += 1
     for change in CHANGES:
-        snap.tally.changed(Publish(change[0], change[1], 1, change[2], "why"))
+        snap.stats.record_role_change(Publish(change[0], change[1], 1, change[2], "why"))
     assert series(snap) == before
 
 
@@ -306,34 +308,36 @@ def test_the_number_of_series_does_not_grow_with_what_happens() -> None:
         (None, ExitCode.INTERNAL, "other"),
     ],
 )
-def test_why_a_heartbeat_failed(status: int | None, code: ExitCode, reason: str) -> None:
-    assert reason_of(ServerError("why", exit_code=code, status=status)) == reason
+def test_each_heartbeat_failure_has_its_reason(
+    status: int | None, code: ExitCode, reason: str
+) -> None:
+    assert failure_reason(ServerError("why", exit_code=code, status=status)) == reason
 
 
 # -- the skew -----------------------------------------------------------------------------------------
 
 
-def test_the_skew_is_right_within_tenths_though_the_date_has_whole_seconds() -> None:
-    """The server cuts fractions off."""
-    made = Tally()
-    for n in range(SKEWS):
+def test_the_skew_is_accurate_to_tenths_of_a_second() -> None:
+    """The server truncates its Date to whole seconds."""
+    made = Stats()
+    for n in range(SKEW_SAMPLES):
         sent = at(2.1 * n)
         servers = sent.wall - timedelta(seconds=3)
-        made.answered(sent, at(2.1 * n + 0.01), servers.replace(microsecond=0), URL)
+        made.record_answer(sent, at(2.1 * n + 0.01), servers.replace(microsecond=0), URL)
     assert made.skew_s == pytest.approx(3, abs=0.3)
 
 
-def test_the_skew_of_another_endpoint_is_begun_anew() -> None:
-    made = Tally()
-    made.answered(at(0), at(0), NOON, URL)
-    made.answered(at(1), at(1), NOON - timedelta(seconds=60), "http://b/clientfailover")
+def test_the_skew_is_measured_again_for_another_endpoint() -> None:
+    made = Stats()
+    made.record_answer(at(0), at(0), NOON, URL)
+    made.record_answer(at(1), at(1), NOON - timedelta(seconds=60), "http://b/clientfailover")
     assert made.skew_s == pytest.approx(61)
 
 
-def test_an_answer_that_was_overtaken_does_not_turn_the_renewal_back() -> None:
-    made = Tally()
-    made.answered(at(2), at(3), None, URL)
-    made.answered(at(1), at(4), None, URL)
+def test_an_overtaken_answer_does_not_set_the_renewal_time_back() -> None:
+    made = Stats()
+    made.record_answer(at(2), at(3), None, URL)
+    made.record_answer(at(1), at(4), None, URL)
     assert (made.heard_at, made.renewed_at) == (NOW + 2, NOON + timedelta(seconds=2))
     assert made.skew_s is None
 
@@ -344,12 +348,12 @@ def test_an_answer_that_was_overtaken_does_not_turn_the_renewal_back() -> None:
 def page(accept: str) -> tuple[str, str]:
     registry = CollectorRegistry()
     metrics.register(registry, snapshot)
-    body, content_type = metrics.page_of(registry, accept)
+    body, content_type = metrics.build_page(registry, accept)
     return body.decode(), content_type
 
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain;version=0.0.4"])
-def test_the_classic_form_is_for_everybody(accept: str) -> None:
+def test_the_text_format_is_the_default(accept: str) -> None:
     text, content_type = page(accept)
     assert content_type.startswith("text/plain")
     names = {family.name for family in classic(text)}
@@ -363,7 +367,7 @@ def test_the_classic_form_is_for_everybody(accept: str) -> None:
         "application/openmetrics-text;version=x;q=0.8,text/plain;version=0.0.4;q=0.2",
     ],
 )
-def test_openmetrics_is_for_who_asks_for_it(accept: str) -> None:
+def test_openmetrics_is_sent_if_the_scraper_accepts_it(accept: str) -> None:
     text, content_type = page(accept)
     assert content_type.startswith("application/openmetrics-text")
     families = {family.name: family for family in openmetrics(text)}  # type: ignore[no-untyped-call] # theirs

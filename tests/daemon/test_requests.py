@@ -1,4 +1,4 @@
-"""The calls of one session: each ends by its event, whatever the server or we ourselves do wrong."""
+"""The requests of one session: each posts its event, even after a fault of the server or of ours."""
 
 import asyncio
 import json
@@ -14,25 +14,25 @@ import pytest
 
 from agent.core.effects import Release
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     Joined,
     Left,
     Released,
-    StatusSeen,
+    StatusRead,
     Stop,
 )
 from agent.core.session import Options, Session
 from agent.daemon.requests import Requests
-from agent.daemon.vitals import Tally
+from agent.daemon.telemetry import Stats
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode
 from agent.model import HeartbeatAnswer, Role
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings
-from agent.settings.models import AgentForm
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 from tests.bad_server import PATIENCE_S, Raw, answer, served, until
 
 REFUSAL = {"Error": "No", "Reason": "No.", "Resolution": "Wait."}
@@ -50,7 +50,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Api(Raw):
-    """A server that answers each kind of call by a document; ``fault`` is answered instead."""
+    """A server that answers each kind of request with a document, or with its fault."""
 
     documents: dict[str, dict[str, Any]]
     faults: dict[str, bytes] = field(default_factory=dict)
@@ -80,24 +80,24 @@ class Api(Raw):
 
 @dataclass
 class Stand:
-    """Requests with what they need; ``told`` has the events."""
+    """Requests with what they need; ``events`` has what they post."""
 
     requests: Requests
     session: Session
     client: RestClient
-    tally: Tally
-    told: list[Event]
+    stats: Stats
+    events: list[Event]
 
     async def join(self) -> None:
         await self.requests.join()
-        joined = self.told.pop()
+        joined = self.events.pop()
         assert isinstance(joined, Joined)
         self.session.store_id = joined.store_id
 
 
 def settings_for(*endpoints: str, **more: Any) -> AgentSettings:
     form = {"endpoint": list(endpoints), "group": "g", "failover_timeout": 3.0, "guard": False}
-    return AgentForm(**{**form, **more}).value()
+    return validate(AgentSettings, {**form, **more})
 
 
 @asynccontextmanager
@@ -106,19 +106,19 @@ async def standing(
 ) -> AsyncIterator[Stand]:
     settings = settings_for(*endpoints, **more)
     session = Session(settings.timing, Options("s", store_id=store_id))
-    client, tally, told = RestClient(settings.endpoint), Tally(), list[Event]()
+    client, stats, events = RestClient(settings.endpoint), Stats(), list[Event]()
     requests = Requests(
         settings,
         session,
-        told.append,
+        events.append,
         lambda: (100.0, None),
         instance="this-process",
-        tally=tally,
+        stats=stats,
         clock=Clock(),
     )
-    requests.use(client)
+    requests.set_client(client)
     try:
-        yield Stand(requests, session, client, tally, told)
+        yield Stand(requests, session, client, stats, events)
     finally:
         await client.aclose()
 
@@ -140,7 +140,7 @@ RELEASE = Release(7, "stopping", 0.0)
 # --- each call ends by its event ------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[[Requests], Awaitable[None]], type[Event]]] = {
-    "heartbeat": (lambda requests: requests.beat(1), BeatFailed),
+    "heartbeat": (lambda requests: requests.send_heartbeat(1), HeartbeatFailed),
     "release": (lambda requests: requests.release(RELEASE), Released),
     "leave": (lambda requests: requests.leave(lambda: None), Left),
 }
@@ -157,7 +157,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", CALLS)
-async def test_a_call_that_fails_tells_its_event(name: str, fault: str) -> None:
+async def test_a_failed_request_posts_its_event(name: str, fault: str) -> None:
     call, event = CALLS[name]
     async with at(EXTENDED) as (api, stand):
         await stand.join()
@@ -166,16 +166,16 @@ async def test_a_call_that_fails_tells_its_event(name: str, fault: str) -> None:
         if not FAULTS[fault]:
             api.talk = api.says()
         await call(stand.requests)
-    assert [type(told) for told in stand.told] == [event]
+    assert [type(event) for event in stand.events] == [event]
 
 
 @pytest.mark.parametrize(
     ("name", "event"), [(name, event) for name, (_, event) in CALLS.items()] + [("join", Stop)]
 )
-async def test_a_fault_of_ours_tells_the_event_and_is_raised(
+async def test_an_internal_error_posts_the_event_and_is_raised(
     name: str, event: type[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 3: the session goes on with what it knows, and whoever supervises the task hears of it."""
+    """Fault 3: the session goes on, and the supervisor reports the failure."""
     async with at(EXTENDED) as (_, stand):
         await stand.join()
 
@@ -187,10 +187,10 @@ async def test_a_fault_of_ours_tells_the_event_and_is_raised(
         call = CALLS[name][0] if name in CALLS else Requests.join
         with pytest.raises(KeyError):
             await call(stand.requests)
-    assert [type(told) for told in stand.told] == [event]
-    assert not stand.tally.asked_at
-    if isinstance(stand.told[0], Stop):
-        assert stand.told[0].code is ExitCode.TASK_FAILED
+    assert [type(event) for event in stand.events] == [event]
+    assert not stand.stats.in_flight
+    if isinstance(stand.events[0], Stop):
+        assert stand.events[0].code is ExitCode.TASK_FAILED
 
 
 async def test_a_release_is_repeated_while_the_server_restarts() -> None:
@@ -199,10 +199,10 @@ async def test_a_release_is_repeated_while_the_server_restarts() -> None:
         api.faults["release"] = answer(b"", "503 Starting")
         releasing = asyncio.create_task(stand.requests.release(RELEASE))
         await until(lambda: api.count("release") >= 2)
-        assert not stand.told
+        assert not stand.events
         del api.faults["release"]
         await releasing
-    assert stand.told == [Released()]
+    assert stand.events == [Released()]
 
 
 async def test_a_release_names_the_instance_that_held_the_tenure() -> None:
@@ -214,7 +214,7 @@ async def test_a_release_names_the_instance_that_held_the_tenure() -> None:
         assert api.last("release")[1]["Instance"] == "former"
 
 
-async def test_a_former_life_is_released_before_joining_if_its_store_is_known() -> None:
+async def test_the_previous_tenure_is_released_before_joining_if_its_store_is_known() -> None:
     async with at(EXTENDED, store_id="ours") as (api, stand):
         await stand.requests.release(Release(7, "demoted at the start", 0.0, instance="former"))
         assert api.count("release") == 1
@@ -223,40 +223,40 @@ async def test_a_former_life_is_released_before_joining_if_its_store_is_known() 
 # --- extensions -----------------------------------------------------------------------------------
 
 
-async def test_no_extension_is_sent_to_a_server_that_did_not_show_any(
+async def test_a_plain_v1_server_gets_no_extension(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fault 19: a strict v1 server answers 400 to what it does not know."""
+    """Fault 19: a strict v1 server answers 400 to unknown fields."""
     async with at(PLAIN) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
         assert api.last("status") == ({}, None)
         await stand.requests.release(RELEASE)
         assert api.count("release") == 0
-    assert stand.told[0] == Answered(1, HeartbeatAnswer(Role.PRIMARY))
-    assert isinstance(stand.told[1], StatusSeen)
-    assert (stand.told[1].status.primary, stand.told[1].status.revision) == ("s", None)
-    assert stand.told[-1] == Released()
+    assert stand.events[0] == HeartbeatAnswered(1, HeartbeatAnswer(Role.PRIMARY))
+    assert isinstance(stand.events[1], StatusRead)
+    assert (stand.events[1].status.primary, stand.events[1].status.revision) == ("s", None)
+    assert stand.events[-1] == Released()
 
 
-async def test_extensions_are_sent_to_a_server_that_showed_them(
+async def test_a_server_with_a_store_id_gets_extensions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert api.last("heartbeat")[1] == {
             "FailoverScore": 100.0,
             "Instance": stand.requests.instance,
             "Epoch": 7,
         }
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
         assert api.last("status")[0]["after"] == ["3"]
@@ -267,7 +267,7 @@ async def test_extensions_are_sent_to_a_server_that_showed_them(
 OTHERS = {kind: {**body, "StoreId": "other"} for kind, body in EXTENDED.items()}
 
 
-async def test_a_heartbeat_that_another_store_answers_has_failed(
+async def test_a_heartbeat_answered_by_another_store_has_failed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Fault 9."""
@@ -275,23 +275,23 @@ async def test_a_heartbeat_that_another_store_answers_has_failed(
         await stand.join()
         api.documents = OTHERS
         for beat in range(1, 4):
-            await stand.requests.beat(beat)
-    assert {told.failure for told in stand.told if isinstance(told, BeatFailed)} == {
-        Failure.OTHER_STORE
+            await stand.requests.send_heartbeat(beat)
+    assert {event.failure for event in stand.events if isinstance(event, HeartbeatFailed)} == {
+        HeartbeatFailure.OTHER_STORE
     }
-    assert stand.tally.beats_failed["other_store"] == 3
+    assert stand.stats.heartbeats_failed["other_store"] == 3
     assert caplog.text.count("coordinator of another store refused") == 1
     assert stand.requests.group_data is None
 
 
-async def test_a_status_of_another_store_is_not_told() -> None:
+async def test_a_status_of_another_store_is_not_posted() -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         api.documents = OTHERS
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
         following.cancel()
-    assert not stand.told
+    assert not stand.events
 
 
 async def test_a_start_at_another_store_only_ends_with_its_own_exit_code() -> None:
@@ -302,7 +302,7 @@ async def test_a_start_at_another_store_only_ends_with_its_own_exit_code() -> No
     failure = stand.requests.failure
     assert failure is not None
     assert failure.exit_code is ExitCode.OTHER_STORE
-    assert stand.told == [Stop(ExitCode.OTHER_STORE, str(failure))]
+    assert stand.events == [Stop(ExitCode.OTHER_STORE, str(failure))]
     assert min(api.count("clientsessions") for api in (one, two)) >= 1
 
 
@@ -312,7 +312,7 @@ async def test_a_start_finds_our_store_behind_another_one() -> None:
         async with standing(*endpoints, store_id="ours", startup_timeout=PATIENCE_S) as stand:
             await stand.requests.join()
             assert stand.client.endpoint == ours.endpoint()
-    assert [type(told) for told in stand.told] == [Joined]
+    assert [type(event) for event in stand.events] == [Joined]
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -331,51 +331,53 @@ async def test_startup_timeout_ends_an_attempt_that_hangs() -> None:
     assert stand.requests.failure.exit_code is ExitCode.NO_ANSWER
 
 
-async def test_joining_waits_for_as_long_as_the_server_asks() -> None:
+async def test_joining_obeys_retry_after() -> None:
     async with at(EXTENDED) as (api, stand):
         api.faults["groups"] = b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
         joining = asyncio.create_task(stand.requests.join())
-        await asyncio.sleep(0.7)
-        assert api.count("groups") == 1
+        await until(lambda: api.count("groups") == 1)
+        refused_at = time.monotonic()
         del api.faults["groups"]
         await joining
-    assert [type(told) for told in stand.told] == [Joined]
+        assert time.monotonic() - refused_at > 0.9
+        assert api.count("groups") == 2
+    assert [type(event) for event in stand.events] == [Joined]
 
 
 # --- too many requests ----------------------------------------------------------------------------
 
 
-async def test_a_429_of_a_proxy_is_lost_contact(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_429_of_a_proxy_counts_as_lost_contact(caplog: pytest.LogCaptureFixture) -> None:
     """Fault 20: the role was lost without a line in the log."""
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         for body, kind in ((b"slow down", "text/plain"), (PROBLEM, "application/problem+json")):
             caplog.clear()
             api.faults["heartbeat"] = answer(body, "429 Too Many Requests", kind)
-            await stand.requests.beat(1)
-            await stand.requests.beat(2)
+            await stand.requests.send_heartbeat(1)
+            await stand.requests.send_heartbeat(2)
             assert caplog.text.count("heartbeat failed") == 1
             del api.faults["heartbeat"]
-            await stand.requests.beat(3)
-    assert [told.failure for told in stand.told if isinstance(told, BeatFailed)] == [
-        Failure.BACK_OFF
+            await stand.requests.send_heartbeat(3)
+    assert [event.failure for event in stand.events if isinstance(event, HeartbeatFailed)] == [
+        HeartbeatFailure.BACK_OFF
     ] * 4
 
 
-async def test_one_429_of_the_api_is_contact_and_more_in_a_row_are_not(
+async def test_only_the_first_429_of_the_api_counts_as_contact(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         api.faults["heartbeat"] = answer(json.dumps(REFUSAL).encode(), "429 Too Many Requests")
-        await stand.requests.beat(1)
+        await stand.requests.send_heartbeat(1)
         assert "heartbeat failed" not in caplog.text
-        await stand.requests.beat(2)
-        await stand.requests.beat(3)
+        await stand.requests.send_heartbeat(2)
+        await stand.requests.send_heartbeat(3)
         assert caplog.text.count("heartbeat failed") == 1
         del api.faults["heartbeat"]
         with caplog.at_level(logging.INFO):
-            await stand.requests.beat(4)
+            await stand.requests.send_heartbeat(4)
         assert "heartbeat answered again" in caplog.text
 
 
@@ -421,19 +423,19 @@ async def test_status_reads_that_are_answered_at_once_do_not_spin(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         arrange(api)
-        following = asyncio.create_task(stand.requests.follow())
+        following = asyncio.create_task(stand.requests.follow_status())
         await asyncio.sleep(1.0)
         following.cancel()
         await asyncio.wait([following])
         assert 1 <= api.count("status") <= most
 
 
-async def test_changes_that_come_together_are_read_at_once() -> None:
+async def test_consecutive_changes_are_read_without_a_pause() -> None:
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         rising(api)
-        following = asyncio.create_task(stand.requests.follow())
-        await until(lambda: len(stand.told) >= 4)
+        following = asyncio.create_task(stand.requests.follow_status())
+        await until(lambda: len(stand.events) >= 4)
         following.cancel()
-        began = stand.told[:4]
-    assert all(isinstance(told, StatusSeen) for told in began)
+        began = stand.events[:4]
+    assert all(isinstance(event, StatusRead) for event in began)

@@ -11,31 +11,26 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.checks import CheckResult, Checks, Health, judge, local
+from agent.drivers.checks import CheckResult, Checks, Health, judge
 from agent.drivers.checks import command as command_module
-from agent.drivers.checks.aside import Failed, run_in
-from agent.drivers.checks.command import Command
-from agent.drivers.checks.local import Connect, FileAge, Process
-from agent.drivers.checks.web import Http, Prometheus
-from agent.ops.blocking import Lane
+from agent.drivers.checks import process as process_module
+from agent.drivers.checks.command import Command, ExecCheck
+from agent.drivers.checks.file_age import FileAge, FileAgeCheck
+from agent.drivers.checks.http import Http, HttpCheck
+from agent.drivers.checks.kind import Check, CheckFailed, run_blocking
+from agent.drivers.checks.process import Process, ProcessCheck
+from agent.drivers.checks.prometheus import Prometheus, PrometheusCheck
+from agent.drivers.checks.tcp import Connect, TcpCheck
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
-from agent.settings.checks import (
-    CheckForm,
-    ExecCheckForm,
-    FileAgeCheckForm,
-    HttpCheckForm,
-    ProcessCheckForm,
-    PrometheusCheckForm,
-    TcpCheckForm,
-)
-from agent.settings.plain import plain_of
-from agent.settings.values import Check, ExecCheck, FileAgeCheck, TcpCheck
+from agent.schema.formats import parse_peer
+from agent.schema.read import validate
 
 LIMIT_S = 60
 """For what takes milliseconds, on a busy machine."""
@@ -65,7 +60,7 @@ def _no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.002)
 
 
@@ -86,33 +81,33 @@ async def why(run: Callable[[], Awaitable[None]]) -> str | None:
     try:
         async with asyncio.timeout(LIMIT_S):
             await run()
-    except Failed as error:
+    except CheckFailed as error:
         return str(error)
     return None
 
 
 def tcp(name: str, **keys: Any) -> TcpCheck:
-    return cast(
-        "TcpCheck", plain_of(TcpCheckForm(name=name, type="tcp", address="127.0.0.1:1", **keys))
-    )
+    return validate(TcpCheck, {"name": name, "address": "127.0.0.1:1", **keys})
 
 
-def patient(form: CheckForm, keys: dict[str, Any]) -> Any:
+C = TypeVar("C", bound=Check)
+
+
+def patient(check: C, keys: dict[str, Any]) -> C:
     """A limit that no noise of the machine exceeds, though longer than the interval."""
-    check = plain_of(form)
     return check if "limit" in keys else replace(check, limit=LIMIT_S)
 
 
 def exec_check(*argv: object, **keys: Any) -> ExecCheck:
     keys = {"name": "a", "interval": 60.0, **keys}
-    check = ExecCheckForm(type="exec", command=tuple(map(str, argv)), **keys)
-    return cast("ExecCheck", patient(check, keys))
+    check = validate(ExecCheck, {"command": tuple(map(str, argv)), **keys})
+    return patient(check, keys)
 
 
 def file_check(path: Path, name: str = "a", **keys: Any) -> FileAgeCheck:
     keys = {"max_age": 3600.0, "interval": OFTEN_S, **keys}
-    check = FileAgeCheckForm(name=name, type="file_age", path=path, **keys)
-    return cast("FileAgeCheck", patient(check, keys))
+    check = validate(FileAgeCheck, {"name": name, "path": path, **keys})
+    return patient(check, keys)
 
 
 @asynccontextmanager
@@ -270,7 +265,7 @@ async def test_a_check_that_flaps_changes_by_rise_and_fall_only(tmp_path: Path) 
         if driver.health.results["a"].known:
             ups.append(driver.health.results["a"].up)
         if not next(outcomes, True):
-            raise Failed("down")
+            raise CheckFailed("down")
 
     driver._runs["a"] = scripted
     driver.start()
@@ -542,7 +537,7 @@ def page(body: bytes = b"", status: int = 200, headers: str = "") -> Answer:
 
 
 def http(url: str, **keys: Any) -> Http:
-    return Http(plain_of(HttpCheckForm(name="a", type="http", url=url, **keys)))
+    return Http(validate(HttpCheck, {"name": "a", "url": url, **keys}))
 
 
 @pytest.mark.parametrize(
@@ -618,7 +613,7 @@ async def test_a_slow_server_is_given_up_at_the_limit() -> None:
             await asyncio.sleep(0.01)
 
     async with server(answer) as url:
-        check = plain_of(HttpCheckForm(name="a", type="http", url=url, interval=60.0, limit=0.1))
+        check = HttpCheck(name="a", url=url, interval=60.0, limit=0.1)
         async with running(check) as (checks, _):
             await until(lambda: checks.health.results["a"].known)
             assert "a: " in checks.health.reason
@@ -676,9 +671,7 @@ async def test_a_certificate_is_checked_unless_insecure(certificate: tuple[Path,
 async def test_a_tcp_check_passes_while_connections_are_taken() -> None:
     listener = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    run = Connect(
-        plain_of(TcpCheckForm.model_validate({"name": "a", "type": "tcp", "address": address}))
-    )
+    run = Connect(parse_peer(address))
     assert await why(run) is None
     listener.close()
     await listener.wait_closed()
@@ -732,16 +725,16 @@ async def test_work_that_is_stuck_in_the_kernel_is_begun_once_only() -> None:
         begun.append(1)
         release.wait(LIMIT_S)
 
-    lane = Lane("a")
-    first = asyncio.create_task(run_in(lane, stuck))
+    lane = BlockingThread("a")
+    first = asyncio.create_task(run_blocking(lane, stuck))
     await until(lambda: begun)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert "blocked in the kernel" in str(await why(lambda: run_in(lane, stuck)))
+    assert "blocked in the kernel" in str(await why(lambda: run_blocking(lane, stuck)))
     release.set()
     await until(lambda: not lane.busy)
-    assert await why(lambda: run_in(lane, stuck)) is None
+    assert await why(lambda: run_blocking(lane, stuck)) is None
     assert begun == [1, 1]
 
 
@@ -758,7 +751,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def process(**keys: Any) -> Process:
-    return Process(plain_of(ProcessCheckForm(name="a", type="process", **keys)))
+    return Process(validate(ProcessCheck, {"name": "a", **keys}))
 
 
 def killed(popen: subprocess.Popen[bytes]) -> None:
@@ -863,14 +856,14 @@ async def test_all_of_a_host_are_looked_through_only_when_the_process_is_another
     named: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, looks = f"one{os.getpid()}", 0
-    look_at_all = local._all
+    look_at_all = process_module._all
 
     def counted() -> Iterator[Any]:
         nonlocal looks
         looks += 1
         return look_at_all()
 
-    monkeypatch.setattr(local, "_all", counted)
+    monkeypatch.setattr(process_module, "_all", counted)
     run = process(process=name)
     first = named(name)
     assert [await why(run) for _ in range(3)] == [None] * 3
@@ -920,7 +913,7 @@ broken{x="1" 5
 def metric(url: str, name: str, op: str, value: float, **labels: str) -> Prometheus:
     keys = {"metric": name, "op": op, "value": value, "labels": labels}
     table = {"name": "a", "type": "prometheus", "url": url, **keys}
-    return Prometheus(plain_of(PrometheusCheckForm.model_validate(table)))
+    return Prometheus(validate(PrometheusCheck, table))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import agent.guard
-from agent.drivers import guardian as guardian_module
-from agent.drivers.guardian import Arming, GuardHook, Guardian
+import agent.guard.main
+from agent.drivers.guardian import Arming, GuardHook, Guardian, supervisor
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from tests.hung import dead_disk, freezer
@@ -71,13 +70,13 @@ asyncio.run(main())
 
 
 class Changes:
-    """What the guardian has said."""
+    """Records the calls of ``on_change``."""
 
     def __init__(self) -> None:
-        self.said: list[str | None] = []
+        self.reasons: list[str | None] = []
 
-    def __call__(self, why: str | None) -> None:
-        self.said.append(why)
+    def __call__(self, reason: str | None) -> None:
+        self.reasons.append(reason)
 
 
 async def until(condition: Callable[[], object], guardian: Guardian | None = None) -> None:
@@ -157,11 +156,11 @@ def arming() -> Arming:
     return Arming(at, at + FAR)
 
 
-# --- what it is told --------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------
 
 
-async def test_it_answers_from_its_start_on(guardian: Guardian, changes: Changes) -> None:
-    assert changes.said == [None]
+async def test_a_started_guard_is_ready(guardian: Guardian, changes: Changes) -> None:
+    assert changes.reasons == [None]
     assert state_of(pid_of(guardian)) in {"R", "S"}
 
 
@@ -179,7 +178,7 @@ async def test_each_message_is_answered_and_a_repeated_one_is_not_sent(guardian:
     await until(lambda: not guardian._unanswered)
 
 
-async def test_the_guard_gets_what_was_told_and_acts_on_it(tmp_path: Path) -> None:
+async def test_the_guard_demotes_with_the_hook_and_state_it_received(tmp_path: Path) -> None:
     """The one test of both ends of the socket together: an agent that is killed."""
     seen, state = tmp_path / "seen", tmp_path / "state"
     command = [sys.executable, "-c", AGENT, str(seen), str(state)]
@@ -196,7 +195,7 @@ async def test_the_guard_gets_what_was_told_and_acts_on_it(tmp_path: Path) -> No
     assert state.read_text() == "Secondary"
 
 
-async def test_an_abandoned_guard_acts_as_soon_as_the_agent_has_ended(tmp_path: Path) -> None:
+async def test_an_abandoned_guard_demotes_as_soon_as_the_agent_has_exited(tmp_path: Path) -> None:
     """Fault 3: an agent that ends by an exception ends its guard's connection, and nothing else."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", AGENT, str(tmp_path / "seen"), "state", "abandon it"),
@@ -204,8 +203,8 @@ async def test_an_abandoned_guard_acts_as_soon_as_the_agent_has_ended(tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    said, _ = await process.communicate()
-    guard_pid, before_the_end = said.split()
+    output, _ = await process.communicate()
+    guard_pid, before_the_end = output.split()
     assert process.returncode == 1
     assert before_the_end == b"False", "it acted although the agent ran"
     await until(lambda: state_of(int(guard_pid)) in {"", "Z"})
@@ -213,7 +212,7 @@ async def test_an_abandoned_guard_acts_as_soon_as_the_agent_has_ended(tmp_path: 
     assert (tmp_path / "state").read_text() == "Secondary", "Fault 14: a relative path"
 
 
-async def test_the_guard_is_apart_and_has_no_other_files(guardian: Guardian) -> None:
+async def test_the_guard_has_its_own_session_and_no_other_descriptors(guardian: Guardian) -> None:
     pid = pid_of(guardian)
     assert os.getsid(pid) == os.getpgid(pid) == pid
     assert folder(pid) == Path("/")
@@ -230,19 +229,19 @@ async def test_a_frozen_guard_is_noticed_within_the_limit_and_replaced(
     await freeze(first)
     guardian.arm(arming())
     told_at = time.monotonic()
-    await until(lambda: len(changes.said) > 1, guardian)
+    await until(lambda: len(changes.reasons) > 1, guardian)
     assert ANSWER_S <= time.monotonic() - told_at <= ANSWER_S + TURN_S + 1.0
-    why = changes.said[1]
+    why = changes.reasons[1]
     assert why is not None
     assert "has not answered for 1." in why
-    await until(lambda: len(changes.said) > 2, guardian)
+    await until(lambda: len(changes.reasons) > 2, guardian)
     assert state_of(first) == "", "it is gone, and no zombie"
-    assert changes.said[2] is None
-    assert len(changes.said) == 3
+    assert changes.reasons[2] is None
+    assert len(changes.reasons) == 3
     assert pid_of(guardian) != first
 
 
-async def test_a_guard_that_not_even_sigkill_ends_holds_nothing_up(
+async def test_a_guard_that_survives_sigkill_blocks_nothing(
     guardian: Guardian, changes: Changes
 ) -> None:
     """Fault 1: it is frozen in the kernel. Waiting for its end stopped every heartbeat."""
@@ -253,7 +252,7 @@ async def test_a_guard_that_not_even_sigkill_ends_holds_nothing_up(
         cgroup.freeze(first)
         guardian.arm(arming())
         turns = [time.monotonic()]
-        while len(changes.said) < 3:  # lost, and another one answers
+        while len(changes.reasons) < 3:  # lost, and another one answers
             guardian.check()
             await asyncio.sleep(TURN_S)
             turns.append(time.monotonic())
@@ -272,91 +271,89 @@ async def test_a_guard_that_not_even_sigkill_ends_holds_nothing_up(
 async def test_no_further_guard_is_started_beside_too_many_that_cannot_die(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian_module, "MOST_ABANDONED", 1)
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    monkeypatch.setattr(supervisor, "MOST_ABANDONED", 1)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.05)
     with freezer("guardian") as cgroup:
         cgroup.freeze(pid_of(guardian))
         guardian._lost("it is frozen")
         await asyncio.sleep(0.5)
         assert guardian.pid is None
-    await until(lambda: len(changes.said) == 3, guardian)
-    assert changes.said == [None, "it is frozen", None]
+    await until(lambda: len(changes.reasons) == 3, guardian)
+    assert changes.reasons == [None, "it is frozen", None]
 
 
-async def test_a_python_on_a_dead_disk_holds_nothing_up(
+async def test_python_on_a_dead_disk_blocks_nothing(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Fault 1: executing it never returns, and not in the loop."""
     with dead_disk(tmp_path / "disk") as disk, monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(disk / "python"))
         os.kill(pid_of(guardian), signal.SIGKILL)
-        await until(lambda: guardian._lane.busy)
+        await until(lambda: guardian._start_thread.busy)
         turns = [time.monotonic()]
         for _ in range(50):
             guardian.check()
             await asyncio.sleep(TURN_S)
             turns.append(time.monotonic())
         assert held_up(turns) < ANSWER_S / 2
-        assert changes.said == [None, "the guard has ended"]
-    await until(lambda: len(changes.said) == 3, guardian)
-    assert changes.said[2] is None, "the disk is back"
+        assert changes.reasons == [None, "the guard has ended"]
+    await until(lambda: len(changes.reasons) == 3, guardian)
+    assert changes.reasons[2] is None, "the disk is back"
 
 
-async def test_a_start_with_python_on_a_dead_disk_ends_with_an_error(
+async def test_a_start_with_python_on_a_dead_disk_raises(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(guardian_module, "START_S", 0.3)
+    monkeypatch.setattr(supervisor, "START_S", 0.3)
     with dead_disk(tmp_path / "disk") as disk:
         monkeypatch.setattr(sys, "executable", str(disk / "python"))
         guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
         with pytest.raises(ConfigError, match=r"not executed within 0\.3 s"):
             await guardian.start()
-    await until(lambda: not guardian._lane.busy)
+    await until(lambda: not guardian._start_thread.busy)
     await guardian.call_off()
 
 
-async def test_the_running_agent_starts_the_guard_that_it_was_installed_with(
+async def test_a_new_guard_runs_the_program_that_was_installed_at_the_start(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Fault 7: what has replaced the program on disk since the start is not run."""
     # in place of another version of the whole package
-    other = tmp_path / "guard.py"
-    shutil.copy(agent.guard.__file__, other)
-    loader = SourceFileLoader("agent.guard", str(other))
-    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    other = tmp_path / "main.py"
+    shutil.copy(agent.guard.main.__file__, other)
+    loader = SourceFileLoader("agent.guard.main", str(other))
+    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     other.write_text("import sys\nsys.exit(5)\n")
     os.kill(pid_of(guardian), signal.SIGKILL)
-    await until(lambda: len(changes.said) == 3, guardian)
-    assert changes.said == [None, "the guard has ended", None]
+    await until(lambda: len(changes.reasons) == 3, guardian)
+    assert changes.reasons == [None, "the guard has ended", None]
     assert guardian._program is not None
     with pytest.raises(PermissionError):
         os.write(guardian._program, b"it is sealed")
     await guardian.call_off()
 
 
-async def test_a_program_that_cannot_be_read_is_an_error(
+async def test_a_guard_program_that_cannot_be_read_raises(
     changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = SourceFileLoader("agent.guard", "/nowhere/guard.py")
-    monkeypatch.setattr(agent.guard, "__loader__", loader)
+    loader = SourceFileLoader("agent.guard.main", "/nowhere/main.py")
+    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
     with pytest.raises(ConfigError, match=r"cannot be read.*nowhere") as caught:
         Guardian(Clock(), changes, limit_s=ANSWER_S)
     assert caught.value.exit_code is ExitCode.GUARD
 
 
-async def test_a_frozen_guard_is_noticed_when_there_is_nothing_to_tell(
-    guardian: Guardian, changes: Changes
-) -> None:
+async def test_a_frozen_idle_guard_is_noticed(guardian: Guardian, changes: Changes) -> None:
     """It is asked once in a limit, and has as much to answer."""
     await freeze(pid_of(guardian))
     at = time.monotonic()
-    await until(lambda: len(changes.said) > 1, guardian)
+    await until(lambda: len(changes.reasons) > 1, guardian)
     assert time.monotonic() - at <= 2 * ANSWER_S + 2 * TURN_S + 1.0
 
 
-async def test_a_guard_that_is_only_slow_is_killed_before_it_can_take_the_agent_for_dead(
+async def test_a_slow_guard_is_killed_before_its_socket_is_closed(
     tmp_path: Path,
 ) -> None:
     """It is armed: the end of the connection would have it kill the agent."""
@@ -369,14 +366,14 @@ async def test_a_guard_that_is_only_slow_is_killed_before_it_can_take_the_agent_
     assert not seen.exists()
 
 
-async def test_a_guard_whose_queue_is_full_is_frozen(guardian: Guardian, changes: Changes) -> None:
+async def test_a_guard_whose_queue_is_full_is_lost(guardian: Guardian, changes: Changes) -> None:
     await freeze(pid_of(guardian))
     guardian.limit_s = LIMIT_S
     for _ in range(10_000):
         guardian.arm(arming())
-        if len(changes.said) > 1:
+        if len(changes.reasons) > 1:
             break
-    assert changes.said == [None, "the guard cannot be told: Resource temporarily unavailable"]
+    assert changes.reasons == [None, "cannot send to the guard: Resource temporarily unavailable"]
 
 
 async def test_a_killed_guard_is_noticed_at_once_and_replaced(
@@ -385,13 +382,13 @@ async def test_a_killed_guard_is_noticed_at_once_and_replaced(
     guardian.arm(arming())
     first = pid_of(guardian)
     os.kill(first, signal.SIGKILL)
-    await until(lambda: len(changes.said) > 1)  # without check()
-    assert changes.said == [None, "the guard has ended"]
-    await until(lambda: len(changes.said) > 2, guardian)
+    await until(lambda: len(changes.reasons) > 1)  # without check()
+    assert changes.reasons == [None, "the guard has ended"]
+    await until(lambda: len(changes.reasons) > 2, guardian)
     assert state_of(first) == "", "it is no zombie"
-    assert changes.said[2:] == [None]
+    assert changes.reasons[2:] == [None]
     assert guardian._arming is not None
-    assert not guardian._unanswered, "the new one was told everything"
+    assert not guardian._unanswered, "the new one has received everything"
 
 
 async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
@@ -404,33 +401,35 @@ async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
         return real(["/bin/false"], start_new_session=True)
 
     real = subprocess.Popen
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.2)
-    monkeypatch.setattr(guardian_module, "Popen", popen)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.2)
+    monkeypatch.setattr(supervisor, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(starts) == 4, guardian)
     assert starts[-1] - starts[0] >= 3 * 0.2 - 0.01
-    assert changes.said == [None, "the guard has ended"], "once, however often it fails"
+    assert changes.reasons == [None, "the guard has ended"], "once, however often it fails"
 
 
-async def test_a_new_guard_that_never_answers_is_replaced_too(
+async def test_a_new_guard_that_never_answers_is_replaced(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def popen(*_: object, pass_fds: list[int], **__: object) -> subprocess.Popen[bytes]:
-        monkeypatch.setattr(guardian_module, "Popen", real)
+        monkeypatch.setattr(supervisor, "Popen", real)
         stuck.append(real(["/bin/sleep", "1000"], pass_fds=pass_fds))
         return stuck[0]
 
     stuck: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
-    monkeypatch.setattr(guardian_module, "START_S", 0.5)
-    monkeypatch.setattr(guardian_module, "Popen", popen)
+    monkeypatch.setattr(supervisor, "START_S", 0.5)
+    monkeypatch.setattr(supervisor, "Popen", popen)
     os.kill(pid_of(guardian), signal.SIGKILL)
-    await until(lambda: len(changes.said) == 3, guardian)
-    assert changes.said == [None, "the guard has ended", None]
+    await until(lambda: len(changes.reasons) == 3, guardian)
+    assert changes.reasons == [None, "the guard has ended", None]
     assert stuck[0].returncode == -signal.SIGKILL
 
 
-async def test_an_answer_that_lay_unread_is_not_late(guardian: Guardian, changes: Changes) -> None:
+async def test_an_answer_that_was_not_read_in_time_is_not_late(
+    guardian: Guardian, changes: Changes
+) -> None:
     """This process was frozen, not the guard: what is there is read before anything is judged."""
     guardian.arm(arming())
     assert guardian._socket is not None
@@ -450,78 +449,78 @@ async def test_an_answer_that_lay_unread_is_not_late(guardian: Guardian, changes
         pass
     guardian._unanswered[0] = (number, Clock().boottime() - 2 * ANSWER_S)
     guardian.check()
-    assert changes.said == [None]
+    assert changes.reasons == [None]
     assert not guardian._unanswered
 
 
-async def test_a_hook_that_does_not_fit_into_a_message_is_named(
+async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.1)
-    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.MESSAGE_BYTES}))
-    assert len(changes.said) == 2
-    why = changes.said[1]
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.1)
+    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.main.MESSAGE_BYTES}))
+    assert len(changes.reasons) == 2
+    why = changes.reasons[1]
     assert why is not None
     assert "HOOK has 65" in why
     assert "at most 65536 fit; shorten" in why
     guardian.set_hook(GuardHook([["/bin/true"]], {"SMALL": "x"}))
-    await until(lambda: len(changes.said) == 3, guardian)
-    assert changes.said[2] is None
+    await until(lambda: len(changes.reasons) == 3, guardian)
+    assert changes.reasons[2] is None
 
 
-async def test_the_longest_message_that_fits_arrives_whole(
-    guardian: Guardian, changes: Changes
-) -> None:
+async def test_the_longest_message_arrives_complete(guardian: Guardian, changes: Changes) -> None:
     overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true")
-    big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
+    big = "x" * (agent.guard.main.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
     await until(lambda: not guardian._unanswered)
-    assert changes.said == [None]
+    assert changes.reasons == [None]
 
 
 # --- start and end ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("program", "says"),
+    ("program", "reason"),
     [("/nowhere/python", "No such file"), ("/bin/false", "(has ended|Broken pipe)")],
 )
-async def test_a_guard_that_cannot_be_started_is_an_error_that_says_why(
-    changes: Changes, monkeypatch: pytest.MonkeyPatch, program: str, says: str
+async def test_a_guard_that_cannot_be_started_raises_with_the_reason(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.0)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.0)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
-    with pytest.raises(ConfigError, match=f"could not be started with {program}.*{says}") as caught:
+    with pytest.raises(
+        ConfigError, match=f"could not be started with {program}.*{reason}"
+    ) as caught:
         await guardian.start()
     assert caught.value.exit_code is ExitCode.GUARD
-    assert changes.said == []
+    assert changes.reasons == []
     monkeypatch.undo()
     await asyncio.sleep(0.1)
     assert guardian.pid is None, "it was started again after it was given up"
 
 
-async def test_a_guard_that_does_not_answer_at_the_start_is_an_error(
+async def test_a_guard_that_does_not_answer_at_the_start_raises(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     silent = tmp_path / "python"
     silent.write_text("#!/bin/sh\nexec sleep 1000\n")
     silent.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(silent))
-    monkeypatch.setattr(guardian_module, "START_S", 0.1)
+    monkeypatch.setattr(supervisor, "START_S", 0.1)
     guardian = Guardian(Clock(), changes, limit_s=0.1)
     with pytest.raises(ConfigError, match="has not started yet") as caught:
         await guardian.start()
     assert caught.value.exit_code is ExitCode.GUARD
 
 
-async def test_a_process_without_room_for_files_is_an_error_at_the_start_and_tried_again_later(
+async def test_a_lack_of_descriptors_raises_at_the_start_and_is_retried_later(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(guardian_module, "RESTART_S", 0.05)
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socketpair", full)
         other = Guardian(Clock(), changes, limit_s=ANSWER_S)
@@ -529,10 +528,10 @@ async def test_a_process_without_room_for_files_is_an_error_at_the_start_and_tri
             await other.start()
         os.kill(pid_of(guardian), signal.SIGKILL)
         await until(lambda: guardian._trouble and "Too many" in guardian._trouble)
-    await until(lambda: changes.said == [None, "the guard has ended", None])
+    await until(lambda: changes.reasons == [None, "the guard has ended", None])
 
 
-async def test_an_armed_guard_is_called_off_by_close(changes: Changes, tmp_path: Path) -> None:
+async def test_call_off_disarms_an_armed_guard(changes: Changes, tmp_path: Path) -> None:
     guardian = Guardian(Clock(), changes, limit_s=LIMIT_S)
     await guardian.start()
     process = guardian._process
@@ -544,10 +543,10 @@ async def test_an_armed_guard_is_called_off_by_close(changes: Changes, tmp_path:
     assert guardian.pid is None
     assert not (tmp_path / "done").exists()
     await guardian.call_off()
-    assert changes.said == [None]
+    assert changes.reasons == [None]
 
 
-async def test_close_with_a_frozen_guard_takes_the_limit_and_kills_it(changes: Changes) -> None:
+async def test_call_off_kills_a_frozen_guard_after_the_limit(changes: Changes) -> None:
     guardian = Guardian(Clock(), changes, limit_s=0.2)
     await guardian.start()
     process = guardian._process
@@ -557,16 +556,16 @@ async def test_close_with_a_frozen_guard_takes_the_limit_and_kills_it(changes: C
     await guardian.call_off()
     assert time.monotonic() - at >= 0.2
     assert process.returncode == -signal.SIGKILL
-    assert changes.said == [None]
+    assert changes.reasons == [None]
 
 
-async def test_close_while_another_one_is_about_to_start_starts_none(
+async def test_call_off_during_a_restart_starts_no_guard(
     changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     os.kill(pid_of(guardian), signal.SIGKILL)
-    await until(lambda: len(changes.said) == 2)
+    await until(lambda: len(changes.reasons) == 2)
     restart = guardian._restart
     assert restart is not None
     await guardian.call_off()

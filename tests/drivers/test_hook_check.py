@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.hooks import HookSpec, Surroundings, check_hook
+from agent.drivers.hooks import HookContext, HookSpec, check_hook
 from agent.drivers.hooks.check import check_directory
 from agent.errors import ConfigError, ExitCode
 
@@ -76,13 +76,13 @@ def test_a_file_that_the_kernel_executes_passes(tmp_path: Path, content: bytes) 
     subprocess.run([path], check=True, capture_output=True)
 
 
-def test_env_looks_on_the_path_that_the_hook_has(tmp_path: Path) -> None:
+def test_env_searches_the_path_of_the_hook(tmp_path: Path) -> None:
     path = written(tmp_path / "hook", b"#!/usr/bin/env tool\n")
     written(tmp_path / "tool", b"#!/bin/sh\n")
     assert "/bin" in fault(path, "/bin")
     check_hook("primary", [str(path)], search_path=f"/bin:{tmp_path}")
-    around = Surroundings(environment={"PATH": str(tmp_path)})
-    HookSpec("primary", (str(path),), around=around).check()
+    context = HookContext(environment={"PATH": str(tmp_path)})
+    HookSpec("primary", (str(path),), context=context).check()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
@@ -112,7 +112,7 @@ def volume(tmp_path: Path) -> Path:
     return directory
 
 
-def test_the_directory_of_a_config_map_takes_a_setting(tmp_path: Path) -> None:
+def test_a_config_map_directory_is_accepted_only_with_the_setting(tmp_path: Path) -> None:
     """Fault 24: its mode is 0777, and it cannot be changed."""
     directory = volume(tmp_path)
     with pytest.raises(ConfigError, match="hook_directories_writable") as caught:
@@ -124,14 +124,14 @@ def test_the_directory_of_a_config_map_takes_a_setting(tmp_path: Path) -> None:
     assert [step.name for step in spec.steps()] == ["10-start"]
 
 
-def test_the_setting_is_for_directories_and_not_for_files(tmp_path: Path) -> None:
+def test_the_setting_does_not_accept_writable_files(tmp_path: Path) -> None:
     directory = volume(tmp_path)
     (directory / "..data" / "10-start").chmod(0o777)
     with pytest.raises(ConfigError, match="could change the hook"):
         check_directory("primary", directory, writable_directories=True)
 
 
-def test_a_hook_of_a_service_without_home_has_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_home_a_hook_has_the_home_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 24: systemd sets no HOME for a service of root."""
     monkeypatch.delenv("HOME", raising=False)
-    assert Surroundings().variables()["HOME"] == str(Path("~").expanduser())
+    assert HookContext().variables()["HOME"] == str(Path("~").expanduser())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.hooks import HookExit, HookProcess, Surroundings, check_hook
+from agent.drivers.hooks import HookContext, HookExit, HookProcess, check_hook
 from agent.drivers.hooks import process as process_module
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
@@ -44,7 +44,7 @@ def python(text: str) -> str:
 def start(
     *argv: object, env: Mapping[str, str] = EMPTY, facts: Mapping[str, Any] = EMPTY
 ) -> HookProcess:
-    process = HookProcess("primary", Clock(), env.get("FAILOVER_EPOCH", ""), Surroundings())
+    process = HookProcess("primary", Clock(), env.get("FAILOVER_EPOCH", ""), HookContext())
     process.start([str(arg) for arg in argv], env, facts)
     return process
 
@@ -61,12 +61,12 @@ async def run(
     try:
         return await end_of(process)
     finally:
-        process.forget()
+        process.release()
 
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.002)
 
 
@@ -97,17 +97,17 @@ def info(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 3])
-async def test_the_exit_code_is_told(script: Script, code: int) -> None:
+async def test_the_exit_code_is_reported(script: Script, code: int) -> None:
     result = await run(script(f"exit {code}"))
     assert (result.code, result.signal, result.error, result.output_cut) == (code, None, None, 0)
     assert 0 < result.duration_s < LIMIT_S
 
 
-async def test_term_ends_a_hook_that_does_not_mind(script: Script) -> None:
+async def test_term_ends_a_hook(script: Script) -> None:
     process = start(script("exec sleep 1000"))
     process.term()
     assert (await end_of(process)).signal == signal.SIGTERM
-    process.forget()
+    process.release()
 
 
 async def test_a_hook_that_ignores_term_is_killed(
@@ -121,10 +121,10 @@ async def test_a_hook_that_ignores_term_is_killed(
     process.kill()
     result = await end_of(process)
     assert (result.code, result.signal) == (None, signal.SIGKILL)
-    process.forget()
+    process.release()
 
 
-async def test_a_cancelled_wait_leaves_the_hook_alone(script: Script) -> None:
+async def test_a_cancelled_wait_does_not_stop_the_hook(script: Script) -> None:
     process = start(script("exec sleep 1000"))
     waiting = asyncio.create_task(process.wait())
     await asyncio.sleep(0)
@@ -134,37 +134,40 @@ async def test_a_cancelled_wait_leaves_the_hook_alone(script: Script) -> None:
     assert not process.ended
     process.kill()
     assert (await end_of(process)).signal == signal.SIGKILL
-    process.forget()
+    process.release()
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "reason"),
     [
         (lambda path: path.with_name("missing"), "No such file"),
-        (lambda path: path.write_text("#!/no/such/interpreter\n") and path, "first line names"),
+        (
+            lambda path: path.write_text("#!/no/such/interpreter\n") and path,
+            "interpreter of its first line",
+        ),
         (lambda path: path.write_text("echo no interpreter\n") and path, "#!/bin/sh"),
         (lambda path: path.chmod(0o644) or path, "Permission denied"),
         (lambda path: path.parent, "Permission denied"),
     ],
 )
-async def test_a_hook_that_cannot_be_started_has_ended(
-    script: Script, make: Callable[[Path], Path], says: str
+async def test_a_hook_that_cannot_be_started_fails_with_the_reason(
+    script: Script, make: Callable[[Path], Path], reason: str
 ) -> None:
     process = start(make(script("exit 0")))
     result = await end_of(process)
     assert (result.code, result.signal, process.pid) == (None, None, None)
-    assert says in str(result.error)
+    assert reason in str(result.error)
     process.term()
     process.kill()
-    process.forget()
+    process.release()
 
 
-async def test_a_variable_that_cannot_be_passed_is_an_outcome(script: Script) -> None:
+async def test_a_variable_with_an_impossible_value_is_a_failure(script: Script) -> None:
     result = await run(script("exit 0"), env={"FAILOVER_REASON": "a\0b"})
     assert "null byte" in str(result.error)
 
 
-async def test_an_end_that_somebody_else_took_is_no_success(script: Script) -> None:
+async def test_a_hook_that_other_code_has_reaped_is_no_success(script: Script) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         process = start(script("exit 0"))
@@ -188,7 +191,7 @@ async def test_a_hook_leads_its_own_session_and_group(
     group, session = stat.rpartition(")")[2].split()[2:4]
     assert int(group) == int(session) == process.pid == process.pgid
     assert cwd == "/"
-    process.forget()
+    process.release()
 
 
 async def test_the_whole_group_is_signalled(script: Script, tmp_path: Path) -> None:
@@ -198,10 +201,10 @@ async def test_the_whole_group_is_signalled(script: Script, tmp_path: Path) -> N
     process.kill()
     await end_of(process)
     await until(lambda: not is_alive(child))
-    process.forget()
+    process.release()
 
 
-async def test_a_daemon_left_behind_delays_nothing_and_can_still_be_killed(
+async def test_a_daemon_that_a_hook_left_behind_delays_nothing_and_can_be_killed(
     script: Script, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = start(script(f"echo before; sleep 1000 & echo $! > {tmp_path}/child; exit 0"))
@@ -212,10 +215,10 @@ async def test_a_daemon_left_behind_delays_nothing_and_can_still_be_killed(
     await until(lambda: "hook left a process behind" in caplog.text)
     process.kill()
     await until(lambda: not is_alive(child))
-    process.forget()
+    process.release()
 
 
-async def test_the_number_of_an_ended_hook_stays_taken_until_it_is_forgotten(
+async def test_the_process_id_of_an_ended_hook_is_not_reused_before_release(
     script: Script,
 ) -> None:
     process = start(script("exit 0"))
@@ -223,17 +226,17 @@ async def test_the_number_of_an_ended_hook_stays_taken_until_it_is_forgotten(
     assert is_taken(process)
     process.term()
     process.kill()
-    process.forget()
+    process.release()
     assert not is_taken(process)
-    process.forget()
+    process.release()
 
 
-async def test_a_forgotten_hook_is_never_signalled(
+async def test_a_released_hook_is_never_signalled(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = start(script("exit 0"))
     await end_of(process)
-    process.forget()
+    process.release()
     sent: list[object] = []
     monkeypatch.setattr(os, "killpg", lambda *args: sent.append(args))
     process.term()
@@ -241,14 +244,14 @@ async def test_a_forgotten_hook_is_never_signalled(
     assert sent == []
 
 
-async def test_forgetting_closes_pipes_that_a_child_still_holds(
+async def test_release_closes_pipes_that_a_child_still_holds(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_module, "LINGER_S", LIMIT_S)
     process = start(script(f"sleep 1000 & echo $! > {tmp_path}/child"))
     await end_of(process)
     before = dict(process._output._open)
-    process.forget()
+    process.release()
     assert len(before) == 2
     assert process._output._open == {}
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
@@ -274,7 +277,7 @@ async def test_the_environment_is_the_documented_one(
     ]
 
 
-async def test_a_variable_that_the_agent_has_not_is_left_out(
+async def test_an_inherited_variable_that_is_unset_stays_unset(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("PATH", "HOME", "LANG", "TZ"):
@@ -284,7 +287,7 @@ async def test_a_variable_that_the_agent_has_not_is_left_out(
     assert output(caplog) == [f"HOME={home}", "FAILOVER_TENURE=apart", "FAILOVER_EPOCH=7"]
 
 
-async def test_stdin_is_the_facts_as_one_json_object_and_then_the_end(
+async def test_stdin_is_the_payload_as_one_json_object(
     script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
     facts = {"event": "promote", "epoch": 7, "reason": 'said "ü"', "previous_primary": None}
@@ -293,7 +296,7 @@ async def test_stdin_is_the_facts_as_one_json_object_and_then_the_end(
     assert json.loads(line) == facts
 
 
-async def test_a_hook_that_does_not_read_a_large_stdin_holds_nothing_up(script: Script) -> None:
+async def test_a_hook_that_does_not_read_a_large_stdin_blocks_nothing(script: Script) -> None:
     assert (await run(script("exit 0"), facts={"reason": "x" * 5_000_000})).code == 0
 
 
@@ -333,7 +336,7 @@ async def test_output_is_logged_while_the_hook_runs(
     assert not process.ended
     process.kill()
     await end_of(process)
-    process.forget()
+    process.release()
 
 
 async def test_output_that_is_not_utf_8_is_replaced(
@@ -355,7 +358,7 @@ async def test_many_lines_are_cut(script: Script, caplog: pytest.LogCaptureFixtu
     assert result.output_cut >= 1900
 
 
-async def test_a_flood_is_drained_and_leaves_the_loop_free(
+async def test_a_flood_of_output_is_drained_and_does_not_block_the_loop(
     script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = 50_000_000
@@ -366,7 +369,7 @@ async def test_a_flood_is_drained_and_leaves_the_loop_free(
         now = time.thread_time()  # what this thread itself did, however busy the machine is
         turns, longest_s, last = turns + 1, max(longest_s, now - last), now
     result = await end_of(process)
-    process.forget()
+    process.release()
     logged = sum(len(line) for line in output(caplog))
     assert result.code == 0
     assert logged <= process_module.RUN_BYTES
@@ -391,7 +394,7 @@ def test_a_good_hook_passes(script: Script) -> None:
     check_hook("primary", ["/bin/sh", "-c", "exit 0"])
 
 
-def test_a_hook_is_named_by_an_absolute_path() -> None:
+def test_a_relative_path_is_refused() -> None:
     assert refused()[0] == ExitCode.CONFIG_VALUE
     assert refused("sh", "-c")[0] == ExitCode.CONFIG_VALUE
 

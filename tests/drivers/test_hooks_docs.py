@@ -1,4 +1,4 @@
-"""docs/hooks.md says what the code does: its tables are compared."""
+"""The tables of docs/hooks.md are equal to the code."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -9,10 +9,10 @@ from agent.drivers.hooks import (
     EVENTS,
     NOTIFICATIONS,
     ROLE_EVENTS,
+    build_payload,
     check,
-    environment_of,
-    facts_of,
     notifier,
+    payload_environment,
     process,
     runner,
     webhook,
@@ -24,7 +24,7 @@ NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 def facts(event: str = "primary", **given: Any) -> dict[str, Any]:
-    return facts_of(
+    return build_payload(
         **{
             "event": event,
             "group": "g",
@@ -46,7 +46,7 @@ def facts(event: str = "primary", **given: Any) -> dict[str, Any]:
 
 def test_the_page_has_each_variable_with_its_name_in_the_json() -> None:
     rows = re.findall(r"^\| `(FAILOVER_[A-Z_]+)` \| `([a-z_]+)` \| \S", PAGE, re.MULTILINE)
-    assert [variable for variable, _ in rows] == list(environment_of(facts()))
+    assert [variable for variable, _ in rows] == list(payload_environment(facts()))
     assert [key for _, key in rows] == list(facts())
 
 
@@ -59,7 +59,7 @@ def test_the_page_has_each_event() -> None:
 
 
 def test_the_page_has_the_bounds() -> None:
-    assert f"at most {notifier.WAITING} wait" in PAGE
+    assert f"at most {notifier.QUEUE_LIMIT} wait" in PAGE
     assert f"{process.RUN_BYTES // 1024} KiB, {process.RUN_LINES} lines" in PAGE
     assert f"{process.LINE_BYTES // 1024} KiB a line" in PAGE
     assert f"stops reading {process.LINGER_S} s after" in PAGE
@@ -90,4 +90,4 @@ def test_the_gap_is_primarys_and_never_negative() -> None:
     assert facts(last_data=NOW + timedelta(seconds=1))["gap_ms"] == 0
     assert facts(last_data=None)["gap_ms"] is None
     assert facts("secondary")["gap_ms"] is None
-    assert environment_of(facts("secondary"))["FAILOVER_GAP_MS"] == ""
+    assert payload_environment(facts("secondary"))["FAILOVER_GAP_MS"] == ""

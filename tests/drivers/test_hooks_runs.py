@@ -15,21 +15,22 @@ from typing import Any
 import pytest
 
 from agent.drivers.hooks import (
-    Command,
+    CommandStep,
     Form,
+    HookContext,
     HookExit,
     HookRun,
     HookRunner,
     HookSpec,
     Notifier,
-    Surroundings,
+    load_specs,
     notifier,
     runner,
-    specs_of,
 )
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
-from agent.settings.models import AgentForm
+from agent.schema.read import validate
+from agent.schema.settings import AgentSettings
 
 LIMIT_S = 60
 EMPTY: Mapping[str, Any] = {}
@@ -57,7 +58,7 @@ def script(path: Path, text: str) -> Path:
 def spec(*value: object, **more: Any) -> HookSpec:
     words = tuple(map(str, value))
     cwd = str(Path(words[0]).parent) if words[0].startswith("/") else "/"
-    return HookSpec("primary", words, **({"around": Surroundings(cwd)} | more))
+    return HookSpec("primary", words, **({"context": HookContext(cwd)} | more))
 
 
 async def end_of(run: HookRun) -> HookExit:
@@ -72,13 +73,13 @@ def start(hook: HookSpec, facts: Mapping[str, Any] = EMPTY) -> HookRun:
 async def run(hook: HookSpec, facts: Mapping[str, Any] = EMPTY) -> HookExit:
     one = start(hook, facts)
     result = await end_of(one)
-    one.forget()
+    one.release()
     return result
 
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.002)
 
 
@@ -87,7 +88,7 @@ def fields(caplog: pytest.LogCaptureFixture, message: str) -> list[Mapping[str, 
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [told["line"] for told in fields(caplog, "hook output")]
+    return [event["line"] for event in fields(caplog, "hook output")]
 
 
 def is_alive(pid: int) -> bool:
@@ -125,7 +126,7 @@ async def test_a_failing_script_ends_a_promotion_and_not_a_demotion(
     assert lines(caplog) == ran
 
 
-async def test_a_later_script_is_told_what_is_left_of_the_time(
+async def test_a_later_script_receives_the_remaining_time(
     hooks: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script(hooks / "a", "sleep 0.1")
@@ -146,12 +147,12 @@ async def test_after_term_no_further_script_starts(
     await until(lambda: lines(caplog))
     one.term()
     result = await end_of(one)
-    one.forget()
+    one.release()
     assert (result.ok, result.why) == (False, "b: stopped before it")
     assert "b" not in lines(caplog)
 
 
-async def test_a_hook_that_ends_well_after_term_has_succeeded(
+async def test_a_demotion_that_exits_with_0_after_term_has_succeeded(
     hooks: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script(hooks / "a", "trap 'exit 0' TERM; echo a; while :; do sleep 0.01; done")
@@ -159,10 +160,10 @@ async def test_a_hook_that_ends_well_after_term_has_succeeded(
     await until(lambda: lines(caplog))
     one.term()
     assert (await end_of(one)).ok
-    one.forget()
+    one.release()
 
 
-async def test_kill_reaches_what_earlier_scripts_left_behind(hooks: Path) -> None:
+async def test_kill_reaches_processes_that_earlier_scripts_left_behind(hooks: Path) -> None:
     script(hooks / "a", "sleep 1000 >&- 2>&- & echo $! > child")
     script(hooks / "b", "exec sleep 1000")
     one = start(spec(hooks))
@@ -173,7 +174,7 @@ async def test_kill_reaches_what_earlier_scripts_left_behind(hooks: Path) -> Non
     one.kill()
     assert (await end_of(one)).signal == signal.SIGKILL
     await until(lambda: not is_alive(child))
-    one.forget()
+    one.release()
     assert one.pgids == ()
 
 
@@ -187,9 +188,9 @@ async def test_a_script_is_checked_again_when_it_runs(hooks: Path) -> None:
     assert "can be written" in result.why
 
 
-async def test_a_directory_that_was_emptied_is_a_failure(hooks: Path) -> None:
+async def test_an_emptied_directory_is_a_failure(hooks: Path) -> None:
     script(hooks / "a", "exit 0").unlink()
-    assert "no script is in it" in (await run(spec(hooks))).why
+    assert "it has no script" in (await run(spec(hooks))).why
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_a_directory_is_checked_with_each_script(
 # --- retries, and what is kept ----------------------------------------------------------------
 
 
-async def test_a_failed_step_is_tried_again_and_no_other(
+async def test_only_a_failed_step_is_retried(
     hooks: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "RETRY_PAUSE_S", 0.01)
@@ -240,7 +241,7 @@ async def test_retries_are_bounded(
 
 
 @pytest.mark.parametrize("end", [HookRun.term, HookRun.kill])
-async def test_what_was_stopped_is_not_tried_again(
+async def test_a_stopped_run_is_not_retried(
     hooks: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -252,10 +253,10 @@ async def test_what_was_stopped_is_not_tried_again(
     end(one)
     assert (await end_of(one)).code == 1
     assert lines(caplog) == ["a"]
-    one.forget()
+    one.release()
 
 
-async def test_only_so_many_ended_runs_are_kept(
+async def test_the_number_of_unreleased_runs_is_bounded(
     hooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "KEPT", 2)
@@ -273,17 +274,17 @@ async def test_only_so_many_ended_runs_are_kept(
 # --- settings ---------------------------------------------------------------------------------
 
 
-def test_hooks_are_made_of_the_settings(hooks: Path) -> None:
+def test_hooks_are_loaded_from_the_settings(hooks: Path) -> None:
     script(hooks / "a", "exit 0")
-    settings = AgentForm(
+    settings = AgentSettings(
         hook_primary=(str(hooks),),
         hook_secondary=("/bin/true", "x"),
-        hook_lost="http://127.0.0.1:1/lost?a=b&c",
+        hook_lost=("http://127.0.0.1:1/lost?a=b&c",),
         hook_retries=3,
         hook_directory=hooks,
         hook_environment={"UNIT": "x"},
     )
-    specs = specs_of(settings.value())
+    specs = load_specs(settings)
     assert {name: one.form for name, one in specs.items()} == {
         "primary": Form.DIRECTORY,
         "secondary": Form.COMMAND,
@@ -294,21 +295,21 @@ def test_hooks_are_made_of_the_settings(hooks: Path) -> None:
         (0, True),
         (0, True),
     ]
-    assert specs["secondary"].steps() == (Command(("/bin/true", "x")),)
-    assert all(one.around.directory == str(hooks) for one in specs.values())
-    assert specs_of(AgentForm().value()) == {}
+    assert specs["secondary"].steps() == (CommandStep(("/bin/true", "x")),)
+    assert all(one.context.directory == str(hooks) for one in specs.values())
+    assert load_specs(AgentSettings()) == {}
 
 
-def test_the_plan_for_another_process_has_all_but_webhooks(
+def test_the_plan_for_the_guard_has_all_steps_but_webhooks(
     hooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("b", "a"):
         script(hooks / name, "exit 0")
     monkeypatch.setenv("TZ", "UTC")
-    settings = AgentForm(
-        hook_secondary=(str(hooks),), hook_left="http://h/", hook_environment={"UNIT": "x"}
+    settings = AgentSettings(
+        hook_secondary=(str(hooks),), hook_left=("http://h/",), hook_environment={"UNIT": "x"}
     )
-    specs = specs_of(settings.value())
+    specs = load_specs(settings)
     plan = specs["secondary"].exec_plan()
     assert plan.commands == ((str(hooks / "a"),), (str(hooks / "b"),))
     assert (plan.all_steps, plan.left_out, plan.uid, plan.directory) == (True, (), None, "/")
@@ -318,7 +319,7 @@ def test_the_plan_for_another_process_has_all_but_webhooks(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "reason"),
     [
         ({"hook_user": "no-such-user"}, "no such user"),
         ({"hook_group": "no-such-group"}, "no such group"),
@@ -328,15 +329,15 @@ def test_the_plan_for_another_process_has_all_but_webhooks(
     ],
 )
 def test_what_hooks_have_around_them_is_checked(given: dict[str, Any], says: str) -> None:
-    settings = AgentForm(**{"hook_primary": ("/bin/true",), **given})
+    settings = validate(AgentSettings, {"hook_primary": ("/bin/true",), **given})
     with pytest.raises(ConfigError, match=says):
-        specs_of(settings.value())
+        load_specs(settings)
 
 
-def test_another_user_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_requires_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="root"):
-        specs_of(AgentForm(hook_primary=("/bin/true",), hook_user="nobody").value())
+        load_specs(AgentSettings(hook_primary=("/bin/true",), hook_user="nobody"))
 
 
 def _root_only() -> None:
@@ -346,13 +347,13 @@ def _root_only() -> None:
 
 async def test_a_hook_runs_as_the_user_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
     _root_only()
-    settings = AgentForm(
+    settings = AgentSettings(
         hook_primary=("/bin/sh", "-c", "id -u; id -g; id -G; echo $HOME $UNIT; pwd"),
         hook_user="nobody",
         hook_environment={"UNIT": "x"},
         hook_directory=Path("/usr"),
     )
-    hook = specs_of(settings.value())["primary"]
+    hook = load_specs(settings)["primary"]
     hook.check()
     assert (await run(hook)).ok
     uid, gid, groups, rest, cwd = lines(caplog)
@@ -367,7 +368,7 @@ def test_a_hook_has_to_be_executable_for_its_user(hooks: Path) -> None:
         if part.stat().st_uid == 0 and str(part).startswith(str(hooks.parent)):
             part.chmod(0o755)
     path.chmod(0o700)
-    hook = specs_of(AgentForm(hook_primary=(str(path),), hook_user="nobody").value())["primary"]
+    hook = load_specs(AgentSettings(hook_primary=(str(path),), hook_user="nobody"))["primary"]
     with pytest.raises(ConfigError) as caught:
         hook.check()
     assert caught.value.exit_code == ExitCode.HOOK_NOT_EXECUTABLE
@@ -378,7 +379,7 @@ def test_a_hook_has_to_be_executable_for_its_user(hooks: Path) -> None:
 
 
 class Receiver:
-    """A server that keeps what it is sent and says what it is told to; ``hang`` says nothing."""
+    """A server that records requests and sends a given answer, or none with ``hang``."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, str], bytes]] = []
@@ -410,10 +411,10 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 def webhook(url: str, **given: Any) -> HookSpec:
-    return specs_of(AgentForm(hook_primary=url, **given).value())["primary"]
+    return load_specs(AgentSettings(hook_primary=(url,), **given))["primary"]
 
 
-async def test_a_webhook_is_a_post_of_the_facts(receiver: Receiver) -> None:
+async def test_a_webhook_posts_the_payload(receiver: Receiver) -> None:
     hook = webhook(receiver.url)
     hook.check()
     result = await run(hook, {"event": "primary", "epoch": 7})
@@ -439,7 +440,9 @@ async def test_a_webhook_is_signed_over_time_and_body(receiver: Receiver, tmp_pa
 @pytest.mark.parametrize(
     "status", ["500 Internal Server Error", "302 Found\r\nLocation: http://127.0.0.1:1/", "404 No"]
 )
-async def test_any_other_status_is_a_failure_that_names_it(receiver: Receiver, status: str) -> None:
+async def test_a_status_other_than_2xx_is_a_failure_with_the_status(
+    receiver: Receiver, status: str
+) -> None:
     receiver.answer = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode()
     result = await run(webhook(receiver.url))
     assert not result.ok
@@ -448,7 +451,7 @@ async def test_any_other_status_is_a_failure_that_names_it(receiver: Receiver, s
     assert len(receiver.requests) == 1
 
 
-async def test_of_an_answer_only_so_much_is_logged(
+async def test_the_logged_part_of_an_answer_is_bounded(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.answer = b"HTTP/1.1 200 OK\r\n\r\ndone\n" + b"x" * 1_000_000
@@ -458,7 +461,7 @@ async def test_of_an_answer_only_so_much_is_logged(
 
 
 @pytest.mark.parametrize("end", [HookRun.term, HookRun.kill])
-async def test_a_webhook_without_an_answer_is_broken_off(
+async def test_a_webhook_without_an_answer_is_cancelled(
     receiver: Receiver, end: Callable[[HookRun], None]
 ) -> None:
     receiver.answer = b""
@@ -472,7 +475,7 @@ async def test_a_webhook_without_an_answer_is_broken_off(
     assert len(receiver.requests) == 1
 
 
-async def test_a_server_that_is_not_there_is_a_failure_and_no_proxy_is_asked(
+async def test_an_unreachable_server_is_a_failure_and_no_proxy_is_used(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", receiver.url)
@@ -501,10 +504,10 @@ async def test_notifications_run_one_at_a_time_in_order(
     assert (notes.dropped, notes.failed) == (0, 0)
 
 
-async def test_when_too_many_wait_the_oldest_is_dropped(
+async def test_a_full_queue_drops_the_oldest_notification(
     hooks: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notifier, "WAITING", 2)
+    monkeypatch.setattr(notifier, "QUEUE_LIMIT", 2)
     notes = notices(hooks, "echo $FAILOVER_EPOCH")
     for epoch in range(5):
         notes.put("lost", {"epoch": epoch})
@@ -512,7 +515,7 @@ async def test_when_too_many_wait_the_oldest_is_dropped(
     assert (lines(caplog), notes.dropped) == (["3", "4"], 3)
 
 
-async def test_a_failure_is_counted_and_holds_nothing_up(
+async def test_a_failed_notification_is_counted_and_delays_nothing(
     hooks: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     notes = notices(hooks, "echo x; exit 1")
@@ -522,7 +525,7 @@ async def test_a_failure_is_counted_and_holds_nothing_up(
     assert (notes.failed, lines(caplog)) == (2, ["x", "x"])
 
 
-async def test_one_that_hangs_is_ended_at_its_limit(
+async def test_a_notification_that_hangs_is_killed_at_its_limit(
     hooks: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(notifier, "GRACE_S", 0.05)
@@ -530,11 +533,11 @@ async def test_one_that_hangs_is_ended_at_its_limit(
     notes.put("lost", {})
     await notes.drain(LIMIT_S)
     assert notes.failed == 1
-    (told,) = fields(caplog, "notification failed")
-    assert told["reason"] == "killed by signal 9"
+    (event,) = fields(caplog, "notification failed")
+    assert event["reason"] == "killed by signal 9"
 
 
-async def test_the_end_waits_only_so_long_and_kills(
+async def test_drain_kills_a_notification_after_its_timeout(
     hooks: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     notes = notices(hooks, "echo $$; exec sleep 1000")

@@ -1,4 +1,4 @@
-"""Announcements by MQTT: what a real broker is told, and what broken and hostile ones cannot do."""
+"""MQTT announcements: at a real broker, and at broken and hostile ones."""
 
 import asyncio
 import json
@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drivers import mqtt as driver
-from agent.drivers.mqtt import Announcer, default_client_id, epoch_in, level
+from agent.drivers.mqtt import Announcer, default_client_id, parse_epoch, topic_level
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import mqtt as ops
 from agent.ops.clock import Clock
-from agent.settings.mqtt import MqttForm
-from agent.settings.plain import plain_of
+from agent.schema.mqtt import Mqtt
+from agent.schema.read import validate
 from tests.mosquitto import PATIENCE_S, Broker, Watcher, a_broker, watching
 
 SINCE = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -35,7 +35,7 @@ STATE = "spBv1.0/STATE/plant"
 
 
 @dataclass(frozen=True)
-class Said:
+class State:
     role: Role
     epoch: int | None = None
     since: datetime = SINCE
@@ -58,12 +58,12 @@ def watcher(broker: Broker) -> Iterator[Watcher]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(ops, "LONGEST_WAIT_S", 0.1)
-    monkeypatch.setattr(driver, "CORRECT_S", 0.05)
+    monkeypatch.setattr(driver, "CORRECTION_S", 0.05)
 
 
 def made(session: str = "host-a", role: Role = Role.SECONDARY, **keys: Any) -> Announcer:
-    settings = plain_of(MqttForm.model_validate({"limit": PATIENCE_S, **keys}))
-    return Announcer(settings, "line-7", session, clock=Clock(), first=Said(role, 1))
+    settings = validate(Mqtt, {"limit": PATIENCE_S, **keys})
+    return Announcer(settings, "line-7", session, clock=Clock(), first=State(role, 1))
 
 
 @asynccontextmanager
@@ -88,8 +88,8 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def heard(watcher: Watcher, topic: str, **told: Any) -> Any:
-    return await asyncio.to_thread(watcher.until, topic, **told)
+async def heard(watcher: Watcher, topic: str, **fields: Any) -> Any:
+    return await asyncio.to_thread(watcher.until, topic, **fields)
 
 
 @pytest.fixture
@@ -112,18 +112,18 @@ def cut(client: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_each_change_of_role_is_retained_and_the_end_is_said(
+async def test_each_role_change_and_the_exit_are_published_retained(
     broker: Broker, watcher: Watcher, protocol: str
 ) -> None:
     async with announcing(**broker.table(protocol=protocol)) as announcer:
         born = await heard(watcher, SESSION, role="Secondary", online=True)
         assert born["since"] == "2026-01-31T12:00:00Z"
-        announcer.announce(Said(Role.PRIMARY, 7))
-        told = {"role": "Primary", "epoch": 7, "timestamp": born["timestamp"]}
-        await heard(watcher, SESSION, **told)
+        announcer.announce(State(Role.PRIMARY, 7))
+        fields = {"role": "Primary", "epoch": 7, "timestamp": born["timestamp"]}
+        await heard(watcher, SESSION, **fields)
         primary = await heard(watcher, PRIMARY, session="host-a")
         assert primary == {"session": "host-a", "epoch": 7, "since": "2026-01-31T12:00:00Z"}
-        announcer.announce(Said(Role.SECONDARY, 7))
+        announcer.announce(State(Role.SECONDARY, 7))
         await heard(watcher, SESSION, role="Secondary", epoch=7)
     left = await heard(watcher, SESSION, online=False)
     assert left["timestamp"] >= born["timestamp"]
@@ -133,7 +133,7 @@ async def test_each_change_of_role_is_retained_and_the_end_is_said(
         assert all(message.retained for message in late.heard)
 
 
-async def test_a_lost_connection_leaves_the_will_of_its_birth_and_is_made_again(
+async def test_a_lost_connection_leaves_its_will_and_is_renewed(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     async with announcing(role=Role.PRIMARY, **broker.table()):
@@ -143,7 +143,7 @@ async def test_a_lost_connection_leaves_the_will_of_its_birth_and_is_made_again(
         cut(clients[0])
         await until(lambda: len(clients) > 1)
         await until(lambda: {"online": False} in [_online(h.payload) for h in watcher.of(SESSION)])
-        will = next(h.told for h in watcher.of(SESSION) if not h.told["online"])
+        will = next(h.content for h in watcher.of(SESSION) if not h.content["online"])
         assert will == {"online": False, "timestamp": born["timestamp"]}
         again = await heard(watcher, SESSION, online=True, role="Primary")
         assert again["timestamp"] >= born["timestamp"]
@@ -153,15 +153,15 @@ def _online(payload: bytes) -> Any:
     return {"online": json.loads(payload)["online"]}
 
 
-async def test_what_was_retained_before_the_birth_is_corrected_by_it_alone(
+async def test_a_retained_message_from_before_the_connection_is_replaced_once(
     broker: Broker, watcher: Watcher
 ) -> None:
     watcher.publish(SESSION, b"garbage")
     async with announcing(**broker.table()) as announcer:
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         await heard(watcher, PRIMARY, epoch=2)
-    said = [heard.payload for heard in watcher.of(SESSION)[1:]]
-    assert len(said) == len(set(said)) <= 3
+    payloads = [heard.payload for heard in watcher.of(SESSION)[1:]]
+    assert len(payloads) == len(set(payloads)) <= 3
 
 
 async def test_a_will_that_comes_after_the_new_birth_is_corrected(
@@ -175,17 +175,17 @@ async def test_a_will_that_comes_after_the_new_birth_is_corrected(
 GARBAGE = [b"", b"\xff\0", b"[]", b'{"epoch": true}', b'{"epoch": "9"}', b"9" * 5000, b"[" * 4000]
 
 
-async def corrected(watcher: Watcher, topic: str, garbage: bytes, **told: Any) -> None:
-    """Publish garbage while an agent is connected; it has to say this after it."""
+async def corrected(watcher: Watcher, topic: str, garbage: bytes, **fields: Any) -> None:
+    """Publish garbage while an agent is connected; the agent then has to publish ``fields``."""
     before = len(watcher.of(topic))
     watcher.publish(topic, garbage)
     await until(lambda: len(watcher.of(topic)) >= before + 2)
-    await heard(watcher, topic, **told)
+    await heard(watcher, topic, **fields)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_garbage_that_is_retained_is_replaced(
+async def test_retained_garbage_is_replaced(
     broker: Broker, watcher: Watcher, garbage: bytes, protocol: str
 ) -> None:
     for topic in (SESSION, PRIMARY):
@@ -208,7 +208,7 @@ async def test_with_mqtt_5_a_huge_retained_message_is_replaced_unread(
 async def test_corrections_come_at_a_bounded_rate(
     broker: Broker, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "CORRECT_S", PATIENCE_S)
+    monkeypatch.setattr(driver, "CORRECTION_S", PATIENCE_S)
     async with announcing(**broker.table()):
         await heard(watcher, SESSION, role="Secondary")
         for _ in range(200):
@@ -218,32 +218,30 @@ async def test_corrections_come_at_a_bounded_rate(
     assert len(watcher.of(SESSION)) == 203  # birth, garbage, one correction, the end
 
 
-async def test_a_newer_epoch_that_is_retained_stays_and_is_told_once(
+async def test_a_retained_newer_epoch_stays_and_is_logged_once(
     broker: Broker, watcher: Watcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer = {"session": "host-b", "epoch": 9, "since": "x"}
     watcher.publish(PRIMARY, json.dumps(newer).encode())
     async with announcing(role=Role.PRIMARY, **broker.table()) as announcer:
         await heard(watcher, SESSION, role="Primary")
-        announcer.announce(Said(Role.PRIMARY, 8))
+        announcer.announce(State(Role.PRIMARY, 8))
         await heard(watcher, SESSION, epoch=8)
         assert watcher.last(PRIMARY) == newer
-        announcer.announce(Said(Role.PRIMARY, 9))
+        announcer.announce(State(Role.PRIMARY, 9))
         await heard(watcher, PRIMARY, session="host-a", epoch=9)
     assert caplog.text.count("primary is not announced") == 1
 
 
-async def test_without_epochs_the_last_one_counts(broker: Broker, watcher: Watcher) -> None:
+async def test_without_epochs_the_last_announcement_wins(broker: Broker, watcher: Watcher) -> None:
     watcher.publish(PRIMARY, b'{"session": "host-b", "epoch": 9}')
     async with announcing(**broker.table()) as announcer:
-        announcer.announce(Said(Role.PRIMARY, None))
+        announcer.announce(State(Role.PRIMARY, None))
         await heard(watcher, PRIMARY, session="host-a", epoch=None)
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-async def test_a_broker_that_is_restarted_in_order_is_told_what_is_true_meanwhile(
-    broker: Broker, protocol: str
-) -> None:
+async def test_a_restarted_broker_receives_the_current_role(broker: Broker, protocol: str) -> None:
     """It keeps what is retained: the role of before, until the member is back."""
     broker.kill()
     broker.lines += ["persistence true", f"persistence_location {broker.directory}/"]
@@ -256,7 +254,7 @@ async def test_a_broker_that_is_restarted_in_order_is_told_what_is_true_meanwhil
         await asyncio.to_thread(broker.process.wait, PATIENCE_S)
         assert (broker.directory / "mosquitto.db").stat().st_size > 0
         await until(lambda: not announcer.up)
-        announcer.announce(Said(Role.SECONDARY, 1))
+        announcer.announce(State(Role.SECONDARY, 1))
         broker.start()
         with watching(broker) as watcher:
             await heard(watcher, SESSION, role="Secondary", online=True)
@@ -274,18 +272,18 @@ async def test_only_the_primary_announces_the_state_of_the_sparkplug_host(
     async with announcing(**keys) as announcer:
         await until(lambda: announcer._up_since is not None)
         assert not watcher.heard
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         born = await heard(watcher, STATE, online=True)
         assert set(born) == {"online", "timestamp"}
         cut(clients[-1])
         await heard(watcher, STATE, online=False)
-        assert watcher.of(STATE)[-1].told["timestamp"] == born["timestamp"] or len(clients) > 2
+        assert watcher.of(STATE)[-1].content["timestamp"] == born["timestamp"] or len(clients) > 2
         again = await heard(watcher, STATE, online=True)
-        announcer.announce(Said(Role.SECONDARY, 2))
+        announcer.announce(State(Role.SECONDARY, 2))
         gone = await heard(watcher, STATE, online=False)
         assert gone["timestamp"] >= again["timestamp"]
-        told = len(watcher.of(STATE))
-    assert len(watcher.of(STATE)) == told
+        count = len(watcher.of(STATE))
+    assert len(watcher.of(STATE)) == count
     assert {message.topic for message in watcher.heard} == {STATE}
 
 
@@ -295,7 +293,7 @@ async def test_a_primary_that_is_replaced_leaves_the_next_ones_state(
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
     async with announcing("host-a", Role.PRIMARY, **keys) as first:
         await heard(watcher, STATE, online=True)
-        first._said = Said(Role.SECONDARY, 1)  # it hears of both at once
+        first._state = State(Role.SECONDARY, 1)  # it hears of both at once
         other = b'{"online": true, "timestamp": 9999999999999}'
         watcher.publish(STATE, other)
         await until(lambda: len(clients) == 2)  # now without a will
@@ -314,14 +312,14 @@ def believed(watcher: Watcher) -> list[dict[str, Any]]:
     """The messages that an edge node takes: none that is older than the one before."""
     taken: list[dict[str, Any]] = []
     for message in watcher.of(STATE):
-        if not taken or message.told["timestamp"] >= taken[-1]["timestamp"]:
-            taken.append(message.told)
+        if not taken or message.content["timestamp"] >= taken[-1]["timestamp"]:
+            taken.append(message.content)
     return taken
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 @pytest.mark.parametrize("before", [True, False])
-async def test_a_newer_offline_state_is_outdone(
+async def test_a_newer_offline_state_is_replaced_by_a_newer_online_state(
     broker: Broker, watcher: Watcher, clients: list[Any], *, protocol: str, before: bool
 ) -> None:
     """Fault 26: edge nodes stored for ever, since online was repeated with the old timestamp."""
@@ -337,23 +335,23 @@ async def test_a_newer_offline_state_is_outdone(
         await until(lambda: {"online": False, "timestamp": AHEAD_MS + 1} in believed(watcher))
         await until(lambda: believed(watcher)[-1]["online"])
     await until(lambda: not believed(watcher)[-1]["online"])
-    assert believed(watcher)[-1] == watcher.of(STATE)[-1].told
+    assert believed(watcher)[-1] == watcher.of(STATE)[-1].content
 
 
-async def test_a_member_that_saw_a_newer_state_is_born_newer_at_once(
+async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     watcher.publish(STATE, state(AHEAD_MS))
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
     async with announcing("host-a", **keys) as announcer:
         await until(lambda: announcer._newest_ms == AHEAD_MS)
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         await heard(watcher, STATE, online=True, timestamp=AHEAD_MS + 1)
         assert len(clients) == 2
         assert len(watcher.of(STATE)) == 2
 
 
-async def test_somebody_who_always_outdoes_us_cannot_make_a_storm(
+async def test_a_peer_that_always_publishes_a_newer_state_cannot_cause_a_storm(
     broker: Broker, watcher: Watcher, clients: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "FIRST_WAIT_S", 0.1)
@@ -362,13 +360,13 @@ async def test_somebody_who_always_outdoes_us_cannot_make_a_storm(
     async with announcing("host-a", Role.PRIMARY, **keys):
         began_at = asyncio.get_running_loop().time()
         while asyncio.get_running_loop().time() - began_at < 2:
-            newest = max((m.told["timestamp"] for m in watcher.of(STATE)), default=AHEAD_MS)
+            newest = max((m.content["timestamp"] for m in watcher.of(STATE)), default=AHEAD_MS)
             await asyncio.to_thread(watcher.publish, STATE, state(newest + 1))
             await asyncio.sleep(0.02)
         assert 2 <= len(clients) <= 7  # 0.2, 0.4, 0.8, ... and at least half of each
 
 
-async def test_a_newer_online_state_of_somebody_else_is_no_reason_to_connect_anew(
+async def test_a_newer_online_state_of_another_host_causes_no_reconnect(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
@@ -393,7 +391,7 @@ async def test_a_newer_online_state_of_somebody_else_is_no_reason_to_connect_ane
     ],
 )
 def test_a_state_that_edge_nodes_ignore_has_no_timestamp(garbage: bytes) -> None:
-    assert driver.state_in(garbage) == (False, -1)
+    assert driver.parse_state(garbage) == (False, -1)
 
 
 async def test_the_groups_id_is_the_host_id_by_default() -> None:
@@ -408,7 +406,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == driver.__name__]
 
 
-async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is_back(
+async def test_a_dead_broker_is_logged_once_and_receives_the_newest_role_when_it_is_back(
     broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -420,7 +418,7 @@ async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is
         assert not announcer.up
         assert announcer.failures > 0
         for epoch in range(1000):
-            announcer.announce(Said(Role.PRIMARY, epoch))
+            announcer.announce(State(Role.PRIMARY, epoch))
         await asyncio.sleep(0)
         await until(lambda: "refused" in (announcer._trouble or ""))
         before = len(lines(caplog))
@@ -428,13 +426,13 @@ async def test_a_broker_that_dies_is_told_once_and_the_newest_is_said_when_it_is
         with watching(broker) as watcher:
             await heard(watcher, SESSION, role="Primary", epoch=999)
             await heard(watcher, PRIMARY, epoch=999)
-            assert {h.told.get("epoch") for h in watcher.of(PRIMARY)} == {999}
+            assert {h.content.get("epoch") for h in watcher.of(PRIMARY)} == {999}
     assert lines(caplog)[0] == "role is announced by MQTT"
     assert lines(caplog)[before:] == ["role is announced by MQTT"]
     assert before <= 3  # up, lost, refused
 
 
-async def test_a_broker_that_freezes_is_noticed_and_delays_no_end(
+async def test_a_frozen_broker_is_noticed_and_does_not_delay_the_exit(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "LEAVE_S", 0.1)
@@ -442,7 +440,7 @@ async def test_a_broker_that_freezes_is_noticed_and_delays_no_end(
     announcer.start()
     await until(lambda: announcer._up_since is not None)
     broker.send(signal.SIGSTOP)
-    announcer.announce(Said(Role.PRIMARY, 2))
+    announcer.announce(State(Role.PRIMARY, 2))
     await until(lambda: announcer._trouble)
     broker.send(signal.SIGCONT)
     await until(lambda: announcer._trouble is None)
@@ -481,21 +479,23 @@ async def pretending(answer: bytes) -> AsyncIterator[str]:
     ],
     ids=["silent", "http", "huge packet", "malformed", "refused"],
 )
-async def test_a_hostile_broker_gets_nowhere(answer: bytes) -> None:
+async def test_a_hostile_broker_causes_no_failure(answer: bytes) -> None:
     async with pretending(answer) as url, announcing(broker=url, limit=0.2) as announcer:
         await until(lambda: announcer._trouble)
-        announcer.announce(Said(Role.PRIMARY, 2))
+        announcer.announce(State(Role.PRIMARY, 2))
         assert announcer._up_since is None
 
 
-async def test_of_a_huge_packet_nothing_is_kept(clients: list[Any]) -> None:
+async def test_a_huge_packet_is_not_kept_in_memory(clients: list[Any]) -> None:
     answer = bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 2_000_000
     async with pretending(answer) as url, announcing(broker=url, limit=PATIENCE_S) as announcer:
         await until(lambda: announcer._trouble)
         assert len(clients[0]._client._in_packet["packet"]) == 0
 
 
-async def test_a_name_server_that_hangs_delays_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_server_that_hangs_does_not_delay_the_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     held = asyncio.Event()
     loop = asyncio.get_running_loop()
     release: list[Any] = []
@@ -515,7 +515,7 @@ async def test_a_name_server_that_hangs_delays_no_end(monkeypatch: pytest.Monkey
     release[0].set()
 
 
-async def test_a_wrong_password_is_told_once_and_without_it(
+async def test_a_wrong_password_is_logged_once_and_never_shown(
     broker: Broker, caplog: pytest.LogCaptureFixture, clients: list[Any]
 ) -> None:
     broker.kill()
@@ -528,7 +528,7 @@ async def test_a_wrong_password_is_told_once_and_without_it(
     assert "hunter2" not in str([r.__dict__ for r in caplog.records])
 
 
-async def test_tls_with_a_client_certificate_and_a_password_is_let_in(broker: Broker) -> None:
+async def test_tls_with_a_client_certificate_and_a_password_connects(broker: Broker) -> None:
     broker.kill()
     broker.secure()
     broker.start()
@@ -537,7 +537,7 @@ async def test_tls_with_a_client_certificate_and_a_password_is_let_in(broker: Br
             await heard(watcher, PRIMARY, session="host-a")
 
 
-async def test_what_the_broker_does_not_let_us_publish_is_told(
+async def test_a_refused_publication_is_logged(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker.kill()
@@ -557,8 +557,8 @@ async def test_what_the_broker_does_not_let_us_publish_is_told(
 # --- settings, names
 
 
-async def test_two_attempts_wait_longer_each_time_unless_the_connection_lasted() -> None:
-    waits = ops.Waits(chance=lambda: 0.5)
+async def test_the_backoff_grows_until_a_connection_lasts() -> None:
+    waits = ops.Backoff(chance=lambda: 0.5)
     failed = [waits.next_s(worked=False) for _ in range(4)]
     assert failed == sorted(failed)
     assert failed[-1] == 0.75 * ops.LONGEST_WAIT_S
@@ -574,15 +574,15 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
         lambda value: json.dumps(value).encode()
     )
 )
-def test_whatever_is_retained_has_an_epoch_or_none(payload: bytes) -> None:
-    assert -1 <= epoch_in(payload) <= driver.LARGEST_EPOCH
+def test_any_retained_payload_has_an_epoch_or_none(payload: bytes) -> None:
+    assert -1 <= parse_epoch(payload) <= driver.LARGEST_EPOCH
 
 
 def test_ids_are_single_levels_of_a_topic() -> None:
-    assert level("a+b#c%d e") == "a%2Bb%23c%25d e"
+    assert topic_level("a+b#c%d e") == "a%2Bb%23c%25d e"
 
 
-def test_a_members_client_id_is_its_own_and_short_enough_for_every_broker() -> None:
+def test_a_client_id_is_unique_and_short_enough_for_every_broker() -> None:
     ids = {default_client_id(*ids) for ids in (("a", "b"), ("a", "c"), ("b", "a"))}
     assert len(ids) == 3
     assert all(len(i) == 23 and i.isalnum() and i.isascii() for i in ids)
@@ -603,7 +603,7 @@ async def test_a_certificate_without_its_key_is_refused(broker: Broker) -> None:
         made(**table)
 
 
-async def test_a_key_with_a_pass_phrase_is_refused_without_asking_for_it(broker: Broker) -> None:
+async def test_a_key_with_a_pass_phrase_is_refused_without_a_prompt(broker: Broker) -> None:
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - of this test alone
 
     broker.secure()
@@ -621,7 +621,7 @@ async def test_a_key_with_a_pass_phrase_is_refused_without_asking_for_it(broker:
         made(**table)
 
 
-def test_without_the_extra_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "agent.ops.mqtt")
     monkeypatch.setitem(sys.modules, "aiomqtt", None)
     with pytest.raises(ConfigError, match=r"pip install client-failover-agent\[mqtt\]"):

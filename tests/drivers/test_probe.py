@@ -59,12 +59,12 @@ async def client(address: tuple[str, int]) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-async def test_port_0_is_a_free_port_that_is_told(address: tuple[str, int]) -> None:
+async def test_port_0_returns_a_free_port(address: tuple[str, int]) -> None:
     assert address[0] == "127.0.0.1"
     assert address[1] > 0
 
 
-async def test_a_report_is_passed_on_and_answered_with_what_is_in_force(
+async def test_a_report_is_answered_with_the_current_time(
     client: httpx2.AsyncClient, agent: Agent
 ) -> None:
     answer = await client.post("/data-processed", content=GOOD)
@@ -73,7 +73,7 @@ async def test_a_report_is_passed_on_and_answered_with_what_is_in_force(
 
 
 @pytest.mark.parametrize("text", ["2026-01-31T14:00:00+02:00", "2026-01-31T12:00:00.0000009Z"])
-async def test_a_report_is_understood_in_any_zone_and_precision(
+async def test_a_report_may_have_any_zone_and_precision(
     client: httpx2.AsyncClient, agent: Agent, text: str
 ) -> None:
     assert (await client.post("/data-processed", json={"time": text, "more": 1})).is_success
@@ -82,7 +82,7 @@ async def test_a_report_is_understood_in_any_zone_and_precision(
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "reason"),
     [
         (b"", "not JSON"),
         (b'{"time": "2026', "not JSON"),
@@ -98,19 +98,19 @@ async def test_a_report_is_understood_in_any_zone_and_precision(
         (b'{"time": "0001-01-01T00:00:00"}', "never"),
     ],
 )
-async def test_what_is_no_report_is_refused_with_a_sentence(
-    client: httpx2.AsyncClient, agent: Agent, body: bytes, says: str
+async def test_an_invalid_report_is_refused_with_a_reason(
+    client: httpx2.AsyncClient, agent: Agent, body: bytes, reason: str
 ) -> None:
     answer = await client.post("/data-processed", content=body)
     assert answer.status_code == 400
     (message,) = answer.json().values()
-    assert says in message
+    assert reason in message
     assert "2026-01-31T12:00:00Z" in message
     assert message.endswith(".")
     assert agent.reported == []
 
 
-async def test_status_is_what_the_agent_says(client: httpx2.AsyncClient) -> None:
+async def test_status_is_the_callbacks_result(client: httpx2.AsyncClient) -> None:
     answer = await client.get("/status")
     assert (answer.status_code, answer.json()) == (200, {"role": "Secondary", "epoch": None})
 
@@ -125,7 +125,7 @@ async def test_status_is_what_the_agent_says(client: httpx2.AsyncClient) -> None
         ("GET", "/nothing%00", 404),
     ],
 )
-async def test_an_unknown_path_or_method_is_json_too(
+async def test_an_unknown_path_or_method_is_a_json_error(
     client: httpx2.AsyncClient, method: str, path: str, status: int
 ) -> None:
     answer = await client.request(method, path)
@@ -135,7 +135,7 @@ async def test_an_unknown_path_or_method_is_json_too(
     assert ("allow" in answer.headers) == (status == 405)
 
 
-async def test_a_fault_of_ours_is_an_answer_and_a_log_line(
+async def test_an_exception_is_answered_with_500_and_logged(
     client: httpx2.AsyncClient, agent: Agent, caplog: pytest.LogCaptureFixture
 ) -> None:
     agent.reported.append(agent.in_force)
@@ -183,7 +183,7 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
         b"POST /data-processed HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n{",
     ],
 )
-async def test_a_client_that_stalls_is_cut_off(
+async def test_a_client_that_stalls_is_disconnected(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr(probe, "REQUEST_S", 0.05)
@@ -194,7 +194,7 @@ async def test_a_client_that_stalls_is_cut_off(
 
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: "])
-async def test_a_head_without_end_is_cut_off(
+async def test_a_head_without_end_is_disconnected(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, start: bytes
 ) -> None:
     monkeypatch.setattr(probe, "REQUEST_S", 1000)
@@ -211,7 +211,7 @@ async def test_a_head_without_end_is_cut_off(
     writer.close()
 
 
-async def test_connections_are_bounded_and_come_free_again(
+async def test_connections_are_bounded_and_freed(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "MAX_CONNECTIONS", 2)
@@ -244,7 +244,7 @@ async def test_a_kept_connection_outlives_the_limit_of_one_request(
     assert len(ports) == 1
 
 
-async def test_what_is_not_http_is_refused(address: tuple[str, int]) -> None:
+async def test_a_request_that_is_not_http_is_refused(address: tuple[str, int]) -> None:
     reader, writer = await asyncio.open_connection(*address)
     writer.write(b"\x16\x03\x01\x02\r\n\r\n")
     assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 400 ")
@@ -262,7 +262,7 @@ async def test_an_address_that_cannot_be_used_is_refused(agent: Agent, host: str
         await server.stop()
 
 
-async def test_stop_closes_the_port_and_what_is_open(agent: Agent) -> None:
+async def test_stop_closes_the_port_and_open_connections(agent: Agent) -> None:
     server = ProbeServer(agent.report, agent.status)
     address = await server.start("127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*address)
@@ -292,14 +292,14 @@ async def test_a_verdict_of_yes_is_200(client: httpx2.AsyncClient) -> None:
     assert answer.headers["cache-control"] == "no-store"
 
 
-async def test_a_verdict_of_no_is_503_and_says_why(client: httpx2.AsyncClient) -> None:
+async def test_a_verdict_of_no_is_503_with_the_reason(client: httpx2.AsyncClient) -> None:
     answer = await client.get("/not-fine")
     assert (answer.status_code, answer.json()) == (503, {"ok": False, "reason": "it is too late"})
     assert answer.headers["cache-control"] == "no-store"
     assert (await client.head("/not-fine")).status_code == 503
 
 
-async def test_the_page_of_metrics_is_made_for_what_the_caller_accepts(
+async def test_the_metrics_page_has_the_format_that_the_caller_accepts(
     client: httpx2.AsyncClient,
 ) -> None:
     answer = await client.get("/metrics", headers={"Accept": "this/form"})
@@ -307,7 +307,7 @@ async def test_the_page_of_metrics_is_made_for_what_the_caller_accepts(
     assert answer.headers["content-type"] == "text/anything; of=theirs"
 
 
-async def test_without_metrics_there_is_no_such_page(agent: Agent) -> None:
+async def test_without_metrics_the_page_is_404(agent: Agent) -> None:
     server = ProbeServer(agent.report, agent.status)
     host, port = await server.start("127.0.0.1", 0)
     async with httpx2.AsyncClient(timeout=LIMIT_S, trust_env=False) as client:
@@ -315,7 +315,7 @@ async def test_without_metrics_there_is_no_such_page(agent: Agent) -> None:
     await server.stop()
 
 
-async def test_one_page_is_made_in_a_turn_of_the_loop_however_many_ask(
+async def test_at_most_one_metrics_page_is_built_per_turn_of_the_loop(
     client: httpx2.AsyncClient, agent: Agent
 ) -> None:
     """So that pages never add up to what would delay a heartbeat."""

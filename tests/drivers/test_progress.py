@@ -30,15 +30,23 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.progress import Plausible, Progress, Reason, Refused, poll, read_time
-from agent.drivers.progress.listen import LONGEST_LINE, MOST_CONNECTIONS
-from agent.drivers.progress.mqtt import Subscriber
+from agent.drivers.progress import (
+    Plausible,
+    Progress,
+    Reason,
+    Refused,
+    file,
+    read_time,
+    unix_socket,
+)
+from agent.drivers.progress.mqtt import MqttProgress, Subscriber
 from agent.drivers.progress.times import LONGEST_REASON, LONGEST_TEXT, read_text
+from agent.drivers.progress.unix_socket import LONGEST_LINE, MOST_CONNECTIONS
 from agent.errors import ConfigError, ExitCode
 from agent.ops import mqtt
 from agent.ops.clock import Clock
-from agent.settings.plain import plain_of
-from agent.settings.progress import TYPES
+from agent.schema.kinds import PROGRESS
+from agent.schema.read import validate
 
 LIMIT_S = 60
 """For what takes milliseconds, on a busy machine."""
@@ -79,7 +87,7 @@ def made(kind: str, **keys: Any) -> Source:
     table = {"type": kind, **keys}
     if kind not in {"socket", "mqtt"}:
         table = {"interval": 0.05, "limit": LIMIT_S, **table}
-    settings = plain_of(TYPES[kind].model_validate(table))
+    settings = validate(PROGRESS.load(kind), table)
     clock = Clock(wall=lambda: NOW)
     return Source(Progress(settings, clock, times.append), times)
 
@@ -342,10 +350,28 @@ async def test_connections_are_bounded_and_a_closed_one_makes_room(short: Path) 
             await source.refuses(Reason.UNREADABLE)
         for client in clients:
             client.close()
-        await until(lambda: not source.progress._listener.connections)  # type: ignore[union-attr]
+        await until(lambda: not source.progress._source.connections)  # type: ignore[union-attr]
         with connected(short) as client:
             client.sendall(iso(SECOND).encode() + b"\n")
             await source.tells(SECOND)
+
+
+async def test_a_socket_on_a_file_system_that_hangs_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    path = tmp_path / "s"
+    monkeypatch.setattr(unix_socket, "_clear", lambda _path, _kind: hangs.wait(LIMIT_S))
+    monkeypatch.setattr(unix_socket, "FILE_S", 0.1)
+    source = made("socket", path=str(path))
+    threads = threading.active_count()
+    with pytest.raises(ConfigError, match=r"no answer within 0\.1 s") as caught:
+        await source.progress.start()
+    assert caught.value.exit_code is ExitCode.LISTEN
+    await source.progress.stop()
+    hangs.set()
+    await until(lambda: threading.active_count() <= threads)
+    assert not path.exists(), "the socket that came too late is removed"
 
 
 # --- what every source does with what it reads
@@ -494,12 +520,12 @@ async def test_a_file_system_that_hangs_holds_one_thread_and_nothing_else(
     answers = threading.Event()
     calls = []
 
-    def hangs(self: poll.FileReader) -> datetime:
-        calls.append(self)
+    def hangs(path: Path, key: str | None) -> datetime:
+        calls.append(path)
         answers.wait(LIMIT_S)
         return FIRST
 
-    monkeypatch.setattr(poll.FileReader, "_content", hangs)
+    monkeypatch.setattr(file, "_read_content", hangs)
     threads = threading.active_count()
     async with running("file", path=str(path), limit=0.05) as source:
         assert "blocked in the kernel" in await source.refuses(Reason.TOO_SLOW, 3)
@@ -980,7 +1006,7 @@ async def test_a_ca_file_without_certificates_is_refused_at_the_start(tmp_path: 
 
 async def test_of_more_messages_than_the_queue_holds_the_newest_stay() -> None:
     messages = [aiomqtt.Message("t", b"", 1, False, n, None) for n in range(5)]
-    queue = mqtt.Latest(2)
+    queue = mqtt.DropOldestQueue(2)
     for message in messages:
         queue.put_nowait(message)
     assert [queue.get_nowait(), queue.get_nowait()] == messages[3:]
@@ -1000,10 +1026,9 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
         raise aiomqtt.MqttError("gone")
 
     monkeypatch.setattr(Subscriber, "_follow", fails)
-    settings = plain_of(
-        TYPES["mqtt"].model_validate({"type": "mqtt", "broker": "mqtt://127.0.0.1:1", "topic": "t"})
-    )
-    subscriber = Subscriber(settings, print, lambda _: None, chance=lambda: 0.5)
+    settings = MqttProgress(broker="mqtt://127.0.0.1:1", topic="t")
+    receiver = Progress(settings, Clock(), print)
+    subscriber = Subscriber(settings, receiver, chance=lambda: 0.5)
     with monkeypatch.context() as patched:
         patched.setattr(asyncio, "sleep", sleep)
         with pytest.raises(asyncio.CancelledError):
@@ -1014,9 +1039,8 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
 async def test_without_the_extra_the_start_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("agent.drivers.progress.mqtt", "agent.ops.mqtt"):
-        monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(name)
+    monkeypatch.delitem(sys.modules, "agent.ops.mqtt")
+    monkeypatch.delattr("agent.ops.mqtt")
     monkeypatch.setitem(sys.modules, "aiomqtt", None)
     source = made("mqtt", broker="mqtt://127.0.0.1", topic="t")
     with pytest.raises(ConfigError, match=r"pip install client-failover-agent\[mqtt\]"):

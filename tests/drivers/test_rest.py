@@ -24,7 +24,7 @@ from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig
-from agent.settings.models import AgentForm
+from agent.schema.settings import AgentSettings
 from tests.bad_server import BASE, PATIENCE_S, Raw, Talk, answer, make_certificate, served, until
 
 ENDPOINT = f"http://coordinator.test{BASE}"
@@ -1285,7 +1285,7 @@ async def test_a_secret_that_cannot_be_read_holds_up_no_loop(
     secret = tmp_path / "secret"
     secret.write_text("p")
     secret.chmod(0o600)
-    form = AgentForm(group="g", username="u", password_file=secret, hook_primary=[])
+    settings = AgentSettings(group="g", username="u", password_file=secret)
     with pytest.raises(ConfigError, match=f"reading {secret} took longer than 0.1 s"):
-        await configured.load_client(form.value(), timeout_s=0.1)
+        await configured.load_client(settings, timeout_s=0.1)
     hanging.set()

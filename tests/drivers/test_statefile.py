@@ -38,14 +38,14 @@ def file(tmp_path: Path) -> Iterator[StateFile]:
     file.close()
 
 
-def test_what_is_written_is_read(file: StateFile) -> None:
+def test_a_written_state_is_read_back(file: StateFile) -> None:
     file.write({"role": "Secondary", "epoch": None})
     file.write({"role": "Primary", "epoch": 7, "why": "ü"})
     assert file.read() == {"role": "Primary", "epoch": 7, "why": "ü"}
     assert json.loads(file.path.read_text()) == file.read()
 
 
-def test_everybody_may_read_it_whatever_the_umask(file: StateFile) -> None:
+def test_the_file_is_readable_by_all_under_any_umask(file: StateFile) -> None:
     before = os.umask(0o077)
     try:
         file.write({})
@@ -54,7 +54,7 @@ def test_everybody_may_read_it_whatever_the_umask(file: StateFile) -> None:
     assert file.path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_reader_never_sees_a_part(file: StateFile) -> None:
+def test_a_reader_never_sees_a_partial_state(file: StateFile) -> None:
     file.write({"n": 0})
     with file.path.open() as reader:
         file.write({"n": 1})
@@ -66,7 +66,7 @@ def test_a_missing_file_is_none_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     assert file.read() is None
-    assert "no earlier state" in caplog.text
+    assert "no previous state" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_none_and_logged(
 ) -> None:
     file.path.write_bytes(content)
     assert file.read() is None
-    assert "earlier state ignored" in caplog.text
+    assert "previous state ignored" in caplog.text
 
 
 def test_a_failed_write_raises_and_leaves_the_old_state(file: StateFile) -> None:
@@ -104,12 +104,12 @@ def test_a_state_that_is_not_json_changes_nothing(file: StateFile) -> None:
     assert not file.path.with_name("state.json.tmp").exists()
 
 
-def test_nobody_writes_without_the_claim(tmp_path: Path) -> None:
+def test_writing_requires_the_claim(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         StateFile(tmp_path / "state.json").write({})
 
 
-def test_two_processes_never_share_it_and_a_crash_leaves_nothing_in_the_way(
+def test_two_processes_never_share_the_claim_and_a_crash_releases_it(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "state.json"
@@ -133,7 +133,7 @@ def test_two_processes_never_share_it_and_a_crash_leaves_nothing_in_the_way(
     file.close()
 
 
-def test_a_claim_that_was_given_up_can_be_taken(file: StateFile) -> None:
+def test_a_released_claim_can_be_acquired(file: StateFile) -> None:
     other = StateFile(file.path)
     with pytest.raises(ConfigError):
         other.acquire()
@@ -144,7 +144,7 @@ def test_a_claim_that_was_given_up_can_be_taken(file: StateFile) -> None:
     other.close()
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
     for path in ("missing/state.json", "file/state.json", "directory"):
@@ -163,12 +163,12 @@ def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
     assert caught.value.exit_code == ExitCode.STATE_FILE
 
 
-def test_systemds_directory_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemds_directory_is_used_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/one:/run/two")
     assert default_directory() == Path("/run/one")
 
 
-def test_the_sessions_directory_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xdg_runtime_dir_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert default_directory() == tmp_path / "failover-agent"
@@ -179,17 +179,17 @@ def test_the_sessions_directory_comes_next(tmp_path: Path, monkeypatch: pytest.M
     ("uid", "expected"),
     [(0, ("/run/failover-agent", 0o755)), (1000, ("/tmp/failover-agent-1000", 0o700))],
 )
-def test_else_it_depends_on_the_user(uid: int, expected: tuple[str, int]) -> None:
+def test_the_fallback_directory_depends_on_the_user(uid: int, expected: tuple[str, int]) -> None:
     assert statefile._choose(None, uid) == (Path(expected[0]), expected[1])
 
 
-def test_the_directory_is_made_with_its_mode(tmp_path: Path) -> None:
-    statefile._make(tmp_path / "d", 0o700)
-    statefile._make(tmp_path / "d", 0o700)
+def test_the_directory_is_created_with_its_mode(tmp_path: Path) -> None:
+    statefile._create(tmp_path / "d", 0o700)
+    statefile._create(tmp_path / "d", 0o700)
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_directory_that_others_control_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_others_can_change_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "target").mkdir()
@@ -201,7 +201,7 @@ def test_a_directory_that_others_control_is_refused(tmp_path: Path) -> None:
         names.append("theirs")
     for name in names:
         with pytest.raises(ConfigError) as caught:
-            statefile._make(tmp_path / name, 0o700)
+            statefile._create(tmp_path / name, 0o700)
         assert caught.value.exit_code == ExitCode.STATE_FILE
         assert str(tmp_path / name) in str(caught.value)
 
@@ -230,7 +230,7 @@ def test_a_start_waits_for_the_guard_of_a_dead_agent(tmp_path: Path) -> None:
     state_file.close()
 
 
-def test_a_living_agent_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_start_does_not_wait_for_a_live_agent(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     first = StateFile(path)
     first.acquire()

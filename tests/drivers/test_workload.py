@@ -20,9 +20,9 @@ from agent.drivers.workload import (
     check_workload,
 )
 from agent.errors import ConfigError, ExitCode
-from agent.ops import trees
+from agent.ops import process_tree
 from agent.ops.clock import Clock
-from agent.ops.trees import own_cgroup
+from agent.ops.process_tree import own_cgroup
 from tests.cgroups import new_cgroup
 
 LIMIT_S = 60.0
@@ -50,7 +50,7 @@ IGNORING = "trap '' TERM; echo $$ >{0}; while :; do sleep 0.01; done"
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LIMIT_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
 
 
@@ -75,7 +75,7 @@ def read(path: Path) -> str:
     return text if text.endswith("\n") else ""
 
 
-def says(path: Path, text: str) -> bool:
+def has_text(path: Path, text: str) -> bool:
     return read(path) == text
 
 
@@ -110,7 +110,7 @@ async def new() -> AsyncIterator[Made]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back-off in milliseconds; no run counts as a long one."""
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(workload_module, "DOUBLINGS", 1)
+    monkeypatch.setattr(workload_module, "MAX_DOUBLINGS", 1)
 
 
 def pid_of(workload: Workload) -> int:
@@ -121,7 +121,7 @@ def pid_of(workload: Workload) -> int:
 # --- start and stop ---------------------------------------------------------------------------
 
 
-async def test_it_runs_from_start_to_stop_in_a_group_of_its_own(
+async def test_the_command_runs_from_start_to_stop_in_its_own_process_group(
     new: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OURS", "kept")
@@ -138,17 +138,15 @@ async def test_it_runs_from_start_to_stop_in_a_group_of_its_own(
     await workload.stop()
     assert state_of(pid) == "", "it was not reaped"
     assert workload.pgid is None
-    assert new.ends == [], "it was told that it ended by itself"
+    assert new.ends == [], "the end was reported as its own"
 
 
-async def test_it_starts_again_after_a_stop_with_the_variables_of_the_new_tenure(
-    new: Made, tmp_path: Path
-) -> None:
+async def test_a_new_start_has_the_variables_of_the_new_tenure(new: Made, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     workload = new(f"echo $FAILOVER_EPOCH >>{seen}; exec sleep 1000")
-    for told in ("1\n", "1\n2\n"):
-        assert await workload.start({"FAILOVER_EPOCH": told.split()[-1]}) is None
-        await until(partial(says, seen, told))
+    for text in ("1\n", "1\n2\n"):
+        assert await workload.start({"FAILOVER_EPOCH": text.split()[-1]}) is None
+        await until(partial(has_text, seen, text))
         await workload.stop()
 
 
@@ -156,7 +154,7 @@ async def test_stop_without_start_returns(new: Made) -> None:
     await new("exit 0").stop()
 
 
-async def test_what_ignores_term_lives_until_kill(new: Made, tmp_path: Path) -> None:
+async def test_a_command_that_ignores_term_runs_until_kill(new: Made, tmp_path: Path) -> None:
     workload = new(IGNORING.format(tmp_path / "ready"))
     await workload.start({})
     await until(lambda: read(tmp_path / "ready"))
@@ -198,7 +196,7 @@ async def test_two_stops_at_once_both_return(new: Made) -> None:
     assert workload.pgid is None
 
 
-async def test_a_stop_right_after_the_start_leaves_nothing(new: Made) -> None:
+async def test_a_stop_right_after_the_start_leaves_no_process(new: Made) -> None:
     workload = new("exec sleep 1000")
     for _ in range(5):
         assert await workload.start({}) is None
@@ -223,7 +221,7 @@ async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_after_kill_or_stop_in_the_back_off_it_does_not_start_again(
+async def test_kill_or_stop_during_the_backoff_cancels_the_restart(
     new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.2)
@@ -238,7 +236,7 @@ async def test_after_kill_or_stop_in_the_back_off_it_does_not_start_again(
     assert read(tmp_path / "runs") == "x\n"
 
 
-async def test_kill_before_any_start_is_nothing(new: Made) -> None:
+async def test_kill_before_any_start_does_nothing(new: Made) -> None:
     workload = new("exec sleep 1000")
     workload.kill()
     assert workload.pgid is None
@@ -246,7 +244,7 @@ async def test_kill_before_any_start_is_nothing(new: Made) -> None:
     assert lives(pid_of(workload))
 
 
-async def test_a_group_that_may_not_be_signalled_is_said(
+async def test_a_group_that_may_not_be_signalled_is_logged(
     new: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: int) -> None:
@@ -260,7 +258,7 @@ async def test_a_group_that_may_not_be_signalled_is_said(
     assert "no permission to signal workload" in caplog.text
 
 
-async def test_a_program_that_cannot_be_started_is_said() -> None:
+async def test_a_program_that_cannot_be_started_is_reported() -> None:
     workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None)
     why = await workload.start({})
     assert why is not None
@@ -281,7 +279,7 @@ async def test_a_program_that_cannot_be_started_is_said() -> None:
         ("kill -37 $$", 128 + 37),  # a real-time signal, which has no name
     ],
 )
-async def test_its_end_is_told_as_a_shell_tells_it(new: Made, script: str, status: int) -> None:
+async def test_the_exit_status_is_that_of_a_shell(new: Made, script: str, status: int) -> None:
     workload = new(script)
     await workload.start({})
     await until(lambda: new.ends)
@@ -289,7 +287,9 @@ async def test_its_end_is_told_as_a_shell_tells_it(new: Made, script: str, statu
     await workload.stop()
 
 
-async def test_its_end_is_logged(new: Made, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_end_of_the_command_is_logged(
+    new: Made, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     await new("kill -TERM $$").start({})
     await until(lambda: new.ends)
@@ -297,7 +297,7 @@ async def test_its_end_is_logged(new: Made, caplog: pytest.LogCaptureFixture) ->
     assert fields[-1]["result"] == "SIGTERM"
 
 
-async def test_what_it_leaves_behind_does_not_outlive_it(new: Made, tmp_path: Path) -> None:
+async def test_processes_that_it_leaves_behind_are_killed(new: Made, tmp_path: Path) -> None:
     workload = new(f"sleep 1000 & echo $! >{tmp_path}/pid; exit 0")
     await workload.start({})
     await until(lambda: new.ends)
@@ -312,7 +312,7 @@ async def test_what_it_leaves_behind_does_not_outlive_it(new: Made, tmp_path: Pa
         (Restart.ON_FAILURE, "exit 0", [0]),
     ],
 )
-async def test_an_end_that_the_policy_accepts_is_for_good(
+async def test_an_end_that_the_policy_accepts_causes_no_restart(
     new: Made, quick: None, tmp_path: Path, *, restart: Restart, script: str, ends: list[int]
 ) -> None:
     workload = new(f"echo x >>{tmp_path}/runs; {script}", restart)
@@ -323,7 +323,7 @@ async def test_an_end_that_the_policy_accepts_is_for_good(
 
 
 @pytest.mark.parametrize("restart", [Restart.ON_FAILURE, Restart.ALWAYS])
-async def test_one_that_fails_again_and_again_is_given_up(
+async def test_a_command_is_not_restarted_after_too_many_failures(
     new: Made, quick: None, tmp_path: Path, restart: Restart
 ) -> None:
     workload = new(f"echo x >>{tmp_path}/runs; exit 1", restart)
@@ -335,7 +335,7 @@ async def test_one_that_fails_again_and_again_is_given_up(
     assert workload._again is None
 
 
-async def test_one_that_ends_well_is_started_for_ever(
+async def test_a_command_that_exits_with_0_is_always_restarted(
     new: Made, quick: None, tmp_path: Path
 ) -> None:
     """A failure now and then is not one of many in a row."""
@@ -347,7 +347,7 @@ async def test_one_that_ends_well_is_started_for_ever(
     assert new.ends == []
 
 
-async def test_the_delays_double_up_to_the_longest(
+async def test_the_restart_delay_doubles_up_to_the_longest(
     new: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.001)
@@ -362,7 +362,7 @@ async def test_the_delays_double_up_to_the_longest(
     assert delays == [0.001, 0.002, 0.004, 0.006, 0.006]
 
 
-async def test_after_thousands_of_short_runs_it_is_still_started_again(
+async def test_a_command_is_restarted_after_thousands_of_short_runs(
     new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 1e-9)
@@ -373,7 +373,7 @@ async def test_after_thousands_of_short_runs_it_is_still_started_again(
     assert new.ends == []
 
 
-async def test_a_long_run_starts_the_count_anew(
+async def test_a_long_run_resets_the_failure_count(
     new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.0)
@@ -384,7 +384,7 @@ async def test_a_long_run_starts_the_count_anew(
     assert new.ends == []
 
 
-async def test_a_program_that_has_gone_is_given_up_however_long_it_ran_before(
+async def test_a_program_that_was_removed_is_not_restarted_for_ever(
     new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Starts that fail are counted from themselves, not from the last run that there was."""
@@ -405,7 +405,7 @@ async def test_a_program_that_has_gone_is_given_up_however_long_it_ran_before(
     assert new.ends == [None]
 
 
-async def test_an_end_that_somebody_else_has_waited_for_is_a_failure(
+async def test_an_end_that_other_code_has_reaped_is_a_failure(
     new: Made, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An agent inherits an ignored SIGCHLD from a careless parent: then nobody can wait."""
@@ -421,13 +421,13 @@ async def test_an_end_that_somebody_else_has_waited_for_is_a_failure(
             await workload.stop()
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert "not known" in str([record.__dict__.get("fields") for record in caplog.records])
+    assert "unknown" in str([record.__dict__.get("fields") for record in caplog.records])
 
 
 # --- the agent's end --------------------------------------------------------------------------
 
 
-def test_its_output_is_untouched() -> None:
+def test_the_output_of_the_command_is_not_changed() -> None:
     """Log lines and results do not mix: stdout has the bytes of the command and nothing else."""
     script = r"printf '\377\000 as is'; echo to stderr >&2; exit 5"
     command = [sys.executable, "-c", AGENT, "wait", "/bin/sh", "-c", script]
@@ -436,7 +436,7 @@ def test_its_output_is_untouched() -> None:
     assert b"to stderr\n" in result.stderr
 
 
-async def test_it_dies_with_the_agent(tmp_path: Path) -> None:
+async def test_the_command_dies_with_the_agent(tmp_path: Path) -> None:
     script = IGNORING.format(tmp_path / "pid")
     agent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", AGENT, "stay", "/bin/sh", "-c", script
@@ -461,7 +461,7 @@ def cgroup() -> Iterator[Path]:
 DAEMON = "setsid sh -c 'echo $$ >{0}; exec sleep 1000' & "
 
 
-async def test_a_daemon_that_has_left_the_group_is_stopped_with_it(
+async def test_a_daemon_that_has_left_the_group_is_stopped_with_the_command(
     new: Made, cgroup: Path, tmp_path: Path
 ) -> None:
     workload = new(DAEMON.format(tmp_path / "pid") + "exec sleep 1000", cgroup=cgroup)
@@ -506,7 +506,9 @@ async def test_a_daemon_does_not_outlive_a_command_that_ended_by_itself(
     await until(lambda: not lives(int(read(tmp_path / "pid"))))
 
 
-async def test_a_cgroup_that_takes_no_process_is_done_without(new: Made, cgroup: Path) -> None:
+async def test_the_command_runs_without_a_cgroup_that_accepts_no_process(
+    new: Made, cgroup: Path
+) -> None:
     threaded = cgroup / "threaded"
     threaded.mkdir()
     (threaded / "cgroup.type").write_text("threaded")  # its siblings take none from now on
@@ -517,21 +519,23 @@ async def test_a_cgroup_that_takes_no_process_is_done_without(new: Made, cgroup:
     assert state_of(pid) == ""
 
 
-async def test_a_cgroup_that_cannot_be_made_is_done_without(new: Made, tmp_path: Path) -> None:
+async def test_the_command_runs_without_a_cgroup_that_cannot_be_created(
+    new: Made, tmp_path: Path
+) -> None:
     workload = new("exec sleep 1000", cgroup=tmp_path / "missing")
     assert await workload.start({}) is None
     assert workload.cgroup is None
     await workload.stop()
 
 
-def test_our_own_cgroup_is_found_where_one_can_be_made_below(
+def test_our_own_cgroup_is_found_if_it_is_writable(
     monkeypatch: pytest.MonkeyPatch, cgroup: Path
 ) -> None:
-    monkeypatch.setattr(trees, "CGROUP_ROOT", cgroup.parent)
+    monkeypatch.setattr(process_tree, "CGROUP_ROOT", cgroup.parent)
     inside = cgroup / "ours"
     inside.mkdir()
     code = (
-        "import os, sys; from pathlib import Path; from agent.ops import trees as w\n"
+        "import os, sys; from pathlib import Path; from agent.ops import process_tree as w\n"
         f"w.CGROUP_ROOT = Path({str(cgroup.parent)!r})\n"
         f"Path({str(inside)!r}, 'cgroup.procs').write_text('0')\n"
         "print(w.own_cgroup())"
@@ -545,7 +549,7 @@ def test_our_own_cgroup_is_found_where_one_can_be_made_below(
 def test_a_system_without_cgroup_version_2_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trees, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(process_tree, "CGROUP_ROOT", tmp_path)
     assert own_cgroup() is None
 
 
@@ -558,19 +562,22 @@ def test_a_program_that_can_be_started_is_accepted(program: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "says"),
+    ("program", "reason"),
     [
-        ("no-such-program", "command no-such-program is not there: no folder on PATH has it; name"),
-        ("/nowhere/x", "command /nowhere/x is not there; name a program that exists, after --"),
-        ("/etc", "command /etc is not there; name"),
-        ("x" * 5000, "is not there: no folder on PATH has it"),
+        (
+            "no-such-program",
+            "command no-such-program does not exist in any directory on PATH; name",
+        ),
+        ("/nowhere/x", "command /nowhere/x does not exist; name a program that exists, after --"),
+        ("/etc", "command /etc does not exist; name"),
+        ("x" * 5000, "does not exist in any directory on PATH"),
     ],
 )
-def test_a_program_that_is_not_there_is_refused(program: str, says: str) -> None:
+def test_a_program_that_does_not_exist_is_refused(program: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_workload([program])
     assert caught.value.exit_code is ExitCode.HOOK_MISSING
-    assert says in str(caught.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("on_path", [False, True])

@@ -1,4 +1,4 @@
-"""Gives each test a stage for real processes, which is cleared afterwards."""
+"""A stage for real processes, for each test; the processes are ended afterwards."""
 
 from collections.abc import Iterator
 from dataclasses import replace

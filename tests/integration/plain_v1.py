@@ -1,4 +1,4 @@
-"""A server that has only version 1 of the group API: not a word of the extensions of docs/api.md.
+"""A server with version 1 of the group API only: no extension of docs/api.md.
 
 A strict one answers 400 to properties and query parameters that version 1 has not. No epochs, no revisions, no release, no blocking reads; 404 on what it does not know. Roles are
 numbers; who is chosen is told PendingPrimary first and Primary at the next heartbeat. It keeps a

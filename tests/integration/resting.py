@@ -23,10 +23,10 @@ from tests.integration.stage import Coordinator, Stage, environment, free_port, 
 from tests.mosquitto import Authority, Broker
 
 SCRAPE_S = 5.0
-"""As Prometheus is told to in config/prometheus/prometheus.yml."""
+"""The interval of config/prometheus/prometheus.yml."""
 
 WATCHDOG_S = 20
-"""As the unit says."""
+"""As in the systemd unit."""
 
 PASSWORD, WEBHOOK_SECRET = "a password of the test", "what webhooks are signed with"
 

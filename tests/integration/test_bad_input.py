@@ -1,4 +1,4 @@
-"""What is wrong is one line that says what, where and what would be right, and its own exit code."""
+"""Bad input ends a start with one line (the fault, its place, the remedy) and its own exit code."""
 
 import contextlib
 import os
@@ -223,7 +223,7 @@ def test_a_data_directory_of_a_newer_version_is_left_as_it_is(stage: Stage) -> N
     ],
     ids=["read-only", "full"],
 )
-def test_a_data_directory_that_takes_nothing(
+def test_a_data_directory_that_cannot_be_written(
     stage: Stage, options: str, code: ExitCode, words: str
 ) -> None:
     point = stage.directory / "disk"

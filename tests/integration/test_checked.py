@@ -1,4 +1,4 @@
-"""Health checks gate the role and move it (R9): real agents, and checks that look at files."""
+"""Health checks gate and move the role (R9): real agents, and checks that read files."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def pair(stage: Stage, coordinator: Coordinator, *words: str) -> tuple[Agent, Ag
     return one, other, epoch
 
 
-def test_a_required_check_that_fails_takes_the_role_at_once_and_passing_again_makes_fit(
+def test_a_failed_required_check_revokes_the_role_until_it_passes_again(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     plc = stage.directory / "plc"
@@ -44,7 +44,7 @@ def test_a_required_check_that_fails_takes_the_role_at_once_and_passing_again_ma
     assert one.until_role("Primary", after_epoch=newer)["unfit"] is None
 
 
-def test_a_score_moves_the_role_only_past_the_hysteresis(stage: Stage) -> None:
+def test_a_score_difference_within_the_hysteresis_moves_no_role(stage: Stage) -> None:
     coordinator = stage.serve("--score-hysteresis=20", "--minimum-hold=0")
     small, large = stage.directory / "small", stage.directory / "large"
     small.touch()
@@ -68,7 +68,7 @@ def test_a_score_moves_the_role_only_past_the_hysteresis(stage: Stage) -> None:
     until(lambda: told() == 20, "the coordinator to hear of 20")
 
 
-def test_a_check_of_scope_primary_runs_on_the_primary_only_and_takes_the_role_there(
+def test_a_check_of_scope_primary_runs_on_the_primary_only_and_can_revoke_its_role(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     ran, good = stage.directory / "ran", stage.directory / "good"
@@ -91,7 +91,7 @@ def test_a_check_of_scope_primary_runs_on_the_primary_only_and_takes_the_role_th
     assert newer == epoch + 1
 
 
-def test_a_member_none_of_whose_checks_pass_at_its_start_is_never_promoted_until_one_does(
+def test_a_member_is_not_promoted_before_a_check_has_passed(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     path = stage.directory / "good"

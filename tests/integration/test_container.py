@@ -266,7 +266,7 @@ def group(engine: Engine, tmp_path: Path) -> Iterator[Group]:
         engine("rm", "--all", "--force", "--time=0", "--volumes")
 
 
-def test_containers_take_over_from_one_that_is_killed_and_from_one_that_is_stopped(
+def test_a_container_takes_over_from_a_killed_and_from_a_stopped_one(
     group: Group,
 ) -> None:
     """With a read-only root, no capability and no root user; SIGTERM is a graceful stop."""
@@ -288,7 +288,7 @@ def test_containers_take_over_from_one_that_is_killed_and_from_one_that_is_stopp
     assert group.coordinator.end() == 0
 
 
-def test_nothing_of_the_image_can_be_written_and_nobody_is_root(group: Group) -> None:
+def test_the_image_is_read_only_and_runs_without_root(group: Group) -> None:
     host = group.host("host-a")
     assert host.sh("id -u; id -g")[1].split() == ["10001", "10001"]
     assert "Read-only file system" in host.sh("touch /opt/failover-agent/x")[1]
@@ -298,7 +298,7 @@ def test_nothing_of_the_image_can_be_written_and_nobody_is_root(group: Group) ->
     assert code == 0
 
 
-def test_process_1_reaps_what_the_workload_leaves_behind(group: Group) -> None:
+def test_process_1_reaps_orphans_of_the_workload(group: Group) -> None:
     host = group.host("host-a")
     group.until_written_by(host)
     count = len(group.written())
@@ -308,7 +308,7 @@ def test_process_1_reaps_what_the_workload_leaves_behind(group: Group) -> None:
     assert int(zombies) <= 1  # one may have ended just now
 
 
-def test_the_health_check_tells_a_well_agent_from_a_frozen_one_which_its_guard_ends(
+def test_the_health_check_fails_for_a_frozen_agent_and_the_guard_kills_it(
     group: Group,
 ) -> None:
     """As process 1 the agent could not be ended by anything in its container."""
@@ -322,16 +322,16 @@ def test_the_health_check_tells_a_well_agent_from_a_frozen_one_which_its_guard_e
     assert "the guard demotes in the place of the agent" in host.said()
 
 
-def test_the_image_says_what_it_is(engine: Engine) -> None:
-    (said,) = json.loads(engine("inspect", "--type=image", IMAGE))
-    labels = said["Config"]["Labels"]
+def test_the_image_has_labels_and_a_version(engine: Engine) -> None:
+    (image,) = json.loads(engine("inspect", "--type=image", IMAGE))
+    labels = image["Config"]["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert labels["org.opencontainers.image.version"] == "1.2.3"
-    assert said["Config"]["User"] == "10001:10001"
-    code, said_ = engine.attempt("run", "--rm", "--network=none", *HARDENED, *LIMITS, IMAGE)
+    assert image["Config"]["User"] == "10001:10001"
+    code, output = engine.attempt("run", "--rm", "--network=none", *HARDENED, *LIMITS, IMAGE)
     assert code == 0
-    assert "serve" in said_
-    added_mb = (int(said["Size"]) - size_of_base(engine)) / 1e6
+    assert "serve" in output
+    added_mb = (int(image["Size"]) - size_of_base(engine)) / 1e6
     assert added_mb < 120, "docs/container.md states a size"
 
 

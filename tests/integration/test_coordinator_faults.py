@@ -1,4 +1,4 @@
-"""What happens to agents when the coordinator dies, forgets, or is not what answers."""
+"""Agents whose coordinator dies, loses its data, or is replaced by another server."""
 
 import contextlib
 import signal
@@ -21,7 +21,9 @@ LONG = ("--failover-timeout=8", "--demote=0.8", "--margin=0.7")
 """R is 6.5 s: a coordinator is started again in less, even on a busy machine."""
 
 
-def test_the_primary_keeps_role_and_epoch_over_a_restart_within_r(stage: Stage) -> None:
+def test_the_primary_keeps_role_and_epoch_if_the_coordinator_restarts_within_r(
+    stage: Stage,
+) -> None:
     port = free_port()
     coordinator = stage.serve(port=port, store="sqlite")
     agent = stage.run("host-a", coordinator, timing=LONG)
@@ -36,7 +38,7 @@ def test_the_primary_keeps_role_and_epoch_over_a_restart_within_r(stage: Stage) 
     assert stage.check_promise() == [state["epoch"]]
 
 
-def test_the_primary_demotes_when_nobody_renews_and_one_is_primary_again_later(
+def test_the_primary_demotes_without_a_coordinator_and_a_primary_returns_with_it(
     stage: Stage,
 ) -> None:
     port = free_port()
@@ -53,7 +55,7 @@ def test_the_primary_demotes_when_nobody_renews_and_one_is_primary_again_later(
     stage.check_promise()
 
 
-def test_a_coordinator_that_has_forgotten_everything_is_refused(stage: Stage) -> None:
+def test_a_coordinator_that_lost_its_data_is_refused(stage: Stage) -> None:
     """Its store is another one: somebody may be primary of the one that was lost (Fault 9)."""
     port = free_port()
     coordinator = stage.serve(port=port)
@@ -137,7 +139,7 @@ def test_a_coordinator_of_another_store_makes_no_second_primary(stage: Stage) ->
     stage.check_promise()
 
 
-def test_dead_entries_in_the_list_cost_no_role(stage: Stage) -> None:
+def test_dead_endpoints_in_the_list_do_not_cost_the_role(stage: Stage) -> None:
     """Fault 18: 5 roles of 5 were lost; the good one is away for 0.8 s at a lease of 3 s."""
     gate = Gate(stage, stage.serve().endpoint)
     dead = [silence(stage) + "/api/v1/clientfailover" for _ in range(2)]
@@ -155,7 +157,7 @@ def test_dead_entries_in_the_list_cost_no_role(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("role", ["joining", "Secondary", "Primary"])
-def test_a_stop_ends_in_order_while_the_coordinator_is_away(stage: Stage, role: str) -> None:
+def test_a_graceful_stop_completes_without_a_coordinator(stage: Stage, role: str) -> None:
     """Fault 11: whatever cannot be told then, the agent gets on."""
     coordinator = stage.serve()
     gate = Gate(stage, coordinator.endpoint)
@@ -165,7 +167,7 @@ def test_a_stop_ends_in_order_while_the_coordinator_is_away(stage: Stage, role: 
         stage.run("host-b", coordinator).until_role("Primary")
     agent = stage.run("host-a", gate.endpoint, flags=("--startup-timeout=0",))
     if role == "joining":
-        agent.until_said("cannot join yet")
+        agent.until_said("join failed, retrying")
     elif role == "Secondary":
         agent.until_said("joined")
     else:
@@ -179,7 +181,7 @@ def test_a_stop_ends_in_order_while_the_coordinator_is_away(stage: Stage, role: 
     assert agent.state["role"] == "Secondary"
 
 
-def test_a_server_that_wants_a_client_certificate_ends_a_start(
+def test_a_start_fails_at_a_server_that_requires_a_client_certificate(
     stage: Stage, tmp_path: Path
 ) -> None:
     """Fault 11: the TLS alert left the agent joining for ever."""
@@ -192,7 +194,7 @@ def test_a_server_that_wants_a_client_certificate_ends_a_start(
     flags = ("--startup-timeout=1", f"--ca-file={certificate}")
     agent = stage.run("host-a", f"https://127.0.0.1:{port}/clientfailover", flags=flags)
     assert agent.wait() in {ExitCode.UNREACHABLE, ExitCode.NO_ANSWER}
-    assert "cannot join yet" in agent.said()
+    assert "join failed, retrying" in agent.said()
 
 
 @contextlib.contextmanager

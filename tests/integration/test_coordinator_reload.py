@@ -116,7 +116,7 @@ def test_certificates_users_and_log_level_change_without_dropping_a_connection(s
 
 
 @pytest.mark.parametrize("file", ["tls.crt", "tls.key", "users", "coordinator.toml"])
-def test_a_bad_file_keeps_everything_with_one_error(site: Site, file: str) -> None:
+def test_an_invalid_file_changes_nothing_and_logs_one_error(site: Site, file: str) -> None:
     site.certify("second")
     site.users(ben="two")
     site.configure(log_level="DEBUG")
@@ -130,7 +130,7 @@ def test_a_bad_file_keeps_everything_with_one_error(site: Site, file: str) -> No
     assert site.process.end() == 0
 
 
-def test_what_cannot_change_is_refused_by_name_and_the_rest_is_changed(site: Site) -> None:
+def test_settings_that_cannot_change_are_refused_by_name_and_the_others_applied(site: Site) -> None:
     site.users(ben="two")
     site.configure(
         listen=f"127.0.0.1:{free_port()}", max_groups=5, tls_certificate=None, tls_key=None
@@ -142,7 +142,7 @@ def test_what_cannot_change_is_refused_by_name_and_the_rest_is_changed(site: Sit
     assert site.process.end() == 0
 
 
-def test_a_mismatched_pair_in_the_files_is_not_half_taken(site: Site) -> None:
+def test_a_certificate_with_another_key_is_not_loaded(site: Site) -> None:
     certificate, _ = site.authority.issue("second")
     certificate.rename(site.folder / "tls.crt")
     site.reload("configuration not changed")
@@ -150,7 +150,7 @@ def test_a_mismatched_pair_in_the_files_is_not_half_taken(site: Site) -> None:
         assert name_of(connection) == "first"
 
 
-def test_the_password_file_of_a_key_is_not_asked_for(site: Site, tmp_path: Path) -> None:
+def test_a_key_with_a_pass_phrase_causes_no_prompt(site: Site, tmp_path: Path) -> None:
     (tmp_path / "tls.key").write_text(
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIB\n-----END ENCRYPTED PRIVATE KEY-----\n"
     )

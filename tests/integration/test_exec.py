@@ -69,7 +69,7 @@ def test_the_command_gets_our_stdout_and_directory_and_the_variables_of_a_hook(
     assert given["FAILOVER_STATE_FILE"] == str(agent.state_file)
 
 
-def test_when_the_agent_is_killed_command_and_child_are_gone_before_the_successors_begin(
+def test_after_a_sigkill_to_the_agent_its_command_ends_before_the_next_primarys_starts(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = pair(stage, coordinator)
@@ -81,7 +81,7 @@ def test_when_the_agent_is_killed_command_and_child_are_gone_before_the_successo
     assert other.end() == 0
 
 
-def test_at_sigterm_the_command_gets_term_and_has_ended_before_the_agent_ends_with_0(
+def test_sigterm_ends_the_command_before_the_agent_exits_with_0(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     ended = stage.directory / "ended"
@@ -98,7 +98,7 @@ def test_at_sigterm_the_command_gets_term_and_has_ended_before_the_agent_ends_wi
     assert coordinator.tenure(1)["WhyEnded"] == "stopping"
 
 
-def test_a_command_that_ignores_term_is_killed_inside_the_budget(
+def test_a_command_that_ignores_term_is_killed_within_the_budget(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     agent = start(stage, "host-a", coordinator, command=writes(stage, "host-a", "child", "deaf"))
@@ -125,7 +125,7 @@ ENDS = [
 """How a command ends by itself under which policy; the agent's code, or None where it is started again."""
 
 
-def test_a_command_that_ends_is_started_again_or_ends_the_agent_with_its_code(
+def test_a_command_that_ends_is_restarted_or_its_exit_code_becomes_the_agents(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """All at once, in a group each."""
@@ -141,7 +141,7 @@ def test_a_command_that_ends_is_started_again_or_ends_the_agent_with_its_code(
         if code is None:
             until(partial(has_run_twice, runs), f"{agent.name} to start it again")
             assert agent.state["role"] == "Primary"
-            assert agent.lines("workload is started again")
+            assert agent.lines("workload restart scheduled")
             assert agent.end() == 0
         else:
             assert agent.wait() == code
@@ -151,9 +151,7 @@ def test_a_command_that_ends_is_started_again_or_ends_the_agent_with_its_code(
         assert [entry["WhyEnded"] for entry in group.history()] == [why]
 
 
-def test_a_child_that_the_ended_command_left_in_its_group_does_not_outlive_it(
-    stage: Stage, coordinator: Coordinator
-) -> None:
+def test_children_of_an_ended_command_are_killed(stage: Stage, coordinator: Coordinator) -> None:
     script = " ".join(writes(stage, "host-a")) + f" & while [ ! -s {output(stage)} ]; do :; done"
     agent = start(stage, "host-a", coordinator, command=sh(script))
     assert agent.wait() == 0
@@ -173,7 +171,7 @@ def test_a_command_that_cannot_be_started_is_a_failed_promotion(
     assert f"{program} could not be started" in coordinator.tenure(1)["WhyEnded"]
 
 
-def test_a_command_that_fails_again_and_again_lets_the_other_member_try_and_cools_down(
+def test_a_command_that_keeps_failing_causes_a_takeover_and_a_cooldown(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     flags = ["--cooldown=20"]
@@ -190,7 +188,7 @@ def test_a_command_that_fails_again_and_again_lets_the_other_member_try_and_cool
     assert "PendingPrimary" not in coordinator.status()  # it still cools down
 
 
-def test_hook_then_command_at_the_promotion_and_command_then_hook_at_the_demotion(
+def test_the_hook_runs_before_the_command_starts_and_after_it_stops(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     events = stage.events_file
@@ -211,18 +209,18 @@ def test_hook_then_command_at_the_promotion_and_command_then_hook_at_the_demotio
     ]
 
 
-def test_a_stop_while_the_command_waits_for_its_next_start_starts_it_no_more(
+def test_a_stop_during_the_restart_backoff_cancels_the_restart(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     runs = runs_of(stage)
     agent = start(stage, "host-a", coordinator, command=sh(f"echo run >> {runs}; exit 1"))
-    agent.until_said("workload is started again")
+    agent.until_said("workload restart scheduled")
     assert agent.end() == 0
     assert runs.read_text() == "run\n" * len(agent.lines("workload started"))
     assert "Traceback" not in agent.said()
 
 
-def test_a_failed_demotion_is_told_by_its_own_code_also_after_the_command_has_ended(
+def test_a_failed_demotion_has_its_own_exit_code_also_after_the_command_has_ended(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     begun = stage.directory / "begun"

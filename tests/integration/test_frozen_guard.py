@@ -17,7 +17,7 @@ def guards_of(agent: int) -> list[int]:
     ]
 
 
-def test_an_agent_whose_guard_cannot_be_killed_demotes_and_goes_on(stage: Stage) -> None:
+def test_an_agent_whose_guard_cannot_be_killed_demotes_and_continues(stage: Stage) -> None:
     """Fault 1: it waited for the guard's end, and neither renewed nor demoted: two were active."""
     coordinator = stage.serve()
     one, other, epoch = stage.pair(coordinator)

@@ -1,4 +1,4 @@
-"""R12 with real processes: what a frozen or killed agent leaves to its guard, and a guard to its agent."""
+"""R12 with real processes: frozen and killed agents with their guards, and lost guards."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ TRIES = 3
 
 
 @pytest.mark.parametrize("how", [by_hooks, by_exec])
-def test_the_workload_of_a_frozen_agent_is_dead_before_the_successors_begins(
+def test_the_workload_of_a_frozen_agent_ends_before_the_next_primarys_starts(
     stage: Stage, coordinator: Coordinator, how: Callable[..., Agent]
 ) -> None:
     """All tries at once, in a group each."""
@@ -53,7 +53,7 @@ def test_the_workload_of_a_frozen_agent_is_dead_before_the_successors_begins(
     [(signal.SIGSTOP, "the guard has not answered"), (signal.SIGKILL, "the guard has ended")],
     ids=["frozen", "killed"],
 )
-def test_an_agent_without_a_guard_hands_over_and_is_fit_again_with_another_one(
+def test_an_agent_that_lost_its_guard_releases_the_role_and_is_fit_with_a_new_guard(
     stage: Stage, coordinator: Coordinator, number: signal.Signals, why: str
 ) -> None:
     one, other, epoch = pair(stage, coordinator)
@@ -70,7 +70,7 @@ def test_an_agent_without_a_guard_hands_over_and_is_fit_again_with_another_one(
     assert min(demote_slacks_s(one)) > 0
 
 
-def test_a_guard_of_a_secondary_is_replaced_without_disturbing_anybody(
+def test_a_lost_guard_of_a_secondary_is_replaced_without_a_role_change(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = pair(stage, coordinator)
@@ -79,7 +79,7 @@ def test_a_guard_of_a_secondary_is_replaced_without_disturbing_anybody(
     assert (one.state["role"], one.state["epoch"]) == ("Primary", epoch)
 
 
-def test_a_frozen_host_that_wakes_ends_its_workload_and_wrote_under_its_old_epoch_only(
+def test_a_thawed_host_stops_its_workload_which_wrote_only_with_the_old_epoch(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Nothing local can do more (docs/guard.md): what is downstream refuses by the epoch."""
@@ -98,7 +98,7 @@ def test_a_frozen_host_that_wakes_ends_its_workload_and_wrote_under_its_old_epoc
     assert other.state["role"] == "Primary"
 
 
-def test_a_promotion_that_fills_its_output_succeeds_and_the_log_says_how_much_is_left_out(
+def test_a_promotion_with_too_much_output_succeeds_and_the_log_counts_the_rest(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     hook = stage.hook("host-a", "primary", "head -c 3000000 /dev/zero | tr '\\0' 'x' | fold -w 100")
@@ -109,7 +109,7 @@ def test_a_promotion_that_fills_its_output_succeeds_and_the_log_says_how_much_is
     assert agent.end() == 0
 
 
-def test_a_daemon_that_left_the_hooks_group_is_the_demotions_to_stop(
+def test_a_daemon_that_left_the_hooks_group_is_ended_by_the_demotion(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     pid_file = stage.directory / "daemon.pid"

@@ -1,4 +1,4 @@
-"""Hooks as the workload meets them: what they are told, and what becomes of those that misbehave."""
+"""Hooks of real agents: their payload, and how failing and hanging hooks are handled."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def report(agent: Agent, time: str) -> None:
     assert (answer.status, answer.body) == (200, {"time": time})
 
 
-def test_each_hook_gets_the_documented_facts_as_variables_and_as_json(
+def test_each_hook_receives_the_documented_payload_as_variables_and_as_json(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = stage.pair(coordinator)
@@ -103,7 +103,7 @@ def test_each_hook_gets_the_documented_facts_as_variables_and_as_json(
         assert {k: v for k, v in variables.items() if k in DOCUMENTED} == as_text
 
 
-def test_the_data_processed_time_is_handed_over_and_shown(
+def test_the_next_primary_receives_the_data_processed_time(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = stage.pair(coordinator)
@@ -122,7 +122,7 @@ def test_the_data_processed_time_is_handed_over_and_shown(
     assert coordinator.status()["LastDataProcessedTime"] == "2026-01-31T12:00:00Z"
 
 
-def test_a_failing_promotion_demotes_releases_and_cools_down_longer_each_time(
+def test_a_failed_promotion_demotes_releases_and_doubles_the_cooldown(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     broken = stage.run("host-a", coordinator, primary="exit 1", flags=("--cooldown=0.3",))
@@ -164,7 +164,7 @@ def test_a_promotion_that_hangs_is_killed_at_its_limit_and_the_other_takes_over(
     stage.check_promise()
 
 
-def test_a_demotion_that_fails_is_tried_again_and_ends_the_agent_with_its_own_code(
+def test_a_failed_demotion_is_retried_and_then_the_agent_exits_with_its_own_code(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """R4: the role is not given back, and what the promotion left behind is killed."""
@@ -215,7 +215,7 @@ def test_a_demotion_preempts_a_running_promotion(stage: Stage, coordinator: Coor
     assert coordinator.tenure(1)["WhyEnded"] == "stopping"
 
 
-def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(
+def test_a_child_that_a_hook_leaves_behind_delays_nothing(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     pid_file = stage.directory / "workload.pid"
@@ -233,7 +233,7 @@ def test_a_child_that_a_hook_leaves_behind_holds_nothing_up(
     until(lambda: not lives(workload), "the demotion hook to stop it")
 
 
-def test_heartbeats_go_on_while_a_promotion_runs(stage: Stage, coordinator: Coordinator) -> None:
+def test_heartbeats_continue_while_a_promotion_runs(stage: Stage, coordinator: Coordinator) -> None:
     """R9: the hook takes longer than L, and the lease holds."""
     go = stage.directory / "go"
     agent = stage.run("host-a", coordinator, primary=f"while [ ! -e {go} ]; do sleep 0.05; done")

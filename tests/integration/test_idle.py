@@ -1,4 +1,4 @@
-"""What an agent at rest may cost: so that what was saved does not come back unseen.
+"""Bounds on the CPU time and memory of an idle agent, against regressions.
 
 The benchmark (tests/bench/idle.py) measures it for longer, and CPU more finely.
 """
@@ -16,7 +16,7 @@ MOST_CPU_PERCENT = 3
 REST_S = 6
 
 
-def test_a_plain_agent_is_small_and_sleeps(tmp_path: Path) -> None:
+def test_a_plain_agent_needs_little_memory_and_cpu(tmp_path: Path) -> None:
     with Stage(tmp_path) as stage, resting(stage, "plain", plain(stage, stage.serve())) as agent:
         agent.rest(2)
         before = cost(agent.pid).cpu_s

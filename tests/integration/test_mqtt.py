@@ -74,7 +74,7 @@ def alone(stage: Stage, coordinator: Coordinator, table: dict[str, Any]) -> tupl
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_a_takeover_after_a_sigkill_is_seen_by_a_subscriber(
+def test_a_subscriber_receives_a_takeover_after_a_sigkill(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher, protocol: str
 ) -> None:
     table = broker.table(protocol=protocol)
@@ -96,7 +96,7 @@ def test_a_takeover_after_a_sigkill_is_seen_by_a_subscriber(
     assert other.state["since"] == told["since"]
 
 
-def test_a_graceful_stop_says_secondary_and_then_offline(
+def test_a_graceful_stop_publishes_secondary_and_then_offline(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
     agent, epoch = alone(stage, coordinator, broker.table())
@@ -105,7 +105,7 @@ def test_a_graceful_stop_says_secondary_and_then_offline(
     assert agent.end() == 0
     left = watcher.until(topic, online=False)
     assert left["timestamp"] >= born["timestamp"]
-    last, end = [heard.told for heard in watcher.of(topic)][-2:]
+    last, end = [heard.content for heard in watcher.of(topic)][-2:]
     assert last["role"] == "Secondary"
     assert end == left
 
@@ -132,7 +132,7 @@ def test_a_demotion_is_announced_before_its_hook_has_ended(
     assert agent.wait() == 0
 
 
-def test_a_broker_that_is_killed_and_comes_back_hears_the_state_and_the_role_stays(
+def test_a_killed_broker_receives_the_state_at_its_return_and_the_role_stays(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
     agent, epoch = alone(stage, coordinator, broker.table())
@@ -151,7 +151,7 @@ def test_a_broker_that_is_killed_and_comes_back_hears_the_state_and_the_role_sta
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_a_broker_that_is_restarted_in_order_keeps_what_was_said_until_the_successor_corrects_it(
+def test_a_restarted_broker_keeps_retained_messages_until_the_next_primary_replaces_them(
     stage: Stage, coordinator: Coordinator, broker: Broker, protocol: str
 ) -> None:
     """The role changes while it is down: what it kept is of before, and is replaced at its return."""
@@ -186,7 +186,7 @@ def test_a_broker_that_is_restarted_in_order_keeps_what_was_said_until_the_succe
     assert other.end() == 0
 
 
-def test_a_broker_that_freezes_touches_neither_role_nor_stop(
+def test_a_frozen_broker_affects_neither_role_nor_stop(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
     agent, epoch = alone(stage, coordinator, broker.table(keepalive=1) | {"limit": 1})
@@ -204,7 +204,7 @@ def test_a_broker_that_freezes_touches_neither_role_nor_stop(
     watcher.until(f"failover/{stage.group}/sessions/host-a", online=False)
 
 
-def test_a_wrong_password_is_logged_once_and_touches_nothing(
+def test_a_wrong_broker_password_is_logged_once_and_does_not_affect_the_role(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
     agent, epoch = alone(stage, coordinator, broker.table(password="not this one"))
@@ -216,7 +216,7 @@ def test_a_wrong_password_is_logged_once_and_touches_nothing(
     assert watcher.heard == []
 
 
-def test_retained_garbage_on_every_topic_is_replaced_and_touches_nothing(
+def test_retained_garbage_on_every_topic_is_replaced_and_does_not_affect_the_role(
     stage: Stage, coordinator: Coordinator, broker: Broker, watcher: Watcher
 ) -> None:
     topics = [f"failover/{stage.group}/sessions/host-a", f"failover/{stage.group}/primary"]
@@ -251,7 +251,7 @@ def test_the_sparkplug_host_is_online_while_there_is_a_primary(
     assert other.end() == 0
     watcher.until(STATE, online=False)
     assert {heard.topic for heard in watcher.heard} == {STATE}
-    assert [heard.told["online"] for heard in watcher.of(STATE)] == [True, False, True, False]
+    assert [heard.content["online"] for heard in watcher.of(STATE)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("command", ["run", "check-config"])

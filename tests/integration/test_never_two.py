@@ -1,4 +1,4 @@
-"""Faults that once made two members active, on real processes: each shows that only one is now."""
+"""Regression tests with real processes for faults that once made two members active."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def kill_with_guard(agent: Agent) -> None:
 # -- what blocks ------------------------------------------------------------------------------------
 
 
-def test_a_state_file_on_a_disk_that_hangs_costs_no_role_and_delays_no_demotion(
+def test_a_state_file_on_a_dead_disk_costs_no_role_and_delays_no_demotion(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Fault 1: opening a FIFO that nobody reads blocks as a dead network file system does."""
@@ -94,7 +94,7 @@ def pair_with_fault(
 
 
 @pytest.mark.parametrize("guard", ["--guard", "--no-guard"])
-def test_an_exception_in_the_loop_is_a_demotion_before_the_lease_ends(
+def test_an_exception_in_the_loop_causes_a_demotion_before_the_lease_expires(
     stage: Stage, coordinator: Coordinator, guard: str
 ) -> None:
     """Fault 3: it called the guard off, and nothing demoted."""
@@ -111,7 +111,7 @@ def test_an_exception_in_the_loop_is_a_demotion_before_the_lease_ends(
 TASKS = [
     ("agent.drivers.rest.client", "RestClient.heartbeat"),
     ("agent.drivers.rest.client", "RestClient.status"),
-    ("agent.daemon.reload", "Reload._take_over"),
+    ("agent.daemon.reload", "Reload._apply"),
 ]
 
 
@@ -134,7 +134,7 @@ def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
 
 
 @pytest.mark.parametrize("method", ["RestClient.release", "RestClient.leave"])
-def test_a_task_that_dies_on_the_way_out_does_not_hold_up_the_exit(
+def test_a_task_that_dies_during_the_stop_does_not_delay_the_exit(
     stage: Stage, coordinator: Coordinator, method: str
 ) -> None:
     one, other, epoch, fault = pair_with_fault(stage, coordinator)
@@ -149,7 +149,7 @@ def test_a_task_that_dies_on_the_way_out_does_not_hold_up_the_exit(
 # -- a start that fails -----------------------------------------------------------------------------
 
 
-def test_a_start_that_fails_stops_the_workload_of_the_life_before_first(
+def test_a_start_that_fails_first_stops_the_previous_agents_workload(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Fault 5: agent and guard were killed together, and the next start failed before its demotion."""
@@ -175,7 +175,7 @@ def test_a_start_that_fails_stops_the_workload_of_the_life_before_first(
             output(stage).unlink()
 
 
-def test_a_start_that_cannot_even_demote_says_what_may_be_running_and_how_to_stop_it(
+def test_a_start_that_cannot_demote_logs_what_may_be_running_and_how_to_stop_it(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     directory = stage.directory / "run"
@@ -233,7 +233,7 @@ def took_over_s(stage: Stage, since_s: float, epoch: int) -> float:
     return first_and_last(output(stage))[newer][0] - since_s
 
 
-def test_the_guard_of_a_killed_agent_hands_the_role_back(
+def test_the_guard_of_a_killed_agent_releases_the_role(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Fault 28: the group waited for the end of the lease, though the workload was gone at once."""
@@ -264,7 +264,7 @@ def test_a_guard_whose_demotion_failed_keeps_the_lease(
     assert coordinator.tenure(epoch)["WhyEnded"] == "its lease ended without a heartbeat"
 
 
-def test_the_next_life_of_a_killed_agent_hands_the_role_back_after_its_first_demotion(
+def test_a_restarted_agent_releases_the_role_of_a_killed_one_after_its_first_demotion(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Fault 28: agent and guard killed together, and the agent is started again."""

@@ -1,4 +1,4 @@
-"""joined, lost and left as people get them: told of the right things, and delaying nothing (R10)."""
+"""The notification hooks joined, lost and left: right payload, no delay (R10)."""
 
 import signal
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def flags(stage: Stage, **bodies: str) -> Sequence[str]:
     ]
 
 
-def test_joined_at_the_start_and_left_after_the_session_is_deleted(
+def test_joined_runs_at_the_start_and_left_after_the_session_is_deleted(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one = stage.run("host-a", coordinator, flags=flags(stage))
@@ -35,7 +35,7 @@ def test_joined_at_the_start_and_left_after_the_session_is_deleted(
     assert epoch is not None
 
 
-def test_lost_when_contact_is_lost_with_the_epoch_and_the_role_before(
+def test_lost_runs_without_contact_with_the_epoch_and_the_previous_role(
     stage: Stage,
 ) -> None:
     coordinator = stage.serve()  # not the one that other tests share: it is killed

@@ -14,7 +14,7 @@ ACCEPT = (
     "application/openmetrics-text;version=1.0.0;q=0.5,"
     "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
 )
-"""What a Prometheus sends that is set up as by default."""
+"""The Accept header of a Prometheus with default settings."""
 
 CHECK = '[{"name": "a_check", "type": "exec", "command": ["/bin/true"]}]'
 GROUP = 'a "group" of ü'

@@ -12,7 +12,7 @@ SLOW = ("--failover-timeout=6", "--demote=0.5", "--margin=0.5")
 """R is 5 s, the beat 1.7 s, and the longest wait that a server may ask for 2.5 s."""
 
 
-def test_an_agent_lives_with_a_server_that_has_only_v1(stage: Stage) -> None:
+def test_an_agent_works_with_a_plain_v1_server(stage: Stage) -> None:
     plain = PlainV1(stage)
     one = stage.run("host-a", plain.endpoint)
     state = one.until_role("Primary")
@@ -82,7 +82,7 @@ def test_heartbeats_are_not_more_than_a_v1_server_allows(stage: Stage) -> None:
     assert agent.end() == 0
 
 
-def test_a_group_that_exists_with_another_timeout_is_adopted(stage: Stage) -> None:
+def test_the_timeout_of_an_existing_group_is_adopted(stage: Stage) -> None:
     plain = PlainV1(stage)
     plain.answer("POST", ["groups"], {"Id": stage.group, "FailoverTimeout": "00:00:03"})
     agent = stage.run("host-a", plain.endpoint)
@@ -105,7 +105,7 @@ def test_retry_after_is_obeyed(stage: Stage, status: int) -> None:
     assert agent.state["role"] == "Primary"
 
 
-def test_a_session_that_a_v1_server_has_forgotten_is_demoted_and_registered_again(
+def test_a_member_whose_session_a_v1_server_lost_demotes_and_registers_again(
     stage: Stage,
 ) -> None:
     plain = PlainV1(stage)

@@ -1,4 +1,4 @@
-"""Up to when data was processed: from its source on one host to the successor's hook on the other."""
+"""The data-processed time, from its source on one host to the next primary's hook on the other."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_a_time_in_the_future_is_refused_with_400_and_changes_nothing(
     assert ask("POST", url, {"time": "2026-01-31T12:00:00Z"}).body == {"time": now}
 
 
-def test_a_secondary_that_is_too_far_behind_lets_a_worse_one_with_newer_data_go_first(
+def test_a_secondary_that_is_too_far_behind_is_chosen_after_one_with_newer_data(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one = start(stage, "host-a", coordinator)
@@ -118,7 +118,7 @@ def test_a_secondary_that_is_too_far_behind_lets_a_worse_one_with_newer_data_go_
 
 
 @pytest.mark.parametrize("text", ["tomorrow", "2999-01-01T00:00:00Z"])
-def test_a_source_that_says_nonsense_is_one_line_in_the_log_and_costs_no_role(
+def test_an_invalid_progress_report_is_logged_once_and_costs_no_role(
     stage: Stage, coordinator: Coordinator, text: str
 ) -> None:
     path = stage.directory / "progress"

@@ -202,7 +202,7 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(stage: Stage) -> No
     assert not prometheus.query(f'ALERTS{{alertname=~"{unwell}"}}')
 
 
-def test_a_coordinator_whose_store_fails_and_that_then_dies_is_told_of(stage: Stage) -> None:
+def test_alerts_fire_for_a_failed_store_and_for_a_dead_coordinator(stage: Stage) -> None:
     coordinator = stage.serve(store="sqlite")
     prometheus = Prometheus(stage, coordinator)
     prometheus.until("failover_coordinator_store_commit_failures_total == 0")
@@ -233,7 +233,9 @@ def test_a_coordinator_whose_store_fails_and_that_then_dies_is_told_of(stage: St
     prometheus.until('ALERTS{alertname="FailoverCoordinatorDown"}')
 
 
-def test_a_coordinator_with_tls_and_users_is_scraped_as_the_sample_says(stage: Stage) -> None:
+def test_a_coordinator_with_tls_and_users_is_scraped_with_the_sample_configuration(
+    stage: Stage,
+) -> None:
     """By the job in its comment, with nothing but our own file of certificates."""
     key, certificate, users = (stage.directory / name for name in ("key", "ca.pem", "users"))
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
@@ -252,9 +254,7 @@ def test_a_coordinator_with_tls_and_users_is_scraped_as_the_sample_says(stage: S
     prometheus.until('failover_coordinator_build_info{job="failover-coordinator"}')
 
 
-def test_promtool_finds_no_fault_with_what_an_agent_says(
-    stage: Stage, coordinator: Coordinator
-) -> None:
+def test_promtool_accepts_the_metrics_of_an_agent(stage: Stage, coordinator: Coordinator) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip(NEEDS)
@@ -290,7 +290,7 @@ def test_a_member_without_a_coordinator_is_live_and_neither_ready_nor_primary(
     assert (done.returncode, "no heartbeat was answered" in done.stderr) == (1, True)
 
 
-def test_an_agent_that_its_guard_ended_is_told_of_by_the_next(
+def test_a_restarted_agent_reports_that_its_guard_ended_the_previous_one(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     agent = stage.run("host-a", coordinator)

@@ -1,4 +1,4 @@
-"""SIGHUP: what can change without losing the role does, the rest is refused by name; systemd is told."""
+"""SIGHUP: applies what can change without losing the role, refuses the rest by name, notifies systemd."""
 
 import signal
 import socket
@@ -73,7 +73,7 @@ def begun(stage: Stage) -> Sequence[tuple[str, str]]:
     return [(e.who, e.which) for e in stage.events() if e.what == "begin"]
 
 
-def test_hooks_log_and_progress_source_are_used_anew_and_role_and_epoch_kept(
+def test_a_reload_applies_hooks_log_and_progress_source_and_keeps_the_role(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     host = Configured(stage, coordinator, note(stage, "secondary", "old") + 'log_level = "ERROR"\n')
@@ -108,7 +108,7 @@ def test_the_guard_runs_the_demotion_hook_with_which_the_tenure_began(
     assert begun(stage) == [("old", "secondary"), ("old", "secondary")]
 
 
-def test_a_required_check_that_is_added_and_fails_takes_the_role(
+def test_an_added_required_check_that_fails_revokes_the_role(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     host = Configured(stage, coordinator)
@@ -120,7 +120,7 @@ def test_a_required_check_that_is_added_and_fails_takes_the_role(
     assert host.agent.until_role("Primary", after_epoch=host.epoch)["unfit"] is None
 
 
-def test_checks_that_have_no_result_yet_do_not_cost_the_role(stage: Stage) -> None:
+def test_added_checks_without_a_result_do_not_cost_the_role(stage: Stage) -> None:
     """Nor the score: another member would be better, and the role moves by strict v1 rules."""
     coordinator = stage.serve("--minimum-hold=0", "--score-hysteresis=0")
     host = Configured(stage, coordinator)
@@ -144,7 +144,7 @@ def test_checks_that_have_no_result_yet_do_not_cost_the_role(stage: Stage) -> No
     assert coordinator.status()["Primary"] == "host-a"
 
 
-def test_what_cannot_change_is_refused_by_name_and_the_rest_is_changed(
+def test_settings_that_cannot_change_are_refused_by_name_and_the_others_applied(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     host = Configured(stage, coordinator, "cooldown = 7\n")
@@ -171,7 +171,7 @@ def test_a_broken_or_missing_file_is_an_error_in_the_log_and_changes_nothing(
     assert begun(stage) == [("old", "secondary"), ("old", "secondary")]
 
 
-def test_a_source_that_cannot_be_started_leaves_the_one_of_before_at_work(
+def test_a_progress_source_that_cannot_be_started_does_not_replace_the_previous_one(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     progress = stage.directory / "progress"
@@ -187,7 +187,7 @@ def test_a_source_that_cannot_be_started_leaves_the_one_of_before_at_work(
     )
 
 
-def test_systemd_hears_of_the_start_the_role_a_turning_loop_and_the_stop(
+def test_systemd_is_notified_of_start_role_watchdog_and_stop(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     host = Configured(stage, coordinator)

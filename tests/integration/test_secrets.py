@@ -1,4 +1,4 @@
-"""No secret is ever told: not in a log at any level, a metric, a state, a hook, nor an argument.
+"""No secret is ever shown: not in a log at any level, a metric, a state, a hook, nor an argument.
 
 Everything that has a secret is in use at once, works and fails: TLS and users at the coordinator, Basic
 and client credentials, signed webhooks, a broker with a password.
@@ -236,7 +236,7 @@ def hashes(users: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_secret_is_ever_told(tmp_path: Path, form: str) -> None:
+def test_no_secret_is_ever_shown(tmp_path: Path, form: str) -> None:
     with Stage(tmp_path, "plant") as stage, ExitStack() as stack:
         folder = tmp_path / "broker"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Signals that real processes get: survived by the agent, its guard and the coordinator; forwarded by exec."""
+"""Signals to real processes: ignored by the agent, its guard and the coordinator; forwarded by exec."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def send_all(pid: int) -> None:
         os.kill(pid, number)
 
 
-def test_every_ordinary_signal_to_agent_and_guard_is_survived(
+def test_agent_and_guard_ignore_every_ordinary_signal(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Faults 21 and 23: SIGUSR1, SIGUSR2, SIGALRM and others killed the agent."""
@@ -57,9 +57,7 @@ def test_every_ordinary_signal_to_agent_and_guard_is_survived(
     assert agent.end() == 0
 
 
-def test_signals_before_the_daemon_is_up_are_survived(
-    stage: Stage, coordinator: Coordinator
-) -> None:
+def test_signals_during_the_start_are_ignored(stage: Stage, coordinator: Coordinator) -> None:
     """Fault 21: also before there is an event loop, and before SIGHUP is a reload."""
     agent = stage.run("host-a", coordinator)
     until(lambda: handles(agent.popen.pid, signal.SIGUSR1), "the first handlers")
@@ -118,7 +116,7 @@ def test_exec_forwards_signals_to_its_command(
     assert signals.read_text().split() == right
 
 
-def test_a_signal_to_exec_without_a_running_command_does_no_harm(
+def test_exec_ignores_signals_while_its_command_does_not_run(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     command = ["/bin/sh", "-c", "exec sleep 1000"]
@@ -132,7 +130,7 @@ def test_a_signal_to_exec_without_a_running_command_does_no_harm(
     assert one.end() == 0
 
 
-def test_every_ordinary_signal_to_the_coordinator_is_survived(stage: Stage) -> None:
+def test_the_coordinator_ignores_every_ordinary_signal(stage: Stage) -> None:
     """Faults 21 and 22: kill -HUP ended the coordinator, which systemd took for a clean end."""
     process = Process(
         "coordinator",

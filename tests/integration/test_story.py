@@ -1,4 +1,4 @@
-"""What the README promises: two commands make a pair, and one command shows a takeover."""
+"""The promises of the README: two commands start a pair, and one command shows a takeover."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def private_network(stage: Stage) -> list[str]:
     return enter if os.geteuid() == 0 else [*enter, "--user", "--preserve-credentials"]
 
 
-def test_serve_and_run_twice_without_any_configuration_are_a_working_pair(stage: Stage) -> None:
+def test_serve_and_two_runs_work_without_configuration(stage: Stage) -> None:
     inside = private_network(stage)
     run_dir, data = stage.directory / "run", stage.directory / "data"
     run_dir.mkdir(mode=0o700)

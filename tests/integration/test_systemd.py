@@ -400,7 +400,7 @@ def plant(booted: Plant) -> Iterator[Plant]:
     booted.check()
 
 
-def test_ready_comes_after_joining_and_status_says_the_role_and_epoch(plant: Plant) -> None:
+def test_ready_is_sent_after_joining_and_the_status_shows_role_and_epoch(plant: Plant) -> None:
     plant.b.systemctl("stop", AGENT)
     plant.a.systemctl("stop", COORDINATOR, AGENT)
     plant.b.systemctl("start", "--no-block", AGENT)
@@ -416,7 +416,7 @@ def test_ready_comes_after_joining_and_status_says_the_role_and_epoch(plant: Pla
     assert f'Status: "{status}"' in plant.b.systemctl("status", AGENT)
 
 
-def test_killed_the_guard_demotes_the_other_takes_over_and_systemd_restarts_it(
+def test_after_a_sigkill_the_guard_demotes_and_systemd_restarts_the_agent(
     plant: Plant,
 ) -> None:
     one, other = plant.primary()
@@ -435,7 +435,7 @@ def test_killed_the_guard_demotes_the_other_takes_over_and_systemd_restarts_it(
     assert one.show(COLLECTOR, "ActiveState")["ActiveState"] == "inactive"
 
 
-def test_frozen_the_guard_demotes_before_another_is_chosen(plant: Plant) -> None:
+def test_the_guard_demotes_a_frozen_agent_before_another_is_chosen(plant: Plant) -> None:
     one, other = plant.primary()
     epoch = one.state()["epoch"]
     one.signal(signal.SIGSTOP)
@@ -446,7 +446,7 @@ def test_frozen_the_guard_demotes_before_another_is_chosen(plant: Plant) -> None
     assert one.show(AGENT, "NRestarts")["NRestarts"] == "1"
 
 
-def test_without_a_guard_systemds_watchdog_ends_a_frozen_agent(plant: Plant) -> None:
+def test_without_a_guard_systemds_watchdog_kills_a_frozen_agent(plant: Plant) -> None:
     """Its workload is bound to the unit, so it ends with it."""
     one, other = plant.primary()
     one.drop_in("[Service]\nWatchdogSec=1\nEnvironment=FAILOVER_AGENT_GUARD=false\nKillMode=mixed")
@@ -474,7 +474,7 @@ def test_a_reload_keeps_the_role_and_the_status(plant: Plant) -> None:
     assert other.status().startswith("Secondary")
 
 
-def test_any_ordinary_signal_to_the_whole_unit_is_survived(plant: Plant) -> None:
+def test_the_unit_ignores_every_ordinary_signal(plant: Plant) -> None:
     """Faults 22 and 23: agent, guard and hooks are in one unit, and systemctl kill means them all."""
     one, _ = plant.primary()
     before = {unit: plant.a.main_pid(unit) for unit in (AGENT, COORDINATOR)}
@@ -490,7 +490,7 @@ def test_any_ordinary_signal_to_the_whole_unit_is_survived(plant: Plant) -> None
     assert "guard ended" not in one.journal()
 
 
-def test_after_a_clean_end_that_systemctl_did_not_ask_for_it_comes_back(plant: Plant) -> None:
+def test_systemd_restarts_the_agent_after_a_clean_exit_without_systemctl_stop(plant: Plant) -> None:
     """Fault 22: Restart=on-failure left a coordinator down after a signal like SIGINT."""
     before = plant.a.main_pid(COORDINATOR)
     plant.a.signal(signal.SIGINT, COORDINATOR)
@@ -498,7 +498,7 @@ def test_after_a_clean_end_that_systemctl_did_not_ask_for_it_comes_back(plant: P
     plant.a.until_status("serving at", COORDINATOR)
 
 
-def test_a_stop_gets_the_time_that_its_demotion_needs(plant: Plant) -> None:
+def test_systemctl_stop_waits_for_the_demotion(plant: Plant) -> None:
     """TimeoutStopSec= of the unit is shorter; the agent has it extended, and hands over."""
     one, other = plant.primary()
     slow = "#!/bin/sh\nsystemctl stop collector\n[ $FAILOVER_OLD_ROLE = Secondary ] || sleep 3\n"
@@ -522,7 +522,7 @@ def test_a_stop_gets_the_time_that_its_demotion_needs(plant: Plant) -> None:
     plant.written.write_text("")  # a new group counts its epochs anew
 
 
-def test_a_fault_that_only_a_person_can_mend_is_not_tried_again(plant: Plant) -> None:
+def test_a_permanent_fault_causes_no_restart(plant: Plant) -> None:
     plant.b.write("/etc/failover-agent/agent.toml", CONFIG + "no_such_setting = 1\n")
     plant.b.systemctl("stop", AGENT)
     plant.b.systemctl("start", "--no-block", AGENT)
@@ -540,7 +540,7 @@ def test_a_fault_that_only_a_person_can_mend_is_not_tried_again(plant: Plant) ->
     assert any("no_such_setting" in line for line in plant.b.urgent(3))
 
 
-def test_the_coordinator_says_where_it_serves_and_keeps_what_it_promised(plant: Plant) -> None:
+def test_the_coordinator_shows_its_address_and_keeps_its_data_over_a_restart(plant: Plant) -> None:
     a = plant.a
     assert a.status(COORDINATOR) == "serving at http://127.0.0.1:5470"
     epoch = plant.primary()[0].state()["epoch"]
@@ -552,7 +552,7 @@ def test_the_coordinator_says_where_it_serves_and_keeps_what_it_promised(plant: 
     assert owner.split() == ["failover-coordinator", "700"]
 
 
-def test_a_frozen_coordinator_is_ended_by_systemds_watchdog(plant: Plant) -> None:
+def test_systemds_watchdog_kills_a_frozen_coordinator(plant: Plant) -> None:
     a = plant.a
     a.drop_in("[Service]\nWatchdogSec=1", COORDINATOR)
     a.systemctl("restart", COORDINATOR)
@@ -563,7 +563,7 @@ def test_a_frozen_coordinator_is_ended_by_systemds_watchdog(plant: Plant) -> Non
 
 
 @pytest.mark.parametrize("unit", [AGENT, COORDINATOR])
-def test_an_address_that_comes_later_is_waited_for(plant: Plant, unit: str) -> None:
+def test_a_unit_is_restarted_until_its_address_exists(plant: Plant, unit: str) -> None:
     """DHCP, or a virtual address: exit code 17, tried again each second."""
     a = plant.a
     for host in plant.hosts:
@@ -592,7 +592,7 @@ def test_an_address_that_comes_later_is_waited_for(plant: Plant, unit: str) -> N
         a.systemctl("restart", COORDINATOR)
 
 
-def test_a_full_run_is_waited_for(plant: Plant) -> None:
+def test_the_agent_is_restarted_until_run_has_room(plant: Plant) -> None:
     """Exit code 19, tried again each second."""
     b, folder = plant.b, "/run/failover-agent"
     b.systemctl("stop", AGENT)
@@ -611,7 +611,7 @@ def test_a_full_run_is_waited_for(plant: Plant) -> None:
         b.run("umount", "--lazy", folder)
 
 
-def test_a_coordinator_answers_only_the_hosts_of_the_network_drop_in(plant: Plant) -> None:
+def test_the_network_drop_in_limits_who_reaches_the_coordinator(plant: Plant) -> None:
     a = plant.a
     network = ("nsenter", "-t", str(a.leader), "-n", "ip", "address")
     addresses = ("127.0.0.1", "192.0.2.78", "198.51.100.78")
@@ -755,7 +755,7 @@ def typed(new_plant: Plant) -> Plant:
     return new_plant
 
 
-def test_the_five_minutes_of_the_page_as_somebody_types_them(typed: Plant) -> None:
+def test_the_commands_of_the_quick_start_work_as_typed(typed: Plant) -> None:
     one, other = typed.primary()
     typed.until_written(0)
     epoch = one.state()["epoch"]
@@ -768,7 +768,7 @@ def test_the_five_minutes_of_the_page_as_somebody_types_them(typed: Plant) -> No
             assert "401" not in host.journal(unit)
 
 
-def test_a_password_that_is_wrong_is_said_and_tried_again(typed: Plant) -> None:
+def test_a_wrong_password_is_logged_and_retried(typed: Plant) -> None:
     """As a credential: what systemd reads anew at each attempt."""
     _, other = typed.primary()
     other.drop_in((UNITS / "examples/agent-credentials.conf").read_text())

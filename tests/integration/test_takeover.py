@@ -8,7 +8,7 @@ from .stage import Coordinator, Relay, Stage, until
 
 
 @pytest.mark.parametrize("guard", ["--guard", "--no-guard"])
-def test_the_other_takes_over_after_a_sigkill(
+def test_the_secondary_takes_over_after_a_sigkill(
     stage: Stage, coordinator: Coordinator, guard: str
 ) -> None:
     """With the guard, the demotion hook has ended before the other's promotion hook begins."""
@@ -20,7 +20,7 @@ def test_the_other_takes_over_after_a_sigkill(
     stage.check_promise()
 
 
-def test_the_killed_one_comes_back_as_secondary_with_a_demotion(
+def test_a_restarted_agent_demotes_first_and_is_secondary(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = stage.pair(coordinator, "--no-guard")
@@ -36,7 +36,7 @@ def test_the_killed_one_comes_back_as_secondary_with_a_demotion(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_graceful_stop_demotes_then_releases_then_leaves(
+def test_a_graceful_stop_demotes_then_releases_then_deletes_the_session(
     stage: Stage, coordinator: Coordinator, number: signal.Signals
 ) -> None:
     relay = Relay(stage, coordinator.endpoint)
@@ -62,7 +62,7 @@ def test_a_graceful_stop_demotes_then_releases_then_leaves(
     stage.check_promise()
 
 
-def test_a_secondary_stops_without_disturbing_the_primary(
+def test_a_stopping_secondary_does_not_disturb_the_primary(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = stage.pair(coordinator)
@@ -71,7 +71,7 @@ def test_a_secondary_stops_without_disturbing_the_primary(
     assert (one.state["role"], one.state["epoch"]) == ("Primary", epoch)
 
 
-def test_a_frozen_primary_demotes_before_anything_else_when_it_wakes(
+def test_a_thawed_primary_demotes_before_anything_else(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     one, other, epoch = stage.pair(coordinator, "--no-guard")
@@ -93,7 +93,7 @@ def test_a_frozen_primary_demotes_before_anything_else_when_it_wakes(
     assert epochs == sorted(set(epochs))
 
 
-def test_a_guarded_primary_is_demoted_and_ended_while_it_is_frozen(
+def test_the_guard_demotes_and_kills_a_frozen_primary(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """R12: by the guard, before the other becomes active."""

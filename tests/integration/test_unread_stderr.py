@@ -15,7 +15,7 @@ HOLD_S = 5.0
 """More than two leases."""
 
 
-def test_output_that_nobody_reads_costs_log_lines_and_not_the_role(tmp_path: Path) -> None:
+def test_an_unread_stderr_loses_log_lines_but_not_the_role(tmp_path: Path) -> None:
     """Fault 1: hook output into a FIFO without a reader stopped the agent."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -29,7 +29,7 @@ def test_now_is_boot_time_and_utc() -> None:
     assert abs((datetime.now(UTC) - instant.wall).total_seconds()) < 60
 
 
-def test_a_faked_clock_says_what_it_is_told() -> None:
+def test_a_fake_clock_returns_the_time_of_its_sources() -> None:
     host = Host()
     clock = host.clock()
     host.uptime_s = 7.0
@@ -37,7 +37,7 @@ def test_a_faked_clock_says_what_it_is_told() -> None:
     assert (clock.boottime(), clock.monotonic()) == (7.0, 7.0)
 
 
-def test_a_suspension_is_told_once() -> None:
+def test_a_suspension_is_reported_once() -> None:
     host = Host()
     clock = host.clock()
     assert clock.suspended_s() == 0
@@ -47,7 +47,7 @@ def test_a_suspension_is_told_once() -> None:
     assert clock.suspended_s() == 0
 
 
-def test_a_suspension_before_the_start_is_not_told() -> None:
+def test_a_suspension_before_the_start_is_not_reported() -> None:
     host = Host()
     host.suspended_s = 1e6
     assert host.clock().suspended_s() == 0

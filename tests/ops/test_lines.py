@@ -80,7 +80,7 @@ def test_lines_are_written_in_order(pipe: Pipe) -> None:
     assert writer.dropped == 0
 
 
-def test_a_full_pipe_holds_nobody_up_and_missing_lines_are_reported_in_their_place(
+def test_a_full_pipe_blocks_no_caller_and_missing_lines_are_reported_in_their_place(
     pipe: Pipe,
 ) -> None:
     """Fault 1: a pipe that nobody reads stopped the agent."""
@@ -156,7 +156,7 @@ def test_lines_that_were_refused_are_reported_when_writing_works_again(pipe: Pip
         os.close(full)
 
 
-def test_a_descriptor_that_somebody_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+def test_a_non_blocking_descriptor_loses_no_line(pipe: Pipe) -> None:
     filled = pipe.fill()
     os.set_blocking(pipe.write_fd, False)
     writer = writer_to(pipe)
@@ -240,7 +240,7 @@ def test_the_last_lines_are_written_before_the_process_ends() -> None:
     assert found[-1].endswith("ERROR the last line")
 
 
-def test_a_process_ends_although_nobody_reads_its_last_lines(pipe: Pipe) -> None:
+def test_a_process_exits_although_nobody_reads_its_last_lines(pipe: Pipe) -> None:
     """Fault 1: 3,000 lines of hook output into a pipe that nobody reads."""
     pipe.fill()
     began_at = time.monotonic()

@@ -29,7 +29,7 @@ def line(message: str, /, *, form: Form = "text", journal: bool = False, **field
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Leave the process's loggers as they were."""
-    names = ["", *logs.UVICORN, *logs.A_LINE_PER_REQUEST]
+    names = ["", *logs.UVICORN, *logs.HTTP_LIBRARIES]
     loggers = [logging.getLogger(name) for name in names]
     before = [(x, x.handlers[:], x.level, x.propagate) for x in loggers]
     for handler in logging.getLogger().handlers[:]:  # or configure() would close pytest's own
@@ -87,7 +87,7 @@ def test_a_value_is_quoted_only_when_it_has_to_be(value: object, written: str) -
 
 
 @given(st.text(), st.text())
-def test_whatever_is_logged_is_one_line_that_can_be_encoded(message: str, value: str) -> None:
+def test_every_event_is_one_line_that_can_be_encoded(message: str, value: str) -> None:
     for form in ("text", "json"):
         got = line(message, form=form, value=value)
         assert len((got + "x").splitlines()) == 1
@@ -132,7 +132,7 @@ def test_in_the_journal_a_line_has_its_priority_and_no_time(level: str, prefix: 
     assert LineFormatter("text", journal=True).format(record) == f"<{prefix}>{level} hello"
 
 
-def test_the_journal_is_known_by_device_and_inode(tmp_path: Path) -> None:
+def test_the_journal_is_recognized_by_device_and_inode(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as stream:
         stat = os.fstat(stream.fileno())
         right = f"{stat.st_dev}:{stat.st_ino}"
@@ -158,7 +158,7 @@ def test_configure_sends_everything_to_stderr_once(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("restored")
-def test_lines_per_request_are_off_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_access_log_lines_are_off_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("INFO", "json")
     logging.getLogger("uvicorn.access").info("GET /")
     logging.getLogger("httpx2").info("HTTP Request: POST")
@@ -170,7 +170,9 @@ def test_lines_per_request_are_off_unless_asked_for(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("restored")
-def test_a_percent_sign_in_a_message_is_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_percent_sign_in_a_message_is_not_a_placeholder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     logs.configure("INFO", "text")
     Log("x").info("100 %d done")
     assert capsys.readouterr().err.endswith("INFO 100 %d done\n")
@@ -183,20 +185,20 @@ def test_json_has_lists_as_lists() -> None:
 WORDS = "failover-agent: error: no"
 
 
-def test_the_last_words_are_plain_text_by_default(restored: None) -> None:
-    assert logs.last_words(WORDS, 12) == WORDS
+def test_a_fatal_error_is_plain_text_by_default(restored: None) -> None:
+    assert logs.format_fatal_error(WORDS, 12) == WORDS
     logs.configure("INFO", "text")
-    assert logs.last_words(WORDS, 12) == WORDS
+    assert logs.format_fatal_error(WORDS, 12) == WORDS
 
 
-def test_the_last_words_are_json_where_the_log_is(restored: None) -> None:
+def test_a_fatal_error_is_json_if_the_log_is_json(restored: None) -> None:
     logs.configure("INFO", "json")
-    told = json.loads(logs.last_words(WORDS, 17))
-    assert told.pop("time")
-    assert told == {
+    event = json.loads(logs.format_fatal_error(WORDS, 17))
+    assert event.pop("time")
+    assert event == {
         "level": "ERROR",
         "logger": "agent",
-        "message": "ended by an error",
+        "message": "exiting with an error",
         "reason": WORDS,
         "exit_code": 17,
     }
@@ -205,7 +207,7 @@ def test_the_last_words_are_json_where_the_log_is(restored: None) -> None:
 @pytest.mark.parametrize(
     ("form", "begins"), [(None, "<3>failover"), ("text", "<3>failover"), ("json", "<3>{")]
 )
-def test_the_last_words_are_an_error_in_the_journal(
+def test_a_fatal_error_has_the_priority_of_an_error_in_the_journal(
     restored: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Form | None, begins: str
 ) -> None:
     with (tmp_path / "journal").open("w") as stream:
@@ -214,4 +216,4 @@ def test_the_last_words_are_an_error_in_the_journal(
         monkeypatch.setattr(sys, "stderr", stream)
         if form is not None:
             logs.configure("INFO", form)
-        assert logs.last_words(WORDS, 17).startswith(begins)
+        assert logs.format_fatal_error(WORDS, 17).startswith(begins)

@@ -70,7 +70,7 @@ async def test_the_same_look_up_has_one_thread_and_survives_a_cancelled_caller(
     assert names.asked == ["a.hangs"]
 
 
-async def test_answers_are_not_kept(names: Names) -> None:
+async def test_answers_are_not_cached(names: Names) -> None:
     ours = Resolver()
     for _ in range(3):
         await ours.getaddrinfo("a", 80)
@@ -104,13 +104,13 @@ async def test_a_failed_look_up_is_the_callers_error(monkeypatch: pytest.MonkeyP
             await ours.getaddrinfo("missing", 80)
 
 
-async def test_numbers_need_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_numeric_addresses_need_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", None)
     for host in ("127.0.0.1", b"127.0.0.1", "::1", None):
         assert await Resolver().getaddrinfo(host, 80)
 
 
-async def test_connections_of_a_loop_use_it(names: Names) -> None:
+async def test_connections_of_a_loop_use_the_resolver(names: Names) -> None:
     loop = asyncio.get_running_loop()
     resolve_in_own_threads(loop)
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""What systemd is told, seen from the other end of a real socket."""
+"""Notifications to systemd, as received at the other end of a real socket."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from agent.ops.sd_notify import LONGEST_EXTENSION_S, STATUS_CHARS, Notify
 
-DROPPED = "systemd was not told"
+DROPPED = "systemd notification dropped"
 
 
 @dataclass
@@ -67,7 +67,7 @@ def test_each_state_is_one_message(systemd: Systemd, notify: Notify) -> None:
     ]
 
 
-def test_the_reload_is_stamped_by_the_monotonic_clock_unless_told(systemd: Systemd) -> None:
+def test_a_reload_has_the_time_of_the_monotonic_clock_by_default(systemd: Systemd) -> None:
     notify = Notify({"NOTIFY_SOCKET": systemd.name})
     before = monotonic_usec()
     notify.reloading()
@@ -87,7 +87,7 @@ def test_a_status_is_sent_only_when_it_has_changed(systemd: Systemd, notify: Not
     assert systemd.received() == ["READY=1\nSTATUS=a", "STATUS=b", "STATUS=a"]
 
 
-def test_ready_is_sent_though_the_status_is_the_same(systemd: Systemd, notify: Notify) -> None:
+def test_ready_is_sent_with_an_unchanged_status(systemd: Systemd, notify: Notify) -> None:
     notify.ready("a")
     notify.ready("a")
     assert systemd.received() == ["READY=1\nSTATUS=a"] * 2
@@ -123,7 +123,7 @@ def test_a_status_is_one_line_that_systemd_accepts(
         (float("nan"), LONGEST_EXTENSION_S * 1e6),
     ],
 )
-def test_an_extension_is_a_number_of_microseconds_whatever_was_asked(
+def test_a_timeout_extension_is_a_bounded_number_of_microseconds(
     systemd: Systemd, notify: Notify, seconds: float, usec: float
 ) -> None:
     notify.extend_timeout(seconds)
@@ -146,7 +146,7 @@ def test_an_extension_is_a_number_of_microseconds_whatever_was_asked(
         ({}, None),
     ],
 )
-def test_the_watchdog_is_fed_only_where_it_is_on_this_process(
+def test_the_watchdog_is_reset_only_if_systemd_watches_this_process(
     systemd: Systemd, variables: dict[str, str], watchdog_s: float | None
 ) -> None:
     notify = Notify({"NOTIFY_SOCKET": systemd.name, **variables})
@@ -156,7 +156,7 @@ def test_the_watchdog_is_fed_only_where_it_is_on_this_process(
     assert systemd.received() == ([] if watchdog_s is None else ["WATCHDOG=1"])
 
 
-def test_the_variables_are_taken_out_of_a_given_environment() -> None:
+def test_the_variables_are_removed_from_the_environment() -> None:
     environ = {"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "HOME": "/"}
     Notify(environ).close()
     assert environ == {"HOME": "/"}
@@ -180,7 +180,7 @@ def test_children_do_not_inherit_the_variables_of_this_process(
 @pytest.mark.parametrize(
     "name", [None, "", "relative", "vsock:2:1234", "/" + "x" * 200, "/no/such"]
 )
-def test_without_a_socket_that_can_be_reached_nothing_happens(name: str | None) -> None:
+def test_without_a_reachable_socket_nothing_is_sent_or_raised(name: str | None) -> None:
     notify = Notify(
         {"WATCHDOG_USEC": "1000000"} | ({} if name is None else {"NOTIFY_SOCKET": name})
     )

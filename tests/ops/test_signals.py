@@ -12,8 +12,8 @@ from agent.ops.signals import (
     IGNORED,
     forwarded_signals,
     ignored_signals,
-    name_of,
     on_hangup,
+    signal_name,
     stop_signals,
 )
 
@@ -28,7 +28,7 @@ async def logged(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogR
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_first_signal_asks_for_a_stop(
+async def test_the_first_signal_requests_a_stop(
     number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -36,7 +36,7 @@ async def test_the_first_signal_asks_for_a_stop(
         assert not stop.is_set()
         os.kill(os.getpid(), number)
         await asyncio.wait_for(stop.wait(), 30)
-    assert (await logged(caplog, "stop asked for")).__dict__["fields"] == {"signal": number.name}
+    assert (await logged(caplog, "stop requested")).__dict__["fields"] == {"signal": number.name}
 
 
 async def test_a_second_signal_is_logged_and_changes_nothing(
@@ -56,22 +56,22 @@ async def test_a_signal_wakes_a_loop_that_sleeps() -> None:
         await asyncio.wait_for(stop.wait(), 30)
 
 
-async def test_the_handlers_of_before_are_back_afterwards() -> None:
+async def test_the_previous_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_signals():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_ordinary_signals_are_survived_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_ordinary_signals_are_ignored_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with ignored_signals():
         for number in [*IGNORED, *IGNORED]:
             os.kill(os.getpid(), number)
     names = [record.__dict__["fields"]["signal"] for record in caplog.records]
-    assert sorted(names) == sorted(map(name_of, IGNORED))
+    assert sorted(names) == sorted(map(signal_name, IGNORED))
 
 
-def test_what_a_parent_had_ignored_stays_ignored() -> None:
+def test_a_signal_that_the_parent_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with ignored_signals():
@@ -102,12 +102,12 @@ async def test_signals_are_forwarded_in_the_loop(caplog: pytest.LogCaptureFixtur
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 3):
             os.kill(os.getpid(), number)
             assert await asyncio.wait_for(got.get(), 30) == number
-    told = {
+    received = {
         record.__dict__["fields"]["signal"]: record.getMessage()
         for record in caplog.records
         if "fields" in record.__dict__
     }
-    assert told == {
+    assert received == {
         "SIGUSR1": "signal forwarded to the workload",
         "SIGUSR2": "signal ignored: the workload does not run",
         "SIGRTMIN+3": "signal forwarded to the workload",

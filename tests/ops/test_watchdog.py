@@ -53,7 +53,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
 
-def test_a_pet_is_a_write_and_the_end_is_the_magic_character(fifo: Path, reader: int) -> None:
+def test_a_pet_is_a_write_and_disarm_writes_the_magic_character(fifo: Path, reader: int) -> None:
     device = WatchdogDevice(fifo)
     device.check()
     device.arm(10)
@@ -67,7 +67,7 @@ def test_a_pet_is_a_write_and_the_end_is_the_magic_character(fifo: Path, reader:
     assert os.read(reader, 10) == b"", "it is closed"
 
 
-def test_a_plain_file_can_stand_for_the_device(file: Path) -> None:
+def test_an_empty_file_can_replace_the_device(file: Path) -> None:
     device = WatchdogDevice(file)
     device.check()
     device.arm(10)
@@ -117,7 +117,7 @@ def test_the_timeout_is_rounded_up_to_whole_seconds(
     assert timeouts == [asked]
 
 
-def test_the_timeout_that_the_driver_made_of_it_is_logged(
+def test_the_timeout_of_the_driver_is_logged(
     file: Path, timeouts: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -127,7 +127,7 @@ def test_the_timeout_that_the_driver_made_of_it_is_logged(
     assert [r.__dict__["fields"]["timeout_s"] for r in caplog.records] == [60]
 
 
-def test_arming_an_armed_one_sets_its_timeout_and_opens_nothing(
+def test_arming_twice_sets_the_timeout_and_opens_nothing(
     fifo: Path, reader: int, timeouts: list[int]
 ) -> None:
     device = WatchdogDevice(fifo)
@@ -139,7 +139,7 @@ def test_arming_an_armed_one_sets_its_timeout_and_opens_nothing(
     assert os.read(reader, 10) == b"", "no second descriptor is left open"
 
 
-def test_a_driver_that_refuses_the_timeout_is_logged_and_petted_all_the_same(
+def test_a_driver_that_refuses_the_timeout_is_logged_and_still_petted(
     fifo: Path, reader: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = WatchdogDevice(fifo)
@@ -182,7 +182,7 @@ def test_a_pet_that_fails_never_raises_and_is_logged_once_until_one_succeeds(
 
 
 @pytest.mark.usefixtures("timeouts")
-def test_a_device_that_takes_no_more_is_not_waited_for(
+def test_a_full_device_does_not_block(
     fifo: Path, reader: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = WatchdogDevice(fifo)
@@ -220,7 +220,7 @@ def test_check_accepts_a_character_device_and_does_not_open_it(
     ],
     ids=["missing", "directory", "fifo without a reader", "somebody's file", "loop"],
 )
-def test_check_says_what_is_wrong_where_and_what_would_be_right(
+def test_check_errors_name_the_fault_the_place_and_the_remedy(
     tmp_path: Path, make: object, reason: str
 ) -> None:
     path = tmp_path / "watchdog"
@@ -241,7 +241,7 @@ def test_check_refuses_a_socket(tmp_path: Path) -> None:
             WatchdogDevice(path).check()
 
 
-def test_check_refuses_a_path_that_no_file_can_have() -> None:
+def test_check_refuses_an_impossible_path() -> None:
     with pytest.raises(ConfigError, match="null byte"):
         WatchdogDevice(Path("/dev/watch\0dog")).check()
 

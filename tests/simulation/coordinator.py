@@ -18,7 +18,7 @@ from agent.core.group_state import (
     Policy,
     RemoveGroup,
     Tick,
-    excuse,
+    state_after_stall,
     status_of,
 )
 from agent.errors import NotFound, RequestRefused
@@ -35,17 +35,17 @@ COPIES = 12
 
 @dataclass(frozen=True)
 class Core:
-    """The functions of the group's core; a planted bug is another one of them."""
+    """The functions of the group's core; a planted bug replaces one of them."""
 
     decide: Callable[[GroupState, Input, Instant, Policy], Decision]
-    awaken: Callable[[GroupRecord, Instant], GroupState]
+    state_after_restart: Callable[[GroupRecord, Instant], GroupState]
 
 
-REAL = Core(group.decide, group_state.awaken)
+REAL = Core(group.decide, group_state.state_after_restart)
 
 
 class CoordinatorHost:
-    """One coordinator with one group; ``disk`` is what survives it."""
+    """One coordinator with one group; ``disk`` survives its crash."""
 
     def __init__(self, world: "World", name: str) -> None:
         self.world = world
@@ -68,8 +68,8 @@ class CoordinatorHost:
         self.newest_epoch = 0
         self.restored_at = float("-inf")
         self.lost_epoch = -1
-        """The newest epoch of which the data knew before they were restored."""
-        self.state: GroupState = world.core.awaken(self.disk, self.instant())
+        """The newest epoch in the data before they were restored."""
+        self.state: GroupState = world.core.state_after_restart(self.disk, self.instant())
 
     def instant(self) -> Instant:
         return self.world.instant(self.clock.local(self.world.now))
@@ -79,12 +79,12 @@ class CoordinatorHost:
     def crash(self) -> None:
         if not self.up:
             return
-        self.world.say(self.name, "is killed")
+        self.world.record(self.name, "is killed")
         self.up = False
         self.life += 1
         self.paused_at = None
         if self.writing is not None and self.world.rng.random() < 0.5:
-            self.keep(self.writing)  # the write had reached the disk, the answer nobody
+            self.keep(self.writing)  # the write reached the disk, but no answer was sent
         self.writing = None
         self.backlog.clear()
         self.readers.clear()
@@ -94,42 +94,42 @@ class CoordinatorHost:
             return
         if self.world.forgets:
             self.lose_data()
-        self.world.say(self.name, "starts")
+        self.world.record(self.name, "starts")
         self.up = True
-        self.state = self.world.core.awaken(self.disk, self.instant())
+        self.state = self.world.core.state_after_restart(self.disk, self.instant())
         self.submit(Tick(), lambda _: None)
 
     def lose_data(self) -> None:
-        """Nothing is left but the group's configuration."""
-        self.world.say(self.name, "loses its data")
+        """Lose all data except the group's configuration."""
+        self.world.record(self.name, "loses its data")
         self.restore(GroupRecord(self.disk.config))
 
     def restore_copy(self, which: int) -> None:
-        """Put an older copy in the place of the data; only while it is down."""
+        """Replace the data by an older copy; only while the coordinator is down."""
         if not self.up:
             copy = self.copies[which % len(self.copies)]
-            self.world.say(self.name, f"gets data of epoch {copy.epoch} from a backup")
+            self.world.record(self.name, f"gets data of epoch {copy.epoch} from a backup")
             self.restore(copy)
 
     def restore(self, copy: GroupRecord) -> None:
-        if not self.world.forgets:  # without epochs nobody can hear of them
+        if not self.world.forgets:  # without epochs, clients cannot report a newer one
             self.lost_epoch = max(self.lost_epoch, self.newest_epoch)
         self.disk, self.newest_epoch = copy, copy.epoch
         self.deleted = False
         self.restored_at = self.world.now
         self.holders = {e: who for e, who in self.holders.items() if e < copy.epoch}
         if self.up:
-            self.state = self.world.core.awaken(copy, self.instant())
+            self.state = self.world.core.state_after_restart(copy, self.instant())
 
     def pause(self) -> None:
         if self.up and self.paused_at is None:
-            self.world.say(self.name, "is stopped")
+            self.world.record(self.name, "is stopped")
             self.paused_at = self.clock.local(self.world.now)
 
     def resume(self) -> None:
         if self.paused_at is not None:
-            self.world.say(self.name, "goes on")
-            self.state = excuse(self.state, self.paused_at, self.instant())
+            self.world.record(self.name, "goes on")
+            self.state = state_after_stall(self.state, self.paused_at, self.instant())
             self.paused_at = None
             self.work()
 
@@ -174,20 +174,20 @@ class CoordinatorHost:
                 self.world.after(self.fsync_s, self.written, self.life, decision, reply)
 
     def delete(self) -> None:
-        """The group is gone; its epochs are remembered."""
-        self.world.say(self.name, "deletes the group")
+        """Delete the group; its epochs are remembered."""
+        self.world.record(self.name, "deletes the group")
         self.deleted = True
         self.wake = float("inf")
         self.readers.clear()
 
     def create(self) -> None:
-        """As a join does: the group is made anew, and goes on with the epochs of the deleted one."""
+        """Create the group again, as a join does; it continues the epochs of the deleted one."""
         self.deleted = False
         epoch = group.epoch_after_deletion(self.state.record.epoch)
-        if epoch < self.newest_epoch:  # nothing but a wrong heartbeat can have brought that about
+        if epoch < self.newest_epoch:  # only a wrong heartbeat can have caused that
             self.newest_epoch, self.holders = epoch, {}
         self.keep(GroupRecord(self.disk.config, epoch=epoch))
-        self.state = self.world.core.awaken(self.disk, self.instant())
+        self.state = self.world.core.state_after_restart(self.disk, self.instant())
 
     def written(self, life: int, decision: Decision, reply: Callable[[Any], None]) -> None:
         if life == self.life:
@@ -218,11 +218,11 @@ class CoordinatorHost:
         record = self.state.record
         for entry in decision.history:
             ended = f"ended: {entry.why_ended}" if entry.until else f"began: {entry.why_started}"
-            self.world.say(self.name, f"tenure {entry.epoch} of {entry.session_id} {ended}")
+            self.world.record(self.name, f"tenure {entry.epoch} of {entry.session_id} {ended}")
             if entry.until is None and entry.epoch <= self.lost_epoch:
                 self.world.void(self)
         if record.pending != before.pending and record.pending is not None:
-            self.world.say(self.name, f"chooses {record.pending}")
+            self.world.record(self.name, f"chooses {record.pending}")
         reply(decision.answer)
         if record.revision != before.revision:
             readers, self.readers = self.readers, []

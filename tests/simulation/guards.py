@@ -1,7 +1,7 @@
 """The guard of a simulated host (R12): a process beside the agent, which can hang, die and linger.
 
-Owns the deadline that it was told last, and what it does when that passes or the agent dies. Decides no
-deadline: ``Session.guard_by`` does.
+Owns the deadline that it received last, and what it does when that passes or the agent dies. Decides no
+deadline: ``Session.guard_deadlines`` does.
 """
 
 from typing import TYPE_CHECKING
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 ANSWER_S = 0.5
 RESTART_S = 1.0
-"""As in drivers/guardian.py."""
+"""As in drivers/guardian."""
 
 RETRY_S = 0.01
 
 
 class Guard:
-    """The guard of one host, over all its lives."""
+    """The guard of one host, over all its processes."""
 
     def __init__(self, host: "AgentHost") -> None:
         self.host = host
@@ -29,36 +29,36 @@ class Guard:
         self.enabled = True
         self.due: tuple[float, float] | None = None
         self.up = True
-        """It is there, and was not killed."""
+        """It runs, and was not killed."""
         self.hung = False
-        """It does nothing for now; if it was killed, it is not gone either."""
+        """It is frozen in the kernel; a kill takes effect later."""
         self.acts = False
         self.number = 0
         self.started_at = 0.0
         self.hangs = 0
         self.late_s: float | None = None
-        """How long its helper takes to release the role; by chance if None."""
+        """How long its helper takes to release the role; random if None."""
 
     @property
     def able(self) -> bool:
-        """Whether it would act if it had to."""
+        """Whether it can act."""
         return self.enabled and self.up and not self.hung
 
     @property
     def claims(self) -> bool:
-        """Whether it keeps another agent of this session from starting."""
+        """Whether it holds the lock that another agent of this session needs."""
         return self.acts or (self.hung and not self.up)
 
-    # -- what the agent does with it ------------------------------------------------------------
+    # -- the agent's calls ------------------------------------------------------------
 
     def begin(self) -> None:
-        """Another agent starts its own."""
+        """Start the guard of a new agent."""
         self.due, self.up, self.hung = None, True, False
         self.number += 1
         self.started_at = self.world.now
 
     def arm(self, due: tuple[float, float] | None) -> None:
-        """Tell it the newest deadline; one that hangs reads it when it goes on."""
+        """Send it the newest deadline; a frozen guard reads it when it continues."""
         if not (self.enabled and self.up):
             due = None
         if due != self.due:
@@ -70,10 +70,10 @@ class Guard:
     # -- faults ---------------------------------------------------------------------------------
 
     def hang(self, seconds: float) -> None:
-        """It is frozen in the kernel for a while; a kill takes effect only after that."""
+        """Freeze it in the kernel for a while; a kill takes effect only after that."""
         if not self.able or self.acts or not self.host.up:
             return
-        self.world.say(self.host.name, "its guard hangs")
+        self.world.record(self.host.name, "its guard hangs")
         self.hung = True
         self.hangs += 1
         self.world.after(seconds, self._goes_on, self.hangs)
@@ -81,20 +81,20 @@ class Guard:
         self.world.after(limit_s, self._unanswered, self.number, self.hangs)
 
     def kill(self) -> None:
-        """It dies at once; its agent notices by the closed connection."""
+        """Kill it; its agent notices the closed connection."""
         if self.able and not self.acts and self.host.up:
-            self.world.say(self.host.name, "its guard is killed")
+            self.world.record(self.host.name, "its guard is killed")
             self._lost(self.number)
 
     def go_on(self) -> None:
-        """It hangs no more."""
+        """End the freeze."""
         self._goes_on(self.hangs)
 
     def _goes_on(self, hangs: int) -> None:
         if self.hung and hangs == self.hangs:
             self.hung = False
             if not self.host.up and self.up and self.due is not None:
-                self.agent_died()  # its end can be read now
+                self.agent_died()  # the agent's end can be read now
 
     def _unanswered(self, number: int, hangs: int) -> None:
         if not (self.hung and (number, hangs) == (self.number, self.hangs) and self.host.up):
@@ -109,7 +109,7 @@ class Guard:
             self._lost(number)
 
     def _wait_for_end(self, life: int) -> None:
-        """The planted wait in the loop: nothing turns, and nobody guards."""
+        """The planted wait in the loop: it does not iterate, and no guard is armed."""
         if life != self.host.life or not self.host.up:
             return
         if not self.host.blocked:
@@ -121,7 +121,7 @@ class Guard:
             self._lost(self.number)
 
     def _lost(self, number: int) -> None:
-        """Its agent has noticed, kills what is left, and starts another one."""
+        """Its agent notices, kills it, and starts another one."""
         self.up, self.due = False, None
         if not self.host.works:  # two faults at once
             self.host.orphaned = self.host.runs.active
@@ -140,10 +140,10 @@ class Guard:
         self.host.mark("guard", None)
         self.host.arm_guard()
 
-    # -- what it does ---------------------------------------------------------------------------
+    # -- its actions ---------------------------------------------------------------------------
 
     def _passed(self, number: int, due: tuple[float, float]) -> None:
-        """A deadline: nothing newer was heard of the agent."""
+        """A deadline has passed without a newer one from the agent."""
         host = self.host
         if number != self.number or due != self.due or not host.up:
             return
@@ -154,7 +154,7 @@ class Guard:
             host.orphaned = True  # two faults at once
             self.world.after(RETRY_S, self._passed, number, due)
             return
-        self.world.say(host.name, "the guard acts")
+        self.world.record(host.name, "the guard acts")
         host.die()
 
     def agent_died(self) -> None:
@@ -189,13 +189,13 @@ class Guard:
         self.acts = False
         self.host.orphaned = self.host.state_file.owes_demotion = False
         self.host.runs.kill_all()
-        self.world.say(self.host.name, "the guard has demoted")
+        self.world.record(self.host.name, "the guard has demoted")
         self.host.runs.check_nothing_left()
         if release is not None:
             self._release_later(release)
 
     def _release_later(self, release: tuple[int, str] | None) -> None:
-        """A helper of its own hands the role back: at any time, once, and nobody waits for it."""
+        """A helper releases the role: once, at a random time, and nobody waits for it."""
         if release is not None and not self.world.plain_v1:
             late_s = self.late_s
             if late_s is None:

@@ -18,28 +18,28 @@ from agent.core.effects import (
     Leave,
     Publish,
     Release,
-    SendBeat,
+    SendHeartbeat,
     StartHook,
     TermHook,
 )
 from agent.core.events import (
-    Answered,
-    BeatFailed,
     Event,
-    Failure,
-    Fitness,
+    FitnessChanged,
+    HeartbeatAnswered,
+    HeartbeatFailed,
+    HeartbeatFailure,
     HookEnded,
     Joined,
     Left,
     Released,
     Stalled,
-    StatusSeen,
+    StatusRead,
     Stop,
     Tick,
 )
-from agent.core.group_state import AddSession, Beat, Input, ReleaseRole, RemoveSession
+from agent.core.group_state import AddSession, Input, ReceiveHeartbeat, ReleaseRole, RemoveSession
 from agent.core.roles import TRANSITIONS
-from agent.core.session import FormerTenure, Options, Phase, Session
+from agent.core.session import Options, Phase, PreviousTenure, Session
 from agent.errors import ExitCode, NotFound, TooSoon
 from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
 
@@ -56,17 +56,17 @@ if TYPE_CHECKING:
 ALL_HOOKS = frozenset(Role)
 
 CLAIM_S = 0.05
-"""How often a start looks whether the guard of the life before is done."""
+"""Poll interval of a start that waits for the previous agent's guard to exit."""
 
 GREATEST_EPOCH = 2**53 - 1
-"""What the wire takes; a call with a greater one is refused before anybody decides."""
+"""The largest epoch that the API accepts; a larger one is refused before any decision."""
 
 TASKS = ("join", "follow", "beat", "release", "leave", "reload")
 
 
 @dataclass
 class StateFile:
-    """What of an agent survives it on its host.
+    """The part of an agent's state that survives it on its host.
 
     Attributes:
         unreleased: the tenure that it held, until it has given that back itself.
@@ -74,7 +74,7 @@ class StateFile:
         store_id: the store that it has met.
     """
 
-    unreleased: FormerTenure | None = None
+    unreleased: PreviousTenure | None = None
     owes_demotion: bool = False
     store_id: str | None = None
 
@@ -106,9 +106,9 @@ class AgentHost:
         self.agent_frozen = False
         self.blocked = False
         self.doomed = False
-        """Its agent was killed, and lingers in the kernel."""
+        """Its agent was killed, but is still stuck in the kernel."""
         self.stale = False
-        """It was frozen until after its lease, and has not demoted yet."""
+        """It was frozen beyond its lease, and has not demoted yet."""
         self.orphaned = False
         """Neither agent nor guard could act in time, and nobody has demoted yet."""
         self.life = 0
@@ -121,7 +121,7 @@ class AgentHost:
         """Of this process."""
         self.failing_starts = 0
         self.stops_confirming = False
-        """It is asked to stop right after the next heartbeat by which it confirms."""
+        """It gets a stop right after its next confirming heartbeat."""
         self.dying: list[str] = []
         self.state_file = StateFile()
         self.tenure: tuple[int, str] | None = None
@@ -129,16 +129,16 @@ class AgentHost:
         self.guard = Guard(self)
         self.session: Session
 
-    # -- what others look at --------------------------------------------------------------------
+    # -- read by others --------------------------------------------------------------------
 
     @property
     def is_active(self) -> bool:
-        """Whether its workload may be doing something that the promise speaks of."""
+        """Whether its workload may be active, in the sense of the promise."""
         return self.runs.active and not self.frozen and not self.stale and not self.orphaned
 
     @property
     def works(self) -> bool:
-        """Whether its agent turns."""
+        """Whether its agent's loop runs."""
         return self.up and not self.frozen and not self.agent_frozen and not self.blocked
 
     @property
@@ -151,7 +151,7 @@ class AgentHost:
 
     @property
     def coordinator(self) -> "CoordinatorHost":
-        """The one that it asks at present."""
+        """The coordinator that it currently asks."""
         return self.world.coordinators[self.endpoint]
 
     @property
@@ -161,10 +161,10 @@ class AgentHost:
     def local(self) -> float:
         return self.clock.local(self.world.now)
 
-    # -- life and death -------------------------------------------------------------------------
+    # -- start, stop and faults -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start an agent, once nothing of the one before can act any more."""
+        """Start an agent, once the previous one and its guard can no longer act."""
         if self.up:
             return
         if self.guard.claims:
@@ -172,7 +172,7 @@ class AgentHost:
             return
         if self.failing_starts and Defect.STARTS_BEFORE_IT_DEMOTES in self.world.defects:
             self.failing_starts -= 1
-            self.world.say(self.name, "cannot start")
+            self.world.record(self.name, "cannot start")
             self.process_ends()
             if self.runs.active:
                 self.world.broken(f"{self.name} left a workload")
@@ -186,24 +186,24 @@ class AgentHost:
         self.unfitness.clear()
         self.runs.new_life()
         self.guard.begin()
-        self.runs.kill_leftovers()  # what an agent that was killed together with its guard has left
+        self.runs.kill_leftovers()  # of an agent that was killed together with its guard
         options = self.options(self.world.rng.random())
-        if self.state_file.owes_demotion:  # by the hook with which the promotion was begun
+        if self.state_file.owes_demotion:  # with the hook of that promotion
             options = replace(options, hooks=options.hooks | {Role.SECONDARY})
         self.session = self.world.session_class(self.world.timing, options)
         self.revision = -1
-        self.world.say(self.name, "starts")
+        self.world.record(self.name, "starts")
         self.begin_session()
         if not self.world.plain_v1:
             self.follow(self.life)
 
     def begin_session(self) -> None:
-        """The first demotion (R6); the tenure of the life before is released after it."""
+        """Begin the first demotion (R6); the previous process's tenure is released after it."""
         former = None if self.world.plain_v1 else self.state_file.unreleased
-        self.perform(self.session.begin(self.local(), former))
+        self.perform(self.session.start(self.local(), former))
 
     def options(self, jitter: float) -> Options:
-        """The settings as they are now, and what is remembered over a restart."""
+        """The current settings, and the store id that is remembered over a restart."""
         return Options(
             session_id=self.name,
             hooks=self.hooks_present,
@@ -215,9 +215,9 @@ class AgentHost:
         )
 
     def kill(self) -> None:
-        """The whole host."""
+        """Kill the whole host."""
         if self.up or self.runs.active or self.guard.acts:
-            self.world.say(self.name, "is killed")
+            self.world.record(self.name, "is killed")
             self.up = self.agent_frozen = self.blocked = self.doomed = self.orphaned = False
             self.guard.begin()
             self.guard.acts = False
@@ -225,34 +225,36 @@ class AgentHost:
             self.life += 1
 
     def kill_agent(self, *, linger_s: float = 0.0) -> None:
-        """Only the agent: its hooks' work goes on. Until it is gone its guard hears of nothing."""
+        """Kill only the agent: processes of hooks go on. Its guard notices once it is gone."""
         if self.up and not self.frozen:
             if linger_s > 0.0:
-                self.world.say(self.name, f"its agent is killed, and lingers for {linger_s:.3f} s")
+                self.world.record(
+                    self.name, f"its agent is killed, and lingers for {linger_s:.3f} s"
+                )
                 self.freeze_now()
                 self.doomed = True
                 self.world.after(linger_s, self.gone, self.life)
                 return
-            self.world.say(self.name, "its agent is killed")
+            self.world.record(self.name, "its agent is killed")
             self.die()
 
     def gone(self, life: int) -> None:
-        """A killed agent has left the kernel."""
+        """A killed agent has exited."""
         if life == self.life and self.doomed and not self.frozen:
             self.die()
 
     def kill_both(self) -> None:
-        """Agent and guard together, as the OOM killer does it; their hooks' work goes on."""
+        """Kill agent and guard together, as the OOM killer does; processes of hooks go on."""
         if self.up and not self.frozen and not self.guard.acts:
-            self.world.say(self.name, "its agent and its guard are killed")
+            self.world.record(self.name, "its agent and its guard are killed")
             self.orphaned = self.runs.active
             self.guard.begin()
             self.process_ends()
 
     def freeze_agent(self) -> None:
-        """Only the agent: its hooks' work goes on until the guard acts."""
+        """Freeze only the agent: processes of hooks go on until the guard acts."""
         if self.works:
-            self.world.say(self.name, "its agent is frozen")
+            self.world.record(self.name, "its agent is frozen")
             self.freeze_now()
 
     def freeze_now(self) -> None:
@@ -264,13 +266,13 @@ class AgentHost:
 
     def thaw_agent(self) -> None:
         if self.up and self.agent_frozen and not self.frozen and not self.doomed:
-            self.world.say(self.name, "its agent is thawed")
+            self.world.record(self.name, "its agent is thawed")
             self.agent_frozen = False
             self.wake(self.local() - self.frozen_at)
 
     def block(self) -> None:
-        """Its loop waits for something."""
-        self.world.say(self.name, "its loop waits")
+        """Block its loop."""
+        self.world.record(self.name, "its loop waits")
         self.blocked, self.frozen_at = True, self.local()
 
     def unblock(self) -> None:
@@ -279,12 +281,12 @@ class AgentHost:
             self.wake(self.local() - self.frozen_at)
 
     def die(self) -> None:
-        """The agent is dead; its guard runs the hook, and kills what is left by its limit."""
+        """The agent dies; its guard runs the hook, and kills the rest at its limit."""
         self.process_ends()
         self.guard.agent_died()
 
     def process_ends(self) -> None:
-        """However it came: a service manager starts it again."""
+        """The process ends; a service manager starts it again."""
         self.up = self.agent_frozen = self.blocked = self.doomed = False
         self.life += 1
         self.runs.new_life()
@@ -293,13 +295,13 @@ class AgentHost:
 
     def stop(self) -> None:
         if self.up:
-            self.world.say(self.name, "is asked to stop")
-            self.tell(Stop())
+            self.world.record(self.name, "is asked to stop")
+            self.post(Stop())
 
     def freeze(self) -> None:
-        """The whole host: suspend, or a paused virtual machine."""
+        """Freeze the whole host: suspend, or a paused virtual machine."""
         if self.up and not self.frozen:
-            self.world.say(self.name, "is frozen")
+            self.world.record(self.name, "is frozen")
             self.frozen = True
             if not self.agent_frozen and not self.blocked:
                 self.frozen_at = self.local()
@@ -307,7 +309,7 @@ class AgentHost:
     def thaw(self) -> None:
         if not (self.up and self.frozen):
             return
-        self.world.say(self.name, "is thawed")
+        self.world.record(self.name, "is thawed")
         self.frozen = False
         if self.doomed:
             self.world.after(0.0, self.gone, self.life)
@@ -319,25 +321,25 @@ class AgentHost:
             self.wake(late_s)
 
     def wake(self, late_s: float) -> None:
-        """What the loop does first after it did not turn for a while (R2)."""
+        """The first step of the loop after a stall (R2)."""
         backlog, self.backlog = self.backlog, []
         if late_s > self.session.timing.margin_s:
-            self.tell(Stalled(late_s))
+            self.post(Stalled(late_s))
             if self.session.role is not Role.SECONDARY:
                 self.world.broken(f"{self.name} woke as primary")
         for event, life in [*backlog, (Tick(), self.life)]:
-            self.tell(event, life)
+            self.post(event, life)
 
     # -- fitness and settings -------------------------------------------------------------------
 
     def mark(self, source: str, trouble: str | None) -> None:
-        """Something makes this host unfit, or no more."""
+        """Record why this host is unfit by a source, or that it is fit."""
         before = dict(self.unfitness)
         self.unfitness.pop(source, None)
         if trouble is not None:
             self.unfitness[source] = trouble
         if self.unfitness != before:
-            self.tell(Fitness(not self.unfitness, "; ".join(self.unfitness.values())))
+            self.post(FitnessChanged(not self.unfitness, "; ".join(self.unfitness.values())))
 
     def unfit(self) -> None:
         self.mark("checks", "check down")
@@ -351,19 +353,19 @@ class AgentHost:
             return
         self.hooks_present = hooks
         names = ", ".join(sorted(hooks)) or "no hooks"
-        self.world.say(self.name, f"reads its settings again: {names}")
+        self.world.record(self.name, f"reads its settings again: {names}")
         self.session.reconfigure(self.options(self.session.options.jitter))
         self.perform(())
 
     def upgrade(self) -> None:
-        """SIGHUP after another version was installed: nothing changes but by a restart."""
+        """SIGHUP after an upgrade on disk: changes need a restart."""
         if self.works and Defect.READS_BY_POSITION in self.world.defects:
-            self.world.say(self.name, "reads the settings of another version")
+            self.world.record(self.name, "reads the settings of another version")
             self.runs.program[Role.SECONDARY] = Role.PRIMARY
 
-    # -- the daemon in small --------------------------------------------------------------------
+    # -- the model of the daemon --------------------------------------------------------------------
 
-    def tell(self, event: Event, life: int | None = None) -> None:
+    def post(self, event: Event, life: int | None = None) -> None:
         if (life is not None and life != self.life) or not self.up:
             return
         if not self.works:
@@ -372,10 +374,10 @@ class AgentHost:
         self.perform(self.session.step(event, self.local()))
 
     def arm_guard(self) -> None:
-        self.guard.arm(self.session.guard_by)
+        self.guard.arm(self.session.guard_deadlines)
 
     def perform(self, effects: tuple[Effect, ...]) -> None:
-        """Have effects done in order, with the guard told before and after."""
+        """Carry out effects in order, with an update of the guard before and after."""
         life = self.life
         self.arm_guard()
         for effect in effects:
@@ -392,12 +394,12 @@ class AgentHost:
 
     def timer(self, life: int, wake_at: float) -> None:
         if life == self.life and wake_at == self.session.wake_at:
-            self.tell(Tick())
+            self.post(Tick())
 
     def begin(self, effect: Effect) -> None:  # noqa: C901 - one arm an effect
         match effect:
-            case SendBeat():
-                self.beat(effect.beat)
+            case SendHeartbeat():
+                self.beat(effect.number)
             case Publish():
                 self.publish(effect)
             case StartHook():
@@ -413,14 +415,14 @@ class AgentHost:
             case Leave():
                 self.call("leave", RemoveSession(self.name), lambda _: Left(), Left)
             case Escalate():
-                self.world.say(self.name, f"escalates: {effect.reason}")
+                self.world.record(self.name, f"escalates: {effect.reason}")
                 self.runs.kill_all()
                 self.orphaned = self.state_file.owes_demotion = False
             case Exit():
                 self.exit(effect.code)
 
     def exit(self, code: ExitCode) -> None:
-        self.world.say(self.name, f"exits {code.name}")
+        self.world.record(self.name, f"exits {code.name}")
         self.exits.append(code)
         if self.runs.active or self.runs.leftovers:
             self.world.broken(f"{self.name} left a workload")
@@ -430,9 +432,9 @@ class AgentHost:
         if (effect.before, effect.role) not in TRANSITIONS:
             self.world.broken(f"{effect}")
         epoch = "" if effect.epoch is None else f" epoch={effect.epoch}"
-        self.world.say(self.name, f"{effect.before} -> {effect.role}{epoch}: {effect.reason}")
+        self.world.record(self.name, f"{effect.before} -> {effect.role}{epoch}: {effect.reason}")
         if effect.role is not Role.SECONDARY and effect.epoch is not None:
-            self.state_file.unreleased = FormerTenure(effect.epoch, self.instance)
+            self.state_file.unreleased = PreviousTenure(effect.epoch, self.instance)
 
     def start_hook(self, effect: StartHook) -> None:
         facts = effect.facts
@@ -441,18 +443,20 @@ class AgentHost:
                 self.world.broken(f"{self.name} promoted without a lease")
             self.stale = False
             self.state_file.owes_demotion = True
-            if self.world.forgets and self.registrations == 1:  # a new process has heard of nothing
+            if (
+                self.world.forgets and self.registrations == 1
+            ):  # a new process knows nothing of the server
                 self.world.void(self.coordinator)
             if facts.epoch is not None:
                 self.tenure = (facts.epoch, self.instance)
-                self.state_file.unreleased = FormerTenure(*self.tenure)
+                self.state_file.unreleased = PreviousTenure(*self.tenure)
                 self.world.check_epoch(self.session.store_id, facts.epoch, self.instance)
         self.runs.start(effect.run, facts)
 
     def run_ended(self, event: HookEnded) -> None:
         if event.ok and not self.runs.active:
             self.stale = self.orphaned = self.state_file.owes_demotion = False
-        self.tell(event)
+        self.post(event)
         if (
             event.ok
             and self.up
@@ -461,17 +465,17 @@ class AgentHost:
             and self.registrations == 0
         ):
             self.failing_starts -= 1
-            self.world.say(self.name, "cannot start")
+            self.world.record(self.name, "cannot start")
             self.exit(ExitCode.GUARD)
 
-    # -- tasks that die -------------------------------------------------------------------------
+    # -- failing tasks -------------------------------------------------------------------------
 
     def dies(self, task: str) -> bool:
-        """Whether an exception ends this task now; what follows has been seen to then."""
+        """Whether an exception ends this task now; if so, its consequences are scheduled."""
         if task not in self.dying or not self.up:
             return False
         self.dying.remove(task)
-        self.world.say(self.name, f"an exception ends its {task}")
+        self.world.record(self.name, f"an exception ends its {task}")
         if task == "loop":
             if Defect.CALLS_THE_GUARD_OFF in self.world.defects:
                 self.guard.arm(None)
@@ -481,7 +485,7 @@ class AgentHost:
             self.die()
         elif Defect.LOSES_TASKS not in self.world.defects:
             self.world.after(
-                0.0, self.tell, Stop(ExitCode.TASK_FAILED, f"{task} failed"), self.life
+                0.0, self.post, Stop(ExitCode.TASK_FAILED, f"{task} failed"), self.life
             )
         return True
 
@@ -494,24 +498,26 @@ class AgentHost:
         answered: Callable[[Any], Event],
         failed: Callable[[], Event],
     ) -> None:
-        """One request with its time limit; the answer may still come after it."""
+        """One request with its timeout; the answer may still come after that."""
         life, endpoint = self.life, self.endpoint
         open_calls = [True]
         lost = self.dies(task)
         if lost and Defect.LOSES_TASKS not in self.world.defects:
-            self.world.after(0.0, self.tell, failed(), life)  # whoever waits for it goes on
+            self.world.after(0.0, self.post, failed(), life)  # a substitute for its event
 
         def on_answer(answer: Any) -> None:
             event = answered(answer)
-            if open_calls or isinstance(event, Answered):  # a late answer is told, too (R3)
+            if open_calls or isinstance(
+                event, HeartbeatAnswered
+            ):  # a late answer is posted, too (R3)
                 open_calls.clear()
-                self.tell(event, life)
+                self.post(event, life)
 
         def on_limit() -> None:
             if open_calls and life == self.life:
                 open_calls.clear()
                 self.next_endpoint(endpoint)
-                self.tell(failed(), life)
+                self.post(failed(), life)
 
         coordinator, net = self.coordinator, self.nets[endpoint]
 
@@ -520,7 +526,7 @@ class AgentHost:
                 self.world.send(net, back=True, deliver=on_answer, args=(answer,))
 
         def deliver() -> None:
-            # Plain v1 has nothing that tells a late DELETE from one of the session's next life. Here
+            # Plain v1 has nothing to distinguish a late DELETE from one of the session's next life. Here
             # it dies with its connection, as over TCP it nearly always does.
             if open_calls or not (self.world.plain_v1 and isinstance(what, RemoveSession)):
                 coordinator.submit(what, reply)
@@ -530,7 +536,7 @@ class AgentHost:
             self.world.after(self.session.timing.request_timeout_s, on_limit)
 
     def next_endpoint(self, tried: int) -> None:
-        """The next one of the list, unless another call has moved on already."""
+        """Use the next endpoint of the list, unless another request has done so already."""
         if tried == self.endpoint and len(self.nets) > 1:
             self.revision = -1
             self.endpoint = (tried + 1) % len(self.world.coordinators)
@@ -539,7 +545,7 @@ class AgentHost:
         plain = self.world.plain_v1
         seen = None if plain else self.session.newest_epoch
         coordinator = self.coordinator
-        what = Beat(
+        what = ReceiveHeartbeat(
             self.name,
             self.score,
             last_data=EPOCH_OF_WALL + timedelta(seconds=self.world.now)
@@ -553,20 +559,26 @@ class AgentHost:
             match answer:
                 case HeartbeatAnswer():
                     if plain:
-                        return Answered(beat, HeartbeatAnswer(answer.role, answer.last_data))
-                    return Answered(beat, replace(answer, store_id=coordinator.store_id))
+                        return HeartbeatAnswered(
+                            beat, HeartbeatAnswer(answer.role, answer.last_data)
+                        )
+                    return HeartbeatAnswered(beat, replace(answer, store_id=coordinator.store_id))
                 case NotFound():
-                    return BeatFailed(beat, Failure.GONE, "404")
+                    return HeartbeatFailed(beat, HeartbeatFailure.GONE, "404")
                 case TooSoon():
-                    return BeatFailed(beat, Failure.BACK_OFF, "429", answer.retry_after_s)
+                    return HeartbeatFailed(
+                        beat, HeartbeatFailure.BACK_OFF, "429", answer.retry_after_s
+                    )
                 case _:
-                    return BeatFailed(beat, Failure.OTHER, "refused")
+                    return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "refused")
 
         def failed() -> Event:
-            return BeatFailed(beat, Failure.OTHER, "no answer in time")
+            return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "no answer in time")
 
         if seen is not None and seen > GREATEST_EPOCH:
-            self.world.after(0.002, self.tell, BeatFailed(beat, Failure.OTHER, "400"), self.life)
+            self.world.after(
+                0.002, self.post, HeartbeatFailed(beat, HeartbeatFailure.OTHER, "400"), self.life
+            )
             return
         self.call("beat", what, answered, failed)
         if self.stops_confirming and coordinator.state.record.pending == self.name:
@@ -574,7 +586,7 @@ class AgentHost:
             self.world.after(0.0, self.stop)
 
     def release(self, effect: Release) -> None:
-        self.world.say(self.name, f"releases epoch {effect.epoch}")
+        self.world.record(self.name, f"releases epoch {effect.epoch}")
         if self.runs.may_be_active:
             self.world.broken(f"{self.name} releases, and its workload runs")
         what = ReleaseRole(
@@ -591,14 +603,14 @@ class AgentHost:
         self.call("release", what, lambda _: Released(), Released)
 
     def anybodys_release(self, what: ReleaseRole) -> ReleaseRole:
-        """The planted release of whatever the coordinator has on record."""
+        """The planted release, of whatever tenure is current."""
         holder = self.coordinator.state.record.holder
         if holder is None or holder.session_id != self.name:
             return what
         return replace(what, epoch=holder.epoch, instance=holder.instance)
 
     def join(self, life: int) -> None:
-        """Like the daemon's task: tries until it is answered, a beat apart."""
+        """Retry until it is answered, once per heartbeat interval, like the daemon."""
         if life != self.life or not self.up or self.session.phase is not Phase.JOINING:
             return
         if not self.works:
@@ -616,7 +628,7 @@ class AgentHost:
                 if self.session.accepts_store(store_id):
                     self.registrations += 1
                     self.state_file.store_id = store_id
-                    self.tell(Joined(self.world.timing, store_id), life)
+                    self.post(Joined(self.world.timing, store_id), life)
                 else:
                     self.next_endpoint(endpoint)
 
@@ -632,10 +644,10 @@ class AgentHost:
 
         what = AddSession(SessionConfig(self.name))
         self.world.send(net, back=False, deliver=coordinator.submit, args=(what, reply))
-        self.world.after(self.world.timing.beat_s, again)
+        self.world.after(self.world.timing.heartbeat_interval_s, again)
 
     def follow(self, life: int) -> None:
-        """Blocking reads of the status, one after the other."""
+        """Read the status by blocking reads, one after the other."""
         if life != self.life or not self.up or self.dies("follow"):
             return
         endpoint, coordinator = self.endpoint, self.coordinator
@@ -647,7 +659,7 @@ class AgentHost:
             settled.append(True)
             if status is not None and status.revision is not None:
                 self.revision = status.revision
-                self.tell(StatusSeen(status), life)
+                self.post(StatusRead(status), life)
             self.world.after(0.0, self.follow, life)
 
         net = self.nets[endpoint]

@@ -21,7 +21,7 @@ class Net:
     cut_back: bool = False
 
     def mend(self) -> None:
-        """Everything arrives from here on, soon."""
+        """From now on every message arrives, soon."""
         self.cut_out = self.cut_back = False
         self.delay_s, self.spread_s = Net.delay_s, Net.spread_s
 

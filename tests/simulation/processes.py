@@ -1,7 +1,7 @@
 """The processes of one simulated host: hooks, what they leave behind, and the workload.
 
 Owns which processes run, what a signal does to them, and whether the workload may be active. It is the
-driver in small, as ``agent/daemon/runs.py`` does it: a hook that was told to end has ended when its
+driver in small, as ``agent/daemon/role_runner.py`` does it: a terminated hook has ended when its
 whole tree is gone, and what a tenure's promotion has left is killed after the demotion hook has succeeded,
 before that is reported. A process that was killed may linger in the kernel: it does nothing any more, but
 it is not gone.
@@ -24,7 +24,7 @@ STARTERS = frozenset({"starter", "late", "escaped"})
 """Children that may start the workload: only the hook ``primary`` may have them at all."""
 
 POLL_S = 0.005
-"""How often what was killed is looked for."""
+"""Poll interval for killed processes."""
 
 
 @dataclass
@@ -51,15 +51,15 @@ class Child:
 
     nature: str
     role: Role = Role.PRIMARY
-    """Whose hook it was; one of ``pending_primary`` starts nothing that the promise speaks of."""
+    """The role of its hook; children of ``pending_primary`` never start the workload."""
     running: bool = True
     killed: bool = False
-    """It does nothing any more, but may linger."""
+    """It was killed, but may still be stuck in the kernel."""
 
 
 @dataclass
 class Hook:
-    """One run of a hook: its first process, and those that descend from it."""
+    """One run of a hook: its first process and its descendants."""
 
     role: Role
     outcome: str
@@ -92,22 +92,22 @@ class Processes:
         """Whether the workload may run."""
         self.epoch: int | None = None
         self.program = {role: role for role in Role}
-        """Which hook runs for a role; not its own after a reload that went wrong."""
+        """The hook that runs for a role; a wrong one after a planted reload."""
 
     @property
     def nature(self) -> HookNature:
         return self.host.nature
 
     def new_life(self) -> None:
-        """Another agent: it knows of no run, and does not hear of the end of one."""
+        """Start with another agent, which knows of no run and receives no end of one."""
         self.life += 1
         for hook in self.hooks.values():
             if hook.led and hook.role is not Role.SECONDARY:
-                self.left.append(Child("deaf", hook.role))  # it goes on without the agent
+                self.left.append(Child("deaf", hook.role))  # it goes on without its agent
         self.hooks = {}
 
     def all_gone(self) -> None:
-        """The host has died."""
+        """Remove every process: the host has died."""
         self.new_life()
         for child in list(self.left):
             self._gone(child)
@@ -115,12 +115,12 @@ class Processes:
 
     @property
     def leftovers(self) -> list[Child]:
-        """Processes of a promotion that may still do something."""
+        """Processes of a promotion that may still act."""
         return [child for child in self.left if child.running and not child.killed]
 
     @property
     def may_be_active(self) -> bool:
-        """Whether the workload runs, or something that may start it."""
+        """Whether the workload runs, or a process that may start it."""
         return self.active or any(child.role is Role.PRIMARY for child in self.leftovers)
 
     # -- a run ----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Processes:
             self.world.after(0.01, self._starts_workload, child)
             return
         if not self.active:
-            self.world.say(self.host.name, "a process of a hook starts the workload")
+            self.world.record(self.host.name, "a process of a hook starts the workload")
             self.activate(self.epoch)
 
     def _leader_ends(self, life: int, run: int, how: str) -> None:
@@ -185,7 +185,7 @@ class Processes:
         self._look(life, run)
 
     def _look(self, life: int, run: int) -> None:
-        """Whether a run is over: with its first process, or with the last one if it had to end."""
+        """Check whether a run has ended: with its first process, or with its last one after TERM."""
         if life != self.life or not self.hooks[run].running:
             return
         hook = self.hooks[run]
@@ -196,7 +196,7 @@ class Processes:
         if hook.role is Role.SECONDARY and hook.why == "ok":
             self.check_nothing_left()
         if hook.why != "ok":
-            self.world.say(self.host.name, f"hook {hook.role} {hook.why}")
+            self.world.record(self.host.name, f"hook {hook.role} {hook.why}")
         self.ended(HookEnded(run, hook.why == "ok", hook.why))
 
     def _over(self, hook: Hook) -> bool:
@@ -209,7 +209,7 @@ class Processes:
         return not (hook.termed and any(c.running for c in hook.children if self._is_seen(c)))
 
     def check_nothing_left(self) -> None:
-        """After a demotion that is done nothing of the tenure's promotion runs."""
+        """Check that no process of the promotion runs after a completed demotion."""
         if self.active:
             self.world.broken(f"{self.host.name} has demoted, and its workload runs")
         if self.leftovers and not self.world.defects:
@@ -231,7 +231,7 @@ class Processes:
                 self.world.after(self._work_s(), self._starts_workload, child)
 
     def kill(self, run: int) -> None:
-        """SIGKILL to all of a hook."""
+        """SIGKILL to all processes of a hook."""
         hook = self.hooks[run]
         hook.termed = hook.killed = True
         linger_s = self.nature.linger_s if hook.outcome == "stuck" else 0.0001
@@ -240,13 +240,13 @@ class Processes:
             self._kill_child(child)
 
     def kill_leftovers(self) -> None:
-        """SIGKILL to all that a tenure's promotion has left."""
+        """SIGKILL to all processes that the promotion of a tenure has left."""
         if Defect.RUN_ENDS_WITH_ITS_LEADER not in self.world.defects:
             for child in list(self.left):
                 self._kill_child(child)
 
     def kill_all(self) -> None:
-        """SIGKILL to all of the tenure, the workload included (R4, R12)."""
+        """SIGKILL to all processes of the tenure, including the workload (R4, R12)."""
         for child in list(self.left):
             self._kill_child(child)
         for hook in self.hooks.values():

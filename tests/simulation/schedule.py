@@ -1,4 +1,4 @@
-"""A whole simulation as a value: a plan with its faults, and how each of them is done."""
+"""A simulation as a value: a plan with its faults, and the injection of each fault."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ NAMES = "abcdefgh"
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of a plan: seconds from the start, what, to whom, for how long, and of which kind."""
+    """One fault of a plan: time from the start, kind, target, duration and variant."""
 
     at_s: float
     kind: str
@@ -31,7 +31,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole simulation: same plan, same transcript."""
+    """A simulation; the same plan gives the same transcript."""
 
     seed: int
     agents: int
@@ -104,7 +104,7 @@ def build(
     )
     for coordinator in world.coordinators:
         coordinator.clock = Clock(1 + plan.drift[0], 1000.0)
-        coordinator.state = world.core.awaken(coordinator.disk, coordinator.instant())
+        coordinator.state = world.core.state_after_restart(coordinator.disk, coordinator.instant())
     for index in range(plan.agents):
         agent = AgentHost(
             world,
@@ -113,7 +113,7 @@ def build(
             nature=HookNature(plan.hook_seconds, plan.outcomes, plan.children, plan.lease_s / 2),
             net=Net(loss=plan.loss, repeat=plan.repeat, spread_s=plan.spread_s),
         )
-        if plan.stores > 1:  # two that have first met different ones cannot know of each other
+        if plan.stores > 1:  # members that joined different stores cannot know of each other
             agent.state_file.store_id = world.coordinator.store_id
         if plan.restart_share is not None:
             agent.restart_after_s = plan.restart_share * plan.lease_s
@@ -199,17 +199,17 @@ def _inject_process(world: World, agent: AgentHost, fault: Fault) -> None:
 def _inject_network(world: World, agent: AgentHost, fault: Fault) -> None:
     net = agent.net
     if fault.kind == "slow":
-        world.say(agent.name, "network slow")
+        world.record(agent.name, "network slow")
         agent.net = replace(net, delay_s=0.1 * world.lease_s, spread_s=1.5 * world.lease_s)
     else:
-        world.say(agent.name, f"network {fault.kind}")
+        world.record(agent.name, f"network {fault.kind}")
         net.cut_out |= fault.kind != "cut_back"
         net.cut_back |= fault.kind != "cut_out"
     world.after(fault.seconds, mend, agent)
 
 
 def mend(agent: AgentHost) -> None:
-    """The network of a host as it was, but for what gets lost always."""
+    """Restore a host's network, except for the plan's permanent loss."""
     agent.net.mend()
 
 
@@ -227,7 +227,7 @@ def _inject_coordinator(world: World, fault: Fault) -> None:
             coordinator.crash()
             world.after(down_s, coordinator.restore_copy, fault.which)
             world.after(down_s, coordinator.restart)
-            if fault.which % 2:  # and once more, while it owes everybody a lease
+            if fault.which % 2:  # again, during the grace after the restart
                 again_s = down_s + world.lease_s * fault.seconds / 5
                 world.after(again_s, coordinator.crash)
                 world.after(again_s + 0.05, coordinator.restart)
@@ -236,7 +236,7 @@ def _inject_coordinator(world: World, fault: Fault) -> None:
 
 
 def end_faults(world: World) -> None:
-    """Everything works from here on."""
+    """End every fault."""
     for coordinator in world.coordinators:
         coordinator.resume()
         coordinator.restart()

@@ -1,4 +1,4 @@
-"""What the searches of this directory have in common: the schedules, and how they are lived through."""
+"""Shared by the searches of this folder: strategies for schedules, and running a schedule."""
 
 import os
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ LONG = settings(
 )
 
 ON_PLAIN_V1 = (*ON_HOSTS, *ON_PROCESSES, *ON_NETWORKS, "kill_coordinator", "pause_coordinator")
-"""Without strangers: a plain v1 server has nothing by which it could tell them from members."""
+"""Without strangers: a plain v1 server has nothing to distinguish them from members."""
 
 HELD_OFF = frozenset({"stop", "stop_confirming", "unfit", "task_dies", "hang_guard", "kill_guard"})
-"""Faults after which a member asks not to be chosen, for L at most."""
+"""Faults after which a member has a hold-off, of L at most."""
 
 DATA_LOST = frozenset({"restore", "stranger_teach", "delete_group", "stranger_beat"})
-"""Faults after which nobody may be given the role for a full L."""
+"""Faults after which the role may stay vacant for a full L."""
 
 
 @st.composite
 def _faults(draw: st.DrawFn, kinds: Sequence[str], focus: Sequence[str]) -> tuple[Fault, ...]:
-    """Up to ten faults of a few kinds: what takes several of one kind is found sooner than by all at once."""
+    """Up to ten faults of a few kinds, which finds failures that need several of one kind sooner."""
     few = [*focus, *draw(st.lists(st.sampled_from(kinds), min_size=not focus, max_size=5))]
     fault = st.builds(
         Fault,
@@ -97,7 +97,7 @@ def live_through(
 
 
 def live_on(world: World, plan: Plan) -> None:
-    """After the faults the role is filled in time, and then every host is a member.
+    """Check that after the faults the role is filled in time, and then every host is a member.
 
     The time is L plus two beats, beside hooks, cool-down and what is on its way; and another L where data
     were lost.
@@ -105,10 +105,10 @@ def live_on(world: World, plan: Plan) -> None:
     end_faults(world)
     timing, kinds = world.timing, {fault.kind for fault in plan.faults}
     hooks_s = 3 * 1.5 * plan.hook_seconds + 0.05
-    under_way_s = plan.spread_s  # a heartbeat that was sent before may arrive as late as this
-    limit_s = 1.01 * (timing.lease_s + 2 * timing.beat_s) + hooks_s + under_way_s
+    under_way_s = plan.spread_s  # a heartbeat in flight may arrive this late
+    limit_s = 1.01 * (timing.lease_s + 2 * timing.heartbeat_interval_s) + hooks_s + under_way_s
     if HELD_OFF & kinds:
-        limit_s += world.lease_s  # the longest cool-down, and what a stopped session asks for
+        limit_s += world.lease_s  # the longest cool-down, and the hold-off of a stop
     if plan.outcomes != ("ok",):
         limit_s += (
             3 * world.lease_s
@@ -120,12 +120,12 @@ def live_on(world: World, plan: Plan) -> None:
 
 
 def all_are_members(world: World) -> bool:
-    """Whether each host has an agent that is a member; a host that has ended starts again."""
+    """Whether each host has an agent that is a member; start agents that have ended."""
     return all(a.works and a.session.phase is Phase.MEMBER for a in world.agents.values())
 
 
 def stop_in_order(plan: Plan, session_class: type[Session] = Session) -> None:
-    """Stop the primary, and the next one while it confirms: the third has the role long before L."""
+    """Stop the primary, and the next one while it confirms; the third must get the role long before L."""
     world = build(plan, session_class)
     world.run(2.5 * world.lease_s)
     first = world.primary()

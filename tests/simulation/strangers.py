@@ -1,4 +1,4 @@
-"""Callers that are no member: they have the rights, and know or guess what is public.
+"""Callers that are no members: they have the rights, and know or guess public data.
 
 A stranger knows session ids and the epoch, since anybody may read the status. It does not know the
 instance of a process, which is in heartbeats only. It has a perfect network and acts at once.
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from agent.core.group_state import (
     AddSession,
-    Beat,
     Input,
+    ReceiveHeartbeat,
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
@@ -27,7 +27,7 @@ A_MILLION_DAYS_S = 86_400e6
 
 
 def release(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
-    """Somebody gives back a role that is not theirs, and asks for a hold-off."""
+    """A stranger releases a role that it does not hold, with a hold-off."""
     epoch = coordinator.state.record.epoch + (0, 0, 1, -1)[which % 4]
     instance = (None, "stranger#1")[which // 4 % 2]
     hold_off_s = (0.0, A_MILLION_DAYS_S)[which // 2 % 2]
@@ -36,12 +36,12 @@ def release(coordinator: "CoordinatorHost", session_id: str, which: int) -> None
 
 
 def delete(coordinator: "CoordinatorHost", session_id: str, _: int) -> None:
-    """Somebody deletes a session."""
+    """A stranger deletes a session."""
     coordinator.submit(RemoveSession(session_id), lambda _: None)
 
 
 def recreate(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
-    """Somebody deletes a session and makes it anew, perhaps to act as it."""
+    """A stranger deletes a session and registers it again, perhaps to impersonate it."""
     _send(coordinator, RemoveSession(session_id), f"deletes {session_id} and makes it anew")
     coordinator.submit(AddSession(SessionConfig(session_id)), lambda _: None)
     if which % 2:
@@ -49,35 +49,35 @@ def recreate(coordinator: "CoordinatorHost", session_id: str, which: int) -> Non
 
 
 def beat(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
-    """Somebody heartbeats as a session, without an instance or with one of their own."""
+    """A stranger sends a heartbeat as a session, without an instance or with its own."""
     instance = (None, "stranger#1")[which % 2]
     seen = (None, 0, coordinator.state.record.epoch)[which // 2 % 3]
-    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    what = ReceiveHeartbeat(session_id, 100.0, instance=instance, seen_epoch=seen)
     _send(coordinator, what, f"heartbeats as {session_id}")
 
 
 def teach(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
-    """Somebody says that they have seen an epoch which never was."""
+    """A stranger claims to have seen an epoch that never existed."""
     epoch = coordinator.state.record.epoch
     seen = (GREATEST_EPOCH, epoch + 1, epoch + 1000, GREATEST_EPOCH - 1)[which % 4]
     instance = (None, "stranger#1")[which // 4 % 2]
-    what = Beat(session_id, 100.0, instance=instance, seen_epoch=seen)
+    what = ReceiveHeartbeat(session_id, 100.0, instance=instance, seen_epoch=seen)
     _send(coordinator, what, f"has seen epoch {seen}")
 
 
 def override(coordinator: "CoordinatorHost", session_id: str, which: int) -> None:
-    """Somebody overrides the choice."""
+    """A stranger sets an override."""
     value = RoleOverride.PRIMARY if which % 4 else RoleOverride.OFF
     coordinator.submit(SetOverride(session_id, value), lambda _: None)
 
 
 def delete_group(coordinator: "CoordinatorHost", _: str, __: int) -> None:
-    """Somebody deletes the group, which is refused while a session is alive."""
+    """A stranger deletes the group, which is refused while a session is alive."""
     coordinator.submit(RemoveGroup(), lambda _: None)
 
 
 def _send(coordinator: "CoordinatorHost", what: Input, text: str) -> None:
-    coordinator.world.say("stranger", text)
+    coordinator.world.record("stranger", text)
     coordinator.submit(what, lambda _: None)
 
 

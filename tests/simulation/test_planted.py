@@ -1,6 +1,6 @@
 """Faults of earlier versions, planted again: the simulation has to find each, or it proves nothing.
 
-Each one is found twice: by the scenario that tells its story, and by the same search that finds nothing
+Each one is found twice: by the scenario of its story, and by the same search that finds nothing
 without it. The plan that was found is then lived through unplanted.
 """
 
@@ -18,13 +18,13 @@ from agent.core.effects import Effect
 from agent.core.events import Event
 from agent.core.group import decide
 from agent.core.group_state import (
-    Beat,
     Decision,
     GroupState,
     Input,
     Policy,
+    ReceiveHeartbeat,
     ReleaseRole,
-    awaken,
+    state_after_restart,
 )
 from agent.core.session import Options, Session
 from agent.model import GroupRecord, Instant
@@ -38,57 +38,57 @@ from .world import BrokenPromiseError
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 LIMIT = 2000
-"""Schedules in which each has to be found."""
+"""The number of schedules within which each fault has to be found."""
 
 
 class AcceptsAnyStore(Session):
-    """Fault 9: an answer counts whatever store it is from."""
+    """Fault 9: answers of any store count."""
 
     def accepts_store(self, store_id: str | None) -> bool:
         return True
 
 
 class TakesTheDemotionAway(Session):
-    """Fault 6: other hooks are in force at once, also for the tenure that is held."""
+    """Fault 6: new hooks apply at once, even to the current tenure."""
 
     def reconfigure(self, options: Options) -> None:
         super().reconfigure(options)
-        self._executor._hooks = self._executor._next_hooks
+        self._executor._hooks = self._executor._configured_hooks
 
 
 class AcceptsAfterAnyRegistration(Session):
-    """Fault 10: a role is taken at once from a plain v1 server that had forgotten everything."""
+    """Fault 10: a role is accepted at once from a plain v1 server that has lost its data."""
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
-        self._accept_at = float("-inf")
+        self._accept_roles_at = float("-inf")
         return super().step(event, now)
 
 
 class KeepsWhatItDoesNotUse(Session):
-    """Fault 17: a role that is given on the way out is not released, but waited for."""
+    """Fault 17: a tenure that is assigned during a stop is not released."""
 
-    def _note_tenure(self, epoch: int | None) -> None:
+    def _record_assigned_tenure(self, epoch: int | None) -> None:
         if self._stop is None:
-            super()._note_tenure(epoch)
+            super()._record_assigned_tenure(epoch)
 
 
 def forgets_quiet_times(record: GroupRecord, now: Instant) -> GroupState:
-    """Fault 4: a quiet time does not outlive a restart."""
-    return awaken(replace(record, quiet=False), now)
+    """Fault 4: a quiet time does not survive a restart."""
+    return state_after_restart(replace(record, quiet=False), now)
 
 
 def takes_releases_of_anybody(
     state: GroupState, what: Input, now: Instant, policy: Policy
 ) -> Decision:
-    """Fault 8: a release counts if it names the epoch, whoever sends it."""
+    """Fault 8: a release with the right epoch counts, whoever sends it."""
     if isinstance(what, ReleaseRole) and state.record.holder is not None:
         what = replace(what, instance=state.record.holder.instance)
     return decide(state, what, now, policy)
 
 
 def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
-    """Fault 15: a heartbeat lifts the epoch however far it likes."""
-    if isinstance(what, Beat) and (what.seen_epoch or 0) > state.record.epoch:
+    """Fault 15: a heartbeat can raise the epoch without a bound."""
+    if isinstance(what, ReceiveHeartbeat) and (what.seen_epoch or 0) > state.record.epoch:
         seen, what = what.seen_epoch or 0, replace(what, seen_epoch=None)
         record = replace(state.record, epoch=seen, holder=None, quiet=True)
         quiet_until = now.mono + record.config.lease_s
@@ -98,7 +98,7 @@ def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy
 
 @dataclass(frozen=True)
 class Planted:
-    """One fault, and where it can be seen.
+    """One planted fault, and where it has to be found.
 
     Attributes:
         scenarios: whose end is another one with it.
@@ -113,7 +113,7 @@ class Planted:
     lives_on: bool = False
 
     def live(self, plan: Plan, *, planted: bool = True) -> None:
-        """Live through a plan, with the fault or without it."""
+        """Run a plan, with the fault or without it."""
         if planted:
             world = live_through(plan, self.session, core=self.core, defects=self.defects)
         else:
@@ -147,7 +147,7 @@ PLANTED = {
         lives_on=True,
     ),
     "4 forgets quiet times": Planted(
-        core=replace(REAL, awaken=forgets_quiet_times),
+        core=replace(REAL, state_after_restart=forgets_quiet_times),
         scenarios=("restored_data",),
         schedules=plans(focus=["restore"]),
     ),
@@ -219,14 +219,14 @@ def find(schedules: st.SearchStrategy[Plan], live: Callable[[Plan], None]) -> Pl
 
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
 def test_a_search_finds_a_planted_fault(planted: Planted) -> None:
-    """Within 2000 schedules; and nothing is wrong with the plan without the fault."""
+    """Within 2000 schedules; without the fault, the same plan keeps the promise."""
     plan = find(planted.schedules, planted.live)
     assert plan is not None
     planted.live(plan, planted=False)
 
 
-def test_a_search_finds_a_role_that_is_kept_on_the_way_out() -> None:
-    """Fault 17, by stops in order."""
+def test_a_search_finds_a_tenure_that_is_not_released_at_a_stop() -> None:
+    """Fault 17, by graceful stops."""
     seeds = st.builds(
         Plan,
         seed=st.integers(0, 2**32 - 1),
@@ -248,7 +248,7 @@ def test_a_search_finds_a_role_that_is_kept_on_the_way_out() -> None:
     ],
 )
 def test_a_scenario_shows_a_planted_fault(name: str, planted: Planted) -> None:
-    """Its end is a broken promise, or another one than without the fault."""
+    """The scenario breaks the promise, or has another transcript than without the fault."""
     text = (SCENARIOS / f"{name}.txt").read_text()
     with suppress(BrokenPromiseError):
         happened = played(

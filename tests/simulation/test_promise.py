@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.effects import Cause, Effect, Release
-from agent.core.events import Fitness
-from agent.core.group_state import awaken
+from agent.core.events import FitnessChanged
+from agent.core.group_state import state_after_restart
 from agent.core.session import Session
 from agent.core.timing import Budget
 from agent.model import Role
@@ -24,21 +24,21 @@ from .world import BrokenPromiseError, World
 @LONG
 @given(plans())
 def test_never_two_active_and_every_tenure_has_its_own_epoch(plan: Plan) -> None:
-    """Whatever fails, whenever: one active member at most, one holder an epoch, rows only (R15)."""
+    """Whatever fails, and when: at most one active member, one holder per epoch, only the table's transitions (R15)."""
     live_through(plan)
 
 
 @settings(LONG, max_examples=max(1, EXAMPLES // 4))
 @given(plans(plain_v1=True))
 def test_the_promise_holds_with_a_server_without_epochs(plan: Plan) -> None:
-    """A plain v1 server that keeps nothing: no epoch, no revision, no blocking reads, no release."""
+    """A plain v1 server has no epoch, no revision, no blocking reads and no release."""
     live_through(plan)
 
 
 @settings(LONG, max_examples=max(1, EXAMPLES // 4))
 @given(plans(stores=2))
 def test_the_promise_holds_with_two_coordinators_that_do_not_know_each_other(plan: Plan) -> None:
-    """Both stand in one list of endpoints, and each member has met the first one before."""
+    """Both are in one list of endpoints, and each member has joined the first one before."""
     live_through(plan)
 
 
@@ -55,17 +55,17 @@ def test_a_primary_exists_within_l_and_two_beats_after_the_faults(plan: Plan) ->
     spread_s=st.sampled_from([0.003, 0.02, 0.1]),
     hook_seconds=st.sampled_from([0.0005, 0.02]),
 )
-def test_a_stop_in_order_never_costs_a_lease(
+def test_a_graceful_stop_never_leaves_a_lease_to_expire(
     seed: int, spread_s: float, hook_seconds: float
 ) -> None:
-    """Also not one that comes while the heartbeat is under way that would bring the role."""
+    """Not even a stop during the confirming heartbeat."""
     stop_in_order(Plan(seed, 3, hook_seconds=hook_seconds, spread_s=spread_s, restart_share=None))
 
 
 @settings(LONG, max_examples=50)
 @given(plans())
 def test_the_same_plan_gives_the_same_transcript(plan: Plan) -> None:
-    """Nothing in the core depends on anything but its arguments."""
+    """The core depends on its arguments only."""
     assert live_through(plan).text() == live_through(plan).text()
 
 
@@ -78,12 +78,12 @@ class CountsFromTheAnswer(Session):
         self._now = now
         return super().step(event, now)  # type: ignore[arg-type]
 
-    def _extend(self, sent_at: float) -> None:
-        super()._extend(self._now)
+    def _renew(self, sent_at: float) -> None:
+        super()._renew(self._now)
 
 
 class ReleasesFirst(Session):
-    """A planted bug: the role is given back before the demotion hook has run."""
+    """A planted bug: the role is released before the demotion hook has run."""
 
     def _demote(self, cause: Cause, reason: str, now: float, effects: list[Effect]) -> None:
         if self.tenure is not None and self.role is Role.PRIMARY:
@@ -92,33 +92,33 @@ class ReleasesFirst(Session):
 
 
 class ResumesAfterStall(Session):
-    """A planted bug: a process that was frozen asks before it demotes."""
+    """A planted bug: after a freeze, a heartbeat is sent before the demotion."""
 
-    def _stalled(self, late_s: float, now: float, effects: list[Effect]) -> None:
+    def _on_stalled(self, late_s: float, now: float, effects: list[Effect]) -> None:
         self.renew_by = now + self.timing.renew_s
 
 
 class GuardsTooLate(Session):
-    """A planted bug: the guard is told a deadline behind the end of the lease (R12)."""
+    """A planted bug: the guard gets a deadline after the end of the lease (R12)."""
 
     @property
-    def guard_by(self) -> tuple[float, float] | None:
-        due = super().guard_by
+    def guard_deadlines(self) -> tuple[float, float] | None:
+        due = super().guard_deadlines
         lease_s = self.timing.lease_s
         return due and (due[0] + lease_s, due[1] + lease_s)
 
 
 class StaysThoughUnfit(Session):
-    """A planted bug: a demotion for unfitness gives the role back before its hook has run (R9)."""
+    """A planted bug: an unfit member releases the role before its demotion hook has run (R9)."""
 
-    def _fitness(self, event: Fitness, now: float, effects: list[Effect]) -> None:
+    def _on_fitness_changed(self, event: FitnessChanged, now: float, effects: list[Effect]) -> None:
         if not event.fit and self.role is Role.PRIMARY and self.tenure is not None:
             effects.append(Release(self.tenure, event.reason, 0.0))
-        super()._fitness(event, now, effects)
+        super()._on_fitness_changed(event, now, effects)
 
 
 def test_without_a_guard_a_frozen_agent_breaks_the_promise() -> None:
-    """What the guard is for (R12): the same plan is kept with it, and broken without it."""
+    """The same plan keeps the promise with a guard, and breaks it without one (R12)."""
     plan = Plan(3, 2, (Fault(2.0, "freeze_agent", 0, 5.0),), horizon=8.0)
     plans_of_both = (plan, replace(plan, faults=(replace(plan.faults[0], target=1),)))
     for one in plans_of_both:
@@ -168,7 +168,7 @@ def test_the_simulation_finds_a_planted_bug(bug: type[Session]) -> None:
 
 
 def test_a_frozen_primary_demotes_before_anything_else() -> None:
-    """SIGSTOP for longer than L, then SIGCONT: Secondary is the first thing it says (R2)."""
+    """SIGSTOP for longer than L, then SIGCONT: it publishes Secondary first (R2)."""
     world = build(Plan(3, 2))
     world.run(2.0)
     victim = world.agents[str(world.primary())]
@@ -181,7 +181,7 @@ def test_a_frozen_primary_demotes_before_anything_else() -> None:
     assert "Primary -> Secondary" in after
 
 
-def test_a_member_that_hears_nothing_does_not_keep_the_role_from_others() -> None:
+def test_a_member_that_receives_no_answers_does_not_block_the_role() -> None:
     """A one-way partition of the member with the better score: its heartbeats arrive, no answer does."""
     world = build(Plan(7, 2))
     world.agents["b"].score = 80.0
@@ -206,7 +206,9 @@ def test_the_guard_leaves_the_drift_alone(margin: float) -> None:
     for seed in range(20):
         world = World(seed, lease_s=lease_s, budget=budget)
         world.coordinator.clock = Clock(1.005, 1000.0)
-        world.coordinator.state = awaken(world.coordinator.disk, world.coordinator.instant())
+        world.coordinator.state = state_after_restart(
+            world.coordinator.disk, world.coordinator.instant()
+        )
         for name in "ab":
             agent = world.add_agent(name, clock=Clock(0.995))
         world.run(5.0)

@@ -1,7 +1,7 @@
 """The main stories as text files: commands, ``----``, and what happens, line by line.
 
 A file in scenarios/ is a list of steps, each with one command a line, a line ``----``, and the lines
-that the world said since the step before, ended by an empty line. ``#`` begins a comment. REWRITE=1
+that the world recorded since the previous step, ended by an empty line. ``#`` begins a comment. REWRITE=1
 writes what happens now into the files: read each changed line as a reviewer before keeping it.
 
 Commands (names are hosts; times are seconds):
@@ -46,7 +46,7 @@ FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 
 
 class ScriptedHost(AgentHost):
-    """A host whose hooks end as the scenario says, role by role."""
+    """A host whose hooks end as the scenario requires, role by role."""
 
     def start_hook(self, effect: StartHook) -> None:
         outcomes: dict[Role, str] = self.__dict__.setdefault("script", {})
@@ -61,7 +61,7 @@ class Story:
     def __init__(self, **planted: Any) -> None:
         self.planted = planted
         self.world = World(1, **planted)
-        self.said = 0
+        self.lines_seen = 0
 
     def do(self, command: str) -> None:
         verb, *words = command.split()
@@ -69,8 +69,8 @@ class Story:
         act(*words)
 
     def new_lines(self) -> list[str]:
-        lines = [line.rstrip() for line in self.world.transcript[self.said :]]
-        self.said = len(self.world.transcript)
+        lines = [line.rstrip() for line in self.world.transcript[self.lines_seen :]]
+        self.lines_seen = len(self.world.transcript)
         return lines
 
     def host(self, name: str) -> AgentHost:
@@ -166,20 +166,20 @@ class Story:
         ACTS[act](self.world.coordinator, name, int(which))
 
     def do_unfit(self, name: str) -> None:
-        self.world.say(name, "is unfit")
+        self.world.record(name, "is unfit")
         self.host(name).unfit()
 
     def do_fit(self, name: str) -> None:
-        self.world.say(name, "is fit")
+        self.world.record(name, "is fit")
         self.host(name).fit()
 
     def do_cut(self, name: str, way: str = "both") -> None:
-        self.world.say(name, f"network cut: {way}")
+        self.world.record(name, f"network cut: {way}")
         net = self.host(name).net
         net.cut_out, net.cut_back = way != "back", way != "out"
 
     def do_heal(self, name: str) -> None:
-        self.world.say(name, "network healed")
+        self.world.record(name, "network healed")
         self.host(name).net.cut_out = self.host(name).net.cut_back = False
 
     def do_hook(self, name: str, role: str, outcome: str) -> None:
@@ -192,7 +192,7 @@ class Story:
         until = None
         if period:
             until = EPOCH_OF_WALL + timedelta(seconds=self.world.now + float(period[1]))
-        self.world.say(name, f"override: {' '.join([value, *period])}")
+        self.world.record(name, f"override: {' '.join([value, *period])}")
         what = SetOverride(name, RoleOverride(value), until)
         self.world.coordinator.submit(what, lambda _: None)
 
@@ -221,7 +221,7 @@ class Story:
         state = self.world.coordinator.state
         status = status_of(state)
         sessions = ",".join(state.record.sessions)
-        self.world.say(
+        self.world.record(
             "status",
             f"primary={status.primary} pending={status.pending} epoch={status.epoch}"
             f" sessions={sessions}",
@@ -249,7 +249,7 @@ def played(text: str, **planted: Any) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_happens_is_what_the_scenario_says(path: Path) -> None:
+def test_each_scenario_has_its_transcript(path: Path) -> None:
     """Any broken promise raises on the way, too."""
     expected = path.read_text()
     happened = played(expected)

@@ -117,7 +117,7 @@ class World:
             do(*args)
         return self.now - start
 
-    def say(self, who: str, what: str) -> None:
+    def record(self, who: str, what: str) -> None:
         """One line of the transcript."""
         self.transcript.append(f"{self.now:8.3f} {who:11} {what}")
 

@@ -1,4 +1,4 @@
-"""Health checks that gate the role (R9): what runs them, and what they say of this member."""
+"""Health checks that gate the role (R9): the kinds, what runs them, and the verdict on their results."""
 
 from agent.drivers.checks.runner import Checks
 from agent.drivers.checks.verdict import CheckResult, Health, judge

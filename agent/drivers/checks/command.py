@@ -1,7 +1,7 @@
 """The ``exec`` check: one command in its own process group, of which nothing outlives the run.
 
-Owns its processes, their numbers and their output. Knows nothing of rise, fall and limits: whoever
-runs it cancels it at the limit.
+Owns its processes, their numbers and their output. Knows nothing of rise, fall and limits: the caller
+cancels a run at its limit.
 
 What the command gets: its argv, no shell; its own session and process group; ``/`` as working
 directory; PATH, HOME, LANG and TZ of the agent; an empty stdin. Not promised: a process that leaves
@@ -12,13 +12,16 @@ import asyncio
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import IO
+from dataclasses import dataclass
+from typing import IO, Any, ClassVar, Literal
 
-from agent.drivers.checks.aside import Failed
+from agent.drivers.checks.kind import Check, CheckFailed, Run
+from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import APART, Child, Ended, mark
-from agent.settings.values import ExecCheck
+from agent.ops.process import NO_TENURE, Child, ExitResult, mark
+from agent.schema.formats import NeededCommand
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """As hooks have them."""
@@ -38,6 +41,31 @@ left then, and no other is started beside it."""
 log = Log(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecCheck(Check):
+    """Passes if a command exits with 0."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "name": "disk",
+        "type": "exec",
+        "command": ["/usr/local/bin/disk-has-room", "/var/lib/collector"],
+        "interval": 30,
+        "limit": 10,
+    }
+
+    type: Literal["exec"] = "exec"
+    command: NeededCommand
+    """An absolute path and its arguments; no shell. Exit 0 passes. At its limit its process group
+    gets TERM, then KILL."""
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        return (self.command,)
+
+    def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
+        return Command(self)
+
+
 class Command:
     """Runs an ``exec`` check. Call it, one call at a time."""
 
@@ -49,27 +77,29 @@ class Command:
         """Return if the command exits with 0. Cancelled, it ends the group: TERM, then KILL.
 
         Raises:
-            Failed: it could not be started, was not 0, or was killed.
+            CheckFailed: it could not be started, was not 0, or was killed.
         """
         if self._last is not None and not self._last.released:
             self._last.try_to_release()
         if self._last is not None and not self._last.released:
-            raise Failed("its last run was killed and has not ended (stuck in the kernel?)")
+            raise CheckFailed("its last run was killed and has not ended (stuck in the kernel?)")
         self._last = run = _Run(self._check)
         try:
             result = await run.end()
         finally:
             output = await run.finish()
         if isinstance(result.error, OSError):
-            raise Failed(f"{self._check.command[0]} cannot be started: {result.error.strerror}")
+            raise CheckFailed(
+                f"{self._check.command[0]} cannot be started: {result.error.strerror}"
+            )
         if result.error is not None:
-            raise Failed(f"{self._check.command[0]} cannot be started: {result.error}")
+            raise CheckFailed(f"{self._check.command[0]} cannot be started: {result.error}")
         if result.signal is not None:
-            raise Failed(_with(f"killed by signal {result.signal}", output))
+            raise CheckFailed(_with(f"killed by signal {result.signal}", output))
         if result.code is None:
-            raise Failed("its end is not known: somebody else has waited for it")
+            raise CheckFailed("its exit status is unknown: it was collected elsewhere")
         if result.code != 0:
-            raise Failed(_with(f"exit {result.code}", output))
+            raise CheckFailed(_with(f"exit {result.code}", output))
 
 
 def _with(what: str, output: bytes) -> str:
@@ -88,18 +118,18 @@ class _Run:
         self.released = False
         self._child = Child(
             check.command,
-            started=self._follow,
+            on_started=self._follow,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(APART),
+            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
             start_new_session=True,
         )
         self._child.start()
 
-    async def end(self) -> Ended:
+    async def end(self) -> ExitResult:
         """How the command ended. Cancelled: TERM, and GRACE_S."""
         try:
             return await self._child.wait()
@@ -109,7 +139,7 @@ class _Run:
             raise
 
     async def finish(self) -> bytes:
-        """KILL what is left of the group, give its number back; the output's beginning."""
+        """KILL the rest of the group, release its number; the beginning of the output."""
         self._signal(signal.SIGKILL)
         try:
             await self._wait(DEATH_S)

@@ -1,50 +1,20 @@
 """Health checks (R9): each in its own task, at its interval, within its limit.
 
-Owns when checks run and what they found. Knows nothing of roles beyond "primary or not", and
-nothing of what becomes of a health: that is the callback's. No check can delay another one, the
-event loop or a heartbeat.
+Owns when checks run and what they found. Knows no kind of check, nothing of roles beyond "primary or
+not", and nothing of what follows from a health: that is the callback's. No check can delay another one,
+the event loop or a heartbeat.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
-from agent.drivers.checks.aside import Failed
-from agent.drivers.checks.command import Command
-from agent.drivers.checks.local import Connect, FileAge, Process
+from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge, one_line
-from agent.drivers.checks.web import Http, Prometheus
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings.values import (
-    Check,
-    ExecCheck,
-    FileAgeCheck,
-    HttpCheck,
-    ProcessCheck,
-    PrometheusCheck,
-    TcpCheck,
-)
-
-Run = Callable[[], Awaitable[None]]
-"""One run: returns if it passed, raises Failed if not, ends what it began when it is cancelled."""
+from agent.schema.checks import CheckSettings
 
 log = Log(__name__)
-
-
-def _run_of(check: Check, clock: Clock) -> Run:
-    match check:
-        case ExecCheck():
-            return Command(check)
-        case HttpCheck():
-            return Http(check)
-        case TcpCheck():
-            return Connect(check)
-        case FileAgeCheck():
-            return FileAge(check, clock)
-        case ProcessCheck():
-            return Process(check)
-        case PrometheusCheck():
-            return Prometheus(check)
 
 
 class Checks:
@@ -53,14 +23,14 @@ class Checks:
     Args:
         checks: what is configured; names are unique.
         clock: measures durations and ages.
-        on_change: told of each health whose score, fitness or set of passing checks is new. It runs
-            in the event loop and must return at once.
+        on_change: called with each health whose score, fitness or set of passing checks is new. It
+            runs in the event loop and must return at once.
         failover_score: the score when all pass, 0 to 100.
     """
 
     def __init__(
         self,
-        checks: Sequence[Check],
+        checks: Sequence[CheckSettings],
         clock: Clock,
         on_change: Callable[[Health], None],
         failover_score: float = 100.0,
@@ -69,9 +39,9 @@ class Checks:
         self._clock = clock
         self._on_change = on_change
         self._failover_score = failover_score
-        self._runs = {name: _run_of(check, clock) for name, check in self._checks.items()}
+        self._runs = {name: _runner(check, clock) for name, check in self._checks.items()}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._telling: asyncio.Handle | None = None
+        self._notifying: asyncio.Handle | None = None
         self._primary = False
         self._stopped = False
         now = clock.wall()
@@ -81,7 +51,7 @@ class Checks:
             else CheckResult(up=False, since=now, last_error=NO_RESULT, known=False)
             for name, check in self._checks.items()
         }
-        self._told = self.health
+        self._notified = self.health
 
     @property
     def health(self) -> Health:
@@ -92,9 +62,9 @@ class Checks:
         """Begin: every check of scope ``always`` runs at once, then at its interval."""
         for name, check in self._checks.items():
             if check.scope == "always":
-                self._begin(name, delay_s=0.0)
+                self._start(name, delay_s=0.0)
 
-    def set_primary(self, primary: bool) -> None:  # noqa: FBT001 - the one thing it says
+    def set_primary(self, primary: bool) -> None:  # noqa: FBT001 - its only argument
         """Judge checks of scope ``primary`` from now on, or no more.
 
         They start as passing, with the first run after one interval: the workload is starting.
@@ -108,55 +78,55 @@ class Checks:
                     self._tasks[name].cancel()
                 self._results[name] = CheckResult(up=True, since=self._clock.wall())
                 if primary:
-                    self._begin(name, delay_s=check.interval)
-        self._tell_soon()
+                    self._start(name, delay_s=check.interval)
+        self._notify_soon()
 
     async def stop(self) -> None:
-        """End every run with its processes; nothing is told afterwards. May be called twice."""
+        """End every run with its processes; on_change is not called afterwards. May be called twice."""
         self._stopped = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._tasks.clear()
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._notifying is not None:
+            self._notifying.cancel()
 
-    def _begin(self, name: str, delay_s: float) -> None:
+    def _start(self, name: str, delay_s: float) -> None:
         repeat = self._repeat(self._checks[name], delay_s, self._tasks.get(name))
         self._tasks[name] = asyncio.get_running_loop().create_task(repeat, name=f"check {name}")
 
     async def _repeat(
-        self, check: Check, delay_s: float, before: asyncio.Task[None] | None
+        self, check: CheckSettings, delay_s: float, before: asyncio.Task[None] | None
     ) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + delay_s
         if before is not None:  # a run of an earlier tenure that is being ended
             try:
                 await asyncio.wait([before])
-            finally:  # whoever waits for this one waits for that one
+            finally:  # a stop that waits for this task has to wait for that one too
                 await asyncio.wait([before])
         while True:
             await asyncio.sleep(due - loop.time())
             started_at = self._clock.boottime()
-            error = await self._try(check)
-            self._take(check, error, self._clock.boottime() - started_at)
+            error = await self._run(check)
+            self._record(check, error, self._clock.boottime() - started_at)
             due = max(due + check.interval, loop.time())  # missed runs are not made up for
 
-    async def _try(self, check: Check) -> str | None:
+    async def _run(self, check: CheckSettings) -> str | None:
         """Why one run failed, or None."""
         try:
             async with asyncio.timeout(check.limit):
                 await self._runs[check.name]()
         except TimeoutError:
             return f"gave no result within {check.limit:g} s"
-        except Failed as error:
+        except CheckFailed as error:
             return one_line(str(error))
         except Exception as error:  # noqa: BLE001 - a task's edge: a check that cannot run is down
             log.error("check could not be run", check=check.name, reason=repr(error))  # noqa: TRY400 - a line is an event
             return one_line(f"could not be run: {error!r}")
         return None
 
-    def _take(self, check: Check, error: str | None, duration_s: float) -> None:
+    def _record(self, check: CheckSettings, error: str | None, duration_s: float) -> None:
         before = self._results[check.name]
         after = before.after(check, error, duration_s, self._clock.wall())
         self._results[check.name] = after
@@ -164,21 +134,26 @@ class Checks:
             return
         event = log.info if after.up else log.warning
         event("check changed", check=check.name, up=after.up, reason=error, duration_s=duration_s)
-        self._tell_soon()
+        self._notify_soon()
 
-    def _tell_soon(self) -> None:
+    def _notify_soon(self) -> None:
         """In a callback of its own, so that what it raises ends no check."""
-        if self._telling is None or self._telling.cancelled():
-            self._telling = asyncio.get_running_loop().call_soon(self._tell)
+        if self._notifying is None or self._notifying.cancelled():
+            self._notifying = asyncio.get_running_loop().call_soon(self._notify)
 
-    def _tell(self) -> None:
-        self._telling = None
+    def _notify(self) -> None:
+        self._notifying = None
         health = self.health
-        if _gist(health) != _gist(self._told):
-            self._told = health
+        if _summary(health) != _summary(self._notified):
+            self._notified = health
             self._on_change(health)
 
 
-def _gist(health: Health) -> tuple[object, ...]:
+def _runner(check: CheckSettings, clock: Clock) -> Run:
+    assert isinstance(check, Check), check  # noqa: S101 - as every kind in the registry
+    return check.runner(clock)
+
+
+def _summary(health: Health) -> tuple[object, ...]:
     states = {name: (result.up, result.known) for name, result in health.results.items()}
     return health.score, health.fit, states

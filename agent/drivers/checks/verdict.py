@@ -1,11 +1,11 @@
-"""What results amount to: rise and fall of one check, score and fitness of all. No I/O, no clock."""
+"""The verdict on results: rise and fall of one check, score and fitness of all. No I/O, no clock."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from agent.settings.values import Check
+from agent.schema.checks import CheckSettings
 
 REASON_CHARS = 500
 """Of a health's reason: it goes into log lines and the state file."""
@@ -19,7 +19,7 @@ NO_RESULT = "no result yet"
 
 
 def one_line(text: str, most: int = ERROR_CHARS) -> str:
-    """Words of others, fit for a message: printable, one line, at most ``most`` characters."""
+    """Make foreign text fit for a message: printable, one line, at most ``most`` characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: most * 4]).split())
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
@@ -34,7 +34,7 @@ class CheckResult:
         last_error: why its last run failed; None if that succeeded, or was not judged.
         duration_s: how long its last run took, suspended time included.
         known: whether there is a result, or none is asked for now (scope ``primary``).
-        against: runs in a row that said the opposite of ``up``.
+        against: runs in a row with the opposite of ``up``.
     """
 
     up: bool
@@ -45,7 +45,7 @@ class CheckResult:
     against: int = 0
 
     def after(
-        self, check: Check, error: str | None, duration_s: float, now: datetime
+        self, check: CheckSettings, error: str | None, duration_s: float, now: datetime
     ) -> "CheckResult":
         """What is known after one more run: the first decides alone, others by rise and fall."""
         passed = error is None
@@ -64,7 +64,7 @@ class Health:
 
     Attributes:
         score: FailoverScore, 0 to 100: the configured one, times the share of weights that pass.
-        fit: whether it may become or stay primary: False if no weight to speak of passes, if a
+        fit: whether it may become or stay primary: False if the share rounds to 0, if a
             required check is down, or while a first result is missing.
         reason: which checks are down and why, in one line.
         results: by name of check.
@@ -77,7 +77,9 @@ class Health:
 
 
 def judge(
-    checks: Sequence[Check], results: Mapping[str, CheckResult], failover_score: float = 100.0
+    checks: Sequence[CheckSettings],
+    results: Mapping[str, CheckResult],
+    failover_score: float = 100.0,
 ) -> Health:
     """The health that results amount to. Without checks: fit, with the configured score.
 
@@ -96,13 +98,13 @@ def judge(
         score=round(failover_score * share / 100, SCORE_DECIMALS),
         fit=known and share > 0 and not any(check.required for check in down),
         reason=one_line(
-            "; ".join(_told(check, results[check.name]) for check in down), REASON_CHARS
+            "; ".join(_sentence(check, results[check.name]) for check in down), REASON_CHARS
         )
         or "all checks pass",
         results=MappingProxyType(dict(results)),
     )
 
 
-def _told(check: Check, result: CheckResult) -> str:
+def _sentence(check: CheckSettings, result: CheckResult) -> str:
     required = " (required)" if check.required else ""
     return f"{check.name}{required}: {result.last_error or 'passes again, not often enough yet'}"

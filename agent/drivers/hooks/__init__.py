@@ -1,25 +1,25 @@
-"""What is run when something happens to a member (docs/hooks.md): commands, directories, webhooks.
+"""Hooks: the commands, directories of scripts and webhooks that run at events (docs/hooks.md).
 
-Owns how a hook is checked, started, stopped, and how it ended. Knows nothing of roles, of when a hook
-is to run and of what follows (R7, R8): whoever starts one decides that.
+Owns how a hook is checked, started and stopped, and its result. Knows nothing of roles, of when a hook has
+to run and of what follows (R7, R8): the caller decides that.
 """
 
 from agent.drivers.hooks.check import RunAs, check_hook
-from agent.drivers.hooks.facts import environment_of, facts_of
 from agent.drivers.hooks.notifier import Notifier
-from agent.drivers.hooks.process import HookExit, HookProcess, Surroundings
+from agent.drivers.hooks.payload import build_payload, payload_environment
+from agent.drivers.hooks.process import HookContext, HookExit, HookProcess
 from agent.drivers.hooks.runner import HookRun, HookRunner
 from agent.drivers.hooks.spec import (
     EVENTS,
     NOTIFICATIONS,
     PROMOTIONS,
     ROLE_EVENTS,
-    Command,
+    CommandStep,
     ExecPlan,
     Form,
     HookSpec,
-    Post,
-    specs_of,
+    WebhookStep,
+    load_specs,
 )
 
 __all__ = [
@@ -27,20 +27,20 @@ __all__ = [
     "NOTIFICATIONS",
     "PROMOTIONS",
     "ROLE_EVENTS",
-    "Command",
+    "CommandStep",
     "ExecPlan",
     "Form",
+    "HookContext",
     "HookExit",
     "HookProcess",
     "HookRun",
     "HookRunner",
     "HookSpec",
     "Notifier",
-    "Post",
     "RunAs",
-    "Surroundings",
+    "WebhookStep",
+    "build_payload",
     "check_hook",
-    "environment_of",
-    "facts_of",
-    "specs_of",
+    "load_specs",
+    "payload_environment",
 ]

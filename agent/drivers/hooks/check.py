@@ -1,6 +1,6 @@
-"""Which programs and directories are fit to be hooks (R11).
+"""Check that programs and directories can be hooks, and that nobody else can change them (R11).
 
-Owns looking at files, and the sentence for each fault. Knows nothing of settings and events; starts
+Owns the checks of files, and the message for each fault. Knows nothing of settings and events; starts
 nothing.
 """
 
@@ -17,29 +17,29 @@ from pathlib import Path
 from agent.errors import ConfigError, ExitCode
 
 MAX_LINKS = 40
-"""As the kernel's own bound on symbolic links in one path."""
+"""The kernel's own bound on symbolic links in one path."""
 
 SCRIPT_NAME = re.compile(r"[A-Za-z0-9_-]+")
-"""As run-parts takes names without being told otherwise."""
+"""The names that run-parts accepts by default."""
 
 HEADER_BYTES = 256
-"""Of a file that the kernel looks at when it executes it; an interpreter line has to fit."""
+"""What the kernel reads of a file to execute it; an interpreter line has to fit."""
 
 MOST_SCRIPTS = 64
-"""In one directory. Each ended one keeps a process number for a while (HookProcess.forget)."""
+"""In one directory. Each keeps a process id until its run is released (HookProcess.release)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunAs:
-    """Whom a hook runs as, by numbers. ``groups`` are the supplementary ones."""
+    """User and group ids of a hook. ``groups`` are the supplementary ones."""
 
     uid: int
     gid: int
     groups: tuple[int, ...]
     home: str | None = None
 
-    def may(self, found: os.stat_result) -> bool:
-        """Whether the mode lets this user execute a file, or pass a directory."""
+    def may_execute(self, found: os.stat_result) -> bool:
+        """Whether the mode lets this user execute a file, or enter a directory."""
         if self.uid == 0:
             return stat.S_ISDIR(found.st_mode) or bool(found.st_mode & 0o111)
         if found.st_uid == self.uid:
@@ -50,7 +50,7 @@ class RunAs:
 
 
 def scripts_in(directory: Path) -> tuple[tuple[Path, ...], tuple[tuple[str, str], ...]]:
-    """The scripts of a directory in their order, and the (name, reason) of what is ignored.
+    """List the scripts of a directory in their order, and (name, reason) of each ignored file.
 
     Raises:
         OSError: it cannot be read.
@@ -75,21 +75,21 @@ def check_directory(
     search_path: str | None = None,
     writable_directories: bool = False,
 ) -> None:
-    """Refuse a directory of scripts that others could change, or one of whose scripts is unfit.
+    """Reject a directory of scripts that others could change, or with a script that cannot run.
 
     Args:
-        name: which hook, for the message.
+        name: of the hook, for the message.
         directory: of the scripts.
-        run_as: as for ``check_hook``, and so are the others.
-        search_path: see there.
-        writable_directories: see there.
+        run_as: see ``check_hook``.
+        search_path: see ``check_hook``.
+        writable_directories: see ``check_hook``.
 
     Raises:
         ConfigError: as ``check_hook`` does; HOOK_MISSING too if there is no script in it, and
             CONFIG_VALUE if there are more than ``MOST_SCRIPTS``.
     """
     try:
-        trail = list(_trail(directory))
+        components = list(_path_components(directory))
         scripts, ignored = scripts_in(directory)
     except OSError as error:
         raise ConfigError(
@@ -108,8 +108,8 @@ def check_directory(
         raise ConfigError(
             f"hook {name}: {directory} has {len(scripts)} scripts; at most {MOST_SCRIPTS} can be run"
         )
-    for part in trail:
-        _check_unchangeable(name, part, writable_directories=writable_directories)
+    for part in components:
+        _check_not_writable(name, part, writable_directories=writable_directories)
     for script in scripts:
         check_hook(
             name,
@@ -128,19 +128,20 @@ def check_hook(
     search_path: str | None = None,
     writable_directories: bool = False,
 ) -> None:
-    """Refuse a hook that could not run, or that others could change (R11).
+    """Reject a hook that could not run, or that others could change (R11).
 
     Args:
-        name: which hook, for the message.
+        name: of the hook, for the message.
         argv: program and arguments; the program is an absolute path.
-        run_as: whom it will run as; None for us.
-        search_path: the PATH that it will have, for an interpreter line with env; None for ours.
-        writable_directories: let directories be writable by others, as a ConfigMap volume is.
+        run_as: the user that it will run as; None for this process's.
+        search_path: its PATH, for an interpreter line with env; None for this process's.
+        writable_directories: allow directories that others can write, such as a ConfigMap volume.
 
     Raises:
         ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE (also: no
-            interpreter line, or one that leads nowhere), or HOOK_WRITABLE: the file, or a directory or link on the way to it, belongs to neither
-            root nor us, or can be written by its group or by others (sticky directories may).
+            interpreter line, or no such interpreter), or HOOK_WRITABLE: the file, or a directory or link
+            on the way to it, belongs to neither root nor our user, or its group or others can write it
+            (sticky directories are allowed).
     """
     if not argv or not argv[0].startswith("/"):
         raise ConfigError(
@@ -150,7 +151,7 @@ def check_hook(
     path = Path(argv[0])
     try:
         mode = path.stat().st_mode
-        trail = list(_trail(path))
+        components = list(_path_components(path))
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
@@ -171,7 +172,7 @@ def check_hook(
         )
     blocking = path if not os.access(path, os.X_OK) else None
     if blocking is None and run_as is not None:
-        blocking = next((part for part in trail if not run_as.may(part.stat())), None)
+        blocking = next((part for part in components if not run_as.may_execute(part.stat())), None)
     if blocking is not None:
         uid = run_as.uid if run_as is not None else os.geteuid()
         raise ConfigError(
@@ -186,12 +187,12 @@ def check_hook(
             f"hook {name}: {path} cannot be executed: {fault}",
             exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
         )
-    for part in trail:
-        _check_unchangeable(name, part, writable_directories=writable_directories)
+    for part in components:
+        _check_not_writable(name, part, writable_directories=writable_directories)
 
 
 def _format_fault(path: Path, search_path: str | None) -> str | None:
-    """Why the kernel would not execute the content of a file, or None."""
+    """Why the kernel would not execute the content of a file, or None if it would."""
     try:
         with path.open("rb") as file:
             header = file.read(HEADER_BYTES)
@@ -237,7 +238,7 @@ def _env_fault(argument: str, search_path: str | None) -> str | None:
         while words and "=" in words[0]:
             words.pop(0)
     program = words[0] if words else ""
-    if program.startswith("-") or "/" in program:  # an option: its meaning is env's own matter
+    if program.startswith("-") or "/" in program:  # an option, or a path, which env resolves itself
         return None
     if " " in program:
         return f"env is given {program!r} as the name of one program: write #!/usr/bin/env -S {program}"
@@ -250,8 +251,8 @@ def _env_fault(argument: str, search_path: str | None) -> str | None:
     return None
 
 
-def _trail(path: Path) -> Iterator[Path]:
-    """``path``, its directories, and those of each link among them."""
+def _path_components(path: Path) -> Iterator[Path]:
+    """Yield ``path``, its directories, and those of each symbolic link among them."""
     todo, seen, links = [path], set(), 0
     while todo:
         part = todo.pop()
@@ -267,7 +268,7 @@ def _trail(path: Path) -> Iterator[Path]:
             todo.append(part.parent / part.readlink())
 
 
-def _check_unchangeable(name: str, part: Path, *, writable_directories: bool) -> None:
+def _check_not_writable(name: str, part: Path, *, writable_directories: bool) -> None:
     found = part.lstat()
     quoted = shlex.quote(str(part))
     if found.st_uid not in {0, os.geteuid()}:
@@ -276,7 +277,7 @@ def _check_unchangeable(name: str, part: Path, *, writable_directories: bool) ->
             f" must belong to root or to uid {os.geteuid()}: run: chown root {quoted}",
             exit_code=ExitCode.HOOK_WRITABLE,
         )
-    if stat.S_ISLNK(found.st_mode):  # a link has no mode of its own; its directory's counts
+    if stat.S_ISLNK(found.st_mode):  # the mode of its directory decides
         return
     is_directory = stat.S_ISDIR(found.st_mode)
     if is_directory and (writable_directories or found.st_mode & stat.S_ISVTX):

@@ -1,17 +1,16 @@
-"""One step of a hook as a process (R11): start it, signal its group, say how it ended.
+"""One step of a hook as a process (R11): start it, signal its process group, report its result.
 
-Owns processes, their pipes and their numbers. Knows nothing of roles, of limits, and of when a hook
-is to start or to be stopped (R7, R8): whoever starts one decides that.
+Owns processes, their pipes and their process ids. Knows nothing of roles, of limits, and of when a hook
+starts or stops (R7, R8): the caller decides that.
 
-What it gets: its argv as configured, no shell; its own session and process group, led by itself; its
-``Surroundings`` and the variables that it is given, nothing else; one JSON object on stdin, then the
-end of file; no other open files.
-Its stdout and stderr go line by line into the log, up to the bounds below.
+A step has its argv as configured, without a shell; its own session and process group; the directory, user
+and variables of its ``HookContext``, and the FAILOVER_ variables; the payload as one JSON object on stdin;
+no other open files. Its stdout and stderr go line by line into the log, up to the bounds below.
 
-What is not promised:
-- A hook that leaves a process behind (a daemon) has to redirect that one's output: the pipes are
-  closed ``LINGER_S`` after the hook's own end, and a later write to them fails (SIGPIPE).
-- A process that leaves the group (setsid, setpgid) is not signalled with it; ``Tree`` finds it.
+Not promised:
+- A daemon that a hook leaves behind has to redirect its output: the pipes are closed ``LINGER_S`` after the
+  hook's own end, and a later write to them fails (SIGPIPE).
+- A process that leaves the group (setsid, setpgid) is not signalled with it; ``ProcessTree`` finds it.
 """
 
 import asyncio
@@ -31,45 +30,45 @@ from agent.drivers.hooks.check import RunAs
 from agent.errors import ConfigError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import APART, Child, mark
+from agent.ops.process import NO_TENURE, Child, mark
 
 INHERITED = ("PATH", "HOME", "LANG", "TZ")
-"""The variables that a hook has from the agent's own environment, where they are set."""
+"""Variables that a hook inherits from the agent's environment."""
 
 RUN_BYTES = 64 * 1024
-"""Output of one run that is logged: enough to find a fault, too little to fill a disk."""
+"""Logged output of one run: enough to find a fault, too little to fill a disk."""
 
 RUN_LINES = 1000
-"""Lines of one run that are logged: a line costs the event loop some 20 microseconds."""
+"""Logged lines of one run: a line costs the event loop some 20 microseconds."""
 
 LINE_BYTES = 4 * 1024
-"""Of one line; the journal splits at 48 KiB, people give up long before."""
+"""Logged bytes of one line; the journal splits at 48 KiB."""
 
 CHUNK_BYTES = 4 * 1024
 DRAIN_BYTES = 64 * 1024
-"""Read at a time while output is logged, and once it is only thrown away (a whole pipe)."""
+"""Bytes per read while output is logged, and when it is discarded (a full pipe)."""
 
 LAST_READS = 32
-"""Reads of a pipe at the hook's end: all of the largest pipe that an ordinary user can have, 1 MiB.
-What the hook wrote is there; what it left behind may go on writing."""
+"""Reads of a pipe at the hook's end: all of the largest pipe of an ordinary user, 1 MiB. Bounded, as
+processes that the hook left behind may go on writing."""
 
 LINGER_S = 0.1
-"""How long after the hook's end its children's output is still read."""
+"""How long the output of the hook's children is still read after its end."""
 
 log = Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HookExit:
-    """How a run ended: one of ``code``, ``signal`` and ``error`` is set.
+    """Result of a run or step: one of ``code``, ``signal`` and ``error`` is set.
 
     Attributes:
         code: the exit status, 0 for success.
         signal: the number of the signal that killed the hook.
         duration_s: from its start to its end, suspended time included.
-        output_cut: bytes of output that were not logged, as far as known at the end.
-        error: why the hook could not be started, why its end is not known, or what a webhook said.
-        step: which step decided, where a hook has several; a file's name.
+        output_cut: bytes of output that were not logged, as known at the end.
+        error: why it could not be started, why its result is unknown, or how a webhook failed.
+        step: the file name of the deciding step, in a directory of scripts.
     """
 
     code: int | None
@@ -86,7 +85,7 @@ class HookExit:
 
     @property
     def why(self) -> str:
-        """For people: ``exit 1``, ``20-database: killed by signal 9``."""
+        """Readable result: ``exit 1``, ``20-database: killed by signal 9``."""
         if self.error is not None:
             text = self.error
         elif self.code is None:
@@ -97,15 +96,15 @@ class HookExit:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every step of a hook has around it, whatever happens."""
+class HookContext:
+    """Working directory, user and environment of every step of a hook."""
 
     directory: str = "/"
     run_as: RunAs | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def variables(self) -> dict[str, str]:
-        """The whole environment, but for the documented FAILOVER_ variables."""
+        """The environment without the FAILOVER_ variables."""
         own = {key: os.environ[key] for key in INHERITED if key in os.environ}
         if self.run_as is not None and self.run_as.home is not None:
             own["HOME"] = self.run_as.home
@@ -115,7 +114,7 @@ class Surroundings:
 
     @property
     def search_path(self) -> str:
-        """Where a hook's interpreter is looked for by env."""
+        """The PATH on which env searches a script's interpreter."""
         return self.variables().get("PATH", os.defpath)
 
 
@@ -129,11 +128,11 @@ def _own_home() -> str | None:
 
 
 class _Output:
-    """Both streams of one run, into the log and within its bounds. The pipe is always drained."""
+    """Logs both output streams of one run, up to the bounds. The pipes are always drained."""
 
     def __init__(self, name: str, epoch: str) -> None:
         self.cut_bytes = 0
-        self._facts = {"hook": name, "epoch": int(epoch) if epoch else None}
+        self._log_fields = {"hook": name, "epoch": int(epoch) if epoch else None}
         self._bytes_left = RUN_BYTES
         self._lines_left = RUN_LINES
         self._open: dict[int, tuple[IO[bytes], str, bytearray]] = {}
@@ -144,14 +143,14 @@ class _Output:
         return bool(self._open)
 
     def follow(self, pipe: IO[bytes], stream: str) -> None:
-        """Read ``pipe`` whenever there is something, and close it at its end."""
+        """Read ``pipe`` whenever it has data, and close it at its end."""
         fd = pipe.fileno()
         os.set_blocking(fd, False)
         self._open[fd] = (pipe, stream, bytearray())
         self._loop.add_reader(fd, self._read, fd)
 
     def read_rest(self) -> None:
-        """Take what is there already."""
+        """Read what is already in the pipes."""
         for fd in list(self._open):
             for _ in range(LAST_READS):
                 if not self._read(fd):
@@ -161,10 +160,10 @@ class _Output:
         for fd in list(self._open):
             self._end(fd)
         if self.cut_bytes:
-            log.warning("hook output cut", **self._facts, cut_bytes=self.cut_bytes)
+            log.warning("hook output cut", **self._log_fields, cut_bytes=self.cut_bytes)
 
     def _read(self, fd: int) -> bool:
-        """Whether there may be more."""
+        """Read once; return whether there may be more."""
         wanted = self._bytes_left > 0 and self._lines_left > 0
         try:
             data = os.read(fd, CHUNK_BYTES if wanted else DRAIN_BYTES)
@@ -177,23 +176,23 @@ class _Output:
         self._bytes_left -= len(taken)
         self.cut_bytes += len(data) - len(taken)
         _, stream, line = self._open[fd]
-        *whole, rest = taken.split(b"\n")
-        for part in whole:
-            self._grow(line, part)
-            self._log(stream, line)
-        self._grow(line, rest)
+        *ended, rest = taken.split(b"\n")
+        for part in ended:
+            self._append(line, part)
+            self._log_line(stream, line)
+        self._append(line, rest)
         return True
 
-    def _grow(self, line: bytearray, part: bytes) -> None:
+    def _append(self, line: bytearray, part: bytes) -> None:
         room = LINE_BYTES - len(line)
         line += part[:room]
         self.cut_bytes += max(0, len(part) - room)
 
-    def _log(self, stream: str, line: bytearray) -> None:
+    def _log_line(self, stream: str, line: bytearray) -> None:
         if line and self._lines_left > 0:
             self._lines_left -= 1
             text = line.decode(errors="replace")
-            log.info("hook output", **self._facts, stream=stream, line=text)
+            log.info("hook output", **self._log_fields, stream=stream, line=text)
         else:
             self.cut_bytes += len(line)
         line.clear()
@@ -202,16 +201,16 @@ class _Output:
         pipe, stream, line = self._open.pop(fd)
         self._loop.remove_reader(fd)
         pipe.close()
-        self._log(stream, line)
+        self._log_line(stream, line)
 
 
 class HookProcess:
-    """One step of a hook. Call ``start`` once; ``wait`` tells how it ended."""
+    """One step of a hook. Call ``start`` once; ``wait`` returns the result."""
 
-    def __init__(self, name: str, clock: Clock, epoch: str, around: Surroundings) -> None:
+    def __init__(self, name: str, clock: Clock, epoch: str, context: HookContext) -> None:
         self.name = name
         self.child: Child | None = None
-        self._around = around
+        self._context = context
         self._clock = clock
         self._started_at = clock.boottime()
         self._loop = asyncio.get_running_loop()
@@ -223,7 +222,7 @@ class HookProcess:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, which is its group's too; None until it was started."""
+        """Its process id, also its process group's; None until it is started."""
         return self.child.pid if self.child is not None else None
 
     @property
@@ -233,11 +232,11 @@ class HookProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the hook's own process has ended, and that was noticed."""
+        """Whether the end of the hook's own process has been noticed."""
         return self._ended.done()
 
     async def wait(self) -> HookExit:
-        """Wait for the hook's own process, not for what it left behind. May be called repeatedly."""
+        """Wait for the hook's own process, not for its descendants. May be called repeatedly."""
         return await asyncio.shield(self._ended)
 
     def term(self) -> None:
@@ -248,13 +247,13 @@ class HookProcess:
         """SIGKILL to the whole group, if any of it is left."""
         self._signal(signal.SIGKILL)
 
-    def forget(self) -> None:
-        """Give an ended hook's process id and pipes back; its group is never signalled again.
+    def release(self) -> None:
+        """Reap an ended hook and close its pipes; its group is never signalled again.
 
-        Until then the hook stays a zombie on purpose: while it is one its number cannot be given to
-        a stranger, so a signal to the group reaches what the hook left behind and nothing else.
+        Until then the hook stays a zombie, so that its process id is not reused: a signal to its group
+        reaches only processes that the hook left behind.
         """
-        assert self.ended, "a running hook is not forgotten"  # noqa: S101 - our own mistake
+        assert self.ended, "a running hook is not released"  # noqa: S101 - our own mistake
         if self._lingering:
             self._lingering.cancel()
             self._lingering = None
@@ -264,7 +263,7 @@ class HookProcess:
             self.child = None
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.child is None:  # never started, or forgotten
+        if self.child is None:  # never started, or released
             return
         try:
             self.child.signal(number)
@@ -277,44 +276,44 @@ class HookProcess:
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
-        facts: Mapping[str, Any],
+        payload: Mapping[str, Any],
         before: Callable[[], None] | None = None,
         *,
         launched: Callable[[], None] | None = None,
         cgroup: Path | None = None,
     ) -> None:
-        """Start it, once. Does not wait, and does not raise: what cannot be started has ended.
+        """Start it, once, without waiting. A failure is not raised here, but is the result of ``wait``.
 
         Args:
             argv: program and arguments.
-            env: variables beside those of its surroundings.
-            facts: for its stdin.
-            before: called off the loop before the start; what it raises is why it is not started.
+            env: variables in addition to those of its context.
+            payload: for its stdin.
+            before: called in a thread before the start; if it raises, the hook is not started.
             launched: called when it runs.
-            cgroup: the directory of a cgroup to put it into, if that can be made.
+            cgroup: the directory of a cgroup to move it into, if that can be created.
         """
         self._launched = launched
-        run_as = self._around.run_as
+        run_as = self._context.run_as
         try:
-            # A file in memory: it ends by itself, and a hook that does not read it holds nobody up.
-            stdin = os.fdopen(os.memfd_create("facts"), "w+b")
-            stdin.write(json.dumps(facts).encode() + b"\n")
+            # A file in memory, not a pipe: a hook that does not read it blocks no writer.
+            stdin = os.fdopen(os.memfd_create("payload"), "w+b")
+            stdin.write(json.dumps(payload).encode() + b"\n")
             stdin.seek(0)
         except (OSError, ValueError) as error:
             self._output.close()
-            self._finish(error=_why_not_started(argv, error))
+            self._finish(error=_start_error(argv, error))
             return
         self.child = Child(
             argv,
             before=before,
-            started=self._follow,
+            on_started=self._follow,
             cgroup=cgroup,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            cwd=self._around.directory,
-            env={**self._around.variables(), **mark(APART), **env},
+            cwd=self._context.directory,
+            env={**self._context.variables(), **mark(NO_TENURE), **env},
             user=run_as.uid if run_as else None,
             group=run_as.gid if run_as else None,
             extra_groups=run_as.groups if run_as else None,
@@ -341,11 +340,11 @@ class HookProcess:
         if isinstance(result.error, ConfigError):
             self._finish(error=str(result.error))
         elif result.error is not None:
-            self._finish(error=_why_not_started(argv, result.error))
+            self._finish(error=_start_error(argv, result.error))
         elif result.code is None and result.signal is None:
-            error = "its end is not known: somebody else has waited for it, or SIGCHLD is ignored"
+            error = "its result is unknown: other code has reaped it, or SIGCHLD is ignored"
             self._finish(error=error)
-            self.forget()
+            self.release()
         else:
             self._finish(code=result.code, signal=result.signal)
 
@@ -367,12 +366,12 @@ class HookProcess:
         self._ended.set_result(HookExit(code, signal, duration_s, self._output.cut_bytes, error))
 
 
-def _why_not_started(argv: Sequence[str], error: Exception) -> str:
+def _start_error(argv: Sequence[str], error: Exception) -> str:
     match error:
         case FileNotFoundError():
-            right = "; is it there, and the interpreter that its first line names?"
+            hint = "; do the program and the interpreter of its first line exist?"
         case OSError(errno=errno.ENOEXEC):
-            right = "; a script must begin with a line like #!/bin/sh"
+            hint = "; a script must begin with a line like #!/bin/sh"
         case _:
-            right = ""
-    return f"{argv[0]} could not be started: {error}{right}"
+            hint = ""
+    return f"{argv[0]} could not be started: {error}{hint}"

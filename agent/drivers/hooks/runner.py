@@ -1,7 +1,7 @@
-"""One run of a hook: its steps one after the other, and what follows of each.
+"""Run the steps of a hook, one after the other.
 
-Owns the order of steps, their repetition, and the process groups that a run has made. Knows nothing
-of limits and of why a hook runs: the caller limits a run by ``term``, then ``kill``.
+Owns the order of steps, their retries, and the process groups of a run. Knows nothing of limits and of why
+a hook runs: the caller limits a run by ``term``, then ``kill``.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.drivers.hooks.process import HookExit, HookProcess
-from agent.drivers.hooks.spec import Command, HookSpec, Post, Step
+from agent.drivers.hooks.spec import CommandStep, HookSpec, Step, WebhookStep
 from agent.errors import ConfigError
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.process import Child
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
 
 KEPT = 16
-"""Ended runs whose groups can still be signalled: a tenure's promotions, and all tries to demote
-within one budget. Each step of one keeps one process number in use."""
+"""Ended runs that are not released: a tenure's promotions, and all attempts to demote within one budget.
+Each of their steps keeps one process id in use."""
 
 RETRY_PAUSE_S = 0.5
-"""Before a failed step is tried again: a service needs a moment, and this is no fork loop."""
+"""Delay before a retry: a service may need a moment, and retries must not become a fork loop."""
 
 
 class HookRun:
-    """One run. Made by ``HookRunner.start``; ``wait`` tells how it ended.
+    """One run. Made by ``HookRunner.start``; ``wait`` returns its result.
 
     Attributes:
         name: the event.
@@ -40,7 +40,7 @@ class HookRun:
         spec: HookSpec,
         clock: Clock,
         env: Mapping[str, str],
-        facts: Mapping[str, Any],
+        payload: Mapping[str, Any],
         *,
         launched: Callable[[], None] | None,
         cgroup: Path | None,
@@ -51,74 +51,74 @@ class HookRun:
         self._spec = spec
         self._clock = clock
         self._env = env
-        self._facts = facts
+        self._payload = payload
         self._started_at = clock.boottime()
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[HookExit] = self._loop.create_future()
         self._running: HookProcess | Webhook | None = None
-        self._made: list[HookProcess | Webhook] = []
-        self._begun = asyncio.Event()
+        self._started_steps: list[HookProcess | Webhook] = []
+        self._first_started = asyncio.Event()
         self._stop = asyncio.Event()
         self._cut_bytes = 0
         self._task: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The process of the step that runs; None between steps, for a webhook, and at the end."""
+        """Process id of the running step; None between steps, for a webhook, and at the end."""
         return self._running.pid if self._running is not None else None
 
     @property
     def pgids(self) -> tuple[int, ...]:
-        """The process groups of all its steps, in which something may live; none once forgotten."""
-        return tuple(step.pgid for step in self._made if step.pgid is not None)
+        """Process groups of all its steps, until ``release``; they may have live processes."""
+        return tuple(step.pgid for step in self._started_steps if step.pgid is not None)
 
     @property
     def ended(self) -> bool:
-        """Whether all steps have ended that will be started."""
+        """Whether the last step has ended."""
         return self._ended.done()
 
     @property
     def children(self) -> tuple[Child, ...]:
-        """The commands of all its steps."""
-        made = (step.child for step in self._made if isinstance(step, HookProcess))
-        return tuple(child for child in made if child is not None)
+        """The child processes of its steps."""
+        children = (step.child for step in self._started_steps if isinstance(step, HookProcess))
+        return tuple(child for child in children if child is not None)
 
     async def launched(self) -> None:
         """Wait until the first step runs, or has ended."""
-        await self._begun.wait()
+        await self._first_started.wait()
         for child in self.children[:1]:
             await child.launched()
 
     async def wait(self) -> HookExit:
-        """Wait for the last step, not for what was left behind. May be called repeatedly."""
+        """Wait for the last step, not for its descendants. May be called repeatedly."""
         return await asyncio.shield(self._ended)
 
     def term(self) -> None:
-        """SIGTERM to the group of the running step; no further step starts."""
+        """Send SIGTERM to the group of the running step; no further step starts."""
         self._stop.set()
         if self._running is not None:
             self._running.term()
 
     def kill(self) -> None:
-        """SIGKILL to the groups of all steps of this run; no further step starts."""
+        """Send SIGKILL to the groups of all steps of this run; no further step starts."""
         self._stop.set()
-        for step in self._made:
+        for step in self._started_steps:
             step.kill()
 
-    def forget(self) -> None:
-        """Give an ended run's process numbers back; its groups are never signalled again."""
-        assert self.ended, "a running hook is not forgotten"  # noqa: S101 - our own mistake
-        for step in self._made:
-            step.forget()
-        self._made.clear()
+    def release(self) -> None:
+        """Reap the processes of an ended run; its groups are never signalled again."""
+        assert self.ended, "a running hook is not released"  # noqa: S101 - our own mistake
+        for step in self._started_steps:
+            step.release()
+        self._started_steps.clear()
 
     def start(self) -> None:
-        """Once, by ``HookRunner.start``."""
-        self._task = self._loop.create_task(self._go())
+        """Start the run. Called once, by ``HookRunner.start``."""
+        self._task = self._loop.create_task(self._run_steps())
 
-    async def _go(self) -> None:
+    async def _run_steps(self) -> None:
         try:
-            steps = await self._steps()
+            steps = await self._read_steps()
         except (ConfigError, OSError, StuckError) as error:
             self._finish(HookExit(None, None, 0.0, error=str(error)))
             return
@@ -128,20 +128,20 @@ class HookRun:
             if self._stop.is_set():
                 result = HookExit(None, None, 0.0, error="stopped before it", step=step.name)
                 break
-            result = await self._end_of(step)
+            result = await self._run_step(step)
             if not result.ok and not self._spec.all_steps:
                 break
             failed = failed or (None if result.ok else result)
         self._finish(failed or result)
 
-    async def _steps(self) -> tuple[Step, ...]:
-        """Read the steps off the loop: the directory may be on a disk that hangs.
+    async def _read_steps(self) -> tuple[Step, ...]:
+        """Read the steps in a thread: the directory may be on a dead disk.
 
         Raises:
             ConfigError: there are none.
-            StuckError: it was stopped meanwhile.
+            StuckError: the run was stopped meanwhile.
         """
-        reading = self._loop.create_task(Lane(f"hook {self.name}").run(self._spec.steps))
+        reading = self._loop.create_task(BlockingThread(f"hook {self.name}").run(self._spec.steps))
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -150,11 +150,11 @@ class HookRun:
             raise StuckError("stopped before its first step")
         return reading.result()
 
-    async def _end_of(self, step: Step) -> HookExit:
-        """How one step ended, after its repetitions."""
+    async def _run_step(self, step: Step) -> HookExit:
+        """Run one step, with its retries."""
         for again in range(self._spec.retries + 1):
-            self._begin(step)
-            assert self._running is not None  # noqa: S101 - it was begun
+            self._start_step(step)
+            assert self._running is not None  # noqa: S101 - it was started
             result = await self._running.wait()
             self._running = None
             self._cut_bytes += result.output_cut
@@ -170,27 +170,27 @@ class HookRun:
             return False
         return True
 
-    def _begin(self, step: Step) -> None:
-        env, facts = self._now()
+    def _start_step(self, step: Step) -> None:
+        env, payload = self._current_payload()
         epoch = env.get("FAILOVER_EPOCH", "")
         match step:
-            case Command():
-                process = HookProcess(self.name, self._clock, epoch, self._spec.around)
+            case CommandStep():
+                process = HookProcess(self.name, self._clock, epoch, self._spec.context)
                 self._running = process
-                self._made.append(process)
+                self._started_steps.append(process)
                 process.start(
                     step.argv,
                     env,
-                    facts,
-                    lambda: self._spec.check_again(step),
+                    payload,
+                    lambda: self._spec.recheck(step),
                     launched=self._launched,
                     cgroup=self._cgroup,
                 )
-            case Post():
+            case WebhookStep():
                 from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - 0.1 s, for few
 
                 assert self._spec.tls is not None  # noqa: S101 - a spec with a URL has one
-                post = Webhook(
+                request = Webhook(
                     self.name,
                     step.url,
                     self._clock,
@@ -198,28 +198,28 @@ class HookRun:
                     tls=self._spec.tls,
                     secret=self._spec.secret,
                 )
-                self._running = post
-                self._made.append(post)
-                post.start(facts)
-        self._begun.set()
+                self._running = request
+                self._started_steps.append(request)
+                request.start(payload)
+        self._first_started.set()
 
-    def _now(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """The facts, with what is left of the time for the step that starts now."""
-        env, facts = dict(self._env), dict(self._facts)
-        if isinstance(deadline_ms := facts.get("deadline_ms"), int):
+    def _current_payload(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Environment and payload for a step that starts now, with the remaining time."""
+        env, payload = dict(self._env), dict(self._payload)
+        if isinstance(deadline_ms := payload.get("deadline_ms"), int):
             spent_ms = round((self._clock.boottime() - self._started_at) * 1000)
-            facts["deadline_ms"] = max(0, deadline_ms - spent_ms)
-            env["FAILOVER_DEADLINE_MS"] = str(facts["deadline_ms"])
-        return env, facts
+            payload["deadline_ms"] = max(0, deadline_ms - spent_ms)
+            env["FAILOVER_DEADLINE_MS"] = str(payload["deadline_ms"])
+        return env, payload
 
     def _finish(self, result: HookExit) -> None:
         duration_s = self._clock.boottime() - self._started_at
-        self._begun.set()
+        self._first_started.set()
         self._ended.set_result(replace(result, duration_s=duration_s, output_cut=self._cut_bytes))
 
 
 class HookRunner:
-    """Starts hooks, and sees to it that not too many ended ones are kept."""
+    """Starts hooks, and releases old runs."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -229,37 +229,37 @@ class HookRunner:
         self,
         spec: HookSpec,
         env: Mapping[str, str],
-        facts: Mapping[str, Any],
+        payload: Mapping[str, Any],
         *,
         launched: Callable[[], None] | None = None,
         cgroup: Path | None = None,
     ) -> HookRun:
-        """Start a hook. Does not wait for it, and does not raise. Must be called inside the loop.
+        """Start a hook, inside the loop, without waiting.
 
-        A hook that cannot be started has ended, with ``HookExit.error``. The caller limits
+        A hook that cannot be started does not raise: its result has ``HookExit.error``. The caller limits
         its time: by ``term``, then ``kill``.
 
         Args:
-            spec: which one; ``HookSpec.check`` has passed it, and a directory is read anew.
-            env: ``environment_of(facts)``; FAILOVER_EPOCH goes into the log with the output.
-            facts: ``facts_of(...)``, for stdin; the time left is corrected for later steps.
-            launched: called whenever a step that is a process has been started.
-            cgroup: the directory of a cgroup to put its processes into, if that can be made.
+            spec: a hook that has passed ``HookSpec.check``; a directory is read anew.
+            env: ``payload_environment(payload)``; FAILOVER_EPOCH is logged with the output.
+            payload: ``build_payload(...)``, for stdin; later steps get the remaining time.
+            launched: called after the start of each step that is a process.
+            cgroup: the directory of a cgroup for its processes, if that can be created.
         """
         ended = [run for run in self._runs if run.ended]
         for run in ended[:-KEPT]:
-            self.forget(run)
-        run = HookRun(spec, self._clock, env, facts, launched=launched, cgroup=cgroup)
+            self.release(run)
+        run = HookRun(spec, self._clock, env, payload, launched=launched, cgroup=cgroup)
         self._runs.append(run)
         run.start()
         return run
 
-    def forget(self, run: HookRun) -> None:
-        """Give one ended run's process numbers back: nothing that it left behind is of interest."""
-        run.forget()
+    def release(self, run: HookRun) -> None:
+        """Reap an ended run, whose processes need no further signal."""
+        run.release()
         self._runs.remove(run)
 
     def close(self) -> None:
-        """Forget every run that has ended, before the loop closes. One that goes on does so alone."""
+        """Release every ended run, before the loop closes. Running ones go on by themselves."""
         for run in [run for run in self._runs if run.ended]:
-            self.forget(run)
+            self.release(run)

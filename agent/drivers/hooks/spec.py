@@ -1,6 +1,6 @@
-"""What each hook is, as the settings say: its form, its steps, and what they have around them.
+"""The configured hooks: form, steps and context of each.
 
-Owns the meaning of the hook settings and the check of all of it before anything runs. Starts nothing.
+Owns the meaning of the hook settings, and their check before anything runs. Starts nothing.
 """
 
 import grp
@@ -14,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from agent.drivers.hooks.check import RunAs, check_directory, check_hook, scripts_in
-from agent.drivers.hooks.process import Surroundings
+from agent.drivers.hooks.process import HookContext
 from agent.errors import ConfigError, ExitCode
-from agent.settings import AgentSettings, read_secret
+from agent.schema.secret_files import read_secret
+from agent.schema.settings import AgentSettings
 
 PROMOTIONS = ("pending_primary", "primary")
 ROLE_EVENTS = (*PROMOTIONS, "secondary")
@@ -26,7 +27,7 @@ EVENTS = (*ROLE_EVENTS, *NOTIFICATIONS)
 
 
 class Form(StrEnum):
-    """Which of the three forms a hook has."""
+    """Form of a hook."""
 
     COMMAND = "command"
     DIRECTORY = "directory"
@@ -34,34 +35,34 @@ class Form(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """A step that is a process. ``name`` is for people, None where there is only one step."""
+class CommandStep:
+    """A step that is a process. ``name`` is the script's, None for a single command."""
 
     argv: tuple[str, ...]
     name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
-    """A step that is a request."""
+class WebhookStep:
+    """A step that is an HTTP request."""
 
     url: str
     name: str | None = None
 
 
-Step = Command | Post
+Step = CommandStep | WebhookStep
 
 
 @dataclass(frozen=True, slots=True)
 class ExecPlan:
-    """What a process without this code needs to run a hook's commands in their order.
+    """A hook for a process without this code, such as the guard.
 
     Attributes:
-        commands: argv lists; all of them run, whatever the ones before did, if ``all_steps``.
-        left_out: URLs, which such a process cannot ask.
-        uid: with ``gid`` and ``groups``, whom they run as; None for the user that it has.
+        commands: argv lists, in order; with ``all_steps`` a failed one does not prevent the next.
+        left_out: URLs of webhooks, which such a process cannot call.
+        uid: of the commands, with ``gid`` and ``groups``; None for the process's own user.
         directory: the working directory.
-        environment: all variables but the FAILOVER_ ones (``environment_of``).
+        environment: all variables but the FAILOVER_ ones (``payload_environment``).
     """
 
     commands: tuple[tuple[str, ...], ...]
@@ -76,15 +77,15 @@ class ExecPlan:
 
 @dataclass(frozen=True, slots=True)
 class HookSpec:
-    """One event's hook. Make them by ``specs_of``.
+    """The hook of one event. ``load_specs`` makes them.
 
     Attributes:
         name: the event.
         value: as configured: program and arguments, or one directory, or one URL.
         retries: how often a failed step is tried again.
-        all_steps: a failing step does not keep the next ones from running.
-        secret: what webhooks are signed with.
-        tls: how https servers prove who they are; None without a webhook.
+        all_steps: a failed step does not prevent the next ones.
+        secret: signs webhooks.
+        tls: verifies https servers; None without a webhook.
         writable_directories: see ``check_hook``.
     """
 
@@ -92,14 +93,14 @@ class HookSpec:
     value: tuple[str, ...]
     retries: int = 0
     all_steps: bool = False
-    around: Surroundings = field(default_factory=Surroundings)
+    context: HookContext = field(default_factory=HookContext)
     secret: bytes | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
     writable_directories: bool = False
 
     @property
     def form(self) -> Form:
-        """A directory is one when it is looked at."""
+        """The form, by the value and the file system as it is now."""
         if self.value[0].startswith(("http://", "https://")):
             return Form.WEBHOOK
         if len(self.value) == 1 and Path(self.value[0]).is_dir():
@@ -107,16 +108,16 @@ class HookSpec:
         return Form.COMMAND
 
     def steps(self) -> tuple[Step, ...]:
-        """What is run, in order; at least one step. A directory is read now.
+        """The steps in order, at least one. A directory is read anew.
 
         Raises:
             ConfigError: HOOK_MISSING, it cannot be read or has no script.
         """
         match self.form:
             case Form.WEBHOOK:
-                return (Post(self.value[0]),)
+                return (WebhookStep(self.value[0]),)
             case Form.COMMAND:
-                return (Command(self.value),)
+                return (CommandStep(self.value),)
             case Form.DIRECTORY:
                 return self._scripts()
 
@@ -127,10 +128,10 @@ class HookSpec:
         try:
             return scripts_in(Path(self.value[0]))[1]
         except OSError:
-            return ()  # check() says it
+            return ()  # check() reports it
 
     def check(self) -> None:
-        """Refuse what could not run, or what others could change (R11). Asks no webhook.
+        """Reject a hook that could not run, or that others could change (R11). Calls no webhook.
 
         Raises:
             ConfigError: see ``check_hook`` and ``check_directory``.
@@ -142,15 +143,15 @@ class HookSpec:
                 check_directory(
                     self.name,
                     Path(self.value[0]),
-                    self.around.run_as,
-                    search_path=self.around.search_path,
+                    self.context.run_as,
+                    search_path=self.context.search_path,
                     writable_directories=self.writable_directories,
                 )
             case Form.WEBHOOK:
                 pass
 
-    def check_again(self, step: Command) -> None:
-        """Refuse a script that came, or was changed, since ``check``. Raises ConfigError."""
+    def recheck(self, step: CommandStep) -> None:
+        """Check a script again before its start: it may have changed. Raises ConfigError."""
         if step.name is not None:
             self._check(step.argv)
 
@@ -158,31 +159,31 @@ class HookSpec:
         check_hook(
             self.name,
             argv,
-            self.around.run_as,
-            search_path=self.around.search_path,
+            self.context.run_as,
+            search_path=self.context.search_path,
             writable_directories=self.writable_directories,
         )
 
     def exec_plan(self) -> ExecPlan:
-        """The plan for the guard, as things are now. Raises ConfigError as ``steps`` does."""
+        """The plan for the guard, with the current scripts. Raises ConfigError as ``steps`` does."""
         steps = self.steps()
-        run_as = self.around.run_as
+        run_as = self.context.run_as
         return ExecPlan(
-            commands=tuple(step.argv for step in steps if isinstance(step, Command)),
-            left_out=tuple(step.url for step in steps if isinstance(step, Post)),
+            commands=tuple(step.argv for step in steps if isinstance(step, CommandStep)),
+            left_out=tuple(step.url for step in steps if isinstance(step, WebhookStep)),
             all_steps=self.all_steps,
             uid=run_as.uid if run_as else None,
             gid=run_as.gid if run_as else None,
             groups=run_as.groups if run_as else (),
-            directory=self.around.directory,
-            environment=self.around.variables(),
+            directory=self.context.directory,
+            environment=self.context.variables(),
         )
 
-    def _scripts(self) -> tuple[Command, ...]:
+    def _scripts(self) -> tuple[CommandStep, ...]:
         directory = Path(self.value[0])
         try:
             scripts, _ = scripts_in(directory)
-            reason = "no script is in it"
+            reason = "it has no script"
         except OSError as error:
             scripts, reason = (), str(error.strerror)
         if not scripts:
@@ -190,14 +191,14 @@ class HookSpec:
                 f"hook {self.name}: {directory} cannot be run: {reason}",
                 exit_code=ExitCode.HOOK_MISSING,
             )
-        return tuple(Command((str(script),), script.name) for script in scripts)
+        return tuple(CommandStep((str(script),), script.name) for script in scripts)
 
 
-def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
-    """The hooks that are configured, by event. ``HookSpec.check`` each before running any.
+def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
+    """Load the configured hooks, by event. Call ``HookSpec.check`` before any of them runs.
 
     Raises:
-        ConfigError: an unknown user or group, no right to become it, a directory that is none, a
+        ConfigError: an unknown user or group, no permission to switch to it, no such directory, or a
             secret or certificates that cannot be read.
     """
     values = {event: tuple(getattr(settings, f"hook_{event}")) for event in EVENTS}
@@ -209,7 +210,7 @@ def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
         raise ConfigError(
             f"hook_directory {directory} must be the absolute path of a directory that exists"
         )
-    around = Surroundings(
+    context = HookContext(
         str(directory),
         run_as(settings.hook_user, settings.hook_group),
         MappingProxyType(dict(settings.hook_environment)),
@@ -225,7 +226,7 @@ def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
                 value,
                 retries=settings.hook_retries if event in PROMOTIONS else 0,
                 all_steps=event not in PROMOTIONS,
-                around=around,
+                context=context,
                 secret=secret,
                 tls=tls,
                 writable_directories=settings.hook_directories_writable,
@@ -236,10 +237,10 @@ def specs_of(settings: AgentSettings) -> Mapping[str, HookSpec]:
 
 
 def run_as(user: str | None, group: str | None) -> RunAs | None:
-    """Whom hooks run as, or None for the agent's own user.
+    """The user and group of hooks, or None for the agent's own.
 
     Raises:
-        ConfigError: there is no such user or group, or it takes root to become it.
+        ConfigError: there is no such user or group, or the agent is not root.
     """
     if user is None and group is None:
         return None
@@ -261,7 +262,7 @@ def run_as(user: str | None, group: str | None) -> RunAs | None:
 
 
 def _user(name: str) -> pwd.struct_passwd | None:
-    """The entry of a user; None for a number that has none."""
+    """The entry of a user; None for a user id without one."""
     try:
         return pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except (KeyError, OverflowError):
@@ -280,7 +281,7 @@ def _group(name: str) -> int:
 
 
 def _tls(ca_file: Path | None, urls: list[str]) -> ssl.SSLContext | None:
-    """How https servers prove who they are: by the file, or by the system's certificates."""
+    """The TLS context for webhooks, with the file's or the system's certificates."""
     if not urls:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,7 +1,7 @@
-"""One step of a hook as an HTTP request: for what cannot be reached by starting a process.
+"""One step of a hook as an HTTP request.
 
-Owns one POST, its signature, and the sentence for each way in which it fails. What ends it early is
-``term`` or ``kill``: the connection is broken off, and what the other side began goes on.
+Owns one POST, its signature, and the message for each failure. ``term`` and ``kill`` close the connection;
+what the server has begun goes on.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ from agent.ops.logs import Log
 
 ANSWER_BYTES = 4 * 1024
 ANSWER_LINES = 64
-"""Of an answer's body that are logged: a sentence or two, not a page."""
+"""Logged part of an answer's body."""
 
 ANSWER_S = 1.0
-"""How long the body may take; the status has decided before."""
+"""How long the body may take; the status has already decided the result."""
 
 LONGEST_S = 24 * 3600.0
-"""For one whose caller sets no limit: nothing waits for ever."""
+"""Fallback timeout, if the caller sets no limit."""
 
 log = Log(__name__)
 
@@ -40,12 +40,12 @@ def signature(secret: bytes, timestamp: str, body: bytes) -> str:
 
 
 class Webhook:
-    """One POST. Call ``start`` once, inside the loop; ``wait`` tells how it ended.
+    """One POST. Call ``start`` once, inside the loop; ``wait`` returns the result.
 
     Args:
-        name: which hook, for the log.
-        url: where to; its query is never logged, it may hold a token.
-        tls: how an https server proves who it is.
+        name: of the hook, for the log.
+        url: its query is never logged, as it may contain a token.
+        tls: verifies an https server.
         secret: signs the request; None leaves it unsigned.
     """
 
@@ -64,52 +64,52 @@ class Webhook:
     ) -> None:
         self.name = name
         self._url = url
-        self._facts = {"hook": name, "epoch": int(epoch) if epoch else None}
+        self._log_fields = {"hook": name, "epoch": int(epoch) if epoch else None}
         self._clock = clock
         self._started_at = clock.boottime()
         self._tls = tls
         self._secret = secret
         self._ended: asyncio.Future[HookExit] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
-        self._broken_off: str | None = None
+        self._cancelled_by: str | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is there, or there will be none."""
+        """Whether the request has succeeded or failed."""
         return self._ended.done()
 
-    def start(self, facts: Mapping[str, Any]) -> None:
-        """Send ``facts`` as the body."""
-        self._task = asyncio.get_running_loop().create_task(self._run(facts))
+    def start(self, payload: Mapping[str, Any]) -> None:
+        """Send ``payload`` as the body."""
+        self._task = asyncio.get_running_loop().create_task(self._run(payload))
 
     async def wait(self) -> HookExit:
         """Wait for the answer. May be called repeatedly."""
         return await asyncio.shield(self._ended)
 
     def term(self) -> None:
-        """Break it off."""
-        self._break_off("TERM")
+        """Cancel the request."""
+        self._cancel("TERM")
 
     def kill(self) -> None:
-        """Break it off."""
-        self._break_off("KILL")
+        """Cancel the request."""
+        self._cancel("KILL")
 
-    def forget(self) -> None:
-        """Nothing is kept."""
+    def release(self) -> None:
+        """Do nothing: a request has no process."""
 
-    def _break_off(self, by: str) -> None:
+    def _cancel(self, by: str) -> None:
         if self._task is not None and not self.ended:
-            self._broken_off = self._broken_off or by
+            self._cancelled_by = self._cancelled_by or by
             self._task.cancel()
 
-    async def _run(self, facts: Mapping[str, Any]) -> None:
+    async def _run(self, payload: Mapping[str, Any]) -> None:
         error: str | None = None
         try:
             async with asyncio.timeout(LONGEST_S):
-                error = await self._post(json.dumps(facts).encode())
+                error = await self._post(json.dumps(payload).encode())
         except asyncio.CancelledError:
-            error = f"{self._shown} gave no answer until it was broken off ({self._broken_off})"
-            if self._broken_off is None:  # the loop ends, not this hook
+            error = f"{self._shown} gave no answer before {self._cancelled_by}"
+            if self._cancelled_by is None:  # the loop ends, not this hook
                 raise
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as fault:
             error = f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
@@ -153,7 +153,7 @@ class Webhook:
                     if len(text) >= ANSWER_BYTES:
                         break
         except (TimeoutError, httpx2.HTTPError):
-            pass  # the status is known, and it decides
+            pass  # the status has decided the result
         for line in text.decode(errors="replace").splitlines()[:ANSWER_LINES]:
             if line:
-                log.info("hook output", **self._facts, stream="answer", line=line)
+                log.info("hook output", **self._log_fields, stream="answer", line=line)

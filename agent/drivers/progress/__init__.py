@@ -1,30 +1,20 @@
 """Where the data-processed time comes from, beside ``POST /data-processed``.
 
-Owns one source of the ``[progress]`` table, in a task of its own: it never blocks the event loop and
-never ends on bad input. What is refused is counted by reason, and logged when the reason changes.
-Knows nothing of roles and tenures: it tells each time that it reads, also an old or a lower one, and
-the daemon lets none go back within a tenure (R18).
+Owns the source of the ``[progress]`` table: it never blocks the event loop and never ends on bad input.
+What is refused is counted by reason, and logged when the reason changes. Knows no kind of source, and
+nothing of roles and tenures: it reports each time that it reads, also an old or a lower one, and the
+daemon lets none go back within a tenure (R18).
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from agent.drivers.progress.listen import Listener
-from agent.drivers.progress.poll import CommandReader, FileReader, MetricReader, Reader
+from agent.drivers.progress.kind import Source, SourceKind
 from agent.drivers.progress.times import Plausible, Reason, Refused, read_text, read_time
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.settings.values import (
-    CommandProgress,
-    FileProgress,
-    FileTimeProgress,
-    MetricProgress,
-    MqttProgress,
-    ProgressSource,
-    SocketProgress,
-)
+from agent.schema.progress import ProgressSource
 
 __all__ = ["Plausible", "Progress", "Reason", "Refused", "read_time"]
 
@@ -56,11 +46,9 @@ class Progress:
         self._clock = clock
         self._report = report
         self._plausible = Plausible(settings.max_future)
-        self._said: Reason | None = None
+        self._logged: Reason | None = None
         self._quiet_until: dict[Reason | None, float] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._listener: Listener | None = None
-        self._reader: Reader | None = None
+        self._source: Source | None = None
 
     @property
     def refused(self) -> Mapping[str, int]:
@@ -73,67 +61,39 @@ class Progress:
             ConfigError: LISTEN, the socket cannot be made; CONFIG_VALUE, the extra for MQTT is not
                 installed, or a password or certificate cannot be used.
         """
-        settings = self.settings
-        match settings:
-            case SocketProgress():
-                self._listener = Listener(settings, self._take_text, self._refuse)
-                await self._listener.start()
-                return
-            case MqttProgress():
-                from agent.drivers.progress.mqtt import Subscriber  # noqa: PLC0415 - needs the extra
-
-                def take(payload: bytes) -> None:
-                    self._take_text(payload, settings.key)
-
-                work = Subscriber(settings, take, self._refuse).run()
-            case FileProgress() | FileTimeProgress() | MetricProgress() | CommandProgress():
-                self._reader = _reader(settings)
-                work = self._poll(self._reader, settings.interval)
-        self._task = asyncio.get_running_loop().create_task(work)
+        assert isinstance(self.settings, SourceKind)  # noqa: S101 - as every kind in the registry
+        self._source = self.settings.open(self)
+        await self._source.start()
 
     async def stop(self) -> None:
         """Read no more, and leave nothing behind. May be called twice, or without a start."""
-        if self._listener is not None:
-            self._listener.stop()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        if self._reader is not None:
-            await self._reader.close()
-            self._reader = None
+        if self._source is not None:
+            await self._source.stop()
 
-    async def _poll(self, reader: Reader, interval_s: float) -> None:
-        while True:
-            try:
-                self._take(await reader.read())
-            except Refused as refused:
-                self._refuse(refused)
-            except Exception as error:  # noqa: BLE001 - whatever one reading meets, there is a next
-                self._refuse(Refused(Reason.UNREADABLE, f"{type(error).__name__}: {error}"))
-            await asyncio.sleep(interval_s)
-
-    def _take_text(self, data: bytes, key: str | None = None) -> None:
+    def receive_text(self, data: bytes, key: str | None = None) -> None:
+        """Take a time from text."""
         try:
-            self._take(read_text(data, key))
+            self.receive_time(read_text(data, key))
         except Refused as refused:
-            self._refuse(refused)
+            self.refuse(refused)
 
-    def _take(self, time: datetime) -> None:
+    def receive_time(self, time: datetime) -> None:
+        """Report a time. Raises Refused if it is not plausible."""
         self._report(self._plausible.check(time, self._clock.wall()))
         self.last_error = None
-        self._say(None)
+        self._log(None)
 
-    def _refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: Refused) -> None:
+        """Count and log that there is no time."""
         self._refused[refused.reason.value] += 1
         self.last_error = str(refused)
-        self._say(refused.reason)
+        self._log(refused.reason)
 
-    def _say(self, reason: Reason | None) -> None:
+    def _log(self, reason: Reason | None) -> None:
         now = self._clock.boottime()
-        if reason is self._said or now < self._quiet_until.get(reason, now):
+        if reason is self._logged or now < self._quiet_until.get(reason, now):
             return
-        self._said = reason
+        self._logged = reason
         self._quiet_until[reason] = now + QUIET_S
         kind = self.settings.type
         if reason is None:
@@ -145,13 +105,3 @@ class Progress:
                 reason=reason.value,
                 error=self.last_error,
             )
-
-
-def _reader(settings: FileProgress | FileTimeProgress | MetricProgress | CommandProgress) -> Reader:
-    match settings:
-        case MetricProgress():
-            return MetricReader(settings)
-        case CommandProgress():
-            return CommandReader(settings)
-        case _:
-            return FileReader(settings)

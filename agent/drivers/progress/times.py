@@ -1,6 +1,6 @@
-"""What a reported time may look like, and why one is refused. Pure: no clock, no I/O.
+"""The formats of a reported time, and why one is refused. Pure: no clock, no I/O.
 
-Owns reading a time from text, JSON and numbers, and the bound on future ones. Knows nothing of where
+Owns parsing a time from text, JSON and numbers, and the bound on future ones. Knows nothing of where
 a time came from, nor of tenures: that it never goes back within one (R18) is the daemon's.
 """
 
@@ -22,7 +22,7 @@ LONGEST_REASON = 300
 
 EARLIEST_S = 100_000_000
 """3 March 1973. A smaller number is an age, a count or a date without dashes, given by mistake; as a
-time it would make the next primary fetch half a century again. ISO 8601 can say any time."""
+time it would make the next primary fetch half a century again. ISO 8601 can express any time."""
 
 LATEST_S = 253_402_300_800
 """The year 10000. Today in milliseconds is above that."""

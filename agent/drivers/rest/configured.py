@@ -5,9 +5,10 @@ import httpx2
 from agent.drivers.rest.client import RestClient
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.errors import ConfigError
-from agent.ops.blocking import Lane
+from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
-from agent.settings import AgentSettings, read_secret
+from agent.schema.secret_files import read_secret
+from agent.schema.settings import AgentSettings
 
 LONGEST_LOAD_S = 10.0
 """For the files of credentials and certificates, which are a few KiB."""
@@ -47,7 +48,7 @@ async def load_client(settings: AgentSettings, *, timeout_s: float = LONGEST_LOA
     Raises:
         ConfigError: as ``client_for``, or a file was not read in time.
     """
-    lane = Lane("credentials")
+    lane = BlockingThread("credentials")
     try:
         return await lane.run(lambda: client_for(settings), timeout_s=timeout_s)
     except TimeoutError:

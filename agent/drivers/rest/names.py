@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from agent.ops.blocking import Lane, StuckError
+from agent.ops.blocking import BlockingThread, StuckError
 
 SLOW_LOOK_UP_S = 0.25
 SLOW_SHARE = 0.25
@@ -44,7 +44,7 @@ S = TypeVar("S", bound=_Stream)
 
 @dataclass(slots=True)
 class _Host:
-    lane: Lane
+    lane: BlockingThread
     known: tuple[str, ...] = ()
     look_up: "asyncio.Task[tuple[str, ...]] | None" = field(default=None)
 
@@ -82,7 +82,7 @@ class Names:
     def _entry(self, host: str) -> _Host:
         if host not in self._hosts and len(self._hosts) >= MOST_HOSTS:
             self._hosts.pop(next(iter(self._hosts)))
-        return self._hosts.setdefault(host, _Host(Lane(f"look-up of {host}")))
+        return self._hosts.setdefault(host, _Host(BlockingThread(f"look-up of {host}")))
 
 
 def _is_address(host: str) -> bool:

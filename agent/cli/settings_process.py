@@ -1,0 +1,140 @@
+"""Start the process that reads an agent's settings, and receive them from it.
+
+Reading them takes pydantic and click, which an agent would keep in memory for months though it needs them
+once, and again at a reload. So ``run`` and ``exec`` pass their arguments on unparsed; in the other process
+settings_reader.py reads settings from them, or reports what is wrong. Owns the channel between the two.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
+import click
+
+from agent import __version__
+from agent.errors import ConfigError, ExitCode
+from agent.ops.process import Popen
+from agent.schema import exchange
+from agent.schema.settings import AgentSettings
+
+READ_S = 60.0
+"""Timeout of the reading: the file is on a disk, or a network, that does not answer."""
+
+END_S = 1.0
+"""Timeout for a killed process to be gone."""
+
+PROGRAM = f"""\
+import json, os, sys
+sys.path[:] = json.loads(sys.argv[1])
+from agent import __version__
+if __version__ == {__version__!r}:
+    from agent.cli.settings_reader import main
+    sys.exit(main(int(sys.argv[2]), sys.argv[3:]))
+os.write(int(sys.argv[2]), json.dumps({{"version": __version__}}).encode())
+"""
+"""Started with ``-P`` and with the search path of this process, so that it finds the same program. If
+another version was installed meanwhile it reads nothing, and only reports its version."""
+
+
+class UnparsedCommand(click.Command):
+    """A command whose arguments, its flags too, another process parses."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Accept all, as they are."""
+        ctx.params["arguments"] = tuple(args)
+        return []
+
+
+class SettingsProcess:
+    """The other process, from its start on; ``receive`` has to be called, and waits for its end.
+
+    Args:
+        arguments: the command and its arguments, without the program's name.
+        debug: whether it shows the traceback of an error.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, debug: bool) -> None:
+        flags = ["--debug"] if debug else []
+        self._document = os.memfd_create("settings")
+        start = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(self._document)]
+        try:
+            # In its own process group: Ctrl-C is for this process, which then waits for it.
+            self._process = Popen(
+                [*start, *flags, *arguments], pass_fds=[self._document], process_group=0
+            )
+        except OSError as error:
+            os.close(self._document)
+            raise ConfigError(f"no process to read the settings: {error.strerror}") from None
+
+    def receive(self) -> AgentSettings:
+        """Wait for the settings.
+
+        Raises:
+            ConfigError: something is wrong with the settings.
+            click.exceptions.Exit: the process has printed a help text or a usage error itself.
+                ``exit_code`` is its own.
+        """
+        try:
+            code = self._process.wait(READ_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"the settings were not read within {READ_S:g} s: is the file on a disk that hangs?",
+                exit_code=ExitCode.CONFIG_FILE,
+            ) from None
+        else:
+            return self._load(code)
+        finally:
+            self._process.kill()
+            with suppress(
+                subprocess.TimeoutExpired
+            ):  # a process that waits for a hung disk cannot be killed
+                self._process.wait(END_S)
+            os.close(self._document)
+
+    def _load(self, code: int) -> AgentSettings:
+        if size := os.fstat(self._document).st_size:
+            return exchange.load(os.pread(self._document, size, 0))
+        if code >= 0:
+            raise click.exceptions.Exit(code)
+        raise ConfigError(
+            f"the process that reads the settings was ended by signal {-code}",
+            exit_code=ExitCode.INTERNAL,
+        )
+
+
+def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
+    """Run the agent with the settings of these arguments; SIGHUP reads them again.
+
+    Raises:
+        FailoverError, click.exceptions.Exit: as ``SettingsProcess.receive`` and ``agent.daemon.run`` do.
+    """
+    process = SettingsProcess(arguments, debug=debug)
+    try:
+        from agent.daemon.main import run  # noqa: PLC0415 - while the other process reads
+    finally:
+        try:
+            settings = process.receive()
+        except ConfigError as error:
+            from agent.daemon.leftover_workload import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
+
+            add_hint_of_usual_directory(error)
+            raise
+    code = run(settings, partial(_reread, arguments, debug=debug))
+    gc.freeze()  # else the interpreter collects garbage at its end for 0.2 s, and the guard has to kill it
+    return code
+
+
+def _reread(arguments: Sequence[str], *, debug: bool) -> AgentSettings:
+    """Read the settings again. Raises ConfigError: the running agent goes on with what it has."""
+    try:
+        return SettingsProcess(arguments, debug=debug).receive()
+    except click.exceptions.Exit as error:
+        raise ConfigError(
+            f"the process that reads the settings ended with code {error.exit_code}, and has printed why",
+            exit_code=ExitCode.INTERNAL,
+        ) from None

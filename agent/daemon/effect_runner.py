@@ -1,0 +1,281 @@
+"""Carry out the effects of the session, in their order.
+
+Owns what each effect does on this host: which task starts, what is published and where. Whatever waits
+is a task; if one fails, its event is posted all the same. Decides nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from agent.core.effects import (
+    UNREQUESTED_DEMOTIONS,
+    Effect,
+    Escalate,
+    Exit,
+    HookFacts,
+    Join,
+    KillHook,
+    Leave,
+    Publish,
+    Release,
+    SendHeartbeat,
+    StartHook,
+    TermHook,
+)
+from agent.core.events import Event, HeartbeatFailed, HeartbeatFailure, HookEnded, Left, Released
+from agent.core.session import Phase
+from agent.daemon.guard_control import GuardControl
+from agent.daemon.host_health import HostHealth
+from agent.daemon.member import Member, Published
+from agent.daemon.state_publisher import StatePublisher
+from agent.daemon.supervise import Supervisor
+from agent.errors import ExitCode
+from agent.model import Role
+from agent.ops.logs import Log
+
+if TYPE_CHECKING:
+    from agent.drivers.mqtt import Announcer
+
+EXIT_S = 2.0
+"""How long the guard waits for the exit of an agent after a failed demotion and its fence command."""
+
+RUN_WITHOUT_SESSION = -1
+"""The run number of the demotion without the session."""
+
+log = Log(__name__)
+
+
+class EffectRunner:
+    """Carries out the effects of one agent.
+
+    Args:
+        member: ``published`` is written here.
+        post_event: puts an event into the inbox.
+        started: awaited before each request; whether the drivers of this host have started.
+
+    Attributes:
+        exit_code: set by Exit.
+        escalated: the demotion has failed, and the processes of the tenure were killed (R4).
+        announcer: publishes each role to an MQTT broker; set when it has started.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        state_publisher: StatePublisher,
+        host_health: HostHealth,
+        guard_control: GuardControl,
+        supervisor: Supervisor,
+        *,
+        post_event: Callable[[Event], None],
+        started: Callable[[], Awaitable[bool]],
+    ) -> None:
+        self.exit_code: ExitCode | None = None
+        self.escalated = False
+        self.announcer: Announcer | None = None
+        self._member = member
+        self._state_publisher = state_publisher
+        self._host_health = host_health
+        self._guard_control = guard_control
+        self._supervisor = supervisor
+        self._post_event = post_event
+        self._started = started
+        self._joining: asyncio.Task[None] | None = None
+        self._following = False
+
+    def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
+        """Carry effects out, in their order.
+
+        Args:
+            effects: of one step.
+            lease_until: the end of the lease before that step, on CLOCK_BOOTTIME.
+        """
+        self._guard_control.update()  # before a hook starts that the guard would have to undo
+        for effect in effects:
+            self._perform(effect, lease_until)
+        if effects:  # without effects, nothing has changed since the update above
+            self._guard_control.update()
+        self._state_publisher.write()
+
+    def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
+        member, start = self._member, self._supervisor.start
+        requests, role_runner = member.requests, member.role_runner
+        match effect:
+            case Publish():
+                self._publish(effect, lease_until)
+            case SendHeartbeat():
+                failure_event = HeartbeatFailed(
+                    effect.number, HeartbeatFailure.OTHER, "the heartbeat's task has failed"
+                )
+                start(
+                    "heartbeat", requests.send_heartbeat(effect.number), failure_event=failure_event
+                )
+            case StartHook():
+                self._start_hook(effect)
+            case TermHook():
+                role_runner.terminate(effect.run)
+            case KillHook():
+                role_runner.kill(effect.run)
+            case Join():
+                if self._joining is not None:
+                    self._joining.cancel()
+                self._joining = start("join", self._join())
+            case Release():
+                start("release", self._release(effect), failure_event=Released())
+            case Leave():
+                start("leave", self._leave(), failure_event=Left())
+            case Escalate():
+                self._escalate(effect.reason)
+            case Exit():
+                self.exit_code = effect.code
+
+    # -- roles ----------------------------------------------------------------------------------
+
+    def _publish(self, effect: Publish, lease_until: float) -> None:
+        member = self._member
+        if effect.before is Role.SECONDARY:
+            self._host_health.begin_tenure()
+        member.published = Published(effect.role, effect.epoch, effect.reason, member.clock.wall())
+        member.stats.record_role_change(effect)
+        self._state_publisher.write()
+        log.info(
+            "role changed",
+            group=member.settings.group,
+            session=member.session_id,
+            before=effect.before.value,
+            after=effect.role.value,
+            epoch=effect.epoch,
+            reason=effect.reason,
+        )
+        member.notify.status(self._state_publisher.status)
+        if self.announcer is not None:
+            self.announcer.announce(member.published)
+        self._host_health.set_primary(primary=effect.role is Role.PRIMARY)
+        if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
+            # The role is published, and there is no hook to run.
+            self._record_demotion(lease_until)
+        if effect.cause in UNREQUESTED_DEMOTIONS:
+            self._run_notification_hook("lost", effect.reason, effect.before)
+
+    def _record_demotion(self, lease_until: float) -> None:
+        """Record how much of L is left after a demotion; below 0, two members may have been active."""
+        slack_s = lease_until - self._member.clock.boottime()
+        log.info("demoted", epoch=self._member.published.epoch, demote_slack_s=slack_s)
+        self._member.stats.record_demotion(slack_s)
+
+    def _run_notification_hook(self, event: str, reason: str, before: Role | None = None) -> None:
+        """Run a notification hook (R10)."""
+        member = self._member
+        member.role_runner.notify(
+            event,
+            old_role=before or member.published.role,
+            new_role=member.published.role,
+            epoch=member.published.epoch,
+            reason=reason,
+            last_data=member.progress,
+            previous_primary=member.session.previous_primary,
+        )
+
+    # -- hooks ----------------------------------------------------------------------------------
+
+    def _start_hook(self, effect: StartHook) -> None:
+        member, facts = self._member, effect.facts
+        last_data = facts.last_data
+        if facts.role is Role.SECONDARY and member.progress is not None:
+            last_data = member.progress
+        run = member.role_runner.start_run(effect.run, facts, last_data)
+
+        async def begin() -> None:
+            if facts.role is not Role.SECONDARY:
+                await self._guard_control.send_demotion_hook(facts)
+            await self._state_publisher.flush()  # publish before the hook starts
+            await run
+
+        failure_event = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
+        self._supervisor.start("hook", begin(), failure_event=failure_event)
+        if facts.role is Role.SECONDARY:
+            self._host_health.set_unfit_reason("workload", None)
+
+    def on_hook_ended(self, event: HookEnded) -> None:
+        """Post the end of a run; record the slack of a demotion."""
+        session = self._member.session
+        secondary = self._member.published.role is Role.SECONDARY
+        if event.ok and session.guard_deadlines is not None and secondary:
+            self._record_demotion(session.lease_until)
+        self._post_event(event)
+
+    def _escalate(self, reason: str) -> None:
+        """Handle a failed demotion (R4): kill what is left, run the fence command, exit."""
+        member = self._member
+        log.error(
+            "demotion failed",
+            group=member.settings.group,
+            session=member.session_id,
+            epoch=member.published.epoch,
+            reason=reason,
+            action="killing the processes of the hooks and of the workload, then exiting without"
+            " releasing the role",
+        )
+        self.escalated = True
+        fence_s = member.settings.hook_limit if member.settings.fence_command else 0.0
+        self._guard_control.allow_fencing(fence_s + EXIT_S)
+        member.role_runner.kill_all()
+
+    async def demote_without_session(self) -> None:
+        """Demote after the loop itself has failed and no guard answers."""
+        member = self._member
+        demote_s = member.session.timing.demote_s
+        before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
+        member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
+        self._state_publisher.write()
+        facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
+        try:
+            async with asyncio.timeout(demote_s):
+                await self._state_publisher.flush()
+                await member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
+        except Exception:  # whatever it is, the processes are killed below
+            log.exception("demotion without the session failed")
+        if killing := member.role_runner.kill_all():
+            await asyncio.wait(killing, timeout=EXIT_S)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    async def _join(self) -> None:
+        if not await self._started():
+            return  # the start has failed: the loop ends after the first demotion
+        first = not self._member.requests.joined_once
+        await self._member.requests.join()
+        if self._member.requests.failure is not None:
+            return
+        self._member.notify.ready(self._state_publisher.status)
+        self._run_notification_hook("joined", "registered at the coordinator")
+        if first and not self._following:
+            self._following = True
+            self._supervisor.start("follow", self._member.requests.follow_status(), endless=True)
+
+    async def _release(self, effect: Release) -> None:
+        member = self._member
+        if not await self._started():
+            self._post_event(Released())
+            return
+        written = await self._state_publisher.flush(member.session.timing.request_timeout_s)
+        if not written and Role.SECONDARY not in member.role_runner.roles:
+            # Without a hook, only the state file makes the workload inactive.
+            log.warning("role not released, its lease will expire", reason="state file not written")
+            self._post_event(Released())
+            return
+        await member.requests.release(effect)
+        self._state_publisher.on_released()
+
+    async def _leave(self) -> None:
+        if self._joining is not None:
+            self._joining.cancel()  # it would register again after the deletion
+        if await self._started():
+            await self._member.requests.leave(self._left)
+        else:
+            self._post_event(Left())
+
+    def _left(self) -> None:
+        if self._member.session.phase is Phase.LEAVING:
+            self._run_notification_hook("left", "stopping")

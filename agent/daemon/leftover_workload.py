@@ -1,0 +1,59 @@
+"""Warn in a start's error that the workload of a previous run may still be active.
+
+The first demotion (R6) stops what an agent has left that was killed together with its guard. If even
+that cannot begin, because of unreadable settings or an unusable demotion hook, a person has to stop the
+workload: the error has the command.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from agent.drivers.statefile import MAX_BYTES, default_directory_path
+from agent.errors import FailoverError
+from agent.model import Role
+
+
+def add_hint(error: FailoverError, stop_command: Sequence[str]) -> None:
+    """Add the command that stops a leftover workload to an error.
+
+    Args:
+        error: why the agent cannot start.
+        stop_command: the demotion hook, or empty if there is none.
+    """
+    error.hint = f"a workload of a previous run may still be active; {_to_stop_it(stop_command)}"
+
+
+def add_hint_of_usual_directory(error: FailoverError) -> None:
+    """Add a line for each member that died as primary, by the state files in the default directory."""
+    lines = []
+    with suppress(OSError):
+        for path in sorted(default_directory_path().glob("*.json")):
+            command = _stop_command(path)
+            if command is not None:
+                lines.append(
+                    f"the member of {path} was primary when it died, and its workload may still be"
+                    f" active; {_to_stop_it(command)}"
+                )
+    error.hint = "\n".join(lines) or None
+
+
+def _to_stop_it(command: Sequence[str]) -> str:
+    if not command:
+        return "stop it by hand"
+    return f"to stop it, run: {shlex.join(command)}"
+
+
+def _stop_command(path: Path) -> list[str] | None:
+    """The demotion hook of a member that died as primary; None for any other member."""
+    try:
+        with path.open("rb") as file:
+            state = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(state, dict) or state.get("role") in {None, Role.SECONDARY.value}:
+        return None
+    command = state.get("stop_command")
+    return [str(word) for word in command] if isinstance(command, list) else []

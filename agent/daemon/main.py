@@ -1,0 +1,131 @@
+"""The agent's process: its state file lock, its signals, its local HTTP server.
+
+Owns the order of start and shutdown around the loop. An error before the first demotion (R6) carries a
+hint that a workload of a previous run may still be active.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+from agent.daemon.leftover_workload import add_hint
+from agent.daemon.loop import Daemon
+from agent.daemon.telemetry import PROBES, Snapshot
+from agent.drivers.probe import ProbeServer
+from agent.drivers.rest.configured import load_client
+from agent.drivers.statefile import StateFile, default_directory
+from agent.errors import ConfigError, ExitCode, FailoverError
+from agent.ops import logs
+from agent.ops.process import become_subreaper
+from agent.ops.resolver import resolve_in_own_threads
+from agent.ops.sd_notify import Notify
+from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
+from agent.schema.settings import AgentSettings
+
+PREVIOUS_GUARD_S = 30.0
+"""How long a start waits for the previous agent's guard to exit."""
+
+NAMES_ON_ONE_HOST = 64
+"""Cap on the generated session ids of one group on one host."""
+
+
+def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
+    """Run an agent until SIGTERM or SIGINT; the exit code.
+
+    Args:
+        settings: checked, with their hooks.
+        reread: reads the settings again, at SIGHUP; raises ConfigError.
+
+    Raises:
+        FailoverError: the agent could not start, or cannot go on; it has demoted by then.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    become_subreaper()
+    return asyncio.run(_run(settings, reread))
+
+
+async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
+    resolve_in_own_threads(asyncio.get_running_loop())
+    async with AsyncExitStack() as stack:
+        notify = Notify()
+        stack.callback(notify.close)
+        try:
+            state_file, session_id = _lock_state_file(settings)
+            stack.callback(state_file.close)
+            daemon = Daemon(
+                settings,
+                session_id,
+                partial(load_client, settings),
+                state_file,
+                notify=notify,
+                start_probe=partial(_start_probe, settings, stack),
+            )
+        except FailoverError as error:
+            if error.exit_code is not ExitCode.SESSION_IN_USE:
+                add_hint(error, settings.hook_secondary)
+            raise
+        stack.callback(daemon.close)
+        stop = stack.enter_context(stop_signals())
+        if reread is not None:
+            stack.enter_context(on_hangup(partial(daemon.reload, reread)))
+        if settings.workload:
+            stack.enter_context(forwarded_signals(daemon.signal_workload))
+        return await daemon.run(stop)
+
+
+async def _start_probe(
+    settings: AgentSettings, stack: AsyncExitStack, daemon: Daemon
+) -> str | None:
+    """Start the local HTTP server; its URL, or None without one."""
+    if settings.probe_listen is None:
+        return None
+    probe = _probe_server(daemon)
+    stack.push_async_callback(probe.stop)
+    host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _probe_server(daemon: Daemon) -> ProbeServer:
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - memory for an agent without it
+
+    from agent.daemon import metrics  # noqa: PLC0415 - likewise
+
+    registry = CollectorRegistry()
+    metrics.register(registry, daemon.snapshot)
+    return ProbeServer(
+        daemon.report_progress,
+        daemon.describe,
+        verdicts={name: partial(_verdict, daemon, ask) for name, ask in PROBES.items()},
+        metrics=partial(metrics.build_page, registry),
+    )
+
+
+def _verdict(daemon: Daemon, why_not: Callable[[Snapshot], str | None]) -> str | None:
+    return why_not(daemon.snapshot())
+
+
+def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
+    """Lock a state file and a session id for this process."""
+    host = socket.gethostname() or "localhost"
+    names = [host, *(f"{host}-{n}" for n in range(2, NAMES_ON_ONE_HOST + 1))]
+    for name in [settings.session_id] if settings.session_id is not None else names:
+        path = settings.state_file
+        if path is None:
+            path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
+        state_file = StateFile(path.absolute())  # the guard's working directory is another one
+        try:
+            state_file.acquire(wait_s=PREVIOUS_GUARD_S)
+        except ConfigError as error:
+            last = name == names[-1] or settings.session_id or settings.state_file
+            if error.exit_code is not ExitCode.SESSION_IN_USE or last:
+                raise
+        else:
+            return state_file, name
+    raise AssertionError("the last name raises")
+
+
+def _safe(name: str) -> str:
+    """Escape an id for a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02X}" for c in name)[:100]

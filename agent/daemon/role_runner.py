@@ -1,0 +1,397 @@
+"""Run the hooks of a role change, and the workload of ``exec``, on this host.
+
+Owns the runs that the session has requested, by their number. A promotion runs the hook and then starts
+the workload; a demotion stops the workload and then runs the hook. The session decides when a run
+starts, and when it gets TERM and KILL (R7, R8).
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from agent import proctree
+from agent.core.effects import HookFacts
+from agent.core.events import HookEnded
+from agent.daemon.fence import run_fence
+from agent.daemon.payload import EVENTS, Payloads
+from agent.daemon.telemetry import Stats
+from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
+from agent.drivers.guardian import GuardHook
+from agent.drivers.hooks import (
+    PROMOTIONS,
+    HookRun,
+    HookRunner,
+    HookSpec,
+    Notifier,
+    load_specs,
+    payload_environment,
+)
+from agent.drivers.workload import Restart, Workload
+from agent.model import Role
+from agent.ops import process
+from agent.ops.blocking import BlockingThread
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
+from agent.schema.settings import AgentSettings
+
+TREE_POLL_S = 0.02
+"""Poll interval for the processes of a pre-empted promotion."""
+
+LEAST_KILL_S = 0.2
+"""Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
+
+WORKLOAD_SHARE = 0.5
+"""Share of the demotion budget after which the workload is killed; the hook has the rest."""
+
+Payload: TypeAlias = dict[str, Any]
+Outcome: TypeAlias = tuple[bool, str]  # ok, and why
+
+log = Log(__name__)
+
+
+@dataclass
+class _Run:
+    """A run that has not ended."""
+
+    role: Role
+    tree: ProcessTree
+    hook: HookRun | None = None
+    terminated: bool = False
+    killed: bool = False
+
+
+class RoleRunner:
+    """Runs the hooks and the workload of one session, inside one running loop.
+
+    Args:
+        settings: hooks and workload.
+        session_id: for the payload of hooks.
+        state_file: likewise.
+        instance: the mark of this agent's processes, to find them again.
+        stats: counts hooks.
+        on_ended: receives HookEnded.
+        on_groups_changed: called when the processes that the guard has to kill have changed.
+        on_workload_ended: called with the exit status when the workload has ended for good, or None
+            when it fails again and again.
+
+    Attributes:
+        payloads: builds the payloads of hooks.
+        cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        session_id: str,
+        state_file: Path,
+        clock: Clock,
+        stats: Stats,
+        *,
+        instance: str,
+        on_ended: Callable[[HookEnded], None],
+        on_groups_changed: Callable[[], None],
+        on_workload_ended: Callable[[int | None], None],
+    ) -> None:
+        self.payloads = Payloads(settings.group, session_id, state_file, clock)
+        self._settings = settings
+        self._clock = clock
+        self._stats = stats
+        self._on_ended = on_ended
+        self._on_groups_changed = on_groups_changed
+        self._runner = HookRunner(clock)
+        self._specs = load_specs(settings)
+        self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
+        self.process_mark = instance
+        self._runs: dict[int, _Run] = {}
+        self._tenure: TenureProcesses | None = None
+        self._previous_tree: ProcessTree | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tracking: asyncio.Task[Any] | None = None
+        self._orphans = process.OrphanReaper(self._track_processes)
+        self.cgroup = tenure_cgroup(instance)
+        self.workload: Workload | None = None
+        if settings.workload:
+            self.workload = Workload(
+                settings.workload,
+                clock,
+                Restart(settings.workload_restart),
+                on_workload_ended,
+                cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
+                mark=f"{instance}.workload",
+            )
+        if self.workload is not None or set(PROMOTIONS) & set(self._specs):
+            log_tracking_limits(self.cgroup)
+
+    @property
+    def demotion_hook(self) -> HookSpec | None:
+        """The demotion hook: that of the tenure, else the configured one."""
+        if self._tenure is not None:
+            return self._tenure.demotion_hook
+        return self._specs.get(EVENTS[Role.SECONDARY])
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles that have a run, or of which the guard has to know.
+
+        A demotion has to end what a promotion starts, so it has a run even without a hook.
+        """
+        hooked = {role for role, event in EVENTS.items() if event in self._specs}
+        if self._tenure is not None:
+            hooked.add(Role.SECONDARY)
+        both = {Role.PRIMARY, Role.SECONDARY} if self.workload is not None or hooked else set()
+        return frozenset(hooked | both)
+
+    @staticmethod
+    def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
+        """Load and check the hooks of new settings. May block.
+
+        Raises:
+            ConfigError: a hook cannot be used.
+        """
+        specs = load_specs(settings)
+        for spec in specs.values():
+            spec.check()
+        return specs
+
+    def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
+        """Replace the hooks by those of ``read_hooks``, from the next tenure on."""
+        self._specs, self._settings = specs, settings
+        self.notifier.specs = specs
+        self.notifier.limit_s = settings.hook_limit_of("joined")
+
+    @property
+    def running_groups(self) -> tuple[int, ...]:
+        """Process groups of the running hooks."""
+        hooks = [run.hook for run in self._runs.values() if run.hook is not None]
+        return tuple(pgid for hook in hooks for pgid in hook.pgids)
+
+    @property
+    def tenure_groups(self) -> tuple[int, ...]:
+        """Process groups of this tenure's promotion hooks, in which processes may be alive."""
+        return self._tenure.groups if self._tenure is not None else ()
+
+    @property
+    def tenure_roots(self) -> tuple[proctree.Process, ...]:
+        """Known processes of this tenure, by process id and start time."""
+        roots = set(self._tenure.roots) if self._tenure is not None else set()
+        if self.workload is not None and self.workload.identity is not None:
+            roots.add(self.workload.identity)
+        return tuple(sorted(roots))
+
+    async def kill_previous_processes(self, instance: str) -> None:
+        """Kill what a previous agent has left; the first demotion fails while some of it is alive."""
+        self._previous_tree = ProcessTree(instance, since=0)
+        self._previous_tree.cgroup = tenure_cgroup(instance)
+        left = await self._previous_tree.kill()
+        if left is not None:
+            log.error("processes of a previous run are still alive", reason=left)
+
+    def start_run(
+        self, number: int, facts: HookFacts, last_data: datetime | None
+    ) -> Coroutine[Any, Any, None]:
+        """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
+        run = self._runs[number] = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
+        if facts.role is not Role.SECONDARY and self._tenure is None:
+            spec = self._specs.get(EVENTS[Role.SECONDARY])
+            self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+        payload = self.payloads.build_role_payload(facts, last_data)
+        return self._execute(number, run, facts, payload)
+
+    async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> None:
+        try:
+            if facts.role is Role.SECONDARY:
+                ok, why = await self._demote(run, facts, payload)
+            else:
+                ok, why = await self._promote(run, facts.role, payload)
+        finally:
+            del self._runs[number]
+        self._on_ended(HookEnded(number, ok, why))
+
+    def terminate(self, number: int) -> None:
+        """TERM to the processes of a run; it starts nothing more."""
+        run = self._runs.get(number)
+        if run is None:
+            return
+        run.terminated = True
+        if run.hook is not None:
+            run.hook.term()
+            if run.role is not Role.SECONDARY:
+                self._start_task(run.tree.signal(signal.SIGTERM))
+        elif run.role is Role.SECONDARY and self.workload is not None:
+            self.workload.kill()  # it got TERM when its stop began
+
+    def kill(self, number: int) -> None:
+        """KILL to the processes of a run, with all that a promotion has started."""
+        run = self._runs.get(number)
+        if run is None:
+            return
+        run.terminated = run.killed = True
+        if run.hook is not None:
+            run.hook.kill()
+            if run.role is not Role.SECONDARY:
+                self._start_task(run.tree.kill())
+        elif self.workload is not None:
+            self.workload.kill()
+
+    def kill_all(self) -> set[asyncio.Task[Any]]:
+        """Escalate (R4): KILL to the whole tenure and the demotion hook; the tasks that do it."""
+        for run in self._runs.values():
+            if run.hook is not None:
+                run.hook.kill()
+        if self.workload is not None:
+            self.workload.kill()
+        if self._tenure is not None:
+            self._tenure.kill_groups()
+            self._start_task(self._tenure.kill())
+        return set(self._tasks)
+
+    def _start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _track_processes(self) -> None:
+        """Track the tenure's processes while their parents live, and report them to the guard."""
+        if self._tenure is not None and (self._tracking is None or self._tracking.done()):
+            self._tracking = self._start_task(self._track_processes_of(self._tenure))
+
+    async def _track_processes_of(self, tenure: TenureProcesses) -> None:
+        before = tenure.roots
+        await tenure.track_processes()
+        if tenure.roots != before and tenure is self._tenure:
+            self._on_groups_changed()
+
+    async def run_fence_command(self) -> None:
+        """Escalate (R4): wait for the KILL, then run the fence command, if there is one.
+
+        The KILL takes moments, the command at most the hooks' limit. Without a command the agent does
+        not wait if it has a guard, which kills as soon as the agent has exited.
+        """
+        if self._tasks and (self._settings.fence_command or not self._settings.guard):
+            await asyncio.wait(self._tasks, timeout=KILL_S)
+        await run_fence(self._settings, self._runner, self.payloads)
+
+    def close(self) -> None:
+        """Release the handles of the hooks' processes."""
+        self._orphans.close()
+        self._runner.close()
+
+    # -- a change of role -----------------------------------------------------------------------
+
+    async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
+        ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
+        if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
+            fault = await self.workload.start(payload_environment(payload))
+            self._on_groups_changed()
+            ok, why = fault is None, fault or "workload started"
+        if run.terminated:  # even after a success: what it has started also got TERM
+            await self._wait_until_gone(run)
+            return False, "terminated" if ok else why
+        return ok, why
+
+    async def _wait_until_gone(self, run: _Run) -> None:
+        """Wait until every process of a terminated promotion is gone; the session decides on KILL."""
+        while not await run.tree.gone():
+            if run.killed:
+                await run.tree.kill()
+            await asyncio.sleep(TREE_POLL_S)
+
+    async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
+        kill_by = self._clock.boottime() + facts.limit_s
+        tenure = self._tenure
+        if tenure is not None:
+            await tenure.track_processes()  # before parents end
+        if self.workload is not None:
+            loop = asyncio.get_running_loop()
+            killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
+            try:
+                await self.workload.stop()
+            finally:
+                killing.cancel()
+        if tenure is not None:
+            tenure.stop_adopting()
+        ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
+        if ok:
+            # After the hook, which may stop in order what a promotion hook has left running.
+            limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
+            left = await kill_remaining(self._tenure, self._previous_tree, limit_s=limit_s)
+            if left is not None:
+                return False, left
+            self._tenure = self._previous_tree = None
+        return ok, why
+
+    async def _run_hook(
+        self, run: _Run, role: Role, spec: HookSpec | None, payload: Payload
+    ) -> Outcome:
+        if spec is None:
+            return True, "no hook"
+        if run.terminated:
+            return False, "terminated"
+        environment, cgroup = payload_environment(payload), None
+        if role is not Role.SECONDARY:
+            environment |= process.mark(run.tree.value)
+            cgroup = self.cgroup / "hooks" if self.cgroup is not None else None
+        run.hook = hook = self._runner.start(
+            spec,
+            environment,
+            payload,
+            launched=lambda: self._record_processes(run, hook),
+            cgroup=cgroup,
+        )
+        await hook.launched()
+        log.info("hook started", hook=spec.name, pid=hook.pid, epoch=payload["epoch"])
+        self._record_processes(run, hook)
+        result = await hook.wait()
+        run.hook = None
+        self._record_processes(run, hook)
+        self._stats.record_hook(spec.name, result.duration_s, ok=result.ok)
+        write = log.info if result.ok else log.warning
+        write("hook ended", hook=spec.name, result=result.why, seconds=result.duration_s)
+        if role is not Role.SECONDARY:
+            self._track_processes()  # those that it has left running
+        return result.ok, result.why
+
+    def _record_processes(self, run: _Run, hook: HookRun) -> None:
+        """Add the processes of a promotion hook to the tenure; report all groups to the guard."""
+        if run.role is not Role.SECONDARY and self._tenure is not None:
+            self._tenure.add(hook)
+            for child in hook.children:
+                run.tree.add(child)
+        self._on_groups_changed()
+
+    # -- the guard and notifications ---------------------------------------------------------------
+
+    async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
+        """Build the demotion hook that the guard runs for the tenure of a promotion."""
+        spec, lane = self.demotion_hook, BlockingThread("demotion hook of the guard")
+        return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
+
+    def notify(
+        self,
+        event: str,
+        *,
+        old_role: Role,
+        new_role: Role,
+        epoch: int | None,
+        reason: str,
+        last_data: datetime | None,
+        previous_primary: str | None,
+    ) -> None:
+        """Queue a notification hook (R10)."""
+        facts = self.payloads.build(
+            event=event,
+            old_role=old_role,
+            new_role=new_role,
+            epoch=epoch,
+            reason=reason,
+            last_data=last_data,
+            deadline_s=self.notifier.limit_s,
+            previous_primary=previous_primary,
+        )
+        self.notifier.put(event, facts)

@@ -1,0 +1,244 @@
+"""Publish the state of one agent: the state file, the probe's answers, systemd's status line.
+
+Owns the state file's content and its writing. A disk may hang, so a thread writes the file, and only the
+newest state; ``flush`` waits for that, with a timeout. Decides nothing.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from agent import __version__
+from agent.core.session import Phase, PreviousTenure
+from agent.daemon.member import Member
+from agent.daemon.previous_state import boot_id
+from agent.daemon.telemetry import Snapshot
+from agent.drivers.progress import Progress, Reason
+from agent.drivers.statefile import StateFile
+from agent.errors import ConfigError, ExitCode, FailoverError
+from agent.model import Role
+from agent.ops import logs
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.wire.scalars import format_date_time
+
+FLUSH_S = 0.1
+"""How long a hook waits for the state file. A disk that hangs for longer must not delay a demotion, since
+sidecars can read the deadline in the previous state."""
+
+FIRST_WRITE_S = 5.0
+"""Timeout of the first write, which everything else waits for."""
+
+RETRY_S = 1.0
+"""Delay before a failed write is retried."""
+
+STOPPED = "stopped"
+"""The reason in the state file of an agent that has stopped in order."""
+
+log = logs.Log(__name__)
+
+
+class StatePublisher:
+    """Publishes the state of one agent.
+
+    Args:
+        member: read only.
+        state_file: locked by this process.
+        previous_tenure: the tenure that the previous process has not released.
+    """
+
+    def __init__(
+        self, member: Member, state_file: StateFile, previous_tenure: PreviousTenure | None
+    ) -> None:
+        self._member = member
+        self._state_file = state_file
+        self._lane = BlockingThread("state file")
+        self._pending_state: Mapping[str, Any] | None = None
+        self._scheduled_key: object = None
+        self._writing: asyncio.Task[None] | None = None
+        self._failing = False
+        self._unreleased_epoch: int | None = None
+        self._previous_tenure = previous_tenure
+        self.score: Callable[[], float] = lambda: 0.0
+        self.unfit_reason: Callable[[], str | None] = lambda: None
+
+    # -- the state file -------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The content of the state file, and of the probe's /status."""
+        member = self._member
+        session, published = member.session, member.published
+        demotion = member.role_runner.demotion_hook
+        holds = published.role is not Role.SECONDARY
+        return {
+            "group": member.settings.group,
+            "session": member.session_id,
+            "role": published.role.value,
+            "epoch": published.epoch,
+            "since": format_date_time(published.since),
+            "reason": published.reason,
+            "phase": session.phase.value,
+            # On CLOCK_BOOTTIME. By then the demotion is done, or killed; a workload that checks it
+            # before each write fences itself.
+            "active_until_boottime_s": session.renew_by + session.timing.demote_s
+            if holds
+            else None,
+            "last_data_processed_time": format_optional(member.progress),
+            "failover_timeout_s": session.timing.lease_s,
+            "score": self.score(),
+            "unfit": self.unfit_reason(),
+            "endpoint": member.requests.endpoint,
+            "probe": member.role_runner.payloads.probe_url,
+            "instance": member.instance,
+            "unreleased": self._unreleased(),
+            "boot": boot_id(),
+            "store": session.store_id,
+            "stop_command": list(demotion.value) if demotion is not None else [],
+            "pid": os.getpid(),
+            "version": __version__,
+        }
+
+    def _unreleased(self) -> dict[str, Any] | None:
+        """The tenure that the next process has to release: this process's, or the previous one's."""
+        session = self._member.session
+        owed: PreviousTenure | None = None
+        if self._unreleased_epoch is not None:
+            owed = PreviousTenure(self._unreleased_epoch, self._member.instance)
+        elif session.phase in {Phase.STARTING, Phase.RETURNING}:
+            owed = self._previous_tenure  # if this process dies now, the next one releases it
+        return {"epoch": owed.epoch, "instance": owed.instance} if owed is not None else None
+
+    @property
+    def path(self) -> str:
+        """The path of the state file."""
+        return str(self._state_file.path)
+
+    async def write_first(self, reason: str) -> FailoverError | None:
+        """Write Secondary before anything else happens (R6); the error if that fails, or None."""
+        state = self.describe() | {"reason": reason}
+        try:
+            await self._lane.run(lambda: self._state_file.write(state), timeout_s=FIRST_WRITE_S)
+        except (OSError, TimeoutError, StuckError) as error:
+            why = getattr(error, "strerror", None) or f"not within {FIRST_WRITE_S:g} s"
+            return ConfigError(
+                f"state file {self.path} cannot be written ({why}): make room for it, or choose"
+                " another --state-file",
+                exit_code=ExitCode.STATE_FILE,
+            )
+        return None
+
+    def write(self) -> None:
+        """Schedule a write of the state file if its content has changed. Does not wait."""
+        session = self._member.session
+        if session.guard_deadlines is not None and session.tenure is not None:
+            self._unreleased_epoch = session.tenure
+        key = (
+            session.renew_by,
+            session.store_id,
+            self._member.published,
+            self._member.role_runner.payloads.probe_url,
+            self.unfit_reason(),
+            self._unreleased_epoch,
+        )
+        if key == self._scheduled_key:
+            return
+        self._scheduled_key = key
+        self._pending_state = self.describe()
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write_pending())
+
+    def on_released(self) -> None:
+        """Record that the tenure is released: the next process need not do that."""
+        self._unreleased_epoch = None
+        self.write()
+
+    async def flush(self, limit_s: float = FLUSH_S) -> bool:
+        """Wait until the newest state is written, at most ``limit_s`` seconds; whether it is."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait([self._writing], timeout=limit_s)
+        return self._writing is None or self._writing.done()
+
+    async def close(self) -> None:
+        """Write the last state, and stop writing."""
+        self.write()
+        await self.flush(RETRY_S)
+        if self._writing is not None:
+            self._writing.cancel()
+
+    async def _write_pending(self) -> None:
+        """Write until the newest state is on the disk; a failed write is retried."""
+        while (state := self._pending_state) is not None:
+            self._pending_state = None
+            try:
+                await self._lane.run(lambda: self._state_file.write(state))
+            except (OSError, StuckError) as error:
+                self._log_failure(error)
+                await asyncio.sleep(RETRY_S)
+                self._requeue(state)
+            else:
+                self._failing = False
+
+    def _requeue(self, state: Mapping[str, Any]) -> None:
+        if self._pending_state is None:  # no newer state meanwhile
+            self._pending_state = state
+
+    def _log_failure(self, error: Exception) -> None:
+        if not self._failing:
+            log.error(
+                "state file cannot be written",
+                path=self.path,
+                reason=getattr(error, "strerror", None) or error,
+                resolution="make room; until then sidecars see an old role whose deadline has passed",
+            )
+        self._failing = True
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> str:
+        """The status line in ``systemctl status``."""
+        published = self._member.published
+        epoch = "-" if published.epoch is None else published.epoch
+        group = self._member.settings.group
+        doing = self._member.session.sentence
+        return f"{published.role} of {group} epoch={epoch} ({published.reason}); {doing}"
+
+
+def refused_times(source: Progress | None, future_refused: int) -> dict[str, int]:
+    """The number of refused data-processed times, by reason."""
+    counts = dict(source.refused) if source is not None else dict.fromkeys(map(str, Reason), 0)
+    counts[Reason.FUTURE] += future_refused
+    return counts
+
+
+def format_optional(time: datetime | None) -> str | None:
+    """Format a time as in the API; None for None."""
+    return format_date_time(time) if time is not None else None
+
+
+def take_snapshot(member: Member, **rest: Any) -> Snapshot:
+    """Take a snapshot for probes and metrics."""
+    session = member.session
+    return Snapshot(
+        now=member.clock.boottime(),
+        wall=member.clock.wall(),
+        group=member.settings.group,
+        session_id=member.session_id,
+        timing=session.timing,
+        phase=session.phase,
+        session_role=session.role,
+        demoting=session.guard_deadlines is not None and session.role is Role.SECONDARY,
+        epoch=session.newest_epoch,
+        renew_by=session.renew_by,
+        lease_until=session.lease_until,
+        wake_at=session.wake_at,
+        data=member.progress,
+        group_data=member.requests.group_data,
+        endpoint=member.requests.endpoint,
+        endpoints=member.settings.endpoint,
+        notifications_dropped=member.role_runner.notifier.dropped,
+        notifications_failed=member.role_runner.notifier.failed,
+        stats=member.stats,
+        **rest,
+    )

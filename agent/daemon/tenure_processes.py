@@ -1,0 +1,95 @@
+"""The processes of one tenure on this host, and its demotion hook.
+
+Owns what has to end before the role can be released: every process that a promotion of this tenure has
+started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started:
+a reload changes later tenures only. Knows nothing of when a demotion is due.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from agent import proctree
+from agent.drivers.hooks import HookRun, HookSpec
+from agent.ops.blocking import StuckError
+from agent.ops.logs import Log
+from agent.ops.process_tree import KILL_S, ProcessTree
+
+log = Log(__name__)
+
+
+class TenureProcesses:
+    """The processes of one tenure.
+
+    Args:
+        process_mark: the mark of its processes.
+        demotion_hook: the hook that ends it, or None.
+        cgroup: the directory for the cgroup of its promotion hooks, or None.
+    """
+
+    def __init__(
+        self, process_mark: str, demotion_hook: HookSpec | None, cgroup: Path | None
+    ) -> None:
+        self.demotion_hook = demotion_hook
+        self.cgroup = cgroup
+        self._hooks: list[HookRun] = []
+        self._tree = ProcessTree(process_mark, adopts=True)
+        self._tree.cgroup = cgroup
+
+    def add(self, hook: HookRun) -> None:
+        """Add a promotion hook with its processes. Repeat this after each step of the hook."""
+        if hook not in self._hooks:
+            self._hooks.append(hook)
+        for child in hook.children:
+            self._tree.add(child)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Process groups of its promotion hooks, in which processes may be alive."""
+        return tuple(pgid for hook in self._hooks for pgid in hook.pgids)
+
+    @property
+    def roots(self) -> tuple[proctree.Process, ...]:
+        """The roots of its process trees, as last tracked."""
+        return self._tree.roots
+
+    async def track_processes(self) -> None:
+        """Record which processes there are, before their parents end."""
+        with suppress(StuckError):
+            await self._tree.find_in_thread()
+
+    def stop_adopting(self) -> None:
+        """Do not add unmarked processes from now on: they belong to the demotion hook."""
+        self._tree.stop_adopting()
+
+    def kill_groups(self) -> None:
+        """SIGKILL to the process groups of its promotion hooks. Does not wait."""
+        for hook in self._hooks:
+            hook.kill()
+
+    async def kill(self, limit_s: float = KILL_S) -> str | None:
+        """Kill all its processes; None once all are gone, else why some are not."""
+        return await self._tree.kill(limit_s)
+
+
+async def kill_remaining(
+    *trees: TenureProcesses | ProcessTree | None, limit_s: float
+) -> str | None:
+    """Kill what is left of tenures; None once all processes are gone, else why some are not."""
+    for tree in trees:
+        if tree is not None:
+            left = await tree.kill(min(KILL_S, limit_s))
+            if left is not None:
+                log.error("processes outlived the demotion", reason=left)
+                return left
+    return None
+
+
+def log_tracking_limits(cgroup: Path | None) -> None:
+    """Log at the start which processes a demotion on this host cannot find (docs/hooks.md)."""
+    if cgroup is None:
+        log.info(
+            "processes are followed without a cgroup",
+            limit="one that leaves its process group and its parent and clears its environment is not"
+            " found once the agent has died",
+            resolution="give the agent a cgroup of version 2 that it can write to (Delegate=yes)",
+        )

@@ -1,0 +1,88 @@
+"""The guard's program, kept in memory: the sources that were installed when this process started.
+
+A program that has been replaced on disk since then may have other messages.
+"""
+
+import fcntl
+import json
+import marshal
+import os
+import sys
+from importlib.abc import SourceLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+import agent.guard.hook
+import agent.guard.log
+import agent.guard.main
+import agent.guard.processes
+import agent.proctree
+
+MODULES = (
+    agent.proctree,
+    agent.guard.processes,
+    agent.guard.log,
+    agent.guard.hook,
+    agent.guard.main,
+)
+"""All modules of the guard, each after those that it imports; ``main`` is last."""
+
+BOOTSTRAP = """\
+# failover-agent guard
+import marshal, os, sys
+if sys.implementation.cache_tag != {tag!r}:
+    sys.exit("guard not started: Python was replaced, and is not {tag} any more; restart the agent")
+program = int(sys.argv[3])
+sys.modules["agent"] = type(sys)("agent")
+for name, code in marshal.loads(os.pread(program, os.fstat(program).st_size, 0)):
+    module = sys.modules[name] = type(sys)(name)
+    exec(code, module.__dict__)
+del code
+sys.exit(module.main())
+"""
+"""Runs the guard's program: with -I -S it can import nothing of ours. Compiling it would cost the guard
+2 MiB, so the same version of Python has compiled it before."""
+
+HANDBACK = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.release_helper import main;"
+    " sys.exit(main(sys.argv[2:]))"
+)
+"""The helper by which the guard releases the role; the guard adds epoch and time limit."""
+
+
+def bootstrap() -> str:
+    """Source of the command that runs ``program``."""
+    return BOOTSTRAP.format(tag=sys.implementation.cache_tag)
+
+
+def program() -> bytes:
+    """Name and code of every module of the guard, as installed now.
+
+    Raises:
+        OSError: a source cannot be read.
+    """
+    return marshal.dumps([(module.__name__, _code(module)) for module in MODULES])
+
+
+def _code(module: ModuleType) -> CodeType:
+    loader = module.__loader__
+    assert isinstance(loader, SourceLoader)  # noqa: S101 - nothing else is installed
+    code = loader.get_code(module.__name__)
+    assert code is not None  # noqa: S101 - likewise
+    return code
+
+
+def sealed_memory(data: bytes) -> int:
+    """Return the descriptor of a memory file with ``data``, which nobody can change any more."""
+    descriptor = os.memfd_create("guard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def helper_command() -> tuple[str, ...]:
+    """The command that releases the role. Its paths are absolute, as the guard's directory is /."""
+    paths = json.dumps([str(Path(path).absolute()) for path in sys.path])
+    return sys.executable, "-P", "-c", HANDBACK, paths

@@ -1,0 +1,116 @@
+"""The sources ``file`` and ``file_time``: the last line of a file, and its modification time."""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from agent.drivers.progress.kind import PolledSource, Reader, read_blocking
+from agent.drivers.progress.times import (
+    LONGEST_TEXT,
+    Reason,
+    Refused,
+    from_seconds,
+    last_line,
+    read_text,
+)
+from agent.ops.blocking import BlockingThread
+from agent.schema.formats import AnyPath
+from agent.schema.progress import JsonKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileTimeProgress(PolledSource):
+    """A file whose modification time is the time."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "type": "file_time",
+        "path": "/var/spool/collector/last",
+        "interval": 1,
+    }
+
+    type: Literal["file_time"] = "file_time"
+    path: AnyPath
+    """The file (or directory)."""
+
+    def reader(self) -> Reader:
+        return FileReader(self, lambda: from_seconds(self.path.stat().st_mtime))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileProgress(PolledSource):
+    """A file whose last line that is not empty is the time."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "type": "file",
+        "path": "/var/lib/collector/state.json",
+        "key": "output.written_until",
+    }
+
+    type: Literal["file"] = "file"
+    path: AnyPath
+    """The file; its last 64 KiB are read."""
+    key: JsonKey | None = None
+
+    def reader(self) -> Reader:
+        return FileReader(self, lambda: _read_content(self.path, self.key))
+
+
+class FileReader:
+    """Reads a file in a thread: its file system may be gone. A thread that hangs is left alone.
+
+    Args:
+        work: reads the time, in the thread.
+    """
+
+    def __init__(
+        self, settings: FileProgress | FileTimeProgress, work: Callable[[], datetime]
+    ) -> None:
+        self._path = settings.path
+        self._limit_s = settings.limit
+        self._work = work
+        self._lane = BlockingThread(f"progress {settings.path}")
+
+    async def read(self) -> datetime:
+        try:
+            return await read_blocking(self._lane, self._work, self._limit_s)
+        except OSError as error:
+            text = f"{self._path} cannot be read: {error.strerror or error}"
+            raise Refused(Reason.UNREADABLE, text) from error
+
+    async def close(self) -> None:
+        """As in ``Reader``."""
+
+
+def _read_content(path: Path, key: str | None) -> datetime:
+    data, complete = _end_of(path)
+    if not data.strip():
+        raise Refused(Reason.NOT_A_TIME, f"{path} is empty")
+    line = last_line(data)
+    if not complete and len(line) == len(data.strip()):
+        text = f"the last line of {path} has more than {LONGEST_TEXT} bytes"
+        raise Refused(Reason.TOO_LONG, text)
+    if key is None or not complete:
+        return read_text(line, key)
+    try:
+        return read_text(data, key)
+    except Refused as refused:
+        with suppress(Refused):  # one object a line
+            return read_text(line, key)
+        raise refused from None
+
+
+def _end_of(path: Path) -> tuple[bytes, bool]:
+    """The last bytes, and whether they are the complete file."""
+    # a FIFO without a writer would hold the thread up
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is not a regular file")
+        start = max(0, found.st_size - LONGEST_TEXT)
+        file.seek(start)
+        return file.read(LONGEST_TEXT), start == 0

@@ -1,0 +1,141 @@
+"""The guard's processes: forked workers for calls that may block, and the process tree of a tenure."""
+
+import os
+import signal
+import time
+
+from agent import proctree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POLL_S = 0.01
+"""Interval at which a process that is waited for is looked at."""
+
+KILL_S = 0.1
+"""The least time to kill a process tree; mostly it takes milliseconds."""
+
+FAULTS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+IGNORED = tuple(
+    signal.valid_signals()
+    - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGCHLD}
+    - {*FAULTS, signal.SIGSYS, signal.SIGTRAP}
+)
+"""Signals that the guard ignores: it ends when the agent has ended, not before."""
+
+
+def now() -> float:
+    """CLOCK_BOOTTIME, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
+    """Signal process groups; those that are gone are skipped."""
+    for group in groups:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+
+
+class Worker:
+    """A forked process for a call that may block.
+
+    Args:
+        work: called in the forked process; returns whether it succeeded.
+        close_fds: descriptors that the forked process must not keep open.
+    """
+
+    def __init__(self, work: "Callable[[], bool]", close_fds: "list[int]") -> None:
+        self.ok: bool | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            for fd in close_fds:
+                os.close(fd)
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(1)
+
+    def wait(self, end_at: float) -> "bool | None":
+        """Wait for its end; return whether it succeeded, or None if it still runs at ``end_at``."""
+        while self.ok is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.ok = status == 0
+            elif now() >= end_at:
+                break
+            else:
+                time.sleep(POLL_S)
+        return self.ok
+
+    def wait_or_kill(self, end_at: float) -> bool:
+        """Wait for its end, or kill it at ``end_at``; return whether it succeeded."""
+        ok = self.wait(end_at)
+        if ok is None:
+            os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        return ok is True
+
+
+class ProcessTree:
+    """The processes of a tenure.
+
+    Args:
+        roots: processes whose descendants belong to the tenure. Grows with each search, so that
+            children are found after their parents have ended.
+        groups: process groups and sessions, by the process id of their leader.
+        mark: value of FAILOVER_TENURE in their environment, or empty.
+        cgroup: directory of their cgroup, or empty.
+    """
+
+    def __init__(
+        self,
+        roots: "set[proctree.Process]",
+        groups: "set[int]",
+        mark: bytes = b"",
+        cgroup: bytes = b"",
+    ) -> None:
+        self.roots = roots
+        self.groups = groups
+        self.mark = os.fsdecode(mark)
+        self.cgroup = os.fsdecode(cgroup)
+
+    def subtree(self, groups: "list[int]") -> "ProcessTree":
+        """The tree of some of its process groups."""
+        return ProcessTree({root for root in self.roots if root[0] in groups}, set(groups))
+
+    def find(self, *, may_block: bool = False) -> "set[proctree.Process]":
+        """Find the live processes of the tenure.
+
+        Args:
+            may_block: search by mark and cgroup, too. Only for a ``Worker``.
+        """
+        searchable = may_block and (self.mark or self.cgroup)
+        if not self.roots and not self.groups and not searchable:
+            return set()
+        table = proctree.snapshot()
+        known = {pid for pid, _ in self.roots if pid in table}
+        # An ended leader's number may lead an unrelated group by now.
+        reused = {pid for pid in known if (pid, table[pid].start) not in self.roots}
+        if may_block and self.mark:
+            self.roots |= proctree.with_mark(table, self.mark)
+        if may_block and self.cgroup:
+            self.roots |= proctree.in_cgroup(table, self.cgroup)
+        found = proctree.related(table, list(self.groups - reused), list(self.roots))
+        self.roots |= found
+        return found
+
+    def kill(self, end_at: float, *, may_block: bool = False) -> bool:
+        """Kill all of them; return whether none is left at ``end_at``, or ``KILL_S`` after the call."""
+
+        def find() -> "set[proctree.Process]":
+            return self.find(may_block=may_block)
+
+        end_at = max(end_at, now() + KILL_S)
+        while find():
+            proctree.kill_all(find, end_at, now)
+            if now() >= end_at:
+                return not find()
+        return True

@@ -1,0 +1,277 @@
+"""Find, signal and kill all processes of a tenure, or of one command, wherever they have gone.
+
+``ProcessTree`` finds them by process group and session, descent, mark, cgroup, and adoption by this process
+(agent/proctree.py). A process that was found once is followed by its identity, even if its parent ends.
+Knows nothing of what runs, and of when it has to end.
+
+Everything here reads /proc in a thread. Reading the environment of a process that is stuck in the kernel
+can block for ever: another thread does it, is abandoned if it blocks, and that process is not read again.
+
+Not promised without a cgroup: to find a process that has left its group, has lost its parent between two
+searches *and* has cleared its environment, once this process has died. What another manager starts (systemd,
+a container engine, at, cron) is no part of the tree.
+"""
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from agent import proctree
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.process import Child, own_pids
+
+KILL_S = 2.0
+"""How long to wait for the end of killed processes; only one that is stuck in the kernel takes longer."""
+
+SEARCH_S = 2.0
+"""How long one search may take; it takes milliseconds, as the kernel has the data in memory."""
+
+READ_S = 0.25
+"""After this time without progress the environment that is being read counts as stuck."""
+
+MOST_ROOTS = 256
+"""Bound of ``roots``; the guard finds further processes by the mark."""
+
+MOST_SHOWN = 5
+"""Processes that a message names."""
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_ANY_MARK = f"{proctree.MARK}=".encode()
+
+
+class ProcessTree:
+    """All processes of one tenure, or of one command; each search finds them anew.
+
+    Args:
+        value: of their mark. A mark that continues with a full stop and more belongs to the tree, too.
+        adopts: whether orphans belong to it that this process adopted, and that have no mark at all.
+        since: earliest start of its processes, in clock ticks since the boot, by default now. Older ones
+            are found by group, descent and cgroup only.
+
+    Attributes:
+        cgroup: the directory of their cgroup, if there is one.
+    """
+
+    def __init__(self, value: str, *, adopts: bool = False, since: int | None = None) -> None:
+        self.value = value
+        self.cgroup: Path | None = None
+        self._mark = f"{proctree.MARK}={value}".encode()
+        self._since = _now() if since is None else since
+        self._adopts_until = float("inf") if adopts else float("-inf")
+        self._lock = threading.Lock()
+        self._children: list[Child] = []
+        self._known: frozenset[proctree.Process] = frozenset()
+        self._tops: frozenset[proctree.Process] = frozenset()
+        self._others: dict[proctree.Process, bool] = {}
+        """Other processes that were read: whether their environment has any mark."""
+        self._unreadable: set[proctree.Process] = set()
+
+    def add(self, child: Child) -> None:
+        """Add a command, and all that it starts, to the tree."""
+        if child not in self._children:
+            self._children.append(child)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no command was ever added."""
+        return not self._children
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Process groups of its commands that are not released, so that their ids are not reused."""
+        return tuple(identity[0] for identity in self._identities())
+
+    @property
+    def roots(self) -> tuple[proctree.Process, ...]:
+        """Processes from which the others descend, as of the last search."""
+        return tuple(sorted({*self._identities(), *self._tops})[:MOST_ROOTS])
+
+    def stop_adopting(self) -> None:
+        """Do not adopt orphans that are started from now on."""
+        self._adopts_until = min(self._adopts_until, _now())
+
+    def find(self) -> set[proctree.Process]:
+        """Find all live processes. Takes milliseconds: for a thread."""
+        with self._lock:
+            return self._find()
+
+    def _find(self) -> set[proctree.Process]:
+        table = proctree.snapshot()
+        roots = {*self._identities(), *self._known, *self._by_environment(table)}
+        if self.cgroup is not None:
+            roots |= proctree.in_cgroup(table, str(self.cgroup))
+        found = proctree.related(table, list(self.groups), list(roots))
+        pids = {pid for pid, _ in found}
+        self._tops = frozenset(one for one in found if table[one[0]].parent not in pids)
+        self._known = frozenset(found)
+        return found
+
+    async def find_in_thread(self) -> set[proctree.Process]:
+        """Find all live processes. Raises StuckError if the search does not end in time."""
+        try:
+            thread = BlockingThread(f"processes of {self.value}")
+            return await thread.run(self.find, timeout_s=SEARCH_S)
+        except OSError as error:  # a TimeoutError is one
+            raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
+
+    async def gone(self) -> bool:
+        """Whether no process is alive. Also False if the search fails."""
+        try:
+            thread = BlockingThread(f"processes of {self.value}")
+            return not await thread.run(self._find_repeatedly)
+        except (StuckError, OSError):
+            return False
+
+    def _find_repeatedly(self) -> set[proctree.Process]:
+        """Search several times: one search can miss a process whose parent ends meanwhile."""
+        for _ in range(proctree.QUIET_SEARCHES):
+            if found := self.find():
+                return found
+            time.sleep(proctree.PAUSE_S)
+        return set()
+
+    async def signal(self, number: signal.Signals) -> None:
+        """Signal the processes outside of its groups; ``Child.signal`` signals those inside."""
+
+        def send() -> None:
+            for process in self.find():
+                stat = proctree.read(process[0])
+                if stat is not None and stat.group not in self.groups:
+                    with suppress(OSError):
+                        proctree.send(process, number)
+
+        with suppress(StuckError, OSError):
+            await BlockingThread(f"processes of {self.value}").run(send)
+
+    async def kill(self, limit_s: float = KILL_S) -> str | None:
+        """Kill all processes; return None once none is alive, else the reason."""
+        thread = BlockingThread(f"killing the processes of {self.value}")
+        try:
+            left = await thread.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
+        except (StuckError, OSError):  # a TimeoutError is one
+            return f"cannot list the processes of {self.value} within {limit_s:g} s"
+        if not left:
+            return None
+        shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:MOST_SHOWN])
+        return f"{len(left)} processes of {self.value} cannot be killed: {shown}"
+
+    def _kill(self, limit_s: float) -> set[proctree.Process]:
+        if self.cgroup is not None:
+            path = self.cgroup / "cgroup.kill"
+            threading.Thread(target=_write, args=(path, "1"), daemon=True).start()
+        left = proctree.kill_all(self.find, time.monotonic() + limit_s)
+        if self.cgroup is not None:
+            for folder, _, _ in os.walk(self.cgroup, topdown=False):
+                with suppress(OSError):  # not empty; it is created anew when needed
+                    Path(folder).rmdir()
+        return left
+
+    def _identities(self) -> list[proctree.Process]:
+        """Identities of its commands that are not released."""
+        identities = (child.identity for child in tuple(self._children))
+        return [identity for identity in identities if identity is not None]
+
+    def _by_environment(self, table: dict[int, proctree.Stat]) -> set[proctree.Process]:
+        """Find processes with the mark, and adopted orphans without any."""
+        recent = {
+            (pid, stat.start): stat.parent
+            for pid, stat in table.items()
+            if stat.start >= self._since and stat.state not in proctree.ENDED
+        }
+        self._others = {one: marked for one, marked in list(self._others.items()) if one in recent}
+        all_found: set[proctree.Process] = set()
+        while (
+            True
+        ):  # skip each process that blocks its reader, until one reader has read all others
+            reading: list[proctree.Process] = []
+            found: list[proctree.Process] = []
+            reader = threading.Thread(
+                target=self._read_environments, args=(recent, reading, found), daemon=True
+            )
+            reader.start()
+            count = -1
+            while reader.is_alive() and count != len(reading):  # while it makes progress
+                count = len(reading)
+                reader.join(READ_S)
+            all_found |= set(found)
+            if not reader.is_alive():
+                return all_found
+            if reading:
+                self._unreadable.add(reading[-1])
+
+    def _read_environments(
+        self,
+        recent: dict[proctree.Process, int],
+        reading: list[proctree.Process],
+        found: list[proctree.Process],
+    ) -> None:
+        us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
+        for process, parent in recent.items():
+            if process in self._known or process in self._unreadable:
+                continue
+            reading.append(process)
+            marked = self._others.get(process)
+            if marked is None:
+                variables = _contents(process[0], "environ").split(b"\0")
+                self._unreadable.discard(process)
+                if any(self._is_mark(variable) for variable in variables):
+                    found.append(process)
+                    continue
+                command = _contents(process[0], "cmdline")
+                if command in {b"", ours}:
+                    continue  # a child of ours before its exec, or during it
+                marked = any(variable.startswith(_ANY_MARK) for variable in variables)
+                self._others[process] = marked
+            orphan = parent == us and process[0] not in own_pids()
+            if not marked and orphan and process[1] < self._adopts_until:
+                found.append(process)
+
+    def _is_mark(self, variable: bytes) -> bool:
+        return variable == self._mark or variable.startswith(self._mark + b".")
+
+
+def tenure_cgroup(instance: str) -> Path | None:
+    """Directory of the cgroup of an agent's tenures; those of hooks and workload are below it.
+
+    None where none can be created. The next agent on this host finds it by the same instance.
+    """
+    own = own_cgroup()
+    return None if own is None else own / f"failover-{instance}"
+
+
+def own_cgroup() -> Path | None:
+    """Directory of our own cgroup (version 2) if one can be created below it, else None."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, _, path = line.split(":", 2)
+            directory = CGROUP_ROOT / path.lstrip("/")
+            writable = (directory / "cgroup.kill").exists() and os.access(directory, os.W_OK)
+            if number == "0" and writable:
+                return directory
+    return None
+
+
+def _now() -> int:
+    """The current moment in clock ticks, the unit of a process's start in /proc."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
+
+
+def _state_of(pid: int) -> str:
+    stat = proctree.read(pid)
+    return "gone" if stat is None else f"state {chr(stat.state)}"
+
+
+def _contents(pid: int, name: str) -> bytes:
+    with suppress(OSError):
+        return Path("/proc", str(pid), name).read_bytes()
+    return b""
+
+
+def _write(path: Path, text: str) -> None:
+    with suppress(OSError):
+        path.write_text(text)

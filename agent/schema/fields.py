@@ -1,0 +1,307 @@
+"""How a setting is declared: a field of a frozen dataclass, with markers in its annotation.
+
+``hook_limit: Annotated[float, DURATION, Range(0, 60), RELOADABLE] = 30.0`` and a string below it are all
+that a setting needs. The string explains what it does, and why its default is what it is; after ``Not
+set:``, what happens without a value. Flag, environment variable, validation, the lines in the sample file and
+in docs/settings.md, and whether a reload may change it are derived from ``settings_of``.
+
+Owns the markers. Imports no pydantic: a running agent uses the dataclasses and the reload rule.
+"""
+
+import ast
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+DAY_S = 86_400
+
+
+class Declared:
+    """Base of the dataclasses whose fields are settings, or keys of a table."""
+
+    __slots__ = ()
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Each broken relation between settings: the one to name, and what would be right.
+
+        A subclass that extends it calls ``Base.contradictions(self)``: ``super()`` without arguments
+        does not work in a dataclass with slots.
+        """
+        yield from ()
+
+    def set_together(self, *names: str) -> Iterator[tuple[str, str]]:
+        """A contradiction if some of these are set, and not all."""
+        given = [name for name in names if getattr(self, name) is not None]
+        if given and len(given) < len(names):
+            missing = " and ".join(name for name in names if name not in given)
+            yield given[0], f"needs {missing} too"
+
+
+class Settings(Declared):
+    """Base of the settings of one program."""
+
+    __slots__ = ()
+
+    env_prefix: ClassVar[str]
+    """What the environment variable of each setting starts with."""
+
+
+# --- markers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a value is written.
+
+    Attributes:
+        metavar: stands for the value in help texts.
+        noun: names the format in docs/settings.md; a range follows it.
+        unit: of the range, such as "s".
+        parse: reads the whole value; nothing else is checked.
+        before: converts the given value; its type and range are checked afterwards.
+        after: checks a value of the right type.
+        none: how None is written, where it does not mean "not set".
+    """
+
+    metavar: str
+    noun: str
+    unit: str = ""
+    parse: Callable[[Any], Any] | None = None
+    before: Callable[[Any], Any] | None = None
+    after: Callable[[Any], Any] | None = None
+    none: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The least and the greatest number.
+
+    Attributes:
+        above: the least one is itself too small.
+        enforced: whether reading checks it; if not, it is documented only.
+    """
+
+    least: float
+    most: float
+    above: bool = False
+    enforced: bool = True
+
+    def text(self, unit: str) -> str:
+        """The range in words, with its unit: ``more than 0 s to 24 d``."""
+        return (
+            f"{'more than ' * self.above}{_number(self.least, unit)} to {_number(self.most, unit)}"
+        )
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "s" and value >= DAY_S:
+        value, unit = value / DAY_S, "d"
+    return f"{value:.12g} {unit}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """The fewest and the most characters of a string."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The value in the sample file, for a setting without a default."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultFrom:
+    """The default depends on the other values of the table, by name."""
+
+    derive: Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reloadable:
+    """A reload may change the setting without losing the role."""
+
+
+RELOADABLE = Reloadable()
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The setting is one TOML table, or several, of these kinds. Also the registry of the kinds.
+
+    Attributes:
+        key: the name of the setting, and of its tables.
+        noun: names one table in an error.
+        kinds: where the class of each is, as ``module:Class``, by the table's key ``type``; "" if there
+            is one kind only. A class is imported when it is first used, so that an agent has in memory
+            what is configured.
+        most: how many there may be; None for a single table.
+    """
+
+    key: str
+    noun: str
+    kinds: Mapping[str, str]
+    most: int | None = None
+
+    @property
+    def header(self) -> str:
+        """The line that begins a table in TOML."""
+        return f"[{self.key}]" if self.most is None else f"[[{self.key}]]"
+
+    def load(self, kind: str) -> type[Any]:
+        """Import the class of a kind. Raises KeyError if there is no such kind."""
+        module, _, name = self.kinds[kind].partition(":")
+        loaded: type[Any] = getattr(importlib.import_module(module), name)
+        return loaded
+
+
+# --- one setting --------------------------------------------------------------------------------
+
+BOOLEAN = Format("", "true or false")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting, or one key of a table, as its declaration describes it.
+
+    Attributes:
+        owner: the class that has it.
+        name: its key in the file.
+        annotation: the type of its value, without markers.
+        default: MISSING if it has none, or one that is derived.
+        markers: all others, by their class.
+    """
+
+    owner: type[Any]
+    name: str
+    annotation: Any
+    default: Any
+    required: bool
+    markers: Mapping[type[Any], Any]
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def value_type(self) -> Any:
+        """The type of a value that is set."""
+        if get_origin(self.annotation) in {Union, types.UnionType}:
+            others = tuple(part for part in get_args(self.annotation) if part is not type(None))
+            return Union[others]  # noqa: UP007 - of parts that are known now only
+        return self.annotation
+
+    @property
+    def format(self) -> Format:
+        """How it is written; a boolean and a choice need no marker."""
+        if Format in self.markers:
+            found: Format = self.markers[Format]
+            return found
+        if self.annotation is bool:
+            return BOOLEAN
+        if get_origin(self.value_type) is Literal:
+            *words, last = map(str, get_args(self.value_type))
+            return Format(
+                "|".join([*words, last]), " or ".join(filter(None, [", ".join(words), last]))
+            )
+        tables: Tables = self.markers[Tables]
+        many = "s" if tables.most is not None else ""
+        limit = f", at most {tables.most}" if tables.most is not None else ""
+        return Format("JSON", f"table{many} {tables.header}{limit}")
+
+    @property
+    def format_text(self) -> str:
+        """The format and the range in words."""
+        form, limits = self.format, self.markers.get(Range)
+        return form.noun if limits is None else f"{form.noun}, {limits.text(form.unit)}"
+
+    @property
+    def doc(self) -> str:
+        """What it does, and why its default is what it is."""
+        for owner in self.owner.__mro__:
+            if self.name in (docs := _docs_of(owner)):
+                return docs[self.name]
+        return str(self.markers.get(str, ""))
+
+    @property
+    def has_default(self) -> bool:
+        """Whether it has a value unless it is set."""
+        return self.default is not MISSING and not is_unset(self.default)
+
+    @property
+    def sample(self) -> Any:
+        """The value in the sample file: the default, or an example."""
+        if self.has_default:
+            return self.default
+        return self.markers[Example].value if Example in self.markers else ""
+
+    @property
+    def tables(self) -> Tables | None:
+        """The kinds of table that it consists of, if it does."""
+        return self.markers.get(Tables)
+
+
+def is_unset(value: object) -> bool:
+    """Whether a value is the absence of one."""
+    return value is None or value in ("", ())
+
+
+def settings_of(declared: Any) -> tuple[Setting, ...]:
+    """Every setting of a class, in order."""
+    return _settings_of(declared)
+
+
+@cache
+def _settings_of(declared: Any) -> tuple[Setting, ...]:
+    hints = get_type_hints(declared, include_extras=True)
+    bare = get_type_hints(declared)
+    found = []
+    for item in fields(declared):
+        markers = dict(_markers(hints[item.name]))
+        given = (item.default, item.default_factory)
+        required = given == (MISSING, MISSING) and DefaultFrom not in markers
+        found.append(Setting(declared, item.name, bare[item.name], item.default, required, markers))
+    return tuple(found)
+
+
+@cache
+def _docs_of(declared: Any) -> Mapping[str, str]:
+    """The strings below the fields of a class, from its source: a running agent keeps none in memory."""
+    if not issubclass(declared, Declared):
+        return {}
+    module = ast.parse(inspect.getsource(sys.modules[declared.__module__]))
+    classes = (node for node in module.body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == declared.__name__)
+    return {
+        ast.unparse(item.target): " ".join(str(ast.literal_eval(below.value)).split())
+        for item, below in pairwise(body)
+        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def _markers(annotation: Any) -> Iterator[tuple[type[Any], Any]]:
+    """The markers in an annotation, by class; the outer ones last."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *markers = get_args(annotation)
+        yield from _markers(inner)
+        yield from ((type(marker), marker) for marker in markers)
+    elif origin in {Union, types.UnionType}:
+        for part in get_args(annotation):
+            yield from _markers(part)
+
+
+def reloadable(declared: type[Any]) -> frozenset[str]:
+    """The settings that a reload may change; a change of another one is refused by name."""
+    return frozenset(item.name for item in settings_of(declared) if Reloadable in item.markers)

@@ -1,0 +1,400 @@
+"""The formats that a value may have: duration, command, address, path, URL and others.
+
+Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence that
+says what would be right. Knows no setting, and not where a value was given.
+"""
+
+import ipaddress
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import SplitResult, urlsplit
+
+from agent.core.timing import LONGEST_LEASE_S
+from agent.model import TICKS_PER_SECOND
+from agent.schema.addresses import Address
+from agent.schema.fields import Format, Length, Range
+from agent.schema.secret_files import READABLE_BY_OTHERS
+from agent.wire.scalars import parse_time_span
+
+SHORTEST_INTERVAL_S = 0.05
+"""A quarter of the shortest lease; checking or polling more often only costs the host."""
+
+LONGEST_ID = 256
+"""Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
+
+DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
+"""A coordinator on this machine, with its own defaults."""
+
+MOST_ENDPOINTS = 16
+"""They are asked all at once when the one in use fails; more would be a load for nothing."""
+
+MOST_LABELS = 32
+"""Of one metric; exporters have a handful."""
+
+MOST_VARIABLES = 64
+LONGEST_VARIABLE = 4096
+"""Characters of one variable; what is longer belongs into a file."""
+
+LONGEST_ACCOUNT = 32
+"""Characters of a user or group, as the system has them."""
+
+TCP_PORTS = range(1, 65536)
+
+_NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
+_ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
+
+
+# --- numbers and names --------------------------------------------------------------------------
+
+
+def parse_duration(value: object) -> float:
+    """Seconds, from a number, a time-span or an ISO 8601 duration."""
+    wrong = ValueError(
+        'a duration is seconds (2.5), a quoted time-span ("00:00:02.5") or ISO 8601 ("PT2.5S")'
+    )
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise wrong from None
+    except ValueError:
+        try:
+            seconds = parse_time_span(str(value).strip()) / TICKS_PER_SECOND
+        except ValueError:
+            raise wrong from None
+    if not math.isfinite(seconds):
+        raise wrong
+    return seconds
+
+
+def check_not_boolean(value: object) -> object:
+    """The same value: pydantic would take true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")  # noqa: TRY004 - for pydantic
+    return value
+
+
+def check_id(value: str) -> str:
+    """The same id, of a group or a session, if the API takes it (it is a segment of a URL's path)."""
+    if not 1 <= len(value) <= LONGEST_ID or _NOT_IN_IDS.search(value):
+        raise ValueError(
+            f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
+        )
+    if value in {".", ".."}:
+        raise ValueError("must not be '.' or '..', which mean something else in a URL")
+    return value
+
+
+def parse_account(value: object) -> str:
+    """The name or number of a user or a group of this host."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or len(value) > LONGEST_ACCOUNT or not _ACCOUNT.fullmatch(value):
+        raise ValueError("must be a name or a number of this host")
+    return value
+
+
+def check_metric_name(value: str) -> str:
+    """The same name of a sample."""
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,255}", value):
+        raise ValueError("must be the name of a sample: letters, digits, '_' and ':'")
+    return value
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """The same labels of a sample."""
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"must be at most {MOST_LABELS} labels")
+    for name in labels:
+        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+            raise ValueError(f"must have names of letters, digits and '_', not {name!r:.60}")
+    return dict(labels)
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+# --- lists --------------------------------------------------------------------------------------
+
+
+def load_json(text: str, what: str) -> object:
+    """A value that a flag or a variable has in JSON; ``what`` it has to be."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be {what} in JSON, but: {error}") from None
+
+
+def _split_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"must be words as a shell splits them, but: {error}") from None
+
+
+def _strings(value: object, split: Callable[[str], list[str]]) -> tuple[str, ...]:
+    """A list of strings; a flag or variable is a JSON list, or text to split."""
+    if isinstance(value, str):
+        in_json = value.lstrip().startswith("[")
+        value = load_json(value, "a list") if in_json else split(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        raise ValueError("must be a list of strings")
+    return tuple(value)
+
+
+def parse_program(value: object) -> tuple[str, ...]:
+    """A command whose program may also be looked for on PATH; () is none."""
+    argv = _strings(value, _split_words)
+    if argv and not argv[0]:
+        raise ValueError("must start with the name of a program")
+    if any("\0" in part for part in argv):
+        raise ValueError("must not have a NUL character")
+    return argv
+
+
+def parse_command(value: object) -> tuple[str, ...]:
+    """A command: a list, or words as a shell splits them; () is none."""
+    argv = parse_program(value)
+    if argv and not argv[0].startswith("/"):
+        raise ValueError("must start with an absolute path: there is no shell and no search (R11)")
+    return argv
+
+
+def parse_needed_command(value: object) -> tuple[str, ...]:
+    """A command that is not ()."""
+    if not (argv := parse_command(value)):
+        raise ValueError('must be a list that begins with a program, like ["/usr/bin/test-it"]')
+    return argv
+
+
+def parse_hook(value: object) -> tuple[str, ...]:
+    """A command or directory as ``parse_command`` reads it, or one URL."""
+    if isinstance(value, str) and _is_http(value.strip()):
+        value = [value.strip()]  # the & and ? of a query mean something else to a shell
+    if isinstance(value, list | tuple) and value and _is_http(value[0]):
+        if len(value) > 1:
+            raise ValueError("must be the URL alone: a webhook has no arguments")
+        check_url(value[0], instead="sign it by webhook_secret_file", query=True)
+        return (value[0],)
+    return parse_command(value)
+
+
+def _is_http(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def parse_variables(value: object) -> dict[str, str]:
+    """Environment variables: a table, or a JSON object, or NAME=VALUE words."""
+    if isinstance(value, str):
+        in_json = value.lstrip().startswith("{")
+        value = load_json(value, "an object") if in_json else _assignments(value)
+    if not isinstance(value, Mapping):
+        raise ValueError('must be a table of variables, like { UNIT = "collector.service" }')  # noqa: TRY004 - for pydantic
+    if len(value) > MOST_VARIABLES:
+        raise ValueError(f"must be at most {MOST_VARIABLES} variables")
+    for name, text in value.items():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError(
+                f"{name!r} must be of capitals, digits and _, and not begin with a digit"
+            )
+        if name.startswith("FAILOVER_"):
+            raise ValueError(
+                f"{name} must not begin with FAILOVER_, as the agent's own variables do"
+            )
+        if not isinstance(text, str) or len(text) > LONGEST_VARIABLE or "\0" in text:
+            raise ValueError(
+                f"{name} must be a string of at most {LONGEST_VARIABLE} characters, without NUL"
+            )
+    return dict(value)
+
+
+def _assignments(text: str) -> dict[str, str]:
+    words = [word.partition("=") for word in _split_words(text)]
+    if not all(equals for _, equals, _ in words):
+        raise ValueError("must be NAME=VALUE words, or a JSON object")
+    return {name: value for name, _, value in words}
+
+
+# --- URLs and addresses -------------------------------------------------------------------------
+
+
+def check_url(
+    url: str,
+    *,
+    schemes: tuple[str, ...] = ("http", "https"),
+    shape: str = "an http:// or https:// URL with a host",
+    instead: str = "use username and password_file",
+    query: bool = False,
+) -> SplitResult:
+    """The parts of a URL of one of the schemes, with a host, without credentials and fragment.
+
+    Args:
+        url: is checked.
+        schemes: in lower case.
+        shape: what an error of scheme or host asks for.
+        instead: where credentials belong.
+        query: whether it may have a query.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # is checked when it is read
+    except ValueError as error:
+        raise ValueError(f"must be a URL: {error}") from None
+    if parts.scheme not in schemes or not parts.hostname:
+        raise ValueError(f"must be {shape}")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(f"must not have credentials in the URL: {instead}")
+    if (parts.query and not query) or parts.fragment or not url.isprintable() or " " in url:
+        parts_refused = "a fragment" if query else "a query, a fragment"
+        raise ValueError(f"must not have {parts_refused} or white space")
+    return parts
+
+
+def parse_api_url(url: str) -> str:
+    """A URL that paths are appended to."""
+    check_url(url)
+    return url.rstrip("/")
+
+
+def parse_page_url(url: str) -> str:
+    """The same URL of a page to GET."""
+    check_url(url, instead="anybody can read them in this file", query=True)
+    return url
+
+
+def parse_endpoints(value: object) -> tuple[str, ...]:
+    """The base paths of one coordinator or cluster."""
+    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+    if not 1 <= len(urls) <= MOST_ENDPOINTS:
+        raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
+    endpoints = tuple(map(parse_api_url, urls))
+    if not all(url.lower().endswith("/clientfailover") for url in endpoints):
+        raise ValueError(f"must be the base path up to clientfailover, as in {DEFAULT_ENDPOINT}")
+    return endpoints
+
+
+def parse_address(value: object) -> Address:
+    """HOST:PORT."""
+    if isinstance(value, Address):
+        return value
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if not found or int(found["port"]) >= TCP_PORTS.stop:
+        raise ValueError(
+            "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
+            " (127.0.0.1:5470, [::1]:5470)"
+        )
+    if found["six"]:
+        try:
+            ipaddress.IPv6Address(found["six"])
+        except ValueError as error:
+            raise ValueError(f"must have an IPv6 address in its brackets: {error}") from None
+    return Address(found["six"] or found["host"], int(found["port"]))
+
+
+def parse_peer(value: object) -> Address:
+    """HOST:PORT of something to connect to."""
+    address = parse_address(value)
+    if address.port not in TCP_PORTS:
+        raise ValueError("must have a port from 1 to 65535")
+    return address
+
+
+def _parse_address_or_off(value: object) -> Address | None:
+    return None if value is None or value == "off" else parse_address(value)
+
+
+# --- paths --------------------------------------------------------------------------------------
+
+
+def _check_path(path: Path) -> Path:
+    if not path.name or "\0" in str(path):
+        raise ValueError("must be a path")
+    return path
+
+
+def _check_absolute(path: Path) -> Path:
+    if not _check_path(path).is_absolute():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+def _check_directory(path: Path) -> Path:
+    if not path.is_absolute() or "\0" in str(path):
+        raise ValueError("must be the absolute path of a directory")
+    return path
+
+
+def _check_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError("must be a file that exists")
+    if not os.access(path, os.R_OK):
+        raise ValueError("must be readable by this user")
+    return path
+
+
+def _check_secret_file(path: Path) -> Path:
+    mode = _check_file(path).stat().st_mode
+    if mode & READABLE_BY_OTHERS:
+        raise ValueError(
+            f"must not be readable or writable by others: its mode is {mode & 0o777:o},"
+            f" right is 600 (chmod 600 {shlex.quote(str(path))})"
+        )
+    return path
+
+
+# --- types with their formats -------------------------------------------------------------------
+
+DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
+NUMBER = Format("NUMBER", "number", before=check_not_boolean)
+ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
+COMMAND = Format("COMMAND", "command: list of strings")
+LEVEL = Format("LEVEL", "DEBUG, INFO, WARNING or ERROR", before=_upper)
+ADDRESS_OR_OFF = Format(
+    "HOST:PORT|off", "HOST:PORT or off", parse=_parse_address_or_off, none="off"
+)
+
+Duration = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S, above=True)]
+Interval = Annotated[float, DURATION, Range(SHORTEST_INTERVAL_S, LONGEST_LEASE_S)]
+DurationOrZero = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S)]
+Count = Annotated[int, NUMBER]
+Number = Annotated[float, NUMBER]
+Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", after=check_id)]
+Text = Annotated[str, Format("TEXT", "text"), Length(1, LONGEST_ID)]
+Account = Annotated[str, Format("NAME", "name or number", parse=parse_account)]
+Command = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_command)]
+NeededCommand = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_needed_command)]
+Program = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_program)]
+Hook = Annotated[
+    tuple[str, ...],
+    Format("HOOK", "list of strings: a command, one directory, or one URL", parse=parse_hook),
+]
+Variables = Annotated[
+    Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
+]
+Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
+ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
+PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
+Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
+MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
+Labels = Annotated[
+    Mapping[str, str],
+    Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
+]
+AnyPath = Annotated[Path, Format("PATH", "path", after=_check_path)]
+AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=_check_absolute)]
+Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=_check_directory)]
+InputFile = Annotated[Path, Format("FILE", "path of a file", after=_check_file)]
+SecretFile = Annotated[
+    Path, Format("FILE", "path of a file that others cannot read", after=_check_secret_file)
+]

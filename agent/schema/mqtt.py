@@ -1,0 +1,150 @@
+"""The ``[mqtt]`` table: where role changes are announced; and the keys of any connection to a broker.
+
+Owns what a broker's address, credentials and topics may be. Knows nothing of how they are used
+(ops/mqtt.py, drivers/mqtt.py). Durations are seconds.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from agent.schema.addresses import Address, is_loopback
+from agent.schema.fields import Declared, Format, Length, Range
+from agent.schema.formats import NUMBER, Duration, InputFile, SecretFile, Text, check_url
+
+MQTT_PORT = 1883
+MQTTS_PORT = 8883
+
+LONGEST_TOPIC = 1024
+"""Characters; MQTT's own limit is 65535 bytes."""
+
+
+def _check_broker(url: str) -> str:
+    shape = "mqtt://HOST:PORT or mqtts://HOST:PORT"
+    parts = check_url(url, schemes=("mqtt", "mqtts"), shape=shape, query=True)
+    if parts.port == 0:
+        raise ValueError(f"must be {shape}")
+    if parts.path.strip("/") or parts.query:
+        raise ValueError("must have nothing after the port")
+    return url
+
+
+def _check_topic(topic: str) -> str:
+    if re.search(r"[+#\0]", topic):
+        raise ValueError("must be one topic, without the wildcards + and #")
+    return topic
+
+
+def _check_prefix(topic: str) -> str:
+    if _check_topic(topic).startswith("$") or not all(topic.split("/")) or not topic.isprintable():
+        raise ValueError(
+            "must be names with / between, and must not begin with $, the broker's own"
+        )
+    return topic
+
+
+def _check_host_id(value: str) -> str:
+    if re.search(r"[+#/\0]", value) or not value.isprintable():
+        raise ValueError("must be printable, without +, # and /")
+    return value
+
+
+Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic), Length(1, LONGEST_TOPIC)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broker(Declared):
+    """A connection to a broker."""
+
+    broker: Annotated[str, Format("URL", "mqtt or mqtts URL", after=_check_broker)]
+    """mqtt://HOST:PORT, or mqtts:// for TLS. Without PORT: 1883, with TLS 8883."""
+    limit: Duration = 5.0
+    """How long the broker may take to answer. It may be far away, and busy."""
+    keepalive: Annotated[
+        int, Format("SECONDS", "whole seconds", before=NUMBER.before), Range(1, 65535)
+    ] = 10
+    """Interval of pings on an idle connection: a dead broker is noticed, and by the broker a dead
+    client, within 1.5 times this."""
+    protocol: Annotated[Literal["5", "3.1.1"], Format("VERSION", '"5" or "3.1.1", in quotes')] = "5"
+    """Version of MQTT. 3.1.1 is for brokers that know no other."""
+    username: Text | None = None
+    """User name. Not set: none."""
+    password_file: SecretFile | None = None
+    """File with that user's password. Not set: none."""
+    ca_file: InputFile | None = None
+    """Certificates (PEM) to trust the broker by. Not set: the system's."""
+    certificate: InputFile | None = None
+    """Client certificate (PEM) with, after it, what leads to its authority, and its private key if
+    that has no file of its own. Not set: none."""
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return urlsplit(self.broker).scheme == "mqtts"
+
+    @property
+    def address(self) -> Address:
+        """Where the broker is."""
+        parts = urlsplit(self.broker)
+        return Address(parts.hostname or "", parts.port or (MQTTS_PORT if self.tls else MQTT_PORT))
+
+    @property
+    def private_key(self) -> Path | None:
+        """The file of the certificate's private key; None if it is in the certificate's own."""
+        return None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.password_file is not None and self.username is None:
+            yield "password_file", "needs username too"
+        for key in ("ca_file", "certificate"):
+            if getattr(self, key) is not None and not self.tls:
+                yield key, "is for a broker with TLS: use mqtts://, or leave it out"
+        if self.password_file is not None and not self.tls and not is_loopback(self.address.host):
+            yield "broker", f"{self.broker} would carry the password unencrypted: use mqtts://"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mqtt(Broker):
+    """Announces role and epoch to a broker."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "broker": "mqtts://broker.example:8883",
+        "topic_prefix": "plant/failover",
+        "username": "failover",
+        "password_file": "/etc/failover-agent/mqtt-password",
+        "ca_file": "/etc/failover-agent/mqtt-ca.pem",
+    }
+
+    key: SecretFile | None = None
+    """That certificate's private key (PEM). Not set: it is in certificate."""
+    client_id: Text | None = None
+    """MQTT client id; no two clients of a broker may have the same. Not set: made of group and
+    session id, always the same, 23 letters and digits."""
+    payload: Literal["json", "sparkplug"] = "json"
+    """What is announced: json, each session and the group's primary; sparkplug, the STATE of a
+    Sparkplug B 3.0 host application, online while a member is primary."""
+    topic_prefix: Annotated[
+        str, Format("TOPIC", "topic", after=_check_prefix), Length(1, LONGEST_TOPIC)
+    ] = "failover"
+    """What the topics of payload json begin with."""
+    sparkplug_host_id: Annotated[
+        str | None,
+        Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),
+        Length(1, 256),
+    ] = None
+    """Host id in the topic of payload sparkplug; the same for all members, and what edge nodes
+    have as their primary host. Not set: the group's id."""
+
+    @property
+    def private_key(self) -> Path | None:
+        return self.key
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from Broker.contradictions(self)
+        if self.key is not None and self.certificate is None:
+            yield "key", "needs certificate too"
+        if self.sparkplug_host_id is not None and self.payload != "sparkplug":
+            yield "sparkplug_host_id", 'is for payload = "sparkplug": set that, or leave it out'

@@ -1,0 +1,51 @@
+"""What every ``[progress]`` table has: a source of the data-processed time.
+
+The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from agent.schema.fields import Declared, Format, Length
+from agent.schema.formats import DurationOrZero
+
+DEFAULT_MAX_FUTURE_S = 5.0
+"""Also without a table [progress]: clocks that NTP keeps are within milliseconds of each other, and a time
+that is further ahead would hide every later one of the tenure."""
+
+MaxFuture = Annotated[
+    DurationOrZero,
+    "How far ahead of this host's clock a time may be; what is further is refused and counted. Counts"
+    " for POST /data-processed too.",
+]
+
+
+def _check_key(value: str) -> str:
+    if not all(value.split(".")):
+        raise ValueError('must be names, or numbers in lists, with dots between ("status.items.0")')
+    return value
+
+
+JsonKey = Annotated[
+    str,
+    Format("KEY", "names with dots between", after=_check_key),
+    Length(0, 256),
+    "Where in it the time is, if it is JSON. Not set: it is the time itself.",
+]
+
+
+class ProgressSource(Declared):
+    """One source. Its class is a dataclass with at least these fields."""
+
+    __slots__ = ()
+
+    EXAMPLE: ClassVar[Mapping[str, Any]]
+    """A table for the sample file."""
+
+    type: str
+    max_future: float
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that it runs, which have to be as safe as a hook's."""
+        return ()

@@ -1,0 +1,347 @@
+"""Where values come from: a flag, else the environment, else a TOML file, else the default.
+
+Owns reading and merging the sources, checking values with pydantic models that are built from the
+declarations, and adding to each fault where the value was given. Knows no setting. Needs pydantic, and is
+imported only where settings are read. pydantic-settings ignores misspelt variables and missing files:
+found here.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    create_model,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from agent.errors import ConfigError, ExitCode
+from agent.schema.errors import (
+    MOST_FAULTS,
+    Fault,
+    InvalidError,
+    TableError,
+    faults_of,
+    shown,
+    suggest,
+)
+from agent.schema.fields import (
+    Declared,
+    DefaultFrom,
+    Length,
+    Range,
+    Setting,
+    Settings,
+    Tables,
+    settings_of,
+)
+from agent.schema.formats import load_json
+
+D = TypeVar("D", bound=Declared)
+S = TypeVar("S", bound=Settings)
+
+
+# --- checking values ----------------------------------------------------------------------------
+
+
+class _Program(BaseSettings):
+    """The settings of a program. Their variables are read as they are, and merged by ``Sources``."""
+
+    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False, validate_default=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what ``validate`` passes, and nothing else."""
+        return (init_settings,)
+
+
+def model_of(declared: Any) -> Any:
+    """The pydantic model of a class. Only what is given is checked; defaults are the class's own."""
+    return _model_of(declared)
+
+
+@cache
+def _model_of(declared: Any) -> type[BaseModel]:
+    checked: dict[str, Any] = {
+        setting.name: (_annotation(setting), ... if setting.required else None)
+        for setting in settings_of(declared)
+    }
+    if issubclass(declared, Settings):
+        prefix = {"model_config": SettingsConfigDict(env_prefix=declared.env_prefix)}
+        return create_model(
+            declared.__name__, __base__=type("Base", (_Program,), prefix), **checked
+        )
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return create_model(declared.__name__, __config__=config, **checked)
+
+
+def _annotation(setting: Setting) -> Any:
+    if setting.tables is not None:
+        return Annotated[Any, PlainValidator(partial(_read_tables, setting.tables))]
+    form = setting.format
+    if form.parse is not None:
+        return Annotated[Any, PlainValidator(form.parse)]
+    limits, length = setting.markers.get(Range), setting.markers.get(Length)
+    parts: list[Any] = []
+    if form.before is not None:
+        parts.append(BeforeValidator(form.before))
+    if limits is not None and limits.enforced:
+        least = {"gt" if limits.above else "ge": limits.least}
+        parts.append(Field(**least, le=limits.most))
+    if length is not None:
+        parts.append(Field(min_length=length.least, max_length=length.most))
+    if form.after is not None:
+        parts.append(AfterValidator(form.after))
+    checked = setting.value_type
+    for part in parts:
+        checked = Annotated[checked, part]
+    return checked if setting.value_type == setting.annotation else checked | None
+
+
+def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the configuration") -> D:
+    """The settings, or the table, with these values, given as in a file or as they are in the end.
+
+    Args:
+        declared: its class.
+        values: by name; defaults are added.
+        noun: what an error calls that which has the keys.
+
+    Raises:
+        InvalidError: values are wrong, or contradict each other.
+    """
+    names = [setting.name for setting in settings_of(declared)]
+    try:
+        model = model_of(declared).model_validate(dict(values))
+    except ValidationError as error:
+        raise InvalidError(tuple(faults_of(error.errors(include_url=False), names, noun))) from None
+    given = {name: getattr(model, name) for name in names if name in model.model_fields_set}
+    for setting in settings_of(declared):
+        if setting.name not in given and DefaultFrom in setting.markers:
+            given[setting.name] = setting.markers[DefaultFrom].derive(given)
+    value = declared(**given)
+    if faults := tuple(Fault(key, text) for key, text in value.contradictions()):
+        raise InvalidError(faults)
+    return value
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def _read_tables(tables: Tables, value: object) -> Any:
+    """The table, or tables, of a setting; a flag or a variable has them as JSON.
+
+    Raises:
+        ValueError: there are no tables; TableError if something in them is wrong.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = load_json(value, "a table" if tables.most is None else "a list of tables")
+    if tables.most is None:
+        if not isinstance(value, Mapping | Declared):
+            raise ValueError(f"must be a table, under {tables.header}")
+        return _read_table(tables, value, tables.key)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be tables, each under {tables.header}")  # noqa: TRY004 - for pydantic
+    if len(value) > tables.most:
+        raise ValueError(f"must be at most {tables.most} tables")
+    return _read_list(tables, value)
+
+
+def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
+    """Tables with a name each, which is unique."""
+    found: list[Any] = []
+    errors: list[TableError] = []
+    first: dict[str, int] = {}
+    for number, table in enumerate(given, 1):
+        name = table.get("name") if isinstance(table, Mapping) else None
+        place = f"{tables.key} {number}"
+        place += f" ({shown(name)})" if isinstance(name, str) else ""
+        try:
+            read = _read_table(tables, table, place)
+        except TableError as error:
+            errors.append(error)
+            continue
+        if read.name in first:
+            other = f"{tables.key} {first[read.name]} has that name already: choose another"
+            errors.append(TableError([f"{place}: name: {other}"]))
+        first.setdefault(read.name, number)
+        found.append(read)
+    if errors:
+        faults = [fault for error in errors for fault in error.faults]
+        raise TableError(faults[:MOST_FAULTS], unknown_key=errors[0].unknown_key)
+    return tuple(found)
+
+
+def _read_table(tables: Tables, given: object, place: str) -> Any:
+    if isinstance(given, Declared):
+        return given
+    if not isinstance(given, Mapping):
+        raise TableError([f"{place}: must be a table, under {tables.header}"])
+    kind = given.get("type") if "" not in tables.kinds else ""
+    if not isinstance(kind, str) or kind not in tables.kinds:
+        wrong = f"type = {shown(kind)}" if "type" in given else "type"
+        raise TableError([f"{place}: {wrong}: must be one of {', '.join(tables.kinds)}"])
+    noun = f"{tables.noun} of type {kind}" if kind else tables.noun
+    try:
+        return validate(tables.load(kind), given, noun)
+    except InvalidError as error:
+        raise TableError(
+            [f"{place}: {fault}" for fault in error.faults],
+            unknown_key=any(fault.unknown for fault in error.faults),
+        ) from None
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sources(Generic[S]):
+    """The values that were given, and where. Make one by ``read``, then call its ``load``.
+
+    Attributes:
+        unknown: one sentence per key and variable that no setting has.
+    """
+
+    declared: type[S]
+    flags: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    file: Mapping[str, Any]
+    path: Path | None
+    unknown: Sequence[str] = field(default=())
+
+    @classmethod
+    def read(
+        cls,
+        declared: type[S],
+        flags: Mapping[str, Any] | None = None,
+        path: Path | None = None,
+    ) -> "Sources[S]":
+        """Read all sources. ``flags`` are by setting name; None in them is "not given".
+
+        Raises:
+            ConfigError: the file cannot be read or is not TOML.
+        """
+        table = _read_file(path) if path is not None else {}
+        names = [setting.name for setting in settings_of(declared)]
+        return cls(
+            declared=declared,
+            flags={key: value for key, value in (flags or {}).items() if value is not None},
+            environment=EnvSettingsSource(model_of(declared))(),
+            file={key: value for key, value in table.items() if key in names},
+            path=path,
+            unknown=(*_unknown_keys(names, path, table), *_unknown_variables(declared, names)),
+        )
+
+    def origin(self, key: str) -> str:
+        """Where the value in force is from: a flag, a variable, the file, or ``default``."""
+        if key in self.flags:
+            return "--" + key.replace("_", "-")
+        if key in self.environment:
+            return self.declared.env_prefix + key.upper()
+        return str(self.path) if key in self.file else "default"
+
+    def load(self) -> S:
+        """The settings in force.
+
+        Raises:
+            ConfigError: something is wrong; the message has a line for each fault, and the exit code
+                is the first one's.
+        """
+        lines = list(self.unknown)
+        exit_code = ExitCode.CONFIG_UNKNOWN_KEY if lines else ExitCode.CONFIG_VALUE
+        try:
+            settings = validate(self.declared, {**self.file, **self.environment, **self.flags})
+        except InvalidError as error:
+            lines += [line for fault in error.faults for line in self._lines(fault)]
+            first = error.faults[0].tables
+            if first is not None and first.unknown_key:
+                exit_code = ExitCode.CONFIG_UNKNOWN_KEY
+        if lines:
+            raise ConfigError("\n".join(lines), exit_code=exit_code)
+        return settings
+
+    def _lines(self, fault: Fault) -> list[str]:
+        """A fault with the place where the value was given."""
+        key, place = fault.key, self.origin(fault.key)
+        if fault.tables is not None:  # its sentences have table and key
+            return [f"{place}: {text}" for text in fault.tables.faults]
+        if key in self.flags:
+            place = f"{place} {shown(self.flags[key])}"
+        elif key in self.environment:
+            place = f"{place}={shown(self.environment[key])}"
+        elif key in self.file:
+            place = f"{place}: {key} = {shown(self.file[key])}"
+        else:
+            place = f"{key} (default)"
+        return [f"{place}: {fault.text}"]
+
+
+def load(declared: type[S], flags: Mapping[str, Any] | None = None, path: Path | None = None) -> S:
+    """The settings in force: flag over environment over file over default.
+
+    Raises:
+        ConfigError: one line for each fault, with the exit code of the first.
+    """
+    return Sources.read(declared, flags, path).load()
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        reason = "there is no such file: name one that exists, or leave --config out"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 (byte {error.start}), as TOML must be"
+    except tomllib.TOMLDecodeError as error:
+        reason = f"is not TOML: {error}".replace("\n", "\\n")
+    except RecursionError:
+        reason = "is not TOML: it nests too deeply"
+    raise ConfigError(f"{path}: {reason}", exit_code=ExitCode.CONFIG_FILE)
+
+
+def _unknown_keys(
+    names: Sequence[str], path: Path | None, table: Mapping[str, Any]
+) -> Iterator[str]:
+    for key, value in table.items():
+        if key in names:
+            continue
+        otherwise = (
+            "settings stand at the top level, without [tables]"
+            if isinstance(value, dict)
+            else "docs/settings.md lists the settings"
+        )
+        yield f"{path}: there is no setting {shown(key)}: {suggest(key, names, otherwise)}"
+
+
+def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterator[str]:
+    """pydantic-settings ignores these, so a misspelt one would silently change nothing."""
+    variables = [declared.env_prefix + name.upper() for name in names]
+    for name in sorted(os.environ):
+        if name.upper().startswith(declared.env_prefix) and name.upper() not in variables:
+            right = suggest(name.upper(), variables, "docs/settings.md lists the settings")
+            yield f"environment: there is no setting {shown(name)}: {right}"

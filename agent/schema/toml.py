@@ -1,0 +1,55 @@
+"""Values of settings as people read them: as TOML, and as JSON."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def to_toml(value: object) -> str:
+    """A value as TOML has it."""
+    match to_json(value):
+        case bool(flag):
+            return "true" if flag else "false"
+        case int() | float() as number:
+            return f"{number:.12g}"
+        case str(text):
+            return json.dumps(text)
+        case dict(table):
+            return (
+                f"{{{', '.join(f'{_key(key)} = {to_toml(part)}' for key, part in table.items())}}}"
+            )
+        case list(parts):
+            items = (
+                {key: item for key, item in part.items() if item is not None}
+                if isinstance(part, dict)
+                else part
+                for part in parts
+            )
+            return f"[{', '.join(map(to_toml, items))}]"
+        case _:
+            raise TypeError(f"no setting has a {type(value).__name__}")
+
+
+def to_json(value: object) -> Any:
+    """A value as JSON has it. A table that stands alone is without the keys that are not set."""
+    if is_dataclass(value):
+        table = _table(value)
+        return {key: part for key, part in table.items() if part is not None}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path) or hasattr(value, "_fields"):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_table(part) if is_dataclass(part) else part for part in value]
+    return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return {item.name: to_json(getattr(value, item.name)) for item in fields(value)}
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

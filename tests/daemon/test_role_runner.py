@@ -1,0 +1,458 @@
+"""No process of a tenure is left after its demotion, whatever its hooks have started. Real processes."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import proctree
+from agent.core.effects import HookFacts
+from agent.core.events import HookEnded
+from agent.daemon import role_runner
+from agent.daemon.role_runner import RoleRunner
+from agent.daemon.telemetry import Stats
+from agent.model import Role
+from agent.ops import process, process_tree
+from agent.ops.clock import Clock
+from agent.schema.settings import AgentSettings
+from tests.cgroups import new_cgroup
+
+PATIENCE_S = 20.0
+
+ESCAPE = "env -i setsid sh -c 'sleep 1000 & echo $! > {0}' &"
+"""Leaves the process group, loses its parent and has no variable of ours."""
+
+
+class Stage:
+    """A role runner with shell hooks that write process ids into files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.ends: list[HookEnded] = []
+        self.number = 0
+        self.instance = f"test-{os.getpid()}-{time.monotonic_ns()}"
+
+    def open(self, **settings: Any) -> RoleRunner:
+        self.settings = AgentSettings(hook_directory=self.directory, guard=False, **settings)
+        self.role_runner = RoleRunner(
+            self.settings,
+            "host-a",
+            self.directory / "state.json",
+            Clock(),
+            Stats(),
+            instance=self.instance,
+            on_ended=self.ends.append,
+            on_groups_changed=lambda: None,
+            on_workload_ended=lambda _: None,
+        )
+        return self.role_runner
+
+    def hook(self, name: str, text: str) -> tuple[str, ...]:
+        path = self.directory / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return (str(path),)
+
+    def begin(self, role: Role, limit_s: float = 5.0) -> int:
+        self.number += 1
+        facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
+        work = self.role_runner.start_run(self.number, facts, None)
+        self.task = asyncio.get_running_loop().create_task(work)
+        return self.number
+
+    async def end(self) -> HookEnded:
+        async with asyncio.timeout(PATIENCE_S):
+            await self.task
+        return self.ends[-1]
+
+    async def run(self, role: Role) -> HookEnded:
+        self.begin(role)
+        return await self.end()
+
+    async def pid(self, name: str) -> int:
+        path = self.directory / name
+        await until(lambda: path.exists() and path.read_text().endswith("\n"))
+        return int(path.read_text())
+
+
+@pytest.fixture
+async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    monkeypatch.setenv(proctree.MARK, "")
+    prctl = process._prctl
+    process.become_subreaper()
+    one = Stage(tmp_path)
+    yield one
+    one.role_runner.kill_all()
+    await one.role_runner.run_fence_command()
+    one.role_runner.close()
+    for path in tmp_path.glob("*.pid"):  # noqa: ASYNC240 - nothing else runs
+        text = path.read_text().strip()
+        if text and alive(int(text)):
+            os.kill(int(text), signal.SIGKILL)
+    assert prctl(process.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - processes cannot be awaited
+            await asyncio.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    stat = proctree.read(pid)
+    return stat is not None and stat.state not in proctree.ENDED
+
+
+def _root_only() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs: root: run the tests as root")
+
+
+# -- a promotion that is pre-empted -----------------------------------------------------------------
+
+
+async def test_a_child_that_starts_the_workload_on_term_is_gone_before_the_run_has_ended(
+    stage: Stage,
+) -> None:
+    """Fault 2: the shell died, the demotion hook ran, and then the child started the workload."""
+    child = stage.directory / "child"
+    child.write_text(
+        "trap 'sleep 0.3; setsid sleep 1000 & echo $! > work.pid; exit' TERM\n"
+        "echo $$ > child.pid\nwhile :; do sleep 0.02; done\n"
+    )
+    stage.open(hook_primary=stage.hook("p", f"sh {child} & wait"))
+    number = stage.begin(Role.PRIMARY)
+    pid = await stage.pid("child.pid")
+    stage.role_runner.terminate(number)
+    work = await stage.pid("work.pid")
+    assert not stage.task.done(), "the run has ended though its workload lives"
+    stage.role_runner.kill(number)
+    assert not (await stage.end()).ok
+    assert not alive(pid)
+    assert not alive(work)
+    assert (await stage.run(Role.SECONDARY)).ok
+
+
+async def test_a_process_tree_that_ignores_term_is_killed(stage: Stage) -> None:
+    child = stage.directory / "child"
+    child.write_text("trap '' TERM; echo $$ > child.pid; while :; do sleep 0.02; done")
+    hook = f"echo $$ > hook.pid; setsid sh {child} & wait"
+    stage.open(hook_primary=stage.hook("p", hook))
+    number = stage.begin(Role.PRIMARY)
+    leader, pid = await stage.pid("hook.pid"), await stage.pid("child.pid")
+    assert os.getsid(pid) == pid
+    stage.role_runner.terminate(number)
+    await until(lambda: not alive(leader))
+    assert not stage.task.done(), "the run has ended although its child is alive"
+    stage.role_runner.kill(number)
+    assert not (await stage.end()).ok
+    assert not alive(pid)
+
+
+async def test_a_terminated_promotion_has_failed_even_if_it_exits_with_0(stage: Stage) -> None:
+    """Its other processes got TERM, too."""
+    text = "trap 'exit 0' TERM; echo $$ > p.pid; while :; do sleep 0.02; done"
+    stage.open(hook_primary=stage.hook("p", text))
+    number = stage.begin(Role.PRIMARY)
+    await stage.pid("p.pid")
+    stage.role_runner.terminate(number)
+    ended = await stage.end()
+    assert (ended.ok, ended.why) == (False, "terminated")
+
+
+@pytest.mark.parametrize("end", [RoleRunner.terminate, RoleRunner.kill])
+async def test_a_hook_that_hangs_at_its_start_blocks_nothing_and_can_be_killed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, end: Callable[[RoleRunner, int], None]
+) -> None:
+    """Fault 1: a hook's path may be on a dead network file system."""
+    hangs, release, returned = threading.Event(), threading.Event(), threading.Event()
+
+    def recheck(*_: object) -> None:
+        hangs.set()
+        release.wait(PATIENCE_S)
+        returned.set()
+
+    monkeypatch.setattr("agent.drivers.hooks.HookSpec.recheck", recheck)
+    stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"), hook_secondary=("/bin/true",))
+    number = stage.begin(Role.PRIMARY)
+    await until(hangs.is_set)
+    assert not stage.task.done()
+    end(stage.role_runner, number)
+    assert not (await stage.end()).ok
+    release.set()
+    await until(returned.is_set)
+    await asyncio.sleep(0.1)  # a start would follow at once, and take milliseconds
+    assert not (stage.directory / "p.pid").exists(), "it was started after its end"
+
+
+async def test_a_program_that_is_never_executed_is_killed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+
+    def hang(*_: int) -> int:
+        return len(os.read(reading, 1))  # in the child, between fork and exec
+
+    stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"))
+    monkeypatch.setattr(process, "_prctl", hang)
+    number = stage.begin(Role.PRIMARY)
+    await asyncio.sleep(0.2)
+    assert not stage.task.done()
+    stage.role_runner.terminate(number)
+    stage.role_runner.kill(number)
+    assert not (await stage.end()).ok
+    os.close(writing)
+    os.close(reading)
+
+
+# -- processes that a successful promotion leaves ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "sleep 1000 >/dev/null 2>&1 & echo $! > left.pid",
+        "setsid sh -c 'sleep 1000 & echo $! > left.pid' >/dev/null 2>&1 &",
+        ESCAPE.format("left.pid").replace("&", ">/dev/null 2>&1 &", 1),
+    ],
+    ids=["group", "session", "no-variables"],
+)
+async def test_processes_of_a_promotion_are_killed_after_the_demotion_hook(
+    stage: Stage, helper: str
+) -> None:
+    """Fault 2: the demotion hook may stop them in order; only the rest is killed."""
+    stage.open(
+        hook_primary=stage.hook("p", helper),
+        hook_secondary=stage.hook("s", 'kill -0 "$(cat left.pid)" && echo x > alive'),
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    pid = await stage.pid("left.pid")
+    await until(lambda: proctree.read(pid) is not None)
+    ended = await stage.run(Role.SECONDARY)
+    assert ended.ok, ended.why
+    assert (stage.directory / "alive").exists(), "it was killed before the demotion hook"
+    assert not alive(pid)
+    assert not stage.role_runner.tenure_groups
+    assert not stage.role_runner.tenure_roots
+
+
+async def test_processes_of_a_pending_hook_are_killed_without_a_demotion_hook(
+    stage: Stage,
+) -> None:
+    stage.open(hook_pending_primary=stage.hook("p", "sleep 1000 >&- 2>&- & echo $! > left.pid"))
+    assert Role.SECONDARY in stage.role_runner.roles
+    assert (await stage.run(Role.PENDING_PRIMARY)).ok
+    pid = await stage.pid("left.pid")
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert not alive(pid)
+
+
+async def test_the_processes_of_another_user_are_killed(stage: Stage, tmp_path: Path) -> None:
+    _root_only()
+    for part in (tmp_path, *tmp_path.parents[:-1]):
+        if not part.stat().st_mode & 0o001:
+            part.chmod(part.stat().st_mode | 0o011)
+    (tmp_path / "left.pid").touch()
+    (tmp_path / "left.pid").chmod(0o666)
+    text = "setsid sh -c 'sleep 1000 & echo $! > left.pid' >/dev/null 2>&1 &"
+    stage.open(hook_primary=stage.hook("p", text), hook_user="nobody")
+    ended = await stage.run(Role.PRIMARY)
+    assert ended.ok, ended.why
+    pid = await stage.pid("left.pid")
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert not alive(pid)
+
+
+async def test_the_demotion_fails_and_names_a_process_that_survives(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.open(hook_primary=stage.hook("p", "sleep 1000 >&- 2>&- & echo $! > left.pid"))
+    await stage.run(Role.PRIMARY)
+    pid = await stage.pid("left.pid")
+    with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
+        patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        stage.begin(Role.SECONDARY, limit_s=0.3)
+        ended = await stage.end()
+    assert not ended.ok
+    assert f"{pid} (state S)" in ended.why
+    assert (await stage.run(Role.SECONDARY)).ok, "the next try has to find it again"
+    assert not alive(pid)
+
+
+async def test_an_unreadable_environment_delays_no_demotion(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it blocks while its process is stuck in a page-in: any process of this host."""
+    stage.open(hook_primary=stage.hook("p", "setsid sleep 1000 >&- 2>&- & echo $! > left.pid"))
+    await stage.run(Role.PRIMARY)
+    pid = await stage.pid("left.pid")
+    contents, release = process_tree._contents, threading.Event()
+    stuck = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
+
+    def block(of: int, name: str) -> bytes:
+        if of == stuck.pid:
+            release.wait(PATIENCE_S)
+        return contents(of, name)
+
+    monkeypatch.setattr(process_tree, "_contents", block)
+    started_at = time.monotonic()
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert time.monotonic() - started_at < 5
+    assert not alive(pid)
+    release.set()
+    stuck.kill()
+    await stuck.wait()
+
+
+# -- processes that are not killed ------------------------------------------------------------------
+
+
+async def test_processes_of_a_demotion_hook_are_not_killed(stage: Stage) -> None:
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_secondary=stage.hook(
+            "s",
+            "[ ! -e plain.pid ] || exit 0\n"
+            f"sleep 1000 >&- 2>&- & echo $! > plain.pid\n{ESCAPE.format('bare.pid')}",
+        ),
+    )
+    await stage.run(Role.PRIMARY)
+    assert (await stage.run(Role.SECONDARY)).ok
+    pids = [await stage.pid("plain.pid"), await stage.pid("bare.pid")]
+    await stage.run(Role.PRIMARY)
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert all(map(alive, pids)), "a standby helper was killed with the tenure"
+
+
+async def test_children_of_the_agent_and_of_notification_hooks_are_not_killed(stage: Stage) -> None:
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_lost=stage.hook("n", "setsid sleep 1000 >&- 2>&- & echo $! > notified.pid"),
+    )
+    before = process.Popen(["sleep", "1000"])
+    await stage.run(Role.PRIMARY)
+    during = process.Popen(["sleep", "1000"], env={})
+    stage.role_runner.notifier.put("lost", {})
+    pid = await stage.pid("notified.pid")
+    try:
+        assert (await stage.run(Role.SECONDARY)).ok
+        assert alive(pid)
+        assert (before.poll(), during.poll()) == (None, None)
+    finally:
+        for child in (before, during):
+            child.kill()
+            child.wait()
+
+
+# -- a reload, and a previous agent -----------------------------------------------------------------
+
+
+async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> None:
+    """Fault 6: a reload removed the demotion hook of the tenure."""
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_secondary=stage.hook("s", "echo $KIND >> demoted"),
+        hook_environment={"KIND": "first"},
+    )
+    await stage.run(Role.PRIMARY)
+    other = AgentSettings(hook_directory=stage.directory)
+    stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
+    assert Role.SECONDARY in stage.role_runner.roles
+    facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
+    assert (await stage.role_runner.build_guard_hook(facts, 1.0)).commands
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert (stage.directory / "demoted").read_text() == "first\n"
+    assert stage.role_runner.roles == frozenset(), "the next tenure has the new settings"
+    await stage.run(Role.PRIMARY)
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert (stage.directory / "demoted").read_text() == "first\n"
+
+
+async def test_marked_processes_of_a_previous_agent_are_killed(stage: Stage) -> None:
+    stage.open()
+    left = process.Popen(
+        ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
+    )
+    await stage.role_runner.kill_previous_processes("earlier")
+    assert left.wait() == -signal.SIGKILL
+
+
+async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_cgroup() as folder:
+        monkeypatch.setattr(role_runner, "tenure_cgroup", lambda instance: folder / instance)
+        stage.open(
+            hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
+            hook_secondary=("/bin/true",),
+        )
+        assert (await stage.run(Role.PRIMARY)).ok
+        pid = await stage.pid("one.pid")
+        assert stage.role_runner.cgroup is not None
+        inside = {
+            pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
+        }
+        assert pid in inside
+        later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
+        assert pid not in {one for one, _ in later.find()}
+        await stage.role_runner.kill_previous_processes(stage.instance)
+        assert not alive(pid)
+        assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
+
+
+# -- the workload of exec ---------------------------------------------------------------------------
+
+
+async def test_a_workload_of_another_user_is_killed_with_its_children(
+    stage: Stage,
+) -> None:
+    """Fault 2: ``su -c`` is another session, and what it leaves in the background an orphan."""
+    _root_only()
+    script = "setsid sleep 1000 & echo $! >&9; exec sleep 1001"
+    inner = f"exec 9> {stage.directory}/one.pid; su -s /bin/sh -c '{script}' nobody"
+    stage.open(workload=("/bin/sh", "-c", inner))
+    assert (await stage.run(Role.PRIMARY)).ok
+    pid = await stage.pid("one.pid")
+    assert alive(pid)
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert not alive(pid)
+
+
+# -- orphans ----------------------------------------------------------------------------------------
+
+SUBREAPER = """
+import asyncio, os, subprocess, sys
+from agent.ops import process
+process.REAP_S = 0.1
+
+async def main():
+    process.become_subreaper()
+    orphans = process.OrphanReaper()
+    child = process.Child(["/bin/sh", "-c", "sleep 0.1 & exit 3"], start_new_session=True)
+    child.start()
+    await child.wait()
+    await asyncio.sleep(1)
+    zombies = [line.split()[2][0] for line in subprocess.check_output(
+        ["ps", "--ppid", str(os.getpid()), "-o", "pid,comm,stat"], text=True).splitlines()[1:]
+        if line.split()[1] in {"sleep", "sh"}]
+    print(zombies)
+    child.release()
+    print((await child.wait()).code)
+
+asyncio.run(main())
+"""
+
+
+async def test_orphans_are_reaped_and_zombies_of_our_own_children_are_not() -> None:
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SUBREAPER, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await agent.communicate()
+    assert out.decode().splitlines() == ["['Z']", "3"]

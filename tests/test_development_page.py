@@ -1,0 +1,127 @@
+"""docs/development.md, "Add a setting" and "Add a check kind": done as written, in a copy, they work."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^ +```(?:python|text)\n(.*?)^ +```$", re.MULTILINE | re.DOTALL)
+
+
+def steps(title: str) -> list[str]:
+    """The code of a section, each block without the list's indent."""
+    page = (ROOT / "docs/development.md").read_text()
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    assert "agent/schema/" in section
+    return [re.sub(r"^   ", "", block, flags=re.MULTILINE) for block in BLOCK.findall(section)]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(
+        ROOT / "agent", tmp_path / "agent", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return tmp_path
+
+
+def insert(path: Path, text: str, before: str) -> None:
+    source = path.read_text()
+    assert source.count(before) == 1
+    path.write_text(source.replace(before, text + before))
+
+
+def run(copy: Path, code: str, **variables: str) -> str:
+    """What a program prints that imports the copy."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FAILOVER_")}
+    path = f"import sys; sys.path.insert(0, {str(copy)!r}); import agent\n"
+    path += f"assert agent.__file__.startswith({str(copy)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", path + textwrap.dedent(code)],
+        env={**kept, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_setting_takes_one_field(copy: Path) -> None:
+    (field,) = steps("Add a setting")
+    insert(
+        copy / "agent/schema/settings.py",
+        textwrap.indent(field, " " * 4),
+        '    log_level: LogLevel = "INFO"\n',
+    )
+    code = """
+        from agent.cli.main import main
+        from agent.cli.reference import PROGRAMS, sample, settings_page
+        from agent.cli.settings_reader import commands
+        from agent.daemon.reload import RELOADABLE
+        from agent.schema import exchange
+        from agent.schema.read import Sources
+        from agent.schema.settings import AgentSettings
+        main(["run", "--help"], commands(lambda _: 0))
+        assert "motto" in RELOADABLE
+        sources = Sources.read(AgentSettings)
+        settings = exchange.load(exchange.dump(sources.load()))
+        print(settings.motto, sources.origin("motto"))
+        print(settings_page(), sample(*PROGRAMS[0]))
+        try:
+            Sources.read(AgentSettings, {"motto": ""}).load()
+        except Exception as error:
+            print(error)
+    """
+    printed = run(copy, code, FAILOVER_AGENT_MOTTO="hello")
+    assert "--motto TEXT" in printed
+    assert "hello FAILOVER_AGENT_MOTTO\n" in printed
+    assert "| `motto` | text | not set | For people. Not set: none. |" in printed
+    assert '#motto = "two"\n' in printed
+    assert "--motto ''" in printed
+
+
+def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
+    file, line = steps("Add a check kind")
+    (copy / "agent/drivers/checks/free_space.py").write_text(file)
+    insert(copy / "agent/schema/kinds.py", textwrap.indent(line, " " * 8), "    },\n    most=64")
+    code = """
+        import asyncio
+        from agent.cli.reference import PROGRAMS, sample, settings_page
+        from agent.drivers.checks import Checks
+        from agent.ops.clock import Clock
+        from agent.schema import exchange
+        from agent.schema.read import validate
+        from agent.schema.settings import AgentSettings
+        table = {"name": "a", "type": "free_space", "path": "/"}
+        tables = [table | {"mib": 1}, table | {"name": "b", "mib": 1_000_000}]
+        settings = validate(AgentSettings, {"check": tables})
+        settings = exchange.load(exchange.dump(settings))
+        async def main():
+            checks = Checks(settings.check, Clock(), lambda health: None)
+            checks.start()
+            while not all(result.known for result in checks.health.results.values()):
+                await asyncio.sleep(0.01)
+            await checks.stop()
+            print({name: result.up for name, result in checks.health.results.items()})
+            print(checks.health.reason)
+        asyncio.run(main())
+        print(settings_page(), sample(*PROGRAMS[0]))
+        try:
+            validate(AgentSettings, {"check": [table | {"mib": 0}]})
+        except Exception as error:
+            print(error)
+    """
+    printed = run(copy, code)
+    assert "{'a': True, 'b': False}" in printed
+    assert re.search(r"b: / has \d+ MiB free, must be 1000000", printed)
+    assert '`type = "free_space"`: Passes if a file system has room.' in printed
+    assert "| `mib` | number, 1 to 1000000 | `100` |" in printed
+    assert '#[[check]]\n#name = "room"\n#type = "free_space"\n#path = "/var"\n' in printed
+    assert "mib = 0: must be greater than or equal to 1" in printed
