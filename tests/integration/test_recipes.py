@@ -1,4 +1,4 @@
-"""docs/recipes.md: the files of config/recipes, each with real agents and what it is for.
+"""docs/recipes.md: every file of config/recipes does with real agents what the page says.
 
 Only paths and ports are replaced, by those of the test.
 """
@@ -32,8 +32,8 @@ from .test_story import private_network
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "config/recipes"
-NOBODY_HEARD = 3
-"""Heartbeats of a member that would have taken the role by then."""
+ENOUGH_HEARTBEATS = 3
+"""A member that could take the role back would have it after so many."""
 
 
 def member(
@@ -45,7 +45,7 @@ def member(
     *flags: str,
     before: Sequence[str] = (),
 ) -> Agent:
-    """An agent with the settings of a recipe, in which places are others'."""
+    """An agent with the settings of a recipe; ``places`` replaces its paths and ports."""
     text = (RECIPES / recipe).read_text()
     for place, ours in places.items():
         assert place in text, place
@@ -238,7 +238,7 @@ def test_the_virtual_address_is_on_the_primary_only(stage: Stage) -> None:
         return [line.split()[1] for line in said.splitlines()]
 
     def host(name: str, device: str) -> Agent:
-        """A sub-process's hook, which may wait for an answer to its ARP, has more time."""
+        """An agent with a network device of its own."""
         ours = places | {"eth0": device}
         return member(stage, name, "virtual-ip.toml", endpoint, ours, before=inside)
 
@@ -455,7 +455,7 @@ def heard(coordinator: Coordinator, session: str, times: int) -> None:
 
 
 def test_the_preferred_member_is_chosen_and_does_not_take_the_role_back(stage: Stage) -> None:
-    """Its id is the last, so that it is not chosen for that; a swap needs no time to be held."""
+    """Its id is the last, so it is not chosen for its id; no minimum hold keeps it from swapping."""
     coordinator = stage.serve("--minimum-hold=0")
 
     def run(name: str, recipe: str) -> Agent:
@@ -466,14 +466,14 @@ def test_the_preferred_member_is_chosen_and_does_not_take_the_role_back(stage: S
     run("host-b", "other-member.toml").until_said("joined")
     preferred = run("host-z", "preferred-member.toml")
     preferred.until_said("joined")
-    heard(coordinator, "host-z", NOBODY_HEARD)
+    heard(coordinator, "host-z", ENOUGH_HEARTBEATS)
     assert coordinator.status()["Primary"] == "host-a"
     assert first.end() == 0
     preferred.until_role("Primary")
     assert preferred.end() == 0
     until(lambda: coordinator.status().get("Primary") == "host-b", "host-b to take over")
     run("host-z", "preferred-member.toml").until_said("joined")
-    heard(coordinator, "host-z", NOBODY_HEARD)
+    heard(coordinator, "host-z", ENOUGH_HEARTBEATS)
     assert coordinator.status()["Primary"] == "host-b"
 
 
