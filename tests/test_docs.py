@@ -13,7 +13,7 @@ import pytest
 from agent.cli.main import GlobalOptions, cli, main
 from agent.cli.reference import tables_of
 from agent.cli.settings_reader import commands
-from agent.coordinator.calls import ROUTES
+from agent.coordinator.route_table import ROUTES
 from agent.schema import access, codec
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Setting, Settings, settings_of

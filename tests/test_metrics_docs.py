@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from agent.coordinator.calls import ROUTES
 from agent.coordinator.metrics import Metrics, SessionLines
+from agent.coordinator.route_table import ROUTES
 from agent.coordinator.server import MOST_CONNECTIONS, SPARE_FILES
 from agent.coordinator.service import MAX_READERS, Coordinator
 from agent.coordinator.store.memory import MemoryStore

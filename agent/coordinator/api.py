@@ -18,9 +18,10 @@ from time import perf_counter
 from typing import Any
 
 from agent.coordinator.auth import Authenticator, Caller, allowed
-from agent.coordinator.calls import ROUTES, Answer, Call, get_status
+from agent.coordinator.calls import Answer, Call, get_status
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
+from agent.coordinator.route_table import ROUTES
 from agent.coordinator.routes import DEFAULT_NAME, PathMatch, Route, Router, read_query
 from agent.coordinator.service import Coordinator
 from agent.errors import (

@@ -10,7 +10,7 @@ import pytest
 from agent.coordinator import service
 from agent.coordinator.api import Api
 from agent.coordinator.auth import Authenticator, Password, hash_password
-from agent.coordinator.calls import ROUTES
+from agent.coordinator.route_table import ROUTES
 from agent.coordinator.service import Coordinator
 from agent.model import GroupKey
 

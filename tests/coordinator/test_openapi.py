@@ -19,8 +19,8 @@ import pytest
 
 from agent.coordinator import service
 from agent.coordinator.auth import hash_password
-from agent.coordinator.calls import ROUTES
 from agent.coordinator.openapi import document
+from agent.coordinator.route_table import ROUTES
 from agent.coordinator.server import serving
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings

@@ -19,8 +19,8 @@ import pytest
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient, configured
-from agent.drivers.rest.client import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.connections import LONGEST_ANSWER
+from agent.drivers.rest.endpoints import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig

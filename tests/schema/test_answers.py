@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from agent.drivers.rest import client
+from agent.drivers.rest import client, endpoints
 from agent.drivers.rest.exchange import Answer
 from agent.model import (
     TICKS_PER_SECOND,
@@ -30,7 +30,7 @@ def answer(body: bytes) -> Answer:
 
 
 def one(shape: type[Shape]) -> Callable[[bytes], Any]:
-    return lambda body: client._decode(shape, answer(body))
+    return lambda body: endpoints.decode_one(shape, answer(body))
 
 
 def many(shape: type[Shape]) -> Callable[[bytes], Any]:
@@ -42,7 +42,7 @@ def read_group(body: bytes) -> Any:
 
 
 def read_heartbeat(body: bytes) -> HeartbeatAnswer:
-    return client._decode(api.HeartbeatResponse, answer(body)).to_model()
+    return endpoints.decode_one(api.HeartbeatResponse, answer(body)).to_model()
 
 
 read_status = one(api.GroupStatus)

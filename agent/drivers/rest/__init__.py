@@ -1,6 +1,7 @@
 """The group API as its callers see it: RestClient, and OAuth2 credentials for it.
 
-``exchange`` is one request and its answer, ``credentials`` the tokens, ``client`` the operations of the API.
+``exchange`` is one request and its answer, ``credentials`` the tokens, ``endpoints``
+which endpoint is asked, and ``client`` the operations of the API.
 """
 
 from agent.drivers.rest.client import RestClient

@@ -1,30 +1,26 @@
 """The group API over HTTP: each operation as a coroutine with values of model.py.
 
-Owns the choice among several endpoints of one coordinator or one cluster, and the connections. Knows
-nothing of what an answer means for a role, and retries nothing: that is up to the caller.
-
-``timeout_s`` bounds a whole request (credentials, connection, sending and answer), which fails only with a
-ServerError. Requests go to the current endpoint. If that fails or is slow (no connection, no answer, an
-answer of something else, 5xx), all others are probed concurrently by a read of the status: the first one
-that answers becomes the current endpoint. Until then the current one stays.
+Knows nothing of what an answer means for a role, and retries nothing: that is up to the caller. Which
+endpoint is asked is decided in endpoints.py.
 """
 
 import asyncio
 import json
-import re
-import ssl
-from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TypeVar
 from urllib.parse import quote
 
 import httpx2
 
-from agent.drivers.rest.connections import open_client
-from agent.drivers.rest.credentials import ClientCredentials
-from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
-from agent.drivers.rest.names import Names
-from agent.errors import ConfigError, ExitCode, ServerError
+from agent.drivers.rest.endpoints import (
+    ADDRESS_HINT,
+    ANSWER_NAME,
+    Endpoints,
+    decode_answer,
+    decode_one,
+)
+from agent.drivers.rest.exchange import Answer, send
+from agent.errors import ConfigError, ServerError
 from agent.model import (
     LONGEST_HOLD_OFF_S,
     TICKS_PER_SECOND,
@@ -35,153 +31,22 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
-from agent.ops.logs import Log
 from agent.schema import api
-from agent.schema.codec import BodyError, decode, decode_many, encode, has_none_of
+from agent.schema.codec import BodyError, decode_many, encode
 from agent.schema.scalars import format_time_span
 from agent.schema.values import HoldOffSpan, Shape
 
-T = TypeVar("T")
 S = TypeVar("S", bound=Shape)
-
-log = Log(__name__)
-
-KEEPALIVE_S = 45.0
-"""Idle timeout of a connection: above the longest heartbeat interval (10 s), below the idle timeouts of
-common servers and balancers (60 s and more)."""
-
-CONNECTIONS = 8
-"""For all requests but blocking reads. An agent has one or two in flight; each has a timeout."""
-
-BLOCKING_READ_CONNECTIONS = 2
-"""For blocking reads: the one that waits, and one that was just cancelled."""
-
-PROBE_CONNECTIONS = 8
-"""For probes of other endpoints, one each: silent ones must not use up the connections of heartbeats."""
-
-SLOW_SHARE = 0.5
-"""A request that has used this share of its timeout is slow: the other endpoints are probed."""
 
 PAGE = 100
 """Page size of lists, the documented default."""
-
-EXAMPLE = "http://127.0.0.1:8080/api/v1/clientfailover"
-
-ANSWER_NAME = "the answer"
-ADDRESS_HINT = " (is this the address of a client failover service?)"
 
 MOST_PAGES = 1000
 """Limit of pages, whatever Total-Count is: 100,000 groups are more than a coordinator serves."""
 
 
-class RestClient:
-    """Calls the group API at the current one of several endpoints. Close it with ``aclose``."""
-
-    def __init__(
-        self,
-        endpoints: Sequence[str],
-        *,
-        auth: httpx2.Auth | None = None,
-        verify: ssl.SSLContext | bool = True,
-        keepalive_s: float = KEEPALIVE_S,
-        transport: httpx2.AsyncBaseTransport | None = None,
-    ) -> None:
-        """Sends nothing yet.
-
-        Args:
-            endpoints: base paths up to clientfailover, http or https, of one coordinator or one
-                cluster; the first one is used first.
-            auth: httpx2.BasicAuth, ClientCredentials, or None.
-            verify: how server certificates are verified; False: not at all.
-            keepalive_s: idle timeout of a connection: longer than the heartbeat interval, shorter
-                than the server's own.
-            transport: stands in for the network, in tests.
-
-        Raises:
-            ConfigError: there is no endpoint, or one does not have the right form.
-        """
-        if not endpoints:
-            raise ConfigError(f"no endpoint is given: name at least one, such as {EXAMPLE}")
-        self._endpoints = tuple(dict.fromkeys(_parse_endpoint(endpoint) for endpoint in endpoints))
-        self._current = 0
-        self._failing = False
-        self._probes: dict[int, asyncio.Task[None]] = {}
-        self._probe_faults: dict[int, str] = {}
-        self._refused: dict[int, str | None] = {}
-        self.store_id: str | None = None
-        """The id of the store that answers must come from, once the caller has set it."""
-        self.date: datetime | None = None
-        """The Date header of the newest answer, or None."""
-        self._auth = auth
-        context = httpx2.create_ssl_context(verify=verify, trust_env=False)
-        self._names = Names()
-        self._call_client, self._blocking_read_client, self._probe_client = (
-            open_client(
-                context,
-                keepalive_s=kept_s,
-                connections=connections,
-                names=self._names,
-                auth=auth,
-                transport=transport,
-            )
-            for connections, kept_s in (
-                (CONNECTIONS, keepalive_s),
-                (BLOCKING_READ_CONNECTIONS, keepalive_s),
-                (PROBE_CONNECTIONS, 0.0),
-            )
-        )
-
-    @property
-    def endpoint(self) -> str:
-        """The base path of the current endpoint."""
-        return self._endpoints[self._current]
-
-    @property
-    def endpoints(self) -> tuple[str, ...]:
-        """All base paths, in their order."""
-        return self._endpoints
-
-    @property
-    def faults_of_others(self) -> str | None:
-        """Why the other endpoints cannot be used, by their last probes; None without a fault."""
-        faults = (fault for index, fault in self._probe_faults.items() if index != self._current)
-        return "; ".join(faults) or None
-
-    def refuse(self, endpoint: str, store_id: str | None) -> ServerError:
-        """Reject an endpoint of another store, and make the next one current.
-
-        Args:
-            endpoint: the one that answered.
-            store_id: the store id in its answer.
-
-        Returns:
-            The error to raise or to report.
-        """
-        index = self._endpoints.index(endpoint)
-        error = self._other_store_error(index, store_id)
-        self._leave_endpoint(index)
-        return error
-
-    def ask_next(self, asked: str, error: ServerError) -> bool:
-        """Make the next endpoint current if ``asked`` has failed; whether there is another one to try.
-
-        For callers that send one request only. An agent sends again anyway.
-        """
-        if _is_endpoint_failure(error):
-            self._leave_endpoint(self._endpoints.index(asked))
-        return self.endpoint != asked
-
-    async def aclose(self) -> None:
-        """Close every connection, and ClientCredentials with them. May be called twice."""
-        for probe in self._probes.values():
-            probe.cancel()
-        if self._probes:
-            await asyncio.wait(self._probes.values())
-        await self._call_client.aclose()
-        await self._blocking_read_client.aclose()
-        await self._probe_client.aclose()
-        if isinstance(self._auth, ClientCredentials):
-            await self._auth.aclose()
+class RestClient(Endpoints):
+    """The operations of the group API. Close it with ``aclose``."""
 
     # --- requests of an agent -----------------------------------------------------------------------
 
@@ -220,7 +85,7 @@ class RestClient:
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
             body=encode(api.SessionRequest.from_model(session)),
-            read=lambda answer: _decode(api.ClientSession, answer).store_id,
+            read=lambda answer: decode_one(api.ClientSession, answer).store_id,
         )
 
     async def heartbeat(
@@ -261,7 +126,7 @@ class RestClient:
                     epoch=seen_epoch,
                 )
             ),
-            read=lambda answer: _decode(api.HeartbeatResponse, answer).to_model(),
+            read=lambda answer: decode_one(api.HeartbeatResponse, answer).to_model(),
         )
 
     async def status(
@@ -293,7 +158,7 @@ class RestClient:
             timeout_s=timeout_s if after is None else wait_s + timeout_s,
             params=params,
         )
-        return _decode_answer(answer, lambda answer: _decode(api.GroupStatus, answer).to_model())
+        return decode_answer(answer, lambda answer: decode_one(api.GroupStatus, answer).to_model())
 
     async def release(
         self,
@@ -367,7 +232,7 @@ class RestClient:
             "",
             what="version",
             timeout_s=timeout_s,
-            read=lambda answer: _decode(api.Version, answer).version,
+            read=lambda answer: decode_one(api.Version, answer).version,
         )
 
     async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
@@ -466,139 +331,6 @@ class RestClient:
             read=lambda answer: [t.to_model() for t in _decode_many(api.HistoryEntry, answer)],
         )
 
-    # --- sending --------------------------------------------------------------------------
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        what: str,
-        timeout_s: float,
-        read: Callable[[Answer], T],
-        body: bytes | None = None,
-        params: Mapping[str, str] | None = None,
-        probe_path: str | None = None,
-    ) -> T:
-        probe_path = _derive_probe_path(path) if probe_path is None else probe_path
-        asked = self._current
-        slow = asyncio.get_running_loop().call_later(
-            SLOW_SHARE * timeout_s, self._on_endpoint_failure, asked, probe_path, timeout_s
-        )
-        try:
-            answer = await send(
-                self._call_client,
-                method,
-                self._url(asked, path),
-                what=what,
-                timeout_s=timeout_s,
-                params=params,
-                content=body,
-            )
-            self.date = answer.date
-            value = _decode_answer(answer, read)
-        except ServerError as error:
-            if _is_endpoint_failure(error):
-                self._on_endpoint_failure(asked, probe_path, timeout_s)
-            raise
-        finally:
-            slow.cancel()
-        if asked == self._current:
-            self._confirm_endpoint()
-        return value
-
-    def _url(self, index: int, path: str) -> str:
-        return f"{self._endpoints[index]}/{path}" if path else self._endpoints[index]
-
-    # --- choice of the endpoint ------------------------------------------------------------------
-
-    def _leave_endpoint(self, index: int) -> None:
-        if index == self._current:
-            self._failing = False
-            self._current = (index + 1) % len(self._endpoints)
-
-    def _confirm_endpoint(self) -> None:
-        """Stop probing: the current endpoint works."""
-        self._failing = False
-        self._probe_faults.clear()
-        for probe in self._probes.values():
-            probe.cancel()
-
-    def _on_endpoint_failure(self, asked: int, probe_path: str, timeout_s: float) -> None:
-        """Probe the other endpoints, since the current one has failed or is slow."""
-        if asked != self._current:
-            return  # overlapping requests fail together: only the first one counts
-        self._failing = True
-        for index in range(len(self._endpoints)):
-            running = self._probes.get(index)
-            if index != asked and (running is None or running.done()):
-                self._probes[index] = asyncio.create_task(
-                    self._probe(index, probe_path, timeout_s), name="probe endpoint"
-                )
-
-    async def _probe(self, index: int, path: str, timeout_s: float) -> None:
-        """Probe another endpoint by a read; make it the current one if it answers."""
-        try:
-            answer = await send(
-                self._probe_client,
-                "GET",
-                self._url(index, path),
-                what="probing the endpoint",
-                timeout_s=timeout_s,
-            )
-            store_id = (
-                _decode_answer(answer, _decode_store_id)
-                if path
-                else _decode_answer(answer, _check_version)
-            )
-        except ServerError as error:
-            if _is_endpoint_failure(error) or error.exit_code is ExitCode.NOT_AUTHORISED:
-                self._probe_faults[index] = str(error)
-                return
-            store_id = None  # a refusal by the API is an answer
-        if None not in (self.store_id, store_id) and store_id != self.store_id:
-            self._other_store_error(index, store_id)
-            return
-        self._probe_faults.pop(index, None)
-        if self._failing:
-            self._failing = False
-            self._current = index
-
-    def _other_store_error(self, index: int, store_id: str | None) -> ServerError:
-        """The error for an endpoint of another store; logged once for each change."""
-        endpoint, right = self._endpoints[index], "list endpoints of one coordinator or one cluster"
-        found = "no store" if store_id is None else f"store {quoted(store_id)}"
-        message = f"{endpoint} answers from {found}, expected store {self.store_id}; {right}"
-        if self._refused.get(index, "") != store_id:
-            self._refused[index] = store_id
-            log.error(
-                "coordinator of another store refused",
-                endpoint=endpoint,
-                store=store_id,
-                expected=self.store_id,
-                resolution=f"{right}; see docs/operations.md if its data was replaced",
-            )
-        self._probe_faults[index] = message
-        return ServerError(message, exit_code=ExitCode.OTHER_STORE)
-
-
-def _decode_answer(answer: Answer, read: Callable[[Answer], T]) -> T:
-    answer.check()
-    try:
-        return read(answer)
-    except BodyError as error:
-        raise answer.unreadable(str(error)) from None
-
-
-def _decode(shape: type[S], answer: Answer) -> S:
-    try:
-        value = decode(shape, answer.body, ANSWER_NAME)
-    except BodyError as error:
-        raise BodyError(f"{error}{ADDRESS_HINT}") from None
-    if has_none_of(value, answer.body):
-        raise BodyError(f"none of the properties of {shape.__name__}")
-    return value
-
 
 def _decode_many(shape: type[S], answer: Answer) -> list[S]:
     try:
@@ -608,7 +340,7 @@ def _decode_many(shape: type[S], answer: Answer) -> list[S]:
 
 
 def _decode_group(answer: Answer) -> GroupConfig:
-    group = _decode(api.GroupConfiguration, answer).to_model()
+    group = decode_one(api.GroupConfiguration, answer).to_model()
     if not group.id:
         raise BodyError("a group without an Id")
     return group
@@ -618,43 +350,6 @@ def _decode_groups(answer: Answer) -> list[GroupConfig]:
     """Those without an id left out."""
     groups = [group.to_model() for group in _decode_many(api.GroupConfiguration, answer)]
     return [group for group in groups if group.id]
-
-
-def _decode_store_id(answer: Answer) -> str | None:
-    return _decode(api.GroupStatus, answer).store_id
-
-
-def _check_version(answer: Answer) -> None:
-    _decode(api.Version, answer)
-
-
-def _derive_probe_path(path: str) -> str:
-    """The path of a harmless read by which an endpoint is probed for requests like this one."""
-    kind, _, rest = path.partition("/")
-    group = rest.partition("/")[0]
-    return f"{kind}/{group}/status" if kind == "groups" and group else ""
-
-
-def _is_endpoint_failure(error: ServerError) -> bool:
-    """Whether the endpoint has failed, rather than refused the request."""
-    if error.status is None or error.exit_code is ExitCode.NOT_THE_API:
-        return error.exit_code is not ExitCode.NOT_AUTHORISED
-    return error.status >= httpx2.codes.INTERNAL_SERVER_ERROR
-
-
-def _parse_endpoint(endpoint: str) -> str:
-    """The endpoint without a slash at its end."""
-    right = f"it must be the base path of a group API, up to clientfailover, such as {EXAMPLE}"
-    problem = fault_of_url(endpoint)
-    if problem is None:
-        if "?" in endpoint or "#" in endpoint:
-            problem = "has a query or a fragment"
-        elif not endpoint.rstrip("/").lower().endswith("/clientfailover"):
-            problem = "does not end in /clientfailover"
-        else:
-            return str(httpx2.URL(endpoint)).rstrip("/")
-    shown = re.sub("//.*@", "//***@", endpoint)
-    raise ConfigError(f"endpoint {shown!r} {problem}; {right}")
 
 
 def _quote_segment(name: str) -> str:
