@@ -1,4 +1,4 @@
-"""docs/development.md, "Add a setting" and "Add a check kind": done as written, in a copy, they work."""
+"""docs/development.md, the sections "Add a ...": done as written, in a copy, they work."""
 
 import os
 import re
@@ -18,7 +18,6 @@ def steps(title: str) -> list[str]:
     """The code of a section, each block without the list's indent."""
     page = (ROOT / "docs/development.md").read_text()
     section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    assert "agent/schema/" in section
     return [re.sub(r"^   ", "", block, flags=re.MULTILINE) for block in BLOCK.findall(section)]
 
 
@@ -125,3 +124,62 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
     assert "| `mib` | number, 1 to 1000000 | `100` |" in printed
     assert '#[[check]]\n#name = "room"\n#type = "free_space"\n#path = "/var"\n' in printed
     assert "mib = 0: must be greater than or equal to 1" in printed
+
+
+def test_a_notification_event_takes_its_name_and_one_field(copy: Path) -> None:
+    (field,) = steps("Add a notification event")
+    insert(copy / "agent/drivers/hooks/spec.py", '"renamed", ', '"left")')
+    insert(
+        copy / "agent/schema/settings.py",
+        textwrap.indent(field, " " * 4),
+        "    hook_limit: Annotated[Duration, RELOADABLE]",
+    )
+    code = """
+        import os, sys
+        from agent.cli.hooks import command
+        from agent.daemon.reload import RELOADABLE
+        assert "hook_renamed" in RELOADABLE
+        path = os.path.join(sys.argv[0] or ".", "hook")
+        code = command.main(
+            ["test", "renamed", "--hook-renamed", "/bin/true"], standalone_mode=False
+        )
+        print("code", code)
+    """
+    printed = run(copy, code)
+    assert "renamed" in printed
+    assert printed.endswith("code 0\n")
+
+
+def test_a_route_takes_a_handler_and_one_row(copy: Path) -> None:
+    handler, row = steps("Add a route")
+    with (copy / "agent/coordinator/calls.py").open("a") as file:
+        file.write(f"\n\n{handler}")
+    table = copy / "agent/coordinator/route_table.py"
+    insert(table, "    count_groups,\n", "    create_group,\n    create_session,")
+    source = table.read_text()
+    table.write_text(source[: source.rindex(")")] + textwrap.indent(row, " " * 4) + ")\n")
+    code = """
+        import asyncio, json
+        import httpx2
+        from agent.coordinator.api import Api
+        from agent.coordinator.service import Coordinator
+        from agent.coordinator.store.memory import MemoryStore
+        from agent.core.group_state import Policy
+        from agent.ops.clock import Clock
+        async def main():
+            coordinator = Coordinator(MemoryStore(), Clock().now, Policy(), max_groups=5)
+            await coordinator.start()
+            api = Api(coordinator, Clock().now)
+            base = "http://test/api/v1/clientfailover"
+            async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as client:
+                group = {"Id": "line-7", "FailoverTimeout": "00:00:10"}
+                assert (await client.post(base + "/groups", json=group)).status_code == 201
+                print((await client.get(base + "/groupcount")).text)
+                document = (await client.get("http://test/openapi.json")).json()
+                print([path for path in document["paths"] if path.endswith("/groupcount")])
+            await coordinator.stop()
+        asyncio.run(main())
+    """
+    printed = run(copy, code)
+    assert '{"Version":"1"}' in printed
+    assert "/api/v1/clientfailover/groupcount" in printed
