@@ -421,11 +421,13 @@ class Demo:
         state = host.state
         if host.agent is None:
             return f"{host.name}: down".ljust(58)
-        text = f"{host.name}: {state.get('role', 'starting'):<14}"
         until = state.get("active_until_boottime_s")
+        left_s = 0.0 if until is None else until - time.clock_gettime(time.CLOCK_BOOTTIME)
+        if left_s < 0:  # the file is still that of an agent which was killed
+            return f"{host.name}: starting".ljust(58)
+        text = f"{host.name}: {state.get('role', 'starting'):<14}"
         if until is not None:
-            left_s = until - time.clock_gettime(time.CLOCK_BOOTTIME)
-            text += f" epoch {state['epoch']}, lease left {max(0.0, left_s):.2f} s"
+            text += f" epoch {state['epoch']}, lease left {left_s:.2f} s"
         if until is not None and (stamp := state.get("last_data_processed_time")):
             lag_s = (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
             text += f", lag {lag_s:.2f} s"

@@ -123,6 +123,7 @@ def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows] == ["power", "crash", "stop", "frozen"]
     for row in rows:
         assert row.split()[-1] == "0"
+    assert not [line for line in lines if line.count(": Primary") > 1], "a dead host is shown"
     counts = [line.split()[:2] for line in lines if line.startswith(("ok", "FAILED"))]
     assert len(counts) >= 5
     assert counts == [["ok", "0"]] * len(counts)
