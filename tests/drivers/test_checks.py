@@ -966,17 +966,22 @@ async def test_a_page_that_is_too_long_fails_and_a_long_one_does_not() -> None:
             await writer.drain()
 
     async with server(endless) as url:
-        assert "more than 4 MiB" in str(await why(metric(url, "m", ">", 0)))
+        assert "more than 4096 KiB" in str(await why(metric(url, "m", ">", 0)))
     async with server(page(b"other 1\n" * 400_000 + b"m 1\n")) as url:
         assert await why(metric(url, "m", ">", 0)) is None
 
 
 @pytest.mark.parametrize(
-    "body", [b'm{x="1"} 1\n' * 30_000, b'm{x="' + b"y" * 20_000 + b'"} 1\n'], ids=["many", "long"]
+    ("body", "reason"),
+    [
+        (b'm{x="1"} 1\n' * 30_000, "the samples of m have more than 256 KiB"),
+        (b'm{x="' + b"y" * 20_000 + b'"} 1\n', "a sample of m has more than 16 KiB"),
+    ],
+    ids=["many", "long"],
 )
-async def test_too_much_of_one_metric_fails(body: bytes) -> None:
+async def test_too_much_of_one_metric_fails(body: bytes, reason: str) -> None:
     async with server(page(body)) as url:
-        assert "has too much of m" in str(await why(metric(url, "m", ">", 0)))
+        assert reason in str(await why(metric(url, "m", ">", 0)))
 
 
 async def test_an_exporter_that_does_not_answer_200_fails() -> None:

@@ -619,10 +619,10 @@ async def test_a_metric_without_labels_and_without_an_end_of_line(exporter: Expo
         ("last_seconds NaN", Reason.NOT_A_TIME, "nan must be"),
         ("last_seconds 0", Reason.NEVER, "nothing"),
         (f"last_seconds {AT * 1000}", Reason.NOT_A_TIME, "milliseconds"),
-        ("last_seconds 1\n" * 1000, Reason.TOO_LONG, "samples last_seconds"),
-        ("last_seconds{a=" + "1" * 10_000 + "} 1", Reason.TOO_LONG, "bytes in a sample"),
-        ("x" * 100_000, Reason.TOO_LONG, "bytes in a line"),
-        ("y 1\n" * 2_000_000, Reason.TOO_LONG, "more than 4194304 bytes"),
+        ("last_seconds 1\n" * 20_000, Reason.TOO_LONG, "samples of last_seconds have more"),
+        ("last_seconds{a=" + "1" * 20_000 + "} 1", Reason.TOO_LONG, "a sample of last_seconds has"),
+        ("x" * 100_000, Reason.TOO_LONG, "a line has more than 64 KiB"),
+        ("y 1\n" * 2_000_000, Reason.TOO_LONG, "the page has more than 4096 KiB"),
     ],
 )
 async def test_a_page_without_one_good_sample_is_refused(

@@ -2,26 +2,17 @@
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.drivers.checks.request import Request
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
+from agent.ops.scrape import ACCEPT, ScrapeError, parse_samples, read_lines
 from agent.schema.formats import Labels, MetricName, Number, PageUrl
-
-METRICS_BYTES = 4 * 1024 * 1024
-"""Of an exporter's page; a large one has 1 MiB."""
-
-SAMPLE_BYTES = 16 * 1024
-SAMPLES_BYTES = 256 * 1024
-"""Of one sample's line, and of all lines of the metric: parsing them costs at most some 100 ms."""
 
 Comparison: TypeAlias = Literal[">", ">=", "<", "<=", "==", "!="]
 
@@ -70,32 +61,25 @@ class Prometheus:
 
     def __init__(self, check: PrometheusCheck) -> None:
         self._check = check
-        self._request = Request(check.url, "text/plain;version=0.0.4")
-        self._line = re.compile(
-            rb"^[ \t]*" + check.metric.encode() + rb"(?=[ \t{]).*$", re.MULTILINE
-        )
+        self._request = Request(check.url, ACCEPT)
         self._lane = BlockingThread(f"check {check.name}")
 
     async def __call__(self) -> None:
         """Return if the metric is as it should be. Raises CheckFailed."""
-        page = bytearray()
-        async with self._request.send() as response:
-            if response.status_code != HTTPStatus.OK:
-                raise CheckFailed(f"{self._check.url} answers {response.status_code}, must be 200")
-            async for part in response.aiter_raw():
-                page += part
-                if len(page) > METRICS_BYTES:
-                    raise CheckFailed(f"{self._check.url} has more than {METRICS_BYTES >> 20} MiB")
-        await run_blocking(self._lane, lambda: self._compare(page))
+        check = self._check
+        try:
+            async with self._request.send() as response:
+                if response.status_code != HTTPStatus.OK:
+                    raise CheckFailed(f"{check.url} answers {response.status_code}, must be 200")
+                lines = await read_lines(response.aiter_raw(), check.metric)
+            await run_blocking(self._lane, lambda: self._compare(lines))
+        except ScrapeError as error:
+            raise CheckFailed(f"{check.url}: {error}") from error
 
-    def _compare(self, page: bytearray) -> None:
+    def _compare(self, lines: list[bytes]) -> None:
         check = self._check
         compare = OPERATORS[check.op]
-        samples = [
-            (labels, value)
-            for labels, value in self._samples(page)
-            if check.labels.items() <= labels.items()
-        ]
+        samples = parse_samples(lines, check.metric, check.labels)
         if not samples:
             raise CheckFailed(
                 f"{check.url} has no sample {check.metric} {check.labels or ''}".strip()
@@ -106,24 +90,3 @@ class Prometheus:
                     f"{check.metric} {labels or ''} is {value:g},"
                     f" must be {check.op} {check.value:g}"
                 )
-
-    def _samples(self, page: bytearray) -> list[tuple[Mapping[str, str], float]]:
-        """The samples of that name. Only their lines are parsed: a page takes the parser seconds."""
-        lines = [match[0] for match in self._line.finditer(page)]
-        if sum(map(len, lines)) > SAMPLES_BYTES or any(len(line) > SAMPLE_BYTES for line in lines):
-            raise CheckFailed(
-                f"{self._check.url} has too much of {self._check.metric}: at most"
-                f" {SAMPLE_BYTES >> 10} KiB a sample and {SAMPLES_BYTES >> 10} KiB together"
-            )
-        try:
-            text = b"\n".join(lines).decode(errors="replace")
-            families = list(text_string_to_metric_families(text))
-            return [
-                (sample.labels, float(sample.value))
-                for family in families
-                for sample in family.samples
-            ]
-        except (ValueError, IndexError, OverflowError) as error:
-            raise CheckFailed(
-                f"{self._check.url}: {self._check.metric} cannot be read: {error}"
-            ) from error
