@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from typing import Any, cast
 
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
@@ -77,7 +78,7 @@ def run(
     """
     logs.configure(settings.log_level, settings.log_format)
     gc.set_threshold(*GC_THRESHOLDS)
-    return asyncio.run(_run(settings, reread))
+    return uvloop.run(_run(settings, reread))
 
 
 async def _run(
