@@ -86,7 +86,10 @@ def program(stage: Stage, name: str, text: str) -> Path:
 
 def start(stage: Stage, *command: object) -> subprocess.Popen[bytes]:
     """A program of a recipe, until the end of the test."""
-    popen = stage.enter(subprocess.Popen([sys.executable, *map(str, command)], cwd=RECIPES))
+    # `make test` sets PYTHONSAFEPATH, and a recipe imports its neighbour.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    argv = [sys.executable, *map(str, command)]
+    popen = stage.enter(subprocess.Popen(argv, cwd=RECIPES, env=kept))
     stage.later(popen.kill)
     return popen
 
