@@ -8,10 +8,10 @@ import asyncio
 import random
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.errors import ConfigError
 from agent.schema.addresses import Address
@@ -37,6 +37,8 @@ LONGEST_WAIT_S = 30.0
 
 MOST_WAITING = 64
 """Received messages that wait; then the oldest is dropped."""
+
+T = TypeVar("T")
 
 LONGEST_PACKET = 256 * 1024
 """Bytes. MQTT allows 256 MiB, more than a small host may have; our messages have some hundred."""
@@ -171,6 +173,20 @@ class _Client(aiomqtt.Client):
         await super().publish(topic, *args, **kwargs)
         if self._refused is not None:
             raise aiomqtt.MqttError(f"publication to {topic} refused: {self._refused}")
+
+    async def _wait_for(self, fut: Awaitable[T], timeout: float | None) -> T:  # noqa: ASYNC109 - aiomqtt's signature
+        """Wait for the broker's answer, and fail when the connection is lost: aiomqtt waits on."""
+        if fut is self._disconnected or fut is self._connected:
+            return await super()._wait_for(fut, timeout)
+        answer = asyncio.ensure_future(super()._wait_for(fut, timeout))
+        try:
+            either: set[asyncio.Future[Any]] = {answer, self._disconnected}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise aiomqtt.MqttError("the connection was lost")
+            return await answer
+        finally:
+            answer.cancel()
 
     def _client_connect(self) -> None:
         """Do nothing in the loop's executor: ``connect`` has done it."""

@@ -338,6 +338,23 @@ async def test_a_newer_offline_state_is_replaced_by_a_newer_online_state(
     assert believed(watcher)[-1] == watcher.of(STATE)[-1].content
 
 
+async def test_a_connection_lost_during_its_first_publication_is_replaced_at_once(
+    broker: Broker, watcher: Watcher, clients: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def subscribe(*given: Any) -> None:
+        await ops.subscribe(*given)
+        if len(clients) == 1:
+            broker.send(signal.SIGSTOP)  # it acknowledges no publication
+
+    monkeypatch.setattr(driver, "subscribe", subscribe)
+    async with announcing("host-a", **broker.table(limit=10 * PATIENCE_S)):
+        await until(lambda: clients and clients[-1]._pending_publishes)
+        cut(clients[-1])
+        await until(lambda: len(clients) > 1)
+        broker.send(signal.SIGCONT)
+        await heard(watcher, SESSION, role="Secondary")
+
+
 async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:
