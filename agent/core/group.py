@@ -44,6 +44,7 @@ from agent.core.group_state import (
     role_of,
     session_of,
 )
+from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, TooSoon
 from agent.model import (
     LONGEST_HOLD_OFF_S,
@@ -60,10 +61,6 @@ from agent.model import (
     TenureEnd,
 )
 
-INTERVAL_SHARE = 0.05
-LONGEST_INTERVAL_S = 1.0
-"""Minimum interval between heartbeats: L/20, at most 1 s (docs/api.md, "Sessions and heartbeats")."""
-
 INTERVAL_TOLERANCE = 0.9
 """A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
 
@@ -73,11 +70,6 @@ tenure: a million are months of a takeover every ten seconds."""
 
 HIGHEST_LEARNED_EPOCH = 2**52
 """Heartbeats never raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
-
-
-def minimum_interval_s(lease_s: float) -> float:
-    """The minimum interval between two heartbeats of one session, in seconds (docs/api.md, "Sessions and heartbeats")."""
-    return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
 
 
 def epoch_after_deletion(retired: int) -> int:

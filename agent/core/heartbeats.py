@@ -54,10 +54,19 @@ class Heartbeats:
         """Send the next one at this moment, unless it is due earlier."""
         self.due_at = min(self.due_at, at)
 
-    def send_now(self, now: float, *, obey_pause: bool) -> None:
-        """Send the next one now, or after the pause that a server asked for."""
+    def send_now(self, now: float, *, interval_s: float, obey_pause: bool) -> None:
+        """Send the next one now.
+
+        Args:
+            now: this moment.
+            interval_s: the minimum interval to one in flight: its answer may have the news already, and
+                the coordinator would refuse another one then.
+            obey_pause: not before the pause that a server asked for has ended.
+        """
         self.confirmations = 0
-        self.due_at = max(now, self.not_before) if obey_pause else now
+        not_before = self.not_before if obey_pause else now
+        in_flight_at = max(self._sent.values(), default=float("-inf"))
+        self.due_at = max(now, not_before, in_flight_at + interval_s)
 
     def send_confirmation(self, now: float) -> None:
         """Send the next one without a delay, at most MAX_CONFIRMATIONS times in a row."""

@@ -37,7 +37,7 @@ from agent.core.knowledge import GroupKnowledge
 from agent.core.lifecycle import RETRY_SHARE, LifeCycle
 from agent.core.options import Options, PreviousTenure
 from agent.core.phases import IGNORED, Phase, Trigger
-from agent.core.timing import Timing
+from agent.core.timing import Timing, minimum_interval_s
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
 
@@ -312,7 +312,11 @@ class Session(LifeCycle):
             self._demote(Cause.REVOKED, f"{status.primary} is primary", now, effects)
         elif news and (me in (status.primary, status.pending) or self.role is not Role.SECONDARY):
             # Our coordinator never refuses a heartbeat after a change; a v1 server may ask for a pause.
-            self._heartbeats.send_now(now, obey_pause=status.revision is None)
+            self._heartbeats.send_now(
+                now,
+                interval_s=minimum_interval_s(self.timing.lease_s),
+                obey_pause=status.revision is None,
+            )
 
     # -- demotion, promotion, the end -----------------------------------------------------------
 

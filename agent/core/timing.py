@@ -35,6 +35,10 @@ SHORTEST_LEASE_S = 0.2
 LONGEST_LEASE_S = 24 * 24 * 3600.0
 """24 days: the longest timer of v1 clients (2**31 ms)."""
 
+INTERVAL_SHARE = 0.05
+LONGEST_INTERVAL_S = 1.0
+"""Minimum interval between heartbeats: L/20, at most 1 s (docs/api.md, "Sessions and heartbeats")."""
+
 SPLIT_TOLERANCE_S = 1e-9
 """Tolerance for sums of floats, such as 0.1 + 0.2; a nanosecond of a lease does not matter."""
 
@@ -98,6 +102,11 @@ class Budget:
     margin_s: float | None = None
     heartbeat_interval_s: float | None = None
     request_timeout_s: float | None = None
+
+
+def minimum_interval_s(lease_s: float) -> float:
+    """The minimum interval between two heartbeats of one session, in seconds."""
+    return min(lease_s * INTERVAL_SHARE, LONGEST_INTERVAL_S)
 
 
 def divide(lease_s: float, budget: Budget) -> Timing:

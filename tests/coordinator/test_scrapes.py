@@ -25,8 +25,8 @@ from agent.coordinator.metrics import Metrics
 from agent.coordinator.server import GC_THRESHOLDS, _bound, _web_server
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
-from agent.core.group import minimum_interval_s
 from agent.core.group_state import Policy, ReceiveHeartbeat
+from agent.core.timing import minimum_interval_s
 from agent.model import (
     TICKS_PER_SECOND,
     GroupConfig,

@@ -15,7 +15,6 @@ from agent.core.group import (
     decide,
     epoch_after_deletion,
     is_compatible,
-    minimum_interval_s,
 )
 from agent.core.group_draft import CONFIRM_SHARE, wake_at
 from agent.core.group_state import (
@@ -39,6 +38,7 @@ from agent.core.group_state import (
     status_of,
     view_of,
 )
+from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, NotFound, TooSoon
 from agent.model import (
     LONGEST_HOLD_OFF_S,

@@ -36,7 +36,7 @@ from agent.core.events import (
 )
 from agent.core.heartbeats import MAX_CONFIRMATIONS, MAX_IN_FLIGHT
 from agent.core.session import MIN_PROMOTION_SHARE, Phase
-from agent.core.timing import plan
+from agent.core.timing import minimum_interval_s, plan
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
 
@@ -553,6 +553,16 @@ def test_a_changed_status_makes_a_pending_primary_send_a_heartbeat() -> None:
     assert kinds(bench.step(news)) == [SendHeartbeat]
     assert bench.step(news) == []
     assert kinds(bench.answered(Answer(W, 0, 5))) == [SendHeartbeat]
+
+
+def test_a_changed_status_waits_for_the_answer_of_a_heartbeat_in_flight() -> None:
+    """That answer may have the news, and the coordinator would refuse a second heartbeat (429)."""
+    bench = Bench().member()
+    bench.wake()
+    sent_at = bench.now
+    assert bench.step(status("me", None, 1, 5)) == []
+    assert bench.session.wake_at == pytest.approx(sent_at + minimum_interval_s(LEASE_S))
+    assert kinds(bench.wake()) == [SendHeartbeat]
 
 
 def test_a_changed_status_of_others_makes_no_secondary_send_a_heartbeat() -> None:
