@@ -139,7 +139,7 @@ def test_without_a_guard_a_frozen_agent_breaks_the_promise() -> None:
 def test_the_simulation_finds_a_planted_bug(bug: type[Session]) -> None:
     """A simulation that cannot fail proves nothing. The budget is as tight as R1 allows."""
     chance = random.Random(1)
-    for seed in range(300):
+    for seed in range(2000):
         faults = tuple(
             Fault(
                 chance.uniform(0, 8),
