@@ -31,6 +31,9 @@ from agent.ops.logs import Log
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
+INHERITED = ("PATH", "HOME", "LANG", "TZ")
+"""The variables that hooks, checks and progress commands have from the agent's own environment."""
+
 NO_TENURE = "apart"
 """The mark of commands that belong to no tenure: demotion and notification hooks, checks, progress."""
 
@@ -60,6 +63,16 @@ def become_subreaper() -> None:
 def mark(value: str) -> dict[str, str]:
     """The environment variable that identifies the processes of a tenure."""
     return {proctree.MARK: value}
+
+
+def inherited_variables() -> dict[str, str]:
+    """The variables that commands have from the agent's own environment, as far as it has them."""
+    return {key: os.environ[key] for key in INHERITED if key in os.environ}
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of a check or a progress command: the inherited variables, and no tenure."""
+    return {**inherited_variables(), **mark(NO_TENURE)}
 
 
 def own_pids() -> frozenset[int]:

@@ -262,7 +262,7 @@ def settings_of(declared: Any) -> tuple[Setting, ...]:
     return _settings_of(declared)
 
 
-@cache
+@cache  # behind a function of its own: to mypy, a class is not hashable
 def _settings_of(declared: Any) -> tuple[Setting, ...]:
     hints = get_type_hints(declared, include_extras=True)
     bare = get_type_hints(declared)

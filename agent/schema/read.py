@@ -82,7 +82,7 @@ def model_of(declared: Any) -> Any:
     return _model_of(declared)
 
 
-@cache
+@cache  # behind a function of its own: to mypy, a class is not hashable
 def _model_of(declared: Any) -> type[BaseModel]:
     checked: dict[str, Any] = {
         setting.name: (_annotation(setting), ... if setting.required else None)

@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from agent import model
 from agent.model import TICKS_PER_SECOND, Role, RoleOverride
 
 E = TypeVar("E", Role, RoleOverride)
-
-MAX_EPOCH = model.MAX_EPOCH
 
 MAX_TICKS = 2**63 - 1
 """A .NET time-span is a signed 64-bit count of ticks: 10675199.02:48:05.4775807 at most."""
@@ -132,30 +129,9 @@ def format_date_time(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat()[:-6] + "Z"
 
 
-def not_a_time(text: str) -> str:
+def not_a_time(given: object) -> str:
     """A sentence on what is no date-time."""
-    return f"{shown(text)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
-
-
-def read_time(given: Any) -> datetime | None:
-    """The moment that a string is; None for "never". Raises ValueError."""
-    if isinstance(given, str):
-        return parse_date_time(given)
-    if isinstance(given, datetime) and given.tzinfo:
-        return given.astimezone(UTC)
-    raise ValueError(not_a_time(given))
-
-
-def read_optional_time(given: Any) -> datetime | None:
-    """The same, and None for None."""
-    return None if given is None else read_time(given)
-
-
-def read_required_time(given: Any) -> datetime:
-    """The same, and "never" is refused."""
-    if (moment := read_time(given)) is None:
-        raise ValueError(not_a_time(given))
-    return moment
+    return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
 
 
 # --- enumerations -------------------------------------------------------------------------------

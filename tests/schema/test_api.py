@@ -333,7 +333,7 @@ def test_a_heartbeat_of_our_agent_is_read_as_it_was_made() -> None:
         failover_score=99.5,
         last_data_processed_time=NOON,
         instance="i",
-        epoch=scalars.MAX_EPOCH,
+        epoch=model.MAX_EPOCH,
     )
     assert codec.decode(api.HeartbeatRequest, codec.encode(beat)) == beat
 

@@ -20,11 +20,8 @@ from typing import IO, Any, ClassVar, Literal
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import NO_TENURE, Child, ExitResult, mark
+from agent.ops.process import Child, ExitResult, clean_environment
 from agent.schema.formats import NeededCommand
-
-INHERITED = ("PATH", "HOME", "LANG", "TZ")
-"""As hooks have them."""
 
 OUTPUT_BYTES = 4096
 """Of one run, into the debug log; the rest is read and thrown away."""
@@ -124,7 +121,7 @@ class _Run:
             stderr=subprocess.STDOUT,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
+            env=clean_environment(),
             start_new_session=True,
         )
         self._child.start()

@@ -30,10 +30,7 @@ from agent.drivers.hooks.check import RunAs
 from agent.errors import ConfigError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import NO_TENURE, Child, mark
-
-INHERITED = ("PATH", "HOME", "LANG", "TZ")
-"""Variables that a hook inherits from the agent's environment."""
+from agent.ops.process import NO_TENURE, Child, inherited_variables, mark
 
 RUN_BYTES = 64 * 1024
 """Logged output of one run: enough to find a fault, too little to fill a disk."""
@@ -105,7 +102,7 @@ class HookContext:
 
     def variables(self) -> dict[str, str]:
         """The environment without the FAILOVER_ variables."""
-        own = {key: os.environ[key] for key in INHERITED if key in os.environ}
+        own = inherited_variables()
         if self.run_as is not None and self.run_as.home is not None:
             own["HOME"] = self.run_as.home
         elif "HOME" not in own and (home := _own_home()) is not None:

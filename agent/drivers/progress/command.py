@@ -20,11 +20,8 @@ from typing import Any, ClassVar, Literal
 from agent.drivers.progress.kind import PolledSource, Reader, read_blocking
 from agent.drivers.progress.times import Reason, Refused, last_line, read_text
 from agent.ops.blocking import BlockingThread
-from agent.ops.process import NO_TENURE, Popen, mark
+from agent.ops.process import Popen, clean_environment
 from agent.schema.formats import NeededCommand
-
-INHERITED = ("PATH", "HOME", "LANG", "TZ")
-"""The variables that a command has from the agent's own environment, as hooks have."""
 
 LONGEST_OUTPUT = 4 * 1024
 """Bytes of each stream of a command that prints one line."""
@@ -92,7 +89,7 @@ class CommandReader:
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd="/",
-            env={key: os.environ[key] for key in INHERITED if key in os.environ} | mark(NO_TENURE),
+            env=clean_environment(),
             start_new_session=True,
         )
         pidfd = os.pidfd_open(process.pid)
