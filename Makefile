@@ -34,7 +34,7 @@ run: .venv/.wheel  ## a coordinator on loopback, in the foreground
 
 test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
 	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov
-	@report=$$($(BIN)/coverage report --include='*agent/core/*' --fail-under=100) || \
+	@report=$$($(BIN)/coverage report --include='*/agent/core/*' --fail-under=100) || \
 	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
 
 quick: .venv/.dev  ## the inner loop, under a minute: no processes, a short simulation, the checkout itself
