@@ -5,6 +5,7 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
         --seconds 30 --scrape 1 [--session-metrics]
     .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
         [--rounds 5] [--groups 1000] [--seconds 5]
+    .venv/bin/python tests/bench/heartbeats.py --compare bare --failover-timeout 3 ...
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -15,7 +16,9 @@ coordinator has to make durable as well.
 With --compare the coordinator of this checkout (or of the installed wheel) and that of another revision are
 measured in turn, each round on fresh stores: closed loop, as many heartbeats as are answered. What is
 compared is heartbeats for each second of the coordinator's CPU time, which another process on the machine
-disturbs less than heartbeats for each second; both are printed, with the ratio of their medians.
+disturbs less than heartbeats for each second; both are printed, with the ratio of their medians. "bare"
+instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
+answer, as large as a heartbeat's.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
@@ -54,6 +57,28 @@ while True:
     print(len(page), took_s, flush=True)
     time.sleep(max(0.0, every_s - took_s))
 """
+
+BARE = """
+import asyncio, socket, sys, uvicorn, uvloop
+
+BODY = b'{"Role":1,"LastDataProcessedTime":"2026-01-31T12:00:00.000000Z","Epoch":1,' \\
+    b'"LeaseDuration":"00:00:03","Revision":2,"StoreId":"0123456789abcdef0123456789abcdef"}'
+HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(BODY)).encode())]
+
+async def app(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 201 if b"heartbeat" not in scope["raw_path"]
+        else 200, "headers": HEADERS})
+    await send({"type": "http.response.body", "body": BODY})
+
+listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+print(f"url=http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", interface="asgi3",
+    log_config=None, access_log=False)
+uvloop.run(uvicorn.Server(config).serve(sockets=[listener]))
+"""
+"""A server that does nothing but serve."""
 
 
 @dataclass
@@ -239,10 +264,13 @@ def main() -> None:
     )
     parser.add_argument("--profile", type=Path, help="where to write the coordinator's cProfile")
     parser.add_argument(
-        "--compare", metavar="REV", help="measure this and another revision in turn"
+        "--compare", metavar="REV", help="measure this and another revision, or bare, in turn"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
     args = parser.parse_args()
+    if args.compare == "bare":
+        compare(args, None)
+        return
     if args.compare:
         with checked_out(args.compare) as tree:
             compare(args, tree)
@@ -253,11 +281,12 @@ def main() -> None:
 
 @contextmanager
 def coordinator(
-    args: argparse.Namespace, tree: Path | None = None
+    args: argparse.Namespace, tree: Path | None = None, *, bare: bool = False
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
-    ``tree`` is a checkout whose code is run, rather than this program's own.
+    ``tree`` is a checkout whose code is run, rather than this program's own; ``bare`` runs the bare
+    server in its place.
     """
     cores = sorted(os.sched_getaffinity(0))
     program = ["-m", "agent", "serve"]
@@ -271,6 +300,8 @@ def coordinator(
         command += ["--listen", "127.0.0.1:0", "--data-dir", data_dir, "--log-level", "INFO"]
         if args.session_metrics:
             command.append("--session-metrics")
+        if bare:
+            command = ["taskset", "-c", str(cores[0]), sys.executable, "-c", BARE]
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=environment
         ) as server:
@@ -301,12 +332,14 @@ def checked_out(revision: str) -> Iterator[Path]:
         shutil.rmtree(tree, ignore_errors=True)
 
 
-def compare(args: argparse.Namespace, tree: Path) -> None:
-    """Both versions in turn; the ratio of the medians of what they serve."""
+def compare(args: argparse.Namespace, tree: Path | None) -> None:
+    """Both versions in turn, or the bare server and this one if ``tree`` is None; the ratio of medians."""
     figures: dict[str, list[tuple[float, float]]] = {args.compare: [], "this": []}
     for _ in range(args.rounds):
         for name, results in figures.items():
-            with coordinator(args, tree if name == args.compare else None) as (host, port, process):
+            other = name == args.compare
+            running = coordinator(args, tree if other else None, bare=other and tree is None)
+            with running as (host, port, process):
                 result = asyncio.run(throughput(args, host, port, process))
             results.append(result)
             print(f"{name}: {result[0]:.0f} heartbeats/s, {result[1]:.0f} per CPU second")  # noqa: T201 - as above
