@@ -157,13 +157,11 @@ def resting(stage: Stage, name: str, words: list[str], **variables: str) -> Iter
     notified = Notified(folder / "notify")
     state_file, log = folder / "state.json", folder / "log"
     variables |= {"NOTIFY_SOCKET": str(notified.path), "WATCHDOG_USEC": str(WATCHDOG_S * 10**6)}
-    # What measures coverage would be a quarter of it.
-    around = {k: v for k, v in environment(**variables).items() if not k.startswith("COVERAGE_")}
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "agent", "run", f"--state-file={state_file}", *words],
             cwd=folder,
-            env=around,
+            env=environment(**variables),
             stdin=subprocess.DEVNULL,
             stderr=file,
         )
