@@ -202,6 +202,18 @@ class GroupRecord:
     ended: Tenure | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The newest LastDataProcessedTime that was reported within a tenure.
+
+    Attributes:
+        epoch: that of the tenure; the next one does not continue it.
+    """
+
+    epoch: int
+    last_data: datetime
+
+
 class TenureEnd(StrEnum):
     """How a tenure ended, as a closed set for metrics. History also has a sentence."""
 

@@ -13,7 +13,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agent.errors import ExitCode, StoreError
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.schema.scalars import parse_date_time
 
 HISTORY_BOUND = 1_000
 """Tenures kept for each group, the newest: years of an ordinary group, and an hour of one that flaps
@@ -90,6 +91,21 @@ def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
     if not isinstance(value, kind):
         raise _unreadable(kind, where, f"it is {text}")
     return value
+
+
+def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
+    """The progress that was kept as an epoch and a date-time in ISO 8601.
+
+    Raises:
+        StoreError: it is no date-time.
+    """
+    try:
+        moment = parse_date_time(last_data)
+    except ValueError as error:
+        raise _unreadable(Progress, where, str(error)) from None
+    if moment is None:
+        raise _unreadable(Progress, where, "it has no time")
+    return Progress(epoch, moment)
 
 
 def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:

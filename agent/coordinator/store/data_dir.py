@@ -27,7 +27,7 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Grows with each change that a version before would not understand."""
 
 OLDEST_SCHEMA = 1
@@ -58,6 +58,15 @@ CREATE TABLE identity (
 
 NEW_IDENTITY = "INSERT INTO identity (one, store_id) VALUES (1, ?)"
 
+PROGRESS = """
+CREATE TABLE progress (
+    group_id INTEGER PRIMARY KEY REFERENCES failover_group (id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    last_data TEXT NOT NULL
+) STRICT;
+"""
+"""New in schema 4: the data-processed time of each group's tenure, which was in its record before."""
+
 SCHEMA = f"""
 CREATE TABLE failover_group (
     id INTEGER PRIMARY KEY,
@@ -82,6 +91,7 @@ CREATE TABLE access (
 ) STRICT, WITHOUT ROWID;
 {RETIRED}
 {IDENTITY}
+{PROGRESS}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -311,6 +321,8 @@ def _connect(path: Path) -> apsw.Connection:
         database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - ours; they are there
         if version >= 3:  # noqa: PLR2004 - a schema's number
             _store_id(database, path)
+        if version >= 4:  # noqa: PLR2004 - a schema's number
+            database.execute("SELECT 1 FROM progress LIMIT 0")
         database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if database.pragma("journal_mode", "wal") != "wal":
             raise _damaged(
@@ -324,6 +336,8 @@ def _connect(path: Path) -> apsw.Connection:
             if version < 3:  # noqa: PLR2004 - a schema's number
                 database.execute(IDENTITY)
                 database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
+            if version < 4:  # noqa: PLR2004 - a schema's number
+                database.execute(PROGRESS)
             database.pragma("user_version", SCHEMA_VERSION)
         undo.pop_all()
     return database

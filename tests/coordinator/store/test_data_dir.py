@@ -176,12 +176,13 @@ def edit(path: Path, statement: str, *, fold_wal: bool = True) -> None:
 
 
 OLDER_SCHEMAS = (
-    "DROP TABLE identity; DROP TABLE retired; PRAGMA user_version = 1",
-    "DROP TABLE identity; PRAGMA user_version = 2",
+    "DROP TABLE progress; DROP TABLE identity; DROP TABLE retired; PRAGMA user_version = 1",
+    "DROP TABLE progress; DROP TABLE identity; PRAGMA user_version = 2",
+    "DROP TABLE progress; PRAGMA user_version = 3",
 )
 
 
-@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2"])
+@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2", "schema 3"])
 async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
     used: Path, key: GroupKey, make_record: MakeRecord, statements: str
 ) -> None:
