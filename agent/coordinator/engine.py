@@ -4,8 +4,9 @@ Rules of this file:
 
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
-- One durable change of a group at a time. Other inputs of that group wait for it, except while only
-  progress (the data-processed time) is being written, which decides nothing.
+- One durable change of a group at a time. Other inputs of that group wait for it.
+- Progress (the data-processed time), which decides nothing, is saved beside the records: that of many groups
+  in one write, and no input waits for it.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - After a stall of this process or of the store, every session that was alive before it gets one full L
@@ -21,19 +22,18 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.journal import log_names, log_role_changes
+from agent.coordinator.journal import log_names, log_removals, log_role_changes
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
 from agent.core.group import decide, epoch_after_deletion
 from agent.core.group_state import (
     Decision,
-    GroupState,
     Input,
     Policy,
+    Removal,
     RemoveGroup,
-    SaveProgress,
     Tick,
-    has_unsaved_progress,
+    progress_of,
     state_after_restart,
     state_after_stall,
 )
@@ -45,6 +45,7 @@ from agent.model import (
     HeartbeatAnswer,
     HistoryEntry,
     Instant,
+    Progress,
 )
 from agent.ops.logs import Log
 
@@ -62,8 +63,10 @@ BATCH = 50
 
 PROGRESS_DELAY_S = 0.5
 PROGRESS_BATCH_S = 0.03
-"""Delay of writing new progress (R13: within a second, commit included), and the time for which such writes
-are collected into one commit, which halves the cost of each."""
+"""Delay of saving new progress (R13: within a second, commit included), and the time between two such writes."""
+
+PROGRESS_BATCH = 1_000
+"""Groups whose progress is saved in one write: some ms of this process."""
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be made durable: well under any useful L, and not too often
@@ -81,7 +84,7 @@ class Group:
 
     Attributes:
         lock: held during a durable change.
-        writing_progress: the durable change in progress is of the data-processed time only.
+        saved: the progress that is durable.
         doubtful: the outcome of a change is unknown; the record has to be read before the next decision.
         gone: deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: it is in the queue of groups with unwritten progress.
@@ -94,19 +97,20 @@ class Group:
         "lock",
         "progress_queued",
         "readers",
+        "saved",
         "stall_s",
         "state",
         "version",
-        "writing_progress",
     )
 
-    def __init__(self, key: GroupKey, state: GroupState, version: int) -> None:
+    def __init__(self, key: GroupKey, stored: Stored, now: Instant) -> None:
         self.key = key
-        self.state = state
-        self.version = version
+        self.state = state = state_after_restart(stored.record, now, stored.progress)
+        self.version = stored.version
+        self.saved = stored.progress
         self.stall_s = max(STALL_FLOOR_S, STALL_SHARE * state.record.config.lease_s)
         self.lock = asyncio.Lock()
-        self.writing_progress = self.doubtful = self.gone = self.progress_queued = False
+        self.doubtful = self.gone = self.progress_queued = False
         self.readers: dict[asyncio.Future[None], int] = {}
 
 
@@ -118,6 +122,7 @@ class Meter(Protocol):
     def decided(
         self, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
     ) -> None: ...
+    def removed(self, removals: Sequence[Removal]) -> None: ...
     def stalled(self) -> None: ...
 
 
@@ -143,6 +148,7 @@ class Engine:
         self._wakeups: Wakeups[GroupKey] = Wakeups()
         self._progress_queue: deque[tuple[float, Group]] = deque()
         self._next_progress_write = -inf
+        self._saving_progress = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -195,7 +201,7 @@ class Engine:
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if (not group.lock.locked() or group.writing_progress) and not group.doubtful:
+        if not group.lock.locked() and not group.doubtful:
             now = self._now()
             before = group.state
             decision = decide(before, what, now, self._policy)
@@ -214,22 +220,14 @@ class Engine:
             if after.record is before.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
-            group.writing_progress = isinstance(what, SaveProgress) and _is_progress_only(
-                before, after
+            group.version = await self._write_change(
+                group, self._store.swap(group.key, group.version, after.record, decision.history)
             )
-            try:
-                group.version = await self._write_change(
-                    group,
-                    self._store.swap(group.key, group.version, after.record, decision.history),
-                )
-            finally:
-                group.writing_progress, kept = False, group.writing_progress
-            if kept:  # heartbeats may have come in meanwhile
-                group.state = GroupState(after.record, group.state.live)
-                return None
             log_role_changes(group.key, before.record, after.record, decision.history)
+            log_removals(group.key, decision.removals)
             if self._meter is not None:
                 self._meter.decided(before.record, after.record, decision.history)
+                self._meter.removed(decision.removals)
             self._apply_decision(group, decision, now)
             self._excuse_group(group, now.mono, self._clock())
             return decision.answer
@@ -239,9 +237,8 @@ class Engine:
         group.state = state = decision.state
         if self._wakeups.set(group.key, decision.wake_at):
             self._set_timer(now)
-        if not group.progress_queued and has_unsaved_progress(state):
-            group.progress_queued = True
-            self._progress_queue.append((now.mono + PROGRESS_DELAY_S, group))
+        if not group.progress_queued and _unsaved_progress(group) is not None:
+            self._queue_progress(group, now.mono + PROGRESS_DELAY_S)
             if len(self._progress_queue) == 1:
                 self._set_timer(now)
         if group.readers:
@@ -265,8 +262,7 @@ class Engine:
         return True
 
     def _add_group(self, key: GroupKey, stored: Stored, now: Instant) -> None:
-        group = Group(key, state_after_restart(stored.record, now), stored.version)
-        self.groups[key] = group
+        self.groups[key] = Group(key, stored, now)
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
@@ -309,7 +305,8 @@ class Engine:
                 group.version = stored.version
                 if stored.record != group.state.record:
                     log_role_changes(group.key, group.state.record, stored.record, ())
-                    group.state = state_after_restart(stored.record, self._clock())
+                    group.saved = stored.progress
+                    group.state = state_after_restart(stored.record, self._clock(), stored.progress)
                     wake_blocked_reads(group, stored.record.revision)
                 group.doubtful = False
         if group.gone:
@@ -376,40 +373,58 @@ class Engine:
         if self.stopping:
             return
         for key in self._wakeups.due(now.mono, BATCH):
-            self.spawn(self._run_due_input(self.groups[key], Tick()))
-        if now.mono >= self._next_progress_write:
-            self._write_progress(now)
+            self.spawn(self._run_tick(self.groups[key]))
+        if now.mono >= self._next_progress_write and not self._saving_progress:
+            self._next_progress_write = now.mono + PROGRESS_BATCH_S
+            if due := self._due_progress(now):
+                self._saving_progress = True
+                self.spawn(self._save_progress(due))
 
-    def _write_progress(self, now: Instant) -> None:
-        self._next_progress_write = now.mono + PROGRESS_BATCH_S
-        kept = 0
-        while self._progress_queue and self._progress_queue[0][0] <= now.mono:
-            if kept == BATCH:
-                self._next_progress_write = now.mono  # the rest after waiting requests
-                return
-            group = self._progress_queue.popleft()[1]
-            group.progress_queued = False
-            self.spawn(self._run_due_input(group, SaveProgress()))
-            kept += 1
-
-    async def _run_due_input(self, group: Group, what: Tick | SaveProgress) -> None:
-        """Apply a Tick or SaveProgress; retry later if it cannot be made durable now."""
+    async def _run_tick(self, group: Group) -> None:
+        """Apply a Tick; retry later if its changes cannot be made durable now."""
         try:
-            if isinstance(what, SaveProgress):
-                await self._apply_durably(group, what)
-            else:
-                await self.apply(group, what)
+            await self.apply(group, Tick())
         except NotFound:
             return  # deleted meanwhile
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("due change of group failed", **log_names(group.key))
+            self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+
+    def _queue_progress(self, group: Group, at: float) -> None:
+        group.progress_queued = True
+        self._progress_queue.append((at, group))
+
+    def _due_progress(self, now: Instant) -> dict[Group, Progress]:
+        """Take the progress that is due for saving from the queue, at most PROGRESS_BATCH of it."""
+        due: dict[Group, Progress] = {}
+        while len(due) < PROGRESS_BATCH and self._progress_queue:
+            if self._progress_queue[0][0] > now.mono:
+                break
+            _, group = self._progress_queue.popleft()
+            group.progress_queued = False
+            if not group.gone and (progress := _unsaved_progress(group)) is not None:
+                due[group] = progress
+        return due
+
+    async def _save_progress(self, due: dict[Group, Progress]) -> None:
+        """Save progress; retry later if that fails."""
+        try:
+            await self.write(
+                self._store.save_progress({group.key: saved for group, saved in due.items()})
+            )
+        except Exception as error:  # a task's edge: the timer must go on
+            if not isinstance(error, Unavailable):
+                log.exception("saving progress failed", groups=len(due))
             again_at = self._clock().mono + RETRY_S
-            if isinstance(what, Tick):
-                self._wakeups.set(group.key, again_at)
-            elif not group.progress_queued:
-                group.progress_queued = True
-                self._progress_queue.append((again_at, group))
+            for group in due:
+                if not group.progress_queued:
+                    self._queue_progress(group, again_at)
+        else:
+            for group, progress in due.items():
+                group.saved = progress
+        finally:
+            self._saving_progress = False
 
     def _on_timer(self) -> None:
         try:
@@ -422,7 +437,7 @@ class Engine:
     def _set_timer(self, now: Instant) -> None:
         """Set the timer to the next wakeup, at most TURN_S ahead."""
         at = min(self._wakeups.next_at(), now.mono + TURN_S)
-        if self._progress_queue:
+        if self._progress_queue and not self._saving_progress:
             at = min(at, max(self._progress_queue[0][0], self._next_progress_write))
         if self._timer is not None:
             if self._timer_at <= at:
@@ -440,13 +455,10 @@ def wake_blocked_reads(group: Group, revision: float = inf) -> None:
             changed.set_result(None)
 
 
-def _is_progress_only(before: GroupState, after: GroupState) -> bool:
-    """Whether a SaveProgress changed nothing else, such as a lease that expired meanwhile."""
-    return (
-        after.record.revision == before.record.revision
-        and after.record.sessions is before.record.sessions
-        and after.record.quiet == before.record.quiet
-    )
+def _unsaved_progress(group: Group) -> Progress | None:
+    """The progress of a group that differs from what is durable, or None."""
+    progress = progress_of(group.state)
+    return progress if progress != group.saved else None
 
 
 def group_not_found(key: GroupKey) -> NotFound:

@@ -346,4 +346,5 @@ def _policy(settings: CoordinatorSettings) -> Policy:
         score_hysteresis=settings.score_hysteresis,
         minimum_hold_s=settings.minimum_hold,
         max_sessions=settings.max_sessions_per_group,
+        dead_session_retention_s=settings.dead_session_retention,
     )

@@ -64,6 +64,7 @@ class Coordinator:
         meter: Meter | None = None,
     ) -> None:
         self._store = store
+        self._clock = clock
         self._engine = Engine(store, clock, policy or Policy(), meter)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
@@ -230,13 +231,13 @@ class Coordinator:
 
     def session(self, key: GroupKey, session_id: str) -> SessionView:
         """One session."""
-        view = view_of(self._engine.find(key).state, session_id)
+        view = view_of(self._engine.find(key).state, session_id, self._clock())
         return replace(view, store_id=self._store.store_id)
 
     def sessions(self, key: GroupKey) -> list[SessionView]:
         """All sessions of a group, sorted by id."""
-        state = self._engine.find(key).state
-        return [view_of(state, session_id) for session_id in sorted(state.record.sessions)]
+        state, now = self._engine.find(key).state, self._clock()
+        return [view_of(state, session_id, now) for session_id in sorted(state.record.sessions)]
 
     async def beat(self, key: GroupKey, beat: ReceiveHeartbeat) -> HeartbeatAnswer:
         """Receive a heartbeat. Raises TooSoon within the minimum interval."""

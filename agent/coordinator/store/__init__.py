@@ -5,11 +5,11 @@ something returns, the change is durable; when it raises, nothing of it is. The 
 what a record means: deciding is core/group.py's, loading and swapping is service.py's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
 
 MOST_RETIRED = 100_000
 """Names of deleted groups whose epochs are remembered: some megabytes."""
@@ -17,10 +17,11 @@ MOST_RETIRED = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record and the version that a swap of it has to name."""
+    """A record, the version that a swap of it has to name, and the progress that was saved for it."""
 
     version: int
     record: GroupRecord
+    progress: Progress | None = None
 
 
 class Store(Protocol):
@@ -56,8 +57,16 @@ class Store(Protocol):
         """
         ...
 
+    async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
+        """Replace the progress of each of these groups, all in one write.
+
+        It is kept beside the record: it changes neither record nor version, and a swap does not
+        change it. A key without a group is ignored.
+        """
+        ...
+
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
-        """Remove a group with its history, and remember ``epoch`` for its name if it is above 0.
+        """Remove a group with its history and progress, and remember ``epoch`` for its name if it is above 0.
 
         Of the names that are remembered the oldest are forgotten beyond MOST_RETIRED. Raises
         CasMismatch as ``swap`` does.

@@ -5,6 +5,7 @@ wrong type or half a text is refused, and the refusal names where. An older text
 have a default; a newer one never gets here, since the store refuses a newer schema as a whole.
 """
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agent.errors import ExitCode, StoreError
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.schema.scalars import parse_date_time
 
 HISTORY_BOUND = 1_000
 """Tenures kept for each group, the newest: years of an ordinary group, and an hour of one that flaps
@@ -92,10 +94,51 @@ def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
     return value
 
 
+def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
+    """The progress that was kept as an epoch and a date-time in ISO 8601.
+
+    Raises:
+        StoreError: it is no date-time.
+    """
+    try:
+        moment = parse_date_time(last_data)
+    except ValueError as error:
+        raise _unreadable(Progress, where, str(error)) from None
+    if moment is None:
+        raise _unreadable(Progress, where, "it has no time")
+    return Progress(epoch, moment)
+
+
+def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
+    """A record of schemas 1 to 3 in the form of schema 4, and the progress that it held.
+
+    In the older form AdditionalData is an object, and a tenure has its data-processed time.
+
+    Raises:
+        StoreError: it is no such record; ``where`` names its owner.
+    """
+    try:
+        record: Any = json.loads(text)
+        for one in (record, *record.get("sessions", {}).values()):
+            if isinstance(one["config"].get("additional"), dict):
+                one["config"]["additional"] = _compact(one["config"]["additional"])
+        holder, ended = record.get("holder") or {}, record.get("ended") or {}
+        ended.pop("last_data", None)
+        last_data = holder.pop("last_data", None)
+        progress = decode_progress(holder["epoch"], last_data, where) if last_data else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(GroupRecord, where, f"{type(error).__name__}: {error}") from error
+    return _compact(record), progress
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:
     return StoreError(
         f"{where} cannot be read as {kind.__name__} by this version: {reason};"
-        " restore the data directory from a copy, or start with an empty one"
+        " restore the data directory from a copy, or start with an empty one; nothing was changed"
     )
 
 

@@ -16,10 +16,14 @@ import uuid
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apsw
 
+from agent.coordinator.store.codec import name_of, upgrade_record
 from agent.errors import ExitCode, StoreError
+from agent.model import GroupKey
+from agent.schema.scalars import format_date_time
 
 DATABASE_NAME = "coordinator.db"
 LOCK_NAME = "coordinator.lock"
@@ -27,7 +31,7 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Grows with each change that a version before would not understand."""
 
 OLDEST_SCHEMA = 1
@@ -58,6 +62,15 @@ CREATE TABLE identity (
 
 NEW_IDENTITY = "INSERT INTO identity (one, store_id) VALUES (1, ?)"
 
+PROGRESS = """
+CREATE TABLE progress (
+    group_id INTEGER PRIMARY KEY REFERENCES failover_group (id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    last_data TEXT NOT NULL
+) STRICT;
+"""
+"""New in schema 4: the data-processed time of each group's tenure, which was in the record before."""
+
 SCHEMA = f"""
 CREATE TABLE failover_group (
     id INTEGER PRIMARY KEY,
@@ -82,6 +95,7 @@ CREATE TABLE access (
 ) STRICT, WITHOUT ROWID;
 {RETIRED}
 {IDENTITY}
+{PROGRESS}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -311,6 +325,8 @@ def _connect(path: Path) -> apsw.Connection:
         database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - ours; they are there
         if version >= 3:  # noqa: PLR2004 - a schema's number
             _store_id(database, path)
+        if version >= 4:  # noqa: PLR2004 - a schema's number
+            database.execute("SELECT 1 FROM progress LIMIT 0")
         database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         if database.pragma("journal_mode", "wal") != "wal":
             raise _damaged(
@@ -324,9 +340,27 @@ def _connect(path: Path) -> apsw.Connection:
             if version < 3:  # noqa: PLR2004 - a schema's number
                 database.execute(IDENTITY)
                 database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
+            if version < 4:  # noqa: PLR2004 - a schema's number
+                database.execute(PROGRESS)
+                _upgrade_records(database, path)
             database.pragma("user_version", SCHEMA_VERSION)
         undo.pop_all()
     return database
+
+
+def _upgrade_records(database: apsw.Connection, path: Path) -> None:
+    """Bring the records of schemas 1 to 3 into the form of schema 4."""
+    rows: list[Any] = database.execute(
+        "SELECT id, tenant, namespace, name, record FROM failover_group"
+    ).fetchall()
+    for group, *key, text in rows:
+        upgraded, progress = upgrade_record(text, f"{name_of(GroupKey(*key))} in {path}")
+        database.execute("UPDATE failover_group SET record = ? WHERE id = ?", (upgraded, group))
+        if progress is not None:
+            database.execute(
+                "INSERT INTO progress (group_id, epoch, last_data) VALUES (?, ?, ?)",
+                (group, progress.epoch, format_date_time(progress.last_data)),
+            )
 
 
 def _store_id(database: apsw.Connection, path: Path) -> str:

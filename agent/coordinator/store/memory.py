@@ -5,12 +5,12 @@ as little of what it means. Nothing in here waits, which makes each call atomic.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agent.coordinator.store import MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.errors import CasMismatch, ExitCode, StoreError
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
 
 
 class MemoryStore:
@@ -20,6 +20,7 @@ class MemoryStore:
         self.store_id = str(uuid.uuid4())
         self._version = 0  # never given twice, so that no version outlives its group
         self._records: dict[GroupKey, tuple[int, str]] = {}
+        self._progress: dict[GroupKey, Progress] = {}
         self._history: dict[GroupKey, dict[int, str]] = {}
         self._access: dict[tuple[str, str], str] = {}
         self._retired: dict[GroupKey, int] = {}
@@ -29,7 +30,7 @@ class MemoryStore:
         """Every group there is."""
         self._check_open()
         return {
-            key: Stored(version, decode(GroupRecord, text, name_of(key)))
+            key: Stored(version, decode(GroupRecord, text, name_of(key)), self._progress.get(key))
             for key, (version, text) in self._records.items()
         }
 
@@ -56,12 +57,18 @@ class MemoryStore:
         self._history[key] = {epoch: kept[epoch] for epoch in sorted(kept)[-HISTORY_BOUND:]}
         return self._put(key, text)
 
+    async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
+        """Replace the progress of each of these groups; a key without a group is ignored."""
+        self._check_open()
+        self._progress |= {key: value for key, value in progress.items() if key in self._records}
+
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
-        """Remove a group with its history, and remember its epoch; or CasMismatch."""
+        """Remove a group with its history and progress, and remember its epoch; or CasMismatch."""
         self._check_open()
         self._check_version(key, expected)
         del self._records[key]
         self._history.pop(key, None)
+        self._progress.pop(key, None)
         if epoch > 0:
             self._retired.pop(key, None)
             self._retired[key] = epoch

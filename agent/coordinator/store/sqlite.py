@@ -11,7 +11,7 @@ loop. A network file system is unsafe (WAL, locks).
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 import apsw
 
 from agent.coordinator.store import MOST_RETIRED, Stored
-from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
+from agent.coordinator.store.codec import HISTORY_BOUND, decode, decode_progress, encode, name_of
 from agent.coordinator.store.data_dir import DataDir, explain, open_data_dir
 from agent.errors import CasMismatch, ExitCode, StoreError
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.schema.scalars import format_date_time
 
 QUEUE_BOUND = 10_000
 """Calls that may wait for the disk: a change of role in each of several thousand groups at once, and
@@ -94,12 +95,15 @@ class SqliteStore:
 
         def work() -> dict[GroupKey, Stored]:
             rows = self._db.execute(
-                "SELECT tenant, namespace, name, version, record FROM failover_group"
+                "SELECT tenant, namespace, name, version, record, epoch, last_data"
+                " FROM failover_group LEFT JOIN progress ON group_id = id"
             )
             found = {}
-            for tenant, namespace, name, version, text in rows:
+            for tenant, namespace, name, version, text, epoch, last_data in rows:
                 key = GroupKey(tenant, namespace, name)
-                found[key] = Stored(version, decode(GroupRecord, text, self._place(key)))
+                place = self._place(key)
+                progress = None if epoch is None else decode_progress(epoch, last_data, place)
+                found[key] = Stored(version, decode(GroupRecord, text, place), progress)
             return found
 
         return await self._submit(work)
@@ -168,8 +172,27 @@ class SqliteStore:
             return await self._submit(work_without_history, savepoint=False)
         return await self._submit(work)
 
+    async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
+        """Replace the progress of each of these groups; a key without a group is ignored."""
+        rows = [
+            (saved.epoch, format_date_time(saved.last_data), *key)
+            for key, saved in progress.items()
+        ]
+
+        def work() -> None:
+            self._db.executemany(
+                "INSERT INTO progress (group_id, epoch, last_data)"
+                " SELECT id, ?, ? FROM failover_group"
+                " WHERE tenant = ? AND namespace = ? AND name = ?"
+                " ON CONFLICT (group_id) DO UPDATE"
+                " SET epoch = excluded.epoch, last_data = excluded.last_data",
+                rows,
+            )
+
+        await self._submit(work)
+
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
-        """Remove a group with its history, and remember its epoch; or CasMismatch."""
+        """Remove a group with its history and progress, and remember its epoch; or CasMismatch."""
 
         def work() -> None:
             group = self._check_version(key, expected)

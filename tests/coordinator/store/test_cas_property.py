@@ -1,6 +1,7 @@
 """Any sequence of calls leaves a store with what a dictionary would hold."""
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,12 +22,14 @@ from agent.model import (
     GroupKey,
     GroupRecord,
     HistoryEntry,
+    Progress,
     Trustee,
 )
 
 SINCE = datetime(2024, 1, 1, tzinfo=UTC)
 keys = st.builds(GroupKey, st.just("t"), st.sampled_from("nN"), st.sampled_from("ab"))
 epochs = st.integers(0, 9)
+moments = st.datetimes(datetime(2, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the zone is added
 records = st.builds(
     lambda epoch: GroupRecord(GroupConfig("g", 10_000_000), epoch=epoch, revision=epoch), epochs
 )
@@ -64,7 +67,8 @@ class Machine(RuleBasedStateMachine):
     def keep(self, key: GroupKey, version: int, record: GroupRecord) -> None:
         assert version not in self.versions
         self.versions.append(version)
-        self.groups[key] = Stored(version, record)
+        known = self.groups.get(key)
+        self.groups[key] = Stored(version, record, known.progress if known else None)
 
     @rule(key=keys, record=records)
     def create(self, key: GroupKey, record: GroupRecord) -> None:
@@ -116,6 +120,12 @@ class Machine(RuleBasedStateMachine):
         else:
             with pytest.raises(CasMismatch):
                 self.runner.run(self.store.delete(key, expected, 1))
+
+    @rule(progress=st.dictionaries(keys, st.builds(Progress, epochs, moments)))
+    def save_progress(self, progress: dict[GroupKey, Progress]) -> None:
+        self.runner.run(self.store.save_progress(progress))
+        for key in progress.keys() & self.groups.keys():
+            self.groups[key] = replace(self.groups[key], progress=progress[key])
 
     @rule(namespace=st.sampled_from("nN"), rights=st.integers(0, 31))
     def set_access(self, namespace: str, rights: int) -> None:
