@@ -142,6 +142,8 @@ class SessionRecord:
         hold_off: the session is not chosen before its end.
         has_to_see: the epoch of a tenure that it held without receiving the coordinator's answers, or
             None. It is not chosen until its heartbeats carry this epoch.
+        owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
+            authentication, or before there were owners.
     """
 
     config: SessionConfig
@@ -150,6 +152,7 @@ class SessionRecord:
     override_order: int = 0
     hold_off: HoldOff | None = None
     has_to_see: int | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

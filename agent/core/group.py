@@ -13,6 +13,7 @@ Rules of this file:
   under a new epoch (R15, R16).
 - A lease ends early only by a release from the very process that holds it, or, if the holder named no
   process (plain v1), by the deletion of its session.
+- A session belongs to the identity that registered it (ownership.py).
 
 Owns what each input does. The steps that inputs share are in core/group_draft.py.
 """
@@ -34,6 +35,7 @@ from agent.core.group_state import (
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
+    Requester,
     SaveProgress,
     SetAccess,
     SetOverride,
@@ -44,6 +46,7 @@ from agent.core.group_state import (
     role_of,
     session_of,
 )
+from agent.core.ownership import adopt, refuse_stranger
 from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, TooSoon
 from agent.model import (
@@ -122,9 +125,9 @@ def _apply(draft: Draft, what: Input) -> bool | None:
         case ReceiveHeartbeat():
             _receive_heartbeat(draft, what)
         case AddSession():
-            return _add_session(draft, what.config)
+            return _add_session(draft, what.config, what.by)
         case RemoveSession():
-            _remove_session(draft, what.session_id)
+            _remove_session(draft, what)
         case SetOverride():
             _set_override(draft, what)
         case ReleaseRole():
@@ -147,6 +150,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 
 def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     session = session_of(draft.record, heartbeat.session_id)
+    refuse_stranger(draft, heartbeat.session_id, heartbeat.by)
     contact = draft.live.contacts[heartbeat.session_id]
     _refuse_too_soon(draft, heartbeat, contact)
     _refuse_unusable_epoch(draft, heartbeat)
@@ -167,6 +171,7 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
             ),
         },
     )
+    adopt(draft, session, heartbeat)
     if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
         draft.change_session(heartbeat.session_id, has_to_see=None)
     if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > draft.record.epoch:
@@ -260,7 +265,8 @@ def _answer_heartbeat(draft: Draft, session_id: str) -> HeartbeatAnswer:
 # -- sessions -----------------------------------------------------------------------------------
 
 
-def _add_session(draft: Draft, config: SessionConfig) -> bool:
+def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> bool:
+    refuse_stranger(draft, config.id, by)
     record = draft.record
     known = record.sessions.get(config.id)
     if known is None:
@@ -270,9 +276,8 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
                 " sessions, the most that this coordinator allows.",
                 "Delete sessions that are not used any more, or raise max_sessions_per_group.",
             )
-        draft.record = replace(
-            record, sessions={**record.sessions, config.id: SessionRecord(config)}
-        )
+        session = SessionRecord(config, owner=by.identity if by is not None else None)
+        draft.record = replace(record, sessions={**record.sessions, config.id: session})
         contacts = {**draft.live.contacts, config.id: Contact(heard_at=draft.now.mono)}
         draft.live = replace(draft.live, contacts=contacts)
         return True
@@ -284,8 +289,10 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
     return False
 
 
-def _remove_session(draft: Draft, session_id: str) -> None:
+def _remove_session(draft: Draft, request: RemoveSession) -> None:
+    session_id = request.session_id
     session_of(draft.record, session_id)
+    refuse_stranger(draft, session_id, request.by)
     holder = draft.record.holder
     # A v1 client deletes its session after it has stopped. Our agents release first (R5): a
     # holder's session is deleted by somebody else, and its lease has to expire.
@@ -316,6 +323,7 @@ def _set_override(draft: Draft, request: SetOverride) -> None:
 
 def _release_role(draft: Draft, release: ReleaseRole) -> None:
     """End the tenure if its holder asks for that; ignore a release by anybody else, or a repeated one."""
+    refuse_stranger(draft, release.session_id, release.by)
     holder, ended = draft.record.holder, draft.record.ended
     if holder is not None and _matches_tenure(release, holder):
         draft.record_progress(release.last_data)

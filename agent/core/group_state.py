@@ -96,6 +96,19 @@ class GroupState:
 
 
 @dataclass(frozen=True, slots=True)
+class Requester:
+    """Who makes a request, where callers are authenticated.
+
+    Attributes:
+        identity: as in ``SessionRecord.owner``.
+        manages: it has the right to act for sessions of other identities.
+    """
+
+    identity: str
+    manages: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiveHeartbeat:
     """A heartbeat came. Only our own agents send ``instance`` and ``seen_epoch``."""
 
@@ -104,6 +117,7 @@ class ReceiveHeartbeat:
     last_data: datetime | None = None
     instance: str | None = None
     seen_epoch: int | None = None
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +125,7 @@ class AddSession:
     """A client registers."""
 
     config: SessionConfig
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +133,7 @@ class RemoveSession:
     """A session is deleted, by its client or by somebody else."""
 
     session_id: str
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +159,14 @@ class ReleaseRole:
     why: str = "released"
     hold_off_s: float = 0.0
     last_data: datetime | None = None
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SetAccess:
-    """Replace the group's own access-control list."""
+    """Replace the group's own access-control list; None removes it."""
 
-    acl: AccessList
+    acl: AccessList | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 3
-"""Grows with each change that a version before would not understand."""
+SCHEMA_VERSION = 4
+"""Grows with each change that a version before would not understand; 4: sessions have an owner."""
 
 OLDEST_SCHEMA = 1
 """What is this old, or newer, is brought up to date when it is opened."""

@@ -42,6 +42,7 @@ def make_record() -> Callable[[int], GroupRecord]:
                     3,
                     HoldOff(NOW, 2.5),
                     epoch,
+                    "user:ann",
                 ),
                 "b": SessionRecord(SessionConfig("b")),
             },
