@@ -155,6 +155,18 @@ class TooSoon(RequestRefused):
         self.retry_after_s = retry_after_s
 
 
+class TooManyAttempts(RequestRefused):
+    """Too many passwords from the caller's address were wrong, or wait for their check.
+
+    Attributes:
+        retry_after_s: seconds until the next one is checked.
+    """
+
+    def __init__(self, reason: str, resolution: str, *, retry_after_s: float) -> None:
+        super().__init__(reason, resolution)
+        self.retry_after_s = retry_after_s
+
+
 class Unavailable(RequestRefused):
     """The coordinator cannot make the change durable now, or is shutting down; nothing was changed."""
 

@@ -148,6 +148,8 @@ class SessionRecord:
         has_to_see: the epoch of a tenure that it held without receiving the coordinator's answers, or
             None. It is not chosen until its heartbeats carry this epoch.
         silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
+        owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
+            authentication, or before there were owners.
     """
 
     config: SessionConfig
@@ -157,6 +159,7 @@ class SessionRecord:
     hold_off: HoldOff | None = None
     has_to_see: int | None = None
     silent_since: datetime | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from agent.schema.toml import to_toml
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
+REPEATED = ("endpoint", "administrator")
+"""Lists whose flag has one part of the list each time."""
+
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
 HOOK_KEYS = ("hook_user", "hook_group", "hook_directory", "webhook_secret_file", "webhook_ca_file")
@@ -70,7 +73,7 @@ def _flag(setting: Setting) -> Callable[[F], F]:
     return click.option(
         setting.flag,
         setting.name,
-        multiple=setting.name == "endpoint",
+        multiple=setting.name in REPEATED,
         metavar=setting.format.metavar,
         help=setting.doc + default,
     )

@@ -1,7 +1,7 @@
-"""Authentication and TLS files, which SIGHUP reloads while connections stay open.
+"""Authentication and TLS files, which are taken over while connections stay open: at SIGHUP, and on a change.
 
-Owns loading the certificate, its key, the users file and the token keys, and taking all of them over at
-once or none. Knows nothing of sockets and signals.
+Owns loading the certificate, its key, the authorities of client certificates, the users file and the
+token keys, and taking all of them over at once or none. Knows nothing of sockets and signals.
 """
 
 import os
@@ -11,8 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from agent.coordinator.auth import Authenticator, Password, TokenRules, read_token_rules, read_users
+from agent.coordinator.auth import Authenticator, Password, TokenRules, read_key_set, read_users
+from agent.coordinator.auth.callers import ROLE, USER, Subject, parse_subject
+from agent.coordinator.file_watch import look
 from agent.errors import ConfigError
+from agent.ops.logs import Log
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import reloadable
 
@@ -20,12 +23,18 @@ RELOADABLE = reloadable(CoordinatorSettings)
 """Settings that SIGHUP changes. A change of another one is refused by name, and so is switching TLS or a
 kind of authentication on or off."""
 
+FILES = ("tls_certificate", "tls_key", "tls_client_ca_file", "users_file", "token_keys_file")
+"""Settings that name a file which is read here."""
+
+log = Log(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Files:
     """The contents of the files that the settings name, checked. ``load`` makes it."""
 
     tls: tuple[bytes, bytes] | None
+    client_ca: str | None
     users: Mapping[str, Password] | None
     tokens: TokenRules | None
 
@@ -37,14 +46,16 @@ def load(settings: CoordinatorSettings) -> Files:
         ConfigError: a file cannot be read, or does not hold what its setting needs.
     """
     tokens = None
-    if settings.token_keys_file is not None:
+    if settings.takes_tokens:
         assert settings.token_issuer is not None  # noqa: S101 - the settings come together
         assert settings.token_audience is not None  # noqa: S101 - the settings come together
-        tokens = read_token_rules(
-            settings.token_issuer, settings.token_audience, settings.token_keys_file
+        path = settings.token_keys_file
+        keys = read_key_set(path) if path is not None else None
+        tokens = TokenRules(
+            settings.token_issuer, settings.token_audience, keys, settings.token_tenant
         )
     users = read_users(settings.users_file) if settings.users_file is not None else None
-    return Files(_load_tls(settings), users, tokens)
+    return Files(_load_tls(settings), _load_client_ca(settings), users, tokens)
 
 
 def _load_tls(settings: CoordinatorSettings) -> tuple[bytes, bytes] | None:
@@ -60,6 +71,20 @@ def _load_tls(settings: CoordinatorSettings) -> tuple[bytes, bytes] | None:
             f" certificate chain and its private key in PEM: {error}"
         ) from None
     return pair
+
+
+def _load_client_ca(settings: CoordinatorSettings) -> str | None:
+    path = settings.tls_client_ca_file
+    if path is None:
+        return None
+    try:
+        text = path.read_bytes().decode("ascii")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tls_client_ca_file {path} has no certificates of authorities in PEM: {error}"
+        ) from None
+    return text
 
 
 def _use_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
@@ -78,25 +103,76 @@ def _in_memory(stack: ExitStack, content: bytes) -> Path:
     return Path(f"/proc/self/fd/{file.fileno()}")
 
 
+class ServerTls:
+    """The TLS of the server. ``context`` is the one to listen with; ``use`` changes what new connections get.
+
+    The authorities in a context can only grow in number, so there is another context for each version of
+    the files, and each new connection is moved to the newest one.
+    """
+
+    def __init__(self, settings: CoordinatorSettings, files: Files) -> None:
+        self._required = settings.tls_client_certificates == "required"
+        self._newest = self.context = self._make(files)
+        self.context.sni_callback = self._move
+
+    def use(self, files: Files) -> None:
+        """Use these files for new connections."""
+        self._newest = self._make(files)
+
+    def _move(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+        connection.context = self._newest
+
+    def _make(self, files: Files) -> ssl.SSLContext:
+        assert files.tls is not None  # noqa: S101 - TLS is not switched off while it runs
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        _use_pair(context, *files.tls)
+        if files.client_ca is not None:
+            context.load_verify_locations(cadata=files.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL
+            # A session that is resumed is not verified again, by whichever authorities.
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
+        return context
+
+
 class Access:
-    """The TLS context and the authenticator of a running coordinator.
+    """The TLS and the authenticator of a running coordinator.
 
     Args:
         settings: in force from now on.
+
+    Attributes:
+        seen: what ``look`` saw of the files before they were read at the start.
 
     Raises:
         ConfigError: as ``load`` does.
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
-        files = load(settings)
         self.settings = settings
-        self.tls: ssl.SSLContext | None = None
-        if files.tls is not None:
-            self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            _use_pair(self.tls, *files.tls)
-        self.auth = Authenticator(files.users, files.tokens)
+        self.seen = look(self.paths)
+        files = load(settings)
+        self._tls = ServerTls(settings, files) if files.tls is not None else None
+        self.auth = Authenticator(
+            files.users,
+            files.tokens,
+            keys_url=settings.token_keys_url,
+            certificates=files.client_ca is not None,
+            administrators=_administrators(settings),
+        )
+        _warn(settings, files)
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """The context to listen with; None: plain HTTP."""
+        return self._tls.context if self._tls is not None else None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that are in force."""
+        named = (getattr(self.settings, name) for name in FILES)
+        return tuple(path for path in named if path is not None)
 
     def merge_reloadable(
         self, wanted: CoordinatorSettings
@@ -105,7 +181,7 @@ class Access:
         kept = {}
         for key in (setting.name for setting in fields(wanted)):
             old, new = getattr(self.settings, key), getattr(wanted, key)
-            switched = (old is None) != (new is None)
+            switched = (old is None) != (new is None) and key != "token_tenant"
             if old != new and (switched or key not in RELOADABLE):
                 kept[key] = old
         return replace(wanted, **kept), sorted(kept)
@@ -117,8 +193,40 @@ class Access:
         is authenticated by the new users.
         """
         before, self.settings = self.settings, settings
-        if self.tls is not None and files.tls is not None:
-            _use_pair(self.tls, *files.tls)
-        self.auth.replace(files.users, files.tokens)
+        if self._tls is not None and files.tls is not None:
+            self._tls.use(files)
+        self.auth.replace(files.users, files.tokens, _administrators(settings))
+        _warn(settings, files)
         keys = [setting.name for setting in fields(settings)]
         return sorted(key for key in keys if getattr(settings, key) != getattr(before, key))
+
+
+def _administrators(settings: CoordinatorSettings) -> frozenset[Subject]:
+    return frozenset(map(parse_subject, settings.administrator))
+
+
+def _warn(settings: CoordinatorSettings, files: Files) -> None:
+    """Log what is allowed, and is perhaps not what was meant."""
+    if not settings.authenticates:
+        return
+    if not settings.administrator:
+        log.warning(
+            "no administrator is set: a first access-control list cannot be made",
+            resolution="set administrator, such as user:ops, if you want one",
+        )
+    if files.tokens is not None and settings.token_tenant is None:
+        log.warning(
+            "tokens of every tenant may use the tenant default",
+            resolution="set token_tenant, if the identity provider has more than one",
+        )
+    if files.tokens is None and files.client_ca is None:
+        users = files.users or {}
+        known = {Subject(USER, name) for name in users}
+        known |= {Subject(ROLE, role) for user in users.values() for role in user.roles}
+        nobody = sorted(one for one in settings.administrator if parse_subject(one) not in known)
+        if nobody:
+            log.warning(
+                "administrator does not exist",
+                administrator=nobody,
+                resolution="name a user or a role of users_file",
+            )

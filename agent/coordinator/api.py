@@ -17,7 +17,7 @@ from email.utils import formatdate
 from time import perf_counter
 from typing import Any
 
-from agent.coordinator.auth import Authenticator, Caller, allowed
+from agent.coordinator.auth import Authenticator, Rights
 from agent.coordinator.calls import Answer, Call, get_status
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
@@ -30,11 +30,12 @@ from agent.errors import (
     Invalid,
     NotFound,
     RequestRefused,
+    TooManyAttempts,
     TooSoon,
     Unauthenticated,
     Unavailable,
 )
-from agent.model import AccessList, GroupKey, Instant, Right
+from agent.model import GroupKey, Instant, Right
 from agent.ops.logs import Log
 from agent.schema.api import ErrorResponse
 from agent.schema.codec import BodyError, decode, encode
@@ -44,6 +45,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
+
+CERTIFICATE_STATE = "failover.certificate"
+"""Where the scope's state has the ClientCertificate of the connection."""
 
 PART_BYTES = 65_536
 """Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
@@ -77,6 +81,7 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
     (TooLarge, 413),
     (UnsupportedContent, 415),
     (TooSoon, 429),
+    (TooManyAttempts, 429),
     (Unavailable, 503),
 )
 
@@ -108,9 +113,11 @@ class Api:
         self._clock = clock
         self._date_header = (0, b"")
         self._auth = authenticator or Authenticator()
+        self._auth.meter(self._metrics)
         self._open = not self._auth.schemes
         self._max_body_bytes = max_body_bytes
         self._role_names = role_names
+        self._rights_of_everybody = self._auth.rights(None, DEFAULT_NAME)
         self._router = Router(ROUTES)
         self._run_id = str(uuid.uuid4())[:-12]  # prefix of each operation id
         self._operations = itertools.count(1)
@@ -142,10 +149,10 @@ class Api:
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING_REFUSAL
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        caller = None
+        rights = self._rights_of_everybody
         if not self._open and route.right is not None:
-            caller = await self._auth.caller(_header(headers, b"authorization"))
-            await self._authorise(route, route.right, found.values, caller)
+            rights = await self._authenticate(scope, found)
+            await self._authorise(route, route.right, found.values, rights)
         body = None
         if route.body is not None:
             text = await self._read_body(headers, receive)
@@ -156,13 +163,15 @@ class Api:
                     f"{error}.",
                     f"{route.body.__name__} is in /openapi.json.",
                 ) from None
+            if route.for_administrators:  # the list may have changed while the body came in
+                await self._authorise(route, Right.MANAGE, found.values, rights)
         call = Call(
             self._coordinator,
             self._clock,
             found.values,
             read_query(route.query, scope["query_string"]),
             body,
-            self._read_check(found, caller),
+            rights,
             self._document,
             self._metrics,
             (_header(headers, b"accept") or b"").decode("latin-1"),
@@ -182,31 +191,36 @@ class Api:
 
     # -- rights -------------------------------------------------------------------------------
 
-    async def _authorise(self, route: Route, right: Right, values: Any, caller: Caller) -> None:
-        """Raise Forbidden unless the access-control list in force grants the right."""
-        tenant_namespace = (
-            values.get("tenantId", DEFAULT_NAME),
-            values.get("namespaceId", DEFAULT_NAME),
+    async def _authenticate(self, scope: Scope, found: PathMatch) -> Rights:
+        """The rights of the caller in the tenant of the path."""
+        client = scope.get("client")
+        caller = await self._auth.caller(
+            _header(scope["headers"], b"authorization"),
+            client[0] if client else "",
+            scope.get("state", {}).get(CERTIFICATE_STATE),
         )
+        return self._auth.rights(caller, found.values.get("tenantId", DEFAULT_NAME))
+
+    async def _authorise(self, route: Route, right: Right, values: Any, rights: Rights) -> None:
+        """Raise Forbidden unless the access-control list in force grants the right."""
+        rights.check_tenant()
+        if rights.caller is None or (route.for_administrators and rights.administers):
+            return
+        tenant_namespace = rights.tenant, values.get("namespaceId", DEFAULT_NAME)
         acl = None
         if "groupId" in values:
             with suppress(NotFound):  # 404 is only for callers with the right
                 acl = self._coordinator.group_access(GroupKey(*tenant_namespace, values["groupId"]))
         if acl is None:
             acl = await self._coordinator.access(*tenant_namespace)
-        if not allowed(acl, caller, tenant_namespace[0], right):
+        if not rights.may(acl, right):
             raise Forbidden(
-                f'"{caller.name}" does not have the right {right.name} for {route.name}.',
-                "Somebody with ManageAccessControl can give it.",
+                f'"{rights.caller.name}" does not have the right {right.name} for {route.name}.',
+                "Somebody with ManageAccessControl can give it."
+                if acl is not None
+                else "The first access-control list is made by an identity that the coordinator's"
+                " setting administrator names.",
             )
-
-    def _read_check(
-        self, found: PathMatch, caller: Caller | None
-    ) -> Callable[[AccessList | None], bool]:
-        if caller is None:
-            return _allow_everyone
-        tenant = found.values.get("tenantId", DEFAULT_NAME)
-        return lambda acl: allowed(acl, caller, tenant, Right.READ)
 
     # -- bodies -------------------------------------------------------------------------------
 
@@ -236,7 +250,11 @@ class Api:
         status = next(status for kind, status in STATUSES if isinstance(refusal, kind))
         headers: tuple[tuple[bytes, bytes], ...] = ()
         match refusal:
-            case TooSoon(retry_after_s=wait_s) | Unavailable(retry_after_s=wait_s):
+            case (
+                TooSoon(retry_after_s=wait_s)
+                | TooManyAttempts(retry_after_s=wait_s)
+                | Unavailable(retry_after_s=wait_s)
+            ):
                 headers = (
                     (b"retry-after", str(max(1, math.ceil(wait_s))).encode()),
                     (b"retry-after-ms", str(max(1, math.ceil(wait_s * 1000))).encode()),
@@ -292,10 +310,6 @@ _STOPPING_REFUSAL = Unavailable(
 _INTERNAL_REFUSAL = RequestRefused(
     "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
 )
-
-
-def _allow_everyone(_acl: AccessList | None) -> bool:
-    return True
 
 
 def _error(

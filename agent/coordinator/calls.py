@@ -6,6 +6,7 @@ raised. Nothing here knows HTTP beyond status codes and the names of headers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,12 +14,19 @@ from typing import Any
 from msgspec import Struct
 
 from agent import __version__
+from agent.coordinator.auth import Rights
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
-from agent.core.group_state import ReceiveHeartbeat, ReleaseRole, RemoveSession, SetOverride
-from agent.errors import Unavailable
-from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant
+from agent.core.group_state import (
+    ReceiveHeartbeat,
+    ReleaseRole,
+    RemoveSession,
+    Requester,
+    SetOverride,
+)
+from agent.errors import Conflict, Forbidden, NotFound, Unavailable
+from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
 from agent.schema import access, api
 from agent.schema.values import whole
 
@@ -33,7 +41,7 @@ class Call:
         values: the path parameters.
         query: the query parameters of the route, with defaults.
         body: of the route's shape; None if it has none.
-        may_read: whether the caller may read a group with this list.
+        rights: what the caller may do in the path's tenant.
     """
 
     coordinator: Coordinator
@@ -41,7 +49,7 @@ class Call:
     values: Mapping[str, str]
     query: Mapping[str, Any]
     body: Any
-    may_read: Callable[[AccessList | None], bool]
+    rights: Rights
     document: bytes
     metrics: Metrics
     accept: str
@@ -56,6 +64,22 @@ class Call:
     def key(self) -> GroupKey:
         """The key of the group in the path."""
         return GroupKey(*self.tenant_namespace, self.values["groupId"])
+
+    async def may(self, key: GroupKey, right: Right) -> bool:
+        """Whether the access-control list in force gives the caller a right on a group."""
+        acl = self.coordinator.group_access(key)
+        if acl is None:
+            acl = await self.coordinator.access(key.tenant, key.namespace)
+        return self.rights.may(acl, right)
+
+    async def requester(self, session_id: str) -> Requester | None:
+        """Who acts for a session; None without authentication."""
+        caller = self.rights.caller
+        if caller is None:
+            return None
+        owner = self.coordinator.owner(self.key, session_id)
+        manages = owner not in {None, caller.identity} and await self.may(self.key, Right.MANAGE)
+        return Requester(caller.identity, manages)
 
 
 @dataclass(slots=True)  # as above
@@ -119,7 +143,7 @@ async def get_version(_call: Call) -> Answer:
 async def list_groups(call: Call) -> Answer:
     """The groups that the caller may read, sorted by id."""
     total, groups = call.coordinator.groups(
-        *call.tenant_namespace, call.query["skip"], call.query["count"], call.may_read
+        *call.tenant_namespace, call.query["skip"], call.query["count"], call.rights.may_read
     )
     return Answer(
         body=[api.GroupConfiguration.from_model(g) for g in groups], headers=_total_count(total)
@@ -127,12 +151,29 @@ async def list_groups(call: Call) -> Answer:
 
 
 async def create_group(call: Call) -> Answer:
-    """Create a group, or return the existing one with the same configuration."""
+    """Create a group, or return the existing one with the same configuration.
+
+    Whoever may not read the existing one learns nothing of its configuration, not even whether it agrees.
+    """
     config = call.body.to_model()
-    known, created = await call.coordinator.create_group(
-        GroupKey(*call.tenant_namespace, config.id), config
-    )
+    key = GroupKey(*call.tenant_namespace, config.id)
+    try:
+        known, created = await call.coordinator.create_group(key, config)
+    except Conflict:
+        await _refuse_unreadable(call, key)
+        raise
+    if not created:
+        await _refuse_unreadable(call, key)
     return Answer(201 if created else 200, api.GroupConfiguration.from_model(known))
+
+
+async def _refuse_unreadable(call: Call, key: GroupKey) -> None:
+    with suppress(NotFound):
+        if not await call.may(key, Right.READ):
+            raise Forbidden(
+                f'Group "{key.group}" exists, and the caller does not have the right READ on it.',
+                "Choose another Id; somebody with ManageAccessControl can give the right.",
+            )
 
 
 async def get_group(call: Call) -> Answer:
@@ -175,7 +216,15 @@ async def get_group_access(call: Call) -> Answer:
 
 async def put_group_access(call: Call) -> Answer:
     """Give the group an access-control list of its own."""
-    await call.coordinator.set_group_access(call.key, call.body.to_model())
+    acl = call.body.to_model()
+    call.rights.check_manager_remains(acl)
+    await call.coordinator.set_group_access(call.key, acl)
+    return Answer(204)
+
+
+async def delete_group_access(call: Call) -> Answer:
+    """Remove the group's own access-control list: its namespace's is in force again."""
+    await call.coordinator.set_group_access(call.key, None)
     return Answer(204)
 
 
@@ -187,7 +236,21 @@ async def get_access(call: Call) -> Answer:
 
 async def put_access(call: Call) -> Answer:
     """Replace the access-control list of a namespace's groups."""
-    await call.coordinator.set_access(*call.tenant_namespace, call.body.to_model())
+    acl = call.body.to_model()
+    call.rights.check_manager_remains(acl)
+    await call.coordinator.set_access(*call.tenant_namespace, acl)
+    return Answer(204)
+
+
+async def delete_access(call: Call) -> Answer:
+    """Remove the access-control list of a namespace's groups: an administrator's, like making it."""
+    if not call.rights.administers:
+        raise Forbidden(
+            "Without its list, a namespace is open to every known caller: only an administrator can"
+            " delete it.",
+            "Replace it by PUT, or ask an identity of the coordinator's setting administrator.",
+        )
+    await call.coordinator.set_access(*call.tenant_namespace, None)
     return Answer(204)
 
 
@@ -205,7 +268,9 @@ async def list_sessions(call: Call) -> Answer:
 
 async def create_session(call: Call) -> Answer:
     """Register a session, or return the existing one with the same configuration."""
-    view, created = await call.coordinator.add_session(call.key, call.body.to_model())
+    config = call.body.to_model()
+    by = await call.requester(config.id)
+    view, created = await call.coordinator.add_session(call.key, config, by)
     return Answer(201 if created else 200, api.ClientSession.from_model(view))
 
 
@@ -217,7 +282,9 @@ async def get_session(call: Call) -> Answer:
 
 async def delete_session(call: Call) -> Answer:
     """Delete a session, or refuse that if it is active and the caller wants an inactive one deleted."""
-    removal = RemoveSession(call.values["sessionId"], only_inactive=call.query["inactive"])
+    session_id = call.values["sessionId"]
+    by = await call.requester(session_id)
+    removal = RemoveSession(session_id, by, only_inactive=call.query["inactive"])
     await call.coordinator.apply(call.key, removal)
     return Answer(204)
 
@@ -225,12 +292,14 @@ async def delete_session(call: Call) -> Answer:
 async def post_heartbeat(call: Call) -> Answer:
     """Receive a heartbeat and answer with the role of the session."""
     body: api.HeartbeatRequest = call.body
+    session_id = call.values["sessionId"]
     beat = ReceiveHeartbeat(
-        call.values["sessionId"],
+        session_id,
         body.failover_score,
         body.last_data_processed_time,
         body.instance,
         whole(body.epoch),
+        await call.requester(session_id),
     )
     answer = await call.coordinator.beat(call.key, beat)
     return Answer(body=api.HeartbeatResponse.from_model(answer))
@@ -251,15 +320,17 @@ async def set_override(call: Call) -> Answer:
 async def release_role(call: Call) -> Answer:
     """Receive the release of a tenure: the next session may be promoted now."""
     body: api.ReleaseRequest = call.body
+    session_id = call.values["sessionId"]
     await call.coordinator.apply(
         call.key,
         ReleaseRole(
-            call.values["sessionId"],
+            session_id,
             int(body.epoch),
             instance=body.instance,
             why=body.reason or "released",
             hold_off_s=(body.hold_off_period or 0) / TICKS_PER_SECOND,
             last_data=body.last_data_processed_time,
+            by=await call.requester(session_id),
         ),
     )
     return Answer(204)

@@ -34,6 +34,8 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.
 """Buckets: a heartbeat takes half a millisecond, a commit some; beyond 20 ms something is wrong."""
 
 DECISIONS = ("offered", "withdrawn", "revoked")
+CHECKS = ("good", "wrong", "limited", "busy")
+FETCHES = ("fetched", "failed")
 GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 
@@ -107,6 +109,23 @@ class Metrics:
             "Times at which this process was stopped, and leases were made longer for it.",
             registry=registry,
         )
+        self._password_checks = Counter(
+            f"{prefix}_password_checks",
+            "Passwords that were not remembered: good, wrong, limited (429: too many of that address were"
+            " wrong) or busy (503: too many wait).",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in CHECKS:
+            self._password_checks.labels(outcome)
+        self._key_fetches = Counter(
+            f"{prefix}_token_key_fetches",
+            "Fetches from token_keys_url: fetched or failed (the old keys stay in force for a day).",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in FETCHES:
+            self._key_fetches.labels(outcome)
         self._groups = Gauge(
             f"{prefix}_groups",
             "Groups: with a primary, with one that is to hand over, with one that is to confirm, with none.",
@@ -183,6 +202,14 @@ class Metrics:
     def stalled(self) -> None:
         """This process was stopped for longer than some lease could bear."""
         self._stalls.inc()
+
+    def password_checked(self, outcome: str) -> None:
+        """A password was checked, or was not because of a limit."""
+        self._password_checks.labels(outcome).inc()
+
+    def token_keys_fetched(self, outcome: str) -> None:
+        """The keys of the identity provider were fetched, or could not be."""
+        self._key_fetches.labels(outcome).inc()
 
     # -- what is --------------------------------------------------------------------------------
 

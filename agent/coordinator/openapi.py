@@ -26,7 +26,7 @@ MEANINGS = {
     409: "What is there contradicts the request.",
     413: "The body is too long.",
     415: "The body is not JSON in UTF-8.",
-    429: "The heartbeat came too soon after the last.",
+    429: "The heartbeat came too soon after the last, or too many passwords from this address were wrong.",
     503: "Nothing can be made durable now, the coordinator is stopping, or too many status reads wait"
     " already. Nothing was changed.",
 }
@@ -34,6 +34,7 @@ MEANINGS = {
 SECURITY = {
     "Basic": {"type": "http", "scheme": "basic"},
     "Bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+    "Certificate": {"type": "mutualTLS"},
 }
 
 ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
@@ -75,7 +76,7 @@ def document(routes: Sequence[Route], schemes: Sequence[str]) -> bytes:
 
     Args:
         routes: every route of the application.
-        schemes: the configured ways to authenticate, of ``Basic`` and ``Bearer``.
+        schemes: the configured ways to authenticate, of ``Basic``, ``Bearer`` and ``Certificate``.
     """
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -133,7 +134,9 @@ def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
     if route.body is not None:
         known |= {413, 415}
     if route.right is not None:
-        known |= {503} | ({401, 403} if schemes else set())
+        known |= (
+            {503} | ({401, 403} if schemes else set()) | ({429} if "Basic" in schemes else set())
+        )
     if route.name == "readyz":
         known.add(503)
     return sorted(known)

@@ -9,7 +9,9 @@ from typing import Any
 from agent.coordinator.calls import (
     create_group,
     create_session,
+    delete_access,
     delete_group,
+    delete_group_access,
     delete_session,
     get_access,
     get_group,
@@ -206,6 +208,7 @@ ROUTES: tuple[Route, ...] = (
         "Read the access-control list of a group",
         (Result(200, "The list in force", access.AccessControlList),),
         refusals=(404,),
+        for_administrators=True,
     ),
     Route(
         "PUT",
@@ -216,6 +219,17 @@ ROUTES: tuple[Route, ...] = (
         right=Right.MANAGE,
         body=access.AccessControlRequest,
         refusals=(404,),
+        for_administrators=True,
+    ),
+    Route(
+        "DELETE",
+        ACCESS,
+        delete_group_access,
+        "Remove the access-control list of a group",
+        (Result(204, "Its namespace's list is in force"),),
+        right=Right.MANAGE,
+        refusals=(404,),
+        for_administrators=True,
     ),
     Route(
         "GET",
@@ -224,6 +238,7 @@ ROUTES: tuple[Route, ...] = (
         "Read the access-control list of a namespace's groups",
         (Result(200, "The list", access.AccessControlList),),
         bases=(CLOUD,),
+        for_administrators=True,
     ),
     Route(
         "PUT",
@@ -234,6 +249,17 @@ ROUTES: tuple[Route, ...] = (
         right=Right.MANAGE,
         body=access.AccessControlRequest,
         bases=(CLOUD,),
+        for_administrators=True,
+    ),
+    Route(
+        "DELETE",
+        NAMESPACE_ACCESS,
+        delete_access,
+        "Remove the access-control list of a namespace's groups",
+        (Result(204, "Removed"),),
+        right=Right.MANAGE,
+        bases=(CLOUD,),
+        for_administrators=True,
     ),
     Route(
         "GET",

@@ -66,6 +66,7 @@ class Route:
         path: after the base, or in full if ``bases`` is empty.
         handler: answers it.
         right: the right that a caller needs; None: open to everybody, without authentication.
+        for_administrators: it manages access, which the configured administrators always may.
         body: the shape of its body.
         refusals: statuses beside those that any call can have.
     """
@@ -80,6 +81,7 @@ class Route:
     refusals: tuple[int, ...] = ()
     query: tuple[Parameter, ...] = ()
     bases: tuple[str, ...] = BASES
+    for_administrators: bool = False
 
     @property
     def name(self) -> str:

@@ -19,7 +19,9 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
-from agent.coordinator.api import Api
+from agent.coordinator.api import CERTIFICATE_STATE, Api
+from agent.coordinator.auth.certificates import certificate_of
+from agent.coordinator.file_watch import FileWatch
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store import Store
@@ -103,7 +105,7 @@ def _reloading(
     notify: Notify,
     status: str,
 ) -> Iterator[None]:
-    """Read settings and files again at each SIGHUP."""
+    """Read settings and files again at each SIGHUP, and the files alone when they change."""
     if reread is None:
         yield
         return
@@ -111,12 +113,12 @@ def _reloading(
 
     async def follow() -> None:
         lane = BlockingThread("settings")
+        files = FileWatch(lambda: access.paths, lane, access.seen)
         while True:
-            await hangup.wait()
-            hangup.clear()
+            read = reread if await files.wait(hangup) else lambda: access.settings
             notify.reloading()
             try:
-                await _reload(access, reread, lane)
+                await _reload(access, read, lane)
             except Exception:  # a task's edge: a fault of a reload must not end reloads
                 log.exception("configuration not changed")
             notify.ready(status)
@@ -201,7 +203,10 @@ async def serving(
                     role_names=settings.role_form == "name",
                     metrics=metrics,
                 )
-                async with _web_server(app, listener, access.tls, coordinator) as url:
+                async with (
+                    access.auth.running(),
+                    _web_server(app, listener, access.tls, coordinator) as url,
+                ):
                     yield url
             finally:
                 await coordinator.stop()
@@ -257,6 +262,9 @@ class _JoiningTransport:
 class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(cast("asyncio.Transport", _JoiningTransport(transport)))
+        certificate = certificate_of(transport.get_extra_info("ssl_object"))
+        if certificate is not None:
+            self.app_state = self.app_state | {CERTIFICATE_STATE: certificate}
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from agent.core.group_state import (
     Input,
     Policy,
     ReceiveHeartbeat,
+    Requester,
     SetAccess,
     status_of,
     view_of,
@@ -224,15 +225,22 @@ class Coordinator:
 
     # -- sessions -----------------------------------------------------------------------------
 
-    async def add_session(self, key: GroupKey, config: SessionConfig) -> tuple[SessionView, bool]:
+    async def add_session(
+        self, key: GroupKey, config: SessionConfig, by: Requester | None = None
+    ) -> tuple[SessionView, bool]:
         """The session as it is then, and whether this call has created it."""
-        created = await self.apply(key, AddSession(config))
+        created = await self.apply(key, AddSession(config, by))
         return self.session(key, config.id), created is True
 
     def session(self, key: GroupKey, session_id: str) -> SessionView:
         """One session."""
         view = view_of(self._engine.find(key).state, session_id, self._clock())
         return replace(view, store_id=self._store.store_id)
+
+    def owner(self, key: GroupKey, session_id: str) -> str | None:
+        """The identity that a session belongs to; None if it has no owner, or there is no such session."""
+        session = self._engine.find(key).state.record.sessions.get(session_id)
+        return session.owner if session is not None else None
 
     def sessions(self, key: GroupKey) -> list[SessionView]:
         """All sessions of a group, sorted by id."""
@@ -264,8 +272,8 @@ class Coordinator:
         """A group's own access-control list, or None for its namespace's."""
         return self._engine.find(key).state.record.acl
 
-    async def set_group_access(self, key: GroupKey, acl: AccessList) -> None:
-        """Give a group an access-control list of its own."""
+    async def set_group_access(self, key: GroupKey, acl: AccessList | None) -> None:
+        """Give a group an access-control list of its own; None removes it."""
         await self.apply(key, SetAccess(acl))
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
@@ -278,12 +286,12 @@ class Coordinator:
             self._access.setdefault(tenant_namespace, acl)
         return self._access[tenant_namespace]
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list."""
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it."""
         self._refuse_if_stopping()
         await asyncio.shield(self._engine.spawn(self._set_access(tenant, namespace, acl)))
 
-    async def _set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+    async def _set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         try:
             await self._engine.write(self._store.set_access(tenant, namespace, acl))
         finally:

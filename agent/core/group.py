@@ -13,6 +13,7 @@ Rules of this file:
   under a new epoch (R15, R16).
 - A lease ends early only by a release from the very process that holds it, or, if the holder named no
   process (plain v1), by the deletion of its session.
+- A session belongs to the identity that registered it (ownership.py).
 
 Owns what each input does. The steps that inputs share are in core/group_draft.py.
 """
@@ -34,6 +35,7 @@ from agent.core.group_state import (
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
+    Requester,
     SetAccess,
     SetOverride,
     Tick,
@@ -43,6 +45,7 @@ from agent.core.group_state import (
     role_of,
     session_of,
 )
+from agent.core.ownership import adopt, refuse_stranger
 from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, TooSoon
 from agent.model import (
@@ -131,7 +134,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
         case ReceiveHeartbeat():
             _receive_heartbeat(draft, what)
         case AddSession():
-            return _add_session(draft, what.config)
+            return _add_session(draft, what.config, what.by)
         case RemoveSession():
             _remove_session(draft, what)
         case SetOverride():
@@ -154,6 +157,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 
 def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     session = session_of(draft.record, heartbeat.session_id)
+    refuse_stranger(draft, heartbeat.session_id, heartbeat.by)
     contact = draft.live.contacts[heartbeat.session_id]
     changed_at = _refuse_too_soon(draft, heartbeat, contact)
     _refuse_unusable_epoch(draft, heartbeat)
@@ -177,6 +181,7 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     )
     if session.silent_since is not None:
         draft.change_session(heartbeat.session_id, silent_since=None)
+    adopt(draft, session, heartbeat)
     if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
         draft.change_session(heartbeat.session_id, has_to_see=None)
     if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > draft.record.epoch:
@@ -277,7 +282,8 @@ def _answer_heartbeat(draft: Draft, session_id: str) -> HeartbeatAnswer:
 # -- sessions -----------------------------------------------------------------------------------
 
 
-def _add_session(draft: Draft, config: SessionConfig) -> bool:
+def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> bool:
+    refuse_stranger(draft, config.id, by)
     record = draft.record
     known = record.sessions.get(config.id)
     if known is None:
@@ -288,7 +294,8 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
                 "Delete sessions that are not used any more, or raise max_sessions_per_group.",
             )
         _refuse_too_much_data(draft, config)
-        sessions = {**draft.record.sessions, config.id: SessionRecord(config)}
+        session = SessionRecord(config, owner=by.identity if by is not None else None)
+        sessions = {**draft.record.sessions, config.id: session}
         draft.record = replace(draft.record, sessions=sessions)
         contacts = {**draft.live.contacts, config.id: Contact(heard_at=draft.now.mono)}
         draft.live = replace(draft.live, contacts=contacts)
@@ -318,6 +325,7 @@ def _refuse_too_much_data(draft: Draft, config: SessionConfig) -> None:
 def _remove_session(draft: Draft, request: RemoveSession) -> None:
     session_id = request.session_id
     session_of(draft.record, session_id)
+    refuse_stranger(draft, session_id, request.by)
     if request.only_inactive and is_active(draft.state, session_id, draft.now):
         raise Conflict(
             f'Client session "{session_id}" is active: it has a role, or a heartbeat may have come within'
@@ -349,6 +357,7 @@ def _set_override(draft: Draft, request: SetOverride) -> None:
 
 def _release_role(draft: Draft, release: ReleaseRole) -> None:
     """End the tenure if its holder asks for that; ignore a release by anybody else, or a repeated one."""
+    refuse_stranger(draft, release.session_id, release.by)
     holder, ended = draft.record.holder, draft.record.ended
     if holder is not None and _matches_tenure(release, holder):
         draft.record_progress(release.last_data)

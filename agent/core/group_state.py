@@ -102,6 +102,19 @@ class GroupState:
 
 
 @dataclass(frozen=True, slots=True)
+class Requester:
+    """Who makes a request, where callers are authenticated.
+
+    Attributes:
+        identity: as in ``SessionRecord.owner``.
+        manages: it has the right to act for sessions of other identities.
+    """
+
+    identity: str
+    manages: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiveHeartbeat:
     """A heartbeat came. Only our own agents send ``instance`` and ``seen_epoch``."""
 
@@ -110,6 +123,7 @@ class ReceiveHeartbeat:
     last_data: datetime | None = None
     instance: str | None = None
     seen_epoch: int | None = None
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +131,7 @@ class AddSession:
     """A client registers."""
 
     config: SessionConfig
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +139,7 @@ class RemoveSession:
     """A session is deleted, by its client or by somebody else; ``only_inactive``: refused if it is active."""
 
     session_id: str
+    by: Requester | None = None
     only_inactive: bool = False
 
 
@@ -150,13 +166,14 @@ class ReleaseRole:
     why: str = "released"
     hold_off_s: float = 0.0
     last_data: datetime | None = None
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SetAccess:
-    """Replace the group's own access-control list."""
+    """Replace the group's own access-control list; None removes it."""
 
-    acl: AccessList
+    acl: AccessList | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Self
 
+import msgspec
 from msgspec import Meta
 
 from agent import model
@@ -10,6 +11,10 @@ from agent.schema.values import Shape
 
 MAX_ENTRIES = 1000
 """Entries of an access-control list: each request walks them, so the list has an end."""
+
+
+MAX_LIST_BYTES = 131_072
+"""Of an access-control list as JSON: it is written again with each change of its group's roles."""
 
 
 class Trustee(Shape, frozen=True):
@@ -111,7 +116,12 @@ class AccessControlRequest(AccessControlList, frozen=True):
     ]
 
     def __post_init__(self) -> None:
-        """Refuse a list after which nobody could change it."""
+        """Refuse a list that is too large, or after which nobody could change it."""
+        if (size := len(msgspec.json.encode(self))) > MAX_LIST_BYTES:
+            raise ValueError(
+                f"the list has {size} bytes as JSON: RoleTrusteeAccessControlEntries must have at most"
+                f" {MAX_LIST_BYTES}; name roles in place of their members"
+            )
         managing = [entry for entry in self.to_model().entries if entry.rights & Right.MANAGE]
         denied = {entry.trustee for entry in managing if entry.denied}
         if all(entry.denied or entry.trustee in denied for entry in managing):

@@ -16,12 +16,16 @@ from agent.schema.formats import (
     AnyPath,
     Count,
     DurationOrZero,
+    Identities,
     InputFile,
     Number,
     SecretFile,
+    SecureUrl,
     Text,
 )
 from agent.schema.settings import LogFormat, LogLevel
+
+AUTHENTICATION = "users_file, token_keys_file, token_keys_url or tls_client_ca_file"
 
 DEFAULT_LISTEN = Address("127.0.0.1", 5470)
 
@@ -100,6 +104,14 @@ class CoordinatorSettings(Settings):
     """Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP."""
     tls_key: Annotated[SecretFile | None, Example("/etc/failover-agent/tls.key"), RELOADABLE] = None
     """That certificate's private key (PEM). Not set: plain HTTP."""
+    tls_client_ca_file: Annotated[
+        InputFile | None, Example("/etc/failover-agent/clients.pem"), RELOADABLE
+    ] = None
+    """Certificates (PEM) of the authorities whose client certificates are accepted: each is the client
+    of the first URI, else DNS name, else common name in it. Not set: no client certificates."""
+    tls_client_certificates: Literal["optional", "required"] = "optional"
+    """Whether a connection needs such a certificate, also for /healthz and /metrics. In both cases an
+    Authorization header decides who calls; without one, the certificate does."""
     users_file: Annotated[SecretFile | None, Example("/etc/failover-agent/users"), RELOADABLE] = (
         None
     )
@@ -111,23 +123,58 @@ class CoordinatorSettings(Settings):
     token_keys_file: Annotated[
         InputFile | None, Example("/etc/failover-agent/jwks.json"), RELOADABLE
     ] = None
-    """Public keys (JWKS) that tokens are verified with. Not set: tokens are not accepted."""
+    """Public keys (JWKS) that tokens are verified with. Not set: those of token_keys_url."""
+    token_keys_url: Annotated[SecureUrl | None, Example("https://identity.example/jwks")] = None
+    """Where to fetch these keys, every 5 minutes and for a token with an unknown one; in an outage the
+    last keys stay in force for a day. Not set: those of token_keys_file."""
+    token_tenant: Annotated[Text | None, Example("3f1c"), RELOADABLE] = None
+    """Tenant (tid) whose tokens may use the on-premises paths, which stand for the tenant default. Not
+    set: tokens of every tenant may."""
+    administrator: Annotated[Identities, Example(["user:ops"]), RELOADABLE] = ()
+    """Identities that may always manage access, and alone may make the first access-control list. The
+    flag may be repeated; the variable separates by commas. Not set: existing lists decide, and no
+    first one can be made."""
     insecure: bool = False
     """Serve beyond this machine without TLS or without authentication. Everybody who can reach the
     port can then decide who is primary."""
     log_level: LogLevel = "INFO"
     log_format: LogFormat = "text"
 
+    @property
+    def authenticates(self) -> bool:
+        """Whether callers have to be known."""
+        ways = (self.users_file, self.tls_client_ca_file)
+        return self.takes_tokens or any(way is not None for way in ways)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether bearer tokens are accepted."""
+        return self.token_keys_file is not None or self.token_keys_url is not None
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self.set_together("tls_certificate", "tls_key")
-        yield from self.set_together("token_keys_file", "token_issuer", "token_audience")
+        keys = "token_keys_url" if self.token_keys_url is not None else "token_keys_file"
+        yield from self.set_together(keys, "token_issuer", "token_audience")
+        if self.token_keys_url is not None and self.token_keys_file is not None:
+            yield (
+                "token_keys_url",
+                "cannot be used together with token_keys_file: keep one of the two",
+            )
+        if self.tls_client_ca_file is not None and self.tls_certificate is None:
+            yield "tls_client_ca_file", "needs tls_certificate and tls_key too"
+        if self.tls_client_certificates == "required" and self.tls_client_ca_file is None:
+            yield "tls_client_certificates", "needs tls_client_ca_file too"
+        if self.token_tenant is not None and not self.takes_tokens:
+            yield "token_tenant", "needs token_keys_file or token_keys_url too"
+        if self.administrator and not self.authenticates:
+            yield "administrator", f"needs authentication ({AUTHENTICATION})"
         if self.listen.loopback or self.insecure:
             return
         missing = []
         if self.tls_certificate is None:
             missing.append("TLS (tls_certificate and tls_key)")
-        if self.users_file is None and self.token_keys_file is None:
-            missing.append("authentication (users_file or token_keys_file)")
+        if not self.authenticates:
+            missing.append(f"authentication ({AUTHENTICATION})")
         if missing:
             yield (
                 "listen",

@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
 from agent.model import TICKS_PER_SECOND
-from agent.schema.addresses import Address
+from agent.schema.addresses import Address, is_loopback
 from agent.schema.fields import Format, Length, Range
 from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
@@ -35,6 +35,9 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 MOST_ENDPOINTS = 16
 """They are asked all at once when the one in use fails; more would be a load for nothing."""
 
+MOST_IDENTITIES = 100
+"""Of one list: they are people and their roles."""
+
 MOST_LABELS = 32
 """Of one metric; exporters have a handful."""
 
@@ -50,6 +53,7 @@ TCP_PORTS = range(1, 65536)
 _NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
+_IDENTITY = re.compile(r"(user|client|role):\S(.{0,254}\S)?")
 _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
 
 
@@ -226,6 +230,18 @@ def _assignments(text: str) -> dict[str, str]:
     return {name: value for name, _, value in words}
 
 
+def parse_identities(value: object) -> tuple[str, ...]:
+    """Identities of callers, as ``user:NAME``, ``client:ID`` or ``role:NAME``."""
+    given = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+    wrong = next((one for one in given if not _IDENTITY.fullmatch(one)), None)
+    if wrong is not None or len(given) > MOST_IDENTITIES:
+        raise ValueError(
+            f"must be a list of at most {MOST_IDENTITIES} identities, each user:NAME, client:ID or"
+            " role:NAME" + (f", not {wrong!r:.60}" if wrong is not None else "")
+        )
+    return given
+
+
 # --- URLs and addresses -------------------------------------------------------------------------
 
 
@@ -270,6 +286,16 @@ def parse_api_url(url: str) -> str:
 def parse_page_url(url: str) -> str:
     """The same URL of a page to GET."""
     check_url(url, instead="anybody can read them in this file", query=True)
+    return url
+
+
+def parse_secure_url(url: str) -> str:
+    """The same URL of a page to GET that nobody on the way may change."""
+    parts = check_url(url, instead="the page is public", query=True)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError(
+            "must be https, or http on this machine: whoever is on the way could change it"
+        )
     return url
 
 
@@ -383,7 +409,12 @@ Variables = Annotated[
     Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
 ]
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
+Identities = Annotated[
+    tuple[str, ...],
+    Format("KIND:NAME", "list of user:NAME, client:ID or role:NAME", parse=parse_identities),
+]
 ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
+SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
 PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
 Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
 MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]

@@ -9,7 +9,7 @@ import pytest
 
 from agent.coordinator import service
 from agent.coordinator.api import Api
-from agent.coordinator.auth import Authenticator, Password, hash_password
+from agent.coordinator.auth import Authenticator, Password, Subject, hash_password
 from agent.coordinator.route_table import ROUTES
 from agent.coordinator.service import Coordinator
 from agent.model import GroupKey
@@ -473,10 +473,14 @@ def rights(*entries: tuple[str, int, int]) -> dict[str, object]:
 async def secured(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of the same coordinator behind Basic; ann, bob and eve have their names as passwords."""
+    """A client of the same coordinator behind Basic; ann, bob and eve have their names as passwords.
+
+    ann is the administrator.
+    """
     monkeypatch.setattr(Password, "fits", lambda self, given: given == self.salt)
     users = {name: Password(4, 8, 1, name.encode(), b"") for name in ("ann", "bob", "eve")}
-    app = Api(stage.coordinator, stage.clock, Authenticator(users))
+    auth = Authenticator(users, administrators={Subject(1, "ann")})
+    app = Api(stage.coordinator, stage.clock, auth)
     transport = httpx2.ASGITransport(app=app)
     base = "http://coordinator/api/v1/clientfailover/"
     async with httpx2.AsyncClient(

@@ -52,9 +52,10 @@ class Site:
 
     def users(self, **passwords: str) -> None:
         text = "".join(f"{name}:{hash_password(word)}\n" for name, word in passwords.items())
-        file = self.folder / "users"
-        file.touch(0o600)
-        file.write_text(text)
+        made = self.folder / "users.new"
+        made.touch(0o600)
+        made.write_text(text)
+        made.rename(self.folder / "users")
 
     def reload(self, says: str = "configuration read again") -> str:
         after = len(self.process.said())
@@ -69,9 +70,15 @@ class Site:
         )
 
 
-def status(connection: http.client.HTTPSConnection, user: str, password: str) -> int:
+def status(
+    connection: http.client.HTTPSConnection,
+    user: str,
+    password: str,
+    method: str = "GET",
+    path: str = GROUPS,
+) -> int:
     token = base64.b64encode(f"{user}:{password}".encode()).decode()
-    connection.request("GET", GROUPS, headers={"Authorization": f"Basic {token}"})
+    connection.request(method, path, headers={"Authorization": f"Basic {token}"})
     answer = connection.getresponse()
     answer.read()
     return answer.status
@@ -148,6 +155,44 @@ def test_a_certificate_with_another_key_is_not_loaded(site: Site) -> None:
     site.reload("configuration not changed")
     with contextlib.closing(site.connect()) as connection:
         assert name_of(connection) == "first"
+
+
+def test_files_that_change_are_taken_over_without_a_signal(site: Site) -> None:
+    """All of them, on the connections that are open; one that is half written changes nothing."""
+    kept = site.connect()
+    assert name_of(kept) == "first"
+    socket = kept.sock
+    after = len(site.process.said())
+    (site.folder / "users").write_text("ben:scrypt$15$8$1$half of a li")
+    site.process.until_said("configuration not changed", after)
+    assert status(kept, "ann", "one") == 200
+    after = len(site.process.said())
+    site.certify("second")
+    site.users(ben="two")
+    site.process.until_said("configuration read again", after)
+    assert (status(kept, "ann", "one"), status(kept, "ben", "two")) == (401, 200)
+    assert kept.sock is socket
+    with contextlib.closing(site.connect()) as new:
+        assert name_of(new) == "second"
+    said = site.process.said()
+    assert len([line for line in said.splitlines() if " ERROR " in line]) == 1
+    kept.close()
+    assert site.process.end() == 0
+
+
+def test_administrators_change_by_a_reload(site: Site) -> None:
+    """Who may manage access is in force at once, and named if nobody has the name."""
+    lists = "/api/v1/tenants/default/namespaces/default/accesscontrol/clientfailover/groups"
+    site.users(ann="one")
+    with contextlib.closing(site.connect()) as connection:
+        assert status(connection, "ann", "one", "DELETE", lists) == 403
+        site.configure(administrator=["user:ann"])
+        assert "changed=administrator" in site.reload()
+        assert status(connection, "ann", "one", "DELETE", lists) == 204
+        site.configure(administrator=["user:bob", "role:ops"])
+        said = site.reload()
+        assert "administrator does not exist administrator=role:ops,user:bob" in said
+        assert status(connection, "ann", "one", "DELETE", lists) == 403
 
 
 def test_a_key_with_a_pass_phrase_causes_no_prompt(site: Site, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ class Store(Protocol):
         """The access-control list of a namespace's groups, or None if none was ever set."""
         ...
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list."""
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it."""
         ...
 
     async def close(self) -> None:

@@ -32,7 +32,8 @@ APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
 SCHEMA_VERSION = 4
-"""Grows with each change that a version before would not understand."""
+"""Grows with each change that a version before would not understand; 4: sessions have an owner, progress a
+table."""
 
 OLDEST_SCHEMA = 1
 """What is this old, or newer, is brought up to date when it is opened."""

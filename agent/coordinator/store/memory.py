@@ -95,10 +95,13 @@ class MemoryStore:
         text = self._access.get((tenant, namespace))
         return None if text is None else decode(AccessList, text, f"{tenant}/{namespace}")
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list."""
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it."""
         self._check_open()
-        self._access[tenant, namespace] = encode(acl, f"{tenant}/{namespace}")
+        if acl is None:
+            self._access.pop((tenant, namespace), None)
+        else:
+            self._access[tenant, namespace] = encode(acl, f"{tenant}/{namespace}")
 
     async def close(self) -> None:
         """Refuse further calls."""

@@ -254,11 +254,16 @@ class SqliteStore:
 
         return await self._submit(work)
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list."""
-        text = encode(acl, f"{tenant}/{namespace}")
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it."""
+        text = encode(acl, f"{tenant}/{namespace}") if acl is not None else None
 
         def work() -> None:
+            if text is None:
+                self._db.execute(
+                    "DELETE FROM access WHERE tenant = ? AND namespace = ?", (tenant, namespace)
+                )
+                return
             self._db.execute(
                 "INSERT INTO access (tenant, namespace, acl) VALUES (?, ?, ?)"
                 " ON CONFLICT (tenant, namespace) DO UPDATE SET acl = excluded.acl",

@@ -44,6 +44,7 @@ def make_record() -> Callable[[int], GroupRecord]:
                     HoldOff(NOW, 2.5),
                     epoch,
                     NOW,
+                    "user:ann",
                 ),
                 "b": SessionRecord(SessionConfig("b")),
             },

@@ -1,0 +1,179 @@
+"""Authentication and authorisation of callers.
+
+Knows credentials and access lists, and nothing of groups, nor of HTTP but the Authorization header. Any of
+three schemes may be configured; without one, everything is allowed:
+
+- Basic, by a users file (passwords.py, password_checks.py);
+- Bearer, by a JWT (tokens.py, remote_keys.py);
+- a client certificate (certificates.py). An Authorization header takes precedence over it.
+
+rights.py has what an authenticated caller may do.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from agent.coordinator.auth.callers import Caller, Subject
+from agent.coordinator.auth.certificates import ClientCertificate
+from agent.coordinator.auth.password_checks import PasswordChecks
+from agent.coordinator.auth.passwords import Password, hash_password, read_users
+from agent.coordinator.auth.remote_keys import RemoteKeys
+from agent.coordinator.auth.rights import Identities, Rights, allowed
+from agent.coordinator.auth.tokens import TokenChecks, TokenRules, read_key_set
+from agent.errors import Unauthenticated
+
+__all__ = [
+    "Authenticator",
+    "Caller",
+    "ClientCertificate",
+    "Password",
+    "Rights",
+    "Subject",
+    "TokenRules",
+    "allowed",
+    "hash_password",
+    "read_key_set",
+    "read_users",
+]
+
+CERTIFICATE = "Certificate"
+"""Names the scheme of client certificates beside those of the Authorization header."""
+
+
+class AuthMeter(Protocol):
+    """Receives what is counted here."""
+
+    def password_checked(self, outcome: str) -> None: ...
+    def token_keys_fetched(self, outcome: str) -> None: ...
+
+
+class Authenticator:
+    """Identifies the caller of a request.
+
+    Args:
+        users: by name, or None for no Basic.
+        tokens: or None for no Bearer.
+        keys_url: where the keys for ``tokens`` are fetched, if the rules have none.
+        certificates: whether client certificates are verified, and so identify their callers.
+        administrators: who may always manage access.
+        now: seconds since 1970, for the times in tokens and certificates.
+        clock: monotonic seconds, for how long passwords are remembered.
+    """
+
+    def __init__(
+        self,
+        users: Mapping[str, Password] | None = None,
+        tokens: TokenRules | None = None,
+        *,
+        keys_url: str | None = None,
+        certificates: bool = False,
+        administrators: Iterable[Subject] = (),
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
+        self._certificates = certificates
+        self._passwords = PasswordChecks(users, clock) if users is not None else None
+        self._keys = RemoteKeys(keys_url, clock, self._forget_tokens) if keys_url else None
+        self._tokens = TokenChecks(tokens, now, self._keys) if tokens is not None else None
+        self._identities = Identities()
+        self.replace(users, tokens, administrators)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The configured ones, of Basic, Bearer and Certificate. Without any, everything is allowed."""
+        ways = (
+            ("Basic", self._passwords is not None),
+            ("Bearer", self._tokens is not None),
+            (CERTIFICATE, self._certificates),
+        )
+        return tuple(name for name, configured in ways if configured)
+
+    def meter(self, meter: AuthMeter) -> None:
+        """Count checks of passwords and fetches of keys there from now on."""
+        if self._passwords is not None:
+            self._passwords.count = meter.password_checked
+        if self._keys is not None:
+            self._keys.count = meter.token_keys_fetched
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep what is fetched from elsewhere up to date, inside."""
+        if self._keys is None:
+            yield
+            return
+        async with self._keys.kept_fresh():
+            yield
+
+    def _forget_tokens(self) -> None:
+        if self._tokens is not None:
+            self._tokens.forget()
+
+    def replace(
+        self,
+        users: Mapping[str, Password] | None,
+        tokens: TokenRules | None,
+        administrators: Iterable[Subject] = (),
+    ) -> None:
+        """Use these from now on; the configured schemes stay the same.
+
+        Good passwords that are still right stay known.
+        """
+        if self._passwords is not None and users is not None:
+            self._passwords.replace(users)
+        if self._tokens is not None and tokens is not None:
+            self._tokens.replace(tokens)
+        self._identities = Identities(
+            administrators=frozenset(administrators),
+            users=users,
+            others=self._tokens is not None or self._certificates,
+            default_tenant=tokens.default_tenant if tokens is not None else None,
+        )
+
+    def rights(self, caller: Caller | None, tenant: str) -> Rights:
+        """What a caller may do in a tenant; everything, if it is None."""
+        return Rights(caller, tenant, self._identities)
+
+    async def caller(
+        self,
+        authorization: bytes | None,
+        host: str = "",
+        certificate: ClientCertificate | None = None,
+    ) -> Caller:
+        """The caller with this Authorization header, or with this client certificate.
+
+        Args:
+            authorization: takes precedence over the certificate.
+            host: the address of the caller, which failed checks of passwords are counted for.
+            certificate: the verified one of the connection.
+
+        Raises:
+            Unauthenticated: there are no credentials, or they are of another kind, or wrong.
+            TooManyAttempts: too many passwords from that address were wrong, or are being checked.
+            Unavailable: too many credentials are being checked, or there are no keys for tokens.
+        """
+        if authorization is None and certificate is not None and self._certificates:
+            return _known(certificate.caller(self._now()), "client certificate")
+        scheme, _, given = (authorization or b"").partition(b" ")
+        kind, credentials = scheme.lower(), given.strip()
+        if kind == b"bearer" and self._tokens is not None:
+            return _known(await self._tokens.caller(credentials), "Bearer credentials")
+        if kind == b"basic" and self._passwords is not None:
+            found = await self._passwords.caller(credentials, host)
+            return _known(found, "Basic credentials")
+        headers = [name for name in self.schemes if name != CERTIFICATE]
+        wanted = [f"no Authorization header of {' or '.join(headers)}"] if headers else []
+        wanted += ["no client certificate"] if self._certificates else []
+        raise _unauthenticated(f"The call has {' and '.join(wanted)}.")
+
+
+def _known(caller: Caller | None, credentials: str) -> Caller:
+    if caller is None:
+        raise _unauthenticated(f"The {credentials} are wrong, expired or not for this service.")
+    return caller
+
+
+def _unauthenticated(reason: str) -> Unauthenticated:
+    return Unauthenticated(reason, "Send credentials that this coordinator knows.")

@@ -1,0 +1,89 @@
+"""Notice that files have changed, by asking for their metadata every few seconds.
+
+Owns when a change is worth reading; knows nothing of what is in a file. A change counts once it has stood
+still from one look to the next, so that a file which is being written is rarely read half. Not
+promised: that a change is seen which leaves inode, size and time of modification as they were.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from agent.ops.blocking import BlockingThread, StuckError
+
+WATCH_S = 2.0
+"""Time between two looks: a renewed certificate is in use after 4 s, and five files cost nothing."""
+
+LOOK_S = 10.0
+"""How long a look waits for a disk that may hang."""
+
+Seen = tuple[tuple[int, int, int] | None, ...]
+
+
+class FileWatch:
+    """Waits for a change of files.
+
+    Args:
+        paths: the files of this moment.
+        lane: runs the blocking calls.
+        handled: what ``look`` saw before the files were read that are in force.
+        every_s: time between two looks.
+    """
+
+    def __init__(
+        self,
+        paths: Callable[[], Sequence[Path]],
+        lane: BlockingThread,
+        handled: Seen,
+        every_s: float = WATCH_S,
+    ) -> None:
+        self._paths = paths
+        self._lane = lane
+        self._every_s = every_s
+        self._handled = self._last = handled
+
+    async def wait(self, hangup: asyncio.Event) -> bool:
+        """Return as soon as ``hangup`` is set (which is cleared), or the files have changed.
+
+        Returns:
+            Whether it was ``hangup``. The change is not reported again, whatever the caller does.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._every_s):
+                    await hangup.wait()
+            except TimeoutError:
+                if await self._has_changed():
+                    return False
+            else:
+                hangup.clear()
+                self._handled = await self._look()
+                return True
+
+    async def _has_changed(self) -> bool:
+        before, now = self._last, await self._look()
+        if now == self._handled or now != before:
+            return False
+        self._handled = now
+        return True
+
+    async def _look(self) -> Seen:
+        paths = self._paths()
+        if paths:
+            with suppress(StuckError, TimeoutError):
+                self._last = await self._lane.run(lambda: look(paths), timeout_s=LOOK_S)
+        return self._last
+
+
+def look(paths: Sequence[Path]) -> Seen:
+    """What tells the contents of files from others. Blocks for as long as the disk does."""
+    return tuple(map(_metadata, paths))
+
+
+def _metadata(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
