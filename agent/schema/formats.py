@@ -47,6 +47,10 @@ LONGEST_ACCOUNT = 32
 
 TCP_PORTS = range(1, 65536)
 
+MOST_HOST_NAMES = 16
+"""Of one coordinator: a name and its aliases."""
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9_])?")
 _NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
@@ -284,6 +288,16 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
     return endpoints
 
 
+def parse_host_names(value: object) -> tuple[str, ...]:
+    """Names of hosts, without ports."""
+    names = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+    if len(names) > MOST_HOST_NAMES or not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError(
+            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
+        )
+    return names
+
+
 def parse_address(value: object) -> Address:
     """HOST:PORT."""
     if isinstance(value, Address):
@@ -383,6 +397,7 @@ Variables = Annotated[
     Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
 ]
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
+HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
 PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
 Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
