@@ -271,6 +271,14 @@ def parse_api_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def parse_proxy(url: str) -> str:
+    """The URL of an HTTP proxy."""
+    parts = check_url(url, instead="use proxy_username and proxy_password_file")
+    if parts.path.strip("/"):
+        raise ValueError("must have nothing after the port")
+    return url.rstrip("/")
+
+
 def parse_page_url(url: str) -> str:
     """The same URL of a page to GET."""
     check_url(url, instead="anybody can read them in this file", query=True)
@@ -399,6 +407,7 @@ Variables = Annotated[
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
 HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
+ProxyUrl = Annotated[str, Format("URL", "URL", after=parse_proxy)]
 PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
 Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
 MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
