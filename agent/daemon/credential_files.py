@@ -98,7 +98,9 @@ class CredentialFiles:
         return value
 
     async def follow(self) -> None:
-        """Put changed files into force, until cancelled."""
+        """Put changed files into force, until cancelled. Call ``load`` before."""
+        if not self._watched:
+            await asyncio.Event().wait()
         while True:
             await asyncio.sleep(POLL_S)
             for watched in self._watched:

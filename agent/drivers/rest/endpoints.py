@@ -242,7 +242,8 @@ class Endpoints:
     async def replace_access(self, access: ServerAccess, path: str, *, timeout_s: float) -> None:
         """Put other credentials and certificates into force, unless the current endpoint refuses them.
 
-        Requests that are under way go on with the former ones, whose connections are then closed.
+        Requests that are under way go on with the former ones, whose connections are then closed. The next
+        heartbeat has the connection of the trial.
 
         Args:
             access: the new ones. They are closed if they are refused.
@@ -256,7 +257,7 @@ class Endpoints:
         url = self._url(self._current, path)
         try:
             answer = await send(
-                new.probe, "GET", url, what="trying the changed credentials", timeout_s=timeout_s
+                new.call, "GET", url, what="trying the changed credentials", timeout_s=timeout_s
             )
             answer.check()
         except ServerError as error:  # any other fault has nothing to do with them
