@@ -36,6 +36,10 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
         origin = sources(AgentSettings, given)
         settings = agent = load_agent(origin)
         from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
+        from agent.ops.probe_access import warn_of_exposure  # noqa: PLC0415 - likewise
+
+        if warning := warn_of_exposure(agent):
+            click.echo(f"warning: probe_listen: {agent.probe_listen}: {warning}", err=True)
 
         timing = asdict(agent.timing)
         timing["longest_stop_s"] = longest_stop_s(agent, agent.timing)

@@ -3,6 +3,7 @@
 For a container's HEALTHCHECK and for exec probes: it imports next to nothing, so that it starts quickly.
 """
 
+import base64
 import http.client
 import json
 import os
@@ -15,6 +16,8 @@ import click
 
 from agent.drivers.statefile import MAX_BYTES, default_directory
 from agent.errors import ConfigError
+from agent.files import read_regular
+from agent.schema.secret_files import read_secret
 
 if TYPE_CHECKING:
     import ssl
@@ -24,6 +27,9 @@ TIMEOUT_S = 3.0
 
 ANSWER_BYTES = 64 * 1024
 CERTIFICATE = "FAILOVER_COORDINATOR_TLS_CERTIFICATE"
+PROBE_CERTIFICATE = "FAILOVER_AGENT_PROBE_TLS_CERTIFICATE"
+PROBE_USERNAME = "FAILOVER_AGENT_PROBE_USERNAME"
+PROBE_PASSWORD_FILE = "FAILOVER_AGENT_PROBE_PASSWORD_FILE"  # noqa: S105 - the name of a variable
 
 
 class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
@@ -39,7 +45,19 @@ class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
 @click.option(
     "--ca-file",
     metavar="FILE",
-    help="Certificates (PEM) to trust an https address by. Not set: the system's.",
+    help="Certificates (PEM) to trust an https address by. Not set: those of the variable"
+    f" {PROBE_CERTIFICATE}, else the system's.",
+)
+@click.option(
+    "--username",
+    metavar="NAME",
+    help=f"The probe's user, if it asks for one. Not set: {PROBE_USERNAME}.",
+)
+@click.option(
+    "--password-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help=f"File with that user's password. Not set: {PROBE_PASSWORD_FILE}.",
 )
 @click.option(
     "--probe",
@@ -50,14 +68,22 @@ class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
     " the coordinator at FAILOVER_COORDINATOR_LISTEN, over TLS if"
     " FAILOVER_COORDINATOR_TLS_CERTIFICATE is set, which it then has to show.",
 )
-def command(*, question: str, probe: str | None, ca_file: str | None) -> int:
+def command(
+    *,
+    question: str,
+    probe: str | None,
+    ca_file: str | None,
+    username: str | None,
+    password_file: Path | None,
+) -> int:
     """Ask an agent QUESTION: livez (the default), readyz, primary or secondary.
 
     Prints the answer. The exit code is 0 for yes; for no, and for no answer within 3 s, it is 1.
     """
     try:
         url = address(probe)
-        click.echo(ask(url, question, trust(url, ca_file, given=probe is not None)))
+        context = trust(url, ca_file, given=probe is not None and "://" in probe)
+        click.echo(ask(url, question, context, authorization(username, password_file)))
     except Unhealthy as unhealthy:
         click.echo(str(unhealthy), err=True)
         return 1
@@ -74,11 +100,11 @@ def address(given: str | None) -> str:
     if given is not None:
         return given if "://" in given else probe_of(Path(given))
     if listens := listener("FAILOVER_AGENT_PROBE_LISTEN"):
-        return listens
+        return _over_tls(listens) if os.environ.get(PROBE_CERTIFICATE) else listens
     files = state_files()
     if not files and (listens := listener("FAILOVER_COORDINATOR_LISTEN")):
         secure = os.environ.get(CERTIFICATE)
-        return f"{listens.replace('http:', 'https:') if secure else listens}/healthz"
+        return f"{_over_tls(listens) if secure else listens}/healthz"
     if len(files) != 1:
         raise Unhealthy(f"{len(files)} state files on this host: name the agent by --probe")
     return probe_of(files[0])
@@ -93,7 +119,8 @@ def listener(variable: str) -> str | None:
 def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | None":
     """The TLS context to verify the other side by; None without TLS.
 
-    A coordinator of this container is verified by its own certificate, whatever its name and authority.
+    An agent or coordinator of this host is verified by its own certificate, whatever its name and
+    authority; and by ``ca_file`` whatever its name, unless its URL was ``given``.
 
     Raises:
         Unhealthy: the certificates cannot be read.
@@ -102,17 +129,42 @@ def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | No
         return None
     import ssl  # noqa: PLC0415 - most checks do without
 
-    own = None if given or ca_file is not None else os.environ.get(CERTIFICATE)
+    own = None
+    if not given and ca_file is None:
+        own = os.environ.get(CERTIFICATE if url.endswith("/healthz") else PROBE_CERTIFICATE)
     try:
         context = ssl.create_default_context(cafile=own or ca_file)
     except OSError as error:  # an SSLError is one
         raise Unhealthy(
             f"{own or ca_file} must be a file with certificates in PEM: {error}"
         ) from None
-    if own is not None:
-        context.check_hostname = False
+    if own is not None or ca_file is not None:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.check_hostname = given
     return context
+
+
+def authorization(username: str | None, password_file: Path | None) -> str | None:
+    """The header Authorization for a probe that asks for a password; None without one.
+
+    Raises:
+        Unhealthy: there is only one of user and password, or the file cannot be used.
+    """
+    username = username or os.environ.get(PROBE_USERNAME)
+    given = password_file or os.environ.get(PROBE_PASSWORD_FILE)
+    if not username and not given:
+        return None
+    if not username or not given:
+        raise Unhealthy("--username and --password-file are needed together")
+    try:
+        pair = f"{username}:{read_secret(Path(given))}"
+    except ConfigError as error:
+        raise Unhealthy(str(error)) from None
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+
+def _over_tls(url: str) -> str:
+    return url.replace("http:", "https:", 1)
 
 
 def state_files() -> list[Path]:
@@ -134,8 +186,7 @@ def probe_of(path: Path) -> str:
         Unhealthy: there is none.
     """
     try:
-        with path.open("rb") as file:
-            state = json.loads(file.read(MAX_BYTES))
+        state = json.loads(read_regular(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise Unhealthy(f"state file {path} cannot be read: {error}") from None
     probe = state.get("probe") if isinstance(state, dict) else None
@@ -146,8 +197,19 @@ def probe_of(path: Path) -> str:
     return probe
 
 
-def ask(url: str, question: str, context: "ssl.SSLContext | None" = None) -> str:
-    """The answer's text, if it is yes. ``context`` is for https.
+def ask(
+    url: str,
+    question: str,
+    context: "ssl.SSLContext | None" = None,
+    authorization: str | None = None,
+) -> str:
+    """The answer's text, if it is yes.
+
+    Args:
+        url: of the probe, or a whole one.
+        question: the path, if the URL has none.
+        context: for https.
+        authorization: the header of that name.
 
     Raises:
         Unhealthy: it is no, or there is none.
@@ -156,7 +218,8 @@ def ask(url: str, question: str, context: "ssl.SSLContext | None" = None) -> str
     path = parts.path if parts.path.strip("/") else f"/{question}"
     try:
         with closing(_connection(parts, context)) as connection:
-            connection.request("GET", path)
+            headers = {} if authorization is None else {"Authorization": authorization}
+            connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
             text = " ".join(answer.read(ANSWER_BYTES).decode("utf-8", "replace").split())
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -38,6 +38,11 @@ CLIENT_KEYS = (
     "client_secret_file",
     "token_endpoint",
     "ca_file",
+    "client_certificate",
+    "client_key",
+    "proxy",
+    "proxy_username",
+    "proxy_password_file",
     "request_timeout",
 )
 """Settings of a connection to a coordinator, for commands that only ask."""
@@ -114,10 +119,12 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
     from agent.drivers.hooks import check_hook as checked  # noqa: PLC0415 - not needed by every command
     from agent.drivers.hooks import load_specs  # noqa: PLC0415 - likewise
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
+    from agent.ops import probe_access  # noqa: PLC0415 - likewise
 
     check_hook = partial(checked, writable_directories=settings.hook_directories_writable)
     yield (), partial(_check_group, settings)
     yield TIMING_KEYS, lambda: settings.timing
+    yield probe_access.KEYS, partial(probe_access.load_probe_access, settings)
     yield HOOK_KEYS, partial(load_specs, settings)
     with suppress(ConfigError):  # the line before has reported it
         for event, spec in load_specs(settings).items():

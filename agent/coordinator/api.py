@@ -36,6 +36,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.model import GroupKey, Instant, Right
+from agent.ops.browsers import RESOLUTION, BrowserCheck, is_json
 from agent.ops.logs import Log
 from agent.schema.api import ErrorResponse
 from agent.schema.codec import BodyError, decode, encode
@@ -96,6 +97,7 @@ class Api:
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
+        browsers: refuses requests of pages of other sites; by default without a look at Host.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class Api:
         max_body_bytes: int = 65536,
         role_names: bool = False,
         metrics: Metrics | None = None,
+        browsers: BrowserCheck | None = None,
     ) -> None:
+        self._browsers = browsers or BrowserCheck()
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
@@ -140,15 +144,18 @@ class Api:
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
-        found = self._router.find(scope.get("raw_path") or scope["path"].encode())
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
         method: str = scope["method"]
+        page = scope["path"] == "/" and method == "GET"
+        if reason := self._browsers.refusal(headers, scope.get("scheme", "http"), page=page):
+            raise Forbidden(reason, RESOLUTION)
+        found = self._router.find(scope.get("raw_path") or scope["path"].encode())
         route = found.routes.get("GET" if method == "HEAD" else method)
         if route is None:
             return self._without_route(method, found)
         scope["failover.route"] = route.name
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING_REFUSAL
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
         rights = self._rights_of_everybody
         if not self._open and route.right is not None:
             rights = await self._authenticate(scope, found)
@@ -337,13 +344,7 @@ def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
 
 def _check_content_type(value: bytes | None) -> None:
     """Raise UnsupportedContent unless it is JSON in UTF-8, or absent."""
-    if value is None or value == b"application/json":
-        return
-    media, *parameters = [part.strip().lower() for part in value.decode("latin-1").split(";")]
-    kind, _, form = media.partition("/")
-    charsets = [p.partition("=")[2].strip('" ') for p in parameters if p.startswith("charset")]
-    is_json = media == "application/json" or (kind == "application" and form.endswith("+json"))
-    if not is_json or any(charset not in {"utf-8", "utf8"} for charset in charsets):
+    if value is not None and not is_json(value):
         raise UnsupportedContent(
             f"The body is {value.decode('latin-1')[:100]}.", "Send application/json in UTF-8."
         )

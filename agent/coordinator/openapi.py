@@ -128,15 +128,13 @@ def _tag(path: str) -> str:
 
 def _refusals(route: Route, path: str, schemes: Sequence[str]) -> list[int]:
     """Every status of a refusal, except 404 and 405 of routing."""
-    known = set(route.refusals)
+    known = {403, *route.refusals}  # pages of other sites
     if route.query or route.body is not None or "{" in path:
         known.add(400)
     if route.body is not None:
         known |= {413, 415}
     if route.right is not None:
-        known |= (
-            {503} | ({401, 403} if schemes else set()) | ({429} if "Basic" in schemes else set())
-        )
+        known |= {503} | ({401} if schemes else set()) | ({429} if "Basic" in schemes else set())
     if route.name == "readyz":
         known.add(503)
     return sorted(known)

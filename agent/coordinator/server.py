@@ -31,6 +31,7 @@ from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.browsers import BrowserCheck
 from agent.ops.clock import Clock
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import on_hangup, stop_signals
@@ -202,6 +203,9 @@ async def serving(
                     max_body_bytes=settings.max_body_bytes,
                     role_names=settings.role_form == "name",
                     metrics=metrics,
+                    browsers=BrowserCheck(
+                        loopback=settings.listen.loopback, names=settings.host_names
+                    ),
                 )
                 async with (
                     access.auth.running(),

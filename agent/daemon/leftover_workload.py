@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent.drivers.statefile import MAX_BYTES, default_directory_path
 from agent.errors import FailoverError
+from agent.files import read_regular
 from agent.model import Role
 
 
@@ -49,8 +50,7 @@ def _to_stop_it(command: Sequence[str]) -> str:
 def _stop_command(path: Path) -> list[str] | None:
     """The demotion hook of a member that died as primary; None for any other member."""
     try:
-        with path.open("rb") as file:
-            state = json.loads(file.read(MAX_BYTES))
+        state = json.loads(read_regular(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(state, dict) or state.get("role") in {None, Role.SECONDARY.value}:

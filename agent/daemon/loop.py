@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.core.events import Event, Stalled, Stop, Tick
 from agent.core.session import Phase, Session
+from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.effect_runner import EffectRunner
 from agent.daemon.guard_control import BY_GUARD, GuardControl
 from agent.daemon.host_health import HostHealth
@@ -62,6 +63,7 @@ class Daemon:
         state_file: locked by this process.
         start_probe: starts the local HTTP server and returns its URL, or None without one; raises
             ConfigError.
+        credentials: the files of the client and of the probe, once both are there.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class Daemon:
         notify: Notify | None = None,
         clock: Clock | None = None,
         start_probe: "Callable[[Daemon], Awaitable[str | None]] | None" = None,
+        credentials: CredentialFiles | None = None,
     ) -> None:
         self._make_client = make_client
         self._start_probe = start_probe
+        self._credentials = credentials or CredentialFiles()
         self._claim = state_file.claim
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
         self._started = asyncio.Event()
@@ -146,6 +150,7 @@ class Daemon:
         self._reload = Reload(
             member,
             self._host_health,
+            self._credentials,
             options=lambda settings: build_options(
                 settings, session_id, role_runner, jitter, session.store_id
             ),
@@ -271,6 +276,7 @@ class Daemon:
             self._announcer.start()
             self._effects.announcer = self._announcer
         self._state_publisher.write()  # with the probe's URL
+        self._supervisor.start("credential files", self._credentials.follow(), endless=True)
         log.info(
             "agent started",
             group=member.settings.group,

@@ -10,18 +10,29 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
+from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.leftover_workload import add_hint
 from agent.daemon.loop import Daemon
 from agent.daemon.telemetry import PROBES, Snapshot
 from agent.drivers.probe import ProbeServer
-from agent.drivers.rest.configured import load_client
+from agent.drivers.rest import RestClient
+from agent.drivers.rest.client import status_path
+from agent.drivers.rest.configured import access_files, client_for, load_server_access
+from agent.drivers.rest.endpoints import ServerAccess
 from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
+from agent.ops.probe_access import (
+    ProbeAccess,
+    load_probe_access,
+    probe_files,
+    warn_of_exposure,
+)
 from agent.ops.process import become_subreaper
 from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
+from agent.schema.addresses import Address
 from agent.schema.settings import AgentSettings
 
 PREVIOUS_GUARD_S = 30.0
@@ -29,6 +40,8 @@ PREVIOUS_GUARD_S = 30.0
 
 NAMES_ON_ONE_HOST = 64
 """Cap on the generated session ids of one group on one host."""
+
+log = logs.Log(__name__)
 
 
 def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
@@ -49,7 +62,7 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
 async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None) -> int:
     resolve_in_own_threads(asyncio.get_running_loop())
     async with AsyncExitStack() as stack:
-        notify = Notify()
+        notify, credentials = Notify(), CredentialFiles()
         stack.callback(notify.close)
         try:
             state_file, session_id = _lock_state_file(settings)
@@ -57,10 +70,11 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
             daemon = Daemon(
                 settings,
                 session_id,
-                partial(load_client, settings),
+                partial(_make_client, settings, credentials),
                 state_file,
                 notify=notify,
-                start_probe=partial(_start_probe, settings, stack),
+                start_probe=partial(_start_probe, settings, credentials, stack),
+                credentials=credentials,
             )
         except FailoverError as error:
             if error.exit_code is not ExitCode.SESSION_IN_USE:
@@ -75,16 +89,41 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
         return await daemon.run(stop)
 
 
+async def _make_client(settings: AgentSettings, credentials: CredentialFiles) -> RestClient:
+    """A client for the endpoints; changed credentials are put into force."""
+
+    async def use(access: ServerAccess) -> None:
+        path, timeout_s = status_path(settings.group), settings.timing.request_timeout_s
+        await client.replace_access(access, path, timeout_s=timeout_s)
+
+    access = await credentials.load(
+        "endpoints", access_files(settings), partial(load_server_access, settings), use
+    )
+    client = client_for(settings, access)
+    return client
+
+
 async def _start_probe(
-    settings: AgentSettings, stack: AsyncExitStack, daemon: Daemon
+    settings: AgentSettings, credentials: CredentialFiles, stack: AsyncExitStack, daemon: Daemon
 ) -> str | None:
     """Start the local HTTP server; its URL, or None without one."""
     if settings.probe_listen is None:
         return None
+    listen = settings.probe_listen
     probe = _probe_server(daemon)
+
+    async def use(access: ProbeAccess) -> None:
+        probe.use(access)
+
+    access = await credentials.load(
+        "probe", probe_files(settings), partial(load_probe_access, settings), use
+    )
+    probe.use(access)
     stack.push_async_callback(probe.stop)
-    host, port = await probe.start(settings.probe_listen.host, settings.probe_listen.port)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = Address(*await probe.start(listen.host, listen.port))
+    if warning := warn_of_exposure(settings):
+        log.warning("probe can be reached from other machines", probe=address, reason=warning)
+    return f"{'https' if access.tls is not None else 'http'}://{address}"
 
 
 def _probe_server(daemon: Daemon) -> ProbeServer:

@@ -74,7 +74,10 @@ def format_document(
         workload=(),
         password_file=_absolute(settings.password_file),
         client_secret_file=_absolute(settings.client_secret_file),
+        proxy_password_file=_absolute(settings.proxy_password_file),
         ca_file=_absolute(settings.ca_file),
+        client_certificate=_absolute(settings.client_certificate),
+        client_key=_absolute(settings.client_key),
     )
     given = {
         "version": __version__,

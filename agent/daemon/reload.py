@@ -1,4 +1,4 @@
-"""SIGHUP: read the settings again, and apply those that can change without losing the role.
+"""SIGHUP: read the settings again, and apply those that can change without losing the role; and credentials.
 
 The declaration of a setting decides whether it is one. A change of any other one is refused by name.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from agent.core.session import Options
+from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
 from agent.errors import FailoverError
@@ -27,6 +28,7 @@ class Reload:
 
     Args:
         member: ``settings`` is written here.
+        credentials: read again, too.
         options: builds the session's options from settings.
         status: the status line for systemd after the reload.
     """
@@ -35,12 +37,14 @@ class Reload:
         self,
         member: Member,
         host_health: HostHealth,
+        credentials: CredentialFiles,
         *,
         options: Callable[[AgentSettings], Options],
         status: Callable[[], str],
     ) -> None:
         self._member = member
         self._host_health = host_health
+        self._credentials = credentials
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
@@ -55,11 +59,16 @@ class Reload:
         async with self._lock:
             self._member.notify.reloading()
             try:
-                await self._apply(await self._lane.run(reread))
-            except (FailoverError, StuckError) as error:
-                log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
+                await self._reread(reread)
+                await self._credentials.reload()
             finally:
                 self._member.notify.ready(self._status())
+
+    async def _reread(self, reread: Callable[[], AgentSettings]) -> None:
+        try:
+            await self._apply(await self._lane.run(reread))
+        except (FailoverError, StuckError) as error:
+            log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
 
     async def _apply(self, wanted: AgentSettings) -> None:
         member = self._member

@@ -1,19 +1,22 @@
 """The state file, by which this agent publishes its state to sidecars, and the claim on its session.
 
 Owns one JSON file, replaced atomically, and its lock file. Knows nothing of the content. No role is resumed
-from it: it describes this run only (R6).
+from it: it describes this run only (R6). Its directory may belong to somebody else: no link is followed, and
+no file of another user is read or changed.
 """
 
+import errno
 import fcntl
 import json
 import os
 import stat
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from agent import files
 from agent.errors import ConfigError, ExitCode
 from agent.ops.logs import Log
 
@@ -63,14 +66,15 @@ class StateFile:
         try:
             if self.path.is_dir():
                 raise IsADirectoryError("it is a directory")
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, MODE)
+            lock = self._open_lock()
         except OSError as error:
             raise self._unusable(error) from error
         try:
             self._lock_or_wait(lock, wait_s)
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
-            self._new_path.unlink(missing_ok=True)
+            with self._directory() as directory:
+                self._remove_new(directory)
         except BlockingIOError as error:
             pid = _claim_pid(lock)
             os.close(lock)
@@ -84,6 +88,27 @@ class StateFile:
             os.close(lock)
             raise self._unusable(error) from error
         self._lock = lock
+
+    def _open_lock(self) -> int:
+        lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, MODE)
+        found = os.fstat(lock)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
+            return lock
+        os.close(lock)  # what would be overwritten may be anything
+        right = f"it must be a file of uid {os.geteuid()} without other names, or not be there"
+        raise OSError(errno.EPERM, f"{self._lock_path.name} belongs to uid {found.st_uid}; {right}")
+
+    @contextmanager
+    def _directory(self) -> Iterator[int]:
+        directory = files.open_directory(self.path.parent)
+        try:
+            yield directory
+        finally:
+            os.close(directory)
+
+    def _remove_new(self, directory: int) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._new_path.name, dir_fd=directory)
 
     def _lock_or_wait(self, lock: int, wait_s: float) -> None:
         end_at = time.monotonic() + wait_s
@@ -113,8 +138,7 @@ class StateFile:
     def read(self) -> Mapping[str, Any] | None:
         """Read the state; None, with a log line, if the file is missing or damaged."""
         try:
-            with self.path.open("rb") as file:
-                text = file.read(MAX_BYTES + 1)
+            text = self._read_own()
             state = json.loads(text) if len(text) <= MAX_BYTES else None
         except FileNotFoundError:
             log.info("no previous state", path=self.path)
@@ -128,6 +152,12 @@ class StateFile:
             return None
         return state
 
+    def _read_own(self) -> bytes:
+        with os.fdopen(files.open_regular(self.path), "rb") as file:
+            if (owner := os.fstat(file.fileno()).st_uid) != os.geteuid():
+                raise OSError(errno.EPERM, f"it belongs to uid {owner}, and not to this user")
+            return file.read(MAX_BYTES + 1)
+
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the file atomically: a reader sees the old state or the new one.
 
@@ -139,16 +169,20 @@ class StateFile:
         """
         assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
         text = json.dumps(state, allow_nan=False) + "\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        try:
-            with open(os.open(self._new_path, flags, MODE), "w", encoding="utf-8") as file:  # noqa: PTH123 - opens a descriptor
-                os.fchmod(file.fileno(), MODE)  # whatever the umask is
-                file.write(text)
-            self._new_path.replace(self.path)
-        except OSError:
-            with suppress(OSError):
-                self._new_path.unlink()
-            raise
+        new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with self._directory() as directory:
+            self._remove_new(directory)
+            try:
+                with os.fdopen(
+                    os.open(new, flags, MODE, dir_fd=directory), "w", encoding="utf-8"
+                ) as file:
+                    os.fchmod(file.fileno(), MODE)  # whatever the umask is
+                    file.write(text)
+                os.replace(new, self.path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(new, dir_fd=directory)
+                raise
 
     def close(self) -> None:
         """Release the claim. May be called twice. The file and the lock file stay."""

@@ -331,7 +331,7 @@ class Guard:
             return True
         path, text = self.state
         try:
-            fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            fd = self.create(path + b".guard")
             os.fchmod(fd, 0o644)  # sidecars of other users read it, whatever the umask is
             while text:
                 text = text[os.write(fd, text) :]
@@ -341,6 +341,15 @@ class Guard:
             self.log.log(ERROR, "state file not written", ("reason", str(error)))
             return False
         return True
+
+    @staticmethod
+    def create(path: bytes) -> int:
+        """Create a file anew: what is at its place may be somebody else's, or a link."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def start_helper(self, end_at: float) -> "int | None":
         """Start the helper that releases the role; return the descriptor on which it waits for one byte.

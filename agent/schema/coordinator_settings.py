@@ -16,6 +16,7 @@ from agent.schema.formats import (
     AnyPath,
     Count,
     DurationOrZero,
+    HostNames,
     Identities,
     InputFile,
     Number,
@@ -64,6 +65,10 @@ class CoordinatorSettings(Settings):
     listen: Annotated[Address, ADDRESS] = DEFAULT_LISTEN
     """Address of the API. The default can be reached from this machine only: anything else needs
     TLS and authentication, or insecure. Port 0 takes a free one."""
+    host_names: Annotated[HostNames, Example(["coordinator.example"])] = ()
+    """Names by which a coordinator on loopback is asked, beside localhost: those that a proxy on this
+    machine passes on in the header Host. Any other is answered 403, since a web page may have brought
+    it there (DNS rebinding). Not set: none."""
     data_dir: Annotated[AnyPath, Example("/var/lib/failover-agent")] = field(
         default_factory=_own_data_dir
     )

@@ -50,6 +50,10 @@ LONGEST_ACCOUNT = 32
 
 TCP_PORTS = range(1, 65536)
 
+MOST_HOST_NAMES = 16
+"""Of one coordinator: a name and its aliases."""
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9_])?")
 _NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
@@ -283,6 +287,14 @@ def parse_api_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def parse_proxy(url: str) -> str:
+    """The URL of an HTTP proxy."""
+    parts = check_url(url, instead="use proxy_username and proxy_password_file")
+    if parts.path.strip("/"):
+        raise ValueError("must have nothing after the port")
+    return url.rstrip("/")
+
+
 def parse_page_url(url: str) -> str:
     """The same URL of a page to GET."""
     check_url(url, instead="anybody can read them in this file", query=True)
@@ -308,6 +320,16 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
     if not all(url.lower().endswith("/clientfailover") for url in endpoints):
         raise ValueError(f"must be the base path up to clientfailover, as in {DEFAULT_ENDPOINT}")
     return endpoints
+
+
+def parse_host_names(value: object) -> tuple[str, ...]:
+    """Names of hosts, without ports."""
+    names = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+    if len(names) > MOST_HOST_NAMES or not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError(
+            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
+        )
+    return names
 
 
 def parse_address(value: object) -> Address:
@@ -409,12 +431,14 @@ Variables = Annotated[
     Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
 ]
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
+HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 Identities = Annotated[
     tuple[str, ...],
     Format("KIND:NAME", "list of user:NAME, client:ID or role:NAME", parse=parse_identities),
 ]
 ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
 SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
+ProxyUrl = Annotated[str, Format("URL", "URL", after=parse_proxy)]
 PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
 Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
 MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]

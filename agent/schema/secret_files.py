@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agent.errors import ConfigError
+from agent.files import read_regular
 
 LONGEST_SECRET = 4096
 """Bytes. A longer file is another one, named by mistake."""
@@ -18,8 +19,7 @@ def read_secret(path: Path) -> str:
         ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
     """
     try:
-        with path.open("rb") as file:
-            secret = file.read(LONGEST_SECRET + 1)
+        secret = read_regular(path, LONGEST_SECRET, trusted_link=True)
         text = secret.decode().rstrip("\r\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

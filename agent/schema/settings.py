@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S, Budget, Timing, plan
 from agent.schema.addresses import Address, is_loopback
@@ -33,6 +34,7 @@ from agent.schema.formats import (
     InputFile,
     Number,
     Program,
+    ProxyUrl,
     SecretFile,
     Text,
     Variables,
@@ -192,6 +194,19 @@ class AgentSettings(Settings):
     probe_listen: Annotated[Address | None, ADDRESS_OR_OFF] = DEFAULT_PROBE_LISTEN
     """Where probes and POST /data-processed are served; off switches it off. Port 0 takes a free
     port, so that several agents fit on one host; the log has it."""
+    probe_tls_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/probe.crt")] = (
+        None
+    )
+    """Certificate chain (PEM) to serve probes by HTTPS with. Read again when it changes, as the next
+    two files are. Not set: plain HTTP."""
+    probe_tls_key: Annotated[SecretFile | None, Example("/etc/failover-agent/probe.key")] = None
+    """That certificate's private key (PEM). Not set: plain HTTP."""
+    probe_username: Annotated[Text | None, Example("monitoring")] = None
+    """User that probes, /metrics and POST /data-processed then ask for (Basic). Not set: none."""
+    probe_password_file: Annotated[
+        SecretFile | None, Example("/etc/failover-agent/probe-password")
+    ] = None
+    """File with that user's password. Not set: none."""
     startup_timeout: Annotated[DurationOrZero, RELOADABLE] = 60.0
     """Timeout for reaching a coordinator at the start; then the agent exits with an error code. 0
     tries for ever. 60 s outlasts the start of a coordinator beside it."""
@@ -216,7 +231,21 @@ class AgentSettings(Settings):
     """URL that issues tokens. Not set: discovered from the endpoint's host, at
     /identity/.well-known/openid-configuration."""
     ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.pem")] = None
-    """Certificates (PEM) to trust a coordinator by. Not set: the system's."""
+    """Certificates (PEM) to trust a coordinator by. Not set: the system's. This file and those with
+    secrets are read again when they change (docs/operations.md)."""
+    client_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/agent.crt")] = None
+    """Certificate (PEM) to show to a coordinator that asks for one. Not set: none."""
+    client_key: Annotated[SecretFile | None, Example("/etc/failover-agent/agent.key")] = None
+    """That certificate's private key (PEM). Not set: none."""
+    proxy: Annotated[ProxyUrl | None, Example("http://proxy.example:3128")] = None
+    """HTTP proxy to all endpoints and to token_endpoint: https by CONNECT, their names are resolved
+    by the proxy. HTTP_PROXY and the like are ignored. Not set: no proxy."""
+    proxy_username: Annotated[Text | None, Example("edge")] = None
+    """User name at the proxy (Basic). Not set: none."""
+    proxy_password_file: Annotated[
+        SecretFile | None, Example("/etc/failover-agent/proxy-password")
+    ] = None
+    """File with that user's password. Not set: none."""
     check: Annotated[tuple[CheckSettings, ...], CHECKS, RELOADABLE] = ()
     """Health checks: the share of their weights that pass scales failover_score. At 0, and while a
     required one fails, this member gives up the role (R9). A flag or variable is JSON. Not set:
@@ -260,6 +289,12 @@ class AgentSettings(Settings):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self.set_together("username", "password_file")
         yield from self.set_together("client_id", "client_secret_file")
+        yield from self.set_together("client_certificate", "client_key")
+        yield from self.set_together("proxy_username", "proxy_password_file")
+        if self.proxy_username is not None and self.proxy is None:
+            yield "proxy_username", "needs proxy too"
+        yield from self.set_together("probe_tls_certificate", "probe_tls_key")
+        yield from self.set_together("probe_username", "probe_password_file")
         if self.token_endpoint is not None and self.client_id is None:
             yield "token_endpoint", "needs client_id and client_secret_file too"
         if self.username is not None and self.client_id is not None:
@@ -274,5 +309,6 @@ class AgentSettings(Settings):
             urls.append(("token_endpoint", self.token_endpoint))
         for key, url in urls:
             parts = check_url(url)
-            if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            hosts = [parts.hostname, urlsplit(self.proxy).hostname if self.proxy else "localhost"]
+            if parts.scheme == "http" and not all(is_loopback(host or "") for host in hosts):
                 yield key, f"{url} would carry the {secret} unencrypted: use https"

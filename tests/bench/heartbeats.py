@@ -100,7 +100,7 @@ class Result:
 
 def request(method: str, path: str, body: str) -> bytes:
     return (
-        f"{method} /api/v1/clientfailover/{path} HTTP/1.1\r\nHost: bench\r\n"
+        f"{method} /api/v1/clientfailover/{path} HTTP/1.1\r\nHost: localhost\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
 

@@ -21,11 +21,20 @@ NAMES = (
     "FAILOVER_AGENT_PROBE_LISTEN",
     "FAILOVER_COORDINATOR_LISTEN",
     "FAILOVER_COORDINATOR_TLS_CERTIFICATE",
+    "FAILOVER_AGENT_PROBE_TLS_CERTIFICATE",
+    "FAILOVER_AGENT_PROBE_USERNAME",
+    "FAILOVER_AGENT_PROBE_PASSWORD_FILE",
 )
+LOGIN = "Basic bW9uaXRvcmluZzpzZWNyZXQ="  # monitoring:secret
 
 
 class Handler(BaseHTTPRequestHandler):
+    login: str | None = None
+
     def do_GET(self) -> None:
+        if self.login is not None and self.headers["Authorization"] != self.login:
+            self.send_error(401)
+            return
         self.send_response(200 if self.path in {"/livez", "/healthz"} else 503)
         self.end_headers()
         self.wfile.write(f'{{"asked": "{self.path}"}}'.encode())
@@ -153,6 +162,61 @@ def test_an_https_address_is_trusted_by_a_ca_file(
     assert (code, "certificate verify failed" in err) == (1, True)
     code, _, err = cli("healthcheck", "--probe", url, "--ca-file", "/etc/passwd")
     assert (code, "certificates in PEM" in err) == (1, True)
+
+
+@pytest.fixture
+def login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file with the password that probes then ask for."""
+    monkeypatch.setattr(Handler, "login", LOGIN)
+    path = tmp_path / "password"
+    path.touch(0o600)
+    path.write_text("secret\n")
+    return path
+
+
+def test_a_probe_with_a_password_is_asked_with_it(
+    cli: Cli, url: str, login: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = cli("healthcheck", "--probe", url)
+    assert (code, "401" in err) == (1, True)
+    words = ("healthcheck", "--probe", url, "--username", "monitoring")
+    assert cli(*words, "--password-file", str(login))[0] == 0
+    code, _, err = cli(*words)
+    assert (code, "needed together" in err) == (1, True)
+    code, _, err = cli(*words, "--password-file", str(login.with_name("none")))
+    assert (code, "cannot be read" in err, "Traceback" in err) == (1, True, False)
+    monkeypatch.setenv("FAILOVER_AGENT_PROBE_USERNAME", "monitoring")
+    monkeypatch.setenv("FAILOVER_AGENT_PROBE_PASSWORD_FILE", str(login))
+    assert cli("healthcheck", "--probe", url)[0] == 0
+    login.write_text("another")
+    code, _, err = cli("healthcheck", "--probe", url)
+    assert (code, "401" in err, "another" in err) == (1, True, False)
+
+
+@pytest.mark.parametrize("by", ["variables", "flags"])
+def test_a_probe_with_tls_has_to_show_its_own_certificate_whatever_its_name(
+    cli: Cli,
+    secure: tuple[int, Path],
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+) -> None:
+    port, certificate = secure
+    flags: tuple[str, ...] = ()
+    if by == "variables":
+        monkeypatch.setenv("FAILOVER_AGENT_PROBE_LISTEN", f"0.0.0.0:{port}")
+        monkeypatch.setenv("FAILOVER_AGENT_PROBE_TLS_CERTIFICATE", str(certificate))
+    else:
+        state(authority.directory / "line.a.json", f"https://[::ffff:127.0.0.1]:{port}")
+        flags = ("--ca-file", str(certificate))
+    assert cli("healthcheck", *flags)[:2] == (0, '{"asked": "/livez"}\n')
+    another = str(authority.issue("another")[0])
+    if by == "variables":
+        monkeypatch.setenv("FAILOVER_AGENT_PROBE_TLS_CERTIFICATE", another)
+    else:
+        flags = ("--ca-file", another)
+    code, _, err = cli("healthcheck", *flags)
+    assert (code, "certificate verify failed" in err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class Loop:
     ) -> None:
         body = b'{"FailoverScore":97.5}'
         path = f"/api/v1/clientfailover/groups/g{number}/clientsessions/a/heartbeat"
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
         assert answer.startswith(b"http/1.1 200"), answer

@@ -264,3 +264,55 @@ async def test_a_restart_within_the_quiet_time_promotes_nobody_early(
             await asyncio.sleep(0.25)
     assert time.monotonic() > learned_at + lease_s
     assert (answer["Epoch"], answer["StoreId"]) == (8, store_id)
+
+
+PAGE = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example:5470"},
+        {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+async def test_pages_of_other_sites_get_403_and_change_nothing(headers: dict[str, str]) -> None:
+    group = {"Id": "g", "FailoverTimeout": "00:00:02"}
+    settings = CoordinatorSettings(store="memory", listen=Address("127.0.0.1", 0))
+    async with serving(settings) as url, client(url) as http:
+        for method, path in [
+            ("POST", "groups"),
+            ("GET", "groups"),
+            ("GET", f"{url}/"),
+            ("GET", f"{url}/metrics"),
+            ("GET", f"{url}/nothing"),
+            ("OPTIONS", "groups"),
+        ]:
+            body = group if method == "POST" else None
+            answer = await http.request(method, path, json=body, headers=headers)
+            assert (answer.status_code, answer.json()["Error"]) == (403, "Forbidden")
+            assert answer.json()["OperationId"] == answer.headers["operation-id"]
+        asked = {**headers, "Access-Control-Request-Method": "POST"}
+        answer = await http.options("groups", headers=asked)
+        assert answer.status_code == 403
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        assert (await http.get("groups")).json() == []
+
+
+async def test_the_services_own_pages_and_links_to_its_front_page_work() -> None:
+    settings = CoordinatorSettings(
+        store="memory", listen=Address("127.0.0.1", 0), host_names=("proxy.example",)
+    )
+    async with serving(settings) as url, client(url) as http:
+        assert (await http.get(f"{url}/", headers=PAGE)).status_code == 200
+        link = PAGE | {"Sec-Fetch-Site": "cross-site"}
+        assert (await http.get(f"{url}/", headers=link)).status_code == 200
+        assert (await http.get(f"{url}/openapi.json", headers=link)).status_code == 403
+        own = {"Origin": url, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+        assert (await http.get("groups", headers=own)).status_code == 200
+        assert (await http.get("groups", headers={"Host": "proxy.example"})).status_code == 200
+        assert (await http.options("groups")).status_code == 204

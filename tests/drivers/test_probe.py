@@ -1,9 +1,14 @@
 """The probe server, over real sockets."""
 
 import asyncio
+import errno
+import json
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,6 +17,10 @@ import pytest
 from agent.drivers import probe
 from agent.drivers.probe import ProbeServer
 from agent.errors import ConfigError, ExitCode
+from agent.ops.probe_access import ProbeAccess, load_probe_access, warn_of_exposure
+from agent.schema.addresses import Address
+from agent.schema.settings import AgentSettings
+from tests.mosquitto import Authority
 
 LIMIT_S = 30
 GOOD = b'{"time": "2026-01-31T12:00:00Z"}'
@@ -178,9 +187,9 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
     [
         b"",
         b"\r\n",
-        b"POST /data-processed HTTP/1.1\r\nHost: x\r\n",
-        b"POST /data-processed HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
-        b"POST /data-processed HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n{",
+        b"POST /data-processed HTTP/1.1\r\nHost: localhost\r\n",
+        b"POST /data-processed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{",
+        b"POST /data-processed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n{",
     ],
 )
 async def test_a_client_that_stalls_is_disconnected(
@@ -226,7 +235,7 @@ async def test_connections_are_bounded_and_freed(
         answer = b""
         while not answer:  # until the server has noticed
             reader, writer = await asyncio.open_connection(*address)
-            writer.write(b"GET /status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = await read_to_the_end(reader)
             writer.close()
     assert answer.startswith(b"HTTP/1.1 200 OK")
@@ -266,7 +275,7 @@ async def test_stop_closes_the_port_and_open_connections(agent: Agent) -> None:
     server = ProbeServer(agent.report, agent.status)
     address = await server.start("127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*address)
-    writer.write(b"POST /data-processed HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+    writer.write(b"POST /data-processed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
     idle, idle_writer = await asyncio.open_connection(*address)
     await asyncio.wait_for(server.stop(), LIMIT_S)
     await server.stop()
@@ -332,3 +341,268 @@ async def test_at_most_one_metrics_page_is_built_per_turn_of_the_loop(
     watching.cancel()
     assert all(answer.is_success for answer in answers)
     assert most == 1
+
+
+# --- browsers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Host": "evil.example"},
+        {"Host": "evil.example:80", "Origin": "http://evil.example:80"},
+    ],
+)
+@pytest.mark.parametrize("path", ["/status", "/fine", "/metrics", "/nothing", "/data-processed"])
+async def test_pages_of_other_sites_are_refused(
+    client: httpx2.AsyncClient, agent: Agent, path: str, headers: dict[str, str]
+) -> None:
+    content = GOOD if path == "/data-processed" else None
+    answer = await client.request(
+        "POST" if content else "GET", path, content=content, headers=headers
+    )
+    assert (answer.status_code, list(answer.json())) == (403, ["error"])
+    assert agent.reported == []
+
+
+async def test_a_preflight_is_refused(client: httpx2.AsyncClient) -> None:
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = await client.options("/data-processed", headers=asked)
+    assert answer.status_code == 403
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "a/b"],
+)
+async def test_a_report_that_a_form_could_send_is_415(
+    client: httpx2.AsyncClient, agent: Agent, content_type: str
+) -> None:
+    answer = await client.post(
+        "/data-processed", content=GOOD, headers={"Content-Type": content_type}
+    )
+    assert answer.status_code == 415
+    assert "application/json" in answer.json()["error"]
+    assert agent.reported == []
+
+
+async def test_options_is_answered_as_get(client: httpx2.AsyncClient) -> None:
+    """HAProxy's checks ask so, unless they are configured otherwise."""
+    for path, status in [("/fine", 200), ("/not-fine", 503), ("/status", 200), ("/metrics", 200)]:
+        asked, got = await client.options(path), await client.get(path)
+        assert (asked.status_code, asked.content) == (status, got.content)
+
+
+async def test_haproxys_default_check_without_a_host_is_answered(address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"OPTIONS /fine HTTP/1.0\r\n\r\n")
+    assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 200 OK")
+    writer.close()
+
+
+# --- bounds of what faces a network
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.01)
+
+
+async def raw(address: tuple[str, int], sent: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(sent)
+    answer = await read_to_the_end(reader)
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"".join(b"X-%d: 1\r\n" % n for n in range(probe.MAX_HEADERS + 1)),
+        b"X: " + b"x" * probe.MAX_HEAD_BYTES + b"\r\n",
+    ],
+)
+async def test_a_head_that_is_too_large_is_431(address: tuple[str, int], head: bytes) -> None:
+    answer = await raw(address, b"GET /fine HTTP/1.1\r\n" + head + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert str(probe.MAX_HEADERS) in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+async def test_a_path_that_is_too_long_is_431(address: tuple[str, int]) -> None:
+    sent = b"GET /" + b"x" * probe.MAX_HEAD_BYTES + b" HTTP/1.1\r\n\r\n"
+    assert (await raw(address, sent)).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_the_most_headers_are_answered(client: httpx2.AsyncClient) -> None:
+    own = 5  # what the client itself sends
+    headers = {f"X-{n}": "1" for n in range(probe.MAX_HEADERS - own)}
+    assert (await client.get("/fine", headers=headers)).status_code == 200
+
+
+async def test_requests_that_wait_for_others_are_bounded(address: tuple[str, int]) -> None:
+    request = b"GET /fine HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answer = await raw(address, request * 50)
+    assert 0 < answer.count(b"HTTP/1.1 ") <= probe.MAX_PIPELINED + 2
+
+
+async def test_a_stranger_writes_nothing_into_the_log(
+    address: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await raw(address, b"\x16\x03\x01\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+    assert caplog.records == []
+
+
+# --- addresses
+
+
+async def test_the_wildcard_of_ipv6_serves_ipv4_too(agent: Agent) -> None:
+    server = ProbeServer(agent.report, agent.status)
+    _, port = await server.start("::", 0)
+    async with httpx2.AsyncClient(timeout=LIMIT_S, trust_env=False) as client:
+        for host in ("127.0.0.1", "[::1]"):
+            assert (await client.get(f"http://{host}:{port}/status")).is_success
+    await server.stop()
+
+
+async def test_a_name_is_served_at_all_its_addresses_on_one_port(agent: Agent) -> None:
+    server = ProbeServer(agent.report, agent.status)
+    _, port = await server.start("localhost", 0)
+    assert {one.getsockname()[1] for one in server._listeners} == {port}
+    await server.stop()
+
+
+@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+async def test_ipv6_on_a_host_without_it_is_one_clear_error(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr("agent.drivers.probe.socket.socket", fails)
+    server = ProbeServer(agent.report, agent.status)
+    with pytest.raises(
+        ConfigError, match=r"cannot use \[::\]:9170 .*no IPv6: use 0.0.0.0:9170"
+    ) as caught:
+        await server.start("::", 9170)
+    assert caught.value.exit_code == ExitCode.LISTEN
+    await server.stop()
+
+
+# --- TLS and a password
+
+
+def access(tmp_path: Path, authority: Authority, name: str, password: str) -> ProbeAccess:
+    certificate, key = authority.issue(name)
+    secret = tmp_path / "password"
+    secret.touch(0o600)
+    secret.write_text(f"{password}\n")
+    return load_probe_access(
+        AgentSettings(
+            probe_tls_certificate=certificate,
+            probe_tls_key=key,
+            probe_username="monitoring",
+            probe_password_file=secret,
+        )
+    )
+
+
+@asynccontextmanager
+async def secured(agent: Agent, access: ProbeAccess) -> AsyncIterator[tuple[ProbeServer, int]]:
+    server = ProbeServer(agent.report, agent.status, {"fine": lambda: None}, agent.metrics)
+    server.use(access)
+    _, port = await server.start("127.0.0.1", 0)
+    yield server, port
+    await server.stop()
+
+
+async def test_with_tls_and_a_password_nothing_is_answered_without_both(
+    agent: Agent, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.file)
+    async with (
+        secured(agent, access(tmp_path, authority, "one", "secret")) as (_, port),
+        httpx2.AsyncClient(
+            base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=LIMIT_S
+        ) as client,
+    ):
+        for path in ("/fine", "/status", "/metrics", "/nothing"):
+            for auth in (None, ("monitoring", "wrong"), ("root", "secret"), ("monitoring", "")):
+                answer = await client.get(path, auth=auth)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"].startswith("Basic ")
+            answer = await client.get(path, auth=("monitoring", "secret"))
+            assert answer.status_code == (404 if path == "/nothing" else 200)
+        assert (await client.post("/data-processed", content=GOOD)).status_code == 401
+        assert agent.reported == []
+        odd = {"Authorization": "Bearer bW9uaXRvcmluZzpzZWNyZXQ="}
+        assert (await client.get("/fine", headers=odd)).status_code == 401
+        with pytest.raises(httpx2.HTTPError):
+            await client.get(f"http://127.0.0.1:{port}/fine")
+    assert "bW9uaXRvcmluZzpzZWNyZXQ" not in repr(access(tmp_path, authority, "two", "secret"))
+
+
+async def test_other_access_is_for_new_connections_and_every_request(
+    agent: Agent, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.file)
+    async with (
+        secured(agent, access(tmp_path, authority, "one", "first")) as (server, port),
+        httpx2.AsyncClient(verify=trust, trust_env=False, timeout=LIMIT_S) as client,
+    ):
+        url = f"https://127.0.0.1:{port}/fine"
+        first = await client.get(url, auth=("monitoring", "first"))
+        server.use(access(tmp_path, authority, "two", "second"))
+        second = await client.get(url, auth=("monitoring", "first"))
+        assert (first.status_code, second.status_code) == (200, 401)
+        streams = [one.extensions["network_stream"] for one in (first, second)]
+        assert streams[0].get_extra_info("client_addr") == streams[1].get_extra_info("client_addr")
+        with socket.create_connection(("127.0.0.1", port)) as plain:
+            plain.setblocking(True)
+            peer = await asyncio.to_thread(certificate_of, plain, trust)
+        assert "two" in str(peer)
+
+
+def certificate_of(plain: socket.socket, trust: ssl.SSLContext) -> object:
+    with trust.wrap_socket(plain, server_hostname="127.0.0.1") as wrapped:
+        return wrapped.getpeercert()
+
+
+async def test_unfinished_handshakes_count_as_connections_and_end(
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(probe, "REQUEST_S", 0.5)
+    given = access(tmp_path, Authority(tmp_path), "one", "p")
+    async with secured(agent, given) as (server, port):
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await until(lambda: len(server._connections) == 2)
+        assert await raw(("127.0.0.1", port), b"") == b""  # closed at once
+        for reader, writer in held:
+            await read_to_the_end(reader)
+            writer.close()
+        await until(lambda: not server._connections)
+
+
+def test_only_a_probe_that_others_reach_is_warned_of() -> None:
+    everywhere = Address("0.0.0.0", 9170)
+    login: dict[str, Any] = {"probe_username": "u", "probe_password_file": Path("p")}
+    tls: dict[str, Any] = {"probe_tls_certificate": Path("c"), "probe_tls_key": Path("k")}
+    assert "without TLS and a password" in str(
+        warn_of_exposure(AgentSettings(probe_listen=everywhere))
+    )
+    assert "unencrypted" in str(warn_of_exposure(AgentSettings(probe_listen=everywhere, **login)))
+    for fine in (
+        AgentSettings(),
+        AgentSettings(probe_listen=None),
+        AgentSettings(probe_listen=everywhere, **tls),
+        AgentSettings(probe_listen=everywhere, **tls, **login),
+    ):
+        assert warn_of_exposure(fine) is None

@@ -374,6 +374,168 @@ async def test_a_socket_on_a_file_system_that_hangs_is_refused_in_time(
     assert not path.exists(), "the socket that came too late is removed"
 
 
+# --- a directory that belongs to the workload, and an agent that is root
+
+SOMEBODY = 65534
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs: root: run the tests as root")
+SECRET = "admin:$6$salt$hash-of-the-password:19000:0:99999:7:::"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A directory of another user, who may do there what it likes."""
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    if os.geteuid() == 0:
+        os.chown(directory, SOMEBODY, SOMEBODY)
+    return directory
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    if os.geteuid() == 0:
+        os.chown(path, SOMEBODY, SOMEBODY, follow_symlinks=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "file_time"])
+async def test_a_link_as_progress_file_is_refused_whoever_made_it(
+    theirs: Path, tmp_path: Path, kind: str
+) -> None:
+    secret = tmp_path / "shadow"
+    secret.write_text(iso(FIRST))
+    os.utime(secret, (0, FIRST.timestamp()))
+    (tmp_path / "own").symlink_to(secret)
+    for path in (link(theirs / "progress", secret), tmp_path / "own"):
+        async with running(kind, path=str(path)) as source:
+            assert "symbolic link is not followed" in await source.refuses(Reason.UNREADABLE, 2)
+        assert source.times == []
+
+
+@ROOT
+@pytest.mark.parametrize("kind", ["file", "file_time"])
+async def test_a_directory_on_the_way_may_not_be_anothers_link(
+    theirs: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/shadow").write_text(iso(FIRST))
+    path = link(theirs / "sub", tmp_path / "etc") / "shadow"
+    async with running(kind, path=str(path)) as source:
+        assert f"belongs to uid {SOMEBODY}" in await source.refuses(Reason.UNREADABLE)
+
+
+@pytest.mark.parametrize("key", [None, "a", "a.b"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        SECRET,
+        "3141592653589793",
+        '{"a": "' + SECRET + '"}',
+        '{"a": {"b": ["' + SECRET + '"]}}',
+        '{"a": 3141592653589793}',
+        SECRET + "\0\x1b",
+        "\u00e9" + SECRET + "\n" + SECRET,
+    ],
+)
+async def test_no_refusal_shows_what_a_file_has(
+    tmp_path: Path, content: str, key: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: a hard link, or a wrong path, made the log show the file's content."""
+    path = tmp_path / "f"
+    path.write_bytes(content.encode("latin-1"))
+    async with running("file", path=str(path), key=key) as source:
+        await until(lambda: sum(source.progress.refused.values()))
+        shown = f"{source.progress.last_error} {caplog.text}"
+    assert str(path) in shown or "the JSON has no" in shown
+    for part in ("admin", "salt", "hash", "31415", "99999"):
+        assert part not in shown
+
+
+async def test_a_link_at_the_sockets_place_is_neither_followed_nor_removed(
+    theirs: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.touch(0o600)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "s"))
+    listening.close()  # what it leads to is a dead socket of ours
+    for target in (precious, tmp_path / "s", tmp_path / "none"):
+        path = link(theirs / f"l-{target.name}", target)
+        with pytest.raises(ConfigError, match="no socket"):
+            await made("socket", path=str(path), mode="0666").progress.start()
+        assert path.is_symlink()
+    assert precious.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "s").exists()
+    assert not (tmp_path / "none").exists()
+
+
+@ROOT
+async def test_a_socket_in_a_directory_behind_anothers_link_is_not_made(
+    theirs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "etc").mkdir()
+    path = link(theirs / "sub", tmp_path / "etc") / "s"
+    with pytest.raises(ConfigError, match=f"belongs to uid {SOMEBODY}"):
+        await made("socket", path=str(path)).progress.start()
+    assert list((tmp_path / "etc").iterdir()) == []
+
+
+@ROOT
+async def test_a_dead_socket_of_another_user_is_left_alone(theirs: Path) -> None:
+    path = theirs / "s"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.close()
+    os.chown(path, SOMEBODY, SOMEBODY)
+    with pytest.raises(ConfigError, match=f"there is a socket of uid {SOMEBODY}"):
+        await made("socket", path=str(path)).progress.start()
+    assert path.exists()
+
+
+async def test_the_mode_is_set_on_nothing_but_the_socket_that_was_made(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of the directory replaces the socket between its making and the change of its mode."""
+    precious = tmp_path / "precious"
+    precious.touch(0o600)
+    path = theirs / "s"
+    bind = os.fchmod
+
+    def replaced(fd: int, mode: int) -> None:
+        bind(fd, mode)
+        path.symlink_to(precious)
+
+    monkeypatch.setattr("agent.drivers.progress.unix_socket.os.fchmod", replaced)
+    with pytest.raises(ConfigError, match="Address already in use"):
+        await made("socket", path=str(path), mode="0666").progress.start()
+    set_mode = unix_socket._set_mode
+
+    def swapped(made_path: Path, mode: int) -> tuple[int, int]:
+        path.unlink()
+        path.symlink_to(precious)
+        return set_mode(made_path, mode)
+
+    monkeypatch.setattr("agent.drivers.progress.unix_socket.os.fchmod", bind)
+    monkeypatch.setattr(unix_socket, "_set_mode", swapped)
+    path.unlink()
+    with pytest.raises(ConfigError, match="no socket"):
+        await made("socket", path=str(path), mode="0666").progress.start()
+    assert precious.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_stop_removes_nothing_where_its_directory_was_replaced(
+    theirs: Path, tmp_path: Path
+) -> None:
+    (theirs / "run").mkdir()
+    async with running("socket", path=str(theirs / "run/s")):
+        (theirs / "run").rename(theirs / "old")
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/s").write_text("precious")
+        (theirs / "run").symlink_to(tmp_path / "etc")
+    assert (tmp_path / "etc/s").read_text() == "precious"
+    assert not (theirs / "old/s").exists()
+
+
 # --- what every source does with what it reads
 
 

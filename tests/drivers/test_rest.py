@@ -18,13 +18,12 @@ import httpx2
 import pytest
 
 from agent import __version__
-from agent.drivers.rest import ClientCredentials, RestClient, configured
+from agent.drivers.rest import ClientCredentials, RestClient
 from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.endpoints import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig
-from agent.schema.settings import AgentSettings
 from tests.bad_server import BASE, PATIENCE_S, Raw, Talk, answer, make_certificate, served, until
 
 ENDPOINT = f"http://coordinator.test{BASE}"
@@ -633,7 +632,7 @@ async def test_hanging_blocking_reads_take_nothing_from_a_heartbeat() -> None:
 async def test_a_connection_that_the_server_closed_while_idle_is_not_used_again() -> None:
     async with served() as raw, client_of(raw.endpoint()) as client:
         raw.talk = raw.says(answer(json.dumps(BEAT).encode()))
-        pool = client._call_client._transport._pool  # type: ignore[attr-defined] # to see the close
+        pool = client._connections.call._transport._pool  # type: ignore[attr-defined] # to see the close
         for _ in range(5):
             await beat(client)
             await until(lambda: all(c.has_expired() for c in pool.connections))
@@ -1274,18 +1273,3 @@ async def test_closing_gives_up_a_fetch_that_is_under_way() -> None:
 def test_a_token_url_of_the_wrong_form_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"token URL 'id\.test' does not begin with http"):
         ClientCredentials("me", SECRET, clock=lambda: 0.0, token_url="id.test")
-
-
-async def test_a_secret_that_cannot_be_read_holds_up_no_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 1: its file may lie on a file system that hangs."""
-    hanging = threading.Event()
-    monkeypatch.setattr(configured, "read_secret", lambda _: hanging.wait())
-    secret = tmp_path / "secret"
-    secret.write_text("p")
-    secret.chmod(0o600)
-    settings = AgentSettings(group="g", username="u", password_file=secret)
-    with pytest.raises(ConfigError, match=f"reading {secret} took longer than 0.1 s"):
-        await configured.load_client(settings, timeout_s=0.1)
-    hanging.set()

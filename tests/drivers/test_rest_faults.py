@@ -242,7 +242,7 @@ async def test_an_exception_that_nobody_knows_of_is_an_error_of_the_server_and_l
     async def fails(*_args: Any, **_options: Any) -> None:
         raise ExceptionGroup("odd", [KeyError("odd")])
 
-    monkeypatch.setattr(client._call_client, "send", fails)
+    monkeypatch.setattr(client._connections.call, "send", fails)
     with pytest.raises(ServerError, match="ExceptionGroup"):
         await CALLS["heartbeat"](client, LIMIT_S)
     await client.aclose()

@@ -239,3 +239,106 @@ def test_a_start_does_not_wait_for_a_live_agent(tmp_path: Path) -> None:
         StateFile(path).acquire(wait_s=30)
     assert time.monotonic() - started < 10
     first.close()
+
+
+# --- a directory that belongs to the workload, and an agent that is root
+
+SOMEBODY = 65534
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs: root: run the tests as root")
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    (tmp_path / "etc").mkdir()
+    path = tmp_path / "etc/precious"
+    path.touch(0o600)
+    path.write_text('{"role": "Primary"}')
+    return path
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    if os.geteuid() == 0:
+        os.chown(directory, SOMEBODY, SOMEBODY)
+    return directory
+
+
+def untouched(precious: Path) -> bool:
+    return (
+        precious.read_text() == '{"role": "Primary"}' and precious.stat().st_mode & 0o777 == 0o600
+    )
+
+
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+@pytest.mark.parametrize("how", ["symbolic", "hard", "fifo"])
+def test_a_trap_at_the_place_of_a_file_is_replaced_and_what_it_leads_to_is_not(
+    theirs: Path, precious: Path, suffix: str, how: str
+) -> None:
+    file = StateFile(theirs / "state.json")
+    file.acquire()
+    trap = theirs / f"state.json{suffix}"
+    if how == "fifo":
+        os.mkfifo(trap)
+    elif how == "hard":
+        trap.hardlink_to(precious)
+    else:
+        trap.symlink_to(precious)
+    if suffix or how != "hard":
+        assert file.read() is None
+    file.write({"n": 1})
+    assert untouched(precious)
+    assert file.read() == {"n": 1}
+    assert not file.path.is_symlink()
+    file.close()
+
+
+@pytest.mark.parametrize("how", ["symbolic", "hard", "fifo"])
+def test_a_trap_at_the_place_of_the_lock_is_refused(theirs: Path, precious: Path, how: str) -> None:
+    trap = theirs / "state.json.lock"
+    if how == "fifo":
+        os.mkfifo(trap)
+    elif how == "hard":
+        trap.hardlink_to(precious)
+    else:
+        trap.symlink_to(precious)
+    with pytest.raises(ConfigError) as caught:
+        StateFile(theirs / "state.json").acquire()
+    assert caught.value.exit_code == ExitCode.STATE_FILE
+    assert untouched(precious)
+
+
+@ROOT
+def test_a_state_of_another_user_is_ignored(theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has processes to kill, and a tenure to release."""
+    file = StateFile(theirs / "state.json")
+    file.acquire()
+    file.path.write_text('{"role": "Primary", "instance": "x"}')
+    os.chown(file.path, SOMEBODY, SOMEBODY)
+    assert file.read() is None
+    reasons = [str(record.__dict__["fields"]["reason"]) for record in caplog.records]
+    assert reasons == [f"[Errno 1] it belongs to uid {SOMEBODY}, and not to this user"]
+    file.close()
+
+
+@ROOT
+def test_a_directory_behind_anothers_link_is_refused(theirs: Path, precious: Path) -> None:
+    link = theirs / "run"
+    link.symlink_to(precious.parent)
+    os.chown(link, SOMEBODY, SOMEBODY, follow_symlinks=False)
+    with pytest.raises(ConfigError, match=f"belongs to uid {SOMEBODY}"):
+        StateFile(link / "state.json").acquire()
+    assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+
+
+def test_a_directory_that_was_made_anew_is_written_to(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    file = StateFile(directory / "state.json")
+    file.acquire()
+    directory.rename(tmp_path / "old")
+    directory.mkdir()
+    file.write({"n": 1})
+    assert file.read() == {"n": 1}
+    file.close()

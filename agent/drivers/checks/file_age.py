@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
+from agent.files import stat_file
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Duration
@@ -23,7 +24,7 @@ class FileAgeCheck(Check):
 
     type: Literal["file_age"] = "file_age"
     path: AbsolutePath
-    """The file (or directory) whose modification time counts."""
+    """The file (or directory) whose modification time counts; a symbolic link is refused."""
     max_age: Duration
     """How old it may be."""
 
@@ -48,7 +49,7 @@ class FileAge:
         """Return if the file is young enough. Raises CheckFailed."""
         path, most = self._check.path, self._check.max_age
         try:
-            modified_ns = await run_blocking(self._lane, lambda: path.stat().st_mtime_ns)
+            modified_ns = await run_blocking(self._lane, lambda: stat_file(path).st_mtime_ns)
         except OSError as error:
             raise CheckFailed(f"{path} cannot be examined: {error.strerror}") from error
         now = self._clock.now()

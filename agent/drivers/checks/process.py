@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
+from agent.files import open_regular
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Text
@@ -133,11 +134,11 @@ class Process:
         return self._last is not None
 
     def _see_pid_file(self, path: Path, name: str | None) -> None:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             stat = os.fstat(file.fileno())
             text = file.read(PID_FILE_BYTES).partition(b"\n")[0].strip()
-        if not text.isdigit() or not 0 < int(text) < 2**31:
-            raise CheckFailed(f"{path} must begin with a process number, not {text!r}")
+        if not text.isdigit() or not 0 < int(text) < 2**31:  # not shown: it may be another file's
+            raise CheckFailed(f"{path} must begin with a process number, and does not")
         pid = int(text)
         found = _look(pid)
         identity = (stat.st_ino, stat.st_mtime_ns, pid)

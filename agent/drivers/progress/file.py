@@ -1,7 +1,10 @@
-"""The sources ``file`` and ``file_time``: the last line of a file, and its modification time."""
+"""The sources ``file`` and ``file_time``: the last line of a file, and its modification time.
+
+The directory may be the workload's, and the agent root: no link is followed, nothing but a regular file is
+opened, and no content is shown in a refusal.
+"""
 
 import os
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from agent.drivers.progress.times import (
     last_line,
     read_text,
 )
+from agent.files import open_regular, stat_file
 from agent.ops.blocking import BlockingThread
 from agent.schema.formats import AnyPath
 from agent.schema.progress import JsonKey
@@ -35,10 +39,10 @@ class FileTimeProgress(PolledSource):
 
     type: Literal["file_time"] = "file_time"
     path: AnyPath
-    """The file (or directory)."""
+    """The file (or directory); a symbolic link is refused."""
 
     def reader(self) -> Reader:
-        return FileReader(self, lambda: from_seconds(self.path.stat().st_mtime))
+        return FileReader(self, lambda: from_seconds(stat_file(self.path).st_mtime))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class FileProgress(PolledSource):
 
     type: Literal["file"] = "file"
     path: AnyPath
-    """The file; its last 64 KiB are read."""
+    """The file; its last 64 KiB are read. A symbolic link is refused."""
     key: JsonKey | None = None
 
     def reader(self) -> Reader:
@@ -90,27 +94,22 @@ def _read_content(path: Path, key: str | None) -> datetime:
     data, complete = _end_of(path)
     if not data.strip():
         raise Refused(Reason.NOT_A_TIME, f"{path} is empty")
-    line = last_line(data)
+    line, of_line = last_line(data), f"the last line of {path}"
     if not complete and len(line) == len(data.strip()):
-        text = f"the last line of {path} has more than {LONGEST_TEXT} bytes"
-        raise Refused(Reason.TOO_LONG, text)
+        raise Refused(Reason.TOO_LONG, f"{of_line} has more than {LONGEST_TEXT} bytes")
     if key is None or not complete:
-        return read_text(line, key)
+        return read_text(line, key, of_line)
     try:
-        return read_text(data, key)
+        return read_text(data, key, f"the content of {path}")
     except Refused as refused:
         with suppress(Refused):  # one object a line
-            return read_text(line, key)
+            return read_text(line, key, of_line)
         raise refused from None
 
 
 def _end_of(path: Path) -> tuple[bytes, bool]:
     """The last bytes, and whether they are the complete file."""
-    # a FIFO without a writer would hold the thread up
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("it is not a regular file")
-        start = max(0, found.st_size - LONGEST_TEXT)
+    with os.fdopen(open_regular(path), "rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - LONGEST_TEXT)
         file.seek(start)
         return file.read(LONGEST_TEXT), start == 0

@@ -79,8 +79,12 @@ class Plausible:
         return time
 
 
-def read_time(value: object) -> datetime:
+def read_time(value: object, origin: str | None = None) -> datetime:
     """A moment in UTC, from ISO 8601 text, or from seconds since 1970 as a number or as text.
+
+    Args:
+        value: is read.
+        origin: names the value in a refusal instead of showing it: what a file has may be a secret.
 
     Raises:
         Refused: NOT_A_TIME, or NEVER for 0 and .NET's year 1.
@@ -88,21 +92,26 @@ def read_time(value: object) -> datetime:
     if isinstance(value, str):
         text = value.strip()
         if _NUMBER.fullmatch(text):
-            return from_seconds(float(text))
+            return from_seconds(float(text), origin)
         try:
             time = parse_date_time(text)
         except ValueError as error:
-            raise Refused(Reason.NOT_A_TIME, f"{error}, or seconds since 1970") from None
+            fault = f"{error}, or seconds since 1970" if origin is None else _not_a_time(origin)
+            raise Refused(Reason.NOT_A_TIME, fault) from None
         if time is None:
             raise Refused(Reason.NEVER, f"{text} means that nothing was processed yet")
         return time
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return from_seconds(value)
-    raise Refused(Reason.NOT_A_TIME, f"{value!r:.80} is not a time: {_RIGHT}")
+        return from_seconds(value, origin)
+    raise Refused(Reason.NOT_A_TIME, _not_a_time(origin or f"{value!r:.80}"))
 
 
-def from_seconds(seconds: float) -> datetime:
+def from_seconds(seconds: float, origin: str | None = None) -> datetime:
     """The moment that is so many seconds after 1970 began, in UTC, to the microsecond.
+
+    Args:
+        seconds: may be any number.
+        origin: as for ``read_time``.
 
     Raises:
         Refused: NOT_A_TIME, before EARLIEST_S or from LATEST_S on; NEVER for 0.
@@ -117,17 +126,19 @@ def from_seconds(seconds: float) -> datetime:
             hint = ": this looks like an age or a count"
         raise Refused(
             Reason.NOT_A_TIME,
-            f"{seconds!s:.40} must be seconds since 1970, from {EARLIEST_S} to {LATEST_S}{hint}",
+            f"{origin or f'{seconds!s:.40}'} must be seconds since 1970, from {EARLIEST_S} to"
+            f" {LATEST_S}{hint}",
         )
     return _EPOCH + timedelta(seconds=seconds)
 
 
-def read_text(data: bytes, key: str | None = None) -> datetime:
+def read_text(data: bytes, key: str | None = None, origin: str | None = None) -> datetime:
     """The time that a message is, or that its JSON has at ``key``.
 
     Args:
         data: UTF-8, at most LONGEST_TEXT bytes.
         key: names of objects' members, and numbers of lists', with dots between.
+        origin: as for ``read_time``.
 
     Raises:
         Refused: TOO_LONG, NOT_A_TIME or NEVER.
@@ -137,14 +148,21 @@ def read_text(data: bytes, key: str | None = None) -> datetime:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise Refused(Reason.NOT_A_TIME, f"{data!r:.80} is not text: {_RIGHT}") from None
+        shown = origin or f"{data!r:.80}"
+        raise Refused(Reason.NOT_A_TIME, f"{shown} is not text: {_RIGHT}") from None
     if key is None:
-        return read_time(text)
+        return read_time(text, origin)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused(Reason.NOT_A_TIME, f"{text!r:.80} is not JSON: {error}") from None
-    return read_time(_member(value, key))
+        raise Refused(
+            Reason.NOT_A_TIME, f"{origin or f'{text!r:.80}'} is not JSON: {error}"
+        ) from None
+    return read_time(_member(value, key), origin)
+
+
+def _not_a_time(shown: str) -> str:
+    return f"{shown} is not a time: {_RIGHT}"
 
 
 def _member(value: Any, key: str) -> object:

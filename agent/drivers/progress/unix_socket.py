@@ -2,6 +2,9 @@
 
 Owns the socket file and the connections. Knows nothing of what a line means.
 
+Its directory may be the workload's, and the agent root: no link is followed, and only a socket of this user
+is replaced, removed or changed.
+
 The socket's mode decides who may write to it, and every writer is believed. Of one read the last
 LINES_PER_READ lines are parsed; they supersede those before. A last line without a newline counts at the
 end of the stream. Not promised: that of two agents which are given one path, and start within a
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from agent import files
 from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
 from agent.errors import ConfigError, ExitCode
@@ -70,7 +74,7 @@ class SocketProgress(SourceKind):
     type: Literal["socket"] = "socket"
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
     path: Annotated[Path, Format("PATH", "absolute path", after=_check_path)]
-    """The socket. What a dead agent left there is replaced."""
+    """The socket. What a dead agent of the same user left there is replaced."""
     datagram: bool = False
     """A datagram socket, instead of a stream of lines."""
     mode: Annotated[str, Format("MODE", "permissions in octal, in quotes", parse=_parse_mode)] = (
@@ -91,6 +95,8 @@ class Listener:
         self.connections: set[asyncio.Transport] = set()
         self._lane = BlockingThread(f"progress socket {settings.path}")
         self._identity: tuple[int, int] | None = None
+        self._directory: int | None = None
+        """The directory that the socket was made in, whatever its path leads to by now."""
         self._abandoned = False
         """Whether nobody waits for the socket that the lane may still make."""
         self._server: asyncio.Server | None = None
@@ -141,21 +147,32 @@ class Listener:
         )
 
     def _remove(self) -> None:
-        if self._identity == _identity(self._settings.path):
-            self._settings.path.unlink()
+        if self._directory is None:
+            return
+        directory, self._directory = self._directory, None
+        path = _pinned(directory, self._settings.path)
+        try:
+            found = path.lstat()
+            if self._identity == (found.st_dev, found.st_ino):
+                path.unlink()
+        finally:
+            os.close(directory)
 
     def _bind(self) -> socket.socket:
-        path, mode = self._settings.path, int(self._settings.mode, 8)
+        mode = int(self._settings.mode, 8)
         kind = socket.SOCK_DGRAM if self._settings.datagram else socket.SOCK_STREAM
+        self._directory = directory = files.open_directory(self._settings.path.parent)
+        path = _pinned(directory, self._settings.path)
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
             _clear(path, kind)
             os.fchmod(listening.fileno(), mode)  # on Linux bind goes by it: no moment with more
             listening.bind(str(path))
-            path.chmod(mode)  # what the umask took away
-            self._identity = _identity(path)
+            self._identity = _set_mode(path, mode)
         except OSError:
             listening.close()
+            os.close(directory)
+            self._directory = None
             raise
         if self._abandoned:
             listening.close()
@@ -165,32 +182,64 @@ class Listener:
         return listening
 
 
+def _pinned(directory: int, path: Path) -> Path:
+    """The path by the descriptor of its directory: nobody can lead it elsewhere."""
+    return Path(f"/proc/self/fd/{directory}", path.name)
+
+
+def _set_mode(path: Path, mode: int) -> tuple[int, int]:
+    """Give a new socket what the umask took away; its device and inode.
+
+    Raises:
+        OSError: there is something else by now.
+    """
+    made = _open_socket(path)
+    try:
+        Path(f"/proc/self/fd/{made}").chmod(mode)
+        found = os.fstat(made)
+        return found.st_dev, found.st_ino
+    finally:
+        os.close(made)
+
+
+def _open_socket(path: Path) -> int:
+    """A descriptor (O_PATH) of a socket of this user: nothing that its name leads to later is meant.
+
+    Raises:
+        OSError: FileNotFoundError for nothing there; else it is something else, or somebody else's.
+    """
+    found = os.open(path, files.PART)
+    status = os.fstat(found)
+    if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+        return found
+    os.close(found)
+    if stat.S_ISSOCK(status.st_mode):
+        raise OSError(f"there is a socket of uid {status.st_uid}")
+    raise OSError("there is something that is no socket")
+
+
 def _clear(path: Path, kind: socket.SocketKind) -> None:
     """Remove a dead agent's socket.
 
     Raises:
-        OSError: a process listens there, or it is something else.
+        OSError: a process listens there, or it is something else, or somebody else's.
     """
     try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError("there is something that is no socket")
+        found = _open_socket(path)
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, kind) as asking:
-        asking.setblocking(False)
-        try:
-            asking.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-        except OSError as error:  # of another type, or too busy: alive
-            raise OSError(f"a process listens there: {error.strerror}") from error
-        else:
-            raise OSError("a process listens there")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.lstat()
-    return found.st_dev, found.st_ino
+    try:
+        with socket.socket(socket.AF_UNIX, kind) as asking:
+            asking.setblocking(False)
+            asking.connect(f"/proc/self/fd/{found}")
+    except ConnectionRefusedError:
+        path.unlink()
+    except OSError as error:  # of another type, or too busy: alive
+        raise OSError(f"a process listens there: {error.strerror}") from error
+    else:
+        raise OSError("a process listens there")
+    finally:
+        os.close(found)
 
 
 class _Lines(asyncio.Protocol):

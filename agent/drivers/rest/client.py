@@ -150,14 +150,15 @@ class RestClient(Endpoints):
             params = {"after": str(after), "wait": wait}
         # A failure here is no reason to change the endpoint: a proxy may cut long reads, and not only the
         # leader answers them. Heartbeats find out.
-        answer = await send(
-            self._blocking_read_client,
-            "GET",
-            self._url(self._current, f"groups/{_quote_segment(group)}/status"),
-            what=f"status of group {group}",
-            timeout_s=timeout_s if after is None else wait_s + timeout_s,
-            params=params,
-        )
+        with self._connections.borrowed() as connections:
+            answer = await send(
+                connections.blocking_read,
+                "GET",
+                self._url(self._current, status_path(group)),
+                what=f"status of group {group}",
+                timeout_s=timeout_s if after is None else wait_s + timeout_s,
+                params=params,
+            )
         return decode_answer(answer, lambda answer: decode_one(api.GroupStatus, answer).to_model())
 
     async def release(
@@ -282,7 +283,7 @@ class RestClient(Endpoints):
             what=f"creating group {config.id}",
             timeout_s=timeout_s,
             body=encode(api.GroupRequest.from_model(config)),
-            probe_path=f"groups/{_quote_segment(config.id)}/status",
+            probe_path=status_path(config.id),
             read=_decode_group,
         )
 
@@ -372,6 +373,11 @@ def _quote_segment(name: str) -> str:
     if name in {"", ".", ".."}:
         raise ConfigError(f"{name!r} is no id of a group or session: it would change the URL")
     return quote(name, safe="")
+
+
+def status_path(group: str) -> str:
+    """The path of a group's status, below the base path: a read that changes nothing."""
+    return f"groups/{_quote_segment(group)}/status"
 
 
 def _session_path(group: str, session: str) -> str:

@@ -1,33 +1,65 @@
-"""The client that the settings describe: endpoints, credentials, certificates."""
+"""The client that the settings describe: endpoints, credentials, certificates, proxy."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 
 from agent.drivers.rest.client import RestClient
+from agent.drivers.rest.connections import Proxy
 from agent.drivers.rest.credentials import ClientCredentials
-from agent.errors import ConfigError
-from agent.ops.blocking import BlockingThread
+from agent.drivers.rest.endpoints import ServerAccess
 from agent.ops.clock import Clock
+from agent.ops.tls import load_authorities, load_pair
 from agent.schema.secret_files import read_secret
 from agent.schema.settings import AgentSettings
 
-LONGEST_LOAD_S = 10.0
-"""For the files of credentials and certificates, which are a few KiB."""
 
-
-def client_for(settings: AgentSettings) -> RestClient:
+def client_for(settings: AgentSettings, access: ServerAccess | None = None) -> RestClient:
     """A client for the endpoints of the settings, with their credentials and CA. Close it.
+
+    Args:
+        settings: name the endpoints.
+        access: what ``load_server_access`` has loaded from the settings, or None to load it now.
 
     Raises:
         ConfigError: a file that the settings name does not have the right content.
     """
+    access = access or load_server_access(settings)
+    return RestClient(settings.endpoint, auth=access.auth, verify=access.tls, proxy=access.proxy)
+
+
+def access_files(settings: AgentSettings) -> tuple[Path, ...]:
+    """The files that ``load_server_access`` reads."""
+    return tuple(_files(settings))
+
+
+def _files(settings: AgentSettings) -> Iterator[Path]:
+    for file in (
+        settings.ca_file,
+        settings.client_certificate,
+        settings.client_key,
+        settings.password_file,
+        settings.client_secret_file,
+        settings.proxy_password_file,
+    ):
+        if file is not None:
+            yield file
+
+
+def load_server_access(settings: AgentSettings) -> ServerAccess:
+    """Read the files that the settings name. Blocks for as long as the disk does.
+
+    Raises:
+        ConfigError: one of them does not have the right content.
+    """
     context = httpx2.create_ssl_context(trust_env=False)
     if settings.ca_file is not None:
-        try:
-            context.load_verify_locations(settings.ca_file)
-        except OSError as error:  # an SSLError is one
-            raise ConfigError(
-                f"ca_file {settings.ca_file} must have certificates in PEM: {error}"
-            ) from None
+        load_authorities(context, "ca_file", settings.ca_file)
+    if settings.client_certificate is not None and settings.client_key is not None:
+        what = "client_certificate and client_key"
+        load_pair(context, what, settings.client_certificate, settings.client_key)
+    proxy = _proxy(settings)
     auth: httpx2.Auth | None = None
     if settings.username is not None and settings.password_file is not None:
         auth = httpx2.BasicAuth(settings.username, read_secret(settings.password_file))
@@ -38,22 +70,15 @@ def client_for(settings: AgentSettings) -> RestClient:
             clock=Clock().boottime,
             token_url=settings.token_endpoint,
             verify=context,
+            proxy=proxy,
         )
-    return RestClient(settings.endpoint, auth=auth, verify=context)
+    return ServerAccess(auth, context, proxy)
 
 
-async def load_client(settings: AgentSettings, *, timeout_s: float = LONGEST_LOAD_S) -> RestClient:
-    """The same, its files read off the event loop: they may lie on a file system that hangs.
-
-    Raises:
-        ConfigError: as ``client_for``, or a file was not read in time.
-    """
-    lane = BlockingThread("credentials")
-    try:
-        return await lane.run(lambda: client_for(settings), timeout_s=timeout_s)
-    except TimeoutError:
-        files = (settings.ca_file, settings.password_file, settings.client_secret_file)
-        raise ConfigError(
-            f"reading {', '.join(str(file) for file in files if file is not None) or 'certificates'}"
-            f" took longer than {timeout_s:g} s; the file system that it is on must answer"
-        ) from None
+def _proxy(settings: AgentSettings) -> Proxy | None:
+    if settings.proxy is None:
+        return None
+    if settings.proxy_username is None or settings.proxy_password_file is None:
+        return Proxy(settings.proxy)
+    password = read_secret(settings.proxy_password_file)
+    return Proxy(settings.proxy, (settings.proxy_username.encode(), password.encode()))

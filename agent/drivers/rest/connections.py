@@ -5,6 +5,7 @@ Owns the connection pools' transport. Knows nothing of requests' time limits, no
 
 import ssl
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -22,6 +23,19 @@ LONGEST_CONNECT_S = 10.0
 """For a connection whose request has no time limit of its own."""
 
 _HTTP = b"HTTP/"
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy that all connections go through: https by CONNECT, http by requests for a whole URL.
+
+    Attributes:
+        url: http or https, a host, perhaps a port.
+        login: its user and password, or None.
+    """
+
+    url: str
+    login: tuple[bytes, bytes] | None = field(default=None, repr=False)
 
 
 class NotHttpError(Exception):
@@ -70,10 +84,15 @@ class _Stream(httpcore2.AsyncNetworkStream):
 
 
 class _Backend(httpcore2.AnyIOBackend):
-    """Connections whose names are resolved by ``names``, never by the shared executor."""
+    """Connections whose names are resolved by ``names``, never by the shared executor.
 
-    def __init__(self, names: Names) -> None:
+    Args:
+        proxied: all connections are to a proxy.
+    """
+
+    def __init__(self, names: Names, *, proxied: bool) -> None:
         self._names = names
+        self._proxied = proxied
 
     async def connect_tcp(
         self,
@@ -91,8 +110,12 @@ class _Backend(httpcore2.AnyIOBackend):
 
         try:
             return _Stream(await self._names.connect(host, dial, timeout_s=timeout_s))
-        except OSError as error:
-            raise httpcore2.ConnectError(str(error)) from error
+        except (OSError, httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+            if self._proxied:
+                raise httpcore2.ProxyError(f"{host}:{port} does not answer") from error
+            if isinstance(error, OSError):
+                raise httpcore2.ConnectError(str(error)) from error
+            raise
 
 
 class _Bounded(httpx2.AsyncByteStream):
@@ -114,18 +137,36 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 class _Transport(httpx2.AsyncHTTPTransport):
-    """HTTP/1.1 without proxies or retries, whose answers are bounded wherever they are read."""
+    """HTTP/1.1 without retries, whose answers are bounded wherever they are read."""
 
     def __init__(
-        self, context: ssl.SSLContext, keepalive_s: float, connections: int, names: Names
+        self,
+        context: ssl.SSLContext,
+        keepalive_s: float,
+        connections: int,
+        names: Names,
+        proxy: Proxy | None,
     ) -> None:
         super().__init__(verify=context, trust_env=False)
-        self._pool = httpcore2.AsyncConnectionPool(  # the base class takes no network backend
-            ssl_context=context,
-            max_connections=connections,
-            keepalive_expiry=keepalive_s,
-            network_backend=_Backend(names),
-        )
+        backend = _Backend(names, proxied=proxy is not None)
+        # The base class takes no network backend.
+        if proxy is None:
+            self._pool = httpcore2.AsyncConnectionPool(
+                ssl_context=context,
+                max_connections=connections,
+                keepalive_expiry=keepalive_s,
+                network_backend=backend,
+            )
+        else:
+            self._pool = httpcore2.AsyncHTTPProxy(
+                proxy.url,
+                proxy_auth=proxy.login,
+                ssl_context=context,
+                proxy_ssl_context=context if proxy.url.lower().startswith("https:") else None,
+                max_connections=connections,
+                keepalive_expiry=keepalive_s,
+                network_backend=backend,
+            )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await super().handle_async_request(request)
@@ -144,6 +185,7 @@ def open_client(
     connections: int,
     names: Names,
     auth: httpx2.Auth | None = None,
+    proxy: Proxy | None = None,
     transport: httpx2.AsyncBaseTransport | None = None,
 ) -> httpx2.AsyncClient:
     """A client with connections of its own; close it with ``aclose``.
@@ -154,11 +196,12 @@ def open_client(
         connections: how many there are at most.
         names: resolves the names of hosts.
         auth: the credentials of each request.
+        proxy: the way to all servers, or None for a direct one.
         transport: stands in for the network, in tests.
     """
     return httpx2.AsyncClient(
         auth=auth,
-        transport=transport or _Transport(context, keepalive_s, connections, names),
+        transport=transport or _Transport(context, keepalive_s, connections, names, proxy),
         trust_env=False,
         follow_redirects=False,
         cookies=CookieJar(

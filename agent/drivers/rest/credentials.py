@@ -19,7 +19,7 @@ from urllib.parse import quote, quote_plus
 
 import httpx2
 
-from agent.drivers.rest.connections import open_client
+from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
 from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -57,6 +57,7 @@ class ClientCredentials(httpx2.Auth):
         clock: Callable[[], float],
         token_url: str | None = None,
         verify: ssl.SSLContext | bool = True,
+        proxy: Proxy | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         """Sends nothing yet.
@@ -68,6 +69,7 @@ class ClientCredentials(httpx2.Auth):
             token_url: the token endpoint; None to discover it by DISCOVERY_PATH at the origin of the
                 endpoint in use.
             verify: how the certificate of the identity server is verified.
+            proxy: the way to it, or None for a direct one.
             transport: stands in for the network, in tests.
 
         Raises:
@@ -88,6 +90,7 @@ class ClientCredentials(httpx2.Auth):
             keepalive_s=FETCH_TIMEOUT_S,
             connections=CONNECTIONS,
             names=Names(),
+            proxy=proxy,
             transport=transport,
         )
         self._token = ""

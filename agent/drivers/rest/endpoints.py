@@ -12,15 +12,23 @@ that answers becomes the current endpoint. Until then the current one stays.
 import asyncio
 import re
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import httpx2
 
-from agent.drivers.rest.connections import open_client
+from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.credentials import ClientCredentials
-from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
+from agent.drivers.rest.exchange import (
+    Answer,
+    fault_of_url,
+    is_refused_credential,
+    quoted,
+    send,
+)
 from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.logs import Log
@@ -54,7 +62,81 @@ EXAMPLE = "http://127.0.0.1:8080/api/v1/clientfailover"
 ANSWER_NAME = "the answer"
 ADDRESS_HINT = " (is this the address of a client failover service?)"
 
-ADDRESS_HINT = " (is this the address of a client failover service?)"
+DRAIN_S = 60.0
+"""How long requests may go on with credentials that were replaced: longer than a blocking read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAccess:
+    """How servers are reached. ``configured.load_server_access`` makes it from the settings.
+
+    Attributes:
+        auth: httpx2.BasicAuth, ClientCredentials, or None.
+        tls: verifies servers, and may have a client certificate.
+        proxy: the way to all of them, or None for a direct one.
+    """
+
+    auth: httpx2.Auth | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | bool = True
+    proxy: Proxy | None = None
+
+
+class _Connections:
+    """The connections of one ServerAccess."""
+
+    def __init__(
+        self,
+        access: ServerAccess,
+        names: Names,
+        keepalive_s: float,
+        transport: httpx2.AsyncBaseTransport | None,
+    ) -> None:
+        self._auth = access.auth
+        self._borrowed = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        context = httpx2.create_ssl_context(verify=access.tls, trust_env=False)
+        self.call, self.blocking_read, self.probe = (
+            open_client(
+                context,
+                keepalive_s=kept_s,
+                connections=connections,
+                names=names,
+                auth=access.auth,
+                proxy=access.proxy,
+                transport=transport,
+            )
+            for connections, kept_s in (
+                (CONNECTIONS, keepalive_s),
+                (BLOCKING_READ_CONNECTIONS, keepalive_s),
+                (PROBE_CONNECTIONS, 0.0),
+            )
+        )
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Self]:
+        """These connections, which are not closed meanwhile, but for ``aclose`` and after DRAIN_S."""
+        self._borrowed += 1
+        self._idle.clear()
+        try:
+            yield self
+        finally:
+            self._borrowed -= 1
+            if not self._borrowed:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Close them when no request uses them any more, or after DRAIN_S."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._idle.wait()
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        for client in (self.call, self.blocking_read, self.probe):
+            await client.aclose()
+        if isinstance(self._auth, ClientCredentials):
+            await self._auth.aclose()
 
 
 class Endpoints:
@@ -66,6 +148,7 @@ class Endpoints:
         *,
         auth: httpx2.Auth | None = None,
         verify: ssl.SSLContext | bool = True,
+        proxy: Proxy | None = None,
         keepalive_s: float = KEEPALIVE_S,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
@@ -76,6 +159,7 @@ class Endpoints:
                 cluster; the first one is used first.
             auth: httpx2.BasicAuth, ClientCredentials, or None.
             verify: how server certificates are verified; False: not at all.
+            proxy: the way to all endpoints, or None for a direct one.
             keepalive_s: idle timeout of a connection: longer than the heartbeat interval, shorter
                 than the server's own.
             transport: stands in for the network, in tests.
@@ -95,24 +179,11 @@ class Endpoints:
         """The id of the store that answers must come from, once the caller has set it."""
         self.date: datetime | None = None
         """The Date header of the newest answer, or None."""
-        self._auth = auth
-        context = httpx2.create_ssl_context(verify=verify, trust_env=False)
+        self._keepalive_s = keepalive_s
+        self._transport = transport
         self._names = Names()
-        self._call_client, self._blocking_read_client, self._probe_client = (
-            open_client(
-                context,
-                keepalive_s=kept_s,
-                connections=connections,
-                names=self._names,
-                auth=auth,
-                transport=transport,
-            )
-            for connections, kept_s in (
-                (CONNECTIONS, keepalive_s),
-                (BLOCKING_READ_CONNECTIONS, keepalive_s),
-                (PROBE_CONNECTIONS, 0.0),
-            )
-        )
+        self._connections = self._connect(ServerAccess(auth, verify, proxy))
+        self._draining: set[asyncio.Task[None]] = set()
 
     @property
     def endpoint(self) -> str:
@@ -160,11 +231,49 @@ class Endpoints:
             probe.cancel()
         if self._probes:
             await asyncio.wait(self._probes.values())
-        await self._call_client.aclose()
-        await self._blocking_read_client.aclose()
-        await self._probe_client.aclose()
-        if isinstance(self._auth, ClientCredentials):
-            await self._auth.aclose()
+        await self._connections.aclose()
+        for draining in self._draining:
+            draining.cancel()
+        if self._draining:
+            await asyncio.wait(self._draining)
+
+    # --- credentials ----------------------------------------------------------------------
+
+    async def replace_access(self, access: ServerAccess, path: str, *, timeout_s: float) -> None:
+        """Put other credentials and certificates into force, unless the current endpoint refuses them.
+
+        Requests that are under way go on with the former ones, whose connections are then closed. The next
+        heartbeat has the connection of the trial.
+
+        Args:
+            access: the new ones. They are closed if they are refused.
+            path: of a harmless read, below the endpoint's base path, to try them by.
+            timeout_s: for that read.
+
+        Raises:
+            ServerError: they are refused, or do not trust the endpoint; the former ones stay in force.
+        """
+        new = self._connect(access)
+        url = self._url(self._current, path)
+        try:
+            answer = await send(
+                new.call, "GET", url, what="trying the changed credentials", timeout_s=timeout_s
+            )
+            answer.check()
+        except ServerError as error:  # any other fault has nothing to do with them
+            if is_refused_credential(error):
+                await new.aclose()
+                raise
+        except BaseException:
+            await new.aclose()
+            raise
+        old, self._connections = self._connections, new
+        draining = asyncio.create_task(old.drain(), name="closing replaced connections")
+        self._draining.add(draining)
+        draining.add_done_callback(self._draining.discard)
+
+    def _connect(self, access: ServerAccess) -> _Connections:
+        return _Connections(access, self._names, self._keepalive_s, self._transport)
 
     # --- sending --------------------------------------------------------------------------
 
@@ -186,15 +295,16 @@ class Endpoints:
             SLOW_SHARE * timeout_s, self._on_endpoint_failure, asked, probe_path, timeout_s
         )
         try:
-            answer = await send(
-                self._call_client,
-                method,
-                self._url(asked, path),
-                what=what,
-                timeout_s=timeout_s,
-                params=params,
-                content=body,
-            )
+            with self._connections.borrowed() as connections:
+                answer = await send(
+                    connections.call,
+                    method,
+                    self._url(asked, path),
+                    what=what,
+                    timeout_s=timeout_s,
+                    params=params,
+                    content=body,
+                )
             self.date = answer.date
             value = decode_answer(answer, read)
         except ServerError as error:
@@ -239,13 +349,14 @@ class Endpoints:
     async def _probe(self, index: int, path: str, timeout_s: float) -> None:
         """Probe another endpoint by a read; make it the current one if it answers."""
         try:
-            answer = await send(
-                self._probe_client,
-                "GET",
-                self._url(index, path),
-                what="probing the endpoint",
-                timeout_s=timeout_s,
-            )
+            with self._connections.borrowed() as connections:
+                answer = await send(
+                    connections.probe,
+                    "GET",
+                    self._url(index, path),
+                    what="probing the endpoint",
+                    timeout_s=timeout_s,
+                )
             store_id = (
                 decode_answer(answer, _decode_store_id)
                 if path

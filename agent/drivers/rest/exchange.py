@@ -108,6 +108,10 @@ class Answer:
         if self.status // 100 == 2:  # noqa: PLR2004 - the class of success
             return
         quote = self._quote_error()
+        if self.status == httpx2.codes.PROXY_AUTHENTICATION_REQUIRED:
+            right = "check proxy, proxy_username and proxy_password_file"
+            problem = "is behind a proxy that wants a user and password (407)"
+            raise self.error(problem, right, ExitCode.NOT_AUTHORISED, of_the_api=False)
         if self.status in {401, 403}:
             problem = f"answered {self.status} ({quote})"
             right = "check the credentials and the rights of this client on the group"
@@ -289,6 +293,8 @@ def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> S
             error=type(error).__name__,
             reason=quoted(str(error)),
         )
+    if isinstance(error, httpx2.ProxyError):
+        return _of_proxy(what, url, quoted(str(error)), root)
     if headers_came:
         return _incomplete(what, url, quoted(str(error) or type(error).__name__))
     if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
@@ -332,6 +338,18 @@ def _not_http(what: str, url: str, how: str) -> ServerError:
     return _error(what, url, problem, right, ExitCode.NOT_HTTP)
 
 
+def _of_proxy(what: str, url: str, why: str, root: BaseException) -> ServerError:
+    """The error of the way through a proxy, which has refused, or does not answer itself."""
+    if why.startswith(str(httpx2.codes.PROXY_AUTHENTICATION_REQUIRED.value)):
+        right = "check proxy_username and proxy_password_file"
+        return _error(what, url, f"is behind a proxy ({why})", right, ExitCode.NOT_AUTHORISED)
+    if isinstance(root, OSError) and root.strerror:
+        why = f"{why}: {root.strerror if root.errno is None else os.strerror(root.errno)}"
+    problem = f"cannot be reached through the proxy ({why})"
+    right = "check proxy, and that it lets this host reach the endpoint"
+    return _error(what, url, problem, right, ExitCode.UNREACHABLE)
+
+
 def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
     match root:
         case socket.gaierror():
@@ -341,7 +359,7 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
             right = "name the CA that signed it, and use a host name that is in the certificate"
         case ssl.SSLError(reason=str(reason)) if "CERTIFICATE_REQUIRED" in reason:
             why = "it asks for a client certificate, which this program has none of"
-            right = "let the server take a user and password, or a token"
+            right = "set client_certificate and client_key, or let the server take a password or a token"
         case ssl.SSLError():
             why = f"TLS failed: {root.reason or root}"
             right = "check that the server speaks TLS on this port, else use http"
@@ -352,6 +370,17 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
             right = "check the address and that the server runs"
     problem = f"cannot be reached ({quoted(why or 'no reason given')})"
     return _error(what, url, problem, right, ExitCode.UNREACHABLE)
+
+
+def is_refused_credential(error: ServerError) -> bool:
+    """Whether an error is about the caller's credentials or the certificates it trusts.
+
+    403 is not: the caller is known, and has no right.
+    """
+    if error.exit_code is ExitCode.NOT_AUTHORISED:
+        return error.status != httpx2.codes.FORBIDDEN
+    cause = error.__cause__
+    return cause is not None and isinstance(_root_cause(cause), ssl.SSLError)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -1,0 +1,177 @@
+"""Load credentials and certificates again when their files change, without losing the role.
+
+Owns noticing a change, by the files' status, and what happens to files that cannot be used: one log line, and
+the former ones stay in force until the files are right. Knows nothing of what is in the files.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agent.errors import ConfigError, FailoverError
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+
+T = TypeVar("T")
+
+POLL_S = 1.0
+"""Interval at which the files are looked at: a change is in force within two of them."""
+
+LONGEST_LOAD_S = 10.0
+"""For reading some files of a few KiB; their file system may hang."""
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 3.0
+"""Backoff between attempts with what a server refuses. It may be changed after the agent, and from then on
+refuses what is in force: the longest is under half of R with the default L."""
+
+Signature = tuple[tuple[int, ...] | None, ...]
+
+log = Log(__name__)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Files that are loaded together.
+
+    Attributes:
+        name: for the log.
+        load: reads them, in a thread; raises ConfigError.
+        use: puts what was loaded into force, or raises FailoverError.
+        loaded: the signature of the files in force.
+        tried: that of the files that were tried last.
+        failing: whether the log has that they cannot be used.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    load: Callable[[], Any]
+    use: Callable[[Any], Awaitable[None]]
+    lane: BlockingThread
+    loaded: Signature = ()
+    tried: Signature = ()
+    failing: bool = False
+    retry_at: float = 0.0
+    retry_s: float = FIRST_RETRY_S
+
+    def settle(self, signature: Signature) -> None:
+        """Record that what the files have is in force."""
+        self.loaded = self.tried = signature
+        self.failing, self.retry_s = False, FIRST_RETRY_S
+
+
+class CredentialFiles:
+    """The credentials of one agent."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or Clock()
+        self._watched: list[_Watched] = []
+        self._lock = asyncio.Lock()
+
+    async def load(
+        self,
+        name: str,
+        files: Iterable[Path],
+        load: Callable[[], T],
+        use: Callable[[T], Awaitable[None]],
+    ) -> T:
+        """Load files for the first time, and follow them from now on.
+
+        Args:
+            name: for the log.
+            files: that ``load`` reads.
+            load: reads them; may block, and raises ConfigError.
+            use: called with what is loaded after a change; raises FailoverError to keep the former.
+
+        Raises:
+            ConfigError: as ``load``, or the files were not read in time.
+        """
+        watched = _Watched(name, tuple(files), load, use, BlockingThread(f"{name} files"))
+        watched.settle(await _run(watched, partial(_signature, watched.files)))
+        value: T = await _run(watched, load)
+        if watched.files:
+            self._watched.append(watched)
+        return value
+
+    async def follow(self) -> None:
+        """Put changed files into force, until cancelled. Call ``load`` before."""
+        if not self._watched:
+            await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(POLL_S)
+            for watched in self._watched:
+                async with self._lock:
+                    await self._look(watched)
+
+    async def reload(self) -> None:
+        """Load all files now, whether they have changed or not; what cannot be used is logged."""
+        for watched in self._watched:
+            async with self._lock:
+                watched.failing = False
+                await self._replace(watched)
+
+    async def _look(self, watched: _Watched) -> None:
+        try:
+            signature = await _run(watched, partial(_signature, watched.files))
+        except FailoverError as error:
+            _log_failure(watched, error)
+            return
+        if signature == watched.loaded:
+            watched.settle(signature)
+        elif signature != watched.tried:  # a file may be half written: an error is no error yet
+            watched.tried, watched.retry_s = signature, FIRST_RETRY_S
+            await self._replace(watched, quiet=True)
+        elif self._clock.boottime() >= watched.retry_at:
+            await self._replace(watched)
+
+    async def _replace(self, watched: _Watched, *, quiet: bool = False) -> None:
+        """Load and use the files; ``quiet``: without a line about a failure."""
+        try:
+            signature = await _run(watched, partial(_signature, watched.files))
+            await watched.use(await _run(watched, watched.load))
+        except FailoverError as error:
+            watched.retry_at = self._clock.boottime() + watched.retry_s
+            if not quiet:
+                watched.retry_s = min(LONGEST_RETRY_S, 2 * watched.retry_s)
+                _log_failure(watched, error)
+            return
+        watched.settle(signature)
+        log.info("credentials read again", of=watched.name)
+
+
+def _log_failure(watched: _Watched, error: FailoverError) -> None:
+    if not watched.failing:
+        watched.failing = True
+        log.error(
+            "credentials not changed",
+            of=watched.name,
+            reason=error,
+            resolution="correct the files; until then the former ones are used",
+        )
+
+
+async def _run(watched: _Watched, work: Callable[[], T]) -> T:
+    try:
+        return await watched.lane.run(work, timeout_s=LONGEST_LOAD_S)
+    except (TimeoutError, StuckError):
+        raise ConfigError(
+            f"reading {', '.join(map(str, watched.files))} took longer than {LONGEST_LOAD_S:g} s;"
+            " the file system that it is on must answer"
+        ) from None
+
+
+def _signature(files: Iterable[Path]) -> Signature:
+    """What differs after a file was changed, replaced, or a link on its way was."""
+    return tuple(map(_status, files))
+
+
+def _status(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

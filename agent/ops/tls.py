@@ -1,0 +1,73 @@
+"""TLS contexts from files that are read once: what was checked is what is used.
+
+Owns reading certificates and keys with a bound, and putting them into a context. Knows no setting.
+"""
+
+import os
+import ssl
+from contextlib import ExitStack
+from pathlib import Path
+
+from agent.errors import ConfigError
+from agent.files import read_regular
+
+LONGEST_PEM = 2 * 1024 * 1024
+"""Bytes of a file with certificates; the bundles of distributions have some 250 KiB."""
+
+
+def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
+    """A context for a listener, with a certificate chain and its private key.
+
+    Raises:
+        ConfigError: the files cannot be used; ``what`` names their settings.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_pair(context, what, certificate, key)
+    return context
+
+
+def load_pair(context: ssl.SSLContext, what: str, certificate: Path, key: Path) -> None:
+    """Put a certificate chain and its private key into a context. Raises ConfigError."""
+    try:
+        with ExitStack() as stack:
+            chain, private = (_in_memory(stack, _read(path)) for path in (certificate, key))
+            # The empty password is a refusal: without it, a terminal would be asked for one.
+            context.load_cert_chain(chain, private, password=lambda: b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"{what}: {certificate} and {key} must be a certificate chain and its private key in PEM,"
+            f" without a pass phrase: {_reason(error)}"
+        ) from None
+
+
+def load_authorities(context: ssl.SSLContext, what: str, path: Path) -> None:
+    """Trust certificates, beside those that a context trusts already. Raises ConfigError."""
+    try:
+        context.load_verify_locations(cadata=_read(path).decode("ascii"))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"{what} {path} must have certificates in PEM: {_reason(error)}"
+        ) from None
+
+
+def _read(path: Path) -> bytes:
+    content = read_regular(path, LONGEST_PEM, trusted_link=True)
+    if len(content) > LONGEST_PEM:
+        raise ValueError(f"{path} has more than {LONGEST_PEM >> 10} KiB")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """Why, without a byte of what was read."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _in_memory(stack: ExitStack, content: bytes) -> Path:
+    """A file in memory with this content, while the stack is open."""
+    file = stack.enter_context(os.fdopen(os.memfd_create("pem"), "wb"))
+    file.write(content)
+    file.flush()
+    return Path(f"/proc/self/fd/{file.fileno()}")
