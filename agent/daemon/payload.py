@@ -9,7 +9,13 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import HookSpec, build_payload, payload_environment
+from agent.drivers.hooks import (
+    CommandStep,
+    HookSpec,
+    WebhookStep,
+    build_payload,
+    payload_environment,
+)
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
@@ -82,12 +88,13 @@ class Payloads:
         if spec is None:
             return GuardHook([], {})
         try:
-            plan = spec.exec_plan()
+            steps = spec.steps()
         except ConfigError as error:
             log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
             return GuardHook([], {}, complete=False)
-        if plan.left_out:
-            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
+        left_out = [step.url for step in steps if isinstance(step, WebhookStep)]
+        if left_out:
+            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=left_out)
         facts = replace(
             promotion,
             role=Role.SECONDARY,
@@ -96,13 +103,15 @@ class Payloads:
             limit_s=limit_s,
         )
         payload = self.build_role_payload(facts, promotion.last_data)
+        context, run_as = spec.context, spec.context.run_as
+        environment = {**context.variables(), **payload_environment(payload)}
         return GuardHook(
-            plan.commands,
-            {**plan.environment, **payload_environment(payload), **process.mark(process.NO_TENURE)},
+            [step.argv for step in steps if isinstance(step, CommandStep)],
+            {**environment, **process.mark(process.NO_TENURE)},
             json.dumps(payload) + "\n",
-            plan.directory,
-            plan.uid,
-            plan.gid,
-            plan.groups,
-            complete=not plan.left_out,
+            context.directory,
+            run_as.uid if run_as else None,
+            run_as.gid if run_as else None,
+            run_as.groups if run_as else (),
+            complete=not left_out,
         )

@@ -4,7 +4,7 @@ Owns how a hook is checked, started and stopped, and its result. Knows nothing o
 to run and of what follows (R7, R8): the caller decides that.
 """
 
-from agent.drivers.hooks.check import RunAs, check_hook
+from agent.drivers.hooks.check import HookCheck, RunAs
 from agent.drivers.hooks.notifier import Notifier
 from agent.drivers.hooks.payload import build_payload, payload_environment
 from agent.drivers.hooks.process import HookContext, HookExit, HookProcess
@@ -15,7 +15,6 @@ from agent.drivers.hooks.spec import (
     PROMOTIONS,
     ROLE_EVENTS,
     CommandStep,
-    ExecPlan,
     Form,
     HookSpec,
     WebhookStep,
@@ -28,8 +27,8 @@ __all__ = [
     "PROMOTIONS",
     "ROLE_EVENTS",
     "CommandStep",
-    "ExecPlan",
     "Form",
+    "HookCheck",
     "HookContext",
     "HookExit",
     "HookProcess",
@@ -40,7 +39,6 @@ __all__ = [
     "RunAs",
     "WebhookStep",
     "build_payload",
-    "check_hook",
     "load_specs",
     "payload_environment",
 ]
