@@ -165,17 +165,19 @@ class EffectRunner:
         self._member.stats.record_demotion(slack_s)
 
     def _run_notification_hook(self, event: str, reason: str, before: Role | None = None) -> None:
-        """Run a notification hook (R10)."""
-        member = self._member
-        member.role_runner.notify(
-            event,
+        """Queue a notification hook (R10)."""
+        member, role_runner = self._member, self._member.role_runner
+        payload = role_runner.payloads.build(
+            event=event,
             old_role=before or member.published.role,
             new_role=member.published.role,
             epoch=member.published.epoch,
             reason=reason,
             last_data=member.progress,
+            deadline_s=role_runner.notifier.limit_s,
             previous_primary=member.session.previous_primary,
         )
+        role_runner.notifier.put(event, payload)
 
     # -- hooks ----------------------------------------------------------------------------------
 

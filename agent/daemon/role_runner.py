@@ -365,33 +365,9 @@ class RoleRunner:
                 run.tree.add(child)
         self._on_groups_changed()
 
-    # -- the guard and notifications ---------------------------------------------------------------
+    # -- the guard ----------------------------------------------------------------------------------
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure of a promotion."""
         spec, lane = self.demotion_hook, BlockingThread("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
-
-    def notify(
-        self,
-        event: str,
-        *,
-        old_role: Role,
-        new_role: Role,
-        epoch: int | None,
-        reason: str,
-        last_data: datetime | None,
-        previous_primary: str | None,
-    ) -> None:
-        """Queue a notification hook (R10)."""
-        facts = self.payloads.build(
-            event=event,
-            old_role=old_role,
-            new_role=new_role,
-            epoch=epoch,
-            reason=reason,
-            last_data=last_data,
-            deadline_s=self.notifier.limit_s,
-            previous_primary=previous_primary,
-        )
-        self.notifier.put(event, facts)
