@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,23 @@ EVENTS: Mapping[Role, str] = {
 log = Log(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Payloads:
     """Builds the hook payloads of one agent.
 
-    Args:
+    Attributes:
         group: id of the group.
         session_id: of this member.
         state_file: path of its state file.
         clock: for the time of the event.
-
-    Attributes:
         probe_url: of the local HTTP server; set once it listens.
     """
 
-    def __init__(self, group: str, session_id: str, state_file: Path, clock: Clock) -> None:
-        self.probe_url: str | None = None
-        self._group = group
-        self._session_id = session_id
-        self._state_file = state_file
-        self._clock = clock
+    group: str
+    session_id: str
+    state_file: Path
+    clock: Clock
+    probe_url: str | None = None
 
     def build_role_payload(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
         """Build the payload of a role hook."""
@@ -68,11 +66,11 @@ class Payloads:
         """Build a payload: the fields of the event plus the common ones."""
         return build_payload(
             **facts,
-            group=self._group,
-            session=self._session_id,
-            state_file=str(self._state_file),
+            group=self.group,
+            session=self.session_id,
+            state_file=str(self.state_file),
             probe_url=self.probe_url,
-            now=self._clock.wall(),
+            now=self.clock.wall(),
         )
 
     def build_guard_hook(
