@@ -108,7 +108,8 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
 
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What has to hold beyond each value's form, with the keys that it is about."""
-    from agent.drivers.hooks import HookCheck, load_specs  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks.check import HookCheck  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks.spec import load_specs  # noqa: PLC0415 - not needed by every command
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
 
     checker = partial(HookCheck, writable_directories=settings.hook_directories_writable)

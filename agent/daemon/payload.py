@@ -9,13 +9,8 @@ from typing import Any
 
 from agent.core.effects import HookFacts
 from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import (
-    CommandStep,
-    HookSpec,
-    WebhookStep,
-    build_payload,
-    payload_environment,
-)
+from agent.drivers.hooks.payload import build_payload, payload_environment
+from agent.drivers.hooks.spec import CommandStep, HookSpec, WebhookStep
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process

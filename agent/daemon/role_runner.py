@@ -21,15 +21,10 @@ from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.telemetry import Stats
 from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
 from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import (
-    PROMOTIONS,
-    HookRun,
-    HookRunner,
-    HookSpec,
-    Notifier,
-    load_specs,
-    payload_environment,
-)
+from agent.drivers.hooks.notifier import Notifier
+from agent.drivers.hooks.payload import payload_environment
+from agent.drivers.hooks.runner import HookRun, HookRunner
+from agent.drivers.hooks.spec import PROMOTIONS, HookSpec, load_specs
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
 from agent.ops import process

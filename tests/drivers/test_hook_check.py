@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.hooks import HookCheck, HookContext, HookSpec
+from agent.drivers.hooks.check import HookCheck
+from agent.drivers.hooks.process import HookContext
+from agent.drivers.hooks.spec import HookSpec
 from agent.errors import ConfigError, ExitCode
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.hooks import HookCheck, HookContext, HookExit, HookProcess
 from agent.drivers.hooks import process as process_module
+from agent.drivers.hooks.check import HookCheck
+from agent.drivers.hooks.process import HookContext, HookExit, HookProcess
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 

@@ -14,19 +14,11 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.hooks import (
-    CommandStep,
-    Form,
-    HookContext,
-    HookExit,
-    HookRun,
-    HookRunner,
-    HookSpec,
-    Notifier,
-    load_specs,
-    notifier,
-    runner,
-)
+from agent.drivers.hooks import notifier, runner
+from agent.drivers.hooks.notifier import Notifier
+from agent.drivers.hooks.process import HookContext, HookExit
+from agent.drivers.hooks.runner import HookRun, HookRunner
+from agent.drivers.hooks.spec import CommandStep, Form, HookSpec, load_specs
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from agent.schema.read import validate
