@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar, Literal
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process import Child, clean_environment
+from agent.ops.process import Child, ExitResult, clean_environment
 from agent.schema.formats import NeededCommand
 
 OUTPUT_BYTES = 4096
@@ -68,8 +68,7 @@ class Command:
 
     def __init__(self, check: ExecCheck) -> None:
         self._check = check
-        self._last: Child | None = None
-        """Of the last run, until it is released: its number is no other's until its group is dead."""
+        self._last: _Run | None = None
 
     async def __call__(self) -> None:
         """Return if the command exits with 0. Cancelled, it ends the group: TERM, then KILL.
@@ -77,13 +76,46 @@ class Command:
         Raises:
             CheckFailed: it could not be started, was not 0, or was killed.
         """
-        self._try_to_release()
-        if self._last is not None:
+        if self._last is not None and not self._last.released:
+            self._last.try_to_release()
+        if self._last is not None and not self._last.released:
             raise CheckFailed("its last run was killed and has not ended (stuck in the kernel?)")
-        output = _Output()
-        self._last = child = Child(
-            self._check.command,
-            on_started=output.follow,
+        self._last = run = _Run(self._check)
+        try:
+            result = await run.end()
+        finally:
+            output = await run.finish()
+        if isinstance(result.error, OSError):
+            raise CheckFailed(
+                f"{self._check.command[0]} cannot be started: {result.error.strerror}"
+            )
+        if result.error is not None:
+            raise CheckFailed(f"{self._check.command[0]} cannot be started: {result.error}")
+        if result.signal is not None:
+            raise CheckFailed(_with(f"killed by signal {result.signal}", output))
+        if result.code is None:
+            raise CheckFailed("its exit status is unknown: it was collected elsewhere")
+        if result.code != 0:
+            raise CheckFailed(_with(f"exit {result.code}", output))
+
+
+def _with(what: str, output: bytes) -> str:
+    first = output.decode(errors="replace").strip().partition("\n")[0]
+    return f"{what}: {first}" if first else what
+
+
+class _Run:
+    """One run. The ended leader stays a zombie until its group is dead: its number is no other's."""
+
+    def __init__(self, check: ExecCheck) -> None:
+        self._name = check.name
+        self._loop = asyncio.get_running_loop()
+        self._kept = bytearray()
+        self._pipe: IO[bytes] | None = None
+        self.released = False
+        self._child = Child(
+            check.command,
+            on_started=self._follow,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,80 +124,50 @@ class Command:
             env=clean_environment(),
             start_new_session=True,
         )
-        child.start()
+        self._child.start()
+
+    async def end(self) -> ExitResult:
+        """How the command ended. Cancelled: TERM, and GRACE_S."""
         try:
-            result = await child.wait()
+            return await self._child.wait()
         except asyncio.CancelledError:
-            _signal(child, signal.SIGTERM)
-            await _wait(child, GRACE_S)
+            self._signal(signal.SIGTERM)
+            await self._wait(GRACE_S)
             raise
-        finally:
-            await self._finish(child, output)
-        if result.error is not None:
-            why = getattr(result.error, "strerror", None) or result.error
-            raise CheckFailed(f"{self._check.command[0]} cannot be started: {why}")
-        if result.signal is not None:
-            raise CheckFailed(f"killed by signal {result.signal}{output.first_line}")
-        if result.code is None:
-            raise CheckFailed("its exit status is unknown: it was collected elsewhere")
-        if result.code != 0:
-            raise CheckFailed(f"exit {result.code}{output.first_line}")
 
-    async def _finish(self, child: Child, output: "_Output") -> None:
-        """KILL the rest of the group, and release its number."""
-        _signal(child, signal.SIGKILL)
+    async def finish(self) -> bytes:
+        """KILL the rest of the group, release its number; the beginning of the output."""
+        self._signal(signal.SIGKILL)
         try:
-            await _wait(child, DEATH_S)
+            await self._wait(DEATH_S)
         finally:
-            output.close()
-            self._try_to_release()
-        log.debug("check output", check=self._check.name, output=output.text)
+            self._read()
+            self._close()
+            self.try_to_release()
+        text = self._kept.decode(errors="replace")
+        log.debug("check output", check=self._name, output=text)
+        return bytes(self._kept)
 
-    def _try_to_release(self) -> None:
-        if self._last is not None and self._last.ended:
-            self._last.release()
-            self._last = None
+    def try_to_release(self) -> None:
+        """Give its number back, if it has ended."""
+        if self._child.ended:
+            self._child.release()
+            self.released = True
 
+    async def _wait(self, limit_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._child.wait()
 
-async def _wait(child: Child, limit_s: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
-            await child.wait()
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(PermissionError):
+            self._child.signal(number)
 
-
-def _signal(child: Child, number: signal.Signals) -> None:
-    with suppress(PermissionError):
-        child.signal(number)
-
-
-class _Output:
-    """The beginning of what one run prints; all of it is read."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._kept = bytearray()
-        self._pipe: IO[bytes] | None = None
-
-    @property
-    def text(self) -> str:
-        return self._kept.decode(errors="replace")
-
-    @property
-    def first_line(self) -> str:
-        """Behind a colon, if there is one."""
-        first = self.text.strip().partition("\n")[0]
-        return f": {first}" if first else ""
-
-    def follow(self, stdout: IO[bytes] | None, _stderr: IO[bytes] | None) -> None:
+    def _follow(self, stdout: IO[bytes] | None, _stderr: IO[bytes] | None) -> None:
         assert stdout is not None  # noqa: S101 - it was asked for
         self._pipe = stdout
         os.set_blocking(stdout.fileno(), False)
         self._loop.add_reader(stdout.fileno(), self._read)
-
-    def close(self) -> None:
-        """Read what is there, and close the pipe."""
-        self._read()
-        self._close()
 
     def _read(self) -> None:
         if self._pipe is None or self._pipe.closed:
