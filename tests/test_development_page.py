@@ -97,7 +97,7 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
     code = """
         import asyncio
         from tests.reference import PROGRAMS, sample, settings_page
-        from agent.drivers.checks import Checks
+        from agent.drivers.checks.runner import Checks
         from agent.ops.clock import Clock
         from agent.schema import exchange
         from agent.schema.read import validate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.effects import HookFacts
-from agent.drivers.guardian import GuardHook
+from agent.drivers.guardian.messages import GuardHook
 from agent.drivers.hooks.payload import build_payload, payload_environment
 from agent.drivers.hooks.spec import CommandStep, HookSpec, WebhookStep
 from agent.errors import ConfigError

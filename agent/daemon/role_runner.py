@@ -20,7 +20,7 @@ from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.telemetry import Stats
 from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
-from agent.drivers.guardian import GuardHook
+from agent.drivers.guardian.messages import GuardHook
 from agent.drivers.hooks.notifier import Notifier
 from agent.drivers.hooks.payload import payload_environment
 from agent.drivers.hooks.runner import HookRun, HookRunner

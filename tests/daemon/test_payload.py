@@ -6,7 +6,7 @@ import pytest
 
 from agent.core.effects import HookFacts
 from agent.daemon.payload import Payloads
-from agent.drivers.guardian import GuardHook
+from agent.drivers.guardian.messages import GuardHook
 from agent.drivers.hooks.spec import load_specs
 from agent.model import Role
 from agent.ops.clock import Clock

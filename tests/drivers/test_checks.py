@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.checks import CheckResult, Checks, Health, judge
 from agent.drivers.checks import command as command_module
 from agent.drivers.checks import process as process_module
 from agent.drivers.checks.command import ExecCheck
@@ -26,7 +25,9 @@ from agent.drivers.checks.http import HttpCheck
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.drivers.checks.process import Process, ProcessCheck
 from agent.drivers.checks.prometheus import PrometheusCheck
+from agent.drivers.checks.runner import Checks
 from agent.drivers.checks.tcp import TcpCheck
+from agent.drivers.checks.verdict import CheckResult, Health, judge
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import parse_peer
