@@ -26,6 +26,8 @@ def copy(tmp_path: Path) -> Path:
     shutil.copytree(
         ROOT / "agent", tmp_path / "agent", ignore=shutil.ignore_patterns("__pycache__")
     )
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/reference.py", tmp_path / "tests")
     return tmp_path
 
 
@@ -61,7 +63,7 @@ def test_a_setting_takes_one_field(copy: Path) -> None:
     )
     code = """
         from agent.cli.main import main
-        from agent.cli.reference import PROGRAMS, sample, settings_page
+        from tests.reference import PROGRAMS, sample, settings_page
         from agent.cli.settings_reader import commands
         from agent.daemon.reload import RELOADABLE
         from agent.schema import exchange
@@ -92,8 +94,8 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
     insert(copy / "agent/schema/kinds.py", textwrap.indent(line, " " * 8), "    },\n    most=64")
     code = """
         import asyncio
-        from agent.cli.reference import PROGRAMS, sample, settings_page
-        from agent.drivers.checks import Checks
+        from tests.reference import PROGRAMS, sample, settings_page
+        from agent.drivers.checks.runner import Checks
         from agent.ops.clock import Clock
         from agent.schema import exchange
         from agent.schema.read import validate

@@ -11,13 +11,13 @@ import click
 import pytest
 
 from agent.cli.main import GlobalOptions, cli, main
-from agent.cli.reference import tables_of
 from agent.cli.settings_reader import commands
 from agent.coordinator.route_table import ROUTES
 from agent.schema import access, codec
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Setting, Settings, settings_of
 from agent.schema.settings import AgentSettings
+from tests.reference import tables_of
 from tests.test_metrics_docs import exported
 
 ROOT = Path(__file__).parents[1]

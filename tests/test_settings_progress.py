@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from agent.cli.reference import sample
 from agent.drivers.progress.file import FileTimeProgress
 from agent.drivers.progress.metric import MetricProgress
 from agent.drivers.progress.mqtt import MqttProgress
@@ -19,6 +18,7 @@ from agent.schema.progress import DEFAULT_MAX_FUTURE_S
 from agent.schema.read import load, validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json
+from tests.reference import sample
 
 
 @pytest.fixture

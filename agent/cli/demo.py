@@ -40,6 +40,11 @@ TIMEOUT_S = 20.0
 WORK_S = 1.5
 """How long the collector works between two faults."""
 
+POLL_S = 0.02
+"""Interval at which a condition that is waited for is checked."""
+
+LISTENING = re.compile(r"coordinator listening .*\burl=(\S+)")
+
 START_HOOK = """#!/bin/sh
 # Promotion: start the collector, and remember which process it is.
 cd {directory} || exit 1
@@ -106,35 +111,34 @@ class Host:
     directory: Path
     agent: subprocess.Popen[bytes] | None = None
 
+    def read(self, suffix: str) -> str:
+        """One of its files, "" if it is not there."""
+        with contextlib.suppress(OSError):
+            return (self.directory / f"{self.name}{suffix}").read_text()
+        return ""
+
     @property
     def state(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads((self.directory / f"{self.name}.json").read_text())
-            return state if isinstance(state, dict) else {}
-        return {}
+        state: dict[str, Any] = json.loads(self.read(".json") or "{}")
+        return state
 
     @property
     def collector(self) -> int | None:
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.directory / f"{self.name}.pid").read_text())
-        return None
+        pid = self.read(".pid").strip()
+        return int(pid) if pid else None
 
     @property
     def guard(self) -> int | None:
         """The process id of the agent's guard, from the agent's log."""
-        with contextlib.suppress(OSError, IndexError):
-            log = (self.directory / f"{self.name}.agent.log").read_text()
-            return int(re.findall(r"guard ready pid=(\d+)", log)[-1])
-        return None
+        pids = re.findall(r"guard ready pid=(\d+)", self.read(".agent.log"))
+        return int(pids[-1]) if pids else None
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the whole host, as a power cut or a freeze does: guard, collector and agent."""
-        agent = self.agent.pid if self.agent else None
-        pids = [self.guard if agent else None, self.collector, agent]
-        for pid in pids:
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        pids = [self.guard, self.collector, self.agent.pid] if self.agent else [self.collector]
+        for pid in filter(None, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait(self) -> int:
         """Wait for the agent to exit; its exit code."""
@@ -176,7 +180,7 @@ class Demo:
     hosts: list[Host] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     endpoint: str = ""
-    coordinator: subprocess.Popen[str] | None = None
+    coordinator: subprocess.Popen[bytes] | None = None
     started_at: float = field(default_factory=time.monotonic)
     growing: threading.Event = field(default_factory=threading.Event)
     shown_at: float = 0.0
@@ -197,18 +201,9 @@ class Demo:
         primary = self.until_primary(after_epoch=0)
         self.log(f"{primary.name} is primary, and its collector works.")
         self.work(WORK_S)
-        killed = self.kill()
-        self.start(killed)
-        self.until(lambda: killed.state.get("reason") == "starting", "the killed host to come back")
-        self.work(WORK_S)
-        crashed = self.crash()
-        self.start(crashed)
-        self.until(
-            lambda: crashed.state.get("reason") == "starting", "the crashed agent's successor"
-        )
-        self.work(WORK_S)
-        stopped = self.stop_one()
-        self.start(stopped)
+        self.restart(self.kill(), "the killed host to come back")
+        self.restart(self.crash(), "the crashed agent's successor")
+        self.start(self.stop_one())
         self.work(WORK_S)
         self.freeze()
         self.work(WORK_S / 2)
@@ -243,36 +238,26 @@ class Demo:
                 source.flush()
                 time.sleep(LINE_S)
 
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "agent", *words]
+    def spawn(self, log: str, *words: str) -> subprocess.Popen[bytes]:
+        """Start our own program with its log in a file."""
+        with (self.directory / log).open("ab") as stderr:
+            return subprocess.Popen(  # noqa: S603 - ourselves
+                [sys.executable, "-m", "agent", *words],
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def serve(self) -> None:
         words = ("serve", "--listen", "127.0.0.1:0", "--data-dir", str(self.directory / "data"))
-        self.coordinator = subprocess.Popen(  # noqa: S603 - ourselves
-            self.command(*words),
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        assert self.coordinator.stderr is not None  # noqa: S101 - it was asked for
-        lines = []
-        for line in self.coordinator.stderr:
-            lines.append(line)
-            if "coordinator listening" in line:
-                url = next(w for w in line.split() if w.startswith("url=")).removeprefix("url=")
-                self.endpoint = f"{url}/api/v1/clientfailover"
-                threading.Thread(target=self.drain, daemon=True).start()
-                self.log(f"The coordinator listens at {url}.")
-                return
-        raise DemoError("the coordinator did not start: " + "".join(lines))
-
-    def drain(self) -> None:
-        assert self.coordinator is not None  # noqa: S101 - serve() has made it
-        assert self.coordinator.stderr is not None  # noqa: S101 - likewise
-        with (self.directory / "coordinator.log").open("w") as log:
-            for line in self.coordinator.stderr:
-                log.write(line)
+        self.coordinator = self.spawn("coordinator.log", *words)
+        log = self.directory / "coordinator.log"
+        while not (listening := LISTENING.search(log.read_text())):
+            if self.coordinator.poll() is not None:
+                raise DemoError(f"the coordinator did not start: {log.read_text()}")
+            time.sleep(POLL_S)
+        self.endpoint = f"{listening[1]}/api/v1/clientfailover"
+        self.log(f"The coordinator listens at {listening[1]}.")
 
     def start(self, host: Host) -> None:
         words = {
@@ -286,19 +271,19 @@ class Demo:
             "--probe-listen": "127.0.0.1:0",
         }
         flags = [word for pair in words.items() for word in pair]
-        with (self.directory / f"{host.name}.agent.log").open("ab") as log:
-            host.agent = subprocess.Popen(  # noqa: S603 - ourselves
-                self.command("run", *flags),
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        host.agent = self.spawn(f"{host.name}.agent.log", "run", *flags)
         self.log(f"An agent starts on {host.name}.")
+
+    def restart(self, host: Host, what: str) -> None:
+        """Start a host whose state file is that of the killed agent until it has started."""
+        self.start(host)
+        self.until(lambda: host.state.get("reason") == "starting", what)
+        self.work(WORK_S)
 
     # -- the faults ------------------------------------------------------------------------------
 
     def kill(self) -> Host:
-        host, fault = self.strike("power cut (SIGKILL)")
+        host, _, fault = self.strike("power cut (SIGKILL)")
         self.log(f"{host.name} loses power: SIGKILL to its agent, its guard and its collector.")
         host.signal(signal.SIGKILL)
         host.wait()
@@ -307,44 +292,42 @@ class Demo:
         return host
 
     def crash(self) -> Host:
-        host, fault = self.strike("crash (SIGKILL)")
-        assert host.agent is not None  # noqa: S101 - it is primary
+        host, agent, fault = self.strike("crash (SIGKILL)")
         self.log(
             f"{host.name}'s agent crashes: SIGKILL to it alone. Its collector goes on, until the guard"
             " has stopped it and has handed the role back."
         )
-        host.agent.kill()
+        agent.kill()
         host.wait()
         self.taken_over(fault)
         return host
 
     def stop_one(self) -> Host:
-        host, fault = self.strike("stop (SIGTERM)")
+        host, agent, fault = self.strike("stop (SIGTERM)")
         self.log(f"{host.name} is stopped: SIGTERM to its agent, which hands over.")
-        assert host.agent is not None  # noqa: S101 - it is primary
-        host.agent.send_signal(signal.SIGTERM)
+        agent.send_signal(signal.SIGTERM)
         self.taken_over(fault)
         self.unclean += host.wait() != ExitCode.OK
         return host
 
     def freeze(self) -> None:
-        host, fault = self.strike("frozen (SIGSTOP)")
-        assert host.agent is not None  # noqa: S101 - it is primary
+        host, agent, fault = self.strike("frozen (SIGSTOP)")
         self.log(
             f"{host.name}'s agent freezes: SIGSTOP. Its collector goes on, until the guard acts."
         )
-        host.agent.send_signal(signal.SIGSTOP)
+        agent.send_signal(signal.SIGSTOP)
         self.taken_over(fault)
         if host.wait() == -signal.SIGKILL:
             self.log(f"{host.name}'s guard has stopped the collector, and killed the frozen agent.")
         else:
             self.unclean += 1
 
-    def strike(self, name: str) -> tuple[Host, Fault]:
+    def strike(self, name: str) -> tuple[Host, subprocess.Popen[bytes], Fault]:
         host = self.until_primary(after_epoch=0)
+        assert host.agent is not None  # noqa: S101 - it is primary
         fault = Fault(name, time.monotonic(), host.name, host.state["epoch"])
         self.faults.append(fault)
-        return host, fault
+        return host, host.agent, fault
 
     def taken_over(self, fault: Fault) -> None:
         host = self.until_primary(after_epoch=fault.epoch_before)
@@ -404,7 +387,7 @@ class Demo:
             if time.monotonic() > end_at:
                 raise DemoError(f"timeout after {TIMEOUT_S:g} s: waiting for {what}")
             self.show()
-            time.sleep(0.02)
+            time.sleep(POLL_S)
 
     def work(self, seconds: float) -> None:
         end_at = time.monotonic() + seconds

@@ -5,11 +5,10 @@ import json
 from typing import Any
 
 import click
-from msgspec import Struct
 
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import id_argument, print_json, query, table
-from agent.cli.status import print_sessions, status_rows
+from agent.cli.status import Report, print_sessions, status_rows
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, ServerError
 from agent.model import (
@@ -82,15 +81,6 @@ def create(
     else:
         click.echo(f"group {group.id} is there, failover timeout {group.lease_s:g} s")
     return 0
-
-
-class Report(Struct, omit_defaults=True):
-    """What ``groups show --json`` prints: the API's own shapes. A plain v1 server has no history."""
-
-    Group: api.GroupConfiguration
-    Status: api.GroupStatus
-    Sessions: list[api.ClientSession]
-    History: list[api.HistoryEntry] | None = None
 
 
 @command.command("show")

@@ -16,17 +16,16 @@ import click
 
 from agent.cli.options import JSON_FLAG, load_settings, settings_flags
 from agent.core.lease import GRACE_SHARE, LONGEST_GRACE_S
-from agent.drivers.hooks import (
+from agent.drivers.hooks.payload import build_payload, payload_environment
+from agent.drivers.hooks.process import HookExit
+from agent.drivers.hooks.runner import HookRunner
+from agent.drivers.hooks.spec import (
     EVENTS,
     NOTIFICATIONS,
     PROMOTIONS,
     CommandStep,
-    HookExit,
-    HookRunner,
     HookSpec,
-    build_payload,
     load_specs,
-    payload_environment,
 )
 from agent.errors import ConfigError, ExitCode
 from agent.model import Role

@@ -116,12 +116,12 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
 
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What has to hold beyond each value's form, with the keys that it is about."""
-    from agent.drivers.hooks import check_hook as checked  # noqa: PLC0415 - not needed by every command
-    from agent.drivers.hooks import load_specs  # noqa: PLC0415 - likewise
+    from agent.drivers.hooks.check import HookCheck  # noqa: PLC0415 - not needed by every command
+    from agent.drivers.hooks.spec import load_specs  # noqa: PLC0415 - not needed by every command
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
     from agent.ops import probe_access  # noqa: PLC0415 - likewise
 
-    check_hook = partial(checked, writable_directories=settings.hook_directories_writable)
+    checker = partial(HookCheck, writable_directories=settings.hook_directories_writable)
     yield (), partial(_check_group, settings)
     yield TIMING_KEYS, lambda: settings.timing
     yield probe_access.KEYS, partial(probe_access.load_probe_access, settings)
@@ -131,17 +131,20 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
             yield (f"hook_{event}",), spec.check
     for check in settings.check:
         for argv in check.commands:
-            yield ("check",), partial(check_hook, f"check {check.name}", argv)
+            yield ("check",), partial(checker(f"check {check.name}").check_command, argv)
     if settings.progress is not None:
         for argv in settings.progress.commands:
-            yield ("progress",), partial(check_hook, "progress", argv)
+            yield ("progress",), partial(checker("progress").check_command, argv)
     for key in ("progress", "mqtt"):
         if isinstance(table := getattr(settings, key), Broker):
             yield (key,), partial(_check_mqtt, table, key)
     if settings.workload:
         yield ("workload",), partial(check_workload, settings.workload)
     if settings.fence_command:
-        yield ("fence_command",), partial(check_hook, "fence_command", settings.fence_command)
+        yield (
+            ("fence_command",),
+            partial(checker("fence_command").check_command, settings.fence_command),
+        )
 
 
 def _check_mqtt(table: Broker, where: str) -> None:

@@ -2,14 +2,21 @@
 
 import click
 
-from agent.cli.main import GlobalOptions
+from agent.cli.main import COMMANDS, GlobalOptions
 from agent.cli.settings_process import UnparsedCommand, run_agent
 from agent.ops.signals import ignored_signals
 
 
-@click.command("run", cls=UnparsedCommand)
-@click.pass_obj
-def command(options: GlobalOptions, arguments: tuple[str, ...]) -> int:
-    """Be a member of a group: heartbeat, follow the role, run the hooks."""
-    with ignored_signals():
-        return run_agent(("run", *arguments), debug=options.debug)
+def agent_command(name: str) -> click.Command:
+    """A command that runs an agent, by the name that its flags and its help are found under."""
+
+    @click.command(name, cls=UnparsedCommand, help=COMMANDS[name])
+    @click.pass_obj
+    def run(options: GlobalOptions, arguments: tuple[str, ...]) -> int:
+        with ignored_signals():
+            return run_agent((name, *arguments), debug=options.debug)
+
+    return run
+
+
+command = agent_command("run")

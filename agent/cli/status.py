@@ -14,11 +14,13 @@ from agent.schema import api
 from agent.schema.settings import AgentSettings
 
 
-class Report(Struct, omit_defaults=True):
-    """What ``status --json`` prints: the API's own shapes."""
+class Report(Struct, omit_defaults=True, kw_only=True):
+    """What ``status --json`` and ``groups show --json`` print: the API's own shapes."""
 
+    Group: api.GroupConfiguration | None = None
     Status: api.GroupStatus
     Sessions: list[api.ClientSession]
+    History: list[api.HistoryEntry] | None = None
 
 
 @click.command("status")

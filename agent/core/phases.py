@@ -156,13 +156,3 @@ def next_phase(phase: Phase, trigger: Trigger) -> Row:
         return TABLE[phase, trigger]
     except KeyError:
         raise AssertionError(f"a session that is {phase} cannot be {trigger}") from None
-
-
-def phase_diagram() -> str:
-    """The table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2", f"    [*] --> {Phase.STARTING}"]
-    lines += [
-        f"    {before} --> {row.phase}: {trigger.replace('_', ' ')}"
-        for (before, trigger), row in TABLE.items()
-    ]
-    return "\n".join([*lines, f"    {Phase.ENDED} --> [*]"])

@@ -33,10 +33,3 @@ def check_transition(before: Role, after: Role) -> str:
         return TRANSITIONS[before, after]
     except KeyError:
         raise AssertionError(f"no role change from {before} to {after} is possible") from None
-
-
-def diagram() -> str:
-    """The table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2", f"    [*] --> {Role.SECONDARY}"]
-    lines += [f"    {a} --> {b}: {why}" for (a, b), why in TRANSITIONS.items()]
-    return "\n".join(lines)

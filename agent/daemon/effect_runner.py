@@ -6,6 +6,7 @@ is a task; if one fails, its event is posted all the same. Decides nothing.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.core.effects import (
@@ -46,43 +47,31 @@ RUN_WITHOUT_SESSION = -1
 log = Log(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class EffectRunner:
     """Carries out the effects of one agent.
 
-    Args:
+    Attributes:
         member: ``published`` is written here.
         post_event: puts an event into the inbox.
         started: awaited before each request; whether the drivers of this host have started.
-
-    Attributes:
         exit_code: set by Exit.
         escalated: the demotion has failed, and the processes of the tenure were killed (R4).
         announcer: publishes each role to an MQTT broker; set when it has started.
     """
 
-    def __init__(
-        self,
-        member: Member,
-        state_publisher: StatePublisher,
-        host_health: HostHealth,
-        guard_control: GuardControl,
-        supervisor: Supervisor,
-        *,
-        post_event: Callable[[Event], None],
-        started: Callable[[], Awaitable[bool]],
-    ) -> None:
-        self.exit_code: ExitCode | None = None
-        self.escalated = False
-        self.announcer: Announcer | None = None
-        self._member = member
-        self._state_publisher = state_publisher
-        self._host_health = host_health
-        self._guard_control = guard_control
-        self._supervisor = supervisor
-        self._post_event = post_event
-        self._started = started
-        self._joining: asyncio.Task[None] | None = None
-        self._following = False
+    member: Member
+    state_publisher: StatePublisher
+    host_health: HostHealth
+    guard_control: GuardControl
+    supervisor: Supervisor
+    post_event: Callable[[Event], None]
+    started: Callable[[], Awaitable[bool]]
+    exit_code: ExitCode | None = None
+    escalated: bool = False
+    announcer: "Announcer | None" = None
+    _joining: asyncio.Task[None] | None = None
+    _following: bool = False
 
     def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
         """Carry effects out, in their order.
@@ -91,15 +80,15 @@ class EffectRunner:
             effects: of one step.
             lease_until: the end of the lease before that step, on CLOCK_BOOTTIME.
         """
-        self._guard_control.update()  # before a hook starts that the guard would have to undo
+        self.guard_control.update()  # before a hook starts that the guard would have to undo
         for effect in effects:
             self._perform(effect, lease_until)
         if effects:  # without effects, nothing has changed since the update above
-            self._guard_control.update()
-        self._state_publisher.write()
+            self.guard_control.update()
+        self.state_publisher.write()
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
-        member, start = self._member, self._supervisor.start
+        member, start = self.member, self.supervisor.start
         requests, role_runner = member.requests, member.role_runner
         match effect:
             case Publish():
@@ -133,12 +122,12 @@ class EffectRunner:
     # -- roles ----------------------------------------------------------------------------------
 
     def _publish(self, effect: Publish, lease_until: float) -> None:
-        member = self._member
+        member = self.member
         if effect.before is Role.SECONDARY:
-            self._host_health.begin_tenure()
+            self.host_health.begin_tenure()
         member.published = Published(effect.role, effect.epoch, effect.reason, member.clock.wall())
         member.stats.record_role_change(effect)
-        self._state_publisher.write()
+        self.state_publisher.write()
         log.info(
             "role changed",
             group=member.settings.group,
@@ -148,10 +137,10 @@ class EffectRunner:
             epoch=effect.epoch,
             reason=effect.reason,
         )
-        member.notify.status(self._state_publisher.status)
+        member.notify.status(self.state_publisher.status)
         if self.announcer is not None:
             self.announcer.announce(member.published)
-        self._host_health.set_primary(primary=effect.role is Role.PRIMARY)
+        self.host_health.set_primary(primary=effect.role is Role.PRIMARY)
         if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
             # The role is published, and there is no hook to run.
             self._record_demotion(lease_until)
@@ -160,27 +149,29 @@ class EffectRunner:
 
     def _record_demotion(self, lease_until: float) -> None:
         """Record how much of L is left after a demotion; below 0, two members may have been active."""
-        slack_s = lease_until - self._member.clock.boottime()
-        log.info("demoted", epoch=self._member.published.epoch, demote_slack_s=slack_s)
-        self._member.stats.record_demotion(slack_s)
+        slack_s = lease_until - self.member.clock.boottime()
+        log.info("demoted", epoch=self.member.published.epoch, demote_slack_s=slack_s)
+        self.member.stats.record_demotion(slack_s)
 
     def _run_notification_hook(self, event: str, reason: str, before: Role | None = None) -> None:
-        """Run a notification hook (R10)."""
-        member = self._member
-        member.role_runner.notify(
-            event,
+        """Queue a notification hook (R10)."""
+        member, role_runner = self.member, self.member.role_runner
+        payload = role_runner.payloads.build(
+            event=event,
             old_role=before or member.published.role,
             new_role=member.published.role,
             epoch=member.published.epoch,
             reason=reason,
             last_data=member.progress,
+            deadline_s=role_runner.notifier.limit_s,
             previous_primary=member.session.previous_primary,
         )
+        role_runner.notifier.put(event, payload)
 
     # -- hooks ----------------------------------------------------------------------------------
 
     def _start_hook(self, effect: StartHook) -> None:
-        member, facts = self._member, effect.facts
+        member, facts = self.member, effect.facts
         last_data = facts.last_data
         if facts.role is Role.SECONDARY and member.progress is not None:
             last_data = member.progress
@@ -188,26 +179,26 @@ class EffectRunner:
 
         async def begin() -> None:
             if facts.role is not Role.SECONDARY:
-                await self._guard_control.send_demotion_hook(facts)
-            await self._state_publisher.flush()  # publish before the hook starts
+                await self.guard_control.send_demotion_hook(facts)
+            await self.state_publisher.flush()  # publish before the hook starts
             await run
 
         failure_event = HookEnded(effect.run, ok=False, why="the task of the hook has failed")
-        self._supervisor.start("hook", begin(), failure_event=failure_event)
+        self.supervisor.start("hook", begin(), failure_event=failure_event)
         if facts.role is Role.SECONDARY:
-            self._host_health.set_unfit_reason("workload", None)
+            self.host_health.set_unfit_reason("workload", None)
 
     def on_hook_ended(self, event: HookEnded) -> None:
         """Post the end of a run; record the slack of a demotion."""
-        session = self._member.session
-        secondary = self._member.published.role is Role.SECONDARY
+        session = self.member.session
+        secondary = self.member.published.role is Role.SECONDARY
         if event.ok and session.guard_deadlines is not None and secondary:
             self._record_demotion(session.lease_until)
-        self._post_event(event)
+        self.post_event(event)
 
     def _escalate(self, reason: str) -> None:
         """Handle a failed demotion (R4): kill what is left, run the fence command, exit."""
-        member = self._member
+        member = self.member
         log.error(
             "demotion failed",
             group=member.settings.group,
@@ -219,20 +210,20 @@ class EffectRunner:
         )
         self.escalated = True
         fence_s = member.settings.hook_limit if member.settings.fence_command else 0.0
-        self._guard_control.allow_fencing(fence_s + EXIT_S)
+        self.guard_control.allow_fencing(fence_s + EXIT_S)
         member.role_runner.kill_all()
 
     async def demote_without_session(self) -> None:
         """Demote after the loop itself has failed and no guard answers."""
-        member = self._member
+        member = self.member
         demote_s = member.session.timing.demote_s
         before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
         member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
-        self._state_publisher.write()
+        self.state_publisher.write()
         facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
         try:
             async with asyncio.timeout(demote_s):
-                await self._state_publisher.flush()
+                await self.state_publisher.flush()
                 await member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
         except Exception:  # whatever it is, the processes are killed below
             log.exception("demotion without the session failed")
@@ -242,40 +233,40 @@ class EffectRunner:
     # -- requests -------------------------------------------------------------------------------
 
     async def _join(self) -> None:
-        if not await self._started():
+        if not await self.started():
             return  # the start has failed: the loop ends after the first demotion
-        first = not self._member.requests.joined_once
-        await self._member.requests.join()
-        if self._member.requests.failure is not None:
+        first = not self.member.requests.joined_once
+        await self.member.requests.join()
+        if self.member.requests.failure is not None:
             return
-        self._member.notify.ready(self._state_publisher.status)
+        self.member.notify.ready(self.state_publisher.status)
         self._run_notification_hook("joined", "registered at the coordinator")
         if first and not self._following:
             self._following = True
-            self._supervisor.start("follow", self._member.requests.follow_status(), endless=True)
+            self.supervisor.start("follow", self.member.requests.follow_status(), endless=True)
 
     async def _release(self, effect: Release) -> None:
-        member = self._member
-        if not await self._started():
-            self._post_event(Released())
+        member = self.member
+        if not await self.started():
+            self.post_event(Released())
             return
-        written = await self._state_publisher.flush(member.session.timing.request_timeout_s)
+        written = await self.state_publisher.flush(member.session.timing.request_timeout_s)
         if not written and Role.SECONDARY not in member.role_runner.roles:
             # Without a hook, only the state file makes the workload inactive.
             log.warning("role not released, its lease will expire", reason="state file not written")
-            self._post_event(Released())
+            self.post_event(Released())
             return
         await member.requests.release(effect)
-        self._state_publisher.on_released()
+        self.state_publisher.on_released()
 
     async def _leave(self) -> None:
         if self._joining is not None:
             self._joining.cancel()  # it would register again after the deletion
-        if await self._started():
-            await self._member.requests.leave(self._left)
+        if await self.started():
+            await self.member.requests.leave(self._left)
         else:
-            self._post_event(Left())
+            self.post_event(Left())
 
     def _left(self) -> None:
-        if self._member.session.phase is Phase.LEAVING:
+        if self.member.session.phase is Phase.LEAVING:
             self._run_notification_hook("left", "stopping")

@@ -3,7 +3,9 @@
 import asyncio
 
 from agent.daemon.payload import Payloads
-from agent.drivers.hooks import HookRunner, HookSpec, payload_environment
+from agent.drivers.hooks.payload import payload_environment
+from agent.drivers.hooks.runner import HookRunner
+from agent.drivers.hooks.spec import HookSpec
 from agent.model import Role
 from agent.ops.logs import Log
 from agent.schema.settings import AgentSettings

@@ -12,7 +12,8 @@ from typing import Any
 from agent.core.effects import HookFacts
 from agent.daemon import release_helper
 from agent.daemon.member import Member
-from agent.drivers.guardian import Arming, Guardian, GuardLogContext
+from agent.drivers.guardian.messages import Arming, GuardLogContext
+from agent.drivers.guardian.supervisor import Guardian
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.watchdog import WatchdogDevice

@@ -10,7 +10,8 @@ from datetime import datetime
 
 from agent.core.events import Event, FitnessChanged, Stop
 from agent.daemon.member import Member
-from agent.drivers.checks import Checks, Health
+from agent.drivers.checks.runner import Checks
+from agent.drivers.checks.verdict import Health
 from agent.drivers.progress import Plausible, Progress
 from agent.errors import FailoverError
 from agent.model import Role

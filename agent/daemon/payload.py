@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from agent.core.effects import HookFacts
-from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import HookSpec, build_payload, payload_environment
+from agent.drivers.guardian.messages import GuardHook
+from agent.drivers.hooks.payload import build_payload, payload_environment
+from agent.drivers.hooks.spec import CommandStep, HookSpec, WebhookStep
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
@@ -25,25 +26,23 @@ EVENTS: Mapping[Role, str] = {
 log = Log(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Payloads:
     """Builds the hook payloads of one agent.
 
-    Args:
+    Attributes:
         group: id of the group.
         session_id: of this member.
         state_file: path of its state file.
         clock: for the time of the event.
-
-    Attributes:
         probe_url: of the local HTTP server; set once it listens.
     """
 
-    def __init__(self, group: str, session_id: str, state_file: Path, clock: Clock) -> None:
-        self.probe_url: str | None = None
-        self._group = group
-        self._session_id = session_id
-        self._state_file = state_file
-        self._clock = clock
+    group: str
+    session_id: str
+    state_file: Path
+    clock: Clock
+    probe_url: str | None = None
 
     def build_role_payload(self, facts: HookFacts, last_data: datetime | None) -> dict[str, Any]:
         """Build the payload of a role hook."""
@@ -62,11 +61,11 @@ class Payloads:
         """Build a payload: the fields of the event plus the common ones."""
         return build_payload(
             **facts,
-            group=self._group,
-            session=self._session_id,
-            state_file=str(self._state_file),
+            group=self.group,
+            session=self.session_id,
+            state_file=str(self.state_file),
             probe_url=self.probe_url,
-            now=self._clock.wall(),
+            now=self.clock.wall(),
         )
 
     def build_guard_hook(
@@ -82,12 +81,13 @@ class Payloads:
         if spec is None:
             return GuardHook([], {})
         try:
-            plan = spec.exec_plan()
+            steps = spec.steps()
         except ConfigError as error:
             log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
             return GuardHook([], {}, complete=False)
-        if plan.left_out:
-            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=plan.left_out)
+        left_out = [step.url for step in steps if isinstance(step, WebhookStep)]
+        if left_out:
+            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=left_out)
         facts = replace(
             promotion,
             role=Role.SECONDARY,
@@ -96,13 +96,15 @@ class Payloads:
             limit_s=limit_s,
         )
         payload = self.build_role_payload(facts, promotion.last_data)
+        context, run_as = spec.context, spec.context.run_as
+        environment = {**context.variables(), **payload_environment(payload)}
         return GuardHook(
-            plan.commands,
-            {**plan.environment, **payload_environment(payload), **process.mark(process.NO_TENURE)},
+            [step.argv for step in steps if isinstance(step, CommandStep)],
+            {**environment, **process.mark(process.NO_TENURE)},
             json.dumps(payload) + "\n",
-            plan.directory,
-            plan.uid,
-            plan.gid,
-            plan.groups,
-            complete=not plan.left_out,
+            context.directory,
+            run_as.uid if run_as else None,
+            run_as.gid if run_as else None,
+            run_as.groups if run_as else (),
+            complete=not left_out,
         )

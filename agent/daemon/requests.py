@@ -9,6 +9,7 @@ other server are handled as plain v1, whatever they carry.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
@@ -51,52 +52,40 @@ LONGEST_REASON = 256
 log = Log(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Requests:
     """The requests of one session.
 
-    Args:
+    Attributes:
         session: read only.
         post_event: puts an event into the inbox.
         heartbeat_content: returns FailoverScore and data-processed time.
         instance: identifies this process.
         stats: counts heartbeats.
         clock: measures them.
-
-    Attributes:
         failure: the error of a join that has failed for good.
         group_data: the group's data-processed time, as last received.
     """
 
-    def __init__(
-        self,
-        settings: AgentSettings,
-        session: Session,
-        post_event: Callable[[Event], None],
-        heartbeat_content: Callable[[], tuple[float, datetime | None]],
-        *,
-        instance: str,
-        stats: Stats,
-        clock: Clock,
-    ) -> None:
-        self.settings = settings
-        self._client: RestClient | None = None
-        self.joined_once = False
-        self.failure: FailoverError | None = None
-        self.group_data: datetime | None = None
-        self.instance = instance
-        self._session = session
-        self._post_event = post_event
-        self._heartbeat_content = heartbeat_content
-        self._stats = stats
-        self._clock = clock
-        self._last_failure: tuple[object, ...] | None = None
-        self._too_soon_count = 0
-        self._has_extensions = False
-        """Whether the server has the extensions of the API, by its answer to joining."""
+    settings: AgentSettings
+    session: Session
+    post_event: Callable[[Event], None]
+    heartbeat_content: Callable[[], tuple[float, datetime | None]]
+    instance: str
+    stats: Stats
+    clock: Clock
+    joined_once: bool = False
+    failure: FailoverError | None = None
+    group_data: datetime | None = None
+    _client: RestClient | None = None
+    _last_failure: tuple[object, ...] | None = None
+    _too_soon_count: int = 0
+    _has_extensions: bool = False
+    """Whether the server has the extensions of the API, by its answer to joining."""
 
     def set_client(self, client: RestClient) -> None:
         """Set the client, before the first request."""
-        client.store_id = self._session.store_id
+        client.store_id = self.session.store_id
         self._client = client
 
     async def close(self) -> None:
@@ -121,17 +110,17 @@ class Requests:
 
     @property
     def _id(self) -> str:
-        return self._session.options.session_id
+        return self.session.options.session_id
 
     @property
     def _timeout_s(self) -> float:
-        return self._session.timing.request_timeout_s
+        return self.session.timing.request_timeout_s
 
     # -- heartbeats -----------------------------------------------------------------------------
 
     async def send_heartbeat(self, number: int) -> None:
         """Send one heartbeat; posts HeartbeatAnswered or HeartbeatFailed."""
-        stats, sent = self._stats, self._clock.now()
+        stats, sent = self.stats, self.clock.now()
         endpoint = self.client.endpoint
         stats.in_flight[number] = sent.mono
         try:
@@ -139,34 +128,34 @@ class Requests:
         except ServerError as error:
             stats.heartbeats_failed[failure_reason(error)] += 1
             self._record_failure(endpoint, error)
-            self._post_event(
+            self.post_event(
                 HeartbeatFailed(number, _failure(error), str(error), error.retry_after_s)
             )
         except Exception as error:
-            self._post_event(
+            self.post_event(
                 HeartbeatFailed(number, HeartbeatFailure.OTHER, _format_internal_error(error))
             )
             raise
         else:
-            stats.record_answer(sent, self._clock.now(), self.client.date, endpoint)
+            stats.record_answer(sent, self.clock.now(), self.client.date, endpoint)
             self._record_success()
             self.group_data = answer.last_data
-            self._post_event(HeartbeatAnswered(number, answer))
+            self.post_event(HeartbeatAnswered(number, answer))
         finally:
             del stats.in_flight[number]
 
     async def _request_heartbeat(self, endpoint: str) -> HeartbeatAnswer:
-        score, last_data = self._heartbeat_content()
+        score, last_data = self.heartbeat_content()
         answer = await self.client.heartbeat(
             self._group,
             self._id,
             score=score,
             last_data=last_data,
             instance=self.instance if self._has_extensions else None,
-            seen_epoch=self._session.newest_epoch if self._has_extensions else None,
+            seen_epoch=self.session.newest_epoch if self._has_extensions else None,
             timeout_s=self._timeout_s,
         )
-        if not self._session.accepts_store(answer.store_id):
+        if not self.session.accepts_store(answer.store_id):
             raise self.client.refuse(endpoint, answer.store_id)
         return answer if self._has_extensions else HeartbeatAnswer(answer.role, answer.last_data)
 
@@ -196,13 +185,13 @@ class Requests:
         """
         try:
             joined = await Registration(
-                self.settings, self.client, self._session, rejoining=self.joined_once
+                self.settings, self.client, self.session, rejoining=self.joined_once
             ).run()
         except FailoverError as error:
             self.failure = error
-            self._post_event(Stop(error.exit_code, str(error)))
+            self.post_event(Stop(error.exit_code, str(error)))
         except Exception as error:
-            self._post_event(Stop(ExitCode.TASK_FAILED, _format_internal_error(error)))
+            self.post_event(Stop(ExitCode.TASK_FAILED, _format_internal_error(error)))
             raise
         else:
             self.joined_once = True
@@ -216,7 +205,7 @@ class Requests:
                 failover_timeout_s=joined.timing.lease_s,
                 store=joined.store_id,
             )
-            self._post_event(joined)
+            self.post_event(joined)
 
     # -- the status -----------------------------------------------------------------------------
 
@@ -229,10 +218,10 @@ class Requests:
         after: int | None = None
         quick = 0
         while True:
-            asked_at = self._clock.boottime()
+            asked_at = self.clock.boottime()
             revision, retry_after_s = await self._read_status(after)
-            pause_s = max(self._session.timing.heartbeat_interval_s, SHORTEST_PAUSE_S)
-            took_s = self._clock.boottime() - asked_at
+            pause_s = max(self.session.timing.heartbeat_interval_s, SHORTEST_PAUSE_S)
+            took_s = self.clock.boottime() - asked_at
             if took_s >= pause_s:
                 quick = 0
             elif revision not in (None, after):
@@ -243,7 +232,7 @@ class Requests:
 
     async def _read_status(self, after: int | None) -> tuple[int | None, float]:
         """Read the status once; posts StatusRead. The revision for the next blocking read, and Retry-After."""
-        endpoint, timing = self.client.endpoint, self._session.timing
+        endpoint, timing = self.client.endpoint, self.session.timing
         try:
             status = await self.client.status(
                 self._group,
@@ -253,15 +242,15 @@ class Requests:
             )
         except ServerError as error:  # the heartbeat fails, too, and logs it
             return None, error.retry_after_s or 0.0
-        if not self._session.accepts_store(status.store_id):
+        if not self.session.accepts_store(status.store_id):
             self.client.refuse(endpoint, status.store_id)
             return None, 0.0
         if not self._has_extensions:
-            self._post_event(
+            self.post_event(
                 StatusRead(GroupStatus(status.primary, status.pending, status.last_data))
             )
             return None, 0.0
-        self._post_event(StatusRead(status))
+        self.post_event(StatusRead(status))
         return status.revision, 0.0
 
     # -- the end --------------------------------------------------------------------------------
@@ -272,12 +261,12 @@ class Requests:
         A plain v1 server gets no release. Before the first join, a known store id decides.
         """
         try:
-            if self._has_extensions or self._session.store_id is not None:
+            if self._has_extensions or self.session.store_id is not None:
                 await self._call_with_retries(partial(self._release, effect))
         except ServerError as error:
             log.warning("role not released, its lease will expire", reason=error)
         finally:
-            self._post_event(Released())
+            self.post_event(Released())
 
     async def _release(self, effect: Release, limit_s: float) -> None:
         await self.client.release(
@@ -287,7 +276,7 @@ class Requests:
             instance=effect.instance or self.instance,
             reason=effect.reason[:LONGEST_REASON],
             hold_off_s=effect.hold_off_s or None,
-            last_data=self._heartbeat_content()[1],
+            last_data=self.heartbeat_content()[1],
             timeout_s=limit_s,
         )
 
@@ -313,7 +302,7 @@ class Requests:
         except ServerError as error:
             log.warning("session not deleted", reason=error)
         finally:
-            self._post_event(Left())
+            self.post_event(Left())
 
 
 def _failure(error: ServerError) -> HeartbeatFailure:

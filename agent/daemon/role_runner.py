@@ -20,16 +20,11 @@ from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.telemetry import Stats
 from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
-from agent.drivers.guardian import GuardHook
-from agent.drivers.hooks import (
-    PROMOTIONS,
-    HookRun,
-    HookRunner,
-    HookSpec,
-    Notifier,
-    load_specs,
-    payload_environment,
-)
+from agent.drivers.guardian.messages import GuardHook
+from agent.drivers.hooks.notifier import Notifier
+from agent.drivers.hooks.payload import payload_environment
+from agent.drivers.hooks.runner import HookRun, HookRunner
+from agent.drivers.hooks.spec import PROMOTIONS, HookSpec, load_specs
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
 from agent.ops import process
@@ -365,33 +360,9 @@ class RoleRunner:
                 run.tree.add(child)
         self._on_groups_changed()
 
-    # -- the guard and notifications ---------------------------------------------------------------
+    # -- the guard ----------------------------------------------------------------------------------
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure of a promotion."""
         spec, lane = self.demotion_hook, BlockingThread("demotion hook of the guard")
         return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
-
-    def notify(
-        self,
-        event: str,
-        *,
-        old_role: Role,
-        new_role: Role,
-        epoch: int | None,
-        reason: str,
-        last_data: datetime | None,
-        previous_primary: str | None,
-    ) -> None:
-        """Queue a notification hook (R10)."""
-        facts = self.payloads.build(
-            event=event,
-            old_role=old_role,
-            new_role=new_role,
-            epoch=epoch,
-            reason=reason,
-            last_data=last_data,
-            deadline_s=self.notifier.limit_s,
-            previous_primary=previous_primary,
-        )
-        self.notifier.put(event, facts)

@@ -7,7 +7,6 @@ newest state; ``flush`` waits for that, with a timeout. Decides nothing.
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any
 
 from agent import __version__
@@ -68,7 +67,7 @@ class StatePublisher:
     def describe(self) -> dict[str, Any]:
         """The content of the state file, and of the probe's /status."""
         member = self._member
-        session, published = member.session, member.published
+        session, published, data = member.session, member.published, member.progress
         demotion = member.role_runner.demotion_hook
         holds = published.role is not Role.SECONDARY
         return {
@@ -84,7 +83,7 @@ class StatePublisher:
             "active_until_boottime_s": session.renew_by + session.timing.demote_s
             if holds
             else None,
-            "last_data_processed_time": format_optional(member.progress),
+            "last_data_processed_time": None if data is None else format_date_time(data),
             "failover_timeout_s": session.timing.lease_s,
             "score": self.score(),
             "unfit": self.unfit_reason(),
@@ -210,11 +209,6 @@ def refused_times(source: Progress | None, future_refused: int) -> dict[str, int
     counts = dict(source.refused) if source is not None else dict.fromkeys(map(str, Reason), 0)
     counts[Reason.FUTURE] += future_refused
     return counts
-
-
-def format_optional(time: datetime | None) -> str | None:
-    """Format a time as in the API; None for None."""
-    return format_date_time(time) if time is not None else None
 
 
 def take_snapshot(member: Member, **rest: Any) -> Snapshot:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent import proctree
-from agent.drivers.hooks import HookRun, HookSpec
+from agent.drivers.hooks.runner import HookRun
+from agent.drivers.hooks.spec import HookSpec
 from agent.ops.blocking import StuckError
 from agent.ops.logs import Log
 from agent.ops.process_tree import KILL_S, ProcessTree

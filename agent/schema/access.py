@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from agent import model
 from agent.model import Right
-from agent.schema.values import Shape
+from agent.schema.values import Shape, doc
 
 MAX_ENTRIES = 1000
 """Entries of an access-control list: each request walks them, so the list has an end."""
@@ -22,30 +22,29 @@ class Trustee(Shape, frozen=True):
 
     type: Annotated[
         Annotated[int, Meta(ge=1, le=3)] | Annotated[float, Meta(ge=1, le=3, multiple_of=1)],
-        Meta(description="An integer: 1 for a user, 2 for a client, 3 for a role."),
+        doc("An integer: 1 for a user, 2 for a client, 3 for a role."),
     ]
     object_id: Annotated[
         str,
         Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters."),
     ]
     tenant_id: Annotated[
-        Annotated[str, Meta(max_length=256)] | None,
-        Meta(description="A string of at most 256 characters."),
+        Annotated[str, Meta(max_length=256)] | None, doc("A string of at most 256 characters.")
     ] = None
 
 
 class AccessControlEntry(Shape, frozen=True):
     """What one trustee may do, or may not. Denied beats allowed."""
 
-    trustee: Annotated[Trustee, Meta(description="An object with Type and ObjectId.")]
+    trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
     access_type: Annotated[
         Annotated[int, Meta(ge=0, le=1)] | Annotated[float, Meta(ge=0, le=1, multiple_of=1)],
-        Meta(description="An integer: 0 for allowed, 1 for denied."),
+        doc("An integer: 0 for allowed, 1 for denied."),
     ]
     access_rights: Annotated[
         Annotated[int, Meta(ge=0, le=31)] | Annotated[float, Meta(ge=0, le=31, multiple_of=1)],
-        Meta(
-            description="An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
+        doc(
+            "An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
             " ManageAccessControl 8, Share 16."
         ),
     ]

@@ -32,6 +32,7 @@ from agent.schema.values import (
     RoleCode,
     Shape,
     TimeSpan,
+    doc,
     whole,
 )
 
@@ -41,8 +42,7 @@ DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
 # --- properties that several shapes have ----------------------------------------------------------
 
 Text = Annotated[
-    Annotated[str, Meta(max_length=1024)] | None,
-    Meta(description="A string of at most 1024 characters."),
+    Annotated[str, Meta(max_length=1024)] | None, doc("A string of at most 1024 characters.")
 ]
 Score = Annotated[float, Meta(ge=0, le=100)]
 AdditionalData = Annotated[Additional | None, Meta(description=f"An object, {Additional.limits}.")]
@@ -51,39 +51,31 @@ GivenAdditionalData = Annotated[
 ]
 NewestEpoch = Annotated[
     Count | None,
-    Meta(
-        description="An integer from 0 to 9007199254740991; it grows with each tenure of a primary."
-    ),
+    doc("An integer from 0 to 9007199254740991; it grows with each tenure of a primary."),
 ]
 Revision = Annotated[
     Count | None,
-    Meta(
-        description="An integer from 0 to 9007199254740991; it grows with each change of the group's"
-        " status."
-    ),
+    doc("An integer from 0 to 9007199254740991; it grows with each change of the group's status."),
 ]
-Previous = Annotated[str | None, Meta(description="A string: the session of the tenure before.")]
+Previous = Annotated[str | None, doc("A string: the session of the tenure before.")]
 StoreId = Annotated[
-    str | None,
-    Meta(description="A string: the id of the coordinator's store, made with its data directory."),
+    str | None, doc("A string: the id of the coordinator's store, made with its data directory.")
 ]
 GivenLastData = Annotated[
     Moment | None,
-    Meta(
-        description="A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
+    doc(
+        "A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
         " data. Without a zone it is UTC; 0001-01-01T00:00:00 means never."
     ),
 ]
 Instance = Annotated[
     Annotated[str, Meta(max_length=128)] | None,
-    Meta(description="A string of at most 128 characters: which process of this session calls."),
+    doc("A string of at most 128 characters: which process of this session calls."),
 ]
-Role = Annotated[
-    RoleCode, Meta(description="A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary.")
-]
-Override = Annotated[OverrideCode, Meta(description="An override: 0 or Off, 1 or Primary.")]
+Role = Annotated[RoleCode, doc("A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary.")]
+Override = Annotated[OverrideCode, doc("An override: 0 or Off, 1 or Primary.")]
 OverrideEnd = Annotated[
-    Moment | None, Meta(description="A date-time: when the override ends; left out for never.")
+    Moment | None, doc("A date-time: when the override ends; left out for never.")
 ]
 
 # --- groups -------------------------------------------------------------------------------------
@@ -92,12 +84,11 @@ OverrideEnd = Annotated[
 class GroupConfiguration(Shape, frozen=True):
     """A group, as its creator described it."""
 
-    id: Annotated[str | None, Meta(description="A string: the id of the group.")] = None
-    name: Annotated[str | None, Meta(description="A string: a name for people.")] = None
-    description: Annotated[str | None, Meta(description="A string: what the group is for.")] = None
+    id: Annotated[str | None, doc("A string: the id of the group.")] = None
+    name: Annotated[str | None, doc("A string: a name for people.")] = None
+    description: Annotated[str | None, doc("A string: what the group is for.")] = None
     failover_timeout: Annotated[
-        TimeSpan | None,
-        Meta(description="A time-span, after which a silent session counts as inactive."),
+        TimeSpan | None, doc("A time-span, after which a silent session counts as inactive.")
     ] = None
     additional_data: AdditionalData = None
 
@@ -132,8 +123,8 @@ class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
     additional_data: GivenAdditionalData = None
     failover_timeout: Annotated[
         LeaseSpan,
-        Meta(
-            description=f"A time-span {LeaseSpan.limits}: a session that sends no heartbeat for"
+        doc(
+            f"A time-span {LeaseSpan.limits}: a session that sends no heartbeat for"
             " longer counts as inactive. An ISO 8601 duration such as PT1M is read too."
         ),
     ]
@@ -142,19 +133,17 @@ class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
 class GroupStatus(Shape, frozen=True):
     """Who is primary in a group, and since when."""
 
-    primary: Annotated[str | None, Meta(description="A string: the session that is primary.")] = (
-        None
-    )
+    primary: Annotated[str | None, doc("A string: the session that is primary.")] = None
     pending_primary: Annotated[
-        str | None, Meta(description="A string: the session that is about to take over.")
+        str | None, doc("A string: the session that is about to take over.")
     ] = None
     last_data_processed_time: Annotated[
-        Moment | None, Meta(description="A date-time: when the primary last processed data.")
+        Moment | None, doc("A date-time: when the primary last processed data.")
     ] = None
     epoch: NewestEpoch = None
     revision: Revision = None
     primary_since: Annotated[
-        Moment | None, Meta(description="A date-time: when this primary's tenure began.")
+        Moment | None, doc("A date-time: when this primary's tenure began.")
     ] = None
     previous_primary: Previous = None
     store_id: StoreId = None
@@ -188,12 +177,12 @@ class GroupStatus(Shape, frozen=True):
 class HistoryEntry(Shape, frozen=True, kw_only=True):
     """One tenure of a primary. Until and WhyEnded are left out while it lasts."""
 
-    epoch: Annotated[Count, Meta(description="An integer, the epoch of the tenure.")]
-    session_id: Annotated[str, Meta(description="A string: the session that was primary.")]
-    since: Annotated[NeededMoment, Meta(description="A date-time: when the tenure began.")]
-    until: Annotated[Moment | None, Meta(description="A date-time: when the tenure ended.")] = None
-    why_started: Annotated[str, Meta(description="A string: why this session was chosen.")]
-    why_ended: Annotated[str | None, Meta(description="A string: why the tenure ended.")] = None
+    epoch: Annotated[Count, doc("An integer, the epoch of the tenure.")]
+    session_id: Annotated[str, doc("A string: the session that was primary.")]
+    since: Annotated[NeededMoment, doc("A date-time: when the tenure began.")]
+    until: Annotated[Moment | None, doc("A date-time: when the tenure ended.")] = None
+    why_started: Annotated[str, doc("A string: why this session was chosen.")]
+    why_ended: Annotated[str | None, doc("A string: why the tenure ended.")] = None
 
     @classmethod
     def from_model(cls, entry: model.HistoryEntry) -> Self:
@@ -240,26 +229,26 @@ class SessionRequest(Shape, frozen=True):
 class SessionHeartbeat(Shape, frozen=True):
     """The last heartbeat of a session. Without HeartbeatTime there was none."""
 
-    failover_score: Annotated[Score | None, Meta(description="A number from 0 to 100.")] = None
+    failover_score: Annotated[Score | None, doc("A number from 0 to 100.")] = None
     last_data_processed_time: Annotated[
-        Moment | None, Meta(description="A date-time: when the session last processed data.")
+        Moment | None, doc("A date-time: when the session last processed data.")
     ] = None
     heartbeat_time: Annotated[
-        Moment | None, Meta(description="A date-time: when the heartbeat was received.")
+        Moment | None, doc("A date-time: when the heartbeat was received.")
     ] = None
 
 
 class ClientSession(Shape, frozen=True):
     """A member of a group."""
 
-    id: Annotated[str, Meta(description="A string: the id of the session.")]
-    name: Annotated[str | None, Meta(description="A string: a name for people.")] = None
+    id: Annotated[str, doc("A string: the id of the session.")]
+    name: Annotated[str | None, doc("A string: a name for people.")] = None
     heartbeat: Annotated[
-        SessionHeartbeat | None, Meta(description="An object: the last heartbeat of the session.")
+        SessionHeartbeat | None, doc("An object: the last heartbeat of the session.")
     ] = None
     role: Role | None = None
     heartbeat_posted: Annotated[
-        bool | None, Meta(description="A boolean: whether a heartbeat came since the start.")
+        bool | None, doc("A boolean: whether a heartbeat came since the start.")
     ] = None
     role_override: Override | None = None
     role_override_expiration_time: OverrideEnd = None
@@ -319,14 +308,14 @@ class HeartbeatRequest(Shape, frozen=True):
     """A sign of life. Without Instance and Epoch it is plain v1."""
 
     failover_score: Annotated[
-        Score, Meta(description="A number from 0 to 100: the share of streams that are active.")
+        Score, doc("A number from 0 to 100: the share of streams that are active.")
     ]
     last_data_processed_time: GivenLastData = None
     instance: Instance = None
     epoch: Annotated[
         Count | None,
-        Meta(
-            description="An integer from 0 to 9007199254740991: the highest epoch the client saw,"
+        doc(
+            "An integer from 0 to 9007199254740991: the highest epoch the client saw,"
             " at most 1000000 above the group's."
         ),
     ] = None
@@ -337,13 +326,11 @@ class HeartbeatResponse(Shape, frozen=True):
 
     role: Role
     last_data_processed_time: Annotated[
-        Moment | None,
-        Meta(description="A date-time: when the group's primary last processed data."),
+        Moment | None, doc("A date-time: when the group's primary last processed data.")
     ] = None
     epoch: NewestEpoch = None
     lease_duration: Annotated[
-        TimeSpan | None,
-        Meta(description="A time-span: how long the next heartbeat is waited for."),
+        TimeSpan | None, doc("A time-span: how long the next heartbeat is waited for.")
     ] = None
     revision: Revision = None
     previous_primary: Previous = None
@@ -379,20 +366,16 @@ class ReleaseRequest(Shape, frozen=True):
     """The holder has demoted: the next one may be promoted now."""
 
     epoch: Annotated[
-        Count,
-        Meta(description="An integer from 0 to 9007199254740991: the epoch of the ended tenure."),
+        Count, doc("An integer from 0 to 9007199254740991: the epoch of the ended tenure.")
     ]
     instance: Instance = None
     hold_off_period: Annotated[
         HoldOffSpan | None,
-        Meta(
-            description=f"A time-span {HoldOffSpan.limits}, in which this session is not to be"
-            " chosen again."
-        ),
+        doc(f"A time-span {HoldOffSpan.limits}, in which this session is not to be chosen again."),
     ] = None
     reason: Annotated[
         Annotated[str, Meta(max_length=256)] | None,
-        Meta(description="A string of at most 256 characters, for the history."),
+        doc("A string of at most 256 characters, for the history."),
     ] = None
     last_data_processed_time: GivenLastData = None
 
@@ -403,8 +386,8 @@ class RoleOverrideRequest(Shape, frozen=True):
     value: Override
     expiration_period: Annotated[
         ExpirationSpan | None,
-        Meta(
-            description=f"A time-span {ExpirationSpan.limits}, after which the override ends;"
+        doc(
+            f"A time-span {ExpirationSpan.limits}, after which the override ends;"
             " left out for never."
         ),
     ] = None
@@ -428,23 +411,17 @@ class RoleOverrideResponse(Shape, frozen=True):
 class ErrorResponse(Shape, frozen=True):
     """Why a call was refused, and what to do about it. Further properties are possible."""
 
-    operation_id: Annotated[
-        str | None, Meta(description="A string that names this call in the log.")
-    ] = None
-    error: Annotated[str | None, Meta(description="A string: what kind of error it is.")] = None
-    reason: Annotated[str | None, Meta(description="A string: why the call was refused.")] = None
-    resolution: Annotated[str | None, Meta(description="A string: what can be done about it.")] = (
-        None
-    )
-    additional_parameters: Annotated[
-        Additional | None, Meta(description="An object with further facts.")
-    ] = None
+    operation_id: Annotated[str | None, doc("A string that names this call in the log.")] = None
+    error: Annotated[str | None, doc("A string: what kind of error it is.")] = None
+    reason: Annotated[str | None, doc("A string: why the call was refused.")] = None
+    resolution: Annotated[str | None, doc("A string: what can be done about it.")] = None
+    additional_parameters: Annotated[Additional | None, doc("An object with further facts.")] = None
 
 
 class Version(Shape, frozen=True):
     """What answers at the base path."""
 
-    version: Annotated[str, Meta(description="A string: the version of the server.")]
+    version: Annotated[str, doc("A string: the version of the server.")]
 
 
 def _span(seconds: float) -> TimeSpan:

@@ -9,10 +9,11 @@ the document has done that.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
+
+from msgspec import ValidationError, convert
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
@@ -22,7 +23,7 @@ from agent.schema.settings import AgentSettings
 
 def dump(settings: AgentSettings) -> bytes:
     """Write settings as a document that ``load`` reads."""
-    return json.dumps({"version": __version__, "settings": _to_json(settings)}).encode()
+    return json.dumps({"version": __version__, "settings": settings}, default=_to_json).encode()
 
 
 def dump_error(error: ConfigError) -> bytes:
@@ -68,70 +69,43 @@ def check_version(installed: str) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    if is_dataclass(value):
-        return {item.name: _to_json(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    """A path or a table, which are all that JSON does not have."""
+    if isinstance(value, Path):
+        return str(value)
+    return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _table(given: Any, declared: type[Any], where: str) -> Any:
-    """Read the settings of one class. Raises ValueError, TypeError or KeyError, as all below."""
-    _check(given, dict, where)
+    """Read the settings of one class. Raises ValueError or KeyError, as all below."""
+    values = _value(given, dict[str, Any], where)
     settings = settings_of(declared)
-    if differing := given.keys() ^ {setting.name for setting in settings}:
+    if differing := values.keys() ^ {setting.name for setting in settings}:
         names = ", ".join(sorted(differing))
         raise ValueError(f"{where} has other settings than expected: {names}")
     return declared(
-        **{setting.name: _setting(given[setting.name], setting) for setting in settings}
+        **{setting.name: _setting(values[setting.name], setting) for setting in settings}
     )
 
 
 def _setting(given: Any, setting: Setting) -> Any:
-    if given is None and setting.value_type != setting.annotation:
-        return None
-    if setting.tables is None:
-        return _value(given, setting.value_type, setting.name)
-    if setting.tables.most is None:
-        return _kind(given, setting.tables)
-    _check(given, list, setting.name)
-    return tuple(_kind(table, setting.tables) for table in given)
+    tables = setting.tables
+    if given is None or tables is None:
+        return _value(given, setting.annotation, setting.name)
+    if tables.most is None:
+        return _kind(given, tables)
+    return tuple(_kind(table, tables) for table in _value(given, list[Any], setting.name))
 
 
 def _kind(given: Any, tables: Tables) -> Any:
     """Read a table of the kind that it names."""
-    _check(given, dict, tables.key)
-    kind = given.get("type", "")
+    kind = _value(given, dict[str, Any], tables.key).get("type", "")
     if kind not in tables.kinds:
         raise ValueError(f"{tables.key} is of the unknown type {kind!r}")
     return _table(given, tables.load(kind), tables.key)
 
 
 def _value(given: Any, wanted: Any, where: str) -> Any:
-    """Read a value that is no table."""
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if origin is tuple:
-        _check(given, list, where)
-        return tuple(_value(item, arguments[0], where) for item in given)
-    if origin is Literal:
-        if given not in arguments:
-            raise ValueError(f"{where} is {given!r}")
-        return given
-    if origin is not None:  # a mapping of strings
-        _check(given, dict, where)
-        return {str(key): str(item) for key, item in given.items()}
-    if issubclass(wanted, tuple):  # a NamedTuple
-        _check(given, list, where)
-        return wanted(*given)
-    if wanted is Path:
-        _check(given, str, where)
-        return Path(given)
-    _check(given, (int, float) if wanted is float else wanted, where)
-    return given
-
-
-def _check(given: Any, wanted: Any, where: str) -> None:
-    if not isinstance(given, wanted):
-        raise TypeError(f"{where} is {given!r}")
+    try:
+        return convert(given, wanted, dec_hook=lambda kind, value: kind(value))  # of a path
+    except ValidationError as error:
+        raise ValueError(f"{where}: {error}") from None

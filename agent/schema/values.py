@@ -262,6 +262,11 @@ Id = Annotated[
 ]
 
 
+def doc(description: str) -> Meta:
+    """What a property is, for the OpenAPI document and for errors."""
+    return Meta(description=description)
+
+
 class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
 

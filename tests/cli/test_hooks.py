@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.hooks import EVENTS
+from agent.drivers.hooks.spec import EVENTS
 from agent.errors import ExitCode
 
 Cli = Callable[..., tuple[int, str, str]]

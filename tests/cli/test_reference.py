@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.reference import PROGRAMS, sample, settings_page, tables_of
 from agent.errors import ExitCode
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Settings, settings_of
 from agent.schema.kinds import CHECKS
 from agent.schema.read import load, validate
 from agent.schema.settings import AgentSettings
+from tests.reference import PROGRAMS, sample, settings_page, tables_of
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = {

@@ -26,9 +26,9 @@ from agent.core.phases import (
     Phase,
     Trigger,
     next_phase,
-    phase_diagram,
 )
 from agent.core.session import PreviousTenure, Session
+from tests.reference import phase_diagram
 
 from .session_bench import LEASE_S, STORE, TIMING, Answer, Bench, P, S, W, status
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.phases import FIRST_SENTENCE, TABLE, Phase, phase_diagram
-from agent.core.roles import TRANSITIONS, check_transition, diagram
+from agent.core.phases import FIRST_SENTENCE, TABLE, Phase
+from agent.core.roles import TRANSITIONS, check_transition
 from agent.model import Role
+from tests.reference import phase_diagram, role_diagram
 
 PAGE = Path(__file__).parents[2] / "docs/roles.md"
 
@@ -33,7 +34,7 @@ def page() -> str:
             *rows,
             "",
             "```mermaid",
-            diagram(),
+            role_diagram(),
             "```",
             "",
             "## Phases of an agent",
@@ -67,8 +68,8 @@ def test_the_roles_page_is_up_to_date() -> None:
 def test_every_row_is_in_the_diagram_and_has_a_reason() -> None:
     for (before, after), why in TRANSITIONS.items():
         assert why
-        assert f"    {before} --> {after}: {why}" in diagram().splitlines()
-    assert "[*] --> Secondary" in diagram()
+        assert f"    {before} --> {after}: {why}" in role_diagram().splitlines()
+    assert "[*] --> Secondary" in role_diagram()
 
 
 POSSIBLE = {

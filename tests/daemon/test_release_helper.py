@@ -26,7 +26,8 @@ LIMIT_S = 30.0
 
 AGENT = """
 import asyncio, sys
-from agent.drivers.guardian import Arming, GuardHook, Guardian
+from agent.drivers.guardian.messages import Arming, GuardHook
+from agent.drivers.guardian.supervisor import Guardian
 from agent.ops.clock import Clock
 
 async def main():

@@ -179,7 +179,7 @@ async def test_a_hook_that_hangs_at_its_start_blocks_nothing_and_can_be_killed(
         release.wait(PATIENCE_S)
         returned.set()
 
-    monkeypatch.setattr("agent.drivers.hooks.HookSpec.recheck", recheck)
+    monkeypatch.setattr("agent.drivers.hooks.spec.HookSpec.recheck", recheck)
     stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"), hook_secondary=("/bin/true",))
     number = stage.begin(Role.PRIMARY)
     await until(hangs.is_set)

@@ -17,16 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drivers.checks import CheckResult, Checks, Health, judge
 from agent.drivers.checks import command as command_module
 from agent.drivers.checks import process as process_module
-from agent.drivers.checks.command import Command, ExecCheck
-from agent.drivers.checks.file_age import FileAge, FileAgeCheck
-from agent.drivers.checks.http import Http, HttpCheck
-from agent.drivers.checks.kind import Check, CheckFailed, run_blocking
+from agent.drivers.checks.command import ExecCheck
+from agent.drivers.checks.file_age import FileAgeCheck
+from agent.drivers.checks.http import HttpCheck
+from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.drivers.checks.process import Process, ProcessCheck
-from agent.drivers.checks.prometheus import Prometheus, PrometheusCheck
-from agent.drivers.checks.tcp import Connect, TcpCheck
+from agent.drivers.checks.prometheus import PrometheusCheck
+from agent.drivers.checks.runner import Checks
+from agent.drivers.checks.tcp import TcpCheck
+from agent.drivers.checks.verdict import CheckResult, Health, judge
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import parse_peer
@@ -96,6 +97,10 @@ C = TypeVar("C", bound=Check)
 def patient(check: C, keys: dict[str, Any]) -> C:
     """A limit that no noise of the machine exceeds, though longer than the interval."""
     return check if "limit" in keys else replace(check, limit=LIMIT_S)
+
+
+async def run_of(check: Check) -> None:
+    await check.runner(Clock())()
 
 
 def exec_check(*argv: object, **keys: Any) -> ExecCheck:
@@ -418,11 +423,11 @@ async def test_after_stop_nothing_is_told_and_nothing_begins(tmp_path: Path) -> 
     ],
 )
 async def test_a_command_passes_by_exit_0_only(script: Script, text: str, says: str) -> None:
-    assert await why(Command(exec_check(script(text)))) == says
+    assert await why(exec_check(script(text)).runner(Clock())) == says
 
 
 async def test_a_command_that_cannot_be_started_fails(tmp_path: Path) -> None:
-    assert "No such file" in str(await why(Command(exec_check(tmp_path / "none"))))
+    assert "No such file" in str(await why(exec_check(tmp_path / "none").runner(Clock())))
 
 
 @pytest.mark.parametrize("first", ["", "trap '' TERM;"], ids=["minds-term", "ignores-term"])
@@ -432,7 +437,7 @@ async def test_a_command_that_hangs_is_killed_with_its_children(
     pids = tmp_path / "pids"
     hanging = script(f"{first} sleep 1000 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait")
     hanging.write_text(hanging.read_text().replace("wait", "while :; do sleep 0.01; done"))
-    task = asyncio.create_task(Command(exec_check(hanging))())
+    task = asyncio.create_task(run_of(exec_check(hanging)))
     await until(pids.exists)
     assert all(is_alive(int(pid)) for pid in pids.read_text().split())
     task.cancel()
@@ -443,7 +448,7 @@ async def test_a_command_that_hangs_is_killed_with_its_children(
 
 async def test_term_gives_a_command_time_to_clean_up(script: Script, tmp_path: Path) -> None:
     text = f"trap 'touch {tmp_path}/cleaned; exit' TERM; touch {tmp_path}/ready; sleep 100 & wait"
-    task = asyncio.create_task(Command(exec_check(script(text)))())
+    task = asyncio.create_task(run_of(exec_check(script(text))))
     await until((tmp_path / "ready").exists)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -455,7 +460,7 @@ async def test_what_a_command_leaves_in_its_group_does_not_outlive_it(
     script: Script, tmp_path: Path
 ) -> None:
     child = tmp_path / "child"
-    run = Command(exec_check(script(f"sleep 1000 & echo $! > {child}")))
+    run = exec_check(script(f"sleep 1000 & echo $! > {child}")).runner(Clock())
     assert await why(run) is None
     await until(lambda: not is_alive(int(child.read_text())))
 
@@ -474,7 +479,10 @@ async def test_output_is_kept_up_to_its_bound_and_the_rest_drained(
 ) -> None:
     caplog.set_level(logging.DEBUG, "agent.drivers.checks.command")
     before = open_files()
-    assert await why(Command(exec_check(script("head -c 3000000 /dev/zero | tr '\\0' x")))) is None
+    assert (
+        await why(exec_check(script("head -c 3000000 /dev/zero | tr '\\0' x")).runner(Clock()))
+        is None
+    )
     (record,) = [r for r in caplog.records if r.msg == "check output"]
     assert record.__dict__["fields"]["output"] == "x" * command_module.OUTPUT_BYTES
     assert open_files() <= before
@@ -487,7 +495,7 @@ async def test_a_daemon_that_holds_the_output_holds_nobody_up(
     daemon = script(f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 1000")
     run = script(f"setsid {daemon} & while ! [ -e {pid} ]; do sleep 0.01; done")
     try:
-        assert await why(Command(exec_check(run))) is None
+        assert await why(exec_check(run).runner(Clock())) is None
     finally:
         os.kill(int(pid.read_text()), 9)
 
@@ -497,7 +505,7 @@ async def test_a_command_gets_a_clean_environment(
 ) -> None:
     monkeypatch.setenv("FAILOVER_AGENT_SECRET", "hunter2")
     text = 'test -z "$FAILOVER_AGENT_SECRET" && test -n "$PATH" && test "$PWD" = / && ! read x'
-    assert await why(Command(exec_check(script(text)))) is None
+    assert await why(exec_check(script(text)).runner(Clock())) is None
 
 
 # --- http ---------------------------------------------------------------------------------------
@@ -536,8 +544,8 @@ def page(body: bytes = b"", status: int = 200, headers: str = "") -> Answer:
     return answer
 
 
-def http(url: str, **keys: Any) -> Http:
-    return Http(validate(HttpCheck, {"name": "a", "url": url, **keys}))
+def http(url: str, **keys: Any) -> Run:
+    return validate(HttpCheck, {"name": "a", "url": url, **keys}).runner(Clock())
 
 
 @pytest.mark.parametrize(
@@ -671,7 +679,7 @@ async def test_a_certificate_is_checked_unless_insecure(certificate: tuple[Path,
 async def test_a_tcp_check_passes_while_connections_are_taken() -> None:
     listener = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    run = Connect(parse_peer(address))
+    run = TcpCheck(name="a", address=parse_peer(address), limit=1.0).runner(Clock())
     assert await why(run) is None
     listener.close()
     await listener.wait_closed()
@@ -696,7 +704,7 @@ class FakeTime:
 
 async def test_a_file_is_too_old_after_its_age_and_new_when_written(tmp_path: Path) -> None:
     path, time = tmp_path / "file", FakeTime()
-    run = FileAge(file_check(path, max_age=60), time.clock())
+    run = file_check(path, max_age=60).runner(time.clock())
     assert "No such file" in str(await why(run))
     path.touch()
     os.utime(path, (NOW.timestamp(), NOW.timestamp()))
@@ -712,7 +720,7 @@ async def test_a_file_from_the_future_ages_by_our_own_clock(tmp_path: Path) -> N
     path, time = tmp_path / "file", FakeTime()
     path.touch()
     os.utime(path, (NOW.timestamp() + 86400, NOW.timestamp() + 86400))
-    run = FileAge(file_check(path, max_age=60), time.clock())
+    run = file_check(path, max_age=60).runner(time.clock())
     assert await why(run) is None
     time.passes(61)
     assert "61.0 s old" in str(await why(run))
@@ -910,10 +918,10 @@ broken{x="1" 5
 """
 
 
-def metric(url: str, name: str, op: str, value: float, **labels: str) -> Prometheus:
+def metric(url: str, name: str, op: str, value: float, **labels: str) -> Run:
     keys = {"metric": name, "op": op, "value": value, "labels": labels}
     table = {"name": "a", "type": "prometheus", "url": url, **keys}
-    return Prometheus(validate(PrometheusCheck, table))
+    return validate(PrometheusCheck, table).runner(Clock())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 import agent.guard.main
-from agent.drivers.guardian import Arming, GuardHook, Guardian, supervisor
+from agent.drivers.guardian import supervisor
+from agent.drivers.guardian.messages import Arming, GuardHook
+from agent.drivers.guardian.supervisor import Guardian
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from tests.hung import dead_disk, freezer
@@ -33,7 +35,8 @@ FAR = 1e6
 
 AGENT = """
 import asyncio, os, sys, time
-from agent.drivers.guardian import Arming, GuardHook, Guardian
+from agent.drivers.guardian.messages import Arming, GuardHook
+from agent.drivers.guardian.supervisor import Guardian
 from agent.ops.clock import Clock
 
 async def main():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.drivers.hooks import HookContext, HookSpec, check_hook
-from agent.drivers.hooks.check import check_directory
+from agent.drivers.hooks.check import HookCheck
+from agent.drivers.hooks.process import HookContext
+from agent.drivers.hooks.spec import HookSpec
 from agent.errors import ConfigError, ExitCode
 
 
@@ -20,7 +21,7 @@ def written(path: Path, content: bytes) -> Path:
 
 def fault(path: Path, search_path: str | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_hook("primary", [str(path)], search_path=search_path)
+        HookCheck("primary", search_path=search_path).check_command([str(path)])
     assert caught.value.exit_code == ExitCode.HOOK_NOT_EXECUTABLE
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -72,7 +73,7 @@ def test_a_file_that_the_kernel_would_not_execute_is_refused(
 )
 def test_a_file_that_the_kernel_executes_passes(tmp_path: Path, content: bytes) -> None:
     path = written(tmp_path / "hook", content)
-    check_hook("primary", [str(path)])
+    HookCheck("primary").check_command([str(path)])
     subprocess.run([path], check=True, capture_output=True)
 
 
@@ -80,7 +81,7 @@ def test_env_searches_the_path_of_the_hook(tmp_path: Path) -> None:
     path = written(tmp_path / "hook", b"#!/usr/bin/env tool\n")
     written(tmp_path / "tool", b"#!/bin/sh\n")
     assert "/bin" in fault(path, "/bin")
-    check_hook("primary", [str(path)], search_path=f"/bin:{tmp_path}")
+    HookCheck("primary", search_path=f"/bin:{tmp_path}").check_command([str(path)])
     context = HookContext(environment={"PATH": str(tmp_path)})
     HookSpec("primary", (str(path),), context=context).check()
 
@@ -94,7 +95,7 @@ def test_a_hook_on_a_noexec_mount_is_refused(tmp_path: Path) -> None:
     try:
         path = written(tmp_path / "hook", b"#!/bin/sh\n")
         assert "mounted noexec" in fault(path)
-        check_hook("primary", ["/bin/sh", str(path)])
+        HookCheck("primary").check_command(["/bin/sh", str(path)])
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -116,9 +117,9 @@ def test_a_config_map_directory_is_accepted_only_with_the_setting(tmp_path: Path
     """Fault 24: its mode is 0777, and it cannot be changed."""
     directory = volume(tmp_path)
     with pytest.raises(ConfigError, match="hook_directories_writable") as caught:
-        check_directory("primary", directory)
+        HookCheck("primary").check_directory(directory)
     assert caught.value.exit_code == ExitCode.HOOK_WRITABLE
-    check_directory("primary", directory, writable_directories=True)
+    HookCheck("primary", writable_directories=True).check_directory(directory)
     spec = HookSpec("primary", (str(directory),), writable_directories=True)
     spec.check()
     assert [step.name for step in spec.steps()] == ["10-start"]
@@ -128,7 +129,7 @@ def test_the_setting_does_not_accept_writable_files(tmp_path: Path) -> None:
     directory = volume(tmp_path)
     (directory / "..data" / "10-start").chmod(0o777)
     with pytest.raises(ConfigError, match="could change the hook"):
-        check_directory("primary", directory, writable_directories=True)
+        HookCheck("primary", writable_directories=True).check_directory(directory)
 
 
 def test_without_home_a_hook_has_the_home_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:

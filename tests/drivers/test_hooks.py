@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.hooks import HookContext, HookExit, HookProcess, check_hook
 from agent.drivers.hooks import process as process_module
+from agent.drivers.hooks.check import HookCheck
+from agent.drivers.hooks.process import HookContext, HookExit, HookProcess
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 
@@ -189,7 +190,7 @@ async def test_a_hook_leads_its_own_session_and_group(
     await end_of(process)
     stat, cwd = output(caplog)
     group, session = stat.rpartition(")")[2].split()[2:4]
-    assert int(group) == int(session) == process.pid == process.pgid
+    assert int(group) == int(session) == process.pid
     assert cwd == "/"
     process.release()
 
@@ -379,19 +380,19 @@ async def test_a_flood_of_output_is_drained_and_does_not_block_the_loop(
     assert [r.__dict__["fields"]["cut_bytes"] for r in cut] == [result.output_cut]
 
 
-# --- check_hook -------------------------------------------------------------------------------
+# --- HookCheck --------------------------------------------------------------------------------
 
 
 def refused(*argv: object) -> tuple[ExitCode, str]:
     with pytest.raises(ConfigError) as caught:
-        check_hook("secondary", [str(arg) for arg in argv])
+        HookCheck("secondary").check_command([str(arg) for arg in argv])
     assert "hook secondary" in str(caught.value)
     return caught.value.exit_code, str(caught.value)
 
 
 def test_a_good_hook_passes(script: Script) -> None:
-    check_hook("primary", [str(script("exit 0")), "--any", "argument"])
-    check_hook("primary", ["/bin/sh", "-c", "exit 0"])
+    HookCheck("primary").check_command([str(script("exit 0")), "--any", "argument"])
+    HookCheck("primary").check_command(["/bin/sh", "-c", "exit 0"])
 
 
 def test_a_relative_path_is_refused() -> None:
@@ -440,20 +441,20 @@ def test_a_hook_in_a_directory_that_others_can_write_is_refused(
     if link:
         (tmp_path / "links").symlink_to("a")
         asked = tmp_path / "links" / "b" / "hook"
-    check_hook("primary", [str(asked)])
+    HookCheck("primary").check_command([str(asked)])
     (tmp_path / "a").chmod(0o777)
     code, message = refused(asked)
     assert code == ExitCode.HOOK_WRITABLE
     assert f"chmod go-w {tmp_path / 'a'}" in message
     (tmp_path / "a").chmod(0o1777)  # sticky: others cannot replace what is ours
-    check_hook("primary", [str(asked)])
+    HookCheck("primary").check_command([str(asked)])
 
 
 def test_the_target_of_a_link_is_checked(script: Script, tmp_path: Path) -> None:
     path = script("exit 0")
     link = tmp_path / "link"
     link.symlink_to(path.name)
-    check_hook("primary", [str(link)])
+    HookCheck("primary").check_command([str(link)])
     path.chmod(0o757)
     code, message = refused(link)
     assert code == ExitCode.HOOK_WRITABLE

@@ -5,18 +5,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from agent.drivers.hooks import (
-    EVENTS,
-    NOTIFICATIONS,
-    ROLE_EVENTS,
-    build_payload,
-    check,
-    notifier,
-    payload_environment,
-    process,
-    runner,
-    webhook,
-)
+from agent.drivers.hooks import check, notifier, process, runner, webhook
+from agent.drivers.hooks.payload import build_payload, payload_environment
+from agent.drivers.hooks.spec import EVENTS, NOTIFICATIONS, ROLE_EVENTS
 from agent.model import Role
 
 PAGE = (Path(__file__).parents[2] / "docs/hooks.md").read_text()

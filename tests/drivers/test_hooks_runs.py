@@ -14,19 +14,11 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.hooks import (
-    CommandStep,
-    Form,
-    HookContext,
-    HookExit,
-    HookRun,
-    HookRunner,
-    HookSpec,
-    Notifier,
-    load_specs,
-    notifier,
-    runner,
-)
+from agent.drivers.hooks import notifier, runner
+from agent.drivers.hooks.notifier import Notifier
+from agent.drivers.hooks.process import HookContext, HookExit
+from agent.drivers.hooks.runner import HookRun, HookRunner
+from agent.drivers.hooks.spec import CommandStep, Form, HookSpec, load_specs
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from agent.schema.read import validate
@@ -298,24 +290,6 @@ def test_hooks_are_loaded_from_the_settings(hooks: Path) -> None:
     assert specs["secondary"].steps() == (CommandStep(("/bin/true", "x")),)
     assert all(one.context.directory == str(hooks) for one in specs.values())
     assert load_specs(AgentSettings()) == {}
-
-
-def test_the_plan_for_the_guard_has_all_steps_but_webhooks(
-    hooks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("b", "a"):
-        script(hooks / name, "exit 0")
-    monkeypatch.setenv("TZ", "UTC")
-    settings = AgentSettings(
-        hook_secondary=(str(hooks),), hook_left=("http://h/",), hook_environment={"UNIT": "x"}
-    )
-    specs = load_specs(settings)
-    plan = specs["secondary"].exec_plan()
-    assert plan.commands == ((str(hooks / "a"),), (str(hooks / "b"),))
-    assert (plan.all_steps, plan.left_out, plan.uid, plan.directory) == (True, (), None, "/")
-    assert (plan.environment["UNIT"], plan.environment["TZ"]) == ("x", "UTC")
-    left = specs["left"].exec_plan()
-    assert (left.commands, left.left_out) == ((), ("http://h/",))
 
 
 @pytest.mark.parametrize(

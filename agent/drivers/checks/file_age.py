@@ -29,32 +29,26 @@ class FileAgeCheck(Check):
     """How old it may be."""
 
     def runner(self, clock: Clock) -> Run:
-        return FileAge(self, clock)
+        """The age is the greater of two: by the time of day, and by ``clock`` since it was first seen.
 
+        So a file from "the future" (a clock that was set back) ages too.
+        """
+        lane = BlockingThread(f"check {self.name}")
+        seen: tuple[int, float] | None = None
 
-class FileAge:
-    """Runs a ``file_age`` check.
+        async def run() -> None:
+            nonlocal seen
+            try:
+                modified_ns = await run_blocking(lane, lambda: stat_file(self.path).st_mtime_ns)
+            except OSError as error:
+                raise CheckFailed(f"{self.path} cannot be examined: {error.strerror}") from error
+            now = clock.now()
+            if seen is None or seen[0] != modified_ns:
+                seen = (modified_ns, now.mono)
+            age_s = max(now.wall.timestamp() - modified_ns / 1e9, now.mono - seen[1])
+            if age_s > self.max_age:
+                raise CheckFailed(
+                    f"{self.path} is {age_s:.1f} s old, must be at most {self.max_age:g} s"
+                )
 
-    The age is the greater of two: by the time of day, and by our own clock since this modification
-    time was first seen. So a file from "the future" (a clock that was set back) ages too.
-    """
-
-    def __init__(self, check: FileAgeCheck, clock: Clock) -> None:
-        self._check = check
-        self._clock = clock
-        self._lane = BlockingThread(f"check {check.name}")
-        self._seen: tuple[int, float] | None = None
-
-    async def __call__(self) -> None:
-        """Return if the file is young enough. Raises CheckFailed."""
-        path, most = self._check.path, self._check.max_age
-        try:
-            modified_ns = await run_blocking(self._lane, lambda: stat_file(path).st_mtime_ns)
-        except OSError as error:
-            raise CheckFailed(f"{path} cannot be examined: {error.strerror}") from error
-        now = self._clock.now()
-        if self._seen is None or self._seen[0] != modified_ns:
-            self._seen = (modified_ns, now.mono)
-        age_s = max(now.wall.timestamp() - modified_ns / 1e9, now.mono - self._seen[1])
-        if age_s > most:
-            raise CheckFailed(f"{path} is {age_s:.1f} s old, must be at most {most:g} s")
+        return run

@@ -66,36 +66,27 @@ class HttpCheck(Check):
     """Do not check the certificate of an https URL."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        return Http(self)
+        request = Request(self.url, "*/*", insecure_tls=self.insecure_tls)
+
+        async def run() -> None:
+            async with request.send() as response:
+                if not self.status.least <= response.status_code <= self.status.most:
+                    raise CheckFailed(
+                        f"{self.url} answers {response.status_code}, must be {self.status}"
+                    )
+                wanted = self.contains
+                if wanted is not None and not await _has(response.aiter_raw(), wanted.encode()):
+                    raise CheckFailed(
+                        f"{self.url} answers without {wanted!r} in the first"
+                        f" {HTTP_BYTES // 1024} KiB"
+                    )
+
+        return run
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from Check.contradictions(self)
         if self.insecure_tls and not self.url.startswith("https:"):
             yield "insecure_tls", "is for an https:// url: leave it out"
-
-
-class Http:
-    """Runs an ``http`` check."""
-
-    def __init__(self, check: HttpCheck) -> None:
-        self._check = check
-        self._request = Request(check.url, "*/*", insecure_tls=check.insecure_tls)
-
-    async def __call__(self) -> None:
-        """Return if status and body are right. Raises CheckFailed."""
-        check = self._check
-        async with self._request.send() as response:
-            if not check.status.least <= response.status_code <= check.status.most:
-                raise CheckFailed(
-                    f"{check.url} answers {response.status_code}, must be {check.status}"
-                )
-            if check.contains is not None and not await _has(
-                response.aiter_raw(), check.contains.encode()
-            ):
-                raise CheckFailed(
-                    f"{check.url} answers without {check.contains!r} in the first"
-                    f" {HTTP_BYTES // 1024} KiB"
-                )
 
 
 async def _has(parts: AsyncIterator[bytes], wanted: bytes) -> bool:

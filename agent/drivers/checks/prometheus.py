@@ -53,40 +53,28 @@ class PrometheusCheck(Check):
     """The number to compare with."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        return Prometheus(self)
+        request = Request(self.url, ACCEPT)
+        lane = BlockingThread(f"check {self.name}")
 
+        async def run() -> None:
+            try:
+                async with request.send() as response:
+                    if response.status_code != HTTPStatus.OK:
+                        raise CheckFailed(f"{self.url} answers {response.status_code}, must be 200")
+                    lines = await read_lines(response.aiter_raw(), self.metric)
+                await run_blocking(lane, lambda: self._compare(lines))
+            except ScrapeError as error:
+                raise CheckFailed(f"{self.url}: {error}") from error
 
-class Prometheus:
-    """Runs a ``prometheus`` check: every sample of the metric that has the labels must compare."""
-
-    def __init__(self, check: PrometheusCheck) -> None:
-        self._check = check
-        self._request = Request(check.url, ACCEPT)
-        self._lane = BlockingThread(f"check {check.name}")
-
-    async def __call__(self) -> None:
-        """Return if the metric is as it should be. Raises CheckFailed."""
-        check = self._check
-        try:
-            async with self._request.send() as response:
-                if response.status_code != HTTPStatus.OK:
-                    raise CheckFailed(f"{check.url} answers {response.status_code}, must be 200")
-                lines = await read_lines(response.aiter_raw(), check.metric)
-            await run_blocking(self._lane, lambda: self._compare(lines))
-        except ScrapeError as error:
-            raise CheckFailed(f"{check.url}: {error}") from error
+        return run
 
     def _compare(self, lines: list[bytes]) -> None:
-        check = self._check
-        compare = OPERATORS[check.op]
-        samples = parse_samples(lines, check.metric, check.labels)
+        """Every sample of the metric that has the labels must compare. Raises CheckFailed."""
+        samples = parse_samples(lines, self.metric, self.labels)
         if not samples:
-            raise CheckFailed(
-                f"{check.url} has no sample {check.metric} {check.labels or ''}".strip()
-            )
+            raise CheckFailed(f"{self.url} has no sample {self.metric} {self.labels or ''}".strip())
         for labels, value in samples:
-            if math.isnan(value) or not compare(value, check.value):
+            if math.isnan(value) or not OPERATORS[self.op](value, self.value):
                 raise CheckFailed(
-                    f"{check.metric} {labels or ''} is {value:g},"
-                    f" must be {check.op} {check.value:g}"
+                    f"{self.metric} {labels or ''} is {value:g}, must be {self.op} {self.value:g}"
                 )

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.ops.clock import Clock
-from agent.schema.addresses import Address
 from agent.schema.formats import Peer
 
 
@@ -28,22 +27,14 @@ class TcpCheck(Check):
     """What to connect to. Nothing is sent."""
 
     def runner(self, clock: Clock) -> Run:  # noqa: ARG002 - as every kind
-        return Connect(self.address)
+        return self._connect
 
-
-class Connect:
-    """Runs a ``tcp`` check."""
-
-    def __init__(self, address: Address) -> None:
-        self._address = address
-
-    async def __call__(self) -> None:
-        """Return if the address accepts a connection. Raises CheckFailed."""
+    async def _connect(self) -> None:
         try:
-            _, writer = await asyncio.open_connection(*self._address)
+            _, writer = await asyncio.open_connection(*self.address)
         except OSError as error:
             why = error.strerror or str(error)
-            raise CheckFailed(f"{self._address} takes no connection: {why}") from error
+            raise CheckFailed(f"{self.address} takes no connection: {why}") from error
         writer.close()
         with suppress(OSError):  # it was accepted, whatever happened then
             await writer.wait_closed()

@@ -67,128 +67,134 @@ def scripts_in(directory: Path) -> tuple[tuple[Path, ...], tuple[tuple[str, str]
     return tuple(scripts), tuple(ignored)
 
 
-def check_directory(
-    name: str,
-    directory: Path,
-    run_as: RunAs | None = None,
-    *,
-    search_path: str | None = None,
-    writable_directories: bool = False,
-) -> None:
-    """Reject a directory of scripts that others could change, or with a script that cannot run.
+@dataclass(frozen=True, slots=True)
+class HookCheck:
+    """Rejects what could not run as a hook, or what others could change (R11).
 
-    Args:
+    Attributes:
         name: of the hook, for the message.
-        directory: of the scripts.
-        run_as: see ``check_hook``.
-        search_path: see ``check_hook``.
-        writable_directories: see ``check_hook``.
-
-    Raises:
-        ConfigError: as ``check_hook`` does; HOOK_MISSING too if there is no script in it, and
-            CONFIG_VALUE if there are more than ``MOST_SCRIPTS``.
-    """
-    try:
-        components = list(_path_components(directory))
-        scripts, ignored = scripts_in(directory)
-    except OSError as error:
-        raise ConfigError(
-            f"hook {name}: {directory} cannot be read ({error.strerror}); create it, or correct the"
-            " path",
-            exit_code=ExitCode.HOOK_MISSING,
-        ) from error
-    if not scripts:
-        but = f" ({len(ignored)} files are ignored)" if ignored else ""
-        raise ConfigError(
-            f"hook {name}: {directory} has no script{but}; put one there whose name is of letters,"
-            " digits, _ and - only",
-            exit_code=ExitCode.HOOK_MISSING,
-        )
-    if len(scripts) > MOST_SCRIPTS:
-        raise ConfigError(
-            f"hook {name}: {directory} has {len(scripts)} scripts; at most {MOST_SCRIPTS} can be run"
-        )
-    for part in components:
-        _check_not_writable(name, part, writable_directories=writable_directories)
-    for script in scripts:
-        check_hook(
-            name,
-            [str(script)],
-            run_as,
-            search_path=search_path,
-            writable_directories=writable_directories,
-        )
-
-
-def check_hook(
-    name: str,
-    argv: Sequence[str],
-    run_as: RunAs | None = None,
-    *,
-    search_path: str | None = None,
-    writable_directories: bool = False,
-) -> None:
-    """Reject a hook that could not run, or that others could change (R11).
-
-    Args:
-        name: of the hook, for the message.
-        argv: program and arguments; the program is an absolute path.
         run_as: the user that it will run as; None for this process's.
         search_path: its PATH, for an interpreter line with env; None for this process's.
         writable_directories: allow directories that others can write, such as a ConfigMap volume.
-
-    Raises:
-        ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE (also: no
-            interpreter line, or no such interpreter), or HOOK_WRITABLE: the file, or a directory or link
-            on the way to it, belongs to neither root nor our user, or its group or others can write it
-            (sticky directories are allowed).
     """
-    if not argv or not argv[0].startswith("/"):
-        raise ConfigError(
-            f"hook {name}: {shlex.join(argv)!r} must be a list that begins with the absolute path"
-            ' of a program, like ["/usr/local/bin/on-primary", "--fast"]'
-        )
-    path = Path(argv[0])
-    try:
-        mode = path.stat().st_mode
-        components = list(_path_components(path))
-    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"hook {name}: {path} cannot be found ({why}); create it, or correct the path",
-            exit_code=ExitCode.HOOK_MISSING,
-        ) from error
-    if not stat.S_ISREG(mode):
-        raise ConfigError(
-            f"hook {name}: {path} is not a regular file; name a program",
-            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
-        )
-    if os.statvfs(path).f_flag & os.ST_NOEXEC:
-        raise ConfigError(
-            f"hook {name}: {path} is on a file system that is mounted noexec, so nothing there can be"
-            " executed: move it, or name its interpreter first, like"
-            f' ["/bin/sh", "{path}"]',
-            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
-        )
-    blocking = path if not os.access(path, os.X_OK) else None
-    if blocking is None and run_as is not None:
-        blocking = next((part for part in components if not run_as.may_execute(part.stat())), None)
-    if blocking is not None:
-        uid = run_as.uid if run_as is not None else os.geteuid()
-        raise ConfigError(
-            f"hook {name}: {path} may not be executed by uid {uid} (mode"
-            f" {stat.S_IMODE(blocking.stat().st_mode):04o} of {blocking}); run:"
-            f" chmod a+x {shlex.quote(str(blocking))}",
-            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
-        )
-    fault = _format_fault(path, search_path)
-    if fault is not None:
-        raise ConfigError(
-            f"hook {name}: {path} cannot be executed: {fault}",
-            exit_code=ExitCode.HOOK_NOT_EXECUTABLE,
-        )
-    for part in components:
-        _check_not_writable(name, part, writable_directories=writable_directories)
+
+    name: str
+    run_as: RunAs | None = None
+    search_path: str | None = None
+    writable_directories: bool = False
+
+    def check_directory(self, directory: Path) -> None:
+        """Reject a directory of scripts that others could change, or with a script that cannot run.
+
+        Raises:
+            ConfigError: as ``check_command`` does; HOOK_MISSING too if there is no script in it, and
+                CONFIG_VALUE if there are more than ``MOST_SCRIPTS``.
+        """
+        try:
+            components = list(_path_components(directory))
+            scripts, ignored = scripts_in(directory)
+        except OSError as error:
+            raise self._refusal(
+                ExitCode.HOOK_MISSING,
+                f"{directory} cannot be read ({error.strerror}); create it, or correct the path",
+            ) from error
+        if not scripts:
+            but = f" ({len(ignored)} files are ignored)" if ignored else ""
+            raise self._refusal(
+                ExitCode.HOOK_MISSING,
+                f"{directory} has no script{but}; put one there whose name is of letters,"
+                " digits, _ and - only",
+            )
+        if len(scripts) > MOST_SCRIPTS:
+            raise self._refusal(
+                ExitCode.CONFIG_VALUE,
+                f"{directory} has {len(scripts)} scripts; at most {MOST_SCRIPTS} can be run",
+            )
+        for part in components:
+            self._check_not_writable(part)
+        for script in scripts:
+            self.check_command([str(script)])
+
+    def check_command(self, argv: Sequence[str]) -> None:
+        """Reject a program, with its arguments, whose path has to be absolute.
+
+        Raises:
+            ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE (also:
+                no interpreter line, or no such interpreter), or HOOK_WRITABLE: the file, or a directory
+                or link on the way to it, belongs to neither root nor our user, or its group or others
+                can write it (sticky directories are allowed).
+        """
+        if not argv or not argv[0].startswith("/"):
+            raise self._refusal(
+                ExitCode.CONFIG_VALUE,
+                f"{shlex.join(argv)!r} must be a list that begins with the absolute path"
+                ' of a program, like ["/usr/local/bin/on-primary", "--fast"]',
+            )
+        path = Path(argv[0])
+        try:
+            mode = path.stat().st_mode
+            components = list(_path_components(path))
+        except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+            why = getattr(error, "strerror", None) or error
+            raise self._refusal(
+                ExitCode.HOOK_MISSING,
+                f"{path} cannot be found ({why}); create it, or correct the path",
+            ) from error
+        if (fault := self._execution_fault(path, mode, components)) is not None:
+            raise self._refusal(ExitCode.HOOK_NOT_EXECUTABLE, f"{path} {fault}")
+        for part in components:
+            self._check_not_writable(part)
+
+    def _execution_fault(self, path: Path, mode: int, components: Sequence[Path]) -> str | None:
+        """Why a file could not be executed, or None if it could."""
+        if not stat.S_ISREG(mode):
+            return "is not a regular file; name a program"
+        if os.statvfs(path).f_flag & os.ST_NOEXEC:
+            return (
+                "is on a file system that is mounted noexec, so nothing there can be"
+                " executed: move it, or name its interpreter first, like"
+                f' ["/bin/sh", "{path}"]'
+            )
+        run_as = self.run_as
+        blocking = path if not os.access(path, os.X_OK) else None
+        if blocking is None and run_as is not None:
+            parts = (part for part in components if not run_as.may_execute(part.stat()))
+            blocking = next(parts, None)
+        if blocking is not None:
+            uid = run_as.uid if run_as is not None else os.geteuid()
+            return (
+                f"may not be executed by uid {uid} (mode"
+                f" {stat.S_IMODE(blocking.stat().st_mode):04o} of {blocking}); run:"
+                f" chmod a+x {shlex.quote(str(blocking))}"
+            )
+        fault = _format_fault(path, self.search_path)
+        return None if fault is None else f"cannot be executed: {fault}"
+
+    def _check_not_writable(self, part: Path) -> None:
+        found = part.lstat()
+        quoted = shlex.quote(str(part))
+        if found.st_uid not in {0, os.geteuid()}:
+            raise self._refusal(
+                ExitCode.HOOK_WRITABLE,
+                f"{part} belongs to uid {found.st_uid}, who could replace the hook; it"
+                f" must belong to root or to uid {os.geteuid()}: run: chown root {quoted}",
+            )
+        if stat.S_ISLNK(found.st_mode):  # the mode of its directory decides
+            return
+        is_directory = stat.S_ISDIR(found.st_mode)
+        if is_directory and (self.writable_directories or found.st_mode & stat.S_ISVTX):
+            return
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            volume = " (or, for a ConfigMap volume, set hook_directories_writable)"
+            raise self._refusal(
+                ExitCode.HOOK_WRITABLE,
+                f"{part} can be written by its group or by others (mode"
+                f" {stat.S_IMODE(found.st_mode):04o}), who could change the hook: run:"
+                f" chmod go-w {quoted}{volume if is_directory else ''}",
+            )
+
+    def _refusal(self, code: ExitCode, text: str) -> ConfigError:
+        return ConfigError(f"hook {self.name}: {text}", exit_code=code)
 
 
 def _format_fault(path: Path, search_path: str | None) -> str | None:
@@ -266,29 +272,3 @@ def _path_components(path: Path) -> Iterator[Path]:
             if links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             todo.append(part.parent / part.readlink())
-
-
-def _check_not_writable(name: str, part: Path, *, writable_directories: bool) -> None:
-    found = part.lstat()
-    quoted = shlex.quote(str(part))
-    if found.st_uid not in {0, os.geteuid()}:
-        raise ConfigError(
-            f"hook {name}: {part} belongs to uid {found.st_uid}, who could replace the hook; it"
-            f" must belong to root or to uid {os.geteuid()}: run: chown root {quoted}",
-            exit_code=ExitCode.HOOK_WRITABLE,
-        )
-    if stat.S_ISLNK(found.st_mode):  # the mode of its directory decides
-        return
-    is_directory = stat.S_ISDIR(found.st_mode)
-    if is_directory and (writable_directories or found.st_mode & stat.S_ISVTX):
-        return
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        hint = (
-            " (or, for a ConfigMap volume, set hook_directories_writable)" if is_directory else ""
-        )
-        raise ConfigError(
-            f"hook {name}: {part} can be written by its group or by others (mode"
-            f" {stat.S_IMODE(found.st_mode):04o}), who could change the hook: run:"
-            f" chmod go-w {quoted}{hint}",
-            exit_code=ExitCode.HOOK_WRITABLE,
-        )

@@ -219,13 +219,8 @@ class HookProcess:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, also its process group's; None until it is started."""
+        """Its process id, also that of its group and session; None until it is started."""
         return self.child.pid if self.child is not None else None
-
-    @property
-    def pgid(self) -> int | None:
-        """The process group, which is also the session: the hook and its children."""
-        return self.pid
 
     @property
     def ended(self) -> bool:

@@ -70,7 +70,7 @@ class HookRun:
     @property
     def pgids(self) -> tuple[int, ...]:
         """Process groups of all its steps, until ``release``; they may have live processes."""
-        return tuple(step.pgid for step in self._started_steps if step.pgid is not None)
+        return tuple(step.pid for step in self._started_steps if step.pid is not None)
 
     @property
     def ended(self) -> bool:

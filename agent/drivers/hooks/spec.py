@@ -7,13 +7,13 @@ import grp
 import os
 import pwd
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from agent.drivers.hooks.check import RunAs, check_directory, check_hook, scripts_in
+from agent.drivers.hooks.check import HookCheck, RunAs, scripts_in
 from agent.drivers.hooks.process import HookContext
 from agent.errors import ConfigError, ExitCode
 from agent.schema.secret_files import read_secret
@@ -54,28 +54,6 @@ Step = CommandStep | WebhookStep
 
 
 @dataclass(frozen=True, slots=True)
-class ExecPlan:
-    """A hook for a process without this code, such as the guard.
-
-    Attributes:
-        commands: argv lists, in order; with ``all_steps`` a failed one does not prevent the next.
-        left_out: URLs of webhooks, which such a process cannot call.
-        uid: of the commands, with ``gid`` and ``groups``; None for the process's own user.
-        directory: the working directory.
-        environment: all variables but the FAILOVER_ ones (``payload_environment``).
-    """
-
-    commands: tuple[tuple[str, ...], ...]
-    left_out: tuple[str, ...]
-    all_steps: bool
-    uid: int | None
-    gid: int | None
-    groups: tuple[int, ...]
-    directory: str
-    environment: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class HookSpec:
     """The hook of one event. ``load_specs`` makes them.
 
@@ -86,7 +64,7 @@ class HookSpec:
         all_steps: a failed step does not prevent the next ones.
         secret: signs webhooks.
         tls: verifies https servers; None without a webhook.
-        writable_directories: see ``check_hook``.
+        writable_directories: see ``HookCheck``.
     """
 
     name: str
@@ -134,50 +112,25 @@ class HookSpec:
         """Reject a hook that could not run, or that others could change (R11). Calls no webhook.
 
         Raises:
-            ConfigError: see ``check_hook`` and ``check_directory``.
+            ConfigError: see ``HookCheck``.
         """
         match self.form:
             case Form.COMMAND:
-                self._check(self.value)
+                self._checker.check_command(self.value)
             case Form.DIRECTORY:
-                check_directory(
-                    self.name,
-                    Path(self.value[0]),
-                    self.context.run_as,
-                    search_path=self.context.search_path,
-                    writable_directories=self.writable_directories,
-                )
+                self._checker.check_directory(Path(self.value[0]))
             case Form.WEBHOOK:
                 pass
 
     def recheck(self, step: CommandStep) -> None:
         """Check a script again before its start: it may have changed. Raises ConfigError."""
         if step.name is not None:
-            self._check(step.argv)
+            self._checker.check_command(step.argv)
 
-    def _check(self, argv: Sequence[str]) -> None:
-        check_hook(
-            self.name,
-            argv,
-            self.context.run_as,
-            search_path=self.context.search_path,
-            writable_directories=self.writable_directories,
-        )
-
-    def exec_plan(self) -> ExecPlan:
-        """The plan for the guard, with the current scripts. Raises ConfigError as ``steps`` does."""
-        steps = self.steps()
-        run_as = self.context.run_as
-        return ExecPlan(
-            commands=tuple(step.argv for step in steps if isinstance(step, CommandStep)),
-            left_out=tuple(step.url for step in steps if isinstance(step, WebhookStep)),
-            all_steps=self.all_steps,
-            uid=run_as.uid if run_as else None,
-            gid=run_as.gid if run_as else None,
-            groups=run_as.groups if run_as else (),
-            directory=self.context.directory,
-            environment=self.context.variables(),
-        )
+    @property
+    def _checker(self) -> HookCheck:
+        context = self.context
+        return HookCheck(self.name, context.run_as, context.search_path, self.writable_directories)
 
     def _scripts(self) -> tuple[CommandStep, ...]:
         directory = Path(self.value[0])

@@ -50,7 +50,6 @@ class Webhook:
     """
 
     pid: int | None = None
-    pgid: int | None = None
 
     def __init__(
         self,

@@ -1,11 +1,14 @@
-"""docs/settings.md and the samples in config/, generated from the declared settings.
+"""Pages that are generated: docs/settings.md, the samples in config/, the diagrams of docs/roles.md.
 
-Owns their text; a test compares them with the files, so that they cannot be stale, and can rewrite those.
+Owns their text; tests compare it with the files, so that they cannot be stale, and can rewrite those.
 """
 
 import textwrap
 from collections.abc import Iterator
 
+from agent.core.phases import TABLE, Phase
+from agent.core.roles import TRANSITIONS
+from agent.model import Role
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Setting, Settings, settings_of
 from agent.schema.settings import AgentSettings
@@ -62,7 +65,7 @@ def settings_page() -> str:
 
 def tables_of(setting: Setting) -> dict[str, type]:
     """The class of each kind of the setting's tables."""
-    assert setting.tables is not None, setting  # noqa: S101 - our own mistake
+    assert setting.tables is not None, setting
     return {kind: setting.tables.load(kind) for kind in setting.tables.kinds}
 
 
@@ -110,7 +113,7 @@ def _entry(setting: Setting) -> str:
 
 
 def _table_samples(setting: Setting) -> Iterator[str]:
-    assert setting.tables is not None, setting  # noqa: S101 - our own mistake
+    assert setting.tables is not None, setting
     for number, declared in enumerate(tables_of(setting).values()):
         other = number > 0 and setting.tables.most is None
         example = [f"{key} = {to_toml(value)}" for key, value in declared.EXAMPLE.items()]  # type: ignore[attr-defined]
@@ -134,3 +137,20 @@ def _comment(text: str) -> str:
         )
         + "\n"
     )
+
+
+def role_diagram() -> str:
+    """The table as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2", f"    [*] --> {Role.SECONDARY}"]
+    lines += [f"    {a} --> {b}: {why}" for (a, b), why in TRANSITIONS.items()]
+    return "\n".join(lines)
+
+
+def phase_diagram() -> str:
+    """The table as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2", f"    [*] --> {Phase.STARTING}"]
+    lines += [
+        f"    {before} --> {row.phase}: {trigger.replace('_', ' ')}"
+        for (before, trigger), row in TABLE.items()
+    ]
+    return "\n".join([*lines, f"    {Phase.ENDED} --> [*]"])
