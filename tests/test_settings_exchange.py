@@ -59,7 +59,7 @@ def test_what_an_agent_keeps_in_memory_has_no_pydantic_and_no_rich(module: str) 
     loaded = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout.split()
-    unwanted = ("pydantic", "pydantic_core", "rich", "aiomqtt", "apsw")
+    unwanted = ("pydantic", "pydantic_core", "pydantic_settings", "rich", "aiomqtt", "apsw")
     assert module in loaded
     assert not [name for name in loaded if name.split(".")[0] in unwanted]
 
