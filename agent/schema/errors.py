@@ -5,11 +5,9 @@ Owns the wording, and how a refused value is shown. Where the value was given is
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
-
-from pydantic import ValidationError
+from typing import Any
 
 from agent.errors import ConfigError
 
@@ -49,12 +47,6 @@ class Fault:
     unknown: bool = False
     tables: TableError | None = None
 
-    @classmethod
-    def of_unknown_key(cls, key: str, names: Sequence[str], noun: str) -> Self:
-        """A key that ``noun``, which has those names, does not have."""
-        right = suggest(key, names, f"it has {', '.join(names)}")
-        return cls(key, f"{noun} has no key {shown(key)}: {right}", unknown=True)
-
     def __str__(self) -> str:
         """The sentence for a key of a table."""
         if self.unknown:
@@ -72,14 +64,35 @@ class InvalidError(ConfigError):
         self.faults = faults
 
 
-def fault_of(key: str, error: ValidationError) -> Fault:
-    """What pydantic refuses in the value of a key."""
-    first = error.errors(include_url=False)[0]
-    cause, given = first.get("ctx", {}).get("error"), shown(first["input"])
-    if first["type"] == "path_type":
-        return Fault(key, "must be a path, as a string", given)
-    text = str(cause) if cause else first["msg"].replace("Input should", "must")
-    return Fault(key, text, given, tables=cause if isinstance(cause, TableError) else None)
+def faults_of(
+    errors: Sequence[Mapping[str, Any]], names: Sequence[str], noun: str
+) -> Iterator[Fault]:
+    """One fault for each key that pydantic refuses, unknown keys first.
+
+    Args:
+        errors: as ``ValidationError.errors`` returns them.
+        names: the keys that there are.
+        noun: what has them.
+    """
+    seen = set()
+    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
+        key = str(error["loc"][0])
+        if key in seen:
+            continue
+        seen.add(key)
+        cause = error.get("ctx", {}).get("error")
+        text = str(cause) if cause else error["msg"].replace("Input should", "must")
+        match error["type"]:
+            case "extra_forbidden":
+                right = suggest(key, names, f"it has {', '.join(names)}")
+                yield Fault(key, f"{noun} has no key {shown(key)}: {right}", unknown=True)
+            case "missing":
+                yield Fault(key, f"is missing, and {noun} needs it")
+            case "path_type":
+                yield Fault(key, "must be a path, as a string", shown(error["input"]))
+            case _:
+                tables = cause if isinstance(cause, TableError) else None
+                yield Fault(key, text, shown(error["input"]), tables=tables)
 
 
 def suggest(name: str, names: Sequence[str], otherwise: str) -> str:

@@ -1,8 +1,9 @@
 """Where values come from: a flag, else the environment, else a TOML file, else the default.
 
-Owns reading and merging the sources, checking values by pydantic as they are declared, and adding to each
-fault where the value was given. Knows no setting. Needs pydantic, and is imported only where settings are
-read.
+Owns reading and merging the sources, checking values with pydantic models that are built from the
+declarations, and adding to each fault where the value was given. Knows no setting. Needs pydantic, and is
+imported only where settings are read. pydantic-settings ignores misspelt variables and missing files:
+found here.
 """
 
 import os
@@ -15,12 +16,19 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
-    TypeAdapter,
     ValidationError,
+    create_model,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
 )
 
 from agent.errors import ConfigError, ExitCode
@@ -29,7 +37,7 @@ from agent.schema.errors import (
     Fault,
     InvalidError,
     TableError,
-    fault_of,
+    faults_of,
     shown,
     suggest,
 )
@@ -52,12 +60,41 @@ S = TypeVar("S", bound=Settings)
 # --- checking values ----------------------------------------------------------------------------
 
 
-@cache
-def _adapters(declared: Any) -> Mapping[str, TypeAdapter[Any]]:
-    """What checks the values of a class, by name."""
-    # The range of a program's setting refuses them by itself, and in better words.
-    config = ConfigDict(allow_inf_nan=issubclass(declared, Settings), defer_build=True)
-    return {one.name: TypeAdapter(_annotation(one), config=config) for one in settings_of(declared)}
+class _Program(BaseSettings):
+    """The settings of a program. Their variables are read as they are, and merged by ``Sources``."""
+
+    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False, validate_default=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what ``validate`` passes, and nothing else."""
+        return (init_settings,)
+
+
+def model_of(declared: Any) -> Any:
+    """The pydantic model of a class. Only what is given is checked; defaults are the class's own."""
+    return _model_of(declared)
+
+
+@cache  # behind a function of its own: to mypy, a class is not hashable
+def _model_of(declared: Any) -> type[BaseModel]:
+    checked: dict[str, Any] = {
+        setting.name: (_annotation(setting), ... if setting.required else None)
+        for setting in settings_of(declared)
+    }
+    if issubclass(declared, Settings):
+        prefix = {"model_config": SettingsConfigDict(env_prefix=declared.env_prefix)}
+        return create_model(
+            declared.__name__, __base__=type("Base", (_Program,), prefix), **checked
+        )
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return create_model(declared.__name__, __config__=config, **checked)
 
 
 def _annotation(setting: Setting) -> Any:
@@ -94,26 +131,17 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     Raises:
         InvalidError: values are wrong, or contradict each other.
     """
-    settings = {setting.name: setting for setting in settings_of(declared)}
-    faults = [Fault.of_unknown_key(key, [*settings], noun) for key in values if key not in settings]
-    hashable: Any = declared  # to mypy, a class is not
-    adapters = _adapters(hashable)
-    given = {}
-    for name, setting in settings.items():
-        if name in values:
-            try:
-                given[name] = adapters[name].validate_python(values[name])
-            except ValidationError as error:
-                faults.append(fault_of(name, error))
-        elif setting.required:
-            faults.append(Fault(name, f"is missing, and {noun} needs it"))
-    if faults:
-        raise InvalidError(faults)
-    for name, setting in settings.items():
-        if name not in given and DefaultFrom in setting.markers:
-            given[name] = setting.markers[DefaultFrom].derive(given)
+    names = [setting.name for setting in settings_of(declared)]
+    try:
+        model = model_of(declared).model_validate(dict(values))
+    except ValidationError as error:
+        raise InvalidError(tuple(faults_of(error.errors(include_url=False), names, noun))) from None
+    given = {name: getattr(model, name) for name in names if name in model.model_fields_set}
+    for setting in settings_of(declared):
+        if setting.name not in given and DefaultFrom in setting.markers:
+            given[setting.name] = setting.markers[DefaultFrom].derive(given)
     value = declared(**given)
-    if faults := [Fault(key, text) for key, text in value.contradictions()]:
+    if faults := tuple(Fault(key, text) for key, text in value.contradictions()):
         raise InvalidError(faults)
     return value
 
@@ -218,15 +246,13 @@ class Sources(Generic[S]):
         """
         table = _read_file(path) if path is not None else {}
         names = [setting.name for setting in settings_of(declared)]
-        given = {name.upper(): value for name, value in os.environ.items()}
-        variables = {name: declared.env_prefix + name.upper() for name in names}
         return cls(
             declared=declared,
             flags={key: value for key, value in (flags or {}).items() if value is not None},
-            environment={key: given[name] for key, name in variables.items() if name in given},
+            environment=EnvSettingsSource(model_of(declared))(),
             file={key: value for key, value in table.items() if key in names},
             path=path,
-            unknown=(*_unknown_keys(names, path, table), *_unknown_variables(declared, variables)),
+            unknown=(*_unknown_keys(names, path, table), *_unknown_variables(declared, names)),
         )
 
     def origin(self, key: str) -> str:
@@ -312,10 +338,10 @@ def _unknown_keys(
         yield f"{path}: there is no setting {shown(key)}: {suggest(key, names, otherwise)}"
 
 
-def _unknown_variables(declared: type[Settings], variables: Mapping[str, str]) -> Iterator[str]:
-    """A misspelt variable would silently change nothing."""
-    known = list(variables.values())
+def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterator[str]:
+    """pydantic-settings ignores these, so a misspelt one would silently change nothing."""
+    variables = [declared.env_prefix + name.upper() for name in names]
     for name in sorted(os.environ):
-        if name.upper().startswith(declared.env_prefix) and name.upper() not in known:
-            right = suggest(name.upper(), known, "docs/settings.md lists the settings")
+        if name.upper().startswith(declared.env_prefix) and name.upper() not in variables:
+            right = suggest(name.upper(), variables, "docs/settings.md lists the settings")
             yield f"environment: there is no setting {shown(name)}: {right}"
