@@ -70,10 +70,6 @@ LARGEST_EPOCH_STEP = 1_000_000
 """The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per
 tenure: a million are months of a takeover every ten seconds."""
 
-MAX_ADDITIONAL_BYTES = 256 * 1024
-"""AdditionalData of a group and its sessions together: it is part of the record, which each change of a role
-writes and syncs as a whole."""
-
 HIGHEST_LEARNED_EPOCH = 2**52
 """Heartbeats never raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
 
@@ -293,7 +289,7 @@ def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> b
                 " this coordinator allows, and none is inactive without a role override or a hold-off.",
                 "Delete sessions that are not used any more, or raise max_sessions_per_group.",
             )
-        _refuse_too_much_data(draft, config)
+        draft.refuse_too_much_data(config)
         session = SessionRecord(config, owner=by.identity if by is not None else None)
         sessions = {**draft.record.sessions, config.id: session}
         draft.record = replace(draft.record, sessions=sessions)
@@ -306,20 +302,6 @@ def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> b
             "Use the same Name and AdditionalData, another Id, or delete that session first.",
         )
     return False
-
-
-def _refuse_too_much_data(draft: Draft, config: SessionConfig) -> None:
-    """Bound the AdditionalData of a group: each change of the group writes all of it."""
-    record = draft.record
-    given = [config.additional, record.config.additional]
-    given += [session.config.additional for session in record.sessions.values()]
-    total = sum(len(text.encode()) for text in given if text is not None)
-    if config.additional is not None and total > MAX_ADDITIONAL_BYTES:
-        raise Conflict(
-            f'The AdditionalData of group "{record.config.id}" and its client sessions would have {total}'
-            f" bytes: it must be at most {MAX_ADDITIONAL_BYTES}.",
-            "Give this session less AdditionalData, or delete sessions that are not used any more.",
-        )
 
 
 def _remove_session(draft: Draft, request: RemoveSession) -> None:

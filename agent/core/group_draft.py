@@ -20,11 +20,16 @@ from agent.core.group_state import (
     role_of,
 )
 from agent.core.roles import check_transition
-from agent.model import HistoryEntry, Instant, Role, RoleOverride, Tenure, TenureEnd
+from agent.errors import Conflict
+from agent.model import HistoryEntry, Instant, Role, RoleOverride, SessionConfig, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
 """Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
 the rest allows for a late one."""
+
+MAX_ADDITIONAL_BYTES = 256 * 1024
+"""AdditionalData of a group and its sessions together: it is part of the record, which each change of a role
+writes and syncs as a whole."""
 
 
 def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
@@ -122,6 +127,19 @@ class Draft:
         if session_id is not None:
             self._remove_dead(session_id, RemovalCause.FULL)
         return session_id is not None
+
+    def refuse_too_much_data(self, config: SessionConfig) -> None:
+        """Bound the AdditionalData of a group: each change of the group writes all of it."""
+        record = self.record
+        given = [config.additional, record.config.additional]
+        given += [session.config.additional for session in record.sessions.values()]
+        total = sum(len(text.encode()) for text in given if text is not None)
+        if config.additional is not None and total > MAX_ADDITIONAL_BYTES:
+            raise Conflict(
+                f'The AdditionalData of group "{record.config.id}" and its client sessions would have {total}'
+                f" bytes: it must be at most {MAX_ADDITIONAL_BYTES}.",
+                "Give this session less AdditionalData, or delete sessions that are not used any more.",
+            )
 
     def _remove_dead(self, session_id: str, cause: RemovalCause) -> None:
         silent_s = retention.silence_s(self.state, session_id, self.now)

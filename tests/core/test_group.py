@@ -209,7 +209,7 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.none() | st.integers(0, 5),
     ),
     st.builds(AddSession, st.sampled_from("abcde").map(SessionConfig)),
-    st.builds(RemoveSession, st.sampled_from("abcx"), st.booleans()),
+    st.builds(RemoveSession, st.sampled_from("abcx"), only_inactive=st.booleans()),
     st.builds(
         SetOverride,
         st.sampled_from("abcx"),
