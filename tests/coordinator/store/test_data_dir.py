@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -178,10 +179,11 @@ def edit(path: Path, statement: str, *, fold_wal: bool = True) -> None:
 OLDER_SCHEMAS = (
     "DROP TABLE identity; DROP TABLE retired; PRAGMA user_version = 1",
     "DROP TABLE identity; PRAGMA user_version = 2",
+    "PRAGMA user_version = 3",
 )
 
 
-@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2"])
+@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2", "schema 3"])
 async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
     used: Path, key: GroupKey, make_record: MakeRecord, statements: str
 ) -> None:
@@ -201,6 +203,23 @@ async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
     assert await store.retired_epoch(key) == 7
     assert len(ids | {store.store_id}) == 1
     await store.close()
+
+
+async def test_sessions_of_before_there_were_owners_have_none(
+    used: Path, make_record: MakeRecord
+) -> None:
+    """Schema 3 has no owner in its records; schema 4 keeps one."""
+    edit(
+        used / DATABASE,
+        "UPDATE failover_group SET record = json_remove(record, '$.sessions.a.owner',"
+        " '$.sessions.b.owner'); PRAGMA user_version = 3",
+    )
+    store = SqliteStore.open(used)
+    (stored,) = (await store.load()).values()
+    await store.close()
+    assert {one.owner for one in stored.record.sessions.values()} == {None}
+    sessions = {name: replace(one, owner=None) for name, one in make_record(2).sessions.items()}
+    assert stored.record == replace(make_record(2), sessions=sessions)
 
 
 async def test_each_data_directory_has_an_id_of_its_own_for_ever(
