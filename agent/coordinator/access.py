@@ -210,10 +210,7 @@ def _warn(settings: CoordinatorSettings, files: Files) -> None:
     if not settings.authenticates:
         return
     if not settings.administrator:
-        log.warning(
-            "no administrator is set: a first access-control list cannot be made",
-            resolution="set administrator, such as user:ops, if you want one",
-        )
+        log.info("no administrator is set: a first access-control list cannot be made")
     if files.tokens is not None and settings.token_tenant is None:
         log.warning(
             "tokens of every tenant may use the tenant default",
