@@ -192,9 +192,9 @@ class Access:
         Connections that are open stay as they are; new ones get the new certificate, and each request
         is authenticated by the new users.
         """
-        before, self.settings = self.settings, settings
         if self._tls is not None and files.tls is not None:
             self._tls.use(files)
+        before, self.settings = self.settings, settings
         self.auth.replace(files.users, files.tokens, _administrators(settings))
         _warn(settings, files)
         keys = [setting.name for setting in fields(settings)]
