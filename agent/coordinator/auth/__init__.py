@@ -24,7 +24,7 @@ from agent.coordinator.auth.tokens import TokenChecks, TokenRules, read_key_set
 from agent.errors import Unauthenticated
 
 if TYPE_CHECKING:
-    from agent.coordinator.auth.remote_keys import RemoteKeys
+    from agent.coordinator.auth import remote_keys
 
 __all__ = [
     "Authenticator",
@@ -78,7 +78,7 @@ class Authenticator:
         self._now = now
         self._certificates = certificates
         self._passwords = PasswordChecks(users, clock) if users is not None else None
-        self._keys: RemoteKeys | None = None
+        self._keys: remote_keys.RemoteKeys | None = None
         if keys_url is not None:
             from agent.coordinator.auth.remote_keys import RemoteKeys  # noqa: PLC0415 - an HTTP client, for a URL only
 
