@@ -18,6 +18,7 @@ from agent.errors import ConfigError
 from agent.ops.logs import Log
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import reloadable
+from agent.schema.read import validate
 
 RELOADABLE = reloadable(CoordinatorSettings)
 """Settings that SIGHUP changes. A change of another one is refused by name, and so is switching TLS or a
@@ -173,6 +174,19 @@ class Access:
         """The files that are in force."""
         named = (getattr(self.settings, name) for name in FILES)
         return tuple(path for path in named if path is not None)
+
+    def check_again(self) -> CoordinatorSettings:
+        """The settings in force, whose files are still as they have to be: readable, and secret.
+
+        Raises:
+            ConfigError: one is not, so the next start would fail.
+        """
+        given = (
+            (setting.name, getattr(self.settings, setting.name))
+            for setting in fields(self.settings)
+        )
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in given}
+        return validate(CoordinatorSettings, values)
 
     def merge_reloadable(
         self, wanted: CoordinatorSettings

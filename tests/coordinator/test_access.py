@@ -133,6 +133,19 @@ def test_the_tenant_of_tokens_can_be_set_by_a_reload(keys: Path) -> None:
     assert access.merge_reloadable(wanted) == (wanted, [])
 
 
+def test_a_secret_that_others_can_read_now_is_refused_as_at_the_start(users: Path) -> None:
+    """When it changes: otherwise the next start would fail, perhaps after months."""
+    settings = load(CoordinatorSettings, LISTEN | {"users_file": str(users)})
+    access = Access(settings)
+    assert access.check_again() == settings
+    users.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"users_file = '{users}': must not be readable"):
+        access.check_again()
+    users.unlink()
+    with pytest.raises(ConfigError, match="must be a file that exists"):
+        access.check_again()
+
+
 async def test_a_coordinator_starts_without_its_identity_provider() -> None:
     """Tokens are answered 503 until the keys are there."""
     provider = CoordinatorSettings(listen=Address("127.0.0.1", 0), store="memory")
