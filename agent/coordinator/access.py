@@ -18,6 +18,7 @@ from agent.errors import ConfigError
 from agent.ops.logs import Log
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import reloadable
+from agent.schema.read import validate
 
 RELOADABLE = reloadable(CoordinatorSettings)
 """Settings that SIGHUP changes. A change of another one is refused by name, and so is switching TLS or a
@@ -174,6 +175,19 @@ class Access:
         named = (getattr(self.settings, name) for name in FILES)
         return tuple(path for path in named if path is not None)
 
+    def check_again(self) -> CoordinatorSettings:
+        """The settings in force, whose files are still as they have to be: readable, and secret.
+
+        Raises:
+            ConfigError: one is not, so the next start would fail.
+        """
+        given = (
+            (setting.name, getattr(self.settings, setting.name))
+            for setting in fields(self.settings)
+        )
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in given}
+        return validate(CoordinatorSettings, values)
+
     def merge_reloadable(
         self, wanted: CoordinatorSettings
     ) -> tuple[CoordinatorSettings, list[str]]:
@@ -192,9 +206,9 @@ class Access:
         Connections that are open stay as they are; new ones get the new certificate, and each request
         is authenticated by the new users.
         """
-        before, self.settings = self.settings, settings
         if self._tls is not None and files.tls is not None:
             self._tls.use(files)
+        before, self.settings = self.settings, settings
         self.auth.replace(files.users, files.tokens, _administrators(settings))
         _warn(settings, files)
         keys = [setting.name for setting in fields(settings)]
@@ -210,10 +224,7 @@ def _warn(settings: CoordinatorSettings, files: Files) -> None:
     if not settings.authenticates:
         return
     if not settings.administrator:
-        log.warning(
-            "no administrator is set: a first access-control list cannot be made",
-            resolution="set administrator, such as user:ops, if you want one",
-        )
+        log.info("no administrator is set: a first access-control list cannot be made")
     if files.tokens is not None and settings.token_tenant is None:
         log.warning(
             "tokens of every tenant may use the tenant default",

@@ -116,7 +116,7 @@ def _reloading(
         lane = BlockingThread("settings")
         files = FileWatch(lambda: access.paths, lane, access.seen)
         while True:
-            read = reread if await files.wait(hangup) else lambda: access.settings
+            read = reread if await files.wait(hangup) else access.check_again
             notify.reloading()
             try:
                 await _reload(access, read, lane)

@@ -162,12 +162,20 @@ async def test_an_address_gets_no_more_checks_after_too_many_failures(site: Site
         await site.name("ann", "and more")
 
 
-async def test_all_names_of_an_address_have_a_limit_together(site: Site) -> None:
+async def test_all_names_of_an_address_have_a_limit_together(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has the address, and one line."""
     for number in range(password_checks.ADDRESS_BURST):
         assert await site.name(f"eve{number}", "x") is None
     with pytest.raises(TooManyAttempts):
         await site.name("another", "x")
     assert site.counted == {"wrong": password_checks.ADDRESS_BURST, "limited": 1}
+    for _ in range(3):
+        with pytest.raises(TooManyAttempts):
+            await site.name("another", "x")
+    lines = [r for r in caplog.records if "too many wrong passwords" in r.getMessage()]
+    assert [line.fields["address"] for line in lines] == ["192.0.2.1"]  # type: ignore[attr-defined]
 
 
 async def test_guesses_of_one_name_leave_the_workers_to_others(site: Site) -> None:

@@ -13,16 +13,18 @@ rights.py has what an authenticated caller may do.
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from agent.coordinator.auth.callers import Caller, Subject
 from agent.coordinator.auth.certificates import ClientCertificate
 from agent.coordinator.auth.password_checks import PasswordChecks
 from agent.coordinator.auth.passwords import Password, hash_password, read_users
-from agent.coordinator.auth.remote_keys import RemoteKeys
 from agent.coordinator.auth.rights import Identities, Rights, allowed
 from agent.coordinator.auth.tokens import TokenChecks, TokenRules, read_key_set
 from agent.errors import Unauthenticated
+
+if TYPE_CHECKING:
+    from agent.coordinator.auth import remote_keys
 
 __all__ = [
     "Authenticator",
@@ -76,7 +78,11 @@ class Authenticator:
         self._now = now
         self._certificates = certificates
         self._passwords = PasswordChecks(users, clock) if users is not None else None
-        self._keys = RemoteKeys(keys_url, clock, self._forget_tokens) if keys_url else None
+        self._keys: remote_keys.RemoteKeys | None = None
+        if keys_url is not None:
+            from agent.coordinator.auth.remote_keys import RemoteKeys  # noqa: PLC0415 - an HTTP client, for a URL only
+
+            self._keys = RemoteKeys(keys_url, clock, self._forget_tokens)
         self._tokens = TokenChecks(tokens, now, self._keys) if tokens is not None else None
         self._identities = Identities()
         self.replace(users, tokens, administrators)

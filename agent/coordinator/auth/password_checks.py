@@ -18,6 +18,7 @@ from agent.coordinator.auth.callers import Caller, user_caller
 from agent.coordinator.auth.limits import FailureLimit, Remembered, address_key
 from agent.coordinator.auth.passwords import Password, dummy_password
 from agent.errors import RequestRefused, TooManyAttempts, Unavailable
+from agent.ops.logs import Log
 
 VERIFIERS = 2
 """Checks at the same time of passwords that were not good before, 32 MiB each, in threads."""
@@ -65,6 +66,11 @@ many answers wait already."""
 
 RETRY_S = 1.0
 
+LOG_EVERY_S = 10.0
+"""At most one line on callers beyond the limits in this time: a storm must not fill the disk."""
+
+log = Log(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Good:
@@ -82,13 +88,15 @@ class _Attempt:
 
     Attributes:
         digest: stands for name and password; made with a key that dies with the process.
-        address: of the caller, for the limits.
+        host: the caller's address, for the log.
+        address: the same, for the limits.
         name: the user name at that address, for the limits.
     """
 
     user: str
     password: bytes
     digest: bytes
+    host: str
     address: bytes
     name: bytes
 
@@ -121,6 +129,7 @@ class PasswordChecks:
         self._of_address = FailureLimit(ADDRESS_BURST, ADDRESS_PER_S, clock)
         self._of_name = FailureLimit(NAME_BURST, NAME_PER_S, clock)
         self._delayed = 0
+        self._logged_at = float("-inf")
         self._dummy = dummy_password()
 
     @property
@@ -164,7 +173,7 @@ class PasswordChecks:
             return None
         address = address_key(host)
         of_name = hmac.digest(self._key, address + b"\0" + name, "sha256")
-        attempt = _Attempt(user, password, digest, address, of_name)
+        attempt = _Attempt(user, password, digest, host, address, of_name)
         if good is not None:
             renewal = self._start(attempt, known=True)
             return good.caller if now < good.until else await asyncio.shield(renewal)
@@ -204,6 +213,11 @@ class PasswordChecks:
 
     def _too_many(self, attempt: _Attempt) -> TooManyAttempts:
         self.count("limited")
+        if self._clock() >= self._logged_at + LOG_EVERY_S:
+            self._logged_at = self._clock()
+            log.warning(
+                "too many wrong passwords, others of this address wait", address=attempt.host
+            )
         return TooManyAttempts(
             "Too many passwords from this address were wrong, or are being checked.",
             "Correct the credentials, and try again after Retry-After.",

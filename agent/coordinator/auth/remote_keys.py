@@ -110,7 +110,10 @@ class RemoteKeys:
 
     async def _keep_fresh(self) -> None:
         while True:
-            await asyncio.shield(self._fetch())
+            try:
+                await asyncio.shield(self._fetch())
+            except Exception:  # a task's edge: fetching must go on
+                log.exception("token keys not taken over", url=self._url)
             await asyncio.sleep(RETRY_S if self._failing else REFRESH_S)
 
     def _fetch(self) -> asyncio.Task[None]:

@@ -133,6 +133,11 @@ class Machine(RuleBasedStateMachine):
         self.runner.run(self.store.set_access("t", namespace, acl))
         self.lists[namespace] = acl
 
+    @rule(namespace=st.sampled_from("nN"))
+    def remove_access(self, namespace: str) -> None:
+        self.runner.run(self.store.set_access("t", namespace, None))
+        self.lists.pop(namespace, None)
+
     @rule(key=keys, skip=st.integers(0, 4), count=st.integers(0, 4))
     def read_history(self, key: GroupKey, skip: int, count: int) -> None:
         kept = sorted(

@@ -207,6 +207,10 @@ async def test_the_access_list_of_a_namespace_is_its_own_and_replaced_as_a_whole
     await store.set_access("t", "n", AccessList())
     assert await store.access("t", "n") == AccessList()
     assert await store.access("T", "n") is None
+    for _ in range(2):
+        await store.set_access("t", "n", None)
+        assert await store.access("t", "n") is None
+    assert await store.access("t", "other") == AccessList()
 
 
 async def test_names_are_told_apart_to_the_letter(store: Store, make_record: MakeRecord) -> None:

@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -254,6 +255,23 @@ async def test_a_damaged_record_of_schema_3_is_named_and_nothing_is_changed(used
     error = refused(used)
     assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
     assert "group 'pumps'" in str(error)
+
+
+async def test_sessions_of_before_there_were_owners_have_none(
+    used: Path, make_record: MakeRecord
+) -> None:
+    """Schema 3 has no owner in its records; schema 4 keeps one."""
+    edit(
+        used / DATABASE,
+        "UPDATE failover_group SET record = json_remove(record, '$.sessions.a.owner',"
+        " '$.sessions.b.owner'); DROP TABLE progress; PRAGMA user_version = 3",
+    )
+    store = SqliteStore.open(used)
+    (stored,) = (await store.load()).values()
+    await store.close()
+    assert {one.owner for one in stored.record.sessions.values()} == {None}
+    sessions = {name: replace(one, owner=None) for name, one in make_record(2).sessions.items()}
+    assert stored.record == replace(make_record(2), sessions=sessions)
 
 
 async def test_each_data_directory_has_an_id_of_its_own_for_ever(
