@@ -1,12 +1,18 @@
 """Opening files in directories of somebody else: links, FIFOs, devices and owners."""
 
+import contextlib
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from agent import files
+from agent.drivers.statefile import StateFile
+from agent.errors import ConfigError
+from agent.schema.secret_files import read_secret
 
 SOMEBODY = 65534
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs: root: run the tests as root")
@@ -100,3 +106,77 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         for path in ("l", "none", "l/f", "f/g"):
             refusal(tmp_path / path)
     assert descriptors() == before
+
+
+def test_a_secret_may_be_behind_the_links_of_a_volume_and_behind_no_other(tmp_path: Path) -> None:
+    """As Kubernetes makes them; a FIFO at its place would hold the agent up."""
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..2026/password").write_text("secret\n")
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "password").symlink_to("..data/password")
+    assert read_secret(tmp_path / "password") == "secret"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_secret(tmp_path / "fifo")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "..data", SOMEBODY, SOMEBODY, follow_symlinks=False)
+        with pytest.raises(ConfigError, match=f"belongs to uid {SOMEBODY}"):
+            read_secret(tmp_path / "password")
+
+
+ATTACKER = """
+import os, sys
+precious, uid = sys.argv[1], int(sys.argv[2])
+os.setgroups([])
+os.setgid(uid)
+os.setuid(uid)
+traps = [name + end for name in ("state.json", "s") for end in ("", ".tmp", ".new")]
+print("ready", flush=True)
+while True:
+    for name in traps:
+        for trap in (lambda: os.symlink(precious, name), lambda: os.mkfifo(name), lambda: os.link(precious, name)):
+            try:
+                os.unlink(name)
+            except OSError:
+                pass
+            try:
+                trap()
+            except OSError:
+                pass
+"""
+
+
+@ROOT
+def test_a_hostile_owner_of_the_directory_gets_nothing_out_of_root(tmp_path: Path) -> None:
+    """A process of another user puts traps there again and again, while files are written and read."""
+    for part in (tmp_path, *tmp_path.parents[:2]):
+        part.chmod(part.stat().st_mode | 0o011)
+    precious = tmp_path / "precious"
+    precious.touch(0o644)
+    precious.write_text("as it was")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, SOMEBODY, SOMEBODY)
+    state_file = StateFile(theirs / "state.json")
+    state_file.acquire()
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", ATTACKER, str(precious), str(SOMEBODY)],
+        cwd=theirs,
+        stdout=subprocess.PIPE,
+    ) as attacker:
+        assert attacker.stdout is not None
+        assert attacker.stdout.readline() == b"ready\n"
+        written = 0
+        for number in range(300):
+            with contextlib.suppress(OSError):
+                state_file.write({"n": number})
+                written += 1
+            state_file.read()
+            with contextlib.suppress(OSError):
+                assert b"as it was" not in files.read_regular(theirs / "state.json", 100)
+        attacker.kill()
+    state_file.close()
+    assert written
+    assert precious.read_text() == "as it was"
+    assert precious.stat().st_mode & 0o777 == 0o644
+    assert precious.stat().st_uid == 0

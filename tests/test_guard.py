@@ -751,6 +751,29 @@ def test_the_state_file_is_readable_for_sidecars_under_any_umask(
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("how", ["symbolic", "hard", "fifo"])
+def test_a_trap_where_the_state_is_prepared_is_removed(
+    new_host: Callable[..., Host], tmp_path: Path, how: str
+) -> None:
+    """The directory may belong to a hostile workload, and the guard be root."""
+    precious, trap = tmp_path / "precious", tmp_path / "state.guard"
+    precious.touch(0o600)
+    precious.write_text("as it was")
+    if how == "fifo":
+        os.mkfifo(trap)
+    elif how == "hard":
+        trap.hardlink_to(precious)
+    else:
+        trap.symlink_to(precious)
+    host = new_host()
+    host.send_last(*arm(now(), now() + LIMIT_S, state=(tmp_path / "state", "Secondary")))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "state").read_text() == "Secondary"
+    assert not (tmp_path / "state").is_symlink()
+    assert precious.read_text() == "as it was"
+    assert precious.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_state_file_that_cannot_be_written_completely_is_not_replaced(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from aiomqtt import Client, Message, Will
 from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.mqtt import Backoff, connected, load_access, subscribe
+from agent.ops.mqtt import Backoff, CurrentAccess, connected, subscribe
 from agent.schema.mqtt import Mqtt
 from agent.schema.scalars import format_date_time
 
@@ -85,7 +85,7 @@ class Announcer:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
-        self._access = load_access(settings, "mqtt")
+        self._access = CurrentAccess(settings, "mqtt")
         self._session = session
         self._clock = clock
         self._chance = chance
@@ -181,6 +181,7 @@ class Announcer:
 
     async def _connect_once(self) -> None:
         """Keep one connection, until the exit, or until another last will is needed."""
+        access = await self._access.load()
         visible = self._visible
         born_ms = self._now_ms()
         if self._sparkplug and visible:
@@ -190,7 +191,7 @@ class Announcer:
         self._retained.clear()
         self._echoes.clear()
         self._seen_epoch = -1
-        async with connected(self._access, will=will, client_id=self._client_id) as client:
+        async with connected(access, will=will, client_id=self._client_id) as client:
             self._connected = True
             await subscribe(client, *self._topics)
             if visible and self._visible:  # its acknowledgement comes after the retained messages

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from agent.errors import ConfigError
+from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.logs import Log
 from agent.schema.addresses import Address
 from agent.schema.mqtt import Broker
 from agent.schema.secret_files import read_secret
@@ -40,6 +42,8 @@ MOST_WAITING = 64
 
 T = TypeVar("T")
 
+log = Log(__name__)
+
 LONGEST_PACKET = 256 * 1024
 """Bytes. MQTT allows 256 MiB, more than a small host may have; our messages have some hundred."""
 
@@ -63,7 +67,7 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class BrokerAccess:
-    """Address, credentials and certificates of a broker, loaded once by ``load_access``."""
+    """Address, credentials and certificates of a broker, loaded by ``load_access``."""
 
     address: Address
     protocol: aiomqtt.ProtocolVersion
@@ -112,6 +116,39 @@ def load_access(settings: Broker, where: str) -> BrokerAccess:
         password=None if path is None else read_secret(path),
         tls=tls,
     )
+
+
+class CurrentAccess:
+    """The access of a broker, whose files are read again before each connection.
+
+    Args:
+        settings: valid ones.
+        where: the table's name, for errors.
+
+    Raises:
+        ConfigError: as ``load_access``.
+    """
+
+    def __init__(self, settings: Broker, where: str) -> None:
+        self._settings = settings
+        self._where = where
+        self._access = load_access(settings, where)
+        self._lane = BlockingThread(f"{where} files")
+        self._failing = False
+
+    async def load(self) -> BrokerAccess:
+        """What the files have now; the former, with one line in the log, while they cannot be used."""
+        try:
+            self._access = await self._lane.run(
+                lambda: load_access(self._settings, self._where), timeout_s=self._settings.limit
+            )
+        except (ConfigError, TimeoutError, StuckError) as error:
+            if not self._failing:
+                log.error("credentials not changed", of=self._where, reason=error)  # noqa: TRY400 - no traceback needed
+            self._failing = True
+        else:
+            self._failing = False
+        return self._access
 
 
 class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):

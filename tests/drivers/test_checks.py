@@ -716,6 +716,13 @@ async def test_a_file_is_too_old_after_its_age_and_new_when_written(tmp_path: Pa
     assert await why(run) is None
 
 
+async def test_the_age_is_never_that_of_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "young").touch()
+    (tmp_path / "link").symlink_to("young")
+    run = FileAge(file_check(tmp_path / "link", max_age=60), Clock())
+    assert "symbolic link is not followed" in str(await why(run))
+
+
 async def test_a_file_from_the_future_ages_by_our_own_clock(tmp_path: Path) -> None:
     path, time = tmp_path / "file", FakeTime()
     path.touch()
@@ -802,6 +809,22 @@ async def test_the_number_of_a_thread_is_no_process(tmp_path: Path) -> None:
 async def test_what_is_no_pid_file_fails(tmp_path: Path, content: str) -> None:
     (tmp_path / "pid").write_text(content)
     assert "must begin with a process number" in str(await why(process(pid_file=tmp_path / "pid")))
+
+
+async def test_a_pid_file_that_leads_elsewhere_fails_and_shows_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    (tmp_path / "shadow").write_text("root:$6$salt$hash")
+    for how in ("symbolic", "fifo", "hard"):
+        if how == "symbolic":
+            path.symlink_to("shadow")
+        elif how == "fifo":
+            os.mkfifo(path)
+        else:
+            path.hardlink_to(tmp_path / "shadow")
+        told = str(await why(process(pid_file=path)))
+        path.unlink()
+        assert "cannot be" in told or "must begin with a process number" in told
+        assert "hash" not in told
 
 
 async def test_a_number_that_is_reused_while_the_file_stays_the_same_fails(

@@ -26,7 +26,7 @@ from agent.ops import mqtt as ops
 from agent.ops.clock import Clock
 from agent.schema.mqtt import Mqtt
 from agent.schema.read import validate
-from tests.mosquitto import PATIENCE_S, Broker, Watcher, a_broker, watching
+from tests.mosquitto import PASSWORD, PATIENCE_S, Broker, Watcher, a_broker, watching
 
 SINCE = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 SESSION = "failover/line-7/sessions/host-a"
@@ -543,6 +543,31 @@ async def test_a_wrong_password_is_logged_once_and_never_shown(
     assert lines(caplog) == ["role is not announced by MQTT"]
     assert "Not authorized" in caplog.records[0].__dict__["fields"]["reason"]
     assert "hunter2" not in str([r.__dict__ for r in caplog.records])
+
+
+async def test_changed_credentials_are_used_for_the_next_connection(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.kill()
+    broker.secure()
+    broker.start()
+    table = broker.table(password="hunter2")
+
+    def write(text: str) -> None:
+        Path(table["password_file"]).write_text(text)
+
+    def unchanged() -> int:
+        return [r.getMessage() for r in caplog.records].count("credentials not changed")
+
+    async with announcing(**table) as announcer:
+        await until(lambda: announcer._trouble)
+        write("two\nlines")  # what cannot be used is one line, and not used
+        await until(lambda: unchanged() == 1)
+        failures = announcer.failures
+        await until(lambda: announcer.failures > failures + 1)
+        write(PASSWORD)
+        await until(lambda: announcer.up)
+    assert unchanged() == 1
 
 
 async def test_tls_with_a_client_certificate_and_a_password_connects(broker: Broker) -> None:

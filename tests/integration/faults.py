@@ -1,8 +1,8 @@
 """Faults inside a running agent, which no signal and no file can cause: a module for PYTHONPATH.
 
 ``variables`` makes an agent import it as ``sitecustomize``. From the moment at which the trigger file has
-a line ``module Class.method``, each call of that method raises. The guard is not concerned: it runs in
-isolated mode.
+a line ``module Class.method fails``, each call of that method raises; with ``hangs`` it never returns. The
+guard is not concerned: it runs in isolated mode.
 """
 
 import os
@@ -14,11 +14,13 @@ import os, sys, threading, time
 def watch(trigger):
     while not os.path.exists(trigger):
         time.sleep(0.01)
-    module, path = open(trigger).read().split()
+    module, path, what = open(trigger).read().split()
     owner, _, name = path.rpartition(".")
     def fail(*_args, **_kwargs):
         raise RuntimeError("a fault that a test has put here")
-    setattr(getattr(sys.modules[module], owner), name, fail)
+    def hang(*_args, **_kwargs):
+        threading.Event().wait()
+    setattr(getattr(sys.modules[module], owner), name, hang if what == "hangs" else fail)
 
 if "reader" not in sys.argv and (trigger := os.environ.get("FAULT_TRIGGER")):
     threading.Thread(target=watch, args=(trigger,), daemon=True).start()
@@ -41,8 +43,8 @@ class Fault:
         path = f"{self._directory}:{inherited}" if inherited else str(self._directory)
         return {"PYTHONPATH": path, "FAULT_TRIGGER": str(self._trigger)}
 
-    def trigger(self, module: str, method: str) -> None:
-        """From now on the method raises."""
+    def trigger(self, module: str, method: str, *, hangs: bool = False) -> None:
+        """From now on the method raises, or never returns."""
         beside = self._trigger.with_suffix(".new")
-        beside.write_text(f"{module} {method}\n")
+        beside.write_text(f"{module} {method} {'hangs' if hangs else 'fails'}\n")
         beside.replace(self._trigger)

@@ -21,7 +21,6 @@ from .workloads import (
     by_hooks,
     guard_of,
     output,
-    pair,
     start,
     until_written_after,
     writes,
@@ -61,9 +60,9 @@ def kill_with_guard(agent: Agent) -> None:
 def test_a_state_file_on_a_dead_disk_costs_no_role_and_delays_no_demotion(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """Fault 1: opening a FIFO that nobody reads blocks as a dead network file system does."""
-    one, other, epoch = pair(stage, coordinator, by_hooks)
-    os.mkfifo(one.state_file.with_name(one.state_file.name + ".tmp"))
+    """Fault 1: a write to a dead network file system never returns."""
+    one, other, epoch, fault = pair_with_fault(stage, coordinator)
+    fault.trigger("agent.drivers.statefile", "StateFile.write", hangs=True)
     time.sleep(2 * 3.0)  # two leases
     assert coordinator.status()["Primary"] == one.name
     assert coordinator.status()["Epoch"] == epoch

@@ -18,6 +18,7 @@ import pytest
 import yaml  # type: ignore[import-untyped] # nothing else here would use its stubs
 
 from agent.coordinator.auth import hash_password
+from tests.mosquitto import Authority
 
 from .stage import (
     PATIENCE_S,
@@ -42,11 +43,11 @@ VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$group": ".*", "$coor
 CHECK = '[{"name": "here", "type": "exec", "command": ["/bin/true"]}]'
 
 
-def sample(*, tls: bool = False) -> dict[str, dict[str, Any]]:
-    """The jobs of config/prometheus/prometheus.yml by name; with ``tls``, the one in its comment."""
+def sample(secured: str = "") -> dict[str, dict[str, Any]]:
+    """The jobs of config/prometheus/prometheus.yml by name; or the one in a comment for TLS."""
     text = (CONFIG / "prometheus/prometheus.yml").read_text()
-    if tls:
-        begin = text.index("#  - job_name: failover-coordinator")
+    if secured:
+        begin = text.index(f"#  - job_name: {secured}")
         lines = text[begin : text.index("\n\n", begin)].splitlines()
         text = "\n".join(["scrape_configs:", *(line.removeprefix("#") for line in lines)])
     return {job["job_name"]: job for job in yaml.safe_load(text)["scrape_configs"]}
@@ -70,7 +71,7 @@ class Prometheus:
         jobs = sample()
         if job is not None:
             jobs[job["job_name"]] = job
-        probes = [agent.state["probe"].removeprefix("http://") for agent in agents]
+        probes = [urlsplit(agent.state["probe"]).netloc for agent in agents]
         jobs["failover-agent"]["static_configs"] = [{"targets": probes}]
         target = urlsplit(coordinator.endpoint).netloc
         jobs["failover-coordinator"]["static_configs"] = [{"targets": [target]}]
@@ -247,11 +248,42 @@ def test_a_coordinator_with_tls_and_users_is_scraped_with_the_sample_configurati
     coordinator = stage.serve(
         f"--tls-certificate={certificate}", f"--tls-key={key}", f"--users-file={users}"
     )
-    job = sample(tls=True)["failover-coordinator"]
+    job = sample("failover-coordinator")["failover-coordinator"]
     job["tls_config"]["ca_file"] = str(stage.directory / job["tls_config"]["ca_file"])
     prometheus = Prometheus(stage, coordinator, job=job)
     prometheus.until('up{job="failover-coordinator"} == 1')
     prometheus.until('failover_coordinator_build_info{job="failover-coordinator"}')
+
+
+def test_agents_with_tls_and_a_password_are_scraped_with_the_sample_configuration(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """By the job in its comment, and by that of docs/metrics.md, which are one."""
+    certificate, key = Authority(stage.directory).issue("probe")
+    password = stage.directory / "probe-password"
+    password.touch(0o600)
+    password.write_text("secret\n")
+    agent = stage.run(
+        "host-a",
+        coordinator,
+        flags=[
+            "--probe-listen=127.0.0.1:0",
+            f"--probe-tls-certificate={certificate}",
+            f"--probe-tls-key={key}",
+            "--probe-username=monitoring",
+            f"--probe-password-file={password}",
+        ],
+    )
+    agent.until_role("Primary")
+    job = sample("failover-agent")["failover-agent"]
+    documented = (CONFIG.parent / "docs/metrics.md").read_text()
+    (block,) = (b for b in documented.split("```yaml\n")[1:] if "basic_auth" in b)
+    assert yaml.safe_load(block.partition("```")[0])["scrape_configs"] == [job]
+    for name, keys in (("ca_file", job["tls_config"]), ("password_file", job["basic_auth"])):
+        keys[name] = str(stage.directory / keys[name])
+    prometheus = Prometheus(stage, coordinator, agent, job=job)
+    prometheus.until('up{job="failover-agent"} == 1')
+    prometheus.until('failover_agent_role{role="Primary"} == 1')
 
 
 def test_promtool_accepts_the_metrics_of_an_agent(stage: Stage, coordinator: Coordinator) -> None:

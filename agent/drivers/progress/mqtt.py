@@ -52,10 +52,10 @@ class Subscriber:
         receiver: Receiver,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        from agent.ops.mqtt import load_access  # noqa: PLC0415 - needs the extra
+        from agent.ops.mqtt import CurrentAccess  # noqa: PLC0415 - needs the extra
 
         self._settings = settings
-        self._access = load_access(settings, "progress")
+        self._access = CurrentAccess(settings, "progress")
         self._receiver = receiver
         self._chance = chance
         self._task: asyncio.Task[None] | None = None
@@ -86,7 +86,7 @@ class Subscriber:
         """Receive messages until the connection is lost: aiomqtt reports that to their iterator only."""
         from agent.ops.mqtt import connected, subscribe  # noqa: PLC0415 - needs the extra
 
-        async with connected(self._access) as client:
+        async with connected(await self._access.load()) as client:
             await subscribe(client, self._settings.topic)
             self._subscribed = True
             async for message in client.messages:

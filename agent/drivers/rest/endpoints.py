@@ -183,7 +183,7 @@ class Endpoints:
         self._transport = transport
         self._names = Names()
         self._connections = self._connect(ServerAccess(auth, verify, proxy))
-        self._draining: set[asyncio.Task[None]] = set()
+        self._draining: dict[asyncio.Task[None], _Connections] = {}
 
     @property
     def endpoint(self) -> str:
@@ -232,10 +232,9 @@ class Endpoints:
         if self._probes:
             await asyncio.wait(self._probes.values())
         await self._connections.aclose()
-        for draining in self._draining:
+        for draining, former in list(self._draining.items()):
             draining.cancel()
-        if self._draining:
-            await asyncio.wait(self._draining)
+            await former.aclose()
 
     # --- credentials ----------------------------------------------------------------------
 
@@ -269,8 +268,8 @@ class Endpoints:
             raise
         old, self._connections = self._connections, new
         draining = asyncio.create_task(old.drain(), name="closing replaced connections")
-        self._draining.add(draining)
-        draining.add_done_callback(self._draining.discard)
+        self._draining[draining] = old
+        draining.add_done_callback(self._draining.pop)
 
     def _connect(self, access: ServerAccess) -> _Connections:
         return _Connections(access, self._names, self._keepalive_s, self._transport)
