@@ -341,7 +341,7 @@ class RoleRunner:
             spec,
             environment,
             payload,
-            launched=lambda: self._record_processes(run, hook),
+            on_forked=lambda: self._record_processes(run, hook),  # an exec may hang
             cgroup=cgroup,
         )
         await hook.launched()

@@ -212,6 +212,26 @@ async def test_a_program_that_is_never_executed_is_killed(
     os.close(reading)
 
 
+async def test_the_guard_receives_the_process_of_a_hook_before_its_exec_is_done(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the agent dies while the exec hangs, the guard has to kill it: it would promote later."""
+    reading, writing = os.pipe()
+    stage.open(hook_primary=stage.hook("p", "exit 0"))
+    sent: list[tuple[int, ...]] = []
+    runner = stage.role_runner
+    monkeypatch.setattr(runner, "_on_groups_changed", lambda: sent.append(runner.running_groups))
+    monkeypatch.setattr(process, "_prctl", lambda *_: len(os.read(reading, 1)))
+    stage.begin(Role.PRIMARY)
+    await until(lambda: sent)
+    assert not stage.task.done()
+    assert sent[0] == runner.tenure_groups != ()
+    os.write(writing, b"x")
+    os.close(writing)
+    assert (await stage.end()).ok
+    os.close(reading)
+
+
 # -- processes that a successful promotion leaves ---------------------------------------------------
 
 
