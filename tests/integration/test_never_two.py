@@ -14,6 +14,7 @@ import pytest
 
 from agent import proctree
 from agent.errors import ExitCode
+from tests.hung import freezer
 
 from .faults import Fault
 from .stage import Agent, Coordinator, Stage, lives, until
@@ -360,6 +361,30 @@ def test_the_watchdog_device_is_disarmed_only_after_the_demotion(
         rest = os.read(reader, 65536)
     assert b"V" not in (stage.directory / "seen").read_bytes()
     assert rest.endswith(b"V")
+
+
+def test_no_restart_forgets_a_process_that_cannot_be_killed(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The second restart found nothing to end, and joined while the workload of the first was alive."""
+    flags = ("--hook-limit=1",)
+    pid_file = stage.directory / "pid"
+    begin = f"sleep 1000 >/dev/null 2>&1 </dev/null &\necho $! > {pid_file}"
+    one = stage.run("host-a", coordinator, timing=TIMING, flags=flags, primary=begin)
+    one.until_role("Primary")
+    pid = int(pid_file.read_text())
+    with freezer("leftover") as frozen:
+        kill_with_guard(one)
+        frozen.freeze(pid)
+        for _ in range(2):
+            one = stage.run("host-a", coordinator, timing=TIMING, flags=flags)
+            assert one.wait() == ExitCode.DEMOTION_FAILED, one.said()
+            assert lives(pid)
+        frozen.thaw()
+        until(lambda: not lives(pid), "the end of the process")
+    one = stage.run("host-a", coordinator, timing=TIMING, flags=flags)
+    one.until_role("Primary")
+    assert one.end() == 0
 
 
 def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
