@@ -46,25 +46,54 @@ Process = tuple[int, int]
 
 
 class Stat:
-    """One process at one moment, from /proc/PID/stat."""
+    """One process at one moment, from /proc/PID/stat.
 
-    __slots__ = ("flags", "group", "parent", "session", "start", "state")
+    Attributes:
+        thread: id of the thread that ``state`` is of: the main one, or another one if that has ended
+            alone. The kernel shows such a process as a zombie, though its other threads run.
+    """
 
-    def __init__(  # noqa: PLR0917 - in the order of the file
-        self, state: int, parent: int, group: int, session: int, flags: int, start: int
-    ) -> None:
-        self.state = state
-        self.parent = parent
-        self.group = group
-        self.session = session
-        self.flags = flags
-        self.start = start
+    __slots__ = ("flags", "group", "parent", "session", "start", "state", "thread")
+
+    def __init__(self, thread: int, words: "list[bytes]") -> None:
+        self.thread = thread
+        self.state = words[0][0]
+        self.parent = int(words[1])
+        self.group = int(words[2])
+        self.session = int(words[3])
+        self.flags = int(words[6])
+        self.start = int(words[19])
 
 
 def read(pid: int) -> "Stat | None":
     """Read one process; None if it does not exist."""
+    words = _read_stat(f"/proc/{pid}/stat")
+    if words is None:
+        return None
+    stat = Stat(pid, words)
+    if stat.state in ENDED and int(words[17]) > 1:  # the number of its threads
+        _choose_live_thread(stat)
+    return stat
+
+
+def _choose_live_thread(stat: Stat) -> None:
+    """Take over the state of another thread than the main one, which has ended."""
+    folder = f"/proc/{stat.thread}/task"
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        threads = os.listdir(folder)
+    except OSError:
+        return  # all have ended meanwhile
+    for thread in threads:
+        words = _read_stat(f"{folder}/{thread}/stat")
+        if words is not None and words[0][0] not in ENDED:
+            stat.thread, stat.state = int(thread), words[0][0]
+            return
+
+
+def _read_stat(path: str) -> "list[bytes] | None":
+    """The words of a stat file after the name of the program; None if there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -74,11 +103,7 @@ def read(pid: int) -> "Stat | None":
     finally:
         os.close(fd)
     words = line.rpartition(b") ")[2].split()
-    if len(words) < 20:  # noqa: PLR2004 - it ended meanwhile
-        return None
-    return Stat(
-        words[0][0], int(words[1]), int(words[2]), int(words[3]), int(words[6]), int(words[19])
-    )
+    return words if len(words) >= 20 else None  # noqa: PLR2004 - fewer: it ended meanwhile
 
 
 def snapshot() -> "dict[int, Stat]":
@@ -129,7 +154,7 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     A mark that continues with a full stop and more counts, too.
     """
     wanted = f"{MARK}={mark}".encode()
-    found = {pid for pid in table if _has_mark(pid, wanted)}
+    found = {pid for pid, stat in table.items() if _has_mark(stat.thread, wanted)}
     return _killable(table, found)
 
 
@@ -234,8 +259,8 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     }
 
 
-def _has_mark(pid: int, wanted: bytes) -> bool:
-    for entry in _read_file(f"/proc/{pid}/environ").split(b"\0"):
+def _has_mark(thread: int, wanted: bytes) -> bool:
+    for entry in _read_file(f"/proc/{thread}/environ").split(b"\0"):
         if entry == wanted or entry.startswith(wanted + b"."):
             return True
     return False

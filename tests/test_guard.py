@@ -32,7 +32,7 @@ from agent.drivers.guardian.program import MODULES, bootstrap, program
 from agent.guard import hook as guard_hook
 from agent.guard import log as guard_log
 from agent.guard import main as guard
-from agent.guard.processes import IGNORED
+from agent.guard.processes import IGNORED, ProcessTree
 from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer
 
@@ -1331,3 +1331,25 @@ def test_the_guard_imports_only_the_smallest_modules() -> None:
     heavy = {"asyncio", "socket", "subprocess", "threading", "re", "typing", "pathlib", "logging"}
     assert not modules & heavy
     assert not {name for name in modules if name.partition(".")[0] == "agent"}
+
+
+def test_one_search_that_finds_nothing_does_not_end_the_killing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search can miss a process whose parent ends meanwhile; the role would be released."""
+    looks = []
+    find = ProcessTree.find
+
+    def miss_once(tree: ProcessTree, *, may_block: bool = False) -> set[proctree.Process]:
+        looks.append(may_block)
+        return find(tree, may_block=may_block) if len(looks) > 1 else set()
+
+    monkeypatch.setattr(ProcessTree, "find", miss_once)
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as process:
+        gone = ProcessTree(set(), {process.pid}).kill(
+            time.clock_gettime(time.CLOCK_BOOTTIME) + LIMIT_S
+        )
+        killed = process.poll()
+        process.kill()
+    assert gone
+    assert killed == -signal.SIGKILL

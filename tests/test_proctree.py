@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
+from tests.hung import dead_disk
 
 PATIENCE_S = 20.0
 
@@ -97,6 +98,73 @@ def test_a_process_group_is_found_whose_leader_has_ended(
     shell.wait()
     assert kill([shell.pid], []) == set()
     assert not alive(orphan)
+
+
+HEADLESS = """
+import ctypes, os, platform, threading, time
+def work():
+    while True:
+        time.sleep(0.01)
+threading.Thread(target=work).start()
+exit = {"x86_64": 60}.get(platform.machine(), 93)
+open("%s", "w").write(str(os.getpid()))
+ctypes.CDLL(None).syscall(exit, 0)
+"""
+"""The main thread ends, and the process goes on without it: the kernel shows it as a zombie."""
+
+
+def until_headless(path: Path) -> int:
+    pid = until_written(path)
+    end_at = time.monotonic() + PATIENCE_S
+    while "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end_at
+        time.sleep(0.01)
+    return pid
+
+
+def test_a_process_whose_main_thread_has_ended_is_found_and_killed(
+    tmp_path: Path, mark: str, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    script = tmp_path / "headless.py"
+    script.write_text(HEADLESS % (tmp_path / "pid"))
+    shell = started(f"exec {sys.executable} -S -E {script}")
+    pid = until_headless(tmp_path / "pid")
+    root = proctree.identify(pid)
+    assert root is not None
+    assert proctree.lives(root)
+    table = proctree.snapshot()
+    assert proctree.with_mark(table, mark) == {root}
+    assert proctree.related(table, [shell.pid], []) == {root}
+    assert kill([], [root]) == set()
+    assert not alive(pid)
+
+
+def test_a_killed_process_with_a_thread_that_is_stuck_in_the_kernel_is_not_gone(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Its main thread is a zombie at once; what the other one was writing may still be written."""
+    with dead_disk(tmp_path / "disk") as disk:
+        script = tmp_path / "stuck.py"
+        script.write_text(
+            "import os, threading, time\n"
+            f"threading.Thread(target=os.stat, args=('{disk}/file',), daemon=True).start()\n"
+            f"time.sleep(0.2)\nopen('{tmp_path}/pid', 'w').write(str(os.getpid()))\n"
+            "time.sleep(1000)\n"
+        )
+        started(f"exec {sys.executable} -S -E {script}")
+        pid = until_written(tmp_path / "pid")
+        root = proctree.identify(pid)
+        assert root is not None
+
+        def find() -> set[proctree.Process]:
+            return proctree.related(proctree.snapshot(), [], [root])
+
+        assert proctree.kill_all(find, time.monotonic() + 1) == {root}
+        assert "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
+    end_at = time.monotonic() + PATIENCE_S
+    while proctree.lives(root):
+        assert time.monotonic() < end_at
+        time.sleep(0.01)
 
 
 def test_no_process_escapes_by_forking(

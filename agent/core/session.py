@@ -282,8 +282,9 @@ class Session(LifeCycle):
                 self._demote(Cause.GONE, why, now, effects)
             self._rejoin(Trigger.UNKNOWN, effects)
         elif event.failure is HeartbeatFailure.BACK_OFF and event.retry_after_s is not None:
-            # Capped at R / 2: a longer pause would cost the lease.
-            self._heartbeats.back_off(now + min(event.retry_after_s, self.timing.renew_s / 2))
+            # Retry-After may be 0, or a date that is over; more than R / 2 would cost the lease.
+            pause_s = max(event.retry_after_s, minimum_interval_s(self.timing.lease_s))
+            self._heartbeats.back_off(now + min(pause_s, self.timing.renew_s / 2))
         else:
             self._retry_heartbeat(event.failure, now)
 

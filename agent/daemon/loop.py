@@ -103,6 +103,7 @@ class Daemon:
             on_groups_changed=lambda: self._guard_control.update(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
+        role_runner.leftover.add(previous_instances(previous_state))
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
         options = build_options(
             settings, session_id, role_runner, jitter, previous_store(previous_state)
@@ -205,7 +206,7 @@ class Daemon:
         member.stats.guard_fired = self._previous_state.get("reason") == BY_GUARD
         self._start_failure = await self._state_publisher.write_first("starting")
         try:
-            await self._kill_previous_processes()
+            await member.role_runner.leftover.kill()
             self._supervisor.watch_loop()
             self._supervisor.start("stop signal", self._wait_for_stop(stop))
             self._supervisor.start("start", self._start())
@@ -233,11 +234,6 @@ class Daemon:
         assert code is not None  # noqa: S101 - the loop ends by Exit or by a failure
         log.info("agent stopped", code=int(code), reason=code.name)
         return code or self._host_health.workload_status
-
-    async def _kill_previous_processes(self) -> None:
-        """Kill the processes of an agent that was killed together with its guard."""
-        for instance in previous_instances(self._previous_state):
-            await self._member.role_runner.kill_previous_processes(instance)
 
     async def _run_session(self) -> None:
         """Start the session and run the loop; the only place that catches an unexpected exception."""

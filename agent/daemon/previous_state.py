@@ -3,13 +3,17 @@
 Owns which of it is trusted: processes of another boot or PID namespace cannot be seen from here.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from agent.core.session import PreviousTenure
 from agent.ops.logs import Log
+
+INSTANCE = re.compile(r"[0-9A-Za-z-]{1,64}")
+"""The form of an instance: it is part of the path of a cgroup, and of an environment variable."""
 
 log = Log(__name__)
 
@@ -28,7 +32,7 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     if not is_of_this_boot(state):
         return None  # its processes may still be alive, on another machine or in another namespace
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
-    if not isinstance(epoch, int) or not isinstance(instance, str):
+    if not isinstance(epoch, int) or not _is_instance(instance):
         return None
     if state.get("stop_command") != list(stop_command):
         log.warning(
@@ -51,13 +55,24 @@ def boot_id() -> str | None:
         return None
 
 
-def previous_instances(state: Mapping[str, Any]) -> set[str]:
-    """The instances of previous processes that may have left something running here."""
+def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """The instances of previous processes that may have left something running here.
+
+    A process whose first demotion has not succeeded has promoted nothing, so only those count that it had
+    to end itself.
+    """
     if not is_of_this_boot(state):
-        return set()
-    unreleased = state.get("unreleased")
-    given = {state.get("instance"), unreleased.get("instance") if unreleased else None}
-    return {instance for instance in given if isinstance(instance, str) and instance}
+        return ()
+    given = state.get("leftover")
+    if not isinstance(given, list) or not given:
+        unreleased = state.get("unreleased")
+        held = unreleased.get("instance") if isinstance(unreleased, dict) else None
+        given = [state.get("instance"), held]
+    return tuple(dict.fromkeys(filter(_is_instance, given)))
+
+
+def _is_instance(given: object) -> TypeGuard[str]:
+    return isinstance(given, str) and INSTANCE.fullmatch(given) is not None
 
 
 def is_of_this_boot(state: Mapping[str, Any]) -> bool:

@@ -19,7 +19,12 @@ from agent.core.events import HookEnded
 from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.telemetry import Stats
-from agent.daemon.tenure_processes import TenureProcesses, kill_remaining, log_tracking_limits
+from agent.daemon.tenure_processes import (
+    PreviousProcesses,
+    TenureProcesses,
+    kill_remaining,
+    log_tracking_limits,
+)
 from agent.drivers.guardian.messages import GuardHook
 from agent.drivers.hooks.notifier import Notifier
 from agent.drivers.hooks.payload import payload_environment
@@ -77,6 +82,7 @@ class RoleRunner:
     Attributes:
         payloads: builds the payloads of hooks.
         cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
+        leftover: what previous agents have left, until the first demotion has ended it.
     """
 
     def __init__(
@@ -102,9 +108,9 @@ class RoleRunner:
         self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.process_mark = instance
+        self.leftover = PreviousProcesses()
         self._runs: dict[int, _Run] = {}
         self._tenure: TenureProcesses | None = None
-        self._previous_tree: ProcessTree | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tracking: asyncio.Task[Any] | None = None
         self._orphans = process.OrphanReaper(self._track_processes)
@@ -178,14 +184,6 @@ class RoleRunner:
             roots.add(self.workload.identity)
         return tuple(sorted(roots))
 
-    async def kill_previous_processes(self, instance: str) -> None:
-        """Kill what a previous agent has left; the first demotion fails while some of it is alive."""
-        self._previous_tree = ProcessTree(instance, since=0)
-        self._previous_tree.cgroup = tenure_cgroup(instance)
-        left = await self._previous_tree.kill()
-        if left is not None:
-            log.error("processes of a previous run are still alive", reason=left)
-
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
@@ -194,6 +192,7 @@ class RoleRunner:
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+            self.leftover.forget()  # the first demotion has succeeded, if only without a hook
         payload = self.payloads.build_role_payload(facts, last_data)
         return self._execute(number, run, facts, payload)
 
@@ -315,10 +314,11 @@ class RoleRunner:
         if ok:
             # After the hook, which may stop in order what a promotion hook has left running.
             limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
-            left = await kill_remaining(self._tenure, self._previous_tree, limit_s=limit_s)
+            left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
             if left is not None:
                 return False, left
-            self._tenure = self._previous_tree = None
+            self._tenure = None
+            self.leftover.forget()
         return ok, why
 
     async def _run_hook(
@@ -336,7 +336,7 @@ class RoleRunner:
             spec,
             environment,
             payload,
-            launched=lambda: self._record_processes(run, hook),
+            on_forked=lambda: self._record_processes(run, hook),  # an exec may hang
             cgroup=cgroup,
         )
         await hook.launched()

@@ -91,6 +91,7 @@ class StatePublisher:
             "probe": member.role_runner.payloads.probe_url,
             "instance": member.instance,
             "unreleased": self._unreleased(),
+            "leftover": list(member.role_runner.leftover.instances),
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": list(demotion.value) if demotion is not None else [],
@@ -139,6 +140,7 @@ class StatePublisher:
             self._member.role_runner.payloads.probe_url,
             self.unfit_reason(),
             self._unreleased_epoch,
+            self._member.role_runner.leftover.instances,
         )
         if key == self._scheduled_key:
             return

@@ -5,6 +5,7 @@ started (ops/process_tree.py). The demotion hook is the one that was configured 
 a reload changes later tenures only. Knows nothing of when a demotion is due.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from agent.drivers.hooks.runner import HookRun
 from agent.drivers.hooks.spec import HookSpec
 from agent.ops.blocking import StuckError
 from agent.ops.logs import Log
-from agent.ops.process_tree import KILL_S, ProcessTree
+from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
 
 log = Log(__name__)
 
@@ -72,8 +73,39 @@ class TenureProcesses:
         return await self._tree.kill(limit_s)
 
 
+class PreviousProcesses:
+    """The processes of tenures of previous agents of this member."""
+
+    def __init__(self) -> None:
+        self._trees: tuple[ProcessTree, ...] = ()
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """The previous agents whose processes may be alive."""
+        return tuple(tree.value for tree in self._trees)
+
+    def add(self, instances: Iterable[str]) -> None:
+        """Add all processes of these agents."""
+        for instance in instances:
+            tree = ProcessTree(instance, since=0)
+            tree.cgroup = tenure_cgroup(instance)
+            self._trees += (tree,)
+
+    def forget(self) -> None:
+        """Forget all of them: they are gone."""
+        self._trees = ()
+
+    async def kill(self, limit_s: float = KILL_S) -> str | None:
+        """Kill all of them; None once all are gone, else why some are not."""
+        reasons = [await tree.kill(limit_s) for tree in self._trees]
+        left = "; ".join(filter(None, reasons)) or None
+        if left is not None:
+            log.error("processes of a previous run are still alive", reason=left)
+        return left
+
+
 async def kill_remaining(
-    *trees: TenureProcesses | ProcessTree | None, limit_s: float
+    *trees: TenureProcesses | PreviousProcesses | None, limit_s: float
 ) -> str | None:
     """Kill what is left of tenures; None once all processes are gone, else why some are not."""
     for tree in trees:

@@ -134,8 +134,4 @@ class ProcessTree:
             return self.find(may_block=may_block)
 
         end_at = max(end_at, now() + KILL_S)
-        while find():
-            proctree.kill_all(find, end_at, now)
-            if now() >= end_at:
-                return not find()
-        return True
+        return not proctree.kill_all(find, end_at, now)

@@ -176,6 +176,7 @@ class Child:
     Args:
         argv: program and arguments, no shell.
         before: called in the thread before the start; if it raises, the command is not started.
+        on_forked: called in the loop once it has a process id, while its exec may still hang.
         on_started: called in the loop after the exec, with stdout and stderr where they are pipes.
         die_with_us: SIGKILL to it when this process dies.
         subreaper: its orphans become its children. Not for a long-running command, which may never reap
@@ -192,6 +193,7 @@ class Child:
         argv: Sequence[str],
         *,
         before: Callable[[], None] | None = None,
+        on_forked: Callable[[], None] | None = None,
         on_started: Callable[[IO[bytes] | None, IO[bytes] | None], None] | None = None,
         die_with_us: bool = False,
         subreaper: bool = True,
@@ -201,6 +203,7 @@ class Child:
         self.pid: int | None = None
         self._argv = list(argv)
         self._before = before
+        self._report_fork = on_forked
         self._on_started = on_started
         self._die_with_us = die_with_us
         self._subreaper = subreaper
@@ -333,10 +336,12 @@ class Child:
         if self._pending is signal.SIGKILL:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        if self._report_fork is not None:
+            self._call_in_loop(self._report_fork)
 
-    def _call_in_loop(self, callback: Callable[[Any], None], argument: object) -> None:
+    def _call_in_loop(self, callback: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(callback, argument)
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
     # -- in the loop ----------------------------------------------------------------------------
 

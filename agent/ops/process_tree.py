@@ -179,7 +179,7 @@ class ProcessTree:
     def _by_environment(self, table: dict[int, proctree.Stat]) -> set[proctree.Process]:
         """Find processes with the mark, and adopted orphans without any."""
         recent = {
-            (pid, stat.start): stat.parent
+            (pid, stat.start): stat
             for pid, stat in table.items()
             if stat.start >= self._since and stat.state not in proctree.ENDED
         }
@@ -206,28 +206,28 @@ class ProcessTree:
 
     def _read_environments(
         self,
-        recent: dict[proctree.Process, int],
+        recent: dict[proctree.Process, proctree.Stat],
         reading: list[proctree.Process],
         found: list[proctree.Process],
     ) -> None:
         us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
-        for process, parent in recent.items():
+        for process, stat in recent.items():
             if process in self._known or process in self._unreadable:
                 continue
             reading.append(process)
             marked = self._others.get(process)
             if marked is None:
-                variables = _contents(process[0], "environ").split(b"\0")
+                variables = _contents(stat.thread, "environ").split(b"\0")
                 self._unreadable.discard(process)
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
                     continue
-                command = _contents(process[0], "cmdline")
+                command = _contents(stat.thread, "cmdline")
                 if command in {b"", ours}:
                     continue  # a child of ours before its exec, or during it
                 marked = any(variable.startswith(_ANY_MARK) for variable in variables)
                 self._others[process] = marked
-            orphan = parent == us and process[0] not in own_pids()
+            orphan = stat.parent == us and process[0] not in own_pids()
             if not marked and orphan and process[1] < self._adopts_until:
                 found.append(process)
 

@@ -15,7 +15,7 @@ import pytest
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
-from agent.daemon import role_runner
+from agent.daemon import role_runner, tenure_processes
 from agent.daemon.role_runner import RoleRunner
 from agent.daemon.telemetry import Stats
 from agent.model import Role
@@ -212,6 +212,26 @@ async def test_a_program_that_is_never_executed_is_killed(
     os.close(reading)
 
 
+async def test_the_guard_receives_the_process_of_a_hook_before_its_exec_is_done(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the agent dies while the exec hangs, the guard has to kill it: it would promote later."""
+    reading, writing = os.pipe()
+    stage.open(hook_primary=stage.hook("p", "exit 0"))
+    sent: list[tuple[int, ...]] = []
+    runner = stage.role_runner
+    monkeypatch.setattr(runner, "_on_groups_changed", lambda: sent.append(runner.running_groups))
+    monkeypatch.setattr(process, "_prctl", lambda *_: len(os.read(reading, 1)))
+    stage.begin(Role.PRIMARY)
+    await until(lambda: sent)
+    assert not stage.task.done()
+    assert sent[0] == runner.tenure_groups != ()
+    os.write(writing, b"x")
+    os.close(writing)
+    assert (await stage.end()).ok
+    os.close(reading)
+
+
 # -- processes that a successful promotion leaves ---------------------------------------------------
 
 
@@ -380,7 +400,26 @@ async def test_marked_processes_of_a_previous_agent_are_killed(stage: Stage) -> 
     left = process.Popen(
         ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
     )
-    await stage.role_runner.kill_previous_processes("earlier")
+    stage.role_runner.leftover.add(["earlier"])
+    assert await stage.role_runner.leftover.kill() is None
+    assert left.wait() == -signal.SIGKILL
+
+
+async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_are_alive(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.open(hook_secondary=("/bin/true",))
+    left = process.Popen(["sleep", "1000"], env={proctree.MARK: "first.3"}, start_new_session=True)
+    leftover = stage.role_runner.leftover
+    leftover.add(["first", "second"])
+    with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
+        patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        assert await leftover.kill(0.1) is not None
+        stage.begin(Role.SECONDARY, limit_s=0.3)
+        assert not (await stage.end()).ok
+    assert list(leftover.instances) == ["first", "second"]
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert list(stage.role_runner.leftover.instances) == []
     assert left.wait() == -signal.SIGKILL
 
 
@@ -388,7 +427,8 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with new_cgroup() as folder:
-        monkeypatch.setattr(role_runner, "tenure_cgroup", lambda instance: folder / instance)
+        for module in (role_runner, tenure_processes):
+            monkeypatch.setattr(module, "tenure_cgroup", lambda instance: folder / instance)
         stage.open(
             hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
             hook_secondary=("/bin/true",),
@@ -402,7 +442,8 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
         assert pid in inside
         later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        await stage.role_runner.kill_previous_processes(stage.instance)
+        stage.role_runner.leftover.add([stage.instance])
+        assert await stage.role_runner.leftover.kill() is None
         assert not alive(pid)
         assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
 

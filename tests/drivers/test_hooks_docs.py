@@ -1,6 +1,8 @@
 """The tables of docs/hooks.md are equal to the code."""
 
+import os
 import re
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,14 @@ def test_the_page_has_each_variable_with_its_name_in_the_json() -> None:
     rows = re.findall(r"^\| `(FAILOVER_[A-Z_]+)` \| `([a-z_]+)` \| \S", PAGE, re.MULTILINE)
     assert [variable for variable, _ in rows] == list(payload_environment(facts()))
     assert [key for _, key in rows] == list(facts())
+
+
+def test_no_text_of_a_server_keeps_a_hook_from_being_started() -> None:
+    """A NUL in a variable, or 128 KiB of one, fail each exec: also that of the demotion hook."""
+    given = payload_environment(facts(reason="x" * 200_000, previous_primary="a\0b"))
+    environment = {"PATH": os.defpath, **given}
+    subprocess.run(["/bin/true"], env=environment, check=True)
+    assert given["FAILOVER_PREVIOUS_PRIMARY"] == "a b"
 
 
 def test_the_page_has_each_event() -> None:

@@ -1,16 +1,20 @@
 """Regression tests with real processes for faults that once made two members active."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from agent import proctree
 from agent.errors import ExitCode
+from tests.hung import freezer
 
 from .faults import Fault
 from .stage import Agent, Coordinator, Stage, lives, until
@@ -356,3 +360,77 @@ def test_the_watchdog_device_is_disarmed_only_after_the_demotion(
         rest = os.read(reader, 65536)
     assert b"V" not in (stage.directory / "seen").read_bytes()
     assert rest.endswith(b"V")
+
+
+def test_no_restart_forgets_a_process_that_cannot_be_killed(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The second restart found nothing to end, and joined while the workload of the first was alive."""
+    flags = ("--hook-limit=1",)
+    pid_file = stage.directory / "pid"
+    begin = f"sleep 1000 >/dev/null 2>&1 </dev/null &\necho $! > {pid_file}"
+    one = stage.run("host-a", coordinator, timing=TIMING, flags=flags, primary=begin)
+    one.until_role("Primary")
+    pid = int(pid_file.read_text())
+    with freezer("leftover") as frozen:
+        kill_with_guard(one)
+        frozen.freeze(pid)
+        for _ in range(2):
+            one = stage.run("host-a", coordinator, timing=TIMING, flags=flags)
+            assert one.wait() == ExitCode.DEMOTION_FAILED, one.said()
+            assert lives(pid)
+        frozen.thaw()
+        until(lambda: not lives(pid), "the end of the process")
+    one = stage.run("host-a", coordinator, timing=TIMING, flags=flags)
+    one.until_role("Primary")
+    assert one.end() == 0
+
+
+def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The guard did not know it, released the role, and the hook promoted when its disk answered."""
+    other = stage.run("host-b", coordinator, timing=LONG)
+    other.until_role("Primary")
+    one = stage.run("host-a", coordinator, timing=LONG)
+    one.until_said("joined")
+    with held_file(stage.directory / "host-a-primary"):
+        assert other.end() == 0
+        child = until(partial(child_before_exec, one), "a hook that is not executed yet")
+        one.end(signal.SIGKILL)
+        other = stage.run("host-b", coordinator, timing=LONG)
+        other.until_role("Primary")
+        assert not lives(child)
+    assert [event.which for event in stage.events("host-a") if event.what == "begin"][-1] == (
+        "secondary"
+    )
+    stage.check_promise()
+    assert other.end() == 0
+
+
+@contextlib.contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """Nobody can open or execute the file until the end: a lease on it, as a slow disk."""
+    before = signal.signal(signal.SIGIO, lambda *_: None)
+    with path.open() as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    signal.signal(signal.SIGIO, before)
+
+
+def child_before_exec(agent: Agent) -> int | None:
+    """A child of the agent with a session of its own that has the agent's command line for a while."""
+
+    def found() -> set[int]:
+        table = proctree.snapshot()
+        ours = Path(f"/proc/{agent.popen.pid}/cmdline").read_bytes()
+        children = {p for p, stat in table.items() if stat.parent == agent.popen.pid}
+        return {
+            pid
+            for pid in children
+            if table[pid].session == pid and Path(f"/proc/{pid}/cmdline").read_bytes() == ours
+        }
+
+    before = found()
+    time.sleep(0.1)
+    return next(iter(before & found()), None)

@@ -7,6 +7,10 @@ from typing import Any
 from agent.model import Role
 from agent.schema.scalars import format_date_time
 
+LONGEST_TEXT = 1024
+"""Characters of a text that may be a server's: an id has 256 at most, and a variable that is too long, or has
+a NUL, would let no hook start."""
+
 
 def build_payload(
     *,
@@ -39,14 +43,18 @@ def build_payload(
         "old_role": old_role.value,
         "new_role": new_role.value,
         "epoch": epoch,
-        "reason": reason,
+        "reason": _bounded(reason),
         "last_data_processed_time": format_date_time(last_data) if last_data is not None else None,
         "deadline_ms": max(0, round(deadline_s * 1000)),
-        "previous_primary": previous_primary,
+        "previous_primary": None if previous_primary is None else _bounded(previous_primary),
         "state_file": state_file,
         "probe_url": probe_url,
         "gap_ms": gap_ms,
     }
+
+
+def _bounded(text: str) -> str:
+    return text[:LONGEST_TEXT].replace("\0", " ")
 
 
 def payload_environment(payload: Mapping[str, Any]) -> dict[str, str]:

@@ -215,7 +215,6 @@ class HookProcess:
         self._output = _Output(name, epoch)
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[None] | None = None
-        self._launched: Callable[[], None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -271,7 +270,7 @@ class HookProcess:
         payload: Mapping[str, Any],
         before: Callable[[], None] | None = None,
         *,
-        launched: Callable[[], None] | None = None,
+        on_forked: Callable[[], None] | None = None,
         cgroup: Path | None = None,
     ) -> None:
         """Start it, once, without waiting. A failure is not raised here, but is the result of ``wait``.
@@ -281,10 +280,9 @@ class HookProcess:
             env: variables in addition to those of its context.
             payload: for its stdin.
             before: called in a thread before the start; if it raises, the hook is not started.
-            launched: called when it runs.
+            on_forked: called once it has a process id.
             cgroup: the directory of a cgroup to move it into, if that can be created.
         """
-        self._launched = launched
         run_as = self._context.run_as
         try:
             # A file in memory, not a pipe: a hook that does not read it blocks no writer.
@@ -298,6 +296,7 @@ class HookProcess:
         self.child = Child(
             argv,
             before=before,
+            on_forked=on_forked,
             on_started=self._follow,
             cgroup=cgroup,
             stdin=stdin,
@@ -318,8 +317,6 @@ class HookProcess:
         for pipe, stream in ((stdout, "stdout"), (stderr, "stderr")):
             assert pipe is not None  # noqa: S101 - both were asked for
             self._output.follow(pipe, stream)
-        if self._launched is not None:
-            self._launched()
 
     async def _watch(self, child: Child, stdin: IO[bytes], argv: Sequence[str]) -> None:
         result = await child.wait()

@@ -42,11 +42,11 @@ class HookRun:
         env: Mapping[str, str],
         payload: Mapping[str, Any],
         *,
-        launched: Callable[[], None] | None,
+        on_forked: Callable[[], None] | None,
         cgroup: Path | None,
     ) -> None:
         self.name = spec.name
-        self._launched = launched
+        self._on_forked = on_forked
         self._cgroup = cgroup
         self._spec = spec
         self._clock = clock
@@ -183,7 +183,7 @@ class HookRun:
                     env,
                     payload,
                     lambda: self._spec.recheck(step),
-                    launched=self._launched,
+                    on_forked=self._on_forked,
                     cgroup=self._cgroup,
                 )
             case WebhookStep():
@@ -231,7 +231,7 @@ class HookRunner:
         env: Mapping[str, str],
         payload: Mapping[str, Any],
         *,
-        launched: Callable[[], None] | None = None,
+        on_forked: Callable[[], None] | None = None,
         cgroup: Path | None = None,
     ) -> HookRun:
         """Start a hook, inside the loop, without waiting.
@@ -243,13 +243,13 @@ class HookRunner:
             spec: a hook that has passed ``HookSpec.check``; a directory is read anew.
             env: ``payload_environment(payload)``; FAILOVER_EPOCH is logged with the output.
             payload: ``build_payload(...)``, for stdin; later steps get the remaining time.
-            launched: called after the start of each step that is a process.
+            on_forked: called when a step that is a process has its process id, before its exec is done.
             cgroup: the directory of a cgroup for its processes, if that can be created.
         """
         ended = [run for run in self._runs if run.ended]
         for run in ended[:-KEPT]:
             self.release(run)
-        run = HookRun(spec, self._clock, env, payload, launched=launched, cgroup=cgroup)
+        run = HookRun(spec, self._clock, env, payload, on_forked=on_forked, cgroup=cgroup)
         self._runs.append(run)
         run.start()
         return run
