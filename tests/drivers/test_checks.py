@@ -719,7 +719,7 @@ async def test_a_file_is_too_old_after_its_age_and_new_when_written(tmp_path: Pa
 async def test_the_age_is_never_that_of_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "young").touch()
     (tmp_path / "link").symlink_to("young")
-    run = FileAge(file_check(tmp_path / "link", max_age=60), Clock())
+    run = file_check(tmp_path / "link", max_age=60).runner(Clock())
     assert "symbolic link is not followed" in str(await why(run))
 
 
