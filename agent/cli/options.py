@@ -70,7 +70,7 @@ def _flag(setting: Setting) -> Callable[[F], F]:
     return click.option(
         setting.flag,
         setting.name,
-        multiple=setting.name == "endpoint",
+        multiple=setting.name in {"endpoint", "etcd_endpoint"},
         metavar=setting.format.metavar,
         help=setting.doc + default,
     )

@@ -13,12 +13,13 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import formatdate
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from agent.coordinator.auth import Authenticator, Caller, allowed
-from agent.coordinator.calls import Answer, Call, get_status
+from agent.coordinator.calls import Answer, Call, create_group, get_status
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
 from agent.coordinator.route_table import ROUTES
@@ -29,6 +30,7 @@ from agent.errors import (
     Forbidden,
     Invalid,
     NotFound,
+    NotLeading,
     RequestRefused,
     TooSoon,
     Unauthenticated,
@@ -44,6 +46,12 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
+
+LEADERS_TRIED = 3
+"""Leaders that one request is given to while leadership moves."""
+
+FORWARDED = b"failover-forwarded"
+"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
 
 PART_BYTES = 65_536
 """Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
@@ -81,6 +89,29 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
 )
 
 
+class Forwarder(Protocol):
+    """Sends requests to the coordinator that leads a group: forwarding.py."""
+
+    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
+    async def forward(
+        self, key: GroupKey, url: str, request: "Request", *, wait_s: float
+    ) -> Answer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it came.
+
+    Attributes:
+        target: path and query.
+    """
+
+    method: str
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class Api:
     """The ASGI application.
 
@@ -91,6 +122,7 @@ class Api:
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
+        forwarder: with several coordinators: sends requests to the one that leads the group.
     """
 
     def __init__(
@@ -102,7 +134,9 @@ class Api:
         max_body_bytes: int = 65536,
         role_names: bool = False,
         metrics: Metrics | None = None,
+        forwarder: Forwarder | None = None,
     ) -> None:
+        self._forwarder = forwarder
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
@@ -128,6 +162,7 @@ class Api:
         except Exception:  # a request's edge: the caller gets an ErrorResponse
             log.exception("request failed", operation_id=operation_id, path=scope["path"])
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
+        operation_id = answer.operation_id or operation_id
         await self._send(scope["method"], answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
@@ -145,32 +180,76 @@ class Api:
         caller = None
         if not self._open and route.right is not None:
             caller = await self._auth.caller(_header(headers, b"authorization"))
-            await self._authorise(route, route.right, found.values, caller)
-        body = None
-        if route.body is not None:
-            text = await self._read_body(headers, receive)
-            try:
-                body = decode(route.body, text)
-            except BodyError as error:
-                raise Invalid(
-                    f"{error}.",
-                    f"{route.body.__name__} is in /openapi.json.",
-                ) from None
+        if self._forwarder is not None and (
+            "groupId" in found.values or route.handler is create_group
+        ):
+            return await self._answer_by_leader(
+                self._forwarder, scope, receive, route, found, caller
+            )
+        await self._authorise(route, found.values, caller)
+        text = b"" if route.body is None else await self._read_body(headers, receive)
+        return await self._answer_here(scope, receive, route, found, caller, text)
+
+    async def _answer_here(  # noqa: PLR0917 - the parts of one request
+        self,
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        found: PathMatch,
+        caller: Caller | None,
+        text: bytes,
+    ) -> Answer:
         call = Call(
             self._coordinator,
             self._clock,
             found.values,
             read_query(route.query, scope["query_string"]),
-            body,
+            None if route.body is None else _decode_body(route, text),
             self._read_check(found, caller),
             self._document,
             self._metrics,
-            (_header(headers, b"accept") or b"").decode("latin-1"),
+            (_header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
         if route.handler is get_status and call.query["after"] is not None:
             return await _while_connected(route.handler(call), receive)
         answer: Answer = await route.handler(call)
         return answer
+
+    async def _answer_by_leader(  # noqa: PLR0917 - the parts of one request
+        self,
+        forwarder: Forwarder,
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        found: PathMatch,
+        caller: Caller | None,
+    ) -> Answer:
+        """Answer a request about a group here if its shard is led here, else by its leader (R19).
+
+        If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
+        """
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        text = b"" if route.body is None else await self._read_body(headers, receive)
+        group = found.values.get("groupId") or _decode_body(route, text).to_model().id
+        key = GroupKey(*_tenant_namespace(found.values), group)
+        query: bytes = scope["query_string"]
+        raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+        target = raw_path + (b"?" + query if query else b"")
+        request = Request(scope["method"], target, headers, text)
+        forwarded = _header(headers, FORWARDED) is not None
+        for _ in range(LEADERS_TRIED):
+            url = await forwarder.leader_url(key, forwarded=forwarded)
+            with suppress(NotLeading):
+                if url is None:
+                    await self._authorise(route, found.values, caller)
+                    return await self._answer_here(scope, receive, route, found, caller, text)
+                wait_s = 0.0
+                if route.handler is get_status:
+                    wanted = read_query(route.query, query)
+                    wait_s = wanted["wait"] if wanted["after"] is not None else 0.0
+                forwarding = forwarder.forward(key, url, request, wait_s=wait_s)
+                return await (_while_connected(forwarding, receive) if wait_s else forwarding)
+        raise NotLeading
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -182,12 +261,12 @@ class Api:
 
     # -- rights -------------------------------------------------------------------------------
 
-    async def _authorise(self, route: Route, right: Right, values: Any, caller: Caller) -> None:
+    async def _authorise(self, route: Route, values: Any, caller: Caller | None) -> None:
         """Raise Forbidden unless the access-control list in force grants the right."""
-        tenant_namespace = (
-            values.get("tenantId", DEFAULT_NAME),
-            values.get("namespaceId", DEFAULT_NAME),
-        )
+        right = route.right
+        if caller is None or right is None:
+            return
+        tenant_namespace = _tenant_namespace(values)
         acl = None
         if "groupId" in values:
             with suppress(NotFound):  # 404 is only for callers with the right
@@ -292,6 +371,19 @@ _STOPPING_REFUSAL = Unavailable(
 _INTERNAL_REFUSAL = RequestRefused(
     "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
 )
+
+
+def _tenant_namespace(values: Any) -> tuple[str, str]:
+    return values.get("tenantId", DEFAULT_NAME), values.get("namespaceId", DEFAULT_NAME)
+
+
+def _decode_body(route: Route, text: bytes) -> Any:
+    """The body of a request in the route's shape. Raises Invalid."""
+    assert route.body is not None  # noqa: S101 - the callers have checked it
+    try:
+        return decode(route.body, text)
+    except BodyError as error:
+        raise Invalid(f"{error}.", f"{route.body.__name__} is in /openapi.json.") from None
 
 
 def _allow_everyone(_acl: AccessList | None) -> bool:

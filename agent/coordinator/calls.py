@@ -60,12 +60,17 @@ class Call:
 
 @dataclass(slots=True)  # as above
 class Answer:
-    """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None."""
+    """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None.
+
+    Attributes:
+        operation_id: of another coordinator that has answered.
+    """
 
     status: int = 200
     body: Struct | Sequence[Struct] | bytes | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
     media: str = "application/json"
+    operation_id: str | None = None
 
 
 def _total_count(number: int) -> tuple[tuple[bytes, bytes], ...]:
@@ -118,7 +123,7 @@ async def get_version(_call: Call) -> Answer:
 
 async def list_groups(call: Call) -> Answer:
     """The groups that the caller may read, sorted by id."""
-    total, groups = call.coordinator.groups(
+    total, groups = await call.coordinator.list_groups(
         *call.tenant_namespace, call.query["skip"], call.query["count"], call.may_read
     )
     return Answer(

@@ -19,13 +19,12 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
-from agent.coordinator.api import Api
+from agent.coordinator.api import Api, Forwarder
 from agent.coordinator.metrics import Metrics
-from agent.coordinator.service import Coordinator
+from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store import Store
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
-from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
@@ -174,14 +173,18 @@ async def serving(
     """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
     access = access or Access(settings)
     clock = Clock()
+    metrics = Metrics(sessions=settings.session_metrics)
     with _bound(settings.listen) as listener:
+        if settings.store == "etcd":
+            async with _serving_cluster(settings, access, clock, metrics, listener) as url:
+                yield url
+            return
         store = await _open(settings)
         try:
-            metrics = Metrics(sessions=settings.session_metrics)
             coordinator = Coordinator(
                 store,
                 clock.now,
-                _policy(settings),
+                policy_of(settings),
                 max_groups=settings.max_groups,
                 meter=metrics,
             )
@@ -193,20 +196,68 @@ async def serving(
                 groups=groups,
             )
             try:
-                app = Api(
-                    coordinator,
-                    clock.now,
-                    access.auth,
-                    max_body_bytes=settings.max_body_bytes,
-                    role_names=settings.role_form == "name",
-                    metrics=metrics,
-                )
+                app = _api(settings, access, clock, metrics, coordinator)
                 async with _web_server(app, listener, access.tls, coordinator) as url:
                     yield url
             finally:
                 await coordinator.stop()
         finally:
             await store.close()
+
+
+@asynccontextmanager
+async def _serving_cluster(
+    settings: CoordinatorSettings,
+    access: Access,
+    clock: Clock,
+    metrics: Metrics,
+    listener: socket.socket,
+) -> AsyncIterator[str]:
+    """One of several coordinators over etcd (R19)."""
+    from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
+
+    cluster = await Cluster.open(settings, clock, metrics)
+    coordinator = cluster.coordinator
+    try:
+        await cluster.start()
+        log.info(
+            "coordinator started",
+            store=settings.store,
+            store_id=cluster.store_id,
+            prefix=settings.etcd_prefix,
+            shards=settings.shards,
+        )
+        try:
+            app = _api(settings, access, clock, metrics, coordinator, cluster.forwarder)
+            async with _web_server(app, listener, access.tls, coordinator) as url:
+                try:
+                    yield url
+                finally:
+                    await cluster.hand_over()
+        finally:
+            await cluster.hand_over()
+            await coordinator.stop()
+    finally:
+        await cluster.aclose()
+
+
+def _api(  # noqa: PLR0917 - the parts of one process
+    settings: CoordinatorSettings,
+    access: Access,
+    clock: Clock,
+    metrics: Metrics,
+    coordinator: Coordinator,
+    forwarder: Forwarder | None = None,
+) -> Api:
+    return Api(
+        coordinator,
+        clock.now,
+        access.auth,
+        max_body_bytes=settings.max_body_bytes,
+        role_names=settings.role_form == "name",
+        metrics=metrics,
+        forwarder=forwarder,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -339,11 +390,3 @@ async def _open(settings: CoordinatorSettings) -> Store:
     if settings.store == "memory":
         return MemoryStore()
     return await asyncio.to_thread(SqliteStore.open, settings.data_dir)
-
-
-def _policy(settings: CoordinatorSettings) -> Policy:
-    return Policy(
-        score_hysteresis=settings.score_hysteresis,
-        minimum_hold_s=settings.minimum_hold,
-        max_sessions=settings.max_sessions_per_group,
-    )

@@ -8,8 +8,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from agent.coordinator.engine import Engine, Group, Meter, group_not_found, unavailable
-from agent.coordinator.store import Store
+from agent.coordinator.engine import Engine, Meter, group_not_found, unavailable
+from agent.coordinator.shards import Group
+from agent.coordinator.store import Directory, Store
 from agent.core.group import is_compatible
 from agent.core.group_state import (
     AddSession,
@@ -20,7 +21,7 @@ from agent.core.group_state import (
     status_of,
     view_of,
 )
-from agent.errors import Conflict, StoreError, Unavailable
+from agent.errors import Conflict, NotLeading, StoreError, Unavailable
 from agent.model import (
     AccessList,
     GroupConfig,
@@ -32,6 +33,7 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 MAX_READERS = 10_000
 """Status reads that may wait at the same time, some kilobytes each. Further ones are refused."""
@@ -52,19 +54,32 @@ class Coordinator:
 
     Call ``start`` first and ``stop`` last. All calls raise RequestRefused: NotFound, Conflict and so on
     from core/group.py, and Unavailable while nothing can be made durable or it is stopping.
+
+    Args:
+        store: all groups, or None where shards of them are led (R19).
+        directory: what is not of one shard; needed without a store.
+        shard_of: the number of a group's shard.
+        problem: why a coordinator that leads shards is not ready, or None.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Store | None,
         clock: Callable[[], Instant],
         policy: Policy | None = None,
         *,
         max_groups: int = 100_000,
         meter: Meter | None = None,
+        directory: Directory | None = None,
+        shard_of: Callable[[GroupKey], int] = lambda _: 0,
+        problem: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._store = store
-        self._engine = Engine(store, clock, policy or Policy(), meter)
+        common = store or directory
+        assert common is not None  # noqa: S101 - our own mistake
+        self._store = common
+        self._directory = directory
+        self._problem = problem
+        self.engine = self._engine = Engine(store, clock, policy or Policy(), meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
         self._access: dict[tuple[str, str], AccessList | None] = {}
@@ -113,6 +128,8 @@ class Coordinator:
             return "the coordinator is stopping"
         if (failure := self._engine.recent_store_failure()) is not None:
             return f"the store failed: {failure}"
+        if (problem := self._problem()) is not None:
+            return problem
         try:
             await self._store.access("default", "default")
         except StoreError as error:
@@ -127,7 +144,9 @@ class Coordinator:
         while (other := self._creating.get(key)) is not None:
             await asyncio.wait([other])
         created = key not in self._engine.groups
-        if created:
+        if not created:
+            self._engine.find(key)  # whether it is led
+        else:
             if len(self._engine.groups) + len(self._creating) >= self._max_groups:
                 raise Conflict(
                     f"There are {len(self._engine.groups)} groups, the most that this coordinator allows.",
@@ -168,6 +187,21 @@ class Coordinator:
             if key[:2] == tenant_namespace and visible(group.state.record.acl)
         )
         return len(keys), [self.group(key) for key in keys[skip : skip + count]]
+
+    async def list_groups(
+        self,
+        tenant: str,
+        namespace: str,
+        skip: int,
+        count: int,
+        visible: Callable[[AccessList | None], bool],
+    ) -> tuple[int, list[GroupConfig]]:
+        """As ``groups``, whichever coordinators lead them."""
+        if self._directory is None:
+            return self.groups(tenant, namespace, skip, count, visible)
+        self._refuse_if_stopping()
+        listing = self._directory.configs(tenant, namespace, skip, count, visible)
+        return await self._engine.read(listing)
 
     async def delete_group(self, key: GroupKey) -> None:
         """Remove a group without active sessions, with its history."""
@@ -214,12 +248,14 @@ class Coordinator:
             group.readers.pop(changed, None)
         if group.gone:
             raise group_not_found(key)
+        if group.shard.ended:
+            raise NotLeading
         return self._status_of(group)
 
     async def history(self, key: GroupKey, skip: int, count: int) -> tuple[int, list[HistoryEntry]]:
         """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
-        self._engine.find(key)
-        return await self._engine.read(self._store.history(key, skip=skip, count=count))
+        store = self._engine.find(key).shard.store
+        return await self._engine.read(store.history(key, skip=skip, count=count))
 
     # -- sessions -----------------------------------------------------------------------------
 
@@ -277,6 +313,10 @@ class Coordinator:
             self._access.setdefault(tenant_namespace, acl)
         return self._access[tenant_namespace]
 
+    def forget_access(self) -> None:
+        """Read the lists of namespaces anew: another coordinator may have changed one."""
+        self._access.clear()
+
     async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
         """Replace that list."""
         self._refuse_if_stopping()
@@ -291,3 +331,12 @@ class Coordinator:
     def _refuse_if_stopping(self) -> None:
         if self._engine.stopping:
             raise unavailable("it is stopping")
+
+
+def policy_of(settings: CoordinatorSettings) -> Policy:
+    """The part of the settings that decisions need."""
+    return Policy(
+        score_hysteresis=settings.score_hysteresis,
+        minimum_hold_s=settings.minimum_hold,
+        max_sessions=settings.max_sessions_per_group,
+    )

@@ -1,0 +1,556 @@
+"""Groups in etcd, for several coordinators (R19).
+
+Groups are hashed onto a fixed number of shards. An ``EtcdStore`` is one shard in the hands of one leader: every
+change is one transaction that also compares the leadership key, so that a deposed leader changes
+nothing. ``EtcdCluster`` is what is not of one shard: the identity, the access lists, lists over all groups.
+
+A record's version is its mod revision, which etcd never gives twice. Each value of a record begins with a random
+token: a write without an answer is sent again with the same token until its outcome is known, for at most
+SETTLE_S; then OutcomeUnknown is raised.
+
+Knows nothing of who leads, nor of what a record means.
+"""
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from agent.coordinator.store import MOST_ENTRIES, MOST_RETIRED, Stored
+from agent.coordinator.store.codec import HISTORY_BOUND, decode, decode_progress, encode, name_of
+from agent.coordinator.store.etcd_client import (
+    Done,
+    Etcd,
+    EtcdError,
+    EtcdRefused,
+    EtcdUnknown,
+    EtcdUnreachable,
+    Found,
+    Json,
+    KeyValue,
+    delete,
+    end_of,
+    if_none,
+    if_revision,
+    put,
+    read,
+)
+from agent.errors import (
+    CasMismatch,
+    ConfigError,
+    ExitCode,
+    LeadershipLost,
+    OutcomeUnknown,
+    StoreError,
+)
+from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.schema.scalars import format_date_time
+
+SCHEMA = 1
+"""Grows with each change that a version before would not understand."""
+
+PAGE = 200
+"""Records in one range read: a record of two members has some 500 bytes, one of 100 may have a megabyte."""
+
+KEYS_PAGE = 5_000
+"""Keys in one range read without values."""
+
+MOST_STEPS = 100
+"""Steps in one transaction; etcd's default limit is 128."""
+
+SETTLE_S = 2.0
+"""How long a write without an answer is sent again: as long as an election of etcd usually takes. Inputs of that
+group wait meanwhile."""
+
+RESEND_S = 0.05
+"""Pause between two attempts: an etcd that refuses at once must not be flooded."""
+
+_INVALID = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What a store in etcd is: made once, by the first coordinator.
+
+    Attributes:
+        moved_to: where its groups were copied to, since when nobody may serve them here; or None.
+        revision: of the key that has this.
+    """
+
+    store_id: str
+    shards: int
+    moved_to: str | None
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The keys. ``prefix`` has no slash at its end."""
+
+    prefix: str
+    shards: int
+
+    @property
+    def meta(self) -> str:
+        """The key of the identity."""
+        return f"{self.prefix}/meta"
+
+    @property
+    def live(self) -> str:
+        """The prefix of all keys that live as long as a coordinator: members and leaders."""
+        return f"{self.prefix}/live/"
+
+    @property
+    def access_changed(self) -> str:
+        """A key that is written with every change of an access list, so that caches are emptied."""
+        return f"{self.live}access"
+
+    def member(self, member: str) -> str:
+        """The key of a coordinator."""
+        return f"{self.live}members/{member}"
+
+    def leader(self, shard: int) -> str:
+        """The leadership key of a shard."""
+        return f"{self.live}leaders/{shard}"
+
+    def shard_of(self, key: GroupKey) -> int:
+        """The shard of a group: the same at every coordinator, for good."""
+        digest = hashlib.sha256("\0".join(key).encode(errors="surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") % self.shards
+
+    def records(self, shard: int) -> str:
+        """The prefix of a shard's records."""
+        return f"{self.prefix}/shards/{shard}/groups/"
+
+    def record(self, key: GroupKey) -> str:
+        """The key of a record."""
+        return self._of("groups", key)
+
+    def progress(self, key: GroupKey) -> str:
+        """The key of a group's progress."""
+        return self._of("progress", key)
+
+    def all_progress(self, shard: int) -> str:
+        """The prefix of a shard's progress."""
+        return f"{self.prefix}/shards/{shard}/progress/"
+
+    def history(self, key: GroupKey) -> str:
+        """The prefix of a group's tenures."""
+        return self._of("history", key) + "/"
+
+    def tenure(self, key: GroupKey, epoch: int) -> str:
+        """The key of a tenure; keys sort as epochs do."""
+        return f"{self.history(key)}{epoch:020d}"
+
+    def retired(self, key: GroupKey) -> str:
+        """The key of a deleted group's epoch."""
+        return self._of("retired", key)
+
+    def all_retired(self, shard: int) -> str:
+        """The prefix of the epochs of a shard's deleted groups."""
+        return f"{self.prefix}/shards/{shard}/retired/"
+
+    def access(self, tenant: str, namespace: str) -> str:
+        """The key of a namespace's access list."""
+        return f"{self.prefix}/access/{_quoted(tenant)}/{_quoted(namespace)}"
+
+    def _of(self, kind: str, key: GroupKey) -> str:
+        name = "/".join(map(_quoted, key))
+        return f"{self.prefix}/shards/{self.shard_of(key)}/{kind}/{name}"
+
+
+def _quoted(name: str) -> str:
+    try:
+        return quote(name, safe="")
+    except UnicodeEncodeError as error:  # half a surrogate pair
+        raise StoreError(
+            f"a name cannot be kept: {error}; nothing was changed", exit_code=ExitCode.INTERNAL
+        ) from None
+
+
+def group_key_of(key: str) -> GroupKey:
+    """The group whose name is at the end of a key."""
+    return GroupKey(*(unquote(part) for part in key.split("/")[-3:]))
+
+
+def _record_of(found: KeyValue, place: str) -> GroupRecord:
+    _token, _, text = found.value.partition("\n")
+    return decode(GroupRecord, text, place)
+
+
+class EtcdCluster:
+    """A store in etcd as a whole. ``open`` it, and close it with ``aclose``."""
+
+    def __init__(self, etcd: Etcd, layout: Layout, meta: Meta) -> None:
+        self.etcd = etcd
+        self.layout = layout
+        self.meta = meta
+        self.store_id = meta.store_id
+
+    @classmethod
+    async def open(cls, etcd: Etcd, prefix: str, shards: int) -> "EtcdCluster":
+        """Open a store, and make it if there is none.
+
+        Raises:
+            ConfigError: it was made with another number of shards.
+            StoreError: etcd fails, or the store was moved.
+        """
+        meta = await read_meta(etcd, prefix)
+        if meta is None:
+            text = json.dumps({"StoreId": str(uuid.uuid4()), "Shards": shards, "Schema": SCHEMA})
+            key = f"{prefix}/meta"
+            await etcd.txn([if_none(f"{prefix}/")], [put(key, text)])
+            meta = await read_meta(etcd, prefix)
+            if meta is None:
+                raise StoreError(
+                    f"etcd has keys under {prefix}/ that are no store of this program:"
+                    " name another --etcd-prefix; nothing was changed"
+                )
+        if meta.moved_to is not None:
+            raise StoreError(
+                f"the store under {prefix} of etcd was copied to {meta.moved_to}, and must not be served"
+                " beside the copy: serve that one, or copy it back with 'failover-agent store copy'",
+                exit_code=ExitCode.STORE_MOVED,
+            )
+        if meta.shards != shards:
+            raise ConfigError(
+                f"shards is {shards}, and the store under {prefix} of etcd was made with {meta.shards}:"
+                f" set shards to {meta.shards}; it is fixed when a store is made"
+            )
+        return cls(etcd, Layout(prefix, shards), meta)
+
+    def shard(self, number: int, leader_revision: int) -> "EtcdStore":
+        """A shard, led under the leadership key of this revision."""
+        return EtcdStore(self, number, leader_revision)
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """The access-control list of a namespace's groups, or None if none was ever set."""
+        found = await self.etcd.get(self.layout.access(tenant, namespace))
+        return None if found is None else decode(AccessList, found.value, f"{tenant}/{namespace}")
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+        """Replace that list. It has no version, so a repeated attempt needs no settling."""
+        text = encode(acl, f"{tenant}/{namespace}")
+        steps = [put(self.layout.access(tenant, namespace), text)]
+        steps.append(put(self.layout.access_changed, str(uuid.uuid4())))
+        await self.etcd.txn([], steps)
+
+    async def configs(
+        self,
+        tenant: str,
+        namespace: str,
+        skip: int,
+        count: int,
+        visible: Callable[[AccessList | None], bool],
+    ) -> tuple[int, list[GroupConfig]]:
+        """A page of a namespace's groups, sorted by id, whoever leads them; and how many there are."""
+        groups: list[str] = []
+        for shard in range(self.layout.shards):
+            prefix = f"{self.layout.records(shard)}{_quoted(tenant)}/{_quoted(namespace)}/"
+            async for found in self.pages(prefix):
+                for one in found.keys:
+                    key = group_key_of(one.key)
+                    if visible(_record_of(one, name_of(key)).acl):
+                        groups.append(key.group)
+        groups.sort()
+        page = []
+        for group in groups[skip : skip + count]:
+            key = GroupKey(tenant, namespace, group)
+            stored = await self.etcd.get(self.layout.record(key))
+            if stored is not None:
+                page.append(_record_of(stored, name_of(key)).config)
+        return len(groups), page
+
+    async def pages(self, prefix: str, limit: int = PAGE) -> AsyncIterator[Found]:
+        """All keys with a prefix, some at a time."""
+        start, end = prefix, end_of(prefix)
+        while True:
+            found = await self.etcd.range(read(start, end, limit=limit))
+            yield found
+            if len(found.keys) < limit:
+                return
+            start = found.keys[-1].key + "\0"
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.etcd.aclose()
+
+
+async def read_meta(etcd: Etcd, prefix: str) -> Meta | None:
+    """The identity of a store, or None if there is none. Raises StoreError if it is unusable."""
+    found = await etcd.get(f"{prefix}/meta")
+    if found is None:
+        return None
+    try:
+        text = json.loads(found.value)
+        schema = text["Schema"]
+        meta = Meta(text["StoreId"], text["Shards"], text.get("MovedTo"), found.revision)
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(
+            f"{prefix}/meta in etcd is not what a coordinator wrote: restore etcd from a copy, or name"
+            " another --etcd-prefix"
+        ) from None
+    if schema > SCHEMA:
+        raise StoreError(
+            f"the store under {prefix} of etcd was written by a newer version of this program: its schema"
+            f" is {schema}, and this version knows {SCHEMA}: install that version",
+            exit_code=ExitCode.DATA_DIR_NEWER,
+        )
+    return meta
+
+
+class EtcdStore:
+    """One shard as a Store (see the Protocol), for as long as one coordinator leads it."""
+
+    def __init__(self, cluster: EtcdCluster, shard: int, leader_revision: int) -> None:
+        self.store_id = cluster.meta.store_id
+        self._cluster = cluster
+        self._layout = cluster.layout
+        self._etcd = cluster.etcd
+        self._shard = shard
+        self._fence = if_revision(self._layout.leader(shard), leader_revision)
+        self._closed = False
+
+    async def load(self) -> dict[GroupKey, Stored]:
+        """Every group of the shard."""
+        self._check_open()
+        saved: dict[GroupKey, Progress] = {}
+        async for found in self._cluster.pages(self._layout.all_progress(self._shard), KEYS_PAGE):
+            saved |= {group_key_of(one.key): _progress_of(one) for one in found.keys}
+        groups = {}
+        async for found in self._cluster.pages(self._layout.records(self._shard)):
+            for one in found.keys:
+                key = group_key_of(one.key)
+                groups[key] = Stored(
+                    one.revision, _record_of(one, self._place(key)), saved.get(key)
+                )
+            await asyncio.sleep(0)  # decoding a page takes milliseconds
+        return groups
+
+    async def create(self, key: GroupKey, record: GroupRecord) -> int:
+        """Add a group; its version. Raises CasMismatch if there is one."""
+        self._check_open()
+        return await self._write(key, 0, encode(record, name_of(key)), [])
+
+    async def swap(
+        self,
+        key: GroupKey,
+        expected: int,
+        record: GroupRecord,
+        history: Sequence[HistoryEntry] = (),
+    ) -> int:
+        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        self._check_open()
+        assert len(history) <= MOST_ENTRIES  # noqa: S101 - our own mistake
+        steps = [
+            put(self._layout.tenure(key, entry.epoch), encode(entry, name_of(key)))
+            for entry in history
+        ]
+        return await self._write(key, expected, encode(record, name_of(key)), steps)
+
+    async def _write(self, key: GroupKey, expected: int, text: str, history: list[Json]) -> int:
+        """Put a record with some tenures; the new version."""
+        token = str(uuid.uuid4())
+        steps = [put(self._layout.record(key), f"{token}\n{text}"), *history]
+        if history:
+            prefix = self._layout.history(key)
+            steps.append(read(prefix, end_of(prefix), count_only=True))
+        done = await self._commit(key, expected, steps, token)
+        if isinstance(done, KeyValue):
+            return done.revision
+        if history and (kept := done.answers[-1]) is not None and kept.count > HISTORY_BOUND:
+            await self._forget(self._layout.history(key), kept.count - HISTORY_BOUND)
+        return done.revision
+
+    async def settle(self, key: GroupKey, expected: int) -> Stored | None:
+        """The record, rewritten if it is still as expected: what was sent before cannot happen then."""
+        self._check_open()
+        place = self._layout.record(key)
+        found = await self._etcd.get(place)
+        if found is not None and (version := found.revision) == expected:
+            token = str(uuid.uuid4())
+            value = f"{token}\n{found.value.partition(chr(10))[2]}"
+            try:
+                version = (await self._commit(key, expected, [put(place, value)], token)).revision
+            except CasMismatch:  # the change has happened meanwhile
+                found = await self._etcd.get(place)
+        if found is None:
+            return None
+        version = max(version, found.revision)
+        saved = await self._etcd.get(self._layout.progress(key))
+        return Stored(
+            version,
+            _record_of(found, self._place(key)),
+            None if saved is None else _progress_of(saved),
+        )
+
+    async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
+        """Replace the progress of each of these groups; a key without a group is ignored."""
+        self._check_open()
+        steps = []
+        for key, saved in progress.items():
+            record = if_revision(self._layout.record(key), 0) | {"result": "GREATER"}
+            value = f"{saved.epoch} {format_date_time(saved.last_data)}"
+            write = put(self._layout.progress(key), value)
+            steps.append({"request_txn": {"compare": [record], "success": [write]}})
+        for first in range(0, len(steps), MOST_STEPS):
+            done = await self._etcd.txn([self._fence], steps[first : first + MOST_STEPS])
+            if not done.succeeded:
+                raise self._lost()
+
+    async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
+        """Remove a group with its history and progress, and remember its epoch; or CasMismatch."""
+        self._check_open()
+        history, retired = self._layout.history(key), self._layout.all_retired(self._shard)
+        steps = [
+            delete(self._layout.record(key)),
+            delete(self._layout.progress(key)),
+            delete(history, end_of(history)),
+        ]
+        if epoch > 0:
+            steps.append(put(self._layout.retired(key), str(epoch)))
+        steps.append(read(retired, end_of(retired), count_only=True))
+        done = await self._commit(key, expected, steps, token=None)
+        kept = done.answers[-1] if isinstance(done, Done) else None
+        most = max(1, MOST_RETIRED // self._layout.shards)
+        if kept is not None and kept.count > most:
+            await self._forget(retired, kept.count - most, oldest_write_first=True)
+
+    async def retired_epoch(self, key: GroupKey) -> int:
+        """The epoch that was remembered for the name, or 0."""
+        self._check_open()
+        found = await self._etcd.get(self._layout.retired(key))
+        return 0 if found is None else int(found.value)
+
+    async def history(
+        self, key: GroupKey, *, skip: int = 0, count: int = 100
+    ) -> tuple[int, list[HistoryEntry]]:
+        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+        self._check_open()
+        prefix = self._layout.history(key)
+        limit = min(skip + count, HISTORY_BOUND + MOST_ENTRIES)
+        found = await self._etcd.range(
+            read(prefix, end_of(prefix), limit=max(1, limit), newest_key_first=True)
+        )
+        page = found.keys[skip : skip + count]
+        return found.count, [decode(HistoryEntry, one.value, self._place(key)) for one in page]
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """The access-control list of a namespace's groups, or None if none was ever set."""
+        self._check_open()
+        return await self._cluster.access(tenant, namespace)
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
+        """Replace that list."""
+        self._check_open()
+        await self._cluster.set_access(tenant, namespace, acl)
+
+    async def close(self) -> None:
+        """Refuse further calls."""
+        self._closed = True
+
+    # -- transactions -------------------------------------------------------------------------
+
+    async def _commit(
+        self, key: GroupKey, expected: int, steps: list[Json], token: str | None
+    ) -> Done | KeyValue:
+        """Carry out a change of one record, once; its answer, or the record that shows that it has happened.
+
+        ``token`` is in the new value of the record; None: the record is deleted.
+        """
+        record = self._layout.record(key)
+        conditions = [if_revision(record, expected), self._fence]
+        leader = self._layout.leader(self._shard)
+        on_failure = [read(record), read(leader, keys_only=True)]
+        clock = asyncio.get_running_loop().time
+        resent, until = False, clock() + SETTLE_S
+        while True:
+            try:
+                done = await self._etcd.txn(conditions, steps, on_failure)
+            except EtcdRefused as refusal:
+                raise self._explained(refusal, key) from refusal
+            except EtcdUnreachable as failure:
+                if not resent:
+                    raise StoreError(
+                        f"{failure}; nothing was changed", exit_code=ExitCode.ETCD
+                    ) from failure
+                unknown: EtcdError = failure
+            except EtcdUnknown as failure:
+                resent, unknown = True, failure
+            else:
+                return (
+                    done
+                    if done.succeeded
+                    else self._outcome(key, done, expected, token, resent=resent)
+                )
+            if clock() >= until:
+                raise OutcomeUnknown(
+                    f"{unknown}; whether {name_of(key)} was changed is unknown"
+                ) from unknown
+            await asyncio.sleep(RESEND_S)
+
+    def _outcome(
+        self, key: GroupKey, done: Done, expected: int, token: str | None, *, resent: bool
+    ) -> KeyValue:
+        """What a refused transaction means: an earlier attempt has succeeded, or CasMismatch, or a lost leadership."""
+        found, leader = done.answers
+        assert found is not None  # noqa: S101 - both are range reads
+        assert leader is not None  # noqa: S101 - likewise
+        record = found.keys[0] if found.keys else None
+        if token is not None and record is not None and record.value.startswith(f"{token}\n"):
+            return record
+        if token is None and resent and record is None:
+            return KeyValue("", "", done.revision)
+        fence = int(self._fence["mod_revision"])
+        if not leader.keys or leader.keys[0].revision != fence:
+            raise self._lost()
+        if expected == 0:
+            raise CasMismatch(f"{name_of(key)} exists already")
+        now = "the group is gone" if record is None else f"it is at version {record.revision}"
+        raise CasMismatch(f"{name_of(key)} is not at version {expected} any more: {now}")
+
+    async def _forget(self, prefix: str, number: int, *, oldest_write_first: bool = False) -> None:
+        """Delete the first keys of a range. What fails is done at the next time."""
+        try:
+            found = await self._etcd.range(
+                read(
+                    prefix,
+                    end_of(prefix),
+                    limit=number,
+                    keys_only=True,
+                    oldest_write_first=oldest_write_first,
+                )
+            )
+            keys = [one.key for one in found.keys]
+            for first in range(0, len(keys), MOST_STEPS):
+                steps = [delete(key) for key in keys[first : first + MOST_STEPS]]
+                await self._etcd.txn([self._fence], steps)
+        except EtcdError:
+            return
+
+    def _lost(self) -> LeadershipLost:
+        return LeadershipLost(
+            f"another coordinator leads shard {self._shard} by now; nothing was changed"
+        )
+
+    def _explained(self, refusal: EtcdRefused, key: GroupKey) -> StoreError:
+        code = ExitCode.INTERNAL if refusal.code == _INVALID else ExitCode.ETCD  # one value's fault
+        return StoreError(f"{name_of(key)}: {refusal}; nothing was changed", exit_code=code)
+
+    def _place(self, key: GroupKey) -> str:
+        return f"{name_of(key)} in etcd"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(
+                "the store is closed; calls have to come before close()",
+                exit_code=ExitCode.INTERNAL,
+            )
+
+
+def _progress_of(found: KeyValue) -> Progress:
+    epoch, _, last_data = found.value.partition(" ")
+    return decode_progress(int(epoch), last_data, f"{found.key} in etcd")

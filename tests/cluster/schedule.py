@@ -1,0 +1,121 @@
+"""Schedules of faults for several coordinators, drawn from a seed, and how they are lived through."""
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from .world import LEASE_S, TTL_S, Kinds, World, run_virtually
+
+FAULTS = (
+    "kill_coordinator",
+    "freeze_coordinator",
+    "stop_coordinator",
+    "cut_etcd",
+    "etcd_blip",
+    "answers_lost",
+    "writes_late",
+    "cut_agent",
+    "kill_agent",
+)
+
+END_S = 12.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: when it begins, what, to whom, and for how long."""
+
+    at_s: float
+    kind: str
+    target: int
+    seconds: float
+
+
+def draw(seed: int, kinds: tuple[str, ...] = FAULTS) -> list[Fault]:
+    """A schedule of up to eight faults."""
+    chance = random.Random(seed)
+    return sorted(
+        (
+            Fault(
+                chance.uniform(1.0, END_S - 2),
+                chance.choice(kinds),
+                chance.randrange(6),
+                chance.choice([0.1, 0.4, 1.2, 1.7, 2.6]) * chance.uniform(0.9, 1.1),
+            )
+            for _ in range(chance.randint(1, 8))
+        ),
+        key=lambda fault: fault.at_s,
+    )
+
+
+async def inject(world: World, fault: Fault) -> None:
+    """Let one fault begin, and end."""
+    nodes = list(world.nodes.values())
+    node = nodes[fault.target % len(nodes)]
+    agent = world.members[fault.target % len(world.members)]
+    loop = asyncio.get_running_loop()
+    match fault.kind:
+        case "kill_coordinator":
+            node.kill()
+            loop.call_later(fault.seconds, lambda: world.spawn(node.start()))
+        case "stop_coordinator":
+            await node.stop()
+            loop.call_later(fault.seconds, lambda: world.spawn(node.start()))
+        case "freeze_coordinator":
+            node.freeze()
+            loop.call_later(fault.seconds, node.thaw)
+        case "cut_etcd" | "etcd_blip":
+            links = [n.link for n in (nodes if fault.kind == "etcd_blip" else [node])]
+            for link in links:
+                link.cut = True
+            world.record(node.name, f"{fault.kind} for {fault.seconds:.2f} s")
+            for link in links:
+                loop.call_later(fault.seconds, setattr, link, "cut", False)
+        case "answers_lost":
+            node.link.lose_answer = 0.5
+            world.record(node.name, "loses answers of etcd")
+            loop.call_later(fault.seconds, setattr, node.link, "lose_answer", 0.0)
+        case "writes_late":
+            node.link.late, node.link.late_s = 0.5, fault.seconds
+            world.record(node.name, f"has requests carried out {fault.seconds:.2f} s late")
+            loop.call_later(fault.seconds, setattr, node.link, "late", 0.0)
+        case "cut_agent":
+            agent.reachable.discard(node.name)
+            world.record(agent.name, f"is cut off from {node.name}")
+            loop.call_later(fault.seconds, agent.reachable.add, node.name)
+        case "kill_agent":
+            agent.kill()
+            loop.call_later(fault.seconds, agent.start)
+        case _:
+            raise AssertionError(fault.kind)
+
+
+def live_through(
+    seed: int, kinds: Kinds | None = None, only: tuple[str, ...] = FAULTS, *, live_on: bool = True
+) -> World:
+    """Live through the schedule of a seed; raises BrokenPromiseError, or AssertionError if no primary comes back."""
+    world: World | None = None
+
+    async def main() -> None:
+        nonlocal world
+        world = World(seed, kinds or Kinds(), coordinators=2 + seed % 2, shards=1)
+        await world.begin()
+        at_s = 0.0
+        for fault in draw(seed, only):
+            await world.run_for(fault.at_s - at_s)
+            at_s = fault.at_s
+            await inject(world, fault)
+        await world.run_for(END_S - at_s)
+        if live_on:
+            for node in world.nodes.values():
+                node.thaw()
+                node.link.cut, node.link.late, node.link.lose_answer = False, 0.0, 0.0
+            await world.run_for(4.0)
+            await world.until(
+                lambda: world.primary() is not None, 3 * LEASE_S + 2 * TTL_S, "a primary"
+            )
+        await world.end()
+
+    run_virtually(main())
+    assert world is not None
+    return world
