@@ -177,7 +177,8 @@ class FakeEtcd:
                 return {"response_range": self._range(body)}
             case "request_txn":
                 return {"response_txn": self._txn(body)}
-        raise AssertionError(kind)
+            case _:
+                raise AssertionError(kind)
 
 
 @dataclass

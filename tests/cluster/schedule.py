@@ -4,7 +4,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 
-from .world import LEASE_S, TTL_S, Kinds, World, run_virtually
+from .world import LEASE_S, TTL_S, Kinds, Node, World, run_virtually
 
 FAULTS = (
     "kill_coordinator",
@@ -18,7 +18,7 @@ FAULTS = (
     "kill_agent",
 )
 
-END_S = 12.0
+END_S = 9.0
 
 
 @dataclass(frozen=True)
@@ -53,41 +53,45 @@ async def inject(world: World, fault: Fault) -> None:
     nodes = list(world.nodes.values())
     node = nodes[fault.target % len(nodes)]
     agent = world.members[fault.target % len(world.members)]
-    loop = asyncio.get_running_loop()
+    later = asyncio.get_running_loop().call_later
     match fault.kind:
-        case "kill_coordinator":
+        case "kill_coordinator" | "stop_coordinator":
+            if fault.kind == "stop_coordinator":
+                await node.stop()
             node.kill()
-            loop.call_later(fault.seconds, lambda: world.spawn(node.start()))
-        case "stop_coordinator":
-            await node.stop()
-            loop.call_later(fault.seconds, lambda: world.spawn(node.start()))
+            later(fault.seconds, lambda: world.spawn(node.start()))
         case "freeze_coordinator":
             node.freeze()
-            loop.call_later(fault.seconds, node.thaw)
-        case "cut_etcd" | "etcd_blip":
-            links = [n.link for n in (nodes if fault.kind == "etcd_blip" else [node])]
-            for link in links:
-                link.cut = True
-            world.record(node.name, f"{fault.kind} for {fault.seconds:.2f} s")
-            for link in links:
-                loop.call_later(fault.seconds, setattr, link, "cut", False)
-        case "answers_lost":
-            node.link.lose_answer = 0.5
-            world.record(node.name, "loses answers of etcd")
-            loop.call_later(fault.seconds, setattr, node.link, "lose_answer", 0.0)
-        case "writes_late":
-            node.link.late, node.link.late_s = 0.5, fault.seconds
-            world.record(node.name, f"has requests carried out {fault.seconds:.2f} s late")
-            loop.call_later(fault.seconds, setattr, node.link, "late", 0.0)
+            later(fault.seconds, node.thaw)
         case "cut_agent":
             agent.reachable.discard(node.name)
             world.record(agent.name, f"is cut off from {node.name}")
-            loop.call_later(fault.seconds, agent.reachable.add, node.name)
+            later(fault.seconds, agent.reachable.add, node.name)
         case "kill_agent":
             agent.kill()
-            loop.call_later(fault.seconds, agent.start)
+            later(fault.seconds, agent.start)
+        case "etcd_blip":
+            for one in nodes:
+                _inject_link(world, one, "cut_etcd", fault.seconds)
         case _:
-            raise AssertionError(fault.kind)
+            _inject_link(world, node, fault.kind, fault.seconds)
+
+
+def _inject_link(world: World, node: Node, kind: str, seconds: float) -> None:
+    link = node.link
+    world.record(node.name, f"{kind} for {seconds:.2f} s")
+    match kind:
+        case "cut_etcd":
+            name, value, healed = "cut", True, False
+        case "answers_lost":
+            name, value, healed = "lose_answer", 0.5, 0.0
+        case "writes_late":
+            name, value, healed = "late", 0.5, 0.0
+            link.late_s = seconds
+        case _:
+            raise AssertionError(kind)
+    setattr(link, name, value)
+    asyncio.get_running_loop().call_later(seconds, setattr, link, name, healed)
 
 
 def live_through(

@@ -8,14 +8,16 @@ was answered Primary. At every promotion it is checked that no other agent is ac
 import asyncio
 import random
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from agent.coordinator.leadership import Leadership
+from agent.coordinator.leadership import Decider, Leadership
+from agent.coordinator.engine import Engine
 from agent.coordinator.service import Coordinator
-from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.codec import decode
+from agent.coordinator.store.etcd import EtcdCluster, Layout
 from agent.coordinator.store.etcd_client import Etcd
 from agent.core.group_state import AddSession, Policy, ReceiveHeartbeat, ReleaseRole
 from agent.errors import FailoverError, NotFound, NotLeading
@@ -23,6 +25,7 @@ from agent.model import (
     TICKS_PER_SECOND,
     GroupConfig,
     GroupKey,
+    GroupRecord,
     HeartbeatAnswer,
     Instant,
     Role,
@@ -79,6 +82,7 @@ class Kinds:
 
     leadership: type[Leadership] = Leadership
     cluster: type[EtcdCluster] = EtcdCluster
+    decider: Callable[[Engine, Callable[[], float]], Decider] = lambda engine, _: engine
 
 
 class Node:
@@ -122,7 +126,11 @@ class Node:
             shard_of=cluster.layout.shard_of,
         )
         self.leadership = kinds.leadership(
-            cluster, self.coordinator.engine, self.boottime, ttl_s=TTL_S, url=self.name
+            cluster,
+            kinds.decider(self.coordinator.engine, self.boottime),
+            self.boottime,
+            ttl_s=TTL_S,
+            url=self.name,
         )
         await self.coordinator.start()
         self.leadership.start()
@@ -329,6 +337,7 @@ class World:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.failures: list[BaseException] = []
         self.etcd = FakeEtcd()
+        self.decoded: tuple[int, GroupRecord | None] = (0, None)
         rates = [1 - 0.004, 1.0, 1 + 0.004]
         self.nodes = {
             name: Node(self, name, self.chance.choice(rates))
@@ -356,6 +365,32 @@ class World:
         if len(active) > 1:
             raise BrokenPromiseError(f"active at once: {active}\n" + self.text())
 
+    def check_records(self) -> None:
+        """The leader decides by the record that is durable."""
+        layout = Layout("/f", self.shards)
+        number = layout.shard_of(KEY)
+        stored = self.etcd.keys.get(layout.record(KEY))
+        leader = self.etcd.keys.get(layout.leader(number))
+        for node in self.nodes.values():
+            if node.coordinator is None or node.leadership is None:
+                continue
+            group = node.coordinator.engine.groups.get(KEY)
+            term = node.leadership._terms.get(number)
+            if leader is None or term is None or term[0] != leader.modified or group is None:
+                continue
+            if group.lock.locked() or group.doubtful or stored is None:
+                continue
+            if stored.modified != self.decoded[0]:
+                text = stored.value.partition("\n")[2]
+                self.decoded = stored.modified, decode(GroupRecord, text, "the record")
+            if self.decoded[1] != group.state.record:
+                raise BrokenPromiseError(f"{node.name} decides by a stale record\n" + self.text())
+
+    async def keep_checking(self) -> None:
+        while True:
+            self.check_records()
+            await asyncio.sleep(0.02)
+
     def text(self) -> str:
         return "\n".join(self.transcript)
 
@@ -374,6 +409,7 @@ class World:
             self.spawn(node.start())
         for agent in self.members:
             self.spawn(agent.run())
+        self.spawn(self.keep_checking())
 
     async def run_for(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
