@@ -96,13 +96,18 @@ class AccessList:
 
 @dataclass(frozen=True, slots=True)
 class GroupConfig:
-    """The configuration of a group, as created. ``timeout_ticks`` is the FailoverTimeout, L."""
+    """The configuration of a group, as created.
+
+    Attributes:
+        timeout_ticks: the FailoverTimeout, L.
+        additional: AdditionalData, the JSON text of an object: it is encoded once, and only repeated.
+    """
 
     id: str
     timeout_ticks: int
     name: str | None = None
     description: str | None = None
-    additional: Mapping[str, Any] | None = None
+    additional: str | None = None
 
     @property
     def lease_s(self) -> float:
@@ -112,11 +117,11 @@ class GroupConfig:
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """The configuration of a client session, as registered."""
+    """The configuration of a client session, as registered. ``additional`` is as in GroupConfig."""
 
     id: str
     name: str | None = None
-    additional: Mapping[str, Any] | None = None
+    additional: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,7 @@ class SessionRecord:
         hold_off: the session is not chosen before its end.
         has_to_see: the epoch of a tenure that it held without receiving the coordinator's answers, or
             None. It is not chosen until its heartbeats carry this epoch.
+        silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
     """
 
     config: SessionConfig
@@ -150,6 +156,7 @@ class SessionRecord:
     override_order: int = 0
     hold_off: HoldOff | None = None
     has_to_see: int | None = None
+    silent_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,6 @@ class Tenure:
         instance: the process that confirmed it, or None for a plain v1 client. Another process with
             the same session id does not continue it.
         revoked: heartbeats of the holder are answered Secondary, and its lease is not renewed.
-        last_data: the newest LastDataProcessedTime that was reported and made durable.
     """
 
     session_id: str
@@ -169,7 +175,6 @@ class Tenure:
     why: str
     instance: str | None = None
     revoked: bool = False
-    last_data: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +281,8 @@ class SessionView:
     Attributes:
         heartbeat_at: time of the last heartbeat, or None if none came since the coordinator started.
         store_id: the store that the session is registered in.
+        active: whether it was heard within L. A plain v1 server does not report it.
+        silent_since: when an inactive session was last heard, or the latest time at which it may have been.
     """
 
     record: SessionRecord
@@ -284,3 +291,5 @@ class SessionView:
     last_data: datetime | None = None
     heartbeat_at: datetime | None = None
     store_id: str | None = None
+    active: bool | None = None
+    silent_since: datetime | None = None

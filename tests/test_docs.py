@@ -59,7 +59,7 @@ READERS = (
 )
 SVG = "{http://www.w3.org/2000/svg}"
 AFTER_A_COMMAND = re.compile(r"\|\|?|&&?|;|\d*(>>?|<).*")
-RULES = {f"R{number}" for number in range(1, 20)}
+RULES = {f"R{number}" for number in range(1, 21)}
 OUTSIDE = {
     "a package registry": r"(pypi|pythonhosted|npmjs|docker|ghcr|quay|crates|golang)\.(org|io|com)\b",
     "somebody's own folder": r"(?<![\w.])/(home|Users|root|work|workspace)/\w|[A-Z]:\\Users|/tmp/tmp",

@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "Show takeovers on this machine: a power cut, a crash, a switchover, a freeze.",
     "hooks": "List the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
+    "sessions": "List the sessions of a group, and forget dead ones.",
     "hash-password": "Print a user's line for the coordinator's users file.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""

@@ -60,8 +60,10 @@ def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaita
     return asyncio.run(in_turn())
 
 
-def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """A command-line argument that is the id of a group."""
+def id_argument(
+    name: str, parameter: str = "group_id"
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A command-line argument that is the id of a group, or of a session."""
 
     def check(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
         try:
@@ -69,7 +71,7 @@ def id_argument(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
         except ValueError as error:
             raise click.BadParameter(f"{value!r} {error}") from None
 
-    return click.argument("group_id", metavar=name, callback=check)
+    return click.argument(parameter, metavar=name, callback=check)
 
 
 def print_json(value: Struct | Sequence[Struct]) -> None:

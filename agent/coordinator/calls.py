@@ -221,8 +221,9 @@ async def get_session(call: Call) -> Answer:
 
 
 async def delete_session(call: Call) -> Answer:
-    """Delete a session."""
-    await call.coordinator.apply(call.key, RemoveSession(call.values["sessionId"]))
+    """Delete a session, or refuse that if it is active and the caller wants an inactive one deleted."""
+    removal = RemoveSession(call.values["sessionId"], only_inactive=call.query["inactive"])
+    await call.coordinator.apply(call.key, removal)
     return Answer(204)
 
 

@@ -4,8 +4,9 @@ Rules of this file:
 
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
-- One durable change of a group at a time. Other inputs of that group wait for it, except while only
-  progress (the data-processed time) is being written, which decides nothing.
+- One durable change of a group at a time. Other inputs of that group wait for it.
+- Progress (the data-processed time), which decides nothing, is saved beside the records: that of many groups
+  in one write, and no input waits for it.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
@@ -23,20 +24,18 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.journal import log_names, log_role_changes
+from agent.coordinator.journal import log_names, log_removals, log_role_changes
 from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, wake_blocked_reads
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
 from agent.core.group import decide, epoch_after_deletion
 from agent.core.group_state import (
     Decision,
-    GroupState,
     Input,
     Policy,
+    Removal,
     RemoveGroup,
-    SaveProgress,
     Tick,
-    has_unsaved_progress,
     state_after_restart,
     state_after_stall,
 )
@@ -57,6 +56,7 @@ from agent.model import (
     HeartbeatAnswer,
     HistoryEntry,
     Instant,
+    Progress,
 )
 from agent.ops.logs import Log
 
@@ -68,8 +68,13 @@ BATCH = 50
 
 PROGRESS_DELAY_S = 0.5
 PROGRESS_BATCH_S = 0.03
-"""Delay of writing new progress (R13: within a second, commit included), and the time for which such writes
-are collected into one commit, which halves the cost of each."""
+"""Delay of saving new progress (R13: within a second, commit included), and the time between two such writes."""
+
+SHARD_PROGRESS_BATCH_S = 0.8
+"""The same for each shard of several coordinators, with no other delay."""
+
+PROGRESS_BATCH = 1_000
+"""Groups whose progress is saved in one write: some ms of this process."""
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be made durable: well under any useful L, and not too often
@@ -90,6 +95,7 @@ class Meter(Protocol):
     def decided(
         self, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
     ) -> None: ...
+    def removed(self, removals: Sequence[Removal]) -> None: ...
     def stalled(self) -> None: ...
 
 
@@ -121,7 +127,11 @@ class Engine:
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
         self._progress_queue: deque[tuple[float, Group]] = deque()
+        # etcd is to see writes by shard, at most one a second, and not by heartbeat
+        self._progress_delay_s = PROGRESS_DELAY_S if store is not None else 0.0
+        self._progress_batch_s = PROGRESS_BATCH_S if store is not None else SHARD_PROGRESS_BATCH_S
         self._next_progress_write = -inf
+        self._saving_progress = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -199,7 +209,7 @@ class Engine:
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if (not group.lock.locked() or group.writing_progress) and not group.doubtful:
+        if not group.lock.locked() and not group.doubtful:
             now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
@@ -218,24 +228,13 @@ class Engine:
             if after.record is before.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
-            group.writing_progress = isinstance(what, SaveProgress) and _is_progress_only(
-                before, after
-            )
-            try:
-                group.version = await self._write_change(
-                    group,
-                    group.shard.store.swap(
-                        group.key, group.version, after.record, decision.history
-                    ),
-                )
-            finally:
-                group.writing_progress, kept = False, group.writing_progress
-            if kept:  # heartbeats may have come in meanwhile
-                group.state = GroupState(after.record, group.state.live)
-                return None
+            swap = group.shard.store.swap(group.key, group.version, after.record, decision.history)
+            group.version = await self._write_change(group, swap)
             log_role_changes(group.key, before.record, after.record, decision.history)
+            log_removals(group.key, decision.removals)
             if self._meter is not None:
                 self._meter.decided(before.record, after.record, decision.history)
+                self._meter.removed(decision.removals)
             self._apply_decision(group, decision, now)
             self._excuse_group(group, now.mono, self._clock())
             return decision.answer
@@ -247,9 +246,8 @@ class Engine:
             return  # the key may have another Group by now, with other wakeups
         if self._wakeups.set(group.key, decision.wake_at):
             self._set_timer(now)
-        if not group.progress_queued and has_unsaved_progress(state):
-            group.progress_queued = True
-            self._progress_queue.append((now.mono + PROGRESS_DELAY_S, group))
+        if not group.progress_queued and group.unsaved_progress() is not None:
+            self._queue_progress(group, now.mono + self._progress_delay_s)
             if len(self._progress_queue) == 1:
                 self._set_timer(now)
         if group.readers:
@@ -274,8 +272,7 @@ class Engine:
         return True
 
     def _add_group(self, key: GroupKey, shard: Shard, stored: Stored, now: Instant) -> None:
-        group = Group(key, shard, state_after_restart(stored.record, now), stored.version)
-        self.groups[key] = group
+        self.groups[key] = Group(key, shard, stored, now)
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
@@ -324,7 +321,8 @@ class Engine:
                 group.version = stored.version
                 if stored.record != group.state.record:
                     log_role_changes(group.key, group.state.record, stored.record, ())
-                    group.state = state_after_restart(stored.record, self._clock())
+                    group.saved = stored.progress
+                    group.state = state_after_restart(stored.record, self._clock(), stored.progress)
                     wake_blocked_reads(group, stored.record.revision)
                 group.doubtful = False
         if group.gone:
@@ -401,40 +399,68 @@ class Engine:
         if self.stopping:
             return
         for key in self._wakeups.due(now.mono, BATCH):
-            self.spawn(self._run_due_input(self.groups[key], Tick()))
-        if now.mono >= self._next_progress_write:
-            self._write_progress(now)
+            self.spawn(self._run_tick(self.groups[key]))
+        if now.mono >= self._next_progress_write and not self._saving_progress:
+            self._next_progress_write = now.mono + self._progress_batch_s
+            if due := self._due_progress(now):
+                self._saving_progress = True
+                self.spawn(self._save_progress(due))
 
-    def _write_progress(self, now: Instant) -> None:
-        self._next_progress_write = now.mono + PROGRESS_BATCH_S
-        kept = 0
-        while self._progress_queue and self._progress_queue[0][0] <= now.mono:
-            if kept == BATCH:
-                self._next_progress_write = now.mono  # the rest after waiting requests
-                return
-            group = self._progress_queue.popleft()[1]
-            group.progress_queued = False
-            self.spawn(self._run_due_input(group, SaveProgress()))
-            kept += 1
-
-    async def _run_due_input(self, group: Group, what: Tick | SaveProgress) -> None:
-        """Apply a Tick or SaveProgress; retry later if it cannot be made durable now."""
+    async def _run_tick(self, group: Group) -> None:
+        """Apply a Tick; retry later if its changes cannot be made durable now."""
         try:
-            if isinstance(what, SaveProgress):
-                await self._apply_durably(group, what)
-            else:
-                await self.apply(group, what)
+            await self.apply(group, Tick())
         except (NotFound, NotLeading):
             return  # deleted meanwhile, or led by another coordinator
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("due change of group failed", **log_names(group.key))
+            self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+
+    def _queue_progress(self, group: Group, at: float) -> None:
+        group.progress_queued = True
+        self._progress_queue.append((at, group))
+
+    def _due_progress(self, now: Instant) -> dict[Group, Progress]:
+        """Take the progress that is due for saving from the queue, at most PROGRESS_BATCH of it."""
+        due: dict[Group, Progress] = {}
+        while len(due) < PROGRESS_BATCH and self._progress_queue:
+            if self._progress_queue[0][0] > now.mono:
+                break
+            _, group = self._progress_queue.popleft()
+            group.progress_queued = False
+            if not group.gone and (progress := group.unsaved_progress()) is not None:
+                due[group] = progress
+        return due
+
+    async def _save_progress(self, due: dict[Group, Progress]) -> None:
+        """Save progress, in one write for each shard."""
+        try:
+            shards = dict.fromkeys(group.shard for group in due)
+            parts = [{g: p for g, p in due.items() if g.shard is shard} for shard in shards]
+            saves = (self._save_shard(*each) for each in zip(shards, parts, strict=True))
+            await asyncio.gather(*saves)
+        finally:
+            self._saving_progress = False
+
+    async def _save_shard(self, shard: Shard, due: dict[Group, Progress]) -> None:
+        """Save progress of one shard; retry later if that fails."""
+        try:
+            self._now(shard)
+            progress = {group.key: saved for group, saved in due.items()}
+            await self.write(shard.store.save_progress(progress))
+        except NotLeading:
+            return  # the new leader receives it from the holder
+        except Exception as error:  # a task's edge: the timer must go on
+            if not isinstance(error, Unavailable):
+                log.exception("saving progress failed", groups=len(due))
             again_at = self._clock().mono + RETRY_S
-            if isinstance(what, Tick):
-                self._wakeups.set(group.key, again_at)
-            elif not group.progress_queued:
-                group.progress_queued = True
-                self._progress_queue.append((again_at, group))
+            for group in due:
+                if not group.progress_queued:
+                    self._queue_progress(group, again_at)
+        else:
+            for group, saved in due.items():
+                group.saved = saved
 
     def _on_timer(self) -> None:
         try:
@@ -447,7 +473,7 @@ class Engine:
     def _set_timer(self, now: Instant) -> None:
         """Set the timer to the next wakeup, at most TURN_S ahead."""
         at = min(self._wakeups.next_at(), now.mono + TURN_S)
-        if self._progress_queue:
+        if self._progress_queue and not self._saving_progress:
             at = min(at, max(self._progress_queue[0][0], self._next_progress_write))
         if self._timer is not None:
             if self._timer_at <= at:
@@ -456,15 +482,6 @@ class Engine:
         self._timer_at = at
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, at - now.mono), self._on_timer)
-
-
-def _is_progress_only(before: GroupState, after: GroupState) -> bool:
-    """Whether a SaveProgress changed nothing else, such as a lease that expired meanwhile."""
-    return (
-        after.record.revision == before.record.revision
-        and after.record.sessions is before.record.sessions
-        and after.record.quiet == before.record.quiet
-    )
 
 
 def group_not_found(key: GroupKey) -> NotFound:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from agent.core.group_state import role_of
+from agent.core.group_state import Removal, role_of
 from agent.core.roles import TRANSITIONS
 from agent.model import GroupKey, GroupRecord, HistoryEntry, Role
 from agent.ops.logs import Log
@@ -50,3 +50,15 @@ def log_role_changes(
                 reason=why,
             )
             old = step
+
+
+def log_removals(key: GroupKey, removals: Sequence[Removal]) -> None:
+    """One line for each dead session that was removed."""
+    for removal in removals:
+        log.info(
+            "dead session removed",
+            **log_names(key),
+            session=removal.session_id,
+            silent_s=round(removal.silent_s),
+            cause=removal.cause,
+        )

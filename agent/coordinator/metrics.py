@@ -24,7 +24,7 @@ from prometheus_client.exposition import choose_encoder
 from agent import __version__
 from agent.coordinator.service import Coordinator
 from agent.coordinator.shards import Group
-from agent.core.group_state import is_alive, role_of
+from agent.core.group_state import Removal, RemovalCause, is_alive, role_of
 from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
@@ -93,6 +93,15 @@ class Metrics:
         )
         for kind in DECISIONS:
             self._decisions.labels(kind)
+        self._removed = Counter(
+            f"{prefix}_dead_sessions_removed",
+            "Sessions without heartbeats that were removed: retention (silent for dead_session_retention),"
+            " full (it gave way to a new session of a full group).",
+            ("cause",),
+            registry=registry,
+        )
+        for cause in RemovalCause:
+            self._removed.labels(cause)
         self._stalls = Counter(
             f"{prefix}_stalls",
             "Times at which this process was stopped, and leases were made longer for it.",
@@ -165,6 +174,11 @@ class Metrics:
             was = before.holder
             if was is None or not was.revoked:
                 self._decisions.labels("revoked").inc()
+
+    def removed(self, removals: Sequence[Removal]) -> None:
+        """Dead sessions were removed."""
+        for removal in removals:
+            self._removed.labels(removal.cause).inc()
 
     def stalled(self) -> None:
         """This process was stopped for longer than some lease could bear."""

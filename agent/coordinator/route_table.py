@@ -66,6 +66,12 @@ def _read_wait(text: str) -> float:
     return ticks / TICKS_PER_SECOND
 
 
+def _read_boolean(text: str) -> bool:
+    if text not in {"true", "false"}:
+        raise ValueError("it must be true or false")
+    return text == "true"
+
+
 def _integer_parameter(name: str, high: int, default: int | None, description: str) -> Parameter:
     schema: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": high}
     if default is not None:
@@ -88,12 +94,22 @@ WAIT = (
         "wait",
         {
             "type": "string",
-            "pattern": r"^([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,7})?$",
+            "pattern": r"^([01]?[0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,7})?$",
             "default": "00:00:00",
         },
         f"A time-span: how long to wait for that; at most {LONGEST_WAIT_S:g} s are waited.",
         _read_wait,
         0.0,
+    ),
+)
+
+INACTIVE = (
+    Parameter(
+        "inactive",
+        {"type": "boolean", "default": False},
+        "true: delete the session only if it is inactive, else answer 409.",
+        _read_boolean,
+        default=False,
     ),
 )
 
@@ -255,7 +271,8 @@ ROUTES: tuple[Route, ...] = (
         "Leave a group",
         (Result(204, "Deleted"),),
         right=Right.DELETE,
-        refusals=(404,),
+        refusals=(404, 409),
+        query=INACTIVE,
     ),
     Route(
         "POST",

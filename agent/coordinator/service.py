@@ -79,6 +79,7 @@ class Coordinator:
         self._store = common
         self._directory = directory
         self._problem = problem
+        self._clock = clock
         self.engine = self._engine = Engine(store, clock, policy or Policy(), meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
@@ -266,13 +267,13 @@ class Coordinator:
 
     def session(self, key: GroupKey, session_id: str) -> SessionView:
         """One session."""
-        view = view_of(self._engine.find(key).state, session_id)
+        view = view_of(self._engine.find(key).state, session_id, self._clock())
         return replace(view, store_id=self._store.store_id)
 
     def sessions(self, key: GroupKey) -> list[SessionView]:
         """All sessions of a group, sorted by id."""
-        state = self._engine.find(key).state
-        return [view_of(state, session_id) for session_id in sorted(state.record.sessions)]
+        state, now = self._engine.find(key).state, self._clock()
+        return [view_of(state, session_id, now) for session_id in sorted(state.record.sessions)]
 
     async def beat(self, key: GroupKey, beat: ReceiveHeartbeat) -> HeartbeatAnswer:
         """Receive a heartbeat. Raises TooSoon within the minimum interval."""
@@ -339,4 +340,5 @@ def policy_of(settings: CoordinatorSettings) -> Policy:
         score_hysteresis=settings.score_hysteresis,
         minimum_hold_s=settings.minimum_hold,
         max_sessions=settings.max_sessions_per_group,
+        dead_session_retention_s=settings.dead_session_retention,
     )

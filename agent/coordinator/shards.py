@@ -8,9 +8,9 @@ groups are loaded anew. Knows nothing of how leadership is won; leadership.py do
 import asyncio
 from math import inf
 
-from agent.coordinator.store import Store
-from agent.core.group_state import GroupState
-from agent.model import GroupKey
+from agent.coordinator.store import Store, Stored
+from agent.core.group_state import progress_of, state_after_restart
+from agent.model import GroupKey, Instant, Progress
 
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
@@ -49,7 +49,7 @@ class Group:
 
     Attributes:
         lock: held during a durable change.
-        writing_progress: the durable change in progress is of the data-processed time only.
+        saved: the progress that is durable.
         doubtful: the outcome of a change is unknown; the record has to be read before the next decision.
         gone: deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: it is in the queue of groups with unwritten progress.
@@ -62,22 +62,28 @@ class Group:
         "lock",
         "progress_queued",
         "readers",
+        "saved",
         "shard",
         "stall_s",
         "state",
         "version",
-        "writing_progress",
     )
 
-    def __init__(self, key: GroupKey, shard: Shard, state: GroupState, version: int) -> None:
+    def __init__(self, key: GroupKey, shard: Shard, stored: Stored, now: Instant) -> None:
         self.key = key
         self.shard = shard
-        self.state = state
-        self.version = version
+        self.state = state = state_after_restart(stored.record, now, stored.progress)
+        self.version = stored.version
+        self.saved = stored.progress
         self.stall_s = max(STALL_FLOOR_S, STALL_SHARE * state.record.config.lease_s)
         self.lock = asyncio.Lock()
-        self.writing_progress = self.doubtful = self.gone = self.progress_queued = False
+        self.doubtful = self.gone = self.progress_queued = False
         self.readers: dict[asyncio.Future[None], int] = {}
+
+    def unsaved_progress(self) -> Progress | None:
+        """The progress that differs from what is durable, or None."""
+        progress = progress_of(self.state)
+        return progress if progress != self.saved else None
 
 
 def wake_blocked_reads(group: Group, revision: float = inf) -> None:

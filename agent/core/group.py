@@ -17,10 +17,10 @@ Rules of this file:
 Owns what each input does. The steps that inputs share are in core/group_draft.py.
 """
 
-from collections.abc import Mapping
+import json
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, assert_never
+from typing import assert_never
 
 from agent.core.group_draft import CONFIRM_SHARE, Draft, wake_at
 from agent.core.group_state import (
@@ -34,11 +34,10 @@ from agent.core.group_state import (
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
-    SaveProgress,
     SetAccess,
     SetOverride,
     Tick,
-    has_unsaved_progress,
+    is_active,
     is_alive,
     last_data_of,
     role_of,
@@ -67,6 +66,10 @@ INTERVAL_TOLERANCE = 0.9
 LARGEST_EPOCH_STEP = 1_000_000
 """The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per
 tenure: a million are months of a takeover every ten seconds."""
+
+MAX_ADDITIONAL_BYTES = 256 * 1024
+"""AdditionalData of a group and its sessions together: it is part of the record, which each change of a role
+writes and syncs as a whole."""
 
 HIGHEST_LEARNED_EPOCH = 2**52
 """Heartbeats never raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
@@ -102,7 +105,8 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
     if isinstance(what, ReceiveHeartbeat):
         answer = _answer_heartbeat(draft, what.session_id)
     after = draft.state
-    return Decision(after, answer, tuple(draft.history.values()), wake_at(after, now, policy))
+    history = tuple(draft.history.values())
+    return Decision(after, answer, history, wake_at(after, now, policy), draft.removals)
 
 
 def is_compatible(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
@@ -113,8 +117,13 @@ def is_compatible(wanted: SessionConfig | GroupConfig, known: SessionConfig | Gr
         if wanted.description is not None and wanted.description != known.description:
             return False
     return (wanted.name is None or wanted.name == known.name) and (
-        wanted.additional is None or wanted.additional == known.additional
+        wanted.additional is None or _is_same_json(wanted.additional, known.additional)
     )
+
+
+def _is_same_json(wanted: str, known: str | None) -> bool:
+    """Whether two objects are equal, in whatever order their properties are written."""
+    return wanted == known or (known is not None and json.loads(wanted) == json.loads(known))
 
 
 def _apply(draft: Draft, what: Input) -> bool | None:
@@ -124,7 +133,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
         case AddSession():
             return _add_session(draft, what.config)
         case RemoveSession():
-            _remove_session(draft, what.session_id)
+            _remove_session(draft, what)
         case SetOverride():
             _set_override(draft, what)
         case ReleaseRole():
@@ -133,10 +142,8 @@ def _apply(draft: Draft, what: Input) -> bool | None:
             draft.record = replace(draft.record, acl=what.acl)
         case RemoveGroup():
             _refuse_removal_while_active(draft)
-        case SaveProgress():
-            _save_progress(draft)
         case Tick():
-            pass
+            draft.apply_retention()
         case _:
             assert_never(what)
     return None
@@ -148,7 +155,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     session = session_of(draft.record, heartbeat.session_id)
     contact = draft.live.contacts[heartbeat.session_id]
-    _refuse_too_soon(draft, heartbeat, contact)
+    changed_at = _refuse_too_soon(draft, heartbeat, contact)
     _refuse_unusable_epoch(draft, heartbeat)
     draft.live = replace(
         draft.live,
@@ -164,9 +171,12 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
                 instance=heartbeat.instance,
                 answered_revision=contact.answered_revision,
                 hold_off_until=contact.hold_off_until,
+                changed_at=changed_at,
             ),
         },
     )
+    if session.silent_since is not None:
+        draft.change_session(heartbeat.session_id, silent_since=None)
     if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
         draft.change_session(heartbeat.session_id, has_to_see=None)
     if heartbeat.seen_epoch is not None and heartbeat.seen_epoch > draft.record.epoch:
@@ -197,24 +207,31 @@ def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
     return heartbeat.seen_epoch is None or heartbeat.seen_epoch >= epoch
 
 
-def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> None:
-    """Enforce the minimum interval, except for confirmations and for clients that have not seen the newest revision."""
+def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> float:
+    """Enforce the minimum interval; the contact's new ``changed_at``.
+
+    Except for confirmations, for clients that have not seen the newest revision, and once in an interval for
+    another instance, which is an agent that was restarted.
+    """
     interval_s = minimum_interval_s(draft.lease_s)
     if (
         contact.last_heartbeat is None
-        or contact.instance != heartbeat.instance
         or contact.answered_revision != draft.record.revision
         or draft.record.pending == heartbeat.session_id
     ):
-        return
+        return contact.changed_at
     early_s = contact.last_heartbeat.mono + interval_s - draft.now.mono
     if early_s > interval_s * (1 - INTERVAL_TOLERANCE):
+        changed = contact.instance != heartbeat.instance
+        if changed and draft.now.mono >= contact.changed_at + interval_s:
+            return draft.now.mono
         raise TooSoon(
             f'The heartbeat of client session "{heartbeat.session_id}" came {early_s:.3f} s before'
             f" the group's minimum interval of {interval_s:g} s had passed.",
             "Wait for the time in Retry-After, and send heartbeats every FailoverTimeout / 2 or so.",
             retry_after_s=early_s,
         )
+    return contact.changed_at
 
 
 def _refuse_unusable_epoch(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
@@ -264,15 +281,15 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
     record = draft.record
     known = record.sessions.get(config.id)
     if known is None:
-        if len(record.sessions) >= draft.policy.max_sessions:
+        if len(record.sessions) >= draft.policy.max_sessions and not draft.make_room():
             raise Conflict(
-                f'Group "{record.config.id}" has {len(record.sessions)} client'
-                " sessions, the most that this coordinator allows.",
+                f'Group "{record.config.id}" has {len(record.sessions)} client sessions, the most that'
+                " this coordinator allows, and none is inactive without a role override or a hold-off.",
                 "Delete sessions that are not used any more, or raise max_sessions_per_group.",
             )
-        draft.record = replace(
-            record, sessions={**record.sessions, config.id: SessionRecord(config)}
-        )
+        _refuse_too_much_data(draft, config)
+        sessions = {**draft.record.sessions, config.id: SessionRecord(config)}
+        draft.record = replace(draft.record, sessions=sessions)
         contacts = {**draft.live.contacts, config.id: Contact(heard_at=draft.now.mono)}
         draft.live = replace(draft.live, contacts=contacts)
         return True
@@ -284,8 +301,29 @@ def _add_session(draft: Draft, config: SessionConfig) -> bool:
     return False
 
 
-def _remove_session(draft: Draft, session_id: str) -> None:
+def _refuse_too_much_data(draft: Draft, config: SessionConfig) -> None:
+    """Bound the AdditionalData of a group: each change of the group writes all of it."""
+    record = draft.record
+    given = [config.additional, record.config.additional]
+    given += [session.config.additional for session in record.sessions.values()]
+    total = sum(len(text.encode()) for text in given if text is not None)
+    if config.additional is not None and total > MAX_ADDITIONAL_BYTES:
+        raise Conflict(
+            f'The AdditionalData of group "{record.config.id}" and its client sessions would have {total}'
+            f" bytes: it must be at most {MAX_ADDITIONAL_BYTES}.",
+            "Give this session less AdditionalData, or delete sessions that are not used any more.",
+        )
+
+
+def _remove_session(draft: Draft, request: RemoveSession) -> None:
+    session_id = request.session_id
     session_of(draft.record, session_id)
+    if request.only_inactive and is_active(draft.state, session_id, draft.now):
+        raise Conflict(
+            f'Client session "{session_id}" is active: it has a role, or a heartbeat may have come within'
+            f" the FailoverTimeout of {draft.lease_s:g} s.",
+            "Stop its client, or wait until FailoverTimeout after its last heartbeat.",
+        )
     holder = draft.record.holder
     # A v1 client deletes its session after it has stopped. Our agents release first (R5): a
     # holder's session is deleted by somebody else, and its lease has to expire.
@@ -293,12 +331,7 @@ def _remove_session(draft: Draft, session_id: str) -> None:
         draft.end_tenure(holder, TenureEnd.DELETED, "its client session was deleted")
     if draft.record.pending == session_id:
         draft.set_pending(None)
-    draft.record = replace(draft.record, sessions=_without(draft.record.sessions, session_id))
-    draft.live = replace(draft.live, contacts=_without(draft.live.contacts, session_id))
-
-
-def _without(sessions: Mapping[str, Any], session_id: str) -> dict[str, Any]:
-    return {known: value for known, value in sessions.items() if known != session_id}
+    draft.remove_session(session_id)
 
 
 def _set_override(draft: Draft, request: SetOverride) -> None:
@@ -365,9 +398,3 @@ def _refuse_removal_while_active(draft: Draft) -> None:
             " the group's data did not have.",
             "Wait until FailoverTimeout after that has passed.",
         )
-
-
-def _save_progress(draft: Draft) -> None:
-    holder = draft.record.holder
-    if holder is not None and has_unsaved_progress(draft.state):
-        draft.record = replace(draft.record, holder=replace(holder, last_data=draft.live.last_data))

@@ -9,10 +9,14 @@ from dataclasses import replace
 from datetime import datetime
 
 from agent.core import group_choice as choice
+from agent.core import group_retention as retention
 from agent.core.group_state import (
     GroupState,
     Policy,
+    Removal,
+    RemovalCause,
     last_data_of,
+    last_heard,
     role_of,
 )
 from agent.core.roles import check_transition
@@ -40,6 +44,7 @@ def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
             due.append(hold_until)
     if record.pending is not None:
         due += [live.confirm_by, live.contacts[record.pending].heard_at + record.config.lease_s]
+    due += [retention.next_step_at(state, one, now, policy) for one in record.sessions]
     due += [c.hold_off_until for c in live.contacts.values() if c.hold_off_until > now.mono]
     return min(due, default=float("inf"))
 
@@ -56,6 +61,7 @@ class Draft:
         self.now = now
         self.policy = policy
         self.history: dict[int, HistoryEntry] = {}
+        self.removals: tuple[Removal, ...] = ()
 
     @property
     def state(self) -> GroupState:
@@ -87,6 +93,40 @@ class Draft:
         """Change the part of a session that is not durable."""
         contact = replace(self.live.contacts[session_id], **changes)  # type: ignore[arg-type]
         self.live = replace(self.live, contacts={**self.live.contacts, session_id: contact})
+
+    def remove_session(self, session_id: str) -> None:
+        """Remove both parts of a session. Its tenure, if it has one, goes on."""
+        sessions, contacts = dict(self.record.sessions), dict(self.live.contacts)
+        del sessions[session_id], contacts[session_id]
+        self.record = replace(self.record, sessions=sessions)
+        self.live = replace(self.live, contacts=contacts)
+
+    # -- dead sessions ------------------------------------------------------------------------
+
+    def apply_retention(self) -> None:
+        """Record the silence of sessions that became dead, and remove those that are dead for long (R20)."""
+        for session_id, session in self.record.sessions.items():
+            if session.silent_since is None and self._is_step_due(session_id):
+                heard = last_heard(self.state, session_id, self.now)
+                self.change_session(session_id, silent_since=heard)
+            if self.record.sessions[session_id].silent_since and self._is_step_due(session_id):
+                self._remove_dead(session_id, RemovalCause.RETENTION)
+
+    def _is_step_due(self, session_id: str) -> bool:
+        due_at = retention.next_step_at(self.state, session_id, self.now, self.policy)
+        return due_at <= self.now.mono
+
+    def make_room(self) -> bool:
+        """Remove the session that is dead for longest; whether there was one that may be removed."""
+        session_id = retention.longest_dead(self.state, self.now)
+        if session_id is not None:
+            self._remove_dead(session_id, RemovalCause.FULL)
+        return session_id is not None
+
+    def _remove_dead(self, session_id: str, cause: RemovalCause) -> None:
+        silent_s = retention.silence_s(self.state, session_id, self.now)
+        self.removals += (Removal(session_id, silent_s, cause),)
+        self.remove_session(session_id)
 
     # -- expiry -------------------------------------------------------------------------------
 

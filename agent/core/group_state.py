@@ -7,7 +7,8 @@ at a restart; ``state_after_restart`` and ``state_after_stall`` rebuild it in fa
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from enum import StrEnum
 
 from agent.errors import NotFound
 from agent.model import (
@@ -20,6 +21,7 @@ from agent.model import (
     HistoryEntry,
     HoldOff,
     Instant,
+    Progress,
     Role,
     RoleOverride,
     SessionConfig,
@@ -30,17 +32,19 @@ from agent.model import (
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When a better session replaces a live primary (R17).
+    """When a better session replaces a live primary (R17), and which sessions are kept.
 
     Attributes:
         score_hysteresis: how much higher its score must be; 0 is strict v1.
         minimum_hold_s: how long the primary must have held the role, in seconds; 0 is strict v1.
         max_sessions: cap on a group's sessions, so that one caller cannot fill the memory.
+        dead_session_retention_s: how long a silent session is kept (R20), at least 10 L.
     """
 
     score_hysteresis: float = 10.0
     minimum_hold_s: float = 30.0
     max_sessions: int = 100
+    dead_session_retention_s: float = 604_800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Contact:
         answered_revision: the group's revision in the last answer, or None.
         passed_over: it did not confirm, or has released the role; its next heartbeat clears this.
         hold_off_until: it is not chosen before then; also in the record.
+        changed_at: when a heartbeat of another instance was last accepted within the minimum interval.
     """
 
     heard_at: float
@@ -63,6 +68,7 @@ class Contact:
     answered_revision: int | None = None
     passed_over: bool = False
     hold_off_until: float = float("-inf")
+    changed_at: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +121,10 @@ class AddSession:
 
 @dataclass(frozen=True, slots=True)
 class RemoveSession:
-    """A session is deleted, by its client or by somebody else."""
+    """A session is deleted, by its client or by somebody else; ``only_inactive``: refused if it is active."""
 
     session_id: str
+    only_inactive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +169,6 @@ class Tick:
     """No input; apply what is due."""
 
 
-@dataclass(frozen=True, slots=True)
-class SaveProgress:
-    """Make the tenure's data-processed time durable (R13: at least once a second)."""
-
-
 Input = (
     ReceiveHeartbeat
     | AddSession
@@ -176,8 +178,25 @@ Input = (
     | SetAccess
     | RemoveGroup
     | Tick
-    | SaveProgress
 )
+
+
+class RemovalCause(StrEnum):
+    """Why the coordinator itself has removed a session."""
+
+    RETENTION = "retention"
+    """It was silent for longer than it is kept."""
+    FULL = "full"
+    """It gave way to a new session of a full group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A dead session that the coordinator itself has removed (R20)."""
+
+    session_id: str
+    silent_s: float
+    cause: RemovalCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +207,23 @@ class Decision:
         answer: a HeartbeatAnswer for ReceiveHeartbeat; for AddSession whether it was created; else None.
         history: tenures that began or ended, to upsert by epoch together with the record.
         wake_at: when to call ``decide`` with a Tick at the latest, or infinity.
+        removals: the sessions that were removed because they are dead.
     """
 
     state: GroupState
     answer: HeartbeatAnswer | bool | None
     history: tuple[HistoryEntry, ...]
     wake_at: float
+    removals: tuple[Removal, ...] = ()
 
 
-def state_after_restart(record: GroupRecord, now: Instant) -> GroupState:
+def state_after_restart(
+    record: GroupRecord, now: Instant, progress: Progress | None = None
+) -> GroupState:
     """The state of a group after a restart (R14).
 
-    Every session has one full L, a quiet time starts again, and a hold-off continues.
+    Every session has one full L, a quiet time starts again, and a hold-off continues. ``progress``
+    counts if it is of the current tenure.
     """
     if (
         record.epoch > MAX_EPOCH
@@ -216,12 +240,9 @@ def state_after_restart(record: GroupRecord, now: Instant) -> GroupState:
     if record.quiet:
         live = replace(live, quiet_until=now.mono + lease_s)
     if record.holder is not None:
-        live = replace(
-            live,
-            lease_until=now.mono + lease_s,
-            held_since=now.mono,
-            last_data=record.holder.last_data,
-        )
+        live = replace(live, lease_until=now.mono + lease_s, held_since=now.mono)
+        if progress is not None and progress.epoch == record.holder.epoch:
+            live = replace(live, last_data=progress.last_data)
     if record.pending is not None:
         live = replace(live, confirm_by=now.mono + lease_s * (2 if record.quiet else 1))
     return GroupState(record, live)
@@ -284,7 +305,7 @@ def role_of(record: GroupRecord, session_id: str) -> Role:
     return Role.PENDING_PRIMARY if record.pending == session_id else Role.SECONDARY
 
 
-def view_of(state: GroupState, session_id: str) -> SessionView:
+def view_of(state: GroupState, session_id: str, now: Instant) -> SessionView:
     """A session as the API shows it.
 
     Raises:
@@ -292,13 +313,26 @@ def view_of(state: GroupState, session_id: str) -> SessionView:
     """
     record = session_of(state.record, session_id)
     contact = state.live.contacts[session_id]
+    active = is_active(state, session_id, now)
+    silent_since = None if active else last_heard(state, session_id, now)
     return SessionView(
         record=record,
         role=role_of(state.record, session_id),
         score=contact.score,
         last_data=contact.last_data,
         heartbeat_at=contact.last_heartbeat.wall if contact.last_heartbeat else None,
+        active=active,
+        silent_since=silent_since,
     )
+
+
+def last_heard(state: GroupState, session_id: str, now: Instant) -> datetime:
+    """When a session was last heard, by the wall clock; before a restart only if that was recorded."""
+    contact = state.live.contacts[session_id]
+    recorded = state.record.sessions[session_id].silent_since
+    if recorded is not None and contact.last_heartbeat is None:
+        return recorded
+    return now.wall - timedelta(seconds=now.mono - contact.heard_at)
 
 
 def is_alive(state: GroupState, session_id: str, now: Instant) -> bool:
@@ -307,10 +341,17 @@ def is_alive(state: GroupState, session_id: str, now: Instant) -> bool:
     return contact is not None and now.mono < contact.heard_at + state.record.config.lease_s
 
 
-def has_unsaved_progress(state: GroupState) -> bool:
-    """Whether the tenure's data-processed time differs from its durable copy."""
-    holder = state.record.holder
-    return holder is not None and state.live.last_data != holder.last_data
+def is_active(state: GroupState, session_id: str, now: Instant) -> bool:
+    """Whether a session is alive, or has the role or is about to get it."""
+    return role_of(state.record, session_id) is not Role.SECONDARY or is_alive(
+        state, session_id, now
+    )
+
+
+def progress_of(state: GroupState) -> Progress | None:
+    """The data-processed time of the current tenure, to be kept beside the record (R13)."""
+    holder, last_data = state.record.holder, state.live.last_data
+    return None if holder is None or last_data is None else Progress(holder.epoch, last_data)
 
 
 def session_of(record: GroupRecord, session_id: str) -> SessionRecord:

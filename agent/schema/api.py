@@ -10,8 +10,7 @@ What this module refuses to know: HTTP, who asks, and what is decided. codec.py 
 access.py has the shapes of access-control lists.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from msgspec import Meta
 
@@ -23,6 +22,7 @@ from agent.schema.values import (
     Additional,
     Count,
     ExpirationSpan,
+    GivenAdditional,
     HoldOffSpan,
     Id,
     LeaseSpan,
@@ -45,7 +45,10 @@ Text = Annotated[
     Meta(description="A string of at most 1024 characters."),
 ]
 Score = Annotated[float, Meta(ge=0, le=100)]
-AdditionalData = Annotated[Additional | None, Meta(description="An object, kept as it was given.")]
+AdditionalData = Annotated[Additional | None, Meta(description=f"An object, {Additional.limits}.")]
+GivenAdditionalData = Annotated[
+    GivenAdditional | None, Meta(description=f"An object {GivenAdditional.limits}.")
+]
 NewestEpoch = Annotated[
     Count | None,
     Meta(
@@ -116,7 +119,7 @@ class GroupConfiguration(Shape, frozen=True):
             timeout_ticks=int(ticks),
             name=self.name,
             description=self.description,
-            additional=self.additional_data,
+            additional=_text(self.additional_data),
         )
 
 
@@ -126,6 +129,7 @@ class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
     id: Id
     name: Text = None
     description: Text = None
+    additional_data: GivenAdditionalData = None
     failover_timeout: Annotated[
         LeaseSpan,
         Meta(
@@ -221,15 +225,16 @@ class SessionRequest(Shape, frozen=True):
 
     id: Id
     name: Text = None
-    additional_data: AdditionalData = None
+    additional_data: GivenAdditionalData = None
 
     @classmethod
     def from_model(cls, session: model.SessionConfig) -> Self:
-        additional = _additional(session.additional)
+        given = session.additional
+        additional = None if given is None else GivenAdditional(given)
         return cls(id=session.id, name=session.name, additional_data=additional)
 
     def to_model(self) -> model.SessionConfig:
-        return model.SessionConfig(self.id, self.name, self.additional_data)
+        return model.SessionConfig(self.id, self.name, _text(self.additional_data))
 
 
 class SessionHeartbeat(Shape, frozen=True):
@@ -259,6 +264,12 @@ class ClientSession(Shape, frozen=True):
     role_override: Override | None = None
     role_override_expiration_time: OverrideEnd = None
     additional_data: AdditionalData = None
+    active: Annotated[
+        bool | None, Meta(description="A boolean: whether it was heard within FailoverTimeout.")
+    ] = None
+    silent_since: Annotated[
+        Moment | None, Meta(description="A date-time: when an inactive session was last heard.")
+    ] = None
     store_id: StoreId = None
 
     @classmethod
@@ -278,6 +289,8 @@ class ClientSession(Shape, frozen=True):
             role_override=OVERRIDES[record.override],
             role_override_expiration_time=record.override_until,
             additional_data=_additional(config.additional),
+            active=view.active,
+            silent_since=view.silent_since,
             store_id=view.store_id,
         )
 
@@ -285,7 +298,7 @@ class ClientSession(Shape, frozen=True):
         beat = self.heartbeat or SessionHeartbeat()
         return model.SessionView(
             record=model.SessionRecord(
-                config=model.SessionConfig(self.id, self.name, self.additional_data),
+                config=model.SessionConfig(self.id, self.name, _text(self.additional_data)),
                 override=(self.role_override or OVERRIDES[model.RoleOverride.OFF]).member,
                 override_until=self.role_override_expiration_time,
             ),
@@ -294,6 +307,8 @@ class ClientSession(Shape, frozen=True):
             last_data=beat.last_data_processed_time,
             heartbeat_at=beat.heartbeat_time,
             store_id=self.store_id,
+            active=self.active,
+            silent_since=self.silent_since,
         )
 
 
@@ -436,5 +451,9 @@ def _span(seconds: float) -> TimeSpan:
     return TimeSpan(round(seconds * TICKS_PER_SECOND))
 
 
-def _additional(given: Mapping[str, Any] | None) -> Additional | None:
-    return None if given is None else Additional(given)
+def _additional(text: str | None) -> Additional | None:
+    return None if text is None else Additional(text)
+
+
+def _text(given: Additional | None) -> str | None:
+    return None if given is None else given.text

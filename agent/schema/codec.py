@@ -54,6 +54,9 @@ NESTED: tuple[type[Shape], ...] = (
 
 REFERENCE = "#/components/schemas/{name}"
 
+MAX_LEVELS = 200
+"""Lists and objects inside one another, anywhere in a body: no parser of it runs out of stack."""
+
 MAX_DIGITS = 4000
 """Of an integer in a wrong body: Python converts no more than 4300."""
 
@@ -105,14 +108,32 @@ def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
             body.decode()  # msgspec does not look into what it ignores
+        if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _levels(body) > MAX_LEVELS:
+            raise BodyError(
+                f"{whole} nests more than {MAX_LEVELS} levels deep: it must be nested less"
+            )
         return _reader(kind).decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BodyError(_explain(error, shape, body, whole)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        text = _explain(error, shape, body, whole)  # may repeat half a surrogate pair
+        raise BodyError(text.encode(errors="backslashreplace").decode()) from None
 
 
 @cache
 def _reader(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind, dec_hook=decode_value)
+
+
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_STEPS = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
+
+
+def _levels(body: bytes) -> int:
+    """How deep lists and objects nest, also in what is no JSON."""
+    level = deepest = 0
+    for token in _STRING_OR_BRACKET.finditer(body):
+        level += _STEPS.get(token[0], 0)
+        deepest = max(deepest, level)
+    return deepest
 
 
 # --- what is wrong ------------------------------------------------------------------------------
@@ -128,18 +149,15 @@ def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> s
         given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
     except UnicodeDecodeError:
         return not_json(body, whole, "not UTF-8")
-    except RecursionError:
-        return not_json(body, whole, "it nests too deeply")
     except ValueError as fault:
         return not_json(body, whole, str(fault))
     if isinstance(error, msgspec.ValidationError):
         return _explain_property(error, shape, given, whole)
-    for path, value in _walk(given, []):
+    for path, value in _walk(given):
         if isinstance(value, float) and not math.isfinite(value):
             right = _right(shape, path, "a finite number")
             return f"{_format(path, whole)} is {shown(value)}: it must be {right}"
-    why = "it nests too deeply" if isinstance(error, RecursionError) else "half a surrogate pair"
-    return not_json(body, whole, why)
+    return not_json(body, whole, "half a surrogate pair")
 
 
 def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: str) -> str:
@@ -169,13 +187,14 @@ def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: s
     return f"{where} is {shown(given)}: it must be {right}"
 
 
-def _walk(value: Any, path: _Path) -> Iterator[tuple[_Path, Any]]:
-    yield path, value
-    steps = (
-        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    )
-    for step in steps:
-        yield from _walk(value[step], [*path, step])
+def _walk(value: Any) -> Iterator[tuple[_Path, Any]]:
+    """Every value inside one, with its path."""
+    left: list[tuple[_Path, Any]] = [([], value)]
+    while left:
+        path, one = left.pop()
+        yield path, one
+        steps = one if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        left += [([*path, step], one[step]) for step in steps]
 
 
 def _format(path: _Path, whole: str) -> str:

@@ -117,7 +117,10 @@ class CoordinatorSettings(Settings):
     """Maximum number of groups. All are in memory: 100000 take some hundred megabytes."""
     max_sessions_per_group: Annotated[Count, Range(1, 10_000)] = 100
     """Maximum number of sessions in one group. A group usually has 2; 100 stops a client that
-    creates a new id at each start."""
+    creates a new id at each start. In a full group the longest inactive session gives way."""
+    dead_session_retention: Annotated[float, DURATION, Range(0, 315_360_000)] = 604_800.0
+    """A session without heartbeats for longer than this, and than ten FailoverTimeouts, is removed.
+    7 days: a host that is repaired within a week keeps what is known of it."""
     session_metrics: bool = False
     """Whether /metrics has series for each session too: its role, score and last heartbeat. They
     are 5 a session, and show its id to everybody who can scrape."""

@@ -26,7 +26,7 @@ MAX_SHOWN = 60
 # --- time-spans ---------------------------------------------------------------------------------
 
 _MINUTE, _HOUR, _DAY, _WEEK = (s * TICKS_PER_SECOND for s in (60, 3600, 86_400, 604_800))
-CLOCK = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,7}))?"
+CLOCK = r"([01]?[0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,7}))?"
 _CONSTANT = re.compile(rf"(-)?(?:(0|[1-9][0-9]{{0,7}})\.)?{CLOCK}")
 # The digits are limited so that no sum of the parts passes LONGEST_PERIOD_TICKS.
 ISO_BODY = (

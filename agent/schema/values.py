@@ -5,12 +5,13 @@ TypeError for a value of the wrong kind, and ValueError, whose text completes "P
 that is wrong in itself. ``schema`` is what JSON Schema can say of the accepted values, at most all of them.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
@@ -29,8 +30,13 @@ from agent.schema.scalars import (
     read_member,
 )
 
-MAX_DEPTH = 198
-"""Levels of lists and objects in AdditionalData: no reader that it is repeated to runs out of stack."""
+MAX_DEPTH = 62
+"""Levels of lists and objects in AdditionalData. .NET's readers refuse a document of more than 64; the
+list of sessions that it is part of has two."""
+
+MAX_NODES = 1000
+MAX_BYTES = 16 * 1024
+"""Values in one AdditionalData, and its length: each reader of a list of sessions gets those of all."""
 
 # --- time-spans ---------------------------------------------------------------------------------
 
@@ -74,7 +80,7 @@ class LeaseSpan(TimeSpan):
     low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
     high = round(LONGEST_LEASE_S * TICKS_PER_SECOND)
     patterns = (
-        rf"(?!(?:0\.)?00:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{CLOCK}",
+        rf"(?!(?:0\.)?00?:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{CLOCK}",
         r"24\.00:00:00(?:\.0{1,7})?",
         r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
     )
@@ -181,28 +187,51 @@ OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one
 # --- objects, integers, ids ---------------------------------------------------------------------
 
 
-class Additional(dict[str, Any]):
-    """An object that is kept, and repeated to others."""
+class Additional:
+    """An object that is repeated to others. It is kept as JSON, so that it is encoded only once."""
+
+    limits: ClassVar[str] = "kept as it was given"
+
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     @classmethod
     def read(cls, given: object) -> Self:
         if not isinstance(given, dict):
             raise TypeError
-        if _is_deeper(given, MAX_DEPTH):
-            raise ValueError(f"it nests more than {MAX_DEPTH} levels deep: it must nest less")
-        return cls(given)
+        return cls(json.dumps(given, ensure_ascii=False, separators=(",", ":")))
 
     @classmethod
     def schema(cls) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": True}
 
 
-def _is_deeper(value: object, levels: int) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return False
-    return levels == 0 or any(_is_deeper(inner, levels - 1) for inner in value)
+class GivenAdditional(Additional):
+    """The same in a request, within the limits of this service."""
+
+    limits = f"of at most {MAX_BYTES} bytes, {MAX_NODES} values and {MAX_DEPTH} levels"
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        kept = super().read(given)
+        if len(kept.text.encode()) > MAX_BYTES or _is_larger(given):
+            raise ValueError(f"it is too large: it must be an object {cls.limits}")
+        return kept
+
+
+def _is_larger(value: object) -> bool:
+    """Whether a value has more than MAX_NODES values in it, or more than MAX_DEPTH levels."""
+    level, levels, nodes = [value], 0, 0
+    while containers := [one for one in level if isinstance(one, dict | list)]:
+        level = [
+            inner
+            for one in containers
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        levels, nodes = levels + 1, nodes + len(level)
+        if levels > MAX_DEPTH or nodes > MAX_NODES:
+            return True
+    return False
 
 
 Count = (
@@ -247,12 +276,16 @@ def decode_value(kind: Any, given: Any) -> Any:
 
 def encode_with_numbers(value: Any) -> Any:
     """What JSON has for a value of these types; roles and overrides as numbers."""
-    return value.number if isinstance(value, _Code) else _encode_span(value)
+    return value.number if isinstance(value, _Code) else _encode_other(value)
 
 
 def encode_with_names(value: Any) -> Any:
     """The same, with roles and overrides as names."""
-    return value.member.value if isinstance(value, _Code) else _encode_span(value)
+    return value.member.value if isinstance(value, _Code) else _encode_other(value)
+
+
+def _encode_other(value: Any) -> Any:
+    return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 
 @lru_cache(

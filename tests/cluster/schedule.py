@@ -80,18 +80,19 @@ async def inject(world: World, fault: Fault) -> None:
 def _inject_link(world: World, node: Node, kind: str, seconds: float) -> None:
     link = node.link
     world.record(node.name, f"{kind} for {seconds:.2f} s")
+    later = asyncio.get_running_loop().call_later
     match kind:
         case "cut_etcd":
-            name, value, healed = "cut", True, False
+            link.cut = True
+            later(seconds, setattr, link, "cut", False)
         case "answers_lost":
-            name, value, healed = "lose_answer", 0.5, 0.0
+            link.lose_answer = 0.5
+            later(seconds, setattr, link, "lose_answer", 0.0)
         case "writes_late":
-            name, value, healed = "late", 0.5, 0.0
-            link.late_s = seconds
+            link.late, link.late_s = 0.5, seconds
+            later(seconds, setattr, link, "late", 0.0)
         case _:
             raise AssertionError(kind)
-    setattr(link, name, value)
-    asyncio.get_running_loop().call_later(seconds, setattr, link, name, healed)
 
 
 def live_through(

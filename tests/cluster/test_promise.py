@@ -22,7 +22,7 @@ from agent.errors import CasMismatch, StoreError
 from agent.model import GroupKey
 
 from .schedule import FAULTS, live_through
-from .world import LEASE_S, BrokenPromiseError, Kinds, World, run_virtually
+from .world import BrokenPromiseError, Kinds
 
 SCHEDULES = int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000")) // 20
 LIMIT = 400

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from agent.coordinator.leadership import Decider, Leadership
 from agent.coordinator.engine import Engine
+from agent.coordinator.leadership import Decider, Leadership
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.codec import decode
 from agent.coordinator.store.etcd import EtcdCluster, Layout

@@ -66,6 +66,9 @@ class TestStore(MemoryStore):
     async def delete(self, *args: Any) -> None:
         await self._write(super().delete, *args)
 
+    async def save_progress(self, *args: Any) -> None:
+        await self._write(super().save_progress, *args)
+
 
 class Stage:
     """A coordinator whose time passes only in ``run_for``."""

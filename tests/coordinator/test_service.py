@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -14,6 +15,7 @@ from agent.model import (
     GroupKey,
     GroupRecord,
     HeartbeatAnswer,
+    Progress,
     Role,
     RoleOverride,
     SessionConfig,
@@ -264,17 +266,62 @@ async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
 
 
 async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
-    """R13; and what is kept changes neither revision nor history."""
+    """R13; and it changes neither the group's record nor its version."""
     await join(stage, "a")
     await promote(stage, "a")
-    revision = stage.coordinator.status(KEY).revision
+    before = await stored(stage)
     await stage.run_for(0.5)
     await beat(stage, "a", last_data=EPOCH)
     await stage.run_for(0.9)
-    holder = (await stored(stage)).record.holder
-    assert holder is not None
-    assert holder.last_data == EPOCH
-    assert stage.coordinator.status(KEY).revision == revision
+    assert await stored(stage) == replace(before, progress=Progress(1, EPOCH))
+    await stage.restart()
+    assert stage.coordinator.status(KEY).last_data == EPOCH
+
+
+async def test_the_progress_of_many_groups_is_saved_in_one_write(stage: Stage) -> None:
+    keys = [KEY._replace(group=str(number)) for number in range(5)]
+    for key in keys:
+        await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
+        await stage.coordinator.add_session(key, SessionConfig("a"))
+        for _ in range(2):
+            await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0))
+    writes = stage.store.writes
+    for second in range(1, 4):
+        await stage.run_for(0.2)
+        moment = EPOCH + timedelta(seconds=second)
+        for key in keys:
+            await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0, last_data=moment))
+        await stage.run_for(1)
+        assert {one.progress for one in (await stage.store.load()).values()} == {
+            Progress(1, moment)
+        }
+        assert stage.store.writes == writes + second
+
+
+async def test_progress_that_could_not_be_saved_is_saved_later(stage: Stage) -> None:
+    await join(stage, "a")
+    await promote(stage, "a")
+    await stage.run_for(0.2)
+    await beat(stage, "a", last_data=EPOCH)
+    stage.disk_full()
+    await stage.run_for(1.5)
+    assert (await stored(stage)).progress is None
+    stage.store.failing = None
+    await stage.run_for(0.8)
+    assert (await stored(stage)).progress == Progress(1, EPOCH)
+
+
+async def test_the_progress_of_a_deleted_group_is_not_saved(stage: Stage) -> None:
+    await join(stage, "a")
+    await promote(stage, "a")
+    await stage.run_for(0.2)
+    await beat(stage, "a", last_data=EPOCH)
+    await stage.coordinator.apply(KEY, ReleaseRole("a", 1))
+    await stage.coordinator.apply(KEY, RemoveSession("a"))
+    await stage.coordinator.delete_group(KEY)
+    writes = stage.store.writes
+    await stage.run_for(1)
+    assert stage.store.writes == writes
 
 
 async def test_heartbeats_do_not_wait_while_progress_is_kept(stage: Stage) -> None:
@@ -293,9 +340,7 @@ async def test_heartbeats_do_not_wait_while_progress_is_kept(stage: Stage) -> No
     await stage.run_for(1)
     status = stage.coordinator.status(KEY)
     assert (status.primary, status.last_data) == ("a", EPOCH + timedelta(seconds=8))
-    holder = (await stored(stage)).record.holder
-    assert holder is not None
-    assert holder.last_data == EPOCH + timedelta(seconds=8)
+    assert (await stored(stage)).progress == Progress(1, EPOCH + timedelta(seconds=8))
 
 
 def newest(stage: Stage) -> int:

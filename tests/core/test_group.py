@@ -27,11 +27,10 @@ from agent.core.group_state import (
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
-    SaveProgress,
     SetAccess,
     SetOverride,
     Tick,
-    has_unsaved_progress,
+    progress_of,
     role_of,
     state_after_restart,
     state_after_stall,
@@ -49,6 +48,7 @@ from agent.model import (
     HeartbeatAnswer,
     HistoryEntry,
     Instant,
+    Progress,
     Role,
     RoleOverride,
     SessionConfig,
@@ -62,6 +62,8 @@ CONFIG = GroupConfig("g", int(LEASE_S * 10_000_000))
 WALL = datetime(2026, 1, 1, tzinfo=UTC)
 V1 = Policy(score_hysteresis=0.0, minimum_hold_s=0.0)
 CALM = Policy(score_hysteresis=10.0, minimum_hold_s=30.0)
+CROWDED = Policy(max_sessions=3, dead_session_retention_s=0.0)
+"""Dead sessions are removed after 10 L, or when a fourth one joins."""
 
 
 def data(seconds: float) -> datetime:
@@ -163,18 +165,28 @@ def test_r13_a_heartbeat_without_a_durable_change_keeps_the_same_record_object()
     assert bench.state.record is record
 
 
-def test_r13_progress_becomes_durable_when_it_is_saved() -> None:
+def test_r13_progress_belongs_to_its_tenure_and_changes_no_record() -> None:
     bench = Bench("a")
     bench.promote("a")
-    assert not has_unsaved_progress(bench.state)
-    bench.beat("a", after_s=1, last_data=data(1))
-    assert has_unsaved_progress(bench.state)
-    bench.do(SaveProgress())
-    assert not has_unsaved_progress(bench.state)
-    assert bench.state.record.holder is not None
-    assert bench.state.record.holder.last_data == data(1)
+    assert progress_of(bench.state) is None
     record = bench.state.record
-    assert bench.do(SaveProgress()).state.record is record
+    bench.beat("a", after_s=1, last_data=data(1))
+    assert progress_of(bench.state) == Progress(1, data(1))
+    assert bench.state.record is record
+    bench.release("a", 1, hold_off_s=5)
+    assert progress_of(bench.state) is None
+    assert bench.state.record.last_data == data(1)
+
+
+@pytest.mark.parametrize(("epoch", "known"), [(1, data(1)), (2, None)])
+def test_r13_saved_progress_counts_after_a_restart_if_it_is_of_the_present_tenure(
+    epoch: int, known: datetime | None
+) -> None:
+    bench = Bench("a")
+    bench.promote("a")
+    state = state_after_restart(bench.state.record, bench.now, Progress(epoch, data(1)))
+    assert status_of(state).last_data == known
+    assert progress_of(state) == (Progress(1, data(1)) if known else None)
 
 
 def test_r13_a_refused_input_changes_nothing() -> None:
@@ -196,8 +208,8 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.none() | st.sampled_from(["1", "2"]),
         st.none() | st.integers(0, 5),
     ),
-    st.builds(AddSession, st.sampled_from("abc").map(SessionConfig)),
-    st.builds(RemoveSession, st.sampled_from("abcx")),
+    st.builds(AddSession, st.sampled_from("abcde").map(SessionConfig)),
+    st.builds(RemoveSession, st.sampled_from("abcx"), st.booleans()),
     st.builds(
         SetOverride,
         st.sampled_from("abcx"),
@@ -211,14 +223,14 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.none() | st.sampled_from(["1", "2"]),
         hold_off_s=st.floats(0, 20),
     ),
-    st.sampled_from([Tick(), SaveProgress(), RemoveGroup(), SetAccess(AccessList())]),
+    st.sampled_from([Tick(), RemoveGroup(), SetAccess(AccessList())]),
 )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    st.lists(st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0])), max_size=40),
-    st.sampled_from([V1, CALM]),
+    st.lists(st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0, 60.0])), max_size=40),
+    st.sampled_from([V1, CALM, CROWDED]),
 )
 def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
     inputs: list[tuple[Input, float]], policy: Policy
@@ -243,6 +255,9 @@ def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
         assert before == kept
         if isinstance(outcomes[0], Decision):
             bench.do(what)
+            if bench.wake <= bench.mono:  # only a Tick records and removes dead sessions
+                assert policy is CROWDED
+                bench.do(Tick())
             check_step(before, bench)
 
 
@@ -254,6 +269,7 @@ def check_step(before: GroupState, bench: Bench) -> None:
     assert after.record.epoch >= before.record.epoch
     statuses = [replace(status_of(state), last_data=None) for state in (before, after)]
     assert (statuses[0] == statuses[1]) or after.record.revision > before.record.revision
+    assert set(after.live.contacts) == set(after.record.sessions)
     was, holds = before.record.holder, after.record.holder
     if was is not None and holds is not None and was.epoch == holds.epoch:
         assert (was.session_id, was.instance) == (holds.session_id, holds.instance)
@@ -671,7 +687,7 @@ def test_an_override_expires() -> None:
     bench.beat("a", 100)
     assert bench.do(Tick(), after_s=4.9).state.record.pending is None
     assert bench.do(Tick(), after_s=0.1).state.record.pending == "a"
-    session = view_of(bench.state, "b").record
+    session = view_of(bench.state, "b", bench.now).record
     assert (session.override, session.override_until) == (OFF, None)
 
 
@@ -807,6 +823,36 @@ def test_another_process_of_the_session_is_not_refused() -> None:
     assert bench.beat("a", instance="second").role is S
 
 
+@pytest.mark.parametrize("names", [["1", "2"], ["1", None], [str(n) for n in range(200)]])
+def test_the_interval_is_not_escaped_by_changing_the_instance(names: list[str | None]) -> None:
+    """Two heartbeats in an interval are the most, however many processes a session claims to be."""
+    bench = Bench("a", "b")
+    bench.promote("b")
+    accepted = 0
+    for number in range(200):  # in 10 intervals
+        bench.mono += 0.025
+        try:
+            bench.beat("a", instance=names[number % len(names)])
+        except TooSoon:
+            continue
+        accepted += 1
+    assert 10 <= accepted <= 22
+
+
+def test_an_agent_that_is_restarted_again_and_again_is_heard_each_time() -> None:
+    bench = Bench("a", "b")
+    bench.promote("b")
+    for number in range(5):
+        assert bench.beat("a", after_s=0.5, instance=f"{number}").role is S
+        assert bench.beat("a", after_s=0.1, instance=f"{number}, restarted").role is S
+
+
+def test_confirmations_by_another_process_are_never_refused() -> None:
+    bench = Bench("a", "b", policy=V1)
+    bench.promote("a", 50)
+    assert [bench.beat("b", 60, instance=f"{n}").role for n in range(20)] == [W] * 20
+
+
 # -- sessions and the group -------------------------------------------------------------------------
 
 
@@ -841,12 +887,22 @@ def test_a_session_that_is_not_registered_is_not_found(what: Input) -> None:
 @pytest.mark.parametrize(
     ("wanted", "known", "same"),
     [
-        (GroupConfig("g", 1), GroupConfig("g", 1, "G", "text", {"x": 1}), True),
+        (GroupConfig("g", 1), GroupConfig("g", 1, "G", "text", '{"x":1}'), True),
         (GroupConfig("g", 1, "G"), GroupConfig("g", 1), False),
         (GroupConfig("g", 2), GroupConfig("g", 1), False),
         (GroupConfig("g", 1, description="a"), GroupConfig("g", 1, description="b"), False),
-        (GroupConfig("g", 1, additional={"x": 1}), GroupConfig("g", 1, additional={"x": 2}), False),
-        (SessionConfig("a"), SessionConfig("a", "A", {"x": 1}), True),
+        (
+            GroupConfig("g", 1, additional='{"x":1}'),
+            GroupConfig("g", 1, additional='{"x":2}'),
+            False,
+        ),
+        (SessionConfig("a"), SessionConfig("a", "A", '{"x":1}'), True),
+        (SessionConfig("a", None, '{"x":1}'), SessionConfig("a"), False),
+        (
+            SessionConfig("a", None, '{"x":1,"y":[]}'),
+            SessionConfig("a", "A", '{"y":[],"x":1}'),
+            True,
+        ),
         (SessionConfig("a", "B"), SessionConfig("a", "A"), False),
     ],
 )
@@ -935,14 +991,14 @@ def test_a_repeated_release_ends_one_tenure() -> None:
 
 def test_a_view_has_the_role_and_the_last_heartbeat() -> None:
     bench = Bench("a", "b")
-    assert view_of(bench.state, "a").heartbeat_at is None
+    assert view_of(bench.state, "a", bench.now).heartbeat_at is None
     bench.promote("a", 70, last_data=data(1))
-    view = view_of(bench.state, "a")
+    view = view_of(bench.state, "a", bench.now)
     assert (view.role, view.score, view.last_data) == (P, 70, data(1))
     assert view.heartbeat_at == bench.now.wall
     assert role_of(bench.state.record, "b") is S
     with pytest.raises(NotFound):
-        view_of(bench.state, "x")
+        view_of(bench.state, "x", bench.now)
 
 
 def test_the_revision_grows_only_with_a_change_of_the_status() -> None:
@@ -1105,9 +1161,10 @@ def test_an_epoch_above_the_maximum_is_loaded_as_the_maximum() -> None:
 # -- wake-up times ----------------------------------------------------------------------------------
 
 
-def test_nothing_is_due_in_an_idle_group() -> None:
+def test_nothing_but_the_silence_of_its_session_is_due_in_an_idle_group() -> None:
+    assert wake_at(Bench().state, Bench().now, CALM) == float("inf")
     bench = Bench("a")
-    assert wake_at(bench.state, bench.now, CALM) == float("inf")
+    assert wake_at(bench.state, bench.now, CALM) == bench.mono + 3600
 
 
 def test_the_end_of_the_lease_is_due() -> None:
@@ -1218,7 +1275,8 @@ def test_a_hold_off_is_bounded() -> None:
     bench = Bench("a")
     bench.promote("a")
     bench.release("a", 1, hold_off_s=1e9)
-    assert bench.wake == bench.mono + LONGEST_HOLD_OFF_S
+    held_until = bench.state.live.contacts["a"].hold_off_until
+    assert held_until == bench.mono + LONGEST_HOLD_OFF_S
     hold_off = bench.state.record.sessions["a"].hold_off
     assert hold_off is not None
     assert hold_off.until == bench.now.wall + timedelta(days=1)

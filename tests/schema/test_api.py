@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, TypeVar
 
 import jsonschema_rs
+import msgspec
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,6 +21,7 @@ from agent.model import TICKS_PER_SECOND, Role, RoleOverride
 from agent.schema import access, api, codec, scalars, values
 from agent.schema.codec import BodyError
 from agent.schema.values import Shape
+from tests.odd_json import ODD_JSON
 
 TICKS = st.integers(-scalars.MAX_TICKS - 1, scalars.MAX_TICKS)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -62,6 +64,8 @@ def test_100000_random_time_spans_of_every_size_survive() -> None:
     ("text", "ticks"),
     [
         ("00:01:00", 600_000_000),
+        ("0:01:00", 600_000_000),
+        ("-1.2:03:04.5", -937_845_000_000),
         ("1.02:03:04.5000000", 937_845_000_000),
         ("-00:00:00.5", -5_000_000),
         ("0.00:00:01", 10_000_000),
@@ -99,7 +103,8 @@ def test_time_spans_are_written_in_the_constant_form(ticks: int, text: str) -> N
     [
         ("", "must be [-][d.]hh:mm:ss"),
         ("60", "must be [-][d.]hh:mm:ss"),
-        ("1:00:00", "must be [-][d.]hh:mm:ss"),
+        ("1:0:00", "must be [-][d.]hh:mm:ss"),
+        ("001:00:00", "must be [-][d.]hh:mm:ss"),
         ("24:00:00", "must be [-][d.]hh:mm:ss"),
         ("00:60:00", "must be [-][d.]hh:mm:ss"),
         ("00:00:60", "must be [-][d.]hh:mm:ss"),
@@ -243,12 +248,12 @@ def test_every_role_has_its_v1_number_or_its_name_when_names_are_wanted() -> Non
 # --- conversions --------------------------------------------------------------------------------
 
 VALUES: list[tuple[type[Any], Any]] = [
-    (api.GroupRequest, model.GroupConfig("g", 5_000_000, "n", "d", {"a": {"b": None}})),
+    (api.GroupRequest, model.GroupConfig("g", 5_000_000, "n", "d", '{"a":{"b":null}}')),
     (api.GroupRequest, model.GroupConfig("g", 600_000_000)),
-    (api.GroupConfiguration, model.GroupConfig("g", 5_000_000, "n", "d", {"a": [None]})),
+    (api.GroupConfiguration, model.GroupConfig("g", 5_000_000, "n", "d", '{"a":[null]}')),
     (api.GroupStatus, model.GroupStatus("a", "b", NOON, 7, 9, NOON, "c")),
     (api.GroupStatus, model.GroupStatus(None, None, None)),
-    (api.SessionRequest, model.SessionConfig("s", "n", {"a": 1})),
+    (api.SessionRequest, model.SessionConfig("s", "n", '{"a":1}')),
     (api.HeartbeatResponse, model.HeartbeatAnswer(Role.PRIMARY, NOON, 7, 9, 2.5, "a")),
     (api.HeartbeatResponse, model.HeartbeatAnswer(Role.SECONDARY)),
     (api.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen", NOON, "released")),
@@ -257,7 +262,7 @@ VALUES: list[tuple[type[Any], Any]] = [
         api.ClientSession,
         model.SessionView(
             model.SessionRecord(
-                model.SessionConfig("s", "n", {"a": 1}), RoleOverride.PRIMARY, NOON
+                model.SessionConfig("s", "n", '{"a":1}'), RoleOverride.PRIMARY, NOON
             ),
             Role.PRIMARY,
             97.5,
@@ -297,7 +302,7 @@ def test_a_value_survives_the_wire_and_what_is_written_is_what_the_schema_says(
 
 
 def test_null_properties_are_left_out_but_not_inside_additional_data() -> None:
-    group = model.GroupConfig("g", 600_000_000, additional={"a": None})
+    group = model.GroupConfig("g", 600_000_000, additional='{"a":null}')
     body = codec.encode(api.GroupConfiguration.from_model(group))
     assert body == b'{"Id":"g","FailoverTimeout":"00:01:00","AdditionalData":{"a":null}}'
 
@@ -465,7 +470,29 @@ LONG = "x" * 300
             '{"Epoch":',
             "the body is not JSON (Expecting value: line 1 column 10",
         ),
-        (api.ReleaseRequest, "[" * 5000, "the body is not JSON (it nests too deeply)"),
+        (
+            api.ReleaseRequest,
+            "[" * 5000,
+            "the body nests more than 200 levels deep: it must be nested less",
+        ),
+        (
+            api.SessionRequest,
+            '{"Id":"a","AdditionalData":' + '{"x":' * 63 + "1" + "}" * 64,
+            "AdditionalData: it is too large: it must be an object of at most 16384 bytes, 1000 values"
+            " and 62 levels",
+        ),
+        (
+            api.SessionRequest,
+            json.dumps({"Id": "a", "AdditionalData": {"x": [0] * 1000}}),
+            "AdditionalData: it is too large: it must be",
+        ),
+        (
+            api.GroupRequest,
+            json.dumps(
+                {"Id": "g", "FailoverTimeout": "00:01:00", "AdditionalData": {"x": "é" * 8190}}
+            ),
+            "AdditionalData: it is too large: it must be",
+        ),
         (
             api.ReleaseRequest,
             '{"Epoch":' + "1" * 5000 + "}",
@@ -501,6 +528,79 @@ def test_a_failover_timeout_over_24_days_is_refused() -> None:
     assert "it must be from 00:00:00.2000000 (0.2 s) to 24.00:00:00" in complaint(
         api.GroupRequest, body
     )
+
+
+@pytest.mark.parametrize("shape", [api.GroupRequest, api.SessionRequest])
+@pytest.mark.parametrize(
+    "additional",
+    [
+        {"x": [0] * 998},
+        {"x": "é" * 8180},
+        json.loads('{"x":' * 61 + "{}" + "}" * 61),
+        {"n": 10**4000, "e": 1e-320, "t": "\x00\u2028", "": {"": [{}]}},
+    ],
+    ids=["values", "bytes", "levels", "odd"],
+)
+def test_additional_data_within_its_limits_is_repeated_as_it_was_given(
+    shape: Any, additional: dict[str, Any]
+) -> None:
+    more = {"FailoverTimeout": "00:01:00"} if shape is api.GroupRequest else {}
+    request = read(shape, Id="x", AdditionalData=additional, **more)
+    body = codec.encode(shape.from_model(request.to_model()))
+    assert json.loads(body)["AdditionalData"] == additional
+
+
+def test_an_answer_may_have_more_additional_data_than_a_request() -> None:
+    """Of a server without these limits: it is no reason not to join."""
+    body = json.dumps({"Id": "a", "AdditionalData": {"x": ["y" * 100] * 1500}}).encode()
+    assert codec.decode(api.ClientSession, body).to_model().record.config.id == "a"
+
+
+# --- whatever comes -------------------------------------------------------------------------------
+
+VALID: dict[type[Shape], dict[str, str]] = {
+    api.GroupRequest: {"Id": '"g"', "FailoverTimeout": '"00:01:00"'},
+    api.SessionRequest: {"Id": '"s"'},
+    api.HeartbeatRequest: {"FailoverScore": "1"},
+    api.RoleOverrideRequest: {"Value": "1"},
+    api.ReleaseRequest: {"Epoch": "1"},
+    access.AccessControlRequest: {
+        "RoleTrusteeAccessControlEntries": '[{"AccessType":0,"AccessRights":31,"Trustee":'
+        '{"Type":1,"ObjectId":"a"}}]'
+    },
+}
+
+
+@pytest.mark.parametrize("shape", codec.REQUESTS, ids=lambda shape: shape.__name__)
+def test_a_body_with_any_json_in_any_property_is_read_or_refused_with_a_sentence(
+    shape: type[Any],
+) -> None:
+    """Also in properties that are not known, twice, and with bytes that are no UTF-8."""
+    known = [field.encode_name for field in msgspec.structs.fields(shape)]
+
+    @settings(GENERATED, max_examples=150, derandomize=True, phases=[Phase.generate])
+    @given(
+        properties=st.lists(st.tuples(st.sampled_from([*known, "Other"]), ODD_JSON), max_size=3),
+        broken=st.sampled_from([b"", b"", b"", b"\xff", b"\x00"]),
+    )
+    def check(properties: list[tuple[str, str]], broken: bytes) -> None:
+        given = [*VALID[shape].items(), *properties]
+        body = "{" + ",".join(f'"{name}":{value}' for name, value in given) + "}"
+        refusal = ""
+        try:
+            request = codec.decode(shape, body.encode() + broken)
+        except BodyError as error:
+            refusal = str(error)
+        if refusal:
+            assert "must" in refusal
+            assert len(refusal) < 1000
+            return
+        value = request.to_model() if hasattr(request, "to_model") else None
+        if hasattr(shape, "from_model"):
+            again = codec.encode(shape.from_model(value))
+            assert codec.decode(shape, again).to_model() == value
+
+    check()
 
 
 def test_an_access_control_list_has_to_leave_somebody_in_charge() -> None:

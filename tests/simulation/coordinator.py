@@ -16,13 +16,14 @@ from agent.core.group_state import (
     GroupState,
     Input,
     Policy,
+    Removal,
     RemoveGroup,
     Tick,
     state_after_stall,
     status_of,
 )
 from agent.errors import NotFound, RequestRefused
-from agent.model import GroupConfig, GroupRecord, GroupStatus, Instant
+from agent.model import GroupConfig, GroupRecord, GroupStatus, Instant, RoleOverride
 
 from .network import Clock
 
@@ -216,6 +217,8 @@ class CoordinatorHost:
     def conclude(self, decision: Decision, reply: Callable[[Any], None]) -> None:
         before, self.state = self.state.record, decision.state
         record = self.state.record
+        for removal in decision.removals:
+            self.check_removal(before, removal)
         for entry in decision.history:
             ended = f"ended: {entry.why_ended}" if entry.until else f"began: {entry.why_started}"
             self.world.record(self.name, f"tenure {entry.epoch} of {entry.session_id} {ended}")
@@ -229,6 +232,18 @@ class CoordinatorHost:
             for _, answer in readers:
                 answer(self.status())
         self.arm(decision.wake_at)
+
+    def check_removal(self, before: GroupRecord, removal: Removal) -> None:
+        """No session with a lease, a choice or an order of an operator is removed (R20)."""
+        session_id = removal.session_id
+        self.world.record(self.name, f"removes the dead {session_id}: {removal.cause}")
+        holder = self.state.record.holder
+        if holder is not None and holder.session_id == session_id:
+            self.world.broken(f"{session_id} is removed, and has a lease")
+        if before.sessions[session_id].override is not RoleOverride.OFF:
+            self.world.broken(f"{session_id} is removed, and is overridden")
+        if self.state.record.pending == session_id or removal.silent_s < self.world.lease_s:
+            self.world.broken(f"{session_id} is removed, and is not dead")
 
     def arm(self, wake_at: float) -> None:
         self.wake = wake_at

@@ -40,7 +40,7 @@ from agent.core.events import (
 from agent.core.group_state import AddSession, Input, ReceiveHeartbeat, ReleaseRole, RemoveSession
 from agent.core.roles import TRANSITIONS
 from agent.core.session import Options, Phase, PreviousTenure, Session
-from agent.errors import ExitCode, NotFound, TooSoon
+from agent.errors import ExitCode, NotFound, RequestRefused, TooSoon
 from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
 
 from .defects import Defect
@@ -621,8 +621,9 @@ class AgentHost:
         endpoint, coordinator = self.endpoint, self.coordinator
         done: list[bool] = []
 
-        def on_answer(_: Any) -> None:
-            if not done and life == self.life:
+        def on_answer(answer: Any) -> None:
+            full = isinstance(answer, RequestRefused)  # of active sessions: again, later
+            if not done and life == self.life and not full:
                 done.append(True)
                 store_id = None if self.world.plain_v1 else coordinator.store_id
                 if self.session.accepts_store(store_id):

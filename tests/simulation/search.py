@@ -28,7 +28,7 @@ ON_PLAIN_V1 = (*ON_HOSTS, *ON_PROCESSES, *ON_NETWORKS, "kill_coordinator", "paus
 HELD_OFF = frozenset({"stop", "stop_confirming", "unfit", "task_dies", "hang_guard", "kill_guard"})
 """Faults after which a member has a hold-off, of L at most."""
 
-DATA_LOST = frozenset({"restore", "stranger_teach", "delete_group", "stranger_beat"})
+DATA_LOST = frozenset({"restore", "stranger_teach", "delete_group", "stranger_beat", "crowd"})
 """Faults after which the role may stay vacant for a full L."""
 
 

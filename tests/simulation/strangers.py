@@ -76,6 +76,14 @@ def delete_group(coordinator: "CoordinatorHost", _: str, __: int) -> None:
     coordinator.submit(RemoveGroup(), lambda _: None)
 
 
+def crowd(coordinator: "CoordinatorHost", _: str, which: int) -> None:
+    """A stranger registers new sessions, one for each free or dead one of a full group."""
+    names = [f"crowd-{coordinator.world.now:.3f}-{number}" for number in range(1 + which % 8)]
+    coordinator.world.record("stranger", f"registers {len(names)} new sessions")
+    for name in names:
+        coordinator.submit(AddSession(SessionConfig(name)), lambda _: None)
+
+
 def _send(coordinator: "CoordinatorHost", what: Input, text: str) -> None:
     coordinator.world.record("stranger", text)
     coordinator.submit(what, lambda _: None)
@@ -89,5 +97,6 @@ ACTS: dict[str, Callable[["CoordinatorHost", str, int], None]] = {
     "stranger_teach": teach,
     "stranger_override": override,
     "delete_group": delete_group,
+    "crowd": crowd,
 }
 """Faults that are acts of strangers."""

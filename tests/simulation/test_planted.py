@@ -18,12 +18,14 @@ from agent.core.effects import Effect
 from agent.core.events import Event
 from agent.core.group import decide
 from agent.core.group_state import (
+    AddSession,
     Decision,
     GroupState,
     Input,
     Policy,
     ReceiveHeartbeat,
     ReleaseRole,
+    RemoveSession,
     state_after_restart,
 )
 from agent.core.session import Options, Session
@@ -93,6 +95,24 @@ def takes_any_epoch(state: GroupState, what: Input, now: Instant, policy: Policy
         record = replace(state.record, epoch=seen, holder=None, quiet=True)
         quiet_until = now.mono + record.config.lease_s
         state = GroupState(record, replace(state.live, quiet_until=quiet_until))
+    return decide(state, what, now, policy)
+
+
+def crowds_out_the_primary(
+    state: GroupState, what: Input, now: Instant, policy: Policy
+) -> Decision:
+    """In a full group the primary gives way to a new session, and its lease with it (R20)."""
+    record, holder = state.record, state.record.holder
+    if (
+        isinstance(what, AddSession)
+        and what.config.id not in record.sessions
+        and len(record.sessions) >= policy.max_sessions
+        and holder is not None
+    ):
+        record = replace(record, holder=None, previous=holder.session_id)
+        state = GroupState(record, state.live)
+        if holder.session_id in record.sessions:
+            state = decide(state, RemoveSession(holder.session_id), now, policy).state
     return decide(state, what, now, policy)
 
 
@@ -180,6 +200,11 @@ PLANTED = {
         scenarios=("stranger_teaches_an_epoch",),
         schedules=plans(focus=["stranger_teach"]),
         lives_on=True,
+    ),
+    "20 crowds out the primary": Planted(
+        core=replace(REAL, decide=crowds_out_the_primary),
+        scenarios=("full_group",),
+        schedules=plans(focus=["crowd"]),
     ),
     "28 releases undone": Planted(
         frozenset({Defect.RELEASES_UNDONE}),

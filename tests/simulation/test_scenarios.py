@@ -7,6 +7,7 @@ writes what happens now into the files: read each changed line as a reviewer bef
 Commands (names are hosts; times are seconds):
 
     world [lease=2] [v1=yes] [forgets=yes] [stores=2] [hysteresis=10] [hold=2] [cooldown=2]
+          [sessions=100] [retention=604800]
     agents NAME...            | start NAME | stop NAME | kill NAME | freeze NAME | thaw NAME
     kill_agent NAME           | freeze_agent NAME | thaw_agent NAME (its hooks' work goes on)
     unfit NAME | fit NAME     | cut NAME [out|back] | heal NAME
@@ -81,6 +82,7 @@ class Story:
     def do_world(self, *words: str) -> None:
         options = {"lease": "2", "v1": "no", "forgets": "no", "stores": "1"}
         options |= {"hysteresis": "10", "hold": "2", "cooldown": "2"}
+        options |= {"sessions": "100", "retention": "604800"}
         options |= dict(word.split("=") for word in words)
         self.world = World(
             1,
@@ -88,7 +90,12 @@ class Story:
             plain_v1=options["v1"] == "yes",
             forgets=options["forgets"] == "yes",
             stores=int(options["stores"]),
-            policy=Policy(float(options["hysteresis"]), float(options["hold"])),
+            policy=Policy(
+                float(options["hysteresis"]),
+                float(options["hold"]),
+                max_sessions=int(options["sessions"]),
+                dead_session_retention_s=float(options["retention"]),
+            ),
             cooldown_limit_s=float(options["cooldown"]),
             **self.planted,
         )

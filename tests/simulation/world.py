@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .host import AgentHost
 
 EPOCH_OF_WALL = datetime(2026, 1, 1, tzinfo=UTC)
+MAX_SESSIONS = 5
+"""Sessions of the group: so few that strangers can fill it, and dead members have to give way."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -66,7 +68,12 @@ class World:
         self.lease_s = lease_s
         self.timing = plan(lease_s, budget)
         self.cooldown_limit_s = lease_s if cooldown_limit_s is None else cooldown_limit_s
-        self.policy = policy or Policy(score_hysteresis=10.0, minimum_hold_s=lease_s)
+        self.policy = policy or Policy(
+            score_hysteresis=10.0,
+            minimum_hold_s=lease_s,
+            max_sessions=MAX_SESSIONS,
+            dead_session_retention_s=0.0,
+        )
         self.plain_v1 = plain_v1
         self.forgets = forgets
         """Whether the coordinators keep nothing over a restart."""

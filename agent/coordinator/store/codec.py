@@ -5,6 +5,7 @@ wrong type or half a text is refused, and the refusal names where. An older text
 have a default; a newer one never gets here, since the store refuses a newer schema as a whole.
 """
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -108,10 +109,36 @@ def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
     return Progress(epoch, moment)
 
 
+def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
+    """A record of schemas 1 to 3 in the form of schema 4, and the progress that it held.
+
+    In the older form AdditionalData is an object, and a tenure has its data-processed time.
+
+    Raises:
+        StoreError: it is no such record; ``where`` names its owner.
+    """
+    try:
+        record: Any = json.loads(text)
+        for one in (record, *record.get("sessions", {}).values()):
+            if isinstance(one["config"].get("additional"), dict):
+                one["config"]["additional"] = _compact(one["config"]["additional"])
+        holder, ended = record.get("holder") or {}, record.get("ended") or {}
+        ended.pop("last_data", None)
+        last_data = holder.pop("last_data", None)
+        progress = decode_progress(holder["epoch"], last_data, where) if last_data else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(GroupRecord, where, f"{type(error).__name__}: {error}") from error
+    return _compact(record), progress
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:
     return StoreError(
         f"{where} cannot be read as {kind.__name__} by this version: {reason};"
-        " restore the data directory from a copy, or start with an empty one"
+        " restore the data directory from a copy, or start with an empty one; nothing was changed"
     )
 
 

@@ -16,10 +16,14 @@ import uuid
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apsw
 
+from agent.coordinator.store.codec import name_of, upgrade_record
 from agent.errors import ExitCode, StoreError
+from agent.model import GroupKey
+from agent.schema.scalars import format_date_time
 
 DATABASE_NAME = "coordinator.db"
 LOCK_NAME = "coordinator.lock"
@@ -65,7 +69,7 @@ CREATE TABLE progress (
     last_data TEXT NOT NULL
 ) STRICT;
 """
-"""New in schema 4: the data-processed time of each group's tenure, which was in its record before."""
+"""New in schema 4: the data-processed time of each group's tenure, which was in the record before."""
 
 SCHEMA = f"""
 CREATE TABLE failover_group (
@@ -338,9 +342,25 @@ def _connect(path: Path) -> apsw.Connection:
                 database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
             if version < 4:  # noqa: PLR2004 - a schema's number
                 database.execute(PROGRESS)
+                _upgrade_records(database, path)
             database.pragma("user_version", SCHEMA_VERSION)
         undo.pop_all()
     return database
+
+
+def _upgrade_records(database: apsw.Connection, path: Path) -> None:
+    """Bring the records of schemas 1 to 3 into the form of schema 4."""
+    rows: list[Any] = database.execute(
+        "SELECT id, tenant, namespace, name, record FROM failover_group"
+    ).fetchall()
+    for group, *key, text in rows:
+        upgraded, progress = upgrade_record(text, f"{name_of(GroupKey(*key))} in {path}")
+        database.execute("UPDATE failover_group SET record = ? WHERE id = ?", (upgraded, group))
+        if progress is not None:
+            database.execute(
+                "INSERT INTO progress (group_id, epoch, last_data) VALUES (?, ?, ?)",
+                (group, progress.epoch, format_date_time(progress.last_data)),
+            )
 
 
 def _store_id(database: apsw.Connection, path: Path) -> str:

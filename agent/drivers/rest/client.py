@@ -314,6 +314,21 @@ class RestClient(Endpoints):
             read=lambda answer: [s.to_model() for s in _decode_many(api.ClientSession, answer)],
         )
 
+    async def forget_session(self, group: str, session: str, *, timeout_s: float) -> None:
+        """Remove a member if it is inactive. A plain v1 server does not know that condition.
+
+        Raises:
+            ServerError: ``status`` 404 if there is none; 409 if it is active.
+        """
+        await self._request(
+            "DELETE",
+            _session_path(group, session),
+            what=f"forgetting session {session} of group {group}",
+            timeout_s=timeout_s,
+            params={"inactive": "true"},
+            read=_check_no_content,
+        )
+
     async def history(
         self, group: str, *, skip: int = 0, count: int = PAGE, timeout_s: float
     ) -> list[HistoryEntry]:

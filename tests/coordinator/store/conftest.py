@@ -25,6 +25,7 @@ from agent.model import (
 from tests.etcd import EtcdServer, an_etcd
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+ADDITIONAL = '{"Site":["a",1,null,0.5]}'
 
 
 @pytest.fixture
@@ -38,19 +39,20 @@ def make_record() -> Callable[[int], GroupRecord]:
 
     def make(epoch: int) -> GroupRecord:
         return GroupRecord(
-            config=GroupConfig("pumps", 20_000_000, "Pumps", "all", {"Site": ["a", 1, None, 0.5]}),
+            config=GroupConfig("pumps", 20_000_000, "Pumps", "all", ADDITIONAL),
             sessions={
                 "a": SessionRecord(
-                    SessionConfig("a", "A", {"x": 1}),
+                    SessionConfig("a", "A", '{"x":"é\\u0000"}'),
                     RoleOverride.PRIMARY,
                     NOW,
                     3,
                     HoldOff(NOW, 2.5),
                     epoch,
+                    NOW,
                 ),
                 "b": SessionRecord(SessionConfig("b")),
             },
-            holder=Tenure("a", epoch, NOW, "sole member", "i1", revoked=True, last_data=NOW),
+            holder=Tenure("a", epoch, NOW, "sole member", "i1", revoked=True),
             pending="b",
             epoch=epoch,
             revision=2 * epoch,

@@ -28,16 +28,7 @@ from agent.model import (
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 moments = st.datetimes(timezones=st.just(UTC))
 numbers = st.integers(0, 2**63 - 1)
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-    max_leaves=6,
-)
-additional = st.none() | st.dictionaries(words, json_values, max_size=3)
+additional = st.none() | st.dictionaries(words, words | numbers, max_size=3).map(json.dumps)
 access_lists = st.builds(
     AccessList,
     st.lists(
@@ -57,9 +48,7 @@ sessions = st.builds(
     st.none() | moments,
     numbers,
 )
-tenures = st.builds(
-    Tenure, words, numbers, moments, words, st.none() | words, st.booleans(), st.none() | moments
-)
+tenures = st.builds(Tenure, words, numbers, moments, words, st.none() | words, st.booleans())
 records = st.builds(
     GroupRecord,
     st.builds(GroupConfig, words, numbers, st.none() | words, st.none() | words, additional),

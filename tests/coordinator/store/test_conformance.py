@@ -240,12 +240,12 @@ async def test_names_are_told_apart_to_the_letter(store: Store, make_record: Mak
     assert await store.load() == stored
 
 
-@pytest.mark.parametrize("bad", [float("nan"), 10**5000, object(), "\ud800", ("a",)], ids=type)
+@pytest.mark.parametrize("bad", [10**5000, object(), "\ud800", ("a",), {"a": 1}], ids=type)
 async def test_a_value_that_would_not_read_back_is_refused_and_changes_nothing(
     store: Store, key: GroupKey, make_record: MakeRecord, bad: object
 ) -> None:
     version = await store.create(key, make_record(1))
-    poison = GroupRecord(GroupConfig("pumps", 1, additional={"bad": bad}))
+    poison = GroupRecord(GroupConfig("pumps", 1, additional=bad))  # type: ignore[arg-type]
     with pytest.raises(StoreError, match=r"'pumps'.*cannot be kept as JSON.*nothing was changed"):
         await store.swap(key, version, poison, [tenure(1)])
     assert await store.load() == {key: Stored(version, make_record(1))}

@@ -1,5 +1,6 @@
 """A data directory that cannot be used is refused with a sentence, and left as it is."""
 
+import json
 import os
 import stat
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import apsw
@@ -17,10 +19,11 @@ from agent.coordinator.store.data_dir import SCHEMA_VERSION, open_data_dir
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import ExitCode, StoreError
-from agent.model import GroupKey, GroupRecord, HistoryEntry
+from agent.model import GroupKey, GroupRecord, HistoryEntry, Progress, SessionConfig, Tenure
 
 MakeRecord = Callable[[int], GroupRecord]
 DATABASE = "coordinator.db"
+TENURE_BEGAN = datetime(2024, 5, 6, 7, 8, 9, 123456, UTC)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -202,6 +205,55 @@ async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
     assert await store.retired_epoch(key) == 7
     assert len(ids | {store.store_id}) == 1
     await store.close()
+
+
+OLD_RECORD = """{"config":{"id":"pumps","timeout_ticks":20000000,"name":null,"description":null,
+"additional":{"Site":["a",1,null,0.5,123456789012345678901234567890,"\\u0000é"]}},"sessions":{
+"a":{"config":{"id":"a","name":"A","additional":{"x":{}}},"override":"Off","override_until":null,
+"override_order":0,"hold_off":null,"has_to_see":null},
+"b":{"config":{"id":"b","name":null,"additional":null},"override":"Off","override_until":null,
+"override_order":0,"hold_off":null,"has_to_see":null}},
+"holder":{"session_id":"a","epoch":7,"since":"2024-05-06T07:08:09.123456Z","why":"chosen",
+"instance":"i1","revoked":false,"last_data":%s},"pending":null,"epoch":7,"revision":9,
+"previous":"b","last_data":"2024-05-06T07:00:00Z","acl":null,"quiet":false,
+"ended":{"session_id":"b","epoch":6,"since":"2024-05-06T07:08:09.123456Z","why":"chosen",
+"instance":null,"revoked":false,"last_data":"2024-05-06T07:00:00Z"}}"""
+"""As schema 3 kept it."""
+
+
+@pytest.mark.parametrize(
+    ("last_data", "progress"),
+    [
+        ('"2024-05-06T07:08:10.5Z"', Progress(7, datetime(2024, 5, 6, 7, 8, 10, 500_000, UTC))),
+        ("null", None),
+    ],
+)
+async def test_a_record_of_schema_3_keeps_its_progress_and_its_additional_data(
+    used: Path, key: GroupKey, last_data: str, progress: Progress | None
+) -> None:
+    edit(used / DATABASE, OLDER_SCHEMAS[-1])
+    text = (OLD_RECORD % last_data).replace("'", "''")
+    edit(used / DATABASE, f"UPDATE failover_group SET record = '{text}'")
+    for _ in range(2):
+        store = SqliteStore.open(used)
+        stored = (await store.load())[key]
+        await store.close()
+        record = stored.record
+        assert stored.progress == progress
+        assert record.holder == Tenure("a", 7, TENURE_BEGAN, "chosen", "i1")
+        assert record.ended == Tenure("b", 6, TENURE_BEGAN, "chosen")
+        assert json.loads(record.config.additional or "") == {
+            "Site": ["a", 1, None, 0.5, 123456789012345678901234567890, "\0é"]
+        }
+        assert record.sessions["a"].config == SessionConfig("a", "A", '{"x":{}}')
+        assert record.sessions["b"].config == SessionConfig("b")
+
+
+async def test_a_damaged_record_of_schema_3_is_named_and_nothing_is_changed(used: Path) -> None:
+    edit(used / DATABASE, f"{OLDER_SCHEMAS[-1]}; UPDATE failover_group SET record = '[1]'")
+    error = refused(used)
+    assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
+    assert "group 'pumps'" in str(error)
 
 
 async def test_each_data_directory_has_an_id_of_its_own_for_ever(

@@ -1,0 +1,63 @@
+"""How long a session that sends no heartbeats is kept (R20).
+
+Owns when its silence is recorded, when it may be removed, and which one gives way in a full group. Changes no
+state: core/group_draft.py records and removes.
+"""
+
+from agent.core.group_state import GroupState, Policy, is_alive, last_heard
+from agent.model import Instant, RoleOverride
+
+RETENTION_LEASES = 10
+"""The shortest retention, in L: a member that restarts, or is cut off for a while, keeps its session."""
+
+RECORDED_AFTER_S = 3600.0
+RECORDED_AFTER_SHARE = 0.1
+"""When a silence is recorded, in seconds, or as a share of the retention if that is shorter. So a restart of the
+coordinator loses an hour of it at most, and short outages of many members cost no writes."""
+
+
+def retention_s(lease_s: float, policy: Policy) -> float:
+    """How long a silent session is kept."""
+    return max(policy.dead_session_retention_s, RETENTION_LEASES * lease_s)
+
+
+def silence_s(state: GroupState, session_id: str, now: Instant) -> float:
+    """How long nothing was heard of a session, across restarts if that was recorded."""
+    return (now.wall - last_heard(state, session_id, now)).total_seconds()
+
+
+def next_step_at(state: GroupState, session_id: str, now: Instant, policy: Policy) -> float:
+    """When the silence of a session is to be recorded, or once that is done, the session to be removed."""
+    lease_s = state.record.config.lease_s
+    heard_at = state.live.contacts[session_id].heard_at
+    kept_s = retention_s(lease_s, policy)
+    if state.record.sessions[session_id].silent_since is None:
+        share_s = RECORDED_AFTER_SHARE * kept_s
+        return heard_at + max(lease_s, min(RECORDED_AFTER_S, share_s))
+    if not _is_removable(state, session_id):
+        return float("inf")
+    # A restart of the coordinator is no silence of the session, and the wall clock may be wrong.
+    heard_again_by = heard_at + RETENTION_LEASES * lease_s
+    return max(heard_again_by, now.mono + kept_s - silence_s(state, session_id, now))
+
+
+def longest_dead(state: GroupState, now: Instant) -> str | None:
+    """The session that gives way to a new one in a full group, or None if all are active or kept."""
+    dead = [
+        session_id
+        for session_id in state.record.sessions
+        if not is_alive(state, session_id, now) and _is_removable(state, session_id)
+    ]
+    return max(dead, key=lambda session_id: silence_s(state, session_id, now), default=None)
+
+
+def _is_removable(state: GroupState, session_id: str) -> bool:
+    """Whether nothing depends on a session: no lease, no choice, no order of an operator, no hold-off."""
+    record, session = state.record, state.record.sessions[session_id]
+    return (
+        not record.quiet
+        and (record.holder is None or record.holder.session_id != session_id)
+        and record.pending != session_id
+        and session.override is RoleOverride.OFF
+        and session.hold_off is None
+    )
