@@ -17,8 +17,9 @@ from agent.coordinator.engine import Engine
 from agent.coordinator.leadership import Decider, Leadership
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.codec import decode
-from agent.coordinator.store.etcd import EtcdCluster, Layout
+from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd
+from agent.coordinator.store.etcd_layout import Layout
 from agent.core.group_state import AddSession, Policy, ReceiveHeartbeat, ReleaseRole
 from agent.errors import FailoverError, NotFound, NotLeading
 from agent.model import (

@@ -12,15 +12,12 @@ Knows nothing of who leads, nor of what a record means.
 """
 
 import asyncio
-import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from urllib.parse import quote, unquote
 
 from agent.coordinator.store import MOST_ENTRIES, MOST_RETIRED, Stored
-from agent.coordinator.store.codec import HISTORY_BOUND, decode, decode_progress, encode, name_of
+from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.coordinator.store.etcd_client import (
     Done,
     Etcd,
@@ -38,6 +35,18 @@ from agent.coordinator.store.etcd_client import (
     put,
     read,
 )
+from agent.coordinator.store.etcd_layout import (
+    SCHEMA,
+    Layout,
+    Meta,
+    group_key_of,
+    progress_of_key,
+    progress_value,
+    quoted,
+    read_meta,
+    record_of_key,
+    record_value,
+)
 from agent.errors import (
     CasMismatch,
     ConfigError,
@@ -47,10 +56,6 @@ from agent.errors import (
     StoreError,
 )
 from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
-from agent.schema.scalars import format_date_time
-
-SCHEMA = 1
-"""Grows with each change that a version before would not understand."""
 
 PAGE = 200
 """Records in one range read: a record of two members has some 500 bytes, one of 100 may have a megabyte."""
@@ -69,116 +74,6 @@ RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""
 
 _INVALID = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Meta:
-    """What a store in etcd is: made once, by the first coordinator.
-
-    Attributes:
-        moved_to: where its groups were copied to, since when nobody may serve them here; or None.
-        revision: of the key that has this.
-    """
-
-    store_id: str
-    shards: int
-    moved_to: str | None
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The keys. ``prefix`` has no slash at its end."""
-
-    prefix: str
-    shards: int
-
-    @property
-    def meta(self) -> str:
-        """The key of the identity."""
-        return f"{self.prefix}/meta"
-
-    @property
-    def live(self) -> str:
-        """The prefix of all keys that live as long as a coordinator: members and leaders."""
-        return f"{self.prefix}/live/"
-
-    @property
-    def access_changed(self) -> str:
-        """A key that is written with every change of an access list, so that caches are emptied."""
-        return f"{self.live}access"
-
-    def member(self, member: str) -> str:
-        """The key of a coordinator."""
-        return f"{self.live}members/{member}"
-
-    def leader(self, shard: int) -> str:
-        """The leadership key of a shard."""
-        return f"{self.live}leaders/{shard}"
-
-    def shard_of(self, key: GroupKey) -> int:
-        """The shard of a group: the same at every coordinator, for good."""
-        digest = hashlib.sha256("\0".join(key).encode(errors="surrogatepass")).digest()
-        return int.from_bytes(digest[:8], "big") % self.shards
-
-    def records(self, shard: int) -> str:
-        """The prefix of a shard's records."""
-        return f"{self.prefix}/shards/{shard}/groups/"
-
-    def record(self, key: GroupKey) -> str:
-        """The key of a record."""
-        return self._of("groups", key)
-
-    def progress(self, key: GroupKey) -> str:
-        """The key of a group's progress."""
-        return self._of("progress", key)
-
-    def all_progress(self, shard: int) -> str:
-        """The prefix of a shard's progress."""
-        return f"{self.prefix}/shards/{shard}/progress/"
-
-    def history(self, key: GroupKey) -> str:
-        """The prefix of a group's tenures."""
-        return self._of("history", key) + "/"
-
-    def tenure(self, key: GroupKey, epoch: int) -> str:
-        """The key of a tenure; keys sort as epochs do."""
-        return f"{self.history(key)}{epoch:020d}"
-
-    def retired(self, key: GroupKey) -> str:
-        """The key of a deleted group's epoch."""
-        return self._of("retired", key)
-
-    def all_retired(self, shard: int) -> str:
-        """The prefix of the epochs of a shard's deleted groups."""
-        return f"{self.prefix}/shards/{shard}/retired/"
-
-    def access(self, tenant: str, namespace: str) -> str:
-        """The key of a namespace's access list."""
-        return f"{self.prefix}/access/{_quoted(tenant)}/{_quoted(namespace)}"
-
-    def _of(self, kind: str, key: GroupKey) -> str:
-        name = "/".join(map(_quoted, key))
-        return f"{self.prefix}/shards/{self.shard_of(key)}/{kind}/{name}"
-
-
-def _quoted(name: str) -> str:
-    try:
-        return quote(name, safe="")
-    except UnicodeEncodeError as error:  # half a surrogate pair
-        raise StoreError(
-            f"a name cannot be kept: {error}; nothing was changed", exit_code=ExitCode.INTERNAL
-        ) from None
-
-
-def group_key_of(key: str) -> GroupKey:
-    """The group whose name is at the end of a key."""
-    return GroupKey(*(unquote(part) for part in key.split("/")[-3:]))
-
-
-def _record_of(found: KeyValue, place: str) -> GroupRecord:
-    _token, _, text = found.value.partition("\n")
-    return decode(GroupRecord, text, place)
 
 
 class EtcdCluster:
@@ -220,6 +115,11 @@ class EtcdCluster:
                 f"shards is {shards}, and the store under {prefix} of etcd was made with {meta.shards}:"
                 f" set shards to {meta.shards}; it is fixed when a store is made"
             )
+        if meta.is_copy:
+            text = json.dumps({"StoreId": meta.store_id, "Shards": shards, "Schema": SCHEMA})
+            key = f"{prefix}/meta"
+            await etcd.txn([if_revision(key, meta.revision)], [put(key, text)])
+            return await cls.open(etcd, prefix, shards)
         return cls(etcd, Layout(prefix, shards), meta)
 
     def shard(self, number: int, leader_revision: int) -> "EtcdStore":
@@ -249,11 +149,11 @@ class EtcdCluster:
         """A page of a namespace's groups, sorted by id, whoever leads them; and how many there are."""
         groups: list[str] = []
         for shard in range(self.layout.shards):
-            prefix = f"{self.layout.records(shard)}{_quoted(tenant)}/{_quoted(namespace)}/"
+            prefix = f"{self.layout.records(shard)}{quoted(tenant)}/{quoted(namespace)}/"
             async for found in self.pages(prefix):
                 for one in found.keys:
                     key = group_key_of(one.key)
-                    if visible(_record_of(one, name_of(key)).acl):
+                    if visible(record_of_key(one, name_of(key)).acl):
                         groups.append(key.group)
         groups.sort()
         page = []
@@ -261,7 +161,7 @@ class EtcdCluster:
             key = GroupKey(tenant, namespace, group)
             stored = await self.etcd.get(self.layout.record(key))
             if stored is not None:
-                page.append(_record_of(stored, name_of(key)).config)
+                page.append(record_of_key(stored, name_of(key)).config)
         return len(groups), page
 
     async def pages(self, prefix: str, limit: int = PAGE) -> AsyncIterator[Found]:
@@ -277,29 +177,6 @@ class EtcdCluster:
     async def aclose(self) -> None:
         """Close the connections."""
         await self.etcd.aclose()
-
-
-async def read_meta(etcd: Etcd, prefix: str) -> Meta | None:
-    """The identity of a store, or None if there is none. Raises StoreError if it is unusable."""
-    found = await etcd.get(f"{prefix}/meta")
-    if found is None:
-        return None
-    try:
-        text = json.loads(found.value)
-        schema = text["Schema"]
-        meta = Meta(text["StoreId"], text["Shards"], text.get("MovedTo"), found.revision)
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(
-            f"{prefix}/meta in etcd is not what a coordinator wrote: restore etcd from a copy, or name"
-            " another --etcd-prefix"
-        ) from None
-    if schema > SCHEMA:
-        raise StoreError(
-            f"the store under {prefix} of etcd was written by a newer version of this program: its schema"
-            f" is {schema}, and this version knows {SCHEMA}: install that version",
-            exit_code=ExitCode.DATA_DIR_NEWER,
-        )
-    return meta
 
 
 class EtcdStore:
@@ -319,13 +196,13 @@ class EtcdStore:
         self._check_open()
         saved: dict[GroupKey, Progress] = {}
         async for found in self._cluster.pages(self._layout.all_progress(self._shard), KEYS_PAGE):
-            saved |= {group_key_of(one.key): _progress_of(one) for one in found.keys}
+            saved |= {group_key_of(one.key): progress_of_key(one) for one in found.keys}
         groups = {}
         async for found in self._cluster.pages(self._layout.records(self._shard)):
             for one in found.keys:
                 key = group_key_of(one.key)
                 groups[key] = Stored(
-                    one.revision, _record_of(one, self._place(key)), saved.get(key)
+                    one.revision, record_of_key(one, self._place(key)), saved.get(key)
                 )
             await asyncio.sleep(0)  # decoding a page takes milliseconds
         return groups
@@ -354,7 +231,7 @@ class EtcdStore:
     async def _write(self, key: GroupKey, expected: int, text: str, history: list[Json]) -> int:
         """Put a record with some tenures; the new version."""
         token = str(uuid.uuid4())
-        steps = [put(self._layout.record(key), f"{token}\n{text}"), *history]
+        steps = [put(self._layout.record(key), record_value(text, token)), *history]
         if history:
             prefix = self._layout.history(key)
             steps.append(read(prefix, end_of(prefix), count_only=True))
@@ -372,7 +249,7 @@ class EtcdStore:
         found = await self._etcd.get(place)
         if found is not None and (version := found.revision) == expected:
             token = str(uuid.uuid4())
-            value = f"{token}\n{found.value.partition(chr(10))[2]}"
+            value = record_value(found.value.partition("\n")[2], token)
             try:
                 version = (await self._commit(key, expected, [put(place, value)], token)).revision
             except CasMismatch:  # the change has happened meanwhile
@@ -383,8 +260,8 @@ class EtcdStore:
         saved = await self._etcd.get(self._layout.progress(key))
         return Stored(
             version,
-            _record_of(found, self._place(key)),
-            None if saved is None else _progress_of(saved),
+            record_of_key(found, self._place(key)),
+            None if saved is None else progress_of_key(saved),
         )
 
     async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
@@ -393,8 +270,7 @@ class EtcdStore:
         steps = []
         for key, saved in progress.items():
             record = if_revision(self._layout.record(key), 0) | {"result": "GREATER"}
-            value = f"{saved.epoch} {format_date_time(saved.last_data)}"
-            write = put(self._layout.progress(key), value)
+            write = put(self._layout.progress(key), progress_value(saved))
             steps.append({"request_txn": {"compare": [record], "success": [write]}})
         for first in range(0, len(steps), MOST_STEPS):
             done = await self._etcd.txn([self._fence], steps[first : first + MOST_STEPS])
@@ -549,8 +425,3 @@ class EtcdStore:
                 "the store is closed; calls have to come before close()",
                 exit_code=ExitCode.INTERNAL,
             )
-
-
-def _progress_of(found: KeyValue) -> Progress:
-    epoch, _, last_data = found.value.partition(" ")
-    return decode_progress(int(epoch), last_data, f"{found.key} in etcd")
