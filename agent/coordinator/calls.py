@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from msgspec import Struct
+from msgspec.json import encode as encode_json
 
 from agent import __version__
 from agent.coordinator.metrics import Metrics
@@ -99,7 +100,7 @@ async def readyz(call: Call) -> Answer:
     readiness_problem = await call.coordinator.readiness_problem()
     if readiness_problem is not None:
         raise Unavailable(f"Not ready: {readiness_problem}.", "Wait.", retry_after_s=READY_RETRY_S)
-    return Answer(body=b'{"Status":"ok"}')
+    return Answer(body=encode_json({"Status": "ok", **call.coordinator.report()}))
 
 
 async def metrics(call: Call) -> Answer:

@@ -6,7 +6,7 @@ leadership.py, requests for others' groups are forwarding.py.
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from agent.coordinator.cluster_metrics import ClusterMetrics
@@ -48,6 +48,8 @@ class Cluster:
             directory=store,
             shard_of=store.layout.shard_of,
             problem=self._problem,
+            report=self._report,
+            url=settings.advertise,
         )
         self.leadership = Leadership(
             store,
@@ -103,6 +105,15 @@ class Cluster:
         """Close every connection, after the coordinator was stopped."""
         await self.forwarder.aclose()
         await self._store.aclose()
+
+    def _report(self) -> Mapping[str, object]:
+        view = self.leadership.view
+        return {
+            "Url": self.leadership.url,
+            "Coordinators": sorted(view.members.values()),
+            "ShardsLed": self.leadership.led,
+            "ShardsWithoutLeader": self.leadership.without_leader,
+        }
 
     def _problem(self) -> str | None:
         fault = self.leadership.fault

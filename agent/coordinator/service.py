@@ -5,7 +5,7 @@ deletion, lists, blocking status reads, access-control lists. Knows nothing of H
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from agent.coordinator.engine import Engine, Meter, group_not_found, unavailable
@@ -60,6 +60,8 @@ class Coordinator:
         directory: what is not of one shard; needed without a store.
         shard_of: the number of a group's shard.
         problem: why a coordinator that leads shards is not ready, or None.
+        report: what a coordinator that leads shards adds to its readiness.
+        url: where the other coordinators reach this one.
     """
 
     def __init__(
@@ -73,12 +75,16 @@ class Coordinator:
         directory: Directory | None = None,
         shard_of: Callable[[GroupKey], int] = lambda _: 0,
         problem: Callable[[], str | None] = lambda: None,
+        report: Callable[[], Mapping[str, object]] = dict,
+        url: str | None = None,
     ) -> None:
         common = store or directory
         assert common is not None  # noqa: S101 - our own mistake
         self._store = common
         self._directory = directory
         self._problem = problem
+        self.report = report
+        self._url = url
         self._clock = clock
         self.engine = self._engine = Engine(store, clock, policy or Policy(), meter, shard_of)
         self._max_groups = max_groups
@@ -214,7 +220,8 @@ class Coordinator:
         return self._status_of(self._engine.find(key))
 
     def _status_of(self, group: Group) -> GroupStatus:
-        return replace(status_of(group.state), store_id=self._store.store_id)
+        status = status_of(group.state)
+        return replace(status, store_id=self._store.store_id, leader=self._url)
 
     async def wait_status(self, key: GroupKey, after: int, wait_s: float) -> GroupStatus:
         """The status as soon as its revision is past ``after``, or after ``wait_s`` seconds.

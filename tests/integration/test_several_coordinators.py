@@ -3,14 +3,17 @@
 Everywhere a workload is active on one host, and neither overlaps nor changes its host (R19).
 """
 
+import base64
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from agent.coordinator.auth import hash_password
 from tests.etcd import EtcdServer, an_etcd
 
 from .stage import Agent, Coordinator, Stage, ask, free_port, until
@@ -166,6 +169,7 @@ def test_r19_any_coordinator_serves_any_request(stage: Stage, etcd: EtcdServer) 
         assert asked.ask("POST", f"{path}/s/heartbeat", {"FailoverScore": 1}).status == 200
         answers = [c.ask("GET", f"groups/{name}/status").body for c in coordinators]
         assert answers[0] == answers[1]
+        assert answers[0]["Leader"] in [c.endpoint.partition("/api")[0] for c in coordinators]
     for coordinator in coordinators:
         listed = coordinator.ask("GET", "groups?skip=2&count=5")
         assert listed.headers["total-count"] == "12"
@@ -194,7 +198,8 @@ def test_r19_a_forwarded_request_is_not_forwarded_again(stage: Stage, etcd: Etcd
         urllib.request.urlopen(request, timeout=10)
     assert refused.value.code == 503
     assert refused.value.headers["Retry-After"] == "1"
-    assert b"does not lead" in refused.value.read()
+    with refused.value:
+        assert b"does not lead" in refused.value.read()
 
 
 def test_another_number_of_shards_is_refused(stage: Stage, etcd: EtcdServer) -> None:
@@ -219,11 +224,92 @@ def test_readiness_names_a_lost_session_with_etcd(stage: Stage, tmp_path: Path) 
     with an_etcd(tmp_path) as etcd:
         coordinator = Cluster(stage, etcd).serve()
         base = coordinator.endpoint.removesuffix("/api/v1/clientfailover")
+        until(lambda: leads(coordinator) == 8, "a leader")
         ready = ask("GET", f"{base}/readyz")
         assert ready.status == 200
+        assert ready.body == {
+            "Status": "ok",
+            "Url": base,
+            "Coordinators": [base],
+            "ShardsLed": list(range(8)),
+            "ShardsWithoutLeader": [],
+        }
         etcd.kill(0)
         until(lambda: ask("GET", f"{base}/readyz").status == 503, "not ready")
         assert "etcd" in ask("GET", f"{base}/readyz").body["Reason"]
         assert number(coordinator, "failover_coordinator_leadership_remaining_seconds") >= 0
         etcd.start(0)
         until(lambda: ask("GET", f"{base}/readyz").status == 200, "ready again")
+
+
+def test_agents_go_on_with_a_store_that_was_copied_to_etcd(stage: Stage, etcd: EtcdServer) -> None:
+    """The way of an upgrade to several coordinators, while agents run."""
+    alone = stage.serve(store="sqlite")
+    cluster = Cluster(stage, etcd)
+    port = free_port()
+    later = f"http://127.0.0.1:{port}/api/v1/clientfailover"
+    agent = stage.run("host-a", alone.endpoint, later, timing=TIMING)
+    epoch = agent.until_role("Primary")["epoch"]
+    backup = stage.directory / "backup.db"
+    data = f"--data-dir={stage.directory / 'data'}"
+    assert stage.process("backup", "store", "backup", data, f"--to={backup}").wait() == 0
+    assert backup.exists()
+    assert alone.end() == 0
+    flags = [flag for flag in cluster.flags if flag != TTL]
+    words = ("store", "copy", f"--from={stage.directory / 'data'}", "--to=etcd", *flags)
+    copying = stage.process("copy", *words)
+    assert copying.wait() == 0, copying.said()
+    served = cluster.serve(port=port)
+    agent.until_role("Primary", after_epoch=epoch - 1)
+    until(lambda: served.status().get("Primary") == "host-a", "the primary in etcd")
+    assert served.history()[0]["Epoch"] == 1, "the history was copied too"
+    again = stage.process("again", "serve", f"--listen=127.0.0.1:{free_port()}", data)
+    assert again.wait() == 36
+    assert "must not be served beside the copy" in again.said()
+    assert not agent.lines("another store")
+    stage.check_promise()
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (("--from=/x", "--to=/y"), "one of --from and --to must be etcd"),
+        (("--from=/absent", "--to=etcd"), "etcd_endpoint"),
+        (
+            ("--from=/absent", "--to=etcd", "--etcd-endpoint=http://127.0.0.1:1"),
+            "/absent has no coordinator.db",
+        ),
+    ],
+)
+def test_a_wrong_copy_is_one_error(stage: Stage, words: tuple[str, ...], wrong: str) -> None:
+    process = stage.process("copy", "store", "copy", *words)
+    assert process.wait() != 0
+    assert wrong in process.said()
+    assert len(process.said().splitlines()) == 1
+
+
+def test_r19_a_forwarded_request_carries_the_callers_credentials(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    """Both check them: the first before it forwards, the leader before it answers."""
+    users = stage.directory / "users"
+    users.touch(0o600)
+    users.write_text(f"ann:{hash_password('secret', ())}\n")
+    cluster = Cluster(stage, etcd, "--shards=1", f"--users-file={users}")
+    leader, standby = pair_of(stage, cluster)
+    for coordinator, user, status in (
+        (standby, "ann:secret", 404),
+        (leader, "ann:secret", 404),
+        (standby, "ann:wrong", 401),
+        (standby, None, 401),
+        (leader, "ann:wrong", 401),
+    ):
+        request = urllib.request.Request(f"{coordinator.endpoint}/groups/absent")
+        if user is not None:
+            basic = base64.b64encode(user.encode()).decode()
+            request.add_header("Authorization", f"Basic {basic}")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        with refused.value:
+            assert refused.value.code == status
+    assert number(standby, "failover_coordinator_forwarded_requests_total") == 1

@@ -158,9 +158,10 @@ async def test_a_copy_that_is_cut_off_is_not_served_and_can_be_made_again(
     async def cut_off(_self: EtcdPlace) -> Snapshot:
         raise StoreError("cut off")
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="cut off"):
+    with monkeypatch.context() as patch:
         patch.setattr(EtcdPlace, "read", cut_off)
-        await places.to_etcd()
+        with pytest.raises(StoreError, match="cut off"):
+            await places.to_etcd()
     with pytest.raises(StoreError, match=copies.UNFINISHED):
         await places.serve_etcd()
     await SqliteStore.open(places.directory).close()
@@ -174,9 +175,10 @@ async def test_a_copy_that_differs_is_refused(
     async def forgetful(_self: EtcdPlace) -> Snapshot:
         return Snapshot()
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="differs"):
+    with monkeypatch.context() as patch:
         patch.setattr(EtcdPlace, "read", forgetful)
-        await places.to_etcd()
+        with pytest.raises(StoreError, match="differs"):
+            await places.to_etcd()
     await SqliteStore.open(places.directory).close()
 
 
