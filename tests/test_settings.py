@@ -92,7 +92,7 @@ def test_the_other_failover_variables_and_the_other_programs_are_left_alone(
 
 
 @pytest.mark.parametrize(
-    "given_value", [2.5, "2.5", " 2.5 ", "00:00:02.5", "00:00:02.5000000", "PT2.5S"]
+    "given_value", [2.5, "2.5", " 2.5 ", "00:00:02.5", "0:00:02.5", "00:00:02.5000000", "PT2.5S"]
 )
 def test_a_duration_is_read_from_seconds_time_spans_and_iso_8601(given_value: object) -> None:
     assert validate(AgentSettings, {"beat": given_value}).beat == 2.5

@@ -44,7 +44,7 @@ def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
             due.append(hold_until)
     if record.pending is not None:
         due += [live.confirm_by, live.contacts[record.pending].heard_at + record.config.lease_s]
-    due += [retention.next_step_at(state, one, now, policy) for one in record.sessions]
+    due.append(retention.next_due_at(state, now, policy))
     due += [c.hold_off_until for c in live.contacts.values() if c.hold_off_until > now.mono]
     return min(due, default=float("inf"))
 
@@ -105,16 +105,17 @@ class Draft:
 
     def apply_retention(self) -> None:
         """Record the silence of sessions that became dead, and remove those that are dead for long (R20)."""
+        recorded_s = retention.recorded_after_s(self.lease_s, self.policy)
         for session_id, session in self.record.sessions.items():
-            if session.silent_since is None and self._is_step_due(session_id):
+            heard_at = self.live.contacts[session_id].heard_at
+            if session.silent_since is None and heard_at + recorded_s <= self.now.mono:
                 heard = last_heard(self.state, session_id, self.now)
                 self.change_session(session_id, silent_since=heard)
-            if self.record.sessions[session_id].silent_since and self._is_step_due(session_id):
+            if self.record.sessions[session_id].silent_since is None:
+                continue
+            removal_at = retention.removal_at(self.state, session_id, self.now, self.policy)
+            if removal_at <= self.now.mono:
                 self._remove_dead(session_id, RemovalCause.RETENTION)
-
-    def _is_step_due(self, session_id: str) -> bool:
-        due_at = retention.next_step_at(self.state, session_id, self.now, self.policy)
-        return due_at <= self.now.mono
 
     def make_room(self) -> bool:
         """Remove the session that is dead for longest; whether there was one that may be removed."""

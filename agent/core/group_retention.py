@@ -26,19 +26,33 @@ def silence_s(state: GroupState, session_id: str, now: Instant) -> float:
     return (now.wall - last_heard(state, session_id, now)).total_seconds()
 
 
-def next_step_at(state: GroupState, session_id: str, now: Instant, policy: Policy) -> float:
-    """When the silence of a session is to be recorded, or once that is done, the session to be removed."""
-    lease_s = state.record.config.lease_s
-    heard_at = state.live.contacts[session_id].heard_at
-    kept_s = retention_s(lease_s, policy)
-    if state.record.sessions[session_id].silent_since is None:
-        share_s = RECORDED_AFTER_SHARE * kept_s
-        return heard_at + max(lease_s, min(RECORDED_AFTER_S, share_s))
+def recorded_after_s(lease_s: float, policy: Policy) -> float:
+    """The silence after which it is recorded."""
+    share_s = RECORDED_AFTER_SHARE * retention_s(lease_s, policy)
+    return max(lease_s, min(RECORDED_AFTER_S, share_s))
+
+
+def removal_at(state: GroupState, session_id: str, now: Instant, policy: Policy) -> float:
+    """When a session whose silence is recorded is to be removed; infinity while it must not be."""
     if not _is_removable(state, session_id):
         return float("inf")
+    lease_s = state.record.config.lease_s
     # A restart of the coordinator is no silence of the session, and the wall clock may be wrong.
-    heard_again_by = heard_at + RETENTION_LEASES * lease_s
-    return max(heard_again_by, now.mono + kept_s - silence_s(state, session_id, now))
+    heard_again_by = state.live.contacts[session_id].heard_at + RETENTION_LEASES * lease_s
+    rest_s = retention_s(lease_s, policy) - silence_s(state, session_id, now)
+    return max(heard_again_by, now.mono + rest_s)
+
+
+def next_due_at(state: GroupState, now: Instant, policy: Policy) -> float:
+    """When the next silence is to be recorded or the next session to be removed, or infinity."""
+    contacts, at = state.live.contacts, float("inf")
+    recorded_s = recorded_after_s(state.record.config.lease_s, policy)
+    for session_id, session in state.record.sessions.items():
+        if session.silent_since is None:
+            at = min(at, contacts[session_id].heard_at + recorded_s)
+        else:
+            at = min(at, removal_at(state, session_id, now, policy))
+    return at
 
 
 def longest_dead(state: GroupState, now: Instant) -> str | None:

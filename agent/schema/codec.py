@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -123,17 +124,15 @@ def _reader(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind, dec_hook=decode_value)
 
 
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
-_STEPS = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STEPS = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+_OTHERS = bytes(set(range(256)) - _STEPS.keys())
 
 
 def _levels(body: bytes) -> int:
     """How deep lists and objects nest, also in what is no JSON."""
-    level = deepest = 0
-    for token in _STRING_OR_BRACKET.finditer(body):
-        level += _STEPS.get(token[0], 0)
-        deepest = max(deepest, level)
-    return deepest
+    brackets = _STRING.sub(b"", body).translate(None, delete=_OTHERS)
+    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
 
 # --- what is wrong ------------------------------------------------------------------------------

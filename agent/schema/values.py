@@ -213,8 +213,8 @@ class GivenAdditional(Additional):
 
     @classmethod
     def read(cls, given: object) -> Self:
-        kept = super().read(given)
-        if len(kept.text.encode()) > MAX_BYTES or _is_larger(given):
+        kept = None if _is_larger(given) else super().read(given)
+        if kept is None or len(kept.text.encode()) > MAX_BYTES:
             raise ValueError(f"it is too large: it must be an object {cls.limits}")
         return kept
 

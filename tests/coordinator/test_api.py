@@ -196,6 +196,15 @@ async def test_a_wrong_page_is_400(http: httpx2.AsyncClient, query: str) -> None
     is_error(await http.get(f"groups?{query}"), 400)
 
 
+async def test_a_timeout_with_one_digit_of_hours_is_read_and_written_with_two(
+    http: httpx2.AsyncClient,
+) -> None:
+    body = {"Id": "g", "FailoverTimeout": "0:01:00"}
+    assert (await http.post("groups", json=body)).json()["FailoverTimeout"] == "00:01:00"
+    assert (await http.post("groups", json=body)).status_code == 200
+    assert (await http.get("groups/g/status?after=9&wait=0:00:00.01")).status_code == 200
+
+
 async def test_a_group_that_exists_is_200_or_409(http: httpx2.AsyncClient) -> None:
     """Equality of configurations ignores what is absent (docs/api.md, "Groups")."""
     body = {"Id": "g", "Name": "G", "FailoverTimeout": "00:00:02", "AdditionalData": {"a": 1}}

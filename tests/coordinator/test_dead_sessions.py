@@ -1,7 +1,10 @@
 """R20 in the running coordinator: dead sessions are removed durably, logged and counted."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -10,10 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.coordinator.api import Api
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.service import Coordinator
+from agent.coordinator.store.sqlite import SqliteStore
 from agent.core.group_state import Policy, ReceiveHeartbeat
 from agent.model import GroupConfig, GroupKey, SessionConfig
 
-from .conftest import Stage
+from .conftest import Process, Stage
 
 KEY = GroupKey("default", "default", "g")
 LEASE_S = 2.0
@@ -141,3 +145,29 @@ async def test_the_api_has_the_silence_of_a_session_and_deletes_inactive_ones_on
         assert (await http.delete("/b", params={"inactive": "true"})).status_code == 204
         assert (await http.delete("/b", params={"inactive": "true"})).status_code == 404
         assert (await http.delete("/a", params={"inactive": "false"})).status_code == 204
+
+
+def test_a_served_coordinator_removes_the_dead_by_its_settings(
+    serve: Callable[..., Process], tmp_path: Path
+) -> None:
+    """Also after a restart; and it is durable."""
+    served = serve("--dead-session-retention", "00:00:01")
+    body = {"Id": "g", "FailoverTimeout": "00:00:00.2"}
+    with httpx2.Client(base_url=f"{served.url}/api/v1/clientfailover/") as http:
+        assert http.post("groups", json=body).status_code == 201
+        assert http.post("groups/g/clientsessions", json={"Id": "a"}).status_code == 201
+    served.process.terminate()
+    assert served.end()[0] == 0
+    served = serve("--dead-session-retention", "00:00:01")
+    until = time.monotonic() + 30
+    with httpx2.Client(base_url=f"{served.url}/api/v1/clientfailover/") as http:
+        while http.get("groups/g/clientsessions").json():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    served.process.kill()
+    log = served.end()[1]
+    assert "dead session removed group=g session=a silent_s=2 cause=retention" in log
+    store = SqliteStore.open(tmp_path / "data")
+    (stored,) = asyncio.run(store.load()).values()
+    asyncio.run(store.close())
+    assert stored.record.sessions == {}

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from agent.coordinator import service
+from agent.coordinator import engine, service
 from agent.coordinator.store import Stored
 from agent.core.group_state import ReceiveHeartbeat, ReleaseRole, RemoveSession, SetOverride
 from agent.errors import Conflict, NotFound, TooSoon, Unavailable
@@ -296,6 +296,25 @@ async def test_the_progress_of_many_groups_is_saved_in_one_write(stage: Stage) -
             Progress(1, moment)
         }
         assert stage.store.writes == writes + second
+
+
+async def test_more_progress_than_one_write_may_have_follows_in_the_next(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PROGRESS_BATCH", 2)
+    keys = [KEY._replace(group=str(number)) for number in range(5)]
+    for key in keys:
+        await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
+        await stage.coordinator.add_session(key, SessionConfig("a"))
+        for _ in range(2):
+            await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0))
+    await stage.run_for(0.2)
+    for key in keys:
+        await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0, last_data=EPOCH))
+    writes = stage.store.writes
+    await stage.run_for(1)
+    assert {one.progress for one in (await stage.store.load()).values()} == {Progress(1, EPOCH)}
+    assert stage.store.writes == writes + 3
 
 
 async def test_progress_that_could_not_be_saved_is_saved_later(stage: Stage) -> None:

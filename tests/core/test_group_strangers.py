@@ -41,7 +41,11 @@ from agent.model import (
 
 LEASE_S = 10.0
 CONFIG = GroupConfig("g", int(LEASE_S * 10_000_000))
-POLICY = Policy(score_hysteresis=10.0, minimum_hold_s=0.0)
+POLICY = Policy(
+    score_hysteresis=10.0, minimum_hold_s=0.0, max_sessions=5, dead_session_retention_s=0.0
+)
+"""Strangers can fill the group, and dead sessions are kept for ten leases only (R20)."""
+
 WALL = datetime(2026, 1, 1, tzinfo=UTC)
 SESSIONS = "abc"
 
@@ -95,6 +99,8 @@ class World:
         except RequestRefused:
             return None
         self.state = decision.state
+        if decision.removals:
+            event("a dead session was removed")
         if isinstance(what, RemoveSession):
             stopped: Process = (what.session_id, None)  # v1
             self.leases.pop(stopped, None)
@@ -176,6 +182,8 @@ def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
     calls: list[Input] = [
         RemoveSession(session_id),
         AddSession(SessionConfig(session_id)),
+        AddSession(SessionConfig(f"stranger {draw}")),
+        RemoveSession(session_id, only_inactive=True),
         ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch),
         ReceiveHeartbeat(session_id, 0.0, None, "stranger", 0),
         ReceiveHeartbeat(session_id, 100.0, None, "stranger", epoch + 1),
@@ -205,7 +213,7 @@ STEPS = st.one_of(
     st.builds(Own, st.sampled_from(SESSIONS), st.sampled_from(["beat", "release", "start", "cut"])),
     st.builds(Happens, st.sampled_from(["restart", "stall"])),
 )
-PAUSES = st.sampled_from([0.0, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 11.0])
+PAUSES = st.sampled_from([0.0, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 11.0, 40.0])
 
 
 @pytest.mark.parametrize("v1", [frozenset[str](), frozenset("a"), frozenset(SESSIONS)])

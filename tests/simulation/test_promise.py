@@ -42,6 +42,13 @@ def test_the_promise_holds_with_two_coordinators_that_do_not_know_each_other(pla
     live_through(plan)
 
 
+@settings(LONG, max_examples=max(1, EXAMPLES // 5))
+@given(plans(focus=["crowd", "kill", "cut"]))
+def test_the_promise_holds_while_dead_sessions_give_way_to_new_ones(plan: Plan) -> None:
+    """In a full group; every host is a member again when the strangers' sessions are dead, too (R20)."""
+    live_on(live_through(plan), plan)
+
+
 @settings(LONG, max_examples=max(1, EXAMPLES // 4))
 @given(plans())
 def test_a_primary_exists_within_l_and_two_beats_after_the_faults(plan: Plan) -> None:
