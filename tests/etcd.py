@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -32,14 +33,23 @@ def _free_port() -> int:
 class EtcdServer:
     """One etcd cluster. ``urls`` are the clients' URLs of its members."""
 
-    def __init__(self, directory: Path, members: int = 1) -> None:
+    def __init__(
+        self, directory: Path, members: int = 1, tls: tuple[Path, Path, Path] | None = None
+    ) -> None:
         found = shutil.which("etcd")
         if found is None:
             pytest.skip(HINT)
         self._program = found
         self._directory = directory
         ports = [(_free_port(), _free_port()) for _ in range(members)]
-        self.urls = [f"http://127.0.0.1:{client}" for client, _ in ports]
+        scheme = "http" if tls is None else "https"
+        self.urls = [f"{scheme}://127.0.0.1:{client}" for client, _ in ports]
+        self._tls: tuple[str, ...] = ()
+        self._context: ssl.SSLContext | None = None
+        if tls is not None:
+            certificate, key, authority = map(str, tls)
+            self._tls = ("--cert-file", certificate, "--key-file", key)
+            self._context = ssl.create_default_context(cafile=authority)
         self._peers = [f"http://127.0.0.1:{peer}" for _, peer in ports]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * members
 
@@ -57,6 +67,7 @@ class EtcdServer:
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                     *("--initial-cluster", everybody),
                     *("--heartbeat-interval", "50", "--election-timeout", "250"),
+                    *self._tls,
                 ],
                 stdout=log,
                 stderr=log,
@@ -74,7 +85,11 @@ class EtcdServer:
         """Wait until a member serves, and the cluster has a leader."""
         until = time.monotonic() + PATIENCE_S
         while True:
-            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            health = urllib.request.Request(f"{url}/health")
+            with (
+                suppress(OSError),
+                urllib.request.urlopen(health, timeout=2, context=self._context) as answer,
+            ):
                 if b'"true"' in answer.read():
                     return
             assert time.monotonic() < until, f"etcd at {url} is not healthy"
@@ -106,9 +121,17 @@ class EtcdServer:
 
 
 @contextmanager
-def an_etcd(directory: Path, members: int = 1) -> Iterator[EtcdServer]:
-    """A running cluster; skips the test where there is no etcd."""
-    server = EtcdServer(directory, members)
+def an_etcd(
+    directory: Path, members: int = 1, tls: tuple[Path, Path, Path] | None = None
+) -> Iterator[EtcdServer]:
+    """A running cluster; skips the test where there is no etcd.
+
+    Args:
+        directory: for its data and logs.
+        members: how many.
+        tls: certificate, key and CA in PEM, to serve https with.
+    """
+    server = EtcdServer(directory, members, tls)
     try:
         server.start_all()
         yield server

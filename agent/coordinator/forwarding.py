@@ -19,7 +19,7 @@ from agent import __version__
 from agent.coordinator.api import FORWARDED, Request
 from agent.coordinator.calls import Answer
 from agent.coordinator.leadership import Leadership
-from agent.errors import NotLeading, Unavailable
+from agent.errors import NOT_LEADING_RETRY_S, NotLeading, Unavailable
 from agent.model import GroupKey
 
 REQUEST_S = 10.0
@@ -31,6 +31,8 @@ KEEPALIVE_S = 45.0
 
 CONNECTIONS = 128
 """For all requests but blocking reads, to all leaders together."""
+
+_NOT_LEADING = f'"Error":"{NotLeading.__name__}"'.encode()
 
 _ASKED = (b"authorization", b"content-type", b"accept")
 _ANSWERED = ("retry-after", "retry-after-ms", "total-count", "www-authenticate")
@@ -113,8 +115,14 @@ class Forwarder:
             raise Unavailable(
                 f"The leader of the group at {url} cannot be reached: {error!r}.",
                 "Try again after Retry-After: another one leads when its time is over.",
-                retry_after_s=NotLeading().retry_after_s,
+                retry_after_s=NOT_LEADING_RETRY_S,
             ) from None
+        if (
+            answer.status_code == httpx2.codes.SERVICE_UNAVAILABLE
+            and _NOT_LEADING in answer.content
+        ):
+            await self._leadership.wait_for_change(NOT_LEADING_RETRY_S)
+            raise NotLeading
         kept = tuple(
             (name.encode(), answer.headers[name].encode("latin-1"))
             for name in _ANSWERED

@@ -159,7 +159,7 @@ class Leadership:
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise NotLeading
-            await self._change(left_s)
+            await self.wait_for_change(left_s)
 
     async def wait_until_moved(self, key: GroupKey, url: str) -> None:
         """Wait until another coordinator than that at ``url`` is known to lead a group."""
@@ -168,9 +168,10 @@ class Leadership:
             leader = self.view.leaders.get(number)
             if leader is not None and leader.url != url:
                 return
-            await self._change(None)
+            await self.wait_for_change(None)
 
-    async def _change(self, timeout_s: float | None) -> None:
+    async def wait_for_change(self, timeout_s: float | None) -> None:
+        """Wait until what is known of members and leaders changes, for ``timeout_s`` at most."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:

@@ -90,6 +90,7 @@ class Coordinator:
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
         self._access: dict[tuple[str, str], AccessList | None] = {}
+        self._access_generation = 0
         self._waiting = 0
 
     # -- life ---------------------------------------------------------------------------------
@@ -315,7 +316,10 @@ class Coordinator:
         """The list of a namespace's groups, or None if none was ever set."""
         tenant_namespace = (tenant, namespace)
         if tenant_namespace not in self._access:
+            generation = self._access_generation
             acl = await self._engine.read(self._store.access(tenant, namespace))
+            if generation != self._access_generation:
+                return acl  # it may have been changed while it was read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
             self._access.setdefault(tenant_namespace, acl)
@@ -324,6 +328,7 @@ class Coordinator:
     def forget_access(self) -> None:
         """Read the lists of namespaces anew: another coordinator may have changed one."""
         self._access.clear()
+        self._access_generation += 1
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
         """Replace that list."""

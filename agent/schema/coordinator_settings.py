@@ -176,10 +176,9 @@ class CoordinatorSettings(Settings):
                 yield "store", "etcd needs advertise too, the URL of this coordinator"
         elif self.etcd_endpoint:
             yield "etcd_endpoint", f'needs store = "etcd", and store is "{self.store}"'
-        for url in self.etcd_endpoint:
+        given = [("etcd_endpoint", url) for url in self.etcd_endpoint]
+        for key, url in (*given, ("advertise", self.advertise or "")):
             host = urlsplit(url).hostname or ""
             if url.startswith("http:") and not is_loopback(host) and not self.insecure:
-                yield (
-                    "etcd_endpoint",
-                    f"{url} carries roles and passwords unencrypted: use https, or set insecure = true",
-                )
+                right = "use https, or set insecure = true"
+                yield key, f"{url} carries roles and credentials unencrypted: {right}"

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -180,13 +181,21 @@ def test_r19_any_coordinator_serves_any_request(stage: Stage, etcd: EtcdServer) 
 def test_r19_a_blocking_read_is_forwarded_and_follows_the_leader(
     stage: Stage, etcd: EtcdServer
 ) -> None:
-    _, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
     group = {"Id": "g", "FailoverTimeout": "00:00:30"}
     assert standby.ask("POST", "groups", group).status == 201
     began = time.monotonic()
     read = standby.ask("GET", "groups/g/status?after=1&wait=00:00:01")
     assert (read.status, read.body["Revision"]) == (200, 1)
     assert time.monotonic() - began >= 1.0
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(standby.ask, "GET", "groups/g/status?after=1&wait=00:00:25")
+        until(lambda: number(standby, "failover_coordinator_forwarded_requests_total") > 2, "it")
+        assert leader.end() == 0
+        assert not reading.done()
+        standby.ask("POST", "groups/g/clientsessions", {"Id": "s"})
+        standby.ask("POST", "groups/g/clientsessions/s/heartbeat", {"FailoverScore": 1})
+        assert reading.result(10).body["PendingPrimary"] == "s"
 
 
 def test_r19_a_forwarded_request_is_not_forwarded_again(stage: Stage, etcd: EtcdServer) -> None:

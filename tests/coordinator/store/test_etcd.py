@@ -1,9 +1,11 @@
 """The shard in etcd beyond what every store promises: leadership, unknown outcomes, one identity."""
 
 import asyncio
+import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -11,17 +13,20 @@ from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
 from agent.coordinator.store.etcd_client import (
     Etcd,
+    EtcdError,
     EtcdRefused,
     EtcdUnknown,
     EtcdUnreachable,
     Gateway,
     Json,
+    Login,
     put,
 )
 from agent.coordinator.store.etcd_layout import Layout, read_meta
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
-from tests.etcd import EtcdServer
+from tests.etcd import EtcdServer, an_etcd
+from tests.mosquitto import Authority
 
 from .conftest import lead, led_shard
 
@@ -282,3 +287,36 @@ def test_a_group_has_the_same_shard_in_every_version() -> None:
 
 
 SHARDS = [3, 6, 0, 7, 0]
+
+
+async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
+    """Over TLS, with an etcd that lets in nobody without a password."""
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("etcd")
+    with an_etcd(tmp_path, tls=(certificate, key, authority.file)) as server:
+        context = ssl.create_default_context(cafile=authority.file)
+        anonymous = Gateway(server.urls, tls=context)
+        for path, body in (
+            ("user/add", {"name": "root", "password": "secret"}),
+            ("role/add", {"name": "root"}),
+            ("user/grant", {"user": "root", "role": "root"}),
+            ("enable", {}),
+        ):
+            await anonymous.post(f"/v3/auth/{path}", body, 5.0)
+        with pytest.raises(EtcdRefused, match="user name is empty"):
+            await Etcd(anonymous, 5.0).get("/absent")
+        await anonymous.aclose()
+        wrong = Etcd(Gateway(server.urls, tls=context, login=Login("root", "wrong")), 5.0)
+        with pytest.raises(EtcdRefused, match="authentication failed"):
+            await wrong.get("/absent")
+        await wrong.aclose()
+        gateway = Gateway(server.urls, tls=context, login=Login("root", "secret"))
+        cluster = await EtcdCluster.open(Etcd(gateway, 5.0), "/test", 1)
+        gateway._token = "forgotten"
+        store = await lead(cluster)
+        assert await store.load() == {}
+        await cluster.aclose()
+        strangers = Etcd(Gateway(server.urls, tls=ssl.create_default_context()), 5.0)
+        with pytest.raises(EtcdError, match="cannot be connected to"):
+            await strangers.get("/absent")
+        await strangers.aclose()
