@@ -36,11 +36,17 @@ class ExitCode(IntEnum):
     DATA_DIR_LOCKED = 32
     DATA_DIR_NEWER = 33
     DATA_DIR_DAMAGED = 34
+    ETCD = 35
+    STORE_MOVED = 36
     TASK_FAILED = 38
     GUARD = 39
     DEMOTION_FAILED = 40
     DEMO_CHECK_FAILED = 41
     HOOK_FAILED = 42
+
+
+NOT_LEADING_RETRY_S = 0.2
+"""Retry-After where a leader is about to be known: a handover takes less."""
 
 
 class FailoverError(Exception):
@@ -105,6 +111,18 @@ class StoreError(FailoverError):
     """The data directory cannot be used. Its content was not changed."""
 
     exit_code = ExitCode.DATA_DIR_DAMAGED
+
+
+class OutcomeUnknown(StoreError):  # noqa: N818 - an outcome
+    """A change may have happened, or may yet happen: ``Store.settle`` ends that."""
+
+    exit_code = ExitCode.ETCD
+
+
+class LeadershipLost(StoreError):  # noqa: N818 - an outcome
+    """Another coordinator leads the group by now (R19). Nothing was changed."""
+
+    exit_code = ExitCode.ETCD
 
 
 class RequestRefused(FailoverError):  # noqa: N818 - a refusal is an answer, not a fault of ours
@@ -173,6 +191,17 @@ class Unavailable(RequestRefused):
     def __init__(self, reason: str, resolution: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(reason, resolution)
         self.retry_after_s = retry_after_s
+
+
+class NotLeading(Unavailable):
+    """This coordinator does not lead the group, or not any more (R19); nothing was changed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This coordinator does not lead the group.",
+            "Try again after Retry-After, or ask another endpoint.",
+            retry_after_s=NOT_LEADING_RETRY_S,
+        )
 
 
 class CasMismatch(FailoverError):  # noqa: N818 - an outcome, answered by trying again

@@ -257,6 +257,7 @@ class GroupStatus:
     primary_since: datetime | None = None
     previous: str | None = None
     store_id: str | None = None
+    leader: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,24 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
+from agent.coordinator.cluster_metrics import ClusterMetrics
+from agent.coordinator.leadership import Leadership
 from agent.coordinator.metrics import Metrics, SessionLines
 from agent.coordinator.route_table import ROUTES
 from agent.coordinator.server import MOST_CONNECTIONS, SPARE_FILES
 from agent.coordinator.service import MAX_READERS, Coordinator
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import Etcd
+from agent.coordinator.store.etcd_layout import Layout, Meta
 from agent.coordinator.store.memory import MemoryStore
 from agent.daemon import metrics
 from agent.ops.clock import Clock
@@ -65,12 +73,20 @@ def of_an_agent() -> CollectorRegistry:
     return registry
 
 
+def of_a_cluster() -> ClusterMetrics:
+    """The part of one of several coordinators, which has no session yet."""
+    cluster = EtcdCluster(Etcd(cast("Any", None), 1.0), Layout("/f", 8), Meta("id", 8, None, 0))
+    leadership = Leadership(cluster, cast("Any", None), time.monotonic, ttl_s=3.0, url="http://a")
+    return ClusterMetrics(leadership, cast("Any", SimpleNamespace(forwarded=0, failed=0)))
+
+
 def of_a_coordinator() -> CollectorRegistry:
     """One that has answered a request and was scraped: then every label has a value."""
 
     async def scraped() -> CollectorRegistry:
         its, now = Metrics(), Clock().now
         its.answered("post_heartbeat", 200, 0.001)
+        its.registry.register(of_a_cluster())
         await its.page(Coordinator(MemoryStore(), now), now(), "")
         return its.registry
 

@@ -55,6 +55,7 @@ def command(*, group_id: str, as_json: bool, **given: Any) -> int:
 
 def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
     """The status of a group, one fact a row. What a plain v1 server does not report is a dash."""
+    leader = [] if status.leader is None else [("coordinator", status.leader)]
     return [
         ("primary", status.primary),
         ("primary since", status.primary_since),
@@ -62,6 +63,7 @@ def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
         ("data processed", status.last_data),
         ("epoch", status.epoch),
         ("revision", status.revision),
+        *leader,
     ]
 
 

@@ -13,12 +13,13 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import formatdate
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from agent.coordinator.auth import Authenticator, Rights
-from agent.coordinator.calls import Answer, Call, get_status
+from agent.coordinator.calls import Answer, Call, create_group, get_status
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
 from agent.coordinator.route_table import ROUTES
@@ -29,13 +30,14 @@ from agent.errors import (
     Forbidden,
     Invalid,
     NotFound,
+    NotLeading,
     RequestRefused,
     TooManyAttempts,
     TooSoon,
     Unauthenticated,
     Unavailable,
 )
-from agent.model import GroupKey, Instant, Right
+from agent.model import GroupKey, Instant
 from agent.ops.browsers import RESOLUTION, BrowserCheck, is_json
 from agent.ops.logs import Log
 from agent.schema.api import ErrorResponse
@@ -49,6 +51,12 @@ OPERATION_ID = b"operation-id"
 
 CERTIFICATE_STATE = "failover.certificate"
 """Where the scope's state has the ClientCertificate of the connection."""
+
+LEADERS_TRIED = 3
+"""Leaders that one request is given to while leadership moves."""
+
+FORWARDED = b"failover-forwarded"
+"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
 
 PART_BYTES = 65_536
 """Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
@@ -87,6 +95,29 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
 )
 
 
+class Forwarder(Protocol):
+    """Sends requests to the coordinator that leads a group: forwarding.py."""
+
+    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
+    async def forward(
+        self, key: GroupKey, url: str, request: "Request", *, wait_s: float
+    ) -> Answer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it came.
+
+    Attributes:
+        target: path and query.
+    """
+
+    method: str
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class Api:
     """The ASGI application.
 
@@ -98,6 +129,7 @@ class Api:
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
         browsers: refuses requests of pages of other sites; by default without a look at Host.
+        forwarder: with several coordinators: sends requests to the one that leads the group.
     """
 
     def __init__(
@@ -110,8 +142,10 @@ class Api:
         role_names: bool = False,
         metrics: Metrics | None = None,
         browsers: BrowserCheck | None = None,
+        forwarder: Forwarder | None = None,
     ) -> None:
         self._browsers = browsers or BrowserCheck()
+        self._forwarder = forwarder
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
         self._clock = clock
@@ -139,6 +173,7 @@ class Api:
         except Exception:  # a request's edge: the caller gets an ErrorResponse
             log.exception("request failed", operation_id=operation_id, path=scope["path"])
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
+        operation_id = answer.operation_id or operation_id
         await self._send(scope["method"], answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
@@ -159,19 +194,29 @@ class Api:
         rights = self._rights_of_everybody
         if not self._open and route.right is not None:
             rights = await self._authenticate(scope, found)
-            await self._authorise(route, route.right, found.values, rights)
-        body = None
-        if route.body is not None:
-            text = await self._read_body(headers, receive)
-            try:
-                body = decode(route.body, text)
-            except BodyError as error:
-                raise Invalid(
-                    f"{error}.",
-                    f"{route.body.__name__} is in /openapi.json.",
-                ) from None
-            if route.for_administrators:  # the list may have changed while the body came in
-                await self._authorise(route, Right.MANAGE, found.values, rights)
+            rights.check_tenant()
+        if self._forwarder is not None and (
+            "groupId" in found.values or route.handler is create_group
+        ):
+            return await self._answer_by_leader(
+                self._forwarder, scope, receive, route, found, rights
+            )
+        await self._authorise(route, found.values, rights)
+        text = b"" if route.body is None else await self._read_body(headers, receive)
+        return await self._answer_here(scope, receive, route, found, rights, text)
+
+    async def _answer_here(  # noqa: PLR0917 - the parts of one request
+        self,
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        found: PathMatch,
+        rights: Rights,
+        text: bytes,
+    ) -> Answer:
+        body = None if route.body is None else _decode_body(route, text)
+        if route.for_administrators:  # the list may have changed while the body came in
+            await self._authorise(route, found.values, rights)
         call = Call(
             self._coordinator,
             self._clock,
@@ -181,12 +226,48 @@ class Api:
             rights,
             self._document,
             self._metrics,
-            (_header(headers, b"accept") or b"").decode("latin-1"),
+            (_header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
         if route.handler is get_status and call.query["after"] is not None:
             return await _while_connected(route.handler(call), receive)
         answer: Answer = await route.handler(call)
         return answer
+
+    async def _answer_by_leader(  # noqa: PLR0917 - the parts of one request
+        self,
+        forwarder: Forwarder,
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        found: PathMatch,
+        rights: Rights,
+    ) -> Answer:
+        """Answer a request about a group here if its shard is led here, else by its leader (R19).
+
+        If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
+        """
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        text = b"" if route.body is None else await self._read_body(headers, receive)
+        group = found.values.get("groupId") or _decode_body(route, text).to_model().id
+        key = GroupKey(*_tenant_namespace(found.values), group)
+        query: bytes = scope["query_string"]
+        raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+        target = raw_path + (b"?" + query if query else b"")
+        request = Request(scope["method"], target, headers, text)
+        forwarded = _header(headers, FORWARDED) is not None
+        for _ in range(LEADERS_TRIED):
+            url = await forwarder.leader_url(key, forwarded=forwarded)
+            with suppress(NotLeading):
+                if url is None:
+                    await self._authorise(route, found.values, rights)
+                    return await self._answer_here(scope, receive, route, found, rights, text)
+                wait_s = 0.0
+                if route.handler is get_status:
+                    wanted = read_query(route.query, query)
+                    wait_s = wanted["wait"] if wanted["after"] is not None else 0.0
+                forwarding = forwarder.forward(key, url, request, wait_s=wait_s)
+                return await (_while_connected(forwarding, receive) if wait_s else forwarding)
+        raise NotLeading
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -208,12 +289,14 @@ class Api:
         )
         return self._auth.rights(caller, found.values.get("tenantId", DEFAULT_NAME))
 
-    async def _authorise(self, route: Route, right: Right, values: Any, rights: Rights) -> None:
+    async def _authorise(self, route: Route, values: Any, rights: Rights) -> None:
         """Raise Forbidden unless the access-control list in force grants the right."""
-        rights.check_tenant()
-        if rights.caller is None or (route.for_administrators and rights.administers):
+        right = route.right
+        if rights.caller is None or right is None:
             return
-        tenant_namespace = rights.tenant, values.get("namespaceId", DEFAULT_NAME)
+        if route.for_administrators and rights.administers:
+            return
+        tenant_namespace = _tenant_namespace(values)
         acl = None
         if "groupId" in values:
             with suppress(NotFound):  # 404 is only for callers with the right
@@ -317,6 +400,19 @@ _STOPPING_REFUSAL = Unavailable(
 _INTERNAL_REFUSAL = RequestRefused(
     "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
 )
+
+
+def _tenant_namespace(values: Any) -> tuple[str, str]:
+    return values.get("tenantId", DEFAULT_NAME), values.get("namespaceId", DEFAULT_NAME)
+
+
+def _decode_body(route: Route, text: bytes) -> Any:
+    """The body of a request in the route's shape. Raises Invalid."""
+    assert route.body is not None  # noqa: S101 - the callers have checked it
+    try:
+        return decode(route.body, text)
+    except BodyError as error:
+        raise Invalid(f"{error}.", f"{route.body.__name__} is in /openapi.json.") from None
 
 
 def _error(

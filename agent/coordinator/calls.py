@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from msgspec import Struct
+from msgspec.json import encode as encode_json
 
 from agent import __version__
 from agent.coordinator.auth import Rights
@@ -84,12 +85,17 @@ class Call:
 
 @dataclass(slots=True)  # as above
 class Answer:
-    """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None."""
+    """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None.
+
+    Attributes:
+        operation_id: of another coordinator that has answered.
+    """
 
     status: int = 200
     body: Struct | Sequence[Struct] | bytes | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
     media: str = "application/json"
+    operation_id: str | None = None
 
 
 def _total_count(number: int) -> tuple[tuple[bytes, bytes], ...]:
@@ -118,7 +124,7 @@ async def readyz(call: Call) -> Answer:
     readiness_problem = await call.coordinator.readiness_problem()
     if readiness_problem is not None:
         raise Unavailable(f"Not ready: {readiness_problem}.", "Wait.", retry_after_s=READY_RETRY_S)
-    return Answer(body=b'{"Status":"ok"}')
+    return Answer(body=encode_json({"Status": "ok", **call.coordinator.report()}))
 
 
 async def metrics(call: Call) -> Answer:
@@ -142,7 +148,7 @@ async def get_version(_call: Call) -> Answer:
 
 async def list_groups(call: Call) -> Answer:
     """The groups that the caller may read, sorted by id."""
-    total, groups = call.coordinator.groups(
+    total, groups = await call.coordinator.list_groups(
         *call.tenant_namespace, call.query["skip"], call.query["count"], call.rights.may_read
     )
     return Answer(

@@ -9,6 +9,8 @@ Rules of this file:
   in one write, and no input waits for it.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
+- Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
+  gate of all of them. A shard that is led anew is loaded anew, as after a restart.
 - After a stall of this process or of the store, every session that was alive before it gets one full L
   (R14): its heartbeats may still be unread.
 
@@ -17,12 +19,13 @@ Knows nothing of the operations (service.py), of HTTP, and of what a decision me
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 from agent.coordinator.journal import log_names, log_removals, log_role_changes
+from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, wake_blocked_reads
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
 from agent.core.group import decide, epoch_after_deletion
@@ -33,11 +36,19 @@ from agent.core.group_state import (
     Removal,
     RemoveGroup,
     Tick,
-    progress_of,
     state_after_restart,
     state_after_stall,
 )
-from agent.errors import CasMismatch, ExitCode, NotFound, StoreError, Unavailable
+from agent.errors import (
+    CasMismatch,
+    ExitCode,
+    LeadershipLost,
+    NotFound,
+    NotLeading,
+    OutcomeUnknown,
+    StoreError,
+    Unavailable,
+)
 from agent.model import (
     GroupConfig,
     GroupKey,
@@ -52,18 +63,15 @@ from agent.ops.logs import Log
 TURN_S = 0.05
 """Longest time between two runs of the timer; a longer gap is a stall."""
 
-STALL_FLOOR_S = 0.1
-STALL_SHARE = 0.25
-"""A stall of L/4 cannot expire a lease that is renewed as R1 demands, nor that of a v1 client, which sends a
-heartbeat every L/2. Excusing shorter stalls would keep a dead primary for ever on a busy host; under 0.1 s
-they are scheduling."""
-
 BATCH = 50
 """Groups checked in one run (some ms): requests are served in between when many leases expire at once."""
 
 PROGRESS_DELAY_S = 0.5
 PROGRESS_BATCH_S = 0.03
 """Delay of saving new progress (R13: within a second, commit included), and the time between two such writes."""
+
+SHARD_PROGRESS_BATCH_S = 0.8
+"""The same for each shard of several coordinators, with no other delay."""
 
 PROGRESS_BATCH = 1_000
 """Groups whose progress is saved in one write: some ms of this process."""
@@ -77,41 +85,6 @@ FAILURE_MEMORY_S = 10.0
 
 T = TypeVar("T")
 log = Log(__name__)
-
-
-class Group:
-    """One group in memory.
-
-    Attributes:
-        lock: held during a durable change.
-        saved: the progress that is durable.
-        doubtful: the outcome of a change is unknown; the record has to be read before the next decision.
-        gone: deleted; inputs that wait for the lock fail with NotFound.
-        progress_queued: it is in the queue of groups with unwritten progress.
-    """
-
-    __slots__ = (
-        "doubtful",
-        "gone",
-        "key",
-        "lock",
-        "progress_queued",
-        "readers",
-        "saved",
-        "stall_s",
-        "state",
-        "version",
-    )
-
-    def __init__(self, key: GroupKey, stored: Stored, now: Instant) -> None:
-        self.key = key
-        self.state = state = state_after_restart(stored.record, now, stored.progress)
-        self.version = stored.version
-        self.saved = stored.progress
-        self.stall_s = max(STALL_FLOOR_S, STALL_SHARE * state.record.config.lease_s)
-        self.lock = asyncio.Lock()
-        self.doubtful = self.gone = self.progress_queued = False
-        self.readers: dict[asyncio.Future[None], int] = {}
 
 
 class Meter(Protocol):
@@ -130,23 +103,33 @@ class Engine:
     """All groups, each with its state, its durable record and its next wakeup.
 
     Call ``start`` first and ``stop`` last. ``groups`` is for reading.
+
+    Args:
+        store: with all groups, which are led from ``start`` on; None: ``lead`` and ``drop`` are called.
+        shard_of: the number of a group's shard.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Store | None,
         clock: Callable[[], Instant],
         policy: Policy,
         meter: Meter | None = None,
+        shard_of: Callable[[GroupKey], int] = lambda _: 0,
     ) -> None:
         self._meter = meter
         self.groups: dict[GroupKey, Group] = {}
         self.stopping = False
         self._store = store
+        self._shards: dict[int, Shard] = {}
+        self._shard_of = shard_of
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
         self._progress_queue: deque[tuple[float, Group]] = deque()
+        # etcd is to see writes by shard, at most one a second, and not by heartbeat
+        self._progress_delay_s = PROGRESS_DELAY_S if store is not None else 0.0
+        self._progress_batch_s = PROGRESS_BATCH_S if store is not None else SHARD_PROGRESS_BATCH_S
         self._next_progress_write = -inf
         self._saving_progress = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -161,12 +144,26 @@ class Engine:
         Raises:
             StoreError: the store cannot be read.
         """
-        stored = await self._store.load()
-        now = self._clock()
-        self._ran_at = now.mono
-        for key, one in stored.items():
-            self._add_group(key, one, now)
+        stored = {} if self._store is None else await self._store.load()
+        self._ran_at = self._clock().mono
+        if self._store is not None:
+            self.lead(Shard(0, self._store), stored)
         self._on_timer()
+
+    def lead(self, shard: Shard, stored: Mapping[GroupKey, Stored]) -> None:
+        """Begin to decide about the groups of a shard, and give every session one full L (R14)."""
+        self._shards[shard.number] = shard
+        now = self._now()
+        for key, one in stored.items():
+            self._add_group(key, shard, one, now)
+
+    def drop(self, shard: Shard) -> None:
+        """Forget the groups of a shard that is not led any more, and answer their blocked reads."""
+        shard.ended = True
+        if self._shards.get(shard.number) is shard:
+            del self._shards[shard.number]
+        for group in [one for one in self.groups.values() if one.shard is shard]:
+            self._forget(group)
 
     def refuse_requests(self) -> None:
         """Refuse new requests, expire no lease any more, and answer all blocked reads."""
@@ -183,11 +180,22 @@ class Engine:
             await asyncio.wait(self._tasks)
 
     def find(self, key: GroupKey) -> Group:
-        """A group. Raises NotFound."""
+        """A group. Raises NotFound, or NotLeading."""
         try:
-            return self.groups[key]
+            group = self.groups[key]
         except KeyError:
+            self._shard(key)
             raise group_not_found(key) from None
+        if group.shard.lease.until < inf and not group.shard.is_led_at(self._clock().mono):
+            raise NotLeading
+        return group
+
+    def _shard(self, key: GroupKey) -> Shard:
+        """The shard of a group. Raises NotLeading if it is not led."""
+        shard = self._shards.get(self._shard_of(key))
+        if shard is None or not shard.is_led_at(self._clock().mono):
+            raise NotLeading
+        return shard
 
     def recent_store_failure(self) -> str | None:
         """The store's failure within the last FAILURE_MEMORY_S, or None."""
@@ -202,7 +210,7 @@ class Engine:
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         if not group.lock.locked() and not group.doubtful:
-            now = self._now()
+            now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
             if decision.state.record is before.record and not decision.history:
@@ -213,16 +221,15 @@ class Engine:
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         async with group.lock:
             await self._resolve_doubt(group)
-            now = self._now()
+            now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
             after = decision.state
             if after.record is before.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
-            group.version = await self._write_change(
-                group, self._store.swap(group.key, group.version, after.record, decision.history)
-            )
+            swap = group.shard.store.swap(group.key, group.version, after.record, decision.history)
+            group.version = await self._write_change(group, swap)
             log_role_changes(group.key, before.record, after.record, decision.history)
             log_removals(group.key, decision.removals)
             if self._meter is not None:
@@ -235,10 +242,12 @@ class Engine:
     def _apply_decision(self, group: Group, decision: Decision, now: Instant) -> None:
         """Put a decision in force, once it is durable or if it changes nothing durable."""
         group.state = state = decision.state
+        if group.shard.ended:
+            return  # the key may have another Group by now, with other wakeups
         if self._wakeups.set(group.key, decision.wake_at):
             self._set_timer(now)
-        if not group.progress_queued and _unsaved_progress(group) is not None:
-            self._queue_progress(group, now.mono + PROGRESS_DELAY_S)
+        if not group.progress_queued and group.unsaved_progress() is not None:
+            self._queue_progress(group, now.mono + self._progress_delay_s)
             if len(self._progress_queue) == 1:
                 self._set_timer(now)
         if group.readers:
@@ -247,36 +256,41 @@ class Engine:
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
         """Create a group; whether it is new. If not, the store's record is loaded."""
         # Epochs go on from a deleted group of this name: its clients must not take new ones for old.
-        retired = await self.read(self._store.retired_epoch(key))
+        shard = self._shard(key)
+        retired = await self.read(shard.store.retired_epoch(key))
         record = GroupRecord(config, epoch=epoch_after_deletion(retired))
         try:
-            version = await self.write(self._store.create(key, record))
+            version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded
-            stored = (await self.read(self._store.load())).get(key)
+            stored = await self.read(shard.store.settle(key, 0))
             if stored is None:
                 raise unavailable("the group is being deleted") from None
-            self._add_group(key, stored, self._clock())
+            self._add_group(key, shard, stored, self._now(shard))
             return False
-        self._add_group(key, Stored(version, record), self._clock())
+        self._add_group(key, shard, Stored(version, record), self._now(shard))
         log.info("group created", **log_names(key), timeout_s=config.lease_s)
         return True
 
-    def _add_group(self, key: GroupKey, stored: Stored, now: Instant) -> None:
-        self.groups[key] = Group(key, stored, now)
+    def _add_group(self, key: GroupKey, shard: Shard, stored: Stored, now: Instant) -> None:
+        self.groups[key] = Group(key, shard, stored, now)
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
         async with group.lock:
             await self._resolve_doubt(group)
-            decide(group.state, RemoveGroup(), self._now(), self._policy)
+            decide(group.state, RemoveGroup(), self._now(group.shard), self._policy)
             await self._write_change(
-                group, self._store.delete(group.key, group.version, group.state.record.epoch)
+                group, group.shard.store.delete(group.key, group.version, group.state.record.epoch)
             )
             self._remove(group)
             log.info("group deleted", **log_names(group.key))
 
     def _remove(self, group: Group) -> None:
         group.gone = True
+        if self.groups.get(group.key) is group:
+            self._forget(group)
+
+    def _forget(self, group: Group) -> None:
         del self.groups[group.key]
         self._wakeups.forget(group.key)
         wake_blocked_reads(group)
@@ -285,8 +299,9 @@ class Engine:
         """Await a change of the record; mark the group as doubtful if its outcome is unknown."""
         try:
             return await self.write(change)
-        except Unavailable:
-            raise  # not written
+        except Unavailable as error:
+            group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
+            raise  # else it was not written
         except CasMismatch as error:
             group.doubtful = True
             log.warning("the store has another version", **log_names(group.key), error=error)
@@ -297,8 +312,9 @@ class Engine:
 
     async def _resolve_doubt(self, group: Group) -> None:
         """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""
+        self._now(group.shard)
         if group.doubtful and not group.gone:
-            stored = (await self.read(self._store.load())).get(group.key)
+            stored = await self.read(group.shard.store.settle(group.key, group.version))
             if stored is None:
                 self._remove(group)
             else:
@@ -316,6 +332,8 @@ class Engine:
         began_at = perf_counter()
         try:
             result = await change
+        except LeadershipLost as error:
+            raise NotLeading from error
         except StoreError as error:
             if self._meter is not None:
                 self._meter.commit_failed()
@@ -334,6 +352,8 @@ class Engine:
     async def read(self, reading: Awaitable[T]) -> T:
         try:
             return await reading
+        except LeadershipLost as error:
+            raise NotLeading from error
         except StoreError as error:
             raise unavailable(str(error)) from error
 
@@ -347,9 +367,15 @@ class Engine:
 
     # -- time ---------------------------------------------------------------------------------
 
-    def _now(self) -> Instant:
-        """The time for a decision, after excusing a stall of this process."""
+    def _now(self, shard: Shard | None = None) -> Instant:
+        """The time for a decision, after excusing a stall of this process.
+
+        Raises:
+            NotLeading: the decision is about a shard that is not led at that time.
+        """
         now = self._clock()
+        if shard is not None and not shard.is_led_at(now.mono):
+            raise NotLeading
         gap_s = now.mono - self._ran_at
         if gap_s > STALL_FLOOR_S:
             judged_at, self._ran_at = self._ran_at, now.mono
@@ -375,7 +401,7 @@ class Engine:
         for key in self._wakeups.due(now.mono, BATCH):
             self.spawn(self._run_tick(self.groups[key]))
         if now.mono >= self._next_progress_write and not self._saving_progress:
-            self._next_progress_write = now.mono + PROGRESS_BATCH_S
+            self._next_progress_write = now.mono + self._progress_batch_s
             if due := self._due_progress(now):
                 self._saving_progress = True
                 self.spawn(self._save_progress(due))
@@ -384,8 +410,8 @@ class Engine:
         """Apply a Tick; retry later if its changes cannot be made durable now."""
         try:
             await self.apply(group, Tick())
-        except NotFound:
-            return  # deleted meanwhile
+        except (NotFound, NotLeading):
+            return  # deleted meanwhile, or led by another coordinator
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("due change of group failed", **log_names(group.key))
@@ -403,16 +429,28 @@ class Engine:
                 break
             _, group = self._progress_queue.popleft()
             group.progress_queued = False
-            if not group.gone and (progress := _unsaved_progress(group)) is not None:
+            if not group.gone and (progress := group.unsaved_progress()) is not None:
                 due[group] = progress
         return due
 
     async def _save_progress(self, due: dict[Group, Progress]) -> None:
-        """Save progress; retry later if that fails."""
+        """Save progress, in one write for each shard."""
         try:
-            await self.write(
-                self._store.save_progress({group.key: saved for group, saved in due.items()})
-            )
+            shards = dict.fromkeys(group.shard for group in due)
+            parts = [{g: p for g, p in due.items() if g.shard is shard} for shard in shards]
+            saves = (self._save_shard(*each) for each in zip(shards, parts, strict=True))
+            await asyncio.gather(*saves)
+        finally:
+            self._saving_progress = False
+
+    async def _save_shard(self, shard: Shard, due: dict[Group, Progress]) -> None:
+        """Save progress of one shard; retry later if that fails."""
+        try:
+            self._now(shard)
+            progress = {group.key: saved for group, saved in due.items()}
+            await self.write(shard.store.save_progress(progress))
+        except NotLeading:
+            return  # the new leader receives it from the holder
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("saving progress failed", groups=len(due))
@@ -421,10 +459,8 @@ class Engine:
                 if not group.progress_queued:
                     self._queue_progress(group, again_at)
         else:
-            for group, progress in due.items():
-                group.saved = progress
-        finally:
-            self._saving_progress = False
+            for group, saved in due.items():
+                group.saved = saved
 
     def _on_timer(self) -> None:
         try:
@@ -446,19 +482,6 @@ class Engine:
         self._timer_at = at
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, at - now.mono), self._on_timer)
-
-
-def wake_blocked_reads(group: Group, revision: float = inf) -> None:
-    """Wake the blocked status reads that wait for ``revision`` or an earlier one."""
-    for changed, after in group.readers.items():
-        if after < revision and not changed.done():
-            changed.set_result(None)
-
-
-def _unsaved_progress(group: Group) -> Progress | None:
-    """The progress of a group that differs from what is durable, or None."""
-    progress = progress_of(group.state)
-    return progress if progress != group.saved else None
 
 
 def group_not_found(key: GroupKey) -> NotFound:

@@ -22,8 +22,8 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from agent import __version__
-from agent.coordinator.engine import Group
 from agent.coordinator.service import Coordinator
+from agent.coordinator.shards import Group
 from agent.core.group_state import Removal, RemovalCause, is_alive, role_of
 from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 

@@ -19,15 +19,14 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
-from agent.coordinator.api import CERTIFICATE_STATE, Api
+from agent.coordinator.api import CERTIFICATE_STATE, Api, Forwarder
 from agent.coordinator.auth.certificates import certificate_of
 from agent.coordinator.file_watch import FileWatch
 from agent.coordinator.metrics import Metrics
-from agent.coordinator.service import Coordinator
+from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store import Store
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
-from agent.core.group_state import Policy
 from agent.errors import ConfigError, ExitCode
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
@@ -177,14 +176,18 @@ async def serving(
     """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
     access = access or Access(settings)
     clock = Clock()
+    metrics = Metrics(sessions=settings.session_metrics)
     with _bound(settings.listen) as listener:
+        if settings.store == "etcd":
+            async with _serving_cluster(settings, access, clock, metrics, listener) as url:
+                yield url
+            return
         store = await _open(settings)
         try:
-            metrics = Metrics(sessions=settings.session_metrics)
             coordinator = Coordinator(
                 store,
                 clock.now,
-                _policy(settings),
+                policy_of(settings),
                 max_groups=settings.max_groups,
                 meter=metrics,
             )
@@ -196,17 +199,7 @@ async def serving(
                 groups=groups,
             )
             try:
-                app = Api(
-                    coordinator,
-                    clock.now,
-                    access.auth,
-                    max_body_bytes=settings.max_body_bytes,
-                    role_names=settings.role_form == "name",
-                    metrics=metrics,
-                    browsers=BrowserCheck(
-                        loopback=settings.listen.loopback, names=settings.host_names
-                    ),
-                )
+                app = _api(settings, access, clock, metrics, coordinator)
                 async with (
                     access.auth.running(),
                     _web_server(app, listener, access.tls, coordinator) as url,
@@ -216,6 +209,65 @@ async def serving(
                 await coordinator.stop()
         finally:
             await store.close()
+
+
+@asynccontextmanager
+async def _serving_cluster(
+    settings: CoordinatorSettings,
+    access: Access,
+    clock: Clock,
+    metrics: Metrics,
+    listener: socket.socket,
+) -> AsyncIterator[str]:
+    """One of several coordinators over etcd (R19)."""
+    from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
+
+    cluster = await Cluster.open(settings, clock, metrics)
+    coordinator = cluster.coordinator
+    try:
+        await cluster.start()
+        log.info(
+            "coordinator started",
+            store=settings.store,
+            store_id=cluster.store_id,
+            prefix=settings.etcd_prefix,
+            shards=settings.shards,
+        )
+        try:
+            app = _api(settings, access, clock, metrics, coordinator, cluster.forwarder)
+            async with (
+                access.auth.running(),
+                _web_server(app, listener, access.tls, coordinator) as url,
+            ):
+                try:
+                    yield url
+                finally:
+                    await cluster.hand_over()
+        finally:
+            await cluster.hand_over()
+            await coordinator.stop()
+    finally:
+        await cluster.aclose()
+
+
+def _api(  # noqa: PLR0917 - the parts of one process
+    settings: CoordinatorSettings,
+    access: Access,
+    clock: Clock,
+    metrics: Metrics,
+    coordinator: Coordinator,
+    forwarder: Forwarder | None = None,
+) -> Api:
+    return Api(
+        coordinator,
+        clock.now,
+        access.auth,
+        max_body_bytes=settings.max_body_bytes,
+        role_names=settings.role_form == "name",
+        metrics=metrics,
+        browsers=BrowserCheck(loopback=settings.listen.loopback, names=settings.host_names),
+        forwarder=forwarder,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -351,12 +403,3 @@ async def _open(settings: CoordinatorSettings) -> Store:
     if settings.store == "memory":
         return MemoryStore()
     return await asyncio.to_thread(SqliteStore.open, settings.data_dir)
-
-
-def _policy(settings: CoordinatorSettings) -> Policy:
-    return Policy(
-        score_hysteresis=settings.score_hysteresis,
-        minimum_hold_s=settings.minimum_hold,
-        max_sessions=settings.max_sessions_per_group,
-        dead_session_retention_s=settings.dead_session_retention,
-    )

@@ -5,11 +5,12 @@ deletion, lists, blocking status reads, access-control lists. Knows nothing of H
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from agent.coordinator.engine import Engine, Group, Meter, group_not_found, unavailable
-from agent.coordinator.store import Store
+from agent.coordinator.engine import Engine, Meter, group_not_found, unavailable
+from agent.coordinator.shards import Group
+from agent.coordinator.store import Directory, Store
 from agent.core.group import is_compatible
 from agent.core.group_state import (
     AddSession,
@@ -21,7 +22,7 @@ from agent.core.group_state import (
     status_of,
     view_of,
 )
-from agent.errors import Conflict, StoreError, Unavailable
+from agent.errors import Conflict, NotLeading, StoreError, Unavailable
 from agent.model import (
     AccessList,
     GroupConfig,
@@ -33,6 +34,7 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
+from agent.schema.coordinator_settings import CoordinatorSettings
 
 MAX_READERS = 10_000
 """Status reads that may wait at the same time, some kilobytes each. Further ones are refused."""
@@ -53,23 +55,43 @@ class Coordinator:
 
     Call ``start`` first and ``stop`` last. All calls raise RequestRefused: NotFound, Conflict and so on
     from core/group.py, and Unavailable while nothing can be made durable or it is stopping.
+
+    Args:
+        store: all groups, or None where shards of them are led (R19).
+        directory: what is not of one shard; needed without a store.
+        shard_of: the number of a group's shard.
+        problem: why a coordinator that leads shards is not ready, or None.
+        report: what a coordinator that leads shards adds to its readiness.
+        url: where the other coordinators reach this one.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Store | None,
         clock: Callable[[], Instant],
         policy: Policy | None = None,
         *,
         max_groups: int = 100_000,
         meter: Meter | None = None,
+        directory: Directory | None = None,
+        shard_of: Callable[[GroupKey], int] = lambda _: 0,
+        problem: Callable[[], str | None] = lambda: None,
+        report: Callable[[], Mapping[str, object]] = dict,
+        url: str | None = None,
     ) -> None:
-        self._store = store
+        common = store or directory
+        assert common is not None  # noqa: S101 - our own mistake
+        self._store = common
+        self._directory = directory
+        self._problem = problem
+        self.report = report
+        self._url = url
         self._clock = clock
-        self._engine = Engine(store, clock, policy or Policy(), meter)
+        self.engine = self._engine = Engine(store, clock, policy or Policy(), meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
         self._access: dict[tuple[str, str], AccessList | None] = {}
+        self._access_generation = 0
         self._waiting = 0
 
     # -- life ---------------------------------------------------------------------------------
@@ -115,6 +137,8 @@ class Coordinator:
             return "the coordinator is stopping"
         if (failure := self._engine.recent_store_failure()) is not None:
             return f"the store failed: {failure}"
+        if (problem := self._problem()) is not None:
+            return problem
         try:
             await self._store.access("default", "default")
         except StoreError as error:
@@ -129,7 +153,9 @@ class Coordinator:
         while (other := self._creating.get(key)) is not None:
             await asyncio.wait([other])
         created = key not in self._engine.groups
-        if created:
+        if not created:
+            self._engine.find(key)  # whether it is led
+        else:
             if len(self._engine.groups) + len(self._creating) >= self._max_groups:
                 raise Conflict(
                     f"There are {len(self._engine.groups)} groups, the most that this coordinator allows.",
@@ -171,6 +197,21 @@ class Coordinator:
         )
         return len(keys), [self.group(key) for key in keys[skip : skip + count]]
 
+    async def list_groups(
+        self,
+        tenant: str,
+        namespace: str,
+        skip: int,
+        count: int,
+        visible: Callable[[AccessList | None], bool],
+    ) -> tuple[int, list[GroupConfig]]:
+        """As ``groups``, whichever coordinators lead them."""
+        if self._directory is None:
+            return self.groups(tenant, namespace, skip, count, visible)
+        self._refuse_if_stopping()
+        listing = self._directory.configs(tenant, namespace, skip, count, visible)
+        return await self._engine.read(listing)
+
     async def delete_group(self, key: GroupKey) -> None:
         """Remove a group without active sessions, with its history."""
         self._refuse_if_stopping()
@@ -181,7 +222,8 @@ class Coordinator:
         return self._status_of(self._engine.find(key))
 
     def _status_of(self, group: Group) -> GroupStatus:
-        return replace(status_of(group.state), store_id=self._store.store_id)
+        status = status_of(group.state)
+        return replace(status, store_id=self._store.store_id, leader=self._url)
 
     async def wait_status(self, key: GroupKey, after: int, wait_s: float) -> GroupStatus:
         """The status as soon as its revision is past ``after``, or after ``wait_s`` seconds.
@@ -216,12 +258,14 @@ class Coordinator:
             group.readers.pop(changed, None)
         if group.gone:
             raise group_not_found(key)
+        if group.shard.ended:
+            raise NotLeading
         return self._status_of(group)
 
     async def history(self, key: GroupKey, skip: int, count: int) -> tuple[int, list[HistoryEntry]]:
         """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
-        self._engine.find(key)
-        return await self._engine.read(self._store.history(key, skip=skip, count=count))
+        store = self._engine.find(key).shard.store
+        return await self._engine.read(store.history(key, skip=skip, count=count))
 
     # -- sessions -----------------------------------------------------------------------------
 
@@ -280,11 +324,19 @@ class Coordinator:
         """The list of a namespace's groups, or None if none was ever set."""
         tenant_namespace = (tenant, namespace)
         if tenant_namespace not in self._access:
+            generation = self._access_generation
             acl = await self._engine.read(self._store.access(tenant, namespace))
+            if generation != self._access_generation:
+                return acl  # it may have been changed while it was read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
             self._access.setdefault(tenant_namespace, acl)
         return self._access[tenant_namespace]
+
+    def forget_access(self) -> None:
+        """Read the lists of namespaces anew: another coordinator may have changed one."""
+        self._access.clear()
+        self._access_generation += 1
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         """Replace that list; None removes it."""
@@ -300,3 +352,13 @@ class Coordinator:
     def _refuse_if_stopping(self) -> None:
         if self._engine.stopping:
             raise unavailable("it is stopping")
+
+
+def policy_of(settings: CoordinatorSettings) -> Policy:
+    """The part of the settings that decisions need."""
+    return Policy(
+        score_hysteresis=settings.score_hysteresis,
+        minimum_hold_s=settings.minimum_hold,
+        max_sessions=settings.max_sessions_per_group,
+        dead_session_retention_s=settings.dead_session_retention,
+    )

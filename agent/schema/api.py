@@ -147,6 +147,9 @@ class GroupStatus(Shape, frozen=True):
     ] = None
     previous_primary: Previous = None
     store_id: StoreId = None
+    leader: Annotated[
+        str | None, Meta(description="A string: the URL of the coordinator that leads the group.")
+    ] = None
 
     @classmethod
     def from_model(cls, status: model.GroupStatus) -> Self:
@@ -159,6 +162,7 @@ class GroupStatus(Shape, frozen=True):
             primary_since=status.primary_since,
             previous_primary=status.previous,
             store_id=status.store_id,
+            leader=status.leader,
         )
 
     def to_model(self) -> model.GroupStatus:
@@ -171,6 +175,7 @@ class GroupStatus(Shape, frozen=True):
             primary_since=self.primary_since,
             previous=self.previous_primary,
             store_id=self.store_id,
+            leader=self.leader,
         )
 
 

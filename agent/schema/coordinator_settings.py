@@ -5,20 +5,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from agent.errors import ConfigError
-from agent.schema.addresses import Address
+from agent.schema.addresses import Address, is_loopback
 from agent.schema.fields import RELOADABLE, Example, Range, Settings
 from agent.schema.formats import (
     ADDRESS,
     DURATION,
     NUMBER,
     AnyPath,
+    BaseUrl,
+    BaseUrls,
     Count,
     DurationOrZero,
     HostNames,
     Identities,
     InputFile,
+    KeyPrefix,
     Number,
     SecretFile,
     SecureUrl,
@@ -75,9 +79,35 @@ class CoordinatorSettings(Settings):
     """Directory of the database; one coordinator at a time. Not set: $STATE_DIRECTORY (systemd),
     else /var/lib/failover-agent for root, else failover-agent in $XDG_STATE_HOME or
     ~/.local/state."""
-    store: Literal["sqlite", "memory"] = "sqlite"
+    store: Literal["sqlite", "memory", "etcd"] = "sqlite"
     """Where groups, holders and epochs are kept: sqlite survives a restart and a crash; memory
-    forgets everything and is for trials."""
+    forgets everything and is for trials; etcd is for several coordinators."""
+    etcd_endpoint: Annotated[BaseUrls, Example(["https://etcd-1.example:2379"])] = ()
+    """Client URLs of the members of one etcd cluster, 3.4 or later. Not set: no etcd."""
+    etcd_prefix: KeyPrefix = "/failover-agent"
+    """What all keys in etcd begin with. Coordinators with the same one are one cluster."""
+    etcd_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/etcd-ca.crt")] = None
+    """CA certificates (PEM) that etcd's are verified with. Not set: those of the system."""
+    etcd_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/etcd.crt")] = None
+    """Client certificate (PEM) for etcd. Not set: none."""
+    etcd_key: Annotated[SecretFile | None, Example("/etc/failover-agent/etcd.key")] = None
+    """That certificate's private key (PEM). Not set: none."""
+    etcd_username: Annotated[Text | None, Example("failover")] = None
+    """User of etcd, if its authentication is enabled. Not set: no login."""
+    etcd_password_file: Annotated[
+        SecretFile | None, Example("/etc/failover-agent/etcd-password")
+    ] = None
+    """File with that user's password. Not set: no login."""
+    advertise: Annotated[BaseUrl | None, Example("https://coordinator-1.example:5470")] = None
+    """Where the other coordinators reach this one. Not set: it is alone, without etcd."""
+    peer_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.crt")] = None
+    """CA certificates (PEM) that other coordinators' are verified with. Not set: the system's."""
+    shards: Annotated[Count, Range(1, 1024)] = 8
+    """Parts into which the groups in etcd are divided, each led by one coordinator. Fixed when the
+    store is made. 8: enough for a few coordinators to share the work evenly."""
+    leadership_ttl: Annotated[float, DURATION, Range(1, 60)] = 3.0
+    """How long a coordinator that has died keeps its shards from the others. 3 s: outlasts an
+    election of etcd, and is shorter than what agents with a failover timeout of 10 s can bear."""
     role_form: Literal["number", "name"] = "number"
     """How roles are written: number as the cloud's API documents, name as the on-premises one.
     Both are read."""
@@ -173,6 +203,9 @@ class CoordinatorSettings(Settings):
             yield "token_tenant", "needs token_keys_file or token_keys_url too"
         if self.administrator and not self.authenticates:
             yield "administrator", f"needs authentication ({AUTHENTICATION})"
+        yield from self.set_together("etcd_certificate", "etcd_key")
+        yield from self.set_together("etcd_username", "etcd_password_file")
+        yield from self._etcd_contradictions()
         if self.listen.loopback or self.insecure:
             return
         missing = []
@@ -186,3 +219,18 @@ class CoordinatorSettings(Settings):
                 f"{self.listen} can be reached from other machines without {' and '.join(missing)}:"
                 " add that, listen on 127.0.0.1, or set insecure = true (--insecure)",
             )
+
+    def _etcd_contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.store == "etcd":
+            if not self.etcd_endpoint:
+                yield "store", "etcd needs etcd_endpoint too"
+            if self.advertise is None:
+                yield "store", "etcd needs advertise too, the URL of this coordinator"
+        elif self.etcd_endpoint:
+            yield "etcd_endpoint", f'needs store = "etcd", and store is "{self.store}"'
+        given = [("etcd_endpoint", url) for url in self.etcd_endpoint]
+        for key, url in (*given, ("advertise", self.advertise or "")):
+            host = urlsplit(url).hostname or ""
+            if url.startswith("http:") and not is_loopback(host) and not self.insecure:
+                right = "use https, or set insecure = true"
+                yield key, f"{url} carries roles and credentials unencrypted: {right}"

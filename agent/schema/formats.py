@@ -332,6 +332,28 @@ def parse_host_names(value: object) -> tuple[str, ...]:
     return names
 
 
+def parse_base_urls(value: object) -> tuple[str, ...]:
+    """The client URLs of the members of one etcd cluster."""
+    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+    if len(urls) > MOST_ENDPOINTS:
+        raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
+    return tuple(map(parse_base_url, urls))
+
+
+def parse_base_url(url: str) -> str:
+    """A URL of a host, without a path."""
+    if check_url(url).path.strip("/"):
+        raise ValueError("must be http(s)://HOST:PORT without a path")
+    return url.rstrip("/")
+
+
+def parse_key_prefix(value: str) -> str:
+    """The beginning of keys in etcd, without a slash at its end."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value):
+        raise ValueError("must be like /failover-agent: '/' and letters, digits, '.', '_', '-'")
+    return value
+
+
 def parse_address(value: object) -> Address:
     """HOST:PORT."""
     if isinstance(value, Address):
@@ -431,6 +453,9 @@ Variables = Annotated[
     Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
 ]
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
+BaseUrls = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_base_urls)]
+BaseUrl = Annotated[str, Format("URL", "URL without a path", after=parse_base_url)]
+KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=parse_key_prefix)]
 HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 Identities = Annotated[
     tuple[str, ...],

@@ -5,11 +5,14 @@ something returns, the change is durable; when it raises, nothing of it is. The 
 what a record means: deciding is core/group.py's, loading and swapping is service.py's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
+
+MOST_ENTRIES = 100
+"""Tenures in one swap; a decision begins or ends a few."""
 
 MOST_RETIRED = 100_000
 """Names of deleted groups whose epochs are remembered: some megabytes."""
@@ -28,7 +31,8 @@ class Store(Protocol):
     """One coordinator's durable state. Calls may overlap; each is atomic.
 
     All calls but ``close`` raise StoreError when the disk (or the server behind) cannot do it: the
-    change did not happen and the store stays usable once the cause is gone.
+    change did not happen and the store stays usable once the cause is gone. Two of these are special:
+    OutcomeUnknown, where the change may have happened, and LeadershipLost.
     """
 
     @property
@@ -51,9 +55,18 @@ class Store(Protocol):
         record: GroupRecord,
         history: Sequence[HistoryEntry] = (),
     ) -> int:
-        """Replace a record, and upsert history by epoch, in one transaction; the new version.
+        """Replace a record, and upsert at most MOST_ENTRIES of history by epoch, in one transaction.
 
-        Raises CasMismatch if the version is not ``expected`` any more, or the group is gone.
+        Returns the new version. Raises CasMismatch if the version is not ``expected`` any more, or the
+        group is gone.
+        """
+        ...
+
+    async def settle(self, key: GroupKey, expected: int) -> Stored | None:
+        """The record, for good: no earlier change of unknown outcome can happen any more.
+
+        ``expected`` is the version that such a change has named. The record may have a new version; None
+        if there is no group.
         """
         ...
 
@@ -93,4 +106,35 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Finish what was begun and let go of the data directory. May be called twice."""
+        ...
+
+
+class Directory(Protocol):
+    """The part of a store of several coordinators that is not of one shard. Raises StoreError."""
+
+    @property
+    def store_id(self) -> str:
+        """As ``Store.store_id``."""
+        ...
+
+    async def configs(
+        self,
+        tenant: str,
+        namespace: str,
+        skip: int,
+        count: int,
+        visible: Callable[[AccessList | None], bool],
+    ) -> tuple[int, list[GroupConfig]]:
+        """How many groups a namespace has, and ``count`` of them after ``skip``, sorted by id.
+
+        Those are left out whose own access-control list (or None) is not ``visible``.
+        """
+        ...
+
+    async def access(self, tenant: str, namespace: str) -> AccessList | None:
+        """As ``Store.access``."""
+        ...
+
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """As ``Store.set_access``."""
         ...

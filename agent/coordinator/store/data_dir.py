@@ -72,6 +72,15 @@ CREATE TABLE progress (
 """
 """New in schema 4: the data-processed time of each group's tenure, which was in the record before."""
 
+MOVED = """
+CREATE TABLE IF NOT EXISTS moved (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    moved_to TEXT,
+    is_copy INTEGER NOT NULL
+) STRICT;
+"""
+"""In a store that was the source or the target of a copy."""
+
 SCHEMA = f"""
 CREATE TABLE failover_group (
     id INTEGER PRIMARY KEY,
@@ -113,6 +122,18 @@ class DataDir:
     database: apsw.Connection
     lock: int
     store_id: str
+    moved_to: str | None = None
+    """Where its groups were copied to, since when nobody may serve them here; or None."""
+    is_copy: bool = False
+    """Nobody has served it since it was copied here."""
+
+    def mark(self, *, moved_to: str | None, is_copy: bool) -> None:
+        """Record whether it was moved, or is a copy. Raises apsw.Error."""
+        self.database.execute(MOVED)
+        self.database.execute(
+            "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",
+            (moved_to, is_copy),
+        )
 
     def close(self) -> None:
         """Let go of it; after this another coordinator may open it."""
@@ -122,8 +143,10 @@ class DataDir:
             os.close(self.lock)
 
 
-def open_data_dir(directory: Path) -> DataDir:
+def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
     """Open ``directory``, making it and what belongs in it where missing.
+
+    ``moved_too``: also one that was moved, and without beginning to serve a copy.
 
     Raises:
         StoreError: it cannot be used. The message has the path, the fault and what would be
@@ -141,10 +164,19 @@ def open_data_dir(directory: Path) -> DataDir:
             database = _connect(path)
             undo.callback(database.close)
             store_id = _store_id(database, path)
+            moved_to, is_copy = _moved(database)
+            if moved_to is not None and not moved_too:
+                raise StoreError(
+                    f"the store in {directory} was copied to {moved_to}, and must not be served beside the"
+                    " copy: serve that one, or copy it back with 'failover-agent store copy'",
+                    exit_code=ExitCode.STORE_MOVED,
+                )
+            if is_copy and not moved_too:
+                database.execute("DELETE FROM moved")
         except (OSError, apsw.Error) as error:
             raise explain(error, directory) from error
         undo.pop_all()
-    return DataDir(path, database, lock, store_id)
+    return DataDir(path, database, lock, store_id, moved_to, is_copy)
 
 
 def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
@@ -362,6 +394,14 @@ def _upgrade_records(database: apsw.Connection, path: Path) -> None:
                 "INSERT INTO progress (group_id, epoch, last_data) VALUES (?, ?, ?)",
                 (group, progress.epoch, format_date_time(progress.last_data)),
             )
+
+
+def _moved(database: apsw.Connection) -> tuple[str | None, bool]:
+    """Where the store was moved to, or None; and whether it is a copy that nobody has served."""
+    if not database.table_exists("main", "moved"):
+        return None, False
+    found = database.execute("SELECT moved_to, is_copy FROM moved").get
+    return (None, False) if found is None else (found[0], bool(found[1]))
 
 
 def _store_id(database: apsw.Connection, path: Path) -> str:

@@ -57,6 +57,10 @@ class MemoryStore:
         self._history[key] = {epoch: kept[epoch] for epoch in sorted(kept)[-HISTORY_BOUND:]}
         return self._put(key, text)
 
+    async def settle(self, key: GroupKey, expected: int) -> Stored | None:  # noqa: ARG002 - every outcome is known
+        """The record, or None."""
+        return (await self.load()).get(key)
+
     async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
         """Replace the progress of each of these groups; a key without a group is ignored."""
         self._check_open()

@@ -172,6 +172,10 @@ class SqliteStore:
             return await self._submit(work_without_history, savepoint=False)
         return await self._submit(work)
 
+    async def settle(self, key: GroupKey, expected: int) -> Stored | None:  # noqa: ARG002 - calls keep their order
+        """The record, or None."""
+        return (await self.load()).get(key)
+
     async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
         """Replace the progress of each of these groups; a key without a group is ignored."""
         rows = [

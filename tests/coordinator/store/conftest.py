@@ -1,10 +1,14 @@
 """What the tests of the stores share: records to keep."""
 
-from collections.abc import Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import pytest
 
+from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
+from agent.coordinator.store.etcd_client import Etcd, Gateway, Transport, put
 from agent.model import (
     AccessEntry,
     AccessList,
@@ -18,6 +22,7 @@ from agent.model import (
     Tenure,
     Trustee,
 )
+from tests.etcd import EtcdServer, an_etcd
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 ADDITIONAL = '{"Site":["a",1,null,0.5]}'
@@ -60,3 +65,29 @@ def make_record() -> Callable[[int], GroupRecord]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One etcd for all tests; each has keys of its own."""
+    with an_etcd(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@asynccontextmanager
+async def led_shard(
+    server: EtcdServer, transport: Transport | None = None
+) -> AsyncIterator[EtcdStore]:
+    """The only shard of a new store in etcd, led by the test."""
+    etcd = Etcd(transport or Gateway(server.urls), 5.0)
+    cluster = await EtcdCluster.open(etcd, f"/test/{uuid.uuid4()}", 1)
+    store = await lead(cluster)
+    yield store
+    await store.close()
+    await cluster.aclose()
+
+
+async def lead(cluster: EtcdCluster) -> EtcdStore:
+    """Take the leadership of shard 0, from whoever has it."""
+    done = await cluster.etcd.txn([], [put(cluster.layout.leader(0), "the test")])
+    return cluster.shard(0, done.revision)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.store import Store, Stored, memory, sqlite
+from agent.coordinator.store import MOST_ENTRIES, Store, Stored, etcd, memory, sqlite
 from agent.coordinator.store.codec import HISTORY_BOUND
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
@@ -23,12 +23,18 @@ from agent.model import (
     Trustee,
 )
 
+from .conftest import led_shard
+
 MakeRecord = Callable[[int], GroupRecord]
 SINCE = datetime(2024, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "etcd"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    if request.param == "etcd":
+        async with led_shard(request.getfixturevalue("etcd_server")) as shard:
+            yield shard
+        return
     made: Store = MemoryStore() if request.param == "memory" else SqliteStore.open(tmp_path / "d")
     yield made
     await made.close()
@@ -159,7 +165,9 @@ async def test_history_keeps_the_newest_tenures_up_to_its_bound(
 ) -> None:
     version = await store.create(key, make_record(1))
     many = [tenure(epoch) for epoch in range(1, HISTORY_BOUND + 5)]
-    version = await store.swap(key, version, make_record(1), many)
+    for first in range(0, len(many), MOST_ENTRIES):
+        some = many[first : first + MOST_ENTRIES]
+        version = await store.swap(key, version, make_record(1), some)
     await store.swap(key, version, make_record(1), [tenure(HISTORY_BOUND + 5)])
     total, entries = await store.history(key, count=2 * HISTORY_BOUND)
     assert (total, len(entries)) == (HISTORY_BOUND, HISTORY_BOUND)
@@ -260,6 +268,7 @@ async def test_after_close_every_call_is_refused_and_a_second_close_is_not(
         store.delete(key, 1, 1),
         store.save_progress({}),
         store.retired_epoch(key),
+        store.settle(key, 1),
         store.history(key),
         store.access("t", "n"),
         store.set_access("t", "n", AccessList()),
@@ -287,9 +296,22 @@ async def test_the_epoch_of_a_deleted_group_is_remembered_for_its_name(
 async def test_of_deleted_groups_the_oldest_are_forgotten(
     store: Store, key: GroupKey, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, sqlite):
+    for module in (memory, sqlite, etcd):
         monkeypatch.setattr(module, "MOST_RETIRED", 3)
     keys = [key._replace(group=f"g{number}") for number in range(5)]
     for one in (*keys, keys[2]):  # the third one twice: it is not among the oldest then
         await store.delete(one, await store.create(one, make_record(1)), 1)
     assert [await store.retired_epoch(one) for one in keys] == [0, 0, 1, 1, 1]
+
+
+async def test_a_record_is_settled_as_it_is(
+    store: Store, key: GroupKey, make_record: MakeRecord
+) -> None:
+    assert await store.settle(key, 0) is None
+    version = await store.create(key, make_record(1))
+    settled = await store.settle(key, version)
+    assert settled is not None
+    assert settled.record == make_record(1)
+    newer = await store.swap(key, settled.version, make_record(2))
+    assert await store.settle(key, version) == Stored(newer, make_record(2))
+    assert await store.load() == {key: Stored(newer, make_record(2))}

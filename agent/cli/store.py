@@ -1,0 +1,110 @@
+"""``failover-agent store``: copy a coordinator's store, and back it up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.cli.options import settings_flags, sources
+from agent.errors import ConfigError
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.fields import settings_of
+
+ETCD = "etcd"
+
+ETCD_KEYS = (
+    *(one.name for one in settings_of(CoordinatorSettings) if one.name.startswith("etcd_")),
+    "shards",
+    "insecure",
+)
+
+
+@click.group("store")
+def command() -> None:
+    """Copy the store of coordinators, and back it up."""
+
+
+@command.command("backup")
+@settings_flags(CoordinatorSettings, ("data_dir",))
+@click.option(
+    "--to", "file", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New file."
+)
+def backup(*, file: Path, **given: Any) -> int:
+    """Back up the SQLite store in --data-dir; its coordinator may be running.
+
+    To restore, stop the coordinator, put the file into an empty data directory as coordinator.db, and start it.
+    """
+    from agent.coordinator.store.copy import backup as write  # noqa: PLC0415 - not for --help
+
+    settings = sources(CoordinatorSettings, given).load()
+    write(settings.data_dir, file)
+    click.echo(f"{settings.data_dir} is backed up in {file}")
+    return 0
+
+
+@command.command("copy")
+@settings_flags(CoordinatorSettings, ETCD_KEYS)
+@click.option("--from", "origin", required=True, metavar="DIRECTORY|etcd", help="The source.")
+@click.option("--to", "target", required=True, metavar="DIRECTORY|etcd", help="The copy.")
+@click.option("--clone", is_flag=True, help="Give the copy an id of its own; both may be served.")
+def copy(*, origin: str, target: str, clone: bool, **given: Any) -> int:
+    """Copy a store from a data directory to etcd, or back, and check the copy.
+
+    All coordinators of both have to be stopped. The copy keeps the id of the store, so agents go on with it
+    without a change of role; its source can be served no more until it is the target of a copy.
+    """
+    if (origin == ETCD) == (target == ETCD):
+        raise click.UsageError("one of --from and --to must be etcd, the other one a directory")
+    given |= {"store": ETCD, "advertise": "http://localhost"}  # needed together, and not used here
+    settings = sources(CoordinatorSettings, given).load()
+    if not settings.etcd_endpoint:
+        raise ConfigError("etcd_endpoint is not set: name one with --etcd-endpoint")
+    click.echo(asyncio.run(_copy(settings, origin, target, clone=clone)))
+    return 0
+
+
+async def _copy(settings: CoordinatorSettings, origin: str, target: str, *, clone: bool) -> str:
+    from agent.coordinator.store import copy as copies  # noqa: PLC0415 - not for --help
+
+    async with _places(settings, origin, target) as (source, to):
+        snapshot = await copies.copy(source, to, clone=clone)
+        tenures = sum(map(len, snapshot.history.values()))
+        return (
+            f"{source.name} is copied to {to.name} and checked: {len(snapshot.groups)} groups,"
+            f" {tenures} tenures, {len(snapshot.access)} access lists"
+        )
+
+
+@asynccontextmanager
+async def _places(
+    settings: CoordinatorSettings, origin: str, target: str
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Source and target, opened."""
+    from agent.coordinator.cluster import connect  # noqa: PLC0415 - not for --help
+    from agent.coordinator.store.copy import EtcdPlace, SqlitePlace  # noqa: PLC0415 - likewise
+
+    etcd = connect(settings)
+    try:
+        if target == ETCD:
+            source = SqlitePlace.open_source(Path(origin))
+            try:
+                yield (
+                    source,
+                    await EtcdPlace.open_target(
+                        etcd, settings.etcd_prefix, settings.shards, source.store_id
+                    ),
+                )
+            finally:
+                source.close()
+            return
+        async with EtcdPlace.open_source(etcd, settings.etcd_prefix) as place:
+            directory = SqlitePlace.open_target(Path(target), place.store_id)
+            try:
+                yield place, directory
+            finally:
+                directory.close()
+    finally:
+        await etcd.aclose()

@@ -1,0 +1,171 @@
+"""One of several coordinators over etcd, put together from its settings (R19).
+
+Imported only with ``store = "etcd"``. Owns nothing of its own: the store is store/etcd.py, who leads is
+leadership.py, requests for others' groups are forwarding.py.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from agent.coordinator.cluster_metrics import ClusterMetrics
+from agent.coordinator.forwarding import Forwarder
+from agent.coordinator.leadership import REQUEST_SHARE, Leadership
+from agent.coordinator.metrics import Metrics
+from agent.coordinator.service import Coordinator, policy_of
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import Etcd, EtcdError, EtcdRefused, Gateway, Login
+from agent.errors import ConfigError, StoreError
+from agent.ops.clock import Clock
+from agent.ops.logs import Log
+from agent.schema.coordinator_settings import CoordinatorSettings
+from agent.schema.secret_files import read_secret
+
+STARTUP_S = 15.0
+"""How long a start waits for an etcd that does not answer: an election takes 1 to 2 s; then the service
+manager is asked to start us again."""
+
+STARTUP_RETRY_S = 0.5
+
+log = Log(__name__)
+
+
+class Cluster:
+    """A coordinator with its part in a cluster. ``open`` it, ``start`` it, ``stop`` it, ``aclose`` it."""
+
+    def __init__(
+        self, store: EtcdCluster, settings: CoordinatorSettings, clock: Clock, metrics: Metrics
+    ) -> None:
+        assert settings.advertise is not None  # noqa: S101 - the settings come together
+        self._store = store
+        self.coordinator = Coordinator(
+            None,
+            clock.now,
+            policy_of(settings),
+            max_groups=settings.max_groups,
+            meter=metrics,
+            directory=store,
+            shard_of=store.layout.shard_of,
+            problem=self._problem,
+            report=self._report,
+            url=settings.advertise,
+        )
+        self.leadership = Leadership(
+            store,
+            self.coordinator.engine,
+            clock.boottime,
+            ttl_s=settings.leadership_ttl,
+            url=settings.advertise,
+            on_access_change=self.coordinator.forget_access,
+        )
+        tls = None
+        if settings.advertise.startswith("https:"):
+            tls = _tls("peer_ca_file", settings.peer_ca_file)
+        self.forwarder = Forwarder(self.leadership, tls)
+        metrics.registry.register(ClusterMetrics(self.leadership, self.forwarder))
+
+    @property
+    def store_id(self) -> str:
+        """The id of the store."""
+        return self._store.store_id
+
+    @classmethod
+    async def open(cls, settings: CoordinatorSettings, clock: Clock, metrics: Metrics) -> "Cluster":
+        """Open the store, which is made if there is none.
+
+        Raises:
+            ConfigError: a file is wrong, or the store has another number of shards.
+            StoreError: etcd cannot be used, or the store was moved.
+        """
+        etcd = await asyncio.to_thread(connect, settings)
+        try:
+            opening = _patiently(
+                lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
+            )
+            return cls(await opening, settings, clock, metrics)
+        except BaseException:
+            await etcd.aclose()
+            raise
+
+    async def start(self) -> None:
+        """Take part."""
+        await self.coordinator.start()
+        self.leadership.start()
+
+    async def hand_over(self) -> None:
+        """Give every shard to the other coordinators, and end the requests that wait for them.
+
+        May be called twice.
+        """
+        await self.leadership.stop()
+        self.forwarder.stop()
+
+    async def aclose(self) -> None:
+        """Close every connection, after the coordinator was stopped."""
+        await self.forwarder.aclose()
+        await self._store.aclose()
+
+    def _report(self) -> Mapping[str, object]:
+        view = self.leadership.view
+        return {
+            "Url": self.leadership.url,
+            "Coordinators": sorted(view.members.values()),
+            "ShardsLed": self.leadership.led,
+            "ShardsWithoutLeader": self.leadership.without_leader,
+        }
+
+    def _problem(self) -> str | None:
+        fault = self.leadership.fault
+        return None if fault is None else f"no session with etcd: {fault}"
+
+
+def connect(settings: CoordinatorSettings) -> Etcd:
+    """A client of etcd, which sends nothing yet. Reads files: call it in a thread.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    tls = None
+    if any(url.startswith("https:") for url in settings.etcd_endpoint):
+        tls = _tls("etcd_ca_file", settings.etcd_ca_file)
+        if settings.etcd_certificate is not None:
+            assert settings.etcd_key is not None  # noqa: S101 - the settings come together
+            try:
+                tls.load_cert_chain(settings.etcd_certificate, settings.etcd_key)
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+                raise ConfigError(
+                    f"etcd_certificate {settings.etcd_certificate} and etcd_key {settings.etcd_key}"
+                    f" are not a certificate and its private key in PEM: {error}"
+                ) from None
+    login = None
+    if settings.etcd_username is not None:
+        assert settings.etcd_password_file is not None  # noqa: S101 - the settings come together
+        login = Login(settings.etcd_username, read_secret(settings.etcd_password_file))
+    gateway = Gateway(settings.etcd_endpoint, tls=tls, login=login)
+    return Etcd(gateway, settings.leadership_ttl * REQUEST_SHARE)
+
+
+def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"{setting} {file} has no certificates in PEM: {error}") from None
+
+
+async def _patiently(opening: Callable[[], Awaitable[EtcdCluster]]) -> EtcdCluster:
+    until = asyncio.get_running_loop().time() + STARTUP_S
+    while True:
+        try:
+            return await opening()
+        except EtcdRefused:
+            raise
+        except EtcdError as error:
+            if asyncio.get_running_loop().time() >= until:
+                raise StoreError(
+                    f"{error}; tried for {STARTUP_S:g} s: check --etcd-endpoint, and that a majority of"
+                    " etcd's members runs",
+                    exit_code=error.exit_code,
+                ) from error
+            log.warning("etcd cannot be used yet, retrying", error=error)
+        await asyncio.sleep(STARTUP_RETRY_S)

@@ -1,0 +1,443 @@
+"""Which coordinator leads which shards of a store in etcd (R19).
+
+What is promised: a shard is led by one coordinator at a time, as long as clocks run at rates within DRIFT. Each
+coordinator has one lease of etcd, its *session*. The leadership keys that it holds live as long as that lease. It
+judges the session by its own CLOCK_BOOTTIME from the *sending* of the renewal, less the drift, so it stops to
+decide before etcd can give its keys to another one. A session that is over is never continued.
+
+What is not promised: that a leader exists. While etcd cannot be written for longer than the time to live,
+nobody leads.
+
+Keys under ``live/``: ``members/<lease>`` has the URL of a coordinator; ``leaders/<shard>`` names the member that
+leads, and its mod revision is the leadership that each change compares. A shard is handed over in one transaction,
+so that it is never vacant. A watch of these keys makes this quick; a read with every renewal makes it sure.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from math import ceil
+from typing import Protocol
+
+from agent.coordinator.shards import Lease, Shard
+from agent.coordinator.spread import View, member_to_relieve_me, shards_to_claim
+from agent.coordinator.store import Stored
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import (
+    EtcdError,
+    Event,
+    delete,
+    end_of,
+    if_revision,
+    put,
+    read,
+)
+from agent.core.timing import DRIFT
+from agent.errors import FailoverError, NotLeading, StoreError
+from agent.model import GroupKey
+from agent.ops.logs import Log
+
+RENEWALS = 6
+"""Renewals of the lease within its time to live: five may be lost."""
+
+REQUEST_SHARE = 1 / 3
+"""Share of the time to live for one request to etcd: a member of etcd that hangs costs one, then the next is asked."""
+
+RETRY_S = 0.1
+"""Pause after a failed request to etcd, and before a watch is begun again."""
+
+RELOAD_S = 5.0
+"""Pause before a shard with a record that cannot be read is loaded again: an operator has to mend it."""
+
+MOVE_PAUSE_S = 0.1
+"""Pause between two shards that are handed over to balance them: each gives all its sessions a new grace."""
+
+PLACE_WAIT_S = 0.5
+"""How long a request waits for a leader to be known: a handover takes less; more would use up the request
+timeouts of agents with short leases."""
+
+log = Log(__name__)
+
+
+class SessionOver(FailoverError):  # noqa: N818 - an outcome
+    """The session with etcd has ended; a new one begins."""
+
+
+class Decider(Protocol):
+    """Decides about the groups of a shard: engine.py."""
+
+    def lead(self, shard: Shard, stored: Mapping[GroupKey, Stored]) -> None: ...
+    def drop(self, shard: Shard) -> None: ...
+
+
+class Leadership:
+    """Leads shards as long as it runs. ``start`` it first, ``stop`` it last.
+
+    Args:
+        cluster: the store.
+        decider: gets the groups of each shard that is led.
+        boottime: CLOCK_BOOTTIME in seconds.
+        ttl_s: the time to live: how long a coordinator that has died keeps its shards.
+        url: where the others reach this coordinator, without a path.
+        on_access_change: an access list has changed, or may have.
+    """
+
+    def __init__(
+        self,
+        cluster: EtcdCluster,
+        decider: Decider,
+        boottime: Callable[[], float],
+        *,
+        ttl_s: float,
+        url: str,
+        on_access_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._cluster = cluster
+        self._etcd = cluster.etcd
+        self._layout = cluster.layout
+        self._decider = decider
+        self._boottime = boottime
+        self._ttl_s = ttl_s
+        self.url = url
+        self._on_access_change = on_access_change
+        self.view = View()
+        self.member = ""
+        self.fault: str | None = "no session with etcd yet"
+        """Why there is no session with etcd now, or None."""
+        self._lease = Lease(float("-inf"))
+        self._lease_id = 0
+        self._terms: dict[int, tuple[int, Shard]] = {}
+        self._loading: dict[int, asyncio.Task[None]] = {}
+        self._given_up: set[int] = set()
+        self._access_seen = -1
+        self.begun = 0
+        """How many times this coordinator began to lead a shard."""
+        self._vacant_since: dict[int, float] = {}
+        self._changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    # -- for requests -------------------------------------------------------------------------
+
+    @property
+    def led(self) -> list[int]:
+        """The shards that are led and loaded."""
+        now = self._boottime()
+        return sorted(
+            n
+            for n, (_, shard) in self._terms.items()
+            if shard.is_led_at(now) and n not in self._loading
+        )
+
+    @property
+    def without_leader(self) -> list[int]:
+        """The shards that nobody leads, as last seen."""
+        return [n for n in range(self._layout.shards) if n not in self.view.leaders]
+
+    @property
+    def remaining_s(self) -> float:
+        """For how many seconds this coordinator may still lead without another renewal; 0 or more."""
+        return max(0.0, self._lease.until - self._boottime())
+
+    async def place(self, key: GroupKey) -> str | None:
+        """The URL of the coordinator that leads a group, or None if this one does.
+
+        Waits for PLACE_WAIT_S at most. Raises NotLeading if no leader is known by then.
+        """
+        number = self._layout.shard_of(key)
+        deadline = asyncio.get_running_loop().time() + PLACE_WAIT_S
+        while True:
+            now = self._boottime()
+            term = self._terms.get(number)
+            if term is not None and number not in self._loading and term[1].is_led_at(now):
+                return None
+            leader = self.view.leaders.get(number)
+            if leader is not None and leader.member != self.member:
+                return leader.url
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise NotLeading
+            await self.wait_for_change(left_s)
+
+    async def wait_until_moved(self, key: GroupKey, url: str) -> None:
+        """Wait until another coordinator than that at ``url`` is known to lead a group."""
+        number = self._layout.shard_of(key)
+        while True:
+            leader = self.view.leaders.get(number)
+            if leader is not None and leader.url != url:
+                return
+            await self.wait_for_change(None)
+
+    async def wait_for_change(self, timeout_s: float | None) -> None:
+        """Wait until what is known of members and leaders changes, for ``timeout_s`` at most."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=timeout_s)
+        finally:
+            self._waiters.discard(waiter)
+
+    def _notify(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to take part."""
+        self._task = asyncio.create_task(self._run(), name="leadership")
+
+    async def stop(self) -> None:
+        """Hand all shards over to the others, and end the session. May be called twice."""
+        if self._stopping:
+            return
+        self._stopping = True
+        try:
+            async with asyncio.timeout(self._ttl_s):
+                await self._hand_over_all()
+        except (TimeoutError, EtcdError) as error:
+            log.warning("shards not handed over, they are vacant until the lease ends", error=error)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._end_session()
+
+    async def _run(self) -> None:
+        while not self._stopping:  # a task that fails while it is cancelled hides the cancellation
+            try:
+                await self._session()
+            except* (SessionOver, StoreError) as errors:
+                self.fault = str(errors.exceptions[0])
+            except* Exception:  # a task's edge: another session may succeed
+                log.exception("session with etcd failed")
+                self.fault = "a fault of this program, see its log"
+            log.warning("session with etcd ended", reason=self.fault)
+            await self._end_session()
+            await asyncio.sleep(RETRY_S)
+
+    async def _session(self) -> None:
+        """Take part until the session is over."""
+        sent_at = self._boottime()
+        self._lease_id = await self._etcd.grant(ceil(self._ttl_s))
+        self._lease = Lease(sent_at + self._ttl_s * (1 - DRIFT))
+        self.member = str(self._lease_id)
+        meta = if_revision(self._layout.meta, self._cluster.meta.revision)
+        value = json.dumps({"Url": self.url})
+        done = await self._etcd.txn(
+            [meta], [put(self._layout.member(self.member), value, self._lease_id)]
+        )
+        if not done.succeeded:
+            raise SessionOver(f"the store under {self._layout.prefix} was moved or removed")
+        await self._renew()
+        self.fault = None
+        log.info("session with etcd begun", member=self.member, url=self.url)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_renewing())
+            tasks.create_task(self._watch())
+            tasks.create_task(self._balance())
+
+    async def _end_session(self) -> None:
+        """Stop leading at once, and let the keys go if etcd can be reached."""
+        self._lease.until = float("-inf")
+        for number in list(self._terms):
+            self._end_term(number)
+        self._given_up.clear()
+        lease, self._lease_id = self._lease_id, 0
+        self.member = ""
+        if lease:
+            try:
+                await self._etcd.revoke(lease)
+            except EtcdError:
+                return  # it ends by itself
+
+    # -- the lease ----------------------------------------------------------------------------
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / RENEWALS)
+            try:
+                await self._renew()
+            except EtcdError as error:
+                if self._boottime() >= self._lease.until:
+                    raise SessionOver(f"the lease was not renewed in time: {error}") from None
+                await asyncio.sleep(RETRY_S)
+
+    async def _renew(self) -> None:
+        """Renew the lease and read all keys; the read shows that a majority of etcd still knows the lease."""
+        sent_at = self._boottime()
+        if not await self._etcd.keep_alive(self._lease_id):
+            raise SessionOver("etcd has ended the lease")
+        live = self._layout.live
+        found = await self._etcd.range(read(live, end_of(live)))
+        mine = self._layout.member(self.member)
+        if not any(one.key == mine for one in found.keys) and not self._stopping:
+            raise SessionOver("etcd has ended the lease")
+        if self._boottime() >= self._lease.until:
+            raise SessionOver("the lease was not renewed in time")
+        self._lease.until = max(self._lease.until, sent_at + self._ttl_s * (1 - DRIFT))
+        if found.revision >= self.view.revision:
+            view = View(found.revision)
+            for one in found.keys:
+                view.apply(live, Event(one.key, one.value, one.revision, one.lease))
+            self._see(view)
+
+    # -- the view -----------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Apply changes as they happen. Without them the next renewal reads everything."""
+        live = self._layout.live
+        while True:
+            try:
+                changes = self._etcd.watch(live, self.view.revision + 1)
+                async with aclosing(changes):  # type: ignore[type-var]
+                    async for revision, events in changes:
+                        if revision <= self.view.revision:
+                            continue
+                        for event in events:
+                            self.view.apply(live, event)
+                        self.view.revision = revision
+                        self._see(self.view)
+            except EtcdError as error:
+                log.debug("watch ended", error=error)
+            await asyncio.sleep(RETRY_S)
+
+    def _see(self, view: View) -> None:
+        """Follow the keys: end what is led by another one now, begin what is led by this one."""
+        self.view = view
+        if view.access != self._access_seen:
+            self._access_seen = view.access
+            self._on_access_change()
+        for number, (revision, _) in list(self._terms.items()):
+            leader = view.leaders.get(number)
+            if leader is None or leader.revision != revision:
+                self._end_term(number)
+        for number, leader in view.leaders.items():
+            mine = leader.member == self.member and leader.revision not in self._given_up
+            if mine and number not in self._terms:
+                self._begin_term(number, leader.revision)
+        self._changed.set()
+        self._notify()
+
+    def _begin_term(self, number: int, revision: int) -> None:
+        shard = Shard(number, self._cluster.shard(number, revision), self._lease)
+        self._terms[number] = revision, shard
+        task = asyncio.create_task(self._load(shard), name=f"load shard {number}")
+        self._loading[number] = task
+
+    async def _load(self, shard: Shard) -> None:
+        """Load the groups of a shard and lead it, unless that is over by then."""
+        while not shard.ended:
+            try:
+                stored = await shard.store.load()
+            except StoreError as error:
+                log.warning("shard cannot be loaded", shard=shard.number, error=error)
+                await asyncio.sleep(RETRY_S if isinstance(error, EtcdError) else RELOAD_S)
+                continue
+            if shard.is_led_at(self._boottime()):
+                self._decider.lead(shard, stored)
+                self.begun += 1
+                log.info("leadership acquired", shard=shard.number, groups=len(stored))
+            break
+        if not shard.ended:
+            self._loading.pop(shard.number, None)
+            self._notify()
+
+    def _end_term(self, number: int) -> None:
+        _, shard = self._terms.pop(number)
+        shard.ended = True
+        loading = self._loading.pop(number, None)
+        if loading is not None:
+            loading.cancel()
+        else:
+            self._decider.drop(shard)
+            log.info("leadership ended", shard=number)
+
+    # -- who should lead ----------------------------------------------------------------------
+
+    async def _balance(self) -> None:
+        """Claim vacant shards, and hand surplus ones over."""
+        while True:
+            try:
+                await self._claim()
+                moved = await self._relieve()
+            except EtcdError as error:
+                log.debug("claiming shards failed", error=error)
+                moved = False
+                await asyncio.sleep(RETRY_S)
+            if moved:
+                await asyncio.sleep(MOVE_PAUSE_S)
+                continue
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._ttl_s / RENEWALS):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _claim(self) -> None:
+        if self._stopping:
+            return
+        now = self._boottime()
+        for number, leader in list(self.view.leaders.items()):
+            if leader.member == self.member and leader.revision in self._given_up:
+                await self._put_leader(number, leader.revision, self.member)
+        numbers = range(self._layout.shards)
+        vacant = [number for number in numbers if number not in self.view.leaders]
+        self._vacant_since = {n: self._vacant_since.get(n, now) for n in vacant}
+        claims = shards_to_claim(self.view, self.member, vacant, self._layout.shards)
+        neglected = [n for n in vacant if now - self._vacant_since[n] > self._ttl_s]
+        for number in dict.fromkeys([*claims, *neglected]):
+            await self._put_leader(number, 0, self.member)
+
+    async def _put_leader(self, number: int, revision: int, member: str) -> bool:
+        """Make a member the leader if the key has this revision; whether it has become it."""
+        url = self.view.members.get(member, self.url)
+        value = json.dumps({"Member": member, "Url": url})
+        key = self._layout.leader(number)
+        done = await self._etcd.txn([if_revision(key, revision)], [put(key, value, int(member))])
+        return done.succeeded
+
+    async def _relieve(self) -> bool:
+        """Hand one shard over if another member has fewer; whether that was done."""
+        to = member_to_relieve_me(self.view, self.member)
+        if to is None or self._stopping or self._loading:
+            return False
+        number = max(self._terms, default=None)
+        if number is None:
+            return False
+        await self._hand_over(number, to)
+        return True
+
+    async def _hand_over(self, number: int, to: str) -> None:
+        """Stop leading a shard, then name another leader.
+
+        If the outcome is unknown, the old key counts no more: ``_claim`` replaces it, which settles who leads.
+        """
+        revision, _ = self._terms[number]
+        self._given_up.add(revision)
+        self._end_term(number)
+        if await self._put_leader(number, revision, to):
+            log.info("leadership handed over", shard=number, to=self.view.members.get(to))
+
+    async def _hand_over_all(self) -> None:
+        """Hand every shard over in one transaction, and leave the members."""
+        others = {m: n for m, n in self.view.counts().items() if m != self.member}
+        terms = {number: revision for number, (revision, _) in self._terms.items()}
+        for number, revision in terms.items():
+            self._given_up.add(revision)
+            self._end_term(number)
+        self._notify()
+        if not self.member or not others:
+            return
+        conditions, steps = [], [delete(self._layout.member(self.member))]
+        for number, revision in terms.items():
+            to = min(others, key=lambda member: (others[member], member))
+            others[to] += 1
+            value = json.dumps({"Member": to, "Url": self.view.members[to]})
+            conditions.append(if_revision(self._layout.leader(number), revision))
+            steps.append(put(self._layout.leader(number), value, int(to)))
+        done = await self._etcd.txn(conditions, steps)
+        log.info("all shards handed over", shards=sorted(terms), done=done.succeeded)

@@ -1,0 +1,368 @@
+"""Copies of a store: from SQLite to etcd and back, and a backup of a running SQLite store.
+
+A copy has the id of its source, so that agents go on with it. So that both never go on beside each other, the
+source is marked as moved before the copy may be served; a clone gets an id of its own instead. Only a store
+that nobody serves is copied. What was written is read back and compared. A copy that was cut off is not
+served, and can be made again.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import apsw
+
+from agent.coordinator.store.codec import decode, decode_progress, encode, name_of
+from agent.coordinator.store.data_dir import DATABASE_NAME, DataDir, explain, open_data_dir
+from agent.coordinator.store.etcd import MOST_STEPS, EtcdCluster
+from agent.coordinator.store.etcd_client import (
+    Etcd,
+    Json,
+    delete,
+    end_of,
+    if_none,
+    if_revision,
+    put,
+)
+from agent.coordinator.store.etcd_layout import (
+    SCHEMA,
+    Layout,
+    Meta,
+    group_key_of,
+    progress_of_key,
+    progress_value,
+    read_meta,
+    record_of_key,
+    record_value,
+)
+from agent.errors import ExitCode, StoreError
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.schema.scalars import format_date_time
+
+UNFINISHED = "a copy that was not finished"
+"""Stands in ``MovedTo`` of a store in etcd while it is written."""
+
+PAGES_AT_ONCE = 256
+"""Pages of 4 KiB in one step of a backup: the coordinator's reads and writes go on in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a store has, but for its id."""
+
+    groups: dict[GroupKey, GroupRecord] = field(default_factory=dict)
+    progress: dict[GroupKey, Progress] = field(default_factory=dict)
+    history: dict[GroupKey, dict[int, HistoryEntry]] = field(default_factory=dict)
+    retired: dict[GroupKey, int] = field(default_factory=dict)
+    access: dict[tuple[str, str], AccessList] = field(default_factory=dict)
+
+
+class Place(Protocol):
+    """A store that nobody serves, as source or target of a copy."""
+
+    name: str
+    store_id: str | None
+    moved_to: str | None
+
+    async def read(self) -> Snapshot: ...
+    async def write(self, snapshot: Snapshot, store_id: str) -> None: ...
+    async def mark_moved(self, to: str) -> None: ...
+    async def finish(self, store_id: str) -> None: ...
+
+
+async def copy(source: Place, target: Place, *, clone: bool) -> Snapshot:
+    """Copy a store, check the copy, and mark the source as moved unless it is a clone; what was copied.
+
+    Raises:
+        StoreError: the copy differs, or a store cannot be used. The target is not served then.
+    """
+    assert source.store_id is not None  # noqa: S101 - a source has been opened as one
+    if source.moved_to not in {None, target.name} and not clone:
+        raise StoreError(
+            f"{source.name} was copied to {source.moved_to}: two copies with one id could make two"
+            " primaries; copy to that place again, or make a clone with --clone; nothing was changed",
+            exit_code=ExitCode.STORE_MOVED,
+        )
+    store_id = str(uuid.uuid4()) if clone else source.store_id
+    snapshot = await source.read()
+    await target.write(snapshot, store_id)
+    if await target.read() != snapshot:
+        raise StoreError(
+            f"the copy in {target.name} differs from {source.name}: it cannot be served; copy it again"
+        )
+    if not clone:
+        await source.mark_moved(target.name)
+    await target.finish(store_id)
+    return snapshot
+
+
+def refuse_target(name: str) -> StoreError:
+    """The error for a target that has data of its own."""
+    return StoreError(
+        f"{name} has a store that was served: a copy would destroy it; name another place, or remove it;"
+        " nothing was changed",
+        exit_code=ExitCode.STORE_MOVED,
+    )
+
+
+# -- SQLite ---------------------------------------------------------------------------------------
+
+
+class SqlitePlace:
+    """A data directory. ``open`` it; it is locked against coordinators until ``close``."""
+
+    def __init__(self, data_dir: DataDir, directory: Path) -> None:
+        self._data_dir = data_dir
+        self._db = data_dir.database
+        self.name = str(directory.resolve())
+        self.store_id: str | None = data_dir.store_id
+        self.moved_to = data_dir.moved_to
+
+    @classmethod
+    def open_source(cls, directory: Path) -> "SqlitePlace":
+        """Open a directory that has a store. Raises StoreError."""
+        if not (directory / DATABASE_NAME).exists():
+            raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
+        return cls(open_data_dir(directory, moved_too=True), directory)
+
+    @classmethod
+    def open_target(cls, directory: Path, store_id: str | None) -> "SqlitePlace":
+        """Open a directory without a store, with a copy that nobody served, or with a moved one of this id."""
+        new = not (directory / DATABASE_NAME).exists()
+        opened = open_data_dir(directory, moved_too=True)
+        same = opened.store_id == store_id and opened.moved_to is not None
+        if not (new or same or opened.is_copy):
+            opened.close()
+            raise refuse_target(str(directory))
+        return cls(opened, directory)
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        self._data_dir.close()
+
+    async def read(self) -> Snapshot:
+        snapshot = Snapshot()
+        rows = self._db.execute("SELECT id, tenant, namespace, name, record FROM failover_group")
+        keys: dict[int, GroupKey] = {}
+        for number, *names, text in rows:
+            keys[number] = key = GroupKey(*names)
+            snapshot.groups[key] = decode(GroupRecord, text, name_of(key))
+        for number, epoch, text in self._db.execute(
+            "SELECT group_id, epoch, last_data FROM progress"
+        ):
+            key = keys[number]
+            snapshot.progress[key] = decode_progress(epoch, text, name_of(key))
+        for number, epoch, text in self._db.execute("SELECT group_id, epoch, entry FROM history"):
+            key = keys[number]
+            entry = decode(HistoryEntry, text, name_of(key))
+            snapshot.history.setdefault(key, {})[epoch] = entry
+        rows = self._db.execute("SELECT tenant, namespace, name, epoch FROM retired ORDER BY id")
+        snapshot.retired.update({GroupKey(*names): epoch for *names, epoch in rows})
+        for tenant, namespace, text in self._db.execute(
+            "SELECT tenant, namespace, acl FROM access"
+        ):
+            snapshot.access[tenant, namespace] = decode(AccessList, text, f"{tenant}/{namespace}")
+        return snapshot
+
+    async def write(self, snapshot: Snapshot, store_id: str) -> None:
+        try:
+            with self._db:
+                self._data_dir.mark(moved_to=UNFINISHED, is_copy=True)
+                self._write(snapshot, store_id)
+        except apsw.Error as error:
+            raise explain(error, Path(self.name)) from error
+
+    def _write(self, snapshot: Snapshot, store_id: str) -> None:
+        for table in ("progress", "history", "failover_group", "retired", "access"):
+            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
+        self._db.execute("UPDATE identity SET store_id = ?", (store_id,))
+        for number, (key, record) in enumerate(snapshot.groups.items(), start=1):
+            self._db.execute(
+                "INSERT INTO failover_group (id, tenant, namespace, name, version, record)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (number, *key, number, encode(record, name_of(key))),
+            )
+            if (saved := snapshot.progress.get(key)) is not None:
+                self._db.execute(
+                    "INSERT INTO progress (group_id, epoch, last_data) VALUES (?, ?, ?)",
+                    (number, saved.epoch, format_date_time(saved.last_data)),
+                )
+            for epoch, entry in snapshot.history.get(key, {}).items():
+                self._db.execute(
+                    "INSERT INTO history (group_id, epoch, entry) VALUES (?, ?, ?)",
+                    (number, epoch, encode(entry, name_of(key))),
+                )
+        self._db.executemany(
+            "INSERT INTO retired (tenant, namespace, name, epoch) VALUES (?, ?, ?, ?)",
+            [(*key, epoch) for key, epoch in snapshot.retired.items()],
+        )
+        self._db.executemany(
+            "INSERT INTO access (tenant, namespace, acl) VALUES (?, ?, ?)",
+            [(*names, encode(acl, "/".join(names))) for names, acl in snapshot.access.items()],
+        )
+
+    async def mark_moved(self, to: str) -> None:
+        self._data_dir.mark(moved_to=to, is_copy=False)
+
+    async def finish(self, store_id: str) -> None:  # noqa: ARG002 - it was written with the rest
+        self._data_dir.mark(moved_to=None, is_copy=True)
+
+
+def backup(directory: Path, file: Path) -> None:
+    """Write a consistent copy of a data directory's database to a new file; a coordinator may be serving it.
+
+    Raises:
+        StoreError: the file exists, or one of the two cannot be used. No half a file is left.
+    """
+    database = directory / DATABASE_NAME
+    if not database.exists():
+        raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
+    if file.exists():
+        raise StoreError(f"{file} exists: name a new file; nothing was changed")
+    unfinished = file.with_name(file.name + ".new")
+    try:
+        unfinished.unlink(missing_ok=True)
+        os.close(os.open(unfinished, os.O_CREAT | os.O_WRONLY, 0o600))
+        flags = apsw.SQLITE_OPEN_READONLY
+        with (
+            closing(apsw.Connection(str(database), flags=flags)) as source,
+            closing(apsw.Connection(str(unfinished))) as target,
+        ):
+            with target.backup("main", source, "main") as step:
+                while not step.done:
+                    step.step(PAGES_AT_ONCE)
+            if (fault := target.pragma("integrity_check", 1)) != "ok":
+                raise StoreError(f"{database} is damaged ({fault}): no backup was made")
+            target.pragma("journal_mode", "delete")
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(file)
+    except (OSError, apsw.Error) as error:
+        raise explain(error, directory) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# -- etcd -----------------------------------------------------------------------------------------
+
+
+class EtcdPlace:
+    """A store in etcd. While it is a source or a target, no coordinator can begin to serve it."""
+
+    def __init__(self, etcd: Etcd, layout: Layout, meta: Meta | None) -> None:
+        self._cluster = EtcdCluster(etcd, layout, meta or Meta("", layout.shards, None, 0))
+        self._etcd = etcd
+        self._layout = layout
+        self._meta = meta
+        self.name = f"etcd:{layout.prefix}"
+        self.store_id = None if meta is None else meta.store_id
+        self.moved_to = None if meta is None else meta.moved_to
+
+    @classmethod
+    @asynccontextmanager
+    async def open_source(cls, etcd: Etcd, prefix: str) -> AsyncIterator["EtcdPlace"]:
+        """Open a store and keep coordinators from serving it; if the copy fails, they may again."""
+        meta = await read_meta(etcd, prefix)
+        if meta is None:
+            raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")
+        if meta.moved_to == UNFINISHED:
+            raise StoreError(f"the store under {prefix} in etcd is {UNFINISHED}: copy it again")
+        place = cls(etcd, Layout(prefix, meta.shards), meta)
+        if meta.moved_to is not None:
+            yield place
+            return
+        await place._mark(replace(meta, moved_to="another place, by a copy that has not ended"))
+        try:
+            yield place
+        except BaseException:
+            await place._mark(meta)
+            raise
+
+    @classmethod
+    async def open_target(
+        cls, etcd: Etcd, prefix: str, shards: int, store_id: str | None
+    ) -> "EtcdPlace":
+        """Open a prefix without a store, with a copy that nobody served, or with a moved store of this id."""
+        meta = await read_meta(etcd, prefix)
+        if meta is not None:
+            same = meta.store_id == store_id and meta.moved_to is not None
+            if not (same or meta.is_copy):
+                raise refuse_target(f"the prefix {prefix} of etcd")
+        return cls(etcd, Layout(prefix, shards), meta)
+
+    async def read(self) -> Snapshot:
+        snapshot, layout = Snapshot(), self._layout
+        async for found in self._cluster.pages(f"{layout.prefix}/shards/"):
+            for one in found.keys:
+                kind = one.key.removeprefix(f"{layout.prefix}/shards/").split("/")[1]
+                if kind == "history":
+                    key = group_key_of(one.key.rpartition("/")[0])
+                    entry = decode(HistoryEntry, one.value, name_of(key))
+                    snapshot.history.setdefault(key, {})[entry.epoch] = entry
+                    continue
+                key = group_key_of(one.key)
+                if kind == "groups":
+                    snapshot.groups[key] = record_of_key(one, name_of(key))
+                elif kind == "progress":
+                    snapshot.progress[key] = progress_of_key(one)
+                else:
+                    snapshot.retired[key] = int(one.value)
+        async for found in self._cluster.pages(f"{layout.prefix}/access/"):
+            for one in found.keys:
+                _, tenant, namespace = group_key_of(one.key)
+                acl = decode(AccessList, one.value, f"{tenant}/{namespace}")
+                snapshot.access[tenant, namespace] = acl
+        return snapshot
+
+    async def write(self, snapshot: Snapshot, store_id: str) -> None:
+        layout = self._layout
+        await self._mark(Meta(store_id, layout.shards, UNFINISHED, 0, is_copy=True))
+        for part in ("shards", "access"):
+            prefix = f"{layout.prefix}/{part}/"
+            await self._etcd.txn([], [delete(prefix, end_of(prefix))])
+        steps: list[Json] = []
+        for key, epoch in snapshot.retired.items():
+            steps.append(put(layout.retired(key), str(epoch)))
+        for key, record in snapshot.groups.items():
+            steps.append(put(layout.record(key), record_value(encode(record, name_of(key)))))
+        for key, saved in snapshot.progress.items():
+            steps.append(put(layout.progress(key), progress_value(saved)))
+        for key, entries in snapshot.history.items():
+            for epoch, entry in entries.items():
+                steps.append(put(layout.tenure(key, epoch), encode(entry, name_of(key))))
+        for names, acl in snapshot.access.items():
+            steps.append(put(layout.access(*names), encode(acl, "/".join(names))))
+        for first in range(0, len(steps), MOST_STEPS):
+            await self._etcd.txn([], steps[first : first + MOST_STEPS])
+
+    async def mark_moved(self, to: str) -> None:
+        assert self._meta is not None  # noqa: S101 - a source has one
+        await self._mark(replace(self._meta, moved_to=to))
+
+    async def finish(self, store_id: str) -> None:
+        await self._mark(Meta(store_id, self._layout.shards, None, 0, is_copy=True))
+
+    async def _mark(self, meta: Meta) -> None:
+        """Replace the identity, unless a coordinator has a session or has replaced it."""
+        text: Mapping[str, object] = {
+            "StoreId": meta.store_id,
+            "Shards": meta.shards,
+            "Schema": SCHEMA,
+            "MovedTo": meta.moved_to,
+            "IsCopy": meta.is_copy,
+        }
+        known = 0 if self._meta is None else self._meta.revision
+        members = f"{self._layout.live}members/"
+        conditions = [if_revision(self._layout.meta, known), if_none(members)]
+        done = await self._etcd.txn(conditions, [put(self._layout.meta, json.dumps(text))])
+        if not done.succeeded:
+            raise StoreError(
+                f"a coordinator serves {self.name}: stop all of them, and copy again; nothing was changed",
+                exit_code=ExitCode.DATA_DIR_LOCKED,
+            )
+        self._meta = replace(meta, revision=done.revision)

@@ -1,0 +1,430 @@
+"""A client of etcd (3.4 or later) over its JSON gateway: /v3 by HTTP/1.1.
+
+Owns the connections, the login, and what an answer means: done, refused, or unknown. Knows nothing of groups.
+The gateway leaves out default values (a transaction that failed has no ``succeeded``), and writes 64-bit integers
+as strings and all bytes as base64.
+
+What is not promised: that a request without an answer had no effect. ``EtcdUnknown`` is raised for it, and
+etcd may carry it out later, after other requests.
+"""
+
+import asyncio
+import json
+import ssl
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx2
+
+from agent import __version__
+from agent.errors import ExitCode, StoreError
+from agent.ops.logs import Log
+
+Json = dict[str, Any]
+
+CONNECTIONS = 64
+"""To one etcd: it serves some hundred writes a second, so more would only wait there."""
+
+KEEPALIVE_S = 30.0
+"""Idle timeout of a connection: etcd itself keeps idle ones for longer."""
+
+LONGEST_LINE = 16 * 1024 * 1024
+"""Bytes of one message of a watch: etcd's own limit of a request is 1.5 MiB, an event has two of them in base64."""
+
+_UNAUTHENTICATED = 16
+_DEFINITE_CODES = frozenset({3, 5, 6, 7, 8, 9, 11, 12, _UNAUTHENTICATED})
+"""gRPC codes of a request that etcd has refused. With the others (timed out, leader changed, cancelled) it may
+have been carried out."""
+
+log = Log(__name__)
+
+
+class EtcdError(StoreError):
+    """A request to etcd failed."""
+
+    exit_code = ExitCode.ETCD
+
+
+class EtcdRefused(EtcdError):  # noqa: N818 - an answer
+    """etcd has refused a request, which had no effect.
+
+    Attributes:
+        code: the gRPC code of the refusal.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class EtcdUnreachable(EtcdError):  # noqa: N818 - a state
+    """No member of etcd could be connected to: the request was not sent."""
+
+
+class EtcdUnknown(EtcdError):  # noqa: N818 - an outcome
+    """No answer came: whether the request was or will be carried out is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """A key of etcd at one revision.
+
+    Attributes:
+        revision: the mod revision: of its last write, never the same for two writes.
+        lease: the id of the lease that it is deleted with, or 0.
+    """
+
+    key: str
+    value: str
+    revision: int
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answer to a range read: the keys, how many there are in the range, and the store's revision."""
+
+    keys: tuple[KeyValue, ...]
+    count: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer to a transaction: which branch was taken, the answers in it, and the store's revision."""
+
+    succeeded: bool
+    answers: tuple[Found | None, ...]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change that a watch reports; ``value`` is None for a deleted key."""
+
+    key: str
+    value: str | None
+    revision: int
+    lease: int = 0
+
+
+class Transport(Protocol):
+    """Sends JSON to the gateway. Raises EtcdError."""
+
+    async def post(self, path: str, body: Json, timeout_s: float) -> Json: ...
+    def stream(self, path: str, body: Json) -> AsyncIterator[Json]: ...
+    async def aclose(self) -> None: ...
+
+
+# -- the parts of a request -----------------------------------------------------------------------
+
+
+def _b64(text: str) -> str:
+    return b64encode(text.encode()).decode()
+
+
+def _text(data: str) -> str:
+    return b64decode(data).decode()
+
+
+def end_of(prefix: str) -> str:
+    """The end of the range of all keys with a prefix, which ends in an ASCII character."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def if_revision(key: str, revision: int) -> Json:
+    """A condition: the key's last write has this revision; 0: there is no such key."""
+    return {"key": _b64(key), "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
+
+
+def if_none(prefix: str) -> Json:
+    """A condition: there is no key with this prefix."""
+    return if_revision(prefix, 0) | {"range_end": _b64(end_of(prefix))}
+
+
+def put(key: str, value: str, lease: int = 0) -> Json:
+    """A step of a transaction: write a key, to be deleted with a lease if one is named."""
+    return {"request_put": {"key": _b64(key), "value": _b64(value), "lease": str(lease)}}
+
+
+def delete(key: str, end: str | None = None) -> Json:
+    """A step of a transaction: delete a key, or those from it up to before ``end``."""
+    return {"request_delete_range": _span(key, end)}
+
+
+def read(
+    key: str,
+    end: str | None = None,
+    *,
+    limit: int = 0,
+    newest_key_first: bool = False,
+    oldest_write_first: bool = False,
+    keys_only: bool = False,
+    count_only: bool = False,
+) -> Json:
+    """A step of a transaction, or the body of a range read."""
+    body = _span(key, end) | {"limit": str(limit), "keys_only": keys_only, "count_only": count_only}
+    if newest_key_first:
+        body |= {"sort_order": "DESCEND", "sort_target": "KEY"}
+    if oldest_write_first:
+        body |= {"sort_order": "ASCEND", "sort_target": "MOD"}
+    return {"request_range": body}
+
+
+def _span(key: str, end: str | None) -> Json:
+    return {"key": _b64(key)} | ({} if end is None else {"range_end": _b64(end)})
+
+
+def _found(answer: Mapping[str, Any], revision: int) -> Found:
+    keys = tuple(_key_value(one) for one in answer.get("kvs", ()))
+    return Found(keys, int(answer.get("count", 0)), revision)
+
+
+def _key_value(one: Mapping[str, Any]) -> KeyValue:
+    return KeyValue(
+        _text(one["key"]),
+        _text(one.get("value", "")),
+        int(one["mod_revision"]),
+        int(one.get("lease", 0)),
+    )
+
+
+class Etcd:
+    """The calls of etcd that a store and its leadership need. All raise EtcdError.
+
+    Args:
+        timeout_s: how long one request may take.
+    """
+
+    def __init__(self, transport: Transport, timeout_s: float) -> None:
+        self._transport = transport
+        self.timeout_s = timeout_s
+
+    async def get(self, key: str) -> KeyValue | None:
+        """One key, as the majority of etcd has it."""
+        found = await self.range(read(key))
+        return found.keys[0] if found.keys else None
+
+    async def range(self, what: Json) -> Found:
+        """Keys, as the majority of etcd has them; ``what`` is made by ``read``."""
+        answer = await self._post("/v3/kv/range", what["request_range"])
+        return _found(answer, _revision(answer))
+
+    async def txn(
+        self, conditions: Sequence[Json], then: Sequence[Json], otherwise: Sequence[Json] = ()
+    ) -> Done:
+        """One transaction: ``then`` if all conditions hold."""
+        body = {"compare": list(conditions), "success": list(then), "failure": list(otherwise)}
+        answer = await self._post("/v3/kv/txn", body)
+        revision = _revision(answer)
+        answers = tuple(
+            _found(one["response_range"], revision) if "response_range" in one else None
+            for one in answer.get("responses", ())
+        )
+        return Done(answer.get("succeeded", False), answers, revision)
+
+    async def grant(self, ttl_s: int) -> int:
+        """Make a lease of at least ``ttl_s`` seconds; its id."""
+        return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
+
+    async def keep_alive(self, lease: int) -> bool:
+        """Renew a lease; whether it was still there."""
+        answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
+        return int(answer.get("result", {}).get("TTL", 0)) > 0
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease, and delete its keys."""
+        await self._post("/v3/lease/revoke", {"ID": str(lease)})
+
+    async def watch(self, prefix: str, revision: int) -> AsyncIterator[tuple[int, list[Event]]]:
+        """Every change of keys with a prefix from a revision on, as it happens. Ends when etcd ends it."""
+        span = _span(prefix, end_of(prefix)) | {"start_revision": str(revision)}
+        async with aclosing(
+            self._transport.stream("/v3/watch", {"create_request": span})  # type: ignore[type-var]
+        ) as messages:
+            async for message in messages:
+                result = message.get("result", {})
+                if result.get("canceled") or "error" in message:
+                    return
+                events = [_event(one) for one in result.get("events", ())]
+                if events:
+                    yield _revision(result), events
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._transport.aclose()
+
+    async def _post(self, path: str, body: Json) -> Json:
+        return await self._transport.post(path, body, self.timeout_s)
+
+
+def _revision(answer: Mapping[str, Any]) -> int:
+    return int(answer.get("header", {}).get("revision", 0))
+
+
+def _event(one: Mapping[str, Any]) -> Event:
+    kv = one["kv"]
+    value = None if one.get("type") == "DELETE" else _text(kv.get("value", ""))
+    return Event(_text(kv["key"]), value, int(kv.get("mod_revision", 0)), int(kv.get("lease", 0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A user of etcd with role-based access control."""
+
+    name: str
+    password: str
+
+
+class Gateway:
+    """The network: the JSON gateways of the members of one etcd cluster.
+
+    Requests go to one endpoint. One that cannot be connected to, or does not answer in time, is replaced by
+    the next one; a request that was surely not sent is sent there at once.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        tls: ssl.SSLContext | None = None,
+        login: Login | None = None,
+    ) -> None:
+        self._endpoints = tuple(endpoints)
+        self._current = 0
+        self._login = login
+        self._token: str | None = None
+        self._logging_in = asyncio.Lock()
+        self._client = self._open(tls)
+        self._watches = self._open(tls)  # they must not use up the connections of the others
+
+    @staticmethod
+    def _open(tls: ssl.SSLContext | None) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            verify=tls or False,  # without a context all endpoints are plain http
+            trust_env=False,
+            follow_redirects=False,
+            limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
+            headers={"User-Agent": f"failover-agent/{__version__}"},
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint that is asked now."""
+        return self._endpoints[self._current]
+
+    async def post(self, path: str, body: Json, timeout_s: float) -> Json:
+        """Send one request and read its answer."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._post(path, body)
+        except TimeoutError:
+            asked = self.endpoint
+            self._leave(asked)
+            raise EtcdUnknown(f"etcd at {asked} did not answer within {timeout_s:g} s") from None
+
+    async def _post(self, path: str, body: Json) -> Json:
+        error: EtcdError | None = None
+        for _ in self._endpoints:
+            asked = self.endpoint
+            try:
+                return await self._with_login(asked, path, body)
+            except httpx2.ConnectError as failure:
+                self._leave(asked)
+                error = EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}")
+            except (httpx2.HTTPError, httpx2.StreamError) as failure:
+                self._leave(asked)
+                raise EtcdUnknown(f"etcd at {asked} gave no answer: {failure!r}") from failure
+            except EtcdUnknown:
+                self._leave(asked)
+                raise
+        assert error is not None  # noqa: S101 - there is at least one endpoint
+        raise error
+
+    async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
+        if self._login is not None and self._token is None:
+            await self._authenticate(endpoint, None)
+        token = self._token
+        try:
+            return await self._send(endpoint, path, body, token)
+        except EtcdRefused as refusal:
+            if self._login is None or refusal.code != _UNAUTHENTICATED:
+                raise
+        await self._authenticate(endpoint, token)  # the token is too old, or of another life
+        return await self._send(endpoint, path, body, self._token)
+
+    async def _authenticate(self, endpoint: str, old: str | None) -> None:
+        assert self._login is not None  # noqa: S101 - the callers have checked it
+        async with self._logging_in:
+            if self._token == old:
+                body = {"name": self._login.name, "password": self._login.password}
+                answer = await self._send(endpoint, "/v3/auth/authenticate", body, None)
+                self._token = answer["token"]
+
+    async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
+        headers = {} if token is None else {"Authorization": token}
+        answer = await self._client.post(
+            endpoint + path, content=json.dumps(body), headers=headers, timeout=None
+        )
+        return _read(answer.status_code, answer.content, endpoint)
+
+    async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
+        """Send one request and yield each message of its answer."""
+        asked = self.endpoint
+        headers = {} if self._token is None else {"Authorization": self._token}
+        try:
+            async with self._watches.stream(
+                "POST", asked + path, content=json.dumps(body), headers=headers, timeout=None
+            ) as answer:
+                if answer.status_code != httpx2.codes.OK:
+                    _read(answer.status_code, await answer.aread(), asked)
+                rest = b""
+                async for part in answer.aiter_bytes():
+                    *lines, rest = (rest + part).split(b"\n")
+                    if len(rest) > LONGEST_LINE:
+                        raise EtcdUnknown(f"etcd at {asked} sent an endless message")
+                    for line in lines:
+                        if line.strip():
+                            yield _read(httpx2.codes.OK, line, asked)
+        except (httpx2.HTTPError, httpx2.StreamError) as failure:
+            raise EtcdUnknown(f"a watch at {asked} ended: {failure!r}") from failure
+
+    def _leave(self, endpoint: str) -> None:
+        if self.endpoint == endpoint and len(self._endpoints) > 1:
+            self._current = (self._current + 1) % len(self._endpoints)
+            log.warning("etcd endpoint changed", before=endpoint, after=self.endpoint)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+        await self._watches.aclose()
+
+
+def _read(status: int, content: bytes, endpoint: str) -> Json:
+    """The JSON of an answer, or the error in it."""
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        shown = content[:80].decode(errors="replace")
+        raise (
+            EtcdRefused(
+                f"{endpoint} is not the JSON gateway of etcd 3.4 or later: status {status}, {shown!r};"
+                " name the client URL of a member",
+                code=12,
+            )
+            if status == httpx2.codes.NOT_FOUND
+            else EtcdUnknown(f"{endpoint} gave status {status}, {shown!r}")
+        )
+    if status == httpx2.codes.OK:
+        return answer
+    message = answer.get("message") or answer.get("error") or f"status {status}"
+    code = int(answer.get("code", 2))
+    text = f"etcd at {endpoint} refuses: {message}"
+    if code in _DEFINITE_CODES:
+        raise EtcdRefused(text, code)
+    raise EtcdUnknown(text)

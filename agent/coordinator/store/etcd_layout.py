@@ -1,0 +1,179 @@
+"""The keys and values of a store in etcd. Sends nothing but one read.
+
+Keys are made of the prefix, ``meta``, ``live/`` (gone with the coordinators), ``access/`` and ``shards/``. The names
+of tenants, namespaces and groups in them are percent-encoded.
+"""
+
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from agent.coordinator.store.codec import decode, decode_progress
+from agent.coordinator.store.etcd_client import Etcd, KeyValue
+from agent.errors import ExitCode, StoreError
+from agent.model import GroupKey, GroupRecord, Progress
+from agent.schema.scalars import format_date_time
+
+SCHEMA = 1
+"""Grows with each change that a version before would not understand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What a store in etcd is: made once, by the first coordinator.
+
+    Attributes:
+        moved_to: where its groups were copied to, since when nobody may serve them here; or None.
+        revision: of the key that has this.
+        is_copy: nobody has served it since it was copied here, so it may be replaced by another copy.
+    """
+
+    store_id: str
+    shards: int
+    moved_to: str | None
+    revision: int
+    is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The keys. ``prefix`` has no slash at its end."""
+
+    prefix: str
+    shards: int
+
+    @property
+    def meta(self) -> str:
+        """The key of the identity."""
+        return f"{self.prefix}/meta"
+
+    @property
+    def live(self) -> str:
+        """The prefix of all keys that live as long as a coordinator: members and leaders."""
+        return f"{self.prefix}/live/"
+
+    @property
+    def access_changed(self) -> str:
+        """A key that is written with every change of an access list, so that caches are emptied."""
+        return f"{self.live}access"
+
+    def member(self, member: str) -> str:
+        """The key of a coordinator."""
+        return f"{self.live}members/{member}"
+
+    def leader(self, shard: int) -> str:
+        """The leadership key of a shard."""
+        return f"{self.live}leaders/{shard}"
+
+    def shard_of(self, key: GroupKey) -> int:
+        """The shard of a group: the same at every coordinator, for good."""
+        digest = hashlib.sha256("\0".join(key).encode(errors="surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") % self.shards
+
+    def records(self, shard: int) -> str:
+        """The prefix of a shard's records."""
+        return f"{self.prefix}/shards/{shard}/groups/"
+
+    def record(self, key: GroupKey) -> str:
+        """The key of a record."""
+        return self._of("groups", key)
+
+    def progress(self, key: GroupKey) -> str:
+        """The key of a group's progress."""
+        return self._of("progress", key)
+
+    def all_progress(self, shard: int) -> str:
+        """The prefix of a shard's progress."""
+        return f"{self.prefix}/shards/{shard}/progress/"
+
+    def history(self, key: GroupKey) -> str:
+        """The prefix of a group's tenures."""
+        return self._of("history", key) + "/"
+
+    def tenure(self, key: GroupKey, epoch: int) -> str:
+        """The key of a tenure; keys sort as epochs do."""
+        return f"{self.history(key)}{epoch:020d}"
+
+    def retired(self, key: GroupKey) -> str:
+        """The key of a deleted group's epoch."""
+        return self._of("retired", key)
+
+    def all_retired(self, shard: int) -> str:
+        """The prefix of the epochs of a shard's deleted groups."""
+        return f"{self.prefix}/shards/{shard}/retired/"
+
+    def access(self, tenant: str, namespace: str) -> str:
+        """The key of a namespace's access list."""
+        return f"{self.prefix}/access/{quoted(tenant)}/{quoted(namespace)}"
+
+    def _of(self, kind: str, key: GroupKey) -> str:
+        name = "/".join(map(quoted, key))
+        return f"{self.prefix}/shards/{self.shard_of(key)}/{kind}/{name}"
+
+
+def quoted(name: str) -> str:
+    """A name as a part of a key. Raises StoreError for half a surrogate pair."""
+    try:
+        return quote(name, safe="")
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"a name cannot be kept: {error}; nothing was changed", exit_code=ExitCode.INTERNAL
+        ) from None
+
+
+def group_key_of(key: str) -> GroupKey:
+    """The group whose name is at the end of a key."""
+    return GroupKey(*(unquote(part) for part in key.split("/")[-3:]))
+
+
+def record_value(text: str, token: str | None = None) -> str:
+    """The value of a record's key: a random token, and the record's text."""
+    return f"{token or uuid.uuid4()}\n{text}"
+
+
+def record_of_key(found: KeyValue, place: str) -> GroupRecord:
+    """The record of its key. Raises StoreError."""
+    _token, _, text = found.value.partition("\n")
+    return decode(GroupRecord, text, place)
+
+
+async def read_meta(etcd: Etcd, prefix: str) -> Meta | None:
+    """The identity of a store, or None if there is none. Raises StoreError if it is unusable."""
+    found = await etcd.get(f"{prefix}/meta")
+    if found is None:
+        return None
+    try:
+        text = json.loads(found.value)
+        schema = text["Schema"]
+        meta = Meta(
+            text["StoreId"],
+            text["Shards"],
+            text.get("MovedTo"),
+            found.revision,
+            text.get("IsCopy", False),
+        )
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(
+            f"{prefix}/meta in etcd is not what a coordinator wrote: restore etcd from a copy, or name"
+            " another --etcd-prefix"
+        ) from None
+    if schema > SCHEMA:
+        raise StoreError(
+            f"the store under {prefix} of etcd was written by a newer version of this program: its schema"
+            f" is {schema}, and this version knows {SCHEMA}: install that version",
+            exit_code=ExitCode.DATA_DIR_NEWER,
+        )
+    return meta
+
+
+def progress_value(progress: Progress) -> str:
+    """The value of a progress key."""
+    return f"{progress.epoch} {format_date_time(progress.last_data)}"
+
+
+def progress_of_key(found: KeyValue) -> Progress:
+    """The progress of its key. Raises StoreError."""
+    epoch, _, last_data = found.value.partition(" ")
+    return decode_progress(int(epoch), last_data, f"{found.key} in etcd")

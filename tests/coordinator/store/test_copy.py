@@ -1,0 +1,241 @@
+"""Copies of a store between SQLite and etcd, and backups of a running SQLite store."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from agent.coordinator.store import copy as copies
+from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import Etcd, Gateway, put
+from agent.coordinator.store.sqlite import SqliteStore
+from agent.errors import ExitCode, StoreError
+from agent.model import (
+    AccessEntry,
+    AccessList,
+    GroupKey,
+    GroupRecord,
+    HistoryEntry,
+    Progress,
+    Trustee,
+)
+from tests.etcd import EtcdServer
+
+MakeRecord = Callable[[int], GroupRecord]
+SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+ACL = AccessList((AccessEntry(Trustee(1, "u"), denied=False, rights=1),))
+
+
+@dataclass
+class Places:
+    """Where stores are, and how they are copied."""
+
+    etcd: Etcd
+    prefix: str
+    directory: Path
+
+    async def to_etcd(self, directory: Path | None = None, *, clone: bool = False) -> Snapshot:
+        source = SqlitePlace.open_source(directory or self.directory)
+        try:
+            target = await EtcdPlace.open_target(self.etcd, self.prefix, 4, source.store_id)
+            return await copy(source, target, clone=clone)
+        finally:
+            source.close()
+
+    async def to_sqlite(self, directory: Path | None = None) -> Snapshot:
+        async with EtcdPlace.open_source(self.etcd, self.prefix) as source:
+            target = SqlitePlace.open_target(directory or self.directory, source.store_id)
+            try:
+                return await copy(source, target, clone=False)
+            finally:
+                target.close()
+
+    async def serve_etcd(self) -> EtcdCluster:
+        return await EtcdCluster.open(self.etcd, self.prefix, 4)
+
+
+@pytest.fixture
+async def places(etcd_server: EtcdServer, tmp_path: Path) -> AsyncIterator[Places]:
+    etcd = Etcd(Gateway(etcd_server.urls), 5.0)
+    yield Places(etcd, f"/test/{uuid.uuid4()}", tmp_path / "data")
+    await etcd.aclose()
+
+
+@pytest.fixture
+async def filled(places: Places, make_record: MakeRecord) -> str:
+    """The id of a SQLite store that has something of everything."""
+    store = SqliteStore.open(places.directory)
+    for number in range(150):
+        key = GroupKey("t", "n", f"g/{number}")
+        version = await store.create(key, make_record(1))
+        await store.swap(key, version, make_record(2), [HistoryEntry(2, "s", SINCE, "chosen")])
+    await store.save_progress({key: Progress(2, SINCE)})
+    await store.delete(key, (await store.load())[key].version, 7)
+    await store.save_progress({GroupKey("t", "n", "g/1"): Progress(2, SINCE)})
+    await store.set_access("t", "n", ACL)
+    await store.close()
+    return store.store_id
+
+
+async def test_a_copy_to_etcd_and_back_has_everything_and_the_same_id(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    snapshot = await places.to_etcd()
+    assert len(snapshot.groups) == 149
+    assert len(snapshot.history) == 149
+    assert snapshot.retired == {GroupKey("t", "n", "g/149"): 7}
+    assert snapshot.access == {("t", "n"): ACL}
+    cluster = await places.serve_etcd()
+    assert cluster.store_id == filled
+    total, _ = await cluster.configs("t", "n", 0, 1, lambda _: True)
+    assert total == 149
+    assert await places.to_sqlite() == snapshot
+    store = SqliteStore.open(places.directory)
+    assert store.store_id == filled
+    assert (await store.load())[GroupKey("t", "n", "g/1")].progress == Progress(2, SINCE)
+    await store.close()
+
+
+async def test_the_source_of_a_copy_can_be_served_no_more(places: Places, filled: str) -> None:
+    await places.to_etcd()
+    with pytest.raises(StoreError, match=f"copied to etcd:{places.prefix}") as refused:
+        SqliteStore.open(places.directory)
+    assert refused.value.exit_code is ExitCode.STORE_MOVED
+    await places.to_sqlite()
+    with pytest.raises(StoreError, match=r"copied to /") as refused:
+        await places.serve_etcd()
+    assert refused.value.exit_code is ExitCode.STORE_MOVED
+
+
+async def test_a_copy_can_be_repeated_until_it_is_served(places: Places, filled: str) -> None:
+    first = await places.to_etcd()
+    assert await places.to_etcd() == first
+    await places.serve_etcd()
+    with pytest.raises(StoreError, match="was served"):
+        await places.to_etcd()
+
+
+async def test_a_second_copy_elsewhere_would_be_a_second_store_of_one_id(
+    places: Places, filled: str
+) -> None:
+    await places.to_etcd()
+    elsewhere = Places(places.etcd, f"/test/{uuid.uuid4()}", places.directory)
+    with pytest.raises(StoreError, match="two copies with one id"):
+        await elsewhere.to_etcd()
+    await elsewhere.to_etcd(clone=True)
+    assert (await elsewhere.serve_etcd()).store_id != filled
+
+
+async def test_a_clone_has_an_id_of_its_own_and_leaves_its_source_usable(
+    places: Places, filled: str
+) -> None:
+    await places.to_etcd(clone=True)
+    assert (await places.serve_etcd()).store_id != filled
+    store = SqliteStore.open(places.directory)
+    assert store.store_id == filled
+    await store.close()
+
+
+async def test_a_store_with_groups_of_its_own_is_not_overwritten(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    await places.serve_etcd()
+    with pytest.raises(StoreError, match="a copy would destroy it"):
+        await places.to_etcd()
+    with pytest.raises(StoreError, match="a copy would destroy it"):
+        await places.to_sqlite()
+    await places.to_sqlite(tmp_path / "new")
+
+
+async def test_a_copy_that_is_cut_off_is_not_served_and_can_be_made_again(
+    places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_off(_self: EtcdPlace) -> Snapshot:
+        raise StoreError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EtcdPlace, "read", cut_off)
+        with pytest.raises(StoreError, match="cut off"):
+            await places.to_etcd()
+    with pytest.raises(StoreError, match=copies.UNFINISHED):
+        await places.serve_etcd()
+    await SqliteStore.open(places.directory).close()
+    await places.to_etcd()
+    await places.serve_etcd()
+
+
+async def test_a_copy_that_differs_is_refused(
+    places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forgetful(_self: EtcdPlace) -> Snapshot:
+        return Snapshot()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EtcdPlace, "read", forgetful)
+        with pytest.raises(StoreError, match="differs"):
+            await places.to_etcd()
+    await SqliteStore.open(places.directory).close()
+
+
+async def test_a_store_that_is_served_is_not_copied(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    store = SqliteStore.open(places.directory)
+    with pytest.raises(StoreError, match="in use by another coordinator"):
+        await places.to_etcd()
+    await store.close()
+    cluster = await places.serve_etcd()
+    await places.etcd.txn([], [put(cluster.layout.member("1"), "{}")])
+    with pytest.raises(StoreError, match="a coordinator serves"):
+        await places.to_sqlite(tmp_path / "new")
+
+
+async def test_nothing_to_copy_is_an_error(places: Places, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"has no coordinator\.db"):
+        await places.to_etcd(tmp_path / "absent")
+    with pytest.raises(StoreError, match="there is no store under"):
+        await places.to_sqlite()
+    assert not (tmp_path / "absent").exists()
+
+
+async def test_a_backup_of_a_running_store_is_whole(
+    places: Places, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    store = SqliteStore.open(places.directory)
+    keys = [GroupKey("t", "n", f"g{number}") for number in range(300)]
+
+    async def write() -> None:
+        for key in keys:
+            await store.create(key, make_record(1))
+
+    writing = asyncio.create_task(write())
+    await asyncio.sleep(0.05)
+    file = tmp_path / "restored" / "coordinator.db"
+    file.parent.mkdir()
+    await asyncio.to_thread(backup, places.directory, file)
+    await writing
+    assert len(await store.load()) == 300
+    await store.close()
+    assert file.stat().st_mode & 0o077 == 0
+    restored = SqliteStore.open(file.parent)
+    assert restored.store_id == store.store_id
+    groups = await restored.load()
+    assert list(groups) == keys[: len(groups)]
+    await restored.close()
+
+
+async def test_a_backup_replaces_no_file_and_needs_a_store(places: Places, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"has no coordinator\.db"):
+        backup(places.directory, tmp_path / "b")
+    await SqliteStore.open(places.directory).close()
+    (tmp_path / "b").write_text("mine")
+    with pytest.raises(StoreError, match="exists"):
+        backup(places.directory, tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "mine"
+    with pytest.raises(StoreError):
+        backup(places.directory, tmp_path / "absent" / "b")

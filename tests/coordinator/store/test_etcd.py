@@ -1,0 +1,322 @@
+"""The shard in etcd beyond what every store promises: leadership, unknown outcomes, one identity."""
+
+import asyncio
+import ssl
+import uuid
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from agent.coordinator.store import Stored
+from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
+from agent.coordinator.store.etcd_client import (
+    Etcd,
+    EtcdError,
+    EtcdRefused,
+    EtcdUnknown,
+    EtcdUnreachable,
+    Gateway,
+    Json,
+    Login,
+    put,
+)
+from agent.coordinator.store.etcd_layout import Layout, read_meta
+from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
+from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from tests.etcd import EtcdServer, an_etcd
+from tests.mosquitto import Authority
+
+from .conftest import lead, led_shard
+
+MakeRecord = Callable[[int], GroupRecord]
+SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+class Lossy:
+    """The gateway, whose answers to transactions can be lost, and whose requests can come late."""
+
+    def __init__(self, inner: Gateway) -> None:
+        self._inner = inner
+        self.lost = 0
+        self.late = 0
+        self.refused = 0
+        self.held: list[Json] = []
+        self.sent = 0
+
+    async def post(self, path: str, body: Json, timeout_s: float) -> Json:
+        if path != "/v3/kv/txn":
+            return await self._inner.post(path, body, timeout_s)
+        self.sent += 1
+        if self.refused:
+            self.refused -= 1
+            raise EtcdUnreachable("no connection")
+        if self.late:
+            self.late -= 1
+            self.held.append(body)
+            raise EtcdUnknown("no answer yet")
+        answer = await self._inner.post(path, body, timeout_s)
+        if self.lost:
+            self.lost -= 1
+            raise EtcdUnknown("the answer was lost")
+        return answer
+
+    async def arrive_late(self) -> list[bool]:
+        """Carry out what was held back; which of them succeeded."""
+        answers = [await self._inner.post("/v3/kv/txn", body, 5.0) for body in self.held]
+        self.held.clear()
+        return [answer.get("succeeded", False) for answer in answers]
+
+    def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
+        return self._inner.stream(path, body)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+@pytest.fixture
+async def lossy(etcd_server: EtcdServer) -> AsyncIterator[tuple[Lossy, EtcdStore]]:
+    transport = Lossy(Gateway(etcd_server.urls))
+    async with led_shard(etcd_server, transport) as store:
+        transport.sent = 0
+        yield transport, store
+
+
+def cluster_of(store: EtcdStore) -> EtcdCluster:
+    return store._cluster
+
+
+async def test_r19_a_deposed_leader_changes_nothing(
+    etcd_server: EtcdServer, key: GroupKey, make_record: MakeRecord
+) -> None:
+    other = key._replace(group="another")
+    async with led_shard(etcd_server) as old:
+        version = await old.create(key, make_record(1))
+        new = await lead(cluster_of(old))
+        saved = Progress(1, SINCE)
+        for change in (
+            old.swap(key, version, make_record(2), [HistoryEntry(2, "s", SINCE, "chosen")]),
+            old.create(other, make_record(1)),
+            old.delete(key, version, 1),
+            old.save_progress({key: saved}),
+            old.settle(key, version),
+        ):
+            with pytest.raises(LeadershipLost):
+                await change
+        assert await new.load() == {key: Stored(version, make_record(1))}
+        assert await new.history(key) == (0, [])
+        await new.swap(key, version, make_record(2))
+
+
+async def test_a_write_whose_answer_is_lost_succeeds_once(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    transport.lost = 1
+    version = await store.create(key, make_record(1))
+    transport.lost = 2
+    version = await store.swap(key, version, make_record(2))
+    assert await store.load() == {key: Stored(version, make_record(2))}
+    transport.lost = 1
+    await store.delete(key, version, 7)
+    assert await store.load() == {}
+    assert await store.retired_epoch(key) == 7
+
+
+async def test_a_write_that_comes_late_is_sent_again_and_happens_once(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    transport.late = 1
+    newer = await store.swap(key, version, make_record(2))
+    assert await transport.arrive_late() == [False]
+    assert await store.load() == {key: Stored(newer, make_record(2))}
+
+
+async def test_an_outcome_that_stays_unknown_is_settled_for_good(
+    lossy: tuple[Lossy, EtcdStore],
+    key: GroupKey,
+    make_record: MakeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agent.coordinator.store.etcd.SETTLE_S", 0.1)
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    transport.late = 1_000
+    with pytest.raises(OutcomeUnknown, match=r"'pumps'.*was changed is unknown"):
+        await store.swap(key, version, make_record(2))
+    transport.late = 0
+    settled = await store.settle(key, version)
+    assert settled is not None
+    assert settled.record == make_record(1)
+    assert not any(await transport.arrive_late()), "it must not happen after it was settled"
+    assert await store.load() == {key: settled}
+
+
+async def test_a_late_write_that_has_happened_is_found_by_settling(
+    lossy: tuple[Lossy, EtcdStore],
+    key: GroupKey,
+    make_record: MakeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agent.coordinator.store.etcd.SETTLE_S", 0.1)
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    transport.late = 1_000
+    with pytest.raises(OutcomeUnknown):
+        await store.swap(key, version, make_record(2))
+    transport.late = 0
+    assert sum(await transport.arrive_late()) == 1
+    settled = await store.settle(key, version)
+    assert settled is not None
+    assert settled.record == make_record(2)
+
+
+async def test_a_write_that_was_not_sent_fails_at_once_and_changes_nothing(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    transport.refused = 1
+    with pytest.raises(StoreError, match="nothing was changed") as failed:
+        await store.create(key, make_record(1))
+    assert not isinstance(failed.value, OutcomeUnknown)
+    assert transport.sent == 1
+    assert await store.load() == {}
+
+
+async def test_progress_of_many_groups_is_few_transactions(
+    lossy: tuple[Lossy, EtcdStore], make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    keys = [GroupKey("t", "n", f"g{number}") for number in range(150)]
+    for key in keys:
+        await store.create(key, make_record(1))
+    transport.sent = 0
+    saved = {key: Progress(n, SINCE + timedelta(seconds=n)) for n, key in enumerate(keys)}
+    await store.save_progress(saved | {GroupKey("t", "n", "absent"): Progress(1, SINCE)})
+    assert transport.sent == 2
+    assert {key: one.progress for key, one in (await store.load()).items()} == saved
+
+
+async def test_more_groups_than_a_page_are_loaded_and_listed(
+    etcd_server: EtcdServer, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.coordinator.store.etcd.PAGE", 3)
+    async with led_shard(etcd_server) as store:
+        names = [f"g{number}" for number in range(10)]
+        for name in names:
+            await store.create(GroupKey("t", "n", name), make_record(1))
+        await store.create(GroupKey("t", "other", "x"), make_record(1))
+        assert len(await store.load()) == 11
+        total, page = await cluster_of(store).configs("t", "n", 2, 3, lambda _: True)
+        assert (total, len(page)) == (10, 3)
+        assert await cluster_of(store).configs("t", "n", 0, 9, lambda acl: acl is None) == (0, [])
+
+
+async def test_a_store_has_one_identity_and_one_number_of_shards(etcd_server: EtcdServer) -> None:
+    etcd = Etcd(Gateway(etcd_server.urls), 5.0)
+    prefix = f"/test/{uuid.uuid4()}"
+    assert await read_meta(etcd, prefix) is None
+    opened = await asyncio.gather(*(EtcdCluster.open(etcd, prefix, 3) for _ in range(4)))
+    assert len({cluster.store_id for cluster in opened}) == 1
+    with pytest.raises(ConfigError, match=r"shards is 4.*made with 3.*set shards to 3"):
+        await EtcdCluster.open(etcd, prefix, 4)
+    await etcd.aclose()
+
+
+async def test_foreign_keys_under_the_prefix_are_left_alone(etcd_server: EtcdServer) -> None:
+    etcd = Etcd(Gateway(etcd_server.urls), 5.0)
+    prefix = f"/test/{uuid.uuid4()}"
+    await etcd.txn([], [put(f"{prefix}/theirs", "x")])
+    with pytest.raises(StoreError, match="name another --etcd-prefix"):
+        await EtcdCluster.open(etcd, prefix, 3)
+    await etcd.txn([], [put(f"{prefix}/meta", "x")])
+    with pytest.raises(StoreError, match="is not what a coordinator wrote"):
+        await EtcdCluster.open(etcd, prefix, 3)
+    await etcd.txn([], [put(f"{prefix}/meta", '{"StoreId":"i","Shards":3,"Schema":99}')])
+    with pytest.raises(StoreError, match="newer version") as newer:
+        await EtcdCluster.open(etcd, prefix, 3)
+    assert newer.value.exit_code is ExitCode.DATA_DIR_NEWER
+    await etcd.aclose()
+
+
+async def test_an_endpoint_that_cannot_be_reached_is_replaced_at_once(
+    etcd_server: EtcdServer,
+) -> None:
+    etcd = Etcd(Gateway(["http://127.0.0.1:1", *etcd_server.urls]), 5.0)
+    assert await etcd.get("/absent") is None
+    assert await etcd.get("/absent") is None
+    await etcd.aclose()
+
+
+async def test_something_that_is_not_etcd_is_named(etcd_server: EtcdServer) -> None:
+    etcd = Etcd(Gateway([etcd_server._peers[0]]), 5.0)
+    with pytest.raises(EtcdRefused, match="is not the JSON gateway of etcd"):
+        await etcd.get("/absent")
+    await etcd.aclose()
+
+
+async def test_a_change_of_an_access_list_marks_that_caches_are_stale(
+    etcd_server: EtcdServer,
+) -> None:
+    async with led_shard(etcd_server) as store:
+        cluster = cluster_of(store)
+        place = cluster.layout.access_changed
+        assert await cluster.etcd.get(place) is None
+        await cluster.set_access("t", "n", AccessList())
+        first = await cluster.etcd.get(place)
+        await cluster.set_access("t", "n", AccessList())
+        second = await cluster.etcd.get(place)
+        assert first is not None
+        assert second is not None
+        assert first.revision < second.revision
+
+
+def test_a_group_has_the_same_shard_in_every_version() -> None:
+    """A change of this would lose every group."""
+    layout = Layout("/p", 8)
+    names = ("pumps", "fans", "насос", "", "\ud800")
+    shards = [layout.shard_of(GroupKey("default", "default", name)) for name in names]
+    assert shards == SHARDS
+    counts = [0] * 8
+    for number in range(800):
+        counts[layout.shard_of(GroupKey("t", "n", f"line-{number}"))] += 1
+    assert min(counts) > 60
+
+
+SHARDS = [3, 6, 0, 7, 0]
+
+
+async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
+    """Over TLS, with an etcd that lets in nobody without a password."""
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("etcd")
+    with an_etcd(tmp_path, tls=(certificate, key, authority.file)) as server:
+        context = ssl.create_default_context(cafile=authority.file)
+        anonymous = Gateway(server.urls, tls=context)
+        for path, body in (
+            ("user/add", {"name": "root", "password": "secret"}),
+            ("role/add", {"name": "root"}),
+            ("user/grant", {"user": "root", "role": "root"}),
+            ("enable", {}),
+        ):
+            await anonymous.post(f"/v3/auth/{path}", body, 5.0)
+        with pytest.raises(EtcdRefused, match="user name is empty"):
+            await Etcd(anonymous, 5.0).get("/absent")
+        await anonymous.aclose()
+        wrong = Etcd(Gateway(server.urls, tls=context, login=Login("root", "wrong")), 5.0)
+        with pytest.raises(EtcdRefused, match="authentication failed"):
+            await wrong.get("/absent")
+        await wrong.aclose()
+        gateway = Gateway(server.urls, tls=context, login=Login("root", "secret"))
+        cluster = await EtcdCluster.open(Etcd(gateway, 5.0), "/test", 1)
+        gateway._token = "forgotten"
+        store = await lead(cluster)
+        assert await store.load() == {}
+        await cluster.aclose()
+        strangers = Etcd(Gateway(server.urls, tls=ssl.create_default_context()), 5.0)
+        with pytest.raises(EtcdError, match="cannot be connected to"):
+            await strangers.get("/absent")
+        await strangers.aclose()
