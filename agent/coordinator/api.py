@@ -49,6 +49,10 @@ OPERATION_ID = b"operation-id"
 CERTIFICATE_STATE = "failover.certificate"
 """Where the scope's state has the ClientCertificate of the connection."""
 
+ADMITTED_FOR_S = 1.0
+"""Credentials and rights are checked again if a body takes longer to come in: otherwise a request that was
+begun in time, and is held open, would outlive both."""
+
 PART_BYTES = 65_536
 """Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
 
@@ -149,13 +153,13 @@ class Api:
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING_REFUSAL
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        rights = self._rights_of_everybody
-        if not self._open and route.right is not None:
-            rights = await self._authenticate(scope, found)
-            await self._authorise(route, route.right, found.values, rights)
+        rights = await self._admit(scope, found, route)
         body = None
         if route.body is not None:
+            admitted_at = perf_counter()
             text = await self._read_body(headers, receive)
+            if route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S:
+                rights = await self._admit(scope, found, route)
             try:
                 body = decode(route.body, text)
             except BodyError as error:
@@ -163,8 +167,6 @@ class Api:
                     f"{error}.",
                     f"{route.body.__name__} is in /openapi.json.",
                 ) from None
-            if route.for_administrators:  # the list may have changed while the body came in
-                await self._authorise(route, Right.MANAGE, found.values, rights)
         call = Call(
             self._coordinator,
             self._clock,
@@ -190,6 +192,14 @@ class Api:
         raise MethodNotAllowed(method, allow)
 
     # -- rights -------------------------------------------------------------------------------
+
+    async def _admit(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
+        """The rights of the caller, who has been found to have the right of the route."""
+        if self._open or route.right is None:
+            return self._rights_of_everybody
+        rights = await self._authenticate(scope, found)
+        await self._authorise(route, route.right, found.values, rights)
+        return rights
 
     async def _authenticate(self, scope: Scope, found: PathMatch) -> Rights:
         """The rights of the caller in the tenant of the path."""
