@@ -138,6 +138,7 @@ async def _reload(
         settings, refused = access.merge_reloadable(reread())
         return settings, refused, load(settings)
 
+    access.on_reload(False)  # until it is done
     try:
         settings, refused, files = await lane.run(read, timeout_s=RELOAD_S)
     except (ConfigError, StuckError) as error:
@@ -156,6 +157,7 @@ async def _reload(
             refused=refused,
             resolution="restart the coordinator to change them",
         )
+    access.on_reload(True)
     log.info("configuration read again", changed=changed)
 
 
@@ -180,6 +182,7 @@ async def serving(
         store = await _open(settings)
         try:
             metrics = Metrics(sessions=settings.session_metrics)
+            access.on_reload = metrics.reloaded
             coordinator = Coordinator(
                 store,
                 clock.now,
