@@ -6,7 +6,7 @@ token keys, and taking all of them over at once or none. Knows nothing of socket
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -145,6 +145,7 @@ class Access:
 
     Attributes:
         seen: what ``look`` saw of the files before they were read at the start.
+        on_reload: receives whether a reload has succeeded.
 
     Raises:
         ConfigError: as ``load`` does.
@@ -153,6 +154,7 @@ class Access:
     def __init__(self, settings: CoordinatorSettings) -> None:
         self.settings = settings
         self.seen = look(self.paths)
+        self.on_reload: Callable[[bool], None] = lambda _: None
         files = load(settings)
         self._tls = ServerTls(settings, files) if files.tls is not None else None
         self.auth = Authenticator(

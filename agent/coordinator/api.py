@@ -58,6 +58,10 @@ LEADERS_TRIED = 3
 FORWARDED = b"failover-forwarded"
 """Header of a request that another coordinator has forwarded; it is not forwarded again."""
 
+ADMITTED_FOR_S = 1.0
+"""Credentials and rights are checked again if a body takes longer to come in: otherwise a request that was
+begun in time, and is held open, would outlive both."""
+
 PART_BYTES = 65_536
 """Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
 
@@ -191,10 +195,7 @@ class Api:
         scope["failover.route"] = route.name
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING_REFUSAL
-        rights = self._rights_of_everybody
-        if not self._open and route.right is not None:
-            rights = await self._authenticate(scope, found)
-            rights.check_tenant()
+        rights = await self._identify(scope, found, route)
         if self._forwarder is not None and (
             "groupId" in found.values or route.handler is create_group
         ):
@@ -202,8 +203,21 @@ class Api:
                 self._forwarder, scope, receive, route, found, rights
             )
         await self._authorise(route, found.values, rights)
-        text = b"" if route.body is None else await self._read_body(headers, receive)
+        text = b""
+        if route.body is not None:
+            text, again = await self._read_body_of(route, headers, receive)
+            if again:
+                rights = await self._identify(scope, found, route)
+                await self._authorise(route, found.values, rights)
         return await self._answer_here(scope, receive, route, found, rights, text)
+
+    async def _read_body_of(
+        self, route: Route, headers: list[tuple[bytes, bytes]], receive: Receive
+    ) -> tuple[bytes, bool]:
+        """The body, and whether the caller has to be identified again because it took long to come in."""
+        admitted_at = perf_counter()
+        text = await self._read_body(headers, receive)
+        return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 
     async def _answer_here(  # noqa: PLR0917 - the parts of one request
         self,
@@ -215,8 +229,6 @@ class Api:
         text: bytes,
     ) -> Answer:
         body = None if route.body is None else _decode_body(route, text)
-        if route.for_administrators:  # the list may have changed while the body came in
-            await self._authorise(route, found.values, rights)
         call = Call(
             self._coordinator,
             self._clock,
@@ -247,7 +259,11 @@ class Api:
         If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        text = b"" if route.body is None else await self._read_body(headers, receive)
+        text = b""
+        if route.body is not None:
+            text, again = await self._read_body_of(route, headers, receive)
+            if again:
+                rights = await self._identify(scope, found, route)
         group = found.values.get("groupId") or _decode_body(route, text).to_model().id
         key = GroupKey(*_tenant_namespace(found.values), group)
         query: bytes = scope["query_string"]
@@ -278,6 +294,14 @@ class Api:
         raise MethodNotAllowed(method, allow)
 
     # -- rights -------------------------------------------------------------------------------
+
+    async def _identify(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
+        """The rights of the caller, who is known and of the path's tenant if the route demands it."""
+        if self._open or route.right is None:
+            return self._rights_of_everybody
+        rights = await self._authenticate(scope, found)
+        rights.check_tenant()
+        return rights
 
     async def _authenticate(self, scope: Scope, found: PathMatch) -> Rights:
         """The rights of the caller in the tenant of the path."""

@@ -126,6 +126,12 @@ class Metrics:
         )
         for outcome in FETCHES:
             self._key_fetches.labels(outcome)
+        self._reload = Gauge(
+            f"{prefix}_last_reload_successful",
+            "Whether the last reload of settings and files succeeded; if not, the old ones are in force.",
+            registry=registry,
+        )
+        self._reload.set(1)
         self._groups = Gauge(
             f"{prefix}_groups",
             "Groups: with a primary, with one that is to hand over, with one that is to confirm, with none.",
@@ -210,6 +216,10 @@ class Metrics:
     def token_keys_fetched(self, outcome: str) -> None:
         """The keys of the identity provider were fetched, or could not be."""
         self._key_fetches.labels(outcome).inc()
+
+    def reloaded(self, success: bool) -> None:  # noqa: FBT001 - the one thing to report
+        """Settings and files were read again, or not."""
+        self._reload.set(success)
 
     # -- what is --------------------------------------------------------------------------------
 

@@ -138,6 +138,7 @@ async def _reload(
         settings, refused = access.merge_reloadable(reread())
         return settings, refused, load(settings)
 
+    access.on_reload(False)  # until it is done
     try:
         settings, refused, files = await lane.run(read, timeout_s=RELOAD_S)
     except (ConfigError, StuckError) as error:
@@ -156,6 +157,7 @@ async def _reload(
             refused=refused,
             resolution="restart the coordinator to change them",
         )
+    access.on_reload(True)
     log.info("configuration read again", changed=changed)
 
 
@@ -177,6 +179,7 @@ async def serving(
     access = access or Access(settings)
     clock = Clock()
     metrics = Metrics(sessions=settings.session_metrics)
+    access.on_reload = metrics.reloaded
     with _bound(settings.listen) as listener:
         if settings.store == "etcd":
             async with _serving_cluster(settings, access, clock, metrics, listener) as url:

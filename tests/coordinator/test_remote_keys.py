@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 from joserfc.jwk import ECKey, KeySet
@@ -11,6 +12,7 @@ from joserfc.jwk import ECKey, KeySet
 from agent.coordinator.auth import Authenticator, TokenRules, remote_keys
 from agent.coordinator.auth.remote_keys import MOST_BYTES, STALE_S, UNKNOWN_KEY_INTERVAL_S
 from agent.errors import Unauthenticated, Unavailable
+from tests.mosquitto import Authority
 
 from .test_auth import KEY, NOW, bearer
 
@@ -22,6 +24,7 @@ class Provider:
 
     def __init__(self) -> None:
         self.answer = b""
+        self.url = ""
         self.served = 0
         self.now = 1000.0
         self.outcomes: list[str] = []
@@ -51,12 +54,12 @@ class Provider:
 async def provider() -> AsyncIterator[Provider]:
     made = Provider()
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/jwks"  # type: ignore[attr-defined]
+    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/jwks"
     yield made
     server.close()
 
 
-def authenticator(provider: Any) -> Authenticator:
+def authenticator(provider: Provider) -> Authenticator:
     rules = TokenRules("https://id", "failover", None)
     made = Authenticator(
         tokens=rules, keys_url=provider.url, now=lambda: NOW, clock=lambda: provider.now
@@ -170,3 +173,24 @@ async def test_redirects_are_not_followed(provider: Provider) -> None:
         await until(provider, 1)
     assert provider.outcomes[0] == "failed"
     assert provider.served == 1
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_keys_over_https_need_a_certificate_that_the_system_trusts(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, trusted: bool
+) -> None:
+    authority = Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue("provider"))
+    server = await asyncio.start_server(provider.serve, "127.0.0.1", 0, ssl=context)
+    provider.url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/jwks"
+    provider.publish(KEY)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    known = authenticator(provider)
+    async with known.running():
+        await until(provider, 1)
+        assert provider.outcomes == ["fetched" if trusted else "failed"]
+        if trusted:
+            assert (await known.caller(bearer())).name == "agent-1"
+    server.close()

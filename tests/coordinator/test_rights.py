@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from joserfc.jwk import KeySet
 
+from agent.coordinator import api
 from agent.coordinator.api import CERTIFICATE_STATE, Api
 from agent.coordinator.auth import Authenticator, ClientCertificate, Password, Subject, TokenRules
 from agent.schema import access
@@ -309,28 +310,53 @@ async def test_a_deleted_list_stays_deleted_after_a_restart(
         await done(client.get("groups", auth=EVE))
 
 
-async def test_rights_that_end_while_a_body_comes_in_do_not_count(
+class SlowBody:
+    """A body that stops in the middle until it may go on."""
+
+    def __init__(self, body: Any) -> None:
+        self._content = httpx2.Request("PUT", LISTS, json=body).content
+        self.sent = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        yield self._content[:5]
+        self.sent.set()
+        await self.go_on.wait()
+        yield self._content[5:]
+
+
+async def test_rights_that_end_while_a_list_comes_in_do_not_count(
     site: Site, root: httpx2.AsyncClient
 ) -> None:
     await done(root.put(LISTS, json=entries(("ann", 31), ("bob", 31))))
-    sent = asyncio.Event()
-    go_on = asyncio.Event()
-    body = httpx2.Request("PUT", LISTS, json=entries(("bob", 31))).content
-
-    async def slowly() -> AsyncIterator[bytes]:
-        yield body[:10]
-        sent.set()
-        await go_on.wait()
-        yield body[10:]
-
-    async def put() -> httpx2.Response:
-        return await root.put(LISTS, content=slowly(), auth=BOB)
-
-    going = asyncio.create_task(put())
-    await asyncio.wait_for(sent.wait(), 5)
+    body = SlowBody(entries(("bob", 31)))
+    going = asyncio.create_task(root.put(LISTS, content=body.parts(), auth=BOB))
+    await asyncio.wait_for(body.sent.wait(), 5)
     await done(root.put(LISTS, json=entries(("ann", 31)), auth=ANN))
-    go_on.set()
+    body.go_on.set()
     await site.refused(going)
+
+
+@pytest.mark.parametrize("end", ["user", "right"])
+async def test_a_request_that_is_held_open_does_not_outlive_credentials_and_rights(
+    site: Site, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(api, "ADMITTED_FOR_S", 0.0)
+    administrators = {Subject(1, "root")}
+    auth = Authenticator(site.users, administrators=administrators)
+    app = Api(site.stage.coordinator, site.stage.clock, auth)
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url=f"{ON_PREMISES}/") as client:
+        body = SlowBody(GROUP)
+        going = asyncio.create_task(client.post("groups", content=body.parts(), auth=EVE))
+        await asyncio.wait_for(body.sent.wait(), 5)
+        if end == "user":
+            users = {name: one for name, one in site.users.items() if name != "eve"}
+            auth.replace(users, None, administrators)
+        else:
+            await done(client.put(LISTS, json=entries(("ann", 31)), auth=("root", "root")))
+        body.go_on.set()
+        await site.refused(going, 401 if end == "user" else 403)
 
 
 async def test_without_authentication_everything_is_allowed(site: Site) -> None:

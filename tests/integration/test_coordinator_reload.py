@@ -84,6 +84,11 @@ def status(
     return answer.status
 
 
+def metrics(connection: http.client.HTTPSConnection) -> str:
+    connection.request("GET", "/metrics")
+    return connection.getresponse().read().decode()
+
+
 def name_of(connection: http.client.HTTPSConnection) -> str:
     """The common name in the certificate of the server."""
     connection.connect()
@@ -166,11 +171,13 @@ def test_files_that_change_are_taken_over_without_a_signal(site: Site) -> None:
     (site.folder / "users").write_text("ben:scrypt$15$8$1$half of a li")
     site.process.until_said("configuration not changed", after)
     assert status(kept, "ann", "one") == 200
+    assert "last_reload_successful 0.0" in metrics(kept)
     after = len(site.process.said())
     site.certify("second")
     site.users(ben="two")
     site.process.until_said("configuration read again", after)
     assert (status(kept, "ann", "one"), status(kept, "ben", "two")) == (401, 200)
+    assert "last_reload_successful 1.0" in metrics(kept)
     assert kept.sock is socket
     with contextlib.closing(site.connect()) as new:
         assert name_of(new) == "second"
