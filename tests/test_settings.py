@@ -419,3 +419,54 @@ def test_every_setting_is_described_with_a_form_and_a_flag(model: type[Settings]
 )
 def test_a_value_is_written_as_toml(value: object, text: str) -> None:
     assert to_toml(value) == text
+
+
+@pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:3128", "https://proxy.example"])
+def test_a_secret_leaves_this_machine_in_plain_http_by_no_proxy_either(
+    tmp_path: Path, proxy: str | None
+) -> None:
+    flags = {"username": "u", "password_file": secret(tmp_path)}
+    if proxy is not None:
+        flags["proxy"] = proxy
+    if proxy == "https://proxy.example":
+        told, _ = faults(AgentSettings, flags)
+        assert "unencrypted: use https" in told[0]
+    else:
+        load(AgentSettings, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "right"),
+    [
+        ({"proxy": "http://user:hunter2@proxy:3128"}, "use proxy_username and proxy_password_file"),
+        ({"proxy": "http://proxy:3128/path"}, "nothing after the port"),
+        ({"proxy": "socks5://proxy:1080"}, "http:// or https://"),
+        ({"proxy_username": "u", "proxy_password_file": "{secret}"}, "needs proxy too"),
+        ({"proxy": "http://proxy:3128", "proxy_username": "u"}, "needs proxy_password_file too"),
+        ({"client_key": "{secret}"}, "needs client_certificate too"),
+        ({"probe_tls_key": "{secret}"}, "needs probe_tls_certificate too"),
+        ({"probe_username": "u"}, "needs probe_password_file too"),
+        (
+            {"probe_username": "u", "probe_password_file": "{secret}", "probe_listen": "off"},
+            "cannot be off",
+        ),
+    ],
+)
+def test_settings_of_proxy_and_probe_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, flags: dict[str, str], right: str
+) -> None:
+    given = {name: value.format(secret=secret(tmp_path)) for name, value in flags.items()}
+    (told, *_), _ = faults(AgentSettings, given)
+    assert right in told
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("names", ["a:80", "a b", "http://a", "-a", "a." * 200, ",".join("a" * 17)])
+def test_what_is_no_list_of_host_names_is_refused(names: str) -> None:
+    (told, *_), _ = faults(CoordinatorSettings, {"host_names": names})
+    assert "names of hosts" in told
+
+
+def test_host_names_are_separated_by_commas() -> None:
+    read = load(CoordinatorSettings, {"host_names": "a, b.example,10.0.0.1"})
+    assert read.host_names == ("a", "b.example", "10.0.0.1")

@@ -295,6 +295,8 @@ class AgentSettings(Settings):
             yield "proxy_username", "needs proxy too"
         yield from self.set_together("probe_tls_certificate", "probe_tls_key")
         yield from self.set_together("probe_username", "probe_password_file")
+        if self.probe_listen is None and (self.probe_tls_certificate or self.probe_username):
+            yield "probe_listen", "cannot be off with probe_tls_certificate or probe_username set"
         if self.token_endpoint is not None and self.client_id is None:
             yield "token_endpoint", "needs client_id and client_secret_file too"
         if self.username is not None and self.client_id is not None:

@@ -130,3 +130,22 @@ def test_an_invalid_progress_report_is_logged_once_and_costs_no_role(
     path.write_text("2026-01-31T12:00:00Z")
     until(lambda: agent.state["last_data_processed_time"] == "2026-01-31T12:00:00Z", "the time")
     assert len(agent.lines("data-processed time refused")) == 1
+
+
+@pytest.mark.parametrize("how", ["link", "hard link"])
+def test_a_progress_file_that_leads_to_a_secret_shows_nothing_of_it(
+    stage: Stage, coordinator: Coordinator, how: str
+) -> None:
+    """The directory is the workload's, and the agent may be root."""
+    secret, path = stage.directory / "password", stage.directory / "progress"
+    secret.touch(0o600)
+    secret.write_text("correct horse battery staple\n")
+    path.symlink_to(secret) if how == "link" else path.hardlink_to(secret)
+    source = {"type": "file", "path": str(path), "interval": 0.05}
+    flags = [f"--progress={json.dumps(source)}", "--log-level=DEBUG"]
+    agent = start(stage, "host-a", coordinator, flags=flags)
+    agent.until_role("Primary")
+    agent.until_said("data-processed time refused")
+    pages = [agent.said(), json.dumps(agent.state)]
+    pages.append(str(ask("GET", f"{agent.state['probe']}/status").body))
+    assert "battery" not in "".join(pages)

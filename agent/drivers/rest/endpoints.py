@@ -25,9 +25,9 @@ from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.exchange import (
     Answer,
     fault_of_url,
-    is_refused_credential,
     quoted,
     send,
+    was_let_in,
 )
 from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -239,18 +239,19 @@ class Endpoints:
     # --- credentials ----------------------------------------------------------------------
 
     async def replace_access(self, access: ServerAccess, path: str, *, timeout_s: float) -> None:
-        """Put other credentials and certificates into force, unless the current endpoint refuses them.
+        """Put other credentials and certificates into force, once the current endpoint answers to them.
 
         Requests that are under way go on with the former ones, whose connections are then closed. The next
         heartbeat has the connection of the trial.
 
         Args:
-            access: the new ones. They are closed if they are refused.
+            access: the new ones. They are closed if they are not used.
             path: of a harmless read, below the endpoint's base path, to try them by.
             timeout_s: for that read.
 
         Raises:
-            ServerError: they are refused, or do not trust the endpoint; the former ones stay in force.
+            ServerError: they are refused, do not trust the endpoint, or there is no answer, nor a token; the
+                former ones stay in force.
         """
         new = self._connect(access)
         url = self._url(self._current, path)
@@ -259,8 +260,8 @@ class Endpoints:
                 new.call, "GET", url, what="trying the changed credentials", timeout_s=timeout_s
             )
             answer.check()
-        except ServerError as error:  # any other fault has nothing to do with them
-            if is_refused_credential(error):
+        except ServerError as error:
+            if not was_let_in(error):
                 await new.aclose()
                 raise
         except BaseException:

@@ -372,15 +372,13 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
     return _error(what, url, problem, right, ExitCode.UNREACHABLE)
 
 
-def is_refused_credential(error: ServerError) -> bool:
-    """Whether an error is about the caller's credentials or the certificates it trusts.
+def was_let_in(error: ServerError) -> bool:
+    """Whether an error is the answer of a server to a caller whose credentials it takes.
 
-    403 is not: the caller is known, and has no right.
+    403 is one: the caller is known, and does not have the right.
     """
-    if error.exit_code is ExitCode.NOT_AUTHORISED:
-        return error.status != httpx2.codes.FORBIDDEN
-    cause = error.__cause__
-    return cause is not None and isinstance(_root_cause(cause), ssl.SSLError)
+    answered = error.exit_code in {ExitCode.REFUSED, ExitCode.NOT_THE_API}
+    return answered or error.status == httpx2.codes.FORBIDDEN
 
 
 def _root_cause(error: BaseException) -> BaseException:
