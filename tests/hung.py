@@ -1,4 +1,4 @@
-"""Things that hang in the kernel, for tests: a disk that never answers, and a frozen process.
+"""What the kernel refuses or delays, for tests: a disk that never answers, a frozen process, no further task.
 
 A process that touches the disk does not return, and does not die of SIGKILL, like one on a dead network
 file system. A frozen process does not die of SIGKILL either, until it is thawed.
@@ -7,8 +7,10 @@ file system. A frozen process does not die of SIGKILL either, until it is thawed
 import contextlib
 import ctypes
 import os
+import signal
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import pytest
 
 FUSE = Path("/dev/fuse")
 FREEZER = Path("/sys/fs/cgroup/freezer")
+TASKS = Path("/sys/fs/cgroup/pids")
+END_S = 60.0
 INIT, VERSION = 26, (7, 31)
 REQUEST_BYTES = 1 << 17
 MNT_FORCE, MNT_DETACH = 1, 2
@@ -72,6 +76,28 @@ def freezer(name: str) -> Iterator["Freezer"]:
         frozen.thaw()
         while frozen.members():
             pass  # they were killed, or are moved out
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def limited_tasks(name: str, most: int) -> Iterator[Path]:
+    """A cgroup with a limit of processes and threads; what is in it at the end is killed."""
+    folder = TASKS / f"{name}-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs: the pids controller of cgroup v1: {error.strerror}: run as root")
+    try:
+        (folder / "pids.max").write_text(str(most))
+        yield folder
+    finally:
+        end_at = time.monotonic() + END_S
+        while pids := (folder / "cgroup.procs").read_text().split():
+            assert time.monotonic() < end_at
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.01)
         folder.rmdir()
 
 

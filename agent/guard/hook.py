@@ -8,6 +8,10 @@ import time
 from agent.guard.log import ERROR, INFO, WARNING, LogWriter, write_stderr
 from agent.guard.processes import IGNORED, POLL_S, now, signal_groups
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
 """Time between TERM and KILL: a share of the hook's time, up to this."""
@@ -53,7 +57,13 @@ class DemotionHook:
             self.commands.append(rest[1 : 1 + arg_count])
             rest = rest[1 + arg_count :]
 
-    def run(self, end_at: float, log: LogWriter, failed_groups: "set[int]") -> bool:
+    def run(
+        self,
+        end_at: float,
+        log: LogWriter,
+        failed_groups: "set[int]",
+        make_room: "Callable[[float], None]",
+    ) -> bool:
         """Run every command, one after the other, until ``end_at``.
 
         Args:
@@ -61,6 +71,8 @@ class DemotionHook:
             log: for the output and the results.
             failed_groups: receives the process group of each command that failed. What a successful
                 command leaves running is meant for the standby.
+            make_room: called when a command could not be forked; returns when it is worth another try,
+                or at that moment.
 
         Returns:
             Whether all commands have succeeded, and are the whole demotion.
@@ -76,7 +88,7 @@ class DemotionHook:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
             try:
-                command = _Command(self, argv, hook_output)
+                command = self.start(argv, hook_output, lambda: make_room(term_at))
             except OSError as error:
                 log.log(ERROR, "hook could not be started", *names, ("reason", str(error)))
                 succeeded = False
@@ -95,6 +107,16 @@ class DemotionHook:
                 failed_groups.add(command.pid)
                 succeeded = False
         return succeeded
+
+    def start(
+        self, argv: "list[bytes]", output: int, make_room: "Callable[[], None]"
+    ) -> "_Command":
+        """Start a command; raise OSError if it cannot be forked, even after ``make_room``."""
+        try:
+            return _Command(self, argv, output)
+        except OSError:
+            make_room()
+            return _Command(self, argv, output)
 
 
 class _Command:

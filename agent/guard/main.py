@@ -36,7 +36,15 @@ import time
 from agent import proctree
 from agent.guard.hook import KILLED_WAIT_S, DemotionHook, parse_ids
 from agent.guard.log import ERROR, WARNING, LogWriter
-from agent.guard.processes import IGNORED, POLL_S, ProcessTree, Worker, now, signal_groups
+from agent.guard.processes import (
+    IGNORED,
+    POLL_S,
+    ProcessTree,
+    Worker,
+    can_fork,
+    now,
+    signal_groups,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -227,6 +235,7 @@ class Guard:
         late = started_at >= self.kill_at
         kill_at = started_at if late else self.kill_at
         end_at = max(kill_at, started_at + self.budget_s / 2)
+        self.try_step("make room", self.make_room, (started_at + end_at) / 2)
         self.try_step("kill running hooks", self.tenure.subtree(self.running).kill, started_at)
         self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
         if late:
@@ -246,11 +255,24 @@ class Guard:
         dead = self.try_step("kill the agent", self.wait_for_agent_death)
         if isinstance(go_fd, int) and done and gone and dead and not self.step_has_failed:
             self.try_step("release the role", os.write, go_fd, b"1")
+        if not isinstance(state, Worker):  # no process could be forked then
+            state = self.try_step("write the state file", Worker, self.write_state, self.close_fds)
         if isinstance(state, Worker):
             self.try_step("write the state file", state.wait_or_kill, now() + STATE_WAIT_S)
         left = ("left_of_limit_s", round(self.kill_at - now(), 3))
         self.try_step("log", self.log.log, WARNING, "demoted by the guard, agent killed", left)
         self.try_step("close the log", self.log.close)
+
+    def make_room(self, end_at: float) -> None:
+        """If no process can be forked, kill the tenure and the agent now: no hook runs without a fork.
+
+        The tenure may have used up the limit of tasks, and an agent that is only stopped reaps nobody. Waits
+        until ``end_at`` at most: the killed ones count until they are reaped.
+        """
+        while not can_fork() and now() < end_at:
+            self.tenure.kill(now())
+            self.signal_agent(signal.SIGKILL)
+            time.sleep(POLL_S)
 
     def log_demotion(self, why: str) -> None:
         """Log the change of role, or that a demotion of the agent is repeated."""
@@ -295,7 +317,9 @@ class Guard:
 
     def run_hook(self, end_at: float) -> bool:
         """Run the demotion hook; return whether it has succeeded, and is the whole demotion."""
-        return self.hook is not None and self.hook.run(end_at, self.log, self.tenure.groups)
+        return self.hook is not None and self.hook.run(
+            end_at, self.log, self.tenure.groups, self.make_room
+        )
 
     def kill_tenure(self, kill_at: float) -> bool:
         """Kill the tenure, first what is found without blocking; return whether none is left."""

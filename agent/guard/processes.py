@@ -39,6 +39,18 @@ def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
             pass
 
 
+def can_fork() -> bool:
+    """Whether a process can be forked now."""
+    try:
+        pid = os.fork()
+    except OSError:
+        return False
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return True
+
+
 class Worker:
     """A forked process for a call that may block.
 

@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import pytest
 
 from agent import proctree
 from agent.errors import ExitCode
-from tests.hung import freezer
+from tests.hung import freezer, limited_tasks
 
 from .faults import Fault
 from .stage import Agent, Coordinator, Stage, lives, until
@@ -406,6 +407,44 @@ def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
     )
     stage.check_promise()
     assert other.end() == 0
+
+
+FORKS = """
+import os, time
+os.setsid()
+while True:
+    try:
+        if not os.fork():
+            time.sleep(1000)
+            os._exit(0)
+    except OSError:
+        time.sleep(0.001)
+"""
+"""Uses up every task that it is given."""
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_workload_that_uses_up_all_tasks_does_not_prevent_the_demotion_hook(
+    stage: Stage, coordinator: Coordinator, fault: signal.Signals
+) -> None:
+    """The guard could fork no hook, so what only the hook stops (an address, a service) went on."""
+    program = stage.directory / "forks.py"
+    program.write_text(FORKS)
+    demoted = stage.directory / "demoted"
+    begin = f"rm -f {demoted}; {sys.executable} -S {program} >/dev/null 2>&1 </dev/null &"
+    timing = ("--failover-timeout=9", "--demote=4", "--margin=1")  # for a slow reaper of orphans
+    with limited_tasks("forks", 80) as folder:
+        one = stage.run(
+            "host-a", coordinator, timing=timing, primary=begin, secondary=f"touch {demoted}"
+        )
+        (folder / "cgroup.procs").write_text(str(one.popen.pid))
+        one.until_role("Primary")
+        until(lambda: (folder / "pids.current").read_text().strip() == "80", "no more tasks")
+        one.send(fault)
+        assert one.wait() == -signal.SIGKILL
+        until(demoted.exists, "the demotion hook")
+        until(lambda: not (folder / "cgroup.procs").read_text().strip(), "the end of the tenure")
+    assert one.state["role"] == "Secondary"
 
 
 @contextlib.contextmanager
