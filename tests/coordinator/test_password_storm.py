@@ -30,7 +30,7 @@ async def one(host, port, number, end):
             while time.monotonic() < end:
                 count += 1
                 token = base64.b64encode(f"{sys.argv[4]}{number % 7 or str()}:{number}-{count}".encode()).decode()
-                writer.write(f"GET /api/v1/clientfailover/groups HTTP/1.1\\r\\nHost: x\\r\\nAuthorization: Basic {token}\\r\\n\\r\\n".encode())
+                writer.write(f"GET /api/v1/clientfailover/groups HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: Basic {token}\\r\\n\\r\\n".encode())
                 head = await reader.readuntil(b"\\r\\n\\r\\n")
                 length = next(line for line in head.lower().split(b"\\r\\n") if line.startswith(b"content-length"))
                 await reader.readexactly(int(length.split(b":")[1]))
@@ -58,7 +58,7 @@ class Caller:
     ) -> None:
         self._reader, self._writer = reader, writer
         token = base64.b64encode(f"{user}:{user}".encode()).decode()
-        self._head = f"Host: x\r\nAuthorization: Basic {token}\r\n"
+        self._head = f"Host: localhost\r\nAuthorization: Basic {token}\r\n"
 
     async def post(self, path: str, body: object) -> tuple[int, float]:
         """The status, and the seconds until it was here."""
