@@ -57,9 +57,12 @@ Revision = Annotated[
     Count | None,
     doc("An integer from 0 to 9007199254740991; it grows with each change of the group's status."),
 ]
-Previous = Annotated[str | None, doc("A string: the session of the tenure before.")]
+Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+"""An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
+Previous = Annotated[Name | None, doc("A string: the session of the tenure before.")]
 StoreId = Annotated[
-    str | None, doc("A string: the id of the coordinator's store, made with its data directory.")
+    Annotated[str, Meta(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")] | None,
+    doc("A string: the id of the coordinator's store, made with its data directory."),
 ]
 GivenLastData = Annotated[
     Moment | None,
@@ -133,9 +136,9 @@ class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
 class GroupStatus(Shape, frozen=True):
     """Who is primary in a group, and since when."""
 
-    primary: Annotated[str | None, doc("A string: the session that is primary.")] = None
+    primary: Annotated[Name | None, doc("A string: the session that is primary.")] = None
     pending_primary: Annotated[
-        str | None, doc("A string: the session that is about to take over.")
+        Name | None, doc("A string: the session that is about to take over.")
     ] = None
     last_data_processed_time: Annotated[
         Moment | None, doc("A date-time: when the primary last processed data.")

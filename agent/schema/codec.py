@@ -101,7 +101,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
     """Whether a body that was decoded has properties, but none of its shape's: it is something else."""
     if any(getattr(value, name) is not None for name in value.__struct_fields__):
         return False
-    given = json.loads(body)
+    given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])  # the values may be anything
     return bool(given) and not given.keys() & set(value.__struct_encode_fields__)
 
 
@@ -245,11 +245,13 @@ def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
     Without null in answers, which is never written there.
     """
     schema = {key: value for key, value in declared.items() if key != "default"}
-    if "pattern" in schema:
-        schema["pattern"] = schema["pattern"].replace(r"\Z", "$")
     choices = [one for one in schema.pop("anyOf", []) if "multipleOf" not in one]
     if answered:
         choices = [one for one in choices if one != {"type": "null"}]
     if len(choices) > 1:
         schema["anyOf"] = choices
-    return schema if len(choices) != 1 else {**choices[0], **schema}
+    elif choices:
+        schema = {**choices[0], **schema}
+    if "pattern" in schema:
+        schema["pattern"] = schema["pattern"].replace(r"\Z", "$")
+    return schema

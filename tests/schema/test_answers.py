@@ -161,6 +161,12 @@ ASKS = " (is this the address of a client failover service?)"
         (read_sessions, b"[7]", "[0] is 7: it must be a JSON object" + ASKS),
         (read_group, b'{"Name":"n"}', "a group without an Id"),
         (
+            read_status,
+            b'{"PreviousPrimary":"x\\u0000y"}',
+            'PreviousPrimary is "x\\u0000y": it must be a string: the session of the tenure before'
+            + ASKS,
+        ),
+        (
             read_history,
             b'[{"Epoch":1,"SessionId":"s","Since":"0001-01-01T00:00:00","WhyStarted":""}]',
             '[0].Since: "0001-01-01T00:00:00" is not a date-time: it must be ISO 8601, such as'
@@ -191,3 +197,17 @@ def test_what_is_no_answer_is_refused_in_one_sentence(
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(BodyError, match="must be"):
         read_status(body)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 994 + "]" * 994, '"\\u0000"'])
+def test_an_answer_of_odd_unknown_properties_alone_is_none_of_the_group_api(value: str) -> None:
+    """Some have no value in Python: that must not end what follows the status."""
+    with pytest.raises(BodyError):
+        read_status(f'{{"X":{value}}}'.encode())
+
+
+@pytest.mark.parametrize("name", ["Primary", "PendingPrimary", "PreviousPrimary", "StoreId"])
+def test_a_long_name_is_refused(name: str) -> None:
+    """Hooks receive it in a variable, and the kernel starts no program with a very long one."""
+    with pytest.raises(BodyError, match=f"{name} "):
+        read_status(json.dumps({name: "x" * 2000}).encode())
