@@ -154,6 +154,7 @@ class World:
         end = self.mono + seconds
         while self.mono + 1.0 <= end:
             self.mono += 1.0
+            self.call(Tick())
             for session_id in SESSIONS:
                 if session_id not in self.cut_off:
                     self.own(Own(session_id, "beat"))
@@ -179,10 +180,12 @@ def strangers_calls(world: World, session_id: str, draw: int) -> list[Input]:
             *leave_nobody,
             RemoveGroup(),
         ]
+    if draw % 8 == 2:
+        crowd = [AddSession(SessionConfig(f"stranger {draw}.{number}")) for number in range(3)]
+        return [*crowd]
     calls: list[Input] = [
         RemoveSession(session_id),
         AddSession(SessionConfig(session_id)),
-        AddSession(SessionConfig(f"stranger {draw}")),
         RemoveSession(session_id, only_inactive=True),
         ReceiveHeartbeat(session_id, 0.0, None, "stranger", epoch),
         ReceiveHeartbeat(session_id, 0.0, None, "stranger", 0),
