@@ -402,7 +402,7 @@ class Leadership:
 
     async def _relieve(self) -> bool:
         """Hand one shard over if another member has fewer; whether that was done."""
-        to = member_to_relieve_me(self.view, self.member)
+        to = member_to_relieve_me(self.view, self.member, self._layout.shards)
         if to is None or self._stopping or self._loading:
             return False
         number = max(self._terms, default=None)
