@@ -172,12 +172,14 @@ class Engine:
             wake_blocked_reads(group)
 
     async def stop(self) -> None:
-        """Wait for the writes in progress."""
+        """Wait for the writes in progress, and save the progress that is left."""
         self.refuse_requests()
         if self._timer is not None:
             self._timer.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if due := self._due_progress(inf, len(self._progress_queue)):
+            await self._save_progress(due)
 
     def find(self, key: GroupKey) -> Group:
         """A group. Raises NotFound, or NotLeading."""
@@ -402,7 +404,7 @@ class Engine:
             self.spawn(self._run_tick(self.groups[key]))
         if now.mono >= self._next_progress_write and not self._saving_progress:
             self._next_progress_write = now.mono + self._progress_batch_s
-            if due := self._due_progress(now):
+            if due := self._due_progress(now.mono, PROGRESS_BATCH):
                 self._saving_progress = True
                 self.spawn(self._save_progress(due))
 
@@ -421,12 +423,10 @@ class Engine:
         group.progress_queued = True
         self._progress_queue.append((at, group))
 
-    def _due_progress(self, now: Instant) -> dict[Group, Progress]:
-        """Take the progress that is due for saving from the queue, at most PROGRESS_BATCH of it."""
+    def _due_progress(self, until: float, limit: int) -> dict[Group, Progress]:
+        """Take the progress that is due for saving from the queue, at most ``limit`` groups of it."""
         due: dict[Group, Progress] = {}
-        while len(due) < PROGRESS_BATCH and self._progress_queue:
-            if self._progress_queue[0][0] > now.mono:
-                break
+        while len(due) < limit and self._progress_queue and self._progress_queue[0][0] <= until:
             _, group = self._progress_queue.popleft()
             group.progress_queued = False
             if not group.gone and (progress := group.unsaved_progress()) is not None:

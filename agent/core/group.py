@@ -155,7 +155,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
 def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     session = session_of(draft.record, heartbeat.session_id)
     contact = draft.live.contacts[heartbeat.session_id]
-    changed_at = _refuse_too_soon(draft, heartbeat, contact)
+    changed_at = _check_interval(draft, heartbeat, contact)
     _refuse_unusable_epoch(draft, heartbeat)
     draft.live = replace(
         draft.live,
@@ -207,7 +207,7 @@ def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
     return heartbeat.seen_epoch is None or heartbeat.seen_epoch >= epoch
 
 
-def _refuse_too_soon(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> float:
+def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> float:
     """Enforce the minimum interval; the contact's new ``changed_at``.
 
     Except for confirmations, for clients that have not seen the newest revision, and once in an interval for

@@ -278,6 +278,20 @@ async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
     assert stage.coordinator.status(KEY).last_data == EPOCH
 
 
+@pytest.mark.parametrize("failing", [False, True])
+async def test_a_stop_saves_the_progress_that_is_left(stage: Stage, *, failing: bool) -> None:
+    """If the store fails then, the stop goes on without."""
+    await join(stage, "a")
+    await promote(stage, "a")
+    await stage.run_for(0.2)
+    await beat(stage, "a", last_data=EPOCH)
+    if failing:
+        stage.disk_full()
+    await stage.coordinator.stop()
+    stage.store.failing = None
+    assert (await stored(stage)).progress == (None if failing else Progress(1, EPOCH))
+
+
 async def test_the_progress_of_many_groups_is_saved_in_one_write(stage: Stage) -> None:
     keys = [KEY._replace(group=str(number)) for number in range(5)]
     for key in keys:
