@@ -103,7 +103,7 @@ class Leadership:
         self._on_access_change = on_access_change
         self.view = View()
         self.member = ""
-        self.fault: str | None = "no session with etcd yet"
+        self.fault: str | None = "it has just started"
         """Why there is no session with etcd now, or None."""
         self._lease = Lease(float("-inf"))
         self._lease_id = 0
