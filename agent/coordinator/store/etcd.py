@@ -131,12 +131,12 @@ class EtcdCluster:
         found = await self.etcd.get(self.layout.access(tenant, namespace))
         return None if found is None else decode(AccessList, found.value, f"{tenant}/{namespace}")
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list. It has no version, so a repeated attempt needs no settling."""
-        text = encode(acl, f"{tenant}/{namespace}")
-        steps = [put(self.layout.access(tenant, namespace), text)]
-        steps.append(put(self.layout.access_changed, str(uuid.uuid4())))
-        await self.etcd.txn([], steps)
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it. It has no version, so a repeated attempt needs no settling."""
+        key = self.layout.access(tenant, namespace)
+        where = f"{tenant}/{namespace}"
+        change = delete(key) if acl is None else put(key, encode(acl, where))
+        await self.etcd.txn([], [change, put(self.layout.access_changed, str(uuid.uuid4()))])
 
     async def configs(
         self,
@@ -319,8 +319,8 @@ class EtcdStore:
         self._check_open()
         return await self._cluster.access(tenant, namespace)
 
-    async def set_access(self, tenant: str, namespace: str, acl: AccessList) -> None:
-        """Replace that list."""
+    async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
+        """Replace that list; None removes it."""
         self._check_open()
         await self._cluster.set_access(tenant, namespace, acl)
 
