@@ -103,7 +103,7 @@ class Leadership:
         self._on_access_change = on_access_change
         self.view = View()
         self.member = ""
-        self.fault: str | None = "no session with etcd yet"
+        self.fault: str | None = "it has just started"
         """Why there is no session with etcd now, or None."""
         self._lease = Lease(float("-inf"))
         self._lease_id = 0
@@ -402,7 +402,7 @@ class Leadership:
 
     async def _relieve(self) -> bool:
         """Hand one shard over if another member has fewer; whether that was done."""
-        to = member_to_relieve_me(self.view, self.member)
+        to = member_to_relieve_me(self.view, self.member, self._layout.shards)
         if to is None or self._stopping or self._loading:
             return False
         number = max(self._terms, default=None)

@@ -72,8 +72,10 @@ def shards_to_claim(view: View, me: str, vacant: list[int], shards: int) -> list
     return (vacant[first:] + vacant[:first])[:share]
 
 
-def member_to_relieve_me(view: View, me: str) -> str | None:
-    """The member that should get one of my shards, or None if they are spread evenly."""
+def member_to_relieve_me(view: View, me: str, shards: int) -> str | None:
+    """The member that should get one of my shards; None if they are spread evenly, or one is vacant."""
+    if len(view.leaders) < shards:
+        return None
     counts = view.counts()
     least = min(counts, key=lambda member: (counts[member], member), default=me)
     return least if counts.get(me, 0) - counts.get(least, 0) > 1 else None

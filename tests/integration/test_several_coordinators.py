@@ -19,8 +19,8 @@ from tests.etcd import EtcdServer, an_etcd
 
 from .stage import Agent, Coordinator, Stage, ask, free_port, until
 
-TIMING = ("--failover-timeout=3", "--demote=0.3", "--margin=0.3", "--beat=0.4")
-"""R is 2.4 s: longer than a beat, the time to live of a leadership, and etcd's delay in ending it."""
+TIMING = ("--failover-timeout=3", "--demote=0.25", "--margin=0.6", "--beat=0.3")
+"""R is 2.15 s: longer than a beat, the time to live of a leadership, and etcd's delay in ending it."""
 
 TTL = "--leadership-ttl=1"
 
@@ -257,7 +257,7 @@ def test_agents_go_on_with_a_store_that_was_copied_to_etcd(stage: Stage, etcd: E
     cluster = Cluster(stage, etcd)
     port = free_port()
     later = f"http://127.0.0.1:{port}/api/v1/clientfailover"
-    agent = stage.run("host-a", alone.endpoint, later, timing=TIMING)
+    agent = stage.run("host-a", alone.endpoint, later, timing=("--failover-timeout=10",))
     epoch = agent.until_role("Primary")["epoch"]
     backup = stage.directory / "backup.db"
     data = f"--data-dir={stage.directory / 'data'}"

@@ -132,11 +132,11 @@ class EtcdCluster:
         return None if found is None else decode(AccessList, found.value, f"{tenant}/{namespace}")
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
-        """Replace or remove that list. It has no version, so a repeated attempt needs no settling."""
+        """Replace that list; None removes it. It has no version, so a repeated attempt needs no settling."""
         key = self.layout.access(tenant, namespace)
-        steps = [delete(key) if acl is None else put(key, encode(acl, f"{tenant}/{namespace}"))]
-        steps.append(put(self.layout.access_changed, str(uuid.uuid4())))
-        await self.etcd.txn([], steps)
+        where = f"{tenant}/{namespace}"
+        change = delete(key) if acl is None else put(key, encode(acl, where))
+        await self.etcd.txn([], [change, put(self.layout.access_changed, str(uuid.uuid4()))])
 
     async def configs(
         self,

@@ -272,6 +272,11 @@ async def test_a_change_of_an_access_list_marks_that_caches_are_stale(
         assert first is not None
         assert second is not None
         assert first.revision < second.revision
+        await cluster.set_access("t", "n", None)
+        assert await cluster.access("t", "n") is None
+        third = await cluster.etcd.get(place)
+        assert third is not None
+        assert second.revision < third.revision
 
 
 def test_a_group_has_the_same_shard_in_every_version() -> None:
