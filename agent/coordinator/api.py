@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from email.utils import formatdate
 from time import perf_counter
@@ -19,6 +19,8 @@ from typing import Any
 
 from agent.coordinator.auth import Authenticator, Caller, allowed
 from agent.coordinator.calls import Answer, Call, get_status
+from agent.coordinator.connection import ON_AUTHENTICATED, REFUSAL
+from agent.coordinator.limits import MAX_LOGGED, HeadTooLarge, TooSlow
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
 from agent.coordinator.route_table import ROUTES
@@ -73,10 +75,12 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
     (Forbidden, 403),
     (NotFound, 404),
     (MethodNotAllowed, 405),
+    (TooSlow, 408),
     (Conflict, 409),
     (TooLarge, 413),
     (UnsupportedContent, 415),
     (TooSoon, 429),
+    (HeadTooLarge, 431),
     (Unavailable, 503),
 )
 
@@ -91,6 +95,7 @@ class Api:
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
+        routes: those that are served.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Api:
         max_body_bytes: int = 65536,
         role_names: bool = False,
         metrics: Metrics | None = None,
+        routes: Sequence[Route] = ROUTES,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._coordinator = coordinator
@@ -111,10 +117,10 @@ class Api:
         self._open = not self._auth.schemes
         self._max_body_bytes = max_body_bytes
         self._role_names = role_names
-        self._router = Router(ROUTES)
+        self._router = Router(routes)
         self._run_id = str(uuid.uuid4())[:-12]  # prefix of each operation id
         self._operations = itertools.count(1)
-        self._document = document(ROUTES, self._auth.schemes)
+        self._document = document(routes, self._auth.schemes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -126,14 +132,17 @@ class Api:
         except RequestRefused as refusal:
             answer = self._refusal_answer(refusal, operation_id)
         except Exception:  # a request's edge: the caller gets an ErrorResponse
-            log.exception("request failed", operation_id=operation_id, path=scope["path"])
+            path = scope["path"][:MAX_LOGGED]
+            log.exception("request failed", operation_id=operation_id, path=path)
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         await self._send(scope["method"], answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
-        found = self._router.find(scope.get("raw_path") or scope["path"].encode())
+        _raise_refusal(scope)
+        raw_path = scope.get("raw_path") or scope["path"].encode()
+        found = self._router.find(raw_path)
         method: str = scope["method"]
         route = found.routes.get("GET" if method == "HEAD" else method)
         if route is None:
@@ -143,12 +152,18 @@ class Api:
             raise _STOPPING_REFUSAL
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         caller = None
-        if not self._open and route.right is not None:
-            caller = await self._auth.caller(_header(headers, b"authorization"))
-            await self._authorise(route, route.right, found.values, caller)
+        if route.right is not None:
+            if not self._open:
+                caller = await self._auth.caller(_header(headers, b"authorization"))
+            self._router.remember(raw_path, found)
+            if ON_AUTHENTICATED in scope:
+                scope[ON_AUTHENTICATED]()
+            if caller is not None:
+                await self._authorise(route, route.right, found.values, caller)
         body = None
         if route.body is not None:
             text = await self._read_body(headers, receive)
+            _raise_refusal(scope)  # the rest of the body did not arrive
             try:
                 body = decode(route.body, text)
             except BodyError as error:
@@ -292,6 +307,12 @@ _STOPPING_REFUSAL = Unavailable(
 _INTERNAL_REFUSAL = RequestRefused(
     "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
 )
+
+
+def _raise_refusal(scope: Scope) -> None:
+    """Raise what the connection has to answer instead of the request, if there is such a thing."""
+    if REFUSAL in scope:
+        raise scope.pop(REFUSAL)  # in the scope, it would be in a circle with its traceback
 
 
 def _allow_everyone(_acl: AccessList | None) -> bool:

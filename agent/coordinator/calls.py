@@ -75,12 +75,13 @@ def _total_count(number: int) -> tuple[tuple[bytes, bytes], ...]:
 # -- the service itself -----------------------------------------------------------------------
 
 
-async def index(_call: Call) -> Answer:
+async def index(call: Call) -> Answer:
     """Links to the parts of the service."""
+    metrics_link = b',"Metrics":"/metrics"' if b'"/metrics":' in call.document else b""
     return Answer(
         body=b'{"Name":"failover-agent coordinator","Version":"%s","Links":{"Api":"/api/v1/'
-        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz","Metrics":"/metrics"}}'
-        % __version__.encode()
+        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz"%s}}'
+        % (__version__.encode(), metrics_link)
     )
 
 

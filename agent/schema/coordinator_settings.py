@@ -82,6 +82,14 @@ class CoordinatorSettings(Settings):
     ] = 65536
     """Maximum size of a request's body; a larger one is answered 413. 64 KiB holds a group with
     plenty of AdditionalData."""
+    max_connections_per_address: Annotated[Count, Range(10, 1_000_000)] = 2000
+    """Maximum number of connections from one address (of IPv6: from one /64). At it the oldest one
+    that has not authenticated is closed; if all have, a further one is answered 503. 2000: a
+    thousand agents behind one NAT or proxy; raise it for more."""
+    metrics_listen: Annotated[Address | None, ADDRESS, Example("127.0.0.1:5471")] = None
+    """Address that serves /metrics, /healthz and /readyz alone, over plain HTTP and without
+    authentication: keep it on loopback or in a network of your own. Not set: they are served with
+    the API; else /metrics is not."""
     max_groups: Annotated[Count, Range(1, 10_000_000)] = 100000
     """Maximum number of groups. All are in memory: 100000 take some hundred megabytes."""
     max_sessions_per_group: Annotated[Count, Range(1, 10_000)] = 100
@@ -117,6 +125,8 @@ class CoordinatorSettings(Settings):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self.set_together("tls_certificate", "tls_key")
         yield from self.set_together("token_keys_file", "token_issuer", "token_audience")
+        if self.metrics_listen == self.listen and self.listen.port:
+            yield "metrics_listen", f"{self.listen} is also listen: choose another port"
         if self.listen.loopback or self.insecure:
             return
         missing = []
