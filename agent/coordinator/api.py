@@ -11,15 +11,24 @@ import asyncio
 import itertools
 import math
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from email.utils import formatdate
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from agent.coordinator.auth import Authenticator, Rights
-from agent.coordinator.calls import Answer, Call, create_group, get_status
+from agent.coordinator.calls import (
+    FORWARDED,
+    Answer,
+    Call,
+    Forwarder,
+    Request,
+    create_group,
+    get_status,
+)
+from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
+from agent.coordinator.limits import MAX_LOGGED, HeadTooLarge, TooSlow
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
 from agent.coordinator.route_table import ROUTES
@@ -49,14 +58,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
 
-CERTIFICATE_STATE = "failover.certificate"
-"""Where the scope's state has the ClientCertificate of the connection."""
-
 LEADERS_TRIED = 3
 """Leaders that one request is given to while leadership moves."""
-
-FORWARDED = b"failover-forwarded"
-"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
 
 ADMITTED_FOR_S = 1.0
 """Credentials and rights are checked again if a body takes longer to come in: otherwise a request that was
@@ -90,36 +93,15 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
     (Forbidden, 403),
     (NotFound, 404),
     (MethodNotAllowed, 405),
+    (TooSlow, 408),
     (Conflict, 409),
     (TooLarge, 413),
     (UnsupportedContent, 415),
     (TooSoon, 429),
     (TooManyAttempts, 429),
+    (HeadTooLarge, 431),
     (Unavailable, 503),
 )
-
-
-class Forwarder(Protocol):
-    """Sends requests to the coordinator that leads a group: forwarding.py."""
-
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
-    async def forward(
-        self, key: GroupKey, url: str, request: "Request", *, wait_s: float
-    ) -> Answer: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request as it came.
-
-    Attributes:
-        target: path and query.
-    """
-
-    method: str
-    target: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
 
 
 class Api:
@@ -134,6 +116,7 @@ class Api:
         metrics: also served at /metrics.
         browsers: refuses requests of pages of other sites; by default without a look at Host.
         forwarder: with several coordinators: sends requests to the one that leads the group.
+        routes: those that are served.
     """
 
     def __init__(
@@ -147,6 +130,7 @@ class Api:
         metrics: Metrics | None = None,
         browsers: BrowserCheck | None = None,
         forwarder: Forwarder | None = None,
+        routes: Sequence[Route] = ROUTES,
     ) -> None:
         self._browsers = browsers or BrowserCheck()
         self._forwarder = forwarder
@@ -160,10 +144,10 @@ class Api:
         self._max_body_bytes = max_body_bytes
         self._role_names = role_names
         self._rights_of_everybody = self._auth.rights(None, DEFAULT_NAME)
-        self._router = Router(ROUTES)
+        self._router = Router(routes)
         self._run_id = str(uuid.uuid4())[:-12]  # prefix of each operation id
         self._operations = itertools.count(1)
-        self._document = document(ROUTES, self._auth.schemes)
+        self._document = document(routes, self._auth.schemes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -175,7 +159,8 @@ class Api:
         except RequestRefused as refusal:
             answer = self._refusal_answer(refusal, operation_id)
         except Exception:  # a request's edge: the caller gets an ErrorResponse
-            log.exception("request failed", operation_id=operation_id, path=scope["path"])
+            path = scope["path"][:MAX_LOGGED]
+            log.exception("request failed", operation_id=operation_id, path=path)
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         operation_id = answer.operation_id or operation_id
         await self._send(scope["method"], answer, operation_id, send)
@@ -183,12 +168,14 @@ class Api:
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+        _raise_refusal(scope)
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         method: str = scope["method"]
         page = scope["path"] == "/" and method == "GET"
         if reason := self._browsers.refusal(headers, scope.get("scheme", "http"), page=page):
             raise Forbidden(reason, RESOLUTION)
-        found = self._router.find(scope.get("raw_path") or scope["path"].encode())
+        raw_path = scope.get("raw_path") or scope["path"].encode()
+        found = self._router.find(raw_path)
         route = found.routes.get("GET" if method == "HEAD" else method)
         if route is None:
             return self._without_route(method, found)
@@ -196,6 +183,8 @@ class Api:
         if self._coordinator.stopping and route.right is not None:
             raise _STOPPING_REFUSAL
         rights = await self._identify(scope, found, route)
+        if route.right is not None:
+            self._router.remember(raw_path, found)
         if self._forwarder is not None and (
             "groupId" in found.values or route.handler is create_group
         ):
@@ -205,18 +194,19 @@ class Api:
         await self._authorise(route, found.values, rights)
         text = b""
         if route.body is not None:
-            text, again = await self._read_body_of(route, headers, receive)
+            text, again = await self._read_body_of(route, scope, receive)
             if again:
                 rights = await self._identify(scope, found, route)
                 await self._authorise(route, found.values, rights)
         return await self._answer_here(scope, receive, route, found, rights, text)
 
     async def _read_body_of(
-        self, route: Route, headers: list[tuple[bytes, bytes]], receive: Receive
+        self, route: Route, scope: Scope, receive: Receive
     ) -> tuple[bytes, bool]:
         """The body, and whether the caller has to be identified again because it took long to come in."""
         admitted_at = perf_counter()
-        text = await self._read_body(headers, receive)
+        text = await self._read_body(scope["headers"], receive)
+        _raise_refusal(scope)  # the rest of the body did not arrive
         return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 
     async def _answer_here(  # noqa: PLR0917 - the parts of one request
@@ -261,7 +251,7 @@ class Api:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         text = b""
         if route.body is not None:
-            text, again = await self._read_body_of(route, headers, receive)
+            text, again = await self._read_body_of(route, scope, receive)
             if again:
                 rights = await self._identify(scope, found, route)
         group = found.values.get("groupId") or _decode_body(route, text).to_model().id
@@ -297,9 +287,13 @@ class Api:
 
     async def _identify(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
         """The rights of the caller, who is known and of the path's tenant if the route demands it."""
-        if self._open or route.right is None:
+        if route.right is None:
             return self._rights_of_everybody
-        rights = await self._authenticate(scope, found)
+        rights = self._rights_of_everybody
+        if not self._open:
+            rights = await self._authenticate(scope, found)
+        if ON_AUTHENTICATED in scope:
+            scope[ON_AUTHENTICATED]()
         rights.check_tenant()
         return rights
 
@@ -309,7 +303,7 @@ class Api:
         caller = await self._auth.caller(
             _header(scope["headers"], b"authorization"),
             client[0] if client else "",
-            scope.get("state", {}).get(CERTIFICATE_STATE),
+            scope.get(CERTIFICATE),
         )
         return self._auth.rights(caller, found.values.get("tenantId", DEFAULT_NAME))
 
@@ -437,6 +431,12 @@ def _decode_body(route: Route, text: bytes) -> Any:
         return decode(route.body, text)
     except BodyError as error:
         raise Invalid(f"{error}.", f"{route.body.__name__} is in /openapi.json.") from None
+
+
+def _raise_refusal(scope: Scope) -> None:
+    """Raise what the connection has to answer instead of the request, if there is such a thing."""
+    if REFUSAL in scope:
+        raise scope.pop(REFUSAL)  # in the scope, it would be in a circle with its traceback
 
 
 def _error(

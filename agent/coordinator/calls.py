@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 from msgspec.json import encode as encode_json
@@ -32,6 +32,9 @@ from agent.schema import access, api
 from agent.schema.values import whole
 
 READY_RETRY_S = 1.0
+
+FORWARDED = b"failover-forwarded"
+"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
 
 
 @dataclass(slots=True)  # frozen costs two microseconds each, thousands of times a second
@@ -98,6 +101,29 @@ class Answer:
     operation_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it came.
+
+    Attributes:
+        target: path and query.
+    """
+
+    method: str
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+class Forwarder(Protocol):
+    """Sends requests to the coordinator that leads a group: forwarding.py."""
+
+    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
+    async def forward(
+        self, key: GroupKey, url: str, request: Request, *, wait_s: float
+    ) -> Answer: ...
+
+
 def _total_count(number: int) -> tuple[tuple[bytes, bytes], ...]:
     return ((b"total-count", str(number).encode()),)
 
@@ -105,12 +131,13 @@ def _total_count(number: int) -> tuple[tuple[bytes, bytes], ...]:
 # -- the service itself -----------------------------------------------------------------------
 
 
-async def index(_call: Call) -> Answer:
+async def index(call: Call) -> Answer:
     """Links to the parts of the service."""
+    metrics_link = b',"Metrics":"/metrics"' if b'"/metrics":' in call.document else b""
     return Answer(
         body=b'{"Name":"failover-agent coordinator","Version":"%s","Links":{"Api":"/api/v1/'
-        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz","Metrics":"/metrics"}}'
-        % __version__.encode()
+        b'clientfailover","OpenApi":"/openapi.json","Health":"/healthz","Readiness":"/readyz"%s}}'
+        % (__version__.encode(), metrics_link)
     )
 
 

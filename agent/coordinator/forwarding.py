@@ -16,8 +16,7 @@ from typing import Any
 import httpx2
 
 from agent import __version__
-from agent.coordinator.api import FORWARDED, Request
-from agent.coordinator.calls import Answer
+from agent.coordinator.calls import FORWARDED, Answer, Request
 from agent.coordinator.leadership import Leadership
 from agent.errors import NOT_LEADING_RETRY_S, NotLeading, Unavailable
 from agent.model import GroupKey

@@ -9,6 +9,7 @@ import asyncio
 import platform
 from collections import Counter as Tally
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +23,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from agent import __version__
+from agent.coordinator.limits import CACHE_S, Admission, Cache, Ending
 from agent.coordinator.service import Coordinator
 from agent.coordinator.shards import Group
 from agent.core.group_state import Removal, RemovalCause, is_alive, role_of
@@ -38,16 +40,23 @@ CHECKS = ("good", "wrong", "limited", "busy")
 FETCHES = ("fetched", "failed")
 GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
+OPENMETRICS = "application/openmetrics-text"
+FORMS = {True: f"{OPENMETRICS};version=1.0.0", False: "text/plain;version=0.0.4"}
+"""Accept headers of the two forms of the page. What a scraper sends is only searched for the first one: the
+library would repeat its version in the answer."""
+
 
 class Metrics:
     """The metrics of one coordinator. Also the engine's Meter.
 
     Args:
         sessions: whether each session has series of its own.
+        cache_s: how long a page is used again, in seconds.
     """
 
-    def __init__(self, *, sessions: bool = False) -> None:
+    def __init__(self, *, sessions: bool = False, cache_s: float = CACHE_S) -> None:
         self._each_session = sessions
+        self._pages: Cache[tuple[bytes, str]] = Cache(cache_s)
         disable_created_metrics()  # type: ignore[no-untyped-call] # the process collector has the start time
         self.registry = registry = CollectorRegistry()
         prefix = "failover_coordinator"
@@ -152,6 +161,24 @@ class Metrics:
         self._readers = Gauge(
             f"{prefix}_blocked_readers", "Status reads that wait for a change.", registry=registry
         )
+        self._connections = Gauge(
+            f"{prefix}_connections",
+            "Open connections, by whether a caller was authenticated on it (without authentication: whether a"
+            " call of the group API was allowed).",
+            ("authenticated",),
+            registry=registry,
+        )
+        for authenticated in ("true", "false"):
+            self._connections.labels(authenticated)
+        self._connections_ended = Counter(
+            f"{prefix}_connections_ended",
+            "Connections ended by the coordinator, by reason: idle, a limit, a timeout or a request that is"
+            " too large or no HTTP.",
+            ("reason",),
+            registry=registry,
+        )
+        for why in Ending:
+            self._connections_ended.labels(why)
         build = Info(
             f"{prefix}_build",
             "Version of the coordinator and of Python; always 1.",
@@ -221,10 +248,28 @@ class Metrics:
         """Settings and files were read again, or not."""
         self._reload.set(success)
 
+    def connection_ended(self, why: Ending) -> None:
+        """The coordinator has ended a connection."""
+        self._connections_ended.labels(why).inc()
+
     # -- what is --------------------------------------------------------------------------------
 
+    def count_connections(self, admission: Admission[Any]) -> None:
+        """Report the number of these connections from now on."""
+        self._connections.labels("true").set_function(lambda: admission.authenticated)
+        self._connections.labels("false").set_function(lambda: admission.strangers)
+
     async def page(self, coordinator: Coordinator, now: Instant, accept: str) -> tuple[bytes, str]:
-        """The page for a scraper, in the form that it accepts, and its Content-Type."""
+        """The page for a scraper, in the form that it accepts, and its Content-Type.
+
+        All who ask at the same time get the same page, and so do those who ask soon after.
+        """
+        form = FORMS[OPENMETRICS in accept]
+        return await self._pages.get(form, lambda: self._make_page(coordinator, now, form))
+
+    async def _make_page(
+        self, coordinator: Coordinator, now: Instant, accept: str
+    ) -> tuple[bytes, str]:
         groups: Tally[str] = Tally()
         sessions: Tally[tuple[Role, bool]] = Tally()
         vacant = 0

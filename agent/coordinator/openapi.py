@@ -15,7 +15,8 @@ ABOUT = (
     "Groups of clients of which exactly one is primary. Path literals match in any letter case, and"
     " a slash at the end of a path is accepted. The paths under /api/v1/clientfailover stand for the"
     " tenant and namespace `default`. Unknown properties of a body and unknown query parameters are"
-    " ignored. A property without a value is left out of an answer."
+    " ignored. A property without a value is left out of an answer. Any call can also be answered 400,"
+    " 408, 431 or 503 with an ErrorResponse before it was read as a whole; the connection is closed then."
 )
 
 MEANINGS = {

@@ -331,3 +331,9 @@ ROUTES: tuple[Route, ...] = (
         refusals=(404,),
     ),
 )
+
+METRICS_ROUTES = tuple(route for route in ROUTES if route.handler in {healthz, readyz, metrics})
+"""Those of ``metrics_listen``."""
+
+API_ROUTES = tuple(route for route in ROUTES if route.handler is not metrics)
+"""Those of ``listen`` beside it."""

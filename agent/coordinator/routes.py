@@ -5,7 +5,6 @@ The route table is in calls.py: requests are dispatched by it, and openapi.py de
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -23,7 +22,9 @@ BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")
 DEFAULT_NAME = "default"
 
 PATHS_REMEMBERED = 32_768
-"""Parsed paths in the cache, some 500 bytes each: twice the sessions that one core can serve."""
+LONGEST_REMEMBERED = 320
+"""Parsed paths in memory, and bytes of one of them: twice the sessions that one core can serve, with four
+names of 50 characters. At most some 40 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +113,26 @@ class _Node:
 
 
 class Router:
-    """Finds the routes of a path. ``find`` caches: agents request the same few paths again and again."""
+    """Finds the routes of a path."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._root = _Node()
         for route in routes:
             for path in route.paths:
                 self._node(path).routes[route.method] = route
-        self.find = lru_cache(maxsize=PATHS_REMEMBERED)(self._find)
+        self._remembered: dict[bytes, PathMatch] = {}
+
+    def remember(self, raw_path: bytes, match: PathMatch) -> None:
+        """Find this path faster from now on: agents request the same few again and again.
+
+        Only for callers that are authenticated: anybody else could fill the memory.
+        """
+        remembered = self._remembered
+        if raw_path in remembered or len(raw_path) > LONGEST_REMEMBERED:
+            return
+        if len(remembered) >= PATHS_REMEMBERED:
+            del remembered[next(iter(remembered))]
+        remembered[raw_path] = match
 
     def _node(self, path: str) -> _Node:
         node = self._root
@@ -131,7 +144,7 @@ class Router:
                 node = node.literals.setdefault(segment, _Node())
         return node
 
-    def _find(self, raw_path: bytes) -> PathMatch:
+    def find(self, raw_path: bytes) -> PathMatch:
         """The routes of a path as it came over the wire.
 
         Literals match in any letter case; a slash at the end is accepted.
@@ -140,6 +153,8 @@ class Router:
             NotFound: there is no such path.
             Invalid: a path parameter is not a valid id.
         """
+        if (known := self._remembered.get(raw_path)) is not None:
+            return known
         node, values = self._root, {}
         for segment in _segments(raw_path.decode("latin-1")):
             literal = node.literals.get(segment.lower())
@@ -173,7 +188,7 @@ def _segments(path: str) -> list[str]:
 def _no_path(raw_path: bytes) -> NotFound:
     return NotFound(
         f"There is nothing at the path {raw_path[:200].decode('latin-1')!r}.",
-        "The paths that there are stand in /openapi.json.",
+        "The paths that there are stand in /openapi.json; with metrics_listen, /metrics is served there.",
     )
 
 

@@ -10,19 +10,30 @@ import gc
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from typing import Any, cast
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
+from functools import partial
+from typing import NamedTuple
 
-import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agent.coordinator.access import Access, Files, load
-from agent.coordinator.api import CERTIFICATE_STATE, Api, Forwarder
-from agent.coordinator.auth.certificates import certificate_of
+from agent.coordinator.api import Api, Forwarder
+from agent.coordinator.connection import Connection
 from agent.coordinator.file_watch import FileWatch
+from agent.coordinator.limits import Admission, Reports
+from agent.coordinator.listener import Listener
 from agent.coordinator.metrics import Metrics
+from agent.coordinator.route_table import API_ROUTES, METRICS_ROUTES, ROUTES
+from agent.coordinator.routes import Route
 from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store import Store
 from agent.coordinator.store.memory import MemoryStore
@@ -37,22 +48,15 @@ from agent.ops.signals import on_hangup, stop_signals
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings
 
-KEEP_ALIVE_S = 75
-"""An idle connection is closed after this: longer than any beat (an agent's is 10 s at most, a v1
-client's 30 s with the usual FailoverTimeout of a minute), so that a heartbeat finds its connection."""
-
-BACKLOG = 2048
-"""Connections that wait to be accepted: all agents come back at once after a restart."""
-
 MOST_FILES = 65_536
 MOST_CONNECTIONS = 20_000
 SPARE_FILES = 64
-"""Connections that are served at once, some 20 kB each: two for each of 10,000 agents. Files are for
-them, the store and the log; the limit of open files is raised so far if the system lets us."""
+"""Connections that are served at once, some 20 kB each: two for each of 10,000 agents. The other files are for
+spare connections, those of metrics_listen, the store and the log; the limit of open files is raised so far if
+the system lets us."""
 
-GRACE_S = 5
-"""Time for the requests in progress at a shutdown; then they are aborted. Durable writes are finished in any
-case."""
+MAX_METRICS_CONNECTIONS = 16
+"""Of metrics_listen: a few scrapers and probes."""
 
 RELOAD_S = 30.0
 """How long a reload waits for files on a disk that may hang."""
@@ -171,6 +175,13 @@ async def _wait(stop: asyncio.Event, notify: Notify) -> None:
                 await stop.wait()
 
 
+class _Sockets(NamedTuple):
+    """Where the API is served, and where the metrics are if not there."""
+
+    api: socket.socket
+    metrics: socket.socket | None
+
+
 @asynccontextmanager
 async def serving(
     settings: CoordinatorSettings, access: Access | None = None
@@ -180,9 +191,9 @@ async def serving(
     clock = Clock()
     metrics = Metrics(sessions=settings.session_metrics)
     access.on_reload = metrics.reloaded
-    with _bound(settings.listen) as listener:
+    with _bind(settings) as sockets:
         if settings.store == "etcd":
-            async with _serving_cluster(settings, access, clock, metrics, listener) as url:
+            async with _serving_cluster(settings, access, clock, metrics, sockets) as url:
                 yield url
             return
         store = await _open(settings)
@@ -202,11 +213,9 @@ async def serving(
                 groups=groups,
             )
             try:
-                app = _api(settings, access, clock, metrics, coordinator)
-                async with (
-                    access.auth.running(),
-                    _web_server(app, listener, access.tls, coordinator) as url,
-                ):
+                async with _listening(
+                    settings, access, clock, metrics, coordinator, sockets
+                ) as url:
                     yield url
             finally:
                 await coordinator.stop()
@@ -220,7 +229,7 @@ async def _serving_cluster(
     access: Access,
     clock: Clock,
     metrics: Metrics,
-    listener: socket.socket,
+    sockets: _Sockets,
 ) -> AsyncIterator[str]:
     """One of several coordinators over etcd (R19)."""
     from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
@@ -237,11 +246,9 @@ async def _serving_cluster(
             shards=settings.shards,
         )
         try:
-            app = _api(settings, access, clock, metrics, coordinator, cluster.forwarder)
-            async with (
-                access.auth.running(),
-                _web_server(app, listener, access.tls, coordinator) as url,
-            ):
+            async with _listening(
+                settings, access, clock, metrics, coordinator, sockets, cluster.forwarder
+            ) as url:
                 try:
                     yield url
                 finally:
@@ -253,118 +260,90 @@ async def _serving_cluster(
         await cluster.aclose()
 
 
-def _api(  # noqa: PLR0917 - the parts of one process
+@contextmanager
+def _bind(settings: CoordinatorSettings) -> Iterator[_Sockets]:
+    with ExitStack() as stack:
+        api = stack.enter_context(_bound(settings.listen, "--listen"))
+        metrics = None
+        if settings.metrics_listen is not None:
+            metrics = stack.enter_context(_bound(settings.metrics_listen, "--metrics-listen"))
+        yield _Sockets(api, metrics)
+
+
+@asynccontextmanager
+async def _listening(  # noqa: PLR0917 - the parts of one process
     settings: CoordinatorSettings,
     access: Access,
     clock: Clock,
     metrics: Metrics,
     coordinator: Coordinator,
+    sockets: _Sockets,
     forwarder: Forwarder | None = None,
-) -> Api:
-    return Api(
-        coordinator,
-        clock.now,
-        access.auth,
-        max_body_bytes=settings.max_body_bytes,
-        role_names=settings.role_form == "name",
-        metrics=metrics,
-        browsers=BrowserCheck(loopback=settings.listen.loopback, names=settings.host_names),
-        forwarder=forwarder,
+) -> AsyncIterator[str]:
+    """Serve on the sockets; the URL of the API."""
+
+    def application(listen: Address, routes: Sequence[Route]) -> Api:
+        return Api(
+            coordinator,
+            clock.now,
+            access.auth,
+            max_body_bytes=settings.max_body_bytes,
+            role_names=settings.role_form == "name",
+            metrics=metrics,
+            browsers=BrowserCheck(loopback=listen.loopback, names=settings.host_names),
+            routes=routes,
+            forwarder=forwarder,
+        )
+
+    admission: Admission[Connection] = Admission(
+        _most_connections(), settings.max_connections_per_address
     )
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers, which would end the process instead of the server."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.accepting = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.accepting.set()
-
-
-class _JoiningTransport:
-    """Sends head and body of an answer together, at the end of the loop's turn they were written in.
-
-    Uvicorn writes them apart, and uvloop sends a first write at once. Each send is a system call, which
-    costs more than making the answer, and wakes the client.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._unsent: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._unsent.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._unsent and not self._transport.is_closing():
-            self._transport.write(b"".join(self._unsent))
-        self._unsent.clear()
-
-
-class _Protocol(HttpToolsProtocol):
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(cast("asyncio.Transport", _JoiningTransport(transport)))
-        certificate = certificate_of(transport.get_extra_info("ssl_object"))
-        if certificate is not None:
-            self.app_state = self.app_state | {CERTIFICATE_STATE: certificate}
+    metrics.count_connections(admission)
+    serve = partial(
+        _web_server,
+        reports=Reports(metrics, time.monotonic),
+        max_body_bytes=settings.max_body_bytes,
+    )
+    async with access.auth.running(), AsyncExitStack() as servers:
+        routes = ROUTES
+        if settings.metrics_listen is not None and sockets.metrics is not None:
+            few: Admission[Connection] = Admission(MAX_METRICS_CONNECTIONS, MAX_METRICS_CONNECTIONS)
+            app = application(settings.metrics_listen, METRICS_ROUTES)
+            server = serve(app, sockets.metrics, None, admission=few)
+            url = await servers.enter_async_context(server)
+            log.info("metrics listening", url=url)
+            routes = API_ROUTES
+        app = application(settings.listen, routes)
+        url = await servers.enter_async_context(
+            serve(app, sockets.api, access.tls, admission=admission)
+        )
+        log.info("coordinator listening", url=url)
+        try:
+            yield url
+        finally:
+            coordinator.refuse_requests()
 
 
 @asynccontextmanager
 async def _web_server(
-    app: Api, listener: socket.socket, tls: ssl.SSLContext | None, coordinator: Coordinator
+    app: Api,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    *,
+    admission: Admission[Connection],
+    reports: Reports,
+    max_body_bytes: int,
 ) -> AsyncIterator[str]:
-    config = uvicorn.Config(
-        app,
-        http=_Protocol,
-        ws="none",
-        loop="none",
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,  # it would be up to a second old: api.py writes its own
-        backlog=BACKLOG,
-        limit_concurrency=_most_connections(),
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
-        ssl_context_factory=(lambda _config, _default: tls) if tls is not None else None,
+    """Serve an application on a socket; the URL."""
+    server = Listener(
+        app, listener, tls, admission=admission, reports=reports, max_body_bytes=max_body_bytes
     )
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    accepting = asyncio.create_task(server.accepting.wait())
-    await asyncio.wait([task, accepting], return_when=asyncio.FIRST_COMPLETED)
-    accepting.cancel()
-    if task.done():
-        task.result()
+    server.start()
     host, port = listener.getsockname()[:2]
-    url = f"{'https' if tls else 'http'}://{Address(host, port)}"
-    log.info("coordinator listening", url=url)
     try:
-        yield url
+        yield f"{'https' if tls else 'http'}://{Address(host, port)}"
     finally:
-        coordinator.refuse_requests()
-        server.should_exit = True
-        await task
+        await server.stop()
 
 
 def _most_connections() -> int:
@@ -379,8 +358,8 @@ def _most_connections() -> int:
 
 
 @contextmanager
-def _bound(address: Address) -> Iterator[socket.socket]:
-    """A socket that has the address, and does not listen yet."""
+def _bound(address: Address, flag: str) -> Iterator[socket.socket]:
+    """A socket that has the address of a flag, and does not listen yet."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -395,7 +374,7 @@ def _bound(address: Address) -> Iterator[socket.socket]:
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {address}: {error.strerror or error};"
-            " name a free port and an address of this machine with --listen HOST:PORT",
+            f" name a free port and an address of this machine with {flag} HOST:PORT",
             exit_code=ExitCode.LISTEN,
         ) from None
     with listener:

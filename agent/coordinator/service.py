@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from agent.coordinator.engine import Engine, Meter, group_not_found, unavailable
+from agent.coordinator.limits import Cache
 from agent.coordinator.shards import Group
 from agent.coordinator.store import Directory, Store
 from agent.core.group import is_compatible
@@ -93,6 +94,7 @@ class Coordinator:
         self._access: dict[tuple[str, str], AccessList | None] = {}
         self._access_generation = 0
         self._waiting = 0
+        self._readiness: Cache[str | None] = Cache()
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -132,13 +134,16 @@ class Coordinator:
         return list(self._engine.groups.values())
 
     async def readiness_problem(self) -> str | None:
-        """Why no request can be served now, or None. Queries the store."""
+        """Why no request can be served now, or None. Queries the store, once a second at most."""
         if self._engine.stopping:
             return "the coordinator is stopping"
         if (failure := self._engine.recent_store_failure()) is not None:
             return f"the store failed: {failure}"
         if (problem := self._problem()) is not None:
             return problem
+        return await self._readiness.get("store", self._store_problem)
+
+    async def _store_problem(self) -> str | None:
         try:
             await self._store.access("default", "default")
         except StoreError as error:

@@ -122,6 +122,14 @@ class CoordinatorSettings(Settings):
     ] = 65536
     """Maximum size of a request's body; a larger one is answered 413. 64 KiB holds a group with
     plenty of AdditionalData."""
+    max_connections_per_address: Annotated[Count, Range(10, 1_000_000)] = 2000
+    """Maximum number of connections from one address (of IPv6: from one /64). At it the oldest one
+    that has not authenticated is closed; if all have, a further one is answered 503. 2000: a
+    thousand agents behind one NAT or proxy; raise it for more."""
+    metrics_listen: Annotated[Address | None, ADDRESS, Example("127.0.0.1:5471")] = None
+    """Address that serves /metrics, /healthz and /readyz alone, over plain HTTP and without
+    authentication: keep it on loopback or in a network of your own. Not set: they are served with
+    the API; else /metrics is not."""
     max_groups: Annotated[Count, Range(1, 10_000_000)] = 100000
     """Maximum number of groups. All are in memory: 100000 take some hundred megabytes."""
     max_sessions_per_group: Annotated[Count, Range(1, 10_000)] = 100
@@ -188,6 +196,25 @@ class CoordinatorSettings(Settings):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self.set_together("tls_certificate", "tls_key")
+        yield from self._authentication_contradictions()
+        yield from self._etcd_contradictions()
+        if self.metrics_listen == self.listen and self.listen.port:
+            yield "metrics_listen", f"{self.listen} is also listen: choose another port"
+        if self.listen.loopback or self.insecure:
+            return
+        missing = []
+        if self.tls_certificate is None:
+            missing.append("TLS (tls_certificate and tls_key)")
+        if not self.authenticates:
+            missing.append(f"authentication ({AUTHENTICATION})")
+        if missing:
+            yield (
+                "listen",
+                f"{self.listen} can be reached from other machines without {' and '.join(missing)}:"
+                " add that, listen on 127.0.0.1, or set insecure = true (--insecure)",
+            )
+
+    def _authentication_contradictions(self) -> Iterator[tuple[str, str]]:
         keys = "token_keys_url" if self.token_keys_url is not None else "token_keys_file"
         yield from self.set_together(keys, "token_issuer", "token_audience")
         if self.token_keys_url is not None and self.token_keys_file is not None:
@@ -203,25 +230,17 @@ class CoordinatorSettings(Settings):
             yield "token_tenant", "needs token_keys_file or token_keys_url too"
         if self.administrator and not self.authenticates:
             yield "administrator", f"needs authentication ({AUTHENTICATION})"
-        yield from self.set_together("etcd_certificate", "etcd_key")
-        yield from self.set_together("etcd_username", "etcd_password_file")
-        yield from self._etcd_contradictions()
-        if self.listen.loopback or self.insecure:
-            return
-        missing = []
-        if self.tls_certificate is None:
-            missing.append("TLS (tls_certificate and tls_key)")
-        if not self.authenticates:
-            missing.append(f"authentication ({AUTHENTICATION})")
-        if missing:
-            yield (
-                "listen",
-                f"{self.listen} can be reached from other machines without {' and '.join(missing)}:"
-                " add that, listen on 127.0.0.1, or set insecure = true (--insecure)",
-            )
 
     def _etcd_contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from self.set_together("etcd_certificate", "etcd_key")
+        yield from self.set_together("etcd_username", "etcd_password_file")
         if self.store == "etcd":
+            if self.tls_client_ca_file is not None:
+                yield (
+                    "tls_client_ca_file",
+                    'cannot be used with store = "etcd": a request that is forwarded to another coordinator'
+                    " cannot take a certificate along; use users_file or tokens",
+                )
             if not self.etcd_endpoint:
                 yield "store", "etcd needs etcd_endpoint too"
             if self.advertise is None:

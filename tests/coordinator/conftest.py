@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,8 @@ async def http(stage: Stage) -> AsyncIterator[httpx2.AsyncClient]:
 class Process:
     """``failover-agent serve`` as a process, on a free port."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "agent", "serve", "--listen", "127.0.0.1:0", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = ("-m", "agent")) -> None:
+        command = [sys.executable, *program, "serve", "--listen", "127.0.0.1:0", *arguments]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("FAILOVER_")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         self.lines: list[str] = []
@@ -165,8 +165,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start coordinators on ``tmp_path / "data"``; what still runs at the end is killed."""
     started: list[Process] = []
 
-    def start(*arguments: str) -> Process:
-        started.append(Process("--data-dir", str(tmp_path / "data"), *arguments))
+    def start(*arguments: str, program: Sequence[str] = ("-m", "agent")) -> Process:
+        data_dir = str(tmp_path / "data")
+        started.append(Process("--data-dir", data_dir, *arguments, program=program))
         return started[-1]
 
     yield start

@@ -41,7 +41,7 @@ async def scraped(http: httpx2.AsyncClient) -> dict[tuple[str, ...], float]:
 
 @pytest.fixture
 async def api() -> Api:
-    metrics, clock = Metrics(), Clock()
+    metrics, clock = Metrics(cache_s=0), Clock()
     coordinator = Coordinator(MemoryStore(), clock.now, Policy(), meter=metrics)
     await coordinator.start()
     return Api(coordinator, clock.now, metrics=metrics)
@@ -142,7 +142,7 @@ def test_decisions_are_counted_by_kind() -> None:
 
 
 async def test_each_session_has_series_if_that_is_asked_for() -> None:
-    metrics, clock = Metrics(sessions=True), Clock()
+    metrics, clock = Metrics(sessions=True, cache_s=0), Clock()
     coordinator = Coordinator(MemoryStore(), clock.now, Policy(), meter=metrics)
     await coordinator.start()
     api = Api(coordinator, clock.now, metrics=metrics)

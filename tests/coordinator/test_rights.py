@@ -13,8 +13,9 @@ import pytest
 from joserfc.jwk import KeySet
 
 from agent.coordinator import api
-from agent.coordinator.api import CERTIFICATE_STATE, Api
+from agent.coordinator.api import Api
 from agent.coordinator.auth import Authenticator, ClientCertificate, Password, Subject, TokenRules
+from agent.coordinator.connection import CERTIFICATE
 from agent.schema import access
 
 from .conftest import Stage
@@ -475,7 +476,7 @@ async def test_the_client_of_a_certificate_owns_its_session(site: Site) -> None:
 
     def client(name: str | None, until: float = NOW + 1) -> httpx2.AsyncClient:
         async def with_certificate(scope: Any, receive: Any, send: Any) -> None:
-            scope["state"] = {CERTIFICATE_STATE: ClientCertificate(name, until)}
+            scope[CERTIFICATE] = ClientCertificate(name, until)
             await app(scope, receive, send)
 
         transport = httpx2.ASGITransport(app=with_certificate)

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +22,7 @@ import pytest
 from agent.coordinator import api as api_module
 from agent.coordinator import metrics as metrics_module
 from agent.coordinator.api import Api
+from agent.coordinator.limits import Admission, Reports
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.server import GC_THRESHOLDS, _bound, _web_server
 from agent.coordinator.service import Coordinator
@@ -159,12 +161,18 @@ async def scraped(folder: Path, *, sessions: bool, tls: bool) -> AsyncIterator[S
         served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         served.load_cert_chain(*authority.issue("coordinator"))
         trust = ssl.create_default_context(cafile=authority.file)
-    metrics, clock, loop = Metrics(sessions=sessions), Clock(), Loop()
+    metrics, clock, loop = Metrics(sessions=sessions, cache_s=0), Clock(), Loop()
     coordinator = await many_groups(metrics, clock)
     api = Api(coordinator, clock.now, metrics=metrics)
     page = folder / "page"
-    with _bound(Address("127.0.0.1", 0)) as listener:
-        async with _web_server(api, listener, served, coordinator) as url:
+    serve = partial(
+        _web_server,
+        admission=Admission(100, 100),
+        reports=Reports(metrics, time.monotonic),
+        max_body_bytes=65536,
+    )
+    with _bound(Address("127.0.0.1", 0), "--listen") as listener:
+        async with serve(api, listener, served) as url:
             scraper = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", SCRAPER, f"{url}/metrics", page, authority.file),
                 stdin=asyncio.subprocess.PIPE,

@@ -1,0 +1,300 @@
+"""Bounds on what callers may occupy before they are known: connections, time, sizes, log lines.
+
+Owns each bound with its reason, and which connection makes room for another one. Knows nothing of sockets
+(listener.py), of HTTP (connection.py) and of what a request means.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from math import inf
+from typing import Generic, Protocol, TypeVar
+
+from agent.errors import RequestRefused, Unavailable
+from agent.ops.logs import Log
+
+MAX_HEAD_BYTES = 32 * 1024
+"""Of a request's target and headers: a bearer token of 16 KiB fits, the longest path has 13 KiB."""
+
+MAX_HEADERS = 100
+"""Headers of a request; a client behind two proxies sends some 30."""
+
+BODY_OVERHEAD = 8
+"""A chunked body may take this many times ``max_body_bytes`` on the wire: in chunks of one byte it takes six."""
+
+MAX_PIPELINED = 16
+PARSED_AT_ONCE = 2048
+"""While so many requests of a connection wait for the answer to an earlier one, some 4 KiB each, no more is
+received on it. So many bytes are parsed at a time: they hold up to 100 further ones."""
+
+HEAD_S = 10.0
+"""For a request's head from its first byte, and for the first request of a connection: agents give up a request
+sooner."""
+
+BODY_S = 20.0
+BODY_BYTES_PER_S = 4096
+"""For a body from the end of its head, and a second more for as many bytes as have come: the largest body over
+a line of 33 kbit/s."""
+
+IDLE_S = 75.0
+"""An idle connection is closed after this: longer than any interval of heartbeats (an agent's is 10 s at most,
+a v1 client's 30 s with the usual FailoverTimeout of a minute), so that a heartbeat finds its connection."""
+
+ANSWER_S = 60.0
+"""For an answer, from when its reader first falls behind: the largest, 12 MB of metrics of 20,000 sessions, over
+a line of 2 Mbit/s."""
+
+HANDSHAKE_S = 10.0
+"""For TLS: some round trips, and the work of a slow client."""
+
+CLOSE_S = 2.0
+"""For the last bytes of a connection that is being closed, and what is still received on it is discarded: a
+reset would destroy the answer that states the reason."""
+
+MAX_STALLED = 16
+"""Connections without authentication whose readers have fallen behind. Each may hold a page of metrics of its
+own; the oldest is closed."""
+
+SWEEP_S = 1.0
+"""Interval of the check of all deadlines. One timer for all connections: one for each request costs more than
+the check."""
+
+MAX_SPARE = 24
+"""Connections beyond a limit that are open to be answered 503, or 200 at /healthz, once."""
+
+ACCEPTED_AT_ONCE = 64
+"""Connections accepted before others are served: some 5 ms."""
+
+ACCEPT_RETRY_S = 0.2
+"""Until accepting is tried again when the system has no files or memory left."""
+
+REPORT_S = 10.0
+"""Interval of log lines of one kind that callers can cause."""
+
+MAX_LOGGED = 200
+"""Characters of a path or another text from a caller in a log line."""
+
+CACHE_S = 1.0
+"""How long an answer is used again that costs more than a heartbeat and needs no authentication."""
+
+T = TypeVar("T")
+log = Log(__name__)
+
+
+class Ending(StrEnum):
+    """Why a connection was ended by the coordinator."""
+
+    ADDRESS_LIMIT = "address_limit"
+    CONNECTION_LIMIT = "connection_limit"
+    EVICTED = "evicted"
+    HANDSHAKE = "handshake"
+    IDLE = "idle"
+    HEAD_TIMEOUT = "head_timeout"
+    BODY_TIMEOUT = "body_timeout"
+    ANSWER_TIMEOUT = "answer_timeout"
+    HEAD_SIZE = "head_size"
+    BODY_SIZE = "body_size"
+    BAD_REQUEST = "bad_request"
+
+
+class HeadTooLarge(RequestRefused):
+    """The head of a request is longer than this service reads."""
+
+
+class TooSlow(RequestRefused):
+    """A request has not arrived in time."""
+
+
+class Meter(Protocol):
+    """Receives what is counted here."""
+
+    def connection_ended(self, why: Ending) -> None: ...
+
+
+class Reports:
+    """Logs why connections are ended: one line of each kind in REPORT_S, with the number of the others.
+
+    Args:
+        meter: counts all of them.
+        clock: seconds.
+    """
+
+    def __init__(self, meter: Meter, clock: Callable[[], float]) -> None:
+        self._meter = meter
+        self._clock = clock
+        self._next: dict[str, float] = {}
+        self._unlogged: dict[str, int] = {}
+
+    def ended(self, why: Ending, address: str, reason: str = "") -> None:
+        """A connection from an address is ended."""
+        self._meter.connection_ended(why)
+        if why is not Ending.IDLE:
+            self._warn(why, "connection ended", why=why, address=address, reason=reason)
+
+    def not_accepted(self, reason: str) -> None:
+        """The system has no room for another connection."""
+        self._warn("accept", "connections cannot be accepted", reason=reason)
+
+    def _warn(self, kind: str, message: str, **fields: str) -> None:
+        """``kind`` is of a closed set."""
+        if (now := self._clock()) < self._next.get(kind, -inf):
+            self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
+            return
+        self._next[kind] = now + REPORT_S
+        shown = {key: value[:MAX_LOGGED] for key, value in fields.items() if value}
+        log.warning(message, **shown, not_logged_before=self._unlogged.pop(kind, 0))
+
+
+class Slot(Protocol):
+    """A connection as ``Admission`` sees it. Its ``address`` is from ``address_of``."""
+
+    address: str
+
+
+S = TypeVar("S", bound=Slot)
+
+
+class Admission(Generic[S]):
+    """Which connections are open, and which one has to make room for another.
+
+    At a limit the oldest connection that has never authenticated is closed for the new one. If all have,
+    the new one is *spare*: it is answered that there is no room.
+
+    Args:
+        most: connections in all.
+        most_per_address: of one address.
+    """
+
+    def __init__(self, most: int, most_per_address: int) -> None:
+        self.most = most
+        self.most_per_address = most_per_address
+        self._open: dict[str, int] = {}
+        self._strangers: dict[S, None] = {}
+        self._strangers_of: dict[str, dict[S, None]] = {}
+        self._authenticated: set[S] = set()
+        self._spare: dict[S, None] = {}
+
+    @property
+    def authenticated(self) -> int:
+        """Number of connections that have authenticated."""
+        return len(self._authenticated)
+
+    @property
+    def strangers(self) -> int:
+        """Number of connections that have not authenticated, spare ones included."""
+        return len(self._strangers) + len(self._spare)
+
+    def admit(self, new: S) -> tuple[S | None, Ending | None]:
+        """Count a connection.
+
+        Returns:
+            The connection to close for it, already taken out; and the limit if the new one is spare.
+        """
+        limit = None
+        if self._open.get(new.address, 0) >= self.most_per_address:
+            limit, oldest = Ending.ADDRESS_LIMIT, self._strangers_of.get(new.address)
+        elif len(self._strangers) + len(self._authenticated) >= self.most:
+            limit, oldest = Ending.CONNECTION_LIMIT, self._strangers
+        victim = None
+        if limit is not None and oldest:
+            victim, limit = next(iter(oldest)), None
+            self.remove(victim)
+        if limit is not None:
+            if len(self._spare) >= MAX_SPARE:
+                victim = next(iter(self._spare))
+                del self._spare[victim]
+            self._spare[new] = None
+            return victim, limit
+        self._open[new.address] = self._open.get(new.address, 0) + 1
+        self._strangers[new] = None
+        self._strangers_of.setdefault(new.address, {})[new] = None
+        return victim, None
+
+    def authenticate(self, slot: S) -> None:
+        """A caller on this connection was authenticated: it is not closed for another one any more."""
+        if slot in self._strangers:
+            self._forget_stranger(slot)
+            self._authenticated.add(slot)
+
+    def remove(self, slot: S) -> None:
+        """The connection is closed. May be called twice."""
+        if slot in self._spare:
+            del self._spare[slot]
+            return
+        if slot in self._strangers:
+            self._forget_stranger(slot)
+        elif slot in self._authenticated:
+            self._authenticated.discard(slot)
+        else:
+            return
+        self._open[slot.address] -= 1
+        if not self._open[slot.address]:
+            del self._open[slot.address]
+
+    def oldest_stranger(self) -> S | None:
+        """The connection that is closed next if there has to be room."""
+        return next(iter(self._strangers), None)
+
+    def _forget_stranger(self, slot: S) -> None:
+        del self._strangers[slot]
+        others = self._strangers_of[slot.address]
+        del others[slot]
+        if not others:
+            del self._strangers_of[slot.address]
+
+    def refusal(self, limit: Ending, address: str) -> Unavailable:
+        """The answer to a request on a spare connection."""
+        if limit is Ending.ADDRESS_LIMIT:
+            return Unavailable(
+                f"{address} has {self.most_per_address} connections, the most of one address.",
+                "Close some, or raise max_connections_per_address.",
+                retry_after_s=HEAD_S,
+            )
+        return Unavailable(
+            f"There are {self.most} connections, the most that this coordinator serves.",
+            "Ask again later, or raise the coordinator's limit of open files.",
+            retry_after_s=HEAD_S,
+        )
+
+
+def address_of(peer: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
+    """The address that a peer's connections are counted by: of IPv6 its /64, which is one host's or site's."""
+    host = peer[0] if isinstance(peer, tuple) else peer
+    if ":" not in host:
+        return host
+    packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    if packed[:12] == b"\0" * 10 + b"\xff\xff":
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return f"{socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8))}/64"
+
+
+class Cache(Generic[T]):
+    """One value by key, made once for all who ask at the same time, and used again for ``seconds``.
+
+    The keys must be few: each value is kept until it is too old.
+    """
+
+    def __init__(self, seconds: float = CACHE_S) -> None:
+        self._seconds = seconds
+        self._making: dict[str, asyncio.Task[T]] = {}
+
+    async def get(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
+        """The value, made by ``make`` if there is none. Raises what ``make`` raises."""
+        task = self._making.get(key)
+        if task is None:
+            task = asyncio.ensure_future(self._make(key, make))
+            self._making[key] = task
+        return await asyncio.shield(task)
+
+    async def _make(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
+        try:
+            value = await make()
+        except BaseException:
+            del self._making[key]
+            raise
+        if self._seconds:
+            asyncio.get_running_loop().call_later(self._seconds, self._making.pop, key)
+        else:
+            del self._making[key]
+        return value
