@@ -26,7 +26,8 @@ from typing import NamedTuple
 import uvloop
 
 from agent.coordinator.access import Access, Files, load
-from agent.coordinator.api import Api, Forwarder
+from agent.coordinator.api import Api
+from agent.coordinator.calls import Forwarder
 from agent.coordinator.connection import Connection
 from agent.coordinator.file_watch import FileWatch
 from agent.coordinator.limits import Admission, Reports

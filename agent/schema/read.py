@@ -8,7 +8,7 @@ found here.
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def _annotation(setting: Setting) -> Any:
         return Annotated[Any, PlainValidator(partial(_read_tables, setting.tables))]
     form = setting.format
     if form.parse is not None:
-        return Annotated[Any, PlainValidator(form.parse)]
+        return Annotated[Any, PlainValidator(partial(_parse, form.parse, setting))]
     limits, length = setting.markers.get(Range), setting.markers.get(Length)
     parts: list[Any] = []
     if form.before is not None:
@@ -118,6 +118,11 @@ def _annotation(setting: Setting) -> Any:
     for part in parts:
         checked = Annotated[checked, part]
     return checked if setting.value_type == setting.annotation else checked | None
+
+
+def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
+    """A value in its own format; that of a setting which is not set stays None."""
+    return None if value is None and setting.default is None else parse(value)
 
 
 def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the configuration") -> D:

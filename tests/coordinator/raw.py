@@ -13,7 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 BASE = "/api/v1/clientfailover"
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 TIMES = {"HEAD_S": 2.0, "BODY_S": 2.0, "IDLE_S": 3.0, "ANSWER_S": 2.0, "HANDSHAKE_S": 2.0}
 """Deadlines of a coordinator in a hurry."""
@@ -81,7 +81,7 @@ class Raw:
 
     def request(self, method: str, path: str, body: object = None, headers: str = "") -> Self:
         content = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(content)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(content)}\r\n\r\n"
         return self.send(head.encode() + content)
 
     def _until(self, enough: Callable[[bytes], bool]) -> None:

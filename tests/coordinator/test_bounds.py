@@ -81,7 +81,7 @@ def test_a_header_of_64_mib_is_refused_and_takes_no_memory(hurried: Process) -> 
     process = hurried.process.pid
     before = resident(process)
     with Raw(hurried.url) as one:
-        one.send(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+        one.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
         send_until_closed(one, itertools.repeat(UNREAD, 1024))
         grown = resident(process) - before
         slowest_s = max(took_s(lambda: ask(hurried.url)) for _ in range(5))
@@ -122,7 +122,7 @@ def test_the_size_does_not_depend_on_how_a_head_is_cut(hurried: Process) -> None
 
 
 def test_trailers_are_bounded_and_no_headers(hurried: Process) -> None:
-    post = b"POST %s/groups HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    post = b"POST %s/groups HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b'2d\r\n{"Id":"trailed","FailoverTimeout":"00:00:10"}\r\n0\r\n'
     with Raw(hurried.url) as one:
         one.send(post % BASE.encode() + chunk + b"X: 1\r\n\r\n")
@@ -169,7 +169,7 @@ def test_garbage_after_a_request_is_answered_after_it(hurried: Process) -> None:
 
 
 def test_garbage_in_a_body_is_400(hurried: Process) -> None:
-    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with Raw(hurried.url) as one:
         answer = one.send(head.encode() + b"no length\r\n").answer()
         assert one.closed()
@@ -238,7 +238,7 @@ def test_an_idle_connection_is_closed_and_one_in_use_is_not(hurried: Process) ->
 
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_a_body_that_does_not_come_is_408(hurried: Process, framing: str) -> None:
-    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n"
+    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n"
     with Raw(hurried.url) as one:
         answer = one.send(head.encode()).answer()
         assert one.closed()
@@ -305,7 +305,7 @@ def test_the_extensions_of_a_chunk_have_an_end(hurried: Process) -> None:
 
 
 def test_a_body_that_is_announced_too_long_is_refused_before_it_is_sent(hurried: Process) -> None:
-    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n"
+    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n"
     with Raw(hurried.url) as one:
         answer = one.send(head.encode() + b"Expect: 100-continue\r\n\r\n").answer()
     assert (answer.status, answer.error()["Error"]) == (413, "TooLarge")
@@ -313,14 +313,14 @@ def test_a_body_that_is_announced_too_long_is_refused_before_it_is_sent(hurried:
 
 def test_a_refused_body_does_not_destroy_its_answer(hurried: Process) -> None:
     """A close with bytes unread is a reset, which discards what the peer has not read yet."""
-    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: x\r\nContent-Length: {4 * MIB}\r\n\r\n"
+    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: localhost\r\nContent-Length: {4 * MIB}\r\n\r\n"
     with Raw(hurried.url) as one:
         one.send(head.encode() + b"x" * 4 * MIB)
         assert one.answer().status == 413
 
 
 def test_100_continue_is_sent_when_the_body_is_wanted(hurried: Process) -> None:
-    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: x\r\nContent-Length: 46\r\nExpect: 100-continue\r\n\r\n"
+    head = f"POST {BASE}/groups HTTP/1.1\r\nHost: localhost\r\nContent-Length: 46\r\nExpect: 100-continue\r\n\r\n"
     with Raw(hurried.url) as one:
         assert one.send(head.encode()).answer(bodyless=True).status == 100
         one.send(b'{"Id":"awaited","FailoverTimeout":"00:00:10"} ')

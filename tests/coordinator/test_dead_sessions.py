@@ -28,7 +28,7 @@ class RetentionStage(Stage):
     """A coordinator that keeps dead sessions for 100 s, and at most three sessions in a group."""
 
     def __init__(self) -> None:
-        self.metrics = Metrics()
+        self.metrics = Metrics(cache_s=0)
         super().__init__()
 
     def build(self) -> Coordinator:
