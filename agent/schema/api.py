@@ -57,11 +57,11 @@ Revision = Annotated[
     Count | None,
     doc("An integer from 0 to 9007199254740991; it grows with each change of the group's status."),
 ]
-Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 """An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
 Previous = Annotated[Name | None, doc("A string: the session of the tenure before.")]
 StoreId = Annotated[
-    Annotated[str, Meta(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")] | None,
+    Annotated[str, Meta(max_length=128, pattern=r"^[^\x00]*\Z")] | None,
     doc("A string: the id of the coordinator's store, made with its data directory."),
 ]
 GivenLastData = Annotated[
