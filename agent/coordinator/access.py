@@ -4,10 +4,8 @@ Owns loading the certificate, its key, the authorities of client certificates, t
 token keys, and taking all of them over at once or none. Knows nothing of sockets and signals.
 """
 
-import os
 import ssl
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from agent.coordinator.auth.callers import ROLE, USER, Subject, parse_subject
 from agent.coordinator.file_watch import look
 from agent.errors import ConfigError
 from agent.ops.logs import Log
+from agent.ops.tls import use_pair
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import reloadable
 from agent.schema.read import validate
@@ -65,7 +64,7 @@ def _load_tls(settings: CoordinatorSettings) -> tuple[bytes, bytes] | None:
     assert settings.tls_key is not None  # noqa: S101 - the settings come together
     try:
         pair = settings.tls_certificate.read_bytes(), settings.tls_key.read_bytes()
-        _use_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), *pair)
+        use_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), *pair)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"tls_certificate {settings.tls_certificate} and tls_key {settings.tls_key} are not a"
@@ -86,22 +85,6 @@ def _load_client_ca(settings: CoordinatorSettings) -> str | None:
             f"tls_client_ca_file {path} has no certificates of authorities in PEM: {error}"
         ) from None
     return text
-
-
-def _use_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
-    """Load a pair from memory: what was checked is what is used, whatever happens to the files."""
-    with ExitStack() as stack:
-        certificate, private = (_in_memory(stack, content) for content in (chain, key))
-        # The empty password is a refusal: without it, a terminal would be asked for one.
-        context.load_cert_chain(certificate, private, password=lambda: b"")
-
-
-def _in_memory(stack: ExitStack, content: bytes) -> Path:
-    """A file in memory with this content, while the stack is open."""
-    file = stack.enter_context(os.fdopen(os.memfd_create("pem"), "wb"))
-    file.write(content)
-    file.flush()
-    return Path(f"/proc/self/fd/{file.fileno()}")
 
 
 class ServerTls:
@@ -127,7 +110,7 @@ class ServerTls:
         assert files.tls is not None  # noqa: S101 - TLS is not switched off while it runs
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        _use_pair(context, *files.tls)
+        use_pair(context, *files.tls)
         if files.client_ca is not None:
             context.load_verify_locations(cadata=files.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL

@@ -30,15 +30,20 @@ def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
 def load_pair(context: ssl.SSLContext, what: str, certificate: Path, key: Path) -> None:
     """Put a certificate chain and its private key into a context. Raises ConfigError."""
     try:
-        with ExitStack() as stack:
-            chain, private = (_in_memory(stack, _read(path)) for path in (certificate, key))
-            # The empty password is a refusal: without it, a terminal would be asked for one.
-            context.load_cert_chain(chain, private, password=lambda: b"")
+        use_pair(context, _read(certificate), _read(key))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"{what}: {certificate} and {key} must be a certificate chain and its private key in PEM,"
             f" without a pass phrase: {_reason(error)}"
         ) from None
+
+
+def use_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    """Put the contents of such files into a context. Raises OSError or ValueError."""
+    with ExitStack() as stack:
+        certificate, private = (_in_memory(stack, content) for content in (chain, key))
+        # The empty password is a refusal: without it, a terminal would be asked for one.
+        context.load_cert_chain(certificate, private, password=lambda: b"")
 
 
 def load_authorities(context: ssl.SSLContext, what: str, path: Path) -> None:
