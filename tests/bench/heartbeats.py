@@ -6,6 +6,7 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
     .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
         [--rounds 5] [--groups 1000] [--seconds 5]
     .venv/bin/python tests/bench/heartbeats.py --compare bare --failover-timeout 3 ...
+    .venv/bin/python -m tests.bench.heartbeats --compare etcd|follower --failover-timeout 3 ...
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -18,7 +19,8 @@ measured in turn, each round on fresh stores: closed loop, as many heartbeats as
 compared is heartbeats for each second of the coordinator's CPU time, which another process on the machine
 disturbs less than heartbeats for each second; both are printed, with the ratio of their medians. "bare"
 instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
-answer, as large as a heartbeat's.
+answer, as large as a heartbeat's. "etcd" is this coordinator on an etcd of one member, and "follower" one of two
+such coordinators, of which the other leads all groups; the processor time is that of the one that is asked.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
@@ -31,17 +33,20 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
+
+CLUSTERS = ("etcd", "follower")
 
 CONNECTIONS = 400
 BUSY_CONNECTIONS = 64
@@ -264,11 +269,13 @@ def main() -> None:
     )
     parser.add_argument("--profile", type=Path, help="where to write the coordinator's cProfile")
     parser.add_argument(
-        "--compare", metavar="REV", help="measure this and another revision, or bare, in turn"
+        "--compare",
+        metavar="REV",
+        help="measure this and another revision, bare, etcd or follower in turn",
     )
     parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
     args = parser.parse_args()
-    if args.compare == "bare":
+    if args.compare == "bare" or args.compare in CLUSTERS:
         compare(args, None)
         return
     if args.compare:
@@ -281,12 +288,16 @@ def main() -> None:
 
 @contextmanager
 def coordinator(
-    args: argparse.Namespace, tree: Path | None = None, *, bare: bool = False
+    args: argparse.Namespace,
+    tree: Path | None = None,
+    *,
+    bare: bool = False,
+    etcd: str | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
     ``tree`` is a checkout whose code is run, rather than this program's own; ``bare`` runs the bare
-    server in its place.
+    server in its place; ``etcd`` is the URL of its store, if that is not SQLite.
     """
     cores = sorted(os.sched_getaffinity(0))
     program = ["-m", "agent", "serve"]
@@ -297,7 +308,11 @@ def coordinator(
         environment |= {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as data_dir:
         command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
-        command += ["--listen", "127.0.0.1:0", "--data-dir", data_dir, "--log-level", "INFO"]
+        command += ["--data-dir", data_dir, "--log-level", "INFO"]
+        if etcd is None:
+            command += ["--listen", "127.0.0.1:0"]
+        else:
+            command += on_etcd(etcd)
         if args.session_metrics:
             command.append("--session-metrics")
         if bare:
@@ -319,6 +334,28 @@ def coordinator(
                 log.wait()
 
 
+def on_etcd(url: str) -> list[str]:
+    """The flags of a coordinator on etcd, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        *("--store", "etcd", "--shards", "1", "--etcd-endpoint", url),
+        *("--listen", address, "--advertise", f"http://{address}"),
+    ]
+
+
+@contextmanager
+def in_a_cluster(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    """A coordinator on a new etcd, alone or beside one that leads every group."""
+    from tests.etcd import an_etcd  # noqa: PLC0415 - only a run with -m finds it
+
+    with tempfile.TemporaryDirectory() as directory, an_etcd(Path(directory)) as etcd:
+        with ExitStack() as stack:
+            if args.compare == "follower":
+                stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
+            yield stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
+
+
 @contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
     """A temporary git worktree of a revision."""
@@ -333,12 +370,14 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def compare(args: argparse.Namespace, tree: Path | None) -> None:
-    """Both versions in turn, or the bare server and this one if ``tree`` is None; the ratio of medians."""
+    """This version and the other one, which is that of ``tree`` if there is one, in turn; the ratio of medians."""
     figures: dict[str, list[tuple[float, float]]] = {args.compare: [], "this": []}
     for _ in range(args.rounds):
         for name, results in figures.items():
             other = name == args.compare
-            running = coordinator(args, tree if other else None, bare=other and tree is None)
+            running = coordinator(args, tree if other else None, bare=other and name == "bare")
+            if other and name in CLUSTERS:
+                running = in_a_cluster(args)
             with running as (host, port, process):
                 result = asyncio.run(throughput(args, host, port, process))
             results.append(result)
