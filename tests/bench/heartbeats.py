@@ -349,11 +349,12 @@ def in_a_cluster(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
     """A coordinator on a new etcd, alone or beside one that leads every group."""
     from tests.etcd import an_etcd  # noqa: PLC0415 - only a run with -m finds it
 
-    with tempfile.TemporaryDirectory() as directory, an_etcd(Path(directory)) as etcd:
-        with ExitStack() as stack:
-            if args.compare == "follower":
-                stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
-            yield stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        etcd = stack.enter_context(an_etcd(directory))
+        if args.compare == "follower":
+            stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
+        yield stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
 
 
 @contextmanager
