@@ -442,7 +442,11 @@ class Gate:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = server.accept()
-                far = socket.create_connection(self._upstream)
+                try:
+                    far = socket.create_connection(self._upstream)
+                except OSError:  # the server is down
+                    near.close()
+                    continue
                 self._open += [near, far]
                 for ends in ((near, far), (far, near)):
                     Thread(target=self._copy, args=ends, daemon=True).start()

@@ -41,7 +41,11 @@ def both(url: str) -> list[Metric]:
     """What the page tells, which is the same series in both forms."""
     page(url, "")  # it counts itself from its second time on
     families = list(openmetrics(page(url, ACCEPT)))  # type: ignore[no-untyped-call] # theirs
-    assert told(families) == told(list(classic(page(url, ""))))
+
+    def agree() -> bool:
+        return told(families) == told(list(classic(page(url, ""))))
+
+    until(agree, "the same series in both forms")  # a page is kept for a second
     return families
 
 
