@@ -159,7 +159,8 @@ def test_a_route_takes_a_handler_and_one_row(copy: Path) -> None:
     table = copy / "agent/coordinator/route_table.py"
     insert(table, "    count_groups,\n", "    create_group,\n    create_session,")
     source = table.read_text()
-    table.write_text(source[: source.rindex(")")] + textwrap.indent(row, " " * 4) + ")\n")
+    end = source.index(")\n\nMETRICS_ROUTES")
+    table.write_text(source[:end] + textwrap.indent(row, " " * 4) + source[end:])
     code = """
         import asyncio, json
         import httpx2

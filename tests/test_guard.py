@@ -584,7 +584,7 @@ def test_the_tenure_is_killed_even_if_fork_fails(
         host = new_host(program=build_program_with(full), stderr=stderr.fileno())
     left = run(IDLE)
     host.send(*hook(sh("exit 0")))
-    host.send_last(*arm(now(), now() + LIMIT_S, groups=left.pid))
+    host.send_last(*arm(now(), now() + 2.0, groups=left.pid))
     assert host.code(host.guard) == guard.ACTED
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
