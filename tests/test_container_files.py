@@ -7,6 +7,7 @@ with the code and with the other files.
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import jsonschema_rs
 import pytest
@@ -27,18 +29,38 @@ from agent.schema.settings import AgentSettings
 
 ROOT = Path(__file__).parents[1]
 IMAGE = f"failover-agent:{__version__}"
+ETCD_IMAGE = "gcr.io/etcd-development/etcd:v3.5.21"
 COMPOSE = yaml.safe_load((ROOT / "config/compose.yaml").read_text())
-MANIFESTS: list[dict[str, Any]] = [
-    manifest
-    for path in sorted((ROOT / "config/kubernetes").glob("*.yaml"))
-    for manifest in yaml.safe_load_all(path.read_text())
-]
+COMPOSE_ETCD = yaml.safe_load((ROOT / "config/compose-etcd.yaml").read_text())
+COMPOSE_FILES = {"compose": COMPOSE, "compose-etcd": COMPOSE_ETCD}
+
+
+def manifests_of(*paths: str) -> list[dict[str, Any]]:
+    return [
+        manifest
+        for path in paths
+        for manifest in yaml.safe_load_all((ROOT / "config/kubernetes" / path).read_text())
+    ]
+
+
+INSTALLED = {
+    "one": manifests_of("collector.yaml", "coordinator.yaml"),
+    "etcd": manifests_of("collector.yaml", "etcd/coordinators.yaml"),
+}
+"""What is applied together: the manifests of etcd/ take the place of coordinator.yaml."""
+
+MANIFESTS = [*INSTALLED["one"], *manifests_of("etcd/coordinators.yaml")]
 SETS = [manifest for manifest in MANIFESTS if manifest["kind"] == "StatefulSet"]
 COORDINATOR_ROUTES = {"/healthz", "/readyz", "/metrics"}
+TTL_S = CoordinatorSettings().leadership_ttl
+ETCD_DELAY_S = 0.5
+"""Within which etcd ends a lease that is over, as in docs/high-availability.md."""
+
 AGENT_ROUTES = {f"/{name}" for name in PROBES} | {"/metrics"}
 SECRET_KEYS = {
     "failover-coordinator-tls": {"tls.crt", "tls.key"},
     "failover-coordinator-users": {"users"},
+    "failover-coordinator-etcd": {"etcd-ca.crt", "etcd-password", "ca.crt"},
     "failover-member": {"password", "ca.crt"},
 }
 """As docs/container.md has them made."""
@@ -101,19 +123,56 @@ def test_the_image_has_the_locked_runtime_with_every_extra_and_nothing_else() ->
 # -- compose ---------------------------------------------------------------------------------------
 
 
-def test_the_compose_file_is_one() -> None:
-    assert faults(COMPOSE, schema("compose.json")) == []
-    wrong = copy.deepcopy(COMPOSE)
+EACH_COMPOSE = pytest.mark.parametrize("compose", COMPOSE_FILES.values(), ids=COMPOSE_FILES)
+
+
+@EACH_COMPOSE
+def test_the_compose_file_is_one(compose: dict[str, Any]) -> None:
+    assert faults(compose, schema("compose.json")) == []
+    wrong = copy.deepcopy(compose)
     wrong["services"]["host-a"]["read-only"] = True
     assert faults(wrong, schema("compose.json"))
 
 
-def test_every_service_is_read_only_and_without_capabilities() -> None:
-    for name, service in COMPOSE["services"].items():
+@EACH_COMPOSE
+def test_every_service_is_read_only_and_without_capabilities(compose: dict[str, Any]) -> None:
+    others = {"prometheus": "prom/prometheus:v3.5.0", "etcd": ETCD_IMAGE}
+    for name, service in compose["services"].items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert service["image"] == ("prom/prometheus:v3.5.0" if name == "prometheus" else IMAGE)
+        assert service["image"] == others.get(re.sub(r"-\d+$", "", name), IMAGE)
+
+
+@EACH_COMPOSE
+def test_what_a_service_depends_on_and_mounts_is_there(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert set(service.get("depends_on", ())) <= set(compose["services"]), name
+        mounted = {volume.partition(":")[0] for volume in service.get("volumes", ())}
+        assert mounted <= set(compose["volumes"]), name
+
+
+def test_the_members_of_etcd_and_the_coordinators_name_one_another() -> None:
+    services = COMPOSE_ETCD["services"]
+    etcd = {n: s["environment"] for n, s in services.items() if n.startswith("etcd-")}
+    assert len(etcd) == len({tuple(services[name]["volumes"]) for name in etcd}) == 3
+    for name, variables in etcd.items():
+        assert variables["ETCD_NAME"] == name
+        assert variables["ETCD_INITIAL_ADVERTISE_PEER_URLS"] == f"http://{name}:2380"
+        assert variables["ETCD_ADVERTISE_CLIENT_URLS"] == f"http://{name}:2379"
+        members = ",".join(f"{one}=http://{one}:2380" for one in etcd)
+        assert variables["ETCD_INITIAL_CLUSTER"] == members
+    coordinators = {n: s["environment"] for n, s in services.items() if n.startswith("coordi")}
+    assert len(coordinators) == 3
+    for name, variables in coordinators.items():
+        assert variables["FAILOVER_COORDINATOR_ADVERTISE"] == f"http://{name}:5470"
+        endpoints = variables["FAILOVER_COORDINATOR_ETCD_ENDPOINT"].split(",")
+        assert endpoints == [f"http://{one}:2379" for one in etcd]
+    hosts = [s["environment"] for n, s in services.items() if n.startswith("host-")]
+    assert len(hosts) == 2
+    for variables in hosts:
+        endpoints = variables["FAILOVER_AGENT_ENDPOINT"].split(",")
+        assert endpoints == [f"http://{one}:5470/api/v1/clientfailover" for one in coordinators]
 
 
 def test_prometheus_asks_every_service_at_its_port() -> None:
@@ -142,13 +201,14 @@ class Placed(NamedTuple):
 
     container: dict[str, Any]
     pod: dict[str, Any]
+    owner: str
 
 
 def containers() -> Iterator[Placed]:
     for manifest in SETS:
         pod = manifest["spec"]["template"]["spec"]
         for container in [*pod.get("initContainers", ()), *pod["containers"]]:
-            yield Placed(container, pod)
+            yield Placed(container, pod, manifest["metadata"]["name"])
 
 
 PLACED = pytest.mark.parametrize("placed", list(containers()), ids=lambda p: p.container["name"])
@@ -157,7 +217,7 @@ PLACED = pytest.mark.parametrize("placed", list(containers()), ids=lambda p: p.c
 @PLACED
 def test_a_container_is_as_the_restricted_standard_wants_it(placed: Placed) -> None:
     """And with a read-only root, without a token, and with bounds."""
-    container, pod = placed
+    container, pod, _ = placed
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 10001
@@ -176,18 +236,23 @@ def test_a_container_is_as_the_restricted_standard_wants_it(placed: Placed) -> N
 def test_a_container_mounts_volumes_that_exist_and_all_that_the_image_writes(
     placed: Placed,
 ) -> None:
-    container, pod = placed
+    container, pod, _ = placed
     (claims,) = [s["spec"].get("volumeClaimTemplates", []) for s in SETS
                  if s["spec"]["template"]["spec"] is pod]  # fmt: skip
     volumes = {v["name"] for v in pod["volumes"]} | {c["metadata"]["name"] for c in claims}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert set(mounts.values()) <= volumes
     assert {"/run/failover-agent", "/var/lib/failover-agent"} <= set(mounts)
+    secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
+    for value in (variable.get("value", "") for variable in container["env"]):
+        directory, _, key = value.rpartition("/")
+        if directory.startswith("/etc/failover-agent"):
+            assert key in SECRET_KEYS[secrets[mounts[directory]]]
 
 
 @PLACED
 def test_a_probe_asks_a_route_of_the_program_at_a_port_of_the_container(placed: Placed) -> None:
-    container, _ = placed
+    container = placed.container
     routes = COORDINATOR_ROUTES if container["name"] == "coordinator" else AGENT_ROUTES
     probes = [container[key] for key in container if key.endswith("Probe")]
     assert probes or container["name"] == "collector"
@@ -196,11 +261,15 @@ def test_a_probe_asks_a_route_of_the_program_at_a_port_of_the_container(placed: 
         assert probe["httpGet"]["port"] in {port["name"] for port in container["ports"]}
 
 
-def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods() -> None:
-    pods = [s["spec"]["template"] for s in SETS]
+@pytest.mark.parametrize("manifests", INSTALLED.values(), ids=INSTALLED)
+def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods(
+    manifests: list[dict[str, Any]],
+) -> None:
+    sets = [manifest for manifest in manifests if manifest["kind"] == "StatefulSet"]
+    pods = [s["spec"]["template"] for s in sets]
     assert all(s["spec"]["selector"]["matchLabels"].items()
-               <= s["spec"]["template"]["metadata"]["labels"].items() for s in SETS)  # fmt: skip
-    for manifest in MANIFESTS:
+               <= s["spec"]["template"]["metadata"]["labels"].items() for s in sets)  # fmt: skip
+    for manifest in manifests:
         spec = manifest.get("spec", {})
         match manifest["kind"]:
             case "Service":
@@ -208,6 +277,8 @@ def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods() ->
             case "NetworkPolicy":
                 wanted = spec["podSelector"]["matchLabels"]
                 ports = [port["port"] for rule in spec["ingress"] for port in rule["ports"]]
+            case "PodDisruptionBudget":
+                wanted, ports = spec["selector"]["matchLabels"], []
             case _:
                 continue
         chosen = [p for p in pods if wanted.items() <= p["metadata"]["labels"].items()]
@@ -219,6 +290,44 @@ def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods() ->
             for port in container["ports"]
         }
         assert set(ports) <= known, named(manifest)
+
+
+@pytest.mark.parametrize("manifests", INSTALLED.values(), ids=INSTALLED)
+def test_no_two_manifests_that_are_applied_together_have_one_name(
+    manifests: list[dict[str, Any]],
+) -> None:
+    assert len({named(manifest) for manifest in manifests}) == len(manifests)
+
+
+def test_coordinators_over_etcd_reach_one_another_and_etcd_and_agents_reach_them() -> None:
+    by_name = {
+        named(manifest): manifest["spec"] for manifest in manifests_of("etcd/coordinators.yaml")
+    }
+    spec = by_name["StatefulSet-failover-coordinator"]
+    pod = spec["template"]["spec"]
+    assert (spec["replicas"], spec["podManagementPolicy"]) == (3, "Parallel")
+    assert by_name["PodDisruptionBudget-failover-coordinator"]["maxUnavailable"] == 1
+    (apart,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["labelSelector"]["matchLabels"] == spec["selector"]["matchLabels"]
+    members = by_name[f"Service-{spec['serviceName']}"]
+    assert (members["clusterIP"], members["publishNotReadyAddresses"]) == ("None", True)
+
+    (container,) = pod["containers"]
+    names = [f"failover-coordinator-{n}.{spec['serviceName']}" for n in range(spec["replicas"])]
+    environments = [environment_of(container, name.partition(".")[0]) for name in names]
+    advertised = [given["FAILOVER_COORDINATOR_ADVERTISE"] for given in environments]
+    assert advertised == [f"https://{name}:5470" for name in names]
+    page = (ROOT / "docs/container.md").read_text()
+    assert ",".join(f"{url}/api/v1/clientfailover" for url in advertised) in page
+    assert all(f"`{name}`" in page for name in names)
+
+    policy = by_name["NetworkPolicy-failover-coordinator"]
+    ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+    endpoints = environments[0]["FAILOVER_COORDINATOR_ETCD_ENDPOINT"].split(",")
+    assert ports == {5470, 53} | {urlsplit(url).port for url in endpoints}
+    own = {"podSelector": {"matchLabels": spec["selector"]["matchLabels"]}}
+    assert own in policy["ingress"][0]["from"]
+    assert own in policy["egress"][0]["to"]
 
 
 def test_every_secret_is_made_by_a_command_of_the_page() -> None:
@@ -233,8 +342,8 @@ def test_every_secret_is_made_by_a_command_of_the_page() -> None:
     for name, keys in SECRET_KEYS.items():
         (command,) = [line for line in page.replace("\\\n", " ").splitlines()
                       if line.startswith("kubectl create secret") and f" {name} " in line]  # fmt: skip
-        words = " ".join(command.split())
-        assert all(key in words or "secret tls" in words for key in keys), name
+        words = command.split()
+        assert all(f"--from-file={k}" in words or "tls" in words for k in keys), name
 
 
 # -- the settings in both --------------------------------------------------------------------------
@@ -246,18 +355,39 @@ class Member(NamedTuple):
     name: str
     environment: dict[str, str]
     grace_s: float
+    coordinator: bool
+    store: str
+    """Of the coordinators that it is one of, or asks."""
+
+
+def environment_of(container: dict[str, Any], pod: str) -> dict[str, str]:
+    """As the kubelet sets it in the container of a pod of that name."""
+    found: dict[str, str] = {}
+    for variable in container["env"]:
+        value = variable.get("value", pod)  # the only field that is asked for is metadata.name
+        for name, known in found.items():
+            value = value.replace(f"$({name})", known)
+        found[variable["name"]] = value
+    return found
 
 
 def members() -> Iterator[Member]:
-    for name, service in COMPOSE["services"].items():
-        if name != "prometheus":
-            grace_s = float(service.get("stop_grace_period", "10s").removesuffix("s"))
-            yield Member(f"compose-{name}", service["environment"], grace_s)
-    for container, pod in containers():
+    for file, compose in COMPOSE_FILES.items():
+        store = "etcd" if file == "compose-etcd" else "sqlite"
+        for name, service in compose["services"].items():
+            if service["image"] == IMAGE:
+                grace_s = float(service.get("stop_grace_period", "10s").removesuffix("s"))
+                environment, serves = service["environment"], service["command"] == ["serve"]
+                yield Member(f"{file}-{name}", environment, grace_s, serves, store)
+    for container, pod, owner in containers():
         if "command" not in container:
-            environment = {e["name"]: e.get("value", "collector-0") for e in container["env"]}
+            environment = environment_of(container, f"{owner}-0")
             grace_s = pod.get("terminationGracePeriodSeconds", 30)
-            yield Member(f"kubernetes-{container['name']}", environment, grace_s)
+            etcd = any(volume["name"] == "etcd" for volume in pod["volumes"])
+            # Both ways to install have the same agents.
+            store = "etcd" if etcd or owner == "collector" else "sqlite"
+            name = f"kubernetes-{container['name']}{'-etcd' * etcd}"
+            yield Member(name, environment, grace_s, container["args"] == ["serve"], store)
 
 
 def hooks_volume(tmp_path: Path) -> Path:
@@ -295,12 +425,20 @@ def test_the_environment_is_a_configuration_that_can_stop_in_its_time(
         if value == "/etc/hooks/secondary.d":
             value = str(hooks_volume(tmp_path))  # noqa: PLW2901 - likewise
         monkeypatch.setenv(name, value)
-    if member.name.endswith("coordinator"):
-        assert main(["check-config", "--coordinator"]) == 0, capsys.readouterr().err
+    words = ["--coordinator"] if member.coordinator else []
+    code = main(["check-config", "--json", *words])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    document = json.loads(out)
+    if member.coordinator:
+        assert document["settings"]["store"]["value"] == member.store
+        assert document["settings"]["leadership_ttl"]["value"] == TTL_S
         return
-    assert main(["check-config", "--json"]) == 0, capsys.readouterr().err
-    stop_s = json.loads(capsys.readouterr().out)["timing"]["longest_stop_s"]
-    assert stop_s <= member.grace_s
+    timing = document["timing"]
+    assert timing["longest_stop_s"] <= member.grace_s
+    if member.store == "etcd":
+        takeover_s = TTL_S + ETCD_DELAY_S
+        assert takeover_s + timing["heartbeat_interval_s"] < timing["renew_s"]
 
 
 def test_every_variable_of_the_image_is_a_setting_or_is_read() -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from agent.errors import ExitCode
 
 UNITS = Path(__file__).parents[1] / "systemd"
 EXAMPLES = UNITS / "examples"
+CONFIG = UNITS.parent / "config"
+PAGE = UNITS.parent / "docs/high-availability.md"
 PROGRAMS = ("/opt/failover-agent/bin/failover-agent", "/usr/local/bin/collector")
 MOST = {"failover-coordinator": 1.3, "failover-agent": 3.7, "failover-agent@line-7": 3.7}
 """`systemd-analyze security`: 0 is locked up, 10 is bare. The coordinator's goal is 2.0."""
@@ -137,6 +140,42 @@ def test_a_stop_with_the_defaults_fits_into_the_unit(
     monkeypatch.setenv("FAILOVER_AGENT_FAILOVER_TIMEOUT", "600")
     assert main(["check-config"]) == 0  # R 390 + D 150, two requests of 10, 5 for left, 5 to close
     assert capsys.readouterr().out.splitlines()[-1].startswith("# a stop takes at most 600 s: ")
+
+
+def test_a_coordinator_over_etcd_has_what_its_drop_ins_and_its_file_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies of systemd take the place of every file that only root can read."""
+    text = (CONFIG / "coordinator-etcd.toml").read_text()
+    for name in ("etcd-ca.pem", "ca.pem", "etcd-password", "tls.crt", "tls.key", "users"):
+        (tmp_path / name).write_text("secret\n")
+        (tmp_path / name).chmod(0o600)
+    given = set()
+    for name in ("coordinator-credentials", "coordinator-etcd"):
+        drop = (EXAMPLES / f"{name}.conf").read_text()
+        for key, source in re.findall(r"(?m)^LoadCredential=([\w.-]+):(.*)", drop):
+            assert f'"{source}"' in text, name
+            given.add(str(tmp_path / key))
+        for variable, value in re.findall(r"(?m)^Environment=(\w+)=(.*)", drop):
+            monkeypatch.setenv(variable, value.replace("%d", str(tmp_path)))
+    file = tmp_path / "coordinator.toml"
+    file.write_text(text.replace('"/etc/failover-agent/', f'"{tmp_path}/'))
+    words = ["check-config", "--coordinator", "--json", "--config", str(file)]
+    assert main(words) == 0, capsys.readouterr().err
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["store"]["value"] == "etcd"
+    from_root = {name for name, value in tomllib.loads(text).items() if "/secrets/" in str(value)}
+    assert {settings[name]["value"] for name in from_root} == given
+    for name in from_root:
+        monkeypatch.delenv(f"FAILOVER_COORDINATOR_{name.upper()}")
+    assert main(words) == ExitCode.CONFIG_VALUE  # each of the sample's files has to be there
+
+
+def test_the_page_shows_the_sample_of_a_coordinator_over_etcd() -> None:
+    text = (CONFIG / "coordinator-etcd.toml").read_text()
+    shown = re.search(r"(?ms)^   ```toml\n(   listen = .*?)^   ```$", PAGE.read_text())
+    assert shown
+    assert tomllib.loads(shown[1]) == tomllib.loads(text)
 
 
 def test_the_users_that_units_name_are_made() -> None:
