@@ -6,7 +6,7 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
     .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
         [--rounds 5] [--groups 1000] [--seconds 5]
     .venv/bin/python tests/bench/heartbeats.py --compare bare --failover-timeout 3 ...
-    .venv/bin/python -m tests.bench.heartbeats --compare etcd|follower --failover-timeout 3 ...
+    .venv/bin/python -m tests.bench.heartbeats --compare etcd|follower --failover-timeout 3 --warm-up 20 ...
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -274,6 +274,12 @@ def main() -> None:
         help="measure this and another revision, bare, etcd or follower in turn",
     )
     parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=1.0,
+        help="seconds before the measurement, with --compare: etcd writes the first roles slowly",
+    )
     args = parser.parse_args()
     if args.compare == "bare" or args.compare in CLUSTERS:
         compare(args, None)
@@ -396,7 +402,7 @@ async def throughput(
     connections = [Connection(*pair) for pair in pairs]
     await set_up(connections, args.groups, args.failover_timeout)
     turn = in_turn(args.groups)
-    await saturate(connections, turn, time.monotonic() + 1.0)
+    await saturate(connections, turn, time.monotonic() + args.warm_up)
     began, cpu = time.monotonic(), cpu_s(process)
     count, statuses = await saturate(connections, turn, began + args.seconds)
     took, cpu = time.monotonic() - began, cpu_s(process) - cpu
