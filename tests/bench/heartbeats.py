@@ -50,7 +50,6 @@ CLUSTERS = ("etcd", "follower")
 
 CONNECTIONS = 400
 BUSY_CONNECTIONS = 64
-RAMP_UP_S = 3.0
 
 SCRAPER = """
 import sys, time, urllib.request
@@ -209,7 +208,7 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     )
     result = Result()
     scraping = scraper(f"http://{host}:{port}/metrics", args.scrape)
-    begin = time.monotonic() + RAMP_UP_S
+    begin = time.monotonic() + args.warm_up
     tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
     beating = asyncio.create_task(beat(connections, args.groups, args.rate, begin + args.seconds))
     await asyncio.sleep(begin - time.monotonic())
@@ -277,8 +276,8 @@ def main() -> None:
     parser.add_argument(
         "--warm-up",
         type=float,
-        default=1.0,
-        help="seconds before the measurement, with --compare: etcd writes the first roles slowly",
+        default=3.0,
+        help="seconds before the measurement: the first roles are being written",
     )
     args = parser.parse_args()
     if args.compare == "bare" or args.compare in CLUSTERS:
