@@ -22,6 +22,7 @@ from contextlib import (
 )
 from functools import partial
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -282,6 +283,9 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
     forwarder: Forwarder | None = None,
 ) -> AsyncIterator[str]:
     """Serve on the sockets; the URL of the API."""
+    names = settings.host_names
+    if settings.advertise is not None:  # by which the other coordinators ask this one
+        names = (*names, urlsplit(settings.advertise).hostname or "")
 
     def application(listen: Address, routes: Sequence[Route]) -> Api:
         return Api(
@@ -291,7 +295,7 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
             max_body_bytes=settings.max_body_bytes,
             role_names=settings.role_form == "name",
             metrics=metrics,
-            browsers=BrowserCheck(loopback=listen.loopback, names=settings.host_names),
+            browsers=BrowserCheck(loopback=listen.loopback, names=names),
             routes=routes,
             forwarder=forwarder,
         )

@@ -200,6 +200,28 @@ def test_r19_a_blocking_read_is_forwarded_and_follows_the_leader(
         assert reading.result(10).body["PendingPrimary"] == "s"
 
 
+def test_r19_a_coordinator_is_asked_by_the_name_that_it_advertises(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    """On loopback every other name is refused, since a web page may have brought it."""
+    port = free_port()
+    flags = Cluster(stage, etcd).flags
+    named = f"--advertise=http://coordinator-1.example:{port}"
+    stage.serve(*flags, named, "--insecure", port=port, store="etcd")
+
+    def status(host: str) -> int:
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/healthz", headers={"Host": host})
+        try:
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return int(error.code)
+
+    assert status(f"coordinator-1.example:{port}") == 200
+    assert status(f"coordinator-2.example:{port}") == 403
+
+
 def test_r19_a_forwarded_request_is_not_forwarded_again(stage: Stage, etcd: EtcdServer) -> None:
     _, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
     request = urllib.request.Request(
