@@ -5,6 +5,7 @@ import logging
 import os
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.schema.formats import parse_peer
 from agent.schema.read import validate
+from tests.test_proctree import HEADLESS
 
 LIMIT_S = 60
 """For what takes milliseconds, on a busy machine."""
@@ -784,6 +786,18 @@ async def test_a_pid_file_passes_while_its_process_runs(
     assert await why(run) is None
     killed(sleeper)
     assert f"process {sleeper.pid}, which does not run" in str(await why(run))
+
+
+async def test_a_process_whose_main_thread_has_ended_runs(tmp_path: Path) -> None:
+    """The kernel shows it as a zombie, though its other threads go on."""
+    pid_file = tmp_path / "pid"
+    headless = [sys.executable, "-c", HEADLESS % pid_file]
+    with subprocess.Popen(headless) as leader:
+        try:
+            await until(lambda: not is_alive(leader.pid))
+            assert await why(process(pid_file=pid_file)) is None
+        finally:
+            leader.kill()
 
 
 async def test_a_zombie_does_not_run(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from agent import proctree
 from agent.drivers.checks.kind import Check, CheckFailed, Run, run_blocking
 from agent.files import open_regular
 from agent.ops.blocking import BlockingThread
@@ -74,9 +75,12 @@ def _look(pid: int) -> _Found | None:
         return None
     head, _, rest = stat.rpartition(")")
     fields = rest.split()
-    if f"\nTgid:\t{pid}\n" not in status or fields[STAT_STATE] in GONE:
-        return None  # the number of a thread, or a zombie
-    return _Found(pid, head.partition("(")[2], int(fields[STAT_STARTED]))
+    started = int(fields[STAT_STARTED])
+    if f"\nTgid:\t{pid}\n" not in status:
+        return None  # the number of a thread
+    if fields[STAT_STATE] in GONE and not proctree.lives((pid, started)):
+        return None  # a zombie; one whose main thread alone has ended is shown as one, and is none
+    return _Found(pid, head.partition("(")[2], started)
 
 
 def _is_named(found: _Found, name: str) -> bool:

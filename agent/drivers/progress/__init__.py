@@ -28,7 +28,7 @@ class Progress:
     """One source. ``start`` it inside a running loop; ``stop`` it there too.
 
     Args:
-        settings: the source. A command must have passed ``check_hook``.
+        settings: the source. A command must have passed ``HookCheck.check_command``.
         clock: what future times are measured by.
         report: given each plausible time (aware, UTC), in the event loop; must return at once.
 

@@ -56,7 +56,7 @@ class CommandProgress(PolledSource):
 
 
 class CommandReader:
-    """Runs a command that ``check_hook`` has passed, in a thread."""
+    """Runs a command that ``HookCheck.check_command`` has passed, in a thread."""
 
     def __init__(self, settings: CommandProgress) -> None:
         self._argv = settings.command
