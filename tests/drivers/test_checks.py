@@ -788,16 +788,19 @@ async def test_a_pid_file_passes_while_its_process_runs(
     assert f"process {sleeper.pid}, which does not run" in str(await why(run))
 
 
-async def test_a_process_whose_main_thread_has_ended_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def headless(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", HEADLESS % (tmp_path / "pid")]) as leader:
+        yield leader
+        leader.kill()
+
+
+async def test_a_process_whose_main_thread_has_ended_runs(
+    tmp_path: Path, headless: subprocess.Popen[bytes]
+) -> None:
     """The kernel shows it as a zombie, though its other threads go on."""
-    pid_file = tmp_path / "pid"
-    headless = [sys.executable, "-c", HEADLESS % pid_file]
-    with subprocess.Popen(headless) as leader:
-        try:
-            await until(lambda: not is_alive(leader.pid))
-            assert await why(process(pid_file=pid_file)) is None
-        finally:
-            leader.kill()
+    await until(lambda: not is_alive(headless.pid))
+    assert await why(process(pid_file=tmp_path / "pid")) is None
 
 
 async def test_a_zombie_does_not_run(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
