@@ -373,6 +373,25 @@ def test_agents_of_one_host_choose_distinct_names(
         state_file.close()
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("g" * 150 + "1", "g" * 150 + "2"), ("ü" * 256, "ü" * 255), ("a.b", "a%2Eb")]
+)
+def test_each_group_has_a_state_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: str, other: str
+) -> None:
+    """Long ids were cut, so two groups shared a file; of 256 letters beyond ASCII none could be made."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    both = [
+        main._lock_state_file(
+            settings_for("http://a/clientfailover", group=group, session_id="s" * 256)
+        )[0]
+        for group in (one, other)
+    ]
+    assert both[0].path != both[1].path
+    for state_file in both:
+        state_file.close()
+
+
 def test_a_configured_session_id_is_never_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ hint that a workload of a previous run may still be active.
 """
 
 import asyncio
+import hashlib
 import socket
+import string
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -40,6 +42,10 @@ PREVIOUS_GUARD_S = 30.0
 
 NAMES_ON_ONE_HOST = 64
 """Cap on the generated session ids of one group on one host."""
+
+PLAIN = (string.ascii_letters + string.digits + "-_").encode()
+LONGEST_PART = 100
+"""Bytes of a file's name that are made of one id: two of them fit into the 255 that Linux allows."""
 
 log = logs.Log(__name__)
 
@@ -166,5 +172,9 @@ def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
 
 
 def _safe(name: str) -> str:
-    """Escape an id for a file name."""
-    return "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02X}" for c in name)[:100]
+    """Escape an id for a file name of at most LONGEST_PART bytes; two ids never have the same."""
+    encoded = name.encode(errors="surrogateescape")
+    escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02X}" for byte in encoded)
+    if len(escaped) <= LONGEST_PART:
+        return escaped
+    return f"{escaped[: LONGEST_PART - 33]}%{hashlib.sha256(encoded).hexdigest()[:32]}"
