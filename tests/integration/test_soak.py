@@ -27,6 +27,7 @@ SOAK_S = float(os.environ.get("FAILOVER_SOAK_S", "60"))
 SEED = int(os.environ.get("FAILOVER_SOAK_SEED", "0")) or random.SystemRandom().getrandbits(31)
 
 TIMING = ("--failover-timeout=3", "--demote=0.25", "--margin=0.6", "--beat=0.3")
+COOLDOWN = ("--cooldown=1", "--cooldown-limit=4")
 TTL_S = 1
 FAULT_S = (0.3, 4.0)
 """Length of a fault: from one that nobody may notice to one that ends leases and leaderships."""
@@ -34,7 +35,7 @@ FAULT_S = (0.3, 4.0)
 CALM_S = (0.5, 3.0)
 """Time between two faults; sometimes too short to recover from the first."""
 
-HEALED_S = 20.0
+HEALED_S = 30.0
 """Within this after the last fault each group has a primary: a lease, a leadership, the start of processes, and
 the cool-down of a member whose promotion was interrupted."""
 
@@ -49,7 +50,7 @@ class Group:
 
     def start(self, name: str) -> None:
         endpoints = [gate.endpoint for gate in self.gates[name]]
-        self.agents[name] = self.stage.run(name, *endpoints, timing=TIMING)
+        self.agents[name] = self.stage.run(name, *endpoints, timing=TIMING, flags=COOLDOWN)
 
 
 class Plant:
