@@ -1,4 +1,4 @@
-"""What every run of the suite has: the closing table, and the certainty of what it tests."""
+"""What every run of the suite has: the closing table, two lanes, and the certainty of what it tests."""
 
 import importlib.util
 import os
@@ -16,22 +16,43 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
+# Pure computation: no process, no clock. `make test` runs these beside all others, and they get
+# the time that those leave.
+COMPUTING = {"cluster", "core", "schema", "simulation"}
+
+# Two members active at once is never a matter of a busy machine.
+LOWEST = 19
+NEVER_REPEATED = ["(?i)overlap", "(?i)two (were |are |members )?active", "active beside", "epoch"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     refuse_the_checkout()
     config.pluginmanager.register(ClosingTable(ci=os.environ.get("CI") == "true"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the simulation search at full speed: being measured makes it three times slower.
+    """Name each test's lane, and let the simulation search at full speed.
 
-    What it runs is measured in its other tests, which follow single schedules.
+    Being measured makes a search three times slower; what it runs is measured in the simulation's
+    other tests, which follow single schedules. A test of processes and clocks that fails is run once
+    more, and the summary shows it: beside two thousand of them, a busy machine delays one now and then.
     """
     for item in items:
+        computes = not COMPUTING.isdisjoint(item.path.parts)
+        item.add_marker(pytest.mark.xdist_group("computing" if computes else "machine"))
+        if not computes and "PYTEST_XDIST_WORKER" in os.environ:
+            item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=NEVER_REPEATED))
         searches = isinstance(item, pytest.Function) and (
             is_hypothesis_test(item.obj) or "a_search_finds" in item.name
         )
         if searches and "simulation" in item.path.parts:
             item.add_marker(pytest.mark.no_cover)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give the computing lane the lowest priority, for the other one measures time."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not COMPUTING.isdisjoint(item.path.parts):
+        os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
 
 
 def refuse_the_checkout() -> None:

@@ -101,3 +101,16 @@ def test_expected_failures_are_no_skips(pytester: pytest.Pytester) -> None:
 )
 def test_a_need_states_component_and_remedy(reason: str, need: Need | None) -> None:
     assert parse_need(reason) == need
+
+
+def test_workers_report_what_they_lack(pytester: pytest.Pytester) -> None:
+    """As in `make test`: the tests run in other processes, and the table stands where they report."""
+    pytester.makeconftest(
+        "from tests.closing_table import ClosingTable\n"
+        "def pytest_configure(config):\n"
+        "    config.pluginmanager.register(ClosingTable(ci=False))\n"
+    )
+    pytester.makepyfile(RUNS + LACKS.format(name="a", component="etcd-server"))
+    result = pytester.runpytest_inprocess("-n2", "-p", "no:asyncio")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*= Not run here =*", "etcd-server      1  *"])

@@ -66,6 +66,13 @@ class Host:
         await self.until(lambda: bool(others()), "the state file")
         return others()[0]
 
+    async def until_written_primary(self) -> int:
+        """How many states had been written when the newest was Primary."""
+        await self.until(
+            lambda: bool(self.written) and self.written[-1]["role"] == "Primary", "the state file"
+        )
+        return len(self.written)
+
     async def until_role(self, role: str) -> None:
         await self.until(lambda: self.daemon.describe()["role"] == role, role)
 
@@ -243,8 +250,7 @@ async def test_a_suspended_host_demotes_before_its_next_heartbeat(
     asleep = {"time": 0.0}
     clock = Clock(boottime=lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + asleep["time"])
     async with a_daemon(settings_for(endpoint), tmp_path, clock=clock) as (host, _), living(host):
-        await host.until_role("Primary")
-        old = len(host.written)
+        old = await host.until_written_primary()
         asleep["time"] += 0.5
         new = await host.until_written(old)
         assert new["role"] == "Secondary"
@@ -255,8 +261,7 @@ async def test_a_blocked_loop_counts_as_a_lost_lease(endpoint: str, tmp_path: Pa
     """R2: late by more than the margin, and well within R."""
     settings = settings_for(endpoint, failover_timeout=10.0, margin=0.4)
     async with a_daemon(settings, tmp_path) as (host, _), living(host):
-        await host.until_role("Primary")
-        old = len(host.written)
+        old = await host.until_written_primary()
         time.sleep(0.8)  # noqa: ASYNC251 - that is the fault
         new = await host.until_written(old)
         assert new["role"] == "Secondary"
