@@ -17,8 +17,8 @@ INSTALLED := PYTHONSAFEPATH=1
 # Core, simulation, declarations and coordinator, without processes and without the longest searches.
 QUICK := tests/core tests/simulation tests/schema tests/coordinator -k 'not (a_search_finds or before_the_lease_of_another or for_every_sequence)' \
   $(foreach name,test_server test_scrapes test_openapi store/test_sigkill,--ignore=tests/coordinator/$(name).py)
-# Two lanes: what only computes, at the lowest priority, beside what starts processes (tests/conftest.py).
-LANES := --numprocesses=2 --dist=loadgroup
+# Three lanes beside each other, of which one only computes, at the lowest priority (tests/conftest.py).
+LANES := --numprocesses=3 --dist=loadgroup
 SOURCES := $(shell find agent -type f ! -name '*.pyc') pyproject.toml README.md LICENSE
 
 .PHONY: help demo run test quick test-components check bench editable lock clean FORCE

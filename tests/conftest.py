@@ -1,4 +1,4 @@
-"""What every run of the suite has: the closing table, two lanes, and the certainty of what it tests."""
+"""What every run of the suite has: the closing table, three lanes, and the certainty of what it tests."""
 
 import importlib.util
 import os
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         computes = not COMPUTING.isdisjoint(item.path.parts)
-        item.add_marker(pytest.mark.xdist_group("computing" if computes else "machine"))
+        item.add_marker(pytest.mark.xdist_group(lane(item)))
         if not computes and "PYTEST_XDIST_WORKER" in os.environ:
             item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=NEVER_REPEATED))
         searches = isinstance(item, pytest.Function) and (
@@ -47,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if searches and "simulation" in item.path.parts:
             item.add_marker(pytest.mark.no_cover)
+
+
+def lane(item: pytest.Item) -> str:
+    """What runs one after another; `make test` runs the lanes beside each other."""
+    if not COMPUTING.isdisjoint(item.path.parts):
+        return "computing"
+    return "integration" if "integration" in item.path.parts else "machine"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
