@@ -90,7 +90,7 @@ def test_a_thawed_primary_demotes_before_anything_else(
     stage.kill(other)
     assert one.until_role("Primary", after_epoch=newer)["epoch"] > newer
     epochs = [e.facts["epoch"] for e in stage.events() if (e.what, e.which) == ("begin", "primary")]
-    assert epochs == sorted(set(epochs))
+    assert epochs == sorted(set(epochs)), f"epochs do not increase: {epochs}"
 
 
 def test_the_guard_demotes_and_kills_a_frozen_primary(
