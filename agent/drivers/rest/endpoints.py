@@ -20,7 +20,6 @@ from typing import Self, TypeVar
 
 import httpx2
 
-from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.exchange import (
     Answer,
@@ -29,9 +28,10 @@ from agent.drivers.rest.exchange import (
     send,
     was_let_in,
 )
-from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
+from agent.ops.connections import Proxy, open_client
 from agent.ops.logs import Log
+from agent.ops.names import Names
 from agent.schema import api
 from agent.schema.codec import BodyError, decode, has_none_of
 from agent.schema.values import Shape
