@@ -303,7 +303,8 @@ def _listen_at_all(found: Sequence[tuple[Any, ...]]) -> list[socket.socket]:
 
 def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
     """A listening socket. Raises OSError."""
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends without delay (TCP_NODELAY) only on sockets whose protocol is stated.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # whatever the host's default is

@@ -305,6 +305,7 @@ class AgentSettings(Settings):
             margin_s=self.margin,
             heartbeat_interval_s=self.beat,
             request_timeout_s=self.request_timeout,
+            failsafe=self.failsafe_listen is not None,
         )
 
     @property

@@ -19,11 +19,11 @@ import pytest
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient
+from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.endpoints import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import GroupConfig, Role, SessionConfig
-from agent.ops.connections import LONGEST_ANSWER
 from tests.bad_server import BASE, PATIENCE_S, Raw, Talk, answer, make_certificate, served, until
 
 ENDPOINT = f"http://coordinator.test{BASE}"

@@ -15,10 +15,10 @@ import pytest
 from agent.drivers.rest import ClientCredentials, RestClient
 from agent.drivers.rest.client import status_path
 from agent.drivers.rest.configured import access_files, client_for, load_server_access
+from agent.drivers.rest.connections import Proxy as ProxySetting
 from agent.drivers.rest.endpoints import ServerAccess
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.model import Role
-from agent.ops.connections import Proxy as ProxySetting
 from agent.schema.settings import AgentSettings
 from tests.bad_server import BASE, PATIENCE_S, Raw, answer, make_certificate, served, until
 from tests.connect_proxy import Proxy, proxying

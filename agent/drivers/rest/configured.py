@@ -6,10 +6,10 @@ from pathlib import Path
 import httpx2
 
 from agent.drivers.rest.client import RestClient
+from agent.drivers.rest.connections import Proxy
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.endpoints import ServerAccess
 from agent.ops.clock import Clock
-from agent.ops.connections import Proxy
 from agent.ops.tls import load_authorities, load_pair
 from agent.schema.secret_files import read_secret
 from agent.schema.settings import AgentSettings

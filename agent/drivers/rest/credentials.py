@@ -19,9 +19,9 @@ from urllib.parse import quote, quote_plus
 
 import httpx2
 
+from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
 from agent.errors import ConfigError, ExitCode, ServerError
-from agent.ops.connections import Proxy, open_client
 from agent.ops.names import Names
 
 DISCOVERY_PATH = "/identity/.well-known/openid-configuration"

@@ -20,6 +20,7 @@ from typing import Self, TypeVar
 
 import httpx2
 
+from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.exchange import (
     Answer,
@@ -29,7 +30,6 @@ from agent.drivers.rest.exchange import (
     was_let_in,
 )
 from agent.errors import ConfigError, ExitCode, ServerError
-from agent.ops.connections import Proxy, open_client
 from agent.ops.logs import Log
 from agent.ops.names import Names
 from agent.schema import api

@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx2
 
+from agent.drivers.rest.connections import LONGEST_ANSWER, NotHttpError, TooLongError
 from agent.errors import ExitCode, ServerError
-from agent.ops.connections import LONGEST_ANSWER, NotHttpError, TooLongError
 from agent.ops.logs import Log
 
 LONGEST_RETRY_AFTER_S = 300.0

@@ -16,7 +16,7 @@ from agent import __version__
 from agent.ops.names import Names
 
 LONGEST_ANSWER = 1024 * 1024
-"""Default bound of one answer, in bytes. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
+"""Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
 memory of an edge host."""
 
 LONGEST_CONNECT_S = 10.0
@@ -43,7 +43,7 @@ class NotHttpError(Exception):
 
 
 class TooLongError(Exception):
-    """An answer exceeds its bound, or could once it is unpacked."""
+    """An answer exceeds LONGEST_ANSWER, or could once it is unpacked."""
 
 
 class _Stream(httpcore2.AsyncNetworkStream):
@@ -119,17 +119,16 @@ class _Backend(httpcore2.AnyIOBackend):
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A body of at most ``longest`` bytes."""
+    """A body of at most LONGEST_ANSWER bytes."""
 
-    def __init__(self, inner: httpx2.AsyncByteStream, longest: int) -> None:
+    def __init__(self, inner: httpx2.AsyncByteStream) -> None:
         self._inner = inner
-        self._longest = longest
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         seen = 0
         async for part in self._inner:
             seen += len(part)
-            if seen > self._longest:
+            if seen > LONGEST_ANSWER:
                 raise TooLongError
             yield part
 
@@ -147,11 +146,8 @@ class _Transport(httpx2.AsyncHTTPTransport):
         connections: int,
         names: Names,
         proxy: Proxy | None,
-        *,
-        longest_answer: int,
     ) -> None:
         super().__init__(verify=context, trust_env=False)
-        self._longest_answer = longest_answer
         backend = _Backend(names, proxied=proxy is not None)
         # The base class takes no network backend.
         if proxy is None:
@@ -178,7 +174,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
             await response.aclose()
             raise TooLongError  # 1 KiB can unpack to 1 MiB, and we asked for identity
         if isinstance(response.stream, httpx2.AsyncByteStream):
-            response.stream = _Bounded(response.stream, self._longest_answer)
+            response.stream = _Bounded(response.stream)
         return response
 
 
@@ -190,7 +186,6 @@ def open_client(
     names: Names,
     auth: httpx2.Auth | None = None,
     proxy: Proxy | None = None,
-    longest_answer: int = LONGEST_ANSWER,
     transport: httpx2.AsyncBaseTransport | None = None,
 ) -> httpx2.AsyncClient:
     """A client with connections of its own; close it with ``aclose``.
@@ -202,15 +197,11 @@ def open_client(
         names: resolves the names of hosts.
         auth: the credentials of each request.
         proxy: the way to all servers, or None for a direct one.
-        longest_answer: bound of one answer, in bytes.
         transport: stands in for the network, in tests.
     """
     return httpx2.AsyncClient(
         auth=auth,
-        transport=transport
-        or _Transport(
-            context, keepalive_s, connections, names, proxy, longest_answer=longest_answer
-        ),
+        transport=transport or _Transport(context, keepalive_s, connections, names, proxy),
         trust_env=False,
         follow_redirects=False,
         cookies=CookieJar(
