@@ -137,6 +137,32 @@ class HoldOff:
     length_s: float
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """A member of a failsafe group: a session and the URL of its failsafe listener.
+
+    The same session with another URL is another member (R22).
+    """
+
+    id: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSet:
+    """The members that a holder has to ask while it cannot reach the coordinator (R23).
+
+    Attributes:
+        revision: grows with each set that the coordinator reports in a group.
+        members: all of them, the holder included; empty if failsafe is off.
+        off: why failsafe is off, or None for a set that is to be used.
+    """
+
+    revision: int
+    members: tuple[Member, ...] = ()
+    off: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
     """The durable part of a session.
@@ -245,9 +271,52 @@ class HistoryEntry:
     end: TenureEnd | None = None
 
 
+class FailsafeState(StrEnum):
+    """The state of failsafe in a group, for operators."""
+
+    OFF = "Off"
+    """A holder that loses the coordinator demotes at R."""
+    READY = "Ready"
+    """The holder has a set of members to ask."""
+    RESTRICTED = "Restricted"
+    """Nobody holds the role, and only members that the lapsed holder asks may get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lapsed:
+    """A tenure whose lease has ended, and whose holder may still be active by failsafe since then."""
+
+    session_id: str
+    epoch: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class FailsafeStatus:
+    """The failsafe part of a status.
+
+    Attributes:
+        why: the reason of the state, for people.
+        revision: that of ``members``.
+        members: the set that the holder uses, or has used.
+        choosable: the members that may be promoted while the group is restricted.
+    """
+
+    state: FailsafeState
+    why: str | None = None
+    revision: int | None = None
+    members: tuple[Member, ...] = ()
+    choosable: tuple[Member, ...] = ()
+    lapsed: Lapsed | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """The answer to a status read. A plain v1 server omits the fields after ``last_data``."""
+    """The answer to a status read. A plain v1 server omits the fields after ``last_data``.
+
+    Attributes:
+        cleared: the epoch up to which every tenure is over; None unless failsafe concerns the group.
+    """
 
     primary: str | None
     pending: str | None
@@ -258,6 +327,8 @@ class GroupStatus:
     previous: str | None = None
     store_id: str | None = None
     leader: str | None = None
+    cleared: int | None = None
+    failsafe: FailsafeStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +338,8 @@ class HeartbeatAnswer:
     Attributes:
         lease_s: L, counted by the coordinator from its receipt of the heartbeat.
         store_id: the store behind the answer; an agent accepts answers from one store only.
+        cleared: the epoch up to which every tenure is over, for members with a failsafe listener.
+        failsafe: for the holder, the set of members to ask; without one it asks nobody.
     """
 
     role: Role
@@ -276,6 +349,8 @@ class HeartbeatAnswer:
     lease_s: float | None = None
     previous: str | None = None
     store_id: str | None = None
+    cleared: int | None = None
+    failsafe: MemberSet | None = None
 
 
 @dataclass(frozen=True, slots=True)

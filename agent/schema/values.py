@@ -262,6 +262,10 @@ Id = Annotated[
 ]
 
 
+Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
+"""An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
+
+
 def doc(description: str) -> Meta:
     """What a property is, for the OpenAPI document and for errors."""
     return Meta(description=description)
