@@ -17,6 +17,8 @@ Rules of this file:
 from agent.core.cooldown import Cooldown
 from agent.core.effects import Cause, Effect
 from agent.core.events import (
+    Answered,
+    Asked,
     Event,
     FitnessChanged,
     HeartbeatAnswered,
@@ -161,7 +163,9 @@ class Session(LifeCycle):
             case Stop():
                 if self._stop is None or self._stop.code is ExitCode.OK:
                     self._stop = event
-            case Tick():  # pragma: no branch - mypy proves that no event is left
+            case (
+                Asked() | Answered() | Tick()
+            ):  # pragma: no branch - mypy proves that no event is left
                 pass
 
     # -- answers ------------------------------------------------------------------------------

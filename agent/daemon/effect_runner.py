@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.core.effects import (
     UNREQUESTED_DEMOTIONS,
+    Ask,
     Effect,
     Escalate,
     Exit,
@@ -24,7 +25,15 @@ from agent.core.effects import (
     StartHook,
     TermHook,
 )
-from agent.core.events import Event, HeartbeatFailed, HeartbeatFailure, HookEnded, Left, Released
+from agent.core.events import (
+    Answered,
+    Event,
+    HeartbeatFailed,
+    HeartbeatFailure,
+    HookEnded,
+    Left,
+    Released,
+)
 from agent.core.session import Phase
 from agent.daemon.guard_control import GuardControl
 from agent.daemon.host_health import HostHealth
@@ -100,6 +109,8 @@ class EffectRunner:
                 start(
                     "heartbeat", requests.send_heartbeat(effect.number), failure_event=failure_event
                 )
+            case Ask():
+                self.post_event(Answered(effect.nonce, yes=False, why="failsafe is off"))
             case StartHook():
                 self._start_hook(effect)
             case TermHook():

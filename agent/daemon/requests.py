@@ -129,7 +129,13 @@ class Requests:
             stats.heartbeats_failed[failure_reason(error)] += 1
             self._record_failure(endpoint, error)
             self.post_event(
-                HeartbeatFailed(number, _failure(error), str(error), error.retry_after_s)
+                HeartbeatFailed(
+                    number,
+                    _failure(error),
+                    str(error),
+                    error.retry_after_s,
+                    contact=_is_contact(error),
+                )
             )
         except Exception as error:
             self.post_event(
@@ -315,6 +321,13 @@ def _failure(error: ServerError) -> HeartbeatFailure:
             return HeartbeatFailure.BACK_OFF
         case _:
             return HeartbeatFailure.OTHER
+
+
+def _is_contact(error: ServerError) -> bool:
+    """Whether the coordinator itself has refused a request, and not something on the way to it (R26)."""
+    if error.exit_code in {ExitCode.NOT_THE_API, ExitCode.OTHER_STORE}:
+        return False
+    return error.status is not None and error.status < SERVER_FAULT
 
 
 def _format_internal_error(error: Exception) -> str:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent.core.effects import (
+    Ask,
     Effect,
     Escalate,
     Exit,
@@ -23,6 +24,7 @@ from agent.core.effects import (
     TermHook,
 )
 from agent.core.events import (
+    Answered,
     Event,
     FitnessChanged,
     HeartbeatAnswered,
@@ -402,6 +404,8 @@ class AgentHost:
                 self.beat(effect.number)
             case Publish():
                 self.publish(effect)
+            case Ask():
+                self.post(Answered(effect.nonce, yes=False, why="failsafe is off"))
             case StartHook():
                 self.start_hook(effect)
             case TermHook():
