@@ -40,7 +40,7 @@ class MemberReadiness:
     ready: bool
     why: str
     since: float
-    yes_at: float
+    yes_at: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
