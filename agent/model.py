@@ -176,6 +176,7 @@ class SessionRecord:
         silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
         owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
             authentication, or before there were owners.
+        failsafe_url: the failsafe listener of its last heartbeat, or None (R21).
     """
 
     config: SessionConfig
@@ -186,6 +187,7 @@ class SessionRecord:
     has_to_see: int | None = None
     silent_since: datetime | None = None
     owner: str | None = None
+    failsafe_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,11 @@ class GroupRecord:
         quiet: a client has seen a newer epoch than this record had, so an unknown lease may exist.
             No tenure begins for one full L; a restart begins that L anew.
         ended: the last tenure, if it ended without a release: the hold-off of a late release still
-            counts, once.
+            counts, once, and its holder may resume it (R33). ``ended_at`` is when that was.
+        cleared: each tenure up to this epoch is over (R24).
+        used: the set of members that the holder asks while it cannot reach the coordinator, or None.
+        offered: a newer set, which the holder has not acknowledged yet, or None.
+        set_revision: that of the newest set.
     """
 
     config: GroupConfig
@@ -234,6 +240,11 @@ class GroupRecord:
     acl: AccessList | None = None
     quiet: bool = False
     ended: Tenure | None = None
+    ended_at: datetime | None = None
+    cleared: int = 0
+    used: MemberSet | None = None
+    offered: MemberSet | None = None
+    set_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +267,12 @@ class TenureEnd(StrEnum):
     DELETED = "deleted"
     DATA_LOSS = "data_loss"
     """A client has seen a newer epoch than the coordinator's data has."""
+    REFUSED = "refused"
+    """Its session was bound by a promise to another member, and was never active (R30)."""
+    LIFTED = "lifted"
+    """An operator has declared that nobody is active (R34). The entry has no session."""
+    RESTORED = "restored"
+    """The store was declared as restored from a copy (R34). The entry has no session."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,7 +260,8 @@ class Engine:
         # Epochs go on from a deleted group of this name: its clients must not take new ones for old.
         shard = self._shard(key)
         retired = await self.read(shard.store.retired_epoch(key))
-        record = GroupRecord(config, epoch=epoch_after_deletion(retired))
+        epoch = epoch_after_deletion(retired)  # nobody may be active when a group is deleted (R34)
+        record = GroupRecord(config, epoch=epoch, cleared=epoch)
         try:
             version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded

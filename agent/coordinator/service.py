@@ -21,8 +21,8 @@ from agent.core.group_state import (
     Requester,
     SetAccess,
     status_of,
-    view_of,
 )
+from agent.core.group_view import view_of
 from agent.errors import Conflict, NotLeading, StoreError, Unavailable
 from agent.model import (
     AccessList,
