@@ -174,9 +174,12 @@ class EffectRunner:
     def _log_failsafe(self) -> None:
         session, now = self.member.session, self.member.clock.boottime()
         if session.options.failsafe is not None:
-            tenure = session.tenure if session.role is Role.PRIMARY else None
             self._failsafe_log.on_step(
-                session.failsafe_view(now), now, tenure=tenure, end=self.member.published.reason
+                session.failsafe_view(now),
+                now,
+                tenure=session.tenure if session.role is Role.PRIMARY else None,
+                end=self.member.published.reason,
+                settle_s=session.timing.renew_s,
             )
 
     # -- roles ----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Failsafe:
     async def start(self) -> None:
         """Listen. Raises ConfigError: LISTEN, the address cannot be used."""
         address = await self._listener.start(self._address)
-        log.info("failsafe listens", address=address, url=self._member.settings.member_url)
+        log.info("failsafe listens", address=str(address), url=self._member.settings.member_url)
 
     async def stop(self) -> None:
         """Stop listening. May be called twice."""

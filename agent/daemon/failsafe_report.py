@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any
 
 from agent.core.effects import Release
-from agent.core.failsafe_holder import NOT_ASKED
 from agent.core.failsafe_view import FailsafeView, MemberReadiness, Readiness
 from agent.ops.logs import Log
 from agent.schema.scalars import format_date_time
@@ -53,14 +52,16 @@ class FailsafeLog:
     """The log lines of failsafe: one for each change."""
 
     def __init__(self) -> None:
-        self._before = FailsafeView(Readiness.READY, "")
+        self._logged = self._last = FailsafeView(Readiness.READY, "")
 
     def on_release(self, effect: Release) -> None:
         """Log that a tenure was refused."""
         if not effect.held:
             log.info("role refused", epoch=effect.epoch, reason="a promise to another member binds")
 
-    def on_step(self, view: FailsafeView, now: float, *, tenure: int | None, end: str) -> None:
+    def on_step(
+        self, view: FailsafeView, now: float, *, tenure: int | None, end: str, settle_s: float
+    ) -> None:
         """Log what has changed.
 
         Args:
@@ -68,15 +69,15 @@ class FailsafeLog:
             now: CLOCK_BOOTTIME seconds.
             tenure: the epoch that the session holds, or None.
             end: why its last tenure has ended, for people.
+            settle_s: how long members may be not ready before it is logged.
         """
-        before = self._before
-        if _is_settling(view) or _key(view) == _key(before):
+        last, self._last = self._last, view
+        settling = view.readiness is Readiness.NOT_READY and now - (view.since or now) < settle_s
+        if settling or _key(view) == _key(self._logged):
             return
-        self._before = view
+        before, self._logged = self._logged, view
         if before.readiness is Readiness.HOLDING and view.readiness is not Readiness.HOLDING:
-            held_s = now - (now if before.since is None else before.since)
-            reason = "the coordinator answers" if tenure is not None else f"demoted: {end}"
-            log.info("failsafe hold ended", held_s=held_s, reason=reason)
+            _log_end_of_hold(before, last, now, None if tenure is not None else end)
         match view.readiness:
             case Readiness.OFF:
                 log.warning("failsafe off", reason=view.why)
@@ -93,10 +94,17 @@ class FailsafeLog:
                 pass
 
 
-def _is_settling(view: FailsafeView) -> bool:
-    """Whether the first answers of a set of members are still under way."""
-    return view.readiness is Readiness.NOT_READY and any(
-        one.why == NOT_ASKED for one in view.members
+def _log_end_of_hold(
+    begin: FailsafeView, last: FailsafeView, now: float, demoted: str | None
+) -> None:
+    """Log that a primary does not hold by votes any more, and who has not voted at the end."""
+    held_s = now - (now if begin.since is None else begin.since)
+    if demoted is None:
+        log.info("failsafe hold ended", held_s=held_s, reason="the coordinator answers")
+        return
+    missing = "; ".join(f"{one.member.id}: {one.why}" for one in last.members if not one.ready)
+    log.warning(
+        "failsafe hold ended", held_s=held_s, reason=f"demoted: {demoted}", without=missing or None
     )
 
 
