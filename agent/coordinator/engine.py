@@ -24,7 +24,7 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.journal import log_names, log_removals, log_role_changes
+from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, wake_blocked_reads
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
@@ -232,8 +232,7 @@ class Engine:
                 return decision.answer
             swap = group.shard.store.swap(group.key, group.version, after.record, decision.history)
             group.version = await self._write_change(group, swap)
-            log_role_changes(group.key, before.record, after.record, decision.history)
-            log_removals(group.key, decision.removals)
+            log_decision(group.key, before.record, decision)
             if self._meter is not None:
                 self._meter.decided(before.record, after.record, decision.history)
                 self._meter.removed(decision.removals)

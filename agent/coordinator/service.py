@@ -308,6 +308,8 @@ class Coordinator:
             answer.lease_s,
             answer.previous,
             self._store.store_id,
+            answer.cleared,
+            answer.failsafe,
         )
 
     async def apply(self, key: GroupKey, what: Input) -> HeartbeatAnswer | bool | None:

@@ -122,7 +122,8 @@ def _lift(draft: Draft, request: Lift) -> None:
     epoch = min(record.epoch + 1, MAX_EPOCH)
     draft.change_status(epoch=epoch, ended=None, ended_at=None)
     draft.record = failsafe.clear(draft.record)
-    why = f"lifted by an operator: {request.reason}"
+    operator = request.by.identity if request.by is not None else "an operator"
+    why = f"lifted by {operator}: {request.reason}"
     draft.record_event(epoch, why, TenureEnd.LIFTED)
 
 

@@ -189,6 +189,7 @@ class Lift:
 
     epoch: int
     reason: str
+    by: Requester | None = None
 
 
 @dataclass(frozen=True, slots=True)

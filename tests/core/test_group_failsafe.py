@@ -15,6 +15,7 @@ from agent.core.group_state import (
     Lift,
     RemoveGroup,
     RemoveSession,
+    Requester,
     SetOverride,
     Tick,
     status_of,
@@ -480,7 +481,8 @@ def test_r34_a_restricted_group_is_not_deleted() -> None:
     bench.mono += 2 * LEASE_S
     with pytest.raises(Conflict, match="may be active by failsafe"):
         bench.do(RemoveGroup())
-    bench.do(Lift(1, "a and b were scrapped"))
+    bench.do(Lift(1, "scrapped", Requester("user:ann")))
+    assert bench.history[2].why_started == "lifted by user:ann: scrapped"
     bench.do(RemoveGroup())
 
 
@@ -495,7 +497,7 @@ def test_r34_a_lift_lets_everybody_be_promoted_and_is_kept() -> None:
     assert bench.beat("a", holds=1, promised=True).role is W, "it is not resumed"
     assert bench.beat("n", after_s=1).role is S
     before = bench.state
-    bench.do(Lift(1, "once more"))
+    bench.do(Lift(1, "once more", Requester("user:ann")))
     assert bench.state == before
 
 
