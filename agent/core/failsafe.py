@@ -16,7 +16,7 @@ from agent.core.lifecycle import LifeCycle
 from agent.core.options import Options
 from agent.core.phases import Phase
 from agent.core.timing import Timing
-from agent.model import MemberSet, Role
+from agent.model import Member, MemberSet, Role
 
 STOPPED = Vote(yes=False, why="it has stopped")
 
@@ -65,6 +65,11 @@ class FailsafeMember(LifeCycle):
             return FailsafeView(Readiness.NOT_READY, why, since, revision, members)
         return FailsafeView(Readiness.READY, "all members answer", None, revision, members)
 
+    @property
+    def asked_members(self) -> tuple[Member, ...] | None:
+        """The set of members that this session asks in its tenure, itself included; or None."""
+        return self._holder.members if self._holds_tenure else None
+
     # -- contact --------------------------------------------------------------------------------
 
     def _in_doubt(self, now: float) -> bool:
@@ -98,7 +103,7 @@ class FailsafeMember(LifeCycle):
     def _ask_members(self, now: float, effects: list[Effect]) -> None:
         """Ask while the coordinator is in doubt (R27); else rehearse (R35)."""
         holder, timing = self._holder, self._granted_timing
-        if not self._asks or self.tenure is None:
+        if self.asked_members is None or self.tenure is None:
             return
         if not self._in_doubt(now):
             if now >= holder.rehearse_at:
@@ -109,11 +114,6 @@ class FailsafeMember(LifeCycle):
             effects += holder.ask(self.tenure, now, interval_s=interval_s, forget_s=forget_s)
             self._recount()
         holder.rehearse_at = holder.ask_at  # a no in doubt does not show who is ready
-
-    @property
-    def _asks(self) -> bool:
-        """Whether this session holds a tenure and has a set of members to ask."""
-        return self._holds_tenure and self._holder.members is not None
 
     def _on_answered(self, event: Answered, now: float) -> None:
         if self._holds_tenure:
@@ -204,7 +204,7 @@ class FailsafeMember(LifeCycle):
     def _failsafe_due(self) -> list[float]:
         """The moments at which a question, a rehearsal or a heartbeat is due."""
         due = []
-        if self._asks:
+        if self.asked_members is not None:
             due.append(max(self._contact.doubt_at(self.timing.doubt_s), self._holder.ask_at))
             due.append(self._holder.rehearse_at)
         if self._voter.reported and self._may_send_heartbeat:

@@ -41,7 +41,7 @@ class Contact:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a request is unanswered that was sent after the newest answered one."""
+        """Whether a request is unanswered that was sent no earlier than the newest answered one."""
         return self._oldest_unanswered_at is not None
 
     def doubt_at(self, silence_s: float) -> float:
@@ -53,5 +53,5 @@ class Contact:
 
     @property
     def _oldest_unanswered_at(self) -> float | None:
-        later = [at for at in self._sent.values() if at > self._answered_at]
+        later = [at for at in self._sent.values() if at >= self._answered_at]
         return min(later, default=None)

@@ -5,7 +5,7 @@ members ask each other is not here.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from msgspec import Meta
 
@@ -138,6 +138,20 @@ class FailsafeStatus(Shape, frozen=True, kw_only=True):
         )
 
 
+class Confirmed:
+    """The JSON value true, and no other."""
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        if given is not True:
+            raise TypeError
+        return cls()
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {"type": "boolean", "const": True}
+
+
 class LiftRequest(Shape, frozen=True, kw_only=True):
     """An operator has made sure that no member of a group is active: all of them may be promoted."""
 
@@ -149,7 +163,7 @@ class LiftRequest(Shape, frozen=True, kw_only=True):
         doc("A string of 1 to 256 characters, for the history."),
     ]
     nobody_is_active: Annotated[
-        bool, doc("A boolean, which must be true: the caller has made sure of it.")
+        Confirmed, doc("true: the caller has made sure of it, on every host of the group.")
     ]
 
 
