@@ -177,7 +177,7 @@ class EffectRunner:
             self._failsafe_log.on_step(
                 session.failsafe_view(now),
                 now,
-                tenure=session.tenure if session.role is Role.PRIMARY else None,
+                tenure=session.tenure if session.role is not Role.SECONDARY else None,
                 end=self.member.published.reason,
                 settle_s=session.timing.renew_s,
             )

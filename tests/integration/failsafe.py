@@ -15,9 +15,9 @@ from .stage import Agent, Coordinator, Said, Stage, ask, until
 from .workloads import output, start, writes
 from .writer import written
 
-LEASE_S = 4.0
-TIMING = ("--failover-timeout=4", "--demote=0.8", "--margin=1")
-"""L = 4 s, R = 2.2 s: a question each 0.37 s, and a margin that a busy machine does not use up."""
+LEASE_S = 5.0
+TIMING = ("--failover-timeout=5", "--demote=1", "--margin=1.2")
+"""L = 5 s, R = 2.8 s: a question each 0.47 s, and a margin that a busy machine does not use up."""
 
 COORDINATOR = "coordinator"
 MEMBERS = ("host-a", "host-b", "host-c")
@@ -73,11 +73,16 @@ class Plant:
             for name, agent in self.agents.items():
                 assert agent.popen.poll() is None, agent.said()
                 ready = failsafe_state(agent) == "ready"
-                if agent.state.get("role") == "Primary" and ready and len(self.members(name)) == 2:
+                if agent.state.get("role") == "Primary" and ready and self.all_are_used():
                     return name
             return None
 
         return until(found, f"failsafe to be ready: {[a.state for a in self.agents.values()]}")
+
+    def all_are_used(self) -> bool:
+        """Whether the coordinator knows that the primary asks each member."""
+        used = self.coordinator.status()["Failsafe"].get("Members") or []
+        return {member["Id"] for member in used} == set(self.agents)
 
     def others(self, name: str) -> list[str]:
         """The members beside this one."""

@@ -16,8 +16,9 @@ LONGEST_GAP_S = 0.5
 """The workload writes each 5 ms; a busy machine may let it wait."""
 
 OUTAGE_S = 2 * LEASE_S
-LONG_TIMING = ("--failover-timeout=8", "--demote=1.5", "--margin=0.6")
-"""L = 8 s, R = 5.9 s: an agent restarts within R."""
+LONG_LEASE_S = 15.0
+LONG_TIMING = ("--failover-timeout=15", "--demote=2", "--margin=1.5")
+"""L = 15 s, R = 11.5 s: an agent restarts within R."""
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_another_member_takes_over_from_a_primary_that_alone_is_cut_off(
     plant.stage.until_primary(*others, after_epoch=epoch)
     plant.agents[one].until_role("Secondary")
     assert overlap_s(output(plant.stage)) <= 0
-    assert "failsafe hold begins" not in plant.agents[one].said()
+    assert plant.agents[one].state["epoch"] == epoch
 
 
 def test_without_one_member_the_primary_demotes_before_its_lease_ends(plant: Plant) -> None:
@@ -186,7 +187,7 @@ def test_a_member_that_restarts_in_an_outage_is_not_promoted_for_a_lease(plant: 
     plant.coordinator.send(signal.SIGCONT)
     others = [plant.agents[name] for name in plant.others(one)]
     two = plant.stage.until_primary(*others, after_epoch=epoch)
-    assert two is not plant.agents[restarted] or time.monotonic() - started_s >= 8
+    assert two is not plant.agents[restarted] or time.monotonic() - started_s >= LONG_LEASE_S
     assert overlap_s(output(plant.stage)) <= 0
     assert (epoch, one) in plant.writers(since_s)
 
@@ -199,9 +200,12 @@ def test_a_v1_client_in_the_group_turns_failsafe_off_visibly(plant: Plant) -> No
     beat = {"FailoverScore": 50.0}
     assert plant.coordinator.ask("POST", f"{members}/vendor/heartbeat", beat).status == 200
     until(lambda: failsafe_state(plant.agents[one]) == "off", "failsafe to be off")
-    status = plant.coordinator.status()["Failsafe"]
-    assert status["State"] == "Off"
-    assert "vendor" in status["Why"]
+
+    def is_off() -> bool:
+        status = plant.coordinator.status()["Failsafe"]
+        return status["State"] == "Off" and "vendor" in status["Why"]
+
+    until(is_off, "the coordinator to say who turns failsafe off")
     assert "vendor" in plant.agents[one].state["failsafe"]["why"]
     until(lambda: "failsafe off" in plant.agents[one].said(), "the line")
     plant.coordinator.send(signal.SIGSTOP)
