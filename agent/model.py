@@ -137,6 +137,32 @@ class HoldOff:
     length_s: float
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """A member of a failsafe group: a session and the URL of its failsafe listener.
+
+    The same session with another URL is another member (R22).
+    """
+
+    id: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSet:
+    """The members that a holder has to ask while it cannot reach the coordinator (R23).
+
+    Attributes:
+        revision: grows with each set that the coordinator reports in a group.
+        members: all of them, the holder included; empty if failsafe is off.
+        off: why failsafe is off, or None for a set that is to be used.
+    """
+
+    revision: int
+    members: tuple[Member, ...] = ()
+    off: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
     """The durable part of a session.
@@ -150,6 +176,7 @@ class SessionRecord:
         silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
         owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
             authentication, or before there were owners.
+        failsafe_url: the failsafe listener of its last heartbeat, or None (R21).
     """
 
     config: SessionConfig
@@ -160,6 +187,7 @@ class SessionRecord:
     has_to_see: int | None = None
     silent_since: datetime | None = None
     owner: str | None = None
+    failsafe_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +222,11 @@ class GroupRecord:
         quiet: a client has seen a newer epoch than this record had, so an unknown lease may exist.
             No tenure begins for one full L; a restart begins that L anew.
         ended: the last tenure, if it ended without a release: the hold-off of a late release still
-            counts, once.
+            counts, once, and its holder may resume it (R33). ``ended_at`` is when that was.
+        cleared: each tenure up to this epoch is over (R24).
+        used: the set of members that the holder asks while it cannot reach the coordinator, or None.
+        offered: a newer set, which the holder has not acknowledged yet, or None.
+        set_revision: that of the newest set.
     """
 
     config: GroupConfig
@@ -208,6 +240,11 @@ class GroupRecord:
     acl: AccessList | None = None
     quiet: bool = False
     ended: Tenure | None = None
+    ended_at: datetime | None = None
+    cleared: int = 0
+    used: MemberSet | None = None
+    offered: MemberSet | None = None
+    set_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +267,12 @@ class TenureEnd(StrEnum):
     DELETED = "deleted"
     DATA_LOSS = "data_loss"
     """A client has seen a newer epoch than the coordinator's data has."""
+    REFUSED = "refused"
+    """Its session was bound by a promise to another member, and was never active (R30)."""
+    LIFTED = "lifted"
+    """An operator has declared that nobody is active (R34). The entry has no session."""
+    RESTORED = "restored"
+    """The store was declared as restored from a copy (R34). The entry has no session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +288,52 @@ class HistoryEntry:
     end: TenureEnd | None = None
 
 
+class FailsafeState(StrEnum):
+    """The state of failsafe in a group, for operators."""
+
+    OFF = "Off"
+    """A holder that loses the coordinator demotes at R."""
+    READY = "Ready"
+    """The holder has a set of members to ask."""
+    RESTRICTED = "Restricted"
+    """Nobody holds the role, and only members that the lapsed holder asks may get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lapsed:
+    """A tenure whose lease has ended, and whose holder may still be active by failsafe since then."""
+
+    session_id: str
+    epoch: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class FailsafeStatus:
+    """The failsafe part of a status.
+
+    Attributes:
+        why: the reason of the state, for people.
+        revision: that of ``members``.
+        members: the set that the holder uses, or has used.
+        choosable: the members that may be promoted while the group is restricted.
+    """
+
+    state: FailsafeState
+    why: str | None = None
+    revision: int | None = None
+    members: tuple[Member, ...] = ()
+    choosable: tuple[Member, ...] = ()
+    lapsed: Lapsed | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """The answer to a status read. A plain v1 server omits the fields after ``last_data``."""
+    """The answer to a status read. A plain v1 server omits the fields after ``last_data``.
+
+    Attributes:
+        cleared: the epoch up to which every tenure is over; None unless failsafe concerns the group.
+    """
 
     primary: str | None
     pending: str | None
@@ -258,6 +344,8 @@ class GroupStatus:
     previous: str | None = None
     store_id: str | None = None
     leader: str | None = None
+    cleared: int | None = None
+    failsafe: FailsafeStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +355,8 @@ class HeartbeatAnswer:
     Attributes:
         lease_s: L, counted by the coordinator from its receipt of the heartbeat.
         store_id: the store behind the answer; an agent accepts answers from one store only.
+        cleared: the epoch up to which every tenure is over, for members with a failsafe listener.
+        failsafe: for the holder, the set of members to ask; without one it asks nobody.
     """
 
     role: Role
@@ -276,6 +366,8 @@ class HeartbeatAnswer:
     lease_s: float | None = None
     previous: str | None = None
     store_id: str | None = None
+    cleared: int | None = None
+    failsafe: MemberSet | None = None
 
 
 @dataclass(frozen=True, slots=True)

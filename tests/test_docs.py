@@ -60,6 +60,7 @@ READERS = (
 SVG = "{http://www.w3.org/2000/svg}"
 AFTER_A_COMMAND = re.compile(r"\|\|?|&&?|;|\d*(>>?|<).*")
 RULES = {f"R{number}" for number in range(1, 21)}
+FAILSAFE_RULES = {f"R{number}" for number in range(21, 36)}
 OUTSIDE = {
     "a package registry": r"(pypi|pythonhosted|npmjs|docker|ghcr|quay|crates|golang)\.(org|io|com)\b",
     "somebody's own folder": r"(?<![\w.])/(home|Users|root|work|workspace)/\w|[A-Z]:\\Users|/tmp/tmp",
@@ -273,7 +274,8 @@ def test_every_cited_rule_is_in_the_design() -> None:
     for path in [*SOURCES, *PAGES]:
         if path != Path(__file__):
             cited = set(re.findall(r"(?<![\w/])R[0-9]+\b", path.read_text()))
-            assert cited <= RULES, f"{path.relative_to(ROOT)}: {cited - RULES}"
+            unknown = cited - RULES - FAILSAFE_RULES
+            assert not unknown, f"{path.relative_to(ROOT)}: {unknown}"
 
 
 def texts() -> list[Path]:

@@ -26,7 +26,7 @@ def test_a_module_is_short_enough_to_be_read_in_one_sitting(path: Path) -> None:
 
 
 def test_the_declarations_of_settings_and_of_the_api_stay_small() -> None:
-    assert sum(lines(path) for path in (AGENT / "schema").rglob("*.py")) < 3800
+    assert sum(lines(path) for path in (AGENT / "schema").rglob("*.py")) < 4200
 
 
 def test_the_parts_report_and_send_rather_than_tell() -> None:

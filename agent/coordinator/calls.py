@@ -20,6 +20,7 @@ from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
 from agent.core.group_state import (
+    Lift,
     ReceiveHeartbeat,
     ReleaseRole,
     RemoveSession,
@@ -28,7 +29,7 @@ from agent.core.group_state import (
 )
 from agent.errors import Conflict, Forbidden, NotFound, Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
-from agent.schema import access, api
+from agent.schema import access, api, failsafe_api
 from agent.schema.values import whole
 
 READY_RETRY_S = 1.0
@@ -239,6 +240,15 @@ async def get_history(call: Call) -> Answer:
     )
 
 
+async def lift_failsafe(call: Call) -> Answer:
+    """An operator has made sure that nobody is active by failsafe: every member may be promoted."""
+    body: failsafe_api.LiftRequest = call.body
+    caller = call.rights.caller
+    by = Requester(caller.identity, manages=True) if caller is not None else None
+    await call.coordinator.apply(call.key, Lift(int(body.epoch), body.reason, by))
+    return Answer(204)
+
+
 async def get_group_access(call: Call) -> Answer:
     """The group's own access-control list; without one, its namespace's, which is in force."""
     acl = call.coordinator.group_access(call.key)
@@ -333,6 +343,10 @@ async def post_heartbeat(call: Call) -> Answer:
         body.instance,
         whole(body.epoch),
         await call.requester(session_id),
+        body.failsafe_url,
+        whole(body.holds),
+        whole(body.failsafe_revision),
+        body.promised is True,
     )
     answer = await call.coordinator.beat(call.key, beat)
     return Answer(body=api.HeartbeatResponse.from_model(answer))
@@ -364,6 +378,7 @@ async def release_role(call: Call) -> Answer:
             hold_off_s=(body.hold_off_period or 0) / TICKS_PER_SECOND,
             last_data=body.last_data_processed_time,
             by=await call.requester(session_id),
+            held=body.held is not False,
         ),
     )
     return Answer(204)

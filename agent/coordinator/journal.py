@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from agent.core.group_state import Removal, role_of
+from agent.core.group_failsafe import choosable_members, is_restricted
+from agent.core.group_state import Decision, Removal, role_of
 from agent.core.roles import TRANSITIONS
 from agent.model import GroupKey, GroupRecord, HistoryEntry, Role
 from agent.ops.logs import Log
@@ -16,6 +17,14 @@ def log_names(key: GroupKey) -> dict[str, str]:
     if key[:2] != ("default", "default"):
         names |= {"tenant": key.tenant, "namespace": key.namespace}
     return names
+
+
+def log_decision(key: GroupKey, before: GroupRecord, decision: Decision) -> None:
+    """The lines of a decision that is durable."""
+    after = decision.state.record
+    log_role_changes(key, before, after, decision.history)
+    _log_failsafe_changes(key, before, after, decision.history)
+    _log_removals(key, decision.removals)
 
 
 def log_role_changes(
@@ -34,7 +43,8 @@ def log_role_changes(
         if old is new:
             continue
         # One decision may end a tenure and choose the same session again: by way of Secondary.
-        for step in (new,) if (old, new) in TRANSITIONS else (Role.SECONDARY, new):
+        direct = (old, new) in TRANSITIONS or old is Role.SECONDARY  # that is a resumed tenure
+        for step in (new,) if direct else (Role.SECONDARY, new):
             why = {
                 Role.PRIMARY: after.holder.why if after.holder else None,
                 Role.PENDING_PRIMARY: "chosen to take over",
@@ -52,7 +62,40 @@ def log_role_changes(
             old = step
 
 
-def log_removals(key: GroupKey, removals: Sequence[Removal]) -> None:
+def _log_failsafe_changes(
+    key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
+) -> None:
+    """One line for each change that concerns failsafe (R21 to R25, R34)."""
+    names = log_names(key)
+    for session_id, session in after.sessions.items():
+        known = before.sessions.get(session_id)
+        url = known.failsafe_url if known is not None else None
+        if url != session.failsafe_url:
+            log.info(
+                "failsafe URL changed",
+                **names,
+                session=session_id,
+                before=url,
+                after=session.failsafe_url,
+            )
+    for what, old, new in (
+        ("failsafe set offered", before.offered, after.offered),
+        ("failsafe set in use", before.used, after.used),
+    ):
+        if new is not None and new != old and new.revision > 0:
+            members = [member.id for member in new.members]
+            log.info(what, **names, revision=new.revision, members=members, off=new.off)
+    if after.holder is None and is_restricted(after) and before.holder is not None:
+        choosable = [member.id for member in choosable_members(after) or ()]
+        log.warning(
+            "failsafe restricts the choice", **names, epoch=after.epoch, choosable=choosable
+        )
+    for entry in history:
+        if not entry.session_id:
+            log.warning("failsafe declared", **names, epoch=entry.epoch, what=entry.why_started)
+
+
+def _log_removals(key: GroupKey, removals: Sequence[Removal]) -> None:
     """One line for each dead session that was removed."""
     for removal in removals:
         log.info(

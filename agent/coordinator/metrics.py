@@ -26,8 +26,9 @@ from agent import __version__
 from agent.coordinator.limits import CACHE_S, Admission, Cache, Ending
 from agent.coordinator.service import Coordinator
 from agent.coordinator.shards import Group
+from agent.core.group_failsafe import status_of_failsafe
 from agent.core.group_state import Removal, RemovalCause, is_alive, role_of
-from agent.model import GroupRecord, HistoryEntry, Instant, Role, TenureEnd
+from agent.model import FailsafeState, GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
 """Groups counted before requests are served again: about a millisecond."""
@@ -38,6 +39,8 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.
 DECISIONS = ("offered", "withdrawn", "revoked")
 CHECKS = ("good", "wrong", "limited", "busy")
 FETCHES = ("fetched", "failed")
+TENURE_ENDS = frozenset(TenureEnd) - {TenureEnd.LIFTED, TenureEnd.RESTORED}
+FAILSAFE_EVENTS = ("resumed", TenureEnd.REFUSED, TenureEnd.LIFTED, TenureEnd.RESTORED)
 GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 OPENMETRICS = "application/openmetrics-text"
@@ -88,13 +91,22 @@ class Metrics:
         self._began = Counter(f"{prefix}_tenures_started", "Tenures begun.", registry=registry)
         self._ended = Counter(
             f"{prefix}_tenures_ended",
-            "Tenures ended: released, expired (no heartbeat came), deleted, or data_loss (a client has seen"
-            " a later epoch).",
+            "Tenures ended: released, expired (no heartbeat came), deleted, data_loss (a client has seen"
+            " a later epoch), or refused (by a promise to another member).",
             ("reason",),
             registry=registry,
         )
-        for reason in TenureEnd:
+        for reason in TENURE_ENDS:
             self._ended.labels(reason)
+        self._failsafe_events = Counter(
+            f"{prefix}_failsafe_events",
+            "Failsafe: tenures resumed after their lease had ended, and tenures refused by a promise;"
+            " groups that an operator has lifted, and groups that were declared as restored.",
+            ("kind",),
+            registry=registry,
+        )
+        for kind in FAILSAFE_EVENTS:
+            self._failsafe_events.labels(kind)
         self._decisions = Counter(
             f"{prefix}_decisions",
             "What was decided beside the tenures: a role offered (PendingPrimary), an offer withdrawn"
@@ -158,6 +170,13 @@ class Metrics:
             "Groups that have active sessions, and no primary.",
             registry=registry,
         )
+        self._failsafe_groups = Gauge(
+            f"{prefix}_failsafe_groups",
+            "Groups with failsafe: off, ready, or restricted (nobody is primary, and only members that the"
+            " last one asks may be promoted).",
+            ("state",),
+            registry=registry,
+        )
         self._readers = Gauge(
             f"{prefix}_blocked_readers", "Status reads that wait for a change.", registry=registry
         )
@@ -213,10 +232,15 @@ class Metrics:
     ) -> None:
         """A decision about one group is durable."""
         for entry in history:
-            if entry.until is None:
+            end = entry.end or TenureEnd.RELEASED
+            if end in FAILSAFE_EVENTS:
+                self._failsafe_events.labels(end).inc()
+            if entry.until is None and entry.epoch <= before.epoch:
+                self._failsafe_events.labels("resumed").inc()
+            elif entry.until is None:
                 self._began.inc()
-            else:
-                self._ended.labels(entry.end or TenureEnd.RELEASED).inc()
+            elif end in TENURE_ENDS:
+                self._ended.labels(end).inc()
         begun = after.holder is not None and after.epoch != before.epoch
         if after.pending is not None and after.pending != before.pending:
             self._decisions.labels("offered").inc()
@@ -272,6 +296,7 @@ class Metrics:
     ) -> tuple[bytes, str]:
         groups: Tally[str] = Tally()
         sessions: Tally[tuple[Role, bool]] = Tally()
+        failsafe: Tally[FailsafeState] = Tally()
         vacant = 0
         lines = SessionLines() if self._each_session else None
         for number, group in enumerate(coordinator.all_groups()):
@@ -280,6 +305,9 @@ class Metrics:
                     lines.encode_lines()
                 await asyncio.sleep(0)
             vacant += _count(group, now, groups, sessions)
+            status = status_of_failsafe(group.state.record)
+            if status is not None:
+                failsafe[status.state] += 1
             if lines is not None:
                 lines.add(group)
         for state in GROUP_STATES:
@@ -287,6 +315,8 @@ class Metrics:
         for role in Role:
             for active in (True, False):
                 self._sessions.labels(role.value, str(active).lower()).set(sessions[role, active])
+        for one in FailsafeState:
+            self._failsafe_groups.labels(one.lower()).set(failsafe[one])
         self._vacant.set(vacant)
         self._readers.set(coordinator.blocked_readers)
         encode, media = choose_encoder(accept)

@@ -22,6 +22,7 @@ from agent.coordinator.calls import (
     get_version,
     healthz,
     index,
+    lift_failsafe,
     list_groups,
     list_sessions,
     metrics,
@@ -36,7 +37,7 @@ from agent.coordinator.calls import (
 from agent.coordinator.routes import CLOUD, Parameter, Result, Route
 from agent.coordinator.service import LONGEST_WAIT_S
 from agent.model import TICKS_PER_SECOND, Right
-from agent.schema import access, api
+from agent.schema import access, api, failsafe_api
 from agent.schema.scalars import parse_time_span
 
 MOST_LISTED = 1000
@@ -200,6 +201,17 @@ ROUTES: tuple[Route, ...] = (
         (Result(200, "A page of tenures", api.HistoryEntry, is_list=True),),
         refusals=(404,),
         query=PAGE,
+    ),
+    Route(
+        "POST",
+        GROUP + "/failsafe/lift",
+        lift_failsafe,
+        "Declare that no member of a group is active by failsafe",
+        (Result(204, "Every member may be promoted"),),
+        right=Right.MANAGE,
+        body=failsafe_api.LiftRequest,
+        refusals=(404, 409),
+        for_administrators=True,
     ),
     Route(
         "GET",

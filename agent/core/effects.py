@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from agent.errors import ExitCode
-from agent.model import Role
+from agent.model import Member, Role
 
 
 class Cause(StrEnum):
@@ -69,9 +69,49 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class SendHeartbeat:
-    """Send a heartbeat now, within the request timeout; answered by HeartbeatAnswered or HeartbeatFailed."""
+    """Send a heartbeat now, within the request timeout; answered by HeartbeatAnswered or HeartbeatFailed.
+
+    Attributes:
+        holds: the epoch that this session holds, or None.
+        failsafe_revision: the set of members that it uses in that tenure, or None (R23).
+        promised: whether a promise binds it (R30).
+    """
 
     number: int
+    holds: int | None = None
+    failsafe_revision: int | None = None
+    promised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Send a question to another member, within ``Timing.question_interval_s``; answered by Answered.
+
+    Attributes:
+        member: the member to ask.
+        epoch: of the tenure that this session holds.
+        nonce: identifies the question; on the wire a random value has to stand for it.
+        rehearsal: whether only the way is tested (R35).
+    """
+
+    member: Member
+    epoch: int
+    nonce: int
+    rehearsal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """The answer to the question of another member (R29).
+
+    Attributes:
+        yes: whether that member may stay primary. In a rehearsal: whether it could be, were the
+            coordinator away.
+        why: for people.
+    """
+
+    yes: bool
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +155,14 @@ class Release:
         epoch: of the tenure that ends.
         hold_off_s: how long this session asks not to be chosen.
         instance: the process that held the tenure; None for this one.
+        held: whether the tenure was accepted. One that was refused was never active (R25).
     """
 
     epoch: int
     reason: str
     hold_off_s: float
     instance: str | None = None
+    held: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +190,7 @@ class Exit:
 Effect = (
     Join
     | SendHeartbeat
+    | Ask
     | Publish
     | StartHook
     | TermHook

@@ -48,12 +48,14 @@ class HeartbeatFailed:
     Attributes:
         why: for people.
         retry_after_s: the server's Retry-After, or None.
+        contact: whether the coordinator itself has refused it, by a status from 400 to 499 (R26).
     """
 
     number: int
     failure: HeartbeatFailure
     why: str
     retry_after_s: float | None = None
+    contact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,38 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Another member asks whether it may stay primary without the coordinator (R29).
+
+    Pass it to ``Session.vote``, which returns the answer.
+
+    Attributes:
+        asker: session id of the member that asks.
+        epoch: of the tenure that it holds.
+        rehearsal: whether only the way is tested: the answer promises nothing (R35).
+    """
+
+    asker: str
+    epoch: int
+    rehearsal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question of this session (effect ``Ask``) was answered, or has failed.
+
+    Attributes:
+        nonce: that of the question.
+        yes: False also if no valid answer came in time.
+        why: for people.
+    """
+
+    nonce: int
+    yes: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """``wake_at`` has come."""
 
@@ -129,5 +163,7 @@ Event = (
     | Released
     | Left
     | Stop
+    | Asked
+    | Answered
     | Tick
 )

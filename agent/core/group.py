@@ -20,16 +20,20 @@ Owns what each input does. The steps that inputs share are in core/group_draft.p
 
 import json
 from dataclasses import replace
-from datetime import timedelta
 from typing import assert_never
 
+from agent.core import group_failsafe as failsafe
+from agent.core.group_choice import is_eligible
 from agent.core.group_draft import CONFIRM_SHARE, Draft, wake_at
+from agent.core.group_endings import HIGHEST_LEARNED_EPOCH, apply_ending
 from agent.core.group_state import (
     AddSession,
     Contact,
     Decision,
+    DeclareRestored,
     GroupState,
     Input,
+    Lift,
     Policy,
     ReceiveHeartbeat,
     ReleaseRole,
@@ -40,7 +44,6 @@ from agent.core.group_state import (
     SetOverride,
     Tick,
     is_active,
-    is_alive,
     last_data_of,
     role_of,
     session_of,
@@ -49,11 +52,10 @@ from agent.core.ownership import adopt, refuse_stranger
 from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, TooSoon
 from agent.model import (
-    LONGEST_HOLD_OFF_S,
     MAX_EPOCH,
     GroupConfig,
+    GroupRecord,
     HeartbeatAnswer,
-    HoldOff,
     Instant,
     Role,
     RoleOverride,
@@ -70,9 +72,6 @@ LARGEST_EPOCH_STEP = 1_000_000
 """The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per
 tenure: a million are months of a takeover every ten seconds."""
 
-HIGHEST_LEARNED_EPOCH = 2**52
-"""Heartbeats never raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
-
 
 def epoch_after_deletion(retired: int) -> int:
     """The first epoch of a group that is created under the name of a deleted one.
@@ -82,6 +81,16 @@ def epoch_after_deletion(retired: int) -> int:
             continued, so that deleting and creating a group makes it usable again.
     """
     return retired if retired <= HIGHEST_LEARNED_EPOCH else 0
+
+
+def new_record(config: GroupConfig, retired: int) -> GroupRecord:
+    """The record of a new group; ``retired`` as above.
+
+    Epochs continue from a deleted group of this name, since its clients must not take new ones for old.
+    Nobody was active when it was deleted (R34).
+    """
+    epoch = epoch_after_deletion(retired)
+    return GroupRecord(config, epoch=epoch, cleared=epoch)
 
 
 def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:
@@ -102,7 +111,7 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
     answer: HeartbeatAnswer | bool | None = _apply(draft, what)
     draft.apply_due_changes()
     if isinstance(what, ReceiveHeartbeat):
-        answer = _answer_heartbeat(draft, what.session_id)
+        answer = _answer_heartbeat(draft, what)
     after = draft.state
     history = tuple(draft.history.values())
     return Decision(after, answer, history, wake_at(after, now, policy), draft.removals)
@@ -135,12 +144,10 @@ def _apply(draft: Draft, what: Input) -> bool | None:
             _remove_session(draft, what)
         case SetOverride():
             _set_override(draft, what)
-        case ReleaseRole():
-            _release_role(draft, what)
         case SetAccess():
             draft.record = replace(draft.record, acl=what.acl)
-        case RemoveGroup():
-            _refuse_removal_while_active(draft)
+        case ReleaseRole() | Lift() | DeclareRestored() | RemoveGroup():
+            apply_ending(draft, what)
         case Tick():
             draft.apply_retention()
         case _:
@@ -172,11 +179,16 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
                 answered_revision=contact.answered_revision,
                 hold_off_until=contact.hold_off_until,
                 changed_at=changed_at,
+                promised=heartbeat.promised,
             ),
         },
     )
     if session.silent_since is not None:
         draft.change_session(heartbeat.session_id, silent_since=None)
+    # A set is offered to the process that uses it, so to one that can be told from others.
+    url = heartbeat.failsafe_url if heartbeat.instance is not None else None
+    if session.failsafe_url != url:
+        draft.change_session(heartbeat.session_id, failsafe_url=url)
     adopt(draft, session, heartbeat)
     if session.has_to_see is not None and _has_seen(heartbeat, session.has_to_see):
         draft.change_session(heartbeat.session_id, has_to_see=None)
@@ -185,7 +197,24 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     holder = draft.record.holder
     if holder is not None and draft.holds(heartbeat.session_id, heartbeat.instance):
         _renew(draft, holder, heartbeat)
-    elif draft.record.pending == heartbeat.session_id and holder is None and not draft.record.quiet:
+    elif holder is None and not draft.record.quiet:
+        _give_role(draft, heartbeat)
+
+
+def _give_role(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
+    """Resume the tenure that this very process still holds, or begin that of the confirmed candidate."""
+    ended = draft.record.ended
+    if (
+        ended is not None
+        and failsafe.is_resumable(draft.record)
+        and (heartbeat.session_id, heartbeat.instance, heartbeat.holds)
+        == (ended.session_id, ended.instance, ended.epoch)
+    ):
+        draft.resume(ended)
+        _renew(draft, ended, heartbeat)
+    elif draft.record.pending == heartbeat.session_id and is_eligible(
+        draft.state, heartbeat.session_id, draft.now
+    ):
         draft.confirm(heartbeat.session_id, heartbeat.instance)
 
 
@@ -201,6 +230,10 @@ def _renew(draft: Draft, holder: Tenure, heartbeat: ReceiveHeartbeat) -> None:
         draft.revoke(holder)
     elif not holder.revoked:
         draft.extend()
+        draft.record = failsafe.offer_set(
+            failsafe.acknowledge_set(draft.record, heartbeat.holds, heartbeat.failsafe_revision),
+            heartbeat.session_id,
+        )
 
 
 def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
@@ -254,8 +287,9 @@ def _refuse_unusable_epoch(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
         )
 
 
-def _answer_heartbeat(draft: Draft, session_id: str) -> HeartbeatAnswer:
-    record, contact = draft.record, draft.live.contacts[session_id]
+def _answer_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> HeartbeatAnswer:
+    session_id, record = heartbeat.session_id, draft.record
+    contact = draft.live.contacts[session_id]
     holder = record.holder
     role = role_of(record, session_id)
     holds_role = (
@@ -272,6 +306,8 @@ def _answer_heartbeat(draft: Draft, session_id: str) -> HeartbeatAnswer:
         revision=record.revision,
         lease_s=draft.lease_s,
         previous=record.previous,
+        cleared=record.cleared if heartbeat.failsafe_url is not None else None,
+        failsafe=failsafe.set_to_report(record, session_id) if role is Role.PRIMARY else None,
     )
 
 
@@ -332,60 +368,3 @@ def _set_override(draft: Draft, request: SetOverride) -> None:
         override_until=request.until if request.value is not RoleOverride.OFF else None,
         override_order=1 + max(s.override_order for s in draft.record.sessions.values()),
     )
-
-
-# -- releases -----------------------------------------------------------------------------------
-
-
-def _release_role(draft: Draft, release: ReleaseRole) -> None:
-    """End the tenure if its holder asks for that; ignore a release by anybody else, or a repeated one."""
-    refuse_stranger(draft, release.session_id, release.by)
-    holder, ended = draft.record.holder, draft.record.ended
-    if holder is not None and _matches_tenure(release, holder):
-        draft.record_progress(release.last_data)
-        draft.end_tenure(holder, TenureEnd.RELEASED, release.why)
-        if release.session_id in draft.record.sessions:
-            # Prefer the others: its heartbeats arrive, but our answers may not reach it.
-            draft.change_contact(release.session_id, passed_over=True)
-    elif ended is not None and _matches_tenure(release, ended) and release.hold_off_s > 0:
-        draft.record = replace(draft.record, ended=None)
-    else:
-        return
-    if release.hold_off_s > 0 and release.session_id in draft.record.sessions:
-        _hold_off(draft, release.session_id, min(release.hold_off_s, LONGEST_HOLD_OFF_S))
-
-
-def _matches_tenure(release: ReleaseRole, tenure: Tenure) -> bool:
-    """Whether a release comes from the process that held this tenure."""
-    return (release.session_id, release.epoch, release.instance) == (
-        tenure.session_id,
-        tenure.epoch,
-        tenure.instance,
-    )
-
-
-def _hold_off(draft: Draft, session_id: str, length_s: float) -> None:
-    until = draft.now.wall + timedelta(seconds=length_s)
-    draft.change_session(session_id, hold_off=HoldOff(until, length_s))
-    draft.change_contact(session_id, hold_off_until=draft.now.mono + length_s)
-
-
-# -- the group ----------------------------------------------------------------------------------
-
-
-def _refuse_removal_while_active(draft: Draft) -> None:
-    group_id = draft.record.config.id
-    active = {s for s in draft.record.sessions if is_alive(draft.state, s, draft.now)}
-    if draft.record.holder is not None:
-        active.add(draft.record.holder.session_id)
-    if active:
-        raise Conflict(
-            f'Group "{group_id}" has active client sessions: {", ".join(sorted(active))}.',
-            "Stop these clients, or wait until FailoverTimeout after their last heartbeat.",
-        )
-    if draft.record.quiet:  # a new group of this name would not know of that lease
-        raise Conflict(
-            f'A client of group "{group_id}" may hold the role, since one has seen an epoch that'
-            " the group's data did not have.",
-            "Wait until FailoverTimeout after that has passed.",
-        )

@@ -4,18 +4,25 @@ Owns the comparison only, and changes no state. core/group_draft.py owns when a 
 what follows.
 """
 
+from agent.core.group_failsafe import may_be_promoted
 from agent.core.group_state import GroupState, Policy, is_alive
 from agent.model import Instant, RoleOverride
 
 
 def is_eligible(state: GroupState, session_id: str, now: Instant) -> bool:
-    """Whether a session may be the candidate: alive, not held off, and receiving our answers."""
-    contact = state.live.contacts.get(session_id)
+    """Whether a session may be the candidate: alive, not held off, receiving our answers, and free by failsafe.
+
+    That is (R25, R30): it has not promised a holder that may be active by failsafe not to become primary,
+    and such a holder asks it.
+    """
+    record, contact = state.record, state.live.contacts.get(session_id)
     return (
         contact is not None
         and is_alive(state, session_id, now)
         and contact.hold_off_until <= now.mono
-        and state.record.sessions[session_id].has_to_see is None
+        and record.sessions[session_id].has_to_see is None
+        and not (contact.promised and record.cleared < record.epoch)
+        and (record.holder is not None or may_be_promoted(record, session_id))
     )
 
 

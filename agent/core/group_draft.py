@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from agent.core import group_choice as choice
+from agent.core import group_failsafe as failsafe
 from agent.core import group_retention as retention
 from agent.core.group_state import (
     GroupState,
@@ -26,6 +27,11 @@ from agent.model import HistoryEntry, Instant, Role, RoleOverride, SessionConfig
 CONFIRM_SHARE = 0.6
 """Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
 the rest allows for a late one."""
+
+RESUMED = ", resumed"
+"""Appended to why a tenure began, in status, log and history."""
+
+RESTORED = "the store was restored from a copy"
 
 MAX_ADDITIONAL_BYTES = 256 * 1024
 """AdditionalData of a group and its sessions together: it is part of the record, which each change of a role
@@ -153,7 +159,7 @@ class Draft:
         """Apply every change that is due at ``now``."""
         self._expire_overrides_and_hold_offs()
         if self.record.quiet and self.now.mono >= self.live.quiet_until:
-            self.record = replace(self.record, quiet=False)
+            self._end_quiet_time()
         if self.record.holder is not None and self.now.mono >= self.live.lease_until:
             self.end_tenure(
                 self.record.holder, TenureEnd.EXPIRED, "its lease ended without a heartbeat"
@@ -162,6 +168,12 @@ class Draft:
         if pending is not None and not self._may_stay_pending(pending):
             self.set_pending(None)
         self._choose()
+
+    def _end_quiet_time(self) -> None:
+        """Without failsafe every unknown lease has ended now; with it, an operator has to lift (R34)."""
+        self.record = replace(self.record, quiet=False)
+        if self.record.holder is None and not failsafe.is_restricted(self.record):
+            self.record = failsafe.clear(self.record)
 
     def _expire_overrides_and_hold_offs(self) -> None:
         """End the overrides and hold-offs that have expired."""
@@ -211,10 +223,11 @@ class Draft:
 
     def _begin_tenure(self, session_id: str, instance: str | None) -> None:
         check_transition(role_of(self.record, session_id), Role.PRIMARY)
-        epoch = self.record.epoch + 1
         why = "overridden" if choice.override_rank(self.state, session_id) else "chosen"
+        self.record = failsafe.begin_tenure(self.record, session_id)
+        epoch = self.record.epoch
         tenure = Tenure(session_id, epoch, self.now.wall, why, instance=instance)
-        self.change_status(epoch=epoch, holder=tenure, pending=None)
+        self.change_status(holder=tenure, pending=None)
         # The answer carries the previous tenure's progress, not this heartbeat's, which may be of an
         # older tenure (R18). The new tenure's own progress begins with the next heartbeat.
         self.live = replace(
@@ -234,18 +247,41 @@ class Draft:
         """Answer the holder Secondary from now on, and stop renewing its lease."""
         self.record = replace(self.record, holder=replace(holder, revoked=True))
 
+    def resume(self, ended: Tenure) -> None:
+        """Continue a tenure whose lease had ended: its holder was active by failsafe all the time (R33)."""
+        resumed = replace(ended, why=f"{ended.why.removesuffix(RESUMED)}{RESUMED}")
+        self.change_status(holder=resumed, pending=None, ended=None, ended_at=None)
+        self.live = replace(
+            self.live,
+            lease_until=self.now.mono + self.lease_s,
+            held_since=self.now.mono,
+            answers_reach_holder=True,
+            last_data=self.record.last_data,
+        )
+        self.history[ended.epoch] = HistoryEntry(
+            ended.epoch, ended.session_id, ended.since, resumed.why
+        )
+
     def end_tenure(self, holder: Tenure, end: TenureEnd, why: str) -> None:
         """End the current tenure, which is ``holder``."""
         check_transition(Role.PRIMARY, Role.SECONDARY)
-        last_data = last_data_of(self.state)
+        released = end in {TenureEnd.RELEASED, TenureEnd.REFUSED}
+        if released:
+            held = end is TenureEnd.RELEASED
+            self.record = failsafe.end_by_release(self.record, held=held)
+        elif end is not TenureEnd.DATA_LOSS:
+            self.record = failsafe.end_by_expiry(self.record)
+        if end is not TenureEnd.REFUSED:  # else it never was primary
+            self.record = replace(
+                self.record, previous=holder.session_id, last_data=last_data_of(self.state)
+            )
         self.history[holder.epoch] = HistoryEntry(
             holder.epoch, holder.session_id, holder.since, holder.why, self.now.wall, why, end
         )
         self.change_status(
             holder=None,
-            previous=holder.session_id,
-            last_data=last_data,
-            ended=None if end is TenureEnd.RELEASED else holder,
+            ended=None if released else holder,
+            ended_at=None if released else self.now.wall,
         )
         self.live = replace(self.live, last_data=None)
         self._set_confirmation_deadline()
@@ -253,16 +289,29 @@ class Draft:
     def learn_epoch(self, seen: int) -> None:
         """Adopt a newer epoch that a client has seen: the record is older than the group.
 
-        An unknown lease may exist, so no tenure begins for a full L.
+        An unknown lease may exist, so no tenure begins for a full L; with failsafe, not before an operator
+        lifts that (R34).
         """
+        self._lose_data(seen, "its epoch is older than one that a client has seen")
+        if failsafe.concerns(self.record):
+            self.record = failsafe.distrust(self.record)
+
+    def declare_restored(self, epoch: int) -> None:
+        """The record is an older copy: nobody may be promoted until an operator lifts that (R34)."""
+        self._lose_data(epoch, RESTORED)
+        self.record = failsafe.distrust(self.record)
+        self.record_event(epoch, RESTORED, TenureEnd.RESTORED)
+
+    def record_event(self, epoch: int, why: str, end: TenureEnd) -> None:
+        """Add an entry to the history that is not a tenure: it has no session, and an epoch of its own."""
+        self.history[epoch] = HistoryEntry(epoch, "", self.now.wall, why, self.now.wall, why, end)
+
+    def _lose_data(self, epoch: int, why: str) -> None:
+        """Continue with a newer epoch than that of the record, after one full L."""
         self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
         if self.record.holder is not None:
-            self.end_tenure(
-                self.record.holder,
-                TenureEnd.DATA_LOSS,
-                "its epoch is older than one that a client has seen",
-            )
-        self.change_status(epoch=seen, quiet=True)
+            self.end_tenure(self.record.holder, TenureEnd.DATA_LOSS, why)
+        self.change_status(epoch=epoch, quiet=True)
         self._set_confirmation_deadline()
 
     def record_progress(self, last_data: datetime | None) -> None:

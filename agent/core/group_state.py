@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from agent.core.group_failsafe import concerns, status_of_failsafe
 from agent.errors import NotFound
 from agent.model import (
     EMPTY,
@@ -26,7 +27,6 @@ from agent.model import (
     RoleOverride,
     SessionConfig,
     SessionRecord,
-    SessionView,
 )
 
 
@@ -58,6 +58,7 @@ class Contact:
         passed_over: it did not confirm, or has released the role; its next heartbeat clears this.
         hold_off_until: it is not chosen before then; also in the record.
         changed_at: when a heartbeat of another instance was last accepted within the minimum interval.
+        promised: its last heartbeat reported a promise that forbids it to become primary (R30).
     """
 
     heard_at: float
@@ -69,6 +70,7 @@ class Contact:
     passed_over: bool = False
     hold_off_until: float = float("-inf")
     changed_at: float = float("-inf")
+    promised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,14 @@ class Requester:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveHeartbeat:
-    """A heartbeat came. Only our own agents send ``instance`` and ``seen_epoch``."""
+    """A heartbeat came. Only our own agents send ``instance`` and what follows it.
+
+    Attributes:
+        failsafe_url: the failsafe listener of this process.
+        holds: the epoch in which this process is primary.
+        failsafe_revision: the set of members that it uses.
+        promised: a promise to another member forbids it to become primary.
+    """
 
     session_id: str
     score: float
@@ -124,6 +133,10 @@ class ReceiveHeartbeat:
     instance: str | None = None
     seen_epoch: int | None = None
     by: Requester | None = None
+    failsafe_url: str | None = None
+    holds: int | None = None
+    failsafe_revision: int | None = None
+    promised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +169,8 @@ class SetOverride:
 class ReleaseRole:
     """The holder has demoted and releases the role.
 
-    It counts only if session, epoch and instance are those of the current tenure. Its hold-off also
-    counts if that tenure has just expired.
+    It counts only if session, epoch and instance are those of the current tenure, or of one that has
+    just expired: then for its hold-off and for failsafe. Without ``held`` the process has refused the tenure.
     """
 
     session_id: str
@@ -167,6 +180,21 @@ class ReleaseRole:
     hold_off_s: float = 0.0
     last_data: datetime | None = None
     by: Requester | None = None
+    held: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """An operator has made sure that nobody is active: everybody may be promoted (R34)."""
+
+    epoch: int
+    reason: str
+    by: Requester | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareRestored:
+    """The record is an older copy, which an operator has put back (R34)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +220,8 @@ Input = (
     | RemoveSession
     | SetOverride
     | ReleaseRole
+    | Lift
+    | DeclareRestored
     | SetAccess
     | RemoveGroup
     | Tick
@@ -305,6 +335,8 @@ def status_of(state: GroupState) -> GroupStatus:
         revision=record.revision,
         primary_since=holder.since if holder else None,
         previous=record.previous,
+        cleared=record.cleared if concerns(record) else None,
+        failsafe=status_of_failsafe(record),
     )
 
 
@@ -320,27 +352,6 @@ def role_of(record: GroupRecord, session_id: str) -> Role:
     if record.holder is not None and record.holder.session_id == session_id:
         return Role.PRIMARY
     return Role.PENDING_PRIMARY if record.pending == session_id else Role.SECONDARY
-
-
-def view_of(state: GroupState, session_id: str, now: Instant) -> SessionView:
-    """A session as the API shows it.
-
-    Raises:
-        NotFound: there is no such session.
-    """
-    record = session_of(state.record, session_id)
-    contact = state.live.contacts[session_id]
-    active = is_active(state, session_id, now)
-    silent_since = None if active else last_heard(state, session_id, now)
-    return SessionView(
-        record=record,
-        role=role_of(state.record, session_id),
-        score=contact.score,
-        last_data=contact.last_data,
-        heartbeat_at=contact.last_heartbeat.wall if contact.last_heartbeat else None,
-        active=active,
-        silent_since=silent_since,
-    )
 
 
 def last_heard(state: GroupState, session_id: str, now: Instant) -> datetime:

@@ -41,6 +41,11 @@ class GroupKnowledge:
         self._revision = seen[1]
         return True
 
+    def learn_epoch(self, epoch: int) -> None:
+        """Record an epoch that another member holds. Revisions of an older epoch do not count any more."""
+        if self.epoch is None or self.epoch < epoch:
+            self.epoch, self._revision = epoch, -1
+
     def record_answer(self, revision: int | None) -> None:
         """Record the revision of a heartbeat's answer: a status of the same revision is no news."""
         self._answered_revision = revision

@@ -8,11 +8,12 @@ from datetime import datetime
 
 from agent.core.effects import Cause, Effect, HookFacts, Publish
 from agent.core.executor import Executor
+from agent.core.failsafe_holder import FailsafeHolder
 from agent.core.heartbeats import Heartbeats
 from agent.core.options import Options
 from agent.core.roles import check_transition
 from agent.core.timing import Timing
-from agent.model import Role
+from agent.model import Member, Role
 
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
@@ -27,7 +28,8 @@ class LeaseHolder:
         last_data: LastDataProcessedTime of the previous tenure, as last received.
         previous_primary: session id of the previous tenure, if known.
         renew_by: the renewal deadline, at which demotion starts.
-        sent_at: when the heartbeat was sent from which the lease is counted.
+        sent_at: when the heartbeat was sent from which the lease is counted; or the question, while
+            the other members agree to it without the coordinator (R28).
     """
 
     def __init__(self, timing: Timing, options: Options) -> None:
@@ -46,6 +48,13 @@ class LeaseHolder:
             options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
         )
         self._heartbeats = Heartbeats(options.jitter)
+        failsafe = options.failsafe
+        me = None if failsafe is None else Member(options.session_id, failsafe.url)
+        self._holder = FailsafeHolder(me)
+        self._heartbeat_at = float("-inf")
+        """When the newest heartbeat was sent that the coordinator has answered with a role."""
+        self._accepted_epoch: int | None = None
+        """The epoch of the last tenure whose promotion was begun."""
         self._reason = ""
         self._old_role = Role.SECONDARY
         self._starting = True
@@ -98,14 +107,28 @@ class LeaseHolder:
         return hook_at, hook_at + timing.demote_s
 
     @property
+    def _holds_tenure(self) -> bool:
+        """Whether this session has accepted a tenure that has not ended."""
+        return self._has_lease and self._executor.wanted is Role.PRIMARY
+
+    @property
     def _has_lease(self) -> bool:
         """Whether this session has a lease that it renews."""
         return self.role is not Role.SECONDARY and not self._demoting
 
     def _renew(self, sent_at: float) -> None:
         self._granted_timing = self.timing
-        self.sent_at = max(self.sent_at, sent_at)
-        self.renew_by = self.sent_at + self.timing.renew_s
+        self._heartbeat_at = max(self._heartbeat_at, sent_at)
+        self._recount()
+
+    def _recount(self) -> None:
+        """Count the role from the newest heartbeat, or from the votes of all others if that is later."""
+        self.sent_at = max(self._heartbeat_at, self._holder.counts_from)
+        self.renew_by = self.sent_at + self._granted_timing.renew_s
+
+    def _end_lease(self) -> None:
+        self._heartbeat_at = self.sent_at = self.renew_by = float("-inf")
+        self._holder.end_tenure()
 
     def _become_pending(self, now: float, effects: list[Effect]) -> None:
         """Become PendingPrimary."""
@@ -116,7 +139,7 @@ class LeaseHolder:
 
     def _promote(self, epoch: int | None, now: float, effects: list[Effect]) -> None:
         """Run the promotion hooks; Primary is published after their success (R8)."""
-        self.tenure = epoch
+        self.tenure = self._accepted_epoch = epoch
         self._owes_release = True
         self._reason = "confirmed by the coordinator"
         if self.role is Role.SECONDARY:
@@ -139,6 +162,7 @@ class LeaseHolder:
         self._demoting = True
         self._reason = reason
         self._heartbeats.forget()
+        self._holder.forget_questions()
         timing = self._granted_timing
         last_at = self.lease_until - timing.drift_s
         end_at = max(now, self.renew_by) + timing.demote_s

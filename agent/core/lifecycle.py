@@ -5,7 +5,7 @@ every tenure that this session does not accept. core/session.py handles the answ
 """
 
 from agent.core.cooldown import Cooldown
-from agent.core.effects import Cause, Effect, Escalate, Exit, Join, Leave, Release
+from agent.core.effects import Cause, Effect, Escalate, Exit, Join, Leave, Release, SendHeartbeat
 from agent.core.events import Joined, Stop
 from agent.core.knowledge import GroupKnowledge
 from agent.core.lease import LeaseHolder
@@ -158,7 +158,10 @@ class LifeCycle(LeaseHolder):
             return
         self._advance_phase(now, effects)
         if self._may_send_heartbeat and now >= self._heartbeats.due_at:
-            effects.append(self._heartbeats.send(now, self.timing.heartbeat_interval_s))
+            effects.append(self._next_heartbeat(now))
+
+    def _next_heartbeat(self, now: float) -> SendHeartbeat:
+        return self._heartbeats.send(now, self.timing.heartbeat_interval_s)
 
     def _begin_stop(self, now: float, effects: list[Effect]) -> None:
         """Begin a stop (R5): demote, release, leave, exit; each step waits for the one before."""
@@ -171,7 +174,7 @@ class LifeCycle(LeaseHolder):
 
     def _on_demoted(self, now: float, effects: list[Effect]) -> None:
         self._demoting = False
-        self.sent_at = self.renew_by = float("-inf")
+        self._end_lease()
         self._heartbeats.due_at = now
         cools_down = self._cooldown.start(now)
         held, self._owes_release = self._owes_release, False
@@ -256,9 +259,11 @@ class LifeCycle(LeaseHolder):
         self._open_releases += 1
         if self.phase in _ON_THE_WAY_OUT:
             self._restart_wait(now)
+        effects.append(self._build_release(epoch, reason, now))
+
+    def _build_release(self, epoch: int, reason: str, now: float) -> Release:
         stop_s = STOP_HOLD_OFF_LEASES * self.timing.lease_s if self._stop is not None else 0.0
-        hold_off_s = max(stop_s, self._cooldown.until - now)
-        effects.append(Release(epoch, reason, hold_off_s))
+        return Release(epoch, reason, max(stop_s, self._cooldown.until - now))
 
     def _leave(self, trigger: Trigger, effects: list[Effect]) -> None:
         self._change_phase(trigger)

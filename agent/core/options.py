@@ -8,6 +8,17 @@ from agent.model import Role
 
 
 @dataclass(frozen=True, slots=True)
+class FailsafeOptions:
+    """The options of failsafe: staying primary while the coordinator is away.
+
+    Attributes:
+        url: where the other members ask this one; part of its identity (R22).
+    """
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The options of one session.
 
@@ -20,6 +31,7 @@ class Options:
         cooldown_limit_s: cap on the hold-off.
         jitter: from 0 to 1, drawn once by the caller, different for each process.
         store_id: the store that a previous process of this session has joined, or None.
+        failsafe: None if this session takes no part in failsafe.
     """
 
     session_id: str
@@ -30,6 +42,7 @@ class Options:
     cooldown_limit_s: float = 300.0
     jitter: float = 0.0
     store_id: str | None = None
+    failsafe: FailsafeOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)

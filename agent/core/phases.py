@@ -12,6 +12,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from agent.core.events import (
+    Answered,
+    Asked,
     Event,
     FitnessChanged,
     HeartbeatAnswered,
@@ -125,6 +127,8 @@ TABLE: Mapping[tuple[Phase, Trigger], Row] = MappingProxyType(
 )
 
 _EVENTS: tuple[type[Event], ...] = (
+    Answered,
+    Asked,
     HeartbeatAnswered,
     HeartbeatFailed,
     FitnessChanged,

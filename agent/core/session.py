@@ -14,9 +14,10 @@ Rules of this file:
 - The caller calls ``step(Tick(), now)`` at ``wake_at``, and has exactly one timer.
 """
 
-from agent.core.cooldown import Cooldown
-from agent.core.effects import Cause, Effect
+from agent.core.effects import Cause, Effect, Vote
 from agent.core.events import (
+    Answered,
+    Asked,
     Event,
     FitnessChanged,
     HeartbeatAnswered,
@@ -31,10 +32,8 @@ from agent.core.events import (
     Stop,
     Tick,
 )
-from agent.core.executor import Executor
-from agent.core.heartbeats import Heartbeats
-from agent.core.knowledge import GroupKnowledge
-from agent.core.lifecycle import RETRY_SHARE, LifeCycle
+from agent.core.failsafe import STOPPED, FailsafeMember
+from agent.core.lifecycle import RETRY_SHARE
 from agent.core.options import Options, PreviousTenure
 from agent.core.phases import IGNORED, Phase, Trigger
 from agent.core.timing import Timing, minimum_interval_s
@@ -47,7 +46,7 @@ MIN_PROMOTION_SHARE = 0.25
 """A promotion starts only if at least this share of R is left (R8)."""
 
 
-class Session(LifeCycle):
+class Session(FailsafeMember):
     """The session of one agent. Public attributes may be read at any time, and written by nobody else."""
 
     def __init__(self, timing: Timing, options: Options) -> None:
@@ -57,11 +56,18 @@ class Session(LifeCycle):
         """Why the last heartbeat did not renew the lease."""
 
     @property
-    def _mutable_parts(
-        self,
-    ) -> "tuple[Session | Executor | Heartbeats | GroupKnowledge | Cooldown, ...]":
+    def _mutable_parts(self) -> tuple[object, ...]:
         """The objects that a step may change."""
-        return (self, self._executor, self._heartbeats, self._knowledge, self._cooldown)
+        return (
+            self,
+            self._executor,
+            self._heartbeats,
+            self._knowledge,
+            self._cooldown,
+            self._holder,
+            self._contact,
+            self._voter,
+        )
 
     # -- the caller's interface ---------------------------------------------------------------
 
@@ -73,6 +79,7 @@ class Session(LifeCycle):
             previous: the tenure of the previous process, to release after the demotion.
         """
         self._previous_tenure = previous
+        self._promise_at_start(now)
         self._begin_demotion(now)
         return self.step(Tick(), now)
 
@@ -100,10 +107,22 @@ class Session(LifeCycle):
             raise
         return tuple(effects)
 
+    def vote(self, asked: Asked, now: float) -> tuple[Vote, tuple[Effect, ...]]:
+        """Answer the question of another member; also the effects of that step, in order (R29).
+
+        Args:
+            asked: the question.
+            now: CLOCK_BOOTTIME seconds, read after the question was received: a promise begins here.
+        """
+        self._vote = STOPPED
+        effects = self.step(asked, now)
+        return self._vote, effects
+
     @property
     def wake_at(self) -> float:
         """When to call ``step(Tick(), now)`` at the latest: CLOCK_BOOTTIME seconds, or infinity."""
         due = [self._executor.wake_at] if self.phase is not Phase.ENDED else []
+        due += self._failsafe_due
         if self._has_lease:
             due.append(self.renew_by)
         if self._may_send_heartbeat:
@@ -137,7 +156,7 @@ class Session(LifeCycle):
             else:
                 self._demote(Cause.LEASE_LOST, why, now, effects)
 
-    def _handle(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 - an arm an event
+    def _handle(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901, PLR0912 - an arm an event
         match event:
             case HeartbeatAnswered():
                 self._on_heartbeat_answered(event.number, event.answer, now, effects)
@@ -161,6 +180,10 @@ class Session(LifeCycle):
             case Stop():
                 if self._stop is None or self._stop.code is ExitCode.OK:
                     self._stop = event
+            case Asked():
+                self._on_asked(event, now)
+            case Answered():
+                self._on_answered(event, now)
             case Tick():  # pragma: no branch - mypy proves that no event is left
                 pass
 
@@ -170,6 +193,7 @@ class Session(LifeCycle):
         self, number: int, answer: HeartbeatAnswer, now: float, effects: list[Effect]
     ) -> None:
         sent_at = self._heartbeats.finish(number)
+        self._contact.on_ended(number, contact=answer.store_id == self.store_id)
         if answer.store_id != self.store_id:
             self._on_foreign_answer(sent_at, now, effects)
             return
@@ -185,7 +209,7 @@ class Session(LifeCycle):
             self._heartbeats.confirmations = 0
             if self._has_lease:
                 self._demote(Cause.REVOKED, "demoted by the coordinator", now, effects)
-        elif sent_at is not None and sent_at >= self.sent_at:
+        elif sent_at is not None and sent_at >= self._heartbeat_at:
             # Neither forgotten, nor older than the heartbeat of the lease (R3).
             self._on_role_answer(sent_at, answer, now, effects)
 
@@ -233,7 +257,9 @@ class Session(LifeCycle):
                 effects,
             )
             return
-        if self._refusal_reason(now) is not None:
+        if self._refusal_reason(now) is not None or self._is_forbidden(
+            now, cleared=answer.cleared, before=answer.epoch
+        ):
             return
         self._renew(sent_at)
         self.last_data = answer.last_data
@@ -252,17 +278,25 @@ class Session(LifeCycle):
         elif self._executor.wanted is Role.PRIMARY:
             if epoch == self.tenure:
                 self._renew(sent_at)
+                self._adopt_members(answer.failsafe, now)
             else:
                 self._demote(
                     Cause.REVOKED, "the tenure has ended: another was assigned", now, effects
                 )
-        elif self._refusal_reason(now) is None:
+        elif self._refusal_reason(now) is not None:
+            pass  # released by the next step of the life cycle
+        elif epoch is not None and self._is_forbidden(
+            now, cleared=answer.cleared, before=epoch - 1
+        ):
+            self._refuse_by_promise(now, effects)
+        else:
             left_s = sent_at + self.timing.renew_s - now
             if left_s >= MIN_PROMOTION_SHARE * self.timing.renew_s:
                 self._untaken_epoch = None
                 self.last_data = answer.last_data
                 self._renew(sent_at)
                 self._promote(epoch, now, effects)
+                self._adopt_members(answer.failsafe, now)
             elif self.role is Role.SECONDARY:
                 self._release_untaken("too little of the lease is left", now, effects)
 
@@ -273,9 +307,11 @@ class Session(LifeCycle):
     def _on_heartbeat_failed(
         self, event: HeartbeatFailed, now: float, effects: list[Effect]
     ) -> None:
+        gone = event.failure is HeartbeatFailure.GONE
+        self._contact.on_ended(event.number, contact=event.contact or gone)
         if self._heartbeats.finish(event.number) is None or self.phase is not Phase.MEMBER:
             return
-        if event.failure is HeartbeatFailure.GONE:
+        if gone:
             if self.store_id is None and self._has_lease:
                 # A plain v1 server reassigns the role when it deletes a session (docs/api.md, "Sessions and heartbeats").
                 why = "the server does not know this session any more"

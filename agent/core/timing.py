@@ -26,6 +26,19 @@ frozen (R2)."""
 DEMOTE_SHARE = 0.25
 """Default share of L for the demotion hook."""
 
+DOUBT_SHARE = 1 / 8
+"""Share of R after which an unanswered heartbeat puts the coordinator in doubt (R26)."""
+
+QUESTION_SHARE = 1 / 6
+"""Share of R from one question to the other members to the next; also the timeout of each (R27)."""
+
+LONGEST_DOUBT_S = 5.0
+LONGEST_QUESTION_S = 5.0
+"""Caps on both, so that a failure is noticed soon however long L is."""
+
+SHORTEST_FAILSAFE_LEASE_S = 1.0
+"""With a shorter lease, the questions of failsafe do not get through an ordinary host in time."""
+
 LONGEST_BEAT_S = 10.0
 """Cap on the heartbeat interval: the data-processed time stays fresh however long L is."""
 
@@ -54,6 +67,7 @@ class Timing:
         margin_s: M, reserved for drift and scheduling.
         heartbeat_interval_s: time between two heartbeats.
         request_timeout_s: timeout of one request, from sending it to its answer.
+        failsafe: whether the questions of failsafe have to fit into R, too.
     """
 
     lease_s: float
@@ -62,11 +76,40 @@ class Timing:
     margin_s: float
     heartbeat_interval_s: float
     request_timeout_s: float
+    failsafe: bool = False
 
     @property
     def drift_s(self) -> float:
         """The part of the margin that is reserved for clock drift."""
         return DRIFT * self.lease_s
+
+    @property
+    def doubt_s(self) -> float:
+        """How long a heartbeat may be unanswered before the coordinator is in doubt (R26)."""
+        return min(DOUBT_SHARE * self.renew_s, LONGEST_DOUBT_S)
+
+    @property
+    def question_interval_s(self) -> float:
+        """The time between two questions to the same member, and the timeout of each (R27)."""
+        return min(QUESTION_SHARE * self.renew_s, LONGEST_QUESTION_S)
+
+    def _failsafe_rules(self) -> tuple[tuple[str, bool], ...]:
+        """The relations that failsafe adds: two questions have to fit into R after a silence."""
+        if not self.failsafe:
+            return ()
+        beat, doubt, question = self.heartbeat_interval_s, self.doubt_s, self.question_interval_s
+        asked_s = beat + doubt + 2 * question
+        return (
+            (
+                f"beat {beat:g} + doubt {doubt:g} + 2 x question {question:g} = {asked_s:g}"
+                f" <= renew {self.renew_s:g}",
+                asked_s <= self.renew_s + SPLIT_TOLERANCE_S,
+            ),
+            (
+                f"failover timeout {self.lease_s:g} >= {SHORTEST_FAILSAFE_LEASE_S:g}, with failsafe",
+                self.lease_s >= SHORTEST_FAILSAFE_LEASE_S - SPLIT_TOLERANCE_S,
+            ),
+        )
 
     def rules(self) -> tuple[tuple[str, bool], ...]:
         """Each relation of R1 with its numbers, and whether it holds."""
@@ -90,18 +133,24 @@ class Timing:
                 f" = {DRIFT * self.lease_s:g}",
                 self.margin_s >= DRIFT * self.lease_s - SPLIT_TOLERANCE_S,
             ),
+            *self._failsafe_rules(),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The configured parts of a timing, in seconds; None leaves a part to ``plan``."""
+    """The configured parts of a timing, in seconds; None leaves a part to ``plan``.
+
+    Attributes:
+        failsafe: whether the member takes part in failsafe.
+    """
 
     renew_s: float | None = None
     demote_s: float | None = None
     margin_s: float | None = None
     heartbeat_interval_s: float | None = None
     request_timeout_s: float | None = None
+    failsafe: bool = False
 
 
 def minimum_interval_s(lease_s: float) -> float:
@@ -122,7 +171,7 @@ def divide(lease_s: float, budget: Budget) -> Timing:
     request = budget.request_timeout_s
     if request is None:
         request = min(renew / 3, LONGEST_BEAT_S)
-    return Timing(lease_s, renew, demote, margin, interval, request)
+    return Timing(lease_s, renew, demote, margin, interval, request, budget.failsafe)
 
 
 def smallest_lease_s(budget: Budget) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
-from agent.core.effects import Release
+from agent.core.effects import Release, SendHeartbeat
 from agent.core.events import (
     Event,
     HeartbeatAnswered,
@@ -118,18 +118,25 @@ class Requests:
 
     # -- heartbeats -----------------------------------------------------------------------------
 
-    async def send_heartbeat(self, number: int) -> None:
+    async def send_heartbeat(self, effect: SendHeartbeat) -> None:
         """Send one heartbeat; posts HeartbeatAnswered or HeartbeatFailed."""
+        number = effect.number
         stats, sent = self.stats, self.clock.now()
         endpoint = self.client.endpoint
         stats.in_flight[number] = sent.mono
         try:
-            answer = await self._request_heartbeat(endpoint)
+            answer = await self._request_heartbeat(endpoint, effect)
         except ServerError as error:
             stats.heartbeats_failed[failure_reason(error)] += 1
             self._record_failure(endpoint, error)
             self.post_event(
-                HeartbeatFailed(number, _failure(error), str(error), error.retry_after_s)
+                HeartbeatFailed(
+                    number,
+                    _failure(error),
+                    str(error),
+                    error.retry_after_s,
+                    contact=_is_contact(error),
+                )
             )
         except Exception as error:
             self.post_event(
@@ -144,7 +151,8 @@ class Requests:
         finally:
             del stats.in_flight[number]
 
-    async def _request_heartbeat(self, endpoint: str) -> HeartbeatAnswer:
+    async def _request_heartbeat(self, endpoint: str, effect: SendHeartbeat) -> HeartbeatAnswer:
+        failsafe = self.session.options.failsafe if self._has_extensions else None
         score, last_data = self.heartbeat_content()
         answer = await self.client.heartbeat(
             self._group,
@@ -154,6 +162,10 @@ class Requests:
             instance=self.instance if self._has_extensions else None,
             seen_epoch=self.session.newest_epoch if self._has_extensions else None,
             timeout_s=self._timeout_s,
+            failsafe_url=None if failsafe is None else failsafe.url,
+            holds=None if failsafe is None else effect.holds,
+            failsafe_revision=None if failsafe is None else effect.failsafe_revision,
+            promised=failsafe is not None and effect.promised,
         )
         if not self.session.accepts_store(answer.store_id):
             raise self.client.refuse(endpoint, answer.store_id)
@@ -277,6 +289,7 @@ class Requests:
             reason=effect.reason[:LONGEST_REASON],
             hold_off_s=effect.hold_off_s or None,
             last_data=self.heartbeat_content()[1],
+            held=effect.held,
             timeout_s=limit_s,
         )
 
@@ -315,6 +328,13 @@ def _failure(error: ServerError) -> HeartbeatFailure:
             return HeartbeatFailure.BACK_OFF
         case _:
             return HeartbeatFailure.OTHER
+
+
+def _is_contact(error: ServerError) -> bool:
+    """Whether the coordinator itself has refused a request, and not something on the way to it (R26)."""
+    if error.exit_code in {ExitCode.NOT_THE_API, ExitCode.OTHER_STORE}:
+        return False
+    return error.status is not None and error.status < SERVER_FAULT
 
 
 def _format_internal_error(error: Exception) -> str:

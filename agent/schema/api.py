@@ -7,7 +7,8 @@ and a null property is an absent one. Each description is used twice: in the Ope
 end of an error's sentence ("... it must be a number from ...").
 
 What this module refuses to know: HTTP, who asks, and what is decided. codec.py decodes and encodes, and
-access.py has the shapes of access-control lists.
+access.py has the shapes of access-control lists, failsafe_api.py those of
+failsafe.
 """
 
 from typing import Annotated, Self
@@ -16,6 +17,7 @@ from msgspec import Meta
 
 from agent import model
 from agent.model import TICKS_PER_SECOND
+from agent.schema.failsafe_api import Cleared, FailsafeSet, FailsafeStatus, GivenFailsafeUrl
 from agent.schema.values import (
     OVERRIDES,
     ROLES,
@@ -27,6 +29,7 @@ from agent.schema.values import (
     Id,
     LeaseSpan,
     Moment,
+    Name,
     NeededMoment,
     OverrideCode,
     RoleCode,
@@ -57,8 +60,6 @@ Revision = Annotated[
     Count | None,
     doc("An integer from 0 to 9007199254740991; it grows with each change of the group's status."),
 ]
-Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
-"""An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
 Previous = Annotated[Name | None, doc("A string: the session of the tenure before.")]
 StoreId = Annotated[
     Annotated[str, Meta(max_length=128, pattern=r"^[^\x00]*\Z")] | None,
@@ -153,6 +154,11 @@ class GroupStatus(Shape, frozen=True):
     leader: Annotated[
         str | None, Meta(description="A string: the URL of the coordinator that leads the group.")
     ] = None
+    cleared: Cleared = None
+    failsafe: Annotated[
+        FailsafeStatus | None,
+        doc("An object: the state of failsafe; left out in groups without failsafe."),
+    ] = None
 
     @classmethod
     def from_model(cls, status: model.GroupStatus) -> Self:
@@ -166,6 +172,10 @@ class GroupStatus(Shape, frozen=True):
             previous_primary=status.previous,
             store_id=status.store_id,
             leader=status.leader,
+            cleared=status.cleared,
+            failsafe=None
+            if status.failsafe is None
+            else FailsafeStatus.from_model(status.failsafe),
         )
 
     def to_model(self) -> model.GroupStatus:
@@ -179,6 +189,8 @@ class GroupStatus(Shape, frozen=True):
             previous=self.previous_primary,
             store_id=self.store_id,
             leader=self.leader,
+            cleared=whole(self.cleared),
+            failsafe=None if self.failsafe is None else self.failsafe.to_model(),
         )
 
 
@@ -327,6 +339,19 @@ class HeartbeatRequest(Shape, frozen=True):
             " at most 1000000 above the group's."
         ),
     ] = None
+    failsafe_url: GivenFailsafeUrl = None
+    holds: Annotated[
+        Count | None,
+        doc("An integer from 0 to 9007199254740991: the epoch in which this process is primary."),
+    ] = None
+    failsafe_revision: Annotated[
+        Count | None,
+        doc("An integer from 0 to 9007199254740991: the revision of the set that a primary uses."),
+    ] = None
+    promised: Annotated[
+        bool | None,
+        doc("A boolean: whether a promise to another member forbids this one to be primary now."),
+    ] = None
 
 
 class HeartbeatResponse(Shape, frozen=True):
@@ -343,10 +368,14 @@ class HeartbeatResponse(Shape, frozen=True):
     revision: Revision = None
     previous_primary: Previous = None
     store_id: StoreId = None
+    cleared: Cleared = None
+    failsafe: Annotated[
+        FailsafeSet | None, doc("An object: for the primary, the members that it has to ask.")
+    ] = None
 
     @classmethod
     def from_model(cls, answer: model.HeartbeatAnswer) -> Self:
-        lease_s = answer.lease_s
+        lease_s, failsafe = answer.lease_s, answer.failsafe
         return cls(
             role=ROLES[answer.role],
             last_data_processed_time=answer.last_data,
@@ -355,6 +384,8 @@ class HeartbeatResponse(Shape, frozen=True):
             revision=answer.revision,
             previous_primary=answer.previous,
             store_id=answer.store_id,
+            cleared=answer.cleared,
+            failsafe=None if failsafe is None else FailsafeSet.from_model(failsafe),
         )
 
     def to_model(self) -> model.HeartbeatAnswer:
@@ -367,6 +398,8 @@ class HeartbeatResponse(Shape, frozen=True):
             lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
             previous=self.previous_primary,
             store_id=self.store_id,
+            cleared=whole(self.cleared),
+            failsafe=None if self.failsafe is None else self.failsafe.to_model(),
         )
 
 
@@ -386,6 +419,13 @@ class ReleaseRequest(Shape, frozen=True):
         doc("A string of at most 256 characters, for the history."),
     ] = None
     last_data_processed_time: GivenLastData = None
+    held: Annotated[
+        bool | None,
+        doc(
+            "A boolean: false if this process has refused the tenure and was never primary in it;"
+            " left out for true."
+        ),
+    ] = None
 
 
 class RoleOverrideRequest(Shape, frozen=True):

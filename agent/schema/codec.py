@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.schema import access, api
+from agent.schema import access, api, failsafe_api
 from agent.schema.scalars import not_json, shown
 from agent.schema.values import (
     Id,
@@ -33,6 +33,7 @@ REQUESTS: tuple[type[Shape], ...] = (
     api.HeartbeatRequest,
     api.RoleOverrideRequest,
     api.ReleaseRequest,
+    failsafe_api.LiftRequest,
     access.AccessControlRequest,
 )
 ANSWERS: tuple[type[Shape], ...] = (
@@ -45,9 +46,18 @@ ANSWERS: tuple[type[Shape], ...] = (
     api.ErrorResponse,
     api.Version,
 )
-NESTED: tuple[type[Shape], ...] = (
-    access.AccessControlList,
+ANSWERED_PARTS: tuple[type[Shape], ...] = (
     api.SessionHeartbeat,
+    failsafe_api.FailsafeSet,
+    failsafe_api.FailsafeStatus,
+    failsafe_api.FailsafeMember,
+    failsafe_api.LapsedTenure,
+)
+"""The shapes that are inside of answers only."""
+
+NESTED: tuple[type[Shape], ...] = (
+    *ANSWERED_PARTS,
+    access.AccessControlList,
     access.AccessControlEntry,
     access.Trustee,
 )
@@ -226,7 +236,7 @@ def component_schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         [*REQUESTS, *ANSWERS, *NESTED], schema_hook=describe_value, ref_template=REFERENCE
     )
-    answers = {shape.__name__ for shape in ANSWERS} | {api.SessionHeartbeat.__name__}
+    answers = {shape.__name__ for shape in (*ANSWERS, *ANSWERED_PARTS)}
     for name, schema in schemas.items():
         properties = schema["properties"]
         for key, declared in properties.items():
@@ -245,13 +255,14 @@ def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
     Without null in answers, which is never written there.
     """
     schema = {key: value for key, value in declared.items() if key != "default"}
-    choices = [one for one in schema.pop("anyOf", []) if "multipleOf" not in one]
+    choices = [dict(one) for one in schema.pop("anyOf", []) if "multipleOf" not in one]
     if answered:
         choices = [one for one in choices if one != {"type": "null"}]
     if len(choices) > 1:
         schema["anyOf"] = choices
     elif choices:
         schema = {**choices[0], **schema}
-    if "pattern" in schema:
-        schema["pattern"] = schema["pattern"].replace(r"\Z", "$")
+    for one in (schema, *choices):
+        if "pattern" in one:
+            one["pattern"] = one["pattern"].replace(r"\Z", "$")
     return schema

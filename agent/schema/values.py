@@ -234,6 +234,20 @@ def _is_larger(value: object) -> bool:
     return False
 
 
+class Confirmed:
+    """The JSON value true, and no other."""
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        if given is not True:
+            raise TypeError
+        return cls()
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {"type": "boolean", "const": True}
+
+
 Count = (
     Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
     | Annotated[float, Meta(ge=0, le=MAX_EPOCH, multiple_of=1)]
@@ -260,6 +274,10 @@ Id = Annotated[
         " and not '.' or '..'.",
     ),
 ]
+
+
+Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
+"""An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
 
 
 def doc(description: str) -> Meta:
@@ -290,6 +308,8 @@ def encode_with_names(value: Any) -> Any:
 
 
 def _encode_other(value: Any) -> Any:
+    if isinstance(value, Confirmed):
+        return True
     return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.coordinator.api import Api
-from agent.coordinator.metrics import DECISIONS, Metrics
+from agent.coordinator.metrics import DECISIONS, FAILSAFE_EVENTS, Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group_state import Policy
@@ -23,7 +23,9 @@ from agent.model import (
     TICKS_PER_SECOND,
     GroupConfig,
     GroupRecord,
+    HistoryEntry,
     Tenure,
+    TenureEnd,
 )
 from agent.ops.clock import Clock
 
@@ -139,6 +141,45 @@ def test_decisions_are_counted_by_kind() -> None:
         (3, 1, 1),
         (3, 1, 1),
     ]
+
+
+def test_failsafe_events_are_counted_and_a_resumed_tenure_does_not_begin_again() -> None:
+    metrics, noon = Metrics(), datetime(2026, 1, 31, 12, tzinfo=UTC)
+    record = GroupRecord(GroupConfig("g", 10 * TICKS_PER_SECOND), epoch=1)
+    entries = [
+        HistoryEntry(1, "a", noon, "chosen, resumed"),
+        HistoryEntry(2, "b", noon, "chosen"),
+        HistoryEntry(2, "b", noon, "chosen", noon, "bound", TenureEnd.REFUSED),
+        HistoryEntry(3, "", noon, "lifted", noon, "lifted", TenureEnd.LIFTED),
+        HistoryEntry(4, "", noon, "restored", noon, "restored", TenureEnd.RESTORED),
+    ]
+    metrics.decided(record, record, entries)
+    value = metrics.registry.get_sample_value
+    for kind in FAILSAFE_EVENTS:
+        assert value("failover_coordinator_failsafe_events_total", {"kind": kind}) == 1
+    assert value("failover_coordinator_tenures_started_total") == 1
+    ended = "failover_coordinator_tenures_ended_total"
+    assert value(ended, {"reason": "refused"}) == 1
+    assert value(ended, {"reason": "lifted"}) is None
+
+
+async def test_groups_with_failsafe_are_counted_by_state() -> None:
+    metrics, clock = Metrics(cache_s=0), Clock()
+    coordinator = Coordinator(MemoryStore(), clock.now, Policy(), meter=metrics)
+    await coordinator.start()
+    api = Api(coordinator, clock.now, metrics=metrics)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=api)) as http:
+        for group, url in (("with", "http://a:1"), ("without", None)):
+            await http.post(f"{BASE}/groups", json={"Id": group, "FailoverTimeout": "00:01:00"})
+            sessions = f"{BASE}/groups/{group}/clientsessions"
+            await http.post(sessions, json={"Id": "s"})
+            body = {"FailoverScore": 97.5, "Instance": "i", "FailsafeUrl": url}
+            await http.post(f"{sessions}/s/heartbeat", json=body)
+        await http.get("http://test/metrics")
+    await coordinator.stop()
+    value = metrics.registry.get_sample_value
+    name = "failover_coordinator_failsafe_groups"
+    assert [value(name, {"state": state}) for state in ("off", "ready", "restricted")] == [1, 0, 0]
 
 
 async def test_each_session_has_series_if_that_is_asked_for() -> None:

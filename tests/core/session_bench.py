@@ -21,9 +21,10 @@ from agent.core.events import (
     StatusRead,
     Tick,
 )
+from agent.core.options import FailsafeOptions
 from agent.core.session import Options, Session
 from agent.core.timing import plan
-from agent.model import GroupStatus, HeartbeatAnswer, Role
+from agent.model import GroupStatus, HeartbeatAnswer, MemberSet, Role
 
 S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
 NO_HOOKS: frozenset[Role] = frozenset()
@@ -43,10 +44,20 @@ class Answer:
     revision: int | None = 5
     lease_s: float | None = LEASE_S
     store_id: str | None = STORE
+    cleared: int | None = None
+    failsafe: MemberSet | None = None
 
     def build(self) -> HeartbeatAnswer:
         return HeartbeatAnswer(
-            self.role, DATA, self.epoch, self.revision, self.lease_s, "other", self.store_id
+            self.role,
+            DATA,
+            self.epoch,
+            self.revision,
+            self.lease_s,
+            "other",
+            self.store_id,
+            self.cleared,
+            self.failsafe,
         )
 
 
@@ -74,6 +85,7 @@ class Bench:
         now: float = 100.0,
         hook_limit_s: float = 3.0,
         store_id: str | None = None,
+        failsafe: FailsafeOptions | None = None,
     ) -> None:
         options = Options(
             "me",
@@ -82,6 +94,7 @@ class Bench:
             cooldown_s=5.0,
             cooldown_limit_s=30.0,
             store_id=store_id,
+            failsafe=failsafe,
         )
         self.session = Session(TIMING, options)
         self.now = now

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.core.group import (
-    HIGHEST_LEARNED_EPOCH,
     LARGEST_EPOCH_STEP,
     decide,
     epoch_after_deletion,
     is_compatible,
 )
 from agent.core.group_draft import CONFIRM_SHARE, wake_at
+from agent.core.group_endings import HIGHEST_LEARNED_EPOCH
 from agent.core.group_state import (
     AddSession,
     Decision,
@@ -35,8 +35,8 @@ from agent.core.group_state import (
     state_after_restart,
     state_after_stall,
     status_of,
-    view_of,
 )
+from agent.core.group_view import view_of
 from agent.core.timing import minimum_interval_s
 from agent.errors import Conflict, Invalid, NotFound, TooSoon
 from agent.model import (

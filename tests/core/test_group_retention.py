@@ -14,8 +14,8 @@ from agent.core.group_state import (
     SetOverride,
     Tick,
     is_active,
-    view_of,
 )
+from agent.core.group_view import view_of
 from agent.errors import Conflict, NotFound
 from agent.model import RoleOverride, SessionConfig
 

@@ -14,6 +14,7 @@ from agent.core.timing import (
     SHORTEST_LEASE_S,
     Budget,
     Timing,
+    divide,
     plan,
     smallest_lease_s,
 )
@@ -120,3 +121,28 @@ def test_r1_a_lease_out_of_range_is_refused(lease_s: float) -> None:
 def test_r1_rounding_of_floats_does_not_break_a_budget() -> None:
     """0.1 + 0.2 is more than 0.3 by 4e-17."""
     assert plan(0.3, Budget(renew_s=0.2, demote_s=0.07, margin_s=0.03)).renew_s == 0.2
+
+
+def test_r1_failsafe_allows_two_questions_after_a_silence_by_default() -> None:
+    timing = plan(10.0, Budget(failsafe=True))
+    beat_s = timing.heartbeat_interval_s
+    assert timing.doubt_s == pytest.approx(6.5 / 8)
+    assert timing.question_interval_s == pytest.approx(6.5 / 6)
+    assert beat_s + timing.doubt_s + 2 * timing.question_interval_s <= timing.renew_s
+
+
+def test_r1_failsafe_notices_a_silence_within_5_s_of_a_long_lease() -> None:
+    timing = plan(LONGEST_LEASE_S, Budget(failsafe=True))
+    assert (timing.doubt_s, timing.question_interval_s) == (5.0, 5.0)
+
+
+def test_r1_failsafe_shows_how_much_of_r_its_questions_take() -> None:
+    """A beat of at most R / 2 leaves room for two of them, so no other relation can break this one."""
+    rules = dict(divide(10.0, Budget(heartbeat_interval_s=4, failsafe=True)).rules())
+    assert rules["beat 4 + doubt 0.8125 + 2 x question 1.08333 = 6.97917 <= renew 6.5"] is False
+
+
+def test_r1_failsafe_refuses_a_lease_below_one_second() -> None:
+    with pytest.raises(TimingError, match=r"failover timeout 0\.9 >= 1, with failsafe") as refused:
+        plan(0.9, Budget(failsafe=True))
+    assert refused.value.smallest_lease_s == pytest.approx(1.0, abs=0.011)

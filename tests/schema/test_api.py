@@ -18,7 +18,7 @@ from schemathesis.core import NotSet
 from agent import model
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import TICKS_PER_SECOND, Role, RoleOverride
-from agent.schema import access, api, codec, scalars, values
+from agent.schema import access, api, codec, failsafe_api, scalars, values
 from agent.schema.codec import BodyError
 from agent.schema.values import Shape
 from tests.odd_json import ODD_JSON
@@ -247,6 +247,8 @@ def test_every_role_has_its_v1_number_or_its_name_when_names_are_wanted() -> Non
 
 # --- conversions --------------------------------------------------------------------------------
 
+MEMBERS = model.MemberSet(4, (model.Member("a", "http://a:1"), model.Member("b", "http://b:1")))
+
 VALUES: list[tuple[type[Any], Any]] = [
     (api.GroupRequest, model.GroupConfig("g", 5_000_000, "n", "d", '{"a":{"b":null}}')),
     (api.GroupRequest, model.GroupConfig("g", 600_000_000)),
@@ -256,6 +258,35 @@ VALUES: list[tuple[type[Any], Any]] = [
     (api.SessionRequest, model.SessionConfig("s", "n", '{"a":1}')),
     (api.HeartbeatResponse, model.HeartbeatAnswer(Role.PRIMARY, NOON, 7, 9, 2.5, "a")),
     (api.HeartbeatResponse, model.HeartbeatAnswer(Role.SECONDARY)),
+    (
+        api.HeartbeatResponse,
+        model.HeartbeatAnswer(Role.PRIMARY, epoch=7, cleared=6, failsafe=MEMBERS),
+    ),
+    (
+        api.HeartbeatResponse,
+        model.HeartbeatAnswer(Role.PRIMARY, cleared=0, failsafe=model.MemberSet(3, off="no URL")),
+    ),
+    (
+        api.GroupStatus,
+        model.GroupStatus(
+            None,
+            None,
+            None,
+            cleared=6,
+            failsafe=model.FailsafeStatus(
+                model.FailsafeState.RESTRICTED,
+                "a may be active",
+                4,
+                MEMBERS.members,
+                MEMBERS.members[:1],
+                model.Lapsed("a", 7, NOON),
+            ),
+        ),
+    ),
+    (
+        api.GroupStatus,
+        model.GroupStatus("a", None, None, failsafe=model.FailsafeStatus(model.FailsafeState.OFF)),
+    ),
     (api.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen", NOON, "released")),
     (api.HistoryEntry, model.HistoryEntry(7, "a", NOON, "chosen")),
     (
@@ -339,8 +370,35 @@ def test_a_heartbeat_of_our_agent_is_read_as_it_was_made() -> None:
         last_data_processed_time=NOON,
         instance="i",
         epoch=model.MAX_EPOCH,
+        failsafe_url="https://host-a:8443/x",
+        holds=7,
+        failsafe_revision=4,
+        promised=True,
     )
     assert codec.decode(api.HeartbeatRequest, codec.encode(beat)) == beat
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "host:1",
+        "ftp://a",
+        "http://",
+        "http:///x",
+        "http://a b",
+        "http://a\n",
+        "http://" + "a" * 250,
+    ],
+)
+def test_a_failsafe_url_that_no_member_could_ask_is_refused(url: str) -> None:
+    body = json.dumps({"FailoverScore": 1, "FailsafeUrl": url})
+    assert complaint(api.HeartbeatRequest, body).startswith("FailsafeUrl is ")
+
+
+def test_a_set_without_members_is_off() -> None:
+    known = codec.decode(failsafe_api.FailsafeSet, b'{"Revision":3,"Members":[]}').to_model()
+    assert known == model.MemberSet(3, off="the coordinator names no members")
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -564,6 +622,7 @@ VALID: dict[type[Shape], dict[str, str]] = {
     api.HeartbeatRequest: {"FailoverScore": "1"},
     api.RoleOverrideRequest: {"Value": "1"},
     api.ReleaseRequest: {"Epoch": "1"},
+    failsafe_api.LiftRequest: {"Epoch": "1", "Reason": '"r"', "NobodyIsActive": "true"},
     access.AccessControlRequest: {
         "RoleTrusteeAccessControlEntries": '[{"AccessType":0,"AccessRights":31,"Trustee":'
         '{"Type":1,"ObjectId":"a"}}]'

@@ -13,8 +13,10 @@ from agent.core import group, group_state
 from agent.core.group_state import (
     AddSession,
     Decision,
+    DeclareRestored,
     GroupState,
     Input,
+    Lift,
     Policy,
     Removal,
     RemoveGroup,
@@ -68,6 +70,8 @@ class CoordinatorHost:
         self.holders: dict[int, str] = {}
         self.newest_epoch = 0
         self.restored_at = float("-inf")
+        self.restored = False
+        """Whether the next start declares that its data are an older copy."""
         self.lost_epoch = -1
         """The newest epoch in the data before they were restored."""
         self.state: GroupState = world.core.state_after_restart(self.disk, self.instant())
@@ -98,6 +102,8 @@ class CoordinatorHost:
         self.world.record(self.name, "starts")
         self.up = True
         self.state = self.world.core.state_after_restart(self.disk, self.instant())
+        if self.restored:
+            self.declare_restored()
         self.submit(Tick(), lambda _: None)
 
     def lose_data(self) -> None:
@@ -116,11 +122,29 @@ class CoordinatorHost:
         if not self.world.forgets:  # without epochs, clients cannot report a newer one
             self.lost_epoch = max(self.lost_epoch, self.newest_epoch)
         self.disk, self.newest_epoch = copy, copy.epoch
+        self.restored = self.world.failsafe
         self.deleted = False
         self.restored_at = self.world.now
         self.holders = {e: who for e, who in self.holders.items() if e < copy.epoch}
         if self.up:
             self.state = self.world.core.state_after_restart(copy, self.instant())
+
+    def declare_restored(self) -> None:
+        """Begin with a copy that is declared as one, before any request (R34)."""
+        self.restored = False
+        self.world.record(self.name, "its data are declared as restored")
+        what = DeclareRestored()
+        decision = self.world.core.decide(self.state, what, self.instant(), self.world.policy)
+        self.keep(decision.state.record)
+        self.conclude(decision, lambda _: None)
+
+    def lift(self) -> None:
+        """An operator lifts, having looked at each host: nobody is active."""
+        if any(a.runs.may_be_active or a.guard.acts for a in self.world.agents.values()):
+            return
+        if self.state.record.cleared < self.state.record.epoch:
+            self.world.record("operator", f"lifts epoch {self.state.record.epoch}")
+            self.submit(Lift(self.state.record.epoch, "looked at each host"), lambda _: None)
 
     def pause(self) -> None:
         if self.up and self.paused_at is None:
@@ -206,6 +230,8 @@ class CoordinatorHost:
         self.newest_epoch = record.epoch
         if record.holder is not None:
             self.check_epoch(record.holder.epoch, str(record.holder.instance))
+        if self.world.failsafe:
+            self.world.check_failsafe(self)
 
     def check_epoch(self, epoch: int | None, holder: str) -> None:
         if epoch is None:

@@ -204,7 +204,7 @@ class Guard:
 
     def _release(self, epoch: int, instance: str) -> None:
         host = self.host
-        what = ReleaseRole(host.name, epoch, instance=instance, why="demoted by the guard")
+        what = ReleaseRole(host.session_id, epoch, instance=instance, why="demoted by the guard")
         if Defect.RELEASES_AS_ANYBODY in self.world.defects:
             what = host.anybodys_release(what)
         coordinator = host.coordinator

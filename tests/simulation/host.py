@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent.core.effects import (
+    Ask,
     Effect,
     Escalate,
     Exit,
@@ -21,8 +22,10 @@ from agent.core.effects import (
     SendHeartbeat,
     StartHook,
     TermHook,
+    Vote,
 )
 from agent.core.events import (
+    Asked,
     Event,
     FitnessChanged,
     HeartbeatAnswered,
@@ -37,11 +40,13 @@ from agent.core.events import (
     Stop,
     Tick,
 )
+from agent.core.failsafe_view import Readiness
 from agent.core.group_state import AddSession, Input, ReceiveHeartbeat, ReleaseRole, RemoveSession
+from agent.core.options import FailsafeOptions
 from agent.core.roles import TRANSITIONS
 from agent.core.session import Options, Phase, PreviousTenure, Session
 from agent.errors import ExitCode, NotFound, RequestRefused, TooSoon
-from agent.model import GroupStatus, HeartbeatAnswer, Role, SessionConfig
+from agent.model import GroupStatus, HeartbeatAnswer, Member, Role, SessionConfig
 
 from .defects import Defect
 from .guards import Guard
@@ -92,9 +97,13 @@ class AgentHost:
         net: Net | None = None,
         score: float = 100.0,
         hooks: frozenset[Role] = ALL_HOOKS,
+        session_id: str | None = None,
     ) -> None:
         self.world = world
         self.name = name
+        self.session_id = session_id or name
+        self.failsafe = world.failsafe
+        """Whether its agent takes part in failsafe, from its next start on."""
         self.clock = clock or Clock()
         self.nature = nature or HookNature()
         self.nets = [net or Net(), *(Net() for _ in world.coordinators[1:])]
@@ -125,6 +134,7 @@ class AgentHost:
         self.dying: list[str] = []
         self.state_file = StateFile()
         self.tenure: tuple[int, str] | None = None
+        self.readiness = Readiness.OFF
         self.runs = Processes(self, self.run_ended)
         self.guard = Guard(self)
         self.session: Session
@@ -157,6 +167,11 @@ class AgentHost:
     @property
     def instance(self) -> str:
         return f"{self.name}#{self.life}"
+
+    @property
+    def member(self) -> Member:
+        """It as a member of a failsafe group."""
+        return Member(self.session_id, f"http://{self.name}")
 
     def local(self) -> float:
         return self.clock.local(self.world.now)
@@ -205,13 +220,14 @@ class AgentHost:
     def options(self, jitter: float) -> Options:
         """The current settings, and the store id that is remembered over a restart."""
         return Options(
-            session_id=self.name,
+            session_id=self.session_id,
             hooks=self.hooks_present,
             hook_limit_s=self.world.lease_s,
             cooldown_s=self.world.cooldown_limit_s / 4,
             cooldown_limit_s=self.world.cooldown_limit_s,
             jitter=jitter,
             store_id=self.state_file.store_id,
+            failsafe=FailsafeOptions(self.member.url) if self.failsafe else None,
         )
 
     def kill(self) -> None:
@@ -373,6 +389,12 @@ class AgentHost:
             return
         self.perform(self.session.step(event, self.local()))
 
+    def vote(self, asked: Asked) -> Vote:
+        """Answer the question of another member; only while its loop runs."""
+        vote, effects = self.session.vote(asked, self.local())
+        self.perform(effects)
+        return vote
+
     def arm_guard(self) -> None:
         self.guard.arm(self.session.guard_deadlines)
 
@@ -387,10 +409,19 @@ class AgentHost:
             if life != self.life:
                 return
         self.arm_guard()
+        self.record_readiness()
         wake_at = self.session.wake_at
         if wake_at < float("inf"):
             delay_s = max(0.0, self.clock.true(wake_at) - self.world.now)
             self.world.after(delay_s + 1e-6, self.timer, self.life, wake_at)
+
+    def record_readiness(self) -> None:
+        """Record what has changed of failsafe, as the log does."""
+        if self.failsafe and self.up:
+            view = self.session.failsafe_view(self.local())
+            if view.readiness is not self.readiness:
+                self.readiness = view.readiness
+                self.world.record(self.name, f"failsafe {view.readiness}: {view.why}")
 
     def timer(self, life: int, wake_at: float) -> None:
         if life == self.life and wake_at == self.session.wake_at:
@@ -399,9 +430,11 @@ class AgentHost:
     def begin(self, effect: Effect) -> None:  # noqa: C901 - one arm an effect
         match effect:
             case SendHeartbeat():
-                self.beat(effect.number)
+                self.beat(effect)
             case Publish():
                 self.publish(effect)
+            case Ask():
+                self.world.lan.ask(self, effect)
             case StartHook():
                 self.start_hook(effect)
             case TermHook():
@@ -413,7 +446,7 @@ class AgentHost:
             case Release():
                 self.release(effect)
             case Leave():
-                self.call("leave", RemoveSession(self.name), lambda _: Left(), Left)
+                self.call("leave", RemoveSession(self.session_id), lambda _: Left(), Left)
             case Escalate():
                 self.world.record(self.name, f"escalates: {effect.reason}")
                 self.runs.kill_all()
@@ -541,18 +574,22 @@ class AgentHost:
             self.revision = -1
             self.endpoint = (tried + 1) % len(self.world.coordinators)
 
-    def beat(self, beat: int) -> None:
-        plain = self.world.plain_v1
+    def beat(self, effect: SendHeartbeat) -> None:
+        beat, plain = effect.number, self.world.plain_v1
         seen = None if plain else self.session.newest_epoch
         coordinator = self.coordinator
         what = ReceiveHeartbeat(
-            self.name,
+            self.session_id,
             self.score,
             last_data=EPOCH_OF_WALL + timedelta(seconds=self.world.now)
             if self.runs.active
             else None,
             instance=None if plain else self.instance,
             seen_epoch=seen,
+            failsafe_url=self.member.url if self.session.options.failsafe else None,
+            holds=effect.holds,
+            failsafe_revision=effect.failsafe_revision,
+            promised=effect.promised,
         )
 
         def answered(answer: Any) -> Event:
@@ -567,10 +604,10 @@ class AgentHost:
                     return HeartbeatFailed(beat, HeartbeatFailure.GONE, "404")
                 case TooSoon():
                     return HeartbeatFailed(
-                        beat, HeartbeatFailure.BACK_OFF, "429", answer.retry_after_s
+                        beat, HeartbeatFailure.BACK_OFF, "429", answer.retry_after_s, contact=True
                     )
                 case _:
-                    return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "refused")
+                    return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "refused", contact=True)
 
         def failed() -> Event:
             return HeartbeatFailed(beat, HeartbeatFailure.OTHER, "no answer in time")
@@ -581,7 +618,7 @@ class AgentHost:
             )
             return
         self.call("beat", what, answered, failed)
-        if self.stops_confirming and coordinator.state.record.pending == self.name:
+        if self.stops_confirming and coordinator.state.record.pending == self.session_id:
             self.stops_confirming = False
             self.world.after(0.0, self.stop)
 
@@ -590,11 +627,12 @@ class AgentHost:
         if self.runs.may_be_active:
             self.world.broken(f"{self.name} releases, and its workload runs")
         what = ReleaseRole(
-            self.name,
+            self.session_id,
             effect.epoch,
             instance=effect.instance or self.instance,
             why=effect.reason,
             hold_off_s=effect.hold_off_s,
+            held=effect.held,
         )
         if effect.instance is None:
             self.state_file.unreleased = None
@@ -605,7 +643,7 @@ class AgentHost:
     def anybodys_release(self, what: ReleaseRole) -> ReleaseRole:
         """The planted release, of whatever tenure is current."""
         holder = self.coordinator.state.record.holder
-        if holder is None or holder.session_id != self.name:
+        if holder is None or holder.session_id != self.session_id:
             return what
         return replace(what, epoch=holder.epoch, instance=holder.instance)
 
@@ -643,7 +681,7 @@ class AgentHost:
                 self.next_endpoint(endpoint)
             self.join(life)
 
-        what = AddSession(SessionConfig(self.name))
+        what = AddSession(SessionConfig(self.session_id))
         self.world.send(net, back=False, deliver=coordinator.submit, args=(what, reply))
         self.world.after(self.world.timing.heartbeat_interval_s, again)
 

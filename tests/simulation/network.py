@@ -19,6 +19,9 @@ class Net:
     repeat: float = 0.0
     cut_out: bool = False
     cut_back: bool = False
+    held_out: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
+    held_back: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
+    """Messages that wait until the link is released, in each direction; None while it is not stalled."""
 
     def mend(self) -> None:
         """From now on every message arrives, soon."""
@@ -55,5 +58,8 @@ def send(
     copies = 2 if chance.random() < net.repeat else 1
     for _ in range(copies):
         lost = net.cut_back if back else net.cut_out
-        if not lost and chance.random() >= net.loss:
+        held = net.held_back if back else net.held_out
+        if held is not None and not lost:
+            held.append((deliver, args))
+        elif not lost and chance.random() >= net.loss:
             after(net.delay_s + chance.random() * net.spread_s, deliver, *args)

@@ -53,6 +53,7 @@ class Plan:
     budget: Budget | None = None
     cooldown_limit_s: float | None = None
     guarded: bool = True
+    failsafe: bool = False
 
 
 ON_HOSTS = (
@@ -78,6 +79,8 @@ ON_PROCESSES = (
     "fail_start",
 )
 ON_NETWORKS = ("cut", "cut_out", "cut_back", "slow")
+ON_THE_LAN = ("cut_lan", "cut_votes", "slow_lan", "outage", "plain", "bounce")
+"""Faults that concern failsafe only."""
 ON_COORDINATORS = ("kill_coordinator", "pause_coordinator", "restore")
 KINDS = (*ON_HOSTS, *ON_PROCESSES, *ON_NETWORKS, *ON_COORDINATORS, *ACTS)
 
@@ -101,7 +104,9 @@ def build(
         cooldown_limit_s=plan.cooldown_limit_s,
         stores=plan.stores,
         defects=defects,
+        failsafe=plan.failsafe,
     )
+    world.lan.loss, world.lan.repeat = plan.loss, plan.repeat
     for coordinator in world.coordinators:
         coordinator.clock = Clock(1 + plan.drift[0], 1000.0)
         coordinator.state = world.core.state_after_restart(coordinator.disk, coordinator.instant())
@@ -138,6 +143,8 @@ def inject(world: World, fault: Fault) -> None:
         _inject_process(world, agent, fault)
     elif fault.kind in ON_NETWORKS:
         _inject_network(world, agent, fault)
+    elif fault.kind in ON_THE_LAN:
+        _inject_lan(world, agent, fault)
     else:
         _inject_coordinator(world, fault)
 
@@ -208,6 +215,34 @@ def _inject_network(world: World, agent: AgentHost, fault: Fault) -> None:
     world.after(fault.seconds, mend, agent)
 
 
+def _inject_lan(world: World, agent: AgentHost, fault: Fault) -> None:
+    names = list(world.agents)
+    peer = names[fault.which % len(names)]
+    net = world.lan.net(agent.name, peer)
+    match fault.kind:
+        case "cut_lan":
+            world.lan.cut(agent.name, peer)
+            world.after(fault.seconds, net.mend)
+        case "cut_votes":
+            net.cut_back = True
+            world.after(fault.seconds, net.mend)
+        case "slow_lan":
+            net.delay_s, net.spread_s = 0.05 * world.lease_s, 0.5 * world.lease_s
+            world.after(fault.seconds, net.mend)
+        case "outage":
+            world.record("", "outage")
+            for host in world.agents.values():
+                host.net.cut_out = host.net.cut_back = True
+                late_s = world.lease_s * 0.1 * (fault.which % 4)
+                world.after(fault.seconds + late_s, mend, host)
+        case "bounce" | "plain":
+            agent.failsafe = fault.kind == "bounce"
+            agent.kill_agent()
+            world.after(0.01 * world.lease_s, agent.start)
+        case _:
+            raise AssertionError(fault.kind)
+
+
 def mend(agent: AgentHost) -> None:
     """Restore a host's network, except for the plan's permanent loss."""
     agent.net.mend()
@@ -241,7 +276,7 @@ def end_faults(world: World) -> None:
         coordinator.resume()
         coordinator.restart()
     for agent in world.agents.values():
-        for net in agent.nets:
+        for net in [*agent.nets, *world.lan.nets.values()]:
             net.mend()
             net.loss = net.repeat = 0.0
         agent.failing_starts, agent.stops_confirming = 0, False

@@ -10,7 +10,17 @@ from agent.core.session import Phase, Session
 
 from .coordinator import Core
 from .defects import Defect
-from .schedule import KINDS, ON_HOSTS, ON_NETWORKS, ON_PROCESSES, Fault, Plan, build, end_faults
+from .schedule import (
+    KINDS,
+    ON_HOSTS,
+    ON_NETWORKS,
+    ON_PROCESSES,
+    ON_THE_LAN,
+    Fault,
+    Plan,
+    build,
+    end_faults,
+)
 from .world import World
 
 EXAMPLES = int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000"))
@@ -48,7 +58,11 @@ def _faults(draw: st.DrawFn, kinds: Sequence[str], focus: Sequence[str]) -> tupl
 
 
 def plans(
-    *, plain_v1: bool = False, stores: int = 1, focus: Sequence[str] = ()
+    *,
+    plain_v1: bool = False,
+    stores: int = 1,
+    focus: Sequence[str] = (),
+    failsafe: bool = False,
 ) -> st.SearchStrategy[Plan]:
     """Schedules: up to ten faults of every kind, on clocks within the promised drift.
 
@@ -56,13 +70,15 @@ def plans(
         plain_v1: with a plain v1 server that keeps nothing over a restart.
         stores: how many coordinators there are that do not know each other.
         focus: kinds that are always among those of a schedule.
+        failsafe: with agents that take part in failsafe, and faults of the LAN between them.
     """
+    kinds = ON_PLAIN_V1 if plain_v1 else KINDS
     drift = st.sampled_from([-0.005, 0.0, 0.005])
     return st.builds(
         Plan,
         seed=st.integers(0, 2**32 - 1),
         agents=st.integers(2, 3),
-        faults=_faults(ON_PLAIN_V1 if plain_v1 else KINDS, focus),
+        faults=_faults((*kinds, *ON_THE_LAN) if failsafe else kinds, focus),
         lease_s=st.sampled_from([2.0, 2.0, 0.5]),
         drift=st.tuples(drift, drift, drift, drift),
         hook_seconds=st.sampled_from([0.0005, 0.02, 0.2]),
@@ -80,6 +96,7 @@ def plans(
         forgets=st.just(plain_v1),
         stores=st.just(stores),
         restart_share=st.sampled_from([0.3, 0.3, 2.0]),
+        failsafe=st.just(failsafe),
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from agent.core.group_failsafe import choosable_members
 from agent.core.group_state import Policy
 from agent.core.session import Session
 from agent.core.timing import Budget, plan
@@ -58,8 +59,10 @@ class World:
         cooldown_limit_s: float | None = None,
         stores: int = 1,
         defects: frozenset[Defect] = frozenset(),
+        failsafe: bool = False,
     ) -> None:
         from .coordinator import REAL, CoordinatorHost  # noqa: PLC0415 - they know the world
+        from .lan import Lan  # noqa: PLC0415 - likewise
 
         self.rng = random.Random(seed)
         self.chance = random.Random(seed + 1)
@@ -80,6 +83,9 @@ class World:
         self.session_class = session_class
         self.core = core or REAL
         self.defects = defects
+        self.failsafe = failsafe
+        """Whether the agents take part in failsafe, unless they are told otherwise."""
+        self.lan = Lan(self)
         self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.count = 0
         self.transcript: list[str] = []
@@ -153,6 +159,19 @@ class World:
         active = [agent.name for agent in self.agents.values() if agent.is_active]
         if len(active) > 1 and self.now >= self.void_until:
             self.broken(f"active at once: {active}")
+
+    def check_failsafe(self, coordinator: "CoordinatorHost") -> None:
+        """No active member is in a tenure that is taken for over, and it asks whoever may be promoted (R24, R25)."""
+        record = coordinator.disk
+        allowed = choosable_members(record)
+        for agent in self.agents.values():
+            if not agent.is_active or agent.tenure is None or self.now < self.void_until:
+                continue
+            if agent.tenure[0] <= record.cleared:
+                self.broken(f"{record.cleared} is taken for over, {agent.name} is active in it")
+            asked = agent.session.asked_members if agent.works else None
+            if asked is not None and not (allowed is not None and set(allowed) <= set(asked)):
+                self.broken(f"{allowed} may be promoted, {agent.name} asks {asked}")
 
     def void(self, coordinator: "CoordinatorHost") -> None:
         """A member that had not heard of a lease came first after the data with it were lost."""

@@ -110,9 +110,10 @@ def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
 
 
 def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
-    """A record of schemas 1 to 3 in the form of schema 4, and the progress that it held.
+    """A record of schemas 1 to 4 in the form of schema 5, and the progress that it held.
 
-    In the older form AdditionalData is an object, and a tenure has its data-processed time.
+    Up to schema 3 AdditionalData is an object, and a tenure has its data-processed time. Up to schema 4 there
+    is no failsafe: every tenure is over but the one under way (R24).
 
     Raises:
         StoreError: it is no such record; ``where`` names its owner.
@@ -126,6 +127,7 @@ def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
         ended.pop("last_data", None)
         last_data = holder.pop("last_data", None)
         progress = decode_progress(holder["epoch"], last_data, where) if last_data else None
+        record.setdefault("cleared", record.get("epoch", 0) - (1 if holder else 0))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _unreadable(GroupRecord, where, f"{type(error).__name__}: {error}") from error
     return _compact(record), progress

@@ -31,9 +31,9 @@ LOCK_NAME = "coordinator.lock"
 APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Grows with each change that a version before would not understand; 4: sessions have an owner, progress a
-table."""
+table; 5: records restrict who may be promoted (R24)."""
 
 OLDEST_SCHEMA = 1
 """What is this old, or newer, is brought up to date when it is opened."""
@@ -368,21 +368,27 @@ def _connect(path: Path) -> apsw.Connection:
         database.pragma("synchronous", "full")
         database.pragma("foreign_keys", value=True)
         with database:
-            if version < 2:  # noqa: PLR2004 - a schema's number
-                database.execute(RETIRED)
-            if version < 3:  # noqa: PLR2004 - a schema's number
-                database.execute(IDENTITY)
-                database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
-            if version < 4:  # noqa: PLR2004 - a schema's number
-                database.execute(PROGRESS)
-                _upgrade_records(database, path)
-            database.pragma("user_version", SCHEMA_VERSION)
+            _upgrade(database, path, version)
         undo.pop_all()
     return database
 
 
+def _upgrade(database: apsw.Connection, path: Path, version: int) -> None:
+    """Bring a database of an older schema up to date, in the caller's transaction."""
+    if version < 2:  # noqa: PLR2004 - a schema's number
+        database.execute(RETIRED)
+    if version < 3:  # noqa: PLR2004 - a schema's number
+        database.execute(IDENTITY)
+        database.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
+    if version < 4:  # noqa: PLR2004 - a schema's number
+        database.execute(PROGRESS)
+    if version < 5:  # noqa: PLR2004 - a schema's number
+        _upgrade_records(database, path)
+    database.pragma("user_version", SCHEMA_VERSION)
+
+
 def _upgrade_records(database: apsw.Connection, path: Path) -> None:
-    """Bring the records of schemas 1 to 3 into the form of schema 4."""
+    """Bring the records of schemas 1 to 4 into the form of schema 5."""
     rows: list[Any] = database.execute(
         "SELECT id, tenant, namespace, name, record FROM failover_group"
     ).fetchall()

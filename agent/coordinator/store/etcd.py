@@ -115,16 +115,40 @@ class EtcdCluster:
                 f"shards is {shards}, and the store under {prefix} of etcd was made with {meta.shards}:"
                 f" set shards to {meta.shards}; it is fixed when a store is made"
             )
-        if meta.is_copy:
-            text = json.dumps({"StoreId": meta.store_id, "Shards": shards, "Schema": SCHEMA})
-            key = f"{prefix}/meta"
-            await etcd.txn([if_revision(key, meta.revision)], [put(key, text)])
+        if meta.is_copy or meta.schema < SCHEMA:
+            await cls._begin_to_serve(etcd, prefix, meta)
             return await cls.open(etcd, prefix, shards)
         return cls(etcd, Layout(prefix, shards), meta)
+
+    @staticmethod
+    async def _begin_to_serve(etcd: Etcd, prefix: str, meta: Meta) -> None:
+        """Make a copy, or the store of an older version, one of this version.
+
+        Records are converted as they are read. A coordinator of the older version that still has a session
+        could not read the new ones, and would not know whom they exclude.
+        """
+        key = f"{prefix}/meta"
+        text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
+        unserved = [] if meta.is_copy else [if_none(f"{Layout(prefix, meta.shards).live}members/")]
+        known = if_revision(key, meta.revision)
+        if (await etcd.txn([known, *unserved], [put(key, text)])).succeeded or not unserved:
+            return
+        if (await etcd.txn([known], [])).succeeded:
+            raise StoreError(
+                f"coordinators of an older version serve the store under {prefix} of etcd: stop all of"
+                " them, and start this one again when their leadership_ttl has passed; nothing was changed",
+                exit_code=ExitCode.DATA_DIR_LOCKED,
+            )
 
     def shard(self, number: int, leader_revision: int) -> "EtcdStore":
         """A shard, led under the leadership key of this revision."""
         return EtcdStore(self, number, leader_revision)
+
+    async def is_served(self) -> bool:
+        """Whether any coordinator has a session."""
+        members = self.layout.member("")
+        found = await self.etcd.range(read(members, end_of(members), count_only=True))
+        return found.count > 0
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""

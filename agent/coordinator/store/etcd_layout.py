@@ -10,14 +10,15 @@ import uuid
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from agent.coordinator.store.codec import decode, decode_progress
+from agent.coordinator.store.codec import decode, decode_progress, upgrade_record
 from agent.coordinator.store.etcd_client import Etcd, KeyValue
 from agent.errors import ExitCode, StoreError
 from agent.model import GroupKey, GroupRecord, Progress
 from agent.schema.scalars import format_date_time
 
-SCHEMA = 1
-"""Grows with each change that a version before would not understand."""
+SCHEMA = 2
+"""Grows with each change that a version before would not understand; 2: records restrict who may be promoted
+(R24)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Meta:
         moved_to: where its groups were copied to, since when nobody may serve them here; or None.
         revision: of the key that has this.
         is_copy: nobody has served it since it was copied here, so it may be replaced by another copy.
+        schema: of the version that served it last.
     """
 
     store_id: str
@@ -35,6 +37,7 @@ class Meta:
     moved_to: str | None
     revision: int
     is_copy: bool = False
+    schema: int = SCHEMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,10 @@ def record_value(text: str, token: str | None = None) -> str:
 
 
 def record_of_key(found: KeyValue, place: str) -> GroupRecord:
-    """The record of its key. Raises StoreError."""
+    """The record of its key, also as schema 1 wrote it. Raises StoreError."""
     _token, _, text = found.value.partition("\n")
+    if '"cleared":' not in text:  # inside a string, its quotes would be escaped
+        text, _ = upgrade_record(text, place)
     return decode(GroupRecord, text, place)
 
 
@@ -153,6 +158,7 @@ async def read_meta(etcd: Etcd, prefix: str) -> Meta | None:
             text.get("MovedTo"),
             found.revision,
             text.get("IsCopy", False),
+            schema,
         )
     except (ValueError, KeyError, TypeError):
         raise StoreError(

@@ -31,10 +31,10 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
-from agent.schema import api
+from agent.schema import api, failsafe_api
 from agent.schema.codec import BodyError, decode_many, encode
 from agent.schema.scalars import format_time_span
-from agent.schema.values import HoldOffSpan, Shape
+from agent.schema.values import Confirmed, HoldOffSpan, Shape
 
 S = TypeVar("S", bound=Shape)
 
@@ -98,6 +98,10 @@ class RestClient(Endpoints):
         instance: str | None,
         seen_epoch: int | None,
         timeout_s: float,
+        failsafe_url: str | None = None,
+        holds: int | None = None,
+        failsafe_revision: int | None = None,
+        promised: bool = False,
     ) -> HeartbeatAnswer:
         """One heartbeat.
 
@@ -109,6 +113,10 @@ class RestClient(Endpoints):
             instance: this process; None at a plain v1 server.
             seen_epoch: the newest epoch seen; None at a plain v1 server.
             timeout_s: seconds, under R / 2 (R1).
+            failsafe_url: this process's failsafe listener, or None without failsafe.
+            holds: the epoch that this process holds, or None.
+            failsafe_revision: the revision of the set of members that it uses, or None.
+            promised: whether a promise to another member binds it.
 
         Raises:
             ServerError: ``status`` 404 if the group or the session is gone; 429 if it came too soon.
@@ -124,6 +132,10 @@ class RestClient(Endpoints):
                     last_data_processed_time=last_data,
                     instance=instance,
                     epoch=seen_epoch,
+                    failsafe_url=failsafe_url,
+                    holds=holds,
+                    failsafe_revision=failsafe_revision,
+                    promised=promised or None,
                 )
             ),
             read=lambda answer: decode_one(api.HeartbeatResponse, answer).to_model(),
@@ -171,6 +183,7 @@ class RestClient(Endpoints):
         reason: str,
         hold_off_s: float | None = None,
         last_data: datetime | None = None,
+        held: bool = True,
         timeout_s: float,
     ) -> None:
         """Release a tenure after demotion, so that the next session can be promoted at once (R5).
@@ -183,6 +196,7 @@ class RestClient(Endpoints):
             reason: for the history.
             hold_off_s: seconds in which this session is not to be chosen again, or None.
             last_data: when data was last processed, or None for never.
+            held: False if this process has refused the tenure.
             timeout_s: seconds.
 
         Raises:
@@ -201,7 +215,31 @@ class RestClient(Endpoints):
                     hold_off_period=None if hold_off_s is None else _hold_off(hold_off_s),
                     reason=reason,
                     last_data_processed_time=last_data,
+                    held=None if held else False,
                 )
+            ),
+            read=_check_no_content,
+        )
+
+    async def lift_failsafe(self, group: str, *, epoch: int, reason: str, timeout_s: float) -> None:
+        """Declare that no member of a group is active by failsafe (R34).
+
+        Args:
+            group: its id.
+            epoch: the newest one of the group.
+            reason: for the history.
+            timeout_s: seconds.
+
+        Raises:
+            ServerError: ``status`` 409 if somebody is primary, or in another epoch; 404 without the group.
+        """
+        await self._request(
+            "POST",
+            f"groups/{_quote_segment(group)}/failsafe/lift",
+            what=f"lifting failsafe of group {group}",
+            timeout_s=timeout_s,
+            body=encode(
+                failsafe_api.LiftRequest(epoch=epoch, reason=reason, nobody_is_active=Confirmed())
             ),
             read=_check_no_content,
         )

@@ -16,6 +16,8 @@ from agent.model import (
     GroupKey,
     GroupRecord,
     HoldOff,
+    Member,
+    MemberSet,
     RoleOverride,
     SessionConfig,
     SessionRecord,
@@ -50,6 +52,7 @@ def make_record() -> Callable[[int], GroupRecord]:
                     epoch,
                     NOW,
                     "user:ann",
+                    "http://a:9",
                 ),
                 "b": SessionRecord(SessionConfig("b")),
             },
@@ -62,6 +65,11 @@ def make_record() -> Callable[[int], GroupRecord]:
             acl=AccessList((AccessEntry(Trustee(1, "u", "t"), denied=True, rights=31),)),
             quiet=True,
             ended=Tenure("b", epoch - 1, NOW, "chosen", "i2"),
+            ended_at=NOW,
+            cleared=epoch - 1,
+            used=MemberSet(3, (Member("a", "http://a:9"),)),
+            offered=MemberSet(4, off="b has none"),
+            set_revision=4,
         )
 
     return make

@@ -183,10 +183,11 @@ OLDER_SCHEMAS = (
     "DROP TABLE progress; DROP TABLE identity; DROP TABLE retired; PRAGMA user_version = 1",
     "DROP TABLE progress; DROP TABLE identity; PRAGMA user_version = 2",
     "DROP TABLE progress; PRAGMA user_version = 3",
+    "PRAGMA user_version = 4",
 )
 
 
-@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=["schema 1", "schema 2", "schema 3"])
+@pytest.mark.parametrize("statements", OLDER_SCHEMAS, ids=[1, 2, 3, 4])
 async def test_an_older_schema_is_brought_up_to_date_with_all_that_it_has(
     used: Path, key: GroupKey, make_record: MakeRecord, statements: str
 ) -> None:
@@ -232,7 +233,7 @@ OLD_RECORD = """{"config":{"id":"pumps","timeout_ticks":20000000,"name":null,"de
 async def test_a_record_of_schema_3_keeps_its_progress_and_its_additional_data(
     used: Path, key: GroupKey, last_data: str, progress: Progress | None
 ) -> None:
-    edit(used / DATABASE, OLDER_SCHEMAS[-1])
+    edit(used / DATABASE, OLDER_SCHEMAS[2])
     text = (OLD_RECORD % last_data).replace("'", "''")
     edit(used / DATABASE, f"UPDATE failover_group SET record = '{text}'")
     for _ in range(2):
@@ -242,6 +243,7 @@ async def test_a_record_of_schema_3_keeps_its_progress_and_its_additional_data(
         record = stored.record
         assert stored.progress == progress
         assert record.holder == Tenure("a", 7, TENURE_BEGAN, "chosen", "i1")
+        assert (record.cleared, record.used, record.offered) == (6, None, None)
         assert record.ended == Tenure("b", 6, TENURE_BEGAN, "chosen")
         assert json.loads(record.config.additional or "") == {
             "Site": ["a", 1, None, 0.5, 123456789012345678901234567890, "\0é"]
@@ -251,10 +253,30 @@ async def test_a_record_of_schema_3_keeps_its_progress_and_its_additional_data(
 
 
 async def test_a_damaged_record_of_schema_3_is_named_and_nothing_is_changed(used: Path) -> None:
-    edit(used / DATABASE, f"{OLDER_SCHEMAS[-1]}; UPDATE failover_group SET record = '[1]'")
+    edit(used / DATABASE, f"{OLDER_SCHEMAS[2]}; UPDATE failover_group SET record = '[1]'")
     error = refused(used)
     assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
     assert "group 'pumps'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changed", "cleared"), [("'$.holder.why', 'x'", 1), ("'$.holder', null", 2)]
+)
+async def test_a_record_of_schema_4_has_all_but_the_tenure_under_way_cleared(
+    used: Path, changed: str, cleared: int
+) -> None:
+    """R24: there was no failsafe, so each former tenure has ended with its lease."""
+    failsafe = "'$.cleared', '$.used', '$.offered', '$.set_revision', '$.ended_at'"
+    edit(
+        used / DATABASE,
+        f"UPDATE failover_group SET record = json_set(json_remove(record, {failsafe}), {changed});"
+        " PRAGMA user_version = 4",
+    )
+    store = SqliteStore.open(used)
+    ((_, stored),) = (await store.load()).items()
+    await store.close()
+    record = stored.record
+    assert (record.epoch, record.cleared, record.used, record.ended_at) == (2, cleared, None, None)
 
 
 async def test_sessions_of_before_there_were_owners_have_none(

@@ -1,6 +1,7 @@
 """The shard in etcd beyond what every store promises: leadership, unknown outcomes, one identity."""
 
 import asyncio
+import json
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.coordinator.store import Stored
+from agent.coordinator.store.codec import encode
 from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
 from agent.coordinator.store.etcd_client import (
     Etcd,
@@ -20,9 +22,10 @@ from agent.coordinator.store.etcd_client import (
     Gateway,
     Json,
     Login,
+    delete,
     put,
 )
-from agent.coordinator.store.etcd_layout import Layout, read_meta
+from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
 from tests.etcd import EtcdServer, an_etcd
@@ -224,6 +227,36 @@ async def test_a_store_has_one_identity_and_one_number_of_shards(etcd_server: Et
     with pytest.raises(ConfigError, match=r"shards is 4.*made with 3.*set shards to 3"):
         await EtcdCluster.open(etcd, prefix, 4)
     await etcd.aclose()
+
+
+async def test_a_store_of_schema_1_is_taken_over_once_nobody_serves_it(
+    etcd_server: EtcdServer, key: GroupKey, make_record: MakeRecord
+) -> None:
+    """R24: an older coordinator would not know whom a record excludes."""
+    prefix = f"/test/{uuid.uuid4()}"
+    etcd = Etcd(Gateway(etcd_server.urls), 5.0)
+    cluster = await EtcdCluster.open(etcd, prefix, 1)
+    record, layout = make_record(2), cluster.layout
+    text = json.loads(encode(record, "g"))
+    for failsafe in ("cleared", "used", "offered", "set_revision", "ended_at"):
+        del text[failsafe]
+    text["sessions"]["b"]["config"]["additional"] = '{"cleared":1}'
+    value, meta = record_value(json.dumps(text, separators=(",", ":"))), layout.meta
+    old = json.dumps({"StoreId": cluster.store_id, "Shards": 1, "Schema": 1})
+    member = layout.member("7")
+    await etcd.txn([], [put(layout.record(key), value), put(meta, old), put(member, "{}")])
+    with pytest.raises(StoreError, match="of an older version serve the store") as caught:
+        await EtcdCluster.open(etcd, prefix, 1)
+    assert caught.value.exit_code is ExitCode.DATA_DIR_LOCKED
+    await etcd.txn([], [delete(member)])
+    cluster = await EtcdCluster.open(etcd, prefix, 1)
+    found = await read_meta(etcd, prefix)
+    assert found is not None
+    assert (found.schema, found.store_id) == (2, cluster.store_id)
+    (stored,) = (await (await lead(cluster)).load()).values()
+    await cluster.aclose()
+    assert (stored.record.cleared, stored.record.used) == (1, None)
+    assert stored.record.sessions["b"].config.additional == '{"cleared":1}'
 
 
 async def test_foreign_keys_under_the_prefix_are_left_alone(etcd_server: EtcdServer) -> None:

@@ -1,0 +1,211 @@
+"""Failsafe in a group's record: whom a holder has to ask, and who may be promoted after it (R21 to R25, R34).
+
+A holder that cannot reach the coordinator keeps the role for as long as all other members of its set agree, so
+the end of its lease does not prove that it has demoted. The record therefore keeps the set that the holder
+uses and the set that was offered to it: until it has demoted, only members of both may be promoted. ``cleared``
+is the epoch up to which each tenure is known to be over.
+
+Pure functions from one record to the next; core/group.py and core/group_draft.py know when each one is due.
+"""
+
+from dataclasses import replace
+
+from agent.model import (
+    FailsafeState,
+    FailsafeStatus,
+    GroupRecord,
+    Lapsed,
+    Member,
+    MemberSet,
+)
+
+NOBODY = MemberSet(0, ())
+"""In place of a set that is unknown: nobody may be promoted until an operator lifts that (R34)."""
+
+# -- who may be promoted ------------------------------------------------------------------------
+
+
+def choosable_members(record: GroupRecord) -> tuple[Member, ...] | None:
+    """The members of both sets, or None for everybody: failsafe is off in a set without members to ask."""
+    sets = [one.members for one in (record.used, record.offered) if one is not None and not one.off]
+    if not sets:
+        return None
+    return tuple(member for member in sets[0] if all(member in other for other in sets))
+
+
+def is_restricted(record: GroupRecord) -> bool:
+    """Whether a tenure may still be held, and its holder asks members that it knows."""
+    return record.cleared < record.epoch and choosable_members(record) is not None
+
+
+def may_be_promoted(record: GroupRecord, session_id: str) -> bool:
+    """Whether a former holder that is active by failsafe would ask this session, at its present URL (R25)."""
+    if record.cleared >= record.epoch:
+        return True
+    allowed = choosable_members(record)
+    return allowed is None or member_of(record, session_id) in allowed
+
+
+def member_of(record: GroupRecord, session_id: str) -> Member | None:
+    """A session with its URL, or None if it has none."""
+    session = record.sessions.get(session_id)
+    url = session.failsafe_url if session is not None else None
+    return Member(session_id, url) if url is not None else None
+
+
+# -- the sets of a tenure -----------------------------------------------------------------------
+
+
+def begin_tenure(record: GroupRecord, session_id: str) -> GroupRecord:
+    """The record with the epoch and the first sets of a session's new tenure.
+
+    Begun while restricted, a tenure starts with the members that were choosable, and with a set to
+    acknowledge even if that has the same members: until then its holder may never have accepted it.
+    """
+    epoch = record.epoch + 1
+    inherited = choosable_members(record) if is_restricted(record) else None
+    if inherited is None:
+        record = replace(record, epoch=epoch, cleared=epoch - 1, used=None, offered=None)
+        return offer_set(record, session_id)
+    record = replace(record, epoch=epoch, used=MemberSet(0, inherited), offered=None)
+    return _offer(record)
+
+
+def offer_set(record: GroupRecord, session_id: str) -> GroupRecord:
+    """Offer the holder the current members, unless it uses them already or has yet to acknowledge a set (R23)."""
+    if record.offered is not None or record.sessions[session_id].failsafe_url is None:
+        return record
+    used = record.used.members if record.used is not None else ()
+    return record if _current_members(record) == used else _offer(record)
+
+
+def acknowledge_set(record: GroupRecord, epoch: int | None, revision: int | None) -> GroupRecord:
+    """The record after the holder has reported the epoch that it holds and the revision that it uses."""
+    offered = record.offered
+    if offered is None or revision != offered.revision or epoch != record.epoch:
+        return record
+    cleared = max(record.cleared, record.epoch - 1)
+    return replace(record, used=offered, offered=None, cleared=cleared)
+
+
+def set_to_report(record: GroupRecord, session_id: str) -> MemberSet | None:
+    """The set for the answer to the holder, or why there is none; None for a holder without failsafe."""
+    if record.sessions[session_id].failsafe_url is None:
+        return None
+    known, off = record.offered or record.used, why_off(record)
+    if off is not None and (known is None or known.off is not None):
+        return MemberSet(known.revision if known is not None else 0, off=off)
+    return known
+
+
+def why_off(record: GroupRecord) -> str | None:
+    """Which sessions keep failsafe off, or None if every one has a URL."""
+    without = sorted(
+        one for one, session in record.sessions.items() if session.failsafe_url is None
+    )
+    if not without:
+        return None
+    others = f" and {len(without) - 1} others" if len(without) > 1 else ""
+    return f'client session "{without[0]}"{others} reported no FailsafeUrl'
+
+
+def _offer(record: GroupRecord) -> GroupRecord:
+    revision, members = record.set_revision + 1, _current_members(record)
+    offered = MemberSet(revision, members, why_off(record))
+    return replace(record, offered=offered, set_revision=revision)
+
+
+def _current_members(record: GroupRecord) -> tuple[Member, ...]:
+    """Every registered session with its URL; none at all if one has no URL."""
+    members = [member_of(record, session_id) for session_id in record.sessions]
+    known = sorted(member for member in members if member is not None)
+    return tuple(known) if len(known) == len(members) else ()
+
+
+# -- the end of a tenure ------------------------------------------------------------------------
+
+
+def end_by_expiry(record: GroupRecord) -> GroupRecord:
+    """The lease has ended: the tenure is over if its holder was offered no set."""
+    return clear(record) if choosable_members(record) is None else record
+
+
+def end_by_release(record: GroupRecord, *, held: bool) -> GroupRecord:
+    """The holder has demoted, or was never active (``held`` is False): then what was restricted stays so."""
+    if held or record.used is None or record.used.off is not None:
+        return clear(record)
+    return replace(record, offered=None)
+
+
+def clear(record: GroupRecord) -> GroupRecord:
+    """Every tenure up to the newest epoch is over."""
+    return replace(record, cleared=record.epoch, used=None, offered=None)
+
+
+def distrust(record: GroupRecord) -> GroupRecord:
+    """The record is older than the group: an unknown holder may be active by failsafe (R34)."""
+    cleared = min(record.cleared, record.epoch - 1)
+    return replace(record, cleared=cleared, used=NOBODY, offered=None)
+
+
+def concerns(record: GroupRecord) -> bool:
+    """Whether failsafe is, or was, used in this group."""
+    return is_restricted(record) or any(
+        session.failsafe_url is not None for session in record.sessions.values()
+    )
+
+
+# -- for operators ------------------------------------------------------------------------------
+
+
+def status_of_failsafe(record: GroupRecord) -> FailsafeStatus | None:
+    """The failsafe part of a status, or None in a group without failsafe."""
+    if not concerns(record):
+        return None
+    used = record.used if record.used is not None and not record.used.off else None
+    members = used.members if used is not None else ()
+    revision = used.revision if used is not None else None
+    if record.holder is None and is_restricted(record):
+        return FailsafeStatus(
+            FailsafeState.RESTRICTED,
+            _why_restricted(record),
+            revision,
+            members,
+            choosable_members(record) or (),
+            _lapsed(record),
+        )
+    off = why_off(record)
+    if record.holder is None:
+        return FailsafeStatus(FailsafeState.OFF, off or "nobody is primary")
+    if used is not None and used.revision > 0:
+        return FailsafeStatus(FailsafeState.READY, off, revision, members)
+    waiting = f'client session "{record.holder.session_id}" has yet to acknowledge its members'
+    return FailsafeStatus(FailsafeState.OFF, off or waiting)
+
+
+def is_resumable(record: GroupRecord) -> bool:
+    """Whether the last tenure ended only because its lease expired, and no other one may have begun (R33)."""
+    ended = record.ended
+    return (
+        record.holder is None
+        and ended is not None
+        and not ended.revoked
+        and ended.epoch == record.epoch
+        and is_restricted(record)
+    )
+
+
+def _lapsed(record: GroupRecord) -> Lapsed | None:
+    ended = record.ended
+    if ended is None or record.ended_at is None or not is_resumable(record):
+        return None
+    return Lapsed(ended.session_id, ended.epoch, record.ended_at)
+
+
+def _why_restricted(record: GroupRecord) -> str:
+    lapsed = _lapsed(record)
+    if lapsed is not None:
+        return f'client session "{lapsed.session_id}" may still be primary by failsafe in epoch {lapsed.epoch}'
+    if record.used == NOBODY:
+        return "the coordinator's data were older than the group: an unknown session may be primary by failsafe"
+    return f"a session may still be primary by failsafe in an epoch after {record.cleared}"

@@ -1,0 +1,80 @@
+"""Failsafe over many runs: the promise, its invariants, and that the work goes on (R21-R35).
+
+Checked at each change: at most one member is active; each epoch has one process; nobody is active in a tenure
+that the coordinator takes for over; and whoever may be promoted is asked by whoever may hold the role.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .failsafe_planted import PLANTED, PlantedFailsafe
+from .failsafe_runs import (
+    L,
+    random_run,
+    sweep_handover,
+    sweep_killed,
+    sweep_outage,
+    sweep_partial,
+)
+from .schedule import Plan
+from .search import EXAMPLES, LONG, live_through, plans
+from .world import BrokenPromiseError
+
+SEEDS = st.integers(0, 2**32 - 1)
+SWEPT = max(1, EXAMPLES // 20)
+LIMIT = 2000
+"""The number of runs within which each planted fault has to be found."""
+
+
+@settings(LONG, max_examples=max(1, EXAMPLES // 3))
+@given(SEEDS)
+def test_the_promise_holds_with_failsafe_and_a_primary_exists_after_the_faults(seed: int) -> None:
+    """Any faults, and the stories of the protocol; then everything is healed."""
+    random_run(seed)
+
+
+@settings(LONG, max_examples=max(1, EXAMPLES // 4))
+@given(plans(failsafe=True))
+def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> None:
+    """Guards that hang, hooks that leave processes, strangers, and faults of the LAN."""
+    live_through(plan)
+
+
+def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
+    """All members lose the coordinator within R/4 and get it back within R/2: there is no gap."""
+    for seed in range(SWEPT):
+        sweep_outage(seed)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "median"), [(sweep_partial, 1.0), (sweep_killed, 1.0), (sweep_handover, 0.2)]
+)
+def test_a_takeover_is_as_quick_as_without_failsafe(
+    sweep: Callable[[int], float], median: float
+) -> None:
+    """Only the primary is cut off; it dies in an outage; it stops in order. In L; each run has its bound."""
+    ticks = sorted(sweep(seed) for seed in range(SWEPT))
+    assert ticks[len(ticks) // 2] <= median * L
+
+
+SWEEPS = (sweep_outage, sweep_partial, sweep_handover)
+
+
+def find(planted: PlantedFailsafe) -> int | None:
+    """The first run that shows a planted fault, as the searches above would find it."""
+    for seed in range(LIMIT):
+        for look in (random_run, *(() if seed % 10 else SWEEPS)):
+            try:
+                look(seed, session_class=planted.session, core=planted.core)
+            except BrokenPromiseError:
+                return seed
+    return None
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_the_runs_find_a_planted_fault_of_failsafe(planted: PlantedFailsafe) -> None:
+    """Each rule that the promise needs is missed within 2000 runs."""
+    assert find(planted) is not None
