@@ -113,7 +113,7 @@ class FailsafeMember(LifeCycle):
             interval_s, forget_s = timing.question_interval_s, timing.renew_s
             effects += holder.ask(self.tenure, now, interval_s=interval_s, forget_s=forget_s)
             self._recount()
-        holder.rehearse_at = max(holder.rehearse_at, holder.ask_at)
+        holder.rehearse_at = holder.ask_at  # a no in doubt does not show who is ready
 
     def _on_answered(self, event: Answered, now: float) -> None:
         if self._holds_tenure:
