@@ -517,7 +517,18 @@ def seconded(name: str) -> Fault:
 
 
 SOON, BEATS, LEASE = (1, 15), (20, 120), (150, 260)
-STORIES: tuple[tuple[tuple[Fault, tuple[int, int]], ...], ...] = (
+Story = tuple[tuple[Fault, tuple[int, int]], ...]
+"""Faults, each with how many ticks pass after it."""
+
+VOTER_RESTARTS: Story = (
+    (outage, LEASE),
+    (bounced("b"), (5, 60)),
+    (join_up("b", C), LEASE),
+)
+LATE_CONFIRMATION: Story = ((both("a", C), (90, 150)), (stalled("b", C, 50, 120), LEASE))
+"""A heartbeat from before a promise arrives when the lease of the one it was given to has ended."""
+
+STORIES: tuple[Story, ...] = (
     # Who may be promoted: joining, leaving, sets on their way.
     ((outage, BEATS), (started("n"), LEASE), (mend_coordinator, SOON)),
     ((started("n"), (1, 60)), (both("a", C), (1, 30)), (both("b", C), LEASE)),
@@ -545,7 +556,7 @@ STORIES: tuple[tuple[tuple[Fault, tuple[int, int]], ...], ...] = (
         (one_way(C, "a"), LEASE),
     ),
     # Promises: restarts, late answers, refusals.
-    ((outage, LEASE), (bounced("b"), (5, 60)), (join_up("b", C), LEASE)),
+    VOTER_RESTARTS,
     ((outage, LEASE), (bounced("b", failsafe=False), (5, 60)), (join_up("b", C), LEASE)),
     ((outage, LEASE), (stalled("b", "a", 5, 70), (10, 60)), (join_up("b", C), LEASE)),
     ((outage, LEASE), (join_up("b", C), LEASE)),
@@ -573,7 +584,7 @@ STORIES: tuple[tuple[tuple[Fault, tuple[int, int]], ...], ...] = (
         (started("n"), (100, 200)),
         (one_way(C, "b"), LEASE),
     ),
-    ((both("a", C), (90, 150)), (stalled("b", C, 50, 120), LEASE)),
+    LATE_CONFIRMATION,
     ((one_way(C, "a"), (90, 150)), (stalled("b", C, 50, 120), LEASE)),
     # The coordinator: restarts, resuming, old copies, the group made anew.
     ((outage, BEATS), (bounce_coordinator, BEATS), (started("n"), LEASE)),
@@ -597,11 +608,14 @@ STORIES: tuple[tuple[tuple[Fault, tuple[int, int]], ...], ...] = (
     ((outage, BEATS), (seconded("b2"), LEASE), (mend_coordinator, LEASE)),
     ((seconded("b2"), BEATS), (outage, BEATS), (join_up("b2", C), LEASE)),
 )
-"""Faults, each with how many ticks pass after it."""
 
 
-def random_run(seed: int, **planted: object) -> tuple[FailsafeRun, float]:
+def random_run(
+    seed: int, stories: tuple[Story, ...] = STORIES, **planted: object
+) -> tuple[FailsafeRun, float]:
     """Live through one run, heal, and wait for a primary; the run, and the ticks that took.
+
+    An odd seed draws any faults, an even one a story.
 
     Raises:
         BrokenPromiseError: an invariant or the bound does not hold.
@@ -620,7 +634,7 @@ def random_run(seed: int, **planted: object) -> tuple[FailsafeRun, float]:
             something()
     else:
         surprise = rng.choice([0, 0, 0.2])
-        for fault, (low, high) in STORIES[seed // 2 % len(STORIES)]:
+        for fault, (low, high) in stories[seed // 2 % len(stories)]:
             fault(run)
             run.run(rng.uniform(low, high))
             if rng.random() < surprise:
