@@ -26,6 +26,7 @@ from agent.coordinator.calls import (
     Request,
     create_group,
     get_status,
+    number_of,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
 from agent.coordinator.limits import MAX_LOGGED, HeadTooLarge, TooSlow
@@ -163,7 +164,7 @@ class Api:
             log.exception("request failed", operation_id=operation_id, path=path)
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         operation_id = answer.operation_id or operation_id
-        await self._send(scope["method"], answer, operation_id, send)
+        await self._send(scope, answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
@@ -387,7 +388,7 @@ class Api:
             self._date_header = second, formatdate(second, usegmt=True).encode()
         return self._date_header[1]
 
-    async def _send(self, method: str, answer: Answer, operation_id: str, send: Send) -> None:
+    async def _send(self, scope: Scope, answer: Answer, operation_id: str, send: Send) -> None:
         body = answer.body
         if body is None:
             body = b""
@@ -395,13 +396,15 @@ class Api:
             body = encode(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
+        if self._forwarder is not None:
+            headers += number_of(scope["headers"])
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),
                 (b"content-length", str(len(body)).encode()),
             ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        if method == "HEAD":
+        if scope["method"] == "HEAD":
             body = b""
         sent = 0
         while len(body) - sent > PART_BYTES:

@@ -5,6 +5,7 @@ whose body, query and rights have been checked, and returns an ``Answer``; refus
 raised. Nothing here knows HTTP beyond status codes and the names of headers.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +35,10 @@ from agent.schema.values import whole
 READY_RETRY_S = 1.0
 
 FORWARDED = b"failover-forwarded"
-"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
+"""Header of a request that another coordinator has forwarded, with its number; it is not forwarded again. The
+answer has the same header, so that it cannot be taken for that to another request."""
+
+_NUMBER = re.compile(rb"[0-9a-f-]{1,64}")
 
 
 @dataclass(slots=True)  # frozen costs two microseconds each, thousands of times a second
@@ -113,6 +117,11 @@ class Request:
     target: bytes
     headers: list[tuple[bytes, bytes]]
     body: bytes
+
+
+def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The header of the answer to a forwarded request, from the headers of the request; else none."""
+    return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
 
 
 class Forwarder(Protocol):

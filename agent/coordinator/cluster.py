@@ -59,10 +59,12 @@ class Cluster:
             url=settings.advertise,
             on_access_change=self.coordinator.forget_access,
         )
-        tls = None
-        if settings.advertise.startswith("https:"):
-            tls = _tls("peer_ca_file", settings.peer_ca_file)
-        self.forwarder = Forwarder(self.leadership, tls)
+        self.forwarder = Forwarder(
+            self.leadership,
+            _tls("peer_ca_file", settings.peer_ca_file),
+            encrypted=settings.advertise.startswith("https:"),
+            connections_per_address=settings.max_connections_per_address,
+        )
         metrics.registry.register(ClusterMetrics(self.leadership, self.forwarder))
 
     @property
@@ -92,6 +94,7 @@ class Cluster:
         """Take part."""
         await self.coordinator.start()
         self.leadership.start()
+        self.forwarder.start()
 
     async def hand_over(self) -> None:
         """Give every shard to the other coordinators, and end the requests that wait for them.

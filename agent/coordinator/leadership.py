@@ -161,14 +161,10 @@ class Leadership:
                 raise NotLeading
             await self.wait_for_change(left_s)
 
-    async def wait_until_moved(self, key: GroupKey, url: str) -> None:
-        """Wait until another coordinator than that at ``url`` is known to lead a group."""
-        number = self._layout.shard_of(key)
-        while True:
-            leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != url:
-                return
-            await self.wait_for_change(None)
+    def has_moved(self, key: GroupKey, url: str) -> bool:
+        """Whether another coordinator than that at ``url`` is known to lead a group."""
+        leader = self.view.leaders.get(self._layout.shard_of(key))
+        return leader is not None and leader.url != url
 
     async def wait_for_change(self, timeout_s: float | None) -> None:
         """Wait until what is known of members and leaders changes, for ``timeout_s`` at most."""
