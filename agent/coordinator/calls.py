@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.json import encode as encode_json
 
 from agent import __version__
-from agent.coordinator.auth import Rights
+from agent.coordinator.auth import ClientCertificate, Rights
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
@@ -105,18 +105,28 @@ class Answer:
     operation_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as above
 class Request:
-    """A request as it came.
+    """A request as it came. Treated as immutable.
 
     Attributes:
         target: path and query.
+        certificate: that of the caller's connection, or None.
     """
 
     method: str
     target: bytes
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    certificate: ClientCertificate | None = None
+
+
+def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
+    """The first header of a name in lower case."""
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return None
 
 
 def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -127,6 +137,8 @@ def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes
 class Forwarder(Protocol):
     """Sends requests to the coordinator that leads a group: forwarding.py."""
 
+    def client_of(self, request: Request) -> ClientCertificate | None: ...
+    def take(self, request: Request) -> None: ...
     async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
     async def forward(
         self, key: GroupKey, url: str, request: Request, *, wait_s: float

@@ -1,7 +1,7 @@
 """Requests for groups that another coordinator leads: sent there, once (R19).
 
-A forwarded request carries the caller's own credentials, which the leader checks like any other's. The header
-FORWARDED marks it: who receives one for a group that it does not lead refuses it, so no request goes in a circle, and
+A forwarded request carries the caller's own credentials, which the leader checks like any other's; for a
+client certificate see forwarded_clients.py. The header FORWARDED marks it: who receives one for a group that it does not lead refuses it, so no request goes in a circle, and
 a caller who sets the header gains nothing.
 
 If the leader changes while it has a request, the request is sent to the new one. That is safe: every
@@ -16,11 +16,13 @@ import itertools
 import re
 import ssl
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 from agent import __version__
-from agent.coordinator.calls import FORWARDED, Answer, Request
+from agent.coordinator.auth import ClientCertificate
+from agent.coordinator.calls import FORWARDED, Answer, Request, header
+from agent.coordinator.forwarded_clients import CLIENT, ForwardedClients
 from agent.coordinator.leadership import Leadership
 from agent.coordinator.peer_connection import PeerAnswer, PeerError
 from agent.coordinator.peers import Exchange, Peers, Place
@@ -70,6 +72,7 @@ class Forwarder:
         tls: verifies leaders whose URL is https.
         encrypted: whether requests may go to https only.
         connections_per_address: the most that a leader accepts from this coordinator.
+        clients: vouches for clients known by certificate; None: they are not accepted.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class Forwarder:
         *,
         encrypted: bool,
         connections_per_address: int,
+        clients: ForwardedClients | None = None,
     ) -> None:
         self._leadership = leadership
+        self._clients = clients
         calls = max(1, min(CONNECTIONS, connections_per_address // 4))
         self._peers = Peers(
             tls,
@@ -132,7 +137,8 @@ class Forwarder:
     def _end_overdue(self, *, moved: bool) -> None:
         now = asyncio.get_running_loop().time()
         for pending in self._pending:
-            if moved and self._leadership.has_moved(pending.key, pending.url):
+            leader = self._leadership.leader_of(pending.key) if moved else None
+            if leader is not None and leader.url != pending.url:
                 pending.exchange.fail(NotLeading())
             elif pending.until <= now:
                 pending.exchange.fail(PeerError(f"did not answer within {REQUEST_S:g} s"))
@@ -141,6 +147,20 @@ class Forwarder:
         return {number: leader.url for number, leader in self._leadership.view.leaders.items()}
 
     # -- for requests -------------------------------------------------------------------------
+
+    def client_of(self, request: Request) -> ClientCertificate | None:
+        """The client that another coordinator vouches for; None if it vouches for nobody.
+
+        Raises what ForwardedClients.read raises.
+        """
+        if self._clients is None:
+            return None
+        return self._clients.read(request, self._leadership.member)
+
+    def take(self, request: Request) -> None:
+        """Accept a forwarded request once, with its body. Raises what ForwardedClients.take raises."""
+        if self._clients is not None:
+            self._clients.take(request)
 
     async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None:
         """The leader of a group, or None if that is this coordinator.
@@ -193,11 +213,14 @@ class Forwarder:
     async def _exchange(
         self, key: GroupKey, url: str, request: Request, wait_s: float
     ) -> PeerAnswer:
+        if (
+            request.method == "HEAD"
+        ):  # the answer's body is left out later: its end could not be told here
+            request = replace(request, method="GET")
         place, calls, blocking_reads = self._peers.to(url)
         number = f"{self._run_id}-{next(self._numbers):x}".encode()
-        exchange = Exchange(
-            blocking_reads if wait_s > 0 else calls, _written(place, number, request), number
-        )
+        written = _written(place, number, request, self._vouch(key, request, number))
+        exchange = Exchange(blocking_reads if wait_s > 0 else calls, written, number)
         until = asyncio.get_running_loop().time() + min(wait_s, LONGEST_WAIT_S) + REQUEST_S
         pending = _Pending(key, url, until, exchange)
         self._pending.add(pending)
@@ -206,12 +229,24 @@ class Forwarder:
         finally:
             self._pending.discard(pending)
 
+    def _vouch(self, key: GroupKey, request: Request, number: bytes) -> bytes | None:
+        """The header CLIENT of a request whose caller is known by certificate; else None."""
+        certificate = request.certificate
+        if certificate is None or self._clients is None:
+            return None
+        if header(request.headers, b"authorization") is not None:  # it takes precedence
+            return None
+        leader = self._leadership.leader_of(key)
+        if leader is None:
+            raise NotLeading
+        return self._clients.sign(certificate, request, number, leader.member)
 
-def _written(place: Place, number: bytes, request: Request) -> bytes:
+
+def _written(place: Place, number: bytes, request: Request, client: bytes | None) -> bytes:
     """A request as it is sent: nothing of it but its body is the caller's word for word, unchecked."""
     if not _TARGET.fullmatch(request.target):
         raise Invalid("The path has bytes that are not printable ASCII.", "Percent-encode them.")
-    method = "GET" if request.method == "HEAD" else request.method  # the body is left out later
+    method = request.method
     lines = [
         b"%b %b HTTP/1.1" % (method.encode(), request.target),
         b"Host: " + place.netloc,
@@ -219,9 +254,11 @@ def _written(place: Place, number: bytes, request: Request) -> bytes:
         b"%b: %b" % (FORWARDED, number),
     ]
     for wanted in _ASKED:
-        value = next((value for name, value in request.headers if name == wanted), None)
+        value = header(request.headers, wanted)
         if value is not None and _VALUE.fullmatch(value):
             lines.append(b"%b: %b" % (wanted, value))
+    if client is not None:
+        lines.append(b"%b: %b" % (CLIENT, client))
     if method in _WITH_BODY or request.body:
         lines.append(b"Content-Length: %d" % len(request.body))
     return b"\r\n".join((*lines, b"", request.body))

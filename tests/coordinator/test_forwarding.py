@@ -47,8 +47,8 @@ class FakeLeadership:
     async def place(self, key: GroupKey) -> str | None:
         return self.view.leaders[0].url
 
-    def has_moved(self, key: GroupKey, url: str) -> bool:
-        return self.view.leaders[0].url != url
+    def leader_of(self, key: GroupKey) -> Leader | None:
+        return self.view.leaders.get(0)
 
     async def wait_for_change(self, timeout_s: float | None) -> None:
         with contextlib.suppress(TimeoutError):
