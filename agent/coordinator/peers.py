@@ -83,7 +83,13 @@ class Pool:
 
     def take(self) -> PeerConnection | None:
         """An idle connection: the one that was used last, so that those not needed grow old."""
-        return self._idle.pop() if self._idle else None
+        oldest = asyncio.get_running_loop().time() - KEEPALIVE_S
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since > oldest:
+                return connection
+            connection.close()  # after this process was frozen, the peer may have closed it
+        return None
 
     def wait(self) -> asyncio.Future[PeerConnection]:
         """The next connection that is free. Raises PeerError if too many wait already."""
@@ -160,7 +166,10 @@ class Pool:
                 )
         except TimeoutError:
             failure = f"could not be connected to within {CONNECT_S:g} s"
-        except (OSError, UnicodeError) as error:  # ssl.SSLError is an OSError
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ssl.SSLError is an OSError, that of a name a ValueError
             failure = f"could not be connected to: {error}"
         else:
             if connection.closed:

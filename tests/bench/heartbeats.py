@@ -130,6 +130,13 @@ async def ask(connection: Connection, method: str, path: str, body: str) -> int:
     return await read_answer(connection.reader)
 
 
+async def make(connection: Connection, path: str, body: str) -> None:
+    """Make something, at a coordinator whose etcd may be busy."""
+    while (status := await ask(connection, "POST", path, body)) == 503:  # noqa: ASYNC110 - it is asked
+        await asyncio.sleep(0.05)
+    assert status in {200, 201}, status
+
+
 async def set_up(connections: list[Connection], groups: int, timeout_s: int) -> None:
     """Make the groups and their sessions, over all connections at once."""
     timeout = timedelta(seconds=timeout_s)
@@ -138,10 +145,9 @@ async def set_up(connections: list[Connection], groups: int, timeout_s: int) -> 
         connection = connections[number]
         for group in range(number, groups, len(connections)):
             body = f'{{"Id":"g{group}","FailoverTimeout":"0{timeout}"}}'
-            assert await ask(connection, "POST", "groups/", body) == 201
+            await make(connection, "groups/", body)
             for session in "ab":
-                path = f"groups/g{group}/clientsessions"
-                assert await ask(connection, "POST", path, f'{{"Id":"{session}"}}') == 201
+                await make(connection, f"groups/g{group}/clientsessions", f'{{"Id":"{session}"}}')
 
     await asyncio.gather(*(some(number) for number in range(len(connections))))
 

@@ -668,6 +668,20 @@ async def test_idle_connections_and_peers_without_any_are_forgotten(
         await until(lambda: not follower.forwarder._peers._pools)
 
 
+async def test_an_old_connection_is_not_used_after_a_freeze(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the sweep could close it."""
+    async with a_leader() as raw:
+        await follower.ask(url_of(raw))
+        await follower.ask(url_of(raw))
+        assert raw.accepted == 1
+        _, calls, _ = follower.forwarder._peers.to(url_of(raw))
+        calls._idle[0].idle_since -= peers.KEEPALIVE_S
+        await follower.ask(url_of(raw))
+        assert raw.accepted == 2
+
+
 async def test_a_fault_of_the_watch_is_logged_and_ends_nothing(
     follower: Follower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

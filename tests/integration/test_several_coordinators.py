@@ -116,6 +116,19 @@ def test_r19_a_frozen_leader_costs_no_role_and_answers_nothing_afterwards(
     check_unmoved(stage, agent, epoch, 2.0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_r19_a_leader_that_is_gone_costs_no_role_through_a_follower(
+    stage: Stage, etcd: EtcdServer, number: signal.Signals
+) -> None:
+    """The follower has requests there, and connections, when the leader ends or freezes."""
+    leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    agent, epoch = running(stage, standby)
+    leader.send(number)
+    check_unmoved(stage, agent, epoch, 5.0)
+    assert leads(standby) == 1
+    assert standby.status()["Epoch"] == epoch
+
+
 def test_r19_an_orderly_stop_hands_over_at_once(stage: Stage, etcd: EtcdServer) -> None:
     leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
     agent, epoch = running(stage, leader, standby)
