@@ -38,8 +38,11 @@ timeout of an agent."""
 SWEEP_S = 1.0
 """Interval of the check of all deadlines; a timer for each request would cost more."""
 
-CONNECTIONS = 128
-"""To one leader, for all requests but blocking reads: it works on one request at a time anyway."""
+CALLS_SHARE = 0.25
+BLOCKING_READS_SHARE = 0.65
+"""Shares of the connections that a leader accepts from one address: for blocking reads, for all other requests, and
+the rest for whoever else is there. While etcd hangs, each request that has to be written occupies one, and
+heartbeats that only renew must still have others."""
 
 log = Log(__name__)
 
@@ -86,13 +89,11 @@ class Forwarder:
     ) -> None:
         self._leadership = leadership
         self._clients = clients
-        calls = max(1, min(CONNECTIONS, connections_per_address // 4))
         self._peers = Peers(
             tls,
             encrypted=encrypted,
-            calls=calls,
-            # The rest is for what else asks the leader from this address.
-            blocking_reads=max(1, connections_per_address * 9 // 10 - calls),
+            calls=max(1, int(connections_per_address * CALLS_SHARE)),
+            blocking_reads=max(1, int(connections_per_address * BLOCKING_READS_SHARE)),
         )
         self._pending: set[_Pending] = set()
         self._run_id = uuid.uuid4().hex

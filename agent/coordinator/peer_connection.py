@@ -113,6 +113,7 @@ class PeerConnection(asyncio.Protocol):
         self.closed = True
         self._budget.used -= self._unfinished
         self._begin()
+        del self._parser  # else they keep each other until the next full collection, which is rare
         if self._transport is not None:
             self._transport.abort()
         awaited, self._awaited = self._awaited, None
@@ -167,12 +168,12 @@ class PeerConnection(asyncio.Protocol):
         reusable = self._reusable
         self._budget.used -= self._unfinished
         self._begin()
+        if awaited is not None and not awaited.done():
+            awaited.set_result(answer)
         if reusable:
             self._pool.release(self)
         else:
             self.close()
-        if awaited is not None and not awaited.done():
-            awaited.set_result(answer)
 
     # -- callbacks of the parser; it turns what they raise into an HttpParserError -------------
 

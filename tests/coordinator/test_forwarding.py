@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import re
 import socket
 import ssl
@@ -599,6 +600,37 @@ async def test_stop_ends_every_request(follower: Follower) -> None:
         assert (await follower.refusal(url_of(raw))).reason == "The coordinator is stopping."
 
 
+async def test_a_request_that_ends_as_it_gets_its_connection_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw, go = Raw(), asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await raw.request(reader)
+        await go.wait()
+        writer.write(written(request, b"{}"))
+        await raw.request(reader)
+
+    async with served(talk, raw=raw), a_follower(connections=4) as follower:
+        first = asyncio.create_task(follower.ask(url_of(raw)))
+        await until(lambda: bool(raw.seen))
+        second = asyncio.create_task(follower.refusal(url_of(raw)))
+        _, calls, _ = follower.forwarder._peers.to(url_of(raw))
+        await until(lambda: bool(calls._waiting))
+        release = peers.Pool.release
+
+        def release_and_stop(pool: peers.Pool, connection: peer_connection.PeerConnection) -> None:
+            release(pool, connection)
+            follower.forwarder.stop()
+
+        monkeypatch.setattr(peers.Pool, "release", release_and_stop)
+        go.set()
+        assert (await second).reason == "The coordinator is stopping."
+        assert (await first).status == 200
+        assert len(raw.seen) == 1
+        assert len(calls._idle) == 1
+
+
 # -- bounds ---------------------------------------------------------------------------------------
 
 
@@ -666,6 +698,38 @@ async def test_idle_connections_and_peers_without_any_are_forgotten(
         assert len(follower.forwarder._peers._pools) == 1
         monkeypatch.setattr(peers, "KEEPALIVE_S", 0.0)
         await until(lambda: not follower.forwarder._peers._pools)
+
+
+async def test_what_has_failed_leaves_nothing_in_a_circle(follower: Follower) -> None:
+    """It would stay until the next full collection, which the coordinator makes rare."""
+
+    async def fail(url: str, wait_s: float = 0.0) -> None:
+        with contextlib.suppress(RequestRefused):
+            await follower.ask(url, wait_s=wait_s)
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with a_leader(lambda _: b"x\r\n\r\n") as lying:
+            for _ in range(3):
+                await fail(url_of(lying))
+        async with served(silent) as hung:
+            follower.leadership.lead(url_of(hung))
+            read = asyncio.create_task(fail(url_of(hung), 60))
+            failing = [asyncio.create_task(fail(url_of(hung))) for _ in range(15)]
+            await until(lambda: hung.accepted > 10)
+            read.cancel()
+            follower.leadership.lead("http://127.0.0.1:1")
+            await asyncio.wait([read, *failing])
+            del read, failing
+        kinds = (peers.Exchange, peer_connection.PeerConnection)
+
+        def left() -> list[object]:
+            return [one for one in gc.get_objects() if isinstance(one, kinds)]
+
+        await until(lambda: not left())
+    finally:
+        gc.enable()
 
 
 async def test_an_old_connection_is_not_used_after_a_freeze(
