@@ -26,6 +26,8 @@ from agent.coordinator.calls import (
     Request,
     create_group,
     get_status,
+    header,
+    number_of,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
 from agent.coordinator.limits import MAX_LOGGED, HeadTooLarge, TooSlow
@@ -163,7 +165,7 @@ class Api:
             log.exception("request failed", operation_id=operation_id, path=path)
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         operation_id = answer.operation_id or operation_id
-        await self._send(scope["method"], answer, operation_id, send)
+        await self._send(scope, answer, operation_id, send)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
@@ -185,9 +187,7 @@ class Api:
         rights = await self._identify(scope, found, route)
         if route.right is not None:
             self._router.remember(raw_path, found)
-        if self._forwarder is not None and (
-            "groupId" in found.values or route.handler is create_group
-        ):
+        if self._forwarder is not None and _is_about_a_group(route, found):
             return await self._answer_by_leader(
                 self._forwarder, scope, receive, route, found, rights
             )
@@ -228,7 +228,7 @@ class Api:
             rights,
             self._document,
             self._metrics,
-            (_header(scope["headers"], b"accept") or b"").decode("latin-1"),
+            (header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
         if route.handler is get_status and call.query["after"] is not None:
             return await _while_connected(route.handler(call), receive)
@@ -248,7 +248,6 @@ class Api:
 
         If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
         """
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
         text = b""
         if route.body is not None:
             text, again = await self._read_body_of(route, scope, receive)
@@ -256,11 +255,10 @@ class Api:
                 rights = await self._identify(scope, found, route)
         group = found.values.get("groupId") or _decode_body(route, text).to_model().id
         key = GroupKey(*_tenant_namespace(found.values), group)
-        query: bytes = scope["query_string"]
-        raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
-        target = raw_path + (b"?" + query if query else b"")
-        request = Request(scope["method"], target, headers, text)
-        forwarded = _header(headers, FORWARDED) is not None
+        request = _request(scope, text)
+        forwarded = header(request.headers, FORWARDED) is not None
+        if forwarded:
+            forwarder.take(request)
         for _ in range(LEADERS_TRIED):
             url = await forwarder.leader_url(key, forwarded=forwarded)
             with suppress(NotLeading):
@@ -269,7 +267,7 @@ class Api:
                     return await self._answer_here(scope, receive, route, found, rights, text)
                 wait_s = 0.0
                 if route.handler is get_status:
-                    wanted = read_query(route.query, query)
+                    wanted = read_query(route.query, scope["query_string"])
                     wait_s = wanted["wait"] if wanted["after"] is not None else 0.0
                 forwarding = forwarder.forward(key, url, request, wait_s=wait_s)
                 return await (_while_connected(forwarding, receive) if wait_s else forwarding)
@@ -291,19 +289,22 @@ class Api:
             return self._rights_of_everybody
         rights = self._rights_of_everybody
         if not self._open:
-            rights = await self._authenticate(scope, found)
+            rights = await self._authenticate(scope, found, route)
         if ON_AUTHENTICATED in scope:
             scope[ON_AUTHENTICATED]()
         rights.check_tenant()
         return rights
 
-    async def _authenticate(self, scope: Scope, found: PathMatch) -> Rights:
+    async def _authenticate(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
         """The rights of the caller in the tenant of the path."""
         client = scope.get("client")
+        certificate = scope.get(CERTIFICATE)
+        if self._forwarder is not None and _is_about_a_group(route, found):
+            certificate = self._forwarder.client_of(_request(scope)) or certificate
         caller = await self._auth.caller(
-            _header(scope["headers"], b"authorization"),
+            header(scope["headers"], b"authorization"),
             client[0] if client else "",
-            scope.get(CERTIFICATE),
+            certificate,
         )
         return self._auth.rights(caller, found.values.get("tenantId", DEFAULT_NAME))
 
@@ -333,10 +334,10 @@ class Api:
     # -- bodies -------------------------------------------------------------------------------
 
     async def _read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
-        length = _header(headers, b"content-length")
+        length = header(headers, b"content-length")
         if length is not None and int(length) > self._max_body_bytes:
             raise self._too_large()
-        _check_content_type(_header(headers, b"content-type"))
+        _check_content_type(header(headers, b"content-type"))
         message = await receive()
         body: bytes = message.get("body", b"")
         while message.get("more_body") and len(body) <= self._max_body_bytes:
@@ -387,7 +388,7 @@ class Api:
             self._date_header = second, formatdate(second, usegmt=True).encode()
         return self._date_header[1]
 
-    async def _send(self, method: str, answer: Answer, operation_id: str, send: Send) -> None:
+    async def _send(self, scope: Scope, answer: Answer, operation_id: str, send: Send) -> None:
         body = answer.body
         if body is None:
             body = b""
@@ -395,13 +396,15 @@ class Api:
             body = encode(body, enum_names=self._role_names)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
+        if self._forwarder is not None:
+            headers += number_of(scope["headers"])
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),
                 (b"content-length", str(len(body)).encode()),
             ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        if method == "HEAD":
+        if scope["method"] == "HEAD":
             body = b""
         sent = 0
         while len(body) - sent > PART_BYTES:
@@ -422,6 +425,18 @@ _INTERNAL_REFUSAL = RequestRefused(
 
 def _tenant_namespace(values: Any) -> tuple[str, str]:
     return values.get("tenantId", DEFAULT_NAME), values.get("namespaceId", DEFAULT_NAME)
+
+
+def _is_about_a_group(route: Route, found: PathMatch) -> bool:
+    """Whether the leader of a shard answers this, rather than any coordinator."""
+    return "groupId" in found.values or route.handler is create_group
+
+
+def _request(scope: Scope, body: bytes = b"") -> Request:
+    raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope["query_string"]
+    target = raw_path + (b"?" + query if query else b"")
+    return Request(scope["method"], target, scope["headers"], body, scope.get(CERTIFICATE))
 
 
 def _decode_body(route: Route, text: bytes) -> Any:
@@ -453,13 +468,6 @@ def _error(
         resolution=refusal.resolution,
     )
     return Answer(status, body, headers)
-
-
-def _header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
-    for name, value in headers:
-        if name == wanted:
-            return value
-    return None
 
 
 def _check_content_type(value: bytes | None) -> None:

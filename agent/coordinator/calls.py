@@ -5,6 +5,7 @@ whose body, query and rights have been checked, and returns an ``Answer``; refus
 raised. Nothing here knows HTTP beyond status codes and the names of headers.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from msgspec import Struct
 from msgspec.json import encode as encode_json
 
 from agent import __version__
-from agent.coordinator.auth import Rights
+from agent.coordinator.auth import ClientCertificate, Rights
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
@@ -35,7 +36,10 @@ from agent.schema.values import whole
 READY_RETRY_S = 1.0
 
 FORWARDED = b"failover-forwarded"
-"""Header of a request that another coordinator has forwarded; it is not forwarded again."""
+"""Header of a request that another coordinator has forwarded, with its number; it is not forwarded again. The
+answer has the same header, so that it cannot be taken for that to another request."""
+
+_NUMBER = re.compile(rb"[0-9a-f-]{1,64}")
 
 
 @dataclass(slots=True)  # frozen costs two microseconds each, thousands of times a second
@@ -102,23 +106,40 @@ class Answer:
     operation_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as above
 class Request:
-    """A request as it came.
+    """A request as it came. Treated as immutable.
 
     Attributes:
         target: path and query.
+        certificate: that of the caller's connection, or None.
     """
 
     method: str
     target: bytes
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    certificate: ClientCertificate | None = None
+
+
+def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
+    """The first header of a name in lower case."""
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return None
+
+
+def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The header of the answer to a forwarded request, from the headers of the request; else none."""
+    return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
 
 
 class Forwarder(Protocol):
     """Sends requests to the coordinator that leads a group: forwarding.py."""
 
+    def client_of(self, request: Request) -> ClientCertificate | None: ...
+    def take(self, request: Request) -> None: ...
     async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
     async def forward(
         self, key: GroupKey, url: str, request: Request, *, wait_s: float

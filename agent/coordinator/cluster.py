@@ -5,19 +5,30 @@ leadership.py, requests for others' groups are forwarding.py.
 """
 
 import asyncio
+import secrets
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from agent.coordinator.cluster_metrics import ClusterMetrics
+from agent.coordinator.forwarded_clients import ForwardedClients
 from agent.coordinator.forwarding import Forwarder
 from agent.coordinator.leadership import REQUEST_SHARE, Leadership
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.restored import declare_restored
 from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, EtcdError, EtcdRefused, Gateway, Login
+from agent.coordinator.store.etcd_client import (
+    Etcd,
+    EtcdError,
+    EtcdRefused,
+    Gateway,
+    Login,
+    if_revision,
+    put,
+)
 from agent.errors import ConfigError, ExitCode, LeadershipLost, StoreError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
@@ -29,6 +40,10 @@ STARTUP_S = 15.0
 manager is asked to start us again."""
 
 STARTUP_RETRY_S = 0.5
+
+PEER_KEY_BYTES = 32
+
+T = TypeVar("T")
 
 log = Log(__name__)
 
@@ -42,6 +57,7 @@ class Cluster:
         settings: CoordinatorSettings,
         clock: Clock,
         metrics: Metrics,
+        clients: ForwardedClients | None = None,
         *,
         restored: bool = False,
     ) -> None:
@@ -70,10 +86,13 @@ class Cluster:
             url=settings.advertise,
             on_access_change=self.coordinator.forget_access,
         )
-        tls = None
-        if settings.advertise.startswith("https:"):
-            tls = _tls("peer_ca_file", settings.peer_ca_file)
-        self.forwarder = Forwarder(self.leadership, tls)
+        self.forwarder = Forwarder(
+            self.leadership,
+            _tls("peer_ca_file", settings.peer_ca_file),
+            encrypted=settings.advertise.startswith("https:"),
+            connections_per_address=settings.max_connections_per_address,
+            clients=clients,
+        )
         metrics.registry.register(ClusterMetrics(self.leadership, self.forwarder))
 
     @property
@@ -98,10 +117,13 @@ class Cluster:
         """
         etcd = await asyncio.to_thread(connect, settings)
         try:
-            opening = _patiently(
+            store = await _patiently(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
             )
-            return cls(await opening, settings, clock, metrics, restored=restored)
+            clients = None
+            if settings.tls_client_ca_file is not None:
+                clients = ForwardedClients(await _patiently(lambda: read_peer_key(store)))
+            return cls(store, settings, clock, metrics, clients, restored=restored)
         except BaseException:
             await etcd.aclose()
             raise
@@ -135,6 +157,7 @@ class Cluster:
         """Take part."""
         await self.coordinator.start()
         self.leadership.start()
+        self.forwarder.start()
 
     async def hand_over(self) -> None:
         """Give every shard to the other coordinators, and end the requests that wait for them.
@@ -196,7 +219,27 @@ def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
         raise ConfigError(f"{setting} {file} has no certificates in PEM: {error}") from None
 
 
-async def _patiently(opening: Callable[[], Awaitable[EtcdCluster]]) -> EtcdCluster:
+async def read_peer_key(store: EtcdCluster) -> bytes:
+    """The key that coordinators of a store sign requests to one another with; made by the first that needs it.
+
+    Raises:
+        StoreError: etcd fails, or has something else in its place.
+    """
+    place = f"{store.layout.prefix}/peer-key"
+    await store.etcd.txn([if_revision(place, 0)], [put(place, secrets.token_hex(PEER_KEY_BYTES))])
+    found = await store.etcd.get(place)
+    try:
+        key = bytes.fromhex(found.value if found is not None else "")
+    except ValueError:
+        key = b""
+    if len(key) != PEER_KEY_BYTES:
+        raise StoreError(
+            f"{place} in etcd is not a key that a coordinator made: delete it, and restart every coordinator"
+        )
+    return key
+
+
+async def _patiently(opening: Callable[[], Awaitable[T]]) -> T:
     until = asyncio.get_running_loop().time() + STARTUP_S
     while True:
         try:

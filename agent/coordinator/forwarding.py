@@ -1,65 +1,167 @@
 """Requests for groups that another coordinator leads: sent there, once (R19).
 
-A forwarded request carries the caller's own credentials, which the leader checks like any other's. The header
-FORWARDED marks it: who receives one for a group that it does not lead refuses it, so no request goes in a circle, and
+A forwarded request carries the caller's own credentials, which the leader checks like any other's; for a
+client certificate see forwarded_clients.py. The header FORWARDED marks it: who receives one for a group that it does not lead refuses it, so no request goes in a circle, and
 a caller who sets the header gains nothing.
 
 If the leader changes while it has a request, the request is sent to the new one. That is safe: every
-call may be repeated, and one that the old leader still has is refused there, since its leadership is over.
+call may be repeated, and one that the old leader still has is refused there, since its leadership is over. In all
+other cases a request is sent once: without an answer the caller gets 503, and decides.
+
+Owns what is sent, how long an answer may take, and what of it is passed on. Connections are in peers.py.
 """
 
 import asyncio
+import itertools
+import re
 import ssl
-from collections.abc import Coroutine
-from typing import Any
-
-import httpx2
+import uuid
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 
 from agent import __version__
-from agent.coordinator.calls import FORWARDED, Answer, Request
+from agent.coordinator.auth import ClientCertificate
+from agent.coordinator.calls import FORWARDED, Answer, Request, header
+from agent.coordinator.forwarded_clients import CLIENT, ForwardedClients
 from agent.coordinator.leadership import Leadership
-from agent.errors import NOT_LEADING_RETRY_S, NotLeading, Unavailable
+from agent.coordinator.peer_connection import PeerAnswer, PeerError
+from agent.coordinator.peers import Exchange, Peers, Place
+from agent.coordinator.service import LONGEST_WAIT_S
+from agent.errors import NOT_LEADING_RETRY_S, Invalid, NotLeading, RequestRefused, Unavailable
 from agent.model import GroupKey
+from agent.ops.logs import Log
 
 REQUEST_S = 10.0
 """The longest that a leader may take for an answer, beside the wait of a blocking read: the longest request
 timeout of an agent."""
 
-KEEPALIVE_S = 45.0
-"""Idle timeout of a connection: shorter than that of a coordinator (75 s)."""
+SWEEP_S = 1.0
+"""Interval of the check of all deadlines; a timer for each request would cost more."""
 
-CONNECTIONS = 128
-"""For all requests but blocking reads, to all leaders together."""
+CALLS_SHARE = 0.25
+BLOCKING_READS_SHARE = 0.65
+"""Shares of the connections that a leader accepts from one address: for blocking reads, for all other requests, and
+the rest for whoever else is there. While etcd hangs, each request that has to be written occupies one, and
+heartbeats that only renew must still have others."""
+
+log = Log(__name__)
 
 _NOT_LEADING = f'"Error":"{NotLeading.__name__}"'.encode()
 
-_ASKED = (b"authorization", b"content-type", b"accept")
-_ANSWERED = ("retry-after", "retry-after-ms", "total-count", "www-authenticate")
+_TARGET = re.compile(rb"/[!-~]*")
+_VALUE = re.compile(rb"[\t -~\x80-\xff]*")
+"""What can be sent on as path and query, and as the value of a header: nothing in it ends the line."""
+
+_ASKED = (b"authorization", b"content-type")
+_ANSWERED = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A request that waits for its answer."""
+
+    key: GroupKey
+    url: str
+    until: float
+    exchange: Exchange
 
 
 class Forwarder:
-    """Finds the leader of a group and sends requests to it. Close it with ``aclose``."""
+    """Finds the leader of a group and sends requests to it. ``start`` it first, ``aclose`` it last.
 
-    def __init__(self, leadership: Leadership, tls: ssl.SSLContext | None = None) -> None:
+    Args:
+        leadership: knows the leaders.
+        tls: verifies leaders whose URL is https.
+        encrypted: whether requests may go to https only.
+        connections_per_address: the most that a leader accepts from this coordinator.
+        clients: vouches for clients known by certificate; None: they are not accepted.
+    """
+
+    def __init__(
+        self,
+        leadership: Leadership,
+        tls: ssl.SSLContext,
+        *,
+        encrypted: bool,
+        connections_per_address: int,
+        clients: ForwardedClients | None = None,
+    ) -> None:
         self._leadership = leadership
-        self._calls = self._open(tls, CONNECTIONS)
-        self._blocking_reads = self._open(tls, None)
-        self._stopped = asyncio.Event()
+        self._clients = clients
+        self._peers = Peers(
+            tls,
+            encrypted=encrypted,
+            calls=max(1, int(connections_per_address * CALLS_SHARE)),
+            blocking_reads=max(1, int(connections_per_address * BLOCKING_READS_SHARE)),
+        )
+        self._pending: set[_Pending] = set()
+        self._run_id = uuid.uuid4().hex
+        self._numbers = itertools.count(1)
+        self._stopped = False
+        self._watching: asyncio.Task[None] | None = None
         self.forwarded = 0
         self.failed = 0
 
-    @staticmethod
-    def _open(tls: ssl.SSLContext | None, connections: int | None) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(
-            verify=tls or False,  # without a context all coordinators are plain http
-            trust_env=False,
-            follow_redirects=False,
-            limits=httpx2.Limits(
-                max_connections=connections,
-                max_keepalive_connections=CONNECTIONS,
-                keepalive_expiry=KEEPALIVE_S,
-            ),
-        )
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to watch deadlines and leaders."""
+        self._watching = asyncio.create_task(self._watch(), name="watch forwarded requests")
+
+    def stop(self) -> None:
+        """End the requests that wait for an answer, and refuse further ones."""
+        self._stopped = True
+        for pending in self._pending:
+            pending.exchange.fail(_stopping())
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        self.stop()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        await self._peers.aclose()
+
+    async def _watch(self) -> None:
+        """End each request whose leader has changed, or whose time is over."""
+        leaders: dict[int, str] = {}
+        while True:
+            await self._leadership.wait_for_change(SWEEP_S)
+            before, leaders = leaders, self._leaders()
+            try:
+                self._end_overdue(moved=leaders != before)
+                self._peers.sweep()
+            except Exception:  # a task's edge: without it no request would have a deadline
+                log.exception("watching forwarded requests failed")
+
+    def _end_overdue(self, *, moved: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        for pending in self._pending:
+            leader = self._leadership.leader_of(pending.key) if moved else None
+            if leader is not None and leader.url != pending.url:
+                pending.exchange.fail(NotLeading())
+            elif pending.until <= now:
+                pending.exchange.fail(PeerError(f"did not answer within {REQUEST_S:g} s"))
+
+    def _leaders(self) -> dict[int, str]:
+        return {number: leader.url for number, leader in self._leadership.view.leaders.items()}
+
+    # -- for requests -------------------------------------------------------------------------
+
+    def client_of(self, request: Request) -> ClientCertificate | None:
+        """The client that another coordinator vouches for; None if it vouches for nobody.
+
+        Raises what ForwardedClients.read raises.
+        """
+        if self._clients is None:
+            return None
+        return self._clients.read(request, self._leadership.member)
+
+    def take(self, request: Request) -> None:
+        """Accept a forwarded request once, with its body. Raises what ForwardedClients.take raises."""
+        if self._clients is not None:
+            self._clients.take(request)
 
     async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None:
         """The leader of a group, or None if that is this coordinator.
@@ -88,79 +190,96 @@ class Forwarder:
             wait_s: how long a blocking read may wait.
 
         Raises:
+            Invalid: the request cannot be sent on.
             NotLeading: another one leads by now.
-            Unavailable: the leader cannot be reached, or this coordinator stops.
+            Unavailable: the leader gives no usable answer, or this coordinator stops.
         """
-        passed = {
-            name.decode(): value.decode("latin-1")
-            for name, value in request.headers
-            if name in _ASKED
-        }
-        passed[FORWARDED.decode()] = self._leadership.member
-        passed["User-Agent"] = f"failover-agent/{__version__}"
-        client = self._blocking_reads if wait_s > 0 else self._calls
-        sending = client.request(
-            request.method,
-            url + request.target.decode("ascii"),
-            headers=passed,
-            content=request.body,
-            timeout=httpx2.Timeout(wait_s + REQUEST_S),
-        )
+        if self._stopped:
+            raise _stopping()
         self.forwarded += 1
         try:
-            answer = await self._unless_moved(key, url, sending)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            answer = await self._exchange(key, url, request, wait_s)
+        except PeerError as error:
             self.failed += 1
             raise Unavailable(
-                f"The leader of the group at {url} cannot be reached: {error!r}.",
+                f"The coordinator at {url}, which leads the group, {error}.",
                 "Try again after Retry-After: another one leads when its time is over.",
                 retry_after_s=NOT_LEADING_RETRY_S,
             ) from None
-        if (
-            answer.status_code == httpx2.codes.SERVICE_UNAVAILABLE
-            and _NOT_LEADING in answer.content
-        ):
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and _NOT_LEADING in answer.body:
             await self._leadership.wait_for_change(NOT_LEADING_RETRY_S)
             raise NotLeading
-        kept = tuple(
-            (name.encode(), answer.headers[name].encode("latin-1"))
-            for name in _ANSWERED
-            if name in answer.headers
-        )
-        return Answer(
-            answer.status_code,
-            answer.content,
-            kept,
-            answer.headers.get("content-type", "application/json"),
-            operation_id=answer.headers.get("operation-id"),
-        )
+        return _passed_on(answer)
 
-    async def _unless_moved(
-        self, key: GroupKey, url: str, sending: Coroutine[Any, Any, httpx2.Response]
-    ) -> httpx2.Response:
-        request = asyncio.ensure_future(sending)
-        moved = asyncio.ensure_future(self._leadership.wait_until_moved(key, url))
-        stopped = asyncio.ensure_future(self._stopped.wait())
+    async def _exchange(
+        self, key: GroupKey, url: str, request: Request, wait_s: float
+    ) -> PeerAnswer:
+        if (
+            request.method == "HEAD"
+        ):  # the answer's body is left out later: its end could not be told here
+            request = replace(request, method="GET")
+        place, calls, blocking_reads = self._peers.to(url)
+        number = f"{self._run_id}-{next(self._numbers):x}".encode()
+        written = _written(place, number, request, self._vouch(key, request, number))
+        exchange = Exchange(blocking_reads if wait_s > 0 else calls, written, number)
+        until = asyncio.get_running_loop().time() + min(wait_s, LONGEST_WAIT_S) + REQUEST_S
+        pending = _Pending(key, url, until, exchange)
+        self._pending.add(pending)
         try:
-            await asyncio.wait([request, moved, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if request.done():
-                return request.result()
-            if stopped.done():
-                raise Unavailable(
-                    "The coordinator is stopping.",
-                    "Ask another endpoint, or this one after Retry-After.",
-                )
-            raise NotLeading
+            return await exchange.run()
         finally:
-            for task in (request, moved, stopped):
-                task.cancel()
+            self._pending.discard(pending)
 
-    def stop(self) -> None:
-        """End the requests that wait for an answer."""
-        self._stopped.set()
+    def _vouch(self, key: GroupKey, request: Request, number: bytes) -> bytes | None:
+        """The header CLIENT of a request whose caller is known by certificate; else None."""
+        certificate = request.certificate
+        if certificate is None or self._clients is None:
+            return None
+        if header(request.headers, b"authorization") is not None:  # it takes precedence
+            return None
+        leader = self._leadership.leader_of(key)
+        if leader is None:
+            raise NotLeading
+        return self._clients.sign(certificate, request, number, leader.member)
 
-    async def aclose(self) -> None:
-        """Close every connection."""
-        self.stop()
-        await self._calls.aclose()
-        await self._blocking_reads.aclose()
+
+def _written(place: Place, number: bytes, request: Request, client: bytes | None) -> bytes:
+    """A request as it is sent: nothing of it but its body is the caller's word for word, unchecked."""
+    if not _TARGET.fullmatch(request.target):
+        raise Invalid("The path has bytes that are not printable ASCII.", "Percent-encode them.")
+    method = request.method
+    lines = [
+        b"%b %b HTTP/1.1" % (method.encode(), request.target),
+        b"Host: " + place.netloc,
+        _USER_AGENT,
+        b"%b: %b" % (FORWARDED, number),
+    ]
+    for wanted in _ASKED:
+        value = header(request.headers, wanted)
+        if value is not None and _VALUE.fullmatch(value):
+            lines.append(b"%b: %b" % (wanted, value))
+    if client is not None:
+        lines.append(b"%b: %b" % (CLIENT, client))
+    if method in _WITH_BODY or request.body:
+        lines.append(b"Content-Length: %d" % len(request.body))
+    return b"\r\n".join((*lines, b"", request.body))
+
+
+_USER_AGENT = f"User-Agent: failover-agent/{__version__}".encode()
+
+
+def _passed_on(answer: PeerAnswer) -> Answer:
+    operation_id = None
+    kept = []
+    for name, value in answer.headers:
+        if name in _ANSWERED:
+            kept.append((name, value))
+        elif name == b"operation-id" and value.isascii():
+            operation_id = value.decode()
+    return Answer(answer.status, answer.body, tuple(kept), operation_id=operation_id)
+
+
+def _stopping() -> RequestRefused:
+    return Unavailable(
+        "The coordinator is stopping.", "Ask another endpoint, or this one after Retry-After."
+    )

@@ -21,7 +21,7 @@ from math import ceil
 from typing import Protocol
 
 from agent.coordinator.shards import Lease, Shard
-from agent.coordinator.spread import View, member_to_relieve_me, shards_to_claim
+from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_to_claim
 from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
@@ -161,14 +161,9 @@ class Leadership:
                 raise NotLeading
             await self.wait_for_change(left_s)
 
-    async def wait_until_moved(self, key: GroupKey, url: str) -> None:
-        """Wait until another coordinator than that at ``url`` is known to lead a group."""
-        number = self._layout.shard_of(key)
-        while True:
-            leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != url:
-                return
-            await self.wait_for_change(None)
+    def leader_of(self, key: GroupKey) -> Leader | None:
+        """The coordinator that is known to lead a group."""
+        return self.view.leaders.get(self._layout.shard_of(key))
 
     async def wait_for_change(self, timeout_s: float | None) -> None:
         """Wait until what is known of members and leaders changes, for ``timeout_s`` at most."""

@@ -235,11 +235,11 @@ class CoordinatorSettings(Settings):
         yield from self.set_together("etcd_certificate", "etcd_key")
         yield from self.set_together("etcd_username", "etcd_password_file")
         if self.store == "etcd":
-            if self.tls_client_ca_file is not None:
+            if self.tls_client_certificates == "required":
                 yield (
-                    "tls_client_ca_file",
-                    'cannot be used with store = "etcd": a request that is forwarded to another coordinator'
-                    " cannot take a certificate along; use users_file or tokens",
+                    "tls_client_certificates",
+                    'cannot be "required" with store = "etcd": the other coordinators have none; with'
+                    ' "optional" a caller without one needs other credentials',
                 )
             if not self.etcd_endpoint:
                 yield "store", "etcd needs etcd_endpoint too"

@@ -7,6 +7,7 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
         [--rounds 5] [--groups 1000] [--seconds 5]
     .venv/bin/python tests/bench/heartbeats.py --compare bare --failover-timeout 3 ...
     .venv/bin/python -m tests.bench.heartbeats --compare etcd|follower --failover-timeout 3 --warm-up 20 ...
+    .venv/bin/python -m tests.bench.heartbeats --compare main --serving etcd|follower ...
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
 plays 2 sessions for each group. Open loop: the heartbeats leave at their times whether or not earlier
@@ -20,7 +21,8 @@ compared is heartbeats for each second of the coordinator's CPU time, which anot
 disturbs less than heartbeats for each second; both are printed, with the ratio of their medians. "bare"
 instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
 answer, as large as a heartbeat's. "etcd" is this coordinator on an etcd of one member, and "follower" one of two
-such coordinators, of which the other leads all groups; the processor time is that of the one that is asked.
+such coordinators, of which the other leads all groups, on the core of this generator; the processor time is that of
+the one that is asked. With --serving both that are compared are served in such a way.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
@@ -45,11 +47,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
+from urllib.request import urlopen
 
 CLUSTERS = ("etcd", "follower")
 
 CONNECTIONS = 400
 BUSY_CONNECTIONS = 64
+
+PATIENCE_S = 20.0
+
+CORES = sorted(os.sched_getaffinity(0))
+"""Those of this process, before it pins itself to the last one."""
 
 SCRAPER = """
 import sys, time, urllib.request
@@ -122,6 +130,13 @@ async def ask(connection: Connection, method: str, path: str, body: str) -> int:
     return await read_answer(connection.reader)
 
 
+async def make(connection: Connection, path: str, body: str) -> None:
+    """Make something, at a coordinator whose etcd may be busy."""
+    while (status := await ask(connection, "POST", path, body)) == 503:  # noqa: ASYNC110 - it is asked
+        await asyncio.sleep(0.05)
+    assert status in {200, 201}, status
+
+
 async def set_up(connections: list[Connection], groups: int, timeout_s: int) -> None:
     """Make the groups and their sessions, over all connections at once."""
     timeout = timedelta(seconds=timeout_s)
@@ -130,10 +145,9 @@ async def set_up(connections: list[Connection], groups: int, timeout_s: int) -> 
         connection = connections[number]
         for group in range(number, groups, len(connections)):
             body = f'{{"Id":"g{group}","FailoverTimeout":"0{timeout}"}}'
-            assert await ask(connection, "POST", "groups/", body) == 201
+            await make(connection, "groups/", body)
             for session in "ab":
-                path = f"groups/g{group}/clientsessions"
-                assert await ask(connection, "POST", path, f'{{"Id":"{session}"}}') == 201
+                await make(connection, f"groups/g{group}/clientsessions", f'{{"Id":"{session}"}}')
 
     await asyncio.gather(*(some(number) for number in range(len(connections))))
 
@@ -272,6 +286,12 @@ def main() -> None:
         metavar="REV",
         help="measure this and another revision, bare, etcd or follower in turn",
     )
+    parser.add_argument(
+        "--serving",
+        choices=("sqlite", *CLUSTERS),
+        default="sqlite",
+        help="what is measured: alone on SQLite, on etcd, or a follower of another one on etcd",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
     parser.add_argument(
         "--warm-up",
@@ -287,7 +307,7 @@ def main() -> None:
         with checked_out(args.compare) as tree:
             compare(args, tree)
         return
-    with coordinator(args) as (host, port, process):
+    with serving(args, args.serving) as (host, port, process):
         asyncio.run(measure(args, host, port, process))
 
 
@@ -298,13 +318,14 @@ def coordinator(
     *,
     bare: bool = False,
     etcd: str | None = None,
+    core: int = 0,
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
     ``tree`` is a checkout whose code is run, rather than this program's own; ``bare`` runs the bare
-    server in its place; ``etcd`` is the URL of its store, if that is not SQLite.
+    server in its place; ``etcd`` is the URL of its store, if that is not SQLite; ``core`` is the number of
+    its core among those of this process.
     """
-    cores = sorted(os.sched_getaffinity(0))
     program = ["-m", "agent", "serve"]
     if args.profile:
         program = ["-m", "cProfile", "-o", str(args.profile), *program]
@@ -312,7 +333,7 @@ def coordinator(
     if tree is not None:
         environment |= {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as data_dir:
-        command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
+        command = ["taskset", "-c", str(CORES[core]), sys.executable, *program]
         command += ["--data-dir", data_dir, "--log-level", "INFO"]
         if etcd is None:
             command += ["--listen", "127.0.0.1:0"]
@@ -321,19 +342,19 @@ def coordinator(
         if args.session_metrics:
             command.append("--session-metrics")
         if bare:
-            command = ["taskset", "-c", str(cores[0]), sys.executable, "-c", BARE]
+            command = ["taskset", "-c", str(CORES[core]), sys.executable, "-c", BARE]
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=environment
         ) as server:
             assert server.stderr is not None
             url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
             log = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
-            os.sched_setaffinity(0, {cores[-1]})
+            os.sched_setaffinity(0, {CORES[-1]})
             host, _, port = url.removeprefix("http://").rpartition(":")
             try:
                 yield host, int(port), server.pid
             finally:
-                os.sched_setaffinity(0, cores)
+                os.sched_setaffinity(0, CORES)
                 server.send_signal(signal.SIGTERM)
                 server.wait(20)
                 log.wait()
@@ -350,16 +371,33 @@ def on_etcd(url: str) -> list[str]:
 
 
 @contextmanager
-def in_a_cluster(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
-    """A coordinator on a new etcd, alone or beside one that leads every group."""
+def serving(
+    args: argparse.Namespace, kind: str, tree: Path | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """A coordinator of one of the kinds of --serving."""
+    if kind == "sqlite":
+        with coordinator(args, tree) as one:
+            yield one
+        return
     from tests.etcd import an_etcd  # noqa: PLC0415 - only a run with -m finds it
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        etcd = stack.enter_context(an_etcd(directory))
-        if args.compare == "follower":
-            stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
-        yield stack.enter_context(coordinator(args, etcd=etcd.urls[0]))
+        url = stack.enter_context(an_etcd(directory)).urls[0]
+        leader = stack.enter_context(
+            coordinator(args, tree, etcd=url, core=0 if kind == "etcd" else -1)
+        )
+        wait_until_leading(*leader[:2])
+        yield leader if kind == "etcd" else stack.enter_context(coordinator(args, tree, etcd=url))
+
+
+def wait_until_leading(host: str, port: int) -> None:
+    """Wait until a coordinator leads the only shard."""
+    line = "\nfailover_coordinator_shards_led 1.0\n"
+    until = time.monotonic() + PATIENCE_S
+    while line not in urlopen(f"http://{host}:{port}/metrics").read().decode():
+        assert time.monotonic() < until, "the coordinator does not lead"
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -381,9 +419,10 @@ def compare(args: argparse.Namespace, tree: Path | None) -> None:
     for _ in range(args.rounds):
         for name, results in figures.items():
             other = name == args.compare
-            running = coordinator(args, tree if other else None, bare=other and name == "bare")
-            if other and name in CLUSTERS:
-                running = in_a_cluster(args)
+            kind = name if other and name in CLUSTERS else args.serving
+            running = serving(args, kind, tree if other else None)
+            if other and name == "bare":
+                running = coordinator(args, bare=True)
             with running as (host, port, process):
                 result = asyncio.run(throughput(args, host, port, process))
             results.append(result)

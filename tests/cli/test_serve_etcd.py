@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,10 +38,25 @@ def test_a_contradiction_is_one_error(cli: Cli, flags: tuple[str, ...], wrong: s
     assert len(err.splitlines()) == 1
 
 
+def test_required_client_certificates_would_shut_the_other_coordinators_out(
+    cli: Cli, tmp_path: Path
+) -> None:
+    flags = ["--tls-client-certificates=required"]
+    for flag in ("--tls-certificate", "--tls-key", "--tls-client-ca-file"):
+        file = tmp_path / flag.strip("-")
+        file.touch(0o600)
+        flags.append(f"{flag}={file}")
+    code, _, err = cli("serve", "--listen=127.0.0.1:0", *COMPLETE, *flags)
+    assert code == 12
+    assert 'cannot be "required" with store = "etcd"' in err
+    assert len(err.splitlines()) == 1
+
+
 def test_other_stores_import_nothing_of_etcd() -> None:
     code = (
         "import sys, agent.coordinator.server, agent.cli.serve;"
-        "print([m for m in sys.modules if 'etcd' in m or 'leadership' in m or 'forwarding' in m])"
+        "words = 'etcd', 'leadership', 'forward', 'peer';"
+        "print([m for m in sys.modules if m.startswith('agent.') and any(w in m for w in words)])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

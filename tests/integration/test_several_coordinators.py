@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent.coordinator.auth import hash_password
+from tests.coordinator.raw import Raw
 from tests.etcd import EtcdServer, an_etcd
 
 from .stage import Agent, Coordinator, Stage, ask, free_port, until
@@ -113,6 +114,19 @@ def test_r19_a_frozen_leader_costs_no_role_and_answers_nothing_afterwards(
     leader.until_said("leadership ended", after=position)
     until(lambda: leads(leader) + leads(standby) == 1, "one leader")
     check_unmoved(stage, agent, epoch, 2.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_r19_a_leader_that_is_gone_costs_no_role_through_a_follower(
+    stage: Stage, etcd: EtcdServer, number: signal.Signals
+) -> None:
+    """The follower has requests there, and connections, when the leader ends or freezes."""
+    leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    agent, epoch = running(stage, standby)
+    leader.send(number)
+    check_unmoved(stage, agent, epoch, 5.0)
+    assert leads(standby) == 1
+    assert standby.status()["Epoch"] == epoch
 
 
 def test_r19_an_orderly_stop_hands_over_at_once(stage: Stage, etcd: EtcdServer) -> None:
@@ -233,6 +247,40 @@ def test_r19_a_forwarded_request_is_not_forwarded_again(stage: Stage, etcd: Etcd
     assert refused.value.headers["Retry-After"] == "1"
     with refused.value:
         assert b"does not lead" in refused.value.read()
+
+
+def test_r19_a_follower_sends_on_one_request_for_one(stage: Stage, etcd: EtcdServer) -> None:
+    """What could be read as two requests, or as another one, by the leader."""
+    leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    url, base = standby.endpoint.split("/api")[0], "/api/v1/clientfailover/groups"
+    smuggled = b'POST /api/v1/clientfailover/groups HTTP/1.1\r\nHost: localhost\r\n\r\n{"Id":"x"}'
+    with Raw(url) as one:
+        group = {"Id": "g", "FailoverTimeout": "00:00:30"}
+        assert one.request("POST", base, group).answer().status == 201
+        head = f"POST {base}/g/clientsessions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
+        chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled)
+        assert one.send(f"{head}\r\n\r\n".encode() + chunks).answer().status == 400
+        asked = one.request("GET", f"{base}/g%20HTTP%2e1", headers="Failover-Forwarded: 1\r\n")
+        assert asked.answer().status == 503
+        answer = one.request("GET", f"{base}/g%20HTTP%2e1").answer()
+        assert (answer.status, "failover-forwarded" in answer.headers) == (404, False)
+    for target in (
+        b"GET %b/g/status?after=\xff",
+        b"GET %b/g/status?a=\x80b",
+        b"GET %b/g\x01/status",
+    ):
+        with Raw(url) as one:
+            wrong = target % base.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            assert one.send(wrong).answer().status == 400
+    for lines in ("Content-Length: 2\r\nTransfer-Encoding: chunked", "Authorization: a\r\n b"):
+        with Raw(url) as one:
+            head = f"GET {base}/g/status HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n\r\n"
+            assert one.send(head.encode()).answer().status == 400
+    assert [group["Id"] for group in leader.ask("GET", "groups").body] == ["g"]
+    with Raw(url) as one:  # HEAD has no body, and the next answer on the connection is whole
+        answer = one.request("HEAD", f"{base}/g/status").answer(bodyless=True)
+        assert (answer.status, one.unread) == (200, b"")
+        assert one.request("GET", f"{base}/g").answer().status == 200
 
 
 def test_another_number_of_shards_is_refused(stage: Stage, etcd: EtcdServer) -> None:
