@@ -11,11 +11,12 @@ from pathlib import Path
 
 @dataclass
 class Span:
-    """When one epoch's workload wrote, in seconds on CLOCK_MONOTONIC, and where."""
+    """When one epoch's workload wrote, in seconds on CLOCK_MONOTONIC, where, and which process did last."""
 
     host: str
     first_s: float
     last_s: float
+    pid: int
 
 
 class Outputs:
@@ -35,14 +36,15 @@ class Outputs:
                 text, newline, _ = file.read().rpartition(b"\n")
             self._offsets[path] = offset + len(text) + len(newline)
             for line in text.splitlines():
-                epoch, host, ns, _ = line.split()
-                self._add(int(epoch), host.decode(), int(ns) / 1e9)
+                epoch, host, ns, pid = line.split()
+                self._add(int(epoch), host.decode(), int(ns) / 1e9, int(pid))
 
-    def _add(self, epoch: int, host: str, at_s: float) -> None:
-        span = self.spans.setdefault(epoch, Span(host, at_s, at_s))
+    def _add(self, epoch: int, host: str, at_s: float, pid: int) -> None:
+        span = self.spans.setdefault(epoch, Span(host, at_s, at_s, pid))
         assert span.host == host, f"epoch {epoch} is of {span.host} and of {host}"
         span.first_s = min(span.first_s, at_s)
         span.last_s = max(span.last_s, at_s)
+        span.pid = pid
 
     def overlap_s(self) -> float:
         """The longest time for which one epoch was written while a later one was; 0 as promised."""

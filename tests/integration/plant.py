@@ -260,7 +260,7 @@ class Plant:
     def until_primaries(self, within_s: float) -> float:
         """Wait until each group has a primary that stays; how long it took until it was there.
 
-        Fails after the bound. Time that processes of a host have waited for a processor does not count.
+        Fails after the bound. The longest time that one of them has waited for a processor does not count.
         """
         began = time.monotonic()
         waits = self.waits()
@@ -281,13 +281,17 @@ class Plant:
         return there - began
 
     def waits(self) -> dict[int, float]:
-        """For how many seconds each process of the plant has waited for a processor so far."""
-        return {
-            pid: _waited_s(pid) for host in self.network.hosts.values() for pid in host.processes()
-        }
+        """For how many seconds each agent and coordinator has waited for a processor so far."""
+        processes = [*self.coordinators, *(one for g in self.groups for one in g.agents.values())]
+        return {one.popen.pid: _waited_s(one.popen.pid) for one in processes}
+
+    def starved_s(self, before: Mapping[int, float]) -> float:
+        """The most that a process which runs since then has waited."""
+        now = self.waits()
+        return max((now[pid] - before[pid] for pid in now.keys() & before.keys()), default=0.0)
 
     def waited_s(self, before: Mapping[int, float]) -> float:
-        """The most that a process has waited since then."""
+        """The most that any process has waited since then, also one that was started meanwhile."""
         return max(now - before.get(pid, 0.0) for pid, now in self.waits().items())
 
     def is_whole(self) -> bool:

@@ -116,10 +116,10 @@ class Soak:
         plant.check_history()
         self._ledger.check()
         moved = {name for name, epoch in plant.epochs().items() if epoch != before[name]}
-        waited_s = plant.waited_s(waits)
+        starved_s = plant.starved_s(waits)
         say(
             f"  {'; '.join(one.what for one in injected)}: primaries after {recovered_s:.2f} s,"
-            f" moved {sorted(moved) or 'none'}; longest wait for a processor {waited_s:.2f} s"
+            f" moved {sorted(moved) or 'none'}; longest wait for a processor {starved_s:.2f} s"
         )
         kind = steps[0].kind if len(steps) == 1 else "two at once"
         self._recoveries[kind].append(recovered_s)
@@ -128,7 +128,7 @@ class Soak:
             return  # two losses at once may move roles
         ended = {name for g in plant.groups for name, _ in g.exit_codes[exits[g.name] :]}
         amiss = (moved - injected[0].may_move) | (ended - injected[0].may_end)
-        assert not amiss or waited_s > STARVED_S, f"{kind} has moved or ended {amiss}"
+        assert not amiss or starved_s > STARVED_S, f"{kind} has moved or ended {amiss}"
         self._starved += bool(amiss)
         self._judged += not amiss
 
