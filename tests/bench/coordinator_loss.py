@@ -72,7 +72,11 @@ class Cell:
         agent.until_said("joined")
 
     def primary(self) -> tuple[int, str]:
-        """Epoch and host of the workload that writes now."""
+        """Epoch and host of the workload that writes now; an agent that has given up is started again."""
+        for host, agent in self.agents.items():
+            if (code := agent.popen.poll()) is not None:
+                click.echo(f"the agent of {host} has ended with {code}", err=True)
+                self.start(host)
 
         def found() -> int | None:
             self.outputs.read()

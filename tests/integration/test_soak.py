@@ -47,8 +47,8 @@ SETTLE_S = 180.0
 """For the start, the last recovery and the end of everything."""
 
 
-STARVED_S = 0.5
-"""A process that waited for longer for a processor may have missed its deadline: the machine did not run it."""
+STARVED_S = 1.0
+"""An agent or coordinator that waited for longer for a processor may have missed its deadline: half of R."""
 
 
 def say(text: str) -> None:
@@ -95,6 +95,7 @@ class Soak:
         self._moved = 0
         self._judged = 0
         self._starved = 0
+        self._amiss: list[str] = []
 
     def run(self, until_s: float) -> None:
         began = time.monotonic()
@@ -128,9 +129,12 @@ class Soak:
             return  # two losses at once may move roles
         ended = {name for g in plant.groups for name, _ in g.exit_codes[exits[g.name] :]}
         amiss = (moved - injected[0].may_move) | (ended - injected[0].may_end)
-        assert not amiss or starved_s > STARVED_S, f"{kind} has moved or ended {amiss}"
-        self._starved += bool(amiss)
-        self._judged += not amiss
+        if not amiss:
+            self._judged += 1
+        elif starved_s > STARVED_S:
+            self._starved += 1
+        else:
+            self._amiss.append(f"{kind} of {injected[0].what} has moved or ended {sorted(amiss)}")
 
     def _inject(self, steps: list[Step]) -> list[Injected]:
         """Do everything at its time, the heals included."""
@@ -165,8 +169,9 @@ class Soak:
         ]
         return "\n".join(lines)
 
-    def check_judged(self) -> None:
-        """A machine that is too busy for any judgement proves nothing."""
+    def check_roles(self) -> None:
+        """Single faults have moved no other role than they may, and the machine was not too busy to judge."""
+        assert not self._amiss, "\n".join(self._amiss)
         assert self._judged > self._starved, "the machine is too busy for this test"
 
 
@@ -185,4 +190,4 @@ def test_never_two_and_soon_one_whatever_fails(tmp_path: Path) -> None:
             soak.run(time.monotonic() + SOAK_S)
         finally:
             say(soak.report())
-        soak.check_judged()
+        soak.check_roles()
