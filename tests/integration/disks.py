@@ -52,30 +52,48 @@ class Disk:
         self._ballast.unlink(missing_ok=True)
 
 
-def slow_disk(pid: int, calls: Sequence[str], delay_s: float) -> Callable[[], object]:
-    """Delay the return of each of these calls of a process; returns what ends that."""
+def strace() -> str:
+    """The program; skips the test where it is missing or may trace nothing."""
     program = shutil.which("strace")
     if program is None:
         pytest.skip("needs: strace: apt-get install strace")
+    done = subprocess.run(
+        [program, "-qq", "-o", os.devnull, "true"], capture_output=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("needs: the right to trace a process: run as root with CAP_SYS_PTRACE")
+    return program
+
+
+def slow_disk(pid: int, calls: Sequence[str], delay_s: float) -> Callable[[], object]:
+    """Delay the return of each of these calls of a process; returns what ends that.
+
+    A process that has ended, or is slow already, is left alone.
+    """
     names = ",".join(calls)
     inject = f"inject={names}:delay_exit={int(delay_s * 1e6)}"
-    command = [program, "-f", "-qq", "-o", os.devnull, "-e", f"trace={names}", "-e", inject]
+    command = [strace(), "-f", "-qq", "-o", os.devnull, "-e", f"trace={names}", "-e", inject]
     tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE)
     end_at = time.monotonic() + ATTACHED_S
-    while f"TracerPid:\t{tracer.pid}\n" not in _status(pid):
+    while (found := _tracer_of(pid)) != tracer.pid and tracer.poll() is None:
         assert time.monotonic() < end_at, "strace does not attach"
-        if tracer.poll() is not None:
-            break  # the process has ended meanwhile
         time.sleep(0.01)
 
     def end() -> None:
         tracer.terminate()
         tracer.communicate(timeout=ATTACHED_S)
 
+    if tracer.poll() is not None:
+        _, said = tracer.communicate()
+        assert found != 0, f"strace has not attached: {said.decode()}"
     return end
 
 
-def _status(pid: int) -> str:
+def _tracer_of(pid: int) -> int | None:
+    """The process that traces this one, or 0; None if it has ended."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/status").read_text()
-    return ""
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        if fields["State"][0] not in "ZX":
+            return int(fields["TracerPid"])
+    return None

@@ -58,7 +58,12 @@ class Ledger:
         self._progress = datetime.min.replace(tzinfo=UTC)
 
     def start(self) -> None:
-        """Make the groups that facts are about, and begin."""
+        """Begin."""
+        self.prepare()
+        self._thread.start()
+
+    def prepare(self) -> None:
+        """Make the groups and sessions that facts are about."""
         timeout = "00:00:02"
         for group in (GROUP, PROGRESS):
             self._insist("POST", "groups", {"Id": group, "FailoverTimeout": timeout}, {200, 201})
@@ -68,7 +73,6 @@ class Ledger:
             fact = Fact(f"{path}/{session}", lambda reply: reply.body["RoleOverride"], 0)
             self._facts[f"override of {session}"] = fact
         self._insist("POST", f"groups/{PROGRESS}/clientsessions", {"Id": "p"}, {200, 201})
-        self._thread.start()
 
     def stop(self) -> None:
         self._ended.set()
@@ -113,13 +117,14 @@ class Ledger:
 
     def _run(self) -> None:
         while not self._ended.wait(PERIOD_S):
-            with self._lock:
-                act = self._chance.choice(
-                    (self._create, self._override, self._override, self._look)
-                )
-                act()
-                if len(self._groups) > KEPT:
-                    self._delete()
+            self.act()
+
+    def act(self) -> None:
+        """Change or read one fact, chosen at random."""
+        with self._lock:
+            self._chance.choice((self._create, self._override, self._override, self._look))()
+            if len(self._groups) > KEPT:
+                self._delete()
 
     def _create(self) -> None:
         self._made += 1

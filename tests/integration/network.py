@@ -55,9 +55,15 @@ def _inside(pid: int) -> tuple[str, ...]:
     return ("nsenter", f"--net=/proc/{pid}/ns/net")
 
 
-def _run(*command: str, text: str | None = None) -> None:
+def _problem(*command: str, text: str | None = None) -> str:
+    """What a command said when it failed, or nothing."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return f"{' '.join(command)}: {done.stderr.strip()}" if done.returncode else ""
+
+
+def _run(*command: str) -> None:
+    problem = _problem(*command)
+    assert not problem, problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +110,15 @@ class Network:
         if os.geteuid() != 0:
             pytest.skip("needs: network namespaces joined by a bridge: run the tests as root")
         self._switch = _inside(_hold(stack))
-        _run(*self._switch, "ip", "link", "add", "br0", "type", "bridge")
-        _run(*self._switch, "ip", "link", "set", "br0", "up")
-        _run(*self._switch, "nft", "-f", "-", text=RULES)
+        for command, text in (
+            (("ip", "link", "add", "br0", "type", "bridge"), None),
+            (("ip", "link", "set", "br0", "up"), None),
+            (("nft", "-f", "-"), RULES),
+        ):
+            if problem := _problem(*self._switch, *command, text=text):
+                pytest.skip(
+                    f"needs: a bridge with rules of nftables: a kernel with both ({problem})"
+                )
         self._cuts: Counter[str] = Counter()
         self.hosts = {
             name: self._join(name, number, _hold(stack)) for number, name in enumerate(names, 1)

@@ -17,7 +17,7 @@ from typing import Any
 from tests.etcd import EtcdServer, Place, an_etcd
 
 from . import writer
-from .disks import Disk
+from .disks import Disk, strace
 from .network import Host, Network
 from .outputs import Outputs
 from .requests import Reply, request
@@ -140,6 +140,7 @@ class Plant:
         self._stack = stack
         names = [f"coordinator-{n}" for n in (1, 2, 3)]
         agents = [f"agent-{n}" for n in (1, 2, 3, 4)]
+        strace()  # before everything else is started
         network = Network(stack, [*names, *agents, "client"])
         self.network = network
         self.servers = [network.hosts[name] for name in names]

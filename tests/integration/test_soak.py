@@ -40,8 +40,8 @@ FAULT_S = (0.3, 5.0)
 DOUBLE = 0.25
 """Share of rounds in which a second fault begins before the first has ended."""
 
-HEALED_S = 15.0
-"""Within this after a heal each group has a primary."""
+HEALED_S = 12.0
+"""Within this after a heal each group has a primary; what it consists of is in docs/high-availability.md."""
 
 SETTLE_S = 180.0
 """For the start, the last recovery and the end of everything."""
