@@ -123,6 +123,8 @@ class Network:
         self.hosts = {
             name: self._join(name, number, _hold(stack)) for number, name in enumerate(names, 1)
         }
+        for host in self.hosts.values():
+            stack.callback(host.cut_power)  # guards outlive their agents
 
     def _join(self, name: str, number: int, holder: int) -> Host:
         port = f"port{number}"

@@ -295,6 +295,7 @@ class Gateway:
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._current = 0
+        self._failing = False
         self._login = login
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
@@ -335,7 +336,7 @@ class Gateway:
 
     async def _post(self, asked: str, path: str, body: Json) -> Json:
         try:
-            return await self._with_login(asked, path, body)
+            answer = await self._with_login(asked, path, body)
         except httpx2.ConnectError as failure:
             self._leave(asked)
             raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}") from failure
@@ -345,6 +346,8 @@ class Gateway:
         except EtcdUnknown:
             self._leave(asked)
             raise
+        self._failing = False
+        return answer
 
     async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
         if self._login is not None and self._token is None:
@@ -397,7 +400,9 @@ class Gateway:
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
             self._current = (self._current + 1) % len(self._endpoints)
-            log.warning("etcd endpoint changed", before=endpoint, after=self.endpoint)
+            if not self._failing:  # attempts in an outage would fill the log
+                self._failing = True
+                log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 
     async def aclose(self) -> None:
         """Close every connection."""

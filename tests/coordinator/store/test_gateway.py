@@ -58,3 +58,23 @@ async def test_requests_that_time_out_together_leave_a_member_that_hangs_once(
             assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
         finally:
             await gateway.aclose()
+
+
+async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with members(hang, hang, answer) as urls:
+        gateway = Gateway(urls[:2])
+        recovering = Gateway([urls[0], urls[2]])
+        try:
+            for _ in range(5):
+                with pytest.raises(EtcdUnknown):
+                    await gateway.post("/v3/kv/range", {}, 0.05)
+            assert caplog.messages == ["etcd endpoint left"]
+            for _ in range(2):
+                with pytest.raises(EtcdUnknown):
+                    await recovering.post("/v3/kv/range", {}, 0.05)
+                await recovering.post("/v3/kv/range", {}, 5.0)
+                recovering._current = 0
+            assert len(caplog.messages) == 3
+        finally:
+            await gateway.aclose()
+            await recovering.aclose()
