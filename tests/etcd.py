@@ -1,6 +1,7 @@
 """A real etcd for tests: one member or a cluster of three, on free ports, with files in one folder.
 
-Owns the processes. With ``quick`` elections take a quarter of a second, so that tests need not wait for long.
+Owns the processes. Elections take a quarter of a second, so that tests need not wait for long. Each member may
+have a place of its own: an address, a directory, and a network namespace that its command is started in.
 """
 
 import os
@@ -12,8 +13,9 @@ import ssl
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,44 +32,72 @@ def _free_port() -> int:
             return port
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one member runs: its address, the directory of its data, and what its command is started by."""
+
+    address: str
+    directory: Path
+    before: Sequence[str] = ()
+
+
 class EtcdServer:
-    """One etcd cluster. ``urls`` are the clients' URLs of its members."""
+    """One etcd cluster. ``urls`` are the clients' URLs of its members.
+
+    Args:
+        directory: for its logs, and its data where it has no places.
+        members: how many.
+        tls: certificate, key and CA in PEM, to serve https with.
+        places: one for each member; without them all are on loopback.
+        flags: more flags for each member.
+    """
 
     def __init__(
-        self, directory: Path, members: int = 1, tls: tuple[Path, Path, Path] | None = None
+        self,
+        directory: Path,
+        members: int = 1,
+        tls: tuple[Path, Path, Path] | None = None,
+        *,
+        places: Sequence[Place] = (),
+        flags: Sequence[str] = (),
     ) -> None:
         found = shutil.which("etcd")
         if found is None:
             pytest.skip(HINT)
         self._program = found
         self._directory = directory
-        ports = [(_free_port(), _free_port()) for _ in range(members)]
+        self._places = places or [Place("127.0.0.1", directory)] * members
+        self._flags = flags
+        hosts = [(place.address, _free_port(), _free_port()) for place in self._places]
         scheme = "http" if tls is None else "https"
-        self.urls = [f"{scheme}://127.0.0.1:{client}" for client, _ in ports]
+        self.urls = [f"{scheme}://{address}:{client}" for address, client, _ in hosts]
         self._tls: tuple[str, ...] = ()
         self._context: ssl.SSLContext | None = None
         if tls is not None:
             certificate, key, authority = map(str, tls)
             self._tls = ("--cert-file", certificate, "--key-file", key)
             self._context = ssl.create_default_context(cafile=authority)
-        self._peers = [f"http://127.0.0.1:{peer}" for _, peer in ports]
-        self._processes: list[subprocess.Popen[bytes] | None] = [None] * members
+        self._peers = [f"http://{address}:{peer}" for address, _, peer in hosts]
+        self._processes: list[subprocess.Popen[bytes] | None] = [None] * len(hosts)
 
     def start(self, number: int) -> None:
         """Start a member, with the data that it has."""
         name = f"m{number}"
         client, peer = self.urls[number], self._peers[number]
+        place = self._places[number]
         everybody = ",".join(f"m{n}={url}" for n, url in enumerate(self._peers))
         with (self._directory / f"{name}.log").open("ab") as log:
             self._processes[number] = subprocess.Popen(
                 [
+                    *place.before,
                     self._program,
-                    *("--name", name, "--data-dir", str(self._directory / name)),
+                    *("--name", name, "--data-dir", str(place.directory / name)),
                     *("--listen-client-urls", client, "--advertise-client-urls", client),
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                     *("--initial-cluster", everybody),
                     *("--heartbeat-interval", "50", "--election-timeout", "250"),
                     *self._tls,
+                    *self._flags,
                 ],
                 stdout=log,
                 stderr=log,
@@ -84,16 +114,19 @@ class EtcdServer:
     def wait_until_healthy(self, url: str) -> None:
         """Wait until a member serves, and the cluster has a leader."""
         until = time.monotonic() + PATIENCE_S
-        while True:
-            health = urllib.request.Request(f"{url}/health")
-            with (
-                suppress(OSError),
-                urllib.request.urlopen(health, timeout=2, context=self._context) as answer,
-            ):
-                if b'"true"' in answer.read():
-                    return
+        while not self.is_healthy(url):
             assert time.monotonic() < until, f"etcd at {url} is not healthy"
             time.sleep(0.05)
+
+    def is_healthy(self, url: str) -> bool:
+        """Whether a member serves now, and knows a leader."""
+        health = urllib.request.Request(f"{url}/health")
+        with (
+            suppress(OSError),
+            urllib.request.urlopen(health, timeout=2, context=self._context) as answer,
+        ):
+            return b'"true"' in answer.read()
+        return False
 
     def leader(self) -> int:
         """The number of the member that leads."""
@@ -102,6 +135,17 @@ class EtcdServer:
                 if b"\netcd_server_is_leader 1\n" in page.read():
                     return number
         raise AssertionError("etcd has no leader")
+
+    def pid(self, member: int) -> int:
+        """The process id of a member that was started."""
+        process = self._processes[member]
+        assert process is not None
+        return process.pid
+
+    def has_ended(self, member: int) -> bool:
+        """Whether a member's process has ended."""
+        process = self._processes[member]
+        return process is None or process.poll() is not None
 
     def send(self, member: int, number: signal.Signals) -> None:
         process = self._processes[member]
@@ -122,16 +166,15 @@ class EtcdServer:
 
 @contextmanager
 def an_etcd(
-    directory: Path, members: int = 1, tls: tuple[Path, Path, Path] | None = None
+    directory: Path,
+    members: int = 1,
+    tls: tuple[Path, Path, Path] | None = None,
+    *,
+    places: Sequence[Place] = (),
+    flags: Sequence[str] = (),
 ) -> Iterator[EtcdServer]:
-    """A running cluster; skips the test where there is no etcd.
-
-    Args:
-        directory: for its data and logs.
-        members: how many.
-        tls: certificate, key and CA in PEM, to serve https with.
-    """
-    server = EtcdServer(directory, members, tls)
+    """A running cluster (see EtcdServer); skips the test where there is no etcd."""
+    server = EtcdServer(directory, members, tls, places=places, flags=flags)
     try:
         server.start_all()
         yield server

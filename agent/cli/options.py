@@ -22,7 +22,7 @@ from agent.schema.toml import to_toml
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
-REPEATED = ("endpoint", "administrator")
+REPEATED = ("endpoint", "etcd_endpoint", "host_names", "administrator")
 """Lists whose flag has one part of the list each time."""
 
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")

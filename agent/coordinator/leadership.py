@@ -105,6 +105,7 @@ class Leadership:
         self.member = ""
         self.fault: str | None = "it has just started"
         """Why there is no session with etcd now, or None."""
+        self._outage_logged = False
         self._lease = Lease(float("-inf"))
         self._lease_id = 0
         self._terms: dict[int, tuple[int, Shard]] = {}
@@ -209,7 +210,9 @@ class Leadership:
             except* Exception:  # a task's edge: another session may succeed
                 log.exception("session with etcd failed")
                 self.fault = "a fault of this program, see its log"
-            log.warning("session with etcd ended", reason=self.fault)
+            if not self._outage_logged:  # attempts in an outage would fill the log
+                self._outage_logged = True
+                log.warning("session with etcd ended, retrying", reason=self.fault)
             await self._end_session()
             await asyncio.sleep(RETRY_S)
 
@@ -228,6 +231,7 @@ class Leadership:
             raise SessionOver(f"the store under {self._layout.prefix} was moved or removed")
         await self._renew()
         self.fault = None
+        self._outage_logged = False
         log.info("session with etcd begun", member=self.member, url=self.url)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_renewing())

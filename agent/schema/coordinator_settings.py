@@ -72,7 +72,8 @@ class CoordinatorSettings(Settings):
     host_names: Annotated[HostNames, Example(["coordinator.example"])] = ()
     """Names by which a coordinator on loopback is asked, beside localhost: those that a proxy on this
     machine passes on in the header Host. Any other is answered 403, since a web page may have brought
-    it there (DNS rebinding). Not set: none."""
+    it there (DNS rebinding). The flag may be repeated; the variable separates by commas. Not set:
+    none."""
     data_dir: Annotated[AnyPath, Example("/var/lib/failover-agent")] = field(
         default_factory=_own_data_dir
     )
@@ -83,7 +84,8 @@ class CoordinatorSettings(Settings):
     """Where groups, holders and epochs are kept: sqlite survives a restart and a crash; memory
     forgets everything and is for trials; etcd is for several coordinators."""
     etcd_endpoint: Annotated[BaseUrls, Example(["https://etcd-1.example:2379"])] = ()
-    """Client URLs of the members of one etcd cluster, 3.4 or later. Not set: no etcd."""
+    """Client URLs of the members of one etcd cluster, 3.4 or later. The flag may be repeated; the
+    variable separates by commas. Not set: no etcd."""
     etcd_prefix: KeyPrefix = "/failover-agent"
     """What all keys in etcd begin with. Coordinators with the same one are one cluster."""
     etcd_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/etcd-ca.crt")] = None

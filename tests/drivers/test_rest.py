@@ -517,6 +517,15 @@ def test_retry_after_is_read_in_both_forms_and_bounded(
     assert retry_after_s(headers) == seconds
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "seconds"),
+    [("150", 0.15), ("0", 0.0), ("999999999", LONGEST_RETRY_AFTER_S), ("1.5", 1.0), ("x", 1.0)],
+)
+def test_retry_after_ms_is_preferred_to_whole_seconds(milliseconds: str, seconds: float) -> None:
+    headers = httpx2.Headers({"Retry-After": "1", "Retry-After-Ms": milliseconds})
+    assert retry_after_s(headers) == seconds
+
+
 @pytest.mark.parametrize("value", ["2", "Sun, 22 Nov 2026 08:00:02 GMT"])
 async def test_too_many_requests_carry_the_time_to_wait(value: str) -> None:
     head = f"HTTP/1.1 429 Slow\r\nDate: {DATE}\r\nRetry-After: {value}\r\nContent-Length: 0\r\n\r\n"

@@ -295,6 +295,7 @@ class Gateway:
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._current = 0
+        self._failing = False
         self._login = login
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
@@ -318,31 +319,35 @@ class Gateway:
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         """Send one request and read its answer."""
+        asked, error = self.endpoint, None
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._post(path, body)
-        except TimeoutError:
-            asked = self.endpoint
+                for _ in self._endpoints:
+                    asked = self.endpoint
+                    try:
+                        return await self._post(asked, path, body)
+                    except EtcdUnreachable as failure:
+                        error = failure
+        except TimeoutError:  # other requests may have left this member meanwhile
             self._leave(asked)
             raise EtcdUnknown(f"etcd at {asked} did not answer within {timeout_s:g} s") from None
-
-    async def _post(self, path: str, body: Json) -> Json:
-        error: EtcdError | None = None
-        for _ in self._endpoints:
-            asked = self.endpoint
-            try:
-                return await self._with_login(asked, path, body)
-            except httpx2.ConnectError as failure:
-                self._leave(asked)
-                error = EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}")
-            except (httpx2.HTTPError, httpx2.StreamError) as failure:
-                self._leave(asked)
-                raise EtcdUnknown(f"etcd at {asked} gave no answer: {failure!r}") from failure
-            except EtcdUnknown:
-                self._leave(asked)
-                raise
         assert error is not None  # noqa: S101 - there is at least one endpoint
         raise error
+
+    async def _post(self, asked: str, path: str, body: Json) -> Json:
+        try:
+            answer = await self._with_login(asked, path, body)
+        except httpx2.ConnectError as failure:
+            self._leave(asked)
+            raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}") from failure
+        except (httpx2.HTTPError, httpx2.StreamError) as failure:
+            self._leave(asked)
+            raise EtcdUnknown(f"etcd at {asked} gave no answer: {failure!r}") from failure
+        except EtcdUnknown:
+            self._leave(asked)
+            raise
+        self._failing = False
+        return answer
 
     async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
         if self._login is not None and self._token is None:
@@ -395,7 +400,9 @@ class Gateway:
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
             self._current = (self._current + 1) % len(self._endpoints)
-            log.warning("etcd endpoint changed", before=endpoint, after=self.endpoint)
+            if not self._failing:  # attempts in an outage would fill the log
+                self._failing = True
+                log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 
     async def aclose(self) -> None:
         """Close every connection."""

@@ -197,9 +197,12 @@ def quoted(text: str) -> str:
 def retry_after_s(headers: httpx2.Headers) -> float | None:
     """Seconds to wait by Retry-After (RFC 9110, 10.2.3), from 0 to LONGEST_RETRY_AFTER_S.
 
-    A date is counted from the answer's own Date, since our clock may be off. Fractions of a second
-    are read too. None if there is no such header or it makes no sense.
+    Our coordinator's Retry-After-Ms comes first, if it is one: whole seconds are too long for a short lease. A
+    date is counted from the answer's own Date, since our clock may be off. Fractions of a second are read
+    too. None if there is no such header or it makes no sense.
     """
+    if re.fullmatch(r"\d{1,9}", milliseconds := headers.get("retry-after-ms", "")):
+        return min(int(milliseconds) / 1000, LONGEST_RETRY_AFTER_S)
     value = headers.get("retry-after")
     if value is None:
         return None

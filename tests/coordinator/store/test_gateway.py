@@ -1,0 +1,80 @@
+"""Which member of etcd is asked, when one of them hangs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent.coordinator.store.etcd_client import EtcdUnknown, Gateway
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+TIMEOUT_S = 0.2
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
+
+
+async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(65536):
+        writer.write(ANSWER)
+    writer.close()
+
+
+@asynccontextmanager
+async def members(*serves: Serve) -> AsyncIterator[list[str]]:
+    """Servers on loopback; the connections to them have to be closed first."""
+    serving: list[asyncio.Task[None]] = []
+
+    def kept(serve: Serve) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+        return lambda *ends: serving.append(asyncio.create_task(serve(*ends)))
+
+    servers = [await asyncio.start_server(kept(serve), "127.0.0.1", 0) for serve in serves]
+    try:
+        yield [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
+    finally:
+        for server in servers:
+            server.close()
+        await asyncio.gather(*serving)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 4])
+async def test_requests_that_time_out_together_leave_a_member_that_hangs_once(
+    together: int,
+) -> None:
+    """Each of them used to leave whichever member was the current one, which led back to the one that hangs."""
+    async with members(hang, answer, answer) as urls:
+        gateway = Gateway(urls)
+        try:
+            posts = (gateway.post("/v3/kv/range", {}, TIMEOUT_S) for _ in range(together))
+            outcomes = await asyncio.gather(*posts, return_exceptions=True)
+            assert all(isinstance(outcome, EtcdUnknown) for outcome in outcomes)
+            assert all(urls[0] in str(outcome) for outcome in outcomes)
+            assert gateway.endpoint == urls[1]
+            assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
+        finally:
+            await gateway.aclose()
+
+
+async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with members(hang, hang, answer) as urls:
+        gateway = Gateway(urls[:2])
+        recovering = Gateway([urls[0], urls[2]])
+        try:
+            for _ in range(5):
+                with pytest.raises(EtcdUnknown):
+                    await gateway.post("/v3/kv/range", {}, 0.05)
+            assert caplog.messages == ["etcd endpoint left"]
+            for _ in range(2):
+                with pytest.raises(EtcdUnknown):
+                    await recovering.post("/v3/kv/range", {}, 0.05)
+                await recovering.post("/v3/kv/range", {}, 5.0)
+                recovering._current = 0
+            assert len(caplog.messages) == 3
+        finally:
+            await gateway.aclose()
+            await recovering.aclose()
