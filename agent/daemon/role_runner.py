@@ -32,7 +32,7 @@ from agent.drivers.hooks.runner import HookRun, HookRunner
 from agent.drivers.hooks.spec import PROMOTIONS, HookSpec, load_specs
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
-from agent.ops import process
+from agent.ops import process, reserve
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
@@ -44,6 +44,8 @@ TREE_POLL_S = 0.02
 
 LEAST_KILL_S = 0.2
 """Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
+
+KILL_FIRST = "killing the processes of the tenure, which may have used them up"
 
 WORKLOAD_SHARE = 0.5
 """Share of the demotion budget after which the workload is killed; the hook has the rest."""
@@ -310,13 +312,17 @@ class RoleRunner:
                 killing.cancel()
         if tenure is not None:
             tenure.stop_adopting()
+            if reserve.tasks_are_scarce():
+                log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
+                await tenure.kill(LEAST_KILL_S)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
+        # After the hook, which may stop in order what a promotion hook has left running. After one that has
+        # failed, too: whatever it lacked, the tenure may have used it up, and it is tried again.
+        limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime()) if ok else LEAST_KILL_S
+        left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
+        if left is not None:
+            return False, left if ok else f"{why}; {left}"
         if ok:
-            # After the hook, which may stop in order what a promotion hook has left running.
-            limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
-            left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
-            if left is not None:
-                return False, left
             self._tenure = None
             self.leftover.forget()
         return ok, why

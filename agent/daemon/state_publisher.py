@@ -52,7 +52,7 @@ class StatePublisher:
     ) -> None:
         self._member = member
         self._state_file = state_file
-        self._lane = BlockingThread("state file")
+        self._lane = BlockingThread("state file", vital=True)
         self._pending_state: Mapping[str, Any] | None = None
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None

@@ -27,6 +27,7 @@ from typing import IO, Any
 from agent import proctree
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
+from agent.ops.reserve import run_in_thread
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -182,6 +183,7 @@ class Child:
         subreaper: its orphans become its children. Not for a long-running command, which may never reap
             children that it has not started.
         cgroup: a cgroup directory to move it into; it and its parent are created where possible.
+        vital: a demotion needs it, so its thread may be a reserved one (ops/reserve.py).
         options: of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
@@ -198,6 +200,7 @@ class Child:
         die_with_us: bool = False,
         subreaper: bool = True,
         cgroup: Path | None = None,
+        vital: bool = False,
         **options: Any,
     ) -> None:
         self.pid: int | None = None
@@ -208,6 +211,7 @@ class Child:
         self._die_with_us = die_with_us
         self._subreaper = subreaper
         self._cgroup = cgroup
+        self._vital = vital
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[ExitResult] = self._loop.create_future()
@@ -231,8 +235,8 @@ class Child:
     def start(self) -> None:
         """Start it, without waiting. A failure is not raised here, but is the result of ``wait``."""
         try:
-            threading.Thread(target=self._work, name=self._argv[0], daemon=True).start()
-        except RuntimeError as error:
+            run_in_thread(self._work, self._argv[0], vital=self._vital)
+        except BlockingIOError as error:
             self._failed(error)
 
     async def launched(self) -> ExitResult | None:

@@ -12,16 +12,19 @@ searches *and* has cleared its environment, once this process has died. What ano
 a container engine, at, cron) is no part of the tree.
 """
 
+import concurrent.futures
 import os
 import signal
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from agent import proctree
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.process import Child, own_pids
+from agent.ops.reserve import run_in_thread
 
 KILL_S = 2.0
 """How long to wait for the end of killed processes; only one that is stuck in the kernel takes longer."""
@@ -114,7 +117,7 @@ class ProcessTree:
     async def find_in_thread(self) -> set[proctree.Process]:
         """Find all live processes. Raises StuckError if the search does not end in time."""
         try:
-            thread = BlockingThread(f"processes of {self.value}")
+            thread = BlockingThread(f"processes of {self.value}", vital=True)
             return await thread.run(self.find, timeout_s=SEARCH_S)
         except OSError as error:  # a TimeoutError is one
             raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
@@ -122,7 +125,7 @@ class ProcessTree:
     async def gone(self) -> bool:
         """Whether no process is alive. Also False if the search fails."""
         try:
-            thread = BlockingThread(f"processes of {self.value}")
+            thread = BlockingThread(f"processes of {self.value}", vital=True)
             return not await thread.run(self._find_repeatedly)
         except (StuckError, OSError):
             return False
@@ -146,11 +149,11 @@ class ProcessTree:
                         proctree.send(process, number)
 
         with suppress(StuckError, OSError):
-            await BlockingThread(f"processes of {self.value}").run(send)
+            await BlockingThread(f"processes of {self.value}", vital=True).run(send)
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all processes; return None once none is alive, else the reason."""
-        thread = BlockingThread(f"killing the processes of {self.value}")
+        thread = BlockingThread(f"killing the processes of {self.value}", vital=True)
         try:
             left = await thread.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
         except (StuckError, OSError):  # a TimeoutError is one
@@ -163,8 +166,17 @@ class ProcessTree:
     def _kill(self, limit_s: float) -> set[proctree.Process]:
         if self.cgroup is not None:
             path = self.cgroup / "cgroup.kill"
-            threading.Thread(target=_write, args=(path, "1"), daemon=True).start()
-        left = proctree.kill_all(self.find, time.monotonic() + limit_s)
+            with suppress(BlockingIOError):  # the processes are killed one by one below
+                run_in_thread(partial(_write, path, "1"), "cgroup.kill", vital=True)
+        seen: set[proctree.Process] = set()
+
+        def find() -> set[proctree.Process]:
+            found = self.find()
+            seen.update(found)
+            return found
+
+        left = proctree.kill_all(find, time.monotonic() + limit_s)
+        _reap(seen)
         if self.cgroup is not None:
             for folder, _, _ in os.walk(self.cgroup, topdown=False):
                 with suppress(OSError):  # not empty; it is created anew when needed
@@ -190,16 +202,15 @@ class ProcessTree:
         ):  # skip each process that blocks its reader, until one reader has read all others
             reading: list[proctree.Process] = []
             found: list[proctree.Process] = []
-            reader = threading.Thread(
-                target=self._read_environments, args=(recent, reading, found), daemon=True
-            )
-            reader.start()
+            read = partial(self._read_environments, recent, reading, found)
+            reader = run_in_thread(read, "environments", vital=True)
             count = -1
-            while reader.is_alive() and count != len(reading):  # while it makes progress
+            while not reader.done() and count != len(reading):  # while it makes progress
                 count = len(reading)
-                reader.join(READ_S)
+                concurrent.futures.wait([reader], READ_S)
             all_found |= set(found)
-            if not reader.is_alive():
+            if reader.done():
+                reader.result()
                 return all_found
             if reading:
                 self._unreadable.add(reading[-1])
@@ -259,6 +270,16 @@ def own_cgroup() -> Path | None:
 def _now() -> int:
     """The current moment in clock ticks, the unit of a process's start in /proc."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
+
+
+def _reap(processes: set[proctree.Process]) -> None:
+    """Reap those that have ended and that this process adopted: a zombie still counts as a task."""
+    us, own = os.getpid(), own_pids()
+    for pid, start in processes:
+        stat = proctree.read(pid)
+        if stat is not None and (stat.parent, stat.start) == (us, start) and pid not in own:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def _state_of(pid: int) -> str:
