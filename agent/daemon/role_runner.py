@@ -186,6 +186,11 @@ class RoleRunner:
             roots.add(self.workload.identity)
         return tuple(sorted(roots))
 
+    @property
+    def known_processes(self) -> tuple[proctree.Process, ...]:
+        """What the next process of this member has to end if this one and its guard are killed."""
+        return tuple(sorted({*self.tenure_roots, *self.leftover.roots}))
+
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
@@ -194,9 +199,19 @@ class RoleRunner:
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+            self._reserve_descriptors()
             self.leftover.forget()  # the first demotion has succeeded, if only without a hook
+        if facts.role is Role.SECONDARY:
+            reserve.free_descriptors()
         payload = self.payloads.build_role_payload(facts, last_data)
         return self._execute(number, run, facts, payload)
+
+    @staticmethod
+    def _reserve_descriptors() -> None:
+        try:
+            reserve.reserve_descriptors()
+        except OSError as error:
+            log.warning("too few descriptors for a demotion are left", reason=error.strerror)
 
     async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> None:
         try:
@@ -275,6 +290,7 @@ class RoleRunner:
 
     def close(self) -> None:
         """Release the handles of the hooks' processes."""
+        reserve.free_descriptors()
         self._orphans.close()
         self._runner.close()
 

@@ -92,6 +92,7 @@ class StatePublisher:
             "instance": member.instance,
             "unreleased": self._unreleased(),
             "leftover": list(member.role_runner.leftover.instances),
+            "processes": [list(process) for process in member.role_runner.known_processes],
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": list(demotion.value) if demotion is not None else [],
@@ -141,6 +142,7 @@ class StatePublisher:
             self.unfit_reason(),
             self._unreleased_epoch,
             self._member.role_runner.leftover.instances,
+            self._member.role_runner.known_processes,
         )
         if key == self._scheduled_key:
             return

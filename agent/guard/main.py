@@ -307,7 +307,10 @@ class Guard:
             return
         tree = self.tenure.subtree(self.workload)
         for process in tree.find():
-            proctree.send(process, signal.SIGTERM)
+            try:
+                proctree.send(process, signal.SIGTERM)
+            except OSError:
+                pass  # one that may not be signalled keeps it from no other one
         while tree.find() and now() < end_at:
             time.sleep(POLL_S)
         tree.kill(end_at)
@@ -463,6 +466,10 @@ def main() -> int:
     for kept in (fd, *claims):
         os.set_inheritable(kept, False)  # hooks must not have them
     guard = Guard(fd, agent, tuple(claims))
+    try:
+        proctree.open_proc()  # from now on nobody can hide it
+    except OSError:
+        pass  # each search tries again
     while True:
         try:
             return guard.run()

@@ -221,6 +221,7 @@ class Child:
         self._forking = self._running = self._stopped = False
         self._pending: signal.Signals | None = None
         self._identity: proctree.Process | None = None
+        self._reaped = False
 
     @property
     def ended(self) -> bool:
@@ -229,8 +230,13 @@ class Child:
 
     @property
     def identity(self) -> proctree.Process | None:
-        """Process id and start time; None before the fork and after ``release``."""
+        """Process id and start time; None before the fork, after ``release``, and if it cannot be read."""
         return self._identity
+
+    @property
+    def group(self) -> int | None:
+        """Its process group, until it is reaped."""
+        return None if self._reaped else self.pid
 
     def start(self) -> None:
         """Start it, without waiting. A failure is not raised here, but is the result of ``wait``."""
@@ -267,19 +273,19 @@ class Child:
         if self.pid is None or not (self._running or self.ended or number is signal.SIGKILL):
             self._pending = number
             return
-        if self._identity is None:
-            return  # released, or reaped by other code: the process id may have been reused
+        if self._reaped:
+            return  # the process id may have been reused
         assert self.pid not in {0, 1, os.getpgrp()}  # noqa: S101 - our own mistake
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
             if number is signal.SIGKILL and not self.ended:
-                proctree.send(self._identity, number)  # it does not lead its group yet
+                os.kill(self.pid, number)  # it does not lead its group yet
 
     def release(self) -> None:
         """Reap it: its process id may be reused, and its group is never signalled again."""
         assert self.ended, "a running command is not released"  # noqa: S101 - our own mistake
-        self._identity = None
+        self._identity, self._reaped = None, True
         if self._popen is not None:
             for pipe in (self._popen.stdout, self._popen.stderr):
                 if pipe is not None:
@@ -335,7 +341,8 @@ class Child:
         return prepare
 
     def _on_forked(self, pid: int) -> None:
-        self._identity = proctree.identify(pid)
+        with suppress(OSError):  # it can be signalled all the same
+            self._identity = proctree.identify(pid)
         self.pid = pid
         if self._pending is signal.SIGKILL:
             with suppress(OSError):
@@ -351,6 +358,7 @@ class Child:
 
     def _failed(self, error: Exception) -> None:
         self._identity = self.pid = None  # subprocess has reaped it if the exec failed
+        self._reaped = True
         if not self._ended.done():
             self._ended.set_result(ExitResult(error=error))
             self._launched.set_result(None)
@@ -369,7 +377,7 @@ class Child:
     def _on_ended(self, result: os.waitid_result | None) -> None:
         self._running = False
         if result is None:
-            self._identity = None
+            self._identity, self._reaped = None, True
             self._ended.set_result(ExitResult())
         elif result.si_code == os.CLD_EXITED:
             self._ended.set_result(ExitResult(code=result.si_status))

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,20 @@ class ProcessTree:
         adopts: whether orphans belong to it that this process adopted, and that have no mark at all.
         since: earliest start of its processes, in clock ticks since the boot, by default now. Older ones
             are found by group, descent and cgroup only.
+        known: processes that belong to it, as an earlier search has found them.
 
     Attributes:
         cgroup: the directory of their cgroup, if there is one.
     """
 
-    def __init__(self, value: str, *, adopts: bool = False, since: int | None = None) -> None:
+    def __init__(
+        self,
+        value: str,
+        *,
+        adopts: bool = False,
+        since: int | None = None,
+        known: Iterable[proctree.Process] = (),
+    ) -> None:
         self.value = value
         self.cgroup: Path | None = None
         self._mark = f"{proctree.MARK}={value}".encode()
@@ -68,8 +77,7 @@ class ProcessTree:
         self._adopts_until = float("inf") if adopts else float("-inf")
         self._lock = threading.Lock()
         self._children: list[Child] = []
-        self._known: frozenset[proctree.Process] = frozenset()
-        self._tops: frozenset[proctree.Process] = frozenset()
+        self._known = self._tops = frozenset(known)
         self._others: dict[proctree.Process, bool] = {}
         """Other processes that were read: whether their environment has any mark."""
         self._unreadable: set[proctree.Process] = set()
@@ -87,7 +95,8 @@ class ProcessTree:
     @property
     def groups(self) -> tuple[int, ...]:
         """Process groups of its commands that are not released, so that their ids are not reused."""
-        return tuple(identity[0] for identity in self._identities())
+        groups = (child.group for child in tuple(self._children))
+        return tuple(group for group in groups if group is not None)
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
@@ -156,8 +165,9 @@ class ProcessTree:
         thread = BlockingThread(f"killing the processes of {self.value}", vital=True)
         try:
             left = await thread.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
-        except (StuckError, OSError):  # a TimeoutError is one
-            return f"cannot list the processes of {self.value} within {limit_s:g} s"
+        except (StuckError, OSError) as error:  # a TimeoutError is one
+            why = str(error) or f"not within {limit_s:g} s"
+            return f"cannot list the processes of {self.value}: {why}"
         if not left:
             return None
         shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:MOST_SHOWN])
@@ -276,14 +286,17 @@ def _reap(processes: set[proctree.Process]) -> None:
     """Reap those that have ended and that this process adopted: a zombie still counts as a task."""
     us, own = os.getpid(), own_pids()
     for pid, start in processes:
-        stat = proctree.read(pid)
-        if stat is not None and (stat.parent, stat.start) == (us, start) and pid not in own:
-            with suppress(ChildProcessError):
+        with suppress(OSError):
+            stat = proctree.read(pid)
+            if stat is not None and (stat.parent, stat.start) == (us, start) and pid not in own:
                 os.waitpid(pid, os.WNOHANG)
 
 
 def _state_of(pid: int) -> str:
-    stat = proctree.read(pid)
+    try:
+        stat = proctree.read(pid)
+    except OSError as error:
+        return f"state unknown: {error.strerror}"
     return "gone" if stat is None else f"state {chr(stat.state)}"
 
 

@@ -5,18 +5,22 @@ demotion hook that succeeds makes it inactive. A script that starts one program 
 """
 
 import contextlib
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from agent.errors import ExitCode
 from tests.hung import limited_tasks
 
-from .stage import Agent, Coordinator, Gate, Stage, until
-from .workloads import output, until_written_after
+from .stage import Agent, Coordinator, Gate, Stage, lives, until
+from .workloads import demote_slacks_s, output, start, until_written_after, writes
 from .writer import PERIOD_S, overlap_s, written
 
 TIMING = ("--failover-timeout=8", "--demote=3", "--margin=1")
@@ -152,3 +156,95 @@ def test_an_agent_without_free_tasks_that_is_cut_off_demotes_before_its_lease_ex
         assert one.end() == 0
     assert overlap_s(output(stage)) < 0
     assert other.end() == 0
+
+
+# -- descriptors, and the sight of processes ------------------------------------------------------------
+
+
+def with_both(
+    stage: Stage,
+    name: str,
+    endpoint: Coordinator | str,
+    *flags: str,
+    before: Sequence[str] = (),
+) -> Agent:
+    """An agent with a service, and with a writer that has left the process group of its hook."""
+    service = Service(stage, name)
+    writer = f"setsid {' '.join(writes(stage, name))} >/dev/null 2>&1 </dev/null &"
+    hooks = {"primary": f"{service.primary}; {writer}", "secondary": service.secondary}
+    words = [f"--hook-{event}={stage.hook(name, event, body)}" for event, body in hooks.items()]
+    return start(stage, name, endpoint, timing=TIMING, flags=[*words, *flags], before=before)
+
+
+def pair_in_mount_namespace(
+    stage: Stage, coordinator: Coordinator, *flags: str
+) -> tuple[Agent, Agent, int, Gate]:
+    """Two agents, the primary first, which has mounts of its own; its epoch, and its way out."""
+    gate = Gate(stage, coordinator.endpoint)
+    one = with_both(stage, "host-a", gate.endpoint, *flags, before=own_mounts())
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_both(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    return one, other, epoch, gate
+
+
+def own_mounts(*mounts: str) -> list[str]:
+    """What starts a command in a mount namespace of its own, after these mounts."""
+    trial = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    if trial.returncode:
+        pytest.skip("needs: a mount namespace: run as root")
+    return ["unshare", "--mount", "sh", "-c", "; ".join([*mounts, 'exec "$@"']), "sh"]
+
+
+def hide_processes(agent: Agent) -> None:
+    """Mount something over /proc, in the agent's mount namespace."""
+    command = ["nsenter", f"--target={agent.popen.pid}", "--mount"]
+    subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/proc"], check=True)
+
+
+def writer_lives(stage: Stage, agent: Agent) -> bool:
+    pids = {line.pid for line in written(output(stage)) if line.host == agent.name} - {0}
+    return any(map(lives, pids))
+
+
+def test_an_agent_without_free_descriptors_that_is_cut_off_demotes_before_its_lease_expires(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It could neither start the hook nor search for processes: a writer outside of its group went on."""
+    one, other, epoch, gate = pair_in_mount_namespace(stage, coordinator, "--no-guard")
+    pid = one.popen.pid
+    most = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+    gate.close()
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert not writer_lives(stage, one)
+    assert min(demote_slacks_s(one)) > 0
+    assert (one.end(), other.end()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("guard", "fault"), [("--no-guard", signal.SIGTERM), ("--guard", signal.SIGKILL)]
+)
+def test_processes_are_found_even_if_proc_is_hidden_after_the_start(
+    stage: Stage, coordinator: Coordinator, guard: str, fault: signal.Signals
+) -> None:
+    """The search found nothing, which was taken for the end of the tenure: two were active for good."""
+    one, other, epoch, _ = pair_in_mount_namespace(stage, coordinator, guard)
+    hide_processes(one)
+    one.end(fault)
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert not writer_lives(stage, one)
+    assert other.end() == 0
+
+
+def test_an_agent_that_cannot_see_processes_does_not_start(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    hidden = own_mounts("mount -t tmpfs none /proc")
+    one = with_both(stage, "host-a", coordinator, before=hidden)
+    assert one.wait() == ExitCode.DEMOTION_FAILED
+    assert "/proc is not mounted" in one.said()
+    assert "role changed" not in one.said()
