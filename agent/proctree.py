@@ -13,11 +13,15 @@ identified by its process id and start time, since process ids are reused.
 
 Rules of this file: the smallest modules of the standard library only, as the guard imports it.
 
+What cannot be read is never taken for gone: every search raises OSError if a descriptor is lacking, or if
+/proc does not show all processes. The directory is opened once, so that nobody can hide it later.
+
 Not promised: a process that has left the group, has lost its parent *and* has cleared its environment is
 found only by the cgroup. What runs under another manager (systemd, a container engine, at, cron) is no part
 of the tree. ``with_mark`` and ``in_cgroup`` may block; the rest reads only what the kernel has in memory.
 """
 
+import errno
 import os
 import signal
 import time
@@ -40,6 +44,15 @@ AT_REST = frozenset(b"TtZXxDI")
 
 PF_KTHREAD = 0x00200000
 """The flag of a kernel thread. Its parent is no criterion: in a container process 2 can be any process."""
+
+GONE = (FileNotFoundError, ProcessLookupError)
+"""The errors of a file of a process that has ended."""
+
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""The errors of a file that might be there: this process, or the machine, lacks something to read it."""
+
+INIT = 1
+"""The process that every PID namespace has; where it is hidden, so are others."""
 
 Process = tuple[int, int]
 """Process id and start time, in clock ticks since the boot."""
@@ -65,9 +78,26 @@ class Stat:
         self.start = int(words[19])
 
 
+class _Directory:
+    """The descriptor of /proc, opened at its first use."""
+
+    fd: "int | None" = None
+
+
+def open_proc() -> int:
+    """Open /proc, if that has not been done yet; return its descriptor. Raises OSError."""
+    if _Directory.fd is None:
+        _Directory.fd = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _Directory.fd
+
+
 def read(pid: int) -> "Stat | None":
-    """Read one process; None if it does not exist."""
-    words = _read_stat(f"/proc/{pid}/stat")
+    """Read one process; None if it does not exist.
+
+    Raises:
+        OSError: it exists, and cannot be read.
+    """
+    words = _read_stat(f"{pid}/stat")
     if words is None:
         return None
     stat = Stat(pid, words)
@@ -78,13 +108,19 @@ def read(pid: int) -> "Stat | None":
 
 def _choose_live_thread(stat: Stat) -> None:
     """Take over the state of another thread than the main one, which has ended."""
-    folder = f"/proc/{stat.thread}/task"
+    path = f"{stat.thread}/task"
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=open_proc())
+    except GONE:
+        return  # all have ended meanwhile
     try:
         threads = os.listdir(folder)
-    except OSError:
-        return  # all have ended meanwhile
+    except GONE:
+        return
+    finally:
+        os.close(folder)
     for thread in threads:
-        words = _read_stat(f"{folder}/{thread}/stat")
+        words = _read_stat(f"{path}/{thread}/stat")
         if words is not None and words[0][0] not in ENDED:
             stat.thread, stat.state = int(thread), words[0][0]
             return
@@ -93,12 +129,12 @@ def _choose_live_thread(stat: Stat) -> None:
 def _read_stat(path: str) -> "list[bytes] | None":
     """The words of a stat file after the name of the program; None if there is none."""
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=open_proc())
+    except GONE:
         return None
     try:
         line = os.read(fd, 1024)
-    except OSError:
+    except GONE:
         return None
     finally:
         os.close(fd)
@@ -107,24 +143,36 @@ def _read_stat(path: str) -> "list[bytes] | None":
 
 
 def snapshot() -> "dict[int, Stat]":
-    """Read all processes, which takes some ten microseconds for each."""
+    """Read all processes, which takes some ten microseconds for each.
+
+    Raises:
+        OSError: they cannot be read, or /proc does not show all of them.
+    """
+    try:
+        us = os.readlink("self", dir_fd=open_proc())
+    except FileNotFoundError:
+        us = "nobody"
+    if us != str(os.getpid()):
+        raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
-    for name in os.listdir("/proc"):
+    for name in os.listdir(open_proc()):
         if name.isdigit():
             stat = read(int(name))
             if stat is not None:
                 table[int(name)] = stat
+    if INIT not in table:
+        raise OSError("/proc hides processes: mount it without hidepid (ProtectProc=, ProcSubset=)")
     return table
 
 
 def identify(pid: int) -> "Process | None":
-    """Identity of a process; None if it does not exist."""
+    """Identity of a process; None if it does not exist. Raises OSError as ``read``."""
     stat = read(pid)
     return None if stat is None else (pid, stat.start)
 
 
 def lives(process: Process) -> bool:
-    """Whether it exists, is the same process, and is no zombie."""
+    """Whether it exists, is the same process, and is no zombie. Raises OSError as ``read``."""
     stat = read(process[0])
     return stat is not None and stat.start == process[1] and stat.state not in ENDED
 
@@ -171,11 +219,11 @@ def send(process: Process, number: int) -> bool:
     """Signal exactly this process; return False if it is gone.
 
     Raises:
-        PermissionError: it may not be signalled.
+        OSError: it may not be signalled, or there is no descriptor left.
     """
     try:
         fd = os.pidfd_open(process[0])
-    except OSError:
+    except ProcessLookupError:
         return False
     try:
         stat = read(process[0])  # while the descriptor is open, the process id is not reused
@@ -204,7 +252,7 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
         found = _stop_all(find, end_at, clock)
         for process in found:
             _try_to_send(process, signal.SIGKILL)
-        while (left := {process for process in found if lives(process)}) and clock() < end_at:
+        while (left := {process for process in found if _may_live(process)}) and clock() < end_at:
             time.sleep(PAUSE_S)
         if left or not found:
             return left
@@ -232,9 +280,20 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
     return found
 
 
+def _may_live(process: Process) -> bool:
+    """Whether it lives, or cannot be read."""
+    try:
+        return lives(process)
+    except OSError:
+        return True
+
+
 def _can_fork(process: Process) -> bool:
     """Whether it may still fork."""
-    stat = read(process[0])
+    try:
+        stat = read(process[0])
+    except OSError:
+        return True
     return stat is not None and stat.start == process[1] and stat.state not in AT_REST
 
 
@@ -260,23 +319,27 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
 
 
 def _has_mark(thread: int, wanted: bytes) -> bool:
-    for entry in _read_file(f"/proc/{thread}/environ").split(b"\0"):
+    for entry in _read_file(f"{thread}/environ", open_proc()).split(b"\0"):
         if entry == wanted or entry.startswith(wanted + b"."):
             return True
     return False
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str, directory: "int | None" = None) -> bytes:
+    """The content of a file; empty if it is not there, or belongs to another user."""
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
         return b""
     text = b""
     try:
         while part := os.read(fd, 65536):
             text += part
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
     finally:
         os.close(fd)
     return text

@@ -259,6 +259,11 @@ class EffectRunner:
             self._record_demotion(session.lease_until)
         self.post_event(event)
 
+    def on_groups_changed(self) -> None:
+        """Report the processes of the tenure to the guard, and to the next process of this member."""
+        self.guard_control.update()
+        self.state_publisher.write()
+
     def _escalate(self, reason: str) -> None:
         """Handle a failed demotion (R4): kill what is left, run the fence command, exit."""
         member = self.member

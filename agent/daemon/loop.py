@@ -25,7 +25,12 @@ from agent.daemon.failsafe import LoadAccess
 from agent.daemon.guard_control import BY_GUARD, GuardControl
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published, build_announcer, build_options
-from agent.daemon.previous_state import previous_instances, previous_store, previous_tenure
+from agent.daemon.previous_state import (
+    previous_instances,
+    previous_processes,
+    previous_store,
+    previous_tenure,
+)
 from agent.daemon.reload import Reload
 from agent.daemon.requests import Requests
 from agent.daemon.role_runner import RoleRunner
@@ -33,6 +38,7 @@ from agent.daemon.state_publisher import STOPPED, StatePublisher, refused_times,
 from agent.daemon.stop_budget import LEFT_HOOK_S, longest_stop_s
 from agent.daemon.supervise import Supervisor
 from agent.daemon.telemetry import Snapshot, Stats
+from agent.daemon.tenure_processes import check_visibility
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ExitCode, FailoverError
@@ -104,10 +110,11 @@ class Daemon:
             stats,
             instance=instance,
             on_ended=lambda event: self._effects.on_hook_ended(event),  # noqa: PLW0108 - made below
-            on_groups_changed=lambda: self._guard_control.update(),  # noqa: PLW0108 - as above
+            on_groups_changed=lambda: self._effects.on_groups_changed(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
-        role_runner.leftover.add(previous_instances(previous_state))
+        known = previous_processes(previous_state)
+        role_runner.leftover.add(previous_instances(previous_state), known)
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
         options = build_options(
             settings, session_id, role_runner, jitter, previous_store(previous_state)
@@ -210,6 +217,7 @@ class Daemon:
         member.notify.status(f"starting, not yet in group {member.settings.group}")
         member.stats.guard_fired = self._previous_state.get("reason") == BY_GUARD
         self._start_failure = await self._state_publisher.write_first("starting")
+        self._start_failure = self._start_failure or await check_visibility()
         try:
             await member.role_runner.leftover.kill()
             self._supervisor.watch_loop()

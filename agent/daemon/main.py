@@ -37,6 +37,7 @@ from agent.ops.probe_access import (
     warn_of_exposure,
 )
 from agent.ops.process import become_subreaper
+from agent.ops.reserve import reserve_threads
 from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
@@ -68,6 +69,7 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
+    reserve_threads()
     return asyncio.run(_run(settings, reread))
 
 

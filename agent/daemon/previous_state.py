@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from agent import proctree
 from agent.core.session import PreviousTenure
 from agent.ops.logs import Log
 
@@ -69,6 +70,18 @@ def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
         held = unreleased.get("instance") if isinstance(unreleased, dict) else None
         given = [state.get("instance"), held]
     return tuple(dict.fromkeys(filter(_is_instance, given)))
+
+
+def previous_processes(state: Mapping[str, Any]) -> tuple[proctree.Process, ...]:
+    """The processes that it recorded: a hook whose exec hangs, for example, has no mark yet."""
+    given = state.get("processes")
+    if not is_of_this_boot(state) or not isinstance(given, list):
+        return ()
+    return tuple((pid, start) for pid, start in filter(_is_process, given))
+
+
+def _is_process(given: object) -> TypeGuard[tuple[int, int]]:
+    return isinstance(given, list) and [type(number) for number in given] == [int, int]
 
 
 def _is_instance(given: object) -> TypeGuard[str]:

@@ -32,7 +32,7 @@ from agent.drivers.hooks.runner import HookRun, HookRunner
 from agent.drivers.hooks.spec import PROMOTIONS, HookSpec, load_specs
 from agent.drivers.workload import Restart, Workload
 from agent.model import Role
-from agent.ops import process
+from agent.ops import process, reserve
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
@@ -44,6 +44,8 @@ TREE_POLL_S = 0.02
 
 LEAST_KILL_S = 0.2
 """Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
+
+KILL_FIRST = "killing the processes of the tenure, which may have used them up"
 
 WORKLOAD_SHARE = 0.5
 """Share of the demotion budget after which the workload is killed; the hook has the rest."""
@@ -184,6 +186,11 @@ class RoleRunner:
             roots.add(self.workload.identity)
         return tuple(sorted(roots))
 
+    @property
+    def known_processes(self) -> tuple[proctree.Process, ...]:
+        """What the next process of this member has to end if this one and its guard are killed."""
+        return tuple(sorted({*self.tenure_roots, *self.leftover.roots}))
+
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
@@ -192,9 +199,19 @@ class RoleRunner:
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+            self._reserve_descriptors()
             self.leftover.forget()  # the first demotion has succeeded, if only without a hook
+        if facts.role is Role.SECONDARY:
+            reserve.free_descriptors()
         payload = self.payloads.build_role_payload(facts, last_data)
         return self._execute(number, run, facts, payload)
+
+    @staticmethod
+    def _reserve_descriptors() -> None:
+        try:
+            reserve.reserve_descriptors()
+        except OSError as error:
+            log.warning("too few descriptors for a demotion are left", reason=error.strerror)
 
     async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> None:
         try:
@@ -273,6 +290,7 @@ class RoleRunner:
 
     def close(self) -> None:
         """Release the handles of the hooks' processes."""
+        reserve.free_descriptors()
         self._orphans.close()
         self._runner.close()
 
@@ -310,13 +328,17 @@ class RoleRunner:
                 killing.cancel()
         if tenure is not None:
             tenure.stop_adopting()
+            if reserve.tasks_are_scarce():
+                log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
+                await tenure.kill(LEAST_KILL_S)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
+        # After the hook, which may stop in order what a promotion hook has left running. After one that has
+        # failed, too: whatever it lacked, the tenure may have used it up, and it is tried again.
+        limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime()) if ok else LEAST_KILL_S
+        left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
+        if left is not None:
+            return False, left if ok else f"{why}; {left}"
         if ok:
-            # After the hook, which may stop in order what a promotion hook has left running.
-            limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime())
-            left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
-            if left is not None:
-                return False, left
             self._tenure = None
             self.leftover.forget()
         return ok, why

@@ -53,7 +53,7 @@ class StatePublisher:
     ) -> None:
         self._member = member
         self._state_file = state_file
-        self._lane = BlockingThread("state file")
+        self._lane = BlockingThread("state file", vital=True)
         self._pending_state: Mapping[str, Any] | None = None
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None
@@ -94,6 +94,7 @@ class StatePublisher:
             "instance": member.instance,
             "unreleased": self._unreleased(),
             "leftover": list(member.role_runner.leftover.instances),
+            "processes": [list(process) for process in member.role_runner.known_processes],
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": list(demotion.value) if demotion is not None else [],
@@ -150,6 +151,7 @@ class StatePublisher:
             self.unfit_reason(),
             self._unreleased_epoch,
             self._member.role_runner.leftover.instances,
+            self._member.role_runner.known_processes,
         )
         if key == self._scheduled_key:
             return

@@ -12,9 +12,10 @@ from pathlib import Path
 from agent import proctree
 from agent.drivers.hooks.runner import HookRun
 from agent.drivers.hooks.spec import HookSpec
-from agent.ops.blocking import StuckError
+from agent.errors import ConfigError, ExitCode, FailoverError
+from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
-from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 
 log = Log(__name__)
 
@@ -84,10 +85,20 @@ class PreviousProcesses:
         """The previous agents whose processes may be alive."""
         return tuple(tree.value for tree in self._trees)
 
-    def add(self, instances: Iterable[str]) -> None:
-        """Add all processes of these agents."""
+    @property
+    def roots(self) -> tuple[proctree.Process, ...]:
+        """Processes from which the others descend, as last known."""
+        return tuple({root for tree in self._trees for root in tree.roots})
+
+    def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
+        """Add all processes of these agents.
+
+        Args:
+            instances: of the agents.
+            known: processes that have no mark, such as a hook whose exec hangs.
+        """
         for instance in instances:
-            tree = ProcessTree(instance, since=0)
+            tree = ProcessTree(instance, since=0, known=known)
             tree.cgroup = tenure_cgroup(instance)
             self._trees += (tree,)
 
@@ -114,6 +125,18 @@ async def kill_remaining(
             if left is not None:
                 log.error("processes outlived the demotion", reason=left)
                 return left
+    return None
+
+
+async def check_visibility() -> FailoverError | None:
+    """Check that this process can see the processes that it would have to end; the error if not."""
+    try:
+        await BlockingThread("processes").run(proctree.snapshot, timeout_s=SEARCH_S)
+    except (StuckError, OSError) as error:
+        return ConfigError(
+            f"the processes of a tenure could not be found, and so not be ended: {error}",
+            exit_code=ExitCode.DEMOTION_FAILED,
+        )
     return None
 
 

@@ -94,7 +94,7 @@ class Workload:
     @property
     def pgid(self) -> int | None:
         """Its process group, until it is released."""
-        return self._child.pid if self._child is not None and self._child.identity else None
+        return self._child.group if self._child is not None else None
 
     @property
     def identity(self) -> proctree.Process | None:

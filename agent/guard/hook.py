@@ -8,10 +8,6 @@ import time
 from agent.guard.log import ERROR, INFO, WARNING, LogWriter, write_stderr
 from agent.guard.processes import IGNORED, POLL_S, now, signal_groups
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
 """Time between TERM and KILL: a share of the hook's time, up to this."""
@@ -57,38 +53,37 @@ class DemotionHook:
             self.commands.append(rest[1 : 1 + arg_count])
             rest = rest[1 + arg_count :]
 
-    def run(
-        self,
-        end_at: float,
-        log: LogWriter,
-        failed_groups: "set[int]",
-        make_room: "Callable[[float], None]",
-    ) -> bool:
+    def become_user(self) -> None:
+        """Take on the user of the hook, for good."""
+        if self.user >= 0:
+            os.setgroups(self.groups)
+            os.setgid(self.group)
+            os.setuid(self.user)
+
+    def run(self, term_at: float, end_at: float, log: LogWriter, failed_groups: "set[int]") -> bool:
         """Run every command, one after the other, until ``end_at``.
 
         Args:
-            end_at: when the running command gets KILL; it gets TERM a grace before.
+            term_at: when the running command gets TERM.
+            end_at: when it gets KILL.
             log: for the output and the results.
             failed_groups: receives the process group of each command that failed. What a successful
                 command leaves running is meant for the standby.
-            make_room: called when a command could not be forked; returns when it is worth another try,
-                or at that moment.
 
         Returns:
-            Whether all commands have succeeded, and are the whole demotion.
+            Whether all commands have succeeded.
         """
-        term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
         output, hook_output = os.pipe()
         os.set_blocking(output, False)
         room = OUTPUT_BYTES
-        succeeded = self.complete
+        succeeded = True
         for argv in self.commands:
             names = (("hook", "secondary"), ("command", argv[0].decode(errors="replace")))
             if now() >= term_at:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
             try:
-                command = self.start(argv, hook_output, lambda: make_room(term_at))
+                command = _Command(self, argv, hook_output)
             except OSError as error:
                 log.log(ERROR, "hook could not be started", *names, ("reason", str(error)))
                 succeeded = False
@@ -107,16 +102,6 @@ class DemotionHook:
                 failed_groups.add(command.pid)
                 succeeded = False
         return succeeded
-
-    def start(
-        self, argv: "list[bytes]", output: int, make_room: "Callable[[], None]"
-    ) -> "_Command":
-        """Start a command; raise OSError if it cannot be forked, even after ``make_room``."""
-        try:
-            return _Command(self, argv, output)
-        except OSError:
-            make_room()
-            return _Command(self, argv, output)
 
 
 class _Command:
@@ -146,10 +131,7 @@ class _Command:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.chdir(hook.directory)
-            if hook.user >= 0:
-                os.setgroups(hook.groups)
-                os.setgid(hook.group)
-                os.setuid(hook.user)
+            hook.become_user()
             for number in (*IGNORED, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             os.execve(argv[0], argv, hook.env)  # noqa: S606 - the agent has checked it

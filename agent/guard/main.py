@@ -34,7 +34,7 @@ import sys
 import time
 
 from agent import proctree
-from agent.guard.hook import KILLED_WAIT_S, DemotionHook, parse_ids
+from agent.guard.hook import GRACE_SHARE, KILLED_WAIT_S, LONGEST_GRACE_S, DemotionHook, parse_ids
 from agent.guard.log import ERROR, WARNING, LogWriter
 from agent.guard.processes import (
     IGNORED,
@@ -43,7 +43,6 @@ from agent.guard.processes import (
     Worker,
     can_fork,
     now,
-    signal_groups,
 )
 
 TYPE_CHECKING = False
@@ -55,6 +54,15 @@ MESSAGE_BYTES = 65536
 
 STATE_WAIT_S = 0.1
 """How long the demotion waits for the state file: a dead network file system never answers."""
+
+ROOM_S = 0.5
+"""How long the guard waits for the killed ones of a tenure that has used up all tasks to be reaped."""
+
+FREE_TASKS = 8
+"""How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
+
+RETRY_SHARE = 0.1
+"""A demotion hook that has failed is repeated after this share of its budget, as by the agent."""
 
 SWEEP_S = 1.0
 """The least time for the last search and killing, if nothing is left of the limit."""
@@ -249,29 +257,37 @@ class Guard:
             self.try_step("write the state file", state.wait, now() + STATE_WAIT_S)
         self.try_step("log", self.log_demotion, why)
         self.try_step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
-        done = self.try_step("demotion hook", self.run_hook, end_at) if hook else False
-        gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
+        done = hook and self.try_step("demotion hook", self.run_hook, end_at)
+        gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
         self.try_step("kill the agent", self.signal_agent, signal.SIGKILL)
+        if hook and not done:
+            done = self.try_step("demotion hook", self.repeat_hook, end_at)
+            gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
         dead = self.try_step("kill the agent", self.wait_for_agent_death)
         if isinstance(go_fd, int) and done and gone and dead and not self.step_has_failed:
             self.try_step("release the role", os.write, go_fd, b"1")
-        if not isinstance(state, Worker):  # no process could be forked then
-            state = self.try_step("write the state file", Worker, self.write_state, self.close_fds)
-        if isinstance(state, Worker):
-            self.try_step("write the state file", state.wait_or_kill, now() + STATE_WAIT_S)
         left = ("left_of_limit_s", round(self.kill_at - now(), 3))
         self.try_step("log", self.log.log, WARNING, "demoted by the guard, agent killed", left)
+        self.try_step("write the state file", self.finish_state, state)
         self.try_step("close the log", self.log.close)
 
     def make_room(self, end_at: float) -> None:
-        """If no process can be forked, kill the tenure and the agent now: no hook runs without a fork.
+        """If no hook can be forked, kill the tenure and the agent now.
 
-        The tenure may have used up the limit of tasks, and an agent that is only stopped reaps nobody. Waits
-        until ``end_at`` at most: the killed ones count until they are reaped.
+        The tenure may have used up the limit of tasks, and an agent that is only stopped reaps nobody. The
+        killed ones count until they are reaped. Waits until ``end_at`` for one free task, and for
+        ``ROOM_S`` for all that a hook may need.
         """
-        while not can_fork() and now() < end_at:
-            self.tenure.kill(now())
+        become = self.hook.become_user if self.hook is not None else lambda: None
+        enough_at = now() + ROOM_S
+        may_block = False
+        while not can_fork(become, self.close_fds, FREE_TASKS):
+            if now() >= end_at or (now() >= enough_at and can_fork(become, self.close_fds, 1)):
+                break
+            # Those that only their mark shows are searched in a forked process, where that is possible.
+            self.tenure.kill(now(), may_block=may_block, skip_stuck=True)
             self.signal_agent(signal.SIGKILL)
+            may_block = True
             time.sleep(POLL_S)
 
     def log_demotion(self, why: str) -> None:
@@ -291,7 +307,10 @@ class Guard:
             return
         tree = self.tenure.subtree(self.workload)
         for process in tree.find():
-            proctree.send(process, signal.SIGTERM)
+            try:
+                proctree.send(process, signal.SIGTERM)
+            except OSError:
+                pass  # one that may not be signalled keeps it from no other one
         while tree.find() and now() < end_at:
             time.sleep(POLL_S)
         tree.kill(end_at)
@@ -317,18 +336,34 @@ class Guard:
 
     def run_hook(self, end_at: float) -> bool:
         """Run the demotion hook; return whether it has succeeded, and is the whole demotion."""
-        return self.hook is not None and self.hook.run(
-            end_at, self.log, self.tenure.groups, self.make_room
-        )
+        if self.hook is None:
+            return False
+        term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
+        return self.hook.run(term_at, end_at, self.log, self.tenure.groups) and self.hook.complete
+
+    def repeat_hook(self, end_at: float) -> bool:
+        """Repeat a demotion hook that has failed; return as ``run_hook`` does.
+
+        Whatever it lacked (tasks, memory, open files), the tenure may have used up, and is dead now.
+        """
+        if self.hook is None or not self.hook.complete:
+            return False
+        pause_s = RETRY_SHARE * self.budget_s
+        while now() + 2 * pause_s < end_at:
+            time.sleep(pause_s)
+            if self.run_hook(end_at):
+                return True
+        return False
 
     def kill_tenure(self, kill_at: float) -> bool:
         """Kill the tenure, first what is found without blocking; return whether none is left."""
+        self.tenure.kill(now())
         try:
-            self.tenure.kill(now())
-        except Exception:
-            signal_groups(self.tenure.groups, signal.SIGKILL)  # the fallback
-            raise
-        return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
+            sweeper = self.start_sweep(kill_at)
+        except OSError:
+            self.signal_agent(signal.SIGKILL)
+            return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
+        return sweeper.wait_or_kill(max(kill_at, now() + SWEEP_S))
 
     def start_sweep(self, end_at: float) -> Worker:
         """Start ``sweep`` in a forked process, until ``end_at`` or for ``SWEEP_S``."""
@@ -348,6 +383,16 @@ class Guard:
                 return False
             time.sleep(POLL_S)
         return True
+
+    def finish_state(self, state: object) -> None:
+        """Wait for the state file; if no process could be forked for it, write it in this one, at last."""
+        if not isinstance(state, Worker):
+            try:
+                state = Worker(self.write_state, self.close_fds)
+            except OSError:
+                self.write_state()
+                return
+        state.wait_or_kill(now() + STATE_WAIT_S)
 
     def write_state(self) -> bool:
         """Replace the state file: from here on sidecars read Secondary. May block."""
@@ -421,6 +466,10 @@ def main() -> int:
     for kept in (fd, *claims):
         os.set_inheritable(kept, False)  # hooks must not have them
     guard = Guard(fd, agent, tuple(claims))
+    try:
+        proctree.open_proc()  # from now on nobody can hide it
+    except OSError:
+        pass  # each search tries again
     while True:
         try:
             return guard.run()

@@ -39,18 +39,6 @@ def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
             pass
 
 
-def can_fork() -> bool:
-    """Whether a process can be forked now."""
-    try:
-        pid = os.fork()
-    except OSError:
-        return False
-    if not pid:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return True
-
-
 class Worker:
     """A forked process for a call that may block.
 
@@ -91,6 +79,38 @@ class Worker:
         return ok is True
 
 
+def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -> bool:
+    """Whether ``count`` processes can be forked now, and exist at the same time.
+
+    Args:
+        become: takes the user on that the processes are of: each user may have a limit.
+        close_fds: as for ``Worker``.
+        count: zombies count until they are reaped.
+    """
+
+    def work() -> bool:
+        become()
+        children: list[int] = []
+        try:
+            while len(children) < count - 1:
+                children.append(os.fork())
+                if not children[-1]:
+                    os._exit(0)
+        except OSError:
+            return False
+        finally:
+            for child in children:
+                os.waitpid(child, 0)
+        return True
+
+    try:
+        worker = Worker(work, close_fds)
+    except OSError:
+        return False
+    worker.wait_or_kill(now() + KILL_S)
+    return worker.ok is not False  # on a busy machine it may not be known in time
+
+
 class ProcessTree:
     """The processes of a tenure.
 
@@ -118,11 +138,12 @@ class ProcessTree:
         """The tree of some of its process groups."""
         return ProcessTree({root for root in self.roots if root[0] in groups}, set(groups))
 
-    def find(self, *, may_block: bool = False) -> "set[proctree.Process]":
+    def find(self, *, may_block: bool = False, skip_stuck: bool = False) -> "set[proctree.Process]":
         """Find the live processes of the tenure.
 
         Args:
-            may_block: search by mark and cgroup, too. Only for a ``Worker``.
+            may_block: search by mark and cgroup, too. For a ``Worker``.
+            skip_stuck: do not read the mark of processes that are stuck in the kernel: that might block.
         """
         searchable = may_block and (self.mark or self.cgroup)
         if not self.roots and not self.groups and not searchable:
@@ -132,18 +153,27 @@ class ProcessTree:
         # An ended leader's number may lead an unrelated group by now.
         reused = {pid for pid in known if (pid, table[pid].start) not in self.roots}
         if may_block and self.mark:
-            self.roots |= proctree.with_mark(table, self.mark)
+            stuck = b"D" if skip_stuck else b""
+            readable = {pid: stat for pid, stat in table.items() if stat.state not in stuck}
+            self.roots |= proctree.with_mark(readable, self.mark)
         if may_block and self.cgroup:
             self.roots |= proctree.in_cgroup(table, self.cgroup)
         found = proctree.related(table, list(self.groups - reused), list(self.roots))
         self.roots |= found
         return found
 
-    def kill(self, end_at: float, *, may_block: bool = False) -> bool:
-        """Kill all of them; return whether none is left at ``end_at``, or ``KILL_S`` after the call."""
+    def kill(self, end_at: float, *, may_block: bool = False, skip_stuck: bool = False) -> bool:
+        """Kill all of them; return whether none is left at ``end_at``, or ``KILL_S`` after the call.
+
+        If they cannot be listed, their process groups get SIGKILL, and it raises OSError.
+        """
 
         def find() -> "set[proctree.Process]":
-            return self.find(may_block=may_block)
+            return self.find(may_block=may_block, skip_stuck=skip_stuck)
 
         end_at = max(end_at, now() + KILL_S)
-        return not proctree.kill_all(find, end_at, now)
+        try:
+            return not proctree.kill_all(find, end_at, now)
+        except Exception:
+            signal_groups(self.groups, signal.SIGKILL)
+            raise

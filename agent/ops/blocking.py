@@ -10,9 +10,10 @@ for each ``BlockingThread``.
 
 import asyncio
 import concurrent.futures
-import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from agent.ops.reserve import run_in_thread
 
 T = TypeVar("T")
 
@@ -26,10 +27,12 @@ class BlockingThread:
 
     Args:
         name: of the kind, for the thread's name and for messages, such as "state file".
+        vital: a demotion needs it, so it may take a reserved thread (ops/reserve.py).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, vital: bool = False) -> None:
         self.name = name
+        self._vital = vital
         self._last: concurrent.futures.Future[object] | None = None
 
     @property
@@ -52,20 +55,10 @@ class BlockingThread:
         """
         if self.busy:
             raise StuckError(f"{self.name}: the last call is still blocked in the kernel")
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # a cancelled caller must not cancel the call
-
-        def call() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
-                future.set_exception(error)
-
-        thread = threading.Thread(target=call, name=self.name, daemon=True)
         try:
-            thread.start()
-        except RuntimeError as error:
-            raise StuckError(f"{self.name}: no thread can be started: {error}") from error
+            future = run_in_thread(work, self.name, vital=self._vital)
+        except BlockingIOError as error:
+            raise StuckError(f"{self.name}: {error.strerror}") from error
         self._last = future  # type: ignore[assignment]
         async with asyncio.timeout(timeout_s):
             return await asyncio.wrap_future(future)

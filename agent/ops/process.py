@@ -27,6 +27,7 @@ from typing import IO, Any
 from agent import proctree
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
+from agent.ops.reserve import run_in_thread
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -182,6 +183,7 @@ class Child:
         subreaper: its orphans become its children. Not for a long-running command, which may never reap
             children that it has not started.
         cgroup: a cgroup directory to move it into; it and its parent are created where possible.
+        vital: a demotion needs it, so its thread may be a reserved one (ops/reserve.py).
         options: of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
@@ -198,6 +200,7 @@ class Child:
         die_with_us: bool = False,
         subreaper: bool = True,
         cgroup: Path | None = None,
+        vital: bool = False,
         **options: Any,
     ) -> None:
         self.pid: int | None = None
@@ -208,6 +211,7 @@ class Child:
         self._die_with_us = die_with_us
         self._subreaper = subreaper
         self._cgroup = cgroup
+        self._vital = vital
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[ExitResult] = self._loop.create_future()
@@ -217,6 +221,7 @@ class Child:
         self._forking = self._running = self._stopped = False
         self._pending: signal.Signals | None = None
         self._identity: proctree.Process | None = None
+        self._reaped = False
 
     @property
     def ended(self) -> bool:
@@ -225,14 +230,19 @@ class Child:
 
     @property
     def identity(self) -> proctree.Process | None:
-        """Process id and start time; None before the fork and after ``release``."""
+        """Process id and start time; None before the fork, after ``release``, and if it cannot be read."""
         return self._identity
+
+    @property
+    def group(self) -> int | None:
+        """Its process group, until it is reaped."""
+        return None if self._reaped else self.pid
 
     def start(self) -> None:
         """Start it, without waiting. A failure is not raised here, but is the result of ``wait``."""
         try:
-            threading.Thread(target=self._work, name=self._argv[0], daemon=True).start()
-        except RuntimeError as error:
+            run_in_thread(self._work, self._argv[0], vital=self._vital)
+        except BlockingIOError as error:
             self._failed(error)
 
     async def launched(self) -> ExitResult | None:
@@ -263,19 +273,19 @@ class Child:
         if self.pid is None or not (self._running or self.ended or number is signal.SIGKILL):
             self._pending = number
             return
-        if self._identity is None:
-            return  # released, or reaped by other code: the process id may have been reused
+        if self._reaped:
+            return  # the process id may have been reused
         assert self.pid not in {0, 1, os.getpgrp()}  # noqa: S101 - our own mistake
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
             if number is signal.SIGKILL and not self.ended:
-                proctree.send(self._identity, number)  # it does not lead its group yet
+                os.kill(self.pid, number)  # it does not lead its group yet
 
     def release(self) -> None:
         """Reap it: its process id may be reused, and its group is never signalled again."""
         assert self.ended, "a running command is not released"  # noqa: S101 - our own mistake
-        self._identity = None
+        self._identity, self._reaped = None, True
         if self._popen is not None:
             for pipe in (self._popen.stdout, self._popen.stderr):
                 if pipe is not None:
@@ -331,7 +341,8 @@ class Child:
         return prepare
 
     def _on_forked(self, pid: int) -> None:
-        self._identity = proctree.identify(pid)
+        with suppress(OSError):  # it can be signalled all the same
+            self._identity = proctree.identify(pid)
         self.pid = pid
         if self._pending is signal.SIGKILL:
             with suppress(OSError):
@@ -347,6 +358,7 @@ class Child:
 
     def _failed(self, error: Exception) -> None:
         self._identity = self.pid = None  # subprocess has reaped it if the exec failed
+        self._reaped = True
         if not self._ended.done():
             self._ended.set_result(ExitResult(error=error))
             self._launched.set_result(None)
@@ -365,7 +377,7 @@ class Child:
     def _on_ended(self, result: os.waitid_result | None) -> None:
         self._running = False
         if result is None:
-            self._identity = None
+            self._identity, self._reaped = None, True
             self._ended.set_result(ExitResult())
         elif result.si_code == os.CLD_EXITED:
             self._ended.set_result(ExitResult(code=result.si_status))

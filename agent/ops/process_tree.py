@@ -12,16 +12,20 @@ searches *and* has cleared its environment, once this process has died. What ano
 a container engine, at, cron) is no part of the tree.
 """
 
+import concurrent.futures
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from agent import proctree
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.process import Child, own_pids
+from agent.ops.reserve import run_in_thread
 
 KILL_S = 2.0
 """How long to wait for the end of killed processes; only one that is stuck in the kernel takes longer."""
@@ -52,12 +56,20 @@ class ProcessTree:
         adopts: whether orphans belong to it that this process adopted, and that have no mark at all.
         since: earliest start of its processes, in clock ticks since the boot, by default now. Older ones
             are found by group, descent and cgroup only.
+        known: processes that belong to it, as an earlier search has found them.
 
     Attributes:
         cgroup: the directory of their cgroup, if there is one.
     """
 
-    def __init__(self, value: str, *, adopts: bool = False, since: int | None = None) -> None:
+    def __init__(
+        self,
+        value: str,
+        *,
+        adopts: bool = False,
+        since: int | None = None,
+        known: Iterable[proctree.Process] = (),
+    ) -> None:
         self.value = value
         self.cgroup: Path | None = None
         self._mark = f"{proctree.MARK}={value}".encode()
@@ -65,8 +77,7 @@ class ProcessTree:
         self._adopts_until = float("inf") if adopts else float("-inf")
         self._lock = threading.Lock()
         self._children: list[Child] = []
-        self._known: frozenset[proctree.Process] = frozenset()
-        self._tops: frozenset[proctree.Process] = frozenset()
+        self._known = self._tops = frozenset(known)
         self._others: dict[proctree.Process, bool] = {}
         """Other processes that were read: whether their environment has any mark."""
         self._unreadable: set[proctree.Process] = set()
@@ -84,7 +95,8 @@ class ProcessTree:
     @property
     def groups(self) -> tuple[int, ...]:
         """Process groups of its commands that are not released, so that their ids are not reused."""
-        return tuple(identity[0] for identity in self._identities())
+        groups = (child.group for child in tuple(self._children))
+        return tuple(group for group in groups if group is not None)
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
@@ -114,7 +126,7 @@ class ProcessTree:
     async def find_in_thread(self) -> set[proctree.Process]:
         """Find all live processes. Raises StuckError if the search does not end in time."""
         try:
-            thread = BlockingThread(f"processes of {self.value}")
+            thread = BlockingThread(f"processes of {self.value}", vital=True)
             return await thread.run(self.find, timeout_s=SEARCH_S)
         except OSError as error:  # a TimeoutError is one
             raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
@@ -122,7 +134,7 @@ class ProcessTree:
     async def gone(self) -> bool:
         """Whether no process is alive. Also False if the search fails."""
         try:
-            thread = BlockingThread(f"processes of {self.value}")
+            thread = BlockingThread(f"processes of {self.value}", vital=True)
             return not await thread.run(self._find_repeatedly)
         except (StuckError, OSError):
             return False
@@ -146,15 +158,16 @@ class ProcessTree:
                         proctree.send(process, number)
 
         with suppress(StuckError, OSError):
-            await BlockingThread(f"processes of {self.value}").run(send)
+            await BlockingThread(f"processes of {self.value}", vital=True).run(send)
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all processes; return None once none is alive, else the reason."""
-        thread = BlockingThread(f"killing the processes of {self.value}")
+        thread = BlockingThread(f"killing the processes of {self.value}", vital=True)
         try:
             left = await thread.run(lambda: self._kill(limit_s), timeout_s=limit_s + KILL_S)
-        except (StuckError, OSError):  # a TimeoutError is one
-            return f"cannot list the processes of {self.value} within {limit_s:g} s"
+        except (StuckError, OSError) as error:  # a TimeoutError is one
+            why = str(error) or f"not within {limit_s:g} s"
+            return f"cannot list the processes of {self.value}: {why}"
         if not left:
             return None
         shown = ", ".join(f"{pid} ({_state_of(pid)})" for pid, _ in sorted(left)[:MOST_SHOWN])
@@ -163,8 +176,17 @@ class ProcessTree:
     def _kill(self, limit_s: float) -> set[proctree.Process]:
         if self.cgroup is not None:
             path = self.cgroup / "cgroup.kill"
-            threading.Thread(target=_write, args=(path, "1"), daemon=True).start()
-        left = proctree.kill_all(self.find, time.monotonic() + limit_s)
+            with suppress(BlockingIOError):  # the processes are killed one by one below
+                run_in_thread(partial(_write, path, "1"), "cgroup.kill", vital=True)
+        seen: set[proctree.Process] = set()
+
+        def find() -> set[proctree.Process]:
+            found = self.find()
+            seen.update(found)
+            return found
+
+        left = proctree.kill_all(find, time.monotonic() + limit_s)
+        _reap(seen)
         if self.cgroup is not None:
             for folder, _, _ in os.walk(self.cgroup, topdown=False):
                 with suppress(OSError):  # not empty; it is created anew when needed
@@ -190,16 +212,15 @@ class ProcessTree:
         ):  # skip each process that blocks its reader, until one reader has read all others
             reading: list[proctree.Process] = []
             found: list[proctree.Process] = []
-            reader = threading.Thread(
-                target=self._read_environments, args=(recent, reading, found), daemon=True
-            )
-            reader.start()
+            read = partial(self._read_environments, recent, reading, found)
+            reader = run_in_thread(read, "environments", vital=True)
             count = -1
-            while reader.is_alive() and count != len(reading):  # while it makes progress
+            while not reader.done() and count != len(reading):  # while it makes progress
                 count = len(reading)
-                reader.join(READ_S)
+                concurrent.futures.wait([reader], READ_S)
             all_found |= set(found)
-            if not reader.is_alive():
+            if reader.done():
+                reader.result()
                 return all_found
             if reading:
                 self._unreadable.add(reading[-1])
@@ -261,8 +282,21 @@ def _now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S)
 
 
+def _reap(processes: set[proctree.Process]) -> None:
+    """Reap those that have ended and that this process adopted: a zombie still counts as a task."""
+    us, own = os.getpid(), own_pids()
+    for pid, start in processes:
+        with suppress(OSError):
+            stat = proctree.read(pid)
+            if stat is not None and (stat.parent, stat.start) == (us, start) and pid not in own:
+                os.waitpid(pid, os.WNOHANG)
+
+
 def _state_of(pid: int) -> str:
-    stat = proctree.read(pid)
+    try:
+        stat = proctree.read(pid)
+    except OSError as error:
+        return f"state unknown: {error.strerror}"
     return "gone" if stat is None else f"state {chr(stat.state)}"
 
 

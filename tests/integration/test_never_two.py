@@ -409,6 +409,27 @@ def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
     assert other.end() == 0
 
 
+def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_the_next_start(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Agent and guard were killed, and without a mark the next agent did not find the hook."""
+    other = stage.run("host-b", coordinator, timing=LONG)
+    other.until_role("Primary")
+    one = stage.run("host-a", coordinator, timing=LONG)
+    one.until_said("joined")
+    with held_file(stage.directory / "host-a-primary"):
+        assert other.end() == 0
+        child = until(partial(child_before_exec, one), "a hook that is not executed yet")
+        until(lambda: child in [pid for pid, _ in one.state["processes"]], "its record")
+        kill_with_guard(one)
+        assert lives(child)
+        again = stage.run("host-a", coordinator, timing=LONG, flags=["--hook-primary=/bin/true"])
+        again.until_said("agent started")
+        assert not lives(child)
+    assert again.end() == 0
+    assert "primary" not in [event.which for event in stage.events("host-a")]
+
+
 FORKS = """
 import os, time
 os.setsid()

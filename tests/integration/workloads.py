@@ -27,7 +27,7 @@ rm {pid_file}"""
 def start(
     stage: Stage,
     name: str,
-    coordinator: Coordinator,
+    coordinator: Coordinator | str,
     *,
     flags: Sequence[str] = (),
     command: Sequence[str] = (),
@@ -42,7 +42,7 @@ def start(
         f"--group={stage.group}",
         f"--session-id={name}",
         f"--state-file={state_file}",
-        f"--endpoint={coordinator.endpoint}",
+        f"--endpoint={coordinator if isinstance(coordinator, str) else coordinator.endpoint}",
         *timing,
         *flags,
         *(["--", *command] if command else []),

@@ -299,6 +299,7 @@ class HookProcess:
             on_forked=on_forked,
             on_started=self._follow,
             cgroup=cgroup,
+            vital=True,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -141,7 +141,8 @@ class HookRun:
             ConfigError: there are none.
             StuckError: the run was stopped meanwhile.
         """
-        reading = self._loop.create_task(BlockingThread(f"hook {self.name}").run(self._spec.steps))
+        thread = BlockingThread(f"hook {self.name}", vital=True)
+        reading = self._loop.create_task(thread.run(self._spec.steps))
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

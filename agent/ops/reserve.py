@@ -1,0 +1,103 @@
+"""Threads and descriptors that are set aside for a demotion at which the kernel gives no further ones.
+
+A workload may use up every task that a cgroup (TasksMax), a user (RLIMIT_NPROC) or the machine has, and this
+process its descriptors. Even then the agent has to find and kill processes, to write its state file, and to
+run the demotion hook. Knows nothing of what they are used for.
+
+Not promised: a process for the demotion hook. It can be forked once the killing has freed a task.
+"""
+
+import concurrent.futures
+import errno
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+THREADS = 8
+"""A demotion needs at most: one for each of the hook and its steps, four to search and to kill, the state
+file; and one may be stuck in the kernel."""
+
+DESCRIPTORS = 32
+"""A demotion needs about 20: seven for a hook, the state file, and what several searches read at a time."""
+
+FREE_TASKS = 8
+"""How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
+
+T = TypeVar("T")
+
+_descriptors: list[int] = []
+_idle = threading.Semaphore(0)
+"""Counts the reserved threads that have no work. Global, like the limit that they are set aside from."""
+_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+
+def reserve_threads(count: int = THREADS) -> None:
+    """Start the threads. Call it once.
+
+    Raises:
+        RuntimeError: not even these can be started.
+    """
+    for _ in range(count):
+        threading.Thread(target=_serve, name="reserve", daemon=True).start()
+
+
+def run_in_thread(work: Callable[[], T], name: str, *, vital: bool) -> concurrent.futures.Future[T]:
+    """Run ``work`` in a daemon thread; its result. Cancelling that does not stop the work.
+
+    Args:
+        work: may block for ever.
+        name: of the thread.
+        vital: a demotion needs it: take a reserved thread if no other one can be started.
+
+    Raises:
+        BlockingIOError: no thread is left.
+    """
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+            result.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except (RuntimeError, MemoryError) as error:
+        if not vital or not _idle.acquire(blocking=False):
+            raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        _work.put(run)
+    return result
+
+
+def reserve_descriptors(count: int = DESCRIPTORS) -> None:
+    """Set descriptors aside, until ``free_descriptors``. Raises OSError if there are not as many."""
+    while len(_descriptors) < count:
+        _descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def free_descriptors() -> None:
+    """Make the descriptors that were set aside available."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+def tasks_are_scarce(needed: int = FREE_TASKS) -> bool:
+    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task."""
+    end = threading.Event()
+    try:
+        for _ in range(needed):
+            threading.Thread(target=end.wait, name="probe", daemon=True).start()
+    except (RuntimeError, MemoryError):
+        return True
+    finally:
+        end.set()
+    return False
+
+
+def _serve() -> None:
+    while True:
+        _idle.release()
+        _work.get()()
