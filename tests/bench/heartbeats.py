@@ -198,6 +198,11 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def kept_waiting_s(process: int) -> float:
+    """For how long other processes kept the first thread from its core although it could run."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+
+
 async def measure(args: argparse.Namespace, host: str, port: int, process: int) -> None:
     pairs = [await asyncio.open_connection(host, port) for _ in range(CONNECTIONS)]
     connections = [Connection(*pair) for pair in pairs]
@@ -212,13 +217,17 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
     beating = asyncio.create_task(beat(connections, args.groups, args.rate, begin + args.seconds))
     await asyncio.sleep(begin - time.monotonic())
-    cpu, own = cpu_s(process), cpu_s(os.getpid())
+    measures = ((cpu_s, process), (cpu_s, os.getpid()))
+    waits = ((kept_waiting_s, process), (kept_waiting_s, os.getpid()))
+    before = [read(of) for read, of in (*measures, *waits)]
     await beating
-    cpu, own = cpu_s(process) - cpu, cpu_s(os.getpid()) - own
+    took = [
+        read(of) - was for (read, of), was in zip((*measures, *waits), before, strict=True)
+    ]
     await asyncio.sleep(0.5)
     for task in tasks:
         task.cancel()
-    report(result, args.seconds, cpu, own)
+    report(result, args.seconds, took)
     if scraping is not None:
         scraping.kill()
         report_scrapes(scraping.communicate()[0])
@@ -241,16 +250,18 @@ def report_scrapes(said: str) -> None:
     )
 
 
-def report(result: Result, seconds: float, cpu: float, own: float) -> None:
+def report(result: Result, seconds: float, took: list[float]) -> None:
     latencies = sorted(result.latencies)
 
     def at(share: float) -> str:
         return f"{latencies[min(len(latencies) - 1, int(share * len(latencies)))] * 1000:.1f} ms"
 
+    cpu, own, waited, own_waited = (one / seconds for one in took)
     print(  # noqa: T201 - a script's result
         f"rate {len(latencies) / seconds:.0f}/s, p50 {at(0.5)}, p99 {at(0.99)},"
         f" p99.9 {at(0.999)}, max {at(1)}, statuses {dict(result.statuses)},"
-        f" coordinator CPU {cpu / seconds:.0%} of one core, generator {own / seconds:.0%}"
+        f" coordinator CPU {cpu:.0%} of one core, generator {own:.0%};"
+        f" kept waiting for a core {waited:.0%}, {own_waited:.0%}"
     )
 
 
