@@ -69,6 +69,11 @@ SEQUENCES: dict[str, tuple[Step, ...]] = {
         (CHANGES, LEADER, LEASE_S, 0.2),
         (("freeze_coordinator", "kill_coordinator"), LEADER, LEASE_S, 1.5 * TTL_S),
     ),
+    "changes happen whose answers are lost": (
+        (("answers_lost", "writes_late"), LEADER, LEASE_S, 0.1),
+        (CHANGES, LEADER, LEASE_S, 0.3),
+        (CHANGES, FOLLOWER, LEASE_S, 0.5 * LEASE_S),
+    ),
     "the next leader's member of etcd lags": (
         ("etcd_follower_stale", FOLLOWER, TTL_S + LEASE_S, 0.5),
         (DEPOSES, LEADER, TTL_S + LEASE_S, 1.5 * TTL_S),

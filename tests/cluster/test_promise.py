@@ -114,11 +114,14 @@ class ReadsFromAnyMember(Etcd):
         return await super().range({"request_range": wanted})
 
 
-class TrustsAnyRenewal(Leadership):
-    """A renewal counts, whatever member of etcd has confirmed it."""
+class TrustsAnyRenewal(Etcd):
+    """A renewal counts, even if a leader of etcd has confirmed it that is deposed."""
 
-    def _is_confirmed(self, term: int, found: Found) -> bool:
-        return True
+    async def keep_alive(self, lease: int) -> int | None:
+        return None if await super().keep_alive(lease) is None else 0
+
+    async def range(self, body: Json) -> Found:
+        return replace(await super().range(body), term=0)
 
 
 PLANTED = {
@@ -128,6 +131,7 @@ PLANTED = {
     "keeps live": Kinds(decider=KeepsLive),
     "does not wait": Kinds(decider=DoesNotWait),
     "reads from any member": Kinds(etcd=ReadsFromAnyMember),
+    "trusts any renewal": Kinds(etcd=TrustsAnyRenewal),
 }
 
 

@@ -205,7 +205,7 @@ class World:
     async def keep_checking(self) -> None:
         while True:
             self.check_records()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
     # -- for schedules ------------------------------------------------------------------------
 
