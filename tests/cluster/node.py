@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -167,15 +168,12 @@ class Node:
             raise ConnectionError(self.name)
         for _ in range(LEADERS_TRIED):
             url = await leadership.place(self.world.key)
-            try:
+            if url is not None and forwarded:
+                break
+            with suppress(NotLeading):
                 if url is None:
                     return await self._decide(coordinator, what)
-                if forwarded:
-                    raise NotLeading
                 return await self._forward(leadership, url, what)
-            except NotLeading:
-                if forwarded:
-                    raise
         raise NotLeading
 
     async def _forward(self, leadership: Leadership, url: str, what: Any) -> Any:

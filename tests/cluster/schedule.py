@@ -5,7 +5,6 @@ one by number. Their lengths, and the pauses between them, are multiples of what
 leadership, R, L.
 """
 
-import asyncio
 import random
 from dataclasses import dataclass
 
@@ -61,9 +60,7 @@ SEQUENCES: dict[str, tuple[Step, ...]] = {
         ("cut_agent", LEADER, LEASE_S, 0.1),
         (("freeze_coordinator", "kill_coordinator", "split"), LEADER, LEASE_S, LEASE_S),
     ),
-    "the leader and the primary are alone": (
-        ("split", BOTH, TTL_S + LEASE_S + RENEW_S, LEASE_S),
-    ),
+    "the leader and the primary are alone": (("split", BOTH, TTL_S + LEASE_S + RENEW_S, LEASE_S),),
     "a change is on its way when leadership goes": (
         ("writes_late", LEADER, 1.6 * TTL_S, 0.2),
         (CHANGES, LEADER, LEASE_S, 0.2),
@@ -167,39 +164,55 @@ class Injector:
         among = others if fault.aim == FOLLOWER else members
         return among[fault.number % len(among)]
 
-    async def inject(self, fault: Fault) -> None:
+    def inject(self, fault: Fault) -> None:
         """Let one fault begin, and end after its length."""
-        world, node, agent = self.world, self.node(fault), self.agent(fault)
+        node, agent = self.node(fault), self.agent(fault)
+        match fault.kind:
+            case "stop_coordinator" | "kill_coordinator" | "freeze_coordinator":
+                self._inject_node(fault, node)
+            case "kill_agent" | "answers_to_agent_lost" | "switch_over":
+                self._inject_agent(fault, agent)
+            case "cut_agent":
+                self._cut({agent.name}, {node.name}, fault)
+            case "split" | "split_one_way":
+                self._split(fault)
+            case "network_slow":
+                self._slow_down(fault, node)
+            case "cut_etcd":
+                self._cut_etcd(node, fault)
+            case "etcd_compacts" | "etcd_elects" | "etcd_down":
+                self._inject_etcd(fault)
+            case _:
+                self._inject_link(fault, node)
+
+    def _inject_node(self, fault: Fault, node: Node) -> None:
         match fault.kind:
             case "stop_coordinator":
-                world.spawn(self._restart(node, fault.seconds))
+                self.world.spawn(self._restart(node, fault.seconds))
             case "kill_coordinator":
                 node.kill()
                 outside(node.start, after_s=fault.seconds)
-            case "freeze_coordinator":
+            case _:
                 node.freeze()
                 outside(node.thaw, after_s=fault.seconds)
+
+    def _inject_agent(self, fault: Fault, agent: SmallAgent) -> None:
+        world, seconds = self.world, fault.seconds
+        match fault.kind:
             case "kill_agent":
                 agent.kill()
-                outside(agent.start, after_s=fault.seconds)
-            case "switch_over":
-                world.spawn(world.switch_over(agent.name))
-            case "network_slow":
-                world.record(node.name, f"is slow for {fault.seconds:.2f} s")
-                world.slow[node.name] = 0.5
-                outside(world.slow.pop, node.name, None, after_s=fault.seconds)
+                outside(agent.start, after_s=seconds)
             case "answers_to_agent_lost":
-                world.record(agent.name, f"loses answers for {fault.seconds:.2f} s")
+                world.record(agent.name, f"loses answers for {seconds:.2f} s")
                 world.forgotten_answers[agent.name] = 0.6
-                outside(world.forgotten_answers.pop, agent.name, None, after_s=fault.seconds)
-            case "cut_agent":
-                self._cut({agent.name}, {node.name}, fault)
-            case "cut_etcd":
-                self._cut_etcd(node, fault)
-            case "split" | "split_one_way":
-                self._split(fault)
+                outside(world.forgotten_answers.pop, agent.name, None, after_s=seconds)
             case _:
-                self._inject_etcd(fault, node)
+                world.spawn(world.switch_over(agent.name))
+
+    def _slow_down(self, fault: Fault, node: Node) -> None:
+        self.world.record(node.name, f"is slow for {fault.seconds:.2f} s")
+        self.world.slow[node.name] = 0.5
+        outside(self.world.slow.pop, node.name, None, after_s=fault.seconds)
 
     async def _restart(self, node: Node, seconds: float) -> None:
         await node.stop()
@@ -224,9 +237,7 @@ class Injector:
         rest |= {"etcd"}
         self._cut(side, rest, fault, both_ways=fault.kind == "split")
 
-    def _cut(
-        self, side: set[str], rest: set[str], fault: Fault, *, both_ways: bool = True
-    ) -> None:
+    def _cut(self, side: set[str], rest: set[str], fault: Fault, *, both_ways: bool = True) -> None:
         cuts = [Cut(frozenset(side), frozenset(rest))]
         if both_ways:
             cuts.append(Cut(frozenset(rest), frozenset(side)))
@@ -241,8 +252,22 @@ class Injector:
     def _heal(self, cuts: list[Cut]) -> None:
         self.world.cuts = [cut for cut in self.world.cuts if cut not in cuts]
 
-    def _inject_etcd(self, fault: Fault, node: Node) -> None:
-        """A fault of etcd, or of one coordinator's way to it."""
+    def _inject_etcd(self, fault: Fault) -> None:
+        """A fault of etcd as a whole."""
+        etcd = self.world.etcd
+        self.world.record("etcd", fault.kind)
+        match fault.kind:
+            case "etcd_compacts":
+                etcd.compact()
+            case "etcd_elects":
+                etcd.elect()
+            case "etcd_down":
+                self._cut({"etcd"}, set(self.world.nodes), fault)
+            case _:
+                raise AssertionError(fault.kind)
+
+    def _inject_link(self, fault: Fault, node: Node) -> None:
+        """A fault of one coordinator's way to etcd, or of the member of etcd at its end."""
         etcd, link, seconds = self.world.etcd, node.link, fault.seconds
         self.world.record(node.name, f"{fault.kind} for {seconds:.2f} s")
         match fault.kind:
@@ -254,22 +279,11 @@ class Injector:
                 link.watch_delay_s = seconds
             case "watch_forgotten":
                 link.silent_watches = link.watches
-                return
-            case "etcd_compacts":
-                etcd.compact()
-                link.silent_watches = link.watches
-                return
-            case "etcd_elects":
-                etcd.elect()
-                return
             case "etcd_leader_stale":
                 link.stale_term = etcd.term
                 etcd.elect()
             case "etcd_follower_stale":
                 link.stale = etcd.snapshot()
-            case "etcd_down":
-                self._cut({"etcd"}, set(self.world.nodes), fault)
-                return
             case _:
                 raise AssertionError(fault.kind)
         outside(link.heal, after_s=seconds)
@@ -292,7 +306,7 @@ def live_through(seed: int, kinds: Kinds | None = None, *, live_on: bool = True)
             for fault in draw(seed):
                 await world.run_for(fault.at_s - at_s)
                 at_s = fault.at_s
-                await injector.inject(fault)
+                injector.inject(fault)
             await world.run_for(END_S - at_s)
             if live_on:
                 await _recover(world)

@@ -1,7 +1,8 @@
 """Several coordinators keep the promise under any schedule of faults (R19), or a planted fault is found.
 
 Each planted fault is a mistake that several coordinators invite. The same search that finds nothing without
-it has to find it, or the search proves nothing.
+it has to find it, or the search proves nothing. FAILOVER_SIMULATION_SEED is where all searches begin, and
+FAILOVER_SIMULATION_EXAMPLES, divided by 20, the number of schedules that must keep the promise.
 """
 
 import os
@@ -16,7 +17,15 @@ from agent.coordinator.leadership import Leadership
 from agent.coordinator.shards import Shard
 from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
-from agent.coordinator.store.etcd_client import Done, Etcd, EtcdUnknown, Found, Json, KeyValue, if_revision
+from agent.coordinator.store.etcd_client import (
+    Done,
+    Etcd,
+    EtcdUnknown,
+    Found,
+    Json,
+    KeyValue,
+    if_revision,
+)
 from agent.core.group_state import GroupState, Live
 from agent.errors import CasMismatch, StoreError
 from agent.model import GroupKey

@@ -58,7 +58,7 @@ def outside(work: Callable[..., object], *arguments: Any, after_s: float) -> Non
 def _run(turn: Any) -> None:
     process = turn._context.get(_PROCESS)
     if process is None or process.runs:
-        asyncio.Handle._run(turn)  # type: ignore[attr-defined]
+        asyncio.Handle._run(turn)
     else:
         process.park(turn)
 
@@ -116,7 +116,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._ready.append(turn)
         return turn
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         timer = _Timer(when, callback, args, self, context)

@@ -136,7 +136,9 @@ class World:
             await asyncio.sleep(self.chance.uniform(0, 2 * CHANGE_S))
             self.changes += 1
             number = self.changes
-            acl = AccessList((AccessEntry(Trustee(1, f"user-{number}"), denied=False, rights=number),))
+            acl = AccessList(
+                (AccessEntry(Trustee(1, f"user-{number}"), denied=False, rights=number),)
+            )
             if await self.order(SetAccess(acl)):
                 self.acknowledged.append(number)
 
