@@ -30,7 +30,7 @@ def test_etcd_sees_writes_of_progress_by_shard_and_not_by_heartbeat() -> None:
         for node in world.nodes.values():
             node.link.etcd = world.etcd
         first, second = world.nodes.values()
-        await first.start()
+        first.start()
         await world.until(lambda: first.leadership and first.leadership.led, 5.0, "a leader")
         assert first.coordinator is not None
         keys = [GroupKey("default", "default", f"g{number}") for number in range(GROUPS)]
@@ -47,7 +47,7 @@ def test_etcd_sees_writes_of_progress_by_shard_and_not_by_heartbeat() -> None:
         took_s = BEATS * 0.6
         assert len(writes) <= took_s / 0.8 + 1, "not more than one each 0.8 s"
         assert len(writes) >= took_s / 2
-        await second.start()
+        second.start()
         await asyncio.sleep(1.0)
         await first.stop()
         await world.until(lambda: second.leadership and second.leadership.led, 5.0, "the second")
