@@ -11,9 +11,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
@@ -35,6 +36,9 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 MOST_ENDPOINTS = 16
 """They are asked all at once when the one in use fails; more would be a load for nothing."""
 
+MOST_HOST_NAMES = 16
+"""Of one coordinator: a name and its aliases."""
+
 MOST_IDENTITIES = 100
 """Of one list: they are people and their roles."""
 
@@ -45,20 +49,27 @@ MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
 """Characters of one variable; what is longer belongs into a file."""
 
-LONGEST_ACCOUNT = 32
-"""Characters of a user or group, as the system has them."""
+T = TypeVar("T")
 
-TCP_PORTS = range(1, 65536)
 
-MOST_HOST_NAMES = 16
-"""Of one coordinator: a name and its aliases."""
+def must(
+    right: str, holds: Callable[[T], object], first: Callable[[T], T] | None = None
+) -> Callable[[T], T]:
+    """A check that ``holds`` of a value; if not, the error is "must" and ``right``. ``first`` precedes it."""
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9_])?")
-_NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-_ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
-_IDENTITY = re.compile(r"(user|client|role):\S(.{0,254}\S)?")
-_ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
+    def check(value: T) -> T:
+        if first is not None:
+            value = first(value)
+        if not holds(value):
+            raise ValueError(f"must {right}")
+        return value
+
+    return check
+
+
+def matches(pattern: str) -> Callable[[str], object]:
+    """Whether a whole string has a pattern."""
+    return lambda value: re.fullmatch(pattern, value)
 
 
 # --- numbers and names --------------------------------------------------------------------------
@@ -66,35 +77,23 @@ _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<por
 
 def parse_duration(value: object) -> float:
     """Seconds, from a number, a time-span or an ISO 8601 duration."""
-    wrong = ValueError(
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        for parse in (float, _parse_span):
+            with suppress(ValueError, OverflowError):
+                if math.isfinite(seconds := parse(value)):
+                    return seconds
+    raise ValueError(
         'a duration is seconds (2.5), a quoted time-span ("00:00:02.5") or ISO 8601 ("PT2.5S")'
     )
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
-    try:
-        seconds = float(value)
-    except OverflowError:
-        raise wrong from None
-    except ValueError:
-        try:
-            seconds = parse_time_span(str(value).strip()) / TICKS_PER_SECOND
-        except ValueError:
-            raise wrong from None
-    if not math.isfinite(seconds):
-        raise wrong
-    return seconds
 
 
-def check_not_boolean(value: object) -> object:
-    """The same value: pydantic would take true for 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")  # noqa: TRY004 - for pydantic
-    return value
+def _parse_span(value: object) -> float:
+    return parse_time_span(str(value).strip()) / TICKS_PER_SECOND
 
 
 def check_id(value: str) -> str:
     """The same id, of a group or a session, if the API takes it (it is a segment of a URL's path)."""
-    if not 1 <= len(value) <= LONGEST_ID or _NOT_IN_IDS.search(value):
+    if not re.fullmatch(rf"[^/\x00-\x1f\x7f-\x9f]{{1,{LONGEST_ID}}}", value):
         raise ValueError(
             f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
         )
@@ -103,20 +102,27 @@ def check_id(value: str) -> str:
     return value
 
 
+check_not_boolean = must(
+    "be a number, not true or false", lambda value: not isinstance(value, bool)
+)
+"""Pydantic would take true for 1."""
+
+check_metric_name = must(
+    "be the name of a sample: letters, digits, '_' and ':'",
+    matches(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,255}"),
+)
+check_key_prefix = must(
+    "be like /failover-agent: '/' and letters, digits, '.', '_', '-'",
+    matches(r"(/[A-Za-z0-9._-]+)+"),
+)
+
+
 def parse_account(value: object) -> str:
     """The name or number of a user or a group of this host."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or len(value) > LONGEST_ACCOUNT or not _ACCOUNT.fullmatch(value):
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(r"[\w.][\w.@-]{0,31}", text, re.ASCII):
         raise ValueError("must be a name or a number of this host")
-    return value
-
-
-def check_metric_name(value: str) -> str:
-    """The same name of a sample."""
-    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,255}", value):
-        raise ValueError("must be the name of a sample: letters, digits, '_' and ':'")
-    return value
+    return text
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
@@ -127,10 +133,6 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ValueError(f"must have names of letters, digits and '_', not {name!r:.60}")
     return dict(labels)
-
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
 
 
 # --- lists --------------------------------------------------------------------------------------
@@ -151,7 +153,13 @@ def _split_words(text: str) -> list[str]:
         raise ValueError(f"must be words as a shell splits them, but: {error}") from None
 
 
-def _strings(value: object, split: Callable[[str], list[str]]) -> tuple[str, ...]:
+def _split_at_commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _strings(
+    value: object, split: Callable[[str], list[str]] = _split_at_commas
+) -> tuple[str, ...]:
     """A list of strings; a flag or variable is a JSON list, or text to split."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("[")
@@ -212,7 +220,7 @@ def parse_variables(value: object) -> dict[str, str]:
     if len(value) > MOST_VARIABLES:
         raise ValueError(f"must be at most {MOST_VARIABLES} variables")
     for name, text in value.items():
-        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
             raise ValueError(
                 f"{name!r} must be of capitals, digits and _, and not begin with a digit"
             )
@@ -236,14 +244,25 @@ def _assignments(text: str) -> dict[str, str]:
 
 def parse_identities(value: object) -> tuple[str, ...]:
     """Identities of callers, as ``user:NAME``, ``client:ID`` or ``role:NAME``."""
-    given = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    wrong = next((one for one in given if not _IDENTITY.fullmatch(one)), None)
-    if wrong is not None or len(given) > MOST_IDENTITIES:
+    identity = matches(r"(user|client|role):\S(.{0,254}\S)?")
+    given = _strings(value)
+    wrong = next((f", not {one!r:.60}" for one in given if not identity(one)), "")
+    if wrong or len(given) > MOST_IDENTITIES:
         raise ValueError(
             f"must be a list of at most {MOST_IDENTITIES} identities, each user:NAME, client:ID or"
-            " role:NAME" + (f", not {wrong!r:.60}" if wrong is not None else "")
+            f" role:NAME{wrong}"
         )
     return given
+
+
+def parse_host_names(value: object) -> tuple[str, ...]:
+    """Names of hosts, without ports."""
+    names, is_name = _strings(value), matches(r"\w(?:[A-Za-z0-9_.-]{0,253}\w)?")
+    if len(names) > MOST_HOST_NAMES or not all(name.isascii() and is_name(name) for name in names):
+        raise ValueError(
+            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
+        )
+    return names
 
 
 # --- URLs and addresses -------------------------------------------------------------------------
@@ -287,10 +306,16 @@ def parse_api_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def parse_base_url(url: str) -> str:
+    """A URL of a host, without a path."""
+    if check_url(url).path.strip("/"):
+        raise ValueError("must be http(s)://HOST:PORT without a path")
+    return url.rstrip("/")
+
+
 def parse_proxy(url: str) -> str:
     """The URL of an HTTP proxy."""
-    parts = check_url(url, instead="use proxy_username and proxy_password_file")
-    if parts.path.strip("/"):
+    if check_url(url, instead="use proxy_username and proxy_password_file").path.strip("/"):
         raise ValueError("must have nothing after the port")
     return url.rstrip("/")
 
@@ -313,8 +338,7 @@ def parse_secure_url(url: str) -> str:
 
 def parse_endpoints(value: object) -> tuple[str, ...]:
     """The base paths of one coordinator or cluster."""
-    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if not 1 <= len(urls) <= MOST_ENDPOINTS:
+    if not 1 <= len(urls := _strings(value)) <= MOST_ENDPOINTS:
         raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
     endpoints = tuple(map(parse_api_url, urls))
     if not all(url.lower().endswith("/clientfailover") for url in endpoints):
@@ -322,44 +346,20 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
     return endpoints
 
 
-def parse_host_names(value: object) -> tuple[str, ...]:
-    """Names of hosts, without ports."""
-    names = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if len(names) > MOST_HOST_NAMES or not all(map(_HOST_NAME.fullmatch, names)):
-        raise ValueError(
-            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
-        )
-    return names
-
-
 def parse_base_urls(value: object) -> tuple[str, ...]:
     """The client URLs of the members of one etcd cluster."""
-    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if len(urls) > MOST_ENDPOINTS:
+    if len(urls := _strings(value)) > MOST_ENDPOINTS:
         raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
     return tuple(map(parse_base_url, urls))
-
-
-def parse_base_url(url: str) -> str:
-    """A URL of a host, without a path."""
-    if check_url(url).path.strip("/"):
-        raise ValueError("must be http(s)://HOST:PORT without a path")
-    return url.rstrip("/")
-
-
-def parse_key_prefix(value: str) -> str:
-    """The beginning of keys in etcd, without a slash at its end."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value):
-        raise ValueError("must be like /failover-agent: '/' and letters, digits, '.', '_', '-'")
-    return value
 
 
 def parse_address(value: object) -> Address:
     """HOST:PORT."""
     if isinstance(value, Address):
         return value
-    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if not found or int(found["port"]) >= TCP_PORTS.stop:
+    pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
+    found = re.fullmatch(pattern, value) if isinstance(value, str) else None
+    if not found or int(found["port"]) > 65535:  # noqa: PLR2004 - the highest TCP port
         raise ValueError(
             "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
             " (127.0.0.1:5470, [::1]:5470)"
@@ -375,46 +375,29 @@ def parse_address(value: object) -> Address:
 def parse_peer(value: object) -> Address:
     """HOST:PORT of something to connect to."""
     address = parse_address(value)
-    if address.port not in TCP_PORTS:
+    if not address.port:
         raise ValueError("must have a port from 1 to 65535")
     return address
 
 
-def _parse_address_or_off(value: object) -> Address | None:
-    return None if value is None or value == "off" else parse_address(value)
-
-
 # --- paths --------------------------------------------------------------------------------------
 
-
-def _check_path(path: Path) -> Path:
-    if not path.name or "\0" in str(path):
-        raise ValueError("must be a path")
-    return path
-
-
-def _check_absolute(path: Path) -> Path:
-    if not _check_path(path).is_absolute():
-        raise ValueError("must be an absolute path")
-    return path
-
-
-def _check_directory(path: Path) -> Path:
-    if not path.is_absolute() or "\0" in str(path):
-        raise ValueError("must be the absolute path of a directory")
-    return path
+check_path: Callable[[Path], Path] = must(
+    "be a path", lambda path: path.name and "\0" not in str(path)
+)
+check_absolute = must("be an absolute path", Path.is_absolute, first=check_path)
+check_directory: Callable[[Path], Path] = must(
+    "be the absolute path of a directory", lambda path: path.is_absolute() and "\0" not in str(path)
+)
+check_exists = must("be a file that exists", Path.is_file)
+check_file = must(
+    "be readable by this user", lambda path: os.access(path, os.R_OK), first=check_exists
+)
 
 
-def _check_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError("must be a file that exists")
-    if not os.access(path, os.R_OK):
-        raise ValueError("must be readable by this user")
-    return path
-
-
-def _check_secret_file(path: Path) -> Path:
-    mode = _check_file(path).stat().st_mode
+def check_secret_file(path: Path) -> Path:
+    """The same file that others have no access to."""
+    mode = check_file(path).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(
             f"must not be readable or writable by others: its mode is {mode & 0o777:o},"
@@ -429,9 +412,17 @@ DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
 NUMBER = Format("NUMBER", "number", before=check_not_boolean)
 ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
 COMMAND = Format("COMMAND", "command: list of strings")
-LEVEL = Format("LEVEL", "DEBUG, INFO, WARNING or ERROR", before=_upper)
+URL = Format("URL", "URL")
+LEVEL = Format(
+    "LEVEL",
+    "DEBUG, INFO, WARNING or ERROR",
+    before=lambda level: level.upper() if isinstance(level, str) else level,
+)
 ADDRESS_OR_OFF = Format(
-    "HOST:PORT|off", "HOST:PORT or off", parse=_parse_address_or_off, none="off"
+    "HOST:PORT|off",
+    "HOST:PORT or off",
+    parse=lambda value: None if value is None or value == "off" else parse_address(value),
+    none="off",
 )
 
 Duration = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S, above=True)]
@@ -455,26 +446,26 @@ Variables = Annotated[
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
 BaseUrls = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_base_urls)]
 BaseUrl = Annotated[str, Format("URL", "URL without a path", after=parse_base_url)]
-KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=parse_key_prefix)]
+ApiUrl = Annotated[str, replace(URL, after=parse_api_url)]
+PageUrl = Annotated[str, replace(URL, after=parse_page_url)]
+ProxyUrl = Annotated[str, replace(URL, after=parse_proxy)]
+SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
+KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=check_key_prefix)]
 HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 Identities = Annotated[
     tuple[str, ...],
     Format("KIND:NAME", "list of user:NAME, client:ID or role:NAME", parse=parse_identities),
 ]
-ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
-SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
-ProxyUrl = Annotated[str, Format("URL", "URL", after=parse_proxy)]
-PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
-Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
+Peer = Annotated[Address, replace(ADDRESS, parse=parse_peer)]
 MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
 Labels = Annotated[
     Mapping[str, str],
     Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
 ]
-AnyPath = Annotated[Path, Format("PATH", "path", after=_check_path)]
-AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=_check_absolute)]
-Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=_check_directory)]
-InputFile = Annotated[Path, Format("FILE", "path of a file", after=_check_file)]
+AnyPath = Annotated[Path, Format("PATH", "path", after=check_path)]
+AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=check_absolute)]
+Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=check_directory)]
+InputFile = Annotated[Path, Format("FILE", "path of a file", after=check_file)]
 SecretFile = Annotated[
-    Path, Format("FILE", "path of a file that others cannot read", after=_check_secret_file)
+    Path, Format("FILE", "path of a file that others cannot read", after=check_secret_file)
 ]
