@@ -29,7 +29,6 @@ from agent.core.group_state import (
 from agent.errors import Conflict, Forbidden, NotFound, Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
 from agent.schema import access, api
-from agent.schema.values import whole
 
 READY_RETRY_S = 1.0
 
@@ -331,7 +330,7 @@ async def post_heartbeat(call: Call) -> Answer:
         body.failover_score,
         body.last_data_processed_time,
         body.instance,
-        whole(body.epoch),
+        body.epoch,
         await call.requester(session_id),
     )
     answer = await call.coordinator.beat(call.key, beat)

@@ -33,7 +33,6 @@ from agent.schema.values import (
     Shape,
     TimeSpan,
     doc,
-    whole,
 )
 
 DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
@@ -173,8 +172,8 @@ class GroupStatus(Shape, frozen=True):
             primary=self.primary,
             pending=self.pending_primary,
             last_data=self.last_data_processed_time,
-            epoch=whole(self.epoch),
-            revision=whole(self.revision),
+            epoch=self.epoch,
+            revision=self.revision,
             primary_since=self.primary_since,
             previous=self.previous_primary,
             store_id=self.store_id,
@@ -205,7 +204,7 @@ class HistoryEntry(Shape, frozen=True, kw_only=True):
 
     def to_model(self) -> model.HistoryEntry:
         return model.HistoryEntry(
-            epoch=int(self.epoch),
+            epoch=self.epoch,
             session_id=self.session_id,
             since=self.since,
             why_started=self.why_started,
@@ -362,8 +361,8 @@ class HeartbeatResponse(Shape, frozen=True):
         return model.HeartbeatAnswer(
             role=self.role.member,
             last_data=self.last_data_processed_time,
-            epoch=whole(self.epoch),
-            revision=whole(self.revision),
+            epoch=self.epoch,
+            revision=self.revision,
             lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
             previous=self.previous_primary,
             store_id=self.store_id,

@@ -27,31 +27,14 @@ from agent.schema.values import (
 
 S = TypeVar("S", bound=Shape)
 
-REQUESTS: tuple[type[Shape], ...] = (
-    api.GroupRequest,
-    api.SessionRequest,
-    api.HeartbeatRequest,
-    api.RoleOverrideRequest,
-    api.ReleaseRequest,
-    access.AccessControlRequest,
+SHAPES: tuple[type[Shape], ...] = tuple(
+    one
+    for module in (api, access)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, Shape) and one is not Shape
 )
-ANSWERS: tuple[type[Shape], ...] = (
-    api.GroupConfiguration,
-    api.GroupStatus,
-    api.ClientSession,
-    api.HeartbeatResponse,
-    api.RoleOverrideResponse,
-    api.HistoryEntry,
-    api.ErrorResponse,
-    api.Version,
-)
-NESTED: tuple[type[Shape], ...] = (
-    access.AccessControlList,
-    api.SessionHeartbeat,
-    access.AccessControlEntry,
-    access.Trustee,
-)
-"""The shapes that are inside of others, and AccessControlList, which is both asked and answered."""
+REQUESTS = tuple(shape for shape in SHAPES if shape.__name__.endswith("Request"))
+NESTED: tuple[type[Shape], ...] = (api.SessionHeartbeat, access.AccessControlEntry, access.Trustee)
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -224,9 +207,10 @@ def _description(annotated: Any) -> str | None:
 def component_schemas() -> dict[str, Any]:
     """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
     _, schemas = msgspec.json.schema_components(
-        [*REQUESTS, *ANSWERS, *NESTED], schema_hook=describe_value, ref_template=REFERENCE
+        SHAPES, schema_hook=describe_value, ref_template=REFERENCE
     )
-    answers = {shape.__name__ for shape in ANSWERS} | {api.SessionHeartbeat.__name__}
+    asked = (*REQUESTS, access.AccessControlEntry, access.Trustee)
+    answers = {shape.__name__ for shape in SHAPES if shape not in asked}
     for name, schema in schemas.items():
         properties = schema["properties"]
         for key, declared in properties.items():
@@ -240,12 +224,9 @@ def id_schema() -> dict[str, Any]:
 
 
 def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
-    """The same in JSON Schema's own words: integers as such, its ``$``, no ``default: null``.
-
-    Without null in answers, which is never written there.
-    """
+    """The same with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
     schema = {key: value for key, value in declared.items() if key != "default"}
-    choices = [one for one in schema.pop("anyOf", []) if "multipleOf" not in one]
+    choices = schema.pop("anyOf", [])
     if answered:
         choices = [one for one in choices if one != {"type": "null"}]
     if len(choices) > 1:

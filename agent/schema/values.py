@@ -111,11 +111,15 @@ class ExpirationSpan(TimeSpan):
     )
 
 
-# --- date-times ---------------------------------------------------------------------------------
+# --- date-times and integers --------------------------------------------------------------------
 
 if TYPE_CHECKING:
     Moment = datetime
     NeededMoment = datetime
+    Count = int
+    TrusteeKind = int
+    AccessType = int
+    AccessRights = int
 else:
 
     class _GivesAnother(type):
@@ -145,6 +149,31 @@ else:
             if (moment := super().read(given)) is None:
                 raise ValueError(not_a_time(given))
             return moment
+
+    class Count(metaclass=_GivesAnother):
+        """An integer from ``least`` to ``most``. To JSON, 1.0 is one, too."""
+
+        least, most = 0, MAX_EPOCH
+
+        @classmethod
+        def read(cls, given: object) -> int:
+            number = not isinstance(given, bool) and isinstance(given, int | float)
+            if not number or given % 1 or not cls.least <= given <= cls.most:
+                raise TypeError
+            return int(given)
+
+        @classmethod
+        def schema(cls) -> dict[str, Any]:
+            return {"type": "integer", "minimum": cls.least, "maximum": cls.most}
+
+    class TrusteeKind(Count):
+        least, most = 1, 3
+
+    class AccessType(Count):
+        least, most = 0, 1
+
+    class AccessRights(Count):
+        least, most = 0, 31
 
 
 # --- enumerations -------------------------------------------------------------------------------
@@ -184,7 +213,7 @@ class OverrideCode(_Code[RoleOverride]):
 ROLES: Mapping[Role, RoleCode] = {role: RoleCode(role) for role in Role}
 OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one in RoleOverride}
 
-# --- objects, integers, ids ---------------------------------------------------------------------
+# --- objects and ids ----------------------------------------------------------------------------
 
 
 class Additional:
@@ -232,18 +261,6 @@ def _is_larger(value: object) -> bool:
         if levels > MAX_DEPTH or nodes > MAX_NODES:
             return True
     return False
-
-
-Count = (
-    Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
-    | Annotated[float, Meta(ge=0, le=MAX_EPOCH, multiple_of=1)]
-)
-"""An integer. To JSON, 1.0 is one, too: ``whole`` makes an int of it."""
-
-
-def whole(count: float | None) -> int | None:
-    """The int that a Count is."""
-    return None if count is None else int(count)
 
 
 # C stands for the characters that no id has: '/' would end a path segment, and "." and ".." as
