@@ -8,6 +8,7 @@ opened. Knows nothing of contents.
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 MOST_LINKS = 40
@@ -68,6 +69,22 @@ def stat_file(path: Path) -> os.stat_result:
         return os.fstat(found)
     finally:
         os.close(found)
+
+
+Signatures = tuple[tuple[int, ...] | None, ...]
+
+
+def signatures(paths: Iterable[Path]) -> Signatures:
+    """What differs once a file was changed or replaced, or a link on its way was; None for no file."""
+    return tuple(map(_signature, paths))
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def open_directory(path: Path) -> int:
