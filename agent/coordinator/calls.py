@@ -327,8 +327,8 @@ async def post_heartbeat(call: Call) -> Answer:
     session_id = call.values["sessionId"]
     beat = ReceiveHeartbeat(
         session_id,
-        body.failover_score,
-        body.last_data_processed_time,
+        body.score,
+        body.last_data,
         body.instance,
         body.epoch,
         await call.requester(session_id),
@@ -361,7 +361,7 @@ async def release_role(call: Call) -> Answer:
             instance=body.instance,
             why=body.reason or "released",
             hold_off_s=(body.hold_off_period or 0) / TICKS_PER_SECOND,
-            last_data=body.last_data_processed_time,
+            last_data=body.last_data,
             by=await call.requester(session_id),
         ),
     )

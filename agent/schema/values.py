@@ -284,8 +284,28 @@ def doc(description: str) -> Meta:
     return Meta(description=description)
 
 
-class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
+WIRE_NAMES = {
+    "heartbeat_at": "HeartbeatTime",
+    "last_data": "LastDataProcessedTime",
+    "pending": "PendingPrimary",
+    "previous": "PreviousPrimary",
+    "score": "FailoverScore",
+}
+"""Of fields that are named as in model.py."""
+
+
+def wire_name(field: str) -> str:
+    """The name in JSON of a field: in PascalCase, but for WIRE_NAMES."""
+    return WIRE_NAMES.get(field) or field.title().replace("_", "")
+
+
+class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
+
+    @classmethod
+    def copy_of(cls, value: object) -> Self:
+        """The shape with the attributes of a value that have the names of its fields."""
+        return cls(**{name: getattr(value, name) for name in cls.__struct_fields__})
 
 
 # --- the hooks ----------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ class RestClient(Endpoints):
             timeout_s=timeout_s,
             body=encode(
                 api.HeartbeatRequest(
-                    failover_score=score,
-                    last_data_processed_time=last_data,
+                    score=score,
+                    last_data=last_data,
                     instance=instance,
                     epoch=seen_epoch,
                 )
@@ -200,7 +200,7 @@ class RestClient(Endpoints):
                     instance=instance,
                     hold_off_period=None if hold_off_s is None else _hold_off(hold_off_s),
                     reason=reason,
-                    last_data_processed_time=last_data,
+                    last_data=last_data,
                 )
             ),
             read=_check_no_content,
