@@ -56,9 +56,6 @@ class BodyError(ValueError):
     """A body that is not what it should be: one sentence on the first fault, without a full stop."""
 
 
-# --- encode and decode --------------------------------------------------------------------------
-
-
 def encode(value: Struct | Sequence[Struct], *, enum_names: bool = False) -> bytes:
     """A body. Null properties are left out; roles are numbers, or names with ``enum_names``."""
     return _WRITERS[enum_names].encode(value)
@@ -117,8 +114,6 @@ def _levels(body: bytes) -> int:
     brackets = _STRING.sub(b"", body).translate(None, delete=_OTHERS)
     return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
-
-# --- what is wrong ------------------------------------------------------------------------------
 
 _WHERE = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\.(\w+)|\[([0-9]+)\]")
@@ -199,9 +194,6 @@ def _description(annotated: Any) -> str | None:
         if isinstance(one, Meta) and one.description:
             return one.description
     return next(filter(None, map(_description, get_args(annotated))), None)
-
-
-# --- JSON Schema --------------------------------------------------------------------------------
 
 
 def component_schemas() -> dict[str, Any]:

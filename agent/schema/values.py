@@ -38,8 +38,6 @@ MAX_NODES = 1000
 MAX_BYTES = 16 * 1024
 """Values in one AdditionalData, and its length: each reader of a list of sessions gets those of all."""
 
-# --- time-spans ---------------------------------------------------------------------------------
-
 
 class TimeSpan(int):
     """Ticks of 100 ns; a time-span in JSON.
@@ -111,8 +109,6 @@ class ExpirationSpan(TimeSpan):
     )
 
 
-# --- date-times and integers --------------------------------------------------------------------
-
 if TYPE_CHECKING:
     Moment = datetime
     NeededMoment = datetime
@@ -176,9 +172,6 @@ else:
         least, most = 0, 31
 
 
-# --- enumerations -------------------------------------------------------------------------------
-
-
 class _Code(Generic[E]):  # no dataclass: msgspec would decode that itself
     """A member of an enumeration of v1: numbers and names are read, one of them is written."""
 
@@ -212,8 +205,6 @@ class OverrideCode(_Code[RoleOverride]):
 
 ROLES: Mapping[Role, RoleCode] = {role: RoleCode(role) for role in Role}
 OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one in RoleOverride}
-
-# --- objects and ids ----------------------------------------------------------------------------
 
 
 class Additional:
@@ -306,9 +297,6 @@ class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     def copy_of(cls, value: object) -> Self:
         """The shape with the attributes of a value that have the names of its fields."""
         return cls(**{name: getattr(value, name) for name in cls.__struct_fields__})
-
-
-# --- the hooks ----------------------------------------------------------------------------------
 
 
 def decode_value(kind: Any, given: Any) -> Any:
