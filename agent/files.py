@@ -20,7 +20,7 @@ NOT_FOLLOWED = "a symbolic link is not followed: name the file itself"
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
-    """As ``os.open``, by the rule of this module; the descriptor.
+    """Open a file as ``os.open`` does, by the rule of this module; return the descriptor.
 
     Raises:
         OSError: ELOOP for a link that is not followed.
@@ -75,7 +75,7 @@ Signatures = tuple[tuple[int, ...] | None, ...]
 
 
 def signatures(paths: Iterable[Path]) -> Signatures:
-    """What differs once a file was changed or replaced, or a link on its way was; None for no file."""
+    """A signature of each file, which differs once the file or a link on its way was changed; None for no file."""
     return tuple(map(_signature, paths))
 
 
@@ -97,7 +97,7 @@ def open_directory(path: Path) -> int:
 
 
 def _open_path(path: Path, *, trusted_link: bool) -> int:
-    """A descriptor (O_PATH) of whatever is at a path, but of a link."""
+    """A descriptor (O_PATH) of what is at a path; a link is refused."""
     found = _walk(path) if trusted_link else open_file(path, os.O_PATH)
     if stat.S_ISLNK(os.fstat(found).st_mode):
         os.close(found)

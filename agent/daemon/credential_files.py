@@ -23,12 +23,12 @@ POLL_S = 1.0
 """Interval at which the files are looked at: a change is in force within two of them."""
 
 LONGEST_LOAD_S = 10.0
-"""For reading some files of a few KiB; their file system may hang."""
+"""Timeout for reading some files of a few KiB; their file system may hang."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 3.0
-"""Backoff between attempts with what a server refuses. It may be changed after the agent, and from then on
-refuses what is in force: the longest is under half of R with the default L."""
+"""Backoff between attempts with credentials that a server refuses. It may learn of the new ones later than the
+agent, and then refuses those in force: the longest delay is under half of R with the default L."""
 
 log = Log(__name__)
 
@@ -58,7 +58,7 @@ class _Watched:
     retry_s: float = FIRST_RETRY_S
 
     def settle(self, signature: Signatures) -> None:
-        """Record that what the files have is in force."""
+        """Record that the contents of the files are in force."""
         self.loaded = self.tried = signature
         self.failing, self.retry_s = False, FIRST_RETRY_S
 

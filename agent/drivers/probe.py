@@ -52,10 +52,10 @@ answered with 413; the connection of a longer request is closed."""
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 64
-"""Of one request: a browser sends under 4 KiB in 20 headers."""
+"""Bounds of one request: a browser sends under 4 KiB in 20 headers."""
 
 MAX_PIPELINED = 8
-"""Requests that wait for the answer before theirs, on one connection."""
+"""Pipelined requests on one connection: each waits for the answers before its own."""
 
 MAX_CONNECTIONS = 32
 """A workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60. TLS handshakes count."""
@@ -391,7 +391,7 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # whatever the host's default is
+        if family == socket.AF_INET6:  # independent of the host's default (net.ipv6.bindv6only)
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(place[0] != "::"))
         listener.setblocking(False)
         listener.bind(place)
@@ -417,7 +417,7 @@ def _listen_error(address: Address, error: OSError) -> ConfigError:
 
 async def _read_body(request: Request) -> bytes:
     too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    with suppress(ValueError):  # the parser has already rejected what is no number
+    with suppress(ValueError):  # of no number: the parser has rejected it already
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_long
     body = bytearray()

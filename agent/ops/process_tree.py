@@ -195,7 +195,7 @@ class ProcessTree:
             )
             reader.start()
             count = -1
-            while reader.is_alive() and count != len(reading):  # while it makes progress
+            while reader.is_alive() and count != len(reading):  # as long as it makes progress
                 count = len(reading)
                 reader.join(READ_S)
             all_found |= set(found)

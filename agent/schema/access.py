@@ -14,11 +14,11 @@ MAX_ENTRIES = 1000
 
 
 MAX_LIST_BYTES = 131_072
-"""Of an access-control list as JSON: it is written again with each change of its group's roles."""
+"""Bytes of an access-control list as JSON: each change of its group's roles writes it again."""
 
 
 class Trustee(Shape, frozen=True):
-    """Whom an entry speaks of."""
+    """The subject of an entry: a user, a client or a role."""
 
     type: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
     object_id: Annotated[
@@ -30,7 +30,7 @@ class Trustee(Shape, frozen=True):
 
 
 class AccessControlEntry(Shape, frozen=True):
-    """What one trustee may do, or may not. Denied beats allowed."""
+    """Rights that one trustee has, or is denied. Denied beats allowed."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
     access_type: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]

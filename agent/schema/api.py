@@ -280,7 +280,7 @@ class HeartbeatRequest(Shape, frozen=True):
 
 
 class HeartbeatResponse(Shape, frozen=True):
-    """What a session is from now on."""
+    """The role of a session from now on, and its lease."""
 
     role: Role
     last_data: Annotated[
@@ -321,7 +321,7 @@ class HeartbeatResponse(Shape, frozen=True):
 
 
 class ReleaseRequest(Shape, frozen=True):
-    """The holder has demoted: the next one may be promoted now."""
+    """The holder's notice that it has demoted: the next one may be promoted now."""
 
     epoch: Annotated[
         Count, doc("An integer from 0 to 9007199254740991: the epoch of the ended tenure.")
@@ -339,7 +339,7 @@ class ReleaseRequest(Shape, frozen=True):
 
 
 class RoleOverrideRequest(Shape, frozen=True):
-    """What an operator wants a session to be."""
+    """An operator's override of the role of a session."""
 
     value: Override
     expiration_period: Annotated[
@@ -377,7 +377,7 @@ class ErrorResponse(Shape, frozen=True):
 
 
 class Version(Shape, frozen=True):
-    """What answers at the base path."""
+    """The version of the service, as answered at the base path."""
 
     version: Annotated[str, doc("A string: the version of the server.")]
 

@@ -42,7 +42,7 @@ MAX_LEVELS = 200
 """Lists and objects inside one another, anywhere in a body: no parser of it runs out of stack."""
 
 MAX_DIGITS = 4000
-"""Of an integer in a wrong body: Python converts no more than 4300."""
+"""Digits of an integer in a wrong body: Python converts no more than 4300."""
 
 _Path = list[str | int]
 
@@ -72,7 +72,7 @@ def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
-    """The same for a list of them."""
+    """The list of shapes that a body is, as ``decode``."""
     values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
@@ -88,7 +88,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
 def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not look into what it ignores
+            body.decode()  # msgspec does not check the UTF-8 of what it ignores
         if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _levels(body) > MAX_LEVELS:
             raise BodyError(
                 f"{whole} nests more than {MAX_LEVELS} levels deep: it must be nested less"
@@ -216,7 +216,7 @@ def id_schema() -> dict[str, Any]:
 
 
 def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
-    """The same with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
+    """A property's schema with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
     schema = {key: value for key, value in declared.items() if key != "default"}
     choices = schema.pop("anyOf", [])
     if answered:

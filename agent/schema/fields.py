@@ -49,7 +49,7 @@ class Settings(Declared):
     __slots__ = ()
 
     env_prefix: ClassVar[str]
-    """What the environment variable of each setting starts with."""
+    """The prefix of the environment variables."""
 
 
 @dataclass(frozen=True, slots=True)

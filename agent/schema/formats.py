@@ -34,16 +34,16 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 """A coordinator on this machine, with its own defaults."""
 
 MOST_ENDPOINTS = 16
-"""They are asked all at once when the one in use fails; more would be a load for nothing."""
+"""Endpoints of one list: all are probed at once when the one in use fails."""
 
 MOST_HOST_NAMES = 16
-"""Of one coordinator: a name and its aliases."""
+"""Names of one coordinator: its name and aliases."""
 
 MOST_IDENTITIES = 100
-"""Of one list: they are people and their roles."""
+"""Identities in one list: they are people and their roles."""
 
 MOST_LABELS = 32
-"""Of one metric; exporters have a handful."""
+"""Labels of one metric; exporters have a handful."""
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
@@ -92,7 +92,7 @@ def _parse_span(value: object) -> float:
 
 
 def check_id(value: str) -> str:
-    """The same id, of a group or a session, if the API takes it (it is a segment of a URL's path)."""
+    """Check the id of a group or a session, which is a segment of a URL's path."""
     if not re.fullmatch(rf"[^/\x00-\x1f\x7f-\x9f]{{1,{LONGEST_ID}}}", value):
         raise ValueError(
             f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
@@ -126,7 +126,7 @@ def parse_account(value: object) -> str:
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """The same labels of a sample."""
+    """Check the labels of a sample."""
     if len(labels) > MOST_LABELS:
         raise ValueError(f"must be at most {MOST_LABELS} labels")
     for name in labels:
@@ -321,13 +321,13 @@ def parse_proxy(url: str) -> str:
 
 
 def parse_page_url(url: str) -> str:
-    """The same URL of a page to GET."""
+    """Check the URL of a page to GET."""
     check_url(url, instead="anybody can read them in this file", query=True)
     return url
 
 
 def parse_secure_url(url: str) -> str:
-    """The same URL of a page to GET that nobody on the way may change."""
+    """Check the URL of a page to GET that nobody on the way may change."""
     parts = check_url(url, instead="the page is public", query=True)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError(
@@ -396,7 +396,7 @@ check_file = must(
 
 
 def check_secret_file(path: Path) -> Path:
-    """The same file that others have no access to."""
+    """Check a file that others must not have access to."""
     mode = check_file(path).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(

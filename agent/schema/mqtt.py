@@ -76,7 +76,7 @@ class Broker(Declared):
     ca_file: InputFile | None = None
     """Certificates (PEM) to trust the broker by. Not set: the system's."""
     certificate: InputFile | None = None
-    """Client certificate (PEM) with, after it, what leads to its authority, and its private key if
+    """Client certificate (PEM), followed by its intermediate certificates, and by its private key if
     that has no file of its own. Not set: none."""
 
     @property
@@ -128,7 +128,7 @@ class Mqtt(Broker):
     topic_prefix: Annotated[
         str, Format("TOPIC", "topic", after=_check_prefix), Length(1, LONGEST_TOPIC)
     ] = "failover"
-    """What the topics of payload json begin with."""
+    """Prefix of the topics of payload json."""
     sparkplug_host_id: Annotated[
         str | None,
         Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),

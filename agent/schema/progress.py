@@ -10,8 +10,8 @@ from agent.schema.fields import Declared, Format, Length
 from agent.schema.formats import DurationOrZero, must
 
 DEFAULT_MAX_FUTURE_S = 5.0
-"""Also without a table [progress]: clocks that NTP keeps are within milliseconds of each other, and a time
-that is further ahead would hide every later one of the tenure."""
+"""Also the bound without a table [progress]. Clocks that NTP keeps are within milliseconds of each other, and
+a time that is further ahead would hide every later one of the tenure."""
 
 MaxFuture = Annotated[
     DurationOrZero,

@@ -127,7 +127,7 @@ def format_date_time(moment: datetime) -> str:
 
 
 def not_a_time(given: object) -> str:
-    """A sentence on what is no date-time."""
+    """The sentence about a value that is no date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
 
 

@@ -98,7 +98,7 @@ class HoldOffSpan(TimeSpan):
 
 
 class ExpirationSpan(TimeSpan):
-    """How long an override lasts."""
+    """The time that an override lasts."""
 
     limits = "longer than 00:00:00, under 2000000 days"
     low = 1
@@ -119,7 +119,7 @@ if TYPE_CHECKING:
 else:
 
     class _GivesAnother(type):
-        """Of a type whose ``read`` gives another: msgspec asks whether the value is an instance of it."""
+        """The class of a type whose ``read`` returns a value of another type, which msgspec then accepts."""
 
         def __instancecheck__(cls, value: object) -> bool:
             return True
@@ -138,7 +138,7 @@ else:
             return {"type": "string", "format": "date-time"}
 
     class NeededMoment(Moment):
-        """The same where "never" is refused."""
+        """A Moment that cannot be "never"."""
 
         @classmethod
         def read(cls, given: object) -> datetime:
@@ -172,7 +172,7 @@ else:
         least, most = 0, 31
 
 
-class _Code(Generic[E]):  # no dataclass: msgspec would decode that itself
+class _Code(Generic[E]):  # not a dataclass, which msgspec would decode without ``read``
     """A member of an enumeration of v1: numbers and names are read, one of them is written."""
 
     numbers: ClassVar[Sequence[tuple[Any, int]]] = ()
@@ -227,7 +227,7 @@ class Additional:
 
 
 class GivenAdditional(Additional):
-    """The same in a request, within the limits of this service."""
+    """AdditionalData in a request, within the limits of this service."""
 
     limits = f"of at most {MAX_BYTES} bytes, {MAX_NODES} values and {MAX_DEPTH} levels"
 
@@ -271,7 +271,7 @@ Id = Annotated[
 
 
 def doc(description: str) -> Meta:
-    """What a property is, for the OpenAPI document and for errors."""
+    """The description of a property, for the OpenAPI document and for errors."""
     return Meta(description=description)
 
 
@@ -282,7 +282,7 @@ WIRE_NAMES = {
     "previous": "PreviousPrimary",
     "score": "FailoverScore",
 }
-"""Of fields that are named as in model.py."""
+"""Names in JSON of fields that are named as in model.py."""
 
 
 def wire_name(field: str) -> str:
@@ -305,12 +305,12 @@ def decode_value(kind: Any, given: Any) -> Any:
 
 
 def encode_with_numbers(value: Any) -> Any:
-    """What JSON has for a value of these types; roles and overrides as numbers."""
+    """Convert a value of these types for JSON; roles and overrides to numbers."""
     return value.number if isinstance(value, _Code) else _encode_other(value)
 
 
 def encode_with_names(value: Any) -> Any:
-    """The same, with roles and overrides as names."""
+    """Convert a value of these types for JSON; roles and overrides to names."""
     return value.member.value if isinstance(value, _Code) else _encode_other(value)
 
 

@@ -24,12 +24,12 @@ from agent.ops.process import Child, ExitResult, clean_environment
 from agent.schema.formats import NeededCommand
 
 OUTPUT_BYTES = 4096
-"""Of one run, into the debug log; the rest is read and thrown away."""
+"""Bytes of one run's output that are logged, at level DEBUG; the rest is discarded."""
 
 CHUNK_BYTES = 64 * 1024
 
 GRACE_S = 0.5
-"""From TERM to KILL: for a shell's trap. The check has failed already."""
+"""Time from TERM to KILL, for the trap of a shell. The check has failed already."""
 
 DEATH_S = 1.0
 """How long a killed command is waited for. In an uninterruptible read it can take for ever; it is
@@ -105,7 +105,7 @@ def _with(what: str, output: bytes) -> str:
 
 
 class _Run:
-    """One run. The ended leader stays a zombie until its group is dead: its number is no other's."""
+    """One run. An ended leader stays a zombie until its group is dead, so that its process id is not reused."""
 
     def __init__(self, check: ExecCheck) -> None:
         self._name = check.name
@@ -127,7 +127,7 @@ class _Run:
         self._child.start()
 
     async def end(self) -> ExitResult:
-        """How the command ended. Cancelled: TERM, and GRACE_S."""
+        """Wait for the command's end. If cancelled, send TERM, and KILL after GRACE_S."""
         try:
             return await self._child.wait()
         except asyncio.CancelledError:
@@ -136,7 +136,7 @@ class _Run:
             raise
 
     async def finish(self) -> bytes:
-        """KILL the rest of the group, release its number; the beginning of the output."""
+        """Kill the rest of the group, release its id, and return the beginning of the output."""
         self._signal(signal.SIGKILL)
         try:
             await self._wait(DEATH_S)
@@ -149,7 +149,7 @@ class _Run:
         return bytes(self._kept)
 
     def try_to_release(self) -> None:
-        """Give its number back, if it has ended."""
+        """Reap it, if it has ended, so that its process id may be reused."""
         if self._child.ended:
             self._child.release()
             self.released = True
