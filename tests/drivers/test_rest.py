@@ -107,6 +107,7 @@ async def test_a_heartbeat_sends_what_is_known_and_reads_the_answer() -> None:
         f"POST {BASE}/groups/g%201/clientsessions/s%2F2/heartbeat HTTP/1.1".encode()
     )
     assert f"user-agent: failover-agent/{__version__}".encode() in head.lower()
+    assert b"\r\ncontent-type: application/json" in head.lower()
     assert json.loads(body) == {
         "FailoverScore": 50.0,
         "LastDataProcessedTime": "2026-01-02T03:04:05Z",
