@@ -398,6 +398,13 @@ def test_the_data_directory_is_systemds_then_the_systems_then_the_users(
     assert default_data_dir({"XDG_STATE_HOME": "relative"}, root=False) == right
 
 
+def test_a_coordinator_without_a_data_directory_uses_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/unit")
+    assert validate(CoordinatorSettings, {}).data_dir == Path("/var/lib/unit")
+
+
 def test_what_is_this_machine_is_known_without_a_name_server() -> None:
     assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
