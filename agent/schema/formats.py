@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
@@ -53,18 +53,17 @@ T = TypeVar("T")
 
 
 def must(
-    right: str, holds: Callable[[T], object], first: Callable[[T], T] | None = None
-) -> Callable[[T], T]:
-    """A check that ``holds`` of a value; if not, the error is "must" and ``right``. ``first`` precedes it."""
+    right: str, holds: Callable[[T], object], first: Callable[[Any], T] = lambda value: value
+) -> Callable[[Any], T]:
+    """A parser: ``first`` reads the value. If ``holds`` is false of that, it "must" and ``right``."""
 
-    def check(value: T) -> T:
-        if first is not None:
-            value = first(value)
+    def parse(given: Any) -> T:
+        value = first(given)
         if not holds(value):
             raise ValueError(f"must {right}")
         return value
 
-    return check
+    return parse
 
 
 def matches(pattern: str) -> Callable[[str], object]:
@@ -102,7 +101,7 @@ def check_id(value: str) -> str:
     return value
 
 
-check_not_boolean = must(
+check_not_boolean: Callable[[Any], Any] = must(
     "be a number, not true or false", lambda value: not isinstance(value, bool)
 )
 """Pydantic would take true for 1."""
@@ -170,7 +169,7 @@ def _strings(
 
 
 def parse_program(value: object) -> tuple[str, ...]:
-    """A command whose program may also be looked for on PATH; () is none."""
+    """A command, as a list or as words that a shell would split; () is none. PATH is searched for it."""
     argv = _strings(value, _split_words)
     if argv and not argv[0]:
         raise ValueError("must start with the name of a program")
@@ -179,19 +178,14 @@ def parse_program(value: object) -> tuple[str, ...]:
     return argv
 
 
-def parse_command(value: object) -> tuple[str, ...]:
-    """A command: a list, or words as a shell splits them; () is none."""
-    argv = parse_program(value)
-    if argv and not argv[0].startswith("/"):
-        raise ValueError("must start with an absolute path: there is no shell and no search (R11)")
-    return argv
-
-
-def parse_needed_command(value: object) -> tuple[str, ...]:
-    """A command that is not ()."""
-    if not (argv := parse_command(value)):
-        raise ValueError('must be a list that begins with a program, like ["/usr/bin/test-it"]')
-    return argv
+parse_command = must(
+    "start with an absolute path: there is no shell and no search (R11)",
+    lambda argv: not argv or argv[0].startswith("/"),
+    first=parse_program,
+)
+parse_needed_command = must(
+    'be a list that begins with a program, like ["/usr/bin/test-it"]', bool, first=parse_command
+)
 
 
 def parse_hook(value: object) -> tuple[str, ...]:
@@ -372,21 +366,15 @@ def parse_address(value: object) -> Address:
     return Address(found["six"] or found["host"], int(found["port"]))
 
 
-def parse_peer(value: object) -> Address:
-    """HOST:PORT of something to connect to."""
-    address = parse_address(value)
-    if not address.port:
-        raise ValueError("must have a port from 1 to 65535")
-    return address
-
+parse_peer = must("have a port from 1 to 65535", lambda address: address.port, first=parse_address)
 
 # --- paths --------------------------------------------------------------------------------------
 
-check_path: Callable[[Path], Path] = must(
+check_path: Callable[[Any], Path] = must(
     "be a path", lambda path: path.name and "\0" not in str(path)
 )
 check_absolute = must("be an absolute path", Path.is_absolute, first=check_path)
-check_directory: Callable[[Path], Path] = must(
+check_directory: Callable[[Any], Path] = must(
     "be the absolute path of a directory", lambda path: path.is_absolute() and "\0" not in str(path)
 )
 check_exists = must("be a file that exists", Path.is_file)
