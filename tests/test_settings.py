@@ -119,10 +119,12 @@ def test_any_duration_survives_being_written_as_seconds(seconds: float) -> None:
         ("/bin/a 'b c' d", ("/bin/a", "b c", "d")),
         ('["/bin/a", "b c"]', ("/bin/a", "b c")),
         (["/bin/a", ""], ("/bin/a", "")),
+        (" http://127.0.0.1:9/x?a=b&c ", ("http://127.0.0.1:9/x?a=b&c",)),
+        (["https://h/x"], ("https://h/x",)),
         ("", ()),
     ],
 )
-def test_a_command_is_read_from_words_json_or_a_list(
+def test_a_hook_is_read_from_words_json_a_list_or_a_url(
     given_value: object, right: tuple[str, ...]
 ) -> None:
     assert load(AgentSettings, {"hook_primary": given_value}).hook_primary == right

@@ -404,7 +404,8 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
 
 def _listen_error(address: Address, error: OSError) -> ConfigError:
     # not str(error) of every error: asyncio's wording is another
-    why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    own = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    why = own or error
     right = "choose another --probe-listen HOST:PORT on this host, with port 0 for any free one"
     if ":" in address.host and error.errno in NO_ADDRESS:
         right = (

@@ -383,6 +383,18 @@ async def test_a_peer_that_always_publishes_a_newer_state_cannot_cause_a_storm(
         assert 2 <= len(clients) <= 7  # 0.2, 0.4, 0.8, ... and at least half of each
 
 
+async def test_a_connection_that_lasted_resets_the_backoff(
+    broker: Broker, clients: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "LONGEST_WAIT_S", 1000.0)
+    monkeypatch.setattr(driver, "STEADY_S", 0.0)
+    async with announcing(**broker.table()) as announcer:
+        for number in range(1, 16):  # doubled each time, the delays would end far beyond the limit
+            await until(lambda: len(clients) == number and announcer.up)  # noqa: B023 - awaited here
+            cut(clients[-1])
+            await until(lambda: not announcer.up)
+
+
 async def test_a_newer_online_state_of_another_host_causes_no_reconnect(
     broker: Broker, watcher: Watcher, clients: list[Any]
 ) -> None:

@@ -496,6 +496,31 @@ async def test_ipv6_on_a_host_without_it_is_one_clear_error(
     await server.stop()
 
 
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (
+            socket.gaierror(socket.EAI_NONAME, "unknown to this resolver"),
+            "unknown to this resolver",
+        ),
+        ([], "the name has no address"),
+    ],
+)
+async def test_a_name_without_an_address_is_one_clear_error(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, found: Any, why: str
+) -> None:
+    async def look_up(*_: object, **__: object) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    server = ProbeServer(agent.report, agent.status)
+    with pytest.raises(ConfigError, match=rf"cannot use host.test:0 \({why}\): choose another"):
+        await server.start("host.test", 0)
+    await server.stop()
+
+
 # --- TLS and a password
 
 
