@@ -116,8 +116,9 @@ class ProcessTree:
         try:
             thread = BlockingThread(f"processes of {self.value}")
             return await thread.run(self.find, timeout_s=SEARCH_S)
-        except OSError as error:  # a TimeoutError is one
-            raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
+        except OSError as error:  # a TimeoutError, too, which has no text
+            why = str(error) or f"no result within {SEARCH_S:g} s"
+            raise StuckError(f"cannot list the processes of {self.value}: {why}") from error
 
     async def gone(self) -> bool:
         """Whether no process is alive. Also False if the search fails."""

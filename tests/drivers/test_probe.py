@@ -421,6 +421,19 @@ async def raw(address: tuple[str, int], sent: bytes) -> bytes:
     return answer
 
 
+async def test_an_unfinished_head_that_is_too_large_is_431_on_a_kept_connection_too(
+    address: tuple[str, int],
+) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    first = await reader.readuntil(b"\r\n\r\n")
+    length = next(line for line in first.lower().splitlines() if line.startswith(b"content-length"))
+    await reader.readexactly(int(length.split()[1]))
+    writer.write(b"GET /status HTTP/1.1\r\nX: " + b"x" * probe.MAX_HEAD_BYTES)
+    assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 431 ")
+    writer.close()
+
+
 @pytest.mark.parametrize(
     "head",
     [
