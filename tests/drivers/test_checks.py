@@ -667,7 +667,7 @@ async def test_a_certificate_is_checked_unless_insecure(certificate: tuple[Path,
     listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
     try:
-        assert "CERTIFICATE_VERIFY_FAILED" in str(await why(http(url)))
+        assert "certificate" in str(await why(http(url)))
         assert await why(http(url, insecure_tls=True)) is None
     finally:
         listener.close()
