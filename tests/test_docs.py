@@ -48,7 +48,9 @@ GENERATED = {"settings.md", "roles.md", "CHANGELOG.md"}
 """Made from code, or a list."""
 
 READERS = (
-    "whoever",
+    "authors",
+    "readers",
+    "those",
     "operators",
     "SREs",
     "people",

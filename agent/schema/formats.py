@@ -1,7 +1,7 @@
 """The formats that a value may have: duration, command, address, path, URL and others.
 
-Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence that
-says what would be right. Knows no setting, and not where a value was given.
+Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence on
+what would be right. Knows no setting, and not where a value was given.
 """
 
 import ipaddress
