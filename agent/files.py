@@ -8,6 +8,7 @@ opened. Knows nothing of contents.
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 MOST_LINKS = 40
@@ -19,7 +20,7 @@ NOT_FOLLOWED = "a symbolic link is not followed: name the file itself"
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
-    """As ``os.open``, by the rule of this module; the descriptor.
+    """Open a file as ``os.open`` does, by the rule of this module; return the descriptor.
 
     Raises:
         OSError: ELOOP for a link that is not followed.
@@ -70,6 +71,22 @@ def stat_file(path: Path) -> os.stat_result:
         os.close(found)
 
 
+Signatures = tuple[tuple[int, ...] | None, ...]
+
+
+def signatures(paths: Iterable[Path]) -> Signatures:
+    """A signature of each file, which differs once the file or a link on its way was changed; None for no file."""
+    return tuple(map(_signature, paths))
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def open_directory(path: Path) -> int:
     """A descriptor of a directory, for ``dir_fd``. Raises OSError."""
     found = _walk(path)
@@ -80,7 +97,7 @@ def open_directory(path: Path) -> int:
 
 
 def _open_path(path: Path, *, trusted_link: bool) -> int:
-    """A descriptor (O_PATH) of whatever is at a path, but of a link."""
+    """A descriptor (O_PATH) of what is at a path; a link is refused."""
     found = _walk(path) if trusted_link else open_file(path, os.O_PATH)
     if stat.S_ISLNK(os.fstat(found).st_mode):
         os.close(found)

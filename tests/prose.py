@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DIRECTIVES = ("# noqa", "# type:", "# pragma:", "#!")
+DIRECTIVES = ("# noqa", "# type:", "# pragma:", "#!", "# --")
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
@@ -24,8 +24,9 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
         body = getattr(node, "body", None)
         for statement in body if isinstance(body, list) else ():
             value = getattr(statement, "value", None)
-            if isinstance(statement, ast.Expr) and isinstance(value, ast.Constant):
-                yield statement.lineno, str(value.value)
+            text = value.value if isinstance(value, ast.Constant) else None
+            if isinstance(statement, ast.Expr) and isinstance(text, str):
+                yield statement.lineno, text
     block: list[str] = []
     first = last = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

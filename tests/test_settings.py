@@ -119,10 +119,12 @@ def test_any_duration_survives_being_written_as_seconds(seconds: float) -> None:
         ("/bin/a 'b c' d", ("/bin/a", "b c", "d")),
         ('["/bin/a", "b c"]', ("/bin/a", "b c")),
         (["/bin/a", ""], ("/bin/a", "")),
+        (" http://127.0.0.1:9/x?a=b&c ", ("http://127.0.0.1:9/x?a=b&c",)),
+        (["https://h/x"], ("https://h/x",)),
         ("", ()),
     ],
 )
-def test_a_command_is_read_from_words_json_or_a_list(
+def test_a_hook_is_read_from_words_json_a_list_or_a_url(
     given_value: object, right: tuple[str, ...]
 ) -> None:
     assert load(AgentSettings, {"hook_primary": given_value}).hook_primary == right
@@ -396,6 +398,13 @@ def test_the_data_directory_is_systemds_then_the_systems_then_the_users(
     monkeypatch.setenv("HOME", "/h")
     right = Path("/h/.local/state/failover-agent")
     assert default_data_dir({"XDG_STATE_HOME": "relative"}, root=False) == right
+
+
+def test_a_coordinator_without_a_data_directory_uses_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/unit")
+    assert validate(CoordinatorSettings, {}).data_dir == Path("/var/lib/unit")
 
 
 def test_what_is_this_machine_is_known_without_a_name_server() -> None:

@@ -35,7 +35,7 @@ LINE_S = 0.02
 """Interval at which the source grows by a line."""
 
 TIMEOUT_S = 20.0
-"""Ten failover timeouts: what has not happened by then will not."""
+"""Timeout of each step, ten failover timeouts: a takeover takes one or two of them."""
 
 WORK_S = 1.5
 """How long the collector works between two faults."""

@@ -23,7 +23,7 @@ POLL_S = 0.01
 
 REPORT_S = 0.1
 TAIL_BYTES = 256
-"""More than the longest line of the output."""
+"""Bytes of the output's end that are read: more than its longest line has."""
 
 
 class Fenced(Exception):  # noqa: N818 - an outcome

@@ -109,7 +109,7 @@ def _explain_questions(timing: Timing) -> str:
 
 
 def _bar(timing: Timing) -> list[str]:
-    """Marks, the bar, and the heartbeats, all on one scale from the sending on."""
+    """Draw the marks, the bar and the heartbeats on one time scale, which begins with a heartbeat's sending."""
     renew_s = max(timing.renew_s, 0.0)
     demoted_s = renew_s + timing.demote_s
     spent_s = demoted_s + timing.margin_s
@@ -132,7 +132,7 @@ def _bar(timing: Timing) -> list[str]:
         bar[place] = "|"
     step_s = max(
         timing.heartbeat_interval_s, whole_s / BAR
-    )  # closer than a column they are one mark
+    )  # several in one column would be one mark
     signs = {column(number * step_s): "^" for number in range(int(renew_s / step_s) + 1)}
     if timing.failsafe:
         step_s = max(timing.question_interval_s, whole_s / BAR)

@@ -42,7 +42,7 @@ OLD_ROLE = {
 """Role before the event, where it is not Secondary."""
 
 LONGEST_DEADLINE_S = 24 * 3600.0
-"""For a trial: a person waits for it."""
+"""The longest limit of a trial, for which a person waits."""
 
 KILLED_S = 5.0
 """Timeout for a killed hook to exit; in uninterruptible sleep it does not."""
@@ -222,7 +222,7 @@ async def _run(
 
 
 def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
-    """What the result would lead to in a real change of role (docs/hooks.md)."""
+    """The consequence that the result would have in a real change of role (docs/hooks.md)."""
     if event in NOTIFICATIONS:
         effect = "nothing would follow" if result.ok else "it would be logged and counted, no more"
         return f"{effect}; a notification decides nothing"

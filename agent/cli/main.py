@@ -18,7 +18,7 @@ from agent.errors import ExitCode, FailoverError
 PROGRAM = "failover-agent"
 
 INTERRUPTED = 130
-"""What shells report for a program that Ctrl-C ended: 128 + SIGINT."""
+"""The exit code that shells report for a program that Ctrl-C ended: 128 + SIGINT."""
 
 COMMANDS = {
     "run": "Be a member of a group: heartbeat, follow the role, run the hooks.",

@@ -28,7 +28,7 @@ REPEATED = ("endpoint", "etcd_endpoint", "host_names", "administrator")
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
 HOOK_KEYS = ("hook_user", "hook_group", "hook_directory", "webhook_secret_file", "webhook_ca_file")
-"""Settings that ``load_specs`` can refuse beyond a single hook."""
+"""Settings of all hooks; ``load_specs`` refuses them for all hooks at once."""
 
 CLIENT_KEYS = (
     "endpoint",
@@ -115,7 +115,7 @@ def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
 
 
 def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
-    """What has to hold beyond each value's form, with the keys that it is about."""
+    """The checks of several settings together, each with the names of its settings."""
     from agent.drivers.hooks.check import HookCheck  # noqa: PLC0415 - not needed by every command
     from agent.drivers.hooks.spec import load_specs  # noqa: PLC0415 - not needed by every command
     from agent.drivers.workload import check_workload  # noqa: PLC0415 - likewise
@@ -126,7 +126,7 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
     yield TIMING_KEYS, lambda: settings.timing
     yield probe_access.KEYS, partial(probe_access.load_probe_access, settings)
     yield HOOK_KEYS, partial(load_specs, settings)
-    with suppress(ConfigError):  # the line before has reported it
+    with suppress(ConfigError):  # which the check above reports
         for event, spec in load_specs(settings).items():
             yield (f"hook_{event}",), spec.check
     for check in settings.check:
@@ -162,7 +162,7 @@ def _check_group(settings: AgentSettings) -> None:
 def _add_origin(
     error: ConfigError, origin: Sources[AgentSettings], keys: Sequence[str]
 ) -> ConfigError:
-    """The same error, with where the settings that it names were given."""
+    """Add to an error where the settings that it names were given."""
     places = [f"{key}: {origin.origin(key)}" for key in keys if origin.origin(key) != "default"]
     where = f" ({', '.join(places)})" if places else ""
     return ConfigError(f"{error}{where}", exit_code=error.exit_code)

@@ -83,7 +83,7 @@ def is_confirmed(question: str) -> bool:
 
 
 def print_json(value: Struct | Sequence[Struct]) -> None:
-    """The shapes of the API, as it would send them, with roles as names."""
+    """Print shapes of the API as JSON, with roles as names."""
     click.echo(codec.encode(value, enum_names=True).decode())
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from agent.coordinator.auth import Authenticator, Password, TokenRules, read_key_set, read_users
 from agent.coordinator.auth.callers import ROLE, USER, Subject, parse_subject
-from agent.coordinator.file_watch import look
 from agent.errors import ConfigError
+from agent.files import signatures
 from agent.ops.logs import Log
 from agent.ops.tls import use_pair
 from agent.schema.coordinator_settings import CoordinatorSettings
@@ -127,7 +127,7 @@ class Access:
         settings: in force from now on.
 
     Attributes:
-        seen: what ``look`` saw of the files before they were read at the start.
+        seen: the signatures of the files before they were read at the start.
         on_reload: receives whether a reload has succeeded.
 
     Raises:
@@ -136,7 +136,7 @@ class Access:
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         self.settings = settings
-        self.seen = look(self.paths)
+        self.seen = signatures(self.paths)
         self.on_reload: Callable[[bool], None] = lambda _: None
         files = load(settings)
         self._tls = ServerTls(settings, files) if files.tls is not None else None

@@ -31,7 +31,6 @@ from agent.core.group_state import (
 from agent.errors import Conflict, Forbidden, NotFound, Unavailable
 from agent.model import TICKS_PER_SECOND, AccessList, GroupKey, Instant, Right
 from agent.schema import access, api, failsafe_api
-from agent.schema.values import whole
 
 READY_RETRY_S = 1.0
 
@@ -359,14 +358,14 @@ async def post_heartbeat(call: Call) -> Answer:
     session_id = call.values["sessionId"]
     beat = ReceiveHeartbeat(
         session_id,
-        body.failover_score,
-        body.last_data_processed_time,
+        body.score,
+        body.last_data,
         body.instance,
-        whole(body.epoch),
+        body.epoch,
         await call.requester(session_id),
         body.failsafe_url,
-        whole(body.holds),
-        whole(body.failsafe_revision),
+        body.holds,
+        body.failsafe_revision,
         body.promised is True,
     )
     answer = await call.coordinator.beat(call.key, beat)
@@ -397,7 +396,7 @@ async def release_role(call: Call) -> Answer:
             instance=body.instance,
             why=body.reason or "released",
             hold_off_s=(body.hold_off_period or 0) / TICKS_PER_SECOND,
-            last_data=body.last_data_processed_time,
+            last_data=body.last_data,
             by=await call.requester(session_id),
             held=body.held is not False,
         ),

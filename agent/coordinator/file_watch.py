@@ -2,7 +2,7 @@
 
 Owns when a change is worth reading; knows nothing of what is in a file. A change counts once it has stood
 still from one look to the next, so that a file which is being written is rarely read half. Not
-promised: that a change is seen which leaves inode, size and time of modification as they were.
+promised: that a change is noticed on a file system that keeps neither times nor inodes.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from agent.files import Signatures, signatures
 from agent.ops.blocking import BlockingThread, StuckError
 
 WATCH_S = 2.0
@@ -18,8 +19,6 @@ WATCH_S = 2.0
 LOOK_S = 10.0
 """How long a look waits for a disk that may hang."""
 
-Seen = tuple[tuple[int, int, int] | None, ...]
-
 
 class FileWatch:
     """Waits for a change of files.
@@ -27,7 +26,7 @@ class FileWatch:
     Args:
         paths: the files of this moment.
         lane: runs the blocking calls.
-        handled: what ``look`` saw before the files were read that are in force.
+        handled: their signatures before the files were read that are in force.
         every_s: time between two looks.
     """
 
@@ -35,7 +34,7 @@ class FileWatch:
         self,
         paths: Callable[[], Sequence[Path]],
         lane: BlockingThread,
-        handled: Seen,
+        handled: Signatures,
         every_s: float = WATCH_S,
     ) -> None:
         self._paths = paths
@@ -68,22 +67,9 @@ class FileWatch:
         self._handled = now
         return True
 
-    async def _look(self) -> Seen:
+    async def _look(self) -> Signatures:
         paths = self._paths()
         if paths:
             with suppress(StuckError, TimeoutError):
-                self._last = await self._lane.run(lambda: look(paths), timeout_s=LOOK_S)
+                self._last = await self._lane.run(lambda: signatures(paths), timeout_s=LOOK_S)
         return self._last
-
-
-def look(paths: Sequence[Path]) -> Seen:
-    """What tells the contents of files from others. Blocks for as long as the disk does."""
-    return tuple(map(_metadata, paths))
-
-
-def _metadata(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

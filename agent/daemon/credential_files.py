@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agent.errors import ConfigError, FailoverError
+from agent.files import Signatures, signatures
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
@@ -22,14 +23,12 @@ POLL_S = 1.0
 """Interval at which the files are looked at: a change is in force within two of them."""
 
 LONGEST_LOAD_S = 10.0
-"""For reading some files of a few KiB; their file system may hang."""
+"""Timeout for reading some files of a few KiB; their file system may hang."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 3.0
-"""Backoff between attempts with what a server refuses. It may be changed after the agent, and from then on
-refuses what is in force: the longest is under half of R with the default L."""
-
-Signature = tuple[tuple[int, ...] | None, ...]
+"""Backoff between attempts with credentials that a server refuses. It may learn of the new ones later than the
+agent, and then refuses those in force: the longest delay is under half of R with the default L."""
 
 log = Log(__name__)
 
@@ -52,14 +51,14 @@ class _Watched:
     load: Callable[[], Any]
     use: Callable[[Any], Awaitable[None]]
     lane: BlockingThread
-    loaded: Signature = ()
-    tried: Signature = ()
+    loaded: Signatures = ()
+    tried: Signatures = ()
     failing: bool = False
     retry_at: float = 0.0
     retry_s: float = FIRST_RETRY_S
 
-    def settle(self, signature: Signature) -> None:
-        """Record that what the files have is in force."""
+    def settle(self, signature: Signatures) -> None:
+        """Record that the contents of the files are in force."""
         self.loaded = self.tried = signature
         self.failing, self.retry_s = False, FIRST_RETRY_S
 
@@ -91,7 +90,7 @@ class CredentialFiles:
             ConfigError: as ``load``, or the files were not read in time.
         """
         watched = _Watched(name, tuple(files), load, use, BlockingThread(f"{name} files"))
-        watched.settle(await _run(watched, partial(_signature, watched.files)))
+        watched.settle(await _run(watched, partial(signatures, watched.files)))
         value: T = await _run(watched, load)
         if watched.files:
             self._watched.append(watched)
@@ -116,7 +115,7 @@ class CredentialFiles:
 
     async def _look(self, watched: _Watched) -> None:
         try:
-            signature = await _run(watched, partial(_signature, watched.files))
+            signature = await _run(watched, partial(signatures, watched.files))
         except FailoverError as error:
             _log_failure(watched, error)
             return
@@ -131,7 +130,7 @@ class CredentialFiles:
     async def _replace(self, watched: _Watched, *, quiet: bool = False) -> None:
         """Load and use the files; ``quiet``: without a line about a failure."""
         try:
-            signature = await _run(watched, partial(_signature, watched.files))
+            signature = await _run(watched, partial(signatures, watched.files))
             await watched.use(await _run(watched, watched.load))
         except FailoverError as error:
             watched.retry_at = self._clock.boottime() + watched.retry_s
@@ -162,16 +161,3 @@ async def _run(watched: _Watched, work: Callable[[], T]) -> T:
             f"reading {', '.join(map(str, watched.files))} took longer than {LONGEST_LOAD_S:g} s;"
             " the file system that it is on must answer"
         ) from None
-
-
-def _signature(files: Iterable[Path]) -> Signature:
-    """What differs after a file was changed, replaced, or a link on its way was."""
-    return tuple(map(_status, files))
-
-
-def _status(file: Path) -> tuple[int, ...] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

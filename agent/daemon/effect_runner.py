@@ -96,7 +96,7 @@ class EffectRunner:
             effects: of one step.
             lease_until: the end of the lease before that step, on CLOCK_BOOTTIME.
         """
-        self.guard_control.update()  # before a hook starts that the guard would have to undo
+        self.guard_control.update()  # the guard has to know a hook before it starts, to undo it
         for effect in effects:
             self._perform(effect, lease_until)
         if effects:  # without effects, nothing has changed since the update above
@@ -293,7 +293,7 @@ class EffectRunner:
             async with asyncio.timeout(demote_s):
                 await self.state_publisher.flush()
                 await member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
-        except Exception:  # whatever it is, the processes are killed below
+        except Exception:  # the processes are killed below in any case
             log.exception("demotion without the session failed")
         if killing := member.role_runner.kill_all():
             await asyncio.wait(killing, timeout=EXIT_S)

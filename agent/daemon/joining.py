@@ -27,13 +27,13 @@ from agent.schema.settings import AgentSettings
 SHORTEST_RETRY_S = 0.05
 TOO_MANY_REQUESTS = 429
 SERVER_FAULT = 500
-"""From this status on the server has failed, rather than refused."""
+"""The lowest HTTP status that means a fault of the server rather than a refusal."""
 
 PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
 """Failures that are not retried at the start."""
 
 LOGGED_EVERY = 20
-"""The first failed attempt is logged, and then one of so many."""
+"""The first failed attempt is logged, and then each one of this many."""
 
 log = Log(__name__)
 

@@ -90,7 +90,7 @@ def format_document(
 
 
 def _absolute(path: Path | None) -> Path | None:
-    """The guard's directory, and so the helper's, is /."""
+    """Make a path absolute: the working directory of the guard, and of its helper, is /."""
     return None if path is None else path.absolute()
 
 

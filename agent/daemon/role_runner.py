@@ -237,7 +237,7 @@ class RoleRunner:
             self.workload.kill()  # it got TERM when its stop began
 
     def kill(self, number: int) -> None:
-        """KILL to the processes of a run, with all that a promotion has started."""
+        """Send SIGKILL to the processes of a run, and to all that a promotion has started."""
         run = self._runs.get(number)
         if run is None:
             return
@@ -302,7 +302,7 @@ class RoleRunner:
             fault = await self.workload.start(payload_environment(payload))
             self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.terminated:  # even after a success: what it has started also got TERM
+        if run.terminated:  # TERM also went to what it has started: even a success is no promotion
             await self._wait_until_gone(run)
             return False, "terminated" if ok else why
         return ok, why
@@ -318,7 +318,7 @@ class RoleRunner:
         kill_by = self._clock.boottime() + facts.limit_s
         tenure = self._tenure
         if tenure is not None:
-            await tenure.track_processes()  # before parents end
+            await tenure.track_processes()  # while their parents live, which lead to them
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -371,7 +371,7 @@ class RoleRunner:
         write = log.info if result.ok else log.warning
         write("hook ended", hook=spec.name, result=result.why, seconds=result.duration_s)
         if role is not Role.SECONDARY:
-            self._track_processes()  # those that it has left running
+            self._track_processes()  # the processes that the hook has left running
         return result.ok, result.why
 
     def _record_processes(self, run: _Run, hook: HookRun) -> None:

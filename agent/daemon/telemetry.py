@@ -217,7 +217,7 @@ def why_not_primary(snap: Snapshot) -> str | None:
 
 
 def why_not_secondary(snap: Snapshot) -> str | None:
-    """None for a secondary whose demotion is done, whatever its health; else the reason."""
+    """Why this member is not a demoted secondary; None if it is one, whether it is healthy or not."""
     if snap.session_role is not Role.SECONDARY:
         return f"this member is {snap.session_role}"
     if snap.demoting or snap.phase is Phase.STARTING:
@@ -226,7 +226,7 @@ def why_not_secondary(snap: Snapshot) -> str | None:
 
 
 def why_not_ready(snap: Snapshot) -> str | None:
-    """None for a member that holds the role or could take it over; else the reason."""
+    """Why this member neither holds the role nor could take it over; None if it does or could."""
     if snap.phase is not Phase.MEMBER:
         return f"not joined: {snap.phase.value}"
     if snap.unfit:
@@ -238,7 +238,7 @@ def why_not_ready(snap: Snapshot) -> str | None:
 
 
 def why_not_live(snap: Snapshot) -> str | None:
-    """None while the loop iterates and heartbeats end in time; else the reason.
+    """Why the agent is stuck; None while its loop iterates and its heartbeats end in time.
 
     Failed heartbeats are live: a restart of the agent repairs neither coordinator nor network.
     """

@@ -43,7 +43,7 @@ LONGEST_PAYLOAD = 4096
 
 LARGEST_EPOCH = 2**63 - 1
 LARGEST_TIMESTAMP = 2**64 - 2
-"""Of a Sparkplug STATE: 64 bits, less one so that a newer timestamp exists."""
+"""The largest timestamp of a Sparkplug STATE: one less than 64 bits hold, so that a newer one exists."""
 
 log = Log(__name__)
 

@@ -168,7 +168,7 @@ class ProbeServer:
 
 async def _read_body(request: Request) -> bytes:
     too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    with suppress(ValueError):  # the parser has already rejected what is no number
+    with suppress(ValueError):  # of no number: the parser has rejected it already
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_long
     body = bytearray()

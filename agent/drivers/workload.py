@@ -270,7 +270,7 @@ def _status(ended: ExitResult) -> tuple[int, str]:
         return 255, UNKNOWN
     try:
         name = signal.Signals(ended.signal).name
-    except ValueError:  # most real-time signals have none
+    except ValueError:  # most real-time signals have no name
         name = f"signal {ended.signal}"
     return 128 + ended.signal, name
 

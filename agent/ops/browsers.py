@@ -14,7 +14,7 @@ PREFLIGHT = b"access-control-request-method"
 WATCHED = frozenset(
     {b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", PREFLIGHT}
 )
-"""Headers that are looked at."""
+"""The headers that are checked."""
 
 OWN_SITE = frozenset({b"same-origin", b"none"})
 """Values of Sec-Fetch-Site that only a page of the service itself, or a person, causes."""

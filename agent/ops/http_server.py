@@ -307,7 +307,7 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # whatever the host's default is
+        if family == socket.AF_INET6:  # independent of the host's default (net.ipv6.bindv6only)
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(place[0] != "::"))
         listener.setblocking(False)
         listener.bind(place)
@@ -320,7 +320,8 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
 
 def _listen_error(name: str, address: Address, error: OSError) -> ConfigError:
     # not str(error) of every error: asyncio's wording is another
-    why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    own = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    why = own or error
     right = f"choose another --{name}-listen HOST:PORT on this host, with port 0 for any free one"
     if ":" in address.host and error.errno in NO_ADDRESS:
         right = f"choose another --{name}-listen HOST:PORT, of this host and not in use"

@@ -259,7 +259,7 @@ def configure(level: str, form: Form, *, access_log: bool = False) -> None:
     for name in UVICORN:
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)  # an earlier server may have set one
+        logger.setLevel(logging.NOTSET)  # an earlier server may have set a level
         logger.propagate = access_log or name != "uvicorn.access"
     for name in HTTP_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)

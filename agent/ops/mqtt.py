@@ -137,7 +137,7 @@ class CurrentAccess:
         self._failing = False
 
     async def load(self) -> BrokerAccess:
-        """What the files have now; the former, with one line in the log, while they cannot be used."""
+        """Load the files again. While they cannot be used, return the former access, and log that once."""
         try:
             self._access = await self._lane.run(
                 lambda: load_access(self._settings, self._where), timeout_s=self._settings.limit

@@ -325,14 +325,14 @@ class Child:
         us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
 
         def prepare() -> None:
-            """In the child, between fork and exec."""
+            """Prepare the child, between fork and exec."""
             if subreaper:
                 _prctl(
                     PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
                 )  # kept across exec, not inherited by fork
             if die_with_us:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != us:  # we died before the line above
+                if os.getppid() != us:  # the parent died before prctl
                     os._exit(1)
             if inside is not None:
                 with suppress(OSError):  # its processes are found by other means

@@ -128,8 +128,9 @@ class ProcessTree:
         try:
             thread = BlockingThread(f"processes of {self.value}", vital=True)
             return await thread.run(self.find, timeout_s=SEARCH_S)
-        except OSError as error:  # a TimeoutError is one
-            raise StuckError(f"cannot list the processes of {self.value}: {error}") from error
+        except OSError as error:  # a TimeoutError, too, which has no text
+            why = str(error) or f"no result within {SEARCH_S:g} s"
+            raise StuckError(f"cannot list the processes of {self.value}: {why}") from error
 
     async def gone(self) -> bool:
         """Whether no process is alive. Also False if the search fails."""
@@ -215,7 +216,7 @@ class ProcessTree:
             read = partial(self._read_environments, recent, reading, found)
             reader = run_in_thread(read, "environments", vital=True)
             count = -1
-            while not reader.done() and count != len(reading):  # while it makes progress
+            while not reader.done() and count != len(reading):  # as long as it makes progress
                 count = len(reading)
                 concurrent.futures.wait([reader], READ_S)
             all_found |= set(found)

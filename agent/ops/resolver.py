@@ -39,7 +39,7 @@ class Resolver:
         proto: int = 0,
         flags: int = 0,
     ) -> list[Any]:
-        """As ``loop.getaddrinfo``.
+        """Resolve a name, with the arguments of ``loop.getaddrinfo``.
 
         Raises:
             OSError: the name has no address (socket.gaierror), or too many look-ups are blocked.

@@ -13,14 +13,14 @@ ACCEPT = "text/plain;version=0.0.4"
 """The one format that is read. Ask for it uncompressed, so that the bounds are of what is read."""
 
 PAGE_BYTES = 4 * 1024 * 1024
-"""Of a page; a large one has 1 MiB."""
+"""Bound of a page; a large one has 1 MiB."""
 
 LINE_BYTES = 64 * 1024
-"""Of a line of any metric."""
+"""Bound of a line of any metric."""
 
 SAMPLES_BYTES = 256 * 1024
 SAMPLE_BYTES = 16 * 1024
-"""Of all lines of the metric, and of one of them: parsing them costs at most some 100 ms."""
+"""Bounds of all lines of the metric, and of one of them: parsing them costs at most some 100 ms."""
 
 
 class ScrapeError(Exception):

@@ -42,12 +42,12 @@ def use_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
     """Put the contents of such files into a context. Raises OSError or ValueError."""
     with ExitStack() as stack:
         certificate, private = (_in_memory(stack, content) for content in (chain, key))
-        # The empty password is a refusal: without it, a terminal would be asked for one.
+        # An empty password makes an encrypted key fail; without one, OpenSSL prompts on the terminal.
         context.load_cert_chain(certificate, private, password=lambda: b"")
 
 
 def load_authorities(context: ssl.SSLContext, what: str, path: Path) -> None:
-    """Trust certificates, beside those that a context trusts already. Raises ConfigError."""
+    """Add certificates to those that a context trusts. Raises ConfigError."""
     try:
         context.load_verify_locations(cadata=_read(path).decode("ascii"))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

@@ -68,7 +68,7 @@ class WatchdogDevice:
             if not os.access(self.path, os.W_OK, effective_ids=True):
                 raise PermissionError("not writable")
         elif stat.S_ISREG(found.st_mode) and found.st_size:
-            raise ValueError("it is a file with something in it")  # a pet would overwrite it
+            raise ValueError("it is a file with something in it")  # feeding it would overwrite that
         else:
             os.close(os.open(self.path, FLAGS))
 

@@ -7,26 +7,22 @@ from msgspec import Meta
 
 from agent import model
 from agent.model import Right
-from agent.schema.values import Shape, doc
+from agent.schema.values import AccessRights, AccessType, Shape, TrusteeKind, doc
 
 MAX_ENTRIES = 1000
 """Entries of an access-control list: each request walks them, so the list has an end."""
 
 
 MAX_LIST_BYTES = 131_072
-"""Of an access-control list as JSON: it is written again with each change of its group's roles."""
+"""Bytes of an access-control list as JSON: each change of its group's roles writes it again."""
 
 
 class Trustee(Shape, frozen=True):
-    """Whom an entry speaks of."""
+    """The subject of an entry: a user, a client or a role."""
 
-    type: Annotated[
-        Annotated[int, Meta(ge=1, le=3)] | Annotated[float, Meta(ge=1, le=3, multiple_of=1)],
-        doc("An integer: 1 for a user, 2 for a client, 3 for a role."),
-    ]
+    type: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
     object_id: Annotated[
-        str,
-        Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters."),
+        str, Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters.")
     ]
     tenant_id: Annotated[
         Annotated[str, Meta(max_length=256)] | None, doc("A string of at most 256 characters.")
@@ -34,15 +30,12 @@ class Trustee(Shape, frozen=True):
 
 
 class AccessControlEntry(Shape, frozen=True):
-    """What one trustee may do, or may not. Denied beats allowed."""
+    """Rights that one trustee has, or is denied. Denied beats allowed."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
-    access_type: Annotated[
-        Annotated[int, Meta(ge=0, le=1)] | Annotated[float, Meta(ge=0, le=1, multiple_of=1)],
-        doc("An integer: 0 for allowed, 1 for denied."),
-    ]
+    access_type: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]
     access_rights: Annotated[
-        Annotated[int, Meta(ge=0, le=31)] | Annotated[float, Meta(ge=0, le=31, multiple_of=1)],
+        AccessRights,
         doc(
             "An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
             " ManageAccessControl 8, Share 16."
@@ -83,12 +76,12 @@ class AccessControlList(Shape, frozen=True):
             tuple(
                 model.AccessEntry(
                     trustee=model.Trustee(
-                        kind=int(entry.trustee.type),
+                        kind=entry.trustee.type,
                         object_id=entry.trustee.object_id,
                         tenant_id=entry.trustee.tenant_id,
                     ),
                     denied=bool(entry.access_type),
-                    rights=int(entry.access_rights),
+                    rights=entry.access_rights,
                 )
                 for entry in self.role_trustee_access_control_entries
             )

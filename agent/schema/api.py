@@ -1,7 +1,7 @@
 """The JSON shapes of the group API, each declared once: the coordinator and its callers use the same ones.
 
-A property's name on the wire is the field's name in PascalCase. ``from_model`` makes the shape of a value
-of model.py, ``to_model`` the value of a shape. ``*Request`` shapes are what this service demands of a
+A property's name on the wire is the field's name in PascalCase, but for WIRE_NAMES. ``from_model`` makes the
+shape of a value of model.py, ``to_model`` the value of a shape; their fields have the same names. ``*Request`` shapes are what this service demands of a
 caller; the others are answers, in which a v1 server leaves out much. Unknown properties are ignored,
 and a null property is an absent one. Each description is used twice: in the OpenAPI document, and as the
 end of an error's sentence ("... it must be a number from ...").
@@ -14,6 +14,7 @@ failsafe.
 from typing import Annotated, Self
 
 from msgspec import Meta
+from msgspec.structs import asdict
 
 from agent import model
 from agent.model import TICKS_PER_SECOND
@@ -36,11 +37,12 @@ from agent.schema.values import (
     Shape,
     TimeSpan,
     doc,
-    whole,
 )
 
 DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
 """00:01:00, the FailoverTimeout that v1 clients take when none is given."""
+
+When = Moment | None
 
 # --- properties that several shapes have ----------------------------------------------------------
 
@@ -66,7 +68,7 @@ StoreId = Annotated[
     doc("A string: the id of the coordinator's store, made with its data directory."),
 ]
 GivenLastData = Annotated[
-    Moment | None,
+    When,
     doc(
         "A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
         " data. Without a zone it is UTC; 0001-01-01T00:00:00 means never."
@@ -78,9 +80,7 @@ Instance = Annotated[
 ]
 Role = Annotated[RoleCode, doc("A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary.")]
 Override = Annotated[OverrideCode, doc("An override: 0 or Off, 1 or Primary.")]
-OverrideEnd = Annotated[
-    Moment | None, doc("A date-time: when the override ends; left out for never.")
-]
+OverrideEnd = Annotated[When, doc("A date-time: when the override ends; left out for never.")]
 
 # --- groups -------------------------------------------------------------------------------------
 
@@ -138,21 +138,15 @@ class GroupStatus(Shape, frozen=True):
     """Who is primary in a group, and since when."""
 
     primary: Annotated[Name | None, doc("A string: the session that is primary.")] = None
-    pending_primary: Annotated[
-        Name | None, doc("A string: the session that is about to take over.")
-    ] = None
-    last_data_processed_time: Annotated[
-        Moment | None, doc("A date-time: when the primary last processed data.")
-    ] = None
+    pending: Annotated[Name | None, doc("A string: the session that is about to take over.")] = None
+    last_data: Annotated[When, doc("A date-time: when the primary last processed data.")] = None
     epoch: NewestEpoch = None
     revision: Revision = None
-    primary_since: Annotated[
-        Moment | None, doc("A date-time: when this primary's tenure began.")
-    ] = None
-    previous_primary: Previous = None
+    primary_since: Annotated[When, doc("A date-time: when this primary's tenure began.")] = None
+    previous: Previous = None
     store_id: StoreId = None
     leader: Annotated[
-        str | None, Meta(description="A string: the URL of the coordinator that leads the group.")
+        str | None, doc("A string: the URL of the coordinator that leads the group.")
     ] = None
     cleared: Cleared = None
     failsafe: Annotated[
@@ -162,36 +156,14 @@ class GroupStatus(Shape, frozen=True):
 
     @classmethod
     def from_model(cls, status: model.GroupStatus) -> Self:
-        return cls(
-            primary=status.primary,
-            pending_primary=status.pending,
-            last_data_processed_time=status.last_data,
-            epoch=status.epoch,
-            revision=status.revision,
-            primary_since=status.primary_since,
-            previous_primary=status.previous,
-            store_id=status.store_id,
-            leader=status.leader,
-            cleared=status.cleared,
-            failsafe=None
-            if status.failsafe is None
-            else FailsafeStatus.from_model(status.failsafe),
+        failsafe = status.failsafe
+        return cls.copy_of(
+            status, failsafe=None if failsafe is None else FailsafeStatus.from_model(failsafe)
         )
 
     def to_model(self) -> model.GroupStatus:
-        return model.GroupStatus(
-            primary=self.primary,
-            pending=self.pending_primary,
-            last_data=self.last_data_processed_time,
-            epoch=whole(self.epoch),
-            revision=whole(self.revision),
-            primary_since=self.primary_since,
-            previous=self.previous_primary,
-            store_id=self.store_id,
-            leader=self.leader,
-            cleared=whole(self.cleared),
-            failsafe=None if self.failsafe is None else self.failsafe.to_model(),
-        )
+        failsafe = None if self.failsafe is None else self.failsafe.to_model()
+        return model.GroupStatus(**{**asdict(self), "failsafe": failsafe})
 
 
 class HistoryEntry(Shape, frozen=True, kw_only=True):
@@ -200,30 +172,16 @@ class HistoryEntry(Shape, frozen=True, kw_only=True):
     epoch: Annotated[Count, doc("An integer, the epoch of the tenure.")]
     session_id: Annotated[str, doc("A string: the session that was primary.")]
     since: Annotated[NeededMoment, doc("A date-time: when the tenure began.")]
-    until: Annotated[Moment | None, doc("A date-time: when the tenure ended.")] = None
+    until: Annotated[When, doc("A date-time: when the tenure ended.")] = None
     why_started: Annotated[str, doc("A string: why this session was chosen.")]
     why_ended: Annotated[str | None, doc("A string: why the tenure ended.")] = None
 
     @classmethod
     def from_model(cls, entry: model.HistoryEntry) -> Self:
-        return cls(
-            epoch=entry.epoch,
-            session_id=entry.session_id,
-            since=entry.since,
-            until=entry.until,
-            why_started=entry.why_started,
-            why_ended=entry.why_ended,
-        )
+        return cls.copy_of(entry)
 
     def to_model(self) -> model.HistoryEntry:
-        return model.HistoryEntry(
-            epoch=int(self.epoch),
-            session_id=self.session_id,
-            since=self.since,
-            why_started=self.why_started,
-            until=self.until,
-            why_ended=self.why_ended,
-        )
+        return model.HistoryEntry(**asdict(self))
 
 
 # --- sessions -----------------------------------------------------------------------------------
@@ -249,13 +207,9 @@ class SessionRequest(Shape, frozen=True):
 class SessionHeartbeat(Shape, frozen=True):
     """The last heartbeat of a session. Without HeartbeatTime there was none."""
 
-    failover_score: Annotated[Score | None, doc("A number from 0 to 100.")] = None
-    last_data_processed_time: Annotated[
-        Moment | None, doc("A date-time: when the session last processed data.")
-    ] = None
-    heartbeat_time: Annotated[
-        Moment | None, doc("A date-time: when the heartbeat was received.")
-    ] = None
+    score: Annotated[Score | None, doc("A number from 0 to 100.")] = None
+    last_data: Annotated[When, doc("A date-time: when the session last processed data.")] = None
+    heartbeat_at: Annotated[When, doc("A date-time: when the heartbeat was received.")] = None
 
 
 class ClientSession(Shape, frozen=True):
@@ -274,11 +228,11 @@ class ClientSession(Shape, frozen=True):
     role_override_expiration_time: OverrideEnd = None
     additional_data: AdditionalData = None
     active: Annotated[
-        bool | None, Meta(description="A boolean: whether it was heard within FailoverTimeout.")
+        bool | None, doc("A boolean: whether it was heard within FailoverTimeout.")
     ] = None
-    silent_since: Annotated[
-        Moment | None, Meta(description="A date-time: when an inactive session was last heard.")
-    ] = None
+    silent_since: Annotated[When, doc("A date-time: when an inactive session was last heard.")] = (
+        None
+    )
     store_id: StoreId = None
 
     @classmethod
@@ -288,11 +242,7 @@ class ClientSession(Shape, frozen=True):
         return cls(
             id=config.id,
             name=config.name,
-            heartbeat=SessionHeartbeat(
-                failover_score=view.score,
-                last_data_processed_time=view.last_data,
-                heartbeat_time=view.heartbeat_at,
-            ),
+            heartbeat=SessionHeartbeat.copy_of(view),
             role=ROLES[view.role],
             heartbeat_posted=view.heartbeat_at is not None,
             role_override=OVERRIDES[record.override],
@@ -312,9 +262,9 @@ class ClientSession(Shape, frozen=True):
                 override_until=self.role_override_expiration_time,
             ),
             role=(self.role or ROLES[model.Role.SECONDARY]).member,
-            score=beat.failover_score or 0.0,
-            last_data=beat.last_data_processed_time,
-            heartbeat_at=beat.heartbeat_time,
+            score=beat.score or 0.0,
+            last_data=beat.last_data,
+            heartbeat_at=beat.heartbeat_at,
             store_id=self.store_id,
             active=self.active,
             silent_since=self.silent_since,
@@ -327,10 +277,8 @@ class ClientSession(Shape, frozen=True):
 class HeartbeatRequest(Shape, frozen=True):
     """A sign of life. Without Instance and Epoch it is plain v1."""
 
-    failover_score: Annotated[
-        Score, doc("A number from 0 to 100: the share of streams that are active.")
-    ]
-    last_data_processed_time: GivenLastData = None
+    score: Annotated[Score, doc("A number from 0 to 100: the share of streams that are active.")]
+    last_data: GivenLastData = None
     instance: Instance = None
     epoch: Annotated[
         Count | None,
@@ -355,18 +303,18 @@ class HeartbeatRequest(Shape, frozen=True):
 
 
 class HeartbeatResponse(Shape, frozen=True):
-    """What a session is from now on."""
+    """The role of a session from now on, and its lease."""
 
     role: Role
-    last_data_processed_time: Annotated[
-        Moment | None, doc("A date-time: when the group's primary last processed data.")
+    last_data: Annotated[
+        When, doc("A date-time: when the group's primary last processed data.")
     ] = None
     epoch: NewestEpoch = None
     lease_duration: Annotated[
         TimeSpan | None, doc("A time-span: how long the next heartbeat is waited for.")
     ] = None
     revision: Revision = None
-    previous_primary: Previous = None
+    previous: Previous = None
     store_id: StoreId = None
     cleared: Cleared = None
     failsafe: Annotated[
@@ -378,11 +326,11 @@ class HeartbeatResponse(Shape, frozen=True):
         lease_s, failsafe = answer.lease_s, answer.failsafe
         return cls(
             role=ROLES[answer.role],
-            last_data_processed_time=answer.last_data,
+            last_data=answer.last_data,
             epoch=answer.epoch,
             lease_duration=None if lease_s is None else _span(lease_s),
             revision=answer.revision,
-            previous_primary=answer.previous,
+            previous=answer.previous,
             store_id=answer.store_id,
             cleared=answer.cleared,
             failsafe=None if failsafe is None else FailsafeSet.from_model(failsafe),
@@ -392,19 +340,19 @@ class HeartbeatResponse(Shape, frozen=True):
         ticks = self.lease_duration
         return model.HeartbeatAnswer(
             role=self.role.member,
-            last_data=self.last_data_processed_time,
-            epoch=whole(self.epoch),
-            revision=whole(self.revision),
+            last_data=self.last_data,
+            epoch=self.epoch,
+            revision=self.revision,
             lease_s=None if ticks is None else ticks / TICKS_PER_SECOND,
-            previous=self.previous_primary,
+            previous=self.previous,
             store_id=self.store_id,
-            cleared=whole(self.cleared),
+            cleared=self.cleared,
             failsafe=None if self.failsafe is None else self.failsafe.to_model(),
         )
 
 
 class ReleaseRequest(Shape, frozen=True):
-    """The holder has demoted: the next one may be promoted now."""
+    """The holder's notice that it has demoted: the next one may be promoted now."""
 
     epoch: Annotated[
         Count, doc("An integer from 0 to 9007199254740991: the epoch of the ended tenure.")
@@ -418,7 +366,7 @@ class ReleaseRequest(Shape, frozen=True):
         Annotated[str, Meta(max_length=256)] | None,
         doc("A string of at most 256 characters, for the history."),
     ] = None
-    last_data_processed_time: GivenLastData = None
+    last_data: GivenLastData = None
     held: Annotated[
         bool | None,
         doc(
@@ -429,7 +377,7 @@ class ReleaseRequest(Shape, frozen=True):
 
 
 class RoleOverrideRequest(Shape, frozen=True):
-    """What an operator wants a session to be."""
+    """An operator's override of the role of a session."""
 
     value: Override
     expiration_period: Annotated[
@@ -467,7 +415,7 @@ class ErrorResponse(Shape, frozen=True):
 
 
 class Version(Shape, frozen=True):
-    """What answers at the base path."""
+    """The version of the service, as answered at the base path."""
 
     version: Annotated[str, doc("A string: the version of the server.")]
 

@@ -3,21 +3,17 @@
 The kinds are in drivers/checks, each with its own keys; kinds.py lists them.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from agent.schema.fields import Declared, DefaultFrom, Format, Range
-from agent.schema.formats import Count, Duration, Interval, Number
+from agent.schema.formats import Count, Duration, Interval, Number, matches, must
 
 DEFAULT_LIMIT_S = 2.0
 
 
-def _check_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9_-]{1,64}", value):
-        raise ValueError("must be 1 to 64 of the characters a-z, 0-9, _ and -")
-    return value
+_check_name = must("be 1 to 64 of the characters a-z, 0-9, _ and -", matches(r"[a-z0-9_-]{1,64}"))
 
 
 def _default_limit(table: Mapping[str, Any]) -> float:

@@ -27,41 +27,22 @@ from agent.schema.values import (
 
 S = TypeVar("S", bound=Shape)
 
-REQUESTS: tuple[type[Shape], ...] = (
-    api.GroupRequest,
-    api.SessionRequest,
-    api.HeartbeatRequest,
-    api.RoleOverrideRequest,
-    api.ReleaseRequest,
-    failsafe_api.LiftRequest,
-    access.AccessControlRequest,
+SHAPES: tuple[type[Shape], ...] = tuple(
+    dict.fromkeys(
+        one
+        for module in (api, failsafe_api, access)
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, Shape) and one is not Shape
+    )
 )
-ANSWERS: tuple[type[Shape], ...] = (
-    api.GroupConfiguration,
-    api.GroupStatus,
-    api.ClientSession,
-    api.HeartbeatResponse,
-    api.RoleOverrideResponse,
-    api.HistoryEntry,
-    api.ErrorResponse,
-    api.Version,
-)
-ANSWERED_PARTS: tuple[type[Shape], ...] = (
+REQUESTS = tuple(shape for shape in SHAPES if shape.__name__.endswith("Request"))
+NESTED: tuple[type[Shape], ...] = (
     api.SessionHeartbeat,
-    failsafe_api.FailsafeSet,
-    failsafe_api.FailsafeStatus,
     failsafe_api.FailsafeMember,
     failsafe_api.LapsedTenure,
-)
-"""The shapes that are inside of answers only."""
-
-NESTED: tuple[type[Shape], ...] = (
-    *ANSWERED_PARTS,
-    access.AccessControlList,
     access.AccessControlEntry,
     access.Trustee,
 )
-"""The shapes that are inside of others, and AccessControlList, which is both asked and answered."""
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -69,7 +50,7 @@ MAX_LEVELS = 200
 """Lists and objects inside one another, anywhere in a body: no parser of it runs out of stack."""
 
 MAX_DIGITS = 4000
-"""Of an integer in a wrong body: Python converts no more than 4300."""
+"""Digits of an integer in a wrong body: Python converts no more than 4300."""
 
 _Path = list[str | int]
 
@@ -81,9 +62,6 @@ _WRITERS = {
 
 class BodyError(ValueError):
     """A body that is not what it should be: one sentence on the first fault, without a full stop."""
-
-
-# --- encode and decode --------------------------------------------------------------------------
 
 
 def encode(value: Struct | Sequence[Struct], *, enum_names: bool = False) -> bytes:
@@ -102,7 +80,7 @@ def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
-    """The same for a list of them."""
+    """The list of shapes that a body is, as ``decode``."""
     values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
@@ -118,7 +96,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
 def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not look into what it ignores
+            body.decode()  # msgspec does not check the UTF-8 of what it ignores
         if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _levels(body) > MAX_LEVELS:
             raise BodyError(
                 f"{whole} nests more than {MAX_LEVELS} levels deep: it must be nested less"
@@ -144,8 +122,6 @@ def _levels(body: bytes) -> int:
     brackets = _STRING.sub(b"", body).translate(None, delete=_OTHERS)
     return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
-
-# --- what is wrong ------------------------------------------------------------------------------
 
 _WHERE = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\.(\w+)|\[([0-9]+)\]")
@@ -228,15 +204,13 @@ def _description(annotated: Any) -> str | None:
     return next(filter(None, map(_description, get_args(annotated))), None)
 
 
-# --- JSON Schema --------------------------------------------------------------------------------
-
-
 def component_schemas() -> dict[str, Any]:
     """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
     _, schemas = msgspec.json.schema_components(
-        [*REQUESTS, *ANSWERS, *NESTED], schema_hook=describe_value, ref_template=REFERENCE
+        SHAPES, schema_hook=describe_value, ref_template=REFERENCE
     )
-    answers = {shape.__name__ for shape in (*ANSWERS, *ANSWERED_PARTS)}
+    asked = (*REQUESTS, access.AccessControlEntry, access.Trustee)
+    answers = {shape.__name__ for shape in SHAPES if shape not in asked}
     for name, schema in schemas.items():
         properties = schema["properties"]
         for key, declared in properties.items():
@@ -250,12 +224,9 @@ def id_schema() -> dict[str, Any]:
 
 
 def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
-    """The same in JSON Schema's own words: integers as such, its ``$``, no ``default: null``.
-
-    Without null in answers, which is never written there.
-    """
+    """A property's schema with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
     schema = {key: value for key, value in declared.items() if key != "default"}
-    choices = [dict(one) for one in schema.pop("anyOf", []) if "multipleOf" not in one]
+    choices = schema.pop("anyOf", [])
     if answered:
         choices = [one for one in choices if one != {"type": "null"}]
     if len(choices) > 1:

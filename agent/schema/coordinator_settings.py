@@ -87,7 +87,7 @@ class CoordinatorSettings(Settings):
     """Client URLs of the members of one etcd cluster, 3.4 or later. The flag may be repeated; the
     variable separates by commas. Not set: no etcd."""
     etcd_prefix: KeyPrefix = "/failover-agent"
-    """What all keys in etcd begin with. Coordinators with the same one are one cluster."""
+    """Prefix of all keys in etcd. Coordinators with the same one are one cluster."""
     etcd_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/etcd-ca.crt")] = None
     """CA certificates (PEM) that etcd's are verified with. Not set: those of the system."""
     etcd_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/etcd.crt")] = None

@@ -19,7 +19,7 @@ MOST_FAULTS = 20
 
 
 class TableError(ValueError):
-    """What is wrong in the tables of one setting: one sentence each, with table and key.
+    """The faults in the tables of one setting: a sentence for each, with table and key.
 
     Attributes:
         unknown_key: whether the first fault is a key that no such table has.
@@ -33,7 +33,7 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with one setting or one key of a table.
+    """A fault of one setting or one key of a table.
 
     Attributes:
         shown: the refused value, or "" where there is none to show.

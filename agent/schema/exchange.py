@@ -106,6 +106,6 @@ def _kind(given: Any, tables: Tables) -> Any:
 
 def _value(given: Any, wanted: Any, where: str) -> Any:
     try:
-        return convert(given, wanted, dec_hook=lambda kind, value: kind(value))  # of a path
+        return convert(given, wanted, dec_hook=lambda path, text: path(text))
     except ValidationError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from msgspec import Meta
 
 from agent import model
-from agent.schema.values import Confirmed, Count, Name, NeededMoment, Shape, doc, whole
+from agent.schema.values import Confirmed, Count, Name, NeededMoment, Shape, doc
 
 Cleared = Annotated[
     Count | None,
@@ -76,7 +76,7 @@ class FailsafeSet(Shape, frozen=True, kw_only=True):
         off = self.off
         if off is None and not members:
             off = "the coordinator names no members"
-        return model.MemberSet(int(self.revision), members if off is None else (), off)
+        return model.MemberSet(self.revision, members if off is None else (), off)
 
 
 class LapsedTenure(Shape, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ class LapsedTenure(Shape, frozen=True, kw_only=True):
         return cls(session_id=lapsed.session_id, epoch=lapsed.epoch, since=lapsed.since)
 
     def to_model(self) -> model.Lapsed:
-        return model.Lapsed(self.session_id, int(self.epoch), self.since)
+        return model.Lapsed(self.session_id, self.epoch, self.since)
 
 
 class FailsafeStatus(Shape, frozen=True, kw_only=True):
@@ -131,7 +131,7 @@ class FailsafeStatus(Shape, frozen=True, kw_only=True):
         return model.FailsafeStatus(
             state=model.FailsafeState(self.state),
             why=self.why,
-            revision=whole(self.revision),
+            revision=self.revision,
             members=tuple(member.to_model() for member in self.members or ()),
             choosable=tuple(member.to_model() for member in self.choosable or ()),
             lapsed=None if self.lapsed is None else self.lapsed.to_model(),

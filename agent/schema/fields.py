@@ -49,10 +49,7 @@ class Settings(Declared):
     __slots__ = ()
 
     env_prefix: ClassVar[str]
-    """What the environment variable of each setting starts with."""
-
-
-# --- markers ------------------------------------------------------------------------------------
+    """The prefix of the environment variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +162,6 @@ class Tables:
         return loaded
 
 
-# --- one setting --------------------------------------------------------------------------------
-
 BOOLEAN = Format("", "true or false")
 
 
@@ -257,13 +252,9 @@ def is_unset(value: object) -> bool:
     return value is None or value in ("", ())
 
 
-def settings_of(declared: Any) -> tuple[Setting, ...]:
-    """Every setting of a class, in order."""
-    return _settings_of(declared)
-
-
-@cache  # behind a function of its own: to mypy, a class is not hashable
+@cache
 def _settings_of(declared: Any) -> tuple[Setting, ...]:
+    """Every setting of a class, in order."""
     hints = get_type_hints(declared, include_extras=True)
     bare = get_type_hints(declared)
     found = []
@@ -273,6 +264,9 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
         required = given == (MISSING, MISSING) and DefaultFrom not in markers
         found.append(Setting(declared, item.name, bare[item.name], item.default, required, markers))
     return tuple(found)
+
+
+settings_of: Callable[[Any], tuple[Setting, ...]] = _settings_of  # to mypy, no class is hashable
 
 
 @cache

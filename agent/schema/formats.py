@@ -1,7 +1,7 @@
 """The formats that a value may have: duration, command, address, path, URL and others.
 
-Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence that
-says what would be right. Knows no setting, and not where a value was given.
+Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence on
+what would be right. Knows no setting, and not where a value was given.
 """
 
 import ipaddress
@@ -11,9 +11,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
@@ -33,32 +34,41 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 """A coordinator on this machine, with its own defaults."""
 
 MOST_ENDPOINTS = 16
-"""They are asked all at once when the one in use fails; more would be a load for nothing."""
+"""Endpoints of one list: all are probed at once when the one in use fails."""
+
+MOST_HOST_NAMES = 16
+"""Names of one coordinator: its name and aliases."""
 
 MOST_IDENTITIES = 100
-"""Of one list: they are people and their roles."""
+"""Identities in one list: they are people and their roles."""
 
 MOST_LABELS = 32
-"""Of one metric; exporters have a handful."""
+"""Labels of one metric; exporters have a handful."""
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
 """Characters of one variable; what is longer belongs into a file."""
 
-LONGEST_ACCOUNT = 32
-"""Characters of a user or group, as the system has them."""
+T = TypeVar("T")
 
-TCP_PORTS = range(1, 65536)
 
-MOST_HOST_NAMES = 16
-"""Of one coordinator: a name and its aliases."""
+def must(
+    right: str, holds: Callable[[T], object], first: Callable[[Any], T] = lambda value: value
+) -> Callable[[Any], T]:
+    """A parser: ``first`` reads the value. If ``holds`` is false of that, it "must" and ``right``."""
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9_])?")
-_NOT_IN_IDS = re.compile(r"[/\x00-\x1f\x7f-\x9f]")
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-_ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*")
-_IDENTITY = re.compile(r"(user|client|role):\S(.{0,254}\S)?")
-_ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})")
+    def parse(given: Any) -> T:
+        value = first(given)
+        if not holds(value):
+            raise ValueError(f"must {right}")
+        return value
+
+    return parse
+
+
+def matches(pattern: str) -> Callable[[str], object]:
+    """Whether a whole string has a pattern."""
+    return lambda value: re.fullmatch(pattern, value)
 
 
 # --- numbers and names --------------------------------------------------------------------------
@@ -66,35 +76,23 @@ _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<por
 
 def parse_duration(value: object) -> float:
     """Seconds, from a number, a time-span or an ISO 8601 duration."""
-    wrong = ValueError(
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        for parse in (float, _parse_span):
+            with suppress(ValueError, OverflowError):
+                if math.isfinite(seconds := parse(value)):
+                    return seconds
+    raise ValueError(
         'a duration is seconds (2.5), a quoted time-span ("00:00:02.5") or ISO 8601 ("PT2.5S")'
     )
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
-    try:
-        seconds = float(value)
-    except OverflowError:
-        raise wrong from None
-    except ValueError:
-        try:
-            seconds = parse_time_span(str(value).strip()) / TICKS_PER_SECOND
-        except ValueError:
-            raise wrong from None
-    if not math.isfinite(seconds):
-        raise wrong
-    return seconds
 
 
-def check_not_boolean(value: object) -> object:
-    """The same value: pydantic would take true for 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")  # noqa: TRY004 - for pydantic
-    return value
+def _parse_span(value: object) -> float:
+    return parse_time_span(str(value).strip()) / TICKS_PER_SECOND
 
 
 def check_id(value: str) -> str:
-    """The same id, of a group or a session, if the API takes it (it is a segment of a URL's path)."""
-    if not 1 <= len(value) <= LONGEST_ID or _NOT_IN_IDS.search(value):
+    """Check the id of a group or a session, which is a segment of a URL's path."""
+    if not re.fullmatch(rf"[^/\x00-\x1f\x7f-\x9f]{{1,{LONGEST_ID}}}", value):
         raise ValueError(
             f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
         )
@@ -103,34 +101,37 @@ def check_id(value: str) -> str:
     return value
 
 
+check_not_boolean: Callable[[Any], Any] = must(
+    "be a number, not true or false", lambda value: not isinstance(value, bool)
+)
+"""Pydantic would take true for 1."""
+
+check_metric_name = must(
+    "be the name of a sample: letters, digits, '_' and ':'",
+    matches(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,255}"),
+)
+check_key_prefix = must(
+    "be like /failover-agent: '/' and letters, digits, '.', '_', '-'",
+    matches(r"(/[A-Za-z0-9._-]+)+"),
+)
+
+
 def parse_account(value: object) -> str:
     """The name or number of a user or a group of this host."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or len(value) > LONGEST_ACCOUNT or not _ACCOUNT.fullmatch(value):
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(r"[\w.][\w.@-]{0,31}", text, re.ASCII):
         raise ValueError("must be a name or a number of this host")
-    return value
-
-
-def check_metric_name(value: str) -> str:
-    """The same name of a sample."""
-    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,255}", value):
-        raise ValueError("must be the name of a sample: letters, digits, '_' and ':'")
-    return value
+    return text
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """The same labels of a sample."""
+    """Check the labels of a sample."""
     if len(labels) > MOST_LABELS:
         raise ValueError(f"must be at most {MOST_LABELS} labels")
     for name in labels:
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ValueError(f"must have names of letters, digits and '_', not {name!r:.60}")
     return dict(labels)
-
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
 
 
 # --- lists --------------------------------------------------------------------------------------
@@ -151,7 +152,13 @@ def _split_words(text: str) -> list[str]:
         raise ValueError(f"must be words as a shell splits them, but: {error}") from None
 
 
-def _strings(value: object, split: Callable[[str], list[str]]) -> tuple[str, ...]:
+def _split_at_commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _strings(
+    value: object, split: Callable[[str], list[str]] = _split_at_commas
+) -> tuple[str, ...]:
     """A list of strings; a flag or variable is a JSON list, or text to split."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("[")
@@ -162,7 +169,7 @@ def _strings(value: object, split: Callable[[str], list[str]]) -> tuple[str, ...
 
 
 def parse_program(value: object) -> tuple[str, ...]:
-    """A command whose program may also be looked for on PATH; () is none."""
+    """A command, as a list or as words that a shell would split; () is none. PATH is searched for it."""
     argv = _strings(value, _split_words)
     if argv and not argv[0]:
         raise ValueError("must start with the name of a program")
@@ -171,19 +178,14 @@ def parse_program(value: object) -> tuple[str, ...]:
     return argv
 
 
-def parse_command(value: object) -> tuple[str, ...]:
-    """A command: a list, or words as a shell splits them; () is none."""
-    argv = parse_program(value)
-    if argv and not argv[0].startswith("/"):
-        raise ValueError("must start with an absolute path: there is no shell and no search (R11)")
-    return argv
-
-
-def parse_needed_command(value: object) -> tuple[str, ...]:
-    """A command that is not ()."""
-    if not (argv := parse_command(value)):
-        raise ValueError('must be a list that begins with a program, like ["/usr/bin/test-it"]')
-    return argv
+parse_command = must(
+    "start with an absolute path: there is no shell and no search (R11)",
+    lambda argv: not argv or argv[0].startswith("/"),
+    first=parse_program,
+)
+parse_needed_command = must(
+    'be a list that begins with a program, like ["/usr/bin/test-it"]', bool, first=parse_command
+)
 
 
 def parse_hook(value: object) -> tuple[str, ...]:
@@ -212,7 +214,7 @@ def parse_variables(value: object) -> dict[str, str]:
     if len(value) > MOST_VARIABLES:
         raise ValueError(f"must be at most {MOST_VARIABLES} variables")
     for name, text in value.items():
-        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
             raise ValueError(
                 f"{name!r} must be of capitals, digits and _, and not begin with a digit"
             )
@@ -236,14 +238,25 @@ def _assignments(text: str) -> dict[str, str]:
 
 def parse_identities(value: object) -> tuple[str, ...]:
     """Identities of callers, as ``user:NAME``, ``client:ID`` or ``role:NAME``."""
-    given = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    wrong = next((one for one in given if not _IDENTITY.fullmatch(one)), None)
-    if wrong is not None or len(given) > MOST_IDENTITIES:
+    identity = matches(r"(user|client|role):\S(.{0,254}\S)?")
+    given = _strings(value)
+    wrong = next((f", not {one!r:.60}" for one in given if not identity(one)), "")
+    if wrong or len(given) > MOST_IDENTITIES:
         raise ValueError(
             f"must be a list of at most {MOST_IDENTITIES} identities, each user:NAME, client:ID or"
-            " role:NAME" + (f", not {wrong!r:.60}" if wrong is not None else "")
+            f" role:NAME{wrong}"
         )
     return given
+
+
+def parse_host_names(value: object) -> tuple[str, ...]:
+    """Names of hosts, without ports."""
+    names, is_name = _strings(value), matches(r"\w(?:[A-Za-z0-9_.-]{0,253}\w)?")
+    if len(names) > MOST_HOST_NAMES or not all(name.isascii() and is_name(name) for name in names):
+        raise ValueError(
+            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
+        )
+    return names
 
 
 # --- URLs and addresses -------------------------------------------------------------------------
@@ -287,22 +300,28 @@ def parse_api_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def parse_base_url(url: str) -> str:
+    """A URL of a host, without a path."""
+    if check_url(url).path.strip("/"):
+        raise ValueError("must be http(s)://HOST:PORT without a path")
+    return url.rstrip("/")
+
+
 def parse_proxy(url: str) -> str:
     """The URL of an HTTP proxy."""
-    parts = check_url(url, instead="use proxy_username and proxy_password_file")
-    if parts.path.strip("/"):
+    if check_url(url, instead="use proxy_username and proxy_password_file").path.strip("/"):
         raise ValueError("must have nothing after the port")
     return url.rstrip("/")
 
 
 def parse_page_url(url: str) -> str:
-    """The same URL of a page to GET."""
+    """Check the URL of a page to GET."""
     check_url(url, instead="anybody can read them in this file", query=True)
     return url
 
 
 def parse_secure_url(url: str) -> str:
-    """The same URL of a page to GET that nobody on the way may change."""
+    """Check the URL of a page to GET that nobody on the way may change."""
     parts = check_url(url, instead="the page is public", query=True)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError(
@@ -313,8 +332,7 @@ def parse_secure_url(url: str) -> str:
 
 def parse_endpoints(value: object) -> tuple[str, ...]:
     """The base paths of one coordinator or cluster."""
-    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if not 1 <= len(urls) <= MOST_ENDPOINTS:
+    if not 1 <= len(urls := _strings(value)) <= MOST_ENDPOINTS:
         raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
     endpoints = tuple(map(parse_api_url, urls))
     if not all(url.lower().endswith("/clientfailover") for url in endpoints):
@@ -322,29 +340,11 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
     return endpoints
 
 
-def parse_host_names(value: object) -> tuple[str, ...]:
-    """Names of hosts, without ports."""
-    names = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if len(names) > MOST_HOST_NAMES or not all(map(_HOST_NAME.fullmatch, names)):
-        raise ValueError(
-            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
-        )
-    return names
-
-
 def parse_base_urls(value: object) -> tuple[str, ...]:
     """The client URLs of the members of one etcd cluster."""
-    urls = _strings(value, lambda text: [part.strip() for part in text.split(",") if part.strip()])
-    if len(urls) > MOST_ENDPOINTS:
+    if len(urls := _strings(value)) > MOST_ENDPOINTS:
         raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
     return tuple(map(parse_base_url, urls))
-
-
-def parse_base_url(url: str) -> str:
-    """A URL of a host, without a path."""
-    if check_url(url).path.strip("/"):
-        raise ValueError("must be http(s)://HOST:PORT without a path")
-    return url.rstrip("/")
 
 
 def parse_member_url(url: str) -> str:
@@ -357,19 +357,13 @@ def parse_member_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def parse_key_prefix(value: str) -> str:
-    """The beginning of keys in etcd, without a slash at its end."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value):
-        raise ValueError("must be like /failover-agent: '/' and letters, digits, '.', '_', '-'")
-    return value
-
-
 def parse_address(value: object) -> Address:
     """HOST:PORT."""
     if isinstance(value, Address):
         return value
-    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if not found or int(found["port"]) >= TCP_PORTS.stop:
+    pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
+    found = re.fullmatch(pattern, value) if isinstance(value, str) else None
+    if not found or int(found["port"]) > 65535:  # noqa: PLR2004 - the highest TCP port
         raise ValueError(
             "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
             " (127.0.0.1:5470, [::1]:5470)"
@@ -382,49 +376,26 @@ def parse_address(value: object) -> Address:
     return Address(found["six"] or found["host"], int(found["port"]))
 
 
-def parse_peer(value: object) -> Address:
-    """HOST:PORT of something to connect to."""
-    address = parse_address(value)
-    if address.port not in TCP_PORTS:
-        raise ValueError("must have a port from 1 to 65535")
-    return address
-
-
-def _parse_address_or_off(value: object) -> Address | None:
-    return None if value is None or value == "off" else parse_address(value)
-
+parse_peer = must("have a port from 1 to 65535", lambda address: address.port, first=parse_address)
 
 # --- paths --------------------------------------------------------------------------------------
 
-
-def _check_path(path: Path) -> Path:
-    if not path.name or "\0" in str(path):
-        raise ValueError("must be a path")
-    return path
-
-
-def _check_absolute(path: Path) -> Path:
-    if not _check_path(path).is_absolute():
-        raise ValueError("must be an absolute path")
-    return path
-
-
-def _check_directory(path: Path) -> Path:
-    if not path.is_absolute() or "\0" in str(path):
-        raise ValueError("must be the absolute path of a directory")
-    return path
+check_path: Callable[[Any], Path] = must(
+    "be a path", lambda path: path.name and "\0" not in str(path)
+)
+check_absolute = must("be an absolute path", Path.is_absolute, first=check_path)
+check_directory: Callable[[Any], Path] = must(
+    "be the absolute path of a directory", lambda path: path.is_absolute() and "\0" not in str(path)
+)
+check_exists = must("be a file that exists", Path.is_file)
+check_file = must(
+    "be readable by this user", lambda path: os.access(path, os.R_OK), first=check_exists
+)
 
 
-def _check_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError("must be a file that exists")
-    if not os.access(path, os.R_OK):
-        raise ValueError("must be readable by this user")
-    return path
-
-
-def _check_secret_file(path: Path) -> Path:
-    mode = _check_file(path).stat().st_mode
+def check_secret_file(path: Path) -> Path:
+    """Check a file that others must not have access to."""
+    mode = check_file(path).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(
             f"must not be readable or writable by others: its mode is {mode & 0o777:o},"
@@ -439,9 +410,17 @@ DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
 NUMBER = Format("NUMBER", "number", before=check_not_boolean)
 ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
 COMMAND = Format("COMMAND", "command: list of strings")
-LEVEL = Format("LEVEL", "DEBUG, INFO, WARNING or ERROR", before=_upper)
+URL = Format("URL", "URL")
+LEVEL = Format(
+    "LEVEL",
+    "DEBUG, INFO, WARNING or ERROR",
+    before=lambda level: level.upper() if isinstance(level, str) else level,
+)
 ADDRESS_OR_OFF = Format(
-    "HOST:PORT|off", "HOST:PORT or off", parse=_parse_address_or_off, none="off"
+    "HOST:PORT|off",
+    "HOST:PORT or off",
+    parse=lambda value: None if value is None or value == "off" else parse_address(value),
+    none="off",
 )
 
 Duration = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S, above=True)]
@@ -466,26 +445,26 @@ Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse
 BaseUrls = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_base_urls)]
 BaseUrl = Annotated[str, Format("URL", "URL without a path", after=parse_base_url)]
 MemberUrl = Annotated[str, Format("URL", "URL without a path", after=parse_member_url)]
-KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=parse_key_prefix)]
+ApiUrl = Annotated[str, replace(URL, after=parse_api_url)]
+PageUrl = Annotated[str, replace(URL, after=parse_page_url)]
+ProxyUrl = Annotated[str, replace(URL, after=parse_proxy)]
+SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
+KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=check_key_prefix)]
 HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 Identities = Annotated[
     tuple[str, ...],
     Format("KIND:NAME", "list of user:NAME, client:ID or role:NAME", parse=parse_identities),
 ]
-ApiUrl = Annotated[str, Format("URL", "URL", after=parse_api_url)]
-SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
-ProxyUrl = Annotated[str, Format("URL", "URL", after=parse_proxy)]
-PageUrl = Annotated[str, Format("URL", "URL", after=parse_page_url)]
-Peer = Annotated[Address, Format("HOST:PORT", "HOST:PORT", parse=parse_peer)]
+Peer = Annotated[Address, replace(ADDRESS, parse=parse_peer)]
 MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
 Labels = Annotated[
     Mapping[str, str],
     Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
 ]
-AnyPath = Annotated[Path, Format("PATH", "path", after=_check_path)]
-AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=_check_absolute)]
-Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=_check_directory)]
-InputFile = Annotated[Path, Format("FILE", "path of a file", after=_check_file)]
+AnyPath = Annotated[Path, Format("PATH", "path", after=check_path)]
+AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=check_absolute)]
+Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=check_directory)]
+InputFile = Annotated[Path, Format("FILE", "path of a file", after=check_file)]
 SecretFile = Annotated[
-    Path, Format("FILE", "path of a file that others cannot read", after=_check_secret_file)
+    Path, Format("FILE", "path of a file that others cannot read", after=check_secret_file)
 ]

@@ -4,8 +4,7 @@ Owns what a broker's address, credentials and topics may be. Knows nothing of ho
 (ops/mqtt.py, drivers/mqtt.py). Durations are seconds.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,7 +12,16 @@ from urllib.parse import urlsplit
 
 from agent.schema.addresses import Address, is_loopback
 from agent.schema.fields import Declared, Format, Length, Range
-from agent.schema.formats import NUMBER, Duration, InputFile, SecretFile, Text, check_url
+from agent.schema.formats import (
+    NUMBER,
+    Duration,
+    InputFile,
+    SecretFile,
+    Text,
+    check_url,
+    matches,
+    must,
+)
 
 MQTT_PORT = 1883
 MQTTS_PORT = 8883
@@ -32,25 +40,16 @@ def _check_broker(url: str) -> str:
     return url
 
 
-def _check_topic(topic: str) -> str:
-    if re.search(r"[+#\0]", topic):
-        raise ValueError("must be one topic, without the wildcards + and #")
-    return topic
-
-
-def _check_prefix(topic: str) -> str:
-    if _check_topic(topic).startswith("$") or not all(topic.split("/")) or not topic.isprintable():
-        raise ValueError(
-            "must be names with / between, and must not begin with $, the broker's own"
-        )
-    return topic
-
-
-def _check_host_id(value: str) -> str:
-    if re.search(r"[+#/\0]", value) or not value.isprintable():
-        raise ValueError("must be printable, without +, # and /")
-    return value
-
+_check_topic = must("be one topic, without the wildcards + and #", matches(r"[^+#\0]*"))
+_check_prefix = must(
+    "be names with / between, and must not begin with $, the broker's own",
+    lambda topic: topic.isprintable() and topic[:1] != "$" and all(topic.split("/")),
+    first=_check_topic,
+)
+_check_host_id: Callable[[str], str] = must(
+    "be printable, without +, # and /",
+    lambda name: name.isprintable() and set(name).isdisjoint("+#/"),
+)
 
 Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic), Length(1, LONGEST_TOPIC)]
 
@@ -77,7 +76,7 @@ class Broker(Declared):
     ca_file: InputFile | None = None
     """Certificates (PEM) to trust the broker by. Not set: the system's."""
     certificate: InputFile | None = None
-    """Client certificate (PEM) with, after it, what leads to its authority, and its private key if
+    """Client certificate (PEM), followed by its intermediate certificates, and by its private key if
     that has no file of its own. Not set: none."""
 
     @property
@@ -129,7 +128,7 @@ class Mqtt(Broker):
     topic_prefix: Annotated[
         str, Format("TOPIC", "topic", after=_check_prefix), Length(1, LONGEST_TOPIC)
     ] = "failover"
-    """What the topics of payload json begin with."""
+    """Prefix of the topics of payload json."""
     sparkplug_host_id: Annotated[
         str | None,
         Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),

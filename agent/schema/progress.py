@@ -3,15 +3,15 @@
 The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from agent.schema.fields import Declared, Format, Length
-from agent.schema.formats import DurationOrZero
+from agent.schema.formats import DurationOrZero, must
 
 DEFAULT_MAX_FUTURE_S = 5.0
-"""Also without a table [progress]: clocks that NTP keeps are within milliseconds of each other, and a time
-that is further ahead would hide every later one of the tenure."""
+"""Also the bound without a table [progress]. Clocks that NTP keeps are within milliseconds of each other, and
+a time that is further ahead would hide every later one of the tenure."""
 
 MaxFuture = Annotated[
     DurationOrZero,
@@ -20,12 +20,10 @@ MaxFuture = Annotated[
 ]
 
 
-def _check_key(value: str) -> str:
-    if not all(value.split(".")):
-        raise ValueError('must be names, or numbers in lists, with dots between ("status.items.0")')
-    return value
-
-
+_check_key: Callable[[str], str] = must(
+    'be names, or numbers in lists, with dots between ("status.items.0")',
+    lambda key: all(key.split(".")),
+)
 JsonKey = Annotated[
     str,
     Format("KEY", "names with dots between", after=_check_key),

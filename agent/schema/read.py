@@ -14,22 +14,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    create_model,
-)
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+import pydantic
+from pydantic_settings import EnvSettingsSource, SettingsConfigDict
 
 from agent.errors import ConfigError, ExitCode
 from agent.schema.errors import (
@@ -57,63 +43,42 @@ D = TypeVar("D", bound=Declared)
 S = TypeVar("S", bound=Settings)
 
 
-# --- checking values ----------------------------------------------------------------------------
-
-
-class _Program(BaseSettings):
-    """The settings of a program. Their variables are read as they are, and merged by ``Sources``."""
-
-    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False, validate_default=False)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
-        init_settings: PydanticBaseSettingsSource,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what ``validate`` passes, and nothing else."""
-        return (init_settings,)
-
-
-def model_of(declared: Any) -> Any:
+@cache
+def _model_of(declared: Any) -> Any:
     """The pydantic model of a class. Only what is given is checked; defaults are the class's own."""
-    return _model_of(declared)
-
-
-@cache  # behind a function of its own: to mypy, a class is not hashable
-def _model_of(declared: Any) -> type[BaseModel]:
     checked: dict[str, Any] = {
         setting.name: (_annotation(setting), ... if setting.required else None)
         for setting in settings_of(declared)
     }
-    if issubclass(declared, Settings):
-        prefix = {"model_config": SettingsConfigDict(env_prefix=declared.env_prefix)}
-        return create_model(
-            declared.__name__, __base__=type("Base", (_Program,), prefix), **checked
-        )
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    return create_model(declared.__name__, __config__=config, **checked)
+    config = SettingsConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        enable_decoding=False,
+        env_prefix=getattr(declared, "env_prefix", ""),
+    )
+    return pydantic.create_model(declared.__name__, __config__=config, **checked)
+
+
+model_of: Callable[[Any], Any] = _model_of  # to mypy, a class is not hashable
 
 
 def _annotation(setting: Setting) -> Any:
     if setting.tables is not None:
-        return Annotated[Any, PlainValidator(partial(_read_tables, setting.tables))]
+        return Annotated[Any, pydantic.PlainValidator(partial(_read_tables, setting.tables))]
     form = setting.format
     if form.parse is not None:
-        return Annotated[Any, PlainValidator(partial(_parse, form.parse, setting))]
+        return Annotated[Any, pydantic.PlainValidator(partial(_parse, form.parse, setting))]
     limits, length = setting.markers.get(Range), setting.markers.get(Length)
     parts: list[Any] = []
     if form.before is not None:
-        parts.append(BeforeValidator(form.before))
+        parts.append(pydantic.BeforeValidator(form.before))
     if limits is not None and limits.enforced:
         least = {"gt" if limits.above else "ge": limits.least}
-        parts.append(Field(**least, le=limits.most))
+        parts.append(pydantic.Field(**least, le=limits.most))
     if length is not None:
-        parts.append(Field(min_length=length.least, max_length=length.most))
+        parts.append(pydantic.Field(min_length=length.least, max_length=length.most))
     if form.after is not None:
-        parts.append(AfterValidator(form.after))
+        parts.append(pydantic.AfterValidator(form.after))
     checked = setting.value_type
     for part in parts:
         checked = Annotated[checked, part]
@@ -139,7 +104,7 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     names = [setting.name for setting in settings_of(declared)]
     try:
         model = model_of(declared).model_validate(dict(values))
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise InvalidError(tuple(faults_of(error.errors(include_url=False), names, noun))) from None
     given = {name: getattr(model, name) for name in names if name in model.model_fields_set}
     for setting in settings_of(declared):
@@ -149,9 +114,6 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     if faults := tuple(Fault(key, text) for key, text in value.contradictions()):
         raise InvalidError(faults)
     return value
-
-
-# --- tables -------------------------------------------------------------------------------------
 
 
 def _read_tables(tables: Tables, value: object) -> Any:
@@ -217,9 +179,6 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
             [f"{place}: {fault}" for fault in error.faults],
             unknown_key=any(fault.unknown for fault in error.faults),
         ) from None
-
-
-# --- sources ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

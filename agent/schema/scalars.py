@@ -23,7 +23,6 @@ LONGEST_PERIOD_TICKS = 2_000_000 * 86_400 * TICKS_PER_SECOND - 1
 MAX_SHOWN = 60
 """Characters of a wrong value that an error repeats: enough to recognise it in a log line."""
 
-# --- time-spans ---------------------------------------------------------------------------------
 
 _MINUTE, _HOUR, _DAY, _WEEK = (s * TICKS_PER_SECOND for s in (60, 3600, 86_400, 604_800))
 CLOCK = r"([01]?[0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9])(?:\.([0-9]{1,7}))?"
@@ -91,8 +90,6 @@ def _within(ticks: int, given: object) -> int:
     return ticks
 
 
-# --- date-times ---------------------------------------------------------------------------------
-
 _DATE_TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
     r"(?:[Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)?"
@@ -130,11 +127,9 @@ def format_date_time(moment: datetime) -> str:
 
 
 def not_a_time(given: object) -> str:
-    """A sentence on what is no date-time."""
+    """The sentence about a value that is no date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
 
-
-# --- enumerations -------------------------------------------------------------------------------
 
 ROLE_NUMBERS = ((Role.SECONDARY, 0), (Role.PRIMARY, 1), (Role.PENDING_PRIMARY, 2))
 OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
@@ -152,9 +147,6 @@ def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
             return member
     choices = ", ".join(f"{number} or {member.value}" for member, number in numbers)
     raise ValueError(f"{shown(given)} is unknown: it must be {choices}")
-
-
-# --- what is wrong ------------------------------------------------------------------------------
 
 
 def not_json(given: str | bytes, whole: str, why: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_toml(value: object) -> str:
-    """A value as TOML has it."""
+    """Format a value as TOML."""
     match to_json(value):
         case bool(flag):
             return "true" if flag else "false"
@@ -34,7 +34,7 @@ def to_toml(value: object) -> str:
 
 
 def to_json(value: object) -> Any:
-    """A value as JSON has it. A table that stands alone is without the keys that are not set."""
+    """Convert a value for JSON. A table that stands alone is without the keys that are not set."""
     if is_dataclass(value):
         table = _table(value)
         return {key: part for key, part in table.items() if part is not None}

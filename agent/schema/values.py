@@ -38,8 +38,6 @@ MAX_NODES = 1000
 MAX_BYTES = 16 * 1024
 """Values in one AdditionalData, and its length: each reader of a list of sessions gets those of all."""
 
-# --- time-spans ---------------------------------------------------------------------------------
-
 
 class TimeSpan(int):
     """Ticks of 100 ns; a time-span in JSON.
@@ -100,7 +98,7 @@ class HoldOffSpan(TimeSpan):
 
 
 class ExpirationSpan(TimeSpan):
-    """How long an override lasts."""
+    """The time that an override lasts."""
 
     limits = "longer than 00:00:00, under 2000000 days"
     low = 1
@@ -111,15 +109,17 @@ class ExpirationSpan(TimeSpan):
     )
 
 
-# --- date-times ---------------------------------------------------------------------------------
-
 if TYPE_CHECKING:
     Moment = datetime
     NeededMoment = datetime
+    Count = int
+    TrusteeKind = int
+    AccessType = int
+    AccessRights = int
 else:
 
     class _GivesAnother(type):
-        """Of a type whose ``read`` gives another: msgspec asks whether the value is an instance of it."""
+        """The class of a type whose ``read`` returns a value of another type, which msgspec then accepts."""
 
         def __instancecheck__(cls, value: object) -> bool:
             return True
@@ -138,7 +138,7 @@ else:
             return {"type": "string", "format": "date-time"}
 
     class NeededMoment(Moment):
-        """The same where "never" is refused."""
+        """A Moment that cannot be "never"."""
 
         @classmethod
         def read(cls, given: object) -> datetime:
@@ -146,11 +146,33 @@ else:
                 raise ValueError(not_a_time(given))
             return moment
 
+    class Count(metaclass=_GivesAnother):
+        """An integer from ``least`` to ``most``. To JSON, 1.0 is one, too."""
 
-# --- enumerations -------------------------------------------------------------------------------
+        least, most = 0, MAX_EPOCH
+
+        @classmethod
+        def read(cls, given: object) -> int:
+            number = not isinstance(given, bool) and isinstance(given, int | float)
+            if not number or given % 1 or not cls.least <= given <= cls.most:
+                raise TypeError
+            return int(given)
+
+        @classmethod
+        def schema(cls) -> dict[str, Any]:
+            return {"type": "integer", "minimum": cls.least, "maximum": cls.most}
+
+    class TrusteeKind(Count):
+        least, most = 1, 3
+
+    class AccessType(Count):
+        least, most = 0, 1
+
+    class AccessRights(Count):
+        least, most = 0, 31
 
 
-class _Code(Generic[E]):  # no dataclass: msgspec would decode that itself
+class _Code(Generic[E]):  # not a dataclass, which msgspec would decode without ``read``
     """A member of an enumeration of v1: numbers and names are read, one of them is written."""
 
     numbers: ClassVar[Sequence[tuple[Any, int]]] = ()
@@ -184,8 +206,6 @@ class OverrideCode(_Code[RoleOverride]):
 ROLES: Mapping[Role, RoleCode] = {role: RoleCode(role) for role in Role}
 OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one in RoleOverride}
 
-# --- objects, integers, ids ---------------------------------------------------------------------
-
 
 class Additional:
     """An object that is repeated to others. It is kept as JSON, so that it is encoded only once."""
@@ -207,7 +227,7 @@ class Additional:
 
 
 class GivenAdditional(Additional):
-    """The same in a request, within the limits of this service."""
+    """AdditionalData in a request, within the limits of this service."""
 
     limits = f"of at most {MAX_BYTES} bytes, {MAX_NODES} values and {MAX_DEPTH} levels"
 
@@ -248,18 +268,6 @@ class Confirmed:
         return {"type": "boolean", "const": True}
 
 
-Count = (
-    Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
-    | Annotated[float, Meta(ge=0, le=MAX_EPOCH, multiple_of=1)]
-)
-"""An integer. To JSON, 1.0 is one, too: ``whole`` makes an int of it."""
-
-
-def whole(count: float | None) -> int | None:
-    """The int that a Count is."""
-    return None if count is None else int(count)
-
-
 # C stands for the characters that no id has: '/' would end a path segment, and "." and ".." as
 # whole segments are taken out of a URL by HTTP clients.
 _ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f\x7f-\x9f")
@@ -281,15 +289,33 @@ Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 
 
 def doc(description: str) -> Meta:
-    """What a property is, for the OpenAPI document and for errors."""
+    """The description of a property, for the OpenAPI document and for errors."""
     return Meta(description=description)
 
 
-class Shape(Struct, rename="pascal", omit_defaults=True, frozen=True):
+WIRE_NAMES = {
+    "heartbeat_at": "HeartbeatTime",
+    "last_data": "LastDataProcessedTime",
+    "pending": "PendingPrimary",
+    "previous": "PreviousPrimary",
+    "score": "FailoverScore",
+}
+"""Names in JSON of fields that are named as in model.py."""
+
+
+def wire_name(field: str) -> str:
+    """The name in JSON of a field: in PascalCase, but for WIRE_NAMES."""
+    return WIRE_NAMES.get(field) or field.title().replace("_", "")
+
+
+class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
 
-
-# --- the hooks ----------------------------------------------------------------------------------
+    @classmethod
+    def copy_of(cls, value: object, **others: object) -> Self:
+        """The shape with the attributes of a value that have the names of its fields, and with others."""
+        own = (name for name in cls.__struct_fields__ if name not in others)
+        return cls(**{name: getattr(value, name) for name in own}, **others)
 
 
 def decode_value(kind: Any, given: Any) -> Any:
@@ -298,12 +324,12 @@ def decode_value(kind: Any, given: Any) -> Any:
 
 
 def encode_with_numbers(value: Any) -> Any:
-    """What JSON has for a value of these types; roles and overrides as numbers."""
+    """Convert a value of these types for JSON; roles and overrides to numbers."""
     return value.number if isinstance(value, _Code) else _encode_other(value)
 
 
 def encode_with_names(value: Any) -> Any:
-    """The same, with roles and overrides as names."""
+    """Convert a value of these types for JSON; roles and overrides to names."""
     return value.member.value if isinstance(value, _Code) else _encode_other(value)
 
 

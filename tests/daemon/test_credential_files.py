@@ -194,7 +194,7 @@ async def test_a_file_system_that_hangs_holds_up_no_loop_and_is_one_line(
     hanging.set()
     async with following(site):
         again = threading.Event()
-        monkeypatch.setattr(credential_files, "_status", lambda _: again.wait(LIMIT_S) or None)
+        monkeypatch.setattr(credential_files, "signatures", lambda _: again.wait(LIMIT_S) or None)
         await until(lambda: count(caplog, FAILED) == 1)
         await asyncio.sleep(0.2)
         assert count(caplog, FAILED) == 1

@@ -308,7 +308,7 @@ async def test_a_check_of_scope_primary_passes_unseen_until_this_member_is_prima
     check = file_check(tmp_path / "none", scope="primary", required=True, fall=2)
     async with running(check) as (checks, told):
         await asyncio.sleep(0)
-        assert not checks._tasks
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing runs"
         assert (checks.health.score, checks.health.fit) == (100, True)
         checks.set_primary(True)
         assert checks.health.fit
@@ -407,9 +407,8 @@ async def test_after_stop_nothing_is_told_and_nothing_begins(tmp_path: Path) -> 
     await driver.stop()
     await driver.stop()
     driver.set_primary(True)
-    await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing is left that could report"
     assert not told
-    assert not driver._tasks
 
 
 # --- exec ---------------------------------------------------------------------------------------
@@ -668,7 +667,7 @@ async def test_a_certificate_is_checked_unless_insecure(certificate: tuple[Path,
     listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
     try:
-        assert "CERTIFICATE_VERIFY_FAILED" in str(await why(http(url)))
+        assert "certificate" in str(await why(http(url)))
         assert await why(http(url, insecure_tls=True)) is None
     finally:
         listener.close()

@@ -431,6 +431,19 @@ async def raw(address: tuple[str, int], sent: bytes) -> bytes:
     return answer
 
 
+async def test_an_unfinished_head_that_is_too_large_is_431_on_a_kept_connection_too(
+    address: tuple[str, int],
+) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    first = await reader.readuntil(b"\r\n\r\n")
+    length = next(line for line in first.lower().splitlines() if line.startswith(b"content-length"))
+    await reader.readexactly(int(length.split()[1]))
+    writer.write(b"GET /status HTTP/1.1\r\nX: " + b"x" * probe.LIMITS.head_bytes)
+    assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 431 ")
+    writer.close()
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -483,7 +496,9 @@ async def test_the_wildcard_of_ipv6_serves_ipv4_too(agent: Agent) -> None:
 async def test_a_name_is_served_at_all_its_addresses_on_one_port(agent: Agent) -> None:
     server = ProbeServer(agent.report, agent.status)
     _, port = await server.start("localhost", 0)
-    assert {one.getsockname()[1] for one in server._http._listeners} == {port}
+    for *_, place in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM):
+        _, writer = await asyncio.open_connection(str(place[0]), port)
+        writer.close()
     await server.stop()
 
 
@@ -501,6 +516,31 @@ async def test_ipv6_on_a_host_without_it_is_one_clear_error(
     ) as caught:
         await server.start("::", 9170)
     assert caught.value.exit_code == ExitCode.LISTEN
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (
+            socket.gaierror(socket.EAI_NONAME, "unknown to this resolver"),
+            "unknown to this resolver",
+        ),
+        ([], "the name has no address"),
+    ],
+)
+async def test_a_name_without_an_address_is_one_clear_error(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, found: Any, why: str
+) -> None:
+    async def look_up(*_: object, **__: object) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    server = ProbeServer(agent.report, agent.status)
+    with pytest.raises(ConfigError, match=rf"cannot use host.test:0 \({why}\): choose another"):
+        await server.start("host.test", 0)
     await server.stop()
 
 

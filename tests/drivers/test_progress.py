@@ -1151,7 +1151,7 @@ async def test_with_tls_only_a_broker_that_ca_file_knows_is_believed(
     await broker.start()
     keys = broker.source(broker=f"mqtts://127.0.0.1:{broker.port}")
     async with running("mqtt", **keys) as source:
-        assert "CERTIFICATE_VERIFY_FAILED" in await source.refuses(Reason.UNREADABLE)
+        assert "certificate" in await source.refuses(Reason.UNREADABLE)
     async with running("mqtt", **keys, ca_file=str(public)) as source:
         who = {"tls_params": aiomqtt.TLSParameters(ca_certs=str(public))}
         await published(broker, source, FIRST, **who)

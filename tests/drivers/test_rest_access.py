@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import contextlib
+import errno
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -328,7 +330,7 @@ async def test_a_proxy_that_refuses_or_is_down_is_unreachable_and_named() -> Non
                 await beat(client)
             assert caught.value.exit_code is ExitCode.UNREACHABLE
     async with closing(RestClient([f"https://{NAME}{BASE}"], proxy=given)) as client:
-        down = rf"127.0.0.1:{proxy.port} does not answer: Connection refused"
+        down = rf"127.0.0.1:{proxy.port} does not answer: {os.strerror(errno.ECONNREFUSED)}"
         with pytest.raises(ServerError, match=down) as caught:
             await beat(client)
         assert caught.value.exit_code is ExitCode.UNREACHABLE

@@ -45,7 +45,7 @@ async def main():
 asyncio.run(main())
 """
 
-IGNORING = "trap '' TERM; echo $$ >{0}; while :; do sleep 0.01; done"
+IGNORING = "trap 'echo x >>{0}.term' TERM; echo $$ >{0}; while :; do sleep 0.01; done"
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -160,7 +160,7 @@ async def test_a_command_that_ignores_term_runs_until_kill(new: Made, tmp_path: 
     await until(lambda: read(tmp_path / "ready"))
     pid = pid_of(workload)
     stopping = asyncio.create_task(workload.stop())
-    await asyncio.sleep(0.1)
+    await until(lambda: read(tmp_path / "ready.term"))
     assert not stopping.done()
     assert lives(pid)
     workload.kill()
@@ -180,7 +180,7 @@ async def test_stop_waits_for_the_members_that_outlive_the_leader(
     stopping = asyncio.create_task(workload.stop())
     await until(lambda: state_of(leader) == "Z")
     assert workload.pgid == leader, "its group is still to be killed by the guard"
-    await asyncio.sleep(0.05)
+    await until(lambda: read(tmp_path / "child.term"))
     assert not stopping.done()
     workload.kill()
     async with asyncio.timeout(LIMIT_S):
@@ -488,7 +488,7 @@ async def test_a_daemon_that_ignores_term_is_waited_for_and_killed(
     await until(lambda: read(tmp_path / "pid"))
     pid = int(read(tmp_path / "pid"))
     stopping = asyncio.create_task(workload.stop())
-    await asyncio.sleep(0.1)
+    await until(lambda: read(tmp_path / "pid.term"))
     assert not stopping.done()
     assert lives(pid)
     workload.kill()

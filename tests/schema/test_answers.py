@@ -52,7 +52,7 @@ read_history = many(api.HistoryEntry)
 
 
 def test_what_is_not_known_is_left_out_of_a_request() -> None:
-    heartbeat = codec.encode(api.HeartbeatRequest(failover_score=100.0))
+    heartbeat = codec.encode(api.HeartbeatRequest(score=100.0))
     assert json.loads(heartbeat) == {"FailoverScore": 100.0}
     release = codec.encode(api.ReleaseRequest(epoch=0, instance="i", reason="r"))
     assert json.loads(release) == {"Epoch": 0, "Instance": "i", "Reason": "r"}

@@ -12,7 +12,7 @@ from agent.schema.fields import Format, Length
 from agent.schema.formats import PageUrl
 
 HTTP_BYTES = 64 * 1024
-"""Of a body that ``contains`` is looked for in: health pages are short."""
+"""Bytes of a body that are searched for ``contains``: health pages are short."""
 
 
 class StatusRange(NamedTuple):

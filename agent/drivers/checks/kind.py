@@ -19,7 +19,7 @@ Run = Callable[[], Awaitable[None]]
 
 
 class CheckFailed(Exception):  # noqa: N818 - an outcome of a run, not a fault of ours
-    """A run of a check did not succeed; the message says why."""
+    """A run of a check did not succeed; the message has the reason."""
 
 
 class Check(CheckSettings):

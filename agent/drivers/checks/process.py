@@ -14,10 +14,10 @@ from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Text
 
 PID_FILE_BYTES = 64
-"""Of a pid file that are read: its first line is the number."""
+"""Bytes of a pid file that are read: its first line is the process id."""
 
 COMM_CHARS = 15
-"""To which the kernel cuts a command name (TASK_COMM_LEN)."""
+"""The kernel cuts a command name to so many characters (TASK_COMM_LEN)."""
 
 STAT_STATE, STAT_STARTED = 0, 19
 """Fields of /proc/PID/stat, counted from after the command name: proc(5) has 2 more before."""
@@ -26,7 +26,7 @@ GONE = frozenset("ZXx")
 """States of a process that has ended."""
 
 DELETED = " (deleted)"
-"""What /proc/PID/exe ends with once a program was replaced by an update."""
+"""The end of /proc/PID/exe once an update has replaced the program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class Process:
             raise CheckFailed(f"no process is named {name}")
 
     def _is_there(self, name: str) -> bool:
-        """Whether a process of the name runs: first the one that did, then all of this host."""
+        """Whether a process of the name runs: look at the last known one first, then at all of this host."""
         last = _look(self._last) if self._last is not None else None
         if last is None or not _is_named(last, name):
             named = (found.pid for found in _all() if _is_named(found, name))

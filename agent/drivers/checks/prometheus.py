@@ -1,4 +1,4 @@
-"""The ``prometheus`` check: whether a metric of an exporter compares as it should."""
+"""The ``prometheus`` check: compares a metric of an exporter with a value."""
 
 import math
 import operator
@@ -69,7 +69,7 @@ class PrometheusCheck(Check):
         return run
 
     def _compare(self, lines: list[bytes]) -> None:
-        """Every sample of the metric that has the labels must compare. Raises CheckFailed."""
+        """Check that the comparison holds for every sample with the labels. Raises CheckFailed."""
         samples = parse_samples(lines, self.metric, self.labels)
         if not samples:
             raise CheckFailed(f"{self.url} has no sample {self.metric} {self.labels or ''}".strip())

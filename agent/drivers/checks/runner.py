@@ -55,7 +55,7 @@ class Checks:
 
     @property
     def health(self) -> Health:
-        """What is known now."""
+        """The present health."""
         return judge(list(self._checks.values()), self._results, self._failover_score)
 
     def start(self) -> None:
@@ -100,7 +100,7 @@ class Checks:
     ) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + delay_s
-        if before is not None:  # a run of an earlier tenure that is being ended
+        if before is not None:  # the last run of an earlier tenure, which is being cancelled
             try:
                 await asyncio.wait([before])
             finally:  # a stop that waits for this task has to wait for that one too
@@ -137,7 +137,7 @@ class Checks:
         self._notify_soon()
 
     def _notify_soon(self) -> None:
-        """In a callback of its own, so that what it raises ends no check."""
+        """Call on_change in a callback of its own, so that an exception in it ends no check."""
         if self._notifying is None or self._notifying.cancelled():
             self._notifying = asyncio.get_running_loop().call_soon(self._notify)
 

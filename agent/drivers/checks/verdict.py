@@ -8,10 +8,10 @@ from types import MappingProxyType
 from agent.schema.checks import CheckSettings
 
 REASON_CHARS = 500
-"""Of a health's reason: it goes into log lines and the state file."""
+"""Characters of the reason of a health: it goes into log lines and the state file."""
 
 ERROR_CHARS = 200
-"""Of one check's error."""
+"""Characters of the error of one check."""
 
 SCORE_DECIMALS = 2
 
@@ -26,7 +26,7 @@ def one_line(text: str, most: int = ERROR_CHARS) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What is known of one check.
+    """The state of one check.
 
     Attributes:
         up: whether it passes, by rise and fall; False before the first result.
@@ -47,7 +47,7 @@ class CheckResult:
     def after(
         self, check: CheckSettings, error: str | None, duration_s: float, now: datetime
     ) -> "CheckResult":
-        """What is known after one more run: the first decides alone, others by rise and fall."""
+        """The state after one more run: the first decides alone, later ones by rise and fall."""
         passed = error is None
         ran = replace(self, last_error=error, duration_s=duration_s, known=True, against=0)
         if self.known and passed == self.up:

@@ -19,7 +19,7 @@ from agent.schema.progress import ProgressSource
 __all__ = ["Plausible", "Progress", "Reason", "Refused", "read_time"]
 
 QUIET_S = 60.0
-"""The same reason is logged at most so often: a source that comes and goes must not fill the log."""
+"""Interval in which the same reason is logged once: a source that comes and goes must not fill the log."""
 
 log = Log(__name__)
 

@@ -64,10 +64,10 @@ class Plausible:
     max_future_s: float
 
     def check(self, time: datetime, now: datetime) -> datetime:
-        """The same time. Both are aware.
+        """Return a time if it may count at ``now``. Both are aware.
 
         Raises:
-            Refused: FUTURE. One that is ahead would hide every later one of the tenure (R18).
+            Refused: FUTURE. A time that is ahead would hide every later one of the tenure (R18).
         """
         ahead_s = (time - now).total_seconds()
         if ahead_s > self.max_future_s:

@@ -98,7 +98,7 @@ class Listener:
         self._directory: int | None = None
         """The directory that the socket was made in, whatever its path leads to by now."""
         self._abandoned = False
-        """Whether nobody waits for the socket that the lane may still make."""
+        """Whether the start has been given up, while the blocking thread may still make the socket."""
         self._server: asyncio.Server | None = None
         self._datagrams: asyncio.DatagramTransport | None = None
 
@@ -188,7 +188,7 @@ def _pinned(directory: int, path: Path) -> Path:
 
 
 def _set_mode(path: Path, mode: int) -> tuple[int, int]:
-    """Give a new socket what the umask took away; its device and inode.
+    """Set the mode of a new socket, which the umask has reduced; return its device and inode.
 
     Raises:
         OSError: there is something else by now.

@@ -128,8 +128,8 @@ class RestClient(Endpoints):
             timeout_s=timeout_s,
             body=encode(
                 api.HeartbeatRequest(
-                    failover_score=score,
-                    last_data_processed_time=last_data,
+                    score=score,
+                    last_data=last_data,
                     instance=instance,
                     epoch=seen_epoch,
                     failsafe_url=failsafe_url,
@@ -214,7 +214,7 @@ class RestClient(Endpoints):
                     instance=instance,
                     hold_off_period=None if hold_off_s is None else _hold_off(hold_off_s),
                     reason=reason,
-                    last_data_processed_time=last_data,
+                    last_data=last_data,
                     held=None if held else False,
                 )
             ),
@@ -310,7 +310,7 @@ class RestClient(Endpoints):
         )
 
     async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
-        """Make a group, or find it there with what ``config`` sets; as the server has it.
+        """Create a group, or find it with the same configuration; return it as the server has it.
 
         Raises:
             ServerError: ``status`` 409 if it is there with another configuration.
@@ -401,13 +401,13 @@ def _decode_group(answer: Answer) -> GroupConfig:
 
 
 def _decode_groups(answer: Answer) -> list[GroupConfig]:
-    """Those without an id left out."""
+    """Decode a list of groups, without those that have no id."""
     groups = [group.to_model() for group in _decode_many(api.GroupConfiguration, answer)]
     return [group for group in groups if group.id]
 
 
 def _quote_segment(name: str) -> str:
-    """An id as one segment of a path."""
+    """Quote an id, so that it is one segment of a path."""
     if name in {"", ".", ".."}:
         raise ConfigError(f"{name!r} is no id of a group or session: it would change the URL")
     return quote(name, safe="")

@@ -31,7 +31,7 @@ REFRESH_SHARE = 0.8
 """Share of a token's life after which the next one is fetched: a fifth is left for trouble."""
 
 FETCH_TIMEOUT_S = 10.0
-"""For each of discovery and the token itself: identity servers are slow when they are cold."""
+"""Timeout of the discovery, and again of the token request: identity servers are slow after their start."""
 
 DEFAULT_LIFE_S = 300.0
 """The life of a token whose server does not state it (RFC 6749 only recommends to)."""
@@ -166,7 +166,9 @@ class ClientCredentials(httpx2.Auth):
         )
         if answer.status in {400, 401, 403}:
             raise self._refused(answer)
-        replace(answer, body=b"").check()  # a page about an error may show the request
+        replace(
+            answer, body=b""
+        ).check()  # without the body: an error page may show the request and its secret
         granted = _document(answer)
         token, life_s = granted.get("access_token"), _seconds(granted.get("expires_in"))
         if not (isinstance(token, str) and token and token.isascii() and token.isprintable()):
@@ -201,7 +203,7 @@ class ClientCredentials(httpx2.Auth):
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
         reason = ": ".join(word for word in words if isinstance(word, str))
-        for form in _encodings(self._secret):  # some servers repeat the request
+        for form in _encodings(self._secret):  # some servers repeat the request with its secret
             reason = reason.replace(form, "***")
         return answer.error(
             f"answered {answer.status} ({quoted(reason) or 'no reason given'})",

@@ -88,7 +88,7 @@ class Answer:
         )
 
     def not_the_api(self, problem: str) -> ServerError:
-        """The error that something else than the group API has answered."""
+        """The error for an answer that is not of the group API."""
         return self.error(
             problem,
             "the endpoint must be the base path of a group API, up to clientfailover",
@@ -394,6 +394,8 @@ def _root_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         error = inner
-        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # waits, not faults
+        if not isinstance(
+            error, ssl.SSLWantReadError | ssl.SSLWantWriteError
+        ):  # they mean "wait", and are no faults
             root = error
     return root
