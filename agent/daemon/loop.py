@@ -15,6 +15,7 @@ import random
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agent.core.events import Event, Stalled, Stop, Tick
@@ -100,7 +101,7 @@ class Daemon:
         self._notified_at = float("-inf")
         self._announcer: Announcer | None = None
         self._supervisor = Supervisor(self._post_event, self._task_failed)
-        previous_state = state_file.read() or {}
+        self._previous_state = previous_state = state_file.read() or {}
         clock, stats, instance = clock or Clock(), Stats(), secrets.token_hex(8)
         role_runner = RoleRunner(
             settings,
@@ -113,8 +114,9 @@ class Daemon:
             on_groups_changed=lambda: self._effects.on_groups_changed(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
-        known = previous_processes(previous_state)
-        role_runner.leftover.add(previous_instances(previous_state), known)
+        role_runner.leftover.add(
+            previous_instances(previous_state), previous_processes(previous_state)
+        )
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
         options = build_options(
             settings, session_id, role_runner, jitter, previous_store(previous_state)
@@ -129,7 +131,6 @@ class Daemon:
             stats=stats,
             clock=clock,
         )
-        published = Published(Role.SECONDARY, None, "starting", clock.wall())
         self._member = member = Member(
             settings=settings,
             session_id=session_id,
@@ -140,9 +141,8 @@ class Daemon:
             session=session,
             role_runner=role_runner,
             requests=requests,
-            published=published,
+            published=Published(Role.SECONDARY, None, "starting", clock.wall()),
         )
-        self._previous_state = previous_state
         self._previous_tenure = previous_tenure(previous_state, settings.hook_secondary)
         self._state_publisher = StatePublisher(member, state_file, self._previous_tenure)
         self._host_health = HostHealth(member, self._post_event)
@@ -236,12 +236,7 @@ class Daemon:
         failure = self._start_failure or member.requests.failure
         code = self._effects.exit_code
         if failure is not None and code is not ExitCode.DEMOTION_FAILED:
-            if failure.exit_code is ExitCode.OTHER_STORE:
-                failure.hint = (
-                    "if the coordinator's data were deleted on purpose, remove"
-                    f" {self._state_publisher.path} and start the agent again"
-                )
-            raise failure
+            raise self._state_publisher.with_hint(failure)
         if self._task_has_failed and code is ExitCode.OK:
             code = ExitCode.TASK_FAILED  # it failed during the stop
         assert code is not None  # noqa: S101 - the loop ends by Exit or by a failure
@@ -313,9 +308,7 @@ class Daemon:
         await self._guard_control.stop()
         member = self._member
         if not self._guard_control.demotion_is_owed:
-            member.published = Published(
-                member.published.role, member.published.epoch, STOPPED, member.published.since
-            )
+            member.published = replace(member.published, reason=STOPPED)
             await self._state_publisher.close()
         if self._announcer is not None:
             await self._announcer.stop()

@@ -137,6 +137,15 @@ class StatePublisher:
             )
         return None
 
+    def with_hint(self, failure: FailoverError) -> FailoverError:
+        """The failure, with what to do about it if it is about the state file."""
+        if failure.exit_code is ExitCode.OTHER_STORE:
+            failure.hint = (
+                "if the coordinator's data were deleted on purpose, remove"
+                f" {self.path} and start the agent again"
+            )
+        return failure
+
     def write(self) -> None:
         """Schedule a write of the state file if its content has changed. Does not wait."""
         session = self._member.session

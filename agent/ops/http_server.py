@@ -324,8 +324,6 @@ def _listen_error(name: str, address: Address, error: OSError) -> ConfigError:
     why = own or error
     right = f"choose another --{name}-listen HOST:PORT on this host, with port 0 for any free one"
     if ":" in address.host and error.errno in NO_ADDRESS:
-        right = f"choose another --{name}-listen HOST:PORT, of this host and not in use"
-    if ":" in address.host and error.errno in NO_ADDRESS:
         right = (
             f"this host has no such IPv6 address, or no IPv6: use 0.0.0.0:{address.port} for IPv4"
         )
