@@ -151,7 +151,7 @@ class Workload:
     # -- small steps --------------------------------------------------------------------------
 
     def _cancel_restart(self) -> None:
-        """Do not start it again."""
+        """Cancel the next start, if one is due."""
         self._wanted = False
         if self._again is not None:
             self._again.cancel()

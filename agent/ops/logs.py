@@ -205,7 +205,7 @@ class _QueueHandler(logging.Handler):
         self.writer.put(line, bulk="line" in getattr(record, "fields", {}))
 
     def flush(self) -> None:
-        """Called by logging.shutdown() at the exit of the process."""
+        """Write the last lines; logging.shutdown() calls it at the exit of the process."""
         self.writer.flush(FLUSH_S)
 
 

@@ -23,7 +23,7 @@ WDIOC_SETTIMEOUT = 0xC0045706
 """_IOWR('W', 6, int): the requested timeout in seconds in, the driver's out."""
 
 LONGEST_TIMEOUT_S = 2**31 - 1
-"""The ioctl's int; drivers refuse far shorter ones, and then keep their own."""
+"""The largest int of the ioctl. Drivers refuse timeouts far shorter than that, and then keep their own."""
 
 FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 

@@ -275,7 +275,7 @@ class ClientSession(Shape, frozen=True):
 
 
 class HeartbeatRequest(Shape, frozen=True):
-    """A sign of life. Without Instance and Epoch it is plain v1."""
+    """A heartbeat. Without Instance and Epoch it is plain v1."""
 
     score: Annotated[Score, doc("A number from 0 to 100: the share of streams that are active.")]
     last_data: GivenLastData = None

@@ -47,7 +47,7 @@ NESTED: tuple[type[Shape], ...] = (
 REFERENCE = "#/components/schemas/{name}"
 
 MAX_LEVELS = 200
-"""Lists and objects inside one another, anywhere in a body: no parser of it runs out of stack."""
+"""Levels of lists and objects in a body, so that no parser of it runs out of stack."""
 
 MAX_DIGITS = 4000
 """Digits of an integer in a wrong body: Python converts no more than 4300."""

@@ -102,6 +102,6 @@ def suggest(name: str, names: Sequence[str], otherwise: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A refused value, without credentials and not too long."""
+    """Format a refused value, without credentials and not too long."""
     text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

@@ -55,7 +55,7 @@ T = TypeVar("T")
 def must(
     right: str, holds: Callable[[T], object], first: Callable[[Any], T] = lambda value: value
 ) -> Callable[[Any], T]:
-    """A parser: ``first`` reads the value. If ``holds`` is false of that, it "must" and ``right``."""
+    """Build a parser: ``first`` parses; then ``holds`` has to be true, or the error is "must" and ``right``."""
 
     def parse(given: Any) -> T:
         value = first(given)

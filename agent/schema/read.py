@@ -250,7 +250,7 @@ class Sources(Generic[S]):
     def _lines(self, fault: Fault) -> list[str]:
         """A fault with the place where the value was given."""
         key, place = fault.key, self.origin(fault.key)
-        if fault.tables is not None:  # its sentences have table and key
+        if fault.tables is not None:  # its sentences name table and key
             return [f"{place}: {text}" for text in fault.tables.faults]
         if key in self.flags:
             place = f"{place} {shown(self.flags[key])}"

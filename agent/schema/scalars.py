@@ -159,7 +159,7 @@ def not_json(given: str | bytes, whole: str, why: str) -> str:
 
 
 def shown(given: object) -> str:
-    """A wrong value as JSON, or what kind of thing it is if it is large."""
+    """Format a wrong value as JSON, or as its kind if it is a list or an object."""
     match given:
         case list() | tuple():
             return "a list"

@@ -153,10 +153,11 @@ else:
 
         @classmethod
         def read(cls, given: object) -> int:
-            number = not isinstance(given, bool) and isinstance(given, int | float)
-            if not number or given % 1 or not cls.least <= given <= cls.most:
+            if isinstance(given, float) and given.is_integer():
+                given = int(given)
+            if type(given) is not int or not cls.least <= given <= cls.most:
                 raise TypeError
-            return int(given)
+            return given
 
         @classmethod
         def schema(cls) -> dict[str, Any]:

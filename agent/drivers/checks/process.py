@@ -77,7 +77,7 @@ def _look(pid: int) -> _Found | None:
     fields = rest.split()
     started = int(fields[STAT_STARTED])
     if f"\nTgid:\t{pid}\n" not in status:
-        return None  # the number of a thread
+        return None  # the id of a thread, not of a process
     if fields[STAT_STATE] in GONE and not proctree.lives((pid, started)):
         return None  # a zombie; one whose main thread alone has ended is shown as one, and is none
     return _Found(pid, head.partition("(")[2], started)

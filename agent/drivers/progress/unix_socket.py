@@ -114,7 +114,7 @@ class Listener:
         except asyncio.CancelledError:
             self._abandoned = True
             raise
-        except TimeoutError as error:  # which is an OSError
+        except TimeoutError as error:  # a subclass of OSError
             self._abandoned = True
             raise self._error(f"no answer within {FILE_S:g} s") from error
         except (OSError, StuckError) as error:
@@ -166,7 +166,9 @@ class Listener:
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
             _clear(path, kind)
-            os.fchmod(listening.fileno(), mode)  # on Linux bind goes by it: no moment with more
+            os.fchmod(
+                listening.fileno(), mode
+            )  # bind applies it, so the socket never has a wider mode
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
         except OSError:

@@ -274,7 +274,7 @@ async def send(
         problem = f"gave no answer within {timeout_s:.3g} s"
         right = "check that the server is healthy and that nothing on the way drops packets"
         raise _error(what, url, problem, right, ExitCode.NO_ANSWER) from None
-    except Exception as error:  # the one edge: whatever the HTTP stack raises is no answer
+    except Exception as error:  # any exception of the HTTP stack means that there is no answer
         raise _classify(what, url, error, headers_came=headers_came) from error
     return Answer(what, url, response.status_code, response.headers, body)
 
