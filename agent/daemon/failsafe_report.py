@@ -16,7 +16,7 @@ from agent.ops.logs import Log
 from agent.schema.scalars import format_date_time
 
 LONGEST_WHY = 512
-DESCRIBED_MEMBERS = 16
+DESCRIBED_MEMBERS = 8
 """Of the state file, which has a bound itself: characters of a reason, and members, those that are not
 ready first."""
 
