@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .failsafe_faults import Story
 from .failsafe_planted import PLANTED, PlantedFailsafe
 from .failsafe_runs import (
-    L,
-    Story,
     random_run,
     sweep_handover,
     sweep_killed,
     sweep_outage,
     sweep_partial,
 )
+from .failsafe_world import L
 from .schedule import Plan
 from .search import EXAMPLES, LONG, live_on, live_through, plans
 from .world import BrokenPromiseError
