@@ -32,6 +32,7 @@ IMAGE = f"failover-agent:{__version__}"
 ETCD_IMAGE = "gcr.io/etcd-development/etcd:v3.5.21"
 COMPOSE = yaml.safe_load((ROOT / "config/compose.yaml").read_text())
 COMPOSE_ETCD = yaml.safe_load((ROOT / "config/compose-etcd.yaml").read_text())
+COMPOSE_FAILSAFE = yaml.safe_load((ROOT / "config/compose-failsafe.yaml").read_text())
 COMPOSE_FILES = {"compose": COMPOSE, "compose-etcd": COMPOSE_ETCD}
 
 
@@ -61,7 +62,7 @@ SECRET_KEYS = {
     "failover-coordinator-tls": {"tls.crt", "tls.key"},
     "failover-coordinator-users": {"users"},
     "failover-coordinator-etcd": {"etcd-ca.crt", "etcd-password", "ca.crt"},
-    "failover-member": {"password", "ca.crt"},
+    "failover-member": {"password", "ca.crt", "failsafe"},
 }
 """As docs/container.md has them made."""
 
@@ -185,6 +186,27 @@ def test_prometheus_asks_every_service_at_its_port() -> None:
     }
     assert targets == hosts | {"coordinator:5470"}
     assert (ROOT / "config" / COMPOSE["configs"]["rules"]["file"]).is_file()
+
+
+def test_failsafe_is_added_to_every_host_of_the_compose_file() -> None:
+    assert faults(COMPOSE_FAILSAFE, schema("compose.json")) == []
+    hosts = {name for name in COMPOSE["services"] if name.startswith("host-")}
+    assert set(COMPOSE_FAILSAFE["services"]) == hosts
+    for name, service in COMPOSE_FAILSAFE["services"].items():
+        variables, (secret,) = service["environment"], service["secrets"]
+        port = variables["FAILOVER_AGENT_FAILSAFE_LISTEN"].rpartition(":")[2]
+        assert variables["FAILOVER_AGENT_FAILSAFE_URL"] == f"http://{name}:{port}"
+        assert variables["FAILOVER_AGENT_FAILSAFE_SECRET_FILE"] == secret["target"]
+        assert secret["source"] in COMPOSE_FAILSAFE["secrets"]
+        assert (secret["uid"], secret["mode"]) == ("10001", 0o400)
+
+
+def test_pods_reach_one_another_for_failsafe() -> None:
+    (policy,) = [m["spec"] for m in MANIFESTS[:8] if named(m) == "NetworkPolicy-collector"]
+    pods = [{"podSelector": policy["podSelector"]}]
+    rule = [{"port": "failsafe"}]
+    assert {"from": pods, "ports": rule} in policy["ingress"]
+    assert {"to": pods, "ports": rule} in policy["egress"]
 
 
 # -- Kubernetes ------------------------------------------------------------------------------------
@@ -364,7 +386,8 @@ def environment_of(container: dict[str, Any], pod: str) -> dict[str, str]:
     """As the kubelet sets it in the container of a pod of that name."""
     found: dict[str, str] = {}
     for variable in container["env"]:
-        value = variable.get("value", pod)  # the only field that is asked for is metadata.name
+        field = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
+        value = variable.get("value", {"status.podIP": "192.0.2.7"}.get(field, pod))
         for name, known in found.items():
             value = value.replace(f"$({name})", known)
         found[variable["name"]] = value

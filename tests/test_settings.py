@@ -461,6 +461,63 @@ def test_settings_of_proxy_and_probe_that_do_not_fit_are_refused_by_name(
     assert "hunter2" not in told
 
 
+FAILSAFE = {"failsafe_listen": "192.0.2.1:5480", "failsafe_secret_file": "{secret}"}
+TLS = {"failsafe_certificate": "{secret}", "failsafe_key": "{secret}"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "right"),
+    [
+        ({"failsafe_listen": "192.0.2.1:5480"}, "needs failsafe_secret_file too"),
+        ({"failsafe_secret_file": "{secret}"}, "needs failsafe_listen too"),
+        ({"failsafe_url": "http://a:1"}, "needs failsafe_listen and failsafe_secret_file too"),
+        (TLS, "needs failsafe_listen and failsafe_secret_file too"),
+        ({**FAILSAFE, "failsafe_key": "{secret}"}, "needs failsafe_certificate too"),
+        ({**FAILSAFE, "failsafe_ca_file": "{secret}"}, "needs failsafe_certificate and"),
+        ({**FAILSAFE, "failsafe_listen": "0.0.0.0:5480"}, "set failsafe_url too"),
+        ({**FAILSAFE, "failsafe_listen": "[::]:5480"}, "set failsafe_url too"),
+        ({**FAILSAFE, "failsafe_listen": "localhost:5480"}, "set failsafe_url too"),
+        ({**FAILSAFE, "failsafe_listen": "192.0.2.1:0"}, "set failsafe_url too"),
+        ({**FAILSAFE, "failsafe_url": "https://a:1"}, "must be http://"),
+        ({**FAILSAFE, **TLS, "failsafe_url": "http://a:1"}, "must be https://"),
+        ({**FAILSAFE, "failsafe_url": "http://a"}, "http(s)://HOST:PORT"),
+        ({**FAILSAFE, "failsafe_url": "http://a:1/path"}, "http(s)://HOST:PORT"),
+        ({**FAILSAFE, "failsafe_url": "http://u:hunter2@a:1"}, "use failsafe_secret_file"),
+        ({**FAILSAFE, "failsafe_url": f"http://{'a' * 250}:1"}, "at most 256 characters"),
+    ],
+)
+def test_settings_of_failsafe_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, flags: dict[str, str], right: str
+) -> None:
+    given = {name: value.format(secret=secret(tmp_path)) for name, value in flags.items()}
+    told, _ = faults(AgentSettings, given)
+    assert any(right in one for one in told)
+    assert not any("hunter2" in one for one in told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "url"),
+    [
+        ({}, None),
+        (FAILSAFE, "http://192.0.2.1:5480"),
+        ({**FAILSAFE, "failsafe_listen": "[2001:db8::1]:5480"}, "http://[2001:db8::1]:5480"),
+        ({**FAILSAFE, **TLS}, "https://192.0.2.1:5480"),
+        ({**FAILSAFE, "failsafe_url": "http://a.example:1/"}, "http://a.example:1"),
+        (
+            {**FAILSAFE, "failsafe_listen": "0.0.0.0:0", "failsafe_url": "http://a:1"},
+            "http://a:1",
+        ),
+    ],
+)
+def test_other_members_reach_failsafe_by_one_url(
+    tmp_path: Path, flags: dict[str, str], url: str | None
+) -> None:
+    given = {name: value.format(secret=secret(tmp_path)) for name, value in flags.items()}
+    settings = load(AgentSettings, given)
+    assert settings.member_url == url
+    assert settings.timing.failsafe is (url is not None)
+
+
 @pytest.mark.parametrize("names", ["a:80", "a b", "http://a", "-a", "a." * 200, ",".join("a" * 17)])
 def test_what_is_no_list_of_host_names_is_refused(names: str) -> None:
     (told, *_), _ = faults(CoordinatorSettings, {"host_names": names})

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import click
 
+from agent.cli.explain_timing import timing_parts
 from agent.cli.options import CONFIG_FLAG, JSON_FLAG, load_agent, sources
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Settings, is_unset, settings_of
@@ -41,7 +41,7 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
         if warning := warn_of_exposure(agent):
             click.echo(f"warning: probe_listen: {agent.probe_listen}: {warning}", err=True)
 
-        timing = asdict(agent.timing)
+        timing = timing_parts(agent.timing)
         timing["longest_stop_s"] = longest_stop_s(agent, agent.timing)
     if as_json:
         click.echo(json.dumps(_document(settings, origin, timing), indent=2))

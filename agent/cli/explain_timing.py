@@ -39,15 +39,37 @@ def command(*, as_json: bool, **given: Any) -> int:
     smallest_s = smallest_lease_s(budget)
     if as_json:
         document = {
-            **asdict(timing),
+            **timing_parts(timing),
             "rules": [{"rule": rule, "holds": holds} for rule, holds in timing.rules()],
             "smallest_lease_s": smallest_s if math.isfinite(smallest_s) else None,
         }
+        if timing.failsafe:
+            document["questions"] = count_questions(timing)
         click.echo(json.dumps(document, indent=2))
     else:
         click.echo("\n".join(explain(timing, smallest_s)))
     plan(lease_s, budget)  # raises if R1 does not hold: the picture above shows where
     return 0
+
+
+def timing_parts(timing: Timing) -> dict[str, float]:
+    """The parts of a timing by name, in seconds; those of failsafe only with it."""
+    parts: dict[str, float] = asdict(timing)
+    del parts["failsafe"]
+    if timing.failsafe:
+        parts |= {"doubt_s": timing.doubt_s, "question_interval_s": timing.question_interval_s}
+    return parts
+
+
+def count_questions(timing: Timing) -> int:
+    """How many questions a primary asks each other member within R, counted from the last renewal."""
+    left_s = timing.renew_s - _first_question_s(timing)
+    return max(0, math.ceil(left_s / timing.question_interval_s)) if timing.renew_s > 0 else 0
+
+
+def _first_question_s(timing: Timing) -> float:
+    """When it asks them first, at the latest: the next heartbeat has then no answer yet."""
+    return timing.heartbeat_interval_s + timing.doubt_s
 
 
 def explain(timing: Timing, smallest_s: float) -> list[str]:
@@ -64,13 +86,26 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
         ("^ beat", timing.heartbeat_interval_s, "from one heartbeat to the next"),
         ("  request timeout", timing.request_timeout_s, "for one heartbeat and its answer"),
     ]
+    if timing.failsafe:
+        rows += [
+            ("  doubt", timing.doubt_s, "silence of so long: other members are asked"),
+            ("? question", timing.question_interval_s, "from one question to the next"),
+        ]
     lines += [f"  {name:<18}{part_s:>12.3f} s  {text}" for name, part_s, text in rows]
+    if timing.failsafe:
+        lines += ["", _explain_questions(timing)]
     lines.append("")
     for rule, holds in timing.rules():
         text = f"{'holds ' if holds else 'BROKEN'}  {rule}"
         lines += textwrap.wrap(text, COLUMNS - 2, initial_indent="  ", subsequent_indent=" " * 10)
     right = f"{smallest_s:g} s" if math.isfinite(smallest_s) else "none; change the broken part"
     return [*lines, "", f"Smallest failover timeout that fits these budgets: {right}"]
+
+
+def _explain_questions(timing: Timing) -> str:
+    first_s = _first_question_s(timing)
+    count = count_questions(timing)
+    return f"Questions of failsafe within R: {count}, the first after {first_s:g} s at the latest"
 
 
 def _bar(timing: Timing) -> list[str]:
@@ -98,9 +133,15 @@ def _bar(timing: Timing) -> list[str]:
     step_s = max(
         timing.heartbeat_interval_s, whole_s / BAR
     )  # closer than a column they are one mark
-    beats = {column(number * step_s) for number in range(int(renew_s / step_s) + 1)}
+    signs = {column(number * step_s): "^" for number in range(int(renew_s / step_s) + 1)}
+    if timing.failsafe:
+        step_s = max(timing.question_interval_s, whole_s / BAR)
+        at_s = _first_question_s(timing)
+        while at_s < renew_s:
+            signs.setdefault(column(at_s), "?")
+            at_s += step_s
     return [
         "  " + "".join(marks.get(place, " ") for place in range(BAR + 1)).rstrip(),
         "  " + "".join(bar).rstrip(),
-        "  " + "".join("^" if place in beats else " " for place in range(BAR + 1)).rstrip(),
+        "  " + "".join(signs.get(place, " ") for place in range(BAR + 1)).rstrip(),
     ]

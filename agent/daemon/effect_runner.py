@@ -6,7 +6,7 @@ is a task; if one fails, its event is posted all the same. Decides nothing.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.core.effects import (
@@ -24,9 +24,11 @@ from agent.core.effects import (
     SendHeartbeat,
     StartHook,
     TermHook,
+    Vote,
 )
 from agent.core.events import (
     Answered,
+    Asked,
     Event,
     HeartbeatFailed,
     HeartbeatFailure,
@@ -35,6 +37,8 @@ from agent.core.events import (
     Released,
 )
 from agent.core.session import Phase
+from agent.daemon.failsafe import Failsafe, LoadAccess, start_failsafe
+from agent.daemon.failsafe_report import FailsafeLog
 from agent.daemon.guard_control import GuardControl
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published
@@ -67,6 +71,7 @@ class EffectRunner:
         exit_code: set by Exit.
         escalated: the demotion has failed, and the processes of the tenure were killed (R4).
         announcer: publishes each role to an MQTT broker; set when it has started.
+        failsafe: asks the other members; set when its listener has started, if it is configured.
     """
 
     member: Member
@@ -79,8 +84,10 @@ class EffectRunner:
     exit_code: ExitCode | None = None
     escalated: bool = False
     announcer: "Announcer | None" = None
+    failsafe: Failsafe | None = None
     _joining: asyncio.Task[None] | None = None
     _following: bool = False
+    _failsafe_log: FailsafeLog = field(default_factory=FailsafeLog)
 
     def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
         """Carry effects out, in their order.
@@ -95,6 +102,7 @@ class EffectRunner:
         if effects:  # without effects, nothing has changed since the update above
             self.guard_control.update()
         self.state_publisher.write()
+        self._log_failsafe()
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
         member, start = self.member, self.supervisor.start
@@ -103,14 +111,15 @@ class EffectRunner:
             case Publish():
                 self._publish(effect, lease_until)
             case SendHeartbeat():
-                failure_event = HeartbeatFailed(
+                failed = HeartbeatFailed(
                     effect.number, HeartbeatFailure.OTHER, "the heartbeat's task has failed"
                 )
-                start(
-                    "heartbeat", requests.send_heartbeat(effect.number), failure_event=failure_event
-                )
+                start("heartbeat", requests.send_heartbeat(effect), failure_event=failed)
             case Ask():
-                self.post_event(Answered(effect.nonce, yes=False, why="failsafe is off"))
+                failure_event = Answered(
+                    effect.nonce, yes=False, why="the question's task has failed"
+                )
+                start("question", self._ask(effect), failure_event=failure_event)
             case StartHook():
                 self._start_hook(effect)
             case TermHook():
@@ -129,6 +138,49 @@ class EffectRunner:
                 self._escalate(effect.reason)
             case Exit():
                 self.exit_code = effect.code
+
+    # -- failsafe -------------------------------------------------------------------------------
+
+    async def start_failsafe(self, load: LoadAccess | None) -> None:
+        """Listen for the questions of other members, if failsafe is configured. Raises ConfigError."""
+        if self.member.settings.failsafe_listen is not None and load is not None:
+            self.failsafe = await start_failsafe(
+                self.member, load, vote=self.vote, post_event=self.post_event
+            )
+
+    async def stop_failsafe(self) -> None:
+        """Stop listening. May be called without a start."""
+        if self.failsafe is not None:
+            await self.failsafe.stop()
+
+    def vote(self, asked: Asked) -> Vote:
+        """Answer the question of another member; no step follows one that has failed."""
+        if self.guard_control.frozen:
+            return Vote(yes=False, why="the agent has failed")
+        session = self.member.session
+        lease_until = session.lease_until
+        try:
+            vote, effects = session.vote(asked, self.member.clock.boottime())
+            self.perform(effects, lease_until)
+        except Exception as error:  # noqa: BLE001 - reported: the agent stops, not just this request
+            self.supervisor.report_failure("vote", error)
+            return Vote(yes=False, why="the agent has failed")
+        return vote
+
+    async def _ask(self, effect: Ask) -> None:
+        assert self.failsafe is not None  # noqa: S101 - it has started before the join
+        await self.failsafe.ask(effect)
+
+    def _log_failsafe(self) -> None:
+        session, now = self.member.session, self.member.clock.boottime()
+        if session.options.failsafe is not None:
+            self._failsafe_log.on_step(
+                session.failsafe_view(now),
+                now,
+                tenure=session.tenure if session.role is not Role.SECONDARY else None,
+                end=self.member.published.reason,
+                settle_s=session.timing.renew_s,
+            )
 
     # -- roles ----------------------------------------------------------------------------------
 
@@ -267,6 +319,7 @@ class EffectRunner:
             log.warning("role not released, its lease will expire", reason="state file not written")
             self.post_event(Released())
             return
+        self._failsafe_log.on_release(effect)
         await member.requests.release(effect)
         self.state_publisher.on_released()
 

@@ -62,6 +62,11 @@ class GuardControl:
         """Whether a demotion has yet to succeed: something is promoted, or being demoted."""
         return self._armed
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the session has failed."""
+        return self._frozen
+
     def freeze(self) -> None:
         """Leave both as they are from now on: the session has failed and cannot be trusted."""
         self._frozen = True

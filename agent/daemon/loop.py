@@ -21,6 +21,7 @@ from agent.core.events import Event, Stalled, Stop, Tick
 from agent.core.session import Phase, Session
 from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.effect_runner import EffectRunner
+from agent.daemon.failsafe import LoadAccess
 from agent.daemon.guard_control import BY_GUARD, GuardControl
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published, build_announcer, build_options
@@ -44,8 +45,8 @@ from agent.schema.settings import AgentSettings
 if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
-INBOX_SIZE = 256
-"""Bound of the inbox. Eight heartbeats, one hook and one status read can be in flight."""
+INBOX_SIZE = 512
+"""Bound of the inbox. In flight can be eight heartbeats, one hook, one status read, and MAX_QUESTIONS."""
 
 SUSPENDED_S = 0.05
 """The gap between boot time and monotonic time from which the host counts as suspended; less is noise."""
@@ -63,7 +64,8 @@ class Daemon:
         state_file: locked by this process.
         start_probe: starts the local HTTP server and returns its URL, or None without one; raises
             ConfigError.
-        credentials: the files of the client and of the probe, once both are there.
+        load_failsafe: loads the secret and the certificates of failsafe.
+        credentials: the files of all of these, once they are there.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class Daemon:
         notify: Notify | None = None,
         clock: Clock | None = None,
         start_probe: "Callable[[Daemon], Awaitable[str | None]] | None" = None,
+        load_failsafe: LoadAccess | None = None,
         credentials: CredentialFiles | None = None,
     ) -> None:
         self._make_client = make_client
         self._start_probe = start_probe
+        self._load_failsafe = load_failsafe
         self._credentials = credentials or CredentialFiles()
         self._claim = state_file.claim
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
@@ -177,6 +181,7 @@ class Daemon:
             refused=refused_times(host_health.source, self._member.stats.future_refused),
             mqtt_up=None if announcer is None else announcer.up,
             mqtt_failures=0 if announcer is None else announcer.failures,
+            failsafe=None if self._effects.failsafe is None else self._effects.failsafe.snapshot(),
         )
 
     def reload(self, reread: Callable[[], AgentSettings]) -> None:
@@ -264,6 +269,7 @@ class Daemon:
         member.requests.set_client(await self._make_client())
         if self._start_probe is not None:
             member.role_runner.payloads.probe_url = await self._start_probe(self)
+        await self._effects.start_failsafe(self._load_failsafe)
         if member.settings.mqtt is not None:
             self._announcer = build_announcer(member)
         await self._guard_control.start(self._host_health.on_guard_changed, self._claim)
@@ -293,6 +299,7 @@ class Daemon:
         if self._loop_error is not None:  # exit quickly: the guard acts when this process has ended
             await self._guard_control.stop()
             return
+        await self._effects.stop_failsafe()
         await self._supervisor.cancel_all()
         await self._host_health.stop()
         await self._guard_control.stop()

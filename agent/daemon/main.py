@@ -13,9 +13,15 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from agent.daemon.credential_files import CredentialFiles
+from agent.daemon.failsafe import UseAccess
 from agent.daemon.leftover_workload import add_hint
 from agent.daemon.loop import Daemon
 from agent.daemon.telemetry import PROBES, Snapshot
+from agent.drivers.failsafe.access import (
+    FailsafeAccess,
+    failsafe_files,
+    load_failsafe_access,
+)
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.client import status_path
@@ -80,6 +86,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
                 state_file,
                 notify=notify,
                 start_probe=partial(_start_probe, settings, credentials, stack),
+                load_failsafe=partial(_load_failsafe, settings, credentials),
                 credentials=credentials,
             )
         except FailoverError as error:
@@ -130,6 +137,15 @@ async def _start_probe(
     if warning := warn_of_exposure(settings):
         log.warning("probe can be reached from other machines", probe=address, reason=warning)
     return f"{'https' if access.tls is not None else 'http'}://{address}"
+
+
+async def _load_failsafe(
+    settings: AgentSettings, credentials: CredentialFiles, use: UseAccess
+) -> FailsafeAccess:
+    """The secret and the certificates of failsafe; changed ones are put into force by ``use``."""
+    return await credentials.load(
+        "failsafe", failsafe_files(settings), partial(load_failsafe_access, settings), use
+    )
 
 
 def _probe_server(daemon: Daemon) -> ProbeServer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from agent.core.options import FailsafeOptions
 from agent.core.session import Options, Session
 from agent.daemon.payload import EVENTS
 from agent.daemon.requests import Requests
@@ -72,6 +73,7 @@ def build_options(
         jitter: from 0 to 1, drawn once for this process.
         store_id: the store that the session has joined, if any.
     """
+    url = settings.member_url
     return Options(
         session_id=session_id,
         hooks=role_runner.roles,
@@ -84,6 +86,7 @@ def build_options(
         cooldown_limit_s=settings.cooldown_limit,
         jitter=jitter,
         store_id=store_id,
+        failsafe=None if url is None else FailsafeOptions(url),
     )
 
 

@@ -18,6 +18,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from agent import __version__
+from agent.core.failsafe_view import FailsafeView, Readiness
+from agent.daemon.failsafe_report import FailsafeSnapshot
 from agent.daemon.telemetry import Histogram, Snapshot, why_not_ready
 from agent.model import Role
 from agent.ops import logs
@@ -68,6 +70,8 @@ class AgentCollector(Collector):
         yield from _data_families(snap)
         yield from _health_families(snap)
         yield from _mqtt_families(snap)
+        if snap.failsafe is not None:
+            yield from _failsafe_families(snap, snap.failsafe)
 
 
 def _identity_families(snap: Snapshot) -> Iterator[Metric]:
@@ -293,6 +297,52 @@ def _mqtt_families(snap: Snapshot) -> Iterator[Metric]:
         "Failed or lost connections to the MQTT broker.",
         [({}, snap.mqtt_failures if there else None)],
     )
+
+
+def _failsafe_families(snap: Snapshot, failsafe: FailsafeSnapshot) -> Iterator[Metric]:
+    view = failsafe.view
+    yield _gauge(
+        "failover_agent_failsafe_state",
+        "1 for the state of failsafe, 0 for the others. ready: could keep the role without the coordinator,"
+        " or answers a primary; holding: keeps it so. These metrics are absent unless failsafe is configured.",
+        [({"state": one.value}, float(one is view.readiness)) for one in Readiness],
+    )
+    yield _gauge(
+        "failover_agent_failsafe_member_ready",
+        "At a primary, 1 for each other member whose last answer was yes; else 0.",
+        [({"member": one.member.id}, float(one.ready)) for one in view.members],
+    )
+    yield _gauge(
+        "failover_agent_failsafe_hold_seconds",
+        "How long this member has been primary without the coordinator; absent while it is not.",
+        [({}, snap.now - view.since if _is_holding(view) and view.since is not None else None)],
+    )
+    yield _gauge(
+        "failover_agent_failsafe_promise_remaining_seconds",
+        "How long this member may accept no role, by its promise to another one; 0 without a promise.",
+        [({}, max(0.0, (view.promised_until or snap.now) - snap.now))],
+    )
+    yield _counter(
+        "failover_agent_failsafe_questions_total",
+        "Questions to other members while the coordinator was in doubt, by the answer; error: none that"
+        " counts.",
+        [({"answer": one.value}, count) for one, count in failsafe.asked.items()],
+    )
+    yield _counter(
+        "failover_agent_failsafe_votes_total",
+        "Answers to the questions of other members.",
+        [({"vote": one.value}, count) for one, count in failsafe.votes.items()],
+    )
+    yield _counter(
+        "failover_agent_failsafe_refused_total",
+        "Requests to the listener of failsafe that were no question of a member, by reason; no_challenge is"
+        " normal for the first one of a process.",
+        [({"reason": reason}, count) for reason, count in failsafe.refused.items()],
+    )
+
+
+def _is_holding(view: FailsafeView) -> bool:
+    return view.readiness is Readiness.HOLDING
 
 
 # -- families ---------------------------------------------------------------------------------------

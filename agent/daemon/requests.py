@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
-from agent.core.effects import Release
+from agent.core.effects import Release, SendHeartbeat
 from agent.core.events import (
     Event,
     HeartbeatAnswered,
@@ -118,13 +118,14 @@ class Requests:
 
     # -- heartbeats -----------------------------------------------------------------------------
 
-    async def send_heartbeat(self, number: int) -> None:
+    async def send_heartbeat(self, effect: SendHeartbeat) -> None:
         """Send one heartbeat; posts HeartbeatAnswered or HeartbeatFailed."""
+        number = effect.number
         stats, sent = self.stats, self.clock.now()
         endpoint = self.client.endpoint
         stats.in_flight[number] = sent.mono
         try:
-            answer = await self._request_heartbeat(endpoint)
+            answer = await self._request_heartbeat(endpoint, effect)
         except ServerError as error:
             stats.heartbeats_failed[failure_reason(error)] += 1
             self._record_failure(endpoint, error)
@@ -150,7 +151,8 @@ class Requests:
         finally:
             del stats.in_flight[number]
 
-    async def _request_heartbeat(self, endpoint: str) -> HeartbeatAnswer:
+    async def _request_heartbeat(self, endpoint: str, effect: SendHeartbeat) -> HeartbeatAnswer:
+        failsafe = self.session.options.failsafe if self._has_extensions else None
         score, last_data = self.heartbeat_content()
         answer = await self.client.heartbeat(
             self._group,
@@ -160,6 +162,10 @@ class Requests:
             instance=self.instance if self._has_extensions else None,
             seen_epoch=self.session.newest_epoch if self._has_extensions else None,
             timeout_s=self._timeout_s,
+            failsafe_url=None if failsafe is None else failsafe.url,
+            holds=None if failsafe is None else effect.holds,
+            failsafe_revision=None if failsafe is None else effect.failsafe_revision,
+            promised=failsafe is not None and effect.promised,
         )
         if not self.session.accepts_store(answer.store_id):
             raise self.client.refuse(endpoint, answer.store_id)
@@ -283,6 +289,7 @@ class Requests:
             reason=effect.reason[:LONGEST_REASON],
             hold_off_s=effect.hold_off_s or None,
             last_data=self.heartbeat_content()[1],
+            held=effect.held,
             timeout_s=limit_s,
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from agent import __version__
 from agent.core.session import Phase, PreviousTenure
+from agent.daemon.failsafe_report import describe_failsafe
 from agent.daemon.member import Member
 from agent.daemon.previous_state import boot_id
 from agent.daemon.telemetry import Snapshot
@@ -70,6 +71,7 @@ class StatePublisher:
         session, published, data = member.session, member.published, member.progress
         demotion = member.role_runner.demotion_hook
         holds = published.role is not Role.SECONDARY
+        failsafe = {} if session.options.failsafe is None else {"failsafe": self._failsafe()}
         return {
             "group": member.settings.group,
             "session": member.session_id,
@@ -97,7 +99,13 @@ class StatePublisher:
             "stop_command": list(demotion.value) if demotion is not None else [],
             "pid": os.getpid(),
             "version": __version__,
+            **failsafe,
         }
+
+    def _failsafe(self) -> dict[str, Any]:
+        clock = self._member.clock
+        now = clock.boottime()
+        return describe_failsafe(self._member.session.failsafe_view(now), now, clock.wall())
 
     def _unreleased(self) -> dict[str, Any] | None:
         """The tenure that the next process has to release: this process's, or the previous one's."""
@@ -135,6 +143,7 @@ class StatePublisher:
             self._unreleased_epoch = session.tenure
         key = (
             session.renew_by,
+            session.failsafe_view(self._member.clock.boottime()),
             session.store_id,
             self._member.published,
             self._member.role_runner.payloads.probe_url,

@@ -67,6 +67,11 @@ class Supervisor:
 
         loop.set_exception_handler(handle)
 
+    def report_failure(self, name: str, error: BaseException) -> None:
+        """Report the failure of something that is no task."""
+        if not self._closing:
+            self._on_failed(name, error)
+
     async def cancel_all(self) -> None:
         """Cancel every task and wait until all have ended. Later failures are not reported."""
         await asyncio.sleep(0)  # report the tasks that have failed already

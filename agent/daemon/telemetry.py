@@ -15,6 +15,7 @@ from agent.core.effects import Cause, Publish
 from agent.core.roles import TRANSITIONS
 from agent.core.session import Phase
 from agent.core.timing import Timing
+from agent.daemon.failsafe_report import FailsafeSnapshot
 from agent.errors import ExitCode, ServerError
 from agent.model import Instant, Role
 
@@ -168,6 +169,7 @@ class Snapshot:
         refused: refused data-processed times, by reason.
         mqtt_up: whether the role is announced to the MQTT broker; None without one.
         mqtt_failures: failed or lost connections to the broker.
+        failsafe: None if it is not configured.
     """
 
     now: float
@@ -197,6 +199,7 @@ class Snapshot:
     notifications_dropped: int
     notifications_failed: int
     stats: Stats
+    failsafe: FailsafeSnapshot | None = None
 
     @property
     def role(self) -> Role:
@@ -229,7 +232,7 @@ def why_not_ready(snap: Snapshot) -> str | None:
     if snap.unfit:
         return f"unfit to be primary: {'; '.join(snap.unfit.values())}"
     silent_s = snap.now - snap.stats.heard_at
-    if silent_s >= snap.timing.lease_s:
+    if snap.role is not Role.PRIMARY and silent_s >= snap.timing.lease_s:
         return f"no heartbeat was answered within {snap.timing.lease_s:g} s"
     return why_not_live(snap)
 

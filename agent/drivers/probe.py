@@ -1,6 +1,6 @@
 """The agent's local HTTP server, for reports of the workload, health probes, status and metrics.
 
-Owns the listening socket, bounds and JSON shapes. Knows nothing of what a report, a status, a verdict
+Owns paths, bounds and JSON shapes. Knows nothing of what a report, a status, a verdict
 or a metric means: callbacks provide them; they run in the event loop and must not block.
 
     POST /data-processed {"time": "2026-01-31T12:00:00Z"}  -> 200 {"time": the current value}
@@ -14,12 +14,8 @@ sentence. Pages of other sites are refused. Without a password every caller is t
 """
 
 import asyncio
-import errno
 import json
-import logging
-import os
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -32,13 +28,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
-from agent.errors import ConfigError, ExitCode
 from agent.ops.browsers import RESOLUTION, BrowserCheck, is_json
-from agent.ops.logs import Log
+from agent.ops.http_server import HttpServer, Limits
 from agent.ops.probe_access import ProbeAccess
 from agent.schema.addresses import Address, is_loopback
 from agent.schema.scalars import format_date_time, parse_date_time
@@ -46,35 +38,15 @@ from agent.schema.scalars import format_date_time, parse_date_time
 MAX_BODY_BYTES = 64 * 1024
 """A report is under 100 bytes."""
 
-MAX_REQUEST_BYTES = 1024 * 1024
-"""Head, body and trailers of one request. Well above MAX_BODY_BYTES, so that a body that is too long is
-answered with 413; the connection of a longer request is closed."""
-
-MAX_HEAD_BYTES = 16 * 1024
-MAX_HEADERS = 64
-"""Of one request: a browser sends under 4 KiB in 20 headers."""
-
-MAX_PIPELINED = 8
-"""Requests that wait for the answer before theirs, on one connection."""
-
-MAX_CONNECTIONS = 32
-"""A workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60. TLS handshakes count."""
-
-BACKLOG = 64
-"""Connections that wait to be accepted."""
-
-NO_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
-"""The host does not have an address, or its whole family."""
-
-ACCEPT_PAUSE_S = 0.1
-"""After a failed accept, such as for want of descriptors."""
-
-REQUEST_S = 5.0
-"""Timeout of a connection, from its start or that of its last request, and of a TLS handshake: a slow client
-keeps one of the connections no longer."""
-
-KEEP_ALIVE_S = 3
-"""Timeout of an idle connection. Less than REQUEST_S, which is for stuck ones."""
+LIMITS = Limits(
+    connections=32,  # a workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60
+    request_s=5.0,
+    keep_alive_s=3,
+    head_bytes=16 * 1024,  # a browser sends under 4 KiB in 20 headers
+    headers=64,
+    request_bytes=1024 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
+    pipelined=8,
+)
 
 NO_PATH = (
     "There is nothing at this path; there are /livez, /readyz, /primary, /secondary, /status, /metrics"
@@ -90,17 +62,7 @@ NO_JSON = (
     "The body must be sent as application/json: pages of other sites can send forms and text; with curl"
     " use --json."
 )
-NOT_HTTP = "This is not HTTP/1.1, or it has no end."
-TOO_LARGE = (
-    f"A request may have {MAX_HEADERS} headers, together of {MAX_HEAD_BYTES} bytes, and {MAX_PIPELINED} others"
-    " may wait behind it."
-)
 READS = ("GET", "OPTIONS")
-
-STOP_S = 0.05
-"""How long a stop waits for answers that are being sent."""
-
-log = Log(__name__)
 
 
 class ProbeServer:
@@ -128,16 +90,14 @@ class ProbeServer:
         self._metrics_lock = asyncio.Lock()
         self._access = ProbeAccess()
         self._browsers = BrowserCheck()
-        self._state = ServerState()
-        self._listeners: list[socket.socket] = []
-        self._accepting: list[asyncio.Task[None]] = []
-        self._connections: set[asyncio.Task[None]] = set()
+        self._http = HttpServer("probe", LIMITS)
 
     def use(self, access: ProbeAccess) -> None:
         """Serve new connections by other certificates, and every request by another password."""
         self._access = access
+        self._http.tls = access.tls
 
-    async def start(self, host: str, port: int) -> tuple[str, int]:
+    async def start(self, host: str, port: int) -> Address:
         """Listen; return the bound address, with the real port if ``port`` is 0.
 
         A wildcard of IPv6 serves IPv4 too.
@@ -145,83 +105,12 @@ class ProbeServer:
         Raises:
             ConfigError: LISTEN, the address is in use, not of this host, or invalid.
         """
-        config = Config(
-            self._app(),
-            lifespan="off",
-            interface="asgi3",
-            ws="none",
-            log_config=None,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        config.load()
         self._browsers = BrowserCheck(loopback=is_loopback(host))
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-            self._listeners = _listen_at_all(list(dict.fromkeys(found)))
-        except OSError as error:
-            raise _listen_error(Address(host, port), error) from error
-        self._accepting = [
-            loop.create_task(self._accept(listener, config), name="probe")
-            for listener in self._listeners
-        ]
-        address: tuple[str, int] = self._listeners[0].getsockname()[:2]
-        return address
-
-    async def _accept(self, listener: socket.socket, config: Config) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError:
-                await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            if len(self._connections) >= MAX_CONNECTIONS:
-                connection.close()
-                continue
-            serving = loop.create_task(self._serve(connection, config), name="probe connection")
-            self._connections.add(serving)
-            serving.add_done_callback(self._connections.discard)
-
-    async def _serve(self, connection: socket.socket, config: Config) -> None:
-        """Serve one connection to its end, its TLS handshake included."""
-        protocol = _Connection(config, self._state, {})
-        tls = self._access.tls
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=tls,
-                ssl_handshake_timeout=REQUEST_S if tls is not None else None,
-            )
-        except OSError:  # also of the TLS handshake, or its timeout: it was no client of ours
-            return
-        except Exception:  # a connection's edge: what one client does must not stop the agent
-            log.exception("probe connection failed")
-            return
-        await protocol.ended.wait()
+        return await self._http.start(self._app(), Address(host, port))
 
     async def stop(self) -> None:
-        """Stop listening; unfinished answers get STOP_S. May be called twice, or without a start."""
-        await _cancel(self._accepting)
-        self._close_listeners()
-        for connection in list(self._state.connections):
-            connection.shutdown()
-        if self._state.tasks:
-            await asyncio.wait(self._state.tasks, timeout=STOP_S)
-        for connection in list(self._state.connections):
-            connection.transport.abort()
-        await _cancel(self._connections)
-
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        """Stop listening. May be called twice, or without a start."""
+        await self._http.stop()
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer callers that may have one: no page of another site, and none without the password."""
@@ -275,144 +164,6 @@ class ProbeServer:
             await asyncio.sleep(0)
             page, content_type = self._metrics(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
-
-
-class _Connection(HttpToolsProtocol):
-    """uvicorn's connection, with bounds on time and size, which uvicorn does not have."""
-
-    def __init__(self, config: Config, state: ServerState, app_state: dict[str, Any]) -> None:
-        super().__init__(config, state, app_state)
-        self.ended = asyncio.Event()
-        self.access_log = False  # uvicorn's loggers are shared with other servers
-        self.logger = logging.getLogger("uvicorn.error.probe")
-        self.logger.setLevel(logging.ERROR)  # what a stranger sends is no warning
-        self._deadline: asyncio.TimerHandle | None = None
-        self._received_bytes = 0
-        self._head_bytes = 0
-        self._in_head = True
-        self._too_large = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in the base class
-        super().connection_made(transport)
-        self._restart_timeout()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline:
-            self._deadline.cancel()
-        super().connection_lost(exc)
-        self.ended.set()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._restart_timeout()
-        self._head_bytes, self._in_head = 0, True
-        self._refuse_above(len(self.pipeline), MAX_PIPELINED)
-
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value))
-        self._refuse_above(len(self.headers), MAX_HEADERS)
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._received_bytes += len(data)
-        if self._received_bytes > MAX_REQUEST_BYTES:
-            self.transport.abort()
-        elif (
-            self._in_head
-            and self._received_bytes > MAX_HEAD_BYTES
-            and not self.transport.is_closing()
-        ):
-            self._too_large = True
-            self.send_400_response(NOT_HTTP)
-
-    def send_400_response(self, _msg: str) -> None:
-        """Answer what cannot be parsed, or is too large, and close the connection."""
-        status = "431 Request Header Fields Too Large" if self._too_large else "400 Bad Request"
-        body = json.dumps({"error": TOO_LARGE if self._too_large else NOT_HTTP}).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        self._refuse_above(self._head_bytes, MAX_HEAD_BYTES)
-
-    def _refuse_above(self, number: int, most: int) -> None:
-        """Stop the parser, which answers by ``send_400_response``."""
-        if number > most:
-            self._too_large = True
-            raise ValueError("the request is too large")
-
-    def _restart_timeout(self) -> None:
-        self._received_bytes = 0
-        if self._deadline:
-            self._deadline.cancel()
-        self._deadline = self.loop.call_later(REQUEST_S, self.transport.abort)
-
-
-async def _cancel(tasks: Iterable["asyncio.Task[None]"]) -> None:
-    cancelled = list(tasks)
-    for task in cancelled:
-        task.cancel()
-    await asyncio.gather(*cancelled, return_exceptions=True)
-
-
-def _listen_at_all(found: Sequence[tuple[Any, ...]]) -> list[socket.socket]:
-    """Listen at every address of a name, on one port. Raises OSError of the first that cannot be used."""
-    listeners: list[socket.socket] = []
-    unusable: OSError | None = None
-    for family, _, _, _, place in found:
-        port = listeners[0].getsockname()[1] if listeners else place[1]
-        try:
-            listeners.append(_listen(family, (place[0], port, *place[2:])))
-        except OSError as error:
-            unusable = unusable or error
-            if error.errno not in NO_ADDRESS:  # localhost may have an address that this host lacks
-                break
-    else:
-        if listeners:
-            return listeners
-    for listener in listeners:
-        listener.close()
-    raise unusable or OSError("the name has no address")
-
-
-def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # whatever the host's default is
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(place[0] != "::"))
-        listener.setblocking(False)
-        listener.bind(place)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _listen_error(address: Address, error: OSError) -> ConfigError:
-    # not str(error) of every error: asyncio's wording is another
-    why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-    right = "choose another --probe-listen HOST:PORT on this host, with port 0 for any free one"
-    if ":" in address.host and error.errno in NO_ADDRESS:
-        right = (
-            f"this host has no such IPv6 address, or no IPv6: use 0.0.0.0:{address.port} for IPv4"
-        )
-    return ConfigError(
-        f"probe listener cannot use {address} ({why}): {right}", exit_code=ExitCode.LISTEN
-    )
 
 
 async def _read_body(request: Request) -> bytes:

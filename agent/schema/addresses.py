@@ -19,6 +19,14 @@ class Address(NamedTuple):
         """Only this machine can reach it."""
         return is_loopback(self.host)
 
+    @property
+    def is_one_place(self) -> bool:
+        """Whether this is one IP address with a port, so that others can connect to just this."""
+        try:
+            return self.port != 0 and not ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 def is_loopback(host: str) -> bool:
     """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""

@@ -347,6 +347,16 @@ def parse_base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def parse_member_url(url: str) -> str:
+    """The URL of a member's listener for failsafe, with its port."""
+    parts = check_url(url, instead="use failsafe_secret_file")
+    if parts.path.strip("/") or not parts.port or len(url) > LONGEST_ID:
+        raise ValueError(
+            f"must be http(s)://HOST:PORT without a path, of at most {LONGEST_ID} characters"
+        )
+    return url.rstrip("/")
+
+
 def parse_key_prefix(value: str) -> str:
     """The beginning of keys in etcd, without a slash at its end."""
     if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value):
@@ -455,6 +465,7 @@ Variables = Annotated[
 Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
 BaseUrls = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_base_urls)]
 BaseUrl = Annotated[str, Format("URL", "URL without a path", after=parse_base_url)]
+MemberUrl = Annotated[str, Format("URL", "URL without a path", after=parse_member_url)]
 KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=parse_key_prefix)]
 HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
 Identities = Annotated[

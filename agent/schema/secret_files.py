@@ -1,4 +1,4 @@
-"""Files with one secret: a password, or the secret of a client or of webhooks."""
+"""Files with secrets: a password, the secret of a client or of webhooks, or that of a group's members."""
 
 from pathlib import Path
 
@@ -12,19 +12,48 @@ READABLE_BY_OTHERS = 0o006
 """Permission bits that such a file must not have (its group may read it)."""
 
 
+SHORTEST_KEY = 16
+"""Characters of a secret that messages are signed with: who reads them may try any number of secrets."""
+
+MOST_KEYS = 2
+"""The secret, and another one while it is being changed."""
+
+
 def read_secret(path: Path) -> str:
     """The secret in a file, without the end of its line.
 
     Raises:
         ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
     """
+    text, size = _read_text(path)
+    if not text or size > LONGEST_SECRET or not text.isprintable():
+        raise ConfigError(f"{path}: must be one line of 1 to {LONGEST_SECRET} bytes: the secret")
+    return text
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The secrets in a file that messages are signed with, one a line; all are valid.
+
+    Raises:
+        ConfigError: as ``read_secret``, or there are more than MOST_KEYS, or one is too short.
+    """
+    text, size = _read_text(path)
+    lines = text.splitlines()
+    fits = 1 <= len(lines) <= MOST_KEYS and size <= LONGEST_SECRET
+    if not fits or not all(line.isprintable() and len(line) >= SHORTEST_KEY for line in lines):
+        raise ConfigError(
+            f"{path}: must be the secret in one line of at least {SHORTEST_KEY} characters, or two such"
+            f" lines while it is being changed, at most {LONGEST_SECRET} bytes"
+        )
+    return tuple(line.encode() for line in lines)
+
+
+def _read_text(path: Path) -> tuple[str, int]:
+    """The text of a file without the ends of its last lines, and the bytes read."""
     try:
-        secret = read_regular(path, LONGEST_SECRET, trusted_link=True)
-        text = secret.decode().rstrip("\r\n")
+        content = read_regular(path, LONGEST_SECRET, trusted_link=True)
+        return content.decode().rstrip("\r\n"), len(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be text in UTF-8, and is not") from None
-    if not text or len(secret) > LONGEST_SECRET or not text.isprintable():
-        raise ConfigError(f"{path}: must be one line of 1 to {LONGEST_SECRET} bytes: the secret")
-    return text

@@ -16,6 +16,7 @@ from agent.schema.addresses import Address, is_loopback
 from agent.schema.checks import CheckSettings
 from agent.schema.fields import RELOADABLE, Example, Range, Settings
 from agent.schema.formats import (
+    ADDRESS,
     ADDRESS_OR_OFF,
     DEFAULT_ENDPOINT,
     DURATION,
@@ -32,6 +33,7 @@ from agent.schema.formats import (
     Hook,
     Id,
     InputFile,
+    MemberUrl,
     Number,
     Program,
     ProxyUrl,
@@ -246,6 +248,30 @@ class AgentSettings(Settings):
         SecretFile | None, Example("/etc/failover-agent/proxy-password")
     ] = None
     """File with that user's password. Not set: none."""
+    failsafe_listen: Annotated[Address | None, ADDRESS, Example("192.0.2.11:5480")] = None
+    """Where the other members of the group ask this one for failsafe (docs/failsafe.md): with it a
+    primary that cannot reach the coordinator keeps the role while all of them agree. Set it for all
+    members or for none. Not set: no failsafe."""
+    failsafe_url: Annotated[MemberUrl | None, Example("http://host-a.example:5480")] = None
+    """URL at which the other members reach failsafe_listen; no other process may ever have it. Not
+    set: the address of failsafe_listen, which has to be one, with a port."""
+    failsafe_secret_file: Annotated[
+        SecretFile | None, Example("/etc/failover-agent/failsafe-secret")
+    ] = None
+    """File with the secret that all members of the group share, of at least 16 characters; with two
+    lines both are valid, for a change. Read again when it changes, as the next three files are. Not
+    set: no failsafe."""
+    failsafe_ca_file: Annotated[
+        InputFile | None, Example("/etc/failover-agent/failsafe-ca.pem")
+    ] = None
+    """Certificates (PEM) to trust the other members by. Not set: the system's."""
+    failsafe_certificate: Annotated[
+        InputFile | None, Example("/etc/failover-agent/failsafe.crt")
+    ] = None
+    """Certificate chain (PEM) to serve failsafe_listen by HTTPS with. Not set: plain HTTP, whose
+    messages are authentic, but not secret."""
+    failsafe_key: Annotated[SecretFile | None, Example("/etc/failover-agent/failsafe.key")] = None
+    """That certificate's private key (PEM). Not set: plain HTTP."""
     check: Annotated[tuple[CheckSettings, ...], CHECKS, RELOADABLE] = ()
     """Health checks: the share of their weights that pass scales failover_score. At 0, and while a
     required one fails, this member gives up the role (R9). A flag or variable is JSON. Not set:
@@ -279,12 +305,21 @@ class AgentSettings(Settings):
             margin_s=self.margin,
             heartbeat_interval_s=self.beat,
             request_timeout_s=self.request_timeout,
+            failsafe=self.failsafe_listen is not None,
         )
 
     @property
     def timing(self) -> Timing:
         """The division of ``failover_timeout``. Raises TimingError if R1 does not hold."""
         return plan(self.failover_timeout, self.budget)
+
+    @property
+    def member_url(self) -> str | None:
+        """The URL at which other members ask this one; None without failsafe."""
+        if self.failsafe_listen is None or self.failsafe_url is not None:
+            return self.failsafe_url
+        scheme = "https" if self.failsafe_certificate is not None else "http"
+        return f"{scheme}://{self.failsafe_listen}"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from self.set_together("username", "password_file")
@@ -297,6 +332,7 @@ class AgentSettings(Settings):
         yield from self.set_together("probe_username", "probe_password_file")
         if self.probe_listen is None and (self.probe_tls_certificate or self.probe_username):
             yield "probe_listen", "cannot be off with probe_tls_certificate or probe_username set"
+        yield from self._failsafe_contradictions()
         if self.token_endpoint is not None and self.client_id is None:
             yield "token_endpoint", "needs client_id and client_secret_file too"
         if self.username is not None and self.client_id is not None:
@@ -314,3 +350,28 @@ class AgentSettings(Settings):
             hosts = [parts.hostname, urlsplit(self.proxy).hostname if self.proxy else "localhost"]
             if parts.scheme == "http" and not all(is_loopback(host or "") for host in hosts):
                 yield key, f"{url} would carry the {secret} unencrypted: use https"
+
+    def _failsafe_contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from self.set_together("failsafe_listen", "failsafe_secret_file")
+        yield from self.set_together("failsafe_certificate", "failsafe_key")
+        if self.failsafe_listen is None:
+            for key in ("failsafe_url", "failsafe_ca_file", "failsafe_certificate"):
+                if getattr(self, key) is not None:
+                    yield key, "needs failsafe_listen and failsafe_secret_file too"
+            return
+        if self.failsafe_ca_file is not None and self.failsafe_certificate is None:
+            yield "failsafe_ca_file", "needs failsafe_certificate and failsafe_key too"
+        if self.failsafe_url is None and not self.failsafe_listen.is_one_place:
+            yield (
+                "failsafe_listen",
+                f"{self.failsafe_listen} is not one address and port that other members can reach: set"
+                " failsafe_url too",
+            )
+        elif self.failsafe_url is not None:
+            scheme = "https" if self.failsafe_certificate is not None else "http"
+            if urlsplit(self.failsafe_url).scheme != scheme:
+                yield (
+                    "failsafe_url",
+                    f"must be {scheme}:// as failsafe_certificate is"
+                    + (" set" if scheme == "https" else " not set"),
+                )

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cli.explain_timing import explain
+from agent.cli.explain_timing import count_questions, explain
 from agent.core.timing import (
     LONGEST_LEASE_S,
+    SHORTEST_FAILSAFE_LEASE_S,
     SHORTEST_LEASE_S,
     Budget,
     divide,
@@ -89,6 +91,7 @@ def test_the_ends_of_the_range_hold(cli: Cli, lease_s: float) -> None:
         margin_s=part,
         heartbeat_interval_s=part,
         request_timeout_s=part,
+        failsafe=st.booleans(),
     ),
 )
 def test_any_budget_fits_into_80_columns(lease_s: float, budget: Budget) -> None:
@@ -96,3 +99,72 @@ def test_any_budget_fits_into_80_columns(lease_s: float, budget: Budget) -> None
     assert max(map(len, lines)) <= 80
     assert "L" in lines[2]
     assert all(line.isascii() for line in lines)
+
+
+FAILSAFE = """\
+Failover timeout 10 s, counted from the sending of a heartbeat:
+
+  0                                              R                 D      L
+  |==============================================|#################|......|
+  ^               ^    ?       ? ^     ?       ? ^
+
+  = renew                  6.500 s  R: not renewed for so long, demotion starts
+  # demote                 2.500 s  D: demotion; then what still runs is killed
+  . margin                 1.000 s  M: kept free for clock drift and lateness
+  L failover timeout      10.000 s  then another member may be chosen
+  ^ beat                   2.167 s  from one heartbeat to the next
+    request timeout        2.167 s  for one heartbeat and its answer
+    doubt                  0.812 s  silence of so long: other members are asked
+  ? question               1.083 s  from one question to the next
+
+Questions of failsafe within R: 4, the first after 2.97917 s at the latest
+
+  holds   renew 6.5 + demote 2.5 + margin 1 = 10 <= failover timeout 10
+  holds   2 x beat 2.16667 = 4.33333 <= renew 6.5
+  holds   request timeout 2.16667 < renew / 2 = 3.25
+  holds   margin 1 >= 1% drift of 10 = 0.1
+  holds   beat 2.16667 + doubt 0.8125 + 2 x question 1.08333 = 5.14583 <=
+          renew 6.5
+  holds   failover timeout 10 >= 1, with failsafe
+
+Smallest failover timeout that fits these budgets: 1.01 s
+"""
+
+
+@pytest.fixture
+def failsafe(tmp_path: Path) -> tuple[str, str]:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of the whole group\n")
+    secret.chmod(0o600)
+    return "--failsafe-listen=192.0.2.1:5480", f"--failsafe-secret-file={secret}"
+
+
+def test_the_questions_of_failsafe_are_drawn(cli: Cli, failsafe: tuple[str, str]) -> None:
+    assert cli("explain-timing", *failsafe) == (0, FAILSAFE, "")
+
+
+def test_the_questions_of_failsafe_are_in_the_document(cli: Cli, failsafe: tuple[str, str]) -> None:
+    document = json.loads(cli("explain-timing", "--json", *failsafe)[1])
+    assert (document["questions"], document["doubt_s"]) == (4, 0.8125)
+    assert "questions" not in json.loads(cli("explain-timing", "--json")[1])
+
+
+def test_a_lease_that_failsafe_does_not_fit_into_is_refused(
+    cli: Cli, failsafe: tuple[str, str]
+) -> None:
+    flags = ("--failover-timeout=0.9",)
+    code, out, err = cli("explain-timing", *failsafe, *flags)
+    assert code == ExitCode.TIMING
+    assert "failover timeout 0.9 >= 1, with failsafe" in err
+    assert "BROKEN  failover timeout 0.9 >= 1" in out
+    assert cli("explain-timing", *flags)[0] == 0
+
+
+@given(
+    st.floats(min_value=SHORTEST_FAILSAFE_LEASE_S, max_value=LONGEST_LEASE_S),
+    st.builds(Budget, part, part, part, part, part, st.just(True)),
+)
+def test_two_questions_fit_wherever_r1_holds(lease_s: float, budget: Budget) -> None:
+    timing = divide(lease_s, budget)
+    if timing.renew_s > 0 and all(holds for _, holds in timing.rules()):
+        assert count_questions(timing) >= 2

@@ -11,9 +11,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as classic
 
 from agent.core.effects import Cause, Publish
+from agent.core.failsafe_view import FailsafeView, MemberReadiness, Readiness
 from agent.core.session import Phase
 from agent.core.timing import Timing
 from agent.daemon import metrics
+from agent.daemon.failsafe_report import FailsafeSnapshot, Outcome
 from agent.daemon.telemetry import (
     CHANGES,
     REASONS,
@@ -27,7 +29,7 @@ from agent.daemon.telemetry import (
     why_not_secondary,
 )
 from agent.errors import ExitCode, ServerError
-from agent.model import Instant, Role
+from agent.model import Instant, Member, Role
 
 NOW = 1_000.0
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -49,6 +51,18 @@ def stats() -> Stats:
 
 def at(seconds: float) -> Instant:
     return Instant(NOW + seconds, NOON + timedelta(seconds=seconds))
+
+
+def failsafe(**changed: Any) -> FailsafeSnapshot:
+    """A primary that has held its role for 30 s by the vote of one member; with some changes."""
+    voter = MemberReadiness(Member("host-b", "http://b:1"), ready=True, why="", since=NOW)
+    view = FailsafeView(Readiness.HOLDING, "by votes", NOW - 30.0, 3, (voter,))
+    return FailsafeSnapshot(
+        replace(view, **changed),
+        asked={Outcome.YES: 4, Outcome.NO: 1, Outcome.ERROR: 0},
+        votes={Outcome.YES: 0, Outcome.NO: 2},
+        refused={"not_authentic": 5},
+    )
 
 
 def snapshot(**changed: Any) -> Snapshot:
@@ -81,6 +95,7 @@ def snapshot(**changed: Any) -> Snapshot:
         notifications_dropped=1,
         notifications_failed=3,
         stats=stats(),
+        failsafe=failsafe(),
     )
     return replace(whole, **changed)
 
@@ -378,3 +393,37 @@ def test_every_family_has_a_help_that_is_a_sentence() -> None:
     for family in metrics.AgentCollector(snapshot).collect():
         assert family.documentation.endswith(".")
         assert family.samples, family.name
+
+
+# -- failsafe -----------------------------------------------------------------------------------------
+
+
+def test_failsafe_has_metrics_only_if_it_is_configured() -> None:
+    registry = CollectorRegistry()
+    metrics.register(registry, lambda: snapshot(failsafe=None))
+    assert not [family for family in registry.collect() if "failsafe" in family.name]
+
+
+def test_a_hold_is_seen_with_its_length_and_its_voters() -> None:
+    snap = snapshot()
+    states = {one: value(snap, "failsafe_state", state=one.value) for one in Readiness}
+    assert states == {one: float(one is Readiness.HOLDING) for one in Readiness}
+    assert value(snap, "failsafe_hold_seconds") == 30.0
+    assert value(snap, "failsafe_member_ready", member="host-b") == 1
+    assert value(snap, "failsafe_questions_total", answer="no") == 1
+    assert value(snap, "failsafe_votes_total", vote="no") == 2
+    assert value(snap, "failsafe_refused_total", reason="not_authentic") == 5
+
+
+def test_a_promise_is_seen_with_what_is_left_of_it() -> None:
+    snap = snapshot(failsafe=failsafe(readiness=Readiness.PROMISED, promised_until=NOW + 7.0))
+    assert value(snap, "failsafe_promise_remaining_seconds") == 7.0
+    assert value(snap, "failsafe_hold_seconds") is None
+    assert value(snapshot(), "failsafe_promise_remaining_seconds") == 0.0
+
+
+def test_a_primary_that_holds_by_votes_is_ready_though_no_heartbeat_is_answered() -> None:
+    snap = snapshot()
+    snap.stats.heard_at = NOW - 3600.0
+    assert why_not_ready(snap) is None
+    assert why_not_ready(replace(snap, **SECONDARY)) is not None

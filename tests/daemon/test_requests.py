@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from agent.core.effects import Release
+from agent.core.effects import Release, SendHeartbeat
 from agent.core.events import (
     Event,
     HeartbeatAnswered,
@@ -140,7 +140,7 @@ RELEASE = Release(7, "stopping", 0.0)
 # --- each call ends by its event ------------------------------------------------------------------
 
 CALLS: dict[str, tuple[Callable[[Requests], Awaitable[None]], type[Event]]] = {
-    "heartbeat": (lambda requests: requests.send_heartbeat(1), HeartbeatFailed),
+    "heartbeat": (lambda requests: requests.send_heartbeat(SendHeartbeat(1)), HeartbeatFailed),
     "release": (lambda requests: requests.release(RELEASE), Released),
     "leave": (lambda requests: requests.leave(lambda: None), Left),
 }
@@ -230,7 +230,7 @@ async def test_a_plain_v1_server_gets_no_extension(
     async with at(PLAIN) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.send_heartbeat(1)
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
         assert api.last("heartbeat") == ({}, {"FailoverScore": 100.0})
         following = asyncio.create_task(stand.requests.follow_status())
         await until(lambda: api.count("status") >= 2)
@@ -250,7 +250,7 @@ async def test_a_server_with_a_store_id_gets_extensions(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         monkeypatch.setattr(Session, "newest_epoch", 7)
-        await stand.requests.send_heartbeat(1)
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
         assert api.last("heartbeat")[1] == {
             "FailoverScore": 100.0,
             "Instance": stand.requests.instance,
@@ -275,7 +275,7 @@ async def test_a_heartbeat_answered_by_another_store_has_failed(
         await stand.join()
         api.documents = OTHERS
         for beat in range(1, 4):
-            await stand.requests.send_heartbeat(beat)
+            await stand.requests.send_heartbeat(SendHeartbeat(beat))
     assert {event.failure for event in stand.events if isinstance(event, HeartbeatFailed)} == {
         HeartbeatFailure.OTHER_STORE
     }
@@ -354,11 +354,11 @@ async def test_a_429_of_a_proxy_counts_as_lost_contact(caplog: pytest.LogCapture
         for body, kind in ((b"slow down", "text/plain"), (PROBLEM, "application/problem+json")):
             caplog.clear()
             api.faults["heartbeat"] = answer(body, "429 Too Many Requests", kind)
-            await stand.requests.send_heartbeat(1)
-            await stand.requests.send_heartbeat(2)
+            await stand.requests.send_heartbeat(SendHeartbeat(1))
+            await stand.requests.send_heartbeat(SendHeartbeat(2))
             assert caplog.text.count("heartbeat failed") == 1
             del api.faults["heartbeat"]
-            await stand.requests.send_heartbeat(3)
+            await stand.requests.send_heartbeat(SendHeartbeat(3))
     assert [event.failure for event in stand.events if isinstance(event, HeartbeatFailed)] == [
         HeartbeatFailure.BACK_OFF
     ] * 4
@@ -370,14 +370,14 @@ async def test_only_the_first_429_of_the_api_counts_as_contact(
     async with at(EXTENDED) as (api, stand):
         await stand.join()
         api.faults["heartbeat"] = answer(json.dumps(REFUSAL).encode(), "429 Too Many Requests")
-        await stand.requests.send_heartbeat(1)
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
         assert "heartbeat failed" not in caplog.text
-        await stand.requests.send_heartbeat(2)
-        await stand.requests.send_heartbeat(3)
+        await stand.requests.send_heartbeat(SendHeartbeat(2))
+        await stand.requests.send_heartbeat(SendHeartbeat(3))
         assert caplog.text.count("heartbeat failed") == 1
         del api.faults["heartbeat"]
         with caplog.at_level(logging.INFO):
-            await stand.requests.send_heartbeat(4)
+            await stand.requests.send_heartbeat(SendHeartbeat(4))
         assert "heartbeat answered again" in caplog.text
 
 

@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,21 @@ def agent() -> Agent:
 
 
 @pytest.fixture
-async def address(agent: Agent) -> AsyncIterator[tuple[str, int]]:
+async def server(agent: Agent) -> AsyncIterator[ProbeServer]:
     verdicts = {"fine": lambda: None, "not-fine": lambda: "it is too late"}
     server = ProbeServer(agent.report, agent.status, verdicts, agent.metrics)
-    yield await server.start("127.0.0.1", 0)
+    yield server
     await server.stop()
+
+
+@pytest.fixture
+async def address(server: ProbeServer) -> Address:
+    return await server.start("127.0.0.1", 0)
+
+
+def bound(server: ProbeServer, **limits: float) -> None:
+    """Change limits of a server; those of a connection are read when it begins."""
+    server._http.limits = replace(server._http.limits, **limits)  # type: ignore[arg-type] # by name
 
 
 @pytest.fixture
@@ -193,9 +204,9 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
     ],
 )
 async def test_a_client_that_stalls_is_disconnected(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, sent: bytes
+    address: tuple[str, int], server: ProbeServer, sent: bytes
 ) -> None:
-    monkeypatch.setattr(probe, "REQUEST_S", 0.05)
+    bound(server, request_s=0.05)
     reader, writer = await asyncio.open_connection(*address)
     writer.write(sent)
     await read_to_the_end(reader)
@@ -204,9 +215,9 @@ async def test_a_client_that_stalls_is_disconnected(
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: "])
 async def test_a_head_without_end_is_disconnected(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, start: bytes
+    address: tuple[str, int], server: ProbeServer, start: bytes
 ) -> None:
-    monkeypatch.setattr(probe, "REQUEST_S", 1000)
+    bound(server, request_s=1000)
     _, writer = await asyncio.open_connection(*address)
     writer.write(start)
 
@@ -221,10 +232,9 @@ async def test_a_head_without_end_is_disconnected(
 
 
 async def test_connections_are_bounded_and_freed(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    address: tuple[str, int], server: ProbeServer
 ) -> None:
-    monkeypatch.setattr(probe, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(probe, "REQUEST_S", 1000)
+    bound(server, connections=2, request_s=1000)
     held = [await asyncio.open_connection(*address) for _ in range(2)]
     reader, writer = await asyncio.open_connection(*address)
     assert await read_to_the_end(reader) == b""
@@ -242,9 +252,9 @@ async def test_connections_are_bounded_and_freed(
 
 
 async def test_a_kept_connection_outlives_the_limit_of_one_request(
-    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    client: httpx2.AsyncClient, server: ProbeServer
 ) -> None:
-    monkeypatch.setattr(probe, "REQUEST_S", 0.5)
+    bound(server, request_s=0.5)
     ports = set()
     for _ in range(12):
         answer = await client.get("/status")
@@ -424,31 +434,31 @@ async def raw(address: tuple[str, int], sent: bytes) -> bytes:
 @pytest.mark.parametrize(
     "head",
     [
-        b"".join(b"X-%d: 1\r\n" % n for n in range(probe.MAX_HEADERS + 1)),
-        b"X: " + b"x" * probe.MAX_HEAD_BYTES + b"\r\n",
+        b"".join(b"X-%d: 1\r\n" % n for n in range(probe.LIMITS.headers + 1)),
+        b"X: " + b"x" * probe.LIMITS.head_bytes + b"\r\n",
     ],
 )
 async def test_a_head_that_is_too_large_is_431(address: tuple[str, int], head: bytes) -> None:
     answer = await raw(address, b"GET /fine HTTP/1.1\r\n" + head + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 431 ")
-    assert str(probe.MAX_HEADERS) in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert str(probe.LIMITS.headers) in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
 async def test_a_path_that_is_too_long_is_431(address: tuple[str, int]) -> None:
-    sent = b"GET /" + b"x" * probe.MAX_HEAD_BYTES + b" HTTP/1.1\r\n\r\n"
+    sent = b"GET /" + b"x" * probe.LIMITS.head_bytes + b" HTTP/1.1\r\n\r\n"
     assert (await raw(address, sent)).startswith(b"HTTP/1.1 431 ")
 
 
 async def test_the_most_headers_are_answered(client: httpx2.AsyncClient) -> None:
     own = 5  # what the client itself sends
-    headers = {f"X-{n}": "1" for n in range(probe.MAX_HEADERS - own)}
+    headers = {f"X-{n}": "1" for n in range(probe.LIMITS.headers - own)}
     assert (await client.get("/fine", headers=headers)).status_code == 200
 
 
 async def test_requests_that_wait_for_others_are_bounded(address: tuple[str, int]) -> None:
     request = b"GET /fine HTTP/1.1\r\nHost: localhost\r\n\r\n"
     answer = await raw(address, request * 50)
-    assert 0 < answer.count(b"HTTP/1.1 ") <= probe.MAX_PIPELINED + 2
+    assert 0 < answer.count(b"HTTP/1.1 ") <= probe.LIMITS.pipelined + 2
 
 
 async def test_a_stranger_writes_nothing_into_the_log(
@@ -473,7 +483,7 @@ async def test_the_wildcard_of_ipv6_serves_ipv4_too(agent: Agent) -> None:
 async def test_a_name_is_served_at_all_its_addresses_on_one_port(agent: Agent) -> None:
     server = ProbeServer(agent.report, agent.status)
     _, port = await server.start("localhost", 0)
-    assert {one.getsockname()[1] for one in server._listeners} == {port}
+    assert {one.getsockname()[1] for one in server._http._listeners} == {port}
     await server.stop()
 
 
@@ -484,7 +494,7 @@ async def test_ipv6_on_a_host_without_it_is_one_clear_error(
     def fails(*_: object) -> socket.socket:
         raise OSError(number, "no")
 
-    monkeypatch.setattr("agent.drivers.probe.socket.socket", fails)
+    monkeypatch.setattr("agent.ops.http_server.socket.socket", fails)
     server = ProbeServer(agent.report, agent.status)
     with pytest.raises(
         ConfigError, match=r"cannot use \[::\]:9170 .*no IPv6: use 0.0.0.0:9170"
@@ -576,19 +586,18 @@ def certificate_of(plain: socket.socket, trust: ssl.SSLContext) -> object:
 
 
 async def test_unfinished_handshakes_count_as_connections_and_end(
-    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: Agent, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(probe, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(probe, "REQUEST_S", 0.5)
     given = access(tmp_path, Authority(tmp_path), "one", "p")
     async with secured(agent, given) as (server, port):
+        bound(server, connections=2, request_s=0.5)
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        await until(lambda: len(server._connections) == 2)
+        await until(lambda: len(server._http._connections) == 2)
         assert await raw(("127.0.0.1", port), b"") == b""  # closed at once
         for reader, writer in held:
             await read_to_the_end(reader)
             writer.close()
-        await until(lambda: not server._connections)
+        await until(lambda: not server._http._connections)
 
 
 def test_only_a_probe_that_others_reach_is_warned_of() -> None:

@@ -13,7 +13,7 @@ import httpcore2
 import httpx2
 
 from agent import __version__
-from agent.drivers.rest.names import Names
+from agent.ops.names import Names
 
 LONGEST_ANSWER = 1024 * 1024
 """Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the

@@ -21,8 +21,8 @@ import httpx2
 
 from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
-from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
+from agent.ops.names import Names
 
 DISCOVERY_PATH = "/identity/.well-known/openid-configuration"
 """Path of the cloud service's OpenID discovery document, at the origin of the endpoint."""

@@ -29,9 +29,9 @@ from agent.drivers.rest.exchange import (
     send,
     was_let_in,
 )
-from agent.drivers.rest.names import Names
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.logs import Log
+from agent.ops.names import Names
 from agent.schema import api
 from agent.schema.codec import BodyError, decode, has_none_of
 from agent.schema.values import Shape

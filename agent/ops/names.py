@@ -50,9 +50,14 @@ class _Host:
 
 
 class Names:
-    """The resolver of one client."""
+    """The resolver of one client.
 
-    def __init__(self) -> None:
+    Args:
+        known_first: use known addresses without waiting for a look-up, which then serves the next connection.
+    """
+
+    def __init__(self, *, known_first: bool = False) -> None:
+        self._known_first = known_first
         self._hosts: dict[str, _Host] = {}
 
     async def connect(
@@ -72,7 +77,7 @@ class Names:
         if _is_address(host):
             return await dial(host)
         entry = self._entry(host)
-        addresses = await _addresses(entry, host, timeout_s)
+        addresses = await _addresses(entry, host, timeout_s, known_first=self._known_first)
         address, stream = await _first(
             addresses, dial, stagger_s=min(STAGGER_S, STAGGER_SHARE * timeout_s)
         )
@@ -93,12 +98,16 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _addresses(entry: _Host, host: str, timeout_s: float) -> tuple[str, ...]:
+async def _addresses(
+    entry: _Host, host: str, timeout_s: float, *, known_first: bool
+) -> tuple[str, ...]:
     """The addresses of a look-up, or the known ones if it fails or is slow."""
     if entry.look_up is None or entry.look_up.done():
         entry.look_up = asyncio.create_task(_look_up(entry, host), name=f"look-up of {host}")
         entry.look_up.add_done_callback(_retrieve_error)
     look_up = entry.look_up
+    if known_first and entry.known:
+        return entry.known
     timeout_part_s = min(SLOW_LOOK_UP_S, SLOW_SHARE * timeout_s)
     if not entry.known:
         timeout_part_s = GIVE_UP_SHARE * timeout_s

@@ -1,0 +1,154 @@
+"""What operators see of an agent's failsafe: its part of the state file, its metrics, its log lines.
+
+Values and texts only. The rules are in core/failsafe.py, the messages in daemon/failsafe.py.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from agent.core.effects import Release
+from agent.core.failsafe_view import FailsafeView, MemberReadiness, Readiness
+from agent.ops.logs import Log
+from agent.schema.scalars import format_date_time
+
+LONGEST_WHY = 512
+DESCRIBED_MEMBERS = 16
+"""Of the state file, which has a bound itself: characters of a reason, and members, those that are not
+ready first."""
+
+log = Log(__name__)
+
+
+class Outcome(StrEnum):
+    """What came of a question. The values are labels of metrics."""
+
+    YES = "yes"
+    NO = "no"
+    ERROR = "error"
+    """No answer that counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailsafeSnapshot:
+    """Failsafe at one moment, for metrics.
+
+    Attributes:
+        asked: questions of this member, without rehearsals.
+        votes: answers of this member to others, without rehearsals.
+        refused: requests to the listener that were no question of a member, by reason.
+    """
+
+    view: FailsafeView
+    asked: Mapping[Outcome, int]
+    votes: Mapping[Outcome, int]
+    refused: Mapping[str, int]
+
+
+class FailsafeLog:
+    """The log lines of failsafe: one for each change."""
+
+    def __init__(self) -> None:
+        self._logged = self._last = FailsafeView(Readiness.READY, "")
+
+    def on_release(self, effect: Release) -> None:
+        """Log that a tenure was refused."""
+        if not effect.held:
+            log.info("role refused", epoch=effect.epoch, reason="a promise to another member binds")
+
+    def on_step(
+        self, view: FailsafeView, now: float, *, tenure: int | None, end: str, settle_s: float
+    ) -> None:
+        """Log what has changed.
+
+        Args:
+            view: after a step of the session, at ``now``.
+            now: CLOCK_BOOTTIME seconds.
+            tenure: the epoch that the session holds, or None.
+            end: why its last tenure has ended, for people.
+            settle_s: how long members may be not ready before it is logged.
+        """
+        last, self._last = self._last, view
+        settling = view.readiness is Readiness.NOT_READY and now - (view.since or now) < settle_s
+        if settling or _key(view) == _key(self._logged):
+            return
+        before, self._logged = self._logged, view
+        if before.readiness is Readiness.HOLDING and view.readiness is not Readiness.HOLDING:
+            _log_end_of_hold(before, last, now, None if tenure is not None else end)
+        match view.readiness:
+            case Readiness.OFF:
+                log.warning("failsafe off", reason=view.why)
+            case Readiness.READY if tenure is not None:
+                log.info("failsafe ready", members=len(view.members), revision=view.revision)
+            case Readiness.NOT_READY:
+                log.warning("failsafe not ready", reason=view.why)
+            case Readiness.HOLDING:
+                log.warning("failsafe hold begins", epoch=tenure, members=len(view.members))
+            case Readiness.PROMISED if view.promised_to is not None:
+                length_s = (view.promised_until or now) - now
+                log.info("failsafe promise", to=view.promised_to, length_s=length_s)
+            case _:
+                pass
+
+
+def _log_end_of_hold(
+    begin: FailsafeView, last: FailsafeView, now: float, demoted: str | None
+) -> None:
+    """Log that a primary does not hold by votes any more, and who has not voted at the end."""
+    held_s = now - (now if begin.since is None else begin.since)
+    if demoted is None:
+        log.info("failsafe hold ended", held_s=held_s, reason="the coordinator answers")
+        return
+    missing = "; ".join(f"{one.member.id}: {one.why}" for one in last.members if not one.ready)
+    log.warning(
+        "failsafe hold ended", held_s=held_s, reason=f"demoted: {demoted}", without=missing or None
+    )
+
+
+def _key(view: FailsafeView) -> tuple[object, ...]:
+    """What differs when a line is due: not each answer, and not each question of one promise."""
+    off = view.why if view.readiness is Readiness.OFF else None
+    missing = frozenset(one.member for one in view.members if not one.ready)
+    if view.readiness is not Readiness.NOT_READY:
+        missing = frozenset()
+    return view.readiness, off, missing, view.promised_to
+
+
+def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[str, Any]:
+    """Failsafe as the state file and the probe's /status have it.
+
+    Args:
+        view: at ``now``.
+        now: CLOCK_BOOTTIME seconds.
+        wall: the same moment by the wall clock.
+    """
+
+    def moment(at: float | None) -> str | None:
+        if at is None or not math.isfinite(at):
+            return None
+        return format_date_time(wall + timedelta(seconds=at - now))
+
+    shown = sorted(view.members, key=lambda one: (one.ready, one.member))[:DESCRIBED_MEMBERS]
+    return {
+        "state": view.readiness.value,
+        "why": view.why[:LONGEST_WHY],
+        "since": moment(view.since),
+        "revision": view.revision,
+        "member_count": len(view.members),
+        "members": [_describe_member(one, moment(one.yes_at)) for one in shown],
+        "promised_to": view.promised_to,
+        "promised_until": moment(view.promised_until),
+    }
+
+
+def _describe_member(one: MemberReadiness, yes_at: str | None) -> dict[str, Any]:
+    return {
+        "session": one.member.id,
+        "url": one.member.url,
+        "ready": one.ready,
+        "why": one.why,
+        "last_yes": yes_at,
+    }

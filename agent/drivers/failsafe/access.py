@@ -1,0 +1,56 @@
+"""The group's secret and the certificates of failsafe, loaded from the files that the settings name."""
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.ops.tls import load_authorities, server_context
+from agent.schema.secret_files import read_keys
+from agent.schema.settings import AgentSettings
+
+
+@dataclass(frozen=True, slots=True)
+class FailsafeAccess:
+    """What proves that a message is of a member of the group.
+
+    Attributes:
+        keys: each is valid.
+        listener_tls: of the listener; None for plain HTTP.
+        asker_tls: verifies the certificates of the other members.
+    """
+
+    keys: tuple[bytes, ...] = field(repr=False)
+    listener_tls: ssl.SSLContext | None
+    asker_tls: ssl.SSLContext
+
+
+def failsafe_files(settings: AgentSettings) -> tuple[Path, ...]:
+    """The files that ``load_failsafe_access`` reads."""
+    found = (
+        settings.failsafe_secret_file,
+        settings.failsafe_ca_file,
+        settings.failsafe_certificate,
+        settings.failsafe_key,
+    )
+    return tuple(file for file in found if file is not None)
+
+
+def load_failsafe_access(settings: AgentSettings) -> FailsafeAccess:
+    """Read the files. Blocks for as long as the disk does.
+
+    Raises:
+        ConfigError: one of them does not have the right content.
+    """
+    assert settings.failsafe_secret_file is not None  # noqa: S101 - set together with failsafe_listen
+    keys = read_keys(settings.failsafe_secret_file)
+    certificate, key = settings.failsafe_certificate, settings.failsafe_key
+    listener_tls = None
+    asker_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if certificate is not None and key is not None:
+        what = "failsafe_certificate and failsafe_key"
+        listener_tls = server_context(what, certificate, key)
+        if settings.failsafe_ca_file is None:
+            asker_tls.load_default_certs()
+        else:
+            load_authorities(asker_tls, "failsafe_ca_file", settings.failsafe_ca_file)
+    return FailsafeAccess(keys, listener_tls, asker_tls)

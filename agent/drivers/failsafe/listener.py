@@ -1,0 +1,250 @@
+"""The listener of failsafe: answers the questions of the other members of a group.
+
+Owns the one route, who may ask, and that a question counts once. Whether the answer is yes is decided by
+a callback, which runs in the event loop and must not block.
+
+    POST /failsafe/v1/question  -> 200 the answer, or
+                                   401 the answer no, with a Challenge that the question has to have, or
+                                   4xx {"error": "..."} to whoever is not a member
+
+A question is answered only if its code fits, it names this group, member and URL, and its challenge is the
+one that this process has given to that process last: a recorded question is never answered again. A wrong
+challenge does not change the right one, so whoever repeats a recorded question disturbs nobody.
+"""
+
+import json
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from agent.drivers.failsafe.access import FailsafeAccess
+from agent.drivers.failsafe.messages import (
+    CHALLENGE_BYTES,
+    LONGEST_WHY,
+    MAC_HEADER,
+    MAX_BODY_BYTES,
+    PATH,
+    Answer,
+    Kind,
+    Question,
+    decode_question,
+    encode,
+    is_authentic,
+    sign,
+)
+from agent.ops.clock import Clock
+from agent.ops.http_server import HttpServer, Limits
+from agent.ops.logs import Log
+from agent.schema.addresses import Address
+
+LIMITS = Limits(
+    connections=64,  # each member has one for a few milliseconds
+    request_s=2.0,
+    keep_alive_s=1,
+    head_bytes=4 * 1024,
+    headers=32,
+    request_bytes=16 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
+    pipelined=1,
+    newest_first=True,  # a member's is done at once, so the oldest is of whoever only holds it
+)
+
+MAX_PEERS = 256
+"""Processes whose challenge is kept. More than a group has; only who has the secret is counted."""
+
+QUIET_S = 60.0
+"""Refusals of one kind are logged once in this time."""
+
+log = Log(__name__)
+
+
+class Refusal(StrEnum):
+    """Why a question was not passed on, as a closed set. The values are labels of metrics."""
+
+    NOT_A_QUESTION = "not_a_question"
+    """Another path or method, a body that is too long, or no JSON of a question."""
+    NOT_AUTHENTIC = "not_authentic"
+    """No code, or none by a secret of this member."""
+    NOT_FOR_US = "not_for_us"
+    """It names another group, member or URL."""
+    NO_CHALLENGE = "no_challenge"
+    """The first question of a process, or one that is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """The answer to a question: yes or no, and why, for people."""
+
+    yes: bool
+    why: str
+
+
+class _Refused(Exception):  # noqa: N818 - ends a request
+    def __init__(self, status: int, refusal: Refusal, error: str) -> None:
+        super().__init__(error)
+        self.status = status
+        self.refusal = refusal
+
+
+class Listener:
+    """The listener of one member. ``start`` it inside a running loop; ``stop`` it there too.
+
+    Args:
+        group: its group.
+        session_id: its own id.
+        url: its own URL, as the coordinator knows it.
+        access: the secret and the certificate.
+        vote: decides about a question.
+
+    Attributes:
+        refused: the questions that were not passed on, by reason.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        session_id: str,
+        url: str,
+        access: FailsafeAccess,
+        *,
+        vote: Callable[[Question], Vote],
+        clock: Clock,
+    ) -> None:
+        self.refused = Counter(dict.fromkeys(Refusal, 0))
+        self._group = group
+        self._session_id = session_id
+        self._url = url
+        self._vote = vote
+        self._clock = clock
+        self._http = HttpServer("failsafe", LIMITS)
+        self._challenges: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._logged_at: dict[Refusal, float] = {}
+        self.use(access)
+
+    def use(self, access: FailsafeAccess) -> None:
+        """Take other secrets, and another certificate for new connections."""
+        self._keys = access.keys
+        self._http.tls = access.listener_tls
+
+    async def start(self, address: Address) -> Address:
+        """Listen; return the bound address. Raises ConfigError: LISTEN, the address cannot be used."""
+        return await self._http.start(self._serve, address)
+
+    async def stop(self) -> None:
+        """Stop listening. May be called twice, or without a start."""
+        await self._http.stop()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            status, answer = self._answer(_header(scope), await _read(scope, receive))
+        except _Refused as refused:
+            self._count(refused.refusal, scope, str(refused))
+            body = json.dumps({"error": str(refused)}).encode()
+            await _send(send, refused.status, body)
+            return
+        if status != 200:  # noqa: PLR2004 - HTTP's own number
+            self.refused[Refusal.NO_CHALLENGE] += 1
+        body = encode(answer)
+        await _send(send, status, body, sign(self._keys, Kind.ANSWER, body))
+
+    def _answer(self, mac: str, body: bytes) -> tuple[int, Answer]:
+        """The status and the answer to a question of a member. Raises _Refused to others."""
+        if not is_authentic(self._keys, Kind.QUESTION, body, mac):
+            raise _Refused(
+                401, Refusal.NOT_AUTHENTIC, "The code is not by the secret of this group."
+            )
+        try:
+            question = decode_question(body)
+        except msgspec.DecodeError as error:
+            raise _Refused(400, Refusal.NOT_A_QUESTION, f"This is no question: {error}.") from None
+        self._check_receiver(question)
+        peer = question.sender, question.instance
+        challenge = self._challenges.setdefault(peer, secrets.token_hex(CHALLENGE_BYTES))
+        self._challenges.move_to_end(peer)
+        if len(self._challenges) > MAX_PEERS:
+            self._challenges.popitem(last=False)
+        if not secrets.compare_digest(challenge.encode(), question.challenge.encode()):
+            return 401, self._reply(
+                question, Vote(yes=False, why="ask with this challenge"), challenge
+            )
+        self._challenges[peer] = challenge = secrets.token_hex(CHALLENGE_BYTES)
+        return 200, self._reply(question, self._vote(question), challenge)
+
+    def _check_receiver(self, question: Question) -> None:
+        own = self._group, self._session_id, self._url
+        if (
+            question.group,
+            question.to,
+            question.url,
+        ) != own or question.sender == self._session_id:
+            raise _Refused(
+                421,
+                Refusal.NOT_FOR_US,
+                f"This is member {self._session_id} of group {self._group} at {self._url}; asked for was"
+                f" {question.to} of {question.group} at {question.url} by {question.sender}.",
+            )
+
+    def _reply(self, question: Question, vote: Vote, challenge: str) -> Answer:
+        return Answer(
+            group=self._group,
+            sender=self._session_id,
+            to=question.sender,
+            nonce=question.nonce,
+            yes=vote.yes,
+            why=vote.why[:LONGEST_WHY],
+            challenge=challenge,
+        )
+
+    def _count(self, refusal: Refusal, scope: Scope, reason: str) -> None:
+        self.refused[refusal] += 1
+        now = self._clock.boottime()
+        if now - self._logged_at.get(refusal, float("-inf")) >= QUIET_S:
+            self._logged_at[refusal] = now
+            client = scope.get("client")
+            log.warning(
+                "failsafe question refused",
+                of=client[0] if client else None,
+                kind=refusal.value,
+                reason=reason,
+            )
+
+
+def _header(scope: Scope) -> str:
+    wanted = MAC_HEADER.lower().encode()
+    found = [value for name, value in scope["headers"] if name == wanted]
+    return ", ".join(value.decode("latin-1") for value in found)
+
+
+async def _read(scope: Scope, receive: Receive) -> bytes:
+    """The body of a request to the one route. Raises _Refused."""
+    if scope["path"] != PATH:
+        raise _Refused(404, Refusal.NOT_A_QUESTION, f"There is nothing here but {PATH}.")
+    if scope["method"] != "POST":
+        raise _Refused(405, Refusal.NOT_A_QUESTION, "Questions are sent by POST.")
+    body, more = bytearray(), True
+    while more:
+        part = await receive()
+        body += part.get("body", b"")
+        more = part.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            error = f"The body may have at most {MAX_BODY_BYTES} bytes."
+            raise _Refused(413, Refusal.NOT_A_QUESTION, error)
+    return bytes(body)
+
+
+async def _send(send: Send, status: int, body: bytes, mac: str | None = None) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    if status == 405:  # noqa: PLR2004 - HTTP's own number
+        headers.append((b"allow", b"POST"))
+    if mac is not None:
+        headers.append((MAC_HEADER.lower().encode(), mac.encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
