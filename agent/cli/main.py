@@ -32,6 +32,7 @@ COMMANDS = {
     "hooks": "List the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
     "sessions": "List the sessions of a group, and forget dead ones.",
+    "failsafe": "Undo what failsafe restricts in a group.",
     "store": "Copy the store of coordinators, or back it up.",
     "hash-password": "Print a user's line for the coordinator's users file.",
 }

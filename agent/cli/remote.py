@@ -74,6 +74,14 @@ def id_argument(
     return click.argument(parameter, metavar=name, callback=check)
 
 
+def is_confirmed(question: str) -> bool:
+    """Ask on stderr; no answer, such as at the end of the input, is no."""
+    try:
+        return sys.stdin is not None and click.confirm(question, err=True)
+    except click.Abort:
+        return False
+
+
 def print_json(value: Struct | Sequence[Struct]) -> None:
     """The shapes of the API, as it would send them, with roles as names."""
     click.echo(codec.encode(value, enum_names=True).decode())

@@ -13,7 +13,13 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 
 @click.command("serve")
 @settings_flags(CoordinatorSettings)
-def command(**given: Any) -> int:
+@click.option(
+    "--restored",
+    is_flag=True,
+    help="Declare that the store was restored from an older copy: nobody becomes primary before 'failsafe"
+    " lift', group by group. For the first start after that only.",
+)
+def command(*, restored: bool, **given: Any) -> int:
     """Run the coordinator.
 
     Runs until SIGTERM or SIGINT. Leases and groups are in the data directory, and are still in force
@@ -24,7 +30,7 @@ def command(**given: Any) -> int:
         settings = read()
         from agent.coordinator.server import run  # noqa: PLC0415 - not needed to report a fault
 
-        return run(settings, read)
+        return run(settings, read, restored=restored)
 
 
 def _read(given: Mapping[str, Any]) -> CoordinatorSettings:

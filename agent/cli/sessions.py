@@ -1,13 +1,12 @@
 """``failover-agent sessions``: list the sessions of a group, and forget dead ones."""
 
 import json
-import sys
 from typing import Any
 
 import click
 
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
-from agent.cli.remote import id_argument, print_json, query, table
+from agent.cli.remote import id_argument, is_confirmed, print_json, query, table
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode, ServerError
 from agent.model import SessionView
@@ -71,7 +70,7 @@ def forget(*, group_id: str, session_id: str, yes: bool, as_json: bool, **given:
         return next((one for one in sessions if one.record.config.id == session_id), None)
 
     _check_dead(query(settings, find), group_id, session_id)
-    if not (yes or _is_confirmed(f"Forget session {session_id} of group {group_id}?")):
+    if not (yes or is_confirmed(f"Forget session {session_id} of group {group_id}?")):
         click.echo("not confirmed, nothing was changed: answer y, or add --yes", err=True)
         raise click.Abort
     query(
@@ -100,14 +99,6 @@ def _check_dead(view: SessionView | None, group_id: str, session_id: str) -> Non
             f"session {session_id} of group {group_id} is active, with the role {view.role}",
             "stop its agent, or wait for the failover timeout after its last heartbeat",
         )
-
-
-def _is_confirmed(question: str) -> bool:
-    """Ask on stderr; no answer, such as at the end of the input, is no."""
-    try:
-        return sys.stdin is not None and click.confirm(question, err=True)
-    except click.Abort:
-        return False
 
 
 def _refusal(wrong: str, right: str) -> ServerError:

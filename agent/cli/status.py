@@ -9,7 +9,7 @@ from msgspec import Struct
 from agent.cli.options import CLIENT_KEYS, JSON_FLAG, load_settings, settings_flags
 from agent.cli.remote import id_argument, print_json, query, table
 from agent.drivers.rest import RestClient
-from agent.model import GroupStatus, SessionView
+from agent.model import FailsafeState, FailsafeStatus, GroupStatus, Member, SessionView
 from agent.schema import api
 from agent.schema.settings import AgentSettings
 
@@ -64,7 +64,29 @@ def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
         ("epoch", status.epoch),
         ("revision", status.revision),
         *leader,
+        *_failsafe_rows(status.failsafe),
     ]
+
+
+def _failsafe_rows(failsafe: FailsafeStatus | None) -> list[tuple[str, object]]:
+    """Whether failsafe works, and whom it excludes; no row in a group without it."""
+    if failsafe is None:
+        return []
+    why = f": {failsafe.why}" if failsafe.why is not None else ""
+    rows: list[tuple[str, object]] = [("failsafe", f"{failsafe.state}{why}")]
+    if failsafe.members:
+        rows.append(("failsafe members", _named(failsafe.members)))
+    if failsafe.state is FailsafeState.RESTRICTED:
+        rows.append(("choosable", _named(failsafe.choosable) or "nobody"))
+    if failsafe.lapsed is not None:
+        lapsed = failsafe.lapsed
+        rows.append(("may be active", f"{lapsed.session_id} in epoch {lapsed.epoch}"))
+        rows.append(("lease ended at", lapsed.since))
+    return rows
+
+
+def _named(members: tuple[Member, ...]) -> str:
+    return ", ".join(f"{member.id} ({member.url})" for member in members)
 
 
 def print_sessions(sessions: list[SessionView]) -> None:

@@ -7,16 +7,18 @@ leadership.py, requests for others' groups are forwarding.py.
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from agent.coordinator.cluster_metrics import ClusterMetrics
 from agent.coordinator.forwarding import Forwarder
 from agent.coordinator.leadership import REQUEST_SHARE, Leadership
 from agent.coordinator.metrics import Metrics
+from agent.coordinator.restored import declare_restored
 from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd, EtcdError, EtcdRefused, Gateway, Login
-from agent.errors import ConfigError, StoreError
+from agent.errors import ConfigError, ExitCode, LeadershipLost, StoreError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.schema.coordinator_settings import CoordinatorSettings
@@ -35,10 +37,18 @@ class Cluster:
     """A coordinator with its part in a cluster. ``open`` it, ``start`` it, ``stop`` it, ``aclose`` it."""
 
     def __init__(
-        self, store: EtcdCluster, settings: CoordinatorSettings, clock: Clock, metrics: Metrics
+        self,
+        store: EtcdCluster,
+        settings: CoordinatorSettings,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        restored: bool = False,
     ) -> None:
         assert settings.advertise is not None  # noqa: S101 - the settings come together
         self._store = store
+        self._settings = settings
+        self._clock = clock
         self.coordinator = Coordinator(
             None,
             clock.now,
@@ -50,6 +60,7 @@ class Cluster:
             problem=self._problem,
             report=self._report,
             url=settings.advertise,
+            restored=restored,
         )
         self.leadership = Leadership(
             store,
@@ -71,7 +82,14 @@ class Cluster:
         return self._store.store_id
 
     @classmethod
-    async def open(cls, settings: CoordinatorSettings, clock: Clock, metrics: Metrics) -> "Cluster":
+    async def open(
+        cls,
+        settings: CoordinatorSettings,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        restored: bool = False,
+    ) -> "Cluster":
         """Open the store, which is made if there is none.
 
         Raises:
@@ -83,10 +101,35 @@ class Cluster:
             opening = _patiently(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
             )
-            return cls(await opening, settings, clock, metrics)
+            return cls(await opening, settings, clock, metrics, restored=restored)
         except BaseException:
             await etcd.aclose()
             raise
+
+    async def declare_restored(self) -> int:
+        """Declare every group of the store, before anybody leads a shard (R34); how many there are.
+
+        The keys of coordinators that ran when the copy was made may be in it, for as long as their leases last.
+
+        Raises:
+            StoreError: other coordinators serve the store, or etcd fails.
+        """
+        store, clock = self._store, asyncio.get_running_loop().time
+        until = clock() + self._settings.leadership_ttl + STARTUP_S
+        policy = policy_of(self._settings)
+        while True:
+            with suppress(LeadershipLost):
+                if not await store.is_served():
+                    shards = [store.shard(number, 0) for number in range(store.layout.shards)]
+                    return sum([await declare_restored(s, self._clock.now, policy) for s in shards])
+            if clock() >= until:
+                raise StoreError(
+                    "other coordinators serve the store: stop all of them, start one with --restored, and"
+                    " the others, without it, when that one serves",
+                    exit_code=ExitCode.DATA_DIR_LOCKED,
+                )
+            log.warning("other coordinators serve the store, waiting for them to stop")
+            await asyncio.sleep(STARTUP_RETRY_S)
 
     async def start(self) -> None:
         """Take part."""

@@ -25,10 +25,11 @@ from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
+from agent.coordinator.restored import distrust
 from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, wake_blocked_reads
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
-from agent.core.group import decide, epoch_after_deletion
+from agent.core.group import decide, new_record
 from agent.core.group_state import (
     Decision,
     Input,
@@ -77,8 +78,7 @@ PROGRESS_BATCH = 1_000
 """Groups whose progress is saved in one write: some ms of this process."""
 
 RETRY_S = 0.5
-"""Retry interval of a due change that could not be made durable: well under any useful L, and not too often
-for a full disk."""
+"""Retry interval of a due change that could not be made durable: under any useful L, kind to a full disk."""
 
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds before."""
@@ -107,6 +107,7 @@ class Engine:
     Args:
         store: with all groups, which are led from ``start`` on; None: ``lead`` and ``drop`` are called.
         shard_of: the number of a group's shard.
+        restored: the store is an older copy, in which groups may be missing (restored.py).
     """
 
     def __init__(
@@ -116,6 +117,8 @@ class Engine:
         policy: Policy,
         meter: Meter | None = None,
         shard_of: Callable[[GroupKey], int] = lambda _: 0,
+        *,
+        restored: bool = False,
     ) -> None:
         self._meter = meter
         self.groups: dict[GroupKey, Group] = {}
@@ -123,6 +126,7 @@ class Engine:
         self._store = store
         self._shards: dict[int, Shard] = {}
         self._shard_of = shard_of
+        self._restored = restored
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
@@ -256,11 +260,11 @@ class Engine:
 
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
         """Create a group; whether it is new. If not, the store's record is loaded."""
-        # Epochs go on from a deleted group of this name: its clients must not take new ones for old.
         shard = self._shard(key)
         retired = await self.read(shard.store.retired_epoch(key))
-        epoch = epoch_after_deletion(retired)  # nobody may be active when a group is deleted (R34)
-        record = GroupRecord(config, epoch=epoch, cleared=epoch)
+        record = new_record(config, retired)
+        if self._restored:
+            record = distrust(Stored(0, record), self._now(shard), self._policy).state.record
         try:
             version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded

@@ -34,6 +34,7 @@ from agent.coordinator.file_watch import FileWatch
 from agent.coordinator.limits import Admission, Reports
 from agent.coordinator.listener import Listener
 from agent.coordinator.metrics import Metrics
+from agent.coordinator.restored import declare_restored
 from agent.coordinator.route_table import API_ROUTES, METRICS_ROUTES, ROUTES
 from agent.coordinator.routes import Route
 from agent.coordinator.service import Coordinator, policy_of
@@ -68,17 +69,23 @@ GC_THRESHOLDS = (10_000, 50, 100)
 has no cycles) and by default comes every second under load. With these it comes after 50 million
 objects; the young ones are still looked at."""
 
+RESTORED = "restored store declared: nobody is primary before 'failover-agent failsafe lift'"
+
 log = logs.Log(__name__)
 
 
 def run(
-    settings: CoordinatorSettings, reread: Callable[[], CoordinatorSettings] | None = None
+    settings: CoordinatorSettings,
+    reread: Callable[[], CoordinatorSettings] | None = None,
+    *,
+    restored: bool = False,
 ) -> int:
     """Serve until SIGTERM or SIGINT; 0 after an orderly stop.
 
     Args:
         settings: checked.
         reread: reads the settings anew, at SIGHUP; raises ConfigError.
+        restored: the store is an older copy that was put back (R34).
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
@@ -86,16 +93,19 @@ def run(
     """
     logs.configure(settings.log_level, settings.log_format)
     gc.set_threshold(*GC_THRESHOLDS)
-    return uvloop.run(_run(settings, reread))
+    return uvloop.run(_run(settings, reread, restored=restored))
 
 
 async def _run(
-    settings: CoordinatorSettings, reread: Callable[[], CoordinatorSettings] | None
+    settings: CoordinatorSettings,
+    reread: Callable[[], CoordinatorSettings] | None,
+    *,
+    restored: bool,
 ) -> int:
     with closing(Notify()) as notify, stop_signals() as stop:
         notify.status("loading the groups")
         access = Access(settings)
-        async with serving(settings, access) as url:
+        async with serving(settings, access, restored=restored) as url:
             notify.ready(f"serving at {url}")
             with _reloading(access, reread, notify, f"serving at {url}"):
                 await _wait(stop, notify)
@@ -186,7 +196,7 @@ class _Sockets(NamedTuple):
 
 @asynccontextmanager
 async def serving(
-    settings: CoordinatorSettings, access: Access | None = None
+    settings: CoordinatorSettings, access: Access | None = None, *, restored: bool = False
 ) -> AsyncIterator[str]:
     """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
     access = access or Access(settings)
@@ -195,7 +205,8 @@ async def serving(
     access.on_reload = metrics.reloaded
     with _bind(settings) as sockets:
         if settings.store == "etcd":
-            async with _serving_cluster(settings, access, clock, metrics, sockets) as url:
+            serving = _serving_cluster(settings, access, clock, metrics, sockets, restored=restored)
+            async with serving as url:
                 yield url
             return
         store = await _open(settings)
@@ -206,7 +217,11 @@ async def serving(
                 policy_of(settings),
                 max_groups=settings.max_groups,
                 meter=metrics,
+                restored=restored,
             )
+            if restored:
+                declared = await declare_restored(store, clock.now, policy_of(settings))
+                log.warning(RESTORED, groups=declared)
             groups = await coordinator.start()
             log.info(
                 "coordinator started",
@@ -232,13 +247,17 @@ async def _serving_cluster(
     clock: Clock,
     metrics: Metrics,
     sockets: _Sockets,
+    *,
+    restored: bool,
 ) -> AsyncIterator[str]:
     """One of several coordinators over etcd (R19)."""
     from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
 
-    cluster = await Cluster.open(settings, clock, metrics)
+    cluster = await Cluster.open(settings, clock, metrics, restored=restored)
     coordinator = cluster.coordinator
     try:
+        if restored:
+            log.warning(RESTORED, groups=await cluster.declare_restored())
         await cluster.start()
         log.info(
             "coordinator started",

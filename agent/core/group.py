@@ -54,6 +54,7 @@ from agent.errors import Conflict, Invalid, TooSoon
 from agent.model import (
     MAX_EPOCH,
     GroupConfig,
+    GroupRecord,
     HeartbeatAnswer,
     Instant,
     Role,
@@ -80,6 +81,16 @@ def epoch_after_deletion(retired: int) -> int:
             continued, so that deleting and creating a group makes it usable again.
     """
     return retired if retired <= HIGHEST_LEARNED_EPOCH else 0
+
+
+def new_record(config: GroupConfig, retired: int) -> GroupRecord:
+    """The record of a new group; ``retired`` as above.
+
+    Epochs continue from a deleted group of this name, since its clients must not take new ones for old.
+    Nobody was active when it was deleted (R34).
+    """
+    epoch = epoch_after_deletion(retired)
+    return GroupRecord(config, epoch=epoch, cleared=epoch)
 
 
 def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Decision:

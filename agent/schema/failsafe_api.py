@@ -5,12 +5,12 @@ members ask each other is not here.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from msgspec import Meta
 
 from agent import model
-from agent.schema.values import Count, Name, NeededMoment, Shape, doc, whole
+from agent.schema.values import Confirmed, Count, Name, NeededMoment, Shape, doc, whole
 
 Cleared = Annotated[
     Count | None,
@@ -136,20 +136,6 @@ class FailsafeStatus(Shape, frozen=True, kw_only=True):
             choosable=tuple(member.to_model() for member in self.choosable or ()),
             lapsed=None if self.lapsed is None else self.lapsed.to_model(),
         )
-
-
-class Confirmed:
-    """The JSON value true, and no other."""
-
-    @classmethod
-    def read(cls, given: object) -> Self:
-        if given is not True:
-            raise TypeError
-        return cls()
-
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        return {"type": "boolean", "const": True}
 
 
 class LiftRequest(Shape, frozen=True, kw_only=True):

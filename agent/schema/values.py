@@ -234,6 +234,20 @@ def _is_larger(value: object) -> bool:
     return False
 
 
+class Confirmed:
+    """The JSON value true, and no other."""
+
+    @classmethod
+    def read(cls, given: object) -> Self:
+        if given is not True:
+            raise TypeError
+        return cls()
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        return {"type": "boolean", "const": True}
+
+
 Count = (
     Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
     | Annotated[float, Meta(ge=0, le=MAX_EPOCH, multiple_of=1)]
@@ -294,6 +308,8 @@ def encode_with_names(value: Any) -> Any:
 
 
 def _encode_other(value: Any) -> Any:
+    if isinstance(value, Confirmed):
+        return True
     return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 

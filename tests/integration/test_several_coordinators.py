@@ -346,3 +346,27 @@ def test_r19_a_forwarded_request_carries_the_callers_credentials(
         with refused.value:
             assert refused.value.code == status
     assert number(standby, "failover_coordinator_forwarded_requests_total") == 1
+
+
+def test_r34_a_restored_store_is_declared_while_no_other_coordinator_serves_it(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    """Its groups are restricted at every coordinator, until one of them lifts that."""
+    cluster = Cluster(stage, etcd, "--shards=2")
+    first = cluster.serve("--leadership-ttl=8")
+    until(lambda: leads(first) == 2, "a leader")
+    agent = stage.run("host-a", first, timing=TIMING)
+    stage.until_primary(agent, after_epoch=0)
+    agent.send(signal.SIGTERM)
+    agent.wait()
+    first.send(signal.SIGSTOP)
+    second = cluster.serve("--restored")
+    assert second.lines("waiting for them to stop"), "the first has a session until its lease ends"
+    assert second.lines("restored store declared")
+    first.send(signal.SIGKILL)
+    first.wait()
+    third = cluster.serve()
+    for coordinator in (second, third):
+        status = coordinator.status()
+        assert status["Failsafe"]["State"] == "Restricted"
+        assert status["Epoch"] > 2**20

@@ -31,10 +31,10 @@ from agent.model import (
     SessionConfig,
     SessionView,
 )
-from agent.schema import api
+from agent.schema import api, failsafe_api
 from agent.schema.codec import BodyError, decode_many, encode
 from agent.schema.scalars import format_time_span
-from agent.schema.values import HoldOffSpan, Shape
+from agent.schema.values import Confirmed, HoldOffSpan, Shape
 
 S = TypeVar("S", bound=Shape)
 
@@ -217,6 +217,29 @@ class RestClient(Endpoints):
                     last_data_processed_time=last_data,
                     held=None if held else False,
                 )
+            ),
+            read=_check_no_content,
+        )
+
+    async def lift_failsafe(self, group: str, *, epoch: int, reason: str, timeout_s: float) -> None:
+        """Declare that no member of a group is active by failsafe (R34).
+
+        Args:
+            group: its id.
+            epoch: the newest one of the group.
+            reason: for the history.
+            timeout_s: seconds.
+
+        Raises:
+            ServerError: ``status`` 409 if somebody is primary, or in another epoch; 404 without the group.
+        """
+        await self._request(
+            "POST",
+            f"groups/{_quote_segment(group)}/failsafe/lift",
+            what=f"lifting failsafe of group {group}",
+            timeout_s=timeout_s,
+            body=encode(
+                failsafe_api.LiftRequest(epoch=epoch, reason=reason, nobody_is_active=Confirmed())
             ),
             read=_check_no_content,
         )
