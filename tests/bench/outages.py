@@ -57,7 +57,7 @@ def outage(plant: Plant, one: str, fault: str) -> None:
             plant.coordinator.send(signal.SIGCONT)
         case _:
             plant.lan.heal()
-    until(lambda: plant.coordinator.status()["Primary"] == one, f"{one} to be primary")
+    until(lambda: plant.coordinator.status().get("Primary") == one, f"{one} to be primary")
     time.sleep(LEASE_S)  # whoever is promoted by mistake is by then
 
 
