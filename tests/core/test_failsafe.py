@@ -323,6 +323,14 @@ def test_r28_one_member_that_does_not_agree_costs_the_role() -> None:
             bench.says(question, yes=question.member == B)
         answered = len(bench.questions)
     assert bench.now == pytest.approx(sent_at + TIMING.renew_s)
+    reason = "lease lost: no renewal for 6.500 s, no vote of d (for the test)"
+    assert [e.reason for e in bench.log if isinstance(e, Publish)][-1] == reason
+
+
+def test_r28_a_late_primary_without_others_has_no_missing_vote() -> None:
+    bench = FailsafeBench().holder(MemberSet(1, (ME,)))
+    bench.step(Tick(), after_s=TIMING.renew_s)
+    assert [e.reason for e in bench.log if isinstance(e, Publish)][-1].endswith("6.500 s")
 
 
 def test_r28_the_oldest_of_the_newest_votes_counts() -> None:

@@ -25,7 +25,7 @@ from agent.core.timing import Timing
 from agent.model import GroupRecord, Instant, MemberSet
 
 from .coordinator import REAL, Core
-from .failsafe_runs import LATE_CONFIRMATION, STORIES, VOTER_RESTARTS, Story
+from .failsafe_faults import LATE_CONFIRMATION, STORIES, VOTER_RESTARTS, Story
 
 # -- the agent's side ----------------------------------------------------------------------------------
 

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .failsafe_faults import Story
 from .failsafe_planted import PLANTED, PlantedFailsafe
 from .failsafe_runs import (
-    L,
-    Story,
     random_run,
     sweep_handover,
     sweep_killed,
     sweep_outage,
     sweep_partial,
 )
+from .failsafe_world import L
 from .schedule import Plan
-from .search import EXAMPLES, LONG, live_through, plans
+from .search import EXAMPLES, LONG, live_on, live_through, plans
 from .world import BrokenPromiseError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -42,6 +42,13 @@ def test_the_promise_holds_with_failsafe_and_a_primary_exists_after_the_faults(s
 def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> None:
     """Guards that hang, hooks that leave processes, strangers, and faults of the LAN."""
     live_through(plan)
+
+
+@settings(LONG, max_examples=max(1, EXAMPLES // 10))
+@given(plans(failsafe=True))
+def test_a_primary_exists_after_every_other_fault_with_failsafe(plan: Plan) -> None:
+    """An operator lifts where the data were lost, or where nobody who may be promoted is left."""
+    live_on(live_through(plan), plan)
 
 
 def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
