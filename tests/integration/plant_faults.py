@@ -1,7 +1,4 @@
-"""What can be done to a plant: each fault finds its target, does harm, and returns how that is ended.
-
-Which roles a fault may move is stated with it: none by the loss of one coordinator or one member of etcd; only its own group's by harm to a primary's host; all by the loss of a majority of etcd.
-"""
+"""What can be done to a plant: each fault finds its target, does harm, and returns how that is ended."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -9,10 +6,13 @@ from dataclasses import dataclass, replace
 
 from .disks import WRITES_OF_ETCD, WRITES_OF_STATE_FILES, slow_disk
 from .network import Host
-from .plant import Group, Plant
+from .plant import TTL_S, Group, Plant
 
 DELAYS_S = (0.05, 0.3, 1.5)
 """Of each write to a slow disk: below, about and above the election timeout of etcd (0.25 s)."""
+
+SLOW_S = TTL_S / 6
+"""A commit needs two writes of the leader's disk at worst, and has a third of the time to live."""
 
 DIRECTIONS = ("both ways", "out", "in")
 
@@ -215,8 +215,11 @@ class Faults:
         return Injected(f"etcd {' '.join(f'm{n}' for n in numbers)}", thaw, may_move)
 
     def _etcd_slow_disk(self, number: int, delay_s: float) -> Injected:
+        """A leader of etcd whose heartbeats still come just in time keeps its place and delays every write."""
+        leads = self._etcd_leader(number) == number
+        may_move = self._names(self._plant.groups if leads and delay_s > SLOW_S else ())
         end = slow_disk(self._plant.etcd.pid(number), WRITES_OF_ETCD, delay_s)
-        return Injected(f"etcd m{number} by {delay_s:g} s", end)
+        return Injected(f"etcd m{number} by {delay_s:g} s", end, may_move)
 
     # -- agents -------------------------------------------------------------------------------
 
