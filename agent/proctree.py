@@ -54,6 +54,8 @@ LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 INIT = 1
 """The process that every PID namespace has; where it is hidden, so are others."""
 
+HIDDEN = "/proc hides processes: mount it without hidepid (ProtectProc=)"
+
 Process = tuple[int, int]
 """Process id and start time, in clock ticks since the boot."""
 
@@ -155,13 +157,16 @@ def snapshot() -> "dict[int, Stat]":
     if us != str(os.getpid()):
         raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
-    for name in os.listdir(open_proc()):
-        if name.isdigit():
-            stat = read(int(name))
-            if stat is not None:
-                table[int(name)] = stat
+    try:
+        for name in os.listdir(open_proc()):
+            if name.isdigit():
+                stat = read(int(name))
+                if stat is not None:
+                    table[int(name)] = stat
+    except PermissionError:
+        raise OSError(HIDDEN) from None
     if INIT not in table:
-        raise OSError("/proc hides processes: mount it without hidepid (ProtectProc=, ProcSubset=)")
+        raise OSError(HIDDEN)
     return table
 
 

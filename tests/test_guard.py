@@ -534,6 +534,34 @@ def test_a_hook_that_always_fails_is_repeated_until_its_time_is_over(
     assert now() < kill_at + LATE_S
 
 
+def test_a_hook_whose_user_has_no_further_process_runs_after_the_tenure(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    """Bash waits for a free process, and would still do so at the hook's limit."""
+    if os.geteuid() != 0:
+        pytest.skip("needs: root: run as root")
+    user, most = 61_234, 20
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+
+    output = tmp_path / "stderr"
+    with output.open("wb") as stderr:
+        host = new_host(before=limit, stderr=stderr.fileno())
+    many = f"i=0; while [ $i -lt {most} ]; do sleep 1000 & i=$((i + 1)); done; echo ready; wait"
+    with subprocess.Popen(
+        sh(many), user=user, start_new_session=True, stdout=subprocess.PIPE
+    ) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"ready\n"
+        host.send(*LOG)
+        host.send(*hook(["/bin/bash", "-c", "/bin/true; /bin/true"], ids=(user, user, "")))
+        host.send_last(*arm(now(), now() + 3 * LATE_S, groups=left.pid))
+        assert host.code(host.guard) == guard.ACTED
+    results = [e["result"] for e in events(output) if e["message"] == "hook ended"]
+    assert results == ["exit 0"]
+
+
 def test_a_missing_directory_is_logged_and_the_agent_is_killed(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Processes of a tenure are found whatever became of their parents, and nothing escapes the killing."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -243,3 +244,46 @@ def test_processes_found_after_the_deadline_are_killed_at_once(
     kill_by = time.monotonic() - 1.0
     proctree.kill_all(lambda: proctree.related(proctree.snapshot(), [shell.pid], []), kill_by)
     shell.wait(PATIENCE_S)
+
+
+# -- what cannot be read is not gone -----------------------------------------------------------------
+
+
+def test_a_process_that_cannot_be_read_for_lack_of_descriptors_is_not_gone() -> None:
+    """It was: with one descriptor too few a demotion succeeded while its workload was alive."""
+    process = proctree.identify(os.getpid())
+    assert process is not None
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
+    try:
+        for search in (proctree.snapshot, lambda: proctree.lives(process)):
+            with pytest.raises(OSError, match="Too many open files"):
+                search()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+HIDDEN = """
+import os, sys
+names = {}
+exec(sys.stdin.read(), names)
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    names["snapshot"]()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", ["hidepid=1", "hidepid=2", "subset=pid"])
+def test_a_proc_that_hides_processes_is_an_error(mode: str) -> None:
+    """What is hidden was taken for gone; ``subset=pid`` hides no process."""
+    mount = f'mount -t proc -o {mode} proc /proc && exec "$@"'
+    source = Path(proctree.__file__).read_text()
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-S", "-c", HIDDEN]
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs: a mount of /proc with {mode}: run as root: {done.stderr}")
+    assert done.stdout.strip() == ("" if mode == "subset=pid" else proctree.HIDDEN)

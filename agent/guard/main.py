@@ -61,6 +61,9 @@ ROOM_S = 0.5
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
+LEAST_TASKS = 2
+"""With fewer no hook can be forked, or it cannot be executed as its user."""
+
 RETRY_SHARE = 0.1
 """A demotion hook that has failed is repeated after this share of its budget, as by the agent."""
 
@@ -275,14 +278,16 @@ class Guard:
         """If no hook can be forked, kill the tenure and the agent now.
 
         The tenure may have used up the limit of tasks, and an agent that is only stopped reaps nobody. The
-        killed ones count until they are reaped. Waits until ``end_at`` for one free task, and for
+        killed ones count until they are reaped. Waits until ``end_at`` for ``LEAST_TASKS``, and for
         ``ROOM_S`` for all that a hook may need.
         """
         become = self.hook.become_user if self.hook is not None else lambda: None
         enough_at = now() + ROOM_S
         may_block = False
         while not can_fork(become, self.close_fds, FREE_TASKS):
-            if now() >= end_at or (now() >= enough_at and can_fork(become, self.close_fds, 1)):
+            if now() >= end_at or (
+                now() >= enough_at and can_fork(become, self.close_fds, LEAST_TASKS)
+            ):
                 break
             # Those that only their mark shows are searched in a forked process, where that is possible.
             self.tenure.kill(now(), may_block=may_block, skip_stuck=True)

@@ -92,7 +92,7 @@ def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -
         become()
         children: list[int] = []
         try:
-            while len(children) < count - 1:
+            while len(children) < count - 1:  # the worker is one itself
                 children.append(os.fork())
                 if not children[-1]:
                     os._exit(0)

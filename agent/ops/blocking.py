@@ -26,7 +26,7 @@ class BlockingThread:
     """At most one thread for one kind of blocking call.
 
     Args:
-        name: of the kind, for the thread's name and for messages, such as "state file".
+        name: of the kind, for messages, such as "state file".
         vital: a demotion needs it, so it may take a reserved thread (ops/reserve.py).
     """
 
@@ -56,7 +56,7 @@ class BlockingThread:
         if self.busy:
             raise StuckError(f"{self.name}: the last call is still blocked in the kernel")
         try:
-            future = run_in_thread(work, self.name, vital=self._vital)
+            future = run_in_thread(work, vital=self._vital)
         except BlockingIOError as error:
             raise StuckError(f"{self.name}: {error.strerror}") from error
         self._last = future  # type: ignore[assignment]

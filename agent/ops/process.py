@@ -241,7 +241,7 @@ class Child:
     def start(self) -> None:
         """Start it, without waiting. A failure is not raised here, but is the result of ``wait``."""
         try:
-            run_in_thread(self._work, self._argv[0], vital=self._vital)
+            run_in_thread(self._work, vital=self._vital)
         except BlockingIOError as error:
             self._failed(error)
 

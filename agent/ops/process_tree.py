@@ -178,7 +178,7 @@ class ProcessTree:
         if self.cgroup is not None:
             path = self.cgroup / "cgroup.kill"
             with suppress(BlockingIOError):  # the processes are killed one by one below
-                run_in_thread(partial(_write, path, "1"), "cgroup.kill", vital=True)
+                run_in_thread(partial(_write, path, "1"), vital=True)
         seen: set[proctree.Process] = set()
 
         def find() -> set[proctree.Process]:
@@ -214,7 +214,7 @@ class ProcessTree:
             reading: list[proctree.Process] = []
             found: list[proctree.Process] = []
             read = partial(self._read_environments, recent, reading, found)
-            reader = run_in_thread(read, "environments", vital=True)
+            reader = run_in_thread(read, vital=True)
             count = -1
             while not reader.done() and count != len(reading):  # as long as it makes progress
                 count = len(reading)

@@ -7,6 +7,7 @@ run the demotion hook. Knows nothing of what they are used for.
 Not promised: a process for the demotion hook. It can be forked once the killing has freed a task.
 """
 
+import _thread
 import concurrent.futures
 import errno
 import os
@@ -40,16 +41,17 @@ def reserve_threads(count: int = THREADS) -> None:
         RuntimeError: not even these can be started.
     """
     for _ in range(count):
-        threading.Thread(target=_serve, name="reserve", daemon=True).start()
+        _thread.start_new_thread(_serve, ())
 
 
-def run_in_thread(work: Callable[[], T], name: str, *, vital: bool) -> concurrent.futures.Future[T]:
-    """Run ``work`` in a daemon thread; its result. Cancelling that does not stop the work.
+def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.Future[T]:
+    """Run ``work`` in a thread that does not outlive the process; its result. It cannot be cancelled.
+
+    Does not wait for the thread, as ``threading.Thread.start`` does: for ever, if the new thread has no memory.
 
     Args:
         work: may block for ever.
-        name: of the thread.
-        vital: a demotion needs it: take a reserved thread if no other one can be started.
+        vital: a demotion needs it: take a reserved thread, if one is idle.
 
     Raises:
         BlockingIOError: no thread is left.
@@ -63,12 +65,13 @@ def run_in_thread(work: Callable[[], T], name: str, *, vital: bool) -> concurren
         except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             result.set_exception(error)
 
-    try:
-        threading.Thread(target=run, name=name, daemon=True).start()
-    except (RuntimeError, MemoryError) as error:
-        if not vital or not _idle.acquire(blocking=False):
-            raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+    if vital and _idle.acquire(blocking=False):
         _work.put(run)
+        return result
+    try:
+        _thread.start_new_thread(run, ())
+    except (RuntimeError, MemoryError) as error:
+        raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
     return result
 
 
@@ -89,7 +92,7 @@ def tasks_are_scarce(needed: int = FREE_TASKS) -> bool:
     end = threading.Event()
     try:
         for _ in range(needed):
-            threading.Thread(target=end.wait, name="probe", daemon=True).start()
+            _thread.start_new_thread(end.wait, ())
     except (RuntimeError, MemoryError):
         return True
     finally:

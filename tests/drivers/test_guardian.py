@@ -219,7 +219,7 @@ async def test_the_guard_has_its_own_session_and_no_other_descriptors(guardian: 
     pid = pid_of(guardian)
     assert os.getsid(pid) == os.getpgid(pid) == pid
     assert folder(pid) == Path("/")
-    assert files(pid) == 4, "the three, and the socket"
+    assert files(pid) == 5, "the three, the socket, and /proc"
 
 
 # --- trouble ----------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ def start(
     return process
 
 
+async def launched(process: HookProcess) -> None:
+    assert process.child is not None
+    await process.child.launched()
+
+
 async def end_of(process: HookProcess) -> HookExit:
     async with asyncio.timeout(LIMIT_S):
         return await process.wait()
@@ -106,6 +111,7 @@ async def test_the_exit_code_is_reported(script: Script, code: int) -> None:
 
 async def test_term_ends_a_hook(script: Script) -> None:
     process = start(script("exec sleep 1000"))
+    await launched(process)
     process.term()
     assert (await end_of(process)).signal == signal.SIGTERM
     process.release()
@@ -127,6 +133,7 @@ async def test_a_hook_that_ignores_term_is_killed(
 
 async def test_a_cancelled_wait_does_not_stop_the_hook(script: Script) -> None:
     process = start(script("exec sleep 1000"))
+    await launched(process)
     waiting = asyncio.create_task(process.wait())
     await asyncio.sleep(0)
     waiting.cancel()

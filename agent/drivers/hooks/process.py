@@ -285,10 +285,7 @@ class HookProcess:
         """
         run_as = self._context.run_as
         try:
-            # A file in memory, not a pipe: a hook that does not read it blocks no writer.
-            stdin = os.fdopen(os.memfd_create("payload"), "w+b")
-            stdin.write(json.dumps(payload).encode() + b"\n")
-            stdin.seek(0)
+            stdin = _open_payload(json.dumps(payload).encode() + b"\n")
         except (OSError, ValueError) as error:
             self._output.close()
             self._finish(error=_start_error(argv, error))
@@ -354,6 +351,39 @@ class HookProcess:
     ) -> None:
         duration_s = self._clock.boottime() - self._started_at
         self._ended.set_result(HookExit(code, signal, duration_s, self._output.cut_bytes, error))
+
+
+def _open_payload(data: bytes) -> IO[bytes]:
+    """Return a file with the payload, for a hook's stdin. Raises OSError."""
+    try:
+        # In memory, and no pipe: a hook that does not read it blocks no writer.
+        file = os.fdopen(os.memfd_create("payload"), "w+b", buffering=0)
+    except OSError:
+        return _payload_pipe(data)
+    try:
+        written = file.write(data)
+        file.seek(0)
+    except OSError:
+        written = 0
+    if written == len(data):
+        return file
+    file.close()  # RLIMIT_FSIZE also holds for a file in memory
+    return _payload_pipe(data)
+
+
+def _payload_pipe(data: bytes) -> IO[bytes]:
+    """The same as a pipe, in which an ordinary payload fits. Raises OSError if it does not."""
+    stdin, end = os.pipe()
+    try:
+        os.set_blocking(end, False)
+        if os.write(end, data) != len(data):
+            raise BlockingIOError(errno.EAGAIN, "the payload does not fit into a pipe")
+    except OSError:
+        os.close(stdin)
+        raise
+    finally:
+        os.close(end)
+    return os.fdopen(stdin, "rb", buffering=0)
 
 
 def _start_error(argv: Sequence[str], error: Exception) -> str:
