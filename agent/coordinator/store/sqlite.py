@@ -34,6 +34,12 @@ about a second's work. Beyond it a disk is too slow to be waited for within a le
 BATCH_BOUND = 1_000
 """Calls in one transaction, so that the first of them does not wait for long for the last."""
 
+_SELECT_STORED = (
+    "SELECT tenant, namespace, name, version, record, epoch, last_data"
+    " FROM failover_group LEFT JOIN progress ON group_id = id"
+)
+_IS_GROUP = "tenant = ? AND namespace = ? AND name = ?"
+
 AnswerT = TypeVar("AnswerT")
 
 
@@ -94,17 +100,7 @@ class SqliteStore:
         """Every group there is. Raises StoreError for a record that cannot be read."""
 
         def work() -> dict[GroupKey, Stored]:
-            rows = self._db.execute(
-                "SELECT tenant, namespace, name, version, record, epoch, last_data"
-                " FROM failover_group LEFT JOIN progress ON group_id = id"
-            )
-            found = {}
-            for tenant, namespace, name, version, text, epoch, last_data in rows:
-                key = GroupKey(tenant, namespace, name)
-                place = self._place(key)
-                progress = None if epoch is None else decode_progress(epoch, last_data, place)
-                found[key] = Stored(version, decode(GroupRecord, text, place), progress)
-            return found
+            return dict(self._stored(row) for row in self._db.execute(_SELECT_STORED))
 
         return await self._submit(work)
 
@@ -174,7 +170,12 @@ class SqliteStore:
 
     async def settle(self, key: GroupKey, expected: int) -> Stored | None:  # noqa: ARG002 - calls keep their order
         """The record, or None."""
-        return (await self.load()).get(key)
+
+        def work() -> Stored | None:
+            rows = self._db.execute(f"{_SELECT_STORED} WHERE {_IS_GROUP}", key)
+            return next((self._stored(row)[1] for row in rows), None)
+
+        return await self._submit(work)
 
     async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
         """Replace the progress of each of these groups; a key without a group is ignored."""
@@ -380,6 +381,13 @@ class SqliteStore:
 
     def _place(self, key: GroupKey) -> str:
         return f"{name_of(key)} in {self._data_dir.path}"
+
+    def _stored(self, row: tuple[Any, ...]) -> tuple[GroupKey, Stored]:
+        tenant, namespace, name, version, text, epoch, last_data = row
+        key = GroupKey(tenant, namespace, name)
+        place = self._place(key)
+        progress = None if epoch is None else decode_progress(epoch, last_data, place)
+        return key, Stored(version, decode(GroupRecord, text, place), progress)
 
     def _find(self, key: GroupKey) -> tuple[int, int] | None:
         """A group's row and version."""

@@ -251,6 +251,20 @@ def disk_of_tests() -> Iterator[Disk]:
         disk.unregister()
 
 
+async def test_a_record_is_settled_without_reading_those_of_other_groups(
+    store: SqliteStore, make_record: MakeRecord
+) -> None:
+    """In a store of 100,000 groups all requests would wait for that."""
+    one, other = GroupKey("t", "n", "one"), GroupKey("t", "n", "other")
+    version = await store.create(one, make_record(1))
+    await store.create(other, make_record(1))
+    damage = "UPDATE failover_group SET record = 'damaged' WHERE name = 'other'"
+    await store._submit(lambda: store._db.execute(damage).get)
+    assert await store.settle(one, version) == Stored(version, make_record(1))
+    with pytest.raises(StoreError, match="other"):
+        await store.settle(other, version)
+
+
 async def test_a_change_is_synced_before_it_is_answered(
     tmp_path: Path, key: GroupKey, make_record: MakeRecord
 ) -> None:
