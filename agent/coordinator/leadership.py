@@ -266,9 +266,14 @@ class Leadership:
                 await asyncio.sleep(RETRY_S)
 
     async def _renew(self) -> None:
-        """Renew the lease and read all keys; the read shows that a majority of etcd still knows the lease."""
+        """Renew the lease and read all keys.
+
+        The read shows that a majority of etcd still knows the lease. If it is of a later term than the renewal, that
+        may have been answered by a deposed leader of etcd, and does not count.
+        """
         sent_at = self._boottime()
-        if not await self._etcd.keep_alive(self._lease_id):
+        term = await self._etcd.keep_alive(self._lease_id)
+        if term is None:
             raise SessionOver("etcd has ended the lease")
         live = self._layout.live
         found = await self._etcd.range(read(live, end_of(live)))
@@ -277,7 +282,8 @@ class Leadership:
             raise SessionOver("etcd has ended the lease")
         if self._boottime() >= self._lease.until:
             raise SessionOver("the lease was not renewed in time")
-        self._lease.until = max(self._lease.until, sent_at + self._ttl_s * (1 - DRIFT))
+        if found.term == term:
+            self._lease.until = max(self._lease.until, sent_at + self._ttl_s * (1 - DRIFT))
         if found.revision >= self.view.revision:
             view = View(found.revision)
             for one in found.keys:

@@ -7,11 +7,25 @@ Speaks the JSON of the gateway, so that everything above it is the real code. Ti
 import asyncio
 import random
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUnreachable, Json
+
+from .virtual import outside
+
+RETRANSMISSION_S = 0.2
+"""How long after the end of a partition a connection that outlived it goes on."""
+
+
+class Direction(Enum):
+    """Of a message between a coordinator and etcd."""
+
+    THERE = auto()
+    BACK = auto()
 
 
 def _text(data: str) -> str:
@@ -35,14 +49,35 @@ class FakeEtcd:
 
     def __init__(self) -> None:
         self.revision = 1
+        self.term = 2
+        self.compacted = 0
         self.keys: dict[str, Entry] = {}
         self.leases: dict[int, tuple[float, float]] = {}
         self.last_lease = 0
         self.log: list[tuple[int, Json]] = []
         self.changed = asyncio.Event()
+        self.listeners: list[Callable[[str, str], None]] = []
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+    def elect(self) -> None:
+        """Another member leads, and extends all leases, as it does not know when they were renewed."""
+        self.expire()
+        self.term += 1
+        for lease, (ttl_s, _) in self.leases.items():
+            self.leases[lease] = ttl_s, self._now() + ttl_s
+
+    def compact(self) -> None:
+        """Forget the history: no watch may begin in it."""
+        self.compacted = self.revision
+        self.log.clear()
+
+    def snapshot(self) -> "FakeEtcd":
+        """A member that applies nothing more."""
+        copy = FakeEtcd()
+        copy.revision, copy.keys = self.revision, dict(self.keys)
+        return copy
 
     def expire(self) -> None:
         for lease, (_, ends_at) in list(self.leases.items()):
@@ -87,7 +122,8 @@ class FakeEtcd:
                 self.leases[self.last_lease] = ttl_s, self._now() + ttl_s
                 answer = {"ID": str(self.last_lease), "TTL": body["TTL"]}
             case "/v3/lease/keepalive":
-                return {"result": self._keep_alive(int(body["ID"]))}
+                header = {"header": {"raft_term": str(self.term)}}
+                return {"result": self._keep_alive(int(body["ID"])) | header}
             case "/v3/lease/revoke":
                 if int(body["ID"]) not in self.leases:
                     raise EtcdRefused("requested lease not found", 5)
@@ -95,7 +131,7 @@ class FakeEtcd:
                 answer = {}
             case _:
                 raise AssertionError(path)
-        return answer | {"header": {"revision": str(self.revision)}}
+        return answer | {"header": {"revision": str(self.revision), "raft_term": str(self.term)}}
 
     def _keep_alive(self, lease: int) -> Json:
         if lease not in self.leases:
@@ -167,6 +203,8 @@ class FakeEtcd:
                 created = self.revision if before is None else before.created
                 lease = int(body.get("lease", 0))
                 self.keys[key] = Entry(_text(body["value"]), created, self.revision, lease)
+                for listener in self.listeners:
+                    listener(key, self.keys[key].value)
                 self._event({"kv": self._shown(key, keys_only=False)})
                 return {"response_put": {}}
             case "request_delete_range":
@@ -186,80 +224,120 @@ class Link:
     """The way of one coordinator to etcd, with its faults.
 
     Attributes:
-        cut: nothing gets through.
-        held: the coordinator is frozen: nothing is sent, and answers are not read.
-        lose_answer: share of requests whose answer is lost.
-        delay: share of requests without an answer that are carried out later.
+        passes: whether a message from one end to the other gets through; what does not is lost.
+        cut: connections are refused.
+        lose_answer: share of requests that are carried out, and whose answer is lost.
+        late: share of requests without an answer that are carried out ``late_s`` later.
+        watch_delay_s: how much later than they happen changes are seen.
+        silent_watches: watches up to this number have been forgotten by something on the way.
+        stale_term: the leader of etcd that renews leases here has been deposed and does not know it: of this term.
+        stale: what the member that serves this link has applied; only serializable reads show that.
     """
 
     etcd: FakeEtcd
     chance: random.Random = field(default_factory=random.Random)
     delay_s: float = 0.002
+    passes: Callable[[Direction], bool] = lambda _: True
     cut: bool = False
     lose_answer: float = 0.0
     late: float = 0.0
     late_s: float = 0.0
-    free: asyncio.Event = field(default_factory=asyncio.Event)
+    watch_delay_s: float = 0.0
+    watches: int = 0
+    silent_watches: int = 0
+    stale_term: int | None = None
+    stale: FakeEtcd | None = None
 
-    def __post_init__(self) -> None:
-        self.free.set()
+    def heal(self) -> None:
+        """End all faults, but for those of watches that are forgotten already."""
+        self.cut, self.lose_answer, self.late, self.watch_delay_s = False, 0.0, 0.0, 0.0
+        self.stale_term = self.stale = None
+
+    def carry_out(self, path: str, body: Json) -> Json:
+        """What the member of etcd at the other end does with a request."""
+        if self.stale_term is not None and path == "/v3/lease/keepalive":
+            term = {"header": {"raft_term": str(self.stale_term)}}
+            return {"result": {"ID": body["ID"], "TTL": "1"} | term}
+        if self.stale is not None and path == "/v3/kv/range" and body.get("serializable"):
+            return self.stale.apply(path, body)
+        return self.etcd.apply(path, body)
 
 
 class FakeTransport:
-    """A Transport over a Link."""
+    """A Transport over a Link. A request that was sent goes its way, whatever becomes of its sender."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
-        link = self.link
+        if self.link.cut:
+            await asyncio.sleep(self.link.delay_s)
+            raise EtcdUnreachable("cut off")
+        answer: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        if self.link.passes(Direction.THERE):
+            outside(self._arrive, path, body, answer, after_s=self.link.delay_s)
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.sleep(link.delay_s)
-                await self._ready()
-                chance = link.chance.random()
-                if chance < link.late:
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(link.late_s, self._carry_out_late, path, body)
-                    await asyncio.sleep(timeout_s)
-                answer = link.etcd.apply(path, body)
-                if chance < link.late + link.lose_answer:
-                    await asyncio.sleep(timeout_s)
-                await asyncio.sleep(link.delay_s)
-                await link.free.wait()
-                return answer
+                return await answer
         except TimeoutError:
-            await link.free.wait()
             raise EtcdUnknown("no answer in time") from None
 
-    def _carry_out_late(self, path: str, body: Json) -> None:
-        try:
-            self.link.etcd.apply(path, body)
-        except EtcdRefused:
+    def _arrive(self, path: str, body: Json, answer: asyncio.Future[Json]) -> None:
+        link = self.link
+        chance = link.chance.random()
+        if chance < link.late:
+            outside(self._carry_out_late, path, body, after_s=link.late_s)
             return
+        outcome: Json | EtcdRefused
+        try:
+            outcome = link.carry_out(path, body)
+        except EtcdRefused as refusal:
+            outcome = refusal
+        if chance >= link.late + link.lose_answer and link.passes(Direction.BACK):
+            outside(self._answer, answer, outcome, after_s=link.delay_s)
 
-    async def _ready(self) -> None:
-        await self.link.free.wait()
-        if self.link.cut:
-            raise EtcdUnreachable("cut off")
+    def _answer(self, answer: asyncio.Future[Json], outcome: Json | EtcdRefused) -> None:
+        if answer.done():
+            return
+        if isinstance(outcome, EtcdRefused):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    def _carry_out_late(self, path: str, body: Json) -> None:
+        with suppress(EtcdRefused):
+            self.link.etcd.apply(path, body)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
         assert path == "/v3/watch"
         wanted: dict[str, Any] = body["create_request"]
         first, end = _text(wanted["key"]), _text(wanted["range_end"])
         position = int(wanted["start_revision"])
-        etcd = self.link.etcd
+        link, etcd = self.link, self.link.etcd
+        link.watches += 1
+        mine = link.watches
         while True:
-            await asyncio.sleep(self.link.delay_s)
-            await self._ready()
+            await asyncio.sleep(link.delay_s + link.watch_delay_s)
+            if link.cut:
+                raise EtcdUnreachable("cut off")
             changed = etcd.changed
+            if not link.passes(Direction.BACK):
+                await asyncio.sleep(RETRANSMISSION_S)
+                continue
+            if mine <= link.silent_watches:
+                await asyncio.Event().wait()
+            if position <= etcd.compacted:
+                yield {"result": {"canceled": True, "compact_revision": str(etcd.compacted)}}
+                return
             news: dict[int, list[Json]] = {}
-            for revision, event in etcd.log:
-                if revision >= position and first <= _text(event["kv"]["key"]) < end:
-                    news.setdefault(revision, []).append(event)
-            for revision, events in news.items():
+            for revision, event in reversed(etcd.log):
+                if revision < position:
+                    break
+                if first <= _text(event["kv"]["key"]) < end:
+                    news.setdefault(revision, []).insert(0, event)
+            for revision in sorted(news):
                 header = {"revision": str(revision)}
-                yield {"result": {"header": header, "events": events}}
+                yield {"result": {"header": header, "events": news[revision]}}
                 position = revision + 1
             await changed.wait()
 

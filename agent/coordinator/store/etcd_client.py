@@ -14,7 +14,7 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import httpx2
@@ -85,11 +85,16 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The answer to a range read: the keys, how many there are in the range, and the store's revision."""
+    """The answer to a range read: the keys, how many there are in the range, and the store's revision.
+
+    Attributes:
+        term: the Raft term of the member that has answered.
+    """
 
     keys: tuple[KeyValue, ...]
     count: int
     revision: int
+    term: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,7 @@ class Etcd:
     async def range(self, what: Json) -> Found:
         """Keys, as the majority of etcd has them; ``what`` is made by ``read``."""
         answer = await self._post("/v3/kv/range", what["request_range"])
-        return _found(answer, _revision(answer))
+        return replace(_found(answer, _revision(answer)), term=_term(answer))
 
     async def txn(
         self, conditions: Sequence[Json], then: Sequence[Json], otherwise: Sequence[Json] = ()
@@ -230,10 +235,15 @@ class Etcd:
         """Make a lease of at least ``ttl_s`` seconds; its id."""
         return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
 
-    async def keep_alive(self, lease: int) -> bool:
-        """Renew a lease; whether it was still there."""
+    async def keep_alive(self, lease: int) -> int | None:
+        """Renew a lease; the Raft term of the member that was asked, or None if there was no such lease.
+
+        etcd decides this without a majority: its leader renews, and may have been deposed without knowing it. It
+        has not been if a range read that is asked for afterwards is of the same term.
+        """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
-        return int(answer.get("result", {}).get("TTL", 0)) > 0
+        result = answer.get("result", {})
+        return _term(result) if int(result.get("TTL", 0)) > 0 else None
 
     async def revoke(self, lease: int) -> None:
         """End a lease, and delete its keys."""
@@ -263,6 +273,10 @@ class Etcd:
 
 def _revision(answer: Mapping[str, Any]) -> int:
     return int(answer.get("header", {}).get("revision", 0))
+
+
+def _term(answer: Mapping[str, Any]) -> int:
+    return int(answer.get("header", {}).get("raft_term", 0))
 
 
 def _event(one: Mapping[str, Any]) -> Event:
