@@ -5,7 +5,7 @@ r"""How late heartbeats are answered at a fixed rate. A script, not a test: it n
         --seconds 30 --scrape 1 [--session-metrics]
     .venv/bin/python tests/bench/heartbeats.py --compare main --failover-timeout 3 \
         [--rounds 5] [--groups 1000] [--seconds 5]
-    .venv/bin/python tests/bench/heartbeats.py --compare bare --failover-timeout 3 ...
+    .venv/bin/python tests/bench/heartbeats.py --compare bare|memory --failover-timeout 3 ...
     .venv/bin/python -m tests.bench.heartbeats --compare etcd|follower --failover-timeout 3 --warm-up 20 ...
 
 A real coordinator on a fresh SQLite store, pinned to one core; this process, pinned to another one,
@@ -19,7 +19,7 @@ measured in turn, each round on fresh stores: closed loop, as many heartbeats as
 compared is heartbeats for each second of the coordinator's CPU time, which another process on the machine
 disturbs less than heartbeats for each second; both are printed, with the ratio of their medians. "bare"
 instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
-answer, as large as a heartbeat's. "etcd" is this coordinator on an etcd of one member, and "follower" one of two
+answer, as large as a heartbeat's. "memory" is this coordinator with nothing durable, "etcd" is this coordinator on an etcd of one member, and "follower" one of two
 such coordinators, of which the other leads all groups; the processor time is that of the one that is asked.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
@@ -198,6 +198,11 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def kept_waiting_s(process: int) -> float:
+    """For how long other processes kept the first thread from its core although it could run."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+
+
 async def measure(args: argparse.Namespace, host: str, port: int, process: int) -> None:
     pairs = [await asyncio.open_connection(host, port) for _ in range(CONNECTIONS)]
     connections = [Connection(*pair) for pair in pairs]
@@ -212,13 +217,15 @@ async def measure(args: argparse.Namespace, host: str, port: int, process: int) 
     tasks = [asyncio.create_task(listen(c, result, begin)) for c in connections]
     beating = asyncio.create_task(beat(connections, args.groups, args.rate, begin + args.seconds))
     await asyncio.sleep(begin - time.monotonic())
-    cpu, own = cpu_s(process), cpu_s(os.getpid())
+    measures = ((cpu_s, process), (cpu_s, os.getpid()))
+    waits = ((kept_waiting_s, process), (kept_waiting_s, os.getpid()))
+    before = [read(of) for read, of in (*measures, *waits)]
     await beating
-    cpu, own = cpu_s(process) - cpu, cpu_s(os.getpid()) - own
+    took = [read(of) - was for (read, of), was in zip((*measures, *waits), before, strict=True)]
     await asyncio.sleep(0.5)
     for task in tasks:
         task.cancel()
-    report(result, args.seconds, cpu, own)
+    report(result, args.seconds, took)
     if scraping is not None:
         scraping.kill()
         report_scrapes(scraping.communicate()[0])
@@ -241,16 +248,21 @@ def report_scrapes(said: str) -> None:
     )
 
 
-def report(result: Result, seconds: float, cpu: float, own: float) -> None:
+def report(result: Result, seconds: float, took: list[float]) -> None:
     latencies = sorted(result.latencies)
+
+    if not latencies:
+        raise SystemExit("no heartbeat was answered in the measurement: the machine is too busy")
 
     def at(share: float) -> str:
         return f"{latencies[min(len(latencies) - 1, int(share * len(latencies)))] * 1000:.1f} ms"
 
+    cpu, own, waited, own_waited = (one / seconds for one in took)
     print(  # noqa: T201 - a script's result
         f"rate {len(latencies) / seconds:.0f}/s, p50 {at(0.5)}, p99 {at(0.99)},"
         f" p99.9 {at(0.999)}, max {at(1)}, statuses {dict(result.statuses)},"
-        f" coordinator CPU {cpu / seconds:.0%} of one core, generator {own / seconds:.0%}"
+        f" coordinator CPU {cpu:.0%} of one core, generator {own:.0%};"
+        f" kept waiting for a core {waited:.0%}, {own_waited:.0%}"
     )
 
 
@@ -270,7 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--compare",
         metavar="REV",
-        help="measure this and another revision, bare, etcd or follower in turn",
+        help="measure this and another revision, bare, memory, etcd or follower in turn",
     )
     parser.add_argument("--rounds", type=int, default=5, help="of each revision, with --compare")
     parser.add_argument(
@@ -280,7 +292,7 @@ def main() -> None:
         help="seconds before the measurement: the first roles are being written",
     )
     args = parser.parse_args()
-    if args.compare == "bare" or args.compare in CLUSTERS:
+    if args.compare in ("bare", "memory", *CLUSTERS):
         compare(args, None)
         return
     if args.compare:
@@ -297,12 +309,13 @@ def coordinator(
     tree: Path | None = None,
     *,
     bare: bool = False,
+    memory: bool = False,
     etcd: str | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
     ``tree`` is a checkout whose code is run, rather than this program's own; ``bare`` runs the bare
-    server in its place; ``etcd`` is the URL of its store, if that is not SQLite.
+    server in its place; with ``memory`` it has no store; ``etcd`` is the URL of its store, if that is not SQLite.
     """
     cores = sorted(os.sched_getaffinity(0))
     program = ["-m", "agent", "serve"]
@@ -315,7 +328,7 @@ def coordinator(
         command = ["taskset", "-c", str(cores[0]), sys.executable, *program]
         command += ["--data-dir", data_dir, "--log-level", "INFO"]
         if etcd is None:
-            command += ["--listen", "127.0.0.1:0"]
+            command += ["--listen", "127.0.0.1:0", "--store", "memory" if memory else "sqlite"]
         else:
             command += on_etcd(etcd)
         if args.session_metrics:
@@ -381,7 +394,12 @@ def compare(args: argparse.Namespace, tree: Path | None) -> None:
     for _ in range(args.rounds):
         for name, results in figures.items():
             other = name == args.compare
-            running = coordinator(args, tree if other else None, bare=other and name == "bare")
+            running = coordinator(
+                args,
+                tree if other else None,
+                bare=other and name == "bare",
+                memory=other and name == "memory",
+            )
             if other and name in CLUSTERS:
                 running = in_a_cluster(args)
             with running as (host, port, process):
