@@ -410,6 +410,8 @@ class Engine:
             self._next_progress_write = now.mono + self._progress_batch_s
             if due := self._due_progress(now.mono, PROGRESS_BATCH):
                 self._saving_progress = True
+                if len(due) == PROGRESS_BATCH:
+                    self._next_progress_write = now.mono  # more of them are due
                 self.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:

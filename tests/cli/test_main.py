@@ -132,7 +132,7 @@ def test_run_exec_and_serve_hand_over_their_settings_and_pass_the_code_on(
     taken: list[object] = []
     fake: Any = ModuleType(module)
 
-    def take(settings: object, _reread: object = None) -> int:
+    def take(settings: object, _reread: object = None, **_how: object) -> int:
         taken.append(settings)
         return 40
 

@@ -4,6 +4,9 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
+from agent.coordinator import engine
 from agent.core.group_state import AddSession, ReceiveHeartbeat
 from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, SessionConfig
 
@@ -56,6 +59,34 @@ def test_etcd_sees_writes_of_progress_by_shard_and_not_by_heartbeat() -> None:
             status = second.coordinator.status(key)
             assert status.primary == "s"
             assert status.last_data == SINCE + timedelta(seconds=BEATS - 1)
+        await world.end()
+
+    run_virtually(main())
+
+
+def test_progress_of_more_groups_than_one_write_takes_is_saved_within_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "PROGRESS_BATCH", 10)
+
+    async def main() -> None:
+        world = World(1, coordinators=1, agents=0, shards=1)
+        (node,) = world.nodes.values()
+        node.start()
+        await world.until(lambda: node.leadership and node.leadership.led, 5.0, "a leader")
+        coordinator = node.coordinator
+        assert coordinator is not None
+        keys = [GroupKey("default", "default", f"g{n}") for n in range(GROUPS)]
+        for key in keys:
+            await coordinator.create_group(key, GroupConfig(key.group, 10 * TICKS_PER_SECOND))
+            await coordinator.apply(key, AddSession(SessionConfig("s")))
+        for beat in range(3):
+            for key in keys:
+                processed = SINCE + timedelta(seconds=beat)
+                await coordinator.beat(key, ReceiveHeartbeat("s", 100.0, processed, "i", None))
+            await asyncio.sleep(1.0)
+        stored = [entry.value for name, entry in world.etcd.keys.items() if "/progress/" in name]
+        assert sum("00:00:02" in one for one in stored) == len(keys)
         await world.end()
 
     run_virtually(main())
