@@ -5,8 +5,7 @@ Rules of this file:
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
 - One durable change of a group at a time. Other inputs of that group wait for it.
-- Progress (the data-processed time), which decides nothing, is saved beside the records: that of many groups
-  in one write, and no input waits for it.
+- Progress (the data-processed time) decides nothing: many groups' is saved in one write, which no input awaits.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
@@ -407,11 +406,11 @@ class Engine:
         for key in self._wakeups.due(now.mono, BATCH):
             self.spawn(self._run_tick(self.groups[key]))
         if now.mono >= self._next_progress_write and not self._saving_progress:
-            self._next_progress_write = now.mono + self._progress_batch_s
-            if due := self._due_progress(now.mono, PROGRESS_BATCH):
+            due = self._due_progress(now.mono, PROGRESS_BATCH)
+            more_are_due = len(due) == PROGRESS_BATCH
+            self._next_progress_write = now.mono + (0 if more_are_due else self._progress_batch_s)
+            if due:
                 self._saving_progress = True
-                if len(due) == PROGRESS_BATCH:
-                    self._next_progress_write = now.mono  # more of them are due
                 self.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:
