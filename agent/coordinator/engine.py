@@ -10,8 +10,7 @@ Rules of this file:
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
   gate of all of them. A shard that is led anew is loaded anew, as after a restart.
-- After a stall of this process or of the store, every session that was alive before it gets one full L
-  (R14): its heartbeats may still be unread.
+- After a stall of process or store, each session alive before it gets one full L (R14): its heartbeats may wait.
 
 Knows nothing of the operations (service.py), of HTTP, and of what a decision means.
 """
