@@ -54,7 +54,7 @@ _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 
 _ASKED = (b"authorization", b"content-type")
 _ANSWERED = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
-_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_WITH_BODY = frozenset({"POST", "PUT"})
 
 
 @dataclass(eq=False, slots=True)
