@@ -76,7 +76,7 @@ SEQUENCES: dict[str, tuple[Step, ...]] = {
         (DEPOSES, LEADER, TTL_S + LEASE_S, 1.5 * TTL_S),
     ),
     "the leader renews its lease at a deposed leader of etcd": (
-        ("etcd_leader_stale", LEADER, 2 * TTL_S, 0.97 * TTL_S),
+        ("etcd_leader_stale", LEADER, 2 * TTL_S, 0.92 * TTL_S),
         ("split", BOTH, TTL_S + LEASE_S + RENEW_S, LEASE_S),
     ),
     "the primary dies with the leader": (

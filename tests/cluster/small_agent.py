@@ -117,7 +117,9 @@ class SmallAgent:
         assert self.tenure is not None
         now = asyncio.get_running_loop().time()
         slowest_s = max(0.0, self.active_until - now)
-        demotion_s = slowest_s * self.world.chance.choice([0.05, self.world.chance.random(), 1.0])
+        demotion_s = slowest_s * self.world.chance.choice(
+            [0.05, self.world.chance.random(), 1.0, 1.0]
+        )
         self.active_until = now + demotion_s
         self.world.record(self.name, f"demotes for {demotion_s:.2f} s: {why}")
         self.finished.add(self.tenure)
