@@ -534,10 +534,10 @@ def test_a_hook_that_always_fails_is_repeated_until_its_time_is_over(
     assert now() < kill_at + LATE_S
 
 
-def test_a_hook_whose_user_has_no_further_process_runs_after_the_tenure(
+def test_a_hook_whose_user_has_no_further_process_succeeds_after_the_tenure(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
-    """Bash waits for a free process, and would still do so at the hook's limit."""
+    """Its limit is not that of the guard, which runs as root."""
     if os.geteuid() != 0:
         pytest.skip("needs: root: run as root")
     user, most = 61_234, 20
@@ -559,7 +559,7 @@ def test_a_hook_whose_user_has_no_further_process_runs_after_the_tenure(
         host.send_last(*arm(now(), now() + 3 * LATE_S, groups=left.pid))
         assert host.code(host.guard) == guard.ACTED
     results = [e["result"] for e in events(output) if e["message"] == "hook ended"]
-    assert results == ["exit 0"]
+    assert results[-1] == "exit 0"
 
 
 def test_a_missing_directory_is_logged_and_the_agent_is_killed(

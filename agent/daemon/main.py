@@ -68,7 +68,8 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
-    reserve_threads()
+    if not reserve_threads():  # the first demotion is tried all the same
+        log.warning("too few threads for a demotion can be started")
     return asyncio.run(_run(settings, reread))
 
 

@@ -34,14 +34,14 @@ _idle = threading.Semaphore(0)
 _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
-def reserve_threads(count: int = THREADS) -> None:
-    """Start the threads. Call it once.
-
-    Raises:
-        RuntimeError: not even these can be started.
-    """
-    for _ in range(count):
-        _thread.start_new_thread(_serve, ())
+def reserve_threads(count: int = THREADS) -> bool:
+    """Start the threads; return whether all could be started. Call it once."""
+    try:
+        for _ in range(count):
+            _thread.start_new_thread(_serve, ())
+    except (RuntimeError, MemoryError):
+        return False
+    return True
 
 
 def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.Future[T]:

@@ -1,0 +1,81 @@
+"""Threads and descriptors that are set aside: in a process of its own, as they are of the whole process."""
+
+import subprocess
+import sys
+
+import pytest
+
+FULL = """
+import _thread, os, resource, threading
+from agent.ops import reserve
+
+def refuse(*_):
+    raise RuntimeError("can't start new thread")
+
+def exhaust():
+    global start
+    start, _thread.start_new_thread = _thread.start_new_thread, refuse
+"""
+"""A process in which, after ``exhaust()``, no thread can be started."""
+
+
+def run(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL + script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_vital_work_runs_in_reserved_threads_again_and_again() -> None:
+    assert (
+        run("""
+assert reserve.reserve_threads(2)
+exhaust()
+for n in range(10):
+    while reserve._idle._value < 2:
+        pass
+    assert reserve.run_in_thread(lambda: n, vital=True).result(10) == n
+print("done")
+""")
+        == "done"
+    )
+
+
+@pytest.mark.parametrize(("vital", "reserved"), [(False, 2), (True, 0)])
+def test_other_work_and_work_beyond_the_reserve_are_refused(*, vital: bool, reserved: int) -> None:
+    assert (
+        run(f"""
+reserve.reserve_threads({reserved})
+exhaust()
+try:
+    reserve.run_in_thread(print, vital={vital})
+except BlockingIOError as error:
+    print(error.strerror)
+""")
+        == "no thread can be started: can't start new thread"
+    )
+
+
+def test_scarcity_is_noticed() -> None:
+    assert run("""
+print(reserve.tasks_are_scarce())
+exhaust()
+print(reserve.tasks_are_scarce(), reserve.reserve_threads())
+""").split() == ["False", "True", "False"]
+
+
+def test_freed_descriptors_can_be_used_at_the_limit() -> None:
+    assert (
+        run("""
+reserve.reserve_descriptors(3)
+most = max(map(int, os.listdir("/proc/self/fd")))
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+try:
+    os.open("/dev/null", os.O_RDONLY)
+except OSError:
+    reserve.free_descriptors()
+    print(len([os.open("/dev/null", os.O_RDONLY) for _ in range(3)]))
+""")
+        == "3"
+    )
