@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .failsafe_faults import Story
+from .failsafe_faults import LATE_CONFIRMATION, Story
 from .failsafe_planted import PLANTED, PlantedFailsafe
 from .failsafe_runs import (
     random_run,
@@ -49,6 +49,16 @@ def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> No
 def test_a_primary_exists_after_every_other_fault_with_failsafe(plan: Plan) -> None:
     """An operator lifts where the data were lost, or where nobody who may be promoted is left."""
     live_on(live_through(plan), plan)
+
+
+def test_a_late_confirmation_of_a_voter_is_refused() -> None:
+    """A heartbeat from before its promise gives it a tenure: that is released, and the promise kept (R30)."""
+
+    def refuses(seed: int) -> bool:
+        run, _ = random_run(seed, (LATE_CONFIRMATION,))
+        return "ended: a promise to another member binds" in run.world.text()
+
+    assert any(refuses(seed) for seed in range(0, 400, 2))
 
 
 def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
