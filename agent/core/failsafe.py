@@ -115,6 +115,15 @@ class FailsafeMember(LifeCycle):
             self._recount()
         holder.rehearse_at = holder.ask_at  # a no in doubt does not show who is ready
 
+    @property
+    def _missing_votes(self) -> str:
+        """The members without whose votes the role is lost, as the end of a sentence."""
+        if self.asked_members is None:
+            return ""
+        missing = [one for one in self._holder.readiness if one.yes_at <= self.sent_at]
+        votes = ", ".join(f"{one.member.id} ({one.why})" for one in missing)
+        return f", no vote of {votes}" if votes else ""
+
     def _on_answered(self, event: Answered, now: float) -> None:
         if self._holds_tenure:
             self._holder.on_answered(event.nonce, now, yes=event.yes, why=event.why)

@@ -149,7 +149,7 @@ class Session(FailsafeMember):
 
     def _check_deadlines(self, now: float, effects: list[Effect]) -> None:
         if self._has_lease and now >= self.renew_by:
-            why = f"lease lost: no renewal for {now - self.sent_at:.3f} s"
+            why = f"lease lost: no renewal for {now - self.sent_at:.3f} s{self._missing_votes}"
             if self._last_failure is HeartbeatFailure.OTHER_STORE:
                 why = f"{why}: the answers were from another store"
                 self._demote(Cause.OTHER_STORE, why, now, effects)

@@ -3,15 +3,21 @@
 from collections.abc import Iterable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.core.effects import Ask, Effect, Publish, Release, SendHeartbeat, StartHook, Vote
 from agent.core.events import (
     Answered,
     Asked,
+    Event,
     FitnessChanged,
+    HeartbeatAnswered,
     HeartbeatFailed,
     HeartbeatFailure,
+    HookEnded,
     Joined,
+    Left,
     Released,
     Stalled,
     Stop,
@@ -22,7 +28,7 @@ from agent.core.failsafe_view import FailsafeView, Readiness
 from agent.core.options import FailsafeOptions
 from agent.core.phases import Phase
 from agent.core.session import PreviousTenure
-from agent.model import Member, MemberSet, Role
+from agent.model import HeartbeatAnswer, Member, MemberSet, Role
 
 from .session_bench import (
     LEASE_S,
@@ -317,6 +323,14 @@ def test_r28_one_member_that_does_not_agree_costs_the_role() -> None:
             bench.says(question, yes=question.member == B)
         answered = len(bench.questions)
     assert bench.now == pytest.approx(sent_at + TIMING.renew_s)
+    reason = "lease lost: no renewal for 6.500 s, no vote of d (for the test)"
+    assert [e.reason for e in bench.log if isinstance(e, Publish)][-1] == reason
+
+
+def test_r28_a_late_primary_without_others_has_no_missing_vote() -> None:
+    bench = FailsafeBench().holder(MemberSet(1, (ME,)))
+    bench.step(Tick(), after_s=TIMING.renew_s)
+    assert [e.reason for e in bench.log if isinstance(e, Publish)][-1].endswith("6.500 s")
 
 
 def test_r28_the_oldest_of_the_newest_votes_counts() -> None:
@@ -792,3 +806,86 @@ def test_r28_the_vote_of_a_member_that_has_left_the_set_counts_for_nothing() -> 
     for question in questions:
         bench.says(question)
     assert [one.member for one in bench.view.members] == [B]
+
+
+def test_r35_after_a_doubt_it_rehearses_soon() -> None:
+    bench = FailsafeBench().holder().cut_off()
+    bench.says(bench.questions[-1], yes=False)
+    while bench.log[-1] != bench.last_beat:
+        bench.wake()
+    bench.answered(Answer(P, failsafe=SET))
+    ended_at = bench.now
+    bench.log.clear()
+    while not any(isinstance(effect, Ask) for effect in bench.log):
+        bench.wake()
+    assert bench.now <= ended_at + ASK_S
+    assert bench.questions == []
+
+
+# -- any events ----------------------------------------------------------------------------------------
+
+SETS = st.sampled_from([None, SET, MemberSet(2, (ME, B, D)), MemberSet(3, off="v1")])
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.builds(Answered, st.integers(0, 9), st.booleans(), st.just("for the test")),
+    st.builds(Asked, st.just("b"), st.integers(0, 4), st.booleans()),
+    st.builds(
+        HeartbeatAnswered,
+        st.integers(0, 12),
+        st.builds(
+            HeartbeatAnswer,
+            st.sampled_from(Role),
+            st.none(),
+            st.integers(0, 4),
+            st.integers(0, 9),
+            st.just(LEASE_S),
+            store_id=st.just(STORE),
+            cleared=st.none() | st.integers(0, 4),
+            failsafe=SETS,
+        ),
+    ),
+    st.builds(
+        HeartbeatFailed,
+        st.integers(0, 12),
+        st.sampled_from(HeartbeatFailure),
+        st.just("for the test"),
+        contact=st.booleans(),
+    ),
+    st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
+    st.builds(FitnessChanged, st.booleans(), st.just("disk")),
+    st.sampled_from([Stalled(2.0), Joined(TIMING, STORE), Released(), Left(), Tick(), Tick()]),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
+    st.sampled_from([frozenset(), frozenset(Role)]),
+)
+def test_any_events_keep_the_deadlines_and_the_promise(
+    events: list[tuple[Event, float]], hooks: frozenset[Role]
+) -> None:
+    """Primary only with a lease, no role against a promise that is not discharged, and no busy loop."""
+    bench = FailsafeBench(hooks=hooks)
+    bench.begin()
+    session = bench.session
+    promised_until, promised_for = bench.now + LEASE_S, -1
+    for event, after_s in events:
+        before = session.role
+        if isinstance(event, Asked):
+            vote = bench.vote(event.epoch, after_s=after_s, rehearsal=event.rehearsal)
+            assert session.role is S or not vote.yes
+            if vote.yes and not event.rehearsal:
+                promised_until = bench.now + LEASE_S
+                promised_for = max(promised_for, event.epoch)
+        else:
+            bench.step(event, after_s=after_s)
+        if before is S and session.role is not S and bench.now < promised_until:
+            assert isinstance(event, HeartbeatAnswered)
+            cleared = event.answer.cleared
+            assert cleared is not None
+            assert cleared >= promised_for
+        if session.role is P:
+            assert session.renew_by > bench.now, "primary without a lease"
+        assert session.wake_at > bench.now, "the daemon would spin"
+        assert session.renew_by == session.sent_at + TIMING.renew_s
+        assert session.failsafe_view(bench.now).readiness in Readiness

@@ -25,6 +25,7 @@ from agent.core.timing import Timing
 from agent.model import GroupRecord, Instant, MemberSet
 
 from .coordinator import REAL, Core
+from .failsafe_faults import LATE_CONFIRMATION, STORIES, VOTER_RESTARTS, Story
 
 # -- the agent's side ----------------------------------------------------------------------------------
 
@@ -266,18 +267,25 @@ def resumes_a_released_tenure(
 
 @dataclass(frozen=True)
 class PlantedFailsafe:
-    """One planted fault of failsafe."""
+    """One planted fault of failsafe.
+
+    Attributes:
+        stories: those that are searched, if a search of all takes long.
+    """
 
     session: type[Session] = Session
     core: Core = REAL
+    stories: tuple[Story, ...] = STORIES
 
 
 PLANTED = {
     "ignores contact": PlantedFailsafe(IgnoresContact),
-    "forgets its promise": PlantedFailsafe(ForgetsItsPromise),
+    "forgets its promise": PlantedFailsafe(ForgetsItsPromise, stories=(VOTER_RESTARTS,)),
     "promises nothing": PlantedFailsafe(PromisesNothing),
     "promises too little": PlantedFailsafe(PromisesTooLittle),
-    "accepts in spite of its promise": PlantedFailsafe(AcceptsInSpiteOfItsPromise),
+    "accepts in spite of its promise": PlantedFailsafe(
+        AcceptsInSpiteOfItsPromise, stories=(LATE_CONFIRMATION,)
+    ),
     "does not report its promise": PlantedFailsafe(DoesNotReportItsPromise),
     "counts from the arrival": PlantedFailsafe(CountsFromTheArrival),
     "takes an older yes": PlantedFailsafe(TakesAnOlderYes),

@@ -132,6 +132,11 @@ def live_on(world: World, plan: Plan) -> None:
         )  # a hook that hangs in the first demotion, and then a cool-down
     if DATA_LOST & kinds:
         limit_s += world.lease_s
+    if plan.failsafe:  # an operator looks whether anybody is active, and lifts after L
+        for number in range(10):
+            late_s = world.lease_s * (1.05 + number * 0.2)
+            world.after(late_s, world.coordinator.lift)
+        limit_s += 2 * world.lease_s
     world.run_until(lambda: world.primary() is not None, limit_s, "a primary")
     world.run_until(lambda: all_are_members(world), 4 * world.lease_s + 2, "every host a member")
 

@@ -7,7 +7,7 @@ writes what happens now into the files: read each changed line as a reviewer bef
 Commands (names are hosts; times are seconds):
 
     world [lease=2] [v1=yes] [forgets=yes] [stores=2] [hysteresis=10] [hold=2] [cooldown=2]
-          [sessions=100] [retention=604800]
+          [sessions=100] [retention=604800] [failsafe=yes]
     agents NAME...            | start NAME | stop NAME | kill NAME | freeze NAME | thaw NAME
     kill_agent NAME           | freeze_agent NAME | thaw_agent NAME (its hooks' work goes on)
     unfit NAME | fit NAME     | cut NAME [out|back] | heal NAME
@@ -23,7 +23,11 @@ Commands (names are hosts; times are seconds):
     score NAME NUMBER         | override NAME Primary|Off [for SECONDS] | remove NAME
     stranger ACT NAME [WHICH] (strangers.py)
     coordinator kill|start|stop|continue|lose-data|restore [NUMBER of an older copy]
-    run SECONDS               | status
+    outage (all lose the coordinator)       | healed (and reach it again)
+    cut_lan NAME NAME         | heal_lan NAME NAME (questions of failsafe and their answers)
+    plain NAME (kill its agent; the next start is without failsafe)
+    lift (an operator, who looks whether anybody is active)
+    run SECONDS               | status      | failsafe (its part of the status)
 """
 
 import os
@@ -82,7 +86,7 @@ class Story:
     def do_world(self, *words: str) -> None:
         options = {"lease": "2", "v1": "no", "forgets": "no", "stores": "1"}
         options |= {"hysteresis": "10", "hold": "2", "cooldown": "2"}
-        options |= {"sessions": "100", "retention": "604800"}
+        options |= {"sessions": "100", "retention": "604800", "failsafe": "no"}
         options |= dict(word.split("=") for word in words)
         self.world = World(
             1,
@@ -90,6 +94,7 @@ class Story:
             plain_v1=options["v1"] == "yes",
             forgets=options["forgets"] == "yes",
             stores=int(options["stores"]),
+            failsafe=options["failsafe"] == "yes",
             policy=Policy(
                 float(options["hysteresis"]),
                 float(options["hold"]),
@@ -202,6 +207,43 @@ class Story:
         self.world.record(name, f"override: {' '.join([value, *period])}")
         what = SetOverride(name, RoleOverride(value), until)
         self.world.coordinator.submit(what, lambda _: None)
+
+    def do_outage(self) -> None:
+        for name in self.world.agents:
+            self.do_cut(name)
+
+    def do_healed(self) -> None:
+        for name in self.world.agents:
+            self.do_heal(name)
+
+    def do_cut_lan(self, one: str, other: str) -> None:
+        self.world.record(one, f"LAN to {other} cut")
+        self.world.lan.cut(one, other)
+        self.world.lan.cut(other, one)
+
+    def do_heal_lan(self, one: str, other: str) -> None:
+        self.world.record(one, f"LAN to {other} healed")
+        self.world.lan.cut(one, other, cut=False)
+        self.world.lan.cut(other, one, cut=False)
+
+    def do_plain(self, name: str) -> None:
+        self.host(name).failsafe = False
+        self.host(name).kill_agent()
+
+    def do_lift(self) -> None:
+        self.world.coordinator.lift()
+
+    def do_failsafe(self) -> None:
+        status = status_of(self.world.coordinator.state)
+        part = status.failsafe
+        assert part is not None
+        members = ",".join(member.id for member in part.members)
+        choosable = ",".join(member.id for member in part.choosable)
+        self.world.record(
+            "failsafe",
+            f"{part.state} cleared={status.cleared} members={members} choosable={choosable}"
+            f" why={part.why}",
+        )
 
     def do_remove(self, name: str) -> None:
         self.world.coordinator.submit(RemoveSession(name), lambda _: None)
