@@ -47,9 +47,7 @@ def _release_role(draft: Draft, release: ReleaseRole) -> None:
         draft.record_progress(release.last_data)
         end = TenureEnd.RELEASED if release.held else TenureEnd.REFUSED
         draft.end_tenure(holder, end, release.why)
-        if release.session_id in draft.record.sessions:
-            # Prefer the others: its heartbeats arrive, but our answers may not reach it.
-            draft.change_contact(release.session_id, passed_over=True)
+        _prefer_others(draft, release.session_id)
     elif ended is not None and _matches_tenure(release, ended):
         if not _release_late(draft, release, ended):
             return
@@ -69,9 +67,16 @@ def _release_late(draft: Draft, release: ReleaseRole, ended: Tenure) -> bool:
     if was_restricted:
         draft.record = failsafe.end_by_release(record, held=release.held)
         draft.change_status()
+        _prefer_others(draft, release.session_id)
     if release.hold_off_s > 0 or not release.held:
         draft.record = replace(draft.record, ended=None, ended_at=None)
     return was_restricted or release.hold_off_s > 0
+
+
+def _prefer_others(draft: Draft, session_id: str) -> None:
+    """Choose the former holder after its next heartbeat only: our answers may not reach it."""
+    if session_id in draft.record.sessions:
+        draft.change_contact(session_id, passed_over=True)
 
 
 def _matches_tenure(release: ReleaseRole, tenure: Tenure) -> bool:

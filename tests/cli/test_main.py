@@ -120,6 +120,7 @@ def test_every_setting_has_a_flag(cli: Cli, program: str, model: type[Settings])
             {"workload": ("sleep", "5")},
         ),
         (("serve", "--no-insecure"), "agent.coordinator.server", {"insecure": False}),
+        (("serve", "--restored"), "agent.coordinator.server", {"insecure": False}),
     ],
 )
 def test_run_exec_and_serve_hand_over_their_settings_and_pass_the_code_on(
@@ -132,13 +133,14 @@ def test_run_exec_and_serve_hand_over_their_settings_and_pass_the_code_on(
     taken: list[object] = []
     fake: Any = ModuleType(module)
 
-    def take(settings: object, _reread: object = None) -> int:
-        taken.append(settings)
+    def take(settings: object, _reread: object = None, *, restored: bool = False) -> int:
+        taken.extend([settings, restored])
         return 40
 
     fake.run = take
     monkeypatch.setitem(sys.modules, module, fake)
     assert cli(*words) == (40, "", "")
+    assert taken[1] is ("--restored" in words)
     assert {key: getattr(taken[0], key) for key in right} == right
 
 

@@ -15,7 +15,7 @@ from agent.core.group import (
     epoch_after_deletion,
     is_compatible,
 )
-from agent.core.group_draft import CONFIRM_SHARE, wake_at
+from agent.core.group_draft import CONFIRM_SHARE, MAX_ADDITIONAL_BYTES, wake_at
 from agent.core.group_endings import HIGHEST_LEARNED_EPOCH
 from agent.core.group_state import (
     AddSession,
@@ -1210,6 +1210,14 @@ def test_r16_a_late_heartbeat_from_before_the_tenure_revokes_nobody() -> None:
     assert bench.beat("a", after_s=0.5, instance="stranger", seen_epoch=0).role is S
     assert bench.beat("a", after_s=0.5, seen_epoch=0).role is P
     assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
+
+
+def test_the_additional_data_of_a_group_and_its_sessions_are_bounded() -> None:
+    bench = Bench()
+    text = '"' + "x" * (MAX_ADDITIONAL_BYTES // 2) + '"'
+    bench.do(AddSession(SessionConfig("a", additional=text)))
+    with pytest.raises(Conflict, match="would have"):
+        bench.do(AddSession(SessionConfig("b", additional=text)))
 
 
 # -- releases ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from agent.core.group import decide
+from agent.core.group import decide, new_record
 from agent.core.group_endings import HIGHEST_LEARNED_EPOCH, RESTORED_EPOCH_STEP
 from agent.core.group_failsafe import choosable_members, is_restricted
 from agent.core.group_state import (
@@ -466,11 +466,19 @@ def test_r33_a_late_release_clears_once_and_its_hold_off_still_counts() -> None:
     revision = bench.state.record.revision
     bench.release("a", 1)
     assert (bench.cleared, bench.state.record.revision) == (1, revision + 1)
+    assert bench.state.live.contacts["a"].passed_over, "the others are preferred"
     before = bench.state
     bench.release("a", 1)
     assert bench.state == before
     bench.release("a", 1, hold_off_s=5)
     assert bench.beat("a").role is S
+
+
+def test_r33_the_late_release_of_a_session_that_was_deleted_clears() -> None:
+    bench = lapsed("b")
+    bench.do(RemoveSession("a"))
+    bench.release("a", 1, hold_off_s=5)
+    assert bench.cleared == 1
 
 
 # -- R34: undoing -----------------------------------------------------------------------------------
@@ -484,6 +492,12 @@ def test_r34_a_restricted_group_is_not_deleted() -> None:
     bench.do(Lift(1, "scrapped", Requester("user:ann")))
     assert bench.history[2].why_started == "lifted by user:ann: scrapped"
     bench.do(RemoveGroup())
+
+
+def test_r34_a_group_that_is_created_again_is_clear() -> None:
+    record = new_record(CONFIG, 7)
+    assert (record.epoch, record.cleared, is_restricted(record)) == (7, 7, False)
+    assert new_record(CONFIG, HIGHEST_LEARNED_EPOCH + 1).epoch == 0
 
 
 def test_r34_a_lift_lets_everybody_be_promoted_and_is_kept() -> None:
