@@ -31,8 +31,9 @@ STAGGER_SHARE = 0.25
 MOST_ADDRESSES = 8
 """Addresses of one host that are tried: more than that are no way to find one that works in time."""
 
-MOST_HOSTS = 64
-"""Hosts whose addresses are remembered: an agent has a few endpoints and an identity server."""
+MOST_HOSTS = 256
+"""Hosts whose addresses are remembered: an agent has a few endpoints, an identity server, and for failsafe the
+other members of its group."""
 
 
 class _Stream(Protocol):

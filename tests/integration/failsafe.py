@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .lan import Lan, LanHost, a_lan
-from .stage import Agent, Coordinator, Said, Stage, ask, until
+from .stage import PATIENCE_S, Agent, Coordinator, Said, Stage, ask, until
 from .workloads import output, start, writes
 from .writer import written
 
@@ -77,7 +77,10 @@ class Plant:
                     return name
             return None
 
-        return until(found, f"failsafe to be ready: {[a.state for a in self.agents.values()]}")
+        try:
+            return until(found, "failsafe to be ready", 2 * PATIENCE_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {[a.state for a in self.agents.values()]}") from None
 
     def all_are_used(self) -> bool:
         """Whether the coordinator knows that the primary asks each member."""
