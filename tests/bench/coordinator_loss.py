@@ -2,6 +2,8 @@
 
     .venv/bin/python -m tests.bench.coordinator_loss [--kills 50] [--pairs 20] [--stops 10] [--rounds 15]
 
+On a busy machine give it priority, and a directory in memory: ``TMPDIR=/dev/shm nice -n -10``.
+
 Three members of etcd, three coordinators with ``leadership_ttl`` 1 s, and two groups of two agents with FailoverTimeout
 3 s, all on loopback. Each agent's workload notes every 5 ms that it lives. Exit code 1 if a limit is missed:
 
