@@ -30,14 +30,14 @@ LIMIT = 2000
 """The number of runs within which each planted fault has to be found."""
 
 
-@settings(LONG, max_examples=max(1, EXAMPLES // 3))
+@settings(LONG, max_examples=max(1, EXAMPLES // 4))
 @given(SEEDS)
 def test_the_promise_holds_with_failsafe_and_a_primary_exists_after_the_faults(seed: int) -> None:
     """Any faults, and the stories of the protocol; then everything is healed."""
     random_run(seed)
 
 
-@settings(LONG, max_examples=max(1, EXAMPLES // 4))
+@settings(LONG, max_examples=max(1, EXAMPLES // 5))
 @given(plans(failsafe=True))
 def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> None:
     """Guards that hang, hooks that leave processes, strangers, and faults of the LAN."""
