@@ -271,6 +271,8 @@ def test_every_cited_rule_is_in_the_design() -> None:
     )
     assert len(numbered) == len(RULES)
     assert set(numbered) == RULES
+    text = (ROOT / "docs/failsafe.md").read_text()
+    assert set(re.findall(r"^- \*\*(R\d+)\.\*\*", text, re.MULTILINE)) == FAILSAFE_RULES
     for path in [*SOURCES, *PAGES]:
         if path != Path(__file__):
             cited = set(re.findall(r"(?<![\w/])R[0-9]+\b", path.read_text()))

@@ -1,4 +1,4 @@
-"""``failover-agent demo``: two hosts, one workload, four faults, and their takeovers measured.
+"""``failover-agent demo``: two hosts, one workload, four takeovers and an outage of the coordinator, measured.
 
 Owns a temporary directory and the processes that it starts there: a coordinator, an agent for each of
 two "hosts", and the processes of their hooks. Nothing is simulated: the collector (demo_collector.py)
@@ -10,8 +10,11 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from agent.cli.demo_hooks import START_HOOK, STOP_HOOK
 from agent.errors import ExitCode, FailoverError
 
 GROUP = "demo"
@@ -37,6 +41,9 @@ LINE_S = 0.02
 TIMEOUT_S = 20.0
 """Ten failover timeouts: what has not happened by then will not."""
 
+OUTAGE_LEASES = 3
+"""How long the coordinator is away, in failover timeouts."""
+
 WORK_S = 1.5
 """How long the collector works between two faults."""
 
@@ -44,28 +51,6 @@ POLL_S = 0.02
 """Interval at which a condition that is waited for is checked."""
 
 LISTENING = re.compile(r"coordinator listening .*\burl=(\S+)")
-
-START_HOOK = """#!/bin/sh
-# Promotion: start the collector, and remember which process it is.
-cd {directory} || exit 1
-{python} -m agent.cli.demo_collector {directory} {host} >> {host}.log 2>&1 &
-echo $! > {host}.pid
-"""
-
-STOP_HOOK = """#!/bin/sh
-# Demotion: stop the collector if it runs, and do not return before it is gone. A zombie is gone.
-cd {directory} || exit 1
-[ -f {host}.pid ] || exit 0
-pid=$(cat {host}.pid)
-kill -TERM "$pid" 2>/dev/null
-tries=0
-while grep -qs '^State:.[^ZX]' "/proc/$pid/status"; do
-    tries=$((tries + 1))
-    [ "$tries" -lt 20 ] || kill -KILL "$pid" 2>/dev/null
-    sleep 0.01
-done
-rm -f {host}.pid
-"""
 
 
 class DemoError(FailoverError):
@@ -77,7 +62,7 @@ class DemoError(FailoverError):
 @click.command("demo")
 @click.option("--keep", is_flag=True, help="Keep the directory with the logs and the output.")
 def command(*, keep: bool) -> int:
-    """Show takeovers after a power cut, a crash, a stop and a freeze, in under a minute.
+    """Show takeovers after a power cut, a crash, a stop and a freeze, and an outage, in under a minute.
 
     Starts a coordinator and two agents on this machine's loopback, with a collector that is really
     started and stopped. Needs nothing else, changes nothing outside a temporary directory. Exit code 41
@@ -93,14 +78,8 @@ def command(*, keep: bool) -> int:
         if keep or not ok:
             click.echo(f"logs and output are in {directory}")
         else:
-            _remove(directory)
+            shutil.rmtree(directory)
     return ExitCode.OK if ok else ExitCode.DEMO_CHECK_FAILED
-
-
-def _remove(directory: Path) -> None:
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    directory.rmdir()
 
 
 @dataclass
@@ -109,6 +88,7 @@ class Host:
 
     name: str
     directory: Path
+    failsafe_port: int
     agent: subprocess.Popen[bytes] | None = None
 
     def read(self, suffix: str) -> str:
@@ -121,6 +101,11 @@ class Host:
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(self.read(".json") or "{}")
         return state
+
+    @property
+    def failsafe(self) -> str | None:
+        """The state of its failsafe."""
+        return (self.state.get("failsafe") or {}).get("state")
 
     @property
     def collector(self) -> int | None:
@@ -186,6 +171,7 @@ class Demo:
     shown_at: float = 0.0
     lines: int = 0
     unclean: int = 0
+    lost_in_outage: int = 0
     lease_s: float = LEASE_S
 
     def run(self) -> bool:
@@ -205,6 +191,8 @@ class Demo:
         self.restart(self.crash(), "the crashed agent's successor")
         self.start(self.stop_one())
         self.work(WORK_S)
+        self.outage()
+        self.work(self.lease_s)  # until the other host's promise has ended
         self.freeze()
         self.work(WORK_S / 2)
         self.finish()
@@ -215,6 +203,8 @@ class Demo:
     def prepare(self) -> None:
         for name in ("source", "output", "activity"):
             (self.directory / name).touch()
+        (self.directory / "secret").touch(0o600)
+        (self.directory / "secret").write_text(secrets.token_hex())
         for name in ("host-a", "host-b"):
             words = {
                 "directory": shlex.quote(str(self.directory)),
@@ -225,7 +215,8 @@ class Demo:
                 path = self.directory / f"{kind}-{name}"
                 path.write_text(text.format(**words))
                 path.chmod(0o700)
-            self.hosts.append(Host(name, self.directory))
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.hosts.append(Host(name, self.directory, free.getsockname()[1]))
         self.growing.set()
         threading.Thread(target=self.grow, daemon=True).start()
 
@@ -269,6 +260,8 @@ class Demo:
             "--hook-secondary": str(self.directory / f"stop-{host.name}"),
             "--state-file": str(self.directory / f"{host.name}.json"),
             "--probe-listen": "127.0.0.1:0",
+            "--failsafe-listen": f"127.0.0.1:{host.failsafe_port}",
+            "--failsafe-secret-file": str(self.directory / "secret"),
         }
         flags = [word for pair in words.items() for word in pair]
         host.agent = self.spawn(f"{host.name}.agent.log", "run", *flags)
@@ -309,6 +302,31 @@ class Demo:
         self.taken_over(fault)
         self.unclean += host.wait() != ExitCode.OK
         return host
+
+    def outage(self) -> None:
+        """Stop the coordinator for some leases: the primary goes on by the vote of the other host."""
+        host, coordinator = self.until_primary(after_epoch=0), self.coordinator
+        assert coordinator is not None  # noqa: S101 - it was started
+        self.until(lambda: host.failsafe == "ready", "failsafe to be ready")
+        epoch, began_at, outage_s = (
+            host.state["epoch"],
+            time.monotonic(),
+            OUTAGE_LEASES * self.lease_s,
+        )
+        self.log(
+            f"The coordinator hangs for {outage_s:g} s: SIGSTOP. {host.name} goes on, by the vote of the other host."
+        )
+        coordinator.send_signal(signal.SIGSTOP)
+        self.work(outage_s)
+        coordinator.send_signal(signal.SIGCONT)
+        self.until(lambda: host.failsafe == "ready", "the coordinator to answer")
+        self.lost_in_outage = int(host.state["epoch"] != epoch)
+        moments = [line.at_s for line in self.written() if line.at_s > began_at]
+        pause_s = max(later - earlier for earlier, later in itertools.pairwise(moments))
+        self.log(
+            f"{host.name} is still primary under epoch {host.state['epoch']}; its longest pause between two"
+            f" lines was {pause_s:.3f} s."
+        )
 
     def freeze(self) -> None:
         host, agent, fault = self.strike("frozen (SIGSTOP)")
@@ -452,6 +470,7 @@ class Demo:
             "disorder: lines that are not in the order of the source": sum(
                 later <= earlier for earlier, later in itertools.pairwise(numbers)
             ),
+            "outage: times that the primary lost its role in it": self.lost_in_outage,
             "unclean: agents that did not exit as they should": self.unclean,
         }
         for what, count in checks.items():

@@ -105,8 +105,8 @@ def why_off(record: GroupRecord) -> str | None:
     )
     if not without:
         return None
-    others = f" and {len(without) - 1} others" if len(without) > 1 else ""
-    return f'client session "{without[0]}"{others} reported no FailsafeUrl'
+    more = f" ({len(without)} sessions in all)" if len(without) > 1 else ""
+    return f'client session "{without[0]}" reported no FailsafeUrl{more}'
 
 
 def _offer(record: GroupRecord) -> GroupRecord:

@@ -37,7 +37,6 @@ from agent.core.events import (
     Released,
 )
 from agent.core.session import Phase
-from agent.daemon.failsafe import Failsafe, LoadAccess, start_failsafe
 from agent.daemon.failsafe_report import FailsafeLog
 from agent.daemon.guard_control import GuardControl
 from agent.daemon.host_health import HostHealth
@@ -49,6 +48,7 @@ from agent.model import Role
 from agent.ops.logs import Log
 
 if TYPE_CHECKING:
+    from agent.daemon.failsafe import Failsafe, LoadAccess
     from agent.drivers.mqtt import Announcer
 
 EXIT_S = 2.0
@@ -84,7 +84,7 @@ class EffectRunner:
     exit_code: ExitCode | None = None
     escalated: bool = False
     announcer: "Announcer | None" = None
-    failsafe: Failsafe | None = None
+    failsafe: "Failsafe | None" = None
     _joining: asyncio.Task[None] | None = None
     _following: bool = False
     _failsafe_log: FailsafeLog = field(default_factory=FailsafeLog)
@@ -141,9 +141,11 @@ class EffectRunner:
 
     # -- failsafe -------------------------------------------------------------------------------
 
-    async def start_failsafe(self, load: LoadAccess | None) -> None:
+    async def start_failsafe(self, load: "LoadAccess | None") -> None:
         """Listen for the questions of other members, if failsafe is configured. Raises ConfigError."""
         if self.member.settings.failsafe_listen is not None and load is not None:
+            from agent.daemon.failsafe import start_failsafe  # noqa: PLC0415 - memory for others
+
             self.failsafe = await start_failsafe(
                 self.member, load, vote=self.vote, post_event=self.post_event
             )

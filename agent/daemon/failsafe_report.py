@@ -16,7 +16,7 @@ from agent.ops.logs import Log
 from agent.schema.scalars import format_date_time
 
 LONGEST_WHY = 512
-DESCRIBED_MEMBERS = 16
+DESCRIBED_MEMBERS = 8
 """Of the state file, which has a bound itself: characters of a reason, and members, those that are not
 ready first."""
 
@@ -53,6 +53,7 @@ class FailsafeLog:
 
     def __init__(self) -> None:
         self._logged = self._last = FailsafeView(Readiness.READY, "")
+        self._logged_key: object = None
 
     def on_release(self, effect: Release) -> None:
         """Log that a tenure was refused."""
@@ -73,9 +74,10 @@ class FailsafeLog:
         """
         last, self._last = self._last, view
         settling = view.readiness is Readiness.NOT_READY and now - (view.since or now) < settle_s
-        if settling or _key(view) == _key(self._logged):
+        key = _key(view, holds=tenure is not None)
+        if settling or key == self._logged_key:
             return
-        before, self._logged = self._logged, view
+        before, self._logged, self._logged_key = self._logged, view, key
         if before.readiness is Readiness.HOLDING and view.readiness is not Readiness.HOLDING:
             _log_end_of_hold(before, last, now, None if tenure is not None else end)
         match view.readiness:
@@ -108,13 +110,13 @@ def _log_end_of_hold(
     )
 
 
-def _key(view: FailsafeView) -> tuple[object, ...]:
+def _key(view: FailsafeView, *, holds: bool) -> tuple[object, ...]:
     """What differs when a line is due: not each answer, and not each question of one promise."""
     off = view.why if view.readiness is Readiness.OFF else None
     missing = frozenset(one.member for one in view.members if not one.ready)
     if view.readiness is not Readiness.NOT_READY:
         missing = frozenset()
-    return view.readiness, off, missing, view.promised_to
+    return holds, view.readiness, off, missing, view.promised_to
 
 
 def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[str, Any]:

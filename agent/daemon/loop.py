@@ -21,7 +21,6 @@ from agent.core.events import Event, Stalled, Stop, Tick
 from agent.core.session import Phase, Session
 from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.effect_runner import EffectRunner
-from agent.daemon.failsafe import LoadAccess
 from agent.daemon.guard_control import BY_GUARD, GuardControl
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published, build_announcer, build_options
@@ -43,6 +42,7 @@ from agent.ops.sd_notify import Notify
 from agent.schema.settings import AgentSettings
 
 if TYPE_CHECKING:
+    from agent.daemon.failsafe import LoadAccess
     from agent.drivers.mqtt import Announcer
 
 INBOX_SIZE = 512
@@ -78,7 +78,7 @@ class Daemon:
         notify: Notify | None = None,
         clock: Clock | None = None,
         start_probe: "Callable[[Daemon], Awaitable[str | None]] | None" = None,
-        load_failsafe: LoadAccess | None = None,
+        load_failsafe: "LoadAccess | None" = None,
         credentials: CredentialFiles | None = None,
     ) -> None:
         self._make_client = make_client

@@ -11,17 +11,12 @@ import string
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 from agent.daemon.credential_files import CredentialFiles
-from agent.daemon.failsafe import UseAccess
 from agent.daemon.leftover_workload import add_hint
 from agent.daemon.loop import Daemon
 from agent.daemon.telemetry import PROBES, Snapshot
-from agent.drivers.failsafe.access import (
-    FailsafeAccess,
-    failsafe_files,
-    load_failsafe_access,
-)
 from agent.drivers.probe import ProbeServer
 from agent.drivers.rest import RestClient
 from agent.drivers.rest.client import status_path
@@ -42,6 +37,10 @@ from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
 from agent.schema.addresses import Address
 from agent.schema.settings import AgentSettings
+
+if TYPE_CHECKING:
+    from agent.daemon.failsafe import UseAccess
+    from agent.drivers.failsafe.access import FailsafeAccess
 
 PREVIOUS_GUARD_S = 30.0
 """How long a start waits for the previous agent's guard to exit."""
@@ -140,12 +139,13 @@ async def _start_probe(
 
 
 async def _load_failsafe(
-    settings: AgentSettings, credentials: CredentialFiles, use: UseAccess
-) -> FailsafeAccess:
+    settings: AgentSettings, credentials: CredentialFiles, use: "UseAccess"
+) -> "FailsafeAccess":
     """The secret and the certificates of failsafe; changed ones are put into force by ``use``."""
-    return await credentials.load(
-        "failsafe", failsafe_files(settings), partial(load_failsafe_access, settings), use
-    )
+    from agent.drivers.failsafe import access  # noqa: PLC0415 - memory for an agent without it
+
+    files, load = access.failsafe_files(settings), partial(access.load_failsafe_access, settings)
+    return await credentials.load("failsafe", files, load, use)
 
 
 def _probe_server(daemon: Daemon) -> ProbeServer:

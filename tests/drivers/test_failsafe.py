@@ -285,6 +285,13 @@ async def test_what_is_no_question_is_refused(voter: Voter, body: bytes) -> None
     assert voter.asked == []
 
 
+@pytest.mark.parametrize("epoch", [-1, 2**53, 2**70])
+async def test_an_epoch_that_no_coordinator_can_give_is_refused(voter: Voter, epoch: int) -> None:
+    body = encode(question(voter)).replace(b'"Epoch":7', b'"Epoch":%d' % epoch)
+    assert (await post(voter, body)).status_code == 400
+    assert voter.asked == []
+
+
 async def test_there_is_one_route(voter: Voter) -> None:
     async with httpx2.AsyncClient(base_url=voter.url, timeout=LIMIT_S, trust_env=False) as client:
         assert (await client.get(PATH)).headers["allow"] == "POST"
@@ -308,7 +315,7 @@ def test_the_largest_ids_fit_into_a_message() -> None:
         to=wide,
         url="u" * 256,
         instance="i" * 16,
-        epoch=2**63,
+        epoch=2**53 - 1,
         nonce="n" * 32,
         challenge="c" * 32,
     )

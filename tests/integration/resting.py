@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,18 @@ def plain(stage: Stage, coordinator: Coordinator, session: str = "plain") -> lis
         f"--session-id={session}",
         "--hook-primary=/bin/true",
         "--hook-secondary=/bin/true",
+    ]
+
+
+def failsafe(stage: Stage, coordinator: Coordinator) -> list[str]:
+    """A plain agent, in a group of its own, that other members could ask."""
+    secret = stage.directory / "failsafe-secret"
+    secret.touch(0o600)
+    secret.write_text("a secret of the whole group\n")
+    return [
+        *plain(stage, replace(coordinator, group="failsafe"), "failsafe"),
+        f"--failsafe-listen=127.0.0.1:{free_port()}",
+        f"--failsafe-secret-file={secret}",
     ]
 
 

@@ -370,3 +370,42 @@ def test_r34_a_restored_store_is_declared_while_no_other_coordinator_serves_it(
         status = coordinator.status()
         assert status["Failsafe"]["State"] == "Restricted"
         assert status["Epoch"] > 2**20
+
+
+def test_r23_another_leader_knows_whom_the_primary_asks_and_resumes_its_tenure(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    """The sets and what is cleared are durable: the former leader is killed right after it answered."""
+    leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+
+    def beat(one: Coordinator, session: str, **more: object) -> dict[str, object]:
+        body = {"FailoverScore": 100, "Instance": f"{session}1", **more}
+        body |= {"FailsafeUrl": f"http://{session}:9"}
+        path = f"groups/{stage.group}/clientsessions/{session}/heartbeat"
+
+        def answered() -> dict[str, object] | None:
+            said = one.ask("POST", path, body)
+            assert said.status in {200, 429}, said
+            return said.body if said.status == 200 else None  # 429: within the minimum interval
+
+        return until(answered, "an answer")
+
+    leader.ask("POST", "groups", {"Id": stage.group, "FailoverTimeout": "00:00:03"})
+    for session in ("a", "b"):
+        leader.ask("POST", f"groups/{stage.group}/clientsessions", {"Id": session})
+    until(lambda: beat(leader, "a")["Role"] == 1, "a primary")
+    beat(leader, "b")
+    offered = beat(leader, "a", Holds=1, Epoch=1)["Failsafe"]
+    assert isinstance(offered, dict)
+    beat(leader, "a", Holds=1, Epoch=1, FailsafeRevision=offered["Revision"])
+    leader.send(signal.SIGKILL)
+    leader.wait()
+    until(lambda: leads(standby) == 1, "another leader")
+    status = standby.status()
+    assert (status["Primary"], status["Failsafe"]["State"]) == ("a", "Ready")
+    assert status["Failsafe"]["Members"] == offered["Members"]
+    until(lambda: "Primary" not in standby.status(), "the end of the lease")
+    assert standby.status()["Failsafe"]["State"] == "Restricted"
+    answer = beat(standby, "a", Holds=1, Epoch=1, FailsafeRevision=offered["Revision"])
+    assert (answer["Role"], answer["Epoch"]) == (1, 1)
+    assert standby.tenure(1)["WhyStarted"] == "chosen, resumed"

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -22,6 +23,9 @@ MAX_BODY_BYTES = 4 * 1024
 
 MAX_MACS = 4
 """Codes in one message that are compared; a member sends two at most."""
+
+LARGEST_EPOCH = 2**53 - 1
+"""As in the group API."""
 
 LONGEST_WHY = 200
 """Characters of the reason in an answer."""
@@ -55,7 +59,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     to: str
     url: str
     instance: str
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=LARGEST_EPOCH)]
     nonce: str
     challenge: str = ""
     rehearsal: bool = False

@@ -1,0 +1,214 @@
+"""Failsafe in a daemon of this process: its questions and its votes, and what becomes of faults."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.core.effects import Ask, Effect, Vote
+from agent.core.events import Answered, Asked, Event
+from agent.core.session import Session
+from agent.daemon import failsafe as daemon_failsafe
+from agent.daemon.credential_files import CredentialFiles
+from agent.daemon.failsafe_report import Outcome
+from agent.daemon.loop import Daemon
+from agent.daemon.main import _load_failsafe
+from agent.drivers.failsafe.access import load_failsafe_access
+from agent.drivers.failsafe.asker import Asker, AskError, Peer
+from agent.drivers.rest import RestClient
+from agent.drivers.statefile import StateFile
+from agent.errors import ConfigError, ExitCode
+from agent.model import Member
+from tests.test_daemon import Host, endpoint, living, settings_for
+
+__all__ = ["endpoint"]  # the fixture
+
+SECRET, OTHER = "a secret of the whole group\n", "a secret of somebody else\n"
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(SECRET)
+    path.chmod(0o600)
+    return path
+
+
+def put(secret: Path, content: str) -> None:
+    secret.write_text(content)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@asynccontextmanager
+async def a_member(
+    endpoint: str, directory: Path, secret: Path, **more: Any
+) -> AsyncIterator[tuple[Host, Peer, Asker]]:
+    """A daemon with failsafe that is not started yet, its URL, and another member that may ask it."""
+    port = free_port()
+    settings = settings_for(
+        endpoint,
+        **{"failsafe_listen": f"127.0.0.1:{port}", "failsafe_secret_file": str(secret), **more},
+    )
+    state_file = StateFile(directory / "state.json")
+    state_file.acquire()
+    credentials = CredentialFiles()
+
+    async def make_client() -> RestClient:
+        return RestClient(settings.endpoint)
+
+    daemon = Daemon(
+        settings,
+        "host-a",
+        make_client,
+        state_file,
+        load_failsafe=partial(_load_failsafe, settings, credentials),
+        credentials=credentials,
+    )
+    try:
+        peer = Peer("host-a", str(settings.member_url))
+        asker = Asker(settings.group, "host-b", "process", load_failsafe_access(settings))
+        yield Host(daemon, state_file.path, []), peer, asker
+    finally:
+        daemon.close()
+        state_file.close()
+
+
+async def answer_of(asker: Asker, peer: Peer, *, rehearsal: bool = False) -> Vote:
+    answer = await asker.ask(peer, 100, rehearsal=rehearsal, limit_s=LIMIT_S)
+    return Vote(answer.yes, answer.why)
+
+
+async def test_a_member_answers_from_its_first_demotion_on_and_votes_by_its_core(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, asker), living(host):
+        await host.until_role("Primary")
+        vote = await answer_of(asker, peer)
+        assert (vote.yes, vote.why) == (False, "it is Primary")
+        failsafe = host.daemon.snapshot().failsafe
+        assert failsafe is not None
+        assert failsafe.votes == {Outcome.YES: 0, Outcome.NO: 1}
+        await answer_of(asker, peer, rehearsal=True)
+        assert host.daemon.snapshot().failsafe.votes[Outcome.NO] == 1  # type: ignore[union-attr] # see above
+
+
+async def test_a_vote_of_a_member_that_cannot_reach_the_coordinator_promises(
+    tmp_path: Path, secret: Path
+) -> None:
+    """R29, R30: joined or not."""
+    nowhere = f"http://127.0.0.1:{free_port()}/api/v1/clientfailover"
+    async with a_member(nowhere, tmp_path, secret) as (host, peer, asker), living(host):
+        await host.until(lambda: "failsafe" in host.daemon.describe(), "a state")
+        await host.until(lambda: host.daemon.snapshot().failsafe is not None, "the listener")
+        end_at = asyncio.get_running_loop().time() + LIMIT_S
+        while not (vote := await answer_of(asker, peer)).yes:
+            assert asyncio.get_running_loop().time() < end_at, vote
+        described = host.daemon.describe()["failsafe"]
+        assert (described["state"], described["promised_to"]) == ("promised", "host-b")
+
+
+async def test_without_failsafe_there_is_no_trace_of_it(endpoint: str, tmp_path: Path) -> None:
+    state_file = StateFile(tmp_path / "state.json")
+    state_file.acquire()
+    settings = settings_for(endpoint)
+
+    async def make_client() -> RestClient:
+        return RestClient(settings.endpoint)
+
+    daemon = Daemon(settings, "host-a", make_client, state_file)
+    host = Host(daemon, state_file.path, [])
+    async with living(host):
+        await host.until_role("Primary")
+        assert "failsafe" not in daemon.describe()
+        assert daemon.snapshot().failsafe is None
+    daemon.close()
+    state_file.close()
+
+
+async def test_a_changed_secret_is_put_into_force_without_losing_the_role(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, asker), living(host):
+        await host.until_role("Primary")
+        epoch = host.daemon.describe()["epoch"]
+        await answer_of(asker, peer)
+        put(secret, OTHER)
+        end_at = asyncio.get_running_loop().time() + LIMIT_S
+        while True:
+            try:
+                await answer_of(asker, peer)
+            except AskError as error:
+                assert "not by the secret of this group" in str(error)  # noqa: PT017 - polled for
+                break
+            assert asyncio.get_running_loop().time() < end_at
+        assert host.daemon.describe()["epoch"] == epoch
+
+
+@pytest.mark.parametrize("content", ["short\n", ""])
+async def test_a_secret_that_cannot_be_used_is_an_error_of_the_start(
+    endpoint: str, tmp_path: Path, secret: Path, content: str
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, _, _):
+        put(secret, content)
+        with pytest.raises(ConfigError, match="must be the secret in one line of at least 16"):
+            await host.daemon.run(host.stop)
+
+
+async def test_an_address_in_use_is_an_error_of_the_start(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, _):
+        address = peer.url.rpartition("/")[2].partition(":")
+        taken = socket.create_server((address[0], int(address[2])))
+        with taken, pytest.raises(ConfigError) as caught:
+            await host.daemon.run(host.stop)
+        assert caught.value.exit_code is ExitCode.LISTEN
+
+
+async def test_an_error_in_a_vote_is_a_no_and_stops_the_agent(
+    endpoint: str, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_session: Session, _asked: Asked, _now: float) -> tuple[Vote, tuple[Effect, ...]]:
+        raise RuntimeError("a fault of ours")
+
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, asker), living(host) as task:
+        await host.until_role("Primary")
+        monkeypatch.setattr(Session, "vote", fails)
+        vote = await answer_of(asker, peer)
+        assert (vote.yes, vote.why) == (False, "the agent has failed")
+        assert await asyncio.wait_for(task, LIMIT_S) == ExitCode.TASK_FAILED
+
+
+async def test_a_question_ends_in_one_event_whatever_becomes_of_it(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, _):
+        events: list[Event] = []
+        member = host.daemon._member
+        access = load_failsafe_access(member.settings)
+        failsafe = daemon_failsafe.Failsafe(
+            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=events.append
+        )
+        await failsafe.start()
+        unreachable = Member("host-c", f"http://127.0.0.1:{free_port()}")
+        await failsafe.ask(Ask(unreachable, 7, 1))
+        await failsafe.ask(Ask(Member("host-a", peer.url), 7, 2))
+        failsafe._slots = asyncio.Semaphore(0)
+        await failsafe.ask(Ask(unreachable, 7, 3, rehearsal=True))
+        await failsafe.stop()
+        assert [(event.nonce, event.yes) for event in events if isinstance(event, Answered)] == [
+            (1, False),
+            (2, False),  # this member itself: its own question is none of another member
+            (3, False),
+        ]
+        assert failsafe.snapshot().asked == {Outcome.YES: 0, Outcome.NO: 0, Outcome.ERROR: 2}
