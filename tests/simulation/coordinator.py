@@ -208,10 +208,10 @@ class CoordinatorHost:
     def create(self) -> None:
         """Create the group again, as a join does; it continues the epochs of the deleted one."""
         self.deleted = False
-        epoch = group.epoch_after_deletion(self.state.record.epoch)
-        if epoch < self.newest_epoch:  # only a wrong heartbeat can have caused that
-            self.newest_epoch, self.holders = epoch, {}
-        self.keep(GroupRecord(self.disk.config, epoch=epoch))
+        record = group.new_record(self.disk.config, self.state.record.epoch)
+        if record.epoch < self.newest_epoch:  # only a wrong heartbeat can have caused that
+            self.newest_epoch, self.holders = record.epoch, {}
+        self.keep(record)
         self.state = self.world.core.state_after_restart(self.disk, self.instant())
 
     def written(self, life: int, decision: Decision, reply: Callable[[Any], None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .failsafe_faults import Story
+from .failsafe_faults import LATE_CONFIRMATION, Story
 from .failsafe_planted import PLANTED, PlantedFailsafe
 from .failsafe_runs import (
     random_run,
@@ -30,14 +30,14 @@ LIMIT = 2000
 """The number of runs within which each planted fault has to be found."""
 
 
-@settings(LONG, max_examples=max(1, EXAMPLES // 3))
+@settings(LONG, max_examples=max(1, EXAMPLES // 4))
 @given(SEEDS)
 def test_the_promise_holds_with_failsafe_and_a_primary_exists_after_the_faults(seed: int) -> None:
     """Any faults, and the stories of the protocol; then everything is healed."""
     random_run(seed)
 
 
-@settings(LONG, max_examples=max(1, EXAMPLES // 4))
+@settings(LONG, max_examples=max(1, EXAMPLES // 5))
 @given(plans(failsafe=True))
 def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> None:
     """Guards that hang, hooks that leave processes, strangers, and faults of the LAN."""
@@ -49,6 +49,16 @@ def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> No
 def test_a_primary_exists_after_every_other_fault_with_failsafe(plan: Plan) -> None:
     """An operator lifts where the data were lost, or where nobody who may be promoted is left."""
     live_on(live_through(plan), plan)
+
+
+def test_a_late_confirmation_of_a_voter_is_refused() -> None:
+    """A heartbeat from before its promise gives it a tenure: that is released, and the promise kept (R30)."""
+
+    def refuses(seed: int) -> bool:
+        run, _ = random_run(seed, (LATE_CONFIRMATION,))
+        return "ended: a promise to another member binds" in run.world.text()
+
+    assert any(refuses(seed) for seed in range(0, 400, 2))
 
 
 def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
