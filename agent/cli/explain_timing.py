@@ -105,7 +105,7 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
 def _explain_questions(timing: Timing) -> str:
     first_s = _first_question_s(timing)
     count = count_questions(timing)
-    return f"Questions of failsafe within R: {count}, the first after {first_s:g} s at the latest"
+    return f"Questions within R: {count}, the first after {first_s:g} s at the latest"
 
 
 def _bar(timing: Timing) -> list[str]:

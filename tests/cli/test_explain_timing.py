@@ -117,7 +117,7 @@ Failover timeout 10 s, counted from the sending of a heartbeat:
     doubt                  0.812 s  silence of so long: other members are asked
   ? question               1.083 s  from one question to the next
 
-Questions of failsafe within R: 4, the first after 2.97917 s at the latest
+Questions within R: 4, the first after 2.97917 s at the latest
 
   holds   renew 6.5 + demote 2.5 + margin 1 = 10 <= failover timeout 10
   holds   2 x beat 2.16667 = 4.33333 <= renew 6.5
