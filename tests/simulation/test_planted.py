@@ -142,6 +142,12 @@ class Planted:
             live_on(world, plan)
 
 
+def of_two_that_restart_soon(plan: Plan) -> Plan:
+    """The same faults on two hosts that are otherwise well: one gets its own role back before long."""
+    well = replace(plan, loss=0.0, repeat=0.0, outcomes=("ok",), children=("none",))
+    return replace(well, agents=2, restart_share=0.3)
+
+
 PLANTED = {
     "1 waits for the killed guard": Planted(
         frozenset({Defect.WAITS_FOR_THE_KILLED_GUARD}),
@@ -213,7 +219,7 @@ PLANTED = {
     ),
     "28 releases as anybody": Planted(
         frozenset({Defect.RELEASES_AS_ANYBODY}),
-        schedules=plans(focus=["kill_agent", "freeze_agent"]),
+        schedules=plans(focus=["kill_agent", "freeze_agent"]).map(of_two_that_restart_soon),
     ),
 }
 
