@@ -81,8 +81,6 @@ RETRY_S = 0.5
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds before."""
 
-RESTRICTED = "new group restricted: the store was restored, and 'failover-agent store trust' has not been run"
-
 T = TypeVar("T")
 log = Log(__name__)
 
@@ -271,9 +269,8 @@ class Engine:
             self._add_group(key, shard, stored, self._now(shard))
             return False
         self._add_group(key, shard, Stored(version, record), self._now(shard))
-        log.info("group created", **log_names(key), timeout_s=config.lease_s)
-        if restored:
-            log.warning(RESTRICTED, **log_names(key))
+        why = "restored store" if restored else None
+        log.info("group created", **log_names(key), timeout_s=config.lease_s, restricted=why)
         return True
 
     def _add_group(self, key: GroupKey, shard: Shard, stored: Stored, now: Instant) -> None:
