@@ -34,7 +34,7 @@ from agent.guard import log as guard_log
 from agent.guard import main as guard
 from agent.guard.processes import IGNORED, ProcessTree
 from tests.cgroups import new_cgroup
-from tests.hung import dead_disk, freezer
+from tests.hung import dead_disk, freezer, stuck_thread
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -1104,6 +1104,34 @@ def test_an_environment_that_blocks_its_reader_delays_only_the_last_search(
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
     assert go_ahead(tmp_path) == "", "what lives of the tenure is not known"
+
+
+def test_an_environment_that_blocks_its_reader_holds_up_no_guard_without_free_tasks(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    """The guard read it in its own process before it ran the hook, and never ran it."""
+    scarce = """
+proctree._read_file = lambda *_: time.sleep(1000)
+probes = []
+
+def can_fork(*_):
+    probes.append(None)
+    return len(probes) > 3
+"""
+    host = new_host(program=build_program_with(scarce))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + 2 * LATE_S, mark="x"))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+
+
+def test_the_mark_of_a_process_with_a_stuck_thread_is_not_read_where_that_must_not_block() -> None:
+    """Its main thread sleeps, and so it was read: the other one may hold the lock for its memory."""
+    name = f"stuck-{os.getpid()}"
+    with stuck_thread(FAILOVER_TENURE=name) as pid:
+        tree = ProcessTree(set(), set(), name.encode())
+        assert pid not in {one for one, _ in tree.find(may_block=True, skip_stuck=True)}
+        assert pid in {one for one, _ in tree.find(may_block=True)}
 
 
 def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(

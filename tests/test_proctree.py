@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
-from tests.hung import dead_disk
+from tests.hung import dead_disk, stuck_thread
 
 PATIENCE_S = 20.0
 
@@ -166,6 +166,18 @@ def test_a_killed_process_with_a_thread_that_is_stuck_in_the_kernel_is_not_gone(
     while proctree.lives(root):
         assert time.monotonic() < end_at
         time.sleep(0.01)
+
+
+def test_a_stuck_thread_is_seen_beside_a_main_thread_that_sleeps(
+    started: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    with stuck_thread() as pid:
+        stat = proctree.read(pid)
+        assert stat is not None
+        assert stat.state == ord("S")
+        assert proctree.has_stuck_thread(pid)
+    assert not proctree.has_stuck_thread(started("exec sleep 1000").pid)
+    assert not proctree.has_stuck_thread(2**22 + 1)
 
 
 def test_no_process_escapes_by_forking(

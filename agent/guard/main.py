@@ -38,6 +38,7 @@ from agent.guard.hook import GRACE_SHARE, KILLED_WAIT_S, LONGEST_GRACE_S, Demoti
 from agent.guard.log import ERROR, WARNING, LogWriter
 from agent.guard.processes import (
     IGNORED,
+    KILL_S,
     POLL_S,
     ProcessTree,
     Worker,
@@ -283,16 +284,17 @@ class Guard:
         """
         become = self.hook.become_user if self.hook is not None else lambda: None
         enough_at = now() + ROOM_S
-        may_block = False
         while not can_fork(become, self.close_fds, FREE_TASKS):
             if now() >= end_at or (
                 now() >= enough_at and can_fork(become, self.close_fds, LEAST_TASKS)
             ):
                 break
-            # Those that only their mark shows are searched in a forked process, where that is possible.
-            self.tenure.kill(now(), may_block=may_block, skip_stuck=True)
+            self.tenure.kill(now())
             self.signal_agent(signal.SIGKILL)
-            may_block = True
+            try:
+                self.start_sweep(now()).wait_or_kill(now() + KILL_S)
+            except OSError:
+                pass  # not even one task is free: it is tried again
             time.sleep(POLL_S)
 
     def log_demotion(self, why: str) -> None:
@@ -363,12 +365,15 @@ class Guard:
     def kill_tenure(self, kill_at: float) -> bool:
         """Kill the tenure, first what is found without blocking; return whether none is left."""
         self.tenure.kill(now())
-        try:
-            sweeper = self.start_sweep(kill_at)
-        except OSError:
-            self.signal_agent(signal.SIGKILL)
-            return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
-        return sweeper.wait_or_kill(max(kill_at, now() + SWEEP_S))
+        fork_by = now() + min(ROOM_S, self.budget_s / 8)
+        while True:
+            try:
+                return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
+            except OSError:
+                self.signal_agent(signal.SIGKILL)
+                if now() >= fork_by:  # no hook can be run, either, until the last ones are found
+                    return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
+            time.sleep(POLL_S)
 
     def start_sweep(self, end_at: float) -> Worker:
         """Start ``sweep`` in a forked process, until ``end_at`` or for ``SWEEP_S``."""
@@ -390,13 +395,16 @@ class Guard:
         return True
 
     def finish_state(self, state: object) -> None:
-        """Wait for the state file; if no process could be forked for it, write it in this one, at last."""
-        if not isinstance(state, Worker):
+        """Wait for the state file; if no process can be forked for it, write it in this one, at last."""
+        end_at = now() + STATE_WAIT_S
+        while not isinstance(state, Worker):
             try:
                 state = Worker(self.write_state, self.close_fds)
             except OSError:
-                self.write_state()
-                return
+                if now() >= end_at:
+                    self.write_state()
+                    return
+                time.sleep(POLL_S)
         state.wait_or_kill(now() + STATE_WAIT_S)
 
     def write_state(self) -> bool:

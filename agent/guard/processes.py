@@ -76,6 +76,7 @@ class Worker:
         ok = self.wait(end_at)
         if ok is None:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            self.wait(now() + POLL_S)  # a zombie would count as a task
         return ok is True
 
 
@@ -107,8 +108,10 @@ def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -
         worker = Worker(work, close_fds)
     except OSError:
         return False
-    worker.wait_or_kill(now() + KILL_S)
-    return worker.ok is not False  # on a busy machine it may not be known in time
+    if worker.wait(now() + KILL_S) is None:
+        worker.wait_or_kill(now())
+        return True  # on a busy machine it may not be known in time
+    return worker.ok is True
 
 
 class ProcessTree:
@@ -143,7 +146,7 @@ class ProcessTree:
 
         Args:
             may_block: search by mark and cgroup, too. For a ``Worker``.
-            skip_stuck: do not read the mark of processes that are stuck in the kernel: that might block.
+            skip_stuck: do not read the mark of processes with a thread stuck in the kernel: it might block.
         """
         searchable = may_block and (self.mark or self.cgroup)
         if not self.roots and not self.groups and not searchable:
@@ -153,8 +156,8 @@ class ProcessTree:
         # An ended leader's number may lead an unrelated group by now.
         reused = {pid for pid in known if (pid, table[pid].start) not in self.roots}
         if may_block and self.mark:
-            stuck = b"D" if skip_stuck else b""
-            readable = {pid: stat for pid, stat in table.items() if stat.state not in stuck}
+            stuck = set(filter(proctree.has_stuck_thread, table)) if skip_stuck else set()
+            readable = {pid: stat for pid, stat in table.items() if pid not in stuck}
             self.roots |= proctree.with_mark(readable, self.mark)
         if may_block and self.cgroup:
             self.roots |= proctree.in_cgroup(table, self.cgroup)
