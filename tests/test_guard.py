@@ -1125,6 +1125,27 @@ def can_fork(*_):
     assert (tmp_path / "done").exists()
 
 
+def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
+    new_host: Callable[..., Host], escaped: Callable[[str], int]
+) -> None:
+    """The search read all environments before anything was killed, and blocked at the stranger's."""
+    ours = escaped("instance-1")
+    with stuck_thread() as stranger:
+        blocks = f"""
+has_mark = _has_mark
+
+def _has_mark(thread, wanted):
+    if thread == {stranger}:
+        time.sleep(1000)
+    return has_mark(thread, wanted)
+"""
+        host = new_host(program=build_program_with(blocks, proctree))
+        host.send(*hook(sh("exit 0")))
+        host.send_last(*arm(now(), now() + LATE_S, mark="instance-1"))
+        assert host.code(host.guard) == guard.ACTED
+        assert not lives(ours)
+
+
 def test_the_mark_of_a_process_with_a_stuck_thread_is_not_read_where_that_must_not_block() -> None:
     """Its main thread sleeps, and so it was read: the other one may hold the lock for its memory."""
     name = f"stuck-{os.getpid()}"

@@ -383,6 +383,8 @@ class Guard:
     def sweep(self, end_at: float) -> bool:
         """Kill also processes that are found only by their environment or cgroup. May block."""
         killed = not self.cgroup or self.kill_cgroup(self.cgroup)
+        # First without those whose environment may block: they must not keep the others alive.
+        self.tenure.kill(now(), may_block=True, skip_stuck=True)
         return self.tenure.kill(end_at, may_block=True) and killed
 
     def wait_for_agent_death(self) -> bool:
