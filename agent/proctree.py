@@ -265,6 +265,9 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
 
     Returns:
         Survivors: they are stuck in the kernel, or may not be signalled.
+
+    Raises:
+        OSError, MemoryError: of ``find``. What was found before is sent SIGKILL.
     """
     while True:
         found = _stop_all(find, end_at, clock)
@@ -285,7 +288,12 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
     stop_by = clock() + STOP_S
     quiet = 0
     while quiet < QUIET_SEARCHES:
-        new = find() - found
+        try:
+            new = find() - found
+        except (OSError, MemoryError):
+            for process in found:  # nobody else would end those that are stopped
+                _try_to_send(process, signal.SIGKILL)
+            raise
         found |= new
         for process in new:
             _try_to_send(process, signal.SIGSTOP)

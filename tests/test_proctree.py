@@ -1,5 +1,6 @@
 """Processes of a tenure are found whatever became of their parents, and nothing escapes the killing."""
 
+import errno
 import os
 import resource
 import signal
@@ -256,6 +257,25 @@ def test_processes_found_after_the_deadline_are_killed_at_once(
     kill_by = time.monotonic() - 1.0
     proctree.kill_all(lambda: proctree.related(proctree.snapshot(), [shell.pid], []), kill_by)
     shell.wait(PATIENCE_S)
+
+
+def test_what_was_stopped_is_killed_if_a_later_search_fails(
+    started: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    """It stayed stopped for good, with whatever it held."""
+    shell = started("exec sleep 1000")
+    searches = 0
+
+    def find() -> set[proctree.Process]:
+        nonlocal searches
+        searches += 1
+        if searches > 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return proctree.related(proctree.snapshot(), [shell.pid], [])
+
+    with pytest.raises(OSError, match="Too many open files"):
+        proctree.kill_all(find, time.monotonic() + PATIENCE_S)
+    assert shell.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 # -- what cannot be read is not gone -----------------------------------------------------------------
