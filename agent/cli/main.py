@@ -33,7 +33,7 @@ COMMANDS = {
     "groups": "List, create, show and delete groups.",
     "sessions": "List the sessions of a group, and forget dead ones.",
     "failsafe": "Undo what failsafe restricts in a group.",
-    "store": "Copy the store of coordinators, or back it up.",
+    "store": "Copy the store of coordinators, back it up, or trust a restored one.",
     "hash-password": "Print a user's line for the coordinator's users file.",
 }
 """Every command with its line of help. ``a-b`` is ``command`` in agent/cli/a_b.py: add both here."""

@@ -17,7 +17,7 @@ from agent.schema.coordinator_settings import CoordinatorSettings
     "--restored",
     is_flag=True,
     help="Declare that the store was restored from an older copy: nobody becomes primary before 'failsafe"
-    " lift', group by group. For the first start after that only.",
+    " lift', group by group, nor in new groups before 'store trust'. For the first start after that only.",
 )
 def command(*, restored: bool, **given: Any) -> int:
     """Run the coordinator.

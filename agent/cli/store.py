@@ -1,4 +1,4 @@
-"""``failover-agent store``: copy a coordinator's store, and back it up."""
+"""``failover-agent store``: copy a coordinator's store, back it up, and trust one that was restored."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ ETCD_KEYS = (
 
 @click.group("store")
 def command() -> None:
-    """Copy the store of coordinators, and back it up."""
+    """Copy the store of coordinators, back it up, and trust a restored one."""
 
 
 @command.command("backup")
@@ -58,12 +58,61 @@ def copy(*, origin: str, target: str, clone: bool, **given: Any) -> int:
     """
     if (origin == ETCD) == (target == ETCD):
         raise click.UsageError("one of --from and --to must be etcd, the other one a directory")
+    click.echo(asyncio.run(_copy(_etcd_settings(given), origin, target, clone=clone)))
+    return 0
+
+
+@command.command("trust")
+@click.argument("place", metavar="DIRECTORY|etcd")
+@settings_flags(CoordinatorSettings, ETCD_KEYS)
+def trust(*, place: str, **given: Any) -> int:
+    """Let groups that are created later be used at once, in a store that 'serve --restored' has declared.
+
+    Do this when every group that the restored copy lacks has been created again and lifted, or is not needed
+    any more: its primary may be active without the coordinator. The coordinator of a data directory has to be
+    stopped; those over etcd need not be. Groups that are restricted stay so until 'failsafe lift'.
+    """
+    if place == ETCD:
+        was_restored = asyncio.run(_trust_etcd(_etcd_settings(given)))
+    else:
+        was_restored = _trust_directory(Path(place))
+    click.echo(
+        f"new groups in {place} are not restricted any more"
+        if was_restored
+        else f"{place} was not declared as restored: nothing was changed"
+    )
+    return 0
+
+
+def _etcd_settings(given: dict[str, Any]) -> CoordinatorSettings:
     given |= {"store": ETCD, "advertise": "http://localhost"}  # needed together, and not used here
     settings = sources(CoordinatorSettings, given).load()
     if not settings.etcd_endpoint:
         raise ConfigError("etcd_endpoint is not set: name one with --etcd-endpoint")
-    click.echo(asyncio.run(_copy(settings, origin, target, clone=clone)))
-    return 0
+    return settings
+
+
+def _trust_directory(directory: Path) -> bool:
+    """Trust the store of a data directory; whether it was declared as restored."""
+    from agent.coordinator.store.copy import SqlitePlace  # noqa: PLC0415 - not for --help
+
+    place = SqlitePlace.open_source(directory)
+    try:
+        return place.trust()
+    finally:
+        place.close()
+
+
+async def _trust_etcd(settings: CoordinatorSettings) -> bool:
+    """Trust the store in etcd; whether it was declared as restored."""
+    from agent.coordinator.cluster import connect  # noqa: PLC0415 - not for --help
+    from agent.coordinator.store.copy import trust_etcd  # noqa: PLC0415 - likewise
+
+    etcd = connect(settings)
+    try:
+        return await trust_etcd(etcd, settings.etcd_prefix)
+    finally:
+        await etcd.aclose()
 
 
 async def _copy(settings: CoordinatorSettings, origin: str, target: str, *, clone: bool) -> str:

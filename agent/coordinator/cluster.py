@@ -58,8 +58,6 @@ class Cluster:
         clock: Clock,
         metrics: Metrics,
         clients: ForwardedClients | None = None,
-        *,
-        restored: bool = False,
     ) -> None:
         assert settings.advertise is not None  # noqa: S101 - the settings come together
         self._store = store
@@ -76,7 +74,6 @@ class Cluster:
             problem=self._problem,
             report=self._report,
             url=settings.advertise,
-            restored=restored,
         )
         self.leadership = Leadership(
             store,
@@ -106,8 +103,6 @@ class Cluster:
         settings: CoordinatorSettings,
         clock: Clock,
         metrics: Metrics,
-        *,
-        restored: bool = False,
     ) -> "Cluster":
         """Open the store, which is made if there is none.
 
@@ -123,7 +118,7 @@ class Cluster:
             clients = None
             if settings.tls_client_ca_file is not None:
                 clients = ForwardedClients(await _patiently(lambda: read_peer_key(store)))
-            return cls(store, settings, clock, metrics, clients, restored=restored)
+            return cls(store, settings, clock, metrics, clients)
         except BaseException:
             await etcd.aclose()
             raise

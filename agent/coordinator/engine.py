@@ -81,6 +81,8 @@ RETRY_S = 0.5
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds before."""
 
+RESTRICTED = "new group restricted: the store was restored, and 'failover-agent store trust' has not been run"
+
 T = TypeVar("T")
 log = Log(__name__)
 
@@ -105,7 +107,6 @@ class Engine:
     Args:
         store: with all groups, which are led from ``start`` on; None: ``lead`` and ``drop`` are called.
         shard_of: the number of a group's shard.
-        restored: the store is an older copy, in which groups may be missing (restored.py).
     """
 
     def __init__(
@@ -115,8 +116,6 @@ class Engine:
         policy: Policy,
         meter: Meter | None = None,
         shard_of: Callable[[GroupKey], int] = lambda _: 0,
-        *,
-        restored: bool = False,
     ) -> None:
         self._meter = meter
         self.groups: dict[GroupKey, Group] = {}
@@ -124,7 +123,6 @@ class Engine:
         self._store = store
         self._shards: dict[int, Shard] = {}
         self._shard_of = shard_of
-        self._restored = restored
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
@@ -261,7 +259,8 @@ class Engine:
         shard = self._shard(key)
         retired = await self.read(shard.store.retired_epoch(key))
         record = new_record(config, retired)
-        if self._restored:
+        restored = await self.read(shard.store.is_restored())
+        if restored:
             record = distrust(Stored(0, record), self._now(shard), self._policy).state.record
         try:
             version = await self.write(shard.store.create(key, record))
@@ -273,6 +272,8 @@ class Engine:
             return False
         self._add_group(key, shard, Stored(version, record), self._now(shard))
         log.info("group created", **log_names(key), timeout_s=config.lease_s)
+        if restored:
+            log.warning(RESTRICTED, **log_names(key))
         return True
 
     def _add_group(self, key: GroupKey, shard: Shard, stored: Stored, now: Instant) -> None:

@@ -1,7 +1,9 @@
 """A store that an operator has put back from an older copy and declares so: ``serve --restored`` (R34).
 
 The copy does not know who became primary after it was made. With failsafe such a primary may stay active for as
-long as it likes, so nobody is chosen in any group until an operator lifts that, group by group.
+long as it likes, so nobody is chosen in any group until an operator lifts that, group by group. Groups may be
+missing in the copy, so that the declaration is kept in the store: each group that is created later starts like
+the others, at every coordinator, until an operator trusts the store again.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ def distrust(stored: Stored, now: Instant, policy: Policy) -> Decision:
 
 
 async def declare_restored(store: Store, clock: Callable[[], Instant], policy: Policy) -> int:
-    """Declare every group of a store that nobody serves yet; how many there are.
+    """Declare a store that nobody serves yet, and every group of it; how many groups there are.
 
     Raises:
         StoreError: not all of them are declared. It may be called again.
@@ -33,6 +35,7 @@ async def declare_restored(store: Store, clock: Callable[[], Instant], policy: P
         decision = distrust(stored, clock(), policy)
         await store.swap(key, stored.version, decision.state.record, decision.history)
 
+    await store.declare_restored()
     groups = list((await store.load()).items())
     for first in range(0, len(groups), AT_ONCE):
         await asyncio.gather(*(declare(*group) for group in groups[first : first + AT_ONCE]))

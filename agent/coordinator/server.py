@@ -217,7 +217,6 @@ async def serving(
                 policy_of(settings),
                 max_groups=settings.max_groups,
                 meter=metrics,
-                restored=restored,
             )
             if restored:
                 declared = await declare_restored(store, clock.now, policy_of(settings))
@@ -253,7 +252,7 @@ async def _serving_cluster(
     """One of several coordinators over etcd (R19)."""
     from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
 
-    cluster = await Cluster.open(settings, clock, metrics, restored=restored)
+    cluster = await Cluster.open(settings, clock, metrics)
     coordinator = cluster.coordinator
     try:
         if restored:

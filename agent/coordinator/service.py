@@ -64,7 +64,6 @@ class Coordinator:
         problem: why a coordinator that leads shards is not ready, or None.
         report: what a coordinator that leads shards adds to its readiness.
         url: where the other coordinators reach this one.
-        restored: the store is an older copy that was put back (restored.py).
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Coordinator:
         problem: Callable[[], str | None] = lambda: None,
         report: Callable[[], Mapping[str, object]] = dict,
         url: str | None = None,
-        restored: bool = False,
     ) -> None:
         common = store or directory
         assert common is not None  # noqa: S101 - our own mistake
@@ -91,9 +89,7 @@ class Coordinator:
         self._url = url
         self._clock = clock
         policy = policy or Policy()
-        self.engine = self._engine = Engine(
-            store, clock, policy, meter, shard_of, restored=restored
-        )
+        self.engine = self._engine = Engine(store, clock, policy, meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
         self._access: dict[tuple[str, str], AccessList | None] = {}

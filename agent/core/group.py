@@ -68,9 +68,9 @@ from agent.model import (
 INTERVAL_TOLERANCE = 0.9
 """A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
 
-LARGEST_EPOCH_STEP = 1_000_000
-"""The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per
-tenure: a million are months of a takeover every ten seconds."""
+LARGEST_EPOCH_STEP = 2**33
+"""The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per tenure, and
+the jump to LATEST_RESTORED_EPOCH or less, if a later copy was declared as restored before."""
 
 
 def epoch_after_deletion(retired: int) -> int:

@@ -17,8 +17,11 @@ from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, HoldOff, Tenure, TenureEn
 HIGHEST_LEARNED_EPOCH = 2**52
 """Neither heartbeats nor restored data raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
 
-RESTORED_EPOCH_STEP = 2**20
-"""By how much the epoch of restored data is raised: more tenures than a group has between two copies."""
+RESTORED_EPOCH_STEP = 2**12
+"""By how much the epoch of restored data is raised at least, in case that the clock is far behind."""
+
+LATEST_RESTORED_EPOCH = 2**32
+"""Neither does a clock that is far ahead raise it above this: the number of seconds from 1970 to 2106."""
 
 
 def apply_ending(draft: Draft, what: ReleaseRole | Lift | DeclareRestored | RemoveGroup) -> None:
@@ -133,9 +136,15 @@ def _lift(draft: Draft, request: Lift) -> None:
 
 
 def _declare_restored(draft: Draft) -> None:
-    """Raise the epoch above each that was given after the copy was made, and wait for a lift (R34)."""
+    """Raise the epoch above each that was given after the copy was made, and wait for a lift (R34).
+
+    The same copy may have been declared before, and tenures may have begun after that. They raise the epoch by
+    less than one a second, so a number of seconds is above all of them.
+    """
     known = draft.record.epoch
-    draft.declare_restored(max(known, min(known + RESTORED_EPOCH_STEP, HIGHEST_LEARNED_EPOCH)))
+    seconds = min(int(draft.now.wall.timestamp()), LATEST_RESTORED_EPOCH)
+    raised = min(max(known + RESTORED_EPOCH_STEP, seconds), HIGHEST_LEARNED_EPOCH)
+    draft.declare_restored(max(known, raised))
 
 
 # -- the group ----------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ class HeartbeatRequest(Shape, frozen=True):
         Count | None,
         doc(
             "An integer from 0 to 9007199254740991: the highest epoch the client saw,"
-            " at most 1000000 above the group's."
+            " at most 8589934592 above the group's."
         ),
     ] = None
     failsafe_url: GivenFailsafeUrl = None

@@ -10,12 +10,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from agent.cli.main import main
 from agent.coordinator.restored import AT_ONCE, declare_restored
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
-from agent.core.group_endings import RESTORED_EPOCH_STEP
 from agent.core.group_state import AddSession, Lift, Policy, ReceiveHeartbeat
-from agent.errors import StoreError
+from agent.errors import ExitCode, StoreError
 from agent.model import FailsafeState, GroupConfig, GroupKey, Role, SessionConfig
 
 from .conftest import FakeClock, Process, Stage
@@ -32,10 +32,6 @@ async def beat(coordinator: Coordinator, **more: Any) -> Role:
     return (await coordinator.beat(KEY, heartbeat)).role
 
 
-def restored(stage: Stage) -> Coordinator:
-    return Coordinator(stage.store, stage.clock, stage.policy, restored=True)
-
-
 async def test_nobody_is_promoted_in_a_restored_store_before_a_lift(stage: Stage) -> None:
     first = stage.coordinator
     await first.create_group(KEY, CONFIG)
@@ -45,10 +41,10 @@ async def test_nobody_is_promoted_in_a_restored_store_before_a_lift(stage: Stage
     assert role is Role.PRIMARY
     await first.stop()
     assert await declare_restored(stage.store, stage.clock, stage.policy) == 1
-    stage.coordinator = second = restored(stage)
+    stage.coordinator = second = stage.build()
     await second.start()
     status = second.status(KEY)
-    epoch = 1 + RESTORED_EPOCH_STEP
+    epoch = int(stage.clock().wall.timestamp())
     assert (status.primary, status.epoch, status.cleared) == (None, epoch, 0)
     assert status.failsafe is not None
     assert (status.failsafe.state, status.failsafe.choosable) == (FailsafeState.RESTRICTED, ())
@@ -63,17 +59,19 @@ async def test_nobody_is_promoted_in_a_restored_store_before_a_lift(stage: Stage
 
 
 async def test_a_group_that_the_copy_does_not_have_is_restricted_too(stage: Stage) -> None:
-    """It was made after the copy, and its primary may be active."""
+    """It was made after the copy, and its primary may be active. No later start forgets that."""
     await stage.coordinator.stop()
-    stage.coordinator = second = restored(stage)
-    await second.start()
+    await declare_restored(stage.store, stage.clock, stage.policy)
+    await stage.restart()
+    second = await stage.restart()
     await second.create_group(KEY, CONFIG)
+    epoch = int(stage.clock().wall.timestamp())
     await second.apply(KEY, AddSession(SessionConfig("a")))
     await stage.run_for(LEASE_S + 0.1)
     assert await beat(second) is Role.SECONDARY
     status = second.status(KEY)
-    assert (status.epoch, status.cleared) == (RESTORED_EPOCH_STEP, 0)
-    await second.apply(KEY, Lift(RESTORED_EPOCH_STEP, "looked"))
+    assert (status.epoch, status.cleared) == (epoch, 0)
+    await second.apply(KEY, Lift(epoch, "looked"))
     await stage.run_for(0.2)
     assert await beat(second) is Role.PRIMARY
 
@@ -90,7 +88,7 @@ async def test_every_group_of_a_large_store_is_declared() -> None:
     await coordinator.stop()
     assert await declare_restored(store, clock, Policy()) == number
     records = [stored.record for stored in (await store.load()).values()]
-    assert {record.epoch for record in records} == {RESTORED_EPOCH_STEP}
+    assert {record.epoch for record in records} == {int(clock().wall.timestamp())}
 
 
 async def test_a_store_that_cannot_be_declared_is_not_served(stage: Stage) -> None:
@@ -98,14 +96,36 @@ async def test_a_store_that_cannot_be_declared_is_not_served(stage: Stage) -> No
     stage.disk_full()
     with pytest.raises(StoreError, match="the disk is full"):
         await declare_restored(stage.store, stage.clock, stage.policy)
+    assert await stage.store.is_restored(), "in case that the next start does not declare it"
 
 
-async def test_serve_declares_a_restored_data_directory_at_that_start_only(
-    serve: Serve, tmp_path: Path
+def trust(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of ``failover-agent store trust``."""
+    return main(["store", "trust", *map(str, arguments)]), *capsys.readouterr()
+
+
+def test_a_store_that_is_not_there_cannot_be_trusted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = trust(capsys, tmp_path / "absent")
+    assert code != 0
+    assert "has no coordinator.db" in err
+    assert not (tmp_path / "absent").exists()
+
+
+async def test_serve_declares_a_restored_data_directory_until_it_is_trusted(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = "/api/v1/clientfailover/groups"
     body = {"Id": "g", "FailoverTimeout": "00:00:01"}
     beat = {"FailoverScore": 100, "Instance": "a1", "FailsafeUrl": "http://a:9"}
+
+    async def state_of(http: httpx2.AsyncClient, group: str) -> str:
+        """State of a new group with one session."""
+        await http.post(path, json={**body, "Id": group})
+        await http.post(f"{path}/{group}/clientsessions", json={"Id": "a"})
+        await http.post(f"{path}/{group}/clientsessions/a/heartbeat", json=beat)
+        return str((await http.get(f"{path}/{group}/status")).json()["Failsafe"]["State"])
 
     def end(one: Process) -> None:
         one.process.send_signal(signal.SIGTERM)
@@ -131,7 +151,21 @@ async def test_serve_declares_a_restored_data_directory_at_that_start_only(
     one = serve()
     async with httpx2.AsyncClient(base_url=one.url) as http:
         status = (await http.get(f"{path}/g/status")).json()
-        assert (status["Epoch"], status["Failsafe"]["State"]) == (2**20, "Restricted")
+        assert (status["Epoch"] > 2**30, status["Failsafe"]["State"]) == (True, "Restricted")
         await http.post(f"{path}/g/clientsessions", json={"Id": "b"})
         answer = await http.post(f"{path}/g/clientsessions/b/heartbeat", json=beat)
         assert answer.json()["Role"] == 0
+        assert await state_of(http, "made-later") == "Restricted"
+    code, _, err = trust(capsys, tmp_path / "data")
+    assert (code, "in use by another coordinator" in err) == (ExitCode.DATA_DIR_LOCKED, True)
+    end(one)
+    for told in (
+        "new groups in {} are not restricted any more",
+        "{} was not declared as restored",
+    ):
+        code, out, _ = trust(capsys, tmp_path / "data")
+        assert (code, told.format(tmp_path / "data") in out) == (0, True)
+    one = serve()
+    async with httpx2.AsyncClient(base_url=one.url) as http:
+        assert await state_of(http, "made-at-last") == "Off"
+        assert (await http.get(f"{path}/g/status")).json()["Failsafe"]["State"] == "Restricted"

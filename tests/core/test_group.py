@@ -1101,7 +1101,9 @@ def test_an_implausible_epoch_is_refused(seen: int) -> None:
     bench.promote("a")
     before = copy.deepcopy(bench.state)
     bench.mono += 1
-    with pytest.raises(Invalid, match=rf"Epoch is {seen}: it must be at most 1000001, .* is 1\."):
+    with pytest.raises(
+        Invalid, match=rf"Epoch is {seen}: it must be at most {LARGEST_EPOCH_STEP + 1}, .* is 1\."
+    ):
         bench.beat("b", seen_epoch=seen)
     assert bench.state == before
     assert bench.beat("a").role is P

@@ -1,12 +1,17 @@
 """Failsafe on the coordinator's side: whom a holder asks, who may be promoted after it (R21 to R25, R33, R34)."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from agent.core.group import decide, new_record
-from agent.core.group_endings import HIGHEST_LEARNED_EPOCH, RESTORED_EPOCH_STEP
+from agent.core.group import LARGEST_EPOCH_STEP, decide, new_record
+from agent.core.group_endings import (
+    HIGHEST_LEARNED_EPOCH,
+    LATEST_RESTORED_EPOCH,
+    RESTORED_EPOCH_STEP,
+)
 from agent.core.group_failsafe import choosable_members, is_restricted
 from agent.core.group_state import (
     AddSession,
@@ -566,7 +571,7 @@ def test_r34_a_learned_epoch_of_a_group_whose_primary_still_uses_a_set_restricts
 def test_r34_restored_data_give_nobody_the_role_until_an_operator_lifts() -> None:
     bench = FailsafeBench("a", "b").ready("a", "b")
     bench.do(DeclareRestored())
-    epoch = 1 + RESTORED_EPOCH_STEP
+    epoch = int(bench.now.wall.timestamp())
     status = status_of(bench.state)
     assert (status.primary, status.epoch, status.cleared) == (None, epoch, 0)
     assert bench.history[1].end is TenureEnd.DATA_LOSS
@@ -578,6 +583,43 @@ def test_r34_restored_data_give_nobody_the_role_until_an_operator_lifts() -> Non
     assert bench.hold("b", holds=5).role is S
     bench.do(Lift(epoch, "nothing runs"))
     assert bench.beat("a", after_s=1).epoch == epoch + 2
+
+
+def declared(known: int, wall: datetime) -> int:
+    """The epoch of a copy that is declared as restored at this time."""
+    record = GroupRecord(CONFIG, epoch=known, cleared=known)
+    what, now = DeclareRestored(), Instant(1000.0, wall)
+    return decide(GroupState(record), what, now, FailsafeBench().policy).state.record.epoch
+
+
+def test_r34_one_copy_that_is_declared_twice_does_not_give_the_same_epochs_twice() -> None:
+    first = declared(7, data(0))
+    tenures = 59
+    assert declared(7, data(60)) > first + tenures
+
+
+def test_r34_restored_data_raise_the_epoch_if_the_clock_is_behind() -> None:
+    assert declared(7, datetime(1970, 1, 1, tzinfo=UTC)) == 7 + RESTORED_EPOCH_STEP
+    later = int(data(0).timestamp()) + 5
+    assert declared(later, data(0)) == later + RESTORED_EPOCH_STEP
+
+
+@pytest.mark.parametrize("wall", [data(0), datetime(9999, 12, 31, tzinfo=UTC)])
+def test_r34_an_older_copy_that_nobody_declared_learns_the_epoch_of_a_declared_one(
+    wall: datetime,
+) -> None:
+    """However far ahead the clock was: the agents' heartbeats must not be refused."""
+    bench = FailsafeBench("a")
+    bench.beat("a")
+    seen = declared(1000, wall) + 1000
+    assert bench.beat("a", after_s=1, seen_epoch=seen).role is S
+    assert (bench.state.record.epoch, bench.state.record.quiet) == (seen, True)
+    assert bench.failsafe().state is FailsafeState.RESTRICTED
+
+
+def test_each_epoch_of_restored_data_is_far_below_what_a_heartbeat_may_report() -> None:
+    assert LATEST_RESTORED_EPOCH + 1000 * RESTORED_EPOCH_STEP < LARGEST_EPOCH_STEP
+    assert LARGEST_EPOCH_STEP < HIGHEST_LEARNED_EPOCH
 
 
 @pytest.mark.parametrize("known", [HIGHEST_LEARNED_EPOCH - 5, HIGHEST_LEARNED_EPOCH + 5])

@@ -104,6 +104,14 @@ class Store(Protocol):
         """Replace that list; None removes it."""
         ...
 
+    async def declare_restored(self) -> None:
+        """Remember that the store was put back from an older copy (restored.py)."""
+        ...
+
+    async def is_restored(self) -> bool:
+        """Whether that was declared, and the store is not trusted again ('failover-agent store trust')."""
+        ...
+
     async def close(self) -> None:
         """Finish what was begun and let go of the data directory. May be called twice."""
         ...

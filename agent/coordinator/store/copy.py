@@ -60,6 +60,8 @@ class Snapshot:
     history: dict[GroupKey, dict[int, HistoryEntry]] = field(default_factory=dict)
     retired: dict[GroupKey, int] = field(default_factory=dict)
     access: dict[tuple[str, str], AccessList] = field(default_factory=dict)
+    restored: bool = False
+    """It was declared as restored from a copy."""
 
 
 class Place(Protocol):
@@ -145,8 +147,17 @@ class SqlitePlace:
         """Let go of the directory."""
         self._data_dir.close()
 
+    def trust(self) -> bool:
+        """Take back that it was declared as restored; whether it was."""
+        try:
+            restored = self._data_dir.is_restored()
+            self._data_dir.trust()
+        except apsw.Error as error:
+            raise explain(error, Path(self.name)) from error
+        return restored
+
     async def read(self) -> Snapshot:
-        snapshot = Snapshot()
+        snapshot = Snapshot(restored=self._data_dir.is_restored())
         rows = self._db.execute("SELECT id, tenant, namespace, name, record FROM failover_group")
         keys: dict[int, GroupKey] = {}
         for number, *names, text in rows:
@@ -181,6 +192,9 @@ class SqlitePlace:
         for table in ("progress", "history", "failover_group", "retired", "access"):
             self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
         self._db.execute("UPDATE identity SET store_id = ?", (store_id,))
+        self._data_dir.trust()
+        if snapshot.restored:
+            self._data_dir.declare_restored()
         for number, (key, record) in enumerate(snapshot.groups.items(), start=1):
             self._db.execute(
                 "INSERT INTO failover_group (id, tenant, namespace, name, version, record)"
@@ -296,7 +310,7 @@ class EtcdPlace:
         return cls(etcd, Layout(prefix, shards), meta)
 
     async def read(self) -> Snapshot:
-        snapshot, layout = Snapshot(), self._layout
+        snapshot, layout = Snapshot(restored=await self._cluster.is_restored()), self._layout
         async for found in self._cluster.pages(f"{layout.prefix}/shards/"):
             for one in found.keys:
                 kind = one.key.removeprefix(f"{layout.prefix}/shards/").split("/")[1]
@@ -325,7 +339,10 @@ class EtcdPlace:
         for part in ("shards", "access"):
             prefix = f"{layout.prefix}/{part}/"
             await self._etcd.txn([], [delete(prefix, end_of(prefix))])
+        await self._cluster.trust()
         steps: list[Json] = []
+        if snapshot.restored:
+            steps.append(put(layout.restored, str(uuid.uuid4())))
         for key, epoch in snapshot.retired.items():
             steps.append(put(layout.retired(key), str(epoch)))
         for key, record in snapshot.groups.items():
@@ -366,3 +383,14 @@ class EtcdPlace:
                 exit_code=ExitCode.DATA_DIR_LOCKED,
             )
         self._meta = replace(meta, revision=done.revision)
+
+
+async def trust_etcd(etcd: Etcd, prefix: str) -> bool:
+    """Take back that a store in etcd was declared as restored, even while it is served; whether it was."""
+    meta = await read_meta(etcd, prefix)
+    if meta is None:
+        raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")
+    cluster = EtcdCluster(etcd, Layout(prefix, meta.shards), meta)
+    restored = await cluster.is_restored()
+    await cluster.trust()
+    return restored

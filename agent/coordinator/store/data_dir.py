@@ -81,6 +81,9 @@ CREATE TABLE IF NOT EXISTS moved (
 """
 """In a store that was the source or the target of a copy."""
 
+RESTORED = "CREATE TABLE IF NOT EXISTS restored (one INTEGER PRIMARY KEY) STRICT"
+"""In a store that was declared as restored from a copy: an empty table."""
+
 SCHEMA = f"""
 CREATE TABLE failover_group (
     id INTEGER PRIMARY KEY,
@@ -134,6 +137,18 @@ class DataDir:
             "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",
             (moved_to, is_copy),
         )
+
+    def declare_restored(self) -> None:
+        """Record that it was put back from an older copy. Raises apsw.Error."""
+        self.database.execute(RESTORED)
+
+    def is_restored(self) -> bool:
+        """Whether that is recorded. Raises apsw.Error."""
+        return self.database.table_exists("main", "restored")
+
+    def trust(self) -> None:
+        """Take that back. Raises apsw.Error."""
+        self.database.execute("DROP TABLE IF EXISTS restored")
 
     def close(self) -> None:
         """Let go of it; after this another coordinator may open it."""

@@ -162,6 +162,14 @@ class EtcdCluster:
         change = delete(key) if acl is None else put(key, encode(acl, where))
         await self.etcd.txn([], [change, put(self.layout.access_changed, str(uuid.uuid4()))])
 
+    async def is_restored(self) -> bool:
+        """Whether the store was declared as restored from a copy, and is not trusted again."""
+        return await self.etcd.get(self.layout.restored) is not None
+
+    async def trust(self) -> None:
+        """Take that back, for every coordinator at once."""
+        await self.etcd.txn([], [delete(self.layout.restored)])
+
     async def configs(
         self,
         tenant: str,
@@ -347,6 +355,18 @@ class EtcdStore:
         """Replace that list; None removes it."""
         self._check_open()
         await self._cluster.set_access(tenant, namespace, acl)
+
+    async def declare_restored(self) -> None:
+        """Remember that the store was put back from an older copy."""
+        self._check_open()
+        step = put(self._layout.restored, str(uuid.uuid4()))
+        if not (await self._etcd.txn([self._fence], [step])).succeeded:
+            raise self._lost()
+
+    async def is_restored(self) -> bool:
+        """Whether that was declared, and not taken back."""
+        self._check_open()
+        return await self._cluster.is_restored()
 
     async def close(self) -> None:
         """Refuse further calls."""

@@ -1,6 +1,6 @@
 """The keys and values of a store in etcd. Sends nothing but one read.
 
-Keys are made of the prefix, ``meta``, ``live/`` (gone with the coordinators), ``access/`` and ``shards/``. The names
+Keys are made of the prefix, ``meta``, ``restored``, ``live/`` (gone with the coordinators), ``access/`` and ``shards/``. The names
 of tenants, namespaces and groups in them are percent-encoded.
 """
 
@@ -51,6 +51,11 @@ class Layout:
     def meta(self) -> str:
         """The key of the identity."""
         return f"{self.prefix}/meta"
+
+    @property
+    def restored(self) -> str:
+        """A key that exists in a store that was declared as restored from a copy."""
+        return f"{self.prefix}/restored"
 
     @property
     def live(self) -> str:

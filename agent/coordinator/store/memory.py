@@ -24,6 +24,7 @@ class MemoryStore:
         self._history: dict[GroupKey, dict[int, str]] = {}
         self._access: dict[tuple[str, str], str] = {}
         self._retired: dict[GroupKey, int] = {}
+        self._restored = False
         self._closed = False
 
     async def load(self) -> dict[GroupKey, Stored]:
@@ -106,6 +107,16 @@ class MemoryStore:
             self._access.pop((tenant, namespace), None)
         else:
             self._access[tenant, namespace] = encode(acl, f"{tenant}/{namespace}")
+
+    async def declare_restored(self) -> None:
+        """Remember that the store was put back from an older copy."""
+        self._check_open()
+        self._restored = True
+
+    async def is_restored(self) -> bool:
+        """Whether that was declared."""
+        self._check_open()
+        return self._restored
 
     async def close(self) -> None:
         """Refuse further calls."""

@@ -277,6 +277,14 @@ class SqliteStore:
 
         await self._submit(work)
 
+    async def declare_restored(self) -> None:
+        """Remember that the store was put back from an older copy."""
+        await self._submit(self._data_dir.declare_restored)
+
+    async def is_restored(self) -> bool:
+        """Whether that was declared, and not taken back."""
+        return await self._submit(self._data_dir.is_restored)
+
     async def close(self) -> None:
         """Answer the calls that wait, then let go of the data directory. May be called twice."""
         if not self._closing:

@@ -272,6 +272,8 @@ async def test_after_close_every_call_is_refused_and_a_second_close_is_not(
         store.history(key),
         store.access("t", "n"),
         store.set_access("t", "n", AccessList()),
+        store.declare_restored(),
+        store.is_restored(),
     ):
         with pytest.raises(StoreError, match="closed"):
             await call
@@ -291,6 +293,13 @@ async def test_the_epoch_of_a_deleted_group_is_remembered_for_its_name(
     with pytest.raises(CasMismatch):
         await store.delete(key, version, 77)
     assert await store.retired_epoch(key) == 9
+
+
+async def test_a_store_is_restored_when_that_was_declared(store: Store) -> None:
+    assert not await store.is_restored()
+    for _ in range(2):
+        await store.declare_restored()
+        assert await store.is_restored()
 
 
 async def test_of_deleted_groups_the_oldest_are_forgotten(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.coordinator.store import copy as copies
-from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy
+from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy, trust_etcd
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd, Gateway, put
 from agent.coordinator.store.sqlite import SqliteStore
@@ -239,3 +239,26 @@ async def test_a_backup_replaces_no_file_and_needs_a_store(places: Places, tmp_p
     assert (tmp_path / "b").read_text() == "mine"
     with pytest.raises(StoreError):
         backup(places.directory, tmp_path / "absent" / "b")
+
+
+async def test_a_copy_of_a_restored_store_is_restored_until_it_is_trusted(places: Places) -> None:
+    store = SqliteStore.open(places.directory)
+    await store.declare_restored()
+    await store.close()
+    await places.to_etcd()
+    cluster = await places.serve_etcd()
+    assert await cluster.is_restored()
+    await places.to_sqlite()
+    store = SqliteStore.open(places.directory)
+    assert await store.is_restored()
+    await store.close()
+    assert await trust_etcd(places.etcd, places.prefix)
+    assert not await trust_etcd(places.etcd, places.prefix)
+    place = SqlitePlace.open_source(places.directory)
+    assert place.trust()
+    assert not place.trust()
+    place.close()
+    await places.to_etcd()
+    assert not await cluster.is_restored()
+    with pytest.raises(StoreError, match="there is no store under"):
+        await trust_etcd(places.etcd, f"{places.prefix}/absent")

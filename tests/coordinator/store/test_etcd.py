@@ -358,3 +358,13 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         with pytest.raises(EtcdError, match="cannot be connected to"):
             await strangers.get("/absent")
         await strangers.aclose()
+
+
+async def test_a_leader_that_was_deposed_cannot_declare_the_store_as_restored(
+    etcd_server: EtcdServer,
+) -> None:
+    async with led_shard(etcd_server) as store:
+        await lead(store._cluster)
+        with pytest.raises(LeadershipLost):
+            await store.declare_restored()
+        assert not await store.is_restored()
