@@ -42,6 +42,8 @@ ENDED = frozenset(b"ZXx")
 AT_REST = frozenset(b"TtZXxDI")
 """States in which a process does not fork."""
 
+STUCK = ord("D")
+
 PF_KTHREAD = 0x00200000
 """The flag of a kernel thread. Its parent is no criterion: in a container process 2 can be any process."""
 
@@ -110,22 +112,33 @@ def read(pid: int) -> "Stat | None":
 
 def _choose_live_thread(stat: Stat) -> None:
     """Take over the state of another thread than the main one, which has ended."""
-    path = f"{stat.thread}/task"
+    for thread, state in _thread_states(stat.thread):
+        if state not in ENDED:
+            stat.thread, stat.state = thread, state
+            return
+
+
+def has_stuck_thread(pid: int) -> bool:
+    """Whether one of its threads waits in the kernel, as for a dead disk, in state D.
+
+    It may hold the lock that a reader of the environment of its process waits for.
+    """
+    return any(state == STUCK for _, state in _thread_states(pid))
+
+
+def _thread_states(pid: int) -> "list[tuple[int, int]]":
+    """Ids and states of the threads of a process; empty if it has ended."""
+    path = f"{pid}/task"
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=open_proc())
+        try:
+            threads = os.listdir(folder)
+        finally:
+            os.close(folder)
     except GONE:
-        return  # all have ended meanwhile
-    try:
-        threads = os.listdir(folder)
-    except GONE:
-        return
-    finally:
-        os.close(folder)
-    for thread in threads:
-        words = _read_stat(f"{path}/{thread}/stat")
-        if words is not None and words[0][0] not in ENDED:
-            stat.thread, stat.state = int(thread), words[0][0]
-            return
+        return []
+    stats = ((int(thread), _read_stat(f"{path}/{thread}/stat")) for thread in threads)
+    return [(thread, words[0][0]) for thread, words in stats if words is not None]
 
 
 def _read_stat(path: str) -> "list[bytes] | None":
@@ -252,6 +265,9 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
 
     Returns:
         Survivors: they are stuck in the kernel, or may not be signalled.
+
+    Raises:
+        OSError, MemoryError: of ``find``. What was found before is sent SIGKILL.
     """
     while True:
         found = _stop_all(find, end_at, clock)
@@ -272,7 +288,12 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
     stop_by = clock() + STOP_S
     quiet = 0
     while quiet < QUIET_SEARCHES:
-        new = find() - found
+        try:
+            new = find() - found
+        except (OSError, MemoryError):
+            for process in found:  # nobody else would end those that are stopped
+                _try_to_send(process, signal.SIGKILL)
+            raise
         found |= new
         for process in new:
             _try_to_send(process, signal.SIGSTOP)

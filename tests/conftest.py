@@ -20,6 +20,7 @@ settings.load_profile("no-deadline")
 COMPUTING = {"cluster", "core", "schema", "simulation"}
 
 LOWEST_PRIORITY = 19
+LONGEST_SEARCH_S = 900
 
 # Two members active at once are never a matter of a busy machine.
 NEVER_REPEATED = [
@@ -46,7 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         computes = not COMPUTING.isdisjoint(item.path.parts)
         item.add_marker(pytest.mark.xdist_group(lane(item)))
-        if not computes and "PYTEST_XDIST_WORKER" in os.environ:
+        if computes:
+            item.add_marker(pytest.mark.timeout(LONGEST_SEARCH_S))
+        elif "PYTEST_XDIST_WORKER" in os.environ:
             item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=NEVER_REPEATED))
         searches = isinstance(item, pytest.Function) and (
             is_hypothesis_test(item.obj) or "a_search_finds" in item.name

@@ -9,6 +9,8 @@ import ctypes
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +61,45 @@ def _take(device: int) -> None:
     with contextlib.suppress(OSError):  # the file system is gone
         while os.read(device, REQUEST_BYTES):
             pass
+
+
+STUCK = """
+import ctypes, os, platform, threading, time
+clone = {"x86_64": 56}.get(platform.machine(), 220)
+CLONE_VFORK, SIGCHLD = 0x4000, 17
+
+def wait_in_kernel():
+    if ctypes.CDLL(None).syscall(clone, CLONE_VFORK | SIGCHLD, 0, 0, 0, 0) == 0:
+        time.sleep(1000)
+
+threading.Thread(target=wait_in_kernel, daemon=True).start()
+time.sleep(1000)
+"""
+"""A thread that waits in state D, as vfork() does, for a child that never execs."""
+
+
+@contextlib.contextmanager
+def stuck_thread(**environment: str) -> Iterator[int]:
+    """A process whose main thread sleeps, while another thread is stuck in the kernel (state D)."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", STUCK],
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            threads = Path(f"/proc/{process.pid}/task")
+            end_at = time.monotonic() + END_S
+            while _states(threads) != ["D", "S"]:
+                assert time.monotonic() < end_at
+                time.sleep(0.01)
+            yield process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _states(threads: Path) -> list[str]:
+    stats = [(thread / "stat").read_text() for thread in threads.iterdir()]
+    return sorted(stat.rpartition(") ")[2][0] for stat in stats)
 
 
 @contextlib.contextmanager

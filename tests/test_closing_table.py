@@ -1,11 +1,14 @@
 """Nothing is skipped silently: the plugin at work in small runs of pytest of its own."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.closing_table import ClosingTable, Need, parse_need
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).parents[1]
 RUNS = "import pytest\ndef test_runs(): pass\n"
 LACKS = 'def test_{name}(): pytest.skip("needs: {component}: apt-get install {component}")\n'
 
@@ -106,6 +109,7 @@ def test_a_need_states_component_and_remedy(reason: str, need: Need | None) -> N
 def test_workers_report_what_they_lack(pytester: pytest.Pytester) -> None:
     """As in `make test`: the tests run in other processes, and the table stands where they report."""
     pytester.makeconftest(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.closing_table import ClosingTable\n"
         "def pytest_configure(config):\n"
         "    config.pluginmanager.register(ClosingTable(ci=False))\n"

@@ -32,9 +32,9 @@ from agent.drivers.guardian.program import MODULES, bootstrap, program
 from agent.guard import hook as guard_hook
 from agent.guard import log as guard_log
 from agent.guard import main as guard
-from agent.guard.processes import IGNORED, ProcessTree
+from agent.guard.processes import IGNORED, KILL_S, ProcessTree, can_fork
 from tests.cgroups import new_cgroup
-from tests.hung import dead_disk, freezer
+from tests.hung import dead_disk, freezer, stuck_thread
 
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
@@ -416,6 +416,32 @@ def test_a_late_guard_kills_the_tenure_first_and_still_runs_the_hook(
     host.send_last(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid, workload=workload.pid))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "seen").read_text().split() == ["Z", "Z"]
+
+
+def test_a_late_guard_kills_the_tenure_before_it_looks_for_free_tasks(
+    new_host: Callable[..., Host], run: Run, tmp_path: Path
+) -> None:
+    left = run(IDLE)
+    look = f"""
+def can_fork(*_):
+    with open("/proc/{left.pid}/stat") as stat, open("{tmp_path}/seen", "w") as seen:
+        seen.write(stat.read())
+    return True
+"""
+    host = new_host(program=build_program_with(look))
+    host.send_last(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "seen").read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_a_probe_for_free_tasks_ends_in_its_time_and_leaves_no_zombie() -> None:
+    """It always had 0.1 s, which may be all that there is, and stayed a zombie: a task."""
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = children.read_text()
+    begun_at = now()
+    assert can_fork(lambda: time.sleep(1000), [], 8, begun_at + KILL_S / 5)
+    assert now() - begun_at < KILL_S
+    assert children.read_text() == before
 
 
 # --- what the hook gets -----------------------------------------------------------------------
@@ -1104,6 +1130,55 @@ def test_an_environment_that_blocks_its_reader_delays_only_the_last_search(
     assert left.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
     assert go_ahead(tmp_path) == "", "what lives of the tenure is not known"
+
+
+def test_an_environment_that_blocks_its_reader_holds_up_no_guard_without_free_tasks(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    """The guard read it in its own process before it ran the hook, and never ran it."""
+    scarce = """
+proctree._read_file = lambda *_: time.sleep(1000)
+probes = []
+
+def can_fork(*_):
+    probes.append(None)
+    return len(probes) > 3
+"""
+    host = new_host(program=build_program_with(scarce))
+    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + 2 * LATE_S, mark="x"))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+
+
+def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
+    new_host: Callable[..., Host], escaped: Callable[[str], int]
+) -> None:
+    """The search read all environments before anything was killed, and blocked at the stranger's."""
+    ours = escaped("instance-1")
+    with stuck_thread() as stranger:
+        blocks = f"""
+has_mark = _has_mark
+
+def _has_mark(thread, wanted):
+    if thread == {stranger}:
+        time.sleep(1000)
+    return has_mark(thread, wanted)
+"""
+        host = new_host(program=build_program_with(blocks, proctree))
+        host.send(*hook(sh("exit 0")))
+        host.send_last(*arm(now(), now() + LATE_S, mark="instance-1"))
+        assert host.code(host.guard) == guard.ACTED
+        assert not lives(ours)
+
+
+def test_the_mark_of_a_process_with_a_stuck_thread_is_not_read_where_that_must_not_block() -> None:
+    """Its main thread sleeps, and so it was read: the other one may hold the lock for its memory."""
+    name = f"stuck-{os.getpid()}"
+    with stuck_thread(FAILOVER_TENURE=name) as pid:
+        tree = ProcessTree(set(), set(), name.encode())
+        assert pid not in {one for one, _ in tree.find(may_block=True, skip_stuck=True)}
+        assert pid in {one for one, _ in tree.find(may_block=True)}
 
 
 def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(

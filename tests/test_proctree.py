@@ -1,5 +1,6 @@
 """Processes of a tenure are found whatever became of their parents, and nothing escapes the killing."""
 
+import errno
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
-from tests.hung import dead_disk
+from tests.hung import dead_disk, stuck_thread
 
 PATIENCE_S = 20.0
 
@@ -168,6 +169,18 @@ def test_a_killed_process_with_a_thread_that_is_stuck_in_the_kernel_is_not_gone(
         time.sleep(0.01)
 
 
+def test_a_stuck_thread_is_seen_beside_a_main_thread_that_sleeps(
+    started: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    with stuck_thread() as pid:
+        stat = proctree.read(pid)
+        assert stat is not None
+        assert stat.state == ord("S")
+        assert proctree.has_stuck_thread(pid)
+    assert not proctree.has_stuck_thread(started("exec sleep 1000").pid)
+    assert not proctree.has_stuck_thread(2**22 + 1)
+
+
 def test_no_process_escapes_by_forking(
     mark: str, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
@@ -244,6 +257,25 @@ def test_processes_found_after_the_deadline_are_killed_at_once(
     kill_by = time.monotonic() - 1.0
     proctree.kill_all(lambda: proctree.related(proctree.snapshot(), [shell.pid], []), kill_by)
     shell.wait(PATIENCE_S)
+
+
+def test_what_was_stopped_is_killed_if_a_later_search_fails(
+    started: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    """It stayed stopped for good, with whatever it held."""
+    shell = started("exec sleep 1000")
+    searches = 0
+
+    def find() -> set[proctree.Process]:
+        nonlocal searches
+        searches += 1
+        if searches > 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return proctree.related(proctree.snapshot(), [shell.pid], [])
+
+    with pytest.raises(OSError, match="Too many open files"):
+        proctree.kill_all(find, time.monotonic() + PATIENCE_S)
+    assert shell.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 # -- what cannot be read is not gone -----------------------------------------------------------------

@@ -155,7 +155,7 @@ class Leadership:
             if term is not None and number not in self._loading and term[1].is_led_at(now):
                 return None
             leader = self.view.leaders.get(number)
-            if leader is not None and leader.member != self.member:
+            if leader is not None and leader.url != self.url:  # not to itself by an old key
                 return leader.url
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:

@@ -38,6 +38,7 @@ from agent.guard.hook import GRACE_SHARE, KILLED_WAIT_S, LONGEST_GRACE_S, Demoti
 from agent.guard.log import ERROR, WARNING, LogWriter
 from agent.guard.processes import (
     IGNORED,
+    KILL_S,
     POLL_S,
     ProcessTree,
     Worker,
@@ -246,11 +247,11 @@ class Guard:
         late = started_at >= self.kill_at
         kill_at = started_at if late else self.kill_at
         end_at = max(kill_at, started_at + self.budget_s / 2)
+        if late:
+            self.try_step("kill the tenure", self.tenure.kill, started_at)
         self.try_step("make room", self.make_room, (started_at + end_at) / 2)
         self.try_step("kill running hooks", self.tenure.subtree(self.running).kill, started_at)
         self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
-        if late:
-            self.try_step("kill the tenure", self.tenure.kill, started_at)
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         go_fd = None
         if hook and not late:
@@ -283,16 +284,19 @@ class Guard:
         """
         become = self.hook.become_user if self.hook is not None else lambda: None
         enough_at = now() + ROOM_S
-        may_block = False
-        while not can_fork(become, self.close_fds, FREE_TASKS):
+        probe_s = min(KILL_S, (end_at - now()) / 4)
+        while not can_fork(become, self.close_fds, FREE_TASKS, now() + probe_s):
             if now() >= end_at or (
-                now() >= enough_at and can_fork(become, self.close_fds, LEAST_TASKS)
+                now() >= enough_at
+                and can_fork(become, self.close_fds, LEAST_TASKS, now() + probe_s)
             ):
                 break
-            # Those that only their mark shows are searched in a forked process, where that is possible.
-            self.tenure.kill(now(), may_block=may_block, skip_stuck=True)
+            self.tenure.kill(now())
             self.signal_agent(signal.SIGKILL)
-            may_block = True
+            try:
+                self.start_sweep(now()).wait_or_kill(now() + KILL_S)
+            except OSError:
+                pass  # not even one task is free: it is tried again
             time.sleep(POLL_S)
 
     def log_demotion(self, why: str) -> None:
@@ -363,12 +367,15 @@ class Guard:
     def kill_tenure(self, kill_at: float) -> bool:
         """Kill the tenure, first what is found without blocking; return whether none is left."""
         self.tenure.kill(now())
-        try:
-            sweeper = self.start_sweep(kill_at)
-        except OSError:
-            self.signal_agent(signal.SIGKILL)
-            return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
-        return sweeper.wait_or_kill(max(kill_at, now() + SWEEP_S))
+        fork_by = now() + min(ROOM_S, self.budget_s / 8)
+        while True:
+            try:
+                return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
+            except OSError:
+                self.signal_agent(signal.SIGKILL)
+                if now() >= fork_by:  # no hook can be run, either, until the last ones are found
+                    return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
+            time.sleep(POLL_S)
 
     def start_sweep(self, end_at: float) -> Worker:
         """Start ``sweep`` in a forked process, until ``end_at`` or for ``SWEEP_S``."""
@@ -378,6 +385,8 @@ class Guard:
     def sweep(self, end_at: float) -> bool:
         """Kill also processes that are found only by their environment or cgroup. May block."""
         killed = not self.cgroup or self.kill_cgroup(self.cgroup)
+        # First without those whose environment may block: they must not keep the others alive.
+        self.tenure.kill(now(), may_block=True, skip_stuck=True)
         return self.tenure.kill(end_at, may_block=True) and killed
 
     def wait_for_agent_death(self) -> bool:
@@ -390,13 +399,16 @@ class Guard:
         return True
 
     def finish_state(self, state: object) -> None:
-        """Wait for the state file; if no process could be forked for it, write it in this one, at last."""
-        if not isinstance(state, Worker):
+        """Wait for the state file; if no process can be forked for it, write it in this one, at last."""
+        end_at = now() + STATE_WAIT_S
+        while not isinstance(state, Worker):
             try:
                 state = Worker(self.write_state, self.close_fds)
             except OSError:
-                self.write_state()
-                return
+                if now() >= end_at:
+                    self.write_state()
+                    return
+                time.sleep(POLL_S)
         state.wait_or_kill(now() + STATE_WAIT_S)
 
     def write_state(self) -> bool:

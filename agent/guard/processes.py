@@ -68,7 +68,7 @@ class Worker:
             elif now() >= end_at:
                 break
             else:
-                time.sleep(POLL_S)
+                time.sleep(max(0.0, min(POLL_S, end_at - now())))
         return self.ok
 
     def wait_or_kill(self, end_at: float) -> bool:
@@ -76,23 +76,31 @@ class Worker:
         ok = self.wait(end_at)
         if ok is None:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            self.wait(now() + POLL_S)  # a zombie would count as a task
         return ok is True
 
 
-def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -> bool:
+def can_fork(
+    become: "Callable[[], None]", close_fds: "list[int]", count: int, end_at: float
+) -> bool:
     """Whether ``count`` processes can be forked now, and exist at the same time.
+
+    On a busy machine that may not be known at ``end_at``, and is assumed.
 
     Args:
         become: takes the user on that the processes are of: each user may have a limit.
         close_fds: as for ``Worker``.
         count: zombies count until they are reaped.
+        end_at: when the answer is due.
     """
+    give_up_at = (now() + end_at) / 2
 
     def work() -> bool:
         become()
         children: list[int] = []
         try:
-            while len(children) < count - 1:  # the worker is one itself
+            # The worker is one itself. It has to reap its children: if it is killed, nobody does.
+            while len(children) < count - 1 and now() < give_up_at:
                 children.append(os.fork())
                 if not children[-1]:
                     os._exit(0)
@@ -107,8 +115,10 @@ def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -
         worker = Worker(work, close_fds)
     except OSError:
         return False
-    worker.wait_or_kill(now() + KILL_S)
-    return worker.ok is not False  # on a busy machine it may not be known in time
+    if worker.wait(end_at) is None:
+        worker.wait_or_kill(now())
+        return True
+    return worker.ok is True
 
 
 class ProcessTree:
@@ -143,7 +153,7 @@ class ProcessTree:
 
         Args:
             may_block: search by mark and cgroup, too. For a ``Worker``.
-            skip_stuck: do not read the mark of processes that are stuck in the kernel: that might block.
+            skip_stuck: do not read the mark of processes with a thread stuck in the kernel: it might block.
         """
         searchable = may_block and (self.mark or self.cgroup)
         if not self.roots and not self.groups and not searchable:
@@ -153,8 +163,8 @@ class ProcessTree:
         # An ended leader's number may lead an unrelated group by now.
         reused = {pid for pid in known if (pid, table[pid].start) not in self.roots}
         if may_block and self.mark:
-            stuck = b"D" if skip_stuck else b""
-            readable = {pid: stat for pid, stat in table.items() if stat.state not in stuck}
+            stuck = set(filter(proctree.has_stuck_thread, table)) if skip_stuck else set()
+            readable = {pid: stat for pid, stat in table.items() if pid not in stuck}
             self.roots |= proctree.with_mark(readable, self.mark)
         if may_block and self.cgroup:
             self.roots |= proctree.in_cgroup(table, self.cgroup)

@@ -13,7 +13,10 @@ import errno
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 THREADS = 8
@@ -25,6 +28,13 @@ DESCRIPTORS = 32
 
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
+
+BEGIN_S = 0.02
+"""After this time a started thread counts as one that has no memory, and never begins."""
+
+TASKS_END_S = 0.05
+TASKS_POLL_S = 0.001
+"""How long ended threads may count as tasks, which takes microseconds; and how often that is looked at."""
 
 T = TypeVar("T")
 
@@ -51,27 +61,38 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
     Args:
         work: may block for ever.
-        vital: a demotion needs it: take a reserved thread, if one is idle.
+        vital: a demotion needs it: a reserved thread does it if an ordinary one cannot be started, or does
+            not begin within ``BEGIN_S``.
 
     Raises:
         BlockingIOError: no thread is left.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
     result.set_running_or_notify_cancel()
+    claim, begun = threading.Lock(), threading.Event()
 
     def run() -> None:
+        if not claim.acquire(blocking=False):
+            return  # the other thread does it
         try:
+            begun.set()
             result.set_result(work())
         except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             result.set_exception(error)
 
-    if vital and _idle.acquire(blocking=False):
-        _work.put(run)
-        return result
+    def run_if_late() -> None:
+        begun.wait(BEGIN_S)
+        run()
+
     try:
         _thread.start_new_thread(run, ())
     except (RuntimeError, MemoryError) as error:
-        raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        if not (vital and _idle.acquire(blocking=False)):
+            raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        _work.put(run)
+    else:
+        if vital and _idle.acquire(blocking=False):
+            _work.put(run_if_late)
     return result
 
 
@@ -88,16 +109,29 @@ def free_descriptors() -> None:
 
 
 def tasks_are_scarce(needed: int = FREE_TASKS) -> bool:
-    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task."""
+    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task.
+
+    They have ended when this returns, unless that takes more than ``TASKS_END_S``.
+    """
     end = threading.Event()
-    try:
-        for _ in range(needed):
-            _thread.start_new_thread(end.wait, ())
-    except (RuntimeError, MemoryError):
-        return True
-    finally:
-        end.set()
-    return False
+    tasks: list[int] = []
+    started = 0
+
+    def occupy_task() -> None:
+        tasks.append(threading.get_native_id())
+        end.wait()
+
+    with suppress(RuntimeError, MemoryError):
+        while started < needed:
+            _thread.start_new_thread(occupy_task, ())
+            started += 1
+    end.set()
+    end_at = time.monotonic() + TASKS_END_S
+    while len(tasks) < started or any(Path(f"/proc/self/task/{task}").exists() for task in tasks):
+        if time.monotonic() >= end_at:
+            break
+        time.sleep(TASKS_POLL_S)
+    return started < needed
 
 
 def _serve() -> None:

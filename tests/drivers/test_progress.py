@@ -692,7 +692,7 @@ async def test_a_file_system_that_hangs_holds_one_thread_and_nothing_else(
     async with running("file", path=str(path), limit=0.05) as source:
         assert "blocked in the kernel" in await source.refuses(Reason.TOO_SLOW, 3)
         assert len(calls) == 1
-        assert threading.active_count() == threads + 1
+        assert threading.active_count() <= threads + 1  # one of before may have ended
         await source.progress.stop()
         await source.progress.start()
         await source.refuses(Reason.TOO_SLOW, 4)

@@ -190,7 +190,10 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(stage: Stage) -> No
     report = {"time": datetime.now(UTC).isoformat()}
     assert ask("POST", f"{one.state['probe']}/data-processed", report).status == 200
     for expression in queries():
-        prometheus.until(expression)
+        if "_failsafe_" in expression:  # these agents have none, so only its form is checked
+            prometheus.query(expression)
+        else:
+            prometheus.until(expression)
     groups = prometheus.get("rules").body["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert rules
