@@ -32,7 +32,7 @@ from agent.drivers.guardian.program import MODULES, bootstrap, program
 from agent.guard import hook as guard_hook
 from agent.guard import log as guard_log
 from agent.guard import main as guard
-from agent.guard.processes import IGNORED, ProcessTree
+from agent.guard.processes import IGNORED, KILL_S, ProcessTree, can_fork
 from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer, stuck_thread
 
@@ -416,6 +416,32 @@ def test_a_late_guard_kills_the_tenure_first_and_still_runs_the_hook(
     host.send_last(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid, workload=workload.pid))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "seen").read_text().split() == ["Z", "Z"]
+
+
+def test_a_late_guard_kills_the_tenure_before_it_looks_for_free_tasks(
+    new_host: Callable[..., Host], run: Run, tmp_path: Path
+) -> None:
+    left = run(IDLE)
+    look = f"""
+def can_fork(*_):
+    with open("/proc/{left.pid}/stat") as stat, open("{tmp_path}/seen", "w") as seen:
+        seen.write(stat.read())
+    return True
+"""
+    host = new_host(program=build_program_with(look))
+    host.send_last(*arm(now() - LIMIT_S, now() - 0.1, groups=left.pid))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "seen").read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_a_probe_for_free_tasks_ends_in_its_time_and_leaves_no_zombie() -> None:
+    """It always had 0.1 s, which may be all that there is, and stayed a zombie: a task."""
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = children.read_text()
+    begun_at = now()
+    assert can_fork(lambda: time.sleep(1000), [], 8, begun_at + KILL_S / 5)
+    assert now() - begun_at < KILL_S
+    assert children.read_text() == before
 
 
 # --- what the hook gets -----------------------------------------------------------------------

@@ -247,11 +247,11 @@ class Guard:
         late = started_at >= self.kill_at
         kill_at = started_at if late else self.kill_at
         end_at = max(kill_at, started_at + self.budget_s / 2)
+        if late:
+            self.try_step("kill the tenure", self.tenure.kill, started_at)
         self.try_step("make room", self.make_room, (started_at + end_at) / 2)
         self.try_step("kill running hooks", self.tenure.subtree(self.running).kill, started_at)
         self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
-        if late:
-            self.try_step("kill the tenure", self.tenure.kill, started_at)
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         go_fd = None
         if hook and not late:
@@ -284,9 +284,11 @@ class Guard:
         """
         become = self.hook.become_user if self.hook is not None else lambda: None
         enough_at = now() + ROOM_S
-        while not can_fork(become, self.close_fds, FREE_TASKS):
+        probe_s = min(KILL_S, (end_at - now()) / 4)
+        while not can_fork(become, self.close_fds, FREE_TASKS, now() + probe_s):
             if now() >= end_at or (
-                now() >= enough_at and can_fork(become, self.close_fds, LEAST_TASKS)
+                now() >= enough_at
+                and can_fork(become, self.close_fds, LEAST_TASKS, now() + probe_s)
             ):
                 break
             self.tenure.kill(now())

@@ -68,7 +68,7 @@ class Worker:
             elif now() >= end_at:
                 break
             else:
-                time.sleep(POLL_S)
+                time.sleep(max(0.0, min(POLL_S, end_at - now())))
         return self.ok
 
     def wait_or_kill(self, end_at: float) -> bool:
@@ -80,20 +80,27 @@ class Worker:
         return ok is True
 
 
-def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -> bool:
+def can_fork(
+    become: "Callable[[], None]", close_fds: "list[int]", count: int, end_at: float
+) -> bool:
     """Whether ``count`` processes can be forked now, and exist at the same time.
+
+    On a busy machine that may not be known at ``end_at``, and is assumed.
 
     Args:
         become: takes the user on that the processes are of: each user may have a limit.
         close_fds: as for ``Worker``.
         count: zombies count until they are reaped.
+        end_at: when the answer is due.
     """
+    give_up_at = (now() + end_at) / 2
 
     def work() -> bool:
         become()
         children: list[int] = []
         try:
-            while len(children) < count - 1:  # the worker is one itself
+            # The worker is one itself. It has to reap its children: if it is killed, nobody does.
+            while len(children) < count - 1 and now() < give_up_at:
                 children.append(os.fork())
                 if not children[-1]:
                     os._exit(0)
@@ -108,9 +115,9 @@ def can_fork(become: "Callable[[], None]", close_fds: "list[int]", count: int) -
         worker = Worker(work, close_fds)
     except OSError:
         return False
-    if worker.wait(now() + KILL_S) is None:
+    if worker.wait(end_at) is None:
         worker.wait_or_kill(now())
-        return True  # on a busy machine it may not be known in time
+        return True
     return worker.ok is True
 
 
