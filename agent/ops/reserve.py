@@ -13,7 +13,10 @@ import errno
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 THREADS = 8
@@ -25,6 +28,10 @@ DESCRIPTORS = 32
 
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
+
+TASKS_END_S = 0.05
+TASKS_POLL_S = 0.001
+"""How long ended threads may count as tasks, which takes microseconds; and how often that is looked at."""
 
 T = TypeVar("T")
 
@@ -88,16 +95,29 @@ def free_descriptors() -> None:
 
 
 def tasks_are_scarce(needed: int = FREE_TASKS) -> bool:
-    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task."""
+    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task.
+
+    They have ended when this returns, unless that takes more than ``TASKS_END_S``.
+    """
     end = threading.Event()
-    try:
-        for _ in range(needed):
-            _thread.start_new_thread(end.wait, ())
-    except (RuntimeError, MemoryError):
-        return True
-    finally:
-        end.set()
-    return False
+    tasks: list[int] = []
+    started = 0
+
+    def occupy_task() -> None:
+        tasks.append(threading.get_native_id())
+        end.wait()
+
+    with suppress(RuntimeError, MemoryError):
+        while started < needed:
+            _thread.start_new_thread(occupy_task, ())
+            started += 1
+    end.set()
+    end_at = time.monotonic() + TASKS_END_S
+    while len(tasks) < started or any(Path(f"/proc/self/task/{task}").exists() for task in tasks):
+        if time.monotonic() >= end_at:
+            break
+        time.sleep(TASKS_POLL_S)
+    return started < needed
 
 
 def _serve() -> None:

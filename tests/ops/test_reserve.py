@@ -65,6 +65,16 @@ print(reserve.tasks_are_scarce(), reserve.reserve_threads())
 """).split() == ["False", "True", "False"]
 
 
+def test_the_tasks_that_were_tried_are_free_again_afterwards() -> None:
+    """The hook that was to run next got EAGAIN, as they still counted."""
+    assert (
+        run("""
+print({(reserve.tasks_are_scarce(), len(os.listdir("/proc/self/task"))) for _ in range(100)})
+""")
+        == "{(False, 1)}"
+    )
+
+
 def test_freed_descriptors_can_be_used_at_the_limit() -> None:
     assert (
         run("""
