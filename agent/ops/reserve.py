@@ -29,6 +29,9 @@ DESCRIPTORS = 32
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
+BEGIN_S = 0.02
+"""After this time a started thread counts as one that has no memory, and never begins."""
+
 TASKS_END_S = 0.05
 TASKS_POLL_S = 0.001
 """How long ended threads may count as tasks, which takes microseconds; and how often that is looked at."""
@@ -58,27 +61,38 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
     Args:
         work: may block for ever.
-        vital: a demotion needs it: take a reserved thread, if one is idle.
+        vital: a demotion needs it: a reserved thread does it if an ordinary one cannot be started, or does
+            not begin within ``BEGIN_S``.
 
     Raises:
         BlockingIOError: no thread is left.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
     result.set_running_or_notify_cancel()
+    claim, begun = threading.Lock(), threading.Event()
 
     def run() -> None:
+        if not claim.acquire(blocking=False):
+            return  # the other thread does it
         try:
+            begun.set()
             result.set_result(work())
         except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             result.set_exception(error)
 
-    if vital and _idle.acquire(blocking=False):
-        _work.put(run)
-        return result
+    def run_if_late() -> None:
+        begun.wait(BEGIN_S)
+        run()
+
     try:
         _thread.start_new_thread(run, ())
     except (RuntimeError, MemoryError) as error:
-        raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        if not (vital and _idle.acquire(blocking=False)):
+            raise BlockingIOError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        _work.put(run)
+    else:
+        if vital and _idle.acquire(blocking=False):
+            _work.put(run_if_late)
     return result
 
 

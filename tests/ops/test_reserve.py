@@ -42,6 +42,45 @@ print("done")
     )
 
 
+def test_vital_work_that_blocks_uses_up_no_reserved_thread_while_ordinary_ones_can_be_started() -> (
+    None
+):
+    """Each hook on a dead disk took one for good, until a demotion had none left."""
+    assert (
+        run("""
+reserve.reserve_threads(2)
+release = threading.Event()
+for _ in range(4):
+    begun = threading.Event()
+    reserve.run_in_thread(lambda: (begun.set(), release.wait()), vital=True)
+    assert begun.wait(10)
+exhaust()
+while reserve._idle._value < 2:
+    pass
+print(reserve.run_in_thread(lambda: "done", vital=True).result(10))
+""")
+        == "done"
+    )
+
+
+def test_vital_work_is_done_once_if_a_started_thread_never_begins_or_begins_late() -> None:
+    """One that has no memory ends before its first instruction."""
+    assert (
+        run("""
+reserve.reserve_threads(1)
+while reserve._idle._value < 1:
+    pass
+late = []
+_thread.start_new_thread = lambda work, args: late.append(work)
+done = []
+reserve.run_in_thread(lambda: done.append(None), vital=True).result(10)
+late[0]()
+print(len(done))
+""")
+        == "1"
+    )
+
+
 @pytest.mark.parametrize(("vital", "reserved"), [(False, 2), (True, 0)])
 def test_other_work_and_work_beyond_the_reserve_are_refused(*, vital: bool, reserved: int) -> None:
     assert (

@@ -52,6 +52,9 @@ processes that the hook left behind may go on writing."""
 LINGER_S = 0.1
 """How long the output of the hook's children is still read after its end."""
 
+VITAL = frozenset({"secondary", "fence"})
+"""Hooks that demote: their threads may be reserved ones (ops/reserve.py)."""
+
 log = Log(__name__)
 
 
@@ -296,7 +299,7 @@ class HookProcess:
             on_forked=on_forked,
             on_started=self._follow,
             cgroup=cgroup,
-            vital=True,
+            vital=self.name in VITAL,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.drivers.hooks.process import HookExit, HookProcess
+from agent.drivers.hooks.process import VITAL, HookExit, HookProcess
 from agent.drivers.hooks.spec import CommandStep, HookSpec, Step, WebhookStep
 from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
@@ -141,7 +141,7 @@ class HookRun:
             ConfigError: there are none.
             StuckError: the run was stopped meanwhile.
         """
-        thread = BlockingThread(f"hook {self.name}", vital=True)
+        thread = BlockingThread(f"hook {self.name}", vital=self.name in VITAL)
         reading = self._loop.create_task(thread.run(self._spec.steps))
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
