@@ -6,6 +6,7 @@ Knows nothing of what runs, and of when it has to end.
 
 Everything here reads /proc in a thread. Reading the environment of a process that is stuck in the kernel
 can block for ever: another thread does it, is abandoned if it blocks, and that process is not read again.
+If it is an orphan that this process adopted, it counts as one of the tenure.
 
 Not promised without a cgroup: to find a process that has left its group, has lost its parent between two
 searches *and* has cleared its environment, once this process has died. What another manager starts (systemd,
@@ -200,7 +201,7 @@ class ProcessTree:
         return [identity for identity in identities if identity is not None]
 
     def _by_environment(self, table: dict[int, proctree.Stat]) -> set[proctree.Process]:
-        """Find processes with the mark, and adopted orphans without any."""
+        """Find processes with the mark, and adopted orphans without any, or that cannot be read."""
         recent = {
             (pid, stat.start): stat
             for pid, stat in table.items()
@@ -234,11 +235,13 @@ class ProcessTree:
     ) -> None:
         us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
         for process, stat in recent.items():
-            if process in self._known or process in self._unreadable:
+            if process in self._known:
                 continue
             reading.append(process)
             marked = self._others.get(process)
-            if marked is None:
+            if marked is None and process in self._unreadable:
+                marked = False  # unknown, so an orphan counts as one of the tenure
+            elif marked is None:
                 variables = _contents(stat.thread, "environ").split(b"\0")
                 self._unreadable.discard(process)
                 if any(self._is_mark(variable) for variable in variables):

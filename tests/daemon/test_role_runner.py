@@ -314,7 +314,7 @@ async def test_an_unreadable_environment_delays_no_demotion(
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("left.pid")
     contents, release = process_tree._contents, threading.Event()
-    stuck = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
+    stuck = process.Popen(["sleep", "1000"], start_new_session=True)
 
     def block(of: int, name: str) -> bytes:
         if of == stuck.pid:
@@ -328,7 +328,28 @@ async def test_an_unreadable_environment_delays_no_demotion(
     assert not alive(pid)
     release.set()
     stuck.kill()
-    await stuck.wait()
+    stuck.wait()
+
+
+async def test_an_orphan_that_cannot_be_read_is_killed_with_the_tenure(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as gone, and the role was released while it was alive."""
+    stage.open(hook_primary=stage.hook("p", ESCAPE.format("bare.pid")))
+    contents, release = process_tree._contents, threading.Event()
+    pid_file = stage.directory / "bare.pid"
+
+    def block(of: int, name: str) -> bytes:
+        if pid_file.exists() and pid_file.read_text().strip() == str(of):
+            release.wait(PATIENCE_S)
+        return contents(of, name)
+
+    monkeypatch.setattr(process_tree, "_contents", block)
+    await stage.run(Role.PRIMARY)
+    pid = await stage.pid("bare.pid")
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert not alive(pid)
+    release.set()
 
 
 # -- processes that are not killed ------------------------------------------------------------------
