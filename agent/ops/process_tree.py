@@ -45,6 +45,15 @@ MOST_SHOWN = 5
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
+MOST_READERS = 4
+"""Abandoned readers, from which on nobody reads a process with a thread that is stuck in the kernel."""
+
+STUCK_LOOKS = 10
+"""As often, with pauses, a thread is seen in state D before it counts as stuck: each disk access is short."""
+
+_unreadable: set[proctree.Process] = set()
+"""Processes whose environment has blocked its reader. Global, so that each costs one thread, not one a tree."""
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _ANY_MARK = f"{proctree.MARK}=".encode()
 
@@ -81,7 +90,6 @@ class ProcessTree:
         self._known = self._tops = frozenset(known)
         self._others: dict[proctree.Process, bool] = {}
         """Other processes that were read: whether their environment has any mark."""
-        self._unreadable: set[proctree.Process] = set()
 
     def add(self, child: Child) -> None:
         """Add a command, and all that it starts, to the tree."""
@@ -208,13 +216,14 @@ class ProcessTree:
             if stat.start >= self._since and stat.state not in proctree.ENDED
         }
         self._others = {one: marked for one, marked in list(self._others.items()) if one in recent}
+        _unreadable.intersection_update([(pid, stat.start) for pid, stat in table.items()])
         all_found: set[proctree.Process] = set()
-        while (
-            True
-        ):  # skip each process that blocks its reader, until one reader has read all others
+        # Skip each process that blocks its reader, until one reader has read all others.
+        while True:
+            skipped = _unreadable | (_stuck(recent) if len(_unreadable) >= MOST_READERS else set())
             reading: list[proctree.Process] = []
             found: list[proctree.Process] = []
-            read = partial(self._read_environments, recent, reading, found)
+            read = partial(self._read_environments, recent, skipped, reading, found)
             reader = run_in_thread(read, vital=True)
             count = -1
             while not reader.done() and count != len(reading):  # as long as it makes progress
@@ -225,11 +234,12 @@ class ProcessTree:
                 reader.result()
                 return all_found
             if reading:
-                self._unreadable.add(reading[-1])
+                _unreadable.add(reading[-1])
 
     def _read_environments(
         self,
         recent: dict[proctree.Process, proctree.Stat],
+        skipped: set[proctree.Process],
         reading: list[proctree.Process],
         found: list[proctree.Process],
     ) -> None:
@@ -239,11 +249,11 @@ class ProcessTree:
                 continue
             reading.append(process)
             marked = self._others.get(process)
-            if marked is None and process in self._unreadable:
+            if marked is None and process in skipped:
                 marked = False  # unknown, so an orphan counts as one of the tenure
             elif marked is None:
                 variables = _contents(stat.thread, "environ").split(b"\0")
-                self._unreadable.discard(process)
+                _unreadable.discard(process)
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
                     continue
@@ -279,6 +289,15 @@ def own_cgroup() -> Path | None:
             if number == "0" and writable:
                 return directory
     return None
+
+
+def _stuck(processes: dict[proctree.Process, proctree.Stat]) -> set[proctree.Process]:
+    """Those with a thread that is stuck in the kernel, which may block a reader."""
+    stuck = set(processes)
+    for _ in range(STUCK_LOOKS):
+        stuck = {process for process in stuck if proctree.has_stuck_thread(process[0])}
+        time.sleep(proctree.PAUSE_S)
+    return stuck
 
 
 def _now() -> int:
