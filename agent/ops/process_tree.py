@@ -216,7 +216,7 @@ class ProcessTree:
             if stat.start >= self._since and stat.state not in proctree.ENDED
         }
         self._others = {one: marked for one, marked in list(self._others.items()) if one in recent}
-        _unreadable.intersection_update((pid, stat.start) for pid, stat in table.items())
+        _unreadable.intersection_update([(pid, stat.start) for pid, stat in table.items()])
         all_found: set[proctree.Process] = set()
         # Skip each process that blocks its reader, until one reader has read all others.
         while True:
