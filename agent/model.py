@@ -176,7 +176,7 @@ class SessionRecord:
         silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
         owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
             authentication, or before there were owners.
-        failsafe_url: the failsafe listener of its last heartbeat, or None (R21).
+        failsafe_url: the failsafe listener of its last registration or heartbeat, or None (R21).
     """
 
     config: SessionConfig

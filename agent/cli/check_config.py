@@ -41,6 +41,12 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
         if warning := warn_of_exposure(agent):
             click.echo(f"warning: probe_listen: {agent.probe_listen}: {warning}", err=True)
 
+        if agent.failsafe_listen is not None:
+            from agent.drivers.failsafe.access import warn_of_shared_url  # noqa: PLC0415 - likewise
+
+            if warning := warn_of_shared_url(agent):
+                click.echo(f"warning: failsafe_url: {agent.member_url}: {warning}", err=True)
+
         timing = timing_parts(agent.timing)
         timing["longest_stop_s"] = longest_stop_s(agent, agent.timing)
     if as_json:

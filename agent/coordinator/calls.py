@@ -21,6 +21,7 @@ from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
 from agent.core.group_state import (
+    AddSession,
     Lift,
     ReceiveHeartbeat,
     ReleaseRole,
@@ -331,9 +332,10 @@ async def list_sessions(call: Call) -> Answer:
 
 async def create_session(call: Call) -> Answer:
     """Register a session, or return the existing one with the same configuration."""
-    config = call.body.to_model()
-    by = await call.requester(config.id)
-    view, created = await call.coordinator.add_session(call.key, config, by)
+    body: api.SessionRequest = call.body
+    by = await call.requester(body.id)
+    registration = AddSession(body.to_model(), by, body.instance, body.failsafe_url)
+    view, created = await call.coordinator.add_session(call.key, registration)
     return Answer(201 if created else 200, api.ClientSession.from_model(view))
 
 

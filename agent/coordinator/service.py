@@ -18,7 +18,6 @@ from agent.core.group_state import (
     Input,
     Policy,
     ReceiveHeartbeat,
-    Requester,
     SetAccess,
     status_of,
 )
@@ -32,7 +31,6 @@ from agent.model import (
     HeartbeatAnswer,
     HistoryEntry,
     Instant,
-    SessionConfig,
     SessionView,
 )
 from agent.schema.coordinator_settings import CoordinatorSettings
@@ -276,11 +274,11 @@ class Coordinator:
     # -- sessions -----------------------------------------------------------------------------
 
     async def add_session(
-        self, key: GroupKey, config: SessionConfig, by: Requester | None = None
+        self, key: GroupKey, registration: AddSession
     ) -> tuple[SessionView, bool]:
         """The session as it is then, and whether this call has created it."""
-        created = await self.apply(key, AddSession(config, by))
-        return self.session(key, config.id), created is True
+        created = await self.apply(key, registration)
+        return self.session(key, registration.config.id), created is True
 
     def session(self, key: GroupKey, session_id: str) -> SessionView:
         """One session."""

@@ -39,7 +39,6 @@ from agent.core.group_state import (
     ReleaseRole,
     RemoveGroup,
     RemoveSession,
-    Requester,
     SetAccess,
     SetOverride,
     Tick,
@@ -139,7 +138,7 @@ def _apply(draft: Draft, what: Input) -> bool | None:
         case ReceiveHeartbeat():
             _receive_heartbeat(draft, what)
         case AddSession():
-            return _add_session(draft, what.config, what.by)
+            return _add_session(draft, what)
         case RemoveSession():
             _remove_session(draft, what)
         case SetOverride():
@@ -185,8 +184,7 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
     )
     if session.silent_since is not None:
         draft.change_session(heartbeat.session_id, silent_since=None)
-    # A set is offered to the process that uses it, so to one that can be told from others.
-    url = heartbeat.failsafe_url if heartbeat.instance is not None else None
+    url = _failsafe_url_of(heartbeat)
     if session.failsafe_url != url:
         draft.change_session(heartbeat.session_id, failsafe_url=url)
     adopt(draft, session, heartbeat)
@@ -199,6 +197,11 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
         _renew(draft, holder, heartbeat)
     elif holder is None and not draft.record.quiet:
         _give_role(draft, heartbeat)
+
+
+def _failsafe_url_of(what: ReceiveHeartbeat | AddSession) -> str | None:
+    """A set is offered to the process that uses it, so to one that can be told from others."""
+    return what.failsafe_url if what.instance is not None else None
 
 
 def _give_role(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
@@ -314,9 +317,10 @@ def _answer_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> HeartbeatAns
 # -- sessions -----------------------------------------------------------------------------------
 
 
-def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> bool:
+def _add_session(draft: Draft, registration: AddSession) -> bool:
+    config, by = registration.config, registration.by
     refuse_stranger(draft, config.id, by)
-    record = draft.record
+    record, url = draft.record, _failsafe_url_of(registration)
     known = record.sessions.get(config.id)
     if known is None:
         if len(record.sessions) >= draft.policy.max_sessions and not draft.make_room():
@@ -326,7 +330,8 @@ def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> b
                 "Delete sessions that are not used any more, or raise max_sessions_per_group.",
             )
         draft.refuse_too_much_data(config)
-        session = SessionRecord(config, owner=by.identity if by is not None else None)
+        owner = by.identity if by is not None else None
+        session = SessionRecord(config, owner=owner, failsafe_url=url)
         sessions = {**draft.record.sessions, config.id: session}
         draft.record = replace(draft.record, sessions=sessions)
         contacts = {**draft.live.contacts, config.id: Contact(heard_at=draft.now.mono)}
@@ -337,6 +342,8 @@ def _add_session(draft: Draft, config: SessionConfig, by: Requester | None) -> b
             f'Client session "{config.id}" exists with another configuration.',
             "Use the same Name and AdditionalData, another Id, or delete that session first.",
         )
+    if known.failsafe_url != url:
+        draft.change_session(config.id, failsafe_url=url)
     return False
 
 

@@ -141,10 +141,12 @@ class ReceiveHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class AddSession:
-    """A client registers."""
+    """A client registers; ``instance`` and ``failsafe_url`` as in its heartbeats (R21, R22)."""
 
     config: SessionConfig
     by: Requester | None = None
+    instance: str | None = None
+    failsafe_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from agent.core.effects import Vote as Decision
 from agent.core.events import Answered, Asked, Event
 from agent.daemon.failsafe_report import FailsafeSnapshot, Outcome
 from agent.daemon.member import Member
-from agent.drivers.failsafe.access import FailsafeAccess
+from agent.drivers.failsafe.access import FailsafeAccess, warn_of_shared_url
 from agent.drivers.failsafe.asker import Asker, AskError, Peer
 from agent.drivers.failsafe.listener import Listener, Vote
-from agent.drivers.failsafe.messages import Question
+from agent.drivers.failsafe.messages import LONGEST_WHY, Question
 from agent.ops.logs import Log
 
 MAX_QUESTIONS = 128
@@ -69,7 +69,10 @@ class Failsafe:
     async def start(self) -> None:
         """Listen. Raises ConfigError: LISTEN, the address cannot be used."""
         address = await self._listener.start(self._address)
-        log.info("failsafe listens", address=str(address), url=self._member.settings.member_url)
+        url = self._member.settings.member_url
+        log.info("failsafe listens", address=str(address), url=url)
+        if warning := warn_of_shared_url(self._member.settings):
+            log.warning("failsafe URL may not be unique", url=url, reason=warning)
 
     async def stop(self) -> None:
         """Stop listening. May be called twice."""
@@ -92,7 +95,7 @@ class Failsafe:
                     peer, effect.epoch, rehearsal=effect.rehearsal, limit_s=limit_s
                 )
             outcome = Outcome.YES if answer.yes else Outcome.NO
-            answered = Answered(effect.nonce, yes=answer.yes, why=answer.why)
+            answered = Answered(effect.nonce, yes=answer.yes, why=answer.why[:LONGEST_WHY])
         except AskError as error:
             outcome, answered = Outcome.ERROR, Answered(effect.nonce, yes=False, why=str(error))
         except TimeoutError:

@@ -20,6 +20,9 @@ DESCRIBED_MEMBERS = 8
 """Of the state file, which has a bound itself: characters of a reason, and members, those that are not
 ready first."""
 
+TENTH_US = 100_000
+"""Microseconds to which moments are rounded."""
+
 log = Log(__name__)
 
 
@@ -131,7 +134,12 @@ def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[st
     def moment(at: float | None) -> str | None:
         if at is None or not math.isfinite(at):
             return None
-        return format_date_time(wall + timedelta(seconds=at - now))
+        # Rounded, since the two clocks are read one after the other: the same moment has the same text.
+        moved = wall + timedelta(seconds=at - now)
+        tenths = round(moved.microsecond / TENTH_US)
+        return format_date_time(
+            moved.replace(microsecond=0) + timedelta(microseconds=tenths * TENTH_US)
+        )
 
     shown = sorted(view.members, key=lambda one: (one.ready, one.member))[:DESCRIBED_MEMBERS]
     return {

@@ -143,6 +143,8 @@ class GuardControl:
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
+        # It changes with each answer of a member, and is not true of a demoted session.
+        state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,

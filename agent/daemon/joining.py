@@ -44,12 +44,14 @@ class Registration:
 
     Args:
         session: read only.
+        instance: identifies this process.
         rejoining: the session was registered before; every failure is retried without a timeout.
     """
 
     settings: AgentSettings
     client: RestClient
     session: Session
+    instance: str
     rejoining: bool
 
     async def run(self) -> Joined:
@@ -106,10 +108,34 @@ class Registration:
                 ) from error
         name = settings.session_name if settings.session_name is not None else session_id
         config, endpoint = SessionConfig(session_id, name=name), self.client.endpoint
-        store_id = await self.client.join(settings.group, config, timeout_s=limit_s)
+        failsafe = self.session.options.failsafe
+        takes_part = failsafe is not None and await self._has_extensions(limit_s)
+        store_id = await self.client.join(
+            settings.group,
+            config,
+            timeout_s=limit_s,
+            instance=self.instance if takes_part else None,
+            failsafe_url=failsafe.url if failsafe is not None and takes_part else None,
+        )
         if not self.session.accepts_store(store_id):
             raise self.client.refuse(endpoint, store_id)
         return Joined(timing, store_id)
+
+    async def _has_extensions(self, limit_s: float) -> bool:
+        """Whether the server is no plain v1 one, which may refuse a registration with a FailsafeUrl.
+
+        Until the first registration only the status shows that. Where it may not be read, the first heartbeat
+        has the URL.
+        """
+        if self.rejoining:
+            return self.session.store_id is not None
+        try:
+            status = await self.client.status(self.settings.group, timeout_s=limit_s)
+        except ServerError as error:
+            if self._worth_retrying(error):
+                raise
+            return False
+        return status.store_id is not None
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):

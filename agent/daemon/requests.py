@@ -197,7 +197,11 @@ class Requests:
         """
         try:
             joined = await Registration(
-                self.settings, self.client, self.session, rejoining=self.joined_once
+                self.settings,
+                self.client,
+                self.session,
+                self.instance,
+                rejoining=self.joined_once,
             ).run()
         except FailoverError as error:
             self.failure = error

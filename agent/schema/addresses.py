@@ -28,6 +28,14 @@ class Address(NamedTuple):
             return False
 
 
+def is_link_local(host: str) -> bool:
+    """Whether a host is an address that is good on one link only, and may be used again on another."""
+    try:
+        return ipaddress.ip_address(host).is_link_local
+    except ValueError:
+        return False
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
     try:

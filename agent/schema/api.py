@@ -188,17 +188,31 @@ class HistoryEntry(Shape, frozen=True, kw_only=True):
 
 
 class SessionRequest(Shape, frozen=True):
-    """A client session to create. It cannot be changed later."""
+    """A client session to create. Only Instance and FailsafeUrl of it can be changed later."""
 
     id: Id
     name: Text = None
     additional_data: GivenAdditionalData = None
+    instance: Instance = None
+    failsafe_url: GivenFailsafeUrl = None
 
     @classmethod
-    def from_model(cls, session: model.SessionConfig) -> Self:
+    def from_model(
+        cls,
+        session: model.SessionConfig,
+        *,
+        instance: str | None = None,
+        failsafe_url: str | None = None,
+    ) -> Self:
         given = session.additional
         additional = None if given is None else GivenAdditional(given)
-        return cls(id=session.id, name=session.name, additional_data=additional)
+        return cls(
+            id=session.id,
+            name=session.name,
+            additional_data=additional,
+            instance=instance,
+            failsafe_url=failsafe_url,
+        )
 
     def to_model(self) -> model.SessionConfig:
         return model.SessionConfig(self.id, self.name, _text(self.additional_data))

@@ -76,6 +76,18 @@ def test_what_is_wrong_is_one_line_with_its_own_code(
     assert err.count("\n") == 1
 
 
+def test_a_failsafe_url_that_another_host_may_have_is_warned_of(cli: Cli, tmp_path: Path) -> None:
+    (secret := tmp_path / "secret").write_text("c2VjcmV0" * 8)
+    secret.chmod(0o600)
+    text = f'group = "g"\nfailsafe_secret_file = "{secret}"\nfailsafe_listen = "127.0.0.1:5480"\n'
+    code, _, err = cli("check-config", "--config", str(config(tmp_path, text)))
+    assert (code, err) == (0, "")
+    text += 'endpoint = ["http://192.0.2.1:8080/api/v1/clientfailover"]\n'
+    code, _, err = cli("check-config", "--config", str(config(tmp_path, text)))
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: failsafe_url: http://127.0.0.1:5480: 127.0.0.1 is a loopback")
+
+
 def test_the_command_of_a_check_is_checked_as_a_hook_is(cli: Cli, tmp_path: Path) -> None:
     table = '[[check]]\nname = "{0}"\ntype = "exec"\ncommand = ["{1}"]\n'
     tables = table.format("good", "/bin/true") + table.format("disk", "/no/such/program")

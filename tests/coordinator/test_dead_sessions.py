@@ -14,7 +14,7 @@ from agent.coordinator.api import Api
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.sqlite import SqliteStore
-from agent.core.group_state import Policy, ReceiveHeartbeat
+from agent.core.group_state import AddSession, Policy, ReceiveHeartbeat
 from agent.model import GroupConfig, GroupKey, SessionConfig
 
 from .conftest import Process, Stage
@@ -62,7 +62,7 @@ async def retention() -> AsyncIterator[RetentionStage]:
     await stage.coordinator.start()
     await stage.coordinator.create_group(KEY, GroupConfig("g", round(LEASE_S * 10_000_000)))
     for session_id in ("a", "b"):
-        await stage.coordinator.add_session(KEY, SessionConfig(session_id))
+        await stage.coordinator.add_session(KEY, AddSession(SessionConfig(session_id)))
         await stage.coordinator.beat(KEY, ReceiveHeartbeat(session_id, 100.0))
     yield stage
     await stage.coordinator.stop()
@@ -119,9 +119,9 @@ async def test_a_silence_costs_two_writes_however_long_it_is(retention: Retentio
 async def test_a_new_member_joins_a_full_group_in_the_place_of_a_dead_one(
     retention: RetentionStage,
 ) -> None:
-    await retention.coordinator.add_session(KEY, SessionConfig("c"))
+    await retention.coordinator.add_session(KEY, AddSession(SessionConfig("c")))
     await retention.pass_time(LEASE_S + 1, "a", "c")
-    _, created = await retention.coordinator.add_session(KEY, SessionConfig("d"))
+    _, created = await retention.coordinator.add_session(KEY, AddSession(SessionConfig("d")))
     assert created
     assert await retention.kept() == {"a", "c", "d"}
     assert await retention.removed() == {"retention": 0, "full": 1}

@@ -81,6 +81,18 @@ async def test_a_primary_is_sent_its_members_and_the_status_follows(
     }
 
 
+async def test_a_registration_with_a_url_makes_a_member(http: httpx2.AsyncClient) -> None:
+    await make(http, "a")
+    body = {"Id": "b", "Instance": "b1", "FailsafeUrl": "http://b:9"}
+    for code in (201, 200):
+        assert (await http.post("groups/g/clientsessions", json=body)).status_code == code
+    for _ in range(2):
+        answer = await beat(http, "a")
+    assert answer["Failsafe"] == {"Revision": 1, "Members": [member("a"), member("b")]}
+    bad = await http.post("groups/g/clientsessions", json={**body, "FailsafeUrl": "b:9"})
+    assert (bad.status_code, "FailsafeUrl is " in bad.text) == (400, True)
+
+
 async def test_without_failsafe_the_answers_have_no_property_of_it(
     http: httpx2.AsyncClient,
 ) -> None:

@@ -6,7 +6,13 @@ import pytest
 
 from agent.coordinator import engine, service
 from agent.coordinator.store import Stored
-from agent.core.group_state import ReceiveHeartbeat, ReleaseRole, RemoveSession, SetOverride
+from agent.core.group_state import (
+    AddSession,
+    ReceiveHeartbeat,
+    ReleaseRole,
+    RemoveSession,
+    SetOverride,
+)
 from agent.errors import Conflict, NotFound, TooSoon, Unavailable
 from agent.model import (
     AccessEntry,
@@ -31,7 +37,7 @@ LEASE_S = 2.0
 async def join(stage: Stage, *sessions: str, lease_s: float = LEASE_S) -> None:
     await stage.coordinator.create_group(KEY, GroupConfig("g", int(lease_s * 10_000_000)))
     for session in sessions:
-        await stage.coordinator.add_session(KEY, SessionConfig(session))
+        await stage.coordinator.add_session(KEY, AddSession(SessionConfig(session)))
 
 
 async def beat(stage: Stage, session: str, score: float = 100.0, **more: object) -> HeartbeatAnswer:
@@ -163,8 +169,8 @@ async def test_a_group_that_somebody_else_changed_is_read_again(stage: Stage) ->
     foreign = await stored(stage)
     await stage.store.swap(KEY, foreign.version, GroupRecord(foreign.record.config, epoch=7))
     with pytest.raises(Unavailable):
-        await stage.coordinator.add_session(KEY, SessionConfig("b"))
-    _, created = await stage.coordinator.add_session(KEY, SessionConfig("b"))
+        await stage.coordinator.add_session(KEY, AddSession(SessionConfig("b")))
+    _, created = await stage.coordinator.add_session(KEY, AddSession(SessionConfig("b")))
     assert created
     assert stage.coordinator.status(KEY).epoch == 7
 
@@ -296,7 +302,7 @@ async def test_the_progress_of_many_groups_is_saved_in_one_write(stage: Stage) -
     keys = [KEY._replace(group=str(number)) for number in range(5)]
     for key in keys:
         await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
-        await stage.coordinator.add_session(key, SessionConfig("a"))
+        await stage.coordinator.add_session(key, AddSession(SessionConfig("a")))
         for _ in range(2):
             await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0))
     writes = stage.store.writes
@@ -319,7 +325,7 @@ async def test_more_progress_than_one_write_may_have_follows_in_the_next(
     keys = [KEY._replace(group=str(number)) for number in range(5)]
     for key in keys:
         await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
-        await stage.coordinator.add_session(key, SessionConfig("a"))
+        await stage.coordinator.add_session(key, AddSession(SessionConfig("a")))
         for _ in range(2):
             await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0))
     await stage.run_for(0.2)

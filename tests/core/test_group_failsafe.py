@@ -149,6 +149,22 @@ def test_r21_a_primary_is_offered_all_members_once_each_has_a_url() -> None:
     assert bench.failsafe() == FailsafeStatus(FailsafeState.READY, None, 1, members("a", "b"))
 
 
+def test_r21_a_member_that_registers_with_its_url_does_not_turn_failsafe_off() -> None:
+    bench = FailsafeBench("a", "b").ready("a", "b")
+    bench.do(AddSession(SessionConfig("c"), instance="c1", failsafe_url=url_of("c")))
+    assert bench.failsafe() == FailsafeStatus(FailsafeState.READY, None, 1, members("a", "b"))
+    assert bench.hold("a").failsafe == MemberSet(2, members("a", "b", "c"))
+    record = bench.state.record
+    bench.beat("c", 50.0, after_s=1)
+    assert bench.state.record is record, "its heartbeat brings nothing new"
+
+
+def test_r21_a_registration_without_an_instance_takes_no_part() -> None:
+    bench = FailsafeBench("a")
+    bench.do(AddSession(SessionConfig("b"), failsafe_url=url_of("b")))
+    assert bench.state.record.sessions["b"].failsafe_url is None
+
+
 def test_r21_a_lone_primary_has_a_set_of_itself() -> None:
     bench = FailsafeBench("a")
     bench.promote("a")
@@ -203,6 +219,19 @@ def test_r22_the_same_session_at_another_url_is_another_member() -> None:
     assert (bench.pending, bench.failsafe().choosable) == (None, members("a", "b"))
     bench.beat("b", after_s=1)
     assert bench.pending == "b"
+
+
+@pytest.mark.parametrize("url", ["http://elsewhere:9", None])
+def test_r22_a_session_that_registers_again_elsewhere_is_another_member(url: str | None) -> None:
+    bench = lapsed("b")
+    bench.beat("b")
+    assert bench.pending == "b"
+    same = AddSession(SessionConfig("b"), instance="b#1", failsafe_url=url_of("b"))
+    assert bench.do(same).answer is False
+    assert bench.state.record.pending is not None
+    bench.do(AddSession(SessionConfig("b"), instance="b#2", failsafe_url=url))
+    assert bench.choosable == members("a", "b")
+    assert bench.state.record.pending is None
 
 
 def test_r22_the_confirming_heartbeat_is_judged_by_its_own_url() -> None:

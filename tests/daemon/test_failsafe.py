@@ -1,6 +1,7 @@
 """Failsafe in a daemon of this process: its questions and its votes, and what becomes of faults."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,8 +19,9 @@ from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.failsafe_report import Outcome
 from agent.daemon.loop import Daemon
 from agent.daemon.main import _load_failsafe
-from agent.drivers.failsafe.access import load_failsafe_access
+from agent.drivers.failsafe.access import load_failsafe_access, warn_of_shared_url
 from agent.drivers.failsafe.asker import Asker, AskError, Peer
+from agent.drivers.failsafe.messages import LONGEST_WHY, Answer
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode
@@ -187,6 +189,92 @@ async def test_an_error_in_a_vote_is_a_no_and_stops_the_agent(
         vote = await answer_of(asker, peer)
         assert (vote.yes, vote.why) == (False, "the agent has failed")
         assert await asyncio.wait_for(task, LIMIT_S) == ExitCode.TASK_FAILED
+
+
+async def test_what_members_answer_does_not_arm_the_guard_again(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host):
+        await host.until_role("Primary")
+        assert "failsafe" in host.daemon.describe()
+        arming = host.daemon._guard_control._arming(1.0, 2.0)
+        assert arming.state is not None
+        assert "failsafe" not in json.loads(arming.state[1])
+
+
+async def test_the_reason_of_an_answer_is_cut_to_its_limit(
+    endpoint: str, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(*_: Any, **__: Any) -> Answer:
+        return Answer(group="g", sender="b", to="host-a", nonce="", yes=False, why="w" * 3000)
+
+    monkeypatch.setattr(Asker, "ask", ask)
+    async with a_member(endpoint, tmp_path, secret) as (host, peer, _):
+        events: list[Event] = []
+        member = host.daemon._member
+        access = load_failsafe_access(member.settings)
+        failsafe = daemon_failsafe.Failsafe(
+            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=events.append
+        )
+        await failsafe.ask(Ask(Member("b", peer.url), 7, 1))
+        assert events == [Answered(1, yes=False, why="w" * LONGEST_WHY)]
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "listen", "url", "warned"),
+    [
+        ("http://c.example:8080/api/v1/clientfailover", "127.0.0.1:5480", None, True),
+        ("http://c.example:8080/api/v1/clientfailover", "192.0.2.1:5480", None, False),
+        (
+            "http://c.example:8080/api/v1/clientfailover",
+            "0.0.0.0:5480",
+            "http://localhost:5480",
+            True,
+        ),
+        (
+            "http://c.example:8080/api/v1/clientfailover",
+            "0.0.0.0:5480",
+            "http://169.254.1.2:5480",
+            True,
+        ),
+        ("http://c.example:8080/api/v1/clientfailover", "[::]:5480", "http://[fe80::1]:5480", True),
+        (
+            "http://c.example:8080/api/v1/clientfailover",
+            "0.0.0.0:5480",
+            "http://host-a.example:5480",
+            False,
+        ),
+        ("http://localhost:8080/api/v1/clientfailover", "127.0.0.1:5480", None, False),
+        ("http://127.0.0.1:8080/api/v1/clientfailover", "169.254.1.2:5480", None, False),
+    ],
+)
+def test_a_url_that_another_host_may_have_too_is_warned_of(
+    secret: Path, coordinator: str, listen: str, url: str | None, *, warned: bool
+) -> None:
+    more = {} if url is None else {"failsafe_url": url}
+    settings = settings_for(
+        coordinator, failsafe_listen=listen, failsafe_secret_file=str(secret), **more
+    )
+    assert (warn_of_shared_url(settings) is not None) is warned
+
+
+async def test_a_url_that_another_host_may_have_is_logged_at_the_start(
+    tmp_path: Path, secret: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_member("http://192.0.2.1:8080/api/v1/clientfailover", tmp_path, secret) as (
+        host,
+        _,
+        _,
+    ):
+        member = host.daemon._member
+        access = load_failsafe_access(member.settings)
+        failsafe = daemon_failsafe.Failsafe(
+            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=lambda _: None
+        )
+        await failsafe.start()
+        await failsafe.stop()
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines.count("failsafe URL may not be unique") == 1
 
 
 async def test_a_question_ends_in_one_event_whatever_becomes_of_it(

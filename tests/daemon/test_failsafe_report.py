@@ -107,6 +107,13 @@ def test_moments_are_shown_by_the_wall_clock() -> None:
     assert describe_failsafe(never, NOW, NOON)["members"][0]["last_yes"] is None
 
 
+def test_a_moment_has_one_text_however_far_apart_the_clocks_are_read() -> None:
+    texts = {
+        json.dumps(describe_failsafe(HOLDING, NOW + us / 1e6, NOON)) for us in range(-900, 900, 7)
+    }
+    assert len(texts) == 1
+
+
 def test_the_largest_group_fits_into_the_state_file_with_those_that_are_not_ready() -> None:
     wide = "\N{GRINNING FACE}" * 256
     ready = [replace(B, member=Member(f"{n}{wide}"[:256], "u" * 256)) for n in range(500)]

@@ -24,6 +24,7 @@ from agent.core.events import (
     StatusRead,
     Stop,
 )
+from agent.core.options import FailsafeOptions
 from agent.core.session import Options, Session
 from agent.daemon.requests import Requests
 from agent.daemon.telemetry import Stats
@@ -102,10 +103,13 @@ def settings_for(*endpoints: str, **more: Any) -> AgentSettings:
 
 @asynccontextmanager
 async def standing(
-    *endpoints: str, store_id: str | None = None, **more: Any
+    *endpoints: str,
+    store_id: str | None = None,
+    failsafe: FailsafeOptions | None = None,
+    **more: Any,
 ) -> AsyncIterator[Stand]:
     settings = settings_for(*endpoints, **more)
-    session = Session(settings.timing, Options("s", store_id=store_id))
+    session = Session(settings.timing, Options("s", store_id=store_id, failsafe=failsafe))
     client, stats, events = RestClient(settings.endpoint), Stats(), list[Event]()
     requests = Requests(
         settings,
@@ -342,6 +346,55 @@ async def test_joining_obeys_retry_after() -> None:
         assert time.monotonic() - refused_at > 0.9
         assert api.count("groups") == 2
     assert [type(event) for event in stand.events] == [Joined]
+
+
+# --- the URL of failsafe --------------------------------------------------------------------------
+
+URL = "http://192.0.2.11:5480"
+WITH_URL = {"Id": "s", "Name": "s", "Instance": "this-process", "FailsafeUrl": URL}
+WITHOUT = {"Id": "s", "Name": "s"}
+
+
+async def test_a_registration_has_the_url_so_that_failsafe_stays_on() -> None:
+    async with at(EXTENDED, failsafe=FailsafeOptions(URL)) as (api, stand):
+        await stand.join()
+        assert api.last("clientsessions")[1] == WITH_URL
+        await stand.join()
+        assert api.last("clientsessions")[1] == WITH_URL
+        assert api.count("status") == 1, "the store is known"
+
+
+async def test_a_plain_v1_server_gets_no_url_in_a_registration() -> None:
+    async with at(PLAIN, failsafe=FailsafeOptions(URL)) as (api, stand):
+        for _ in range(2):
+            await stand.join()
+            assert api.last("clientsessions")[1] == WITHOUT
+
+
+async def test_without_failsafe_a_registration_takes_no_other_request() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        assert (api.last("clientsessions")[1], api.count("status")) == (WITHOUT, 0)
+
+
+async def test_where_the_status_may_not_be_read_the_heartbeat_brings_the_url() -> None:
+    async with at(EXTENDED, failsafe=FailsafeOptions(URL)) as (api, stand):
+        api.faults["status"] = answer(json.dumps(REFUSAL).encode(), "403 Forbidden")
+        await stand.join()
+        assert api.last("clientsessions")[1] == WITHOUT
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+        assert api.last("heartbeat")[1]["FailsafeUrl"] == URL
+
+
+async def test_a_registration_waits_for_a_status_that_fails() -> None:
+    async with at(EXTENDED, failsafe=FailsafeOptions(URL)) as (api, stand):
+        api.faults["status"] = answer(json.dumps(REFUSAL).encode(), "503 Busy")
+        joining = asyncio.create_task(stand.requests.join())
+        await until(lambda: api.count("status") >= 2)
+        assert api.count("clientsessions") == 0
+        del api.faults["status"]
+        await joining
+        assert api.last("clientsessions")[1] == WITH_URL
 
 
 # --- too many requests ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from agent.core.failsafe_holder import NEVER, FailsafeHolder
 from agent.core.failsafe_voter import FailsafeVoter
 from agent.core.group import decide
 from agent.core.group_state import (
+    AddSession,
     Decision,
     GroupState,
     Input,
@@ -187,11 +188,10 @@ def promotes_joiners(state: GroupState, what: Input, now: Instant, policy: Polic
     """A member that joins is choosable before the holder asks it."""
     decision = decide(state, what, now, policy)
     record = decision.state.record
-    if not isinstance(what, ReceiveHeartbeat):
+    if not isinstance(what, AddSession):
         return decision
-    member = failsafe.member_of(record, what.session_id)
-    known = state.record.sessions[what.session_id].failsafe_url
-    if member is None or known is not None:
+    member = failsafe.member_of(record, what.config.id)
+    if member is None or what.config.id in state.record.sessions:
         return decision
 
     def with_joiner(one: MemberSet | None) -> MemberSet | None:

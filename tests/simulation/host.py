@@ -681,7 +681,8 @@ class AgentHost:
                 self.next_endpoint(endpoint)
             self.join(life)
 
-        what = AddSession(SessionConfig(self.session_id))
+        url = self.member.url if self.session.options.failsafe else None
+        what = AddSession(SessionConfig(self.session_id), instance=self.instance, failsafe_url=url)
         self.world.send(net, back=False, deliver=coordinator.submit, args=(what, reply))
         self.world.after(self.world.timing.heartbeat_interval_s, again)
 

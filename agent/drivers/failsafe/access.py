@@ -3,8 +3,10 @@
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from agent.ops.tls import load_authorities, server_context
+from agent.schema.addresses import is_link_local, is_loopback
 from agent.schema.secret_files import read_keys
 from agent.schema.settings import AgentSettings
 
@@ -22,6 +24,23 @@ class FailsafeAccess:
     keys: tuple[bytes, ...] = field(repr=False)
     listener_tls: ssl.SSLContext | None
     asker_tls: ssl.SSLContext
+
+
+def warn_of_shared_url(settings: AgentSettings) -> str | None:
+    """Why the URL of this member may be that of another host's member, too; None if it is not.
+
+    On another host it leads to another process, so two promises would count as one (R22).
+    """
+    host = urlsplit(settings.member_url or "").hostname or ""
+    elsewhere = [url for url in settings.endpoint if not is_loopback(urlsplit(url).hostname or "")]
+    if not elsewhere or not (is_loopback(host) or is_link_local(host)):
+        return None
+    kind = "loopback" if is_loopback(host) else "link-local"
+    return (
+        f"{host} is a {kind} address, which members on other hosts cannot reach or may have, too; with"
+        f" a coordinator at {elsewhere[0]}, set failsafe_listen or failsafe_url to an address of this"
+        " host on the LAN"
+    )
 
 
 def failsafe_files(settings: AgentSettings) -> tuple[Path, ...]:

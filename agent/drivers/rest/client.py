@@ -68,8 +68,23 @@ class RestClient(Endpoints):
         rest_s = end_at - asyncio.get_running_loop().time()
         return await self.group(config.id, timeout_s=rest_s)
 
-    async def join(self, group: str, session: SessionConfig, *, timeout_s: float) -> str | None:
+    async def join(
+        self,
+        group: str,
+        session: SessionConfig,
+        *,
+        timeout_s: float,
+        instance: str | None = None,
+        failsafe_url: str | None = None,
+    ) -> str | None:
         """Register the session, or find it registered with the same configuration.
+
+        Args:
+            group: its id.
+            session: its configuration.
+            timeout_s: seconds.
+            instance: this process; None unless the server is known to have extensions.
+            failsafe_url: this process's failsafe listener, likewise.
 
         Returns:
             The id of the store that it is registered in. None means a plain v1 server, which may
@@ -84,7 +99,9 @@ class RestClient(Endpoints):
             f"groups/{_quote_segment(group)}/clientsessions",
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
-            body=encode(api.SessionRequest.from_model(session)),
+            body=encode(
+                api.SessionRequest.from_model(session, instance=instance, failsafe_url=failsafe_url)
+            ),
             read=lambda answer: decode_one(api.ClientSession, answer).store_id,
         )
 
