@@ -18,8 +18,10 @@ from .failsafe_runs import (
     sweep_killed,
     sweep_outage,
     sweep_partial,
+    well,
 )
 from .failsafe_world import L
+from .network import Clock
 from .schedule import Plan
 from .search import EXAMPLES, LONG, live_on, live_through, plans
 from .world import BrokenPromiseError
@@ -65,6 +67,30 @@ def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
     """All members lose the coordinator within R/4 and get it back within R/2: there is no gap."""
     for seed in range(SWEPT):
         sweep_outage(seed)
+
+
+@pytest.mark.parametrize("fast", ["the primary", "a voter"])
+def test_an_hour_without_the_coordinator_does_not_move_the_deadline(fast: str) -> None:
+    """One clock is 1 % fast, the most that is promised: each deadline is counted anew from a question."""
+    run = well(1, ["abc"])
+    world, first = run.world, str(run.holder)
+    session = world.agents[first].session
+    tenure = session.tenure
+    for host in world.agents.values():
+        rate = 1.01 if (host.name == first) is (fast == "the primary") else 1.0
+        host.clock = Clock(rate, host.local() - rate * world.now)
+    world.coordinator.crash()
+    left_s = []
+    for _ in range(3600):
+        world.run(1.0)
+        assert world.primary() == first
+        left_s.append(session.renew_by - world.agents[first].local())
+    minutes = [min(left_s[begin : begin + 60]) for begin in range(60, 3600, 60)]
+    assert min(minutes) > 0.5 * session.timing.renew_s
+    assert minutes[-1] == pytest.approx(minutes[0], abs=0.1 * session.timing.renew_s)
+    world.coordinator.restart()
+    run.run(2 * L)
+    assert (run.holder, session.tenure) == (first, tenure)
 
 
 @pytest.mark.parametrize(
