@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ClosingTable(ci=os.environ.get("CI") == "true"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the lanes in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Name each test's lane, and let the simulation search at full speed.
 

@@ -32,7 +32,7 @@ from agent.drivers.guardian.program import MODULES, bootstrap, program
 from agent.guard import hook as guard_hook
 from agent.guard import log as guard_log
 from agent.guard import main as guard
-from agent.guard.processes import IGNORED, KILL_S, ProcessTree, can_fork
+from agent.guard.processes import IGNORED, ProcessTree
 from tests.cgroups import new_cgroup
 from tests.hung import dead_disk, freezer, stuck_thread
 
@@ -434,14 +434,25 @@ def can_fork(*_):
     assert (tmp_path / "seen").read_text().rpartition(") ")[2][0] == "Z"
 
 
+PROBE = """
+import time
+from pathlib import Path
+from agent.guard.processes import KILL_S, can_fork, now
+begun_at = now()
+assert can_fork(lambda: time.sleep(1000), [], 8, begun_at + KILL_S / 5)
+assert now() - begun_at < KILL_S
+print(Path("/proc/thread-self/children").read_text())
+"""
+
+
 def test_a_probe_for_free_tasks_ends_in_its_time_and_leaves_no_zombie() -> None:
-    """It always had 0.1 s, which may be all that there is, and stayed a zombie: a task."""
-    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
-    before = children.read_text()
-    begun_at = now()
-    assert can_fork(lambda: time.sleep(1000), [], 8, begun_at + KILL_S / 5)
-    assert now() - begun_at < KILL_S
-    assert children.read_text() == before
+    """It always had 0.1 s, which may be all that there is, and stayed a zombie: a task.
+
+    In a process of its own, which adopts no orphans.
+    """
+    command = [sys.executable, "-c", PROBE]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
 
 
 # --- what the hook gets -----------------------------------------------------------------------
