@@ -1,4 +1,4 @@
-"""What every run of the suite has: the closing table, three lanes, and the certainty of what it tests."""
+"""What every run of the suite has: the closing table, and the certainty of what it tests."""
 
 import importlib.util
 import os
@@ -15,11 +15,9 @@ from tests.closing_table import ClosingTable
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-# Pure computation: no process, no clock. `make test` runs these beside all others, and they get
-# the time that those leave.
+# Pure computation: no process, no clock.
 COMPUTING = {"cluster", "core", "schema", "simulation"}
 
-LOWEST_PRIORITY = 19
 LONGEST_SEARCH_S = 900
 
 # Two members active at once are never a matter of a busy machine.
@@ -37,9 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ClosingTable(ci=os.environ.get("CI") == "true"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the lanes in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name each test's lane, and let the simulation search at full speed.
+    """Let the simulation search at full speed, and bear a busy machine in `make test`.
 
     Being measured makes a search three times slower; what it runs is measured in the simulation's
     other tests, which follow single schedules. A test of processes and clocks that fails is run once
@@ -47,29 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         computes = not COMPUTING.isdisjoint(item.path.parts)
-        item.add_marker(pytest.mark.xdist_group(lane(item)))
         if computes:
             item.add_marker(pytest.mark.timeout(LONGEST_SEARCH_S))
-        elif "PYTEST_XDIST_WORKER" in os.environ:
+        elif os.environ.get("FAILOVER_TEST_INSTALLED") == "1":
             item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=NEVER_REPEATED))
         searches = isinstance(item, pytest.Function) and (
             is_hypothesis_test(item.obj) or "a_search_finds" in item.name
         )
         if searches and "simulation" in item.path.parts:
             item.add_marker(pytest.mark.no_cover)
-
-
-def lane(item: pytest.Item) -> str:
-    """What runs one after another; `make test` runs the lanes beside each other."""
-    if not COMPUTING.isdisjoint(item.path.parts):
-        return "computing"
-    return "integration" if "integration" in item.path.parts else "machine"
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Give the computing lane the lowest priority, for the others measure time."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not COMPUTING.isdisjoint(item.path.parts):
-        os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
 
 
 def refuse_the_checkout() -> None:
