@@ -120,6 +120,20 @@ def freezer(name: str) -> Iterator["Freezer"]:
         folder.rmdir()
 
 
+FORKS = """
+import os, time
+os.setsid()
+while True:
+    try:
+        if not os.fork():
+            time.sleep(1000)
+            os._exit(0)
+    except OSError:
+        time.sleep(0.001)
+"""
+"""Uses up every task that it is given."""
+
+
 @contextlib.contextmanager
 def limited_tasks(name: str, most: int) -> Iterator[Path]:
     """A cgroup with a limit of processes and threads; what is in it at the end is killed."""

@@ -50,6 +50,7 @@ from pathlib import Path
 from statistics import median
 from urllib.request import urlopen
 
+ALONE = ("sqlite", "memory", "bare")
 CLUSTERS = ("etcd", "follower")
 
 CONNECTIONS = 400
@@ -313,7 +314,7 @@ def main() -> None:
         help="seconds before the measurement: the first roles are being written",
     )
     args = parser.parse_args()
-    if args.compare in ("bare", "memory", *CLUSTERS):
+    if args.compare in (*ALONE, *CLUSTERS):
         compare(args, None)
         return
     if args.compare:
@@ -329,17 +330,15 @@ def coordinator(
     args: argparse.Namespace,
     tree: Path | None = None,
     *,
-    bare: bool = False,
-    memory: bool = False,
+    store: str = "sqlite",
     etcd: str | None = None,
     core: int = 0,
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
-    ``tree`` is a checkout whose code is run, rather than this program's own; ``bare`` runs the bare
-    server in its place; ``etcd`` is the URL of its store, if that is not SQLite; ``core`` is the number of
-    its core among those of this process.
-    server in its place; with ``memory`` it has no store; ``etcd`` is the URL of its store, if that is not SQLite.
+    ``tree`` is a checkout whose code is run, rather than this program's own; ``store`` is one of ALONE, of
+    which "bare" runs the bare server in its place; ``etcd`` is the URL of its store, if that is not one of those;
+    ``core`` is the number of its core among those of this process.
     """
     program = ["-m", "agent", "serve"]
     if args.profile:
@@ -351,12 +350,12 @@ def coordinator(
         command = ["taskset", "-c", str(CORES[core]), sys.executable, *program]
         command += ["--data-dir", data_dir, "--log-level", "INFO"]
         if etcd is None:
-            command += ["--listen", "127.0.0.1:0", "--store", "memory" if memory else "sqlite"]
+            command += ["--listen", "127.0.0.1:0", "--store", store]
         else:
             command += on_etcd(etcd)
         if args.session_metrics:
             command.append("--session-metrics")
-        if bare:
+        if store == "bare":
             command = ["taskset", "-c", str(CORES[core]), sys.executable, "-c", BARE]
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=environment
@@ -389,9 +388,9 @@ def on_etcd(url: str) -> list[str]:
 def serving(
     args: argparse.Namespace, kind: str, tree: Path | None = None
 ) -> Iterator[tuple[str, int, int]]:
-    """A coordinator of one of the kinds of --serving."""
-    if kind == "sqlite":
-        with coordinator(args, tree) as one:
+    """A coordinator of one of the kinds in ALONE and CLUSTERS."""
+    if kind in ALONE:
+        with coordinator(args, tree, store=kind) as one:
             yield one
         return
     from tests.etcd import an_etcd  # noqa: PLC0415 - only a run with -m finds it
@@ -434,11 +433,8 @@ def compare(args: argparse.Namespace, tree: Path | None) -> None:
     for _ in range(args.rounds):
         for name, results in figures.items():
             other = name == args.compare
-            kind = name if other and name in CLUSTERS else args.serving
-            running = serving(args, kind, tree if other else None)
-            if other and name in ("bare", "memory"):
-                running = coordinator(args, bare=name == "bare", memory=name == "memory")
-            with running as (host, port, process):
+            kind = name if other and tree is None else args.serving
+            with serving(args, kind, tree if other else None) as (host, port, process):
                 result = asyncio.run(throughput(args, host, port, process))
             results.append(result)
             print(f"{name}: {result[0]:.0f} heartbeats/s, {result[1]:.0f} per CPU second")  # noqa: T201 - as above

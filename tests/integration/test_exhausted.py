@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ExitCode
-from tests.hung import limited_tasks
+from tests.hung import FORKS, limited_tasks
 
 from .stage import Agent, Coordinator, Gate, Stage, lives, until
 from .workloads import output, start, until_written_after, writes
@@ -27,19 +27,6 @@ TIMING = ("--failover-timeout=8", "--demote=3", "--margin=1")
 """R = 4 s, and a D in which a demotion can be repeated on a busy machine."""
 
 MOST_TASKS = 80
-
-FORKS = """
-import os, time
-os.setsid()
-while True:
-    try:
-        if not os.fork():
-            time.sleep(1000)
-            os._exit(0)
-    except OSError:
-        time.sleep(0.001)
-"""
-"""Uses up every task that it is given."""
 
 
 class Service:

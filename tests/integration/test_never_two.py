@@ -15,7 +15,7 @@ import pytest
 
 from agent import proctree
 from agent.errors import ExitCode
-from tests.hung import freezer, limited_tasks
+from tests.hung import FORKS, freezer, limited_tasks
 
 from .faults import Fault
 from .stage import Agent, Coordinator, Stage, lives, until
@@ -387,17 +387,23 @@ def test_no_restart_forgets_a_process_that_cannot_be_killed(
     assert one.end() == 0
 
 
-def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
-    stage: Stage, coordinator: Coordinator
-) -> None:
-    """The guard did not know it, released the role, and the hook promoted when its disk answered."""
+@contextlib.contextmanager
+def hanging_promotion(stage: Stage, coordinator: Coordinator) -> Iterator[tuple[Agent, int]]:
+    """An agent that takes over, and its promotion hook, whose exec hangs until the end of this context."""
     other = stage.run("host-b", coordinator, timing=LONG)
     other.until_role("Primary")
     one = stage.run("host-a", coordinator, timing=LONG)
     one.until_said("joined")
     with held_file(stage.directory / "host-a-primary"):
         assert other.end() == 0
-        child = until(partial(child_before_exec, one), "a hook that is not executed yet")
+        yield one, until(partial(child_before_exec, one), "a hook that is not executed yet")
+
+
+def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_its_agent(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The guard did not know it, released the role, and the hook promoted when its disk answered."""
+    with hanging_promotion(stage, coordinator) as (one, child):
         one.end(signal.SIGKILL)
         other = stage.run("host-b", coordinator, timing=LONG)
         other.until_role("Primary")
@@ -413,13 +419,7 @@ def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_the_next_start(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     """Agent and guard were killed, and without a mark the next agent did not find the hook."""
-    other = stage.run("host-b", coordinator, timing=LONG)
-    other.until_role("Primary")
-    one = stage.run("host-a", coordinator, timing=LONG)
-    one.until_said("joined")
-    with held_file(stage.directory / "host-a-primary"):
-        assert other.end() == 0
-        child = until(partial(child_before_exec, one), "a hook that is not executed yet")
+    with hanging_promotion(stage, coordinator) as (one, child):
         until(lambda: child in [pid for pid, _ in one.state["processes"]], "its record")
         kill_with_guard(one)
         assert lives(child)
@@ -428,20 +428,6 @@ def test_a_promotion_hook_whose_exec_hangs_does_not_outlive_the_next_start(
         assert not lives(child)
     assert again.end() == 0
     assert "primary" not in [event.which for event in stage.events("host-a")]
-
-
-FORKS = """
-import os, time
-os.setsid()
-while True:
-    try:
-        if not os.fork():
-            time.sleep(1000)
-            os._exit(0)
-    except OSError:
-        time.sleep(0.001)
-"""
-"""Uses up every task that it is given."""
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
