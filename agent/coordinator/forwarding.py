@@ -214,9 +214,7 @@ class Forwarder:
     async def _exchange(
         self, key: GroupKey, url: str, request: Request, wait_s: float
     ) -> PeerAnswer:
-        if (
-            request.method == "HEAD"
-        ):  # the answer's body is left out later: its end could not be told here
+        if request.method == "HEAD":  # an answer without its body has no end; it is left out later
             request = replace(request, method="GET")
         place, calls, blocking_reads = self._peers.to(url)
         number = f"{self._run_id}-{next(self._numbers):x}".encode()
