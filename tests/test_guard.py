@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,9 @@ LATE_S = 1.0
 
 FAILS_S = 2.0
 """The budget of a demotion that fails: it is repeated until that is over."""
+
+MARK = uuid.uuid4().hex
+"""Of the processes of a tenure; other tests that run meanwhile kill by marks of their own."""
 
 RSS_KIB = 12 * 1024
 GUARD = (sys.executable, "-I", "-S", "-c", bootstrap())
@@ -704,8 +708,8 @@ def test_a_process_that_is_found_only_by_its_mark_is_killed_even_if_fork_fails(
     """It may be the very one that uses up the tasks."""
     full = "def fork(): raise BlockingIOError(11, 'no more processes')\nos.fork = fork"
     host = new_host(program=build_program_with(full))
-    ours = escaped("instance-1")
-    host.send_last(*arm(now(), now() + 2.0, mark="instance-1"))
+    ours = escaped(MARK)
+    host.send_last(*arm(now(), now() + 2.0, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
 
@@ -1070,9 +1074,9 @@ def test_descendants_of_a_running_promotion_are_killed_before_the_demotion_hook(
 def test_a_process_that_is_found_only_by_its_mark_is_killed_and_another_tenures_is_not(
     host: Host, escaped: Callable[[str], int]
 ) -> None:
-    ours, other = escaped("instance-1"), escaped("instance-12")
+    ours, other = escaped(MARK), escaped(f"{MARK}2")
     host.send(*hook(sh("exit 0")))
-    host.send_last(*arm(now(), now() + LIMIT_S, mark="instance-1"))
+    host.send_last(*arm(now(), now() + LIMIT_S, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
     assert lives(other)
@@ -1134,7 +1138,7 @@ def test_an_environment_that_blocks_its_reader_delays_only_the_last_search(
     host.send(*hook(sh(f"touch {tmp_path}/done")))
     host.send(*back(tmp_path))
     kill_at = now() + 1.5
-    host.send_last(*arm(now(), kill_at, groups=left.pid, mark="x", epoch=7))
+    host.send_last(*arm(now(), kill_at, groups=left.pid, mark=MARK, epoch=7))
     assert host.code(host.guard) == guard.ACTED
     assert now() < kill_at + guard.SWEEP_S + LATE_S
     assert (tmp_path / "done").exists()
@@ -1157,7 +1161,7 @@ def can_fork(*_):
 """
     host = new_host(program=build_program_with(scarce))
     host.send(*hook(sh(f"touch {tmp_path}/done")))
-    host.send_last(*arm(now(), now() + 2 * LATE_S, mark="x"))
+    host.send_last(*arm(now(), now() + 2 * LATE_S, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists()
 
@@ -1166,7 +1170,7 @@ def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
     new_host: Callable[..., Host], escaped: Callable[[str], int]
 ) -> None:
     """The search read all environments before anything was killed, and blocked at the stranger's."""
-    ours = escaped("instance-1")
+    ours = escaped(MARK)
     with stuck_thread() as stranger:
         blocks = f"""
 has_mark = _has_mark
@@ -1178,7 +1182,7 @@ def _has_mark(thread, wanted):
 """
         host = new_host(program=build_program_with(blocks, proctree))
         host.send(*hook(sh("exit 0")))
-        host.send_last(*arm(now(), now() + LATE_S, mark="instance-1"))
+        host.send_last(*arm(now(), now() + LATE_S, mark=MARK))
         assert host.code(host.guard) == guard.ACTED
         assert not lives(ours)
 
@@ -1313,11 +1317,11 @@ def test_a_tenure_that_begins_during_a_sweep_is_not_killed(
 ) -> None:
     """It has the same mark, and the killing still goes on: something cannot die."""
     with freezer("guard") as cgroup:
-        cgroup.freeze(escaped("instance-1"))
-        host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark="instance-1"))
+        cgroup.freeze(escaped(MARK))
+        host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark=MARK))
         time.sleep(0.2)
         host.send("OFF")
-        process = escaped("instance-1")
+        process = escaped(MARK)
         time.sleep(guard.SWEEP_S)
         assert lives(process)
 

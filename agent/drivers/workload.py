@@ -71,7 +71,7 @@ class Workload:
         ended: Callable[[int | None], None],
         *,
         cgroup: Path | None = None,
-        mark: str = "workload",
+        mark: str,
     ) -> None:
         self._argv = argv
         self._clock = clock

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,17 @@ from tests.cgroups import new_cgroup
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
 
+MARK = uuid.uuid4().hex
+"""Of its processes; other tests that run meanwhile kill by marks of their own."""
+
 AGENT = """
-import asyncio, sys
+import asyncio, sys, uuid
 from agent.drivers.workload import Restart, Workload
 from agent.ops.clock import Clock
 
 async def main():
-    workload = Workload(sys.argv[2:], Clock(), Restart.NEVER, lambda status: None)
+    argv, mark = sys.argv[2:], uuid.uuid4().hex
+    workload = Workload(argv, Clock(), Restart.NEVER, lambda status: None, mark=mark)
     assert await workload.start({"FAILOVER_EPOCH": "7"}) is None
     if sys.argv[1] == "wait":
         await workload._watching
@@ -91,7 +96,7 @@ class Made:
     ) -> Workload:
         argv = ["/bin/sh", "-c", script]
         own = None if cgroup is None else cgroup / "workload"
-        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=own)
+        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=own, mark=MARK)
         self.all.append(workload)
         return workload
 
@@ -259,7 +264,7 @@ async def test_a_group_that_may_not_be_signalled_is_logged(
 
 
 async def test_a_program_that_cannot_be_started_is_reported() -> None:
-    workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None)
+    workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None, mark=MARK)
     why = await workload.start({})
     assert why is not None
     assert why.startswith("/nowhere/x could not be started: ")
@@ -354,7 +359,7 @@ async def test_the_restart_delay_doubles_up_to_the_longest(
     monkeypatch.setattr(workload_module, "LONGEST_DELAY_S", 0.006)
     clock = Clock()
     monkeypatch.setattr(clock, "boottime", lambda: 0.0)  # no run is a long one
-    workload = Workload(["/bin/true"], clock, Restart.ALWAYS, new.ends.append)
+    workload = Workload(["/bin/true"], clock, Restart.ALWAYS, new.ends.append, mark=MARK)
     new.all.append(workload)
     await workload.start({})
     await until(lambda: len(caplog.records) >= 5)
@@ -395,7 +400,7 @@ async def test_a_program_that_was_removed_is_not_restarted_for_ever(
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\nwhile ! test -e {tmp_path}/go; do sleep 0.01; done; exit 1\n")
     program.chmod(0o755)
-    workload = Workload([str(program)], clock, Restart.ALWAYS, new.ends.append)
+    workload = Workload([str(program)], clock, Restart.ALWAYS, new.ends.append, mark=MARK)
     new.all.append(workload)
     assert await workload.start({}) is None
     moment[0] = 3600.0
