@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,18 @@ from agent.ops.signals import (
     signal_name,
     stop_signals,
 )
+
+
+@pytest.fixture(autouse=True)
+def default_dispositions() -> Iterator[None]:
+    """As if nothing had been ignored when the tests were started, by nohup or by a shell's ``&``."""
+    before = {number: signal.getsignal(number) for number in IGNORED}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def logged(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:
