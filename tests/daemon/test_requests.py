@@ -397,6 +397,43 @@ async def test_a_registration_waits_for_a_status_that_fails() -> None:
         assert api.last("clientsessions")[1] == WITH_URL
 
 
+# --- contact --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_coordinator", [True, False])
+@pytest.mark.parametrize(
+    "status", ["400 Bad Request", "401 Unauthorized", "403 Forbidden", "404 Not Found", "429 Wait"]
+)
+@pytest.mark.parametrize("body", [json.dumps(REFUSAL).encode(), PROBLEM, b"<html>Log in</html>"])
+async def test_r26_a_refusal_by_a_portal_or_a_proxy_is_no_contact(
+    *, status: str, body: bytes, by_coordinator: bool
+) -> None:
+    """A holder that took it for contact would ask nobody, and lose the role in an outage."""
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        kind = "application/problem+json" if body is PROBLEM else "application/json"
+        refused = answer(body, status, kind)
+        if by_coordinator:
+            body = json.dumps(REFUSAL).encode()
+            refused = answer(body, status).replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+        api.faults["heartbeat"] = refused
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+    [failed] = stand.events
+    assert isinstance(failed, HeartbeatFailed)
+    assert failed.contact is by_coordinator
+
+
+async def test_r26_a_fault_of_the_coordinator_is_no_contact() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        unavailable = answer(json.dumps(REFUSAL).encode(), "503 Service Unavailable")
+        api.faults["heartbeat"] = unavailable.replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+    [failed] = stand.events
+    assert isinstance(failed, HeartbeatFailed)
+    assert not failed.contact
+
+
 # --- too many requests ----------------------------------------------------------------------------
 
 
