@@ -322,6 +322,25 @@ async def test_a_start_finds_our_store_behind_another_one() -> None:
 # --- the start ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("failsafe", [FailsafeOptions("http://192.0.2.11:5480"), None])
+async def test_a_member_that_starts_behind_a_portal_goes_on_to_vote(
+    failsafe: FailsafeOptions | None,
+) -> None:
+    """With failsafe an exit would cost the primary its vote; the coordinator's own refusal is final."""
+    refused = answer(b"<html>Log in</html>", "403 Forbidden", "text/html")
+    async with at(EXTENDED, failsafe=failsafe) as (api, stand):
+        api.faults["groups"] = refused
+        joining = asyncio.create_task(stand.requests.join())
+        await until(lambda: api.count("groups") >= 2 or joining.done())
+        assert joining.done() is (failsafe is None)
+        if failsafe is not None:
+            by_coordinator = refused.replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+            api.faults["groups"] = by_coordinator
+        await joining
+    assert stand.requests.failure is not None
+    assert stand.requests.failure.exit_code is ExitCode.NOT_AUTHORISED
+
+
 async def test_startup_timeout_ends_an_attempt_that_hangs() -> None:
     async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
