@@ -90,9 +90,11 @@ class ServerError(FailoverError):
 
     Attributes:
         retry_after_s: the server's Retry-After, in seconds, or None.
+        has_operation_id: whether the answer has the header of every answer of our coordinator.
     """
 
     exit_code = ExitCode.UNREACHABLE
+    has_operation_id = False
 
     def __init__(
         self,

@@ -22,6 +22,9 @@ from agent.model import (
 NOBODY = MemberSet(0, ())
 """In place of a set that is unknown: nobody may be promoted until an operator lifts that (R34)."""
 
+MOST_MEMBERS = 128
+"""Sessions of a group with failsafe: the answers to as many questions at once fit into an agent's inbox twice."""
+
 # -- who may be promoted ------------------------------------------------------------------------
 
 
@@ -99,7 +102,9 @@ def set_to_report(record: GroupRecord, session_id: str) -> MemberSet | None:
 
 
 def why_off(record: GroupRecord) -> str | None:
-    """Which sessions keep failsafe off, or None if every one has a URL."""
+    """What keeps failsafe off, or None if every session has a URL and they are not too many."""
+    if len(record.sessions) > MOST_MEMBERS:
+        return f"the group has {len(record.sessions)} client sessions, and failsafe at most {MOST_MEMBERS}"
     without = sorted(
         one for one, session in record.sessions.items() if session.failsafe_url is None
     )
@@ -116,10 +121,11 @@ def _offer(record: GroupRecord) -> GroupRecord:
 
 
 def _current_members(record: GroupRecord) -> tuple[Member, ...]:
-    """Every registered session with its URL; none at all if one has no URL."""
-    members = [member_of(record, session_id) for session_id in record.sessions]
-    known = sorted(member for member in members if member is not None)
-    return tuple(known) if len(known) == len(members) else ()
+    """Every registered session with its URL; none at all if something keeps failsafe off."""
+    if why_off(record) is not None:
+        return ()
+    members = (member_of(record, session_id) for session_id in record.sessions)
+    return tuple(sorted(member for member in members if member is not None))
 
 
 # -- the end of a tenure ------------------------------------------------------------------------

@@ -308,7 +308,7 @@ class Session(FailsafeMember):
         self, event: HeartbeatFailed, now: float, effects: list[Effect]
     ) -> None:
         gone = event.failure is HeartbeatFailure.GONE
-        self._contact.on_ended(event.number, contact=event.contact or gone)
+        self._contact.on_ended(event.number, contact=event.contact)
         if self._heartbeats.finish(event.number) is None or self.phase is not Phase.MEMBER:
             return
         if gone:

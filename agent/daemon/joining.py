@@ -66,7 +66,7 @@ class Registration:
         bounded = not self.rejoining and timeout_s > 0
         failures: dict[ExitCode, ServerError] = {}
         retrying = AsyncRetrying(
-            retry=retry_if_exception(self._worth_retrying),
+            retry=retry_if_exception(self._should_retry),
             wait=self._pause_s,
             before_sleep=partial(self._record_failure, failures),
             reraise=True,
@@ -136,6 +136,12 @@ class Registration:
                 raise
             return False
         return status.store_id is not None
+
+    def _should_retry(self, error: BaseException) -> bool:
+        """Also after a refusal by a portal on the way: with failsafe this member votes meanwhile."""
+        stranger = isinstance(error, ServerError) and not error.has_operation_id
+        votes = self.session.options.failsafe is not None
+        return self._worth_retrying(error) or (stranger and votes)
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):

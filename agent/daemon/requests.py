@@ -335,10 +335,9 @@ def _failure(error: ServerError) -> HeartbeatFailure:
 
 
 def _is_contact(error: ServerError) -> bool:
-    """Whether the coordinator itself has refused a request, and not something on the way to it (R26)."""
-    if error.exit_code in {ExitCode.NOT_THE_API, ExitCode.OTHER_STORE}:
-        return False
-    return error.status is not None and error.status < SERVER_FAULT
+    """Whether the coordinator itself has refused a request, and not a portal or a proxy on the way (R26)."""
+    refused = error.status is not None and error.status < SERVER_FAULT
+    return refused and error.has_operation_id
 
 
 def _format_internal_error(error: Exception) -> str:

@@ -124,6 +124,7 @@ class HttpServer:
     async def _accept(self, listener: socket.socket, config: Config) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # sock_accept() does not wait while connections are there
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError:

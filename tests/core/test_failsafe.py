@@ -231,6 +231,7 @@ def test_r27_a_failed_heartbeat_makes_it_ask_at_once_and_then_each_sixth_of_r() 
         (HeartbeatFailure.BACK_OFF, True, False),
         (HeartbeatFailure.OTHER, True, False),
         (HeartbeatFailure.GONE, True, False),
+        (HeartbeatFailure.GONE, False, True),
         (HeartbeatFailure.OTHER_STORE, False, True),
     ],
 )

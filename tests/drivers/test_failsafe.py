@@ -468,6 +468,8 @@ async def test_a_yes_with_another_status_does_not_count(asker: Asker, status: in
         b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000,
         b"\x00",
         b"",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6000\r\n\r\n" + b"[" * 6000,
     ],
 )
 async def test_garbage_is_an_error(asker: Asker, sent: bytes) -> None:
@@ -480,6 +482,26 @@ async def test_garbage_is_an_error(asker: Asker, sent: bytes) -> None:
     with pytest.raises(AskError):
         await ask(asker, Peer("b", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     server.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://b:99999",
+        "http://b:port",
+        "http://[::1",
+        "https://:5480",
+        f"http://{'b' * 64}:5480",
+        "http://..:5480",
+        "http://b",
+    ],
+)
+async def test_a_url_that_cannot_be_used_is_an_error_with_the_reason(
+    asker: Asker, url: str
+) -> None:
+    """Whoever may register a session sets its URL."""
+    with pytest.raises(AskError, match=r"cannot be (asked|reached) \(.+\)"):
+        await ask(asker, Peer("b", url))
 
 
 # --- secrets and certificates

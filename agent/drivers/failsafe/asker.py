@@ -144,21 +144,21 @@ class Asker:
     async def _exchange(self, peer: Peer, question: Question, limit_s: float) -> tuple[int, Answer]:
         """Send a question once; the status and the authentic answer. Raises AskError."""
         body = encode(question)
-        parts = urlsplit(peer.url)
-        head = (
-            f"POST {PATH} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n{MAC_HEADER}: {sign(self._keys, Kind.QUESTION, body)}\r\n"
-            "Connection: close\r\n\r\n"
-        )
+        mac = sign(self._keys, Kind.QUESTION, body)
         try:
+            head = (
+                f"POST {PATH} HTTP/1.1\r\nHost: {urlsplit(peer.url).netloc}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"{MAC_HEADER}: {mac}\r\nConnection: close\r\n\r\n"
+            )
             reply = await self._send(peer.url, head.encode() + body, limit_s)
-        except OSError as error:  # ssl.SSLError is one
+            return reply.status, self._check(peer, question, reply)
+        except AskError:
+            raise
+        except (
+            Exception
+        ) as error:  # URL and answer may be a stranger's: neither may stop this agent
             raise AskError(_reason(error)) from error
-        except httptools.HttpParserError as error:
-            raise AskError(f"the answer is no HTTP: {error}"[:LONGEST_REASON]) from error
-        if not is_authentic(self._keys, Kind.ANSWER, reply.body, reply.mac):
-            raise AskError(_unauthentic(reply))
-        return reply.status, self._check(peer, question, reply.body)
 
     async def _send(self, url: str, request: bytes, limit_s: float) -> _Reply:
         """Send a request on a connection of its own; the whole answer."""
@@ -179,9 +179,11 @@ class Asker:
         finally:
             await connection.aclose()
 
-    def _check(self, peer: Peer, question: Question, body: bytes) -> Answer:
+    def _check(self, peer: Peer, question: Question, reply: _Reply) -> Answer:
+        if not is_authentic(self._keys, Kind.ANSWER, reply.body, reply.mac):
+            raise AskError(_unauthentic(reply))
         try:
-            answer = decode_answer(body)
+            answer = decode_answer(reply.body)
         except msgspec.DecodeError as error:
             raise AskError(f"the answer cannot be read: {error}") from None
         expected = self._group, peer.session_id, self._session_id, question.nonce
@@ -210,14 +212,18 @@ async def _receive(reader: asyncio.StreamReader) -> _Reply:
     return reply
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     match error:
         case ssl.SSLCertVerificationError():
             reason = f"its certificate is not trusted: {error.verify_message}"
         case ssl.SSLError():
             reason = f"TLS failed: {error.reason or error}"
-        case _:
+        case OSError():
             reason = error.strerror or str(error) or type(error).__name__
+        case httptools.HttpParserError() | httptools.HttpParserUpgrade():
+            return f"the answer is no HTTP: {error}"[:LONGEST_REASON]
+        case _:
+            return f"cannot be asked ({str(error) or type(error).__name__})"[:LONGEST_REASON]
     return f"cannot be reached ({reason})"[:LONGEST_REASON]
 
 

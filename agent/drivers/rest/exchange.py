@@ -37,6 +37,7 @@ LONGEST_CHAIN = 32
 """Causes of an exception that are followed: the chain could be a circle."""
 
 LAST_PORT = 65535
+OPERATION_ID = "operation-id"
 
 log = Log(__name__)
 
@@ -77,7 +78,7 @@ class Answer:
         of_the_api: bool = True,
     ) -> ServerError:
         """The error that this answer amounts to, with its status and Retry-After."""
-        return _error(
+        error = _error(
             self.what,
             self.url,
             problem,
@@ -86,6 +87,8 @@ class Answer:
             status=self.status if of_the_api else None,
             retry_after_s=retry_after_s(self.headers),
         )
+        error.has_operation_id = OPERATION_ID in self.headers
+        return error
 
     def not_the_api(self, problem: str) -> ServerError:
         """The error for an answer that is not of the group API."""
@@ -147,7 +150,7 @@ class Answer:
         body = self._json()
         if isinstance(body, dict):
             return any(name in body for name in _ERROR_FIELDS)
-        return not self.body and "operation-id" in self.headers
+        return not self.body and OPERATION_ID in self.headers
 
     def _problem_details(self) -> str:
         """Title and detail of a ProblemDetails body, or nothing."""
