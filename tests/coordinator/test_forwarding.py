@@ -650,7 +650,7 @@ async def test_requests_wait_for_a_connection_and_further_ones_are_refused(
         asked = [asyncio.create_task(follower.ask(url_of(raw))) for _ in range(20)]
         await until(lambda: len(raw.seen) == 10)
         refused = await follower.refusal(url_of(raw))
-        assert "has 10 requests in progress, and 10 wait for it already" in refused.reason
+        assert "has 10 requests in progress, and 10 more are waiting" in refused.reason
         go.set()
         assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
         assert raw.accepted == 10
