@@ -233,7 +233,7 @@ async def test_without_the_secret_nothing_is_asked(voter: Voter) -> None:
 
 async def test_a_member_with_another_secret_gets_an_error_that_names_it(voter: Voter) -> None:
     stranger = Asker("g", "a", "process-1", access_by(OTHER_KEY))
-    with pytest.raises(AskError, match="not by the secret of this group"):
+    with pytest.raises(AskError, match="not made with the secret of this group"):
         await ask(stranger, voter.peer)
     assert voter.asked == []
 
@@ -427,7 +427,7 @@ async def test_an_answer_without_its_code_does_not_count(asker: Asker, kind: str
         return 200, body, macs[kind]
 
     async with answering(make) as peer:
-        with pytest.raises(AskError, match="answered 200: the answer is not by the secret"):
+        with pytest.raises(AskError, match="answered 200: the answer is not made with the secret"):
             await ask(asker, peer)
 
 
