@@ -75,7 +75,7 @@ Signatures = tuple[tuple[int, ...] | None, ...]
 
 
 def signatures(paths: Iterable[Path]) -> Signatures:
-    """A signature of each file, which differs once the file or a link on its way was changed; None for no file."""
+    """A signature of each file, which changes with the file and with the links to it; None without a file."""
     return tuple(map(_signature, paths))
 
 
@@ -97,7 +97,7 @@ def open_directory(path: Path) -> int:
 
 
 def _open_path(path: Path, *, trusted_link: bool) -> int:
-    """A descriptor (O_PATH) of what is at a path; a link is refused."""
+    """A descriptor (O_PATH) of the object at a path. Raises OSError for a symbolic link."""
     found = _walk(path) if trusted_link else open_file(path, os.O_PATH)
     if stat.S_ISLNK(os.fstat(found).st_mode):
         os.close(found)

@@ -127,7 +127,7 @@ class Access:
         settings: in force from now on.
 
     Attributes:
-        seen: the signatures of the files before they were read at the start.
+        seen: the signatures of the files, taken before the files were read at the start.
         on_reload: receives whether a reload has succeeded.
 
     Raises:

@@ -428,7 +428,7 @@ def _tenant_namespace(values: Any) -> tuple[str, str]:
 
 
 def _is_about_a_group(route: Route, found: PathMatch) -> bool:
-    """Whether the leader of a shard answers this, rather than any coordinator."""
+    """Whether only the leader of the group's shard may answer this request."""
     return "groupId" in found.values or route.handler is create_group
 
 

@@ -36,8 +36,8 @@ from agent.schema import access, api, failsafe_api
 READY_RETRY_S = 1.0
 
 FORWARDED = b"failover-forwarded"
-"""Header of a request that another coordinator has forwarded, with its number; it is not forwarded again. The
-answer has the same header, so that it cannot be taken for that to another request."""
+"""Header of a request that another coordinator has forwarded; its value is the request's number. Such a request is
+not forwarded again. The answer repeats the header, so it cannot be taken for the answer to another request."""
 
 _NUMBER = re.compile(rb"[0-9a-f-]{1,64}")
 
@@ -108,11 +108,11 @@ class Answer:
 
 @dataclass(slots=True)  # as above
 class Request:
-    """A request as it came. Treated as immutable.
+    """A request as it was received. Treated as immutable.
 
     Attributes:
         target: path and query.
-        certificate: that of the caller's connection, or None.
+        certificate: the client certificate of the caller's connection, or None.
     """
 
     method: str
@@ -123,7 +123,7 @@ class Request:
 
 
 def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
-    """The first header of a name in lower case."""
+    """The value of the first header with this name, given in lower case; None without one."""
     for name, value in headers:
         if name == wanted:
             return value
@@ -131,7 +131,7 @@ def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | Non
 
 
 def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The header of the answer to a forwarded request, from the headers of the request; else none."""
+    """The header FORWARDED for the answer, if the request had it; else no header."""
     return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
 
 
@@ -262,7 +262,7 @@ async def get_history(call: Call) -> Answer:
 
 
 async def lift_failsafe(call: Call) -> Answer:
-    """An operator has made sure that nobody is active by failsafe: every member may be promoted."""
+    """Lift the restriction of a group, after an operator has made sure that no member is active."""
     body: failsafe_api.LiftRequest = call.body
     caller = call.rights.caller
     by = Requester(caller.identity, manages=True) if caller is not None else None

@@ -76,7 +76,7 @@ class _Refused(Exception):  # noqa: N818 - stops the parser; the refusal is unde
 
 
 class _Flow(FlowControl):
-    """Reading is not resumed while it is held."""
+    """uvicorn's flow control, which does not resume reading while ``held`` is set."""
 
     held = False
 

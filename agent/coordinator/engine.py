@@ -5,12 +5,13 @@ Rules of this file:
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
 - One durable change of a group at a time. Other inputs of that group wait for it.
-- Progress (the data-processed time) decides nothing: many groups' is saved in one write, which no input awaits.
+- Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
-- Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
-  gate of all of them. A shard that is led anew is loaded anew, as after a restart.
-- After a stall of process or store, each session alive before it gets one full L (R14): its heartbeats may wait.
+- Groups belong to shards. A decision about a group is made only while this coordinator leads its shard (R19), which
+  ``_now`` checks for every decision. A shard is loaded whenever its leadership begins, as after a restart.
+- After a stall of the process or the store, each session that was alive gets one full L (R14), since its heartbeats
+  may be waiting.
 
 Knows nothing of the operations (service.py), of HTTP, and of what a decision means.
 """
@@ -76,7 +77,7 @@ PROGRESS_BATCH = 1_000
 """Groups whose progress is saved in one write: some ms of this process."""
 
 RETRY_S = 0.5
-"""Retry interval of a due change that could not be made durable: under any useful L, kind to a full disk."""
+"""Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds before."""

@@ -20,7 +20,7 @@ def log_names(key: GroupKey) -> dict[str, str]:
 
 
 def log_decision(key: GroupKey, before: GroupRecord, decision: Decision) -> None:
-    """The lines of a decision that is durable."""
+    """Log the changes of a decision that is durable."""
     after = decision.state.record
     log_role_changes(key, before, after, decision.history)
     _log_failsafe_changes(key, before, after, decision.history)
@@ -65,7 +65,7 @@ def log_role_changes(
 def _log_failsafe_changes(
     key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
 ) -> None:
-    """One line for each change that concerns failsafe (R21 to R25, R34)."""
+    """Log each change that concerns failsafe (R21 to R25, R34)."""
     names = log_names(key)
     for session_id, session in after.sessions.items():
         known = before.sessions.get(session_id)

@@ -199,11 +199,11 @@ class Listener:
     # -- what connections report --------------------------------------------------------------
 
     def authenticated(self, connection: Connection) -> None:
-        """A caller on it was authenticated."""
+        """Record that a caller on this connection was authenticated."""
         self._admission.authenticate(connection)
 
     def ended(self, connection: Connection, why: Ending, reason: str = "") -> None:
-        """It is being closed for a reason of ours."""
+        """Record that the coordinator closes this connection, and why."""
         self._reports.ended(why, connection.address, reason)
 
     def lost(self, connection: Connection) -> None:

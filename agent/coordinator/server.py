@@ -85,7 +85,7 @@ def run(
     Args:
         settings: checked.
         reread: reads the settings anew, at SIGHUP; raises ConfigError.
-        restored: the store is an older copy that was put back (R34).
+        restored: whether the store was put back from an older copy (R34).
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
@@ -302,7 +302,7 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
 ) -> AsyncIterator[str]:
     """Serve on the sockets; the URL of the API."""
     names = settings.host_names
-    if settings.advertise is not None:  # by which the other coordinators ask this one
+    if settings.advertise is not None:  # other coordinators send their requests to it
         names = (*names, urlsplit(settings.advertise).hostname or "")
 
     def application(listen: Address, routes: Sequence[Route]) -> Api:

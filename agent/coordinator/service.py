@@ -209,7 +209,7 @@ class Coordinator:
         count: int,
         visible: Callable[[AccessList | None], bool],
     ) -> tuple[int, list[GroupConfig]]:
-        """As ``groups``, whichever coordinators lead them."""
+        """As ``groups``, including groups that other coordinators lead."""
         if self._directory is None:
             return self.groups(tenant, namespace, skip, count, visible)
         self._refuse_if_stopping()
@@ -319,7 +319,7 @@ class Coordinator:
     # -- access -------------------------------------------------------------------------------
 
     def group_access(self, key: GroupKey) -> AccessList | None:
-        """A group's own access-control list, or None for its namespace's."""
+        """A group's own access-control list; None if its namespace's list is in force."""
         return self._engine.find(key).state.record.acl
 
     async def set_group_access(self, key: GroupKey, acl: AccessList | None) -> None:

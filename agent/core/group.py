@@ -68,8 +68,8 @@ INTERVAL_TOLERANCE = 0.9
 """A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
 
 LARGEST_EPOCH_STEP = 2**33
-"""The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per tenure, and
-the jump to LATEST_RESTORED_EPOCH or less, if a later copy was declared as restored before."""
+"""The most by which one heartbeat may raise the record's epoch. Restored data lack one epoch for each later tenure,
+and a jump up to LATEST_RESTORED_EPOCH if the group was declared as restored after the copy was made."""
 
 
 def epoch_after_deletion(retired: int) -> int:
@@ -200,12 +200,12 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
 
 
 def _failsafe_url_of(what: ReceiveHeartbeat | AddSession) -> str | None:
-    """A set is offered to the process that uses it, so to one that can be told from others."""
+    """Offer a set of members only to a process with an instance, so that its answer can be recognised."""
     return what.failsafe_url if what.instance is not None else None
 
 
 def _give_role(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
-    """Resume the tenure that this very process still holds, or begin that of the confirmed candidate."""
+    """Resume the tenure that this process still holds, or begin the confirmed candidate's tenure."""
     ended = draft.record.ended
     if (
         ended is not None

@@ -25,8 +25,8 @@ from agent.errors import Conflict
 from agent.model import HistoryEntry, Instant, Role, RoleOverride, SessionConfig, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
-"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
-the rest allows for a late one."""
+"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1
+clients do, and what they get"); the rest allows for a late one."""
 
 RESUMED = ", resumed"
 """Appended to why a tenure began, in status, log and history."""

@@ -75,7 +75,7 @@ class Heartbeats:
             self.due_at = now
 
     def back_off(self, until: float) -> None:
-        """Send none before the moment that the server asked for."""
+        """Send no heartbeat before the moment that the server asked for."""
         self.due_at = self.not_before = until
 
     def finish(self, number: int) -> float | None:

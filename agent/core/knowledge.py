@@ -42,7 +42,7 @@ class GroupKnowledge:
         return True
 
     def learn_epoch(self, epoch: int) -> None:
-        """Record an epoch that another member holds. Revisions of an older epoch do not count any more."""
+        """Record an epoch that another member holds. Revisions of older epochs no longer count."""
         if self.epoch is None or self.epoch < epoch:
             self.epoch, self._revision = epoch, -1
 
@@ -51,7 +51,7 @@ class GroupKnowledge:
         self._answered_revision = revision
 
     def record_status(self, status: GroupStatus, me: str, *, holds: bool, prepares: bool) -> bool:
-        """Record a status; whether it differs from the last one and from the heartbeats' answers.
+        """Record a status; return whether it differs from the last one and from the heartbeats' answers.
 
         Args:
             status: the status that was read.

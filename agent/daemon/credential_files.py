@@ -27,8 +27,8 @@ LONGEST_LOAD_S = 10.0
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 3.0
-"""Backoff between attempts with credentials that a server refuses. It may learn of the new ones later than the
-agent, and then refuses those in force: the longest delay is under half of R with the default L."""
+"""Backoff between attempts with credentials that a server refuses. A server may learn of new credentials later than
+the agent, and refuse them until then. The longest delay is less than half of R with the default L."""
 
 log = Log(__name__)
 

@@ -64,7 +64,7 @@ class GuardControl:
 
     @property
     def frozen(self) -> bool:
-        """Whether the session has failed."""
+        """Whether a step of the session has failed."""
         return self._frozen
 
     def freeze(self) -> None:
@@ -143,7 +143,7 @@ class GuardControl:
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
-        # It changes with each answer of a member, and is not true of a demoted session.
+        # Left out: it changes with each answer of a member, and would be wrong after a demotion.
         state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,

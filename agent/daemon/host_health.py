@@ -179,7 +179,7 @@ class HostHealth:
         self.set_unfit_reason("guard", why)
 
     def on_workload_ended(self, status: int | None) -> None:
-        """The command of ``exec`` has ended for good, or fails again and again (None)."""
+        """Record that the command of ``exec`` has ended for good, or (None) fails again and again."""
         if status is None:
             self.set_unfit_reason("workload", "the workload fails again and again")
         else:

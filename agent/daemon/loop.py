@@ -72,7 +72,7 @@ class Daemon:
         start_probe: starts the local HTTP server and returns its URL, or None without one; raises
             ConfigError.
         load_failsafe: loads the secret and the certificates of failsafe.
-        credentials: the files of all of these, once they are there.
+        credentials: watches the files with credentials, once they are loaded.
     """
 
     def __init__(

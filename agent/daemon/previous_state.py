@@ -73,7 +73,7 @@ def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def previous_processes(state: Mapping[str, Any]) -> tuple[proctree.Process, ...]:
-    """The processes that it recorded: a hook whose exec hangs, for example, has no mark yet."""
+    """The processes recorded in the state file: a hook whose exec hangs, for example, has no mark yet."""
     given = state.get("processes")
     if not is_of_this_boot(state) or not isinstance(given, list):
         return ()

@@ -155,7 +155,7 @@ async def _release(client: RestClient, document: ReleaseDocument, epoch: int) ->
 
 
 def main(words: Sequence[str]) -> int:
-    """Wait for the guard's byte, then release the role; the exit code.
+    """Wait for the guard's byte, then release the role; return the exit code.
 
     Args:
         words: the epoch, and the timeout of the byte in seconds.

@@ -335,7 +335,7 @@ def _failure(error: ServerError) -> HeartbeatFailure:
 
 
 def _is_contact(error: ServerError) -> bool:
-    """Whether the coordinator itself has refused a request, and not something on the way to it (R26)."""
+    """Whether the coordinator itself refused a request, and not a proxy on the way to it (R26)."""
     if error.exit_code in {ExitCode.NOT_THE_API, ExitCode.OTHER_STORE}:
         return False
     return error.status is not None and error.status < SERVER_FAULT

@@ -188,7 +188,7 @@ class RoleRunner:
 
     @property
     def known_processes(self) -> tuple[proctree.Process, ...]:
-        """What the next process of this member has to end if this one and its guard are killed."""
+        """The processes that this member's next process has to end if this process and its guard are killed."""
         return tuple(sorted({*self.tenure_roots, *self.leftover.roots}))
 
     def start_run(
@@ -302,7 +302,7 @@ class RoleRunner:
             fault = await self.workload.start(payload_environment(payload))
             self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.terminated:  # TERM also went to what it has started: even a success is no promotion
+        if run.terminated:  # TERM also went to the processes it started, so even a success counts as a failed promotion
             await self._wait_until_gone(run)
             return False, "terminated" if ok else why
         return ok, why
@@ -318,7 +318,7 @@ class RoleRunner:
         kill_by = self._clock.boottime() + facts.limit_s
         tenure = self._tenure
         if tenure is not None:
-            await tenure.track_processes()  # while their parents live, which lead to them
+            await tenure.track_processes()  # before their parents end, from which they are found
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -332,8 +332,8 @@ class RoleRunner:
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
                 await tenure.kill(LEAST_KILL_S)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
-        # After the hook, which may stop in order what a promotion hook has left running. After one that has
-        # failed, too: whatever it lacked, the tenure may have used it up, and it is tried again.
+        # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
+        # failed: it may have lacked resources that the tenure used, and will be run again.
         limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime()) if ok else LEAST_KILL_S
         left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
         if left is not None:

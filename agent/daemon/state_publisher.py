@@ -138,7 +138,7 @@ class StatePublisher:
         return None
 
     def with_hint(self, failure: FailoverError) -> FailoverError:
-        """The failure, with what to do about it if it is about the state file."""
+        """The text of the failure; if it concerns the state file, with what to do about it."""
         if failure.exit_code is ExitCode.OTHER_STORE:
             failure.hint = (
                 "if the coordinator's data were deleted on purpose, remove"

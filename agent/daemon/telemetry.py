@@ -162,7 +162,7 @@ class Snapshot:
         renew_by: the renewal deadline.
         lease_until: when another member may become primary.
         wake_at: when the session needs its next step at the latest.
-        loop_interval_s: the longest interval of the loop.
+        loop_interval_s: the longest interval between two iterations of the loop.
         unfit: why this host is unfit to be primary, by source.
         checks: whether each health check passes, by name.
         guard_up: whether the guard answers; None without a guard.

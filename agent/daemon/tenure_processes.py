@@ -87,7 +87,7 @@ class PreviousProcesses:
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which the others descend, as last known."""
+        """The processes from which the others descend, as of the last search."""
         return tuple({root for tree in self._trees for root in tree.roots})
 
     def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
@@ -129,7 +129,7 @@ async def kill_remaining(
 
 
 async def check_visibility() -> FailoverError | None:
-    """Check that this process can see the processes that it would have to end; the error if not."""
+    """Check that this process can see the processes that it may have to end; return the error if not."""
     try:
         await BlockingThread("processes").run(proctree.snapshot, timeout_s=SEARCH_S)
     except (StuckError, OSError) as error:

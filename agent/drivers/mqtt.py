@@ -43,7 +43,7 @@ LONGEST_PAYLOAD = 4096
 
 LARGEST_EPOCH = 2**63 - 1
 LARGEST_TIMESTAMP = 2**64 - 2
-"""The largest timestamp of a Sparkplug STATE: one less than 64 bits hold, so that a newer one exists."""
+"""The largest timestamp that is sent: one below the largest of 64 bits, so that a newer one is possible."""
 
 log = Log(__name__)
 

@@ -39,7 +39,7 @@ MAX_BODY_BYTES = 64 * 1024
 """A report is under 100 bytes."""
 
 LIMITS = Limits(
-    connections=32,  # a workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60
+    connections=32,  # a workload, a sidecar and a few people; each takes some 20 KiB, with TLS 60
     request_s=5.0,
     keep_alive_s=3,
     head_bytes=16 * 1024,  # a browser sends under 4 KiB in 20 headers
@@ -168,7 +168,7 @@ class ProbeServer:
 
 async def _read_body(request: Request) -> bytes:
     too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    with suppress(ValueError):  # of no number: the parser has rejected it already
+    with suppress(ValueError):  # not a number: the parser has refused it already
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_long
     body = bytearray()

@@ -14,7 +14,7 @@ MAX_ENTRIES = 1000
 
 
 MAX_LIST_BYTES = 131_072
-"""Bytes of an access-control list as JSON: each change of its group's roles writes it again."""
+"""The most bytes of an access-control list as JSON, since each change of the group's roles writes it again."""
 
 
 class Trustee(Shape, frozen=True):
@@ -30,7 +30,7 @@ class Trustee(Shape, frozen=True):
 
 
 class AccessControlEntry(Shape, frozen=True):
-    """Rights that one trustee has, or is denied. Denied beats allowed."""
+    """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
     access_type: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]

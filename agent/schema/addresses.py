@@ -21,7 +21,7 @@ class Address(NamedTuple):
 
     @property
     def is_one_place(self) -> bool:
-        """Whether this is one IP address with a port, so that others can connect to just this."""
+        """Whether this is a single IP address and a port, rather than a wildcard, so that others can connect to it."""
         try:
             return self.port != 0 and not ipaddress.ip_address(self.host).is_unspecified
         except ValueError:
@@ -29,7 +29,7 @@ class Address(NamedTuple):
 
 
 def is_link_local(host: str) -> bool:
-    """Whether a host is an address that is good on one link only, and may be used again on another."""
+    """Whether a host is a link-local address: other hosts on other links may have the same one."""
     try:
         return ipaddress.ip_address(host).is_link_local
     except ValueError:

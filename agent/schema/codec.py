@@ -47,10 +47,10 @@ NESTED: tuple[type[Shape], ...] = (
 REFERENCE = "#/components/schemas/{name}"
 
 MAX_LEVELS = 200
-"""Levels of lists and objects in a body, so that no parser of it runs out of stack."""
+"""The deepest nesting of lists and objects in a body, so that no parser runs out of stack."""
 
 MAX_DIGITS = 4000
-"""Digits of an integer in a wrong body: Python converts no more than 4300."""
+"""The most digits of an integer in a body: Python refuses to convert more than 4300."""
 
 _Path = list[str | int]
 
@@ -80,7 +80,7 @@ def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
-    """The list of shapes that a body is, as ``decode``."""
+    """Decode a body that is a list of shapes, as ``decode`` does."""
     values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
@@ -96,7 +96,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
 def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not check the UTF-8 of what it ignores
+            body.decode()  # msgspec does not check the UTF-8 of properties that it ignores
         if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _levels(body) > MAX_LEVELS:
             raise BodyError(
                 f"{whole} nests more than {MAX_LEVELS} levels deep: it must be nested less"

@@ -19,10 +19,10 @@ MOST_FAULTS = 20
 
 
 class TableError(ValueError):
-    """The faults in the tables of one setting: a sentence for each, with table and key.
+    """The faults in the tables of one setting: one sentence for each, which names table and key.
 
     Attributes:
-        unknown_key: whether the first fault is a key that no such table has.
+        unknown_key: whether the first fault is an unknown key.
     """
 
     def __init__(self, faults: Sequence[str], *, unknown_key: bool = False) -> None:
@@ -36,9 +36,9 @@ class Fault:
     """A fault of one setting or one key of a table.
 
     Attributes:
-        shown: the refused value, or "" where there is none to show.
-        unknown: there is no such key.
-        tables: what is wrong in the setting's tables, if that is it.
+        shown: the refused value for the message, or "" without one.
+        unknown: whether the key does not exist.
+        tables: the faults in the setting's tables, if they are the fault.
     """
 
     key: str

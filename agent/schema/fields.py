@@ -266,7 +266,9 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-settings_of: Callable[[Any], tuple[Setting, ...]] = _settings_of  # to mypy, no class is hashable
+settings_of: Callable[[Any], tuple[Setting, ...]] = (
+    _settings_of  # mypy takes classes for unhashable, and refuses them as keys of the cache
+)
 
 
 @cache

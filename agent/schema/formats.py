@@ -1,7 +1,7 @@
 """The formats that a value may have: duration, command, address, path, URL and others.
 
-Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence on
-what would be right. Knows no setting, and not where a value was given.
+Owns parsing one value from any source. An invalid value raises a ValueError with one sentence on what would be
+right. Knows nothing of settings, and of where a value was given.
 """
 
 import ipaddress
@@ -34,16 +34,16 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 """A coordinator on this machine, with its own defaults."""
 
 MOST_ENDPOINTS = 16
-"""Endpoints of one list: all are probed at once when the one in use fails."""
+"""The most endpoints of one list, since all are probed at once when the one in use fails."""
 
 MOST_HOST_NAMES = 16
-"""Names of one coordinator: its name and aliases."""
+"""The most host names of one coordinator: its name and aliases."""
 
 MOST_IDENTITIES = 100
-"""Identities in one list: they are people and their roles."""
+"""The most identities in one list, which are people and their roles."""
 
 MOST_LABELS = 32
-"""Labels of one metric; exporters have a handful."""
+"""The most labels of one metric; exporters use a handful."""
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
@@ -55,7 +55,7 @@ T = TypeVar("T")
 def must(
     right: str, holds: Callable[[T], object], first: Callable[[Any], T] = lambda value: value
 ) -> Callable[[Any], T]:
-    """Build a parser: ``first`` parses; then ``holds`` has to be true, or the error is "must" and ``right``."""
+    """Build a parser: ``first`` parses; if ``holds`` is false for its result, the error is "must" and ``right``."""
 
     def parse(given: Any) -> T:
         value = first(given)
@@ -67,7 +67,7 @@ def must(
 
 
 def matches(pattern: str) -> Callable[[str], object]:
-    """Whether a whole string has a pattern."""
+    """Whether the whole string matches a pattern."""
     return lambda value: re.fullmatch(pattern, value)
 
 
@@ -169,7 +169,7 @@ def _strings(
 
 
 def parse_program(value: object) -> tuple[str, ...]:
-    """A command, as a list or as words that a shell would split; () is none. PATH is searched for it."""
+    """Parse a command, a list or a string with shell quoting; () is no command. Its program is found by PATH."""
     argv = _strings(value, _split_words)
     if argv and not argv[0]:
         raise ValueError("must start with the name of a program")
@@ -301,7 +301,7 @@ def parse_api_url(url: str) -> str:
 
 
 def parse_base_url(url: str) -> str:
-    """A URL of a host, without a path."""
+    """Parse a URL that has a host and no path."""
     if check_url(url).path.strip("/"):
         raise ValueError("must be http(s)://HOST:PORT without a path")
     return url.rstrip("/")
@@ -321,7 +321,7 @@ def parse_page_url(url: str) -> str:
 
 
 def parse_secure_url(url: str) -> str:
-    """Check the URL of a page to GET that nobody on the way may change."""
+    """Check the URL of a page to GET over a connection that nobody can tamper with: https, or loopback."""
     parts = check_url(url, instead="the page is public", query=True)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError(

@@ -10,7 +10,7 @@ from agent.schema.fields import Declared, Format, Length
 from agent.schema.formats import DurationOrZero, must
 
 DEFAULT_MAX_FUTURE_S = 5.0
-"""Also the bound without a table [progress]. Clocks that NTP keeps are within milliseconds of each other, and
+"""Also the bound without a table [progress]. Clocks that NTP adjusts are within milliseconds of each other, and
 a time that is further ahead would hide every later one of the tenure."""
 
 MaxFuture = Annotated[

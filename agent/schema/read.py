@@ -59,7 +59,9 @@ def _model_of(declared: Any) -> Any:
     return pydantic.create_model(declared.__name__, __config__=config, **checked)
 
 
-model_of: Callable[[Any], Any] = _model_of  # to mypy, a class is not hashable
+model_of: Callable[[Any], Any] = (
+    _model_of  # mypy takes classes for unhashable, and refuses them as keys of the cache
+)
 
 
 def _annotation(setting: Setting) -> Any:
@@ -250,7 +252,7 @@ class Sources(Generic[S]):
     def _lines(self, fault: Fault) -> list[str]:
         """A fault with the place where the value was given."""
         key, place = fault.key, self.origin(fault.key)
-        if fault.tables is not None:  # its sentences name table and key
+        if fault.tables is not None:  # the sentences name table and key already
             return [f"{place}: {text}" for text in fault.tables.faults]
         if key in self.flags:
             place = f"{place} {shown(self.flags[key])}"

@@ -127,7 +127,7 @@ def format_date_time(moment: datetime) -> str:
 
 
 def not_a_time(given: object) -> str:
-    """The sentence about a value that is no date-time."""
+    """Build the error's sentence for a value that is not a date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
 
 
@@ -159,7 +159,7 @@ def not_json(given: str | bytes, whole: str, why: str) -> str:
 
 
 def shown(given: object) -> str:
-    """Format a wrong value as JSON, or as its kind if it is a list or an object."""
+    """Format a wrong value as JSON; of a list or an object show only the kind."""
     match given:
         case list() | tuple():
             return "a list"

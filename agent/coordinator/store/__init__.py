@@ -15,7 +15,7 @@ MOST_ENTRIES = 100
 """Tenures in one swap; a decision begins or ends a few."""
 
 MOST_RETIRED = 100_000
-"""Names of deleted groups whose epochs are remembered: some megabytes."""
+"""How many deleted groups' epochs are remembered, by name: some megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class Stored:
 class Store(Protocol):
     """One coordinator's durable state. Calls may overlap; each is atomic.
 
-    All calls but ``close`` raise StoreError when the disk (or the server behind) cannot do it: the
-    change did not happen and the store stays usable once the cause is gone. Two of these are special:
-    OutcomeUnknown, where the change may have happened, and LeadershipLost.
+    All calls but ``close`` raise StoreError if the disk or the server fails: then nothing was changed, and the
+    store is usable again once the cause is gone. Two kinds of StoreError differ: OutcomeUnknown, after which the
+    change may have been made, and LeadershipLost.
     """
 
     @property
@@ -109,7 +109,7 @@ class Store(Protocol):
         ...
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and the store is not trusted again ('failover-agent store trust')."""
+        """Whether ``declare_restored`` was called, and nobody has trusted the store since ('store trust')."""
         ...
 
     async def close(self) -> None:

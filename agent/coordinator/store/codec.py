@@ -49,15 +49,15 @@ def name_of(key: GroupKey) -> str:
 
 
 def encode(value: ValueT, where: str) -> str:
-    """The text of ``value``, proven to read back as the same value.
+    """Encode ``value``, and check that the text decodes to the same value.
 
-    Without the proof a value that can be written but not read (an integer of 5,000 digits in
-    AdditionalData, a NaN) would be acknowledged and then stop the next start.
+    Without this check a value that can be written but not read (an integer of 5,000 digits in
+    AdditionalData, a NaN) would be acknowledged, and would then make the next start fail.
 
     ``where`` names the owner of the value in an error message.
 
     Raises:
-        StoreError: it does not read back.
+        StoreError: the text does not decode to the same value.
     """
     adapter = _adapters()[type(value)]
     try:
@@ -110,13 +110,13 @@ def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
 
 
 def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
-    """A record of schemas 1 to 4 in the form of schema 5, and the progress that it held.
+    """Convert a record of schemas 1 to 4 to schema 5; return it and the progress that it held.
 
     Up to schema 3 AdditionalData is an object, and a tenure has its data-processed time. Up to schema 4 there
-    is no failsafe: every tenure is over but the one under way (R24).
+    is no failsafe: every tenure but the current one is over (R24).
 
     Raises:
-        StoreError: it is no such record; ``where`` names its owner.
+        StoreError: the text is not such a record; ``where`` names its owner.
     """
     try:
         record: Any = json.loads(text)

@@ -53,7 +53,7 @@ PAGES_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a store has, but for its id."""
+    """The contents of a store, without its id."""
 
     groups: dict[GroupKey, GroupRecord] = field(default_factory=dict)
     progress: dict[GroupKey, Progress] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Snapshot:
     retired: dict[GroupKey, int] = field(default_factory=dict)
     access: dict[tuple[str, str], AccessList] = field(default_factory=dict)
     restored: bool = False
-    """It was declared as restored from a copy."""
+    """Whether the store was declared as restored from a copy."""
 
 
 class Place(Protocol):
@@ -116,7 +116,7 @@ def refuse_target(name: str) -> StoreError:
 
 
 class SqlitePlace:
-    """A data directory. ``open`` it; it is locked against coordinators until ``close``."""
+    """A data directory as a place. It is locked against coordinators from ``open`` to ``close``."""
 
     def __init__(self, data_dir: DataDir, directory: Path) -> None:
         self._data_dir = data_dir
@@ -148,7 +148,7 @@ class SqlitePlace:
         self._data_dir.close()
 
     def trust(self) -> bool:
-        """Take back that it was declared as restored; whether it was."""
+        """Withdraw the declaration that the store was restored; return whether there was one."""
         try:
             restored = self._data_dir.is_restored()
             self._data_dir.trust()
@@ -386,7 +386,7 @@ class EtcdPlace:
 
 
 async def trust_etcd(etcd: Etcd, prefix: str) -> bool:
-    """Take back that a store in etcd was declared as restored, even while it is served; whether it was."""
+    """Withdraw the declaration that a store in etcd was restored, even while it is served; return if it had one."""
     meta = await read_meta(etcd, prefix)
     if meta is None:
         raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")

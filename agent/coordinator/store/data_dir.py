@@ -32,8 +32,8 @@ APPLICATION_ID = 0x464F4147
 """``FOAG`` in the header of the file: whose it is."""
 
 SCHEMA_VERSION = 5
-"""Grows with each change that a version before would not understand; 4: sessions have an owner, progress a
-table; 5: records restrict who may be promoted (R24)."""
+"""Incremented with each change that earlier versions cannot read. 4: sessions have an owner, and progress has a
+table of its own; 5: records restrict who may be promoted (R24)."""
 
 OLDEST_SCHEMA = 1
 """What is this old, or newer, is brought up to date when it is opened."""
@@ -82,7 +82,7 @@ CREATE TABLE IF NOT EXISTS moved (
 """In a store that was the source or the target of a copy."""
 
 RESTORED = "CREATE TABLE IF NOT EXISTS restored (one INTEGER PRIMARY KEY) STRICT"
-"""In a store that was declared as restored from a copy: an empty table."""
+"""An empty table whose presence means that the store was declared as restored from a copy."""
 
 SCHEMA = f"""
 CREATE TABLE failover_group (
@@ -139,15 +139,15 @@ class DataDir:
         )
 
     def declare_restored(self) -> None:
-        """Record that it was put back from an older copy. Raises apsw.Error."""
+        """Record that the store was put back from an older copy. Raises apsw.Error."""
         self.database.execute(RESTORED)
 
     def is_restored(self) -> bool:
-        """Whether that is recorded. Raises apsw.Error."""
+        """Whether ``declare_restored`` is in force. Raises apsw.Error."""
         return self.database.table_exists("main", "restored")
 
     def trust(self) -> None:
-        """Take that back. Raises apsw.Error."""
+        """Withdraw ``declare_restored``. Raises apsw.Error."""
         self.database.execute("DROP TABLE IF EXISTS restored")
 
     def close(self) -> None:
@@ -321,7 +321,7 @@ def _lock(path: Path) -> int:
 
 
 def _create(path: Path) -> None:
-    """Let an empty database appear at ``path`` at once, durably, as one rename."""
+    """Create an empty database at ``path``, complete and durable, by one rename."""
     for suffix in ("-wal", "-journal"):
         rest = path.with_name(path.name + suffix)
         if rest.exists():  # SQLite would replay it into the new database
@@ -389,7 +389,7 @@ def _connect(path: Path) -> apsw.Connection:
 
 
 def _upgrade(database: apsw.Connection, path: Path, version: int) -> None:
-    """Bring a database of an older schema up to date, in the caller's transaction."""
+    """Convert a database of an older schema to this one, in the caller's transaction."""
     if version < 2:  # noqa: PLR2004 - a schema's number
         database.execute(RETIRED)
     if version < 3:  # noqa: PLR2004 - a schema's number
@@ -403,7 +403,7 @@ def _upgrade(database: apsw.Connection, path: Path, version: int) -> None:
 
 
 def _upgrade_records(database: apsw.Connection, path: Path) -> None:
-    """Bring the records of schemas 1 to 4 into the form of schema 5."""
+    """Convert the records of schemas 1 to 4 to schema 5."""
     rows: list[Any] = database.execute(
         "SELECT id, tenant, namespace, name, record FROM failover_group"
     ).fetchall()

@@ -122,10 +122,10 @@ class EtcdCluster:
 
     @staticmethod
     async def _begin_to_serve(etcd: Etcd, prefix: str, meta: Meta) -> None:
-        """Make a copy, or the store of an older version, one of this version.
+        """Adopt a store that is a copy, or that an older version has served.
 
-        Records are converted as they are read. A coordinator of the older version that still has a session
-        could not read the new ones, and would not know whom they exclude.
+        Records are converted when they are read. A coordinator of the older version that still has a session
+        could not read the new records, and would not know whom they exclude.
         """
         key = f"{prefix}/meta"
         text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
@@ -167,7 +167,7 @@ class EtcdCluster:
         return await self.etcd.get(self.layout.restored) is not None
 
     async def trust(self) -> None:
-        """Take that back, for every coordinator at once."""
+        """Withdraw the declaration that the store was restored, for every coordinator at once."""
         await self.etcd.txn([], [delete(self.layout.restored)])
 
     async def configs(
@@ -364,7 +364,7 @@ class EtcdStore:
             raise self._lost()
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and not taken back."""
+        """Whether ``declare_restored`` was called and not withdrawn."""
         self._check_open()
         return await self._cluster.is_restored()
 

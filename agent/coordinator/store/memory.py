@@ -114,7 +114,7 @@ class MemoryStore:
         self._restored = True
 
     async def is_restored(self) -> bool:
-        """Whether that was declared."""
+        """Whether ``declare_restored`` was called."""
         self._check_open()
         return self._restored
 

@@ -282,7 +282,7 @@ class SqliteStore:
         await self._submit(self._data_dir.declare_restored)
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and not taken back."""
+        """Whether ``declare_restored`` was called and not withdrawn."""
         return await self._submit(self._data_dir.is_restored)
 
     async def close(self) -> None:
@@ -337,7 +337,7 @@ class SqliteStore:
         return batch
 
     def _commit(self, batch: list[_Call]) -> list[_Outcome]:
-        """Run a batch as one transaction: how each call ended, or the disk's error for all."""
+        """Run a batch as one transaction; return the result of each call, or the disk's error for all."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             outcomes = [self._run_call(call) for call in batch]

@@ -100,7 +100,7 @@ class Checks:
     ) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + delay_s
-        if before is not None:  # the last run of an earlier tenure, which is being cancelled
+        if before is not None:  # a run of an earlier tenure is being cancelled
             try:
                 await asyncio.wait([before])
             finally:  # a stop that waits for this task has to wait for that one too

@@ -50,10 +50,10 @@ LAST_READS = 32
 processes that the hook left behind may go on writing."""
 
 LINGER_S = 0.1
-"""How long the output of the hook's children is still read after its end."""
+"""How long output of a hook's children is read after the hook has ended."""
 
 VITAL = frozenset({"secondary", "fence"})
-"""Hooks that demote: their threads may be reserved ones (ops/reserve.py)."""
+"""Hooks that demote: they may use reserved threads (agent/ops/reserve.py)."""
 
 log = Log(__name__)
 
@@ -359,7 +359,7 @@ class HookProcess:
 def _open_payload(data: bytes) -> IO[bytes]:
     """Return a file with the payload, for a hook's stdin. Raises OSError."""
     try:
-        # In memory, and no pipe: a hook that does not read it blocks no writer.
+        # A file in memory rather than a pipe: a hook that does not read its stdin blocks no writer.
         file = os.fdopen(os.memfd_create("payload"), "w+b", buffering=0)
     except OSError:
         return _payload_pipe(data)
@@ -375,7 +375,7 @@ def _open_payload(data: bytes) -> IO[bytes]:
 
 
 def _payload_pipe(data: bytes) -> IO[bytes]:
-    """The same as a pipe, in which an ordinary payload fits. Raises OSError if it does not."""
+    """Return a pipe that contains the payload. Raises OSError if it is too long for one."""
     stdin, end = os.pipe()
     try:
         os.set_blocking(end, False)

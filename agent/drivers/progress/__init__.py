@@ -19,7 +19,7 @@ from agent.schema.progress import ProgressSource
 __all__ = ["Plausible", "Progress", "Reason", "Refused", "read_time"]
 
 QUIET_S = 60.0
-"""Interval in which the same reason is logged once: a source that comes and goes must not fill the log."""
+"""Interval in which the same reason is logged once, so that an unsteady source does not fill the log."""
 
 log = Log(__name__)
 
@@ -29,12 +29,12 @@ class Progress:
 
     Args:
         settings: the source. A command must have passed ``HookCheck.check_command``.
-        clock: what future times are measured by.
-        report: given each plausible time (aware, UTC), in the event loop; must return at once.
+        clock: decides which times are in the future.
+        report: called in the event loop with each plausible time (aware, UTC); must return at once.
 
     Attributes:
         refused: how many times were refused since the start, by every Reason.
-        last_error: why the latest was refused; None if it was taken, or none has come.
+        last_error: why the latest time was refused; None if it was accepted, or before the first one.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ _RIGHT = "right is ISO 8601, such as 2026-01-31T12:00:00Z, or seconds since 1970
 
 
 class Reason(StrEnum):
-    """Why a time was refused: the label that it is counted under."""
+    """Why a time was refused. The values are labels of a metric."""
 
     FUTURE = "future"
     NEVER = "never"
@@ -67,7 +67,7 @@ class Plausible:
         """Return a time if it may count at ``now``. Both are aware.
 
         Raises:
-            Refused: FUTURE. A time that is ahead would hide every later one of the tenure (R18).
+            Refused: FUTURE. A time in the future would hide every later one of the tenure (R18).
         """
         ahead_s = (time - now).total_seconds()
         if ahead_s > self.max_future_s:

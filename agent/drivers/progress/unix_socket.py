@@ -98,7 +98,7 @@ class Listener:
         self._directory: int | None = None
         """The directory that the socket was made in, whatever its path leads to by now."""
         self._abandoned = False
-        """Whether the start has been given up, while the blocking thread may still make the socket."""
+        """Whether the start was cancelled while its thread may still create the socket."""
         self._server: asyncio.Server | None = None
         self._datagrams: asyncio.DatagramTransport | None = None
 
@@ -168,7 +168,7 @@ class Listener:
             _clear(path, kind)
             os.fchmod(
                 listening.fileno(), mode
-            )  # bind applies it, so the socket never has a wider mode
+            )  # bind applies the umask, so the socket never has a wider mode
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
         except OSError:
@@ -190,10 +190,10 @@ def _pinned(directory: int, path: Path) -> Path:
 
 
 def _set_mode(path: Path, mode: int) -> tuple[int, int]:
-    """Set the mode of a new socket, which the umask has reduced; return its device and inode.
+    """Set the mode of a new socket, which the umask has restricted; return its device and inode.
 
     Raises:
-        OSError: there is something else by now.
+        OSError: the path is not this socket any more.
     """
     made = _open_socket(path)
     try:

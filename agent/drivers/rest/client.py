@@ -77,22 +77,22 @@ class RestClient(Endpoints):
         instance: str | None = None,
         failsafe_url: str | None = None,
     ) -> str | None:
-        """Register the session, or find it registered with the same configuration.
+        """Register the session. One that is registered with the same configuration counts as success.
 
         Args:
             group: its id.
             session: its configuration.
             timeout_s: seconds.
             instance: this process; None unless the server is known to have extensions.
-            failsafe_url: this process's failsafe listener, likewise.
+            failsafe_url: URL of this process's failsafe listener; None under the same condition.
 
         Returns:
             The id of the store that it is registered in. None means a plain v1 server, which may
             refuse any extension: send it no instance, no epoch, no blocking read and no release.
 
         Raises:
-            ServerError: ``status`` 404 if the group is gone; 409 if the id is taken by a session of
-                another configuration.
+            ServerError: ``status`` 404 if the group is gone; 409 if a session with this id has another
+                configuration.
         """
         return await self._request(
             "POST",
@@ -120,7 +120,7 @@ class RestClient(Endpoints):
         failsafe_revision: int | None = None,
         promised: bool = False,
     ) -> HeartbeatAnswer:
-        """One heartbeat.
+        """Send a heartbeat; return its answer.
 
         Args:
             group: its id.
@@ -133,10 +133,10 @@ class RestClient(Endpoints):
             failsafe_url: this process's failsafe listener, or None without failsafe.
             holds: the epoch that this process holds, or None.
             failsafe_revision: the revision of the set of members that it uses, or None.
-            promised: whether a promise to another member binds it.
+            promised: whether a promise to another member binds this process.
 
         Raises:
-            ServerError: ``status`` 404 if the group or the session is gone; 429 if it came too soon.
+            ServerError: ``status`` 404 if the group or the session is gone; 429 if the heartbeat is too soon.
         """
         return await self._request(
             "POST",
@@ -208,8 +208,8 @@ class RestClient(Endpoints):
         Args:
             group: its id.
             session: its id.
-            epoch: that of the tenure that has ended.
-            instance: the process that held it; a release of another one is ignored.
+            epoch: of the tenure that has ended.
+            instance: the process that held it; the server ignores a release of another process.
             reason: for the history.
             hold_off_s: seconds in which this session is not to be chosen again, or None.
             last_data: when data was last processed, or None for never.
@@ -217,8 +217,8 @@ class RestClient(Endpoints):
             timeout_s: seconds.
 
         Raises:
-            ServerError: a plain v1 server knows no release: ``status`` 404, or NOT_THE_API. The lease
-                expires there.
+            ServerError: ``status`` 404 or NOT_THE_API by a plain v1 server, which has no releases: there the
+                lease has to expire.
         """
         await self._request(
             "POST",
@@ -243,12 +243,13 @@ class RestClient(Endpoints):
 
         Args:
             group: its id.
-            epoch: the newest one of the group.
+            epoch: the newest epoch of the group.
             reason: for the history.
             timeout_s: seconds.
 
         Raises:
-            ServerError: ``status`` 409 if somebody is primary, or in another epoch; 404 without the group.
+            ServerError: ``status`` 409 if somebody is primary, or the epoch is not the newest; 404 without
+                the group.
         """
         await self._request(
             "POST",
@@ -327,10 +328,10 @@ class RestClient(Endpoints):
         )
 
     async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
-        """Create a group, or find it with the same configuration; return it as the server has it.
+        """Create a group, or find one with the same configuration; return the server's version of it.
 
         Raises:
-            ServerError: ``status`` 409 if it is there with another configuration.
+            ServerError: ``status`` 409 if the group exists with another configuration.
         """
         return await self._request(
             "POST",

@@ -20,7 +20,7 @@ LONGEST_ANSWER = 1024 * 1024
 memory of an edge host."""
 
 LONGEST_CONNECT_S = 10.0
-"""Timeout of connecting for a request that has no time limit of its own."""
+"""Timeout to connect, for a request that has no timeout of its own."""
 
 _HTTP = b"HTTP/"
 
@@ -206,7 +206,7 @@ def open_client(
         follow_redirects=False,
         cookies=CookieJar(
             DefaultCookiePolicy(allowed_domains=[])
-        ),  # none is kept: a server could fill the memory
+        ),  # no cookie is kept: a server could fill the memory
         headers={
             "User-Agent": f"failover-agent/{__version__}",
             "Accept": "application/json",

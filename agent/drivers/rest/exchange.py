@@ -34,7 +34,7 @@ LONGEST_QUOTE = 300
 """Characters of a server's own words in a message, so that it stays one readable line."""
 
 LONGEST_CHAIN = 32
-"""Causes of an exception that are followed: the chain could be a circle."""
+"""How many causes of an exception are followed, as the chain could be circular."""
 
 LAST_PORT = 65535
 
@@ -88,7 +88,7 @@ class Answer:
         )
 
     def not_the_api(self, problem: str) -> ServerError:
-        """The error for an answer that is not of the group API."""
+        """Build the error for an answer that does not come from the group API."""
         return self.error(
             problem,
             "the endpoint must be the base path of a group API, up to clientfailover",
@@ -396,6 +396,6 @@ def _root_cause(error: BaseException) -> BaseException:
         error = inner
         if not isinstance(
             error, ssl.SSLWantReadError | ssl.SSLWantWriteError
-        ):  # they mean "wait", and are no faults
+        ):  # they ask the client to wait, and are not faults
             root = error
     return root
