@@ -1,8 +1,7 @@
 """The handlers of the group API's routes (route_table.py).
 
-A handler gets a ``Call``
-whose body, query and rights have been checked, and returns an ``Answer``; refusals are
-raised. Nothing here knows HTTP beyond status codes and the names of headers.
+A handler receives a ``Call``, whose body, query and rights have been checked. It returns an ``Answer``, or raises a
+refusal. Of HTTP the handlers know only status codes and the names of headers.
 """
 
 import re
@@ -82,7 +81,7 @@ class Call:
         return self.rights.may(acl, right)
 
     async def requester(self, session_id: str) -> Requester | None:
-        """Who acts for a session; None without authentication."""
+        """The caller that acts for a session; None without authentication."""
         caller = self.rights.caller
         if caller is None:
             return None
@@ -96,7 +95,7 @@ class Answer:
     """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None.
 
     Attributes:
-        operation_id: of another coordinator that has answered.
+        operation_id: the operation id of the coordinator that answered a forwarded request.
     """
 
     status: int = 200
@@ -208,7 +207,8 @@ async def list_groups(call: Call) -> Answer:
 async def create_group(call: Call) -> Answer:
     """Create a group, or return the existing one with the same configuration.
 
-    Whoever may not read the existing one learns nothing of its configuration, not even whether it agrees.
+    A caller without the right to read the existing group learns nothing of its configuration, not even
+    whether it agrees.
     """
     config = call.body.to_model()
     key = GroupKey(*call.tenant_namespace, config.id)
@@ -307,7 +307,7 @@ async def put_access(call: Call) -> Answer:
 
 
 async def delete_access(call: Call) -> Answer:
-    """Remove the access-control list of a namespace's groups: an administrator's, like making it."""
+    """Remove the access-control list of a namespace's groups. Like making it, only administrators may."""
     if not call.rights.administers:
         raise Forbidden(
             "Without its list, a namespace is open to every known caller: only an administrator can"
@@ -387,7 +387,7 @@ async def set_override(call: Call) -> Answer:
 
 
 async def release_role(call: Call) -> Answer:
-    """Receive the release of a tenure: the next session may be promoted now."""
+    """Receive the release of a tenure, so that the next session may be promoted at once."""
     body: api.ReleaseRequest = call.body
     session_id = call.values["sessionId"]
     await call.coordinator.apply(

@@ -30,7 +30,7 @@ def log_decision(key: GroupKey, before: GroupRecord, decision: Decision) -> None
 def log_role_changes(
     key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
 ) -> None:
-    """One line for each session whose role another record changes."""
+    """Log each session whose role differs between two records."""
     if before.revision == after.revision:
         return
     holders = [record.holder.session_id for record in (before, after) if record.holder]
@@ -96,7 +96,7 @@ def _log_failsafe_changes(
 
 
 def _log_removals(key: GroupKey, removals: Sequence[Removal]) -> None:
-    """One line for each dead session that was removed."""
+    """Log each dead session that was removed."""
     for removal in removals:
         log.info(
             "dead session removed",
