@@ -94,12 +94,12 @@ class FitnessChanged:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The release was answered, or has failed for good."""
+    """The release was answered, or has failed and is not retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The session was deleted at the server, or that has failed for good."""
+    """The session was deleted at the server, or the deletion has failed and is not retried."""
 
 
 @dataclass(frozen=True, slots=True)

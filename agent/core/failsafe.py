@@ -140,7 +140,7 @@ class FailsafeMember(LifeCycle):
         if refusal is None and not asked.rehearsal and not self._is_cut_off(now):
             refusal = "the coordinator answers"
             if self._may_send_heartbeat and not self._contact.is_waiting:
-                self._heartbeats.send_by(now)  # to know by the next question
+                self._heartbeats.send_by(now)  # its outcome is known before the next question
         if refusal is not None:
             self._vote = Vote(yes=False, why=refusal)
         elif asked.rehearsal:
@@ -203,7 +203,9 @@ class FailsafeMember(LifeCycle):
     def _advance(self, now: float, effects: list[Effect]) -> None:
         if self._voter.reported and now >= self._voter.until(self.timing.lease_s):
             self._voter.reported = False
-            self._heartbeats.send_by(now)  # it may be chosen from now on
+            self._heartbeats.send_by(
+                now
+            )  # without a promise the coordinator may choose this member
         super()._advance(now, effects)
         if self.phase in _REGISTERING:
             self._contact.on_sent(JOIN, now)

@@ -118,9 +118,9 @@ class FailsafeHolder:
 
         Args:
             epoch: of the tenure.
-            now: this moment, from which an answer counts.
+            now: this moment; an answer of yes extends the role from here.
             interval_s: the time to the next questions.
-            forget_s: answers that are later than this are worth nothing.
+            forget_s: questions that are unanswered for longer than this are forgotten.
         """
         self.ask_at = now + interval_s
         self._questions = {
@@ -133,12 +133,12 @@ class FailsafeHolder:
         return self._send(epoch, now, rehearsal=False)
 
     def rehearse(self, epoch: int, now: float) -> list[Ask]:
-        """Questions that promise nothing, to all others (R35)."""
+        """Build rehearsals to all others, for which no promise is given (R35)."""
         self.rehearse_at = now + REHEARSAL_INTERVAL_S
         return self._send(epoch, now, rehearsal=True)
 
     def on_answered(self, nonce: int, now: float, *, yes: bool, why: str) -> None:
-        """Record an answer: a yes counts from the sending of its own question, the newest one wins."""
+        """Record an answer. A yes counts from when its question was sent; the newest one is kept."""
         question = self._questions.get(nonce)
         if question is None:
             return

@@ -33,7 +33,7 @@ class LeaseHolder:
     """
 
     def __init__(self, timing: Timing, options: Options) -> None:
-        """Build one that is Secondary, and whose first demotion has yet to succeed."""
+        """Build a holder that is Secondary, and whose first demotion has yet to succeed."""
         self.timing = timing
         self.options = options
         self.role = Role.SECONDARY
@@ -43,7 +43,7 @@ class LeaseHolder:
         self.renew_by = float("-inf")
         self.sent_at = float("-inf")
         self._granted_timing = timing
-        """The timing of the current lease: the group's may have changed since."""
+        """The timing of the current lease; that of the group may have changed since."""
         self._executor = Executor(
             options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
         )

@@ -47,7 +47,7 @@ MIN_PROMOTION_SHARE = 0.25
 
 
 class Session(FailsafeMember):
-    """The session of one agent. Public attributes may be read at any time, and written by nobody else."""
+    """The session of one agent. Other objects may read its public attributes, but not set them."""
 
     def __init__(self, timing: Timing, options: Options) -> None:
         """Build a session that has not started. Call ``start`` next."""
@@ -84,7 +84,7 @@ class Session(FailsafeMember):
         return self.step(Tick(), now)
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
-        """Handle one event; the effects, in order. If it raises, nothing has changed.
+        """Handle one event; return the effects, in order. If it raises, nothing has changed.
 
         Args:
             event: the event.
@@ -236,7 +236,7 @@ class Session(FailsafeMember):
             self._on_primary_answer(sent_at, answer, now, effects)
 
     def _on_foreign_answer(self, sent_at: float | None, now: float, effects: list[Effect]) -> None:
-        """Count it as an error; a plain v1 server that now has a store id is a new server."""
+        """Handle an answer from another store: count it as an error, or register at a server that was plain v1."""
         if sent_at is None or self.phase is not Phase.MEMBER:
             return
         if self.store_id is not None:

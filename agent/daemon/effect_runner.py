@@ -1,7 +1,7 @@
 """Carry out the effects of the session, in their order.
 
-Owns what each effect does on this host: which task starts, what is published and where. Whatever waits
-is a task; if one fails, its event is posted all the same. Decides nothing.
+Owns what each effect does on this host: which task starts, what is published and where. Everything that waits
+is a task; if a task fails, its event is posted nevertheless. Decides nothing.
 """
 
 import asyncio

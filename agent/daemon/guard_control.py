@@ -1,7 +1,7 @@
 """Arm and disarm the guard (R12) and the kernel's watchdog device (R4).
 
-Owns when that happens: both are disarmed only after a completed demotion. Any other end of the agent
-leaves them armed, and they act in its place.
+Owns when they are armed and disarmed: both are disarmed only after a completed demotion. If the agent ends in any
+other way they stay armed, and act in its place.
 """
 
 import json
@@ -68,7 +68,7 @@ class GuardControl:
         return self._frozen
 
     def freeze(self) -> None:
-        """Leave both as they are from now on: the session has failed and cannot be trusted."""
+        """Leave guard and watchdog as they are: the session has failed and cannot be trusted."""
         self._frozen = True
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:

@@ -153,7 +153,7 @@ class HostHealth:
         Args:
             source: what has found it.
             why: the reason; None for fit.
-            expected: it belongs to an ordinary start, and is no warning.
+            expected: whether it is part of an ordinary start, and not worth a warning.
         """
         before = dict(self._unfit)
         self._unfit.pop(source, None)

@@ -1,7 +1,7 @@
 """The agent's process: its state file lock, its signals, its local HTTP server.
 
-Owns the order of start and shutdown around the loop. An error before the first demotion (R6) carries a
-hint that a workload of a previous run may still be active.
+Owns the order of start and shutdown around the loop. To an error before the first demotion (R6) it adds a hint that
+a workload of a previous run may still be active.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ log = logs.Log(__name__)
 
 
 def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
-    """Run an agent until SIGTERM or SIGINT; the exit code.
+    """Run an agent until SIGTERM or SIGINT; return the exit code.
 
     Args:
         settings: checked, with their hooks.
@@ -105,7 +105,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
 
 
 async def _make_client(settings: AgentSettings, credentials: CredentialFiles) -> RestClient:
-    """A client for the endpoints; changed credentials are put into force."""
+    """Open a client for the endpoints; changed credentials are put into force."""
 
     async def use(access: ServerAccess) -> None:
         path, timeout_s = status_path(settings.group), settings.timing.request_timeout_s
@@ -121,7 +121,7 @@ async def _make_client(settings: AgentSettings, credentials: CredentialFiles) ->
 async def _start_probe(
     settings: AgentSettings, credentials: CredentialFiles, stack: AsyncExitStack, daemon: Daemon
 ) -> str | None:
-    """Start the local HTTP server; its URL, or None without one."""
+    """Start the local HTTP server; return its URL, or None without one."""
     if settings.probe_listen is None:
         return None
     listen = settings.probe_listen

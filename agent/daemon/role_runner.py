@@ -84,7 +84,7 @@ class RoleRunner:
     Attributes:
         payloads: builds the payloads of hooks.
         cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
-        leftover: what previous agents have left, until the first demotion has ended it.
+        leftover: the processes that previous agents have left, until the first demotion has ended them.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """The demotion hook: that of the tenure, else the configured one."""
+        """The demotion hook of the tenure, else the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
         return self._specs.get(EVENTS[Role.SECONDARY])
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles that have a run, or of which the guard has to know.
+        """The roles that have a run, or that the guard has to know.
 
         A demotion has to end what a promotion starts, so it has a run even without a hook.
         """
@@ -224,7 +224,7 @@ class RoleRunner:
         self._on_ended(HookEnded(number, ok, why))
 
     def terminate(self, number: int) -> None:
-        """TERM to the processes of a run; it starts nothing more."""
+        """Send TERM to the processes of a run, which then starts no further ones."""
         run = self._runs.get(number)
         if run is None:
             return
@@ -250,7 +250,7 @@ class RoleRunner:
             self.workload.kill()
 
     def kill_all(self) -> set[asyncio.Task[Any]]:
-        """Escalate (R4): KILL to the whole tenure and the demotion hook; the tasks that do it."""
+        """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()

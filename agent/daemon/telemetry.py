@@ -62,7 +62,7 @@ REASONS = (*dict.fromkeys(_STATUSES.values()), *_CODES.values(), OTHER)
 
 
 def failure_reason(error: ServerError) -> str:
-    """The one of REASONS for an error."""
+    """Return which of REASONS an error is."""
     by_code = _CODES.get(error.exit_code, OTHER)
     return by_code if error.status is None else _STATUSES.get(error.status, by_code)
 

@@ -15,7 +15,7 @@ from agent.ops.logs import Log
 from agent.schema.formats import NeededCommand
 
 OUTPUT_BYTES = 4096
-"""Bytes of one run's output that are logged, at level DEBUG; the rest is discarded."""
+"""How many bytes of one run's output are logged, at level DEBUG; the rest is discarded."""
 
 GRACE_S = 0.5
 """Time between TERM and KILL at the timeout, so that a shell can run its trap."""

@@ -67,7 +67,7 @@ class _Found(NamedTuple):
 
 
 def _look(pid: int) -> _Found | None:
-    """The process of this number, or None if there is none (any more)."""
+    """The process with this id, or None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
@@ -102,10 +102,10 @@ def _all() -> Iterator[_Found]:
 class Process:
     """Runs a ``process`` check.
 
-    A reused number is found by the process's start: while the pid file stays the same file with the
-    same modification time, it must name the process that it named before. The file's time is not
-    compared with the process's start, since the time of day jumps when a host without a battery
-    gets its time after the boot; the name finds what was reused across a boot.
+    A reused process id is detected by the process's start: while the pid file stays the same file with
+    the same modification time, it must name the same process. The file's time is not compared with the
+    process's start, since the time of day jumps when a host without a battery gets its time after the
+    boot. The name detects ids that were reused after a boot.
     """
 
     def __init__(self, check: ProcessCheck) -> None:
@@ -113,7 +113,7 @@ class Process:
         self._lane = BlockingThread(f"check {check.name}")
         self._known: tuple[tuple[int, ...], int | None] | None = None
         self._last: int | None = None
-        """Which process had the name when it was last looked for."""
+        """The process that had the name at the last search."""
 
     async def __call__(self) -> None:
         """Return if the process runs. Raises CheckFailed."""

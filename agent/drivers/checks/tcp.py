@@ -36,5 +36,7 @@ class TcpCheck(Check):
             why = error.strerror or str(error)
             raise CheckFailed(f"{self.address} takes no connection: {why}") from error
         writer.close()
-        with suppress(OSError):  # it was accepted, whatever happened then
+        with suppress(
+            OSError
+        ):  # the connection was accepted; an error on closing it does not matter
             await writer.wait_closed()

@@ -81,7 +81,7 @@ def judge(
     results: Mapping[str, CheckResult],
     failover_score: float = 100.0,
 ) -> Health:
-    """The health that results amount to. Without checks: fit, with the configured score.
+    """Compute the health from results. Without checks: fit, with the configured score.
 
     Args:
         checks: what is configured.

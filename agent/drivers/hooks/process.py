@@ -33,20 +33,20 @@ from agent.ops.logs import Log
 from agent.ops.process import NO_TENURE, Child, inherited_variables, mark
 
 RUN_BYTES = 64 * 1024
-"""Logged output of one run: enough to find a fault, too little to fill a disk."""
+"""Bytes of one run's output that are logged: enough to find a fault, too few to fill a disk."""
 
 RUN_LINES = 1000
-"""Logged lines of one run: a line costs the event loop some 20 microseconds."""
+"""Lines of one run's output that are logged: a line costs the event loop some 20 microseconds."""
 
 LINE_BYTES = 4 * 1024
-"""Logged bytes of one line; the journal splits at 48 KiB."""
+"""Bytes of one line that are logged; the journal splits lines at 48 KiB."""
 
 CHUNK_BYTES = 4 * 1024
 DRAIN_BYTES = 64 * 1024
 """Bytes per read while output is logged, and when it is discarded (a full pipe)."""
 
 LAST_READS = 32
-"""Reads of a pipe at the hook's end: all of the largest pipe of an ordinary user, 1 MiB. Bounded, as
+"""How often a pipe is read at the hook's end: the largest pipe of an ordinary user, 1 MiB, is emptied. Bounded, as
 processes that the hook left behind may go on writing."""
 
 LINGER_S = 0.1
@@ -234,11 +234,11 @@ class HookProcess:
         return await asyncio.shield(self._ended)
 
     def term(self) -> None:
-        """SIGTERM to the whole group, if any of it is left."""
+        """Send SIGTERM to the process group, if any process of it is left."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, if any of it is left."""
+        """Send SIGKILL to the process group, if any process of it is left."""
         self._signal(signal.SIGKILL)
 
     def release(self) -> None:

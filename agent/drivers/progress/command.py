@@ -17,7 +17,7 @@ from agent.ops.command import Command
 from agent.schema.formats import NeededCommand
 
 LONGEST_OUTPUT = 4 * 1024
-"""Bytes of each stream of a command that prints one line."""
+"""The most bytes that are read of each stream of a command, which should print one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

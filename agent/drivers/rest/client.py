@@ -42,7 +42,7 @@ PAGE = 100
 """Page size of lists, the documented default."""
 
 MOST_PAGES = 1000
-"""Limit of pages, whatever Total-Count is: 100,000 groups are more than a coordinator serves."""
+"""The most pages that are read, whatever Total-Count is: a coordinator serves fewer than 100,000 groups."""
 
 
 class RestClient(Endpoints):
@@ -51,7 +51,7 @@ class RestClient(Endpoints):
     # --- requests of an agent -----------------------------------------------------------------------
 
     async def ensure_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
-        """The group as the server has it, created from ``config`` if it was missing.
+        """Create the group from ``config`` if it is missing; return the server's version of it.
 
         An existing group with another configuration is used as it is, with its timeout, as v1 clients do
         (docs/api.md). ``timeout_s`` bounds both requests together.
@@ -166,8 +166,8 @@ class RestClient(Endpoints):
         Args:
             group: its id.
             after: the newest revision seen, or None to be answered at once.
-            wait_s: for how long the server may hold the answer back, if ``after`` is given. A plain v1
-                server answers at once all the same: poll it.
+            wait_s: how long the server may delay the answer, if ``after`` is given. A plain v1 server
+                always answers at once: poll it.
             timeout_s: for everything beside that wait.
 
         Raises:
@@ -263,7 +263,7 @@ class RestClient(Endpoints):
         )
 
     async def leave(self, group: str, session: str, *, timeout_s: float) -> None:
-        """Delete the session. It is a success too if it or its group is gone already.
+        """Delete the session. A session or group that is gone already counts as success, too.
 
         Raises:
             ServerError: see the module.
@@ -295,7 +295,7 @@ class RestClient(Endpoints):
     async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
         """Every group that the caller may see, page by page; ``timeout_s`` is for each page.
 
-        A group that is made or deleted meanwhile may be missing; none is there twice.
+        A group that is created or deleted meanwhile may be missing; none appears twice.
         """
         found: dict[str, GroupConfig] = {}
         for page in range(MOST_PAGES):
@@ -372,7 +372,7 @@ class RestClient(Endpoints):
         )
 
     async def forget_session(self, group: str, session: str, *, timeout_s: float) -> None:
-        """Remove a member if it is inactive. A plain v1 server does not know that condition.
+        """Remove a member if it is inactive. A plain v1 server ignores that condition.
 
         Raises:
             ServerError: ``status`` 404 if there is none; 409 if it is active.
@@ -447,7 +447,7 @@ def _total_count(answer: Answer) -> int | None:
 
 
 def _check_no_content(answer: Answer) -> None:
-    """Check an answer without content: empty or JSON, but no HTML page."""
+    """Check an answer that needs no content: it is empty or JSON, but not an HTML page."""
     if answer.body.strip():
         try:
             json.loads(answer.body)

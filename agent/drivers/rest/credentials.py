@@ -101,7 +101,7 @@ class ClientCredentials(httpx2.Auth):
         return f"ClientCredentials(client_id={self._id!r})"
 
     async def aclose(self) -> None:
-        """Give up a fetch that is under way and close its connections."""
+        """Cancel a fetch that is under way, and close its connections."""
         for fetch in self._fetching.values():
             fetch.cancel()
         if self._fetching:
