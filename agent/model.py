@@ -18,8 +18,8 @@ MAX_EPOCH = 2**53 - 1
 """The largest integer that every JSON parser represents exactly (RFC 8259, section 6)."""
 
 LONGEST_HOLD_OFF_S = 86_400.0
-"""Cap on the hold-off of a release: a day outlasts any repair, and a member that asked for more would
-be forgotten."""
+"""Cap on the hold-off of a release, a day: any repair is done by then, and a member with a longer hold-off would be
+forgotten."""
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -100,7 +100,7 @@ class GroupConfig:
 
     Attributes:
         timeout_ticks: the FailoverTimeout, L.
-        additional: AdditionalData, the JSON text of an object: it is encoded once, and only repeated.
+        additional: AdditionalData, the JSON text of an object, which is passed on unchanged.
     """
 
     id: str

@@ -10,7 +10,7 @@ from agent.model import Right
 from agent.schema.values import AccessRights, AccessType, Shape, TrusteeKind, doc
 
 MAX_ENTRIES = 1000
-"""Entries of an access-control list: each request walks them, so the list has an end."""
+"""The most entries of an access-control list, as each request is checked against all of them."""
 
 
 MAX_LIST_BYTES = 131_072

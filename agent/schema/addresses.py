@@ -1,11 +1,11 @@
-"""Addresses to listen on or to connect to, and which of them are this machine's only."""
+"""Addresses to listen on or to connect to, and which of them only this machine can reach."""
 
 import ipaddress
 from typing import NamedTuple
 
 
 class Address(NamedTuple):
-    """Where to listen, or to connect to. Port 0 takes a free one."""
+    """An address to listen on or to connect to. Port 0: the kernel chooses a free port."""
 
     host: str
     port: int
@@ -16,7 +16,7 @@ class Address(NamedTuple):
 
     @property
     def loopback(self) -> bool:
-        """Only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         return is_loopback(self.host)
 
     @property

@@ -1,6 +1,6 @@
-"""The one place where a fault of a setting becomes a sentence: what is wrong, and what would be right.
+"""Format a fault of a setting as a sentence: what is wrong, and what would be right.
 
-Owns the wording, and how a refused value is shown. Where the value was given is read.py's to add.
+Owns the wording, and how a refused value is shown. read.py adds where the value was given.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from typing import Any
 from agent.errors import ConfigError
 
 LONGEST_SHOWN = 80
-"""Characters of a refused value that its error repeats: enough to find it, and still one line."""
+"""The most characters of a refused value in its error: enough to find it, and still one line."""
 
 MOST_FAULTS = 20
-"""Lines about the tables of one setting: enough to go on with, and no flood."""
+"""The most lines about the tables of one setting, so that a broken file does not fill the screen."""
 
 
 class TableError(ValueError):
@@ -71,8 +71,8 @@ def faults_of(
 
     Args:
         errors: as ``ValidationError.errors`` returns them.
-        names: the keys that there are.
-        noun: what has them.
+        names: the keys that exist.
+        noun: the owner of the keys, in words.
     """
     seen = set()
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
@@ -96,7 +96,7 @@ def faults_of(
 
 
 def suggest(name: str, names: Sequence[str], otherwise: str) -> str:
-    """The name that was probably meant, or else ``otherwise``."""
+    """The sentence that suggests the name probably meant; ``otherwise`` if none is similar."""
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]}?" if match else otherwise
 

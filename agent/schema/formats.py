@@ -25,13 +25,13 @@ from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
 
 SHORTEST_INTERVAL_S = 0.05
-"""A quarter of the shortest lease; checking or polling more often only costs the host."""
+"""The shortest interval of checks and polls: a quarter of the shortest lease. More often would only cost CPU."""
 
 LONGEST_ID = 256
-"""Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
+"""The most characters of a group or session id, which is part of a URL's path and a label of metrics."""
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
-"""A coordinator on this machine, with its own defaults."""
+"""The default endpoint: a coordinator on this machine with default settings."""
 
 MOST_ENDPOINTS = 16
 """The most endpoints of one list, since all are probed at once when the one in use fails."""
@@ -47,7 +47,7 @@ MOST_LABELS = 32
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
-"""Characters of one variable; what is longer belongs into a file."""
+"""The most characters of one environment variable; a longer value belongs into a file."""
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def matches(pattern: str) -> Callable[[str], object]:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds, from a number, a time-span or an ISO 8601 duration."""
+    """Parse a number of seconds, a time-span or an ISO 8601 duration; return seconds."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         for parse in (float, _parse_span):
             with suppress(ValueError, OverflowError):
@@ -104,7 +104,7 @@ def check_id(value: str) -> str:
 check_not_boolean: Callable[[Any], Any] = must(
     "be a number, not true or false", lambda value: not isinstance(value, bool)
 )
-"""Pydantic would take true for 1."""
+"""Refuses a boolean, which pydantic would take for 0 or 1."""
 
 check_metric_name = must(
     "be the name of a sample: letters, digits, '_' and ':'",
@@ -117,7 +117,7 @@ check_key_prefix = must(
 
 
 def parse_account(value: object) -> str:
-    """The name or number of a user or a group of this host."""
+    """Parse the name or number of a user or group of this host."""
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not re.fullmatch(r"[\w.][\w.@-]{0,31}", text, re.ASCII):
         raise ValueError("must be a name or a number of this host")
@@ -138,7 +138,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def load_json(text: str, what: str) -> object:
-    """A value that a flag or a variable has in JSON; ``what`` it has to be."""
+    """Parse the JSON text of a flag or variable; ``what`` describes the right value in an error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -159,7 +159,7 @@ def _split_at_commas(text: str) -> list[str]:
 def _strings(
     value: object, split: Callable[[str], list[str]] = _split_at_commas
 ) -> tuple[str, ...]:
-    """A list of strings; a flag or variable is a JSON list, or text to split."""
+    """Parse a list of strings. The text of a flag or variable is a JSON list, or is split."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("[")
         value = load_json(value, "a list") if in_json else split(value)
@@ -189,7 +189,7 @@ parse_needed_command = must(
 
 
 def parse_hook(value: object) -> tuple[str, ...]:
-    """A command or directory as ``parse_command`` reads it, or one URL."""
+    """Parse a command or directory as ``parse_command`` does, or one URL."""
     if isinstance(value, str) and _is_http(value.strip()):
         value = [value.strip()]  # the & and ? of a query mean something else to a shell
     if isinstance(value, list | tuple) and value and _is_http(value[0]):
@@ -205,7 +205,7 @@ def _is_http(value: object) -> bool:
 
 
 def parse_variables(value: object) -> dict[str, str]:
-    """Environment variables: a table, or a JSON object, or NAME=VALUE words."""
+    """Parse environment variables: a table, a JSON object, or NAME=VALUE words."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("{")
         value = load_json(value, "an object") if in_json else _assignments(value)
@@ -237,7 +237,7 @@ def _assignments(text: str) -> dict[str, str]:
 
 
 def parse_identities(value: object) -> tuple[str, ...]:
-    """Identities of callers, as ``user:NAME``, ``client:ID`` or ``role:NAME``."""
+    """Parse identities of callers: ``user:NAME``, ``client:ID`` or ``role:NAME``."""
     identity = matches(r"(user|client|role):\S(.{0,254}\S)?")
     given = _strings(value)
     wrong = next((f", not {one!r:.60}" for one in given if not identity(one)), "")
@@ -250,7 +250,7 @@ def parse_identities(value: object) -> tuple[str, ...]:
 
 
 def parse_host_names(value: object) -> tuple[str, ...]:
-    """Names of hosts, without ports."""
+    """Parse names of hosts, without ports."""
     names, is_name = _strings(value), matches(r"\w(?:[A-Za-z0-9_.-]{0,253}\w)?")
     if len(names) > MOST_HOST_NAMES or not all(name.isascii() and is_name(name) for name in names):
         raise ValueError(
@@ -270,18 +270,18 @@ def check_url(
     instead: str = "use username and password_file",
     query: bool = False,
 ) -> SplitResult:
-    """The parts of a URL of one of the schemes, with a host, without credentials and fragment.
+    """Parse a URL with one of the schemes and a host, without credentials and fragment; return its parts.
 
     Args:
-        url: is checked.
+        url: the text.
         schemes: in lower case.
-        shape: what an error of scheme or host asks for.
-        instead: where credentials belong.
+        shape: the right form, for the error about scheme or host.
+        instead: where credentials belong, for the error.
         query: whether it may have a query.
     """
     try:
         parts = urlsplit(url)
-        _ = parts.port  # is checked when it is read
+        _ = parts.port  # urlsplit checks the port only when it is read
     except ValueError as error:
         raise ValueError(f"must be a URL: {error}") from None
     if parts.scheme not in schemes or not parts.hostname:
@@ -295,7 +295,7 @@ def check_url(
 
 
 def parse_api_url(url: str) -> str:
-    """A URL that paths are appended to."""
+    """Parse a URL to which paths are appended."""
     check_url(url)
     return url.rstrip("/")
 
@@ -308,7 +308,7 @@ def parse_base_url(url: str) -> str:
 
 
 def parse_proxy(url: str) -> str:
-    """The URL of an HTTP proxy."""
+    """Parse the URL of an HTTP proxy."""
     if check_url(url, instead="use proxy_username and proxy_password_file").path.strip("/"):
         raise ValueError("must have nothing after the port")
     return url.rstrip("/")
@@ -331,7 +331,7 @@ def parse_secure_url(url: str) -> str:
 
 
 def parse_endpoints(value: object) -> tuple[str, ...]:
-    """The base paths of one coordinator or cluster."""
+    """Parse the base paths of one coordinator or cluster."""
     if not 1 <= len(urls := _strings(value)) <= MOST_ENDPOINTS:
         raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
     endpoints = tuple(map(parse_api_url, urls))
@@ -341,14 +341,14 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
 
 
 def parse_base_urls(value: object) -> tuple[str, ...]:
-    """The client URLs of the members of one etcd cluster."""
+    """Parse the client URLs of the members of one etcd cluster."""
     if len(urls := _strings(value)) > MOST_ENDPOINTS:
         raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
     return tuple(map(parse_base_url, urls))
 
 
 def parse_member_url(url: str) -> str:
-    """The URL of a member's listener for failsafe, with its port."""
+    """Check the URL of a member's failsafe listener, which needs a port."""
     parts = check_url(url, instead="use failsafe_secret_file")
     if parts.path.strip("/") or not parts.port or len(url) > LONGEST_ID:
         raise ValueError(
@@ -358,7 +358,7 @@ def parse_member_url(url: str) -> str:
 
 
 def parse_address(value: object) -> Address:
-    """HOST:PORT."""
+    """Parse HOST:PORT."""
     if isinstance(value, Address):
         return value
     pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
@@ -394,7 +394,7 @@ check_file = must(
 
 
 def check_secret_file(path: Path) -> Path:
-    """Check a file that others must not have access to."""
+    """Check a file with a secret, to which other users must have no access."""
     mode = check_file(path).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What every ``[progress]`` table has: a source of the data-processed time.
+"""The keys that every ``[progress]`` table has: a source of the data-processed time.
 
 The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
 """
@@ -45,5 +45,5 @@ class ProgressSource(Declared):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that it runs, which have to be as safe as a hook's."""
+        """The commands that the source runs, which are checked as a hook's are."""
         return ()

@@ -6,7 +6,7 @@ from agent.errors import ConfigError
 from agent.files import read_regular
 
 LONGEST_SECRET = 4096
-"""Bytes. A longer file is another one, named by mistake."""
+"""The longest file in bytes. A longer one is not a secret, but was named by mistake."""
 
 READABLE_BY_OTHERS = 0o006
 """Permission bits that such a file must not have (its group may read it)."""
@@ -20,7 +20,7 @@ MOST_KEYS = 2
 
 
 def read_secret(path: Path) -> str:
-    """The secret in a file, without the end of its line.
+    """Read the secret in a file, without the end of its line.
 
     Raises:
         ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.

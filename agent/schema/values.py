@@ -1,8 +1,8 @@
 """The base of all JSON shapes, and the types inside them that JSON does not have.
 
-``decode_value`` and the two ``encode_`` functions are the hooks for msgspec. A type's ``read`` raises
-TypeError for a value of the wrong kind, and ValueError, whose text completes "PROPERTY: ...", for one
-that is wrong in itself. ``schema`` is what JSON Schema can say of the accepted values, at most all of them.
+``decode_value`` and the two ``encode_`` functions are the hooks for msgspec. A type's ``read`` raises TypeError for
+a value of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value.
+``schema`` describes the accepted values as far as JSON Schema can.
 """
 
 import json
@@ -36,7 +36,7 @@ list of sessions that it is part of has two."""
 
 MAX_NODES = 1000
 MAX_BYTES = 16 * 1024
-"""Values in one AdditionalData, and its length: each reader of a list of sessions gets those of all."""
+"""The most values in one AdditionalData, and its length: a list of sessions contains that of every session."""
 
 
 class TimeSpan(int):
@@ -72,7 +72,7 @@ class TimeSpan(int):
 
 
 class LeaseSpan(TimeSpan):
-    """A FailoverTimeout that a group can be created with."""
+    """A FailoverTimeout that a new group may have."""
 
     limits = "from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
     low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
@@ -256,7 +256,7 @@ def _is_larger(value: object) -> bool:
 
 
 class Confirmed:
-    """The JSON value true, and no other."""
+    """The JSON value true; every other value is refused."""
 
     @classmethod
     def read(cls, given: object) -> Self:
@@ -290,7 +290,7 @@ Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 
 
 def doc(description: str) -> Meta:
-    """The description of a property, for the OpenAPI document and for errors."""
+    """Describe a property, for the OpenAPI document and for errors."""
     return Meta(description=description)
 
 
@@ -320,7 +320,7 @@ class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
 
 
 def decode_value(kind: Any, given: Any) -> Any:
-    """The value of one of these types."""
+    """Decode a value of one of these types."""
     return kind.read(given)
 
 
