@@ -451,9 +451,7 @@ def _decode_body(route: Route, text: bytes) -> Any:
 def _raise_refusal(scope: Scope) -> None:
     """Raise the refusal that the connection has put into the scope, if there is one."""
     if REFUSAL in scope:
-        raise scope.pop(
-            REFUSAL
-        )  # left in the scope, it would be in a reference cycle with its traceback
+        raise scope.pop(REFUSAL)  # kept there it would form a reference cycle
 
 
 def _error(

@@ -188,9 +188,7 @@ class Connection(HttpToolsProtocol):
             self.abort()
         elif self._closing:
             self.abort()
-        elif (
-            self.flow.read_paused
-        ):  # reading is paused here while an earlier request is being answered
+        elif self.flow.read_paused:  # until an earlier request is answered
             self.read_deadline = now + BODY_S
         elif self._reading is _Reading.HEAD:
             self._refuse(
@@ -335,9 +333,7 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
         self._body_bytes += len(body)
         self.read_deadline += len(body) / BODY_BYTES_PER_S
-        if (
-            self._body_bytes > self._host.max_body_bytes
-        ):  # the application refuses it when it reads the body
+        if self._body_bytes > self._host.max_body_bytes:  # the application refuses the body
             self._host.ended(self, Ending.BODY_SIZE)
             self._end_reading()
             raise _Refused
@@ -371,7 +367,7 @@ class Connection(HttpToolsProtocol):
             return
         self._deaf = True
         self.on_message_begin()
-        self.read_deadline = inf  # the answer has a length of its own
+        self.read_deadline = inf  # the answer has a deadline of its own
         scope: Any = self.scope
         scope |= {"method": "GET", "path": "/", "raw_path": b"/", "query_string": b""}
         self._answer_with(refusal)

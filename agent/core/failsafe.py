@@ -203,9 +203,7 @@ class FailsafeMember(LifeCycle):
     def _advance(self, now: float, effects: list[Effect]) -> None:
         if self._voter.reported and now >= self._voter.until(self.timing.lease_s):
             self._voter.reported = False
-            self._heartbeats.send_by(
-                now
-            )  # without a promise the coordinator may choose this member
+            self._heartbeats.send_by(now)  # the coordinator may choose it again
         super()._advance(now, effects)
         if self.phase in _REGISTERING:
             self._contact.on_sent(JOIN, now)

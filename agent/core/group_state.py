@@ -275,9 +275,7 @@ def state_after_restart(
     Every session gets one full L, a quiet time starts again, and a hold-off continues. ``progress`` is used if
     it belongs to the current tenure.
     """
-    if (
-        record.epoch > MAX_EPOCH
-    ):  # clients could cause this in version 0.1.0; no answer can contain such an epoch
+    if record.epoch > MAX_EPOCH:  # version 0.1.0 let clients cause this; no answer can contain it
         record = replace(record, epoch=MAX_EPOCH, holder=None)
     lease_s = record.config.lease_s
     contacts = {

@@ -121,9 +121,7 @@ class CredentialFiles:
             return
         if signature == watched.loaded:
             watched.settle(signature)
-        elif (
-            signature != watched.tried
-        ):  # a file may be half written, so an error is not reported yet
+        elif signature != watched.tried:  # not reported: a file may be half written
             watched.tried, watched.retry_s = signature, FIRST_RETRY_S
             await self._replace(watched, quiet=True)
         elif self._clock.boottime() >= watched.retry_at:

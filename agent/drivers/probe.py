@@ -160,9 +160,7 @@ class ProbeServer:
 
     async def _show_metrics(self, request: Request) -> Response:
         assert self._metrics is not None  # noqa: S101 - else there is no such route
-        async with (
-            self._metrics_lock
-        ):  # at most one page for each iteration of the loop, however many are requested
+        async with self._metrics_lock:  # at most one page in each iteration of the loop
             await asyncio.sleep(0)
             page, content_type = self._metrics(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})

@@ -142,9 +142,7 @@ class LineWriter:
         while rest:
             try:
                 rest = rest[os.write(self.fd, rest) :]
-            except (
-                BlockingIOError
-            ):  # another process that shares the descriptor has made it non-blocking
+            except BlockingIOError:  # another process that shares it made it non-blocking
                 select.select([], [self.fd], [])
             except OSError:  # the reader is gone, or the disk is full
                 return False

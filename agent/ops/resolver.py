@@ -48,9 +48,7 @@ class Resolver:
         if _is_numeric(host):
             return socket.getaddrinfo(*key)
         look_up = self._pending.get(key)
-        if (
-            look_up is None or look_up.done()
-        ):  # results are not cached here, as the system's resolver does that
+        if look_up is None or look_up.done():  # not cached: the system's resolver does that
             look_up = self._start(key)
         return list(await asyncio.shield(look_up))
 

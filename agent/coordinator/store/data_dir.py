@@ -333,9 +333,7 @@ def _create(path: Path) -> None:
         empty.execute(SCHEMA)
         empty.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
         content = empty.serialize("main")
-    unfinished = path.with_name(
-        path.name + ".new"
-    )  # a process that died here may have left the file; it is written anew
+    unfinished = path.with_name(path.name + ".new")  # may be left by a process that died here
     try:
         with open(unfinished, "wb", opener=_private) as file:
             file.write(content)

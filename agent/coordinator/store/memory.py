@@ -18,9 +18,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.store_id = str(uuid.uuid4())
-        self._version = (
-            0  # versions are never repeated, even if a group is deleted and created again
-        )
+        self._version = 0  # never repeated, even for a group that is created again
         self._records: dict[GroupKey, tuple[int, str]] = {}
         self._progress: dict[GroupKey, Progress] = {}
         self._history: dict[GroupKey, dict[int, str]] = {}

@@ -36,7 +36,5 @@ class TcpCheck(Check):
             why = error.strerror or str(error)
             raise CheckFailed(f"{self.address} takes no connection: {why}") from error
         writer.close()
-        with suppress(
-            OSError
-        ):  # the connection was accepted; an error on closing it does not matter
+        with suppress(OSError):  # an error after the accept does not matter
             await writer.wait_closed()

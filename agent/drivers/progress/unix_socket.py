@@ -165,9 +165,7 @@ class Listener:
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
             _clear(path, kind)
-            os.fchmod(
-                listening.fileno(), mode
-            )  # bind applies the umask, so the socket never has a wider mode
+            os.fchmod(listening.fileno(), mode)  # bind applies the umask: the mode is never wider
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
         except OSError:

@@ -394,8 +394,6 @@ def _root_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         error = inner
-        if not isinstance(
-            error, ssl.SSLWantReadError | ssl.SSLWantWriteError
-        ):  # they ask the client to wait, and are not faults
+        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # wait, no fault
             root = error
     return root
