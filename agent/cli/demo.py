@@ -288,7 +288,7 @@ class Demo:
         host, agent, fault = self.strike("crash (SIGKILL)")
         self.log(
             f"{host.name}'s agent crashes: SIGKILL to it alone. Its collector goes on, until the guard"
-            " has stopped it and has handed the role back."
+            " has stopped it and has released the role."
         )
         agent.kill()
         host.wait()
