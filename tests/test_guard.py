@@ -1463,7 +1463,7 @@ def test_a_killed_guard_does_not_release_the_role(host: Host, tmp_path: Path) ->
 # --- how small it is --------------------------------------------------------------------------
 
 
-def test_it_is_small(
+def test_the_guard_takes_little_memory(
     host: Host, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     host.send(*hook(sh("x" * 2000)))

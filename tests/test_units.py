@@ -62,7 +62,7 @@ def drop_in(folder: Path, example: Path) -> str:
     return unit[1]
 
 
-def test_systemd_has_nothing_to_say_of_the_units(folder: Path) -> None:
+def test_systemd_finds_no_fault_in_the_units(folder: Path) -> None:
     names = [re.sub("@", "@line-7", path.name) for path in folder.glob("*.service")]
     assert len(names) == 4
     result = analyze(folder, "verify", *(f"./{name}" for name in names))
@@ -70,7 +70,7 @@ def test_systemd_has_nothing_to_say_of_the_units(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.conf")), ids=lambda path: path.stem)
-def test_systemd_has_nothing_to_say_of_an_example(folder: Path, example: Path) -> None:
+def test_systemd_finds_no_fault_in_an_example(folder: Path, example: Path) -> None:
     unit = drop_in(folder, example)
     result = analyze(folder, "verify", f"./{unit}")
     assert (result.returncode, result.stdout + result.stderr) == (0, "")

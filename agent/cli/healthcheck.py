@@ -134,7 +134,7 @@ def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | No
         own = os.environ.get(CERTIFICATE if url.endswith("/healthz") else PROBE_CERTIFICATE)
     try:
         context = ssl.create_default_context(cafile=own or ca_file)
-    except OSError as error:  # an SSLError is an OSError, too
+    except OSError as error:  # ssl.SSLError is an OSError, too
         raise Unhealthy(
             f"{own or ca_file} must be a file with certificates in PEM: {error}"
         ) from None

@@ -61,20 +61,20 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPERATION_ID = b"operation-id"
 
 LEADERS_TRIED = 3
-"""Leaders that one request is given to while leadership moves."""
+"""How many leaders one request is sent to, if leadership keeps moving."""
 
 ADMITTED_FOR_S = 1.0
-"""Credentials and rights are checked again if a body takes longer to come in: otherwise a request that was
-begun in time, and is held open, would outlive both."""
+"""If a body takes longer than this to arrive, credentials and rights are checked again: a request that is kept
+open could outlive both."""
 
 PART_BYTES = 65_536
-"""Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
+"""How many bytes of a long answer are sent before other requests are served: 12 MB at once took 50 ms with TLS."""
 
 log = Log(__name__)
 
 
 class MethodNotAllowed(RequestRefused):
-    """The path exists, and has no such method. ``allow`` has those that there are."""
+    """The path exists, but not with this method. ``allow`` lists its methods."""
 
     def __init__(self, method: str, allow: str) -> None:
         super().__init__(f"There is no {method} here.", f"Use one of {allow}.")
@@ -116,9 +116,9 @@ class Api:
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
-        browsers: refuses requests of pages of other sites; by default without a look at Host.
-        forwarder: with several coordinators: sends requests to the one that leads the group.
-        routes: those that are served.
+        browsers: refuses requests from pages of other sites; the default does not check Host.
+        forwarder: sends requests to the leader of the group; None with a single coordinator.
+        routes: the routes to serve.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Api:
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
     ) -> tuple[bytes, bool]:
-        """The body, and whether the caller has to be identified again because it took long to come in."""
+        """The body, and whether the caller has to be identified again because the body took long to arrive."""
         admitted_at = perf_counter()
         text = await self._read_body(scope["headers"], receive)
         _raise_refusal(scope)  # the rest of the body did not arrive
@@ -244,7 +244,7 @@ class Api:
         found: PathMatch,
         rights: Rights,
     ) -> Answer:
-        """Answer a request about a group here if its shard is led here, else by its leader (R19).
+        """Answer a request about a group if this coordinator leads its shard, else forward it to the leader (R19).
 
         If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
         """
@@ -284,7 +284,7 @@ class Api:
     # -- rights -------------------------------------------------------------------------------
 
     async def _identify(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
-        """The rights of the caller, who is known and of the path's tenant if the route demands it."""
+        """The rights of the caller. Raises unless it may call this route in the path's tenant."""
         if route.right is None:
             return self._rights_of_everybody
         rights = self._rights_of_everybody
@@ -428,7 +428,7 @@ def _tenant_namespace(values: Any) -> tuple[str, str]:
 
 
 def _is_about_a_group(route: Route, found: PathMatch) -> bool:
-    """Whether the leader of a shard answers this, rather than any coordinator."""
+    """Whether only the leader of the group's shard may answer this request."""
     return "groupId" in found.values or route.handler is create_group
 
 
@@ -449,9 +449,9 @@ def _decode_body(route: Route, text: bytes) -> Any:
 
 
 def _raise_refusal(scope: Scope) -> None:
-    """Raise what the connection has to answer instead of the request, if there is such a thing."""
+    """Raise the refusal that the connection has put into the scope, if there is one."""
     if REFUSAL in scope:
-        raise scope.pop(REFUSAL)  # in the scope, it would be in a circle with its traceback
+        raise scope.pop(REFUSAL)  # kept there it would form a reference cycle
 
 
 def _error(

@@ -112,21 +112,21 @@ class Cluster:
         """
         etcd = await asyncio.to_thread(connect, settings)
         try:
-            store = await _patiently(
+            store = await _retry_at_start(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
             )
             clients = None
             if settings.tls_client_ca_file is not None:
-                clients = ForwardedClients(await _patiently(lambda: read_peer_key(store)))
+                clients = ForwardedClients(await _retry_at_start(lambda: read_peer_key(store)))
             return cls(store, settings, clock, metrics, clients)
         except BaseException:
             await etcd.aclose()
             raise
 
     async def declare_restored(self) -> int:
-        """Declare every group of the store, before anybody leads a shard (R34); how many there are.
+        """Declare every group of the store as restored, before a shard is led (R34); return their number.
 
-        The keys of coordinators that ran when the copy was made may be in it, for as long as their leases last.
+        The copy may contain keys of coordinators that ran when it was made, until their leases expire.
 
         Raises:
             StoreError: other coordinators serve the store, or etcd fails.
@@ -149,13 +149,13 @@ class Cluster:
             await asyncio.sleep(STARTUP_RETRY_S)
 
     async def start(self) -> None:
-        """Take part."""
+        """Start to serve requests, to compete for shards and to forward."""
         await self.coordinator.start()
         self.leadership.start()
         self.forwarder.start()
 
     async def hand_over(self) -> None:
-        """Give every shard to the other coordinators, and end the requests that wait for them.
+        """Give every shard to the other coordinators, and end the requests that wait for their answers.
 
         May be called twice.
         """
@@ -215,10 +215,10 @@ def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
 
 
 async def read_peer_key(store: EtcdCluster) -> bytes:
-    """The key that coordinators of a store sign requests to one another with; made by the first that needs it.
+    """The key with which the coordinators of a store sign forwarded requests; the first one to need it makes it.
 
     Raises:
-        StoreError: etcd fails, or has something else in its place.
+        StoreError: etcd fails, or its value is not such a key.
     """
     place = f"{store.layout.prefix}/peer-key"
     await store.etcd.txn([if_revision(place, 0)], [put(place, secrets.token_hex(PEER_KEY_BYTES))])
@@ -234,7 +234,7 @@ async def read_peer_key(store: EtcdCluster) -> bytes:
     return key
 
 
-async def _patiently(opening: Callable[[], Awaitable[T]]) -> T:
+async def _retry_at_start(opening: Callable[[], Awaitable[T]]) -> T:
     until = asyncio.get_running_loop().time() + STARTUP_S
     while True:
         try:

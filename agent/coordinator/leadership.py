@@ -155,7 +155,7 @@ class Leadership:
             if term is not None and number not in self._loading and term[1].is_led_at(now):
                 return None
             leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != self.url:  # not to itself by an old key
+            if leader is not None and leader.url != self.url:  # its own URL comes from an old key
                 return leader.url
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
@@ -210,7 +210,7 @@ class Leadership:
             except* Exception:  # a task's edge: another session may succeed
                 log.exception("session with etcd failed")
                 self.fault = "a fault of this program, see its log"
-            if not self._outage_logged:  # attempts in an outage would fill the log
+            if not self._outage_logged:  # a line for each attempt would fill the log
                 self._outage_logged = True
                 log.warning("session with etcd ended, retrying", reason=self.fault)
             await self._end_session()
@@ -267,8 +267,8 @@ class Leadership:
     async def _renew(self) -> None:
         """Renew the lease and read all keys.
 
-        The read shows that a majority of etcd still knows the lease. If it is of a later term than the renewal, that
-        may have been answered by a deposed leader of etcd, and does not count.
+        The read proves that a majority of etcd still knows the lease. If its term is later than the renewal's, a
+        deposed leader of etcd may have answered the renewal, which then does not count.
         """
         sent_at = self._boottime()
         term = await self._etcd.keep_alive(self._lease_id)

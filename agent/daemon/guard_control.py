@@ -1,7 +1,7 @@
 """Arm and disarm the guard (R12) and the kernel's watchdog device (R4).
 
-Owns when that happens: both are disarmed only after a completed demotion. Any other end of the agent
-leaves them armed, and they act in its place.
+Owns when they are armed and disarmed: both are disarmed only after a completed demotion. If the agent ends in any
+other way they stay armed, and act in its place.
 """
 
 import json
@@ -64,11 +64,11 @@ class GuardControl:
 
     @property
     def frozen(self) -> bool:
-        """Whether the session has failed."""
+        """Whether a step of the session has failed."""
         return self._frozen
 
     def freeze(self) -> None:
-        """Leave both as they are from now on: the session has failed and cannot be trusted."""
+        """Leave guard and watchdog as they are: the session has failed and cannot be trusted."""
         self._frozen = True
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
@@ -143,7 +143,7 @@ class GuardControl:
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
-        # It changes with each answer of a member, and is not true of a demoted session.
+        # Left out: it changes with each answer of a member, and would be wrong after a demotion.
         state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,

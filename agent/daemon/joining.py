@@ -122,10 +122,10 @@ class Registration:
         return Joined(timing, store_id)
 
     async def _has_extensions(self, limit_s: float) -> bool:
-        """Whether the server is no plain v1 one, which may refuse a registration with a FailsafeUrl.
+        """Whether the server has extensions. A plain v1 server may refuse a registration with a FailsafeUrl.
 
-        Until the first registration only the status shows that. Where it may not be read, the first heartbeat
-        has the URL.
+        Before the first registration only the group's status shows this. If there is no permission to read
+        it, the first heartbeat reports the URL.
         """
         if self.rejoining:
             return self.session.store_id is not None

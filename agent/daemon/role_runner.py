@@ -84,7 +84,7 @@ class RoleRunner:
     Attributes:
         payloads: builds the payloads of hooks.
         cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
-        leftover: what previous agents have left, until the first demotion has ended it.
+        leftover: the processes that previous agents have left, until the first demotion has ended them.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """The demotion hook: that of the tenure, else the configured one."""
+        """The demotion hook of the tenure, else the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
         return self._specs.get(EVENTS[Role.SECONDARY])
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles that have a run, or of which the guard has to know.
+        """The roles that have a run, or that the guard has to know.
 
         A demotion has to end what a promotion starts, so it has a run even without a hook.
         """
@@ -188,7 +188,7 @@ class RoleRunner:
 
     @property
     def known_processes(self) -> tuple[proctree.Process, ...]:
-        """What the next process of this member has to end if this one and its guard are killed."""
+        """The processes that this member's next process has to end if this process and its guard are killed."""
         return tuple(sorted({*self.tenure_roots, *self.leftover.roots}))
 
     def start_run(
@@ -224,7 +224,7 @@ class RoleRunner:
         self._on_ended(HookEnded(number, ok, why))
 
     def terminate(self, number: int) -> None:
-        """TERM to the processes of a run; it starts nothing more."""
+        """Send TERM to the processes of a run, which then starts no further ones."""
         run = self._runs.get(number)
         if run is None:
             return
@@ -250,7 +250,7 @@ class RoleRunner:
             self.workload.kill()
 
     def kill_all(self) -> set[asyncio.Task[Any]]:
-        """Escalate (R4): KILL to the whole tenure and the demotion hook; the tasks that do it."""
+        """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
@@ -302,7 +302,7 @@ class RoleRunner:
             fault = await self.workload.start(payload_environment(payload))
             self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.terminated:  # TERM also went to what it has started: even a success is no promotion
+        if run.terminated:  # TERM also went to the processes it started, so even a success counts as a failed promotion
             await self._wait_until_gone(run)
             return False, "terminated" if ok else why
         return ok, why
@@ -318,7 +318,7 @@ class RoleRunner:
         kill_by = self._clock.boottime() + facts.limit_s
         tenure = self._tenure
         if tenure is not None:
-            await tenure.track_processes()  # while their parents live, which lead to them
+            await tenure.track_processes()  # before their parents end, from which they are found
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
@@ -332,8 +332,8 @@ class RoleRunner:
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
                 await tenure.kill(LEAST_KILL_S)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
-        # After the hook, which may stop in order what a promotion hook has left running. After one that has
-        # failed, too: whatever it lacked, the tenure may have used it up, and it is tried again.
+        # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
+        # failed: it may have lacked resources that the tenure used, and will be run again.
         limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime()) if ok else LEAST_KILL_S
         left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
         if left is not None:

@@ -109,7 +109,7 @@ class StatePublisher:
         return describe_failsafe(self._member.session.failsafe_view(now), now, clock.wall())
 
     def _unreleased(self) -> dict[str, Any] | None:
-        """The tenure that the next process has to release: this process's, or the previous one's."""
+        """The tenure that the next process has to release: of this process, or of the previous one."""
         session = self._member.session
         owed: PreviousTenure | None = None
         if self._unreleased_epoch is not None:
@@ -124,7 +124,7 @@ class StatePublisher:
         return str(self._state_file.path)
 
     async def write_first(self, reason: str) -> FailoverError | None:
-        """Write Secondary before anything else happens (R6); the error if that fails, or None."""
+        """Write Secondary before anything else happens (R6); return the error if that fails, or None."""
         state = self.describe() | {"reason": reason}
         try:
             await self._lane.run(lambda: self._state_file.write(state), timeout_s=FIRST_WRITE_S)
@@ -138,7 +138,7 @@ class StatePublisher:
         return None
 
     def with_hint(self, failure: FailoverError) -> FailoverError:
-        """The failure, with what to do about it if it is about the state file."""
+        """The text of the failure; if it concerns the state file, with what to do about it."""
         if failure.exit_code is ExitCode.OTHER_STORE:
             failure.hint = (
                 "if the coordinator's data were deleted on purpose, remove"
@@ -175,7 +175,7 @@ class StatePublisher:
         self.write()
 
     async def flush(self, limit_s: float = FLUSH_S) -> bool:
-        """Wait until the newest state is written, at most ``limit_s`` seconds; whether it is."""
+        """Wait until the newest state is written, at most ``limit_s`` seconds; return whether it is."""
         if self._writing is not None and not self._writing.done():
             await asyncio.wait([self._writing], timeout=limit_s)
         return self._writing is None or self._writing.done()

@@ -70,7 +70,7 @@ class TenureProcesses:
             hook.kill()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill all its processes; None once all are gone, else why some are not."""
+        """Kill all its processes; return None once all are gone, else the reason why some are not."""
         return await self._tree.kill(limit_s)
 
 
@@ -87,7 +87,7 @@ class PreviousProcesses:
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which the others descend, as last known."""
+        """The processes from which the others descend, as of the last search."""
         return tuple({root for tree in self._trees for root in tree.roots})
 
     def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
@@ -103,11 +103,11 @@ class PreviousProcesses:
             self._trees += (tree,)
 
     def forget(self) -> None:
-        """Forget all of them: they are gone."""
+        """Forget all processes: they are gone."""
         self._trees = ()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill all of them; None once all are gone, else why some are not."""
+        """Kill all of these processes; return None once all are gone, else the reason why some are not."""
         reasons = [await tree.kill(limit_s) for tree in self._trees]
         left = "; ".join(filter(None, reasons)) or None
         if left is not None:
@@ -118,7 +118,7 @@ class PreviousProcesses:
 async def kill_remaining(
     *trees: TenureProcesses | PreviousProcesses | None, limit_s: float
 ) -> str | None:
-    """Kill what is left of tenures; None once all processes are gone, else why some are not."""
+    """Kill the remaining processes of tenures; return None once all are gone, else why some are not."""
     for tree in trees:
         if tree is not None:
             left = await tree.kill(min(KILL_S, limit_s))
@@ -129,7 +129,7 @@ async def kill_remaining(
 
 
 async def check_visibility() -> FailoverError | None:
-    """Check that this process can see the processes that it would have to end; the error if not."""
+    """Check that this process can see the processes that it may have to end; return the error if not."""
     try:
         await BlockingThread("processes").run(proctree.snapshot, timeout_s=SEARCH_S)
     except (StuckError, OSError) as error:

@@ -39,7 +39,7 @@ MAX_BODY_BYTES = 64 * 1024
 """A report is under 100 bytes."""
 
 LIMITS = Limits(
-    connections=32,  # a workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60
+    connections=32,  # a workload, a sidecar and a few people; each takes some 20 KiB, with TLS 60
     request_s=5.0,
     keep_alive_s=3,
     head_bytes=16 * 1024,  # a browser sends under 4 KiB in 20 headers
@@ -93,7 +93,7 @@ class ProbeServer:
         self._http = HttpServer("probe", LIMITS)
 
     def use(self, access: ProbeAccess) -> None:
-        """Serve new connections by other certificates, and every request by another password."""
+        """Use other certificates for new connections, and another password for every request."""
         self._access = access
         self._http.tls = access.tls
 
@@ -113,7 +113,7 @@ class ProbeServer:
         await self._http.stop()
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer callers that may have one: no page of another site, and none without the password."""
+        """Answer a request, unless a page of another site sent it or the password is wrong."""
         headers = scope["headers"]
         if reason := self._browsers.refusal(headers, scope["scheme"]):
             refusal = JSONResponse({"error": f"{reason} {RESOLUTION}"}, 403)
@@ -160,7 +160,7 @@ class ProbeServer:
 
     async def _show_metrics(self, request: Request) -> Response:
         assert self._metrics is not None  # noqa: S101 - else there is no such route
-        async with self._metrics_lock:  # one page per turn of the loop, however many are requested
+        async with self._metrics_lock:  # at most one page in each iteration of the loop
             await asyncio.sleep(0)
             page, content_type = self._metrics(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
@@ -168,7 +168,7 @@ class ProbeServer:
 
 async def _read_body(request: Request) -> bytes:
     too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    with suppress(ValueError):  # of no number: the parser has rejected it already
+    with suppress(ValueError):  # not a number: the parser has refused it already
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_long
     body = bytearray()

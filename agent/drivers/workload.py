@@ -1,7 +1,7 @@
 """The workload of ``failover-agent exec``: one command that runs only while this member is primary.
 
-Owns its process, process group and, where one can be created, cgroup. Knows nothing of roles: the caller
-starts and stops it; it restarts the command by its policy, and reports when it does not any more.
+Owns its process, process group and, where one can be created, cgroup. Knows nothing of roles: the caller starts and
+stops the command; this module restarts it by its policy, and reports when it gives up.
 
 The command inherits our stdout, stderr, working directory and environment, and gets /dev/null as stdin and
 the FAILOVER_ variables. The kernel kills it when the agent dies (PDEATHSIG), and the guard its descendants.
@@ -115,7 +115,7 @@ class Workload:
         return await self._spawn()
 
     async def stop(self) -> None:
-        """Send TERM to all of its processes, and wait until none is left. ``kill`` hurries it."""
+        """Send TERM to all of its processes, and wait until none is left; ``kill`` shortens the wait."""
         self._cancel_restart()
         tree = self._tree
         if tree is not None:  # find descendants before they become orphans
@@ -253,7 +253,7 @@ class Workload:
                 )
 
     def _release(self) -> None:
-        """Reap it, and remove its cgroup."""
+        """Reap the process, and remove the cgroup."""
         if self._child is not None and self._child.ended:
             self._child.release()
             self._child = None

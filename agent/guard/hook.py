@@ -1,4 +1,4 @@
-"""The demotion hook as the guard runs it: commands, one after the other, each as a process group."""
+"""Run the demotion hook in the guard: its commands in order, each in its own process group."""
 
 import os
 import select
@@ -16,11 +16,11 @@ KILLED_WAIT_S = 0.2
 """How long the guard waits for killed processes to be gone before it goes on."""
 
 OUTPUT_BYTES = 65536
-"""How much of a hook's output is logged, and the most that is read of it at a time."""
+"""How much of a hook's output is logged, and how much is read at a time at most."""
 
 
 def parse_ids(field: bytes) -> "list[int]":
-    """Numbers divided by commas."""
+    """Parse numbers that are separated by commas."""
     return [int(number) for number in field.split(b",") if number]
 
 
@@ -54,7 +54,7 @@ class DemotionHook:
             rest = rest[1 + arg_count :]
 
     def become_user(self) -> None:
-        """Take on the user of the hook, for good."""
+        """Switch this process to the user of the hook, irrevocably."""
         if self.user >= 0:
             os.setgroups(self.groups)
             os.setgid(self.group)
@@ -67,8 +67,8 @@ class DemotionHook:
             term_at: when the running command gets TERM.
             end_at: when it gets KILL.
             log: for the output and the results.
-            failed_groups: receives the process group of each command that failed. What a successful
-                command leaves running is meant for the standby.
+            failed_groups: receives the process group of each command that failed. Processes that a
+                successful command leaves running are meant to run on a standby.
 
         Returns:
             Whether all commands have succeeded.
@@ -108,7 +108,7 @@ class _Command:
     """One running command of the hook. It stays a zombie, so that its process id is not reused.
 
     Args:
-        hook: for its user, directory, environment and stdin.
+        hook: has the user, directory, environment and stdin.
         argv: program and arguments.
         output: descriptor for its stdout and stderr.
 
@@ -149,7 +149,7 @@ class _Command:
         if now() >= end_at:
             signal_groups([self.pid], signal.SIGKILL)
             try:
-                os.kill(self.pid, signal.SIGKILL)  # it may not lead its group yet
+                os.kill(self.pid, signal.SIGKILL)  # its process group may not exist yet
             except OSError:
                 pass
         elif now() >= term_at and not self.termed:

@@ -1,7 +1,7 @@
 """A bounded HTTP/1.1 server for an agent: uvicorn's connections, with limits on number, size and time.
 
-Owns the listening sockets, the TLS handshakes and the connections of one ASGI application, and what is not
-even a request of HTTP. Knows no path, no body and no setting.
+Owns the listening sockets, TLS handshakes and connections of one ASGI application, and answers bytes that are
+not an HTTP request. Knows no path, no body and no setting.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ BACKLOG = 64
 """Connections that wait to be accepted."""
 
 NO_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
-"""The host does not have an address, or its whole family."""
+"""Errors of a host that does not have this address, or no address of its family (IPv6, say)."""
 
 ACCEPT_PAUSE_S = 0.1
-"""After a failed accept, such as for want of descriptors."""
+"""Pause after a failed accept, such as one for want of descriptors."""
 
 STOP_S = 0.05
-"""How long a stop waits for answers that are being sent."""
+"""How long ``stop`` waits for answers that are being sent."""
 
 NOT_HTTP = "This is not HTTP/1.1, or it has no end."
 
@@ -47,14 +47,14 @@ class Limits:
 
     Attributes:
         connections: at once; TLS handshakes count.
-        request_s: timeout of a connection, from its start or that of its last request, and of a TLS
-            handshake: a slow client keeps one of the connections no longer.
-        keep_alive_s: timeout of an idle connection. Less than request_s, which is for stuck ones.
+        request_s: how long a connection may take for its TLS handshake, and then for each request: a slow
+            client occupies a connection no longer than this.
+        keep_alive_s: timeout of an idle connection. Shorter than request_s.
         head_bytes: of one request.
         headers: of one request.
-        request_bytes: of head, body and trailers of one request; the connection of a longer one is closed.
-        pipelined: requests that wait for the answer before theirs, on one connection.
-        newest_first: a connection above the bound ends the oldest one, and is not itself refused.
+        request_bytes: of head, body and trailers of one request; a longer one closes its connection.
+        pipelined: requests on one connection that wait until an earlier one is answered.
+        newest_first: whether a connection above the bound replaces the oldest one; else it is refused.
     """
 
     connections: int
@@ -88,9 +88,9 @@ class HttpServer:
         self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
 
     async def start(self, app: ASGIApp, address: Address) -> Address:
-        """Listen; return the bound address, with the real port if that was 0.
+        """Listen; return the bound address, with the port that the kernel chose if the port was 0.
 
-        A wildcard of IPv6 serves IPv4 too.
+        The IPv6 wildcard address serves IPv4, too.
 
         Raises:
             ConfigError: LISTEN, the address is in use, not of this host, or invalid.
@@ -156,15 +156,15 @@ class HttpServer:
                 ssl_handshake_timeout=self.limits.request_s if self.tls is not None else None,
             )
             await protocol.ended.wait()
-        except OSError:  # also of the TLS handshake, or its timeout: it was no client of ours
+        except OSError:  # the TLS handshake failed or timed out: no request was received
             pass
-        except Exception:  # a connection's edge: what one client does must not stop the agent
+        except Exception:  # a task's edge: no client may stop the agent
             log.exception("connection failed", server=self._name)
         finally:
             protocol.abort()
 
     async def stop(self) -> None:
-        """Stop listening; unfinished answers get STOP_S. May be called twice, or without a start."""
+        """Stop listening; wait STOP_S for unfinished answers. May be called twice, or without a start."""
         await _cancel(self._accepting)
         for listener in self._listeners:
             listener.close()
@@ -187,7 +187,7 @@ class _Connection(HttpToolsProtocol):
         self._limits = limits
         self.access_log = False  # uvicorn's loggers are shared with other servers
         self.logger = logging.getLogger("uvicorn.error.agent")
-        self.logger.setLevel(logging.ERROR)  # what a stranger sends is no warning
+        self.logger.setLevel(logging.ERROR)  # bad requests of strangers are no warning
         self._deadline: asyncio.TimerHandle | None = None
         self._received_bytes = 0
         self._head_bytes = 0
@@ -237,7 +237,7 @@ class _Connection(HttpToolsProtocol):
             self.send_400_response(NOT_HTTP)
 
     def send_400_response(self, _msg: str) -> None:
-        """Answer what cannot be parsed, or is too large, and close the connection."""
+        """Refuse a request that cannot be parsed or is too large, and close the connection."""
         status = "431 Request Header Fields Too Large" if self._too_large else "400 Bad Request"
         reason = self._limits_text if self._too_large else NOT_HTTP
         body = json.dumps({"error": reason}).encode()
@@ -254,7 +254,7 @@ class _Connection(HttpToolsProtocol):
         )
 
     def abort(self) -> None:
-        """Close at once, if it is not closed."""
+        """Close the connection at once."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -263,7 +263,7 @@ class _Connection(HttpToolsProtocol):
         self._refuse_above(self._head_bytes, self._limits.head_bytes)
 
     def _refuse_above(self, number: int, most: int) -> None:
-        """Stop the parser, which answers by ``send_400_response``."""
+        """Raise an error above this bound: uvicorn then calls ``send_400_response``."""
         if number > most:
             self._too_large = True
             raise ValueError("the request is too large")
@@ -283,7 +283,7 @@ async def _cancel(tasks: Iterable["asyncio.Task[None]"]) -> None:
 
 
 def _listen_at_all(found: Sequence[tuple[Any, ...]]) -> list[socket.socket]:
-    """Listen at every address of a name, on one port. Raises OSError of the first that cannot be used."""
+    """Listen at every address of a name, on one port. Raises the OSError of the first unusable address."""
     listeners: list[socket.socket] = []
     unusable: OSError | None = None
     for family, _, _, _, place in found:
@@ -320,7 +320,7 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
 
 
 def _listen_error(name: str, address: Address, error: OSError) -> ConfigError:
-    # not str(error) of every error: asyncio's wording is another
+    # asyncio words the text of its errors differently, so the text of errno is used if there is one
     own = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
     why = own or error
     right = f"choose another --{name}-listen HOST:PORT on this host, with port 0 for any free one"

@@ -10,11 +10,11 @@ from agent.model import Right
 from agent.schema.values import AccessRights, AccessType, Shape, TrusteeKind, doc
 
 MAX_ENTRIES = 1000
-"""Entries of an access-control list: each request walks them, so the list has an end."""
+"""The most entries of an access-control list, as each request is checked against all of them."""
 
 
 MAX_LIST_BYTES = 131_072
-"""Bytes of an access-control list as JSON: each change of its group's roles writes it again."""
+"""The most bytes of an access-control list as JSON, since each change of the group's roles writes it again."""
 
 
 class Trustee(Shape, frozen=True):
@@ -30,7 +30,7 @@ class Trustee(Shape, frozen=True):
 
 
 class AccessControlEntry(Shape, frozen=True):
-    """Rights that one trustee has, or is denied. Denied beats allowed."""
+    """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
     access_type: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]

@@ -151,7 +151,7 @@ async def test_a_changed_secret_is_put_into_force_without_losing_the_role(
             try:
                 await answer_of(asker, peer)
             except AskError as error:
-                assert "not by the secret of this group" in str(error)  # noqa: PT017 - polled for
+                assert "not made with the secret of this group" in str(error)  # noqa: PT017 - polled for
                 break
             assert asyncio.get_running_loop().time() < end_at
         assert host.daemon.describe()["epoch"] == epoch

@@ -211,6 +211,14 @@ async def test_a_stop_right_after_the_start_leaves_no_process(new: Made) -> None
     assert new.ends == []
 
 
+async def until_another_was_restarted(new: Made, directory: Path) -> None:
+    """Wait until another command was restarted twice: by then the one under test would have been, too."""
+    witness = new(f"echo x >>{directory}/witness", Restart.ALWAYS)
+    await witness.start({})
+    await until(lambda: read(directory / "witness").count("x") >= 3)
+    await witness.stop()
+
+
 async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
     new: Made, quick: None, tmp_path: Path
 ) -> None:
@@ -220,24 +228,28 @@ async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
     while state_of(pid) != "Z":
         pass  # without a turn of the loop
     await workload.stop()
-    await asyncio.sleep(0.05)
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == "x\n"
     assert new.ends == []
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 async def test_kill_or_stop_during_the_backoff_cancels_the_restart(
-    new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    new: Made,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    how: str,
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.2)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
     await workload.start({})
-    await until(lambda: workload._again is not None)
+    await until(lambda: "workload restart scheduled" in caplog.text)
     if how == "kill":
         workload.kill()
     else:
         await workload.stop()
-    await asyncio.sleep(0.4)
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == "x\n"
 
 
@@ -323,7 +335,7 @@ async def test_an_end_that_the_policy_accepts_causes_no_restart(
     workload = new(f"echo x >>{tmp_path}/runs; {script}", restart)
     await workload.start({})
     await until(lambda: new.ends)
-    await asyncio.sleep(0.02)
+    await until_another_was_restarted(new, tmp_path)
     assert (new.ends, read(tmp_path / "runs")) == (ends, "x\n")
 
 
@@ -335,9 +347,8 @@ async def test_a_command_is_not_restarted_after_too_many_failures(
     await workload.start({})
     await until(lambda: new.ends)
     assert new.ends == [None]
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == GIVE_UP_AFTER * "x\n"
-    await asyncio.sleep(0.02)
-    assert workload._again is None
 
 
 async def test_a_command_that_exits_with_0_is_always_restarted(

@@ -1,10 +1,10 @@
 """Groups in etcd, for several coordinators (R19).
 
-Groups are hashed onto a fixed number of shards. An ``EtcdStore`` is one shard in the hands of one leader: every
-change is one transaction that also compares the leadership key, so that a deposed leader changes
-nothing. ``EtcdCluster`` is what is not of one shard: the identity, the access lists, lists over all groups.
+Groups are hashed onto a fixed number of shards. An ``EtcdStore`` is one shard, used by its leader: every change is
+one transaction that also compares the leadership key, so that a deposed leader changes nothing. ``EtcdCluster`` is
+the part that belongs to no shard: the identity, the access lists, lists of all groups.
 
-A record's version is its mod revision, which etcd never gives twice. Each value of a record begins with a random
+A record's version is its mod revision, which etcd never repeats. Each value of a record begins with a random
 token: a write without an answer is sent again with the same token until its outcome is known, for at most
 SETTLE_S; then OutcomeUnknown is raised.
 
@@ -58,17 +58,17 @@ from agent.errors import (
 from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
 
 PAGE = 200
-"""Records in one range read: a record of two members has some 500 bytes, one of 100 may have a megabyte."""
+"""The most records in one range read: a record of 2 members has some 500 bytes, one of 100 may have a megabyte."""
 
 KEYS_PAGE = 5_000
-"""Keys in one range read without values."""
+"""The most keys in one range read without values."""
 
 MOST_STEPS = 100
-"""Steps in one transaction; etcd's default limit is 128."""
+"""The most steps in one transaction; etcd's default limit is 128."""
 
 SETTLE_S = 2.0
-"""How long a write without an answer is sent again: as long as an election of etcd usually takes. Inputs of that
-group wait meanwhile."""
+"""How long a write without an answer is repeated: as long as an election of etcd usually takes. Other inputs of
+the group wait meanwhile."""
 
 RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""
@@ -122,10 +122,10 @@ class EtcdCluster:
 
     @staticmethod
     async def _begin_to_serve(etcd: Etcd, prefix: str, meta: Meta) -> None:
-        """Make a copy, or the store of an older version, one of this version.
+        """Adopt a store that is a copy, or that an older version has served.
 
-        Records are converted as they are read. A coordinator of the older version that still has a session
-        could not read the new ones, and would not know whom they exclude.
+        Records are converted when they are read. A coordinator of the older version that still has a session
+        could not read the new records, and would not know whom they exclude.
         """
         key = f"{prefix}/meta"
         text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
@@ -167,7 +167,7 @@ class EtcdCluster:
         return await self.etcd.get(self.layout.restored) is not None
 
     async def trust(self) -> None:
-        """Take that back, for every coordinator at once."""
+        """Withdraw the declaration that the store was restored, for every coordinator at once."""
         await self.etcd.txn([], [delete(self.layout.restored)])
 
     async def configs(
@@ -178,7 +178,7 @@ class EtcdCluster:
         count: int,
         visible: Callable[[AccessList | None], bool],
     ) -> tuple[int, list[GroupConfig]]:
-        """A page of a namespace's groups, sorted by id, whoever leads them; and how many there are."""
+        """A page of a namespace's groups of all leaders, sorted by id; and their number."""
         groups: list[str] = []
         for shard in range(self.layout.shards):
             prefix = f"{self.layout.records(shard)}{quoted(tenant)}/{quoted(namespace)}/"
@@ -240,7 +240,7 @@ class EtcdStore:
         return groups
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; its version. Raises CasMismatch if there is one."""
+        """Add a group; return its version. Raises CasMismatch if the group exists."""
         self._check_open()
         return await self._write(key, 0, encode(record, name_of(key)), [])
 
@@ -251,7 +251,7 @@ class EtcdStore:
         record: GroupRecord,
         history: Sequence[HistoryEntry] = (),
     ) -> int:
-        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        """Replace a record and upsert history by epoch; return the new version, or raise CasMismatch."""
         self._check_open()
         assert len(history) <= MOST_ENTRIES  # noqa: S101 - our own mistake
         steps = [
@@ -275,7 +275,7 @@ class EtcdStore:
         return done.revision
 
     async def settle(self, key: GroupKey, expected: int) -> Stored | None:
-        """The record, rewritten if it is still as expected: what was sent before cannot happen then."""
+        """The record. One with the expected version is rewritten, so that no earlier write can still happen."""
         self._check_open()
         place = self._layout.record(key)
         found = await self._etcd.get(place)
@@ -284,7 +284,7 @@ class EtcdStore:
             value = record_value(found.value.partition("\n")[2], token)
             try:
                 version = (await self._commit(key, expected, [put(place, value)], token)).revision
-            except CasMismatch:  # the change has happened meanwhile
+            except CasMismatch:  # the earlier change has happened meanwhile
                 found = await self._etcd.get(place)
         if found is None:
             return None
@@ -364,7 +364,7 @@ class EtcdStore:
             raise self._lost()
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and not taken back."""
+        """Whether ``declare_restored`` was called and not withdrawn."""
         self._check_open()
         return await self._cluster.is_restored()
 
@@ -377,9 +377,9 @@ class EtcdStore:
     async def _commit(
         self, key: GroupKey, expected: int, steps: list[Json], token: str | None
     ) -> Done | KeyValue:
-        """Carry out a change of one record, once; its answer, or the record that shows that it has happened.
+        """Carry out a change of one record once; return its answer, or the record that proves the change.
 
-        ``token`` is in the new value of the record; None: the record is deleted.
+        ``token`` is the token in the record's new value; None: the change deletes the record.
         """
         record = self._layout.record(key)
         conditions = [if_revision(record, expected), self._fence]
@@ -415,7 +415,7 @@ class EtcdStore:
     def _outcome(
         self, key: GroupKey, done: Done, expected: int, token: str | None, *, resent: bool
     ) -> KeyValue:
-        """What a refused transaction means: an earlier attempt has succeeded, or CasMismatch, or a lost leadership."""
+        """Explain a refused transaction: an earlier attempt succeeded, or CasMismatch, or leadership was lost."""
         found, leader = done.answers
         assert found is not None  # noqa: S101 - both are range reads
         assert leader is not None  # noqa: S101 - likewise
@@ -433,7 +433,7 @@ class EtcdStore:
         raise CasMismatch(f"{name_of(key)} is not at version {expected} any more: {now}")
 
     async def _forget(self, prefix: str, number: int, *, oldest_write_first: bool = False) -> None:
-        """Delete the first keys of a range. What fails is done at the next time."""
+        """Delete the first keys of a range. After a failure the next call deletes them."""
         try:
             found = await self._etcd.range(
                 read(

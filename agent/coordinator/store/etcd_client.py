@@ -236,10 +236,10 @@ class Etcd:
         return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
 
     async def keep_alive(self, lease: int) -> int | None:
-        """Renew a lease; the Raft term of the member that was asked, or None if there was no such lease.
+        """Renew a lease; return the Raft term of the member that answered, or None if the lease is gone.
 
-        etcd decides this without a majority: its leader renews, and may have been deposed without knowing it. It
-        has not been if a range read that is asked for afterwards is of the same term.
+        etcd's leader renews a lease without asking a majority, and may have been deposed without knowing it. A
+        later range read with the same term proves that it has not been deposed.
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         result = answer.get("result", {})
@@ -342,7 +342,7 @@ class Gateway:
                         return await self._post(asked, path, body)
                     except EtcdUnreachable as failure:
                         error = failure
-        except TimeoutError:  # other requests may have left this member meanwhile
+        except TimeoutError:  # another request may have changed ``endpoint`` meanwhile
             self._leave(asked)
             raise EtcdUnknown(f"etcd at {asked} did not answer within {timeout_s:g} s") from None
         assert error is not None  # noqa: S101 - there is at least one endpoint
@@ -372,7 +372,7 @@ class Gateway:
         except EtcdRefused as refusal:
             if self._login is None or refusal.code != _UNAUTHENTICATED:
                 raise
-        await self._authenticate(endpoint, token)  # the token is too old, or of another life
+        await self._authenticate(endpoint, token)  # the token has expired, or etcd was restarted
         return await self._send(endpoint, path, body, self._token)
 
     async def _authenticate(self, endpoint: str, old: str | None) -> None:
@@ -414,7 +414,7 @@ class Gateway:
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
             self._current = (self._current + 1) % len(self._endpoints)
-            if not self._failing:  # attempts in an outage would fill the log
+            if not self._failing:  # a line for each attempt would fill the log
                 self._failing = True
                 log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 

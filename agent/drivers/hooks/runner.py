@@ -1,7 +1,7 @@
 """Run the steps of a hook, one after the other.
 
-Owns the order of steps, their retries, and the process groups of a run. Knows nothing of limits and of why
-a hook runs: the caller limits a run by ``term``, then ``kill``.
+Owns the order of steps, their retries, and the process groups of a run. Knows nothing of time limits and of why a
+hook runs: the caller enforces its limit by ``term``, then ``kill``.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
 
 KEPT = 16
-"""Ended runs that are not released: a tenure's promotions, and all attempts to demote within one budget.
-Each of their steps keeps one process id in use."""
+"""How many ended runs are not released: a tenure's promotions, and all attempts to demote within one budget. Each of
+their steps keeps one process id in use."""
 
 RETRY_PAUSE_S = 0.5
 """Delay before a retry: a service may need a moment, and retries must not become a fork loop."""
