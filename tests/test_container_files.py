@@ -390,12 +390,14 @@ class Member(NamedTuple):
     """Of the coordinators that it is one of, or asks."""
 
 
-def environment_of(container: dict[str, Any], pod: str) -> dict[str, str]:
-    """As the kubelet sets it in the container of a pod of that name."""
+def environment_of(
+    container: dict[str, Any], pod: str, address: str = "192.0.2.7"
+) -> dict[str, str]:
+    """As the kubelet sets it in the container of a pod of that name and address."""
     found: dict[str, str] = {}
     for variable in container["env"]:
         field = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-        value = variable.get("value", {"status.podIP": "192.0.2.7"}.get(field, pod))
+        value = variable.get("value", {"status.podIP": address}.get(field, pod))
         for name, known in found.items():
             value = value.replace(f"$({name})", known)
         found[variable["name"]] = value
