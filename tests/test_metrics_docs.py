@@ -189,8 +189,9 @@ def test_promtool_finds_no_fault_with_the_names(promtool: Promtool) -> None:
     assert promtool("check", "metrics", page=page) == (0, "")
 
 
-def test_promtool_accepts_the_sample_of_a_configuration(promtool: Promtool) -> None:
-    code, said = promtool("check", "config", str(ROOT / "config/prometheus/prometheus.yml"))
+@pytest.mark.parametrize("name", ["prometheus", "compose"])
+def test_promtool_accepts_the_sample_of_a_configuration(promtool: Promtool, name: str) -> None:
+    code, said = promtool("check", "config", str(ROOT / f"config/prometheus/{name}.yml"))
     assert code == 0, said
 
 

@@ -177,6 +177,27 @@ def test_a_coordinator_over_etcd_has_what_its_drop_ins_and_its_file_give(
     assert main(words) == ExitCode.CONFIG_VALUE  # each of the sample's files has to be there
 
 
+def test_an_agent_with_failsafe_has_what_its_drop_in_and_the_page_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings of the page, with the copy of the secret in place of the file of root."""
+    page = (UNITS.parent / "docs/failsafe.md").read_text()
+    (shown,) = re.findall(r"(?ms)^```toml\n(failsafe_listen = .*?)^```$", page)
+    drop = (EXAMPLES / "agent-failsafe.conf").read_text()
+    (key, source), *_ = re.findall(r"(?m)^LoadCredential=([\w.-]+):(.*)", drop)
+    assert tomllib.loads(shown)["failsafe_secret_file"] == source
+    (tmp_path / key).write_text(f"{'secret' * 4}\n")
+    (tmp_path / key).chmod(0o400)
+    for variable, value in re.findall(r"(?m)^Environment=(\w+)=(.*)", drop):
+        monkeypatch.setenv(variable, value.replace("%d", str(tmp_path)))
+    file = tmp_path / "agent.toml"
+    file.write_text(f'group = "line-7"\n{shown}')
+    assert main(["check-config", "--json", "--config", str(file)]) == 0, capsys.readouterr().err
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["failsafe_secret_file"]["value"] == str(tmp_path / key)
+    assert settings["failsafe_listen"]["value"] == tomllib.loads(shown)["failsafe_listen"]
+
+
 def test_the_page_shows_the_sample_of_a_coordinator_over_etcd() -> None:
     text = (CONFIG / "coordinator-etcd.toml").read_text()
     shown = re.search(r"(?ms)^   ```toml\n(   listen = .*?)^   ```$", PAGE.read_text())

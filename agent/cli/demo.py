@@ -233,7 +233,7 @@ class Demo:
         """Start our own program with its log in a file."""
         with (self.directory / log).open("ab") as stderr:
             return subprocess.Popen(  # noqa: S603 - ourselves
-                [sys.executable, "-m", "agent", *words],
+                [sys.executable, "-P", "-m", "agent", *words],
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

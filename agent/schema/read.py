@@ -255,7 +255,9 @@ class Sources(Generic[S]):
         if fault.tables is not None:  # the sentences name table and key already
             return [f"{place}: {text}" for text in fault.tables.faults]
         if key in self.flags:
-            place = f"{place} {shown(self.flags[key])}"
+            given = self.flags[key]
+            values = given if isinstance(given, tuple) else (given,)
+            place = f"{place} {' '.join(map(shown, values))}"
         elif key in self.environment:
             place = f"{place}={shown(self.environment[key])}"
         elif key in self.file:

@@ -243,6 +243,11 @@ def test_nobody_to_ask_is_1_in_one_line(
     assert said in err
 
 
+def test_a_url_that_is_not_http_is_1_without_a_request(cli: Cli) -> None:
+    code, _, err = cli("healthcheck", "--probe", "ftp://127.0.0.1/readyz")
+    assert (code, "must be an http:// or https:// URL" in err) == (1, True)
+
+
 def test_a_probe_that_never_answers_is_1(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

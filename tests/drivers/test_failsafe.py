@@ -578,6 +578,7 @@ async def test_an_address_in_use_is_one_clear_error(voter: Voter) -> None:
     ) as caught:
         await other.start(Address("127.0.0.1", voter.port))
     assert caught.value.exit_code == ExitCode.LISTEN
+    assert "port 0" not in str(caught.value), "the other members would not know the port"
 
 
 async def test_a_stopped_listener_answers_nobody(asker: Asker, unused_tcp_port: int) -> None:

@@ -237,7 +237,9 @@ def backup(directory: Path, file: Path) -> None:
     if not database.exists():
         raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
     if file.exists():
-        raise StoreError(f"{file} exists: name a new file; nothing was changed")
+        raise StoreError(
+            f"{file} exists: name a new file; nothing was changed", exit_code=ExitCode.USAGE
+        )
     unfinished = file.with_name(file.name + ".new")
     try:
         unfinished.unlink(missing_ok=True)
@@ -256,8 +258,15 @@ def backup(directory: Path, file: Path) -> None:
         with unfinished.open("rb") as written:
             os.fsync(written.fileno())
         unfinished.replace(file)
-    except (OSError, apsw.Error) as error:
-        raise explain(error, directory) from error
+    except OSError as error:  # the database is read by SQLite alone
+        raise StoreError(
+            f"{file} cannot be written ({error.strerror}): name a file in another directory",
+            exit_code=ExitCode.USAGE,
+        ) from error
+    except apsw.Error as error:
+        raise explain(
+            error, file.parent if isinstance(error, apsw.FullError) else directory
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
