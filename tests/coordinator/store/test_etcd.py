@@ -3,6 +3,7 @@
 import asyncio
 import json
 import ssl
+import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -358,6 +359,41 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         with pytest.raises(EtcdError, match="cannot be connected to"):
             await strangers.get("/absent")
         await strangers.aclose()
+
+
+def make_key(directory: Path) -> tuple[Path, Path]:
+    key, public = directory / "jwt.key", directory / "jwt.pub"
+    for words in (("genrsa", "-out", key, "2048"), ("rsa", "-in", key, "-pubout", "-out", public)):
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+    return key, public
+
+
+async def test_a_login_is_renewed_when_users_of_etcd_have_changed(tmp_path: Path) -> None:
+    """A JWT is of one revision of users and roles. Turning authentication off and on again ends nothing either."""
+    key, public = make_key(tmp_path)
+    token = f"jwt,pub-key={public},priv-key={key},sign-method=RS256,ttl=10m"
+    with an_etcd(tmp_path, flags=("--auth-token", token)) as server:
+        anonymous = Gateway(server.urls)
+
+        async def administer(path: str, body: Json, by: Gateway) -> None:
+            await by.post(f"/v3/auth/{path}", body, 5.0)
+
+        await administer("user/add", {"name": "root", "password": "secret"}, anonymous)
+        await administer("role/add", {"name": "root"}, anonymous)
+        await administer("user/grant", {"user": "root", "role": "root"}, anonymous)
+        await administer("enable", {}, anonymous)
+        root, mine = (Gateway(server.urls, login=Login("root", "secret")) for _ in range(2))
+        etcd = Etcd(mine, 5.0)
+        assert await etcd.get("/absent") is None
+        await administer("role/add", {"name": "another"}, root)
+        assert await etcd.get("/absent") is None
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        await administer("disable", {}, root)
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        await administer("enable", {}, anonymous)
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        for one in (anonymous, root, mine):
+            await one.aclose()
 
 
 async def test_a_leader_that_was_deposed_cannot_declare_the_store_as_restored(
