@@ -6,7 +6,7 @@ raised. Nothing here knows HTTP beyond status codes and the names of headers.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -140,9 +140,14 @@ class Forwarder(Protocol):
 
     def client_of(self, request: Request) -> ClientCertificate | None: ...
     def take(self, request: Request) -> None: ...
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
-    async def forward(
-        self, key: GroupKey, url: str, request: Request, *, wait_s: float
+    async def answer(
+        self,
+        key: GroupKey,
+        request: Request,
+        answer_here: Callable[[], Awaitable[Answer]],
+        *,
+        wait_s: float,
+        forwarded: bool,
     ) -> Answer: ...
 
 
