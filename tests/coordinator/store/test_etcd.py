@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.store import Stored
-from agent.coordinator.store.codec import encode
+from agent.coordinator.store import MOST_ENTRIES, Stored
+from agent.coordinator.store.codec import HISTORY_BOUND, encode
 from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
 from agent.coordinator.store.etcd_client import (
     Etcd,
@@ -24,7 +24,9 @@ from agent.coordinator.store.etcd_client import (
     Json,
     Login,
     delete,
+    end_of,
     put,
+    read,
 )
 from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
@@ -359,6 +361,28 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         with pytest.raises(EtcdError, match="cannot be connected to"):
             await strangers.get("/absent")
         await strangers.aclose()
+
+
+async def test_old_tenures_are_forgotten_many_at_a_time(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """A change of role in a group with a full history is one transaction, as in any other group."""
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    tenures = [HistoryEntry(epoch, "s", SINCE, "chosen") for epoch in range(1, HISTORY_BOUND + 200)]
+    full, rest = tenures[:HISTORY_BOUND], tenures[HISTORY_BOUND:]
+    for first in range(0, len(full), MOST_ENTRIES):
+        some = full[first : first + MOST_ENTRIES]
+        version = await store.swap(key, version, make_record(1), some)
+    transport.sent = 0
+    for one in rest:
+        version = await store.swap(key, version, make_record(1), [one])
+    assert len(rest) < transport.sent <= len(rest) + 2
+    total, entries = await store.history(key, count=2 * HISTORY_BOUND)
+    assert (total, entries) == (HISTORY_BOUND, tenures[: -HISTORY_BOUND - 1 : -1])
+    prefix = store._layout.history(key)
+    kept = await store._etcd.range(read(prefix, end_of(prefix), count_only=True))
+    assert HISTORY_BOUND <= kept.count < HISTORY_BOUND + MOST_ENTRIES
 
 
 def make_key(directory: Path) -> tuple[Path, Path]:
