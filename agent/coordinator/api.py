@@ -41,7 +41,6 @@ from agent.errors import (
     Forbidden,
     Invalid,
     NotFound,
-    NotLeading,
     RequestRefused,
     TooManyAttempts,
     TooSoon,
@@ -59,9 +58,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
-
-LEADERS_TRIED = 3
-"""How many leaders one request is sent to, if leadership keeps moving."""
 
 ADMITTED_FOR_S = 1.0
 """If a body takes longer than this to arrive, credentials and rights are checked again: a request that is kept
@@ -198,7 +194,9 @@ class Api:
             if again:
                 rights = await self._identify(scope, found, route)
                 await self._authorise(route, found.values, rights)
-        return await self._answer_here(scope, receive, route, found, rights, text)
+        wait_s = _wait_s(route, scope)
+        answering = self._answer_here(scope, route, found, rights, text)
+        return await (_while_connected(answering, receive) if wait_s else answering)
 
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
@@ -209,14 +207,8 @@ class Api:
         _raise_refusal(scope)  # the rest of the body did not arrive
         return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 
-    async def _answer_here(  # noqa: PLR0917 - the parts of one request
-        self,
-        scope: Scope,
-        receive: Receive,
-        route: Route,
-        found: PathMatch,
-        rights: Rights,
-        text: bytes,
+    async def _answer_here(
+        self, scope: Scope, route: Route, found: PathMatch, rights: Rights, text: bytes
     ) -> Answer:
         body = None if route.body is None else _decode_body(route, text)
         call = Call(
@@ -230,8 +222,6 @@ class Api:
             self._metrics,
             (header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
-        if route.handler is get_status and call.query["after"] is not None:
-            return await _while_connected(route.handler(call), receive)
         answer: Answer = await route.handler(call)
         return answer
 
@@ -244,10 +234,7 @@ class Api:
         found: PathMatch,
         rights: Rights,
     ) -> Answer:
-        """Answer a request about a group if this coordinator leads its shard, else forward it to the leader (R19).
-
-        If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
-        """
+        """Answer a request about a group if this coordinator leads its shard, else forward it to the leader (R19)."""
         text = b""
         if route.body is not None:
             text, again = await self._read_body_of(route, scope, receive)
@@ -259,19 +246,14 @@ class Api:
         forwarded = header(request.headers, FORWARDED) is not None
         if forwarded:
             forwarder.take(request)
-        for _ in range(LEADERS_TRIED):
-            url = await forwarder.leader_url(key, forwarded=forwarded)
-            with suppress(NotLeading):
-                if url is None:
-                    await self._authorise(route, found.values, rights)
-                    return await self._answer_here(scope, receive, route, found, rights, text)
-                wait_s = 0.0
-                if route.handler is get_status:
-                    wanted = read_query(route.query, scope["query_string"])
-                    wait_s = wanted["wait"] if wanted["after"] is not None else 0.0
-                forwarding = forwarder.forward(key, url, request, wait_s=wait_s)
-                return await (_while_connected(forwarding, receive) if wait_s else forwarding)
-        raise NotLeading
+
+        async def answer_here() -> Answer:
+            await self._authorise(route, found.values, rights)
+            return await self._answer_here(scope, route, found, rights, text)
+
+        wait_s = _wait_s(route, scope)
+        answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
+        return await (_while_connected(answering, receive) if wait_s else answering)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -476,6 +458,14 @@ def _check_content_type(value: bytes | None) -> None:
         raise UnsupportedContent(
             f"The body is {value.decode('latin-1')[:100]}.", "Send application/json in UTF-8."
         )
+
+
+def _wait_s(route: Route, scope: Scope) -> float:
+    """How long a request may block: a status read that waits for a change."""
+    if route.handler is not get_status:
+        return 0.0
+    wanted = read_query(route.query, scope["query_string"])
+    return float(wanted["wait"]) if wanted["after"] is not None else 0.0
 
 
 async def _while_connected(answering: Any, receive: Receive) -> Answer:

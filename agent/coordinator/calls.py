@@ -5,7 +5,7 @@ refusal. Of HTTP the handlers know only status codes and the names of headers.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -139,9 +139,14 @@ class Forwarder(Protocol):
 
     def client_of(self, request: Request) -> ClientCertificate | None: ...
     def take(self, request: Request) -> None: ...
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
-    async def forward(
-        self, key: GroupKey, url: str, request: Request, *, wait_s: float
+    async def answer(
+        self,
+        key: GroupKey,
+        request: Request,
+        answer_here: Callable[[], Awaitable[Answer]],
+        *,
+        wait_s: float,
+        forwarded: bool,
     ) -> Answer: ...
 
 

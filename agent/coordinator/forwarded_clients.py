@@ -59,10 +59,14 @@ class _Taken:
 
 
 class ForwardedClients:
-    """Signs and verifies the header CLIENT. All coordinators of a store have the same ``key``."""
+    """Signs and verifies the header CLIENT.
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
+    Attributes:
+        keys: of the store. The first one signs; a signature by any is right, so that keys can be replaced.
+    """
+
+    def __init__(self, keys: tuple[bytes, ...]) -> None:
+        self.keys = keys
         self._senders: dict[bytes, _Taken] = {}
 
     def sign(
@@ -79,7 +83,7 @@ class ForwardedClients:
         name = quote(certificate.name or "", safe="", errors="surrogatepass")
         digest = hashlib.sha256(request.body).hexdigest()
         signed = f"{receiver} {certificate.until:.0f} {name} {digest}".encode()
-        return b"%b %b" % (signed, self._mac(signed, request, number))
+        return b"%b %b" % (signed, _mac(self.keys[0], signed, request, number))
 
     def read(self, request: Request, member: str) -> ClientCertificate | None:
         """The client that the sender of a request vouches for; None if it vouches for nobody.
@@ -98,7 +102,9 @@ class ForwardedClients:
         if mac is None:
             return None
         number = header(request.headers, FORWARDED) or b""
-        if not hmac.compare_digest(mac, self._mac(signed, request, number)):
+        if not any(
+            hmac.compare_digest(mac, _mac(key, signed, request, number)) for key in self.keys
+        ):
             raise _refused()
         receiver, until, name, _ = signed.decode().split(" ")
         if not member or receiver != member:
@@ -125,10 +131,11 @@ class ForwardedClients:
         if not _NUMBER.fullmatch(number) or not taken.take(int(number, 16)):
             raise _refused()
 
-    def _mac(self, signed: bytes, request: Request, number: bytes) -> bytes:
-        method = request.method.encode()
-        parts = (_PURPOSE, signed, number, method, request.target)  # none has a line break in it
-        return hmac.digest(self._key, b"\n".join(parts), "sha256").hex().encode()
+
+def _mac(key: bytes, signed: bytes, request: Request, number: bytes) -> bytes:
+    method = request.method.encode()
+    parts = (_PURPOSE, signed, number, method, request.target)  # none has a line break in it
+    return hmac.digest(key, b"\n".join(parts), "sha256").hex().encode()
 
 
 def _parts(request: Request) -> tuple[bytes, bytes | None]:

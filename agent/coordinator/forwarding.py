@@ -6,7 +6,8 @@ coordinator that does not lead the group refuses it instead of forwarding it aga
 circle, and a caller that sets the header gains nothing.
 
 If the leader changes while a request waits for its answer, the request is sent to the new leader. That is safe:
-every call may be repeated, and the old leader refuses the request, since its leadership is over. In all other
+every call may be repeated, and the old leader refuses the request, since its leadership is over. The old leader may
+have carried it out before: what is to be deleted and is not there counts as deleted then. In all other
 cases a request is sent once: if no answer comes, the caller gets 503 and may repeat it.
 
 Owns the forwarded request, its deadline, and which parts of the answer the caller receives. Connections are in
@@ -18,6 +19,7 @@ import itertools
 import re
 import ssl
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 
@@ -29,13 +31,23 @@ from agent.coordinator.leadership import Leadership
 from agent.coordinator.peer_connection import PeerAnswer, PeerError
 from agent.coordinator.peers import Exchange, Peers, Place
 from agent.coordinator.service import LONGEST_WAIT_S
-from agent.errors import NOT_LEADING_RETRY_S, Invalid, NotLeading, RequestRefused, Unavailable
+from agent.errors import (
+    NOT_LEADING_RETRY_S,
+    Invalid,
+    NotFound,
+    NotLeading,
+    RequestRefused,
+    Unavailable,
+)
 from agent.model import GroupKey
 from agent.ops.logs import Log
 
 REQUEST_S = 10.0
 """How long a leader may take to answer, in addition to the wait of a blocking read: the longest request
 timeout that an agent can have."""
+
+LEADERS_TRIED = 3
+"""Leaders that one request is given to while leadership moves."""
 
 SWEEP_S = 1.0
 """Interval of the check of all deadlines; a timer for each request would cost more."""
@@ -57,6 +69,10 @@ _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 _ASKED = (b"authorization", b"content-type")
 _ANSWERED = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
 _WITH_BODY = frozenset({"POST", "PUT"})
+
+
+class LeaderMoved(NotLeading):
+    """Another coordinator leads, and the former one, which got the request, may have carried it out."""
 
 
 @dataclass(eq=False, slots=True)
@@ -142,7 +158,7 @@ class Forwarder:
         for pending in self._pending:
             leader = self._leadership.leader_of(pending.key) if moved else None
             if leader is not None and leader.url != pending.url:
-                pending.exchange.fail(NotLeading())
+                pending.exchange.fail(LeaderMoved())
             elif pending.until <= now:
                 pending.exchange.fail(PeerError(f"did not answer within {REQUEST_S:g} s"))
 
@@ -165,16 +181,47 @@ class Forwarder:
         if self._clients is not None:
             self._clients.take(request)
 
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None:
-        """The URL of a group's leader, or None if this coordinator leads the group.
+    async def answer(
+        self,
+        key: GroupKey,
+        request: Request,
+        answer_here: Callable[[], Awaitable[Answer]],
+        *,
+        wait_s: float,
+        forwarded: bool,
+    ) -> Answer:
+        """The answer of a group's leader. While leadership moves, each new leader is asked.
 
-        Raises NotLeading if there is no leader, or if another coordinator leads and the request was forwarded
-        already.
+        Args:
+            key: the group.
+            request: as it came.
+            answer_here: answers it if this coordinator leads the group.
+            wait_s: how long a blocking read may wait.
+            forwarded: another coordinator has sent the request here.
+
+        Raises:
+            NotLeading: nobody leads the group; or another one does, and the request was forwarded already.
+            RequestRefused: what ``answer_here`` and ``forward`` raise.
         """
-        url = await self._leadership.place(key)
-        if url is not None and forwarded:
-            raise NotLeading
-        return url
+        repeated = False
+        for _ in range(LEADERS_TRIED):
+            url = await self._leadership.place(key)
+            if url is not None and forwarded:
+                break
+            try:
+                answer = await (
+                    answer_here() if url is None else self.forward(key, url, request, wait_s=wait_s)
+                )
+            except NotLeading as moved:
+                repeated |= isinstance(moved, LeaderMoved)
+            except NotFound:
+                if not repeated or request.method != "DELETE":
+                    raise
+                return Answer(HTTPStatus.NO_CONTENT)
+            else:
+                gone = answer.status == HTTPStatus.NOT_FOUND and request.method == "DELETE"
+                return Answer(HTTPStatus.NO_CONTENT) if repeated and gone else answer
+        raise NotLeading
 
     async def forward(
         self,
@@ -194,7 +241,8 @@ class Forwarder:
 
         Raises:
             Invalid: the request cannot be forwarded.
-            NotLeading: another coordinator has become the leader.
+            NotLeading: another coordinator has become the leader; LeaderMoved if the former one may have
+                carried the request out.
             Unavailable: the leader gives no usable answer, or this coordinator is stopping.
         """
         if self._stopped:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent.coordinator.engine import Engine
-from agent.coordinator.leadership import REQUEST_SHARE, Decider, Leadership
+from agent.coordinator.leadership import REQUEST_SHARE, SESSION_SHARE, Decider, Leadership
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd
@@ -100,6 +100,7 @@ class Node:
             cluster,
             kinds.decider(coordinator.engine, self.boottime),
             self.boottime,
+            etcd=kinds.etcd(FakeTransport(self.link), TTL_S * SESSION_SHARE),
             ttl_s=TTL_S,
             url=self.url,
         )

@@ -16,9 +16,9 @@ import pytest
 
 from agent.coordinator import forwarding, peer_connection, peers
 from agent.coordinator.calls import Answer, Request
-from agent.coordinator.forwarding import Forwarder
+from agent.coordinator.forwarding import Forwarder, LeaderMoved
 from agent.coordinator.spread import Leader
-from agent.errors import Invalid, NotLeading, RequestRefused, Unavailable
+from agent.errors import Invalid, NotFound, NotLeading, RequestRefused, Unavailable
 from agent.model import GroupKey
 from tests.bad_server import Raw, Talk, make_certificate, served, until
 
@@ -38,6 +38,7 @@ class FakeLeadership:
 
     def __init__(self) -> None:
         self.member = "7"
+        self.here = False
         self.view = View()
         self.changed = asyncio.Event()
 
@@ -46,7 +47,7 @@ class FakeLeadership:
         self.changed.set()
 
     async def place(self, key: GroupKey) -> str | None:
-        return self.view.leaders[0].url
+        return None if self.here else self.view.leaders[0].url
 
     def leader_of(self, key: GroupKey) -> Leader | None:
         return self.view.leaders.get(0)
@@ -575,8 +576,44 @@ async def test_a_request_ends_at_once_when_another_one_leads(follower: Follower)
         ]
         await until(lambda: raw.accepted == 11)
         follower.leadership.lead("http://127.0.0.1:1")
-        assert {type(one) for one in await asyncio.gather(*asked)} == {NotLeading}
+        assert {type(one) for one in await asyncio.gather(*asked)} == {LeaderMoved}
     assert follower.forwarder.failed == 0
+
+
+async def nobody() -> Answer:
+    raise NotFound("no", "no")
+
+
+@pytest.mark.parametrize("led_here", [True, False])
+async def test_a_deletion_that_the_former_leader_may_have_carried_out_has_succeeded(
+    follower: Follower, *, led_here: bool
+) -> None:
+    """The new leader finds nothing to delete. Any other call, or one that nobody else had, is answered as it is."""
+
+    def missing(request: bytes) -> bytes:
+        return written(request, b'{"Error":"NotFound"}', "404 Not Found")
+
+    async def status(method: str) -> int:
+        asking = follower.forwarder.answer(
+            KEY, Request(method, TARGET, [], b""), nobody, wait_s=0.0, forwarded=False
+        )
+        try:
+            return (await asking).status
+        except NotFound:
+            return 404
+
+    async with served(silent) as old, a_leader(missing) as new:
+        then = None if led_here else url_of(new)
+        for method, answered in (("DELETE", 204), ("POST", 404)):
+            follower.leadership.lead(url_of(old))
+            accepted = old.accepted
+            asking = asyncio.create_task(status(method))
+            await until(lambda: old.accepted > accepted)  # noqa: B023 - awaited here
+            follower.leadership.lead(then or "http://here")
+            follower.leadership.here = led_here
+            assert await asking == answered
+            assert await status(method) == 404, "asked nobody else"
+            follower.leadership.here = False
 
 
 async def test_an_answer_of_a_former_leader_is_not_leading(follower: Follower) -> None:

@@ -270,7 +270,10 @@ class EtcdStore:
         done = await self._commit(key, expected, steps, token)
         if isinstance(done, KeyValue):
             return done.revision
-        if history and (kept := done.answers[-1]) is not None and kept.count > HISTORY_BOUND:
+        kept = done.answers[-1] if history else None
+        if (
+            kept is not None and kept.count >= HISTORY_BOUND + MOST_ENTRIES
+        ):  # not at each change of role
             await self._forget(self._layout.history(key), kept.count - HISTORY_BOUND)
         return done.revision
 
@@ -339,12 +342,13 @@ class EtcdStore:
         """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
         self._check_open()
         prefix = self._layout.history(key)
-        limit = min(skip + count, HISTORY_BOUND + MOST_ENTRIES)
+        limit = min(skip + count, HISTORY_BOUND)
         found = await self._etcd.range(
             read(prefix, end_of(prefix), limit=max(1, limit), newest_key_first=True)
         )
         page = found.keys[skip : skip + count]
-        return found.count, [decode(HistoryEntry, one.value, self._place(key)) for one in page]
+        total = min(found.count, HISTORY_BOUND)
+        return total, [decode(HistoryEntry, one.value, self._place(key)) for one in page]
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
