@@ -51,7 +51,7 @@ class Arming:
     """The deadlines of a tenure, and the processes to kill then. Moments are CLOCK_BOOTTIME seconds.
 
     Attributes:
-        hook_at: when it stops the agent and runs the demotion hook; infinity while the agent demotes.
+        hook_at: when it stops the agent and runs the demotion hook; infinity while the agent does so.
         kill_at: when it kills the tenure's processes.
         agent_at: when it kills an agent that demotes, or None for ``kill_at``. Later than ``kill_at``
             if the agent runs its fence command after a demotion that has failed.
