@@ -50,6 +50,9 @@ PF_KTHREAD = 0x00200000
 GONE = (FileNotFoundError, ProcessLookupError)
 """Errors on reading a file in /proc of a process that has ended."""
 
+NO_PIDFD = (errno.ENOSYS, errno.EPERM)
+"""The errors of pidfd_open() where the kernel, or a container's seccomp filter, does not have it."""
+
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors on reading a file that may exist: no descriptor or no memory is left to read it."""
 
@@ -171,7 +174,7 @@ def snapshot() -> "dict[int, Stat]":
         raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
     try:
-        for name in os.listdir(open_proc()):
+        for name in reversed(os.listdir(open_proc())):
             if name.isdigit():
                 stat = read(int(name))
                 if stat is not None:
@@ -239,19 +242,25 @@ def send(process: Process, number: int) -> bool:
     Raises:
         OSError: no permission to signal it, or no descriptor is left.
     """
+    fd = None
     try:
-        fd = os.pidfd_open(process[0])
-    except ProcessLookupError:
-        return False
-    try:
-        stat = read(process[0])  # while the descriptor is open, the process id is not reused
+        try:
+            fd = os.pidfd_open(process[0])  # while it is open, the process id is not reused
+        except OSError as error:
+            if error.errno not in NO_PIDFD:
+                raise
+        stat = read(process[0])
         if stat is None or stat.start != process[1]:
             return False
-        signal.pidfd_send_signal(fd, number)
+        if fd is None:
+            os.kill(process[0], number)
+        else:
+            signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
         return False
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
     return True
 
 

@@ -21,6 +21,7 @@ import pytest
 FUSE = Path("/dev/fuse")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 TASKS = Path("/sys/fs/cgroup/pids")
+MEMORY = Path("/sys/fs/cgroup/memory")
 END_S = 60.0
 INIT, VERSION = 26, (7, 31)
 REQUEST_BYTES = 1 << 17
@@ -120,6 +121,39 @@ def freezer(name: str) -> Iterator["Freezer"]:
         folder.rmdir()
 
 
+WITHOUT_PIDFD = """
+import ctypes, os, struct, sys
+numbers, LOAD, JUMP_IF, RETURN = (424, 434), 0x20, 0x15, 0x06  # pidfd_send_signal, pidfd_open
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | int(sys.argv[1])
+filters = [(LOAD, 0, 0, 0), *((JUMP_IF, len(numbers) - n, 0, number) for n, number in enumerate(numbers))]
+filters += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
+program = b"".join(struct.pack("HBBI", *one) for one in filters)
+buffer = ctypes.create_string_buffer(program)
+header = struct.pack("HxxxxxxP", len(filters), ctypes.addressof(buffer))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, header, 0, 0):  # NO_NEW_PRIVS, SECCOMP
+    sys.exit(f"no filter: {ctypes.get_errno()}")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def without_pidfd(number: int) -> list[str]:
+    """What starts a command for which the pidfd calls fail with this error.
+
+    As on a kernel before 5.3 (ENOSYS), or under the seccomp filter of an older container engine (EPERM).
+    """
+    return [sys.executable, "-S", "-c", WITHOUT_PIDFD, str(number)]
+
+
+@contextlib.contextmanager
+def limited_memory(name: str, most_bytes: int) -> Iterator[Path]:
+    """A cgroup with a limit of memory; what is in it at the end is killed."""
+    folder = MEMORY / f"{name}-{os.getpid()}"
+    with _cgroup(folder, "memory"):
+        (folder / "memory.limit_in_bytes").write_text(str(most_bytes))
+        yield folder
+
+
 FORKS = """
 import os, time
 os.setsid()
@@ -138,13 +172,21 @@ while True:
 def limited_tasks(name: str, most: int) -> Iterator[Path]:
     """A cgroup with a limit of processes and threads; what is in it at the end is killed."""
     folder = TASKS / f"{name}-{os.getpid()}"
+    with _cgroup(folder, "pids"):
+        (folder / "pids.max").write_text(str(most))
+        yield folder
+
+
+@contextlib.contextmanager
+def _cgroup(folder: Path, controller: str) -> Iterator[None]:
+    """A cgroup of version 1; what is in it at the end is killed."""
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"needs: the pids controller of cgroup v1: {error.strerror}: run as root")
+        needed = f"the {controller} controller of cgroup v1"
+        pytest.skip(f"needs: {needed}: {error.strerror}: run as root")
     try:
-        (folder / "pids.max").write_text(str(most))
-        yield folder
+        yield
     finally:
         end_at = time.monotonic() + END_S
         while pids := (folder / "cgroup.procs").read_text().split():

@@ -57,6 +57,7 @@ PROGRAM = program()
 HOST = """
 import ctypes, json, os, signal, subprocess, sys
 argv = json.loads(sys.argv[1])
+claims = list(map(int, sys.argv[3:]))
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 def agent():
@@ -69,8 +70,8 @@ def agent():
         result = None
         if what == "guard":
             process = subprocess.Popen(
-                [*argv, str(theirs.fileno()), str(os.getpid()), str(program)],
-                pass_fds=[theirs.fileno(), program], stdin=subprocess.DEVNULL, cwd="/",
+                [*argv, *map(str, (theirs.fileno(), os.getpid(), program, *claims))],
+                pass_fds=[theirs.fileno(), program, *claims], stdin=subprocess.DEVNULL, cwd="/",
                 start_new_session=True,
             )
             theirs.close()
@@ -96,7 +97,8 @@ def agent():
 pid = os.fork()
 if pid == 0:
     agent()
-os.close(0)
+for fd in (0, *claims):
+    os.close(fd)
 print(json.dumps(["agent", pid]), flush=True)
 while True:
     try:
@@ -140,17 +142,22 @@ class Host:
         program: bytes = PROGRAM,
         stderr: int | None = None,
         before: Callable[[], None] | None = None,
+        claims: Sequence[int] = (),
     ) -> None:
         self._program = tempfile.NamedTemporaryFile()  # noqa: SIM115 - until close()
         self._program.write(program)
         self._program.flush()
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-c", HOST, json.dumps(argv), self._program.name],
+            [
+                *(sys.executable, "-S", "-c", HOST, json.dumps(argv), self._program.name),
+                *map(str, claims),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             preexec_fn=before,  # noqa: PLW1509 - one call of the kernel
+            pass_fds=claims,
         )
         self.pid = self._process.pid
         self._lines: queue.Queue[list[Any]] = queue.Queue()
@@ -388,18 +395,20 @@ def test_a_hung_agent_is_demoted(host: Host, tmp_path: Path) -> None:
     assert host.code(host.agent) == -signal.SIGKILL
 
 
-def test_while_the_agent_demotes_the_guard_only_kills_at_kill_at(
+def test_while_the_agent_demotes_the_guard_acts_at_kill_at_only(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
+    """It did not run the hook: an agent frozen before its own hook left a service active for ever."""
     running = run(IDLE)
-    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"cut -d' ' -f3 /proc/{running.pid}/stat >{tmp_path}/seen")))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
     kill_at = now() + 0.5
     host.send_last(*arm(float("inf"), kill_at, running=running.pid))
-    assert running.wait(LIMIT_S) == -signal.SIGKILL
-    assert now() >= kill_at
     assert host.code(host.guard) == guard.ACTED
+    assert now() >= kill_at
+    assert running.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
-    assert not (tmp_path / "done").exists()
+    assert (tmp_path / "seen").read_text().strip() == "Z"
 
 
 def test_the_hook_runs_if_the_agent_dies_while_it_demotes(host: Host, tmp_path: Path) -> None:
@@ -762,6 +771,16 @@ def test_a_full_stderr_blocks_neither_the_guard_nor_the_hook(
         os.close(write)
 
 
+def test_much_output_does_not_slow_a_hook_down(host: Host, tmp_path: Path) -> None:
+    """It was read at 6 MB/s: a verbose hook was killed at its limit, in the middle of its work."""
+    begun_at = now()
+    host.send(*hook(sh(f"head -c 300000000 /dev/zero; touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+    assert now() < begun_at + LIMIT_S / 4
+
+
 def test_logged_hook_output_is_bounded(new_host: Callable[..., Host], tmp_path: Path) -> None:
     output = tmp_path / "stderr"
     with output.open("wb") as stderr:
@@ -1005,7 +1024,7 @@ def test_a_deadline_that_passes_during_a_suspend_is_noticed_at_the_next_poll(
 ) -> None:
     """poll() counts no suspended time: it would end a long while after the deadline."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    acted: list[bool] = []
+    acted: list[str] = []
     calls: list[None] = []
 
     def jumping() -> float:
@@ -1014,12 +1033,12 @@ def test_a_deadline_that_passes_during_a_suspend_is_noticed_at_the_next_poll(
 
     with ours, theirs:
         monkeypatch.setattr(guard, "now", jumping)
-        monkeypatch.setattr(guard.Guard, "demote", lambda _, why, *, hook: acted.append(hook))
+        monkeypatch.setattr(guard.Guard, "demote", lambda _, why: acted.append(why))
         process = guard.Guard(theirs.fileno(), os.getpid())
         process.hook_at = process.kill_at = 3 * LIMIT_S
         start = time.monotonic()
         assert process.run() == guard.ACTED
-    assert acted == [True]
+    assert acted == ["it has not renewed its deadline"]
     assert time.monotonic() - start < LIMIT_S
 
 
@@ -1210,6 +1229,25 @@ def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(
         assert now() < begun_at + LATE_S + 2 * guard.STATE_WAIT_S
         assert (tmp_path / "done").exists()
         assert left.wait(LIMIT_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("what", ["hook", "helper"])
+def test_a_program_on_a_dead_disk_does_not_keep_the_claim_of_the_session(
+    new_host: Callable[..., Host], tmp_path: Path, what: str
+) -> None:
+    """No exec, no close-on-exec: the next agent could not start until the disk answered."""
+    claim = os.open(tmp_path / "claim", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(claim, fcntl.LOCK_EX)
+    host = new_host(claims=[claim])
+    os.close(claim)
+    with dead_disk(tmp_path / "disk") as disk:
+        host.send(*hook([disk / "program"] if what == "hook" else sh("exit 0")))
+        if what == "helper":
+            host.send("BACK", "document", str(disk / "program"))
+        host.send_last(*arm(now(), now() + FAILS_S, epoch=7))
+        assert host.code(host.guard) == guard.ACTED
+        with (tmp_path / "claim").open() as free:
+            fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/state", "state", "/proc/state"])
@@ -1430,6 +1468,20 @@ def test_the_role_is_not_released_if(
     host.send_last(*arm(hook_at, kill_at, epoch=arming.get("epoch", 7)))
     assert host.code(host.guard) == guard.ACTED
     assert go_ahead(tmp_path) == ""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_without_hooks_and_workload_the_role_is_released_only_if_the_state_file_is_written(
+    host: Host, tmp_path: Path, *, writable: bool
+) -> None:
+    """A sidecar that reads it was active until R + D, beside the next primary."""
+    state = tmp_path / "state" if writable else tmp_path / "gone" / "state"
+    host.send(*hook())
+    host.send(*back(tmp_path))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, epoch=7, state=(state, "Secondary")))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert go_ahead(tmp_path) == ("1" if writable else "")
 
 
 @pytest.mark.parametrize("which", ["agent", "left"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
-from tests.hung import dead_disk, stuck_thread
+from tests.hung import dead_disk, stuck_thread, without_pidfd
 
 PATIENCE_S = 20.0
 
@@ -222,6 +222,24 @@ def test_this_process_and_its_ancestors_are_never_killed() -> None:
     table = proctree.snapshot()
     mine = {pid for pid, _ in proctree.related(table, [os.getpgid(0), os.getsid(0)], [])}
     assert not mine & {os.getpid(), os.getppid(), 1, 2}
+
+
+SIGNALS_WITHOUT_PIDFD = """
+import signal, subprocess
+from agent import proctree
+child = subprocess.Popen(["/bin/sleep", "1000"])
+process = proctree.identify(child.pid)
+print(proctree.send((child.pid, process[1] + 1), signal.SIGKILL), child.poll())
+print(proctree.send(process, signal.SIGKILL), child.wait(), proctree.send(process, signal.SIGKILL))
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_a_process_is_signalled_where_there_is_no_pidfd(number: int) -> None:
+    """Nothing could be signalled there, so no demotion ever succeeded."""
+    command = [*without_pidfd(number), sys.executable, "-c", SIGNALS_WITHOUT_PIDFD]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert result.stdout.split() == ["False", "None", "True", "-9", "False"], result.stderr
 
 
 def test_signalling_a_process_that_is_gone_is_no_error() -> None:

@@ -21,6 +21,9 @@ from agent.ops.watchdog import WatchdogDevice
 SHORTEST_GUARD_ANSWER_S = 0.5
 """Lower bound of the guard's answer timeout, for a busy host; otherwise the timeout is a margin."""
 
+HOOK_SHARE = 1 / 3
+"""The share of the time for a demotion that the guard has if the agent freezes before its hook has started."""
+
 BY_GUARD = "demoted by the guard"
 """The reason in a state file that the guard has written."""
 
@@ -138,6 +141,9 @@ class GuardControl:
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
         role_runner = self._member.role_runner
         workload = role_runner.workload
+        has_begun = role_runner.demotion_hook_started or self._fence_by is not None
+        if hook_at == float("inf") and not has_begun:
+            hook_at = kill_at - HOOK_SHARE * (kill_at - self._member.clock.boottime())
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,

@@ -36,7 +36,7 @@ from agent.ops import process, reserve
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -44,6 +44,9 @@ TREE_POLL_S = 0.02
 
 LEAST_KILL_S = 0.2
 """Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
+
+SEARCH_SHARE = 0.125
+"""Share of the demotion budget after which it does not wait for a search of processes any more."""
 
 KILL_FIRST = "killing the processes of the tenure, which may have used them up"
 
@@ -84,6 +87,7 @@ class RoleRunner:
     Attributes:
         payloads: builds the payloads of hooks.
         cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
+        demotion_hook_started: whether the demotion hook of the tenure was started, or there is none.
         leftover: the processes that previous agents have left, until the first demotion has ended them.
     """
 
@@ -110,6 +114,7 @@ class RoleRunner:
         self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.process_mark = instance
+        self.demotion_hook_started = False
         self.leftover = PreviousProcesses()
         self._runs: dict[int, _Run] = {}
         self._tenure: TenureProcesses | None = None
@@ -199,6 +204,7 @@ class RoleRunner:
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+            self.demotion_hook_started = spec is None
             self._reserve_descriptors()
             self.leftover.forget()  # the first demotion has succeeded, if only without a hook
         if facts.role is Role.SECONDARY:
@@ -297,6 +303,8 @@ class RoleRunner:
     # -- a change of role -----------------------------------------------------------------------
 
     async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
+        if self._tenure is not None and (fault := await self._tenure.find_hook_fault()):
+            return False, fault
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
             fault = await self.workload.start(payload_environment(payload))
@@ -316,14 +324,16 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        tenure = self._tenure
-        if tenure is not None:
-            await tenure.track_processes()  # before their parents end, from which they are found
+        search_s = min(SEARCH_S, SEARCH_SHARE * facts.limit_s)
+        if (tenure := self._tenure) is not None:
+            await tenure.track_processes(
+                search_s
+            )  # before their parents end, from which they are found
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
             try:
-                await self.workload.stop()
+                await self.workload.stop(search_s)
             finally:
                 killing.cancel()
         if tenure is not None:
@@ -375,8 +385,10 @@ class RoleRunner:
         return result.ok, result.why
 
     def _record_processes(self, run: _Run, hook: HookRun) -> None:
-        """Add the processes of a promotion hook to the tenure; report all groups to the guard."""
-        if run.role is not Role.SECONDARY and self._tenure is not None:
+        """Add the processes of a promotion hook to the tenure; report all to the guard."""
+        if run.role is Role.SECONDARY:
+            self.demotion_hook_started = True
+        elif self._tenure is not None:
             self._tenure.add(hook)
             for child in hook.children:
                 run.tree.add(child)

@@ -17,6 +17,9 @@ from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
 from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 
+CHECK_S = 1.0
+"""How long the check of the demotion hook before a promotion may take; it takes a millisecond."""
+
 log = Log(__name__)
 
 
@@ -55,10 +58,20 @@ class TenureProcesses:
         """The roots of its process trees, as last tracked."""
         return self._tree.roots
 
-    async def track_processes(self) -> None:
+    async def track_processes(self, limit_s: float = SEARCH_S) -> None:
         """Record which processes there are, before their parents end."""
         with suppress(StuckError):
-            await self._tree.find_in_thread()
+            await self._tree.find_in_thread(limit_s)
+
+    async def find_hook_fault(self) -> str | None:
+        """Why the demotion hook could not be run now: what it cannot end must not be started."""
+        if self.demotion_hook is None:
+            return None
+        try:
+            await BlockingThread("demotion hook").run(self.demotion_hook.check, timeout_s=CHECK_S)
+        except (ConfigError, StuckError, OSError) as error:
+            return str(error) or f"the demotion hook was not read within {CHECK_S:g} s"
+        return None
 
     def stop_adopting(self) -> None:
         """Do not add unmarked processes from now on: they belong to the demotion hook."""

@@ -24,7 +24,7 @@ from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import Child, ExitResult
-from agent.ops.process_tree import ProcessTree
+from agent.ops.process_tree import SEARCH_S, ProcessTree
 
 POLL_S = 0.01
 """Interval of the check whether a stopped process tree is gone."""
@@ -114,13 +114,17 @@ class Workload:
         self._short = self._failed = 0
         return await self._spawn()
 
-    async def stop(self) -> None:
-        """Send TERM to all of its processes, and wait until none is left; ``kill`` shortens the wait."""
+    async def stop(self, search_s: float = SEARCH_S) -> None:
+        """Send TERM to all of its processes, and wait until none is left; ``kill`` shortens the wait.
+
+        Args:
+            search_s: how long the search for them may delay the TERM to its process group.
+        """
         self._cancel_restart()
         tree = self._tree
         if tree is not None:  # find descendants before they become orphans
             with suppress(StuckError):
-                await tree.find_in_thread()
+                await tree.find_in_thread(search_s)
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)

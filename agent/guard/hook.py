@@ -60,7 +60,14 @@ class DemotionHook:
             os.setgid(self.group)
             os.setuid(self.user)
 
-    def run(self, term_at: float, end_at: float, log: LogWriter, failed_groups: "set[int]") -> bool:
+    def run(
+        self,
+        term_at: float,
+        end_at: float,
+        log: LogWriter,
+        failed_groups: "set[int]",
+        close_fds: "list[int]",
+    ) -> bool:
         """Run every command, one after the other, until ``end_at``.
 
         Args:
@@ -69,6 +76,7 @@ class DemotionHook:
             log: for the output and the results.
             failed_groups: receives the process group of each command that failed. Processes that a
                 successful command leaves running are meant to run on a standby.
+            close_fds: descriptors that no command may keep open, not even while its exec hangs.
 
         Returns:
             Whether all commands have succeeded.
@@ -83,7 +91,7 @@ class DemotionHook:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
             try:
-                command = _Command(self, argv, hook_output)
+                command = _Command(self, argv, hook_output, close_fds)
             except OSError as error:
                 log.log(ERROR, "hook could not be started", *names, ("reason", str(error)))
                 succeeded = False
@@ -91,8 +99,9 @@ class DemotionHook:
             result = None
             while result is None and now() < end_at + KILLED_WAIT_S:
                 result = command.poll(term_at, end_at)
-                room -= log_output(output, room, log)
-                if result is None:
+                read = log_output(output, room, log)
+                room -= read
+                if result is None and not read:
                     time.sleep(POLL_S)
             log.log_hook_output(b"", end=True)
             level = INFO if result == "exit 0" else WARNING
@@ -111,18 +120,23 @@ class _Command:
         hook: has the user, directory, environment and stdin.
         argv: program and arguments.
         output: descriptor for its stdout and stderr.
+        close_fds: descriptors that it must not keep open.
 
     Raises:
         OSError: the process could not be forked.
     """
 
-    def __init__(self, hook: DemotionHook, argv: "list[bytes]", output: int) -> None:
+    def __init__(
+        self, hook: DemotionHook, argv: "list[bytes]", output: int, close_fds: "list[int]"
+    ) -> None:
         self.termed = False
         self.pid = os.fork()
         """Also the id of its process group."""
         if self.pid:
             return
         try:
+            for fd in close_fds:
+                os.close(fd)
             os.setsid()
             stdin, end = os.pipe()
             os.write(end, hook.stdin)  # shorter than a message, so it fits into the pipe

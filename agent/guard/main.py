@@ -13,8 +13,8 @@ seconds. The guard answers each message with the message's number:
 
 ARM: ``running``, ``groups`` and ``workload`` are process groups: of a running hook, of hooks that have run,
 and of the command of ``exec``. ``cgroup`` contains the whole tenure; the cgroups of its hooks and workload
-are below it. ``hook_at`` is "inf" while the agent demotes: then the guard kills the tenure at ``kill_at``
-and the agent at ``agent_at``, and the agent may run its fence command in between.
+are below it. ``hook_at`` is "inf" while the agent runs its demotion hook: then the guard kills the tenure at
+``kill_at`` and demotes at ``agent_at``, and the agent may run its fence command in between.
 
 HOOK: ``complete`` is 0 if the commands are not the whole demotion.
 
@@ -23,8 +23,7 @@ epoch, the lease has to expire.
 
 LOG: ``min_level`` and ``form`` are those of the agent's log; the rest describes the agent.
 
-Only OFF disarms the guard. Exit code: 0 when the agent has closed the connection and nothing was armed,
-``ACTED`` after a demotion.
+Only OFF disarms the guard. Exit code: 0 if nothing was armed at the end of the connection, else ``ACTED``.
 """
 
 import os
@@ -139,13 +138,13 @@ class Guard:
                 if not self.receive():
                     if not self.armed:
                         return 0
-                    self.demote("it is dead", hook=True)
+                    self.demote("it is dead")
                     return ACTED
             elif now() >= self.due_at:
                 if self.hook_at == float("inf") and now() < self.agent_at:
                     self.kill_tenure_only()
                     continue
-                self.demote("it has not renewed its deadline", hook=self.hook_at != float("inf"))
+                self.demote("it has not renewed its deadline")
                 return ACTED
 
     def receive(self) -> bool:
@@ -175,6 +174,7 @@ class Guard:
             self.arm(fields)
         elif word == b"OFF":
             self.hook_at = self.kill_at = self.agent_at = float("inf")
+            self.budget_s = 0.0
         elif word == b"HOOK":
             self.hook = DemotionHook(fields)
         elif word == b"BACK":
@@ -197,9 +197,8 @@ class Guard:
         """Store the newest deadlines, and the processes to kill when they pass."""
         hook_at, kill_at, agent_at = (float(field) for field in fields[:3])
         if hook_at != float("inf"):
-            self.budget_s = kill_at - hook_at
-        self.running = parse_ids(fields[3])
-        self.workload = parse_ids(fields[5])
+            self.budget_s = max(self.budget_s, kill_at - hook_at)
+        self.running, self.workload = parse_ids(fields[3]), parse_ids(fields[5])
         self.cgroup = fields[6]
         roots = [root.partition(b":") for root in fields[7].split(b",") if root]
         self.tenure = ProcessTree(
@@ -240,7 +239,7 @@ class Guard:
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         self.try_step("log", self.log.log, WARNING, "processes killed at the limit of the demotion")
 
-    def demote(self, why: str, *, hook: bool) -> None:
+    def demote(self, why: str) -> None:
         """Demote in the agent's place, and have the role released if that has succeeded."""
         self.try_step("stop the agent", self.signal_agent, signal.SIGSTOP)
         started_at = now()
@@ -254,20 +253,23 @@ class Guard:
         self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         go_fd = None
-        if hook and not late:
+        if not late:
             go_fd = self.try_step("start the helper", self.start_helper, end_at)
         state = self.try_step("write the state file", Worker, self.write_state, self.close_fds)
         if isinstance(state, Worker):  # hooks find it changed, unless it cannot be written
             self.try_step("write the state file", state.wait, now() + STATE_WAIT_S)
         self.try_step("log", self.log_demotion, why)
         self.try_step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
-        done = hook and self.try_step("demotion hook", self.run_hook, end_at)
+        done = self.try_step("demotion hook", self.run_hook, end_at)
         gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
         self.try_step("kill the agent", self.signal_agent, signal.SIGKILL)
-        if hook and not done:
+        if not done:
             done = self.try_step("demotion hook", self.repeat_hook, end_at)
             gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
         dead = self.try_step("kill the agent", self.wait_for_agent_death)
+        if not self.tenure.groups and (self.hook is None or not self.hook.commands):
+            # Only the state file makes a workload inactive.
+            done = self.try_step("write the state file", self.finish_state, state) and done
         if isinstance(go_fd, int) and done and gone and dead and not self.step_has_failed:
             self.try_step("release the role", os.write, go_fd, b"1")
         left = ("left_of_limit_s", round(self.kill_at - now(), 3))
@@ -348,7 +350,8 @@ class Guard:
         if self.hook is None:
             return False
         term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
-        return self.hook.run(term_at, end_at, self.log, self.tenure.groups) and self.hook.complete
+        args = (self.log, self.tenure.groups, self.close_fds)
+        return self.hook.run(term_at, end_at, *args) and self.hook.complete
 
     def repeat_hook(self, end_at: float) -> bool:
         """Repeat a demotion hook that has failed; return as ``run_hook`` does.
@@ -392,24 +395,24 @@ class Guard:
     def wait_for_agent_death(self) -> bool:
         """Wait until the agent is gone, which is when this process gets another parent."""
         end_at = now() + AGENT_DEATH_WAIT_S
-        while os.getppid() == self.agent:
-            if now() >= end_at:
-                return False
+        while os.getppid() == self.agent and now() < end_at:
             time.sleep(POLL_S)
-        return True
+        return os.getppid() != self.agent
 
-    def finish_state(self, state: object) -> None:
-        """Wait until the state file is written; write it in this process if no other can be forked."""
+    def finish_state(self, state: object) -> bool:
+        """Wait for the state file; return whether it is written.
+
+        If no process can be forked for it, this one writes it: a dead disk then delays nothing else.
+        """
         end_at = now() + STATE_WAIT_S
         while not isinstance(state, Worker):
             try:
                 state = Worker(self.write_state, self.close_fds)
             except OSError:
                 if now() >= end_at:
-                    self.write_state()
-                    return
+                    return self.write_state()
                 time.sleep(POLL_S)
-        state.wait_or_kill(now() + STATE_WAIT_S)
+        return state.wait_or_kill(now() + STATE_WAIT_S)
 
     def write_state(self) -> bool:
         """Replace the state file: from here on sidecars read Secondary. May block."""
@@ -452,6 +455,8 @@ class Guard:
         os.write(document, self.document)
         if not os.fork():
             try:
+                for fd in self.close_fds:
+                    os.close(fd)  # an exec may hang for ever
                 os.setsid()
                 os.dup2(waiting, 0)
                 if document == HELPER_FD:

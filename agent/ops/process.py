@@ -41,6 +41,10 @@ NO_TENURE = "apart"
 REAP_S = 5.0
 """Interval of the reaper: a zombie costs nothing but its process id."""
 
+MANY_ZOMBIES = 64
+BUSY_REAP_S = 0.5
+"""Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
+
 # With vfork the interpreter lock is held until the exec is done, so a dead disk would block every thread.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
 
@@ -111,7 +115,7 @@ class OrphanReaper:
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(REAP_S)
+            await asyncio.sleep(BUSY_REAP_S if len(self._zombies) > MANY_ZOMBIES else REAP_S)
             if self._on_interval is not None:
                 self._on_interval()
             if _has_zombies():
@@ -183,7 +187,8 @@ class Child:
         subreaper: whether its orphans become its children. Not for a long-running command, which may never
             reap children that it has not started.
         cgroup: a cgroup directory to move it into; it and its parent are created where possible.
-        vital: whether a demotion needs it; then its thread may be a reserved one (ops/reserve.py).
+        vital: whether a demotion needs it: then its thread may be a reserved one (ops/reserve.py), and it keeps
+            this process's protection from the OOM killer.
         options: of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
@@ -323,6 +328,7 @@ class Child:
 
     def _build_preexec(self, inside: int | None) -> Callable[[], None]:
         us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
+        exposed = not self._vital
 
         def prepare() -> None:
             """Prepare the child, between fork and exec."""
@@ -334,6 +340,8 @@ class Child:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # the parent died before prctl
                     os._exit(1)
+            if exposed:
+                _drop_oom_protection()
             if inside is not None:
                 with suppress(OSError):  # without a cgroup its processes are found by other means
                     os.write(inside, b"0")
@@ -383,6 +391,14 @@ class Child:
             self._ended.set_result(ExitResult(code=result.si_status))
         else:
             self._ended.set_result(ExitResult(signal=result.si_status))
+
+
+def _drop_oom_protection() -> None:
+    """Let the kernel's OOM killer choose this process before an agent that OOMScoreAdjust= protects."""
+    path = Path("/proc/self/oom_score_adj")
+    with suppress(OSError), path.open("r+b", buffering=0) as score:
+        if score.read().startswith(b"-"):
+            score.write(b"0")
 
 
 def _open_cgroup(directory: Path) -> int | None:

@@ -133,13 +133,13 @@ class ProcessTree:
         self._known = frozenset(found)
         return found
 
-    async def find_in_thread(self) -> set[proctree.Process]:
+    async def find_in_thread(self, limit_s: float = SEARCH_S) -> set[proctree.Process]:
         """Find all live processes. Raises StuckError if the search does not end in time."""
         try:
             thread = BlockingThread(f"processes of {self.value}", vital=True)
-            return await thread.run(self.find, timeout_s=SEARCH_S)
+            return await thread.run(self.find, timeout_s=limit_s)
         except OSError as error:  # a TimeoutError, too, which has no text
-            why = str(error) or f"no result within {SEARCH_S:g} s"
+            why = str(error) or f"no result within {limit_s:g} s"
             raise StuckError(f"cannot list the processes of {self.value}: {why}") from error
 
     async def gone(self) -> bool:

@@ -155,9 +155,7 @@ class Asker:
             return reply.status, self._check(peer, question, reply)
         except AskError:
             raise
-        except (
-            Exception
-        ) as error:  # URL and answer may be a stranger's: neither may stop this agent
+        except Exception as error:  # a stranger's URL or answer must not stop this agent
             raise AskError(_reason(error)) from error
 
     async def _send(self, url: str, request: bytes, limit_s: float) -> _Reply:

@@ -52,7 +52,7 @@ class Arming:
 
     Attributes:
         hook_at: when the guard stops the agent and runs the demotion hook; infinity while the agent
-            demotes.
+            runs it.
         kill_at: when the guard kills the tenure's processes.
         agent_at: when the guard kills an agent that demotes, or None for ``kill_at``. Later than
             ``kill_at`` if the agent runs its fence command after a failed demotion.
