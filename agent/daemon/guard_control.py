@@ -30,7 +30,7 @@ class GuardControl:
 
     Args:
         member: read only.
-        state: returns the content of the state file at this moment.
+        state: returns the content of the state file at this moment, but for failsafe.
         state_path: path of the state file.
     """
 
@@ -143,8 +143,6 @@ class GuardControl:
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
-        # It changes with each answer of a member, and is not true of a demoted session.
-        state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,
