@@ -174,11 +174,11 @@ class EffectRunner:
         await self.failsafe.ask(effect)
 
     def _log_failsafe(self) -> None:
-        session, now = self.member.session, self.member.clock.boottime()
+        session = self.member.session
         if session.options.failsafe is not None:
             self._failsafe_log.on_step(
-                session.failsafe_view(now),
-                now,
+                self.state_publisher.failsafe_view,
+                self.member.clock.boottime(),
                 tenure=session.tenure if session.role is not Role.SECONDARY else None,
                 end=self.member.published.reason,
                 settle_s=session.timing.renew_s,

@@ -33,7 +33,7 @@ class GuardControl:
 
     Args:
         member: read only.
-        state: returns the content of the state file at this moment.
+        state: returns the content of the state file at this moment, but for failsafe.
         state_path: path of the state file.
     """
 
@@ -149,8 +149,6 @@ class GuardControl:
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
-        # Left out: it changes with each answer of a member, and would be wrong after a demotion.
-        state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,

@@ -149,7 +149,7 @@ class Daemon:
         self.report_progress = self._host_health.report_progress
         self._state_publisher.score = self._host_health.score
         self._state_publisher.unfit_reason = self._host_health.unfit_reason
-        self._guard_control = GuardControl(member, self._state_publisher.describe, state_file.path)
+        self._guard_control = GuardControl(member, self._state_publisher.own_state, state_file.path)
         self._effects = EffectRunner(
             member,
             self._state_publisher,
