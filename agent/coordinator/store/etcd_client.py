@@ -242,8 +242,8 @@ class Etcd:
     async def keep_alive(self, lease: int) -> int | None:
         """Renew a lease; the Raft term of the member that was asked, or None if there was no such lease.
 
-        etcd decides this without a majority: its leader renews, and may have been deposed without knowing it. It
-        has not been if a range read that is asked for afterwards is of the same term.
+        etcd decides this without a majority: its leader renews, and may have been deposed without knowing it. That
+        was later than this was asked for, if a range read that is asked for at the same time is of the same term.
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         result = answer.get("result", {})
