@@ -15,7 +15,7 @@ from typing import TypeVar
 from agent.coordinator.cluster_metrics import ClusterMetrics
 from agent.coordinator.forwarded_clients import ForwardedClients
 from agent.coordinator.forwarding import Forwarder
-from agent.coordinator.leadership import REQUEST_SHARE, SESSION_SHARE, Leadership
+from agent.coordinator.leadership import LEAVE_SHARE, Leadership
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.restored import declare_restored
 from agent.coordinator.service import Coordinator, policy_of
@@ -131,7 +131,7 @@ class Cluster:
         except BaseException:
             await etcd.aclose()
             raise
-        session = Etcd(gateway.sibling(), settings.leadership_ttl * SESSION_SHARE)
+        session = _etcd_of(gateway.sibling(), settings)
         return cls(store, settings, clock, metrics, session=session, clients=clients)
 
     async def declare_restored(self) -> int:
@@ -210,7 +210,7 @@ def connect(settings: CoordinatorSettings) -> Etcd:
 
 
 def _etcd_of(gateway: Gateway, settings: CoordinatorSettings) -> Etcd:
-    return Etcd(gateway, settings.leadership_ttl * REQUEST_SHARE)
+    return Etcd(gateway, settings.leadership_ttl)
 
 
 def _gateway_of(settings: CoordinatorSettings) -> Gateway:
@@ -230,7 +230,7 @@ def _gateway_of(settings: CoordinatorSettings) -> Gateway:
     if settings.etcd_username is not None:
         assert settings.etcd_password_file is not None  # noqa: S101 - the settings come together
         login = Login(settings.etcd_username, read_secret(settings.etcd_password_file))
-    leave_after_s = settings.leadership_ttl * REQUEST_SHARE
+    leave_after_s = settings.leadership_ttl * LEAVE_SHARE
     return Gateway(settings.etcd_endpoint, tls=tls, login=login, leave_after_s=leave_after_s)
 
 

@@ -42,11 +42,9 @@ from agent.ops.logs import Log
 RENEWALS = 6
 """Renewals of the lease within its time to live: five may be lost. They do not wait for one another."""
 
-REQUEST_SHARE = 1 / 3
-"""Share of the time to live for one request to etcd: a member of etcd that hangs costs one, then the next is asked."""
-
-SESSION_SHARE = 2 / 3
-"""The same for the requests of the session: one that is answered this late, by a slow disk, still renews it."""
+LEAVE_SHARE = 1 / 3
+"""Share of the time to live after which another member of etcd is asked: one that hangs costs this once. Answers
+are awaited for the whole of it, since a renewal that a slow disk has delayed still counts."""
 
 RETRY_S = 0.1
 """Pause after a failed request to etcd, and before a watch is begun again."""
@@ -287,17 +285,19 @@ class Leadership:
             raise SessionOver(f"the lease was not renewed in time{self._failure}")
 
     async def _renew(self) -> None:
-        """Renew the lease and read all keys.
+        """Renew the lease and read all keys, both at once.
 
-        The read proves that a majority of etcd still knows the lease. If its term is later than the renewal's, a
-        deposed leader of etcd may have answered the renewal, which then does not count.
+        The read proves that a majority of etcd knew the lease after this was sent. If its term is later than the
+        renewal's, a deposed leader of etcd may have answered the renewal, which then does not count. If the terms
+        are equal, that leader can have been deposed only after this was sent, and its successor has given each
+        lease its whole time again.
         """
-        sent_at, member = self._boottime(), self.member
-        term = await self._etcd.keep_alive(self._lease_id)
+        sent_at, member, live = self._boottime(), self.member, self._layout.live
+        term, found = await asyncio.gather(
+            self._etcd.keep_alive(self._lease_id), self._etcd.range(read(live, end_of(live)))
+        )
         if term is None:
             raise SessionOver("etcd has ended the lease")
-        live = self._layout.live
-        found = await self._etcd.range(read(live, end_of(live)))
         mine = self._layout.member(member)
         if member and not any(one.key == mine for one in found.keys) and not self._stopping:
             raise SessionOver("etcd has ended the lease")

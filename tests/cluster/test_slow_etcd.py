@@ -16,11 +16,11 @@ async def a_leader(world: World) -> Node:
     return first
 
 
-@pytest.mark.parametrize("answer_s", [0.2, 0.35, 0.4])
+@pytest.mark.parametrize("answer_s", [0.2, 0.6, 0.78])
 def test_r19_leadership_is_kept_if_renewing_takes_five_sixths_of_the_time_to_live(
     answer_s: float,
 ) -> None:
-    """A renewal is two requests. One that is answered late counts from when it was sent, as any other."""
+    """One that is answered late counts from when it was sent, as any other."""
 
     async def check() -> None:
         world = World(1, coordinators=1, agents=0)
@@ -40,7 +40,7 @@ def test_r19_leadership_begins_while_etcd_is_slow() -> None:
     async def check() -> None:
         world = World(1, coordinators=1, agents=0)
         for node in world.nodes.values():
-            node.link.delay_s = 0.15
+            node.link.delay_s = 0.2
         node = await a_leader(world)
         assert node.leadership is not None
         assert node.leadership.begun == 1
@@ -55,7 +55,7 @@ def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
         node = await a_leader(world)
         assert node.leadership is not None
         began = asyncio.get_running_loop().time()
-        node.link.delay_s = 0.3
+        node.link.delay_s = 0.5
         took_s = await world.until(lambda: not node.leadership.led, 2 * TTL_S, "its end")  # type: ignore[union-attr]
         assert took_s <= TTL_S * (1 - DRIFT) + 0.01
         assert node.leadership.remaining_s == 0

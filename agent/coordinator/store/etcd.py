@@ -24,7 +24,6 @@ from agent.coordinator.store.etcd_client import (
     EtcdError,
     EtcdRefused,
     EtcdUnknown,
-    EtcdUnreachable,
     Found,
     Json,
     KeyValue,
@@ -69,6 +68,10 @@ MOST_STEPS = 100
 SETTLE_S = 2.0
 """How long a write without an answer is repeated: as long as an election of etcd usually takes. Other inputs of
 the group wait meanwhile."""
+
+RESEND_SHARE = 1 / 3
+"""A write is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
+answer to any attempt counts, so a slow disk and a member that hangs both cost little."""
 
 RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""
@@ -389,32 +392,41 @@ class EtcdStore:
         conditions = [if_revision(record, expected), self._fence]
         leader = self._layout.leader(self._shard)
         on_failure = [read(record), read(leader, keys_only=True)]
-        clock = asyncio.get_running_loop().time
-        resent, until = False, clock() + SETTLE_S
-        while True:
-            try:
-                done = await self._etcd.txn(conditions, steps, on_failure)
-            except EtcdRefused as refusal:
-                raise self._explained(refusal, key) from refusal
-            except EtcdUnreachable as failure:
-                if not resent:
-                    raise StoreError(
-                        f"{failure}; nothing was changed", exit_code=ExitCode.ETCD
-                    ) from failure
-                unknown: EtcdError = failure
-            except EtcdUnknown as failure:
-                resent, unknown = True, failure
-            else:
-                return (
-                    done
-                    if done.succeeded
-                    else self._outcome(key, done, expected, token, resent=resent)
+        loop = asyncio.get_running_loop()
+        until, resent = loop.time() + SETTLE_S, False
+        unknown: EtcdError = EtcdUnknown(f"etcd did not answer within {SETTLE_S:g} s")
+        attempts: set[asyncio.Task[Done]] = set()
+        try:
+            while True:
+                attempt = loop.create_task(self._etcd.txn(conditions, steps, on_failure))
+                attempt.add_done_callback(lambda one: one.cancelled() or one.exception())
+                attempts.add(attempt)
+                answered, attempts = await asyncio.wait(
+                    attempts,
+                    timeout=RESEND_SHARE * self._etcd.timeout_s,
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
-            if clock() >= until:
-                raise OutcomeUnknown(
-                    f"{unknown}; whether {name_of(key)} was changed is unknown"
-                ) from unknown
-            await asyncio.sleep(RESEND_S)
+                for attempt in answered:
+                    try:
+                        done = attempt.result()
+                    except EtcdError as failure:
+                        if not resent and not isinstance(failure, EtcdUnknown):
+                            raise self._explained(failure, key) from failure
+                        unknown = failure  # of this attempt; another one may have succeeded
+                    else:
+                        if done.succeeded:
+                            return done
+                        return self._outcome(key, done, expected, token, resent=resent)
+                if loop.time() >= until:
+                    raise OutcomeUnknown(
+                        f"{unknown}; whether {name_of(key)} was changed is unknown"
+                    ) from unknown
+                if answered:
+                    await asyncio.sleep(RESEND_S)
+                resent = True
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
 
     def _outcome(
         self, key: GroupKey, done: Done, expected: int, token: str | None, *, resent: bool
@@ -460,9 +472,11 @@ class EtcdStore:
             f"another coordinator leads shard {self._shard} by now; nothing was changed"
         )
 
-    def _explained(self, refusal: EtcdRefused, key: GroupKey) -> StoreError:
-        code = ExitCode.INTERNAL if refusal.code == _INVALID else ExitCode.ETCD  # one value's fault
-        return StoreError(f"{name_of(key)}: {refusal}; nothing was changed", exit_code=code)
+    def _explained(self, failure: EtcdError, key: GroupKey) -> StoreError:
+        """The error of a change that surely was not made."""
+        invalid = isinstance(failure, EtcdRefused) and failure.code == _INVALID  # one value's fault
+        code = ExitCode.INTERNAL if invalid else ExitCode.ETCD
+        return StoreError(f"{name_of(key)}: {failure}; nothing was changed", exit_code=code)
 
     def _place(self, key: GroupKey) -> str:
         return f"{name_of(key)} in etcd"

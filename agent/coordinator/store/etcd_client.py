@@ -243,7 +243,7 @@ class Etcd:
         """Renew a lease; return the Raft term of the member that answered, or None if the lease is gone.
 
         etcd's leader renews a lease without asking a majority, and may have been deposed without knowing it. A
-        later range read with the same term proves that it has not been deposed.
+        range read with the same term, sent at the same time, proves that it was not deposed before that.
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         result = answer.get("result", {})

@@ -48,6 +48,8 @@ class Lossy:
         self.lost = 0
         self.late = 0
         self.refused = 0
+        self.full = 0
+        self.slow_s = 0.0
         self.held: list[Json] = []
         self.sent = 0
 
@@ -58,11 +60,15 @@ class Lossy:
         if self.refused:
             self.refused -= 1
             raise EtcdUnreachable("no connection")
+        if self.full and self.sent > 1:
+            self.full -= 1
+            raise EtcdRefused("etcd refuses: database space exceeded", 8)
         if self.late:
             self.late -= 1
             self.held.append(body)
             raise EtcdUnknown("no answer yet")
         answer = await self._inner.post(path, body, timeout_s)
+        await asyncio.sleep(self.slow_s)
         if self.lost:
             self.lost -= 1
             raise EtcdUnknown("the answer was lost")
@@ -361,6 +367,39 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         with pytest.raises(EtcdError, match="cannot be connected to"):
             await strangers.get("/absent")
         await strangers.aclose()
+
+
+async def test_a_refusal_of_a_repeated_write_says_nothing_of_the_first_attempt(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """The first one has filled etcd up; its answer was lost, and the others are refused."""
+    transport, store = lossy
+    transport.lost, transport.full = 1, 2
+    version = await store.create(key, make_record(1))
+    assert transport.sent == 4
+    transport.sent, transport.lost, transport.full = 0, 1, 1000
+    with pytest.raises(OutcomeUnknown, match="space exceeded"):
+        await store.swap(key, version, make_record(2))
+    transport.full = 0
+    settled = await store.settle(key, version)
+    assert settled is not None
+    assert settled.record == make_record(2)
+    transport.sent, transport.full = 1, 1
+    with pytest.raises(StoreError, match="nothing was changed"):
+        await store.swap(key, settled.version, make_record(3))
+
+
+async def test_the_first_answer_to_any_attempt_counts(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """A slow answer is awaited while the write is sent again; it is the same write."""
+    transport, store = lossy
+    store._etcd.timeout_s = 0.3
+    transport.slow_s = 0.5
+    version = await store.create(key, make_record(1))
+    assert transport.sent > 1
+    transport.slow_s = 0.0
+    assert await store.load() == {key: Stored(version, make_record(1))}
 
 
 async def test_old_tenures_are_forgotten_many_at_a_time(
