@@ -112,12 +112,12 @@ class Cluster:
         """
         etcd = await asyncio.to_thread(connect, settings)
         try:
-            store = await _retry_at_start(
+            store = await _patiently(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
             )
             clients = None
             if settings.tls_client_ca_file is not None:
-                clients = ForwardedClients(await _retry_at_start(lambda: read_peer_key(store)))
+                clients = ForwardedClients(await _patiently(lambda: read_peer_key(store)))
             return cls(store, settings, clock, metrics, clients)
         except BaseException:
             await etcd.aclose()
@@ -234,7 +234,7 @@ async def read_peer_key(store: EtcdCluster) -> bytes:
     return key
 
 
-async def _retry_at_start(opening: Callable[[], Awaitable[T]]) -> T:
+async def _patiently(opening: Callable[[], Awaitable[T]]) -> T:
     until = asyncio.get_running_loop().time() + STARTUP_S
     while True:
         try:
