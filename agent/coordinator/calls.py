@@ -276,7 +276,7 @@ async def lift_failsafe(call: Call) -> Answer:
 
 
 async def get_group_access(call: Call) -> Answer:
-    """The group's own access-control list; without one, its namespace's, which is in force."""
+    """The access-control list in force for the group: its own, or its namespace's if it has none."""
     acl = call.coordinator.group_access(call.key)
     if acl is None:
         acl = await call.coordinator.access(*call.tenant_namespace)
@@ -351,7 +351,7 @@ async def get_session(call: Call) -> Answer:
 
 
 async def delete_session(call: Call) -> Answer:
-    """Delete a session, or refuse that if it is active and the caller wants an inactive one deleted."""
+    """Delete a session. Refuse if it is active and the caller asked to delete only an inactive one."""
     session_id = call.values["sessionId"]
     by = await call.requester(session_id)
     removal = RemoveSession(session_id, by, only_inactive=call.query["inactive"])

@@ -1,7 +1,7 @@
 """One of several coordinators over etcd, put together from its settings (R19).
 
-Imported only with ``store = "etcd"``. Owns nothing of its own: the store is store/etcd.py, who leads is
-leadership.py, requests for others' groups are forwarding.py.
+Imported only with ``store = "etcd"``. Connects store/etcd.py (the store), leadership.py (who leads) and forwarding.py
+(requests for groups of other leaders).
 """
 
 import asyncio

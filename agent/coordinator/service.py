@@ -158,7 +158,7 @@ class Coordinator:
             await asyncio.wait([other])
         created = key not in self._engine.groups
         if not created:
-            self._engine.find(key)  # whether it is led
+            self._engine.find(key)  # raises NotLeading unless the shard is led here
         else:
             if len(self._engine.groups) + len(self._creating) >= self._max_groups:
                 raise Conflict(

@@ -59,8 +59,8 @@ def boot_id() -> str | None:
 def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
     """The instances of previous processes that may have left something running here.
 
-    A process whose first demotion has not succeeded has promoted nothing; then only the instances count that it
-    had to end itself.
+    If the last process had not finished its first demotion, it has promoted nothing; then these are the instances
+    whose processes it had to end.
     """
     if not is_of_this_boot(state):
         return ()

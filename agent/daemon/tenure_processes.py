@@ -78,7 +78,7 @@ class TenureProcesses:
         self._tree.stop_adopting()
 
     def kill_groups(self) -> None:
-        """SIGKILL to the process groups of its promotion hooks. Does not wait."""
+        """Send SIGKILL to the process groups of its promotion hooks. Does not wait."""
         for hook in self._hooks:
             hook.kill()
 

@@ -103,7 +103,7 @@ class Workload:
 
     @property
     def cgroup(self) -> Path | None:
-        """Its cgroup, if it has one."""
+        """The cgroup of the command, or None."""
         made = self._cgroup is not None and (self._cgroup / "cgroup.kill").exists()
         return self._cgroup if made else None
 

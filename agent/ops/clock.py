@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from agent.model import Instant
 
 READINGS = 3
-"""A pause between reading two clocks is an error of the difference. Of three attempts the shortest is used."""
+"""A pause between reading two clocks falsifies their difference, so of so many attempts the shortest is used."""
 
 
 def _boottime() -> float:

@@ -44,7 +44,7 @@ class AccessControlEntry(Shape, frozen=True):
 
 
 class AccessControlList(Shape, frozen=True):
-    """Who may do what."""
+    """The rights of callers: an access-control list."""
 
     role_trustee_access_control_entries: Annotated[
         list[AccessControlEntry],
@@ -89,7 +89,7 @@ class AccessControlList(Shape, frozen=True):
 
 
 class AccessControlRequest(AccessControlList, frozen=True):
-    """Who may do what from now on. At least one trustee keeps ManageAccessControl."""
+    """A new access-control list. At least one trustee has to keep ManageAccessControl."""
 
     role_trustee_access_control_entries: Annotated[
         list[AccessControlEntry],

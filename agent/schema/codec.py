@@ -103,7 +103,7 @@ def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
             )
         return _reader(kind).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        text = _explain(error, shape, body, whole)  # may repeat half a surrogate pair
+        text = _explain(error, shape, body, whole)  # may contain half a surrogate pair of the body
         raise BodyError(text.encode(errors="backslashreplace").decode()) from None
 
 

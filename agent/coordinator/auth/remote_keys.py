@@ -43,7 +43,7 @@ log = Log(__name__)
 
 
 class RemoteKeys:
-    """The keys behind a URL. Use ``kept_fresh`` around everything else.
+    """The keys at a URL. Use the other methods only inside ``kept_fresh``, which fetches them.
 
     Args:
         url: https, or http on this machine.

@@ -231,7 +231,7 @@ def backup(directory: Path, file: Path) -> None:
     """Write a consistent copy of a data directory's database to a new file; a coordinator may be serving it.
 
     Raises:
-        StoreError: the file exists, or one of the two cannot be used. No half a file is left.
+        StoreError: the file exists, or one of the two cannot be used. No partial file is left.
     """
     database = directory / DATABASE_NAME
     if not database.exists():

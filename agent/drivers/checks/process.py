@@ -59,7 +59,7 @@ class ProcessCheck(Check):
 
 
 class _Found(NamedTuple):
-    """A process that runs. ``started`` is in ticks since the boot: with the pid, it names it."""
+    """A running process, identified by its id and its start, in clock ticks since the boot."""
 
     pid: int
     comm: str

@@ -87,7 +87,7 @@ class FileReader:
             raise Refused(Reason.UNREADABLE, text) from error
 
     async def close(self) -> None:
-        """As in ``Reader``."""
+        """Do nothing: each reading closes its file."""
 
 
 def _read_content(path: Path, key: str | None) -> datetime:

@@ -37,7 +37,7 @@ DEFAULT_LIFE_S = 300.0
 """The life of a token whose server does not state it (RFC 6749 only recommends to)."""
 
 CONNECTIONS = 8
-"""One for each endpoint whose origin is asked, and some that were given up."""
+"""The most connections: one for the identity server of each endpoint, and some that are being abandoned."""
 
 LONGEST_LIFE_S = 24 * 3600.0
 """Upper limit of a token's lifetime: a revoked secret is noticed within a day."""

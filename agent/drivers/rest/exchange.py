@@ -397,6 +397,6 @@ def _root_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         error = inner
-        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # wait, no fault
+        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # not a fault
             root = error
     return root
