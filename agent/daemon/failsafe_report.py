@@ -12,6 +12,7 @@ from typing import Any
 
 from agent.core.effects import Release
 from agent.core.failsafe_view import FailsafeView, MemberReadiness, Readiness
+from agent.model import Member
 from agent.ops.logs import Log
 from agent.schema.scalars import format_date_time
 
@@ -116,10 +117,12 @@ def _log_end_of_hold(
 def _key(view: FailsafeView, *, holds: bool) -> tuple[object, ...]:
     """The facts whose change is logged. Single answers, and repeated questions to a voter, are not among them."""
     off = view.why if view.readiness is Readiness.OFF else None
-    missing = frozenset(one.member for one in view.members if not one.ready)
-    if view.readiness is not Readiness.NOT_READY:
-        missing = frozenset()
-    return holds, view.readiness, off, missing, view.promised_to
+    named: frozenset[Member] = frozenset()
+    if view.readiness is Readiness.NOT_READY:
+        named = frozenset(one.member for one in view.members if not one.ready)
+    elif view.readiness is Readiness.READY:
+        named = frozenset(one.member for one in view.members)
+    return holds, view.readiness, off, named, view.promised_to
 
 
 def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[str, Any]:

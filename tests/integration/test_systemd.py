@@ -677,7 +677,8 @@ def test_the_work_goes_on_under_the_failsafe_drop_in_while_the_coordinator_is_fr
         host.write("/etc/failover-agent/agent.toml", listen + CONFIG)
         host.drop_in((UNITS / "examples/agent-failsafe.conf").read_text())
         host.systemctl("restart", AGENT)
-    until(lambda: any("failsafe ready" in h.journal() for h in plant.hosts), "failsafe to be ready")
+    ready = "failsafe ready members=1"
+    until(lambda: any(ready in host.journal() for host in plant.hosts), "failsafe to be ready")
     one, other = plant.primary()
     epoch, lines = one.state()["epoch"], len(plant.epochs())
     plant.a.signal(signal.SIGSTOP, COORDINATOR)
