@@ -8,8 +8,9 @@ orphans, and outlive their parent. A process belongs to a tenure if it
 - has the tenure's mark in its environment, which children inherit, or
 - is in its cgroup.
 
-``kill_all`` stops every process before it kills any, so that none escapes by forking. A process is
-identified by its process id and start time, since process ids are reused.
+``kill_all`` stops every process before it kills any, so that none escapes by forking: whole process groups
+first, as a process that forks and ends all the time is gone when it is signalled, and its group is not. A
+process is identified by its process id and start time, since process ids are reused.
 
 The guard imports this file, so it imports only the smallest modules of the standard library.
 
@@ -174,7 +175,7 @@ def snapshot() -> "dict[int, Stat]":
         raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
     try:
-        for name in reversed(os.listdir(open_proc())):
+        for name in reversed(os.listdir(open_proc())):  # the newest first: they may end soon
             if name.isdigit():
                 stat = read(int(name))
                 if stat is not None:
@@ -215,6 +216,24 @@ def related(
                 inside.add(child)
                 todo.append(child)
     return _killable(table, inside)
+
+
+def own_groups(known: "set[int]", table: "dict[int, Stat]", found: "set[Process]") -> "set[int]":
+    """The process groups of ``found`` and the ``known`` ones, without those that have other live members."""
+    pids = {pid for pid, _ in found}
+    live = ((pid, stat.group) for pid, stat in table.items() if stat.state not in ENDED)
+    return (known | {table[pid].group for pid in pids}) - {
+        group for pid, group in live if pid not in pids
+    }
+
+
+def signal_groups(groups: "set[int]", number: int) -> None:
+    """Signal process groups; those that are gone are skipped."""
+    for group in groups:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
 
 
 def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
@@ -264,13 +283,14 @@ def send(process: Process, number: int) -> bool:
     return True
 
 
-def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
+def kill_all(find, end_at: float, clock=time.monotonic, groups=set) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
     """Stop the processes that ``find`` returns until it returns no new ones, kill them, repeat until none is left.
 
     Args:
         find: searches anew and returns a set of processes.
         end_at: how long to wait for their end, by ``clock``.
         clock: returns seconds.
+        groups: returns the process groups of all that ``find`` has found, see ``own_groups``.
 
     Returns:
         Survivors: they are stuck in the kernel, or this process has no permission to signal them.
@@ -279,7 +299,8 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
         OSError, MemoryError: raised by ``find``. Processes that were found before it have been sent SIGKILL.
     """
     while True:
-        found = _stop_all(find, end_at, clock)
+        found = _stop_all(find, end_at, clock, groups)
+        signal_groups(groups(), signal.SIGKILL)
         for process in found:
             _try_to_send(process, signal.SIGKILL)
         while (left := {process for process in found if _may_live(process)}) and clock() < end_at:
@@ -291,7 +312,7 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
             return late
 
 
-def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+def _stop_all(find, end_at: float, clock, groups) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
     """Stop all processes found, until several searches in a row find no new one."""
     found: set[Process] = set()
     stop_by = clock() + STOP_S
@@ -304,6 +325,7 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
                 _try_to_send(process, signal.SIGKILL)
             raise
         found |= new
+        signal_groups(groups(), signal.SIGSTOP)
         for process in new:
             _try_to_send(process, signal.SIGSTOP)
         waiting = clock() < stop_by and any(map(_can_fork, found))

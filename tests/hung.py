@@ -21,7 +21,6 @@ import pytest
 FUSE = Path("/dev/fuse")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 TASKS = Path("/sys/fs/cgroup/pids")
-MEMORY = Path("/sys/fs/cgroup/memory")
 END_S = 60.0
 INIT, VERSION = 26, (7, 31)
 REQUEST_BYTES = 1 << 17
@@ -145,15 +144,6 @@ def without_pidfd(number: int) -> list[str]:
     return [sys.executable, "-S", "-c", WITHOUT_PIDFD, str(number)]
 
 
-@contextlib.contextmanager
-def limited_memory(name: str, most_bytes: int) -> Iterator[Path]:
-    """A cgroup with a limit of memory; what is in it at the end is killed."""
-    folder = MEMORY / f"{name}-{os.getpid()}"
-    with _cgroup(folder, "memory"):
-        (folder / "memory.limit_in_bytes").write_text(str(most_bytes))
-        yield folder
-
-
 FORKS = """
 import os, time
 os.setsid()
@@ -172,21 +162,13 @@ while True:
 def limited_tasks(name: str, most: int) -> Iterator[Path]:
     """A cgroup with a limit of processes and threads; what is in it at the end is killed."""
     folder = TASKS / f"{name}-{os.getpid()}"
-    with _cgroup(folder, "pids"):
-        (folder / "pids.max").write_text(str(most))
-        yield folder
-
-
-@contextlib.contextmanager
-def _cgroup(folder: Path, controller: str) -> Iterator[None]:
-    """A cgroup of version 1; what is in it at the end is killed."""
     try:
         folder.mkdir()
     except OSError as error:
-        needed = f"the {controller} controller of cgroup v1"
-        pytest.skip(f"needs: {needed}: {error.strerror}: run as root")
+        pytest.skip(f"needs: the pids controller of cgroup v1: {error.strerror}: run as root")
     try:
-        yield
+        (folder / "pids.max").write_text(str(most))
+        yield folder
     finally:
         end_at = time.monotonic() + END_S
         while pids := (folder / "cgroup.procs").read_text().split():

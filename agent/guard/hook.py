@@ -5,8 +5,9 @@ import select
 import signal
 import time
 
+from agent import proctree
 from agent.guard.log import ERROR, INFO, WARNING, LogWriter, write_stderr
-from agent.guard.processes import IGNORED, POLL_S, now, signal_groups
+from agent.guard.processes import IGNORED, POLL_S, now
 
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
@@ -161,14 +162,14 @@ class _Command:
         if ended is not None:
             return f"{'exit' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
         if now() >= end_at:
-            signal_groups([self.pid], signal.SIGKILL)
+            proctree.signal_groups({self.pid}, signal.SIGKILL)
             try:
                 os.kill(self.pid, signal.SIGKILL)  # its process group may not exist yet
             except OSError:
                 pass
         elif now() >= term_at and not self.termed:
             self.termed = True
-            signal_groups([self.pid], signal.SIGTERM)
+            proctree.signal_groups({self.pid}, signal.SIGTERM)
         return None
 
 

@@ -30,15 +30,6 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
-    """Signal process groups; skip those that are gone."""
-    for group in groups:
-        try:
-            os.killpg(group, number)
-        except OSError:
-            pass
-
-
 class Worker:
     """A forked process for a call that may block.
 
@@ -141,6 +132,7 @@ class ProcessTree:
     ) -> None:
         self.roots = roots
         self.groups = groups
+        self.own_groups: set[int] = set()
         self.mark = os.fsdecode(mark)
         self.cgroup = os.fsdecode(cgroup)
 
@@ -170,6 +162,7 @@ class ProcessTree:
             self.roots |= proctree.in_cgroup(table, self.cgroup)
         found = proctree.related(table, list(self.groups - reused), list(self.roots))
         self.roots |= found
+        self.own_groups = proctree.own_groups(self.own_groups, table, found)
         return found
 
     def kill(self, end_at: float, *, may_block: bool = False, skip_stuck: bool = False) -> bool:
@@ -183,7 +176,7 @@ class ProcessTree:
 
         end_at = max(end_at, now() + KILL_S)
         try:
-            return not proctree.kill_all(find, end_at, now)
+            return not proctree.kill_all(find, end_at, now, lambda: self.own_groups)
         except Exception:
-            signal_groups(self.groups, signal.SIGKILL)
+            proctree.signal_groups(self.groups, signal.SIGKILL)
             raise

@@ -45,6 +45,8 @@ MANY_ZOMBIES = 64
 BUSY_REAP_S = 0.5
 """Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+
 # With vfork the interpreter lock is held until the exec is done, so a dead disk would block every thread.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
 
@@ -395,10 +397,10 @@ class Child:
 
 def _drop_oom_protection() -> None:
     """Let the kernel's OOM killer choose this process before an agent that OOMScoreAdjust= protects."""
-    path = Path("/proc/self/oom_score_adj")
-    with suppress(OSError), path.open("r+b", buffering=0) as score:
+    with suppress(OSError), OOM_SCORE.open("r+b", buffering=0) as score:
         if score.read().startswith(b"-"):
-            score.write(b"0")
+            score.seek(0)
+            score.write(b"0\n")
 
 
 def _open_cgroup(directory: Path) -> int | None:

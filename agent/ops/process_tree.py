@@ -38,7 +38,7 @@ READ_S = 0.25
 """If no environment was read for this long, the process that is being read counts as stuck."""
 
 MOST_ROOTS = 256
-"""The most that ``roots`` returns; the guard finds further processes by the mark."""
+"""The most that ``roots`` and process groups may be; the guard finds further processes by the mark."""
 
 MOST_SHOWN = 5
 """Processes that a message names."""
@@ -89,6 +89,7 @@ class ProcessTree:
         self._lock = threading.Lock()
         self._children: list[Child] = []
         self._known = self._tops = frozenset(known)
+        self._own_groups: set[int] = set()
         self._others: dict[proctree.Process, bool] = {}
         """Other processes that were read: whether their environment has any mark."""
 
@@ -131,6 +132,8 @@ class ProcessTree:
         pids = {pid for pid, _ in found}
         self._tops = frozenset(one for one in found if table[one[0]].parent not in pids)
         self._known = frozenset(found)
+        groups = self._own_groups if len(self._own_groups) <= MOST_ROOTS else set()
+        self._own_groups = proctree.own_groups(groups, table, found)
         return found
 
     async def find_in_thread(self, limit_s: float = SEARCH_S) -> set[proctree.Process]:
@@ -196,7 +199,7 @@ class ProcessTree:
             seen.update(found)
             return found
 
-        left = proctree.kill_all(find, time.monotonic() + limit_s)
+        left = proctree.kill_all(find, time.monotonic() + limit_s, groups=lambda: self._own_groups)
         _reap(seen)
         if self.cgroup is not None:
             for folder, _, _ in os.walk(self.cgroup, topdown=False):

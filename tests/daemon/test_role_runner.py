@@ -60,6 +60,9 @@ class Stage:
         path.chmod(0o755)
         return (str(path),)
 
+    def remove(self, hook: tuple[str, ...]) -> None:
+        Path(hook[0]).unlink()
+
     def begin(self, role: Role, limit_s: float = 5.0) -> int:
         self.number += 1
         facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
@@ -298,6 +301,7 @@ async def test_the_demotion_fails_and_names_a_process_that_survives(
     pid = await stage.pid("left.pid")
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "signal_groups", lambda *_: None)
         stage.begin(Role.SECONDARY, limit_s=0.3)
         ended = await stage.end()
     assert not ended.ok
@@ -435,6 +439,7 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     leftover.add(["first", "second"])
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "signal_groups", lambda *_: None)
         assert await leftover.kill(0.1) is not None
         stage.begin(Role.SECONDARY, limit_s=0.3)
         assert not (await stage.end()).ok
@@ -485,6 +490,41 @@ async def test_a_workload_of_another_user_is_killed_with_its_children(
     assert alive(pid)
     assert (await stage.run(Role.SECONDARY)).ok
     assert not alive(pid)
+
+
+async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was waited for during 2 s, which may be all that there is."""
+    limit_s, done = 4.0, stage.directory / "done"
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"), hook_secondary=stage.hook("s", f"touch {done}")
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    go_on, find = threading.Event(), process_tree.ProcessTree.find
+
+    def find_late(tree: process_tree.ProcessTree) -> set[proctree.Process]:
+        go_on.wait(PATIENCE_S)
+        return find(tree)
+
+    monkeypatch.setattr(process_tree.ProcessTree, "find", find_late)
+    begun_at = time.monotonic()
+    stage.begin(Role.SECONDARY, limit_s)
+    await until(done.exists)
+    took_s = time.monotonic() - begun_at
+    go_on.set()
+    assert (await stage.end()).ok
+    assert took_s < limit_s / 4
+
+
+async def test_a_promotion_fails_before_its_hook_if_the_demotion_hook_is_gone(stage: Stage) -> None:
+    secondary = stage.hook("s", "exit 0")
+    stage.open(hook_primary=stage.hook("p", "touch started"), hook_secondary=secondary)
+    stage.remove(secondary)
+    ended = await stage.run(Role.PRIMARY)
+    assert not ended.ok
+    assert ended.why.startswith(f"hook secondary: {secondary[0]} cannot be found")
+    assert not (stage.directory / "started").exists()
 
 
 # -- orphans ----------------------------------------------------------------------------------------

@@ -265,7 +265,6 @@ class Stage:
         *endpoints: str | Coordinator,
         flags: Sequence[str] = (),
         timing: Sequence[str] = TIMING,
-        before: Sequence[str] = (),
         **bodies: str,
     ) -> Agent:
         """Start an agent whose three hooks record; ``bodies`` is what they do beside that."""
@@ -282,8 +281,7 @@ class Stage:
             *flags,
         ]
         guarded = "--no-guard" not in words
-        started = self.spawn(name, "run", *words, before=before)
-        agent = Agent(name, *started, state_file, guarded)
+        agent = Agent(name, *self.spawn(name, "run", *words), state_file, guarded)
         self._processes.append(agent)
         return agent
 

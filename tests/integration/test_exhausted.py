@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ExitCode
-from tests.hung import FORKS, limited_memory, limited_tasks
+from tests.hung import FORKS, limited_tasks
 
 from .stage import Agent, Coordinator, Gate, Stage, lives, until
-from .workloads import guard_of, output, start, until_written_after, writes
+from .workloads import output, start, until_written_after, writes
 from .writer import PERIOD_S, overlap_s, written
 
 TIMING = ("--failover-timeout=8", "--demote=3", "--margin=1")
@@ -62,12 +62,7 @@ class Service:
 
 
 def with_service(
-    stage: Stage,
-    name: str,
-    endpoint: Coordinator | str,
-    *flags: str,
-    more: str = "",
-    before: Sequence[str] = (),
+    stage: Stage, name: str, endpoint: Coordinator | str, *flags: str, more: str = ""
 ) -> Agent:
     """An agent whose hooks switch a service on and off; its promotion then does ``more``."""
     service = Service(stage, name)
@@ -76,7 +71,6 @@ def with_service(
         endpoint,
         timing=TIMING,
         flags=flags,
-        before=before,
         primary=f"{service.primary}; {more}",
         secondary=service.secondary,
     )
@@ -149,60 +143,6 @@ def test_an_agent_without_free_tasks_that_is_cut_off_demotes_before_its_lease_ex
         assert one.end() == 0
     assert overlap_s(output(stage)) < 0
     assert other.end() == 0
-
-
-# -- memory of a cgroup ---------------------------------------------------------------------------------
-
-EATS = """
-import os, time
-os.setsid()
-while True:
-    if not os.fork():
-        eaten = b"x" * 4_000_000
-        time.sleep(1000)
-    time.sleep(0.002)
-"""
-"""Uses up all memory with processes that are smaller than an agent."""
-
-PROTECTED = ("sh", "-c", 'echo -900 >/proc/self/oom_score_adj && exec "$@"', "sh")
-"""What starts a command as OOMScoreAdjust= of its unit does."""
-
-
-def test_the_workload_and_not_its_agent_dies_when_the_memory_is_used_up(
-    stage: Stage, coordinator: Coordinator
-) -> None:
-    """It inherited the agent's protection: then the agent was the largest, and the guard the next one."""
-    program = stage.directory / "eats.py"
-    program.write_text(EATS)
-    eats = f"{sys.executable} -S {program} >/dev/null 2>&1 </dev/null &"
-    with limited_memory("exhausted", 160 * 2**20) as folder:
-        one = with_service(
-            stage, "host-a", coordinator, more=eats, before=(*PROTECTED, *inside(folder))
-        )
-        epoch = one.until_role("Primary")["epoch"]
-        guard = guard_of(one)
-        other = with_service(stage, "host-b", coordinator)
-        other.until_said("joined")
-        until(lambda: oom_kills(folder) >= KILLS, "the kernel to kill processes")
-        assert lives(guard)
-        assert (one.state["role"], one.state["epoch"]) == ("Primary", epoch)
-        one.send(signal.SIGKILL)
-        until_written_after(stage, epoch)
-    assert overlap_s(output(stage)) < 0
-    assert coordinator.tenure(epoch)["WhyEnded"] == "demoted by the guard"
-    assert other.end() == 0
-
-
-KILLS = 20
-
-
-def inside(folder: Path) -> Sequence[str]:
-    """What starts a command in a cgroup."""
-    return ("sh", "-c", f'echo $$ >{folder}/cgroup.procs && exec "$@"', "sh")
-
-
-def oom_kills(folder: Path) -> int:
-    return int((folder / "memory.oom_control").read_text().split()[-1])
 
 
 # -- descriptors, and the sight of processes ------------------------------------------------------------

@@ -20,7 +20,8 @@ from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both,
 from .workloads import guard_of, output, start, until_written_after
 from .writer import overlap_s, written
 
-NO_CHILDREN = ["sh", "-c", "trap '' CHLD; exec \"$@\"", "sh"]
+IGNORES = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+NO_CHILDREN = [sys.executable, "-S", "-c", IGNORES]
 """What starts a command with SIGCHLD ignored, as some programs do with all that they start."""
 
 
