@@ -222,9 +222,9 @@ def own_groups(known: "set[int]", table: "dict[int, Stat]", found: "set[Process]
     """The process groups of ``found`` and the ``known`` ones, without those that have other live members."""
     pids = {pid for pid, _ in found}
     live = ((pid, stat.group) for pid, stat in table.items() if stat.state not in ENDED)
-    return (known | {table[pid].group for pid in pids}) - {
-        group for pid, group in live if pid not in pids
-    }
+    others = {group for pid, group in live if pid not in pids}
+    others.add(0)  # a group of another PID namespace; to signal 0 would stop this process
+    return (known | {table[pid].group for pid in pids}) - others
 
 
 def signal_groups(groups: "set[int]", number: int) -> None:

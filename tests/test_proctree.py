@@ -337,3 +337,21 @@ def test_a_proc_that_hides_processes_is_an_error(mode: str) -> None:
     if done.returncode:
         pytest.skip(f"needs: a mount of /proc with {mode}: run as root: {done.stderr}")
     assert done.stdout.strip() == ("" if mode == "subset=pid" else proctree.HIDDEN)
+
+
+def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
+    """Neither this process's own group, which 0 stands for, nor one that a stranger has joined."""
+
+    def stat(group: int, state: bytes = b"S") -> proctree.Stat:
+        return proctree.Stat(1, [state, b"1", str(group).encode(), *[b"1"] * 17])
+
+    table = {
+        10: stat(10),
+        11: stat(0),
+        12: stat(12),
+        13: stat(12),
+        14: stat(14),
+        15: stat(14, b"Z"),
+    }
+    found = {(pid, 1) for pid in (10, 11, 12, 14)}
+    assert proctree.own_groups({7}, table, found) == {7, 10, 14}

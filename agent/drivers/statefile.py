@@ -168,9 +168,8 @@ class StateFile:
             OSError: it could not be written (disk full, for example); the old state remains.
         """
         assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
-        os.utime(
-            self._lock
-        )  # systemd-tmpfiles removes old files of /tmp, and with this one the claim
+        # systemd-tmpfiles removes old files of /tmp, and with this one the claim.
+        os.utime(self._lock)
         text = json.dumps(state, allow_nan=False) + "\n"
         new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._directory() as directory:
