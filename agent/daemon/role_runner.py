@@ -328,7 +328,7 @@ class RoleRunner:
         if (tenure := self._tenure) is not None:
             await tenure.track_processes(
                 search_s
-            )  # before their parents end, from which they are found
+            )  # before their parents end, from which it knows them
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
