@@ -326,9 +326,7 @@ class RoleRunner:
         kill_by = self._clock.boottime() + facts.limit_s
         search_s = min(SEARCH_S, SEARCH_SHARE * facts.limit_s)
         if (tenure := self._tenure) is not None:
-            await tenure.track_processes(
-                search_s
-            )  # before their parents end, from which it knows them
+            await tenure.track_processes(search_s)  # before their parents, which lead to them, end
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
