@@ -1,7 +1,9 @@
 """The driver of failsafe over real sockets: two members, and whoever is none."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,6 +62,11 @@ class Voter:
     @property
     def peer(self) -> Peer:
         return Peer("b", self.url)
+
+    @property
+    def connections(self) -> int:
+        assert self.listener is not None
+        return len(self.listener._http._connections)
 
     def vote(self, question: Question) -> Vote:
         self.asked.append(question)
@@ -341,20 +348,31 @@ async def test_a_slow_request_is_disconnected(voter: Voter) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_200_connections_do_not_keep_a_member_from_being_asked(
-    asker: Asker, voter: Voter
+    tmp_path: Path, unused_tcp_port: int, scheme: str
 ) -> None:
-    assert voter.listener is not None
-    held = [await asyncio.open_connection("127.0.0.1", voter.port) for _ in range(200)]
+    """Each of them is opened again as soon as it is ended, and sends nothing, not even a handshake."""
+    access = access_by(KEY) if scheme == "http" else access_with_tls(tmp_path, unused_tcp_port)
+    asker = Asker("g", "a", "process-1", access)
 
-    def count_open() -> int:
-        return sum(not reader.at_eof() and reader.exception() is None for reader, _ in held)
+    async def hold() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            with socket.socket() as held, contextlib.suppress(ConnectionError):
+                held.setblocking(False)
+                await loop.sock_connect(held, ("127.0.0.1", unused_tcp_port))
+                await loop.sock_recv(held, 1)
 
-    for _ in range(5):
-        assert (await ask(asker, voter.peer)).yes
-    await until(lambda: count_open() <= LIMITS.connections)
-    for _, writer in held:
-        writer.close()
+    async with voting(unused_tcp_port, access, scheme) as voter, asyncio.TaskGroup() as held:
+        assert voter.listener is not None
+        holding = [held.create_task(hold()) for _ in range(200)]
+        await until(lambda: voter.connections == LIMITS.connections)
+        for _ in range(5):
+            assert (await ask(asker, Peer("b", f"{scheme}://127.0.0.1:{unused_tcp_port}"))).yes
+            assert voter.connections <= LIMITS.connections
+        for task in holding:
+            task.cancel()
 
 
 async def test_refusals_are_logged_once_in_a_while(
@@ -532,26 +550,30 @@ async def test_a_secret_is_changed_member_by_member_in_any_order(
             assert (await ask(asker, voter.peer)).yes
 
 
-async def test_questions_are_asked_over_tls_with_the_groups_authority(
-    tmp_path: Path, unused_tcp_port: int
-) -> None:
-    authority = Authority(tmp_path)
+def access_with_tls(directory: Path, port: int) -> FailsafeAccess:
+    authority = Authority(directory)
     certificate, key = authority.issue("b")
-    secret = tmp_path / "secret"
+    secret = directory / "secret"
     secret.write_bytes(KEY + b"\n")
     secret.chmod(0o600)
     settings = AgentSettings(
-        failsafe_listen=Address("127.0.0.1", unused_tcp_port),
+        failsafe_listen=Address("127.0.0.1", port),
         failsafe_secret_file=secret,
         failsafe_ca_file=authority.file,
         failsafe_certificate=certificate,
         failsafe_key=key,
     )
-    access = load_failsafe_access(settings)
+    assert settings.member_url == f"https://127.0.0.1:{port}"
+    return load_failsafe_access(settings)
+
+
+async def test_questions_are_asked_over_tls_with_the_groups_authority(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    access = access_with_tls(tmp_path, unused_tcp_port)
     trusting, strange = Asker("g", "a", "p", access), Asker("g", "a", "p", access_by(KEY))
     async with voting(unused_tcp_port, access, scheme="https") as voter:
         peer = Peer("b", f"https://127.0.0.1:{unused_tcp_port}")
-        assert settings.member_url == peer.url
         assert (await ask(trusting, peer)).yes
         with pytest.raises(AskError, match=r"(?i)certificate"):
             await ask(strange, peer)

@@ -218,8 +218,10 @@ def _reason(error: Exception) -> str:
             reason = f"TLS failed: {error.reason or error}"
         case OSError():
             reason = error.strerror or str(error) or type(error).__name__
-        case httptools.HttpParserError() | httptools.HttpParserUpgrade():
+        case httptools.HttpParserError():
             return f"the answer is no HTTP: {error}"[:LONGEST_REASON]
+        case httptools.HttpParserUpgrade():  # whose only argument is a position
+            return "the answer is no HTTP: it changes the protocol"
         case _:
             return f"cannot be asked ({str(error) or type(error).__name__})"[:LONGEST_REASON]
     return f"cannot be reached ({reason})"[:LONGEST_REASON]
