@@ -76,10 +76,7 @@ def of_an_agent() -> CollectorRegistry:
 def of_a_cluster() -> ClusterMetrics:
     """The part of one of several coordinators, which has no session yet."""
     cluster = EtcdCluster(Etcd(cast("Any", None), 1.0), Layout("/f", 8), Meta("id", 8, None, 0))
-    nobody = cast("Any", None)
-    leadership = Leadership(
-        cluster, nobody, time.monotonic, etcd=cluster.etcd, ttl_s=3.0, url="http://a"
-    )
+    leadership = Leadership(cluster, cast("Any", None), time.monotonic, ttl_s=3.0, url="http://a")
     return ClusterMetrics(leadership, cast("Any", SimpleNamespace(forwarded=0, failed=0)))
 
 

@@ -60,13 +60,10 @@ class Cluster:
         settings: CoordinatorSettings,
         clock: Clock,
         metrics: Metrics,
-        *,
-        session: Etcd,
-        clients: ForwardedClients | None,
+        clients: ForwardedClients | None = None,
     ) -> None:
         assert settings.advertise is not None  # noqa: S101 - the settings come together
         self._store = store
-        self._session = session
         self._clients = clients
         self._following: asyncio.Task[None] | None = None
         self._settings = settings
@@ -87,7 +84,6 @@ class Cluster:
             store,
             self.coordinator.engine,
             clock.boottime,
-            etcd=session,
             ttl_s=settings.leadership_ttl,
             url=settings.advertise,
             on_access_change=self.coordinator.forget_access,
@@ -119,8 +115,7 @@ class Cluster:
             ConfigError: a file is wrong, or the store has another number of shards.
             StoreError: etcd cannot be used, or the store was moved.
         """
-        gateway = await asyncio.to_thread(_gateway_of, settings)
-        etcd = _etcd_of(gateway, settings)
+        etcd = await asyncio.to_thread(connect, settings)
         try:
             store = await _retry_at_start(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
@@ -128,11 +123,10 @@ class Cluster:
             clients = None
             if settings.tls_client_ca_file is not None:
                 clients = ForwardedClients(await _retry_at_start(lambda: read_peer_keys(store)))
+            return cls(store, settings, clock, metrics, clients)
         except BaseException:
             await etcd.aclose()
             raise
-        session = _etcd_of(gateway.sibling(), settings)
-        return cls(store, settings, clock, metrics, session=session, clients=clients)
 
     async def declare_restored(self) -> int:
         """Declare every group of the store as restored, before a shard is led (R34); return their number.
@@ -181,9 +175,7 @@ class Cluster:
         """Close every connection, after the coordinator was stopped."""
         if self._following is not None:
             self._following.cancel()
-            await asyncio.wait([self._following])
         await self.forwarder.aclose()
-        await self._session.aclose()
         await self._store.aclose()
 
     def _report(self) -> Mapping[str, object]:
@@ -206,14 +198,6 @@ def connect(settings: CoordinatorSettings) -> Etcd:
     Raises:
         ConfigError: a file cannot be used.
     """
-    return _etcd_of(_gateway_of(settings), settings)
-
-
-def _etcd_of(gateway: Gateway, settings: CoordinatorSettings) -> Etcd:
-    return Etcd(gateway, settings.leadership_ttl)
-
-
-def _gateway_of(settings: CoordinatorSettings) -> Gateway:
     tls = None
     if any(url.startswith("https:") for url in settings.etcd_endpoint):
         tls = _tls("etcd_ca_file", settings.etcd_ca_file)
@@ -231,7 +215,8 @@ def _gateway_of(settings: CoordinatorSettings) -> Gateway:
         assert settings.etcd_password_file is not None  # noqa: S101 - the settings come together
         login = Login(settings.etcd_username, read_secret(settings.etcd_password_file))
     leave_after_s = settings.leadership_ttl * LEAVE_SHARE
-    return Gateway(settings.etcd_endpoint, tls=tls, login=login, leave_after_s=leave_after_s)
+    gateway = Gateway(settings.etcd_endpoint, tls=tls, login=login, leave_after_s=leave_after_s)
+    return Etcd(gateway, settings.leadership_ttl)
 
 
 def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
@@ -267,19 +252,17 @@ async def read_peer_keys(store: EtcdCluster) -> tuple[bytes, ...]:
 
 async def follow_peer_keys(store: EtcdCluster, clients: ForwardedClients) -> None:
     """Read the keys again and again, so that they can be replaced while coordinators run."""
-    fault = ""
+    fault: str | None = None
     while True:
         await asyncio.sleep(PEER_KEY_INTERVAL_S)
         try:
             keys = await read_peer_keys(store)
-        except EtcdError:
-            continue  # an outage is the session's to log
         except StoreError as error:
-            if str(error) != fault:
+            if fault is None and not isinstance(error, EtcdError):  # that is the session's to log
                 fault = str(error)
-                log.warning("peer keys not changed", error=error)
+                log.warning("peer keys not changed", error=fault)
             continue
-        fault = ""
+        fault = None
         if keys != clients.keys:
             clients.keys = keys
             log.info("peer keys read again", keys=len(keys))

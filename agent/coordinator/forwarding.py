@@ -190,18 +190,9 @@ class Forwarder:
         wait_s: float,
         forwarded: bool,
     ) -> Answer:
-        """The answer of a group's leader. While leadership moves, each new leader is asked.
+        """The answer of a group's leader: by ``answer_here``, or by ``forward``. Raises what they raise.
 
-        Args:
-            key: the group.
-            request: as it came.
-            answer_here: answers it if this coordinator leads the group.
-            wait_s: how long a blocking read may wait.
-            forwarded: another coordinator has sent the request here.
-
-        Raises:
-            NotLeading: nobody leads the group; or another one does, and the request was forwarded already.
-            RequestRefused: what ``answer_here`` and ``forward`` raise.
+        ``forwarded``: another coordinator has sent the request here, so it is not sent on.
         """
         repeated = False
         for _ in range(LEADERS_TRIED):
@@ -209,18 +200,19 @@ class Forwarder:
             if url is not None and forwarded:
                 break
             try:
-                answer = await (
-                    answer_here() if url is None else self.forward(key, url, request, wait_s=wait_s)
-                )
+                if url is None:
+                    answer = await answer_here()
+                else:
+                    answer = await self.forward(key, url, request, wait_s=wait_s)
             except NotLeading as moved:
                 repeated |= isinstance(moved, LeaderMoved)
+                continue
             except NotFound:
                 if not repeated or request.method != "DELETE":
                     raise
                 return Answer(HTTPStatus.NO_CONTENT)
-            else:
-                gone = answer.status == HTTPStatus.NOT_FOUND and request.method == "DELETE"
-                return Answer(HTTPStatus.NO_CONTENT) if repeated and gone else answer
+            gone = answer.status == HTTPStatus.NOT_FOUND and request.method == "DELETE"
+            return Answer(HTTPStatus.NO_CONTENT) if repeated and gone else answer
         raise NotLeading
 
     async def forward(

@@ -25,7 +25,6 @@ from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_
 from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
-    Etcd,
     EtcdError,
     Event,
     delete,
@@ -80,7 +79,6 @@ class Leadership:
         cluster: the store.
         decider: gets the groups of each shard that is led.
         boottime: CLOCK_BOOTTIME in seconds.
-        etcd: with connections of its own, so that renewals wait for no change of a group.
         ttl_s: the time to live: how long a coordinator that has died keeps its shards.
         url: where the others reach this coordinator, without a path.
         on_access_change: an access list has changed, or may have.
@@ -92,13 +90,12 @@ class Leadership:
         decider: Decider,
         boottime: Callable[[], float],
         *,
-        etcd: Etcd,
         ttl_s: float,
         url: str,
         on_access_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._cluster = cluster
-        self._etcd = etcd
+        self._etcd = cluster.etcd
         self._layout = cluster.layout
         self._decider = decider
         self._boottime = boottime
@@ -189,6 +186,7 @@ class Leadership:
 
     def start(self) -> None:
         """Begin to take part."""
+        self._etcd = self._cluster.etcd.sibling()  # so that renewals wait for no change of a group
         self._task = asyncio.create_task(self._run(), name="leadership")
 
     async def stop(self) -> None:
@@ -205,6 +203,7 @@ class Leadership:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._end_session()
+        await self._etcd.aclose()
 
     async def _run(self) -> None:
         while not self._stopping:  # a task that fails while it is cancelled hides the cancellation

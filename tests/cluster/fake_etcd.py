@@ -273,6 +273,9 @@ class FakeTransport:
     def __init__(self, link: Link) -> None:
         self.link = link
 
+    def sibling(self) -> "FakeTransport":
+        return FakeTransport(self.link)
+
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         if self.link.cut:
             await asyncio.sleep(self.link.delay_s)

@@ -104,7 +104,6 @@ class Node:
             cluster,
             kinds.decider(coordinator.engine, self.boottime),
             self.boottime,
-            etcd=kinds.etcd(FakeTransport(self.link), TTL_S),
             ttl_s=TTL_S,
             url=self.url,
         )

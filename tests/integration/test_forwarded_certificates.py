@@ -1,10 +1,11 @@
 """Client certificates with several coordinators over a real etcd: the one that is asked vouches to the leader."""
 
+import base64
 import http.client
 import json
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import pytest
 from tests.etcd import an_etcd
 from tests.mosquitto import Authority
 
+from . import stage as plain
 from .stage import Coordinator, Said, Stage, free_port, until
 
 GROUPS = "/api/v1/clientfailover/groups"
@@ -24,6 +26,8 @@ class Site(NamedTuple):
     follower: Coordinator
     authority: Authority
     stranger: Authority
+    peer_key: Callable[..., str]
+    """Read the key of the coordinators in etcd, or replace it."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,16 @@ def site(stage: Stage, folder: Path) -> Iterator[Site]:
                 one.until_said("leadership acquired")
             coordinators.append(one)
         leader, follower = coordinators
-        yield Site(leader, follower, own, strange)
+        name = base64.b64encode(f"/{stage.directory.name}/peer-key".encode()).decode()
+
+        def peer_key(*keys: str) -> str:
+            if keys:
+                value = base64.b64encode("\n".join(keys).encode()).decode()
+                plain.ask("POST", f"{etcd.urls[0]}/v3/kv/put", {"key": name, "value": value})
+            found = plain.ask("POST", f"{etcd.urls[0]}/v3/kv/range", {"key": name}).body
+            return base64.b64decode(found["kvs"][0]["value"]).decode()
+
+        yield Site(leader, follower, own, strange, peer_key)
 
 
 def ask(
@@ -122,6 +135,25 @@ def test_a_client_is_the_same_one_through_every_coordinator(site: Site) -> None:
             path = f"{GROUPS}/g/accesscontrol"
             assert ask(site, coordinator, "DELETE", path, name=name).status == status
     until(lambda: forwarded(site) >= 8, "requests to be forwarded")
+
+
+def test_the_key_of_the_coordinators_is_replaced_while_they_run(site: Site) -> None:
+    """No request through a follower is refused in any step, and the former key is worth nothing in the end."""
+    group = {"Id": "g", "FailoverTimeout": "00:00:30"}
+    assert ask(site, site.follower, "POST", GROUPS, group, name="host-a").status == 201
+    old, new = site.peer_key(), "0b" * 32
+    for number, keys in enumerate(((old, new), (new, old), (new,)), start=1):
+        assert site.peer_key(*keys) == "\n".join(keys)
+        while True:
+            read = ask(site, site.follower, "GET", f"{GROUPS}/g/status", name="host-a")
+            assert read.status == 200, read
+            both = (site.leader, site.follower)
+            if all(len(one.lines("peer keys read again")) == number for one in both):
+                break
+    assert ask(site, site.follower, "GET", f"{GROUPS}/g/status", name="host-a").status == 200
+    site.peer_key("typing error")
+    until(lambda: site.leader.lines("peer keys not changed"), "the error to be logged")
+    assert ask(site, site.follower, "GET", f"{GROUPS}/g/status", name="host-a").status == 200
 
 
 def test_who_is_no_coordinator_cannot_vouch(site: Site) -> None:

@@ -274,9 +274,8 @@ class EtcdStore:
         if isinstance(done, KeyValue):
             return done.revision
         kept = done.answers[-1] if history else None
-        if (
-            kept is not None and kept.count >= HISTORY_BOUND + MOST_ENTRIES
-        ):  # not at each change of role
+        # Many at once: it must not delay each change of role.
+        if kept is not None and kept.count >= HISTORY_BOUND + MOST_ENTRIES:
             await self._forget(self._layout.history(key), kept.count - HISTORY_BOUND)
         return done.revision
 

@@ -125,6 +125,7 @@ class Transport(Protocol):
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json: ...
     def stream(self, path: str, body: Json) -> AsyncIterator[Json]: ...
+    def sibling(self) -> "Transport": ...
     async def aclose(self) -> None: ...
 
 
@@ -211,6 +212,10 @@ class Etcd:
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._transport = transport
         self.timeout_s = timeout_s
+
+    def sibling(self) -> "Etcd":
+        """Another client of the same etcd, with connections of its own."""
+        return type(self)(self._transport.sibling(), self.timeout_s)
 
     async def get(self, key: str) -> KeyValue | None:
         """One key, as the majority of etcd has it."""
@@ -307,7 +312,6 @@ class Gateway:
     Args:
         leave_after_s: after that time without an answer further requests go to the next endpoint; the timeout of
             the request itself may be longer.
-        cluster_id: of the etcd cluster, if it is known.
     """
 
     def __init__(
@@ -317,7 +321,6 @@ class Gateway:
         tls: ssl.SSLContext | None = None,
         login: Login | None = None,
         leave_after_s: float = inf,
-        cluster_id: str | None = None,
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._current = 0
@@ -325,7 +328,7 @@ class Gateway:
         self._tls = tls
         self._login = login
         self._leave_after_s = leave_after_s
-        self._cluster_id = cluster_id
+        self._cluster_id: str | None = None
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
         self._client = httpx2.AsyncClient(
@@ -338,13 +341,11 @@ class Gateway:
 
     def sibling(self) -> "Gateway":
         """Another one with connections of its own, to the same etcd cluster."""
-        return Gateway(
-            self._endpoints,
-            tls=self._tls,
-            login=self._login,
-            leave_after_s=self._leave_after_s,
-            cluster_id=self._cluster_id,
+        other = Gateway(
+            self._endpoints, tls=self._tls, login=self._login, leave_after_s=self._leave_after_s
         )
+        other._cluster_id = self._cluster_id
+        return other
 
     @property
     def endpoint(self) -> str:

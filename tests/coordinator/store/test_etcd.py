@@ -83,6 +83,9 @@ class Lossy:
     def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
         return self._inner.stream(path, body)
 
+    def sibling(self) -> "Lossy":
+        return self
+
     async def aclose(self) -> None:
         await self._inner.aclose()
 
