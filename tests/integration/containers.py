@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -84,8 +84,18 @@ class Engine:
         """Every container, and what keeps the folder from being unmounted."""
         try:
             self("rm", "--all", "--force", "--time=0")
+            until(lambda: not self._is_in_use(), "the processes that clean up to end")
         finally:
             attempt("umount", str(self._storage / "overlay"))
+
+    def _is_in_use(self) -> bool:
+        """Whether a podman that was started at the end of a container still works: it would mount again."""
+        name = os.fsencode(self._storage)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                if name in path.read_bytes():
+                    return True
+        return False
 
 
 class Container:
