@@ -302,7 +302,7 @@ def kill_all(find, end_at: float, clock=time.monotonic, groups=set) -> "set[Proc
         found = _stop_all(find, end_at, clock, groups)
         signal_groups(groups(), signal.SIGKILL)
         for process in found:
-            _try_to_send(process, signal.SIGKILL)
+            try_to_send(process, signal.SIGKILL)
         while (left := {process for process in found if _may_live(process)}) and clock() < end_at:
             time.sleep(PAUSE_S)
         if left or not found:
@@ -321,13 +321,13 @@ def _stop_all(find, end_at: float, clock, groups) -> "set[Process]":  # type: ig
         try:
             new = find() - found
         except (OSError, MemoryError):
-            for process in found:  # a stopped process would stay for ever
-                _try_to_send(process, signal.SIGKILL)
+            for process in found:  # nobody else would end those that are stopped
+                try_to_send(process, signal.SIGKILL)
             raise
         found |= new
         signal_groups(groups(), signal.SIGSTOP)
         for process in new:
-            _try_to_send(process, signal.SIGSTOP)
+            try_to_send(process, signal.SIGSTOP)
         waiting = clock() < stop_by and any(map(_can_fork, found))
         quiet = 0 if new or waiting else quiet + 1
         if clock() >= end_at:  # too late for another search: kill what was found
@@ -354,7 +354,8 @@ def _can_fork(process: Process) -> bool:
     return stat is not None and stat.start == process[1] and stat.state not in AT_REST
 
 
-def _try_to_send(process: Process, number: int) -> None:
+def try_to_send(process: Process, number: int) -> None:
+    """Signal exactly this process, if that is possible."""
     try:
         send(process, number)
     except OSError:

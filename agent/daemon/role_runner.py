@@ -36,7 +36,7 @@ from agent.ops import process, reserve
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, SEARCH_S, SEARCH_SHARE, ProcessTree, tenure_cgroup
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -45,13 +45,7 @@ TREE_POLL_S = 0.02
 LEAST_KILL_S = 0.2
 """Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
 
-SEARCH_SHARE = 0.125
-"""Share of the demotion budget after which it does not wait for a search of processes any more."""
-
 KILL_FIRST = "killing the processes of the tenure, which may have used them up"
-
-WORKLOAD_SHARE = 0.5
-"""Share of the demotion budget after which the workload is killed; the hook has the rest."""
 
 Payload: TypeAlias = dict[str, Any]
 Outcome: TypeAlias = tuple[bool, str]  # ok, and why
@@ -324,21 +318,14 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        search_s = min(SEARCH_S, SEARCH_SHARE * facts.limit_s)
-        if (tenure := self._tenure) is not None:
-            await tenure.track_processes(search_s)  # before their parents, which lead to them, end
-        if self.workload is not None:
-            loop = asyncio.get_running_loop()
-            killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
-            try:
-                await self.workload.stop(search_s)
-            finally:
-                killing.cancel()
+        if (tenure := self._tenure) is not None:  # while their parents live, which lead to them
+            await tenure.track_processes(min(SEARCH_S, SEARCH_SHARE * facts.limit_s))
+        stopped = self.workload is None or await self.workload.stop_within(facts.limit_s)
         if tenure is not None:
             tenure.stop_adopting()
             if reserve.tasks_are_scarce():
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
-                await tenure.kill(LEAST_KILL_S)
+                await tenure.kill(max(LEAST_KILL_S, (kill_by - self._clock.boottime()) / 2))
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
         # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
         # failed: it may have lacked resources that the tenure used, and will be run again.
@@ -346,6 +333,8 @@ class RoleRunner:
         left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
         if left is not None:
             return False, left if ok else f"{why}; {left}"
+        if not stopped:
+            return False, "the workload was not stopped in time"
         if ok:
             self._tenure = None
             self.leftover.forget()

@@ -24,7 +24,7 @@ from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import Child, ExitResult
-from agent.ops.process_tree import SEARCH_S, ProcessTree
+from agent.ops.process_tree import SEARCH_S, SEARCH_SHARE, ProcessTree
 
 POLL_S = 0.01
 """Interval of the check whether a stopped process tree is gone."""
@@ -35,6 +35,10 @@ LONGEST_DELAY_S = 30.0
 
 MAX_DOUBLINGS = 16
 """Cap of the exponent, so that the delay cannot overflow."""
+
+KILL_SHARE = 0.5
+GIVE_UP_SHARE = 0.75
+"""Shares of the demotion budget after which it is killed, and not waited for any more: the hook has the rest."""
 
 GIVE_UP_AFTER = 5
 """Failures in a row after which another member should take over."""
@@ -114,6 +118,19 @@ class Workload:
         self._short = self._failed = 0
         return await self._spawn()
 
+    async def stop_within(self, limit_s: float) -> bool:
+        """Stop it, with KILL after ``KILL_SHARE``; whether none of its processes is left in time."""
+        killing = asyncio.get_running_loop().call_later(KILL_SHARE * limit_s, self.kill)
+        try:
+            async with asyncio.timeout(GIVE_UP_SHARE * limit_s):
+                await self.stop(min(SEARCH_S, SEARCH_SHARE * limit_s))
+        except TimeoutError:
+            log.error("workload not stopped in time", limit_s=GIVE_UP_SHARE * limit_s)  # noqa: TRY400 - no traceback needed
+            return False
+        finally:
+            killing.cancel()
+        return True
+
     async def stop(self, search_s: float = SEARCH_S) -> None:
         """Send TERM to all of its processes, and wait until none is left; ``kill`` shortens the wait.
 
@@ -131,9 +148,9 @@ class Workload:
         while await self._lives():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
             await asyncio.sleep(POLL_S)
         if self._watching is not None:
-            await self._watching
+            await asyncio.shield(self._watching)
         if self._killing is not None:
-            await self._killing
+            await asyncio.shield(self._killing)
         self._release()
 
     def kill(self) -> None:

@@ -260,10 +260,14 @@ class Guard:
             self.try_step("write the state file", state.wait, now() + STATE_WAIT_S)
         self.try_step("log", self.log_demotion, why)
         self.try_step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
+        if self.workload:  # it may have used them up when it got TERM
+            self.try_step("make room", self.make_room, (now() + end_at) / 2)
         done = self.try_step("demotion hook", self.run_hook, end_at)
+        left_s = end_at - now()
         gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
         self.try_step("kill the agent", self.signal_agent, signal.SIGKILL)
         if not done:
+            end_at = max(end_at, now() + left_s)  # the killing takes nothing of its time
             done = self.try_step("demotion hook", self.repeat_hook, end_at)
             gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
         dead = self.try_step("kill the agent", self.wait_for_agent_death)
@@ -293,7 +297,7 @@ class Guard:
                 and can_fork(become, self.close_fds, LEAST_TASKS, now() + probe_s)
             ):
                 break
-            self.tenure.kill(now())
+            self.tenure.kill(min(end_at, now() + ROOM_S))
             self.signal_agent(signal.SIGKILL)
             try:
                 self.start_sweep(now()).wait_or_kill(now() + KILL_S)
@@ -318,10 +322,7 @@ class Guard:
             return
         tree = self.tenure.subtree(self.workload)
         for process in tree.find():
-            try:
-                proctree.send(process, signal.SIGTERM)
-            except OSError:
-                pass  # no permission to signal this one; signal the others
+            proctree.try_to_send(process, signal.SIGTERM)
         while tree.find() and now() < end_at:
             time.sleep(POLL_S)
         tree.kill(end_at)
@@ -329,8 +330,7 @@ class Guard:
         if not self.cgroup:
             return
         killing = Worker(lambda: self.kill_cgroup(self.cgroup + b"/workload"), self.close_fds)
-        if not killing.wait_or_kill(now() + KILLED_WAIT_S):
-            self.step_has_failed = True
+        self.step_has_failed |= not killing.wait_or_kill(now() + KILLED_WAIT_S)
 
     def kill_cgroup(self, directory: bytes) -> bool:
         """Send KILL to a cgroup and those below it. May block."""

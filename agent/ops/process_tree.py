@@ -34,6 +34,9 @@ KILL_S = 2.0
 SEARCH_S = 2.0
 """Timeout of one search, which takes milliseconds, as the kernel has the data in memory."""
 
+SEARCH_SHARE = 0.125
+"""Share of the demotion budget after which a demotion does not wait for a search any more."""
+
 READ_S = 0.25
 """If no environment was read for this long, the process that is being read counts as stuck."""
 
@@ -125,15 +128,17 @@ class ProcessTree:
 
     def _find(self) -> set[proctree.Process]:
         table = proctree.snapshot()
-        roots = {*self._identities(), *self._known, *self._by_environment(table)}
+        groups, roots = list(self.groups), {*self._identities(), *self._known}
         if self.cgroup is not None:
             roots |= proctree.in_cgroup(table, str(self.cgroup))
-        found = proctree.related(table, list(self.groups), list(roots))
+        # Their environment need not be read.
+        self._known = frozenset(proctree.related(table, groups, list(roots)))
+        found = proctree.related(table, groups, [*self._known, *self._by_environment(table)])
         pids = {pid for pid, _ in found}
         self._tops = frozenset(one for one in found if table[one[0]].parent not in pids)
         self._known = frozenset(found)
-        groups = self._own_groups if len(self._own_groups) <= MOST_ROOTS else set()
-        self._own_groups = proctree.own_groups(groups, table, found)
+        known_groups = self._own_groups if len(self._own_groups) <= MOST_ROOTS else set()
+        self._own_groups = proctree.own_groups(known_groups, table, found)
         return found
 
     async def find_in_thread(self, limit_s: float = SEARCH_S) -> set[proctree.Process]:

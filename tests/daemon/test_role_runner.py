@@ -300,7 +300,7 @@ async def test_the_demotion_fails_and_names_a_process_that_survives(
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("left.pid")
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
-        patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "try_to_send", lambda *_: None)
         patch.setattr(proctree, "signal_groups", lambda *_: None)
         stage.begin(Role.SECONDARY, limit_s=0.3)
         ended = await stage.end()
@@ -371,6 +371,9 @@ async def test_processes_of_a_demotion_hook_are_not_killed(stage: Stage) -> None
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     pids = [await stage.pid("plain.pid"), await stage.pid("bare.pid")]
+    helper = proctree.identify(pids[1])
+    assert helper is not None
+    await until(lambda: process_tree._now() > helper[1])  # a tenure of the same tick adopts it
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     assert all(map(alive, pids)), "a standby helper was killed with the tenure"
@@ -438,7 +441,7 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     leftover = stage.role_runner.leftover
     leftover.add(["first", "second"])
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
-        patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "try_to_send", lambda *_: None)
         patch.setattr(proctree, "signal_groups", lambda *_: None)
         assert await leftover.kill(0.1) is not None
         stage.begin(Role.SECONDARY, limit_s=0.3)

@@ -32,14 +32,12 @@ async def test_only_demotion_hooks_keep_the_protection_from_the_oom_killer(
 
 
 MANY = """
-import asyncio, subprocess, sys
+import asyncio, subprocess
 from pathlib import Path
 from agent.ops import process
 
 def zombies():
-    children = Path("/proc/thread-self/children").read_text().split()
-    stats = [Path("/proc", child, "stat").read_text() for child in children]
-    return sum(") Z " in stat for stat in stats)
+    return Path("/proc/thread-self/children").read_text().split()
 
 async def main():
     process.REAP_S = 0.1
