@@ -257,6 +257,26 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
         load_server_access(settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "trusting"),
+    [
+        ({"endpoint": ("http://one", "http://two")}, False),
+        ({"endpoint": ("http://one", "HTTPS://two")}, True),
+        ({"endpoint": ("http://one",), "proxy": "https://proxy"}, True),
+        ({"endpoint": ("http://one",), "token_endpoint": "https://identity/token"}, True),
+        ({"endpoint": ("http://one",), "client_id": "its token endpoint is discovered"}, True),
+    ],
+)
+def test_the_authorities_of_the_host_are_loaded_only_for_https(
+    given: dict[str, Any], *, trusting: bool
+) -> None:
+    context = load_server_access(AgentSettings(**given)).tls
+    assert isinstance(context, ssl.SSLContext)
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    system = httpx2.create_ssl_context(trust_env=False).get_ca_certs()
+    assert context.get_ca_certs() == (system if trusting else [])
+
+
 # --- a proxy
 
 NAME = "coordinator.only-the-proxy-knows-it.invalid"

@@ -1,5 +1,6 @@
 """The client that the settings describe: endpoints, credentials, certificates, proxy."""
 
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def load_server_access(settings: AgentSettings) -> ServerAccess:
     Raises:
         ConfigError: one of them does not have the right content.
     """
-    context = httpx2.create_ssl_context(trust_env=False)
+    context = _verifying_context(settings)
     if settings.ca_file is not None:
         load_authorities(context, "ca_file", settings.ca_file)
     if settings.client_certificate is not None and settings.client_key is not None:
@@ -73,6 +74,18 @@ def load_server_access(settings: AgentSettings) -> ServerAccess:
             proxy=proxy,
         )
     return ServerAccess(auth, context, proxy)
+
+
+def _verifying_context(settings: AgentSettings) -> ssl.SSLContext:
+    """A context with the authorities of this host: 3 MiB and 20 ms, so only where https may be spoken.
+
+    Without them it trusts nobody.
+    """
+    urls = (*settings.endpoint, settings.proxy or "", settings.token_endpoint or "")
+    # The token endpoint may be discovered.
+    if settings.client_id is not None or any(url.lower().startswith("https:") for url in urls):
+        return httpx2.create_ssl_context(trust_env=False)
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _proxy(settings: AgentSettings) -> Proxy | None:
