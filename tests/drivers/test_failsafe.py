@@ -348,7 +348,7 @@ async def test_200_connections_do_not_keep_a_member_from_being_asked(
     held = [await asyncio.open_connection("127.0.0.1", voter.port) for _ in range(200)]
     for _ in range(5):
         assert (await ask(asker, voter.peer)).yes
-    assert len(voter.listener._http._connections) <= LIMITS.connections
+    assert len(voter.listener._http._tasks) <= LIMITS.connections
     for _, writer in held:
         writer.close()
 
@@ -558,6 +558,6 @@ async def test_a_stopped_listener_answers_nobody(asker: Asker, unused_tcp_port: 
     async with voting(unused_tcp_port) as voter:
         assert voter.listener is not None
         await voter.listener.stop()
-        await until(lambda: not voter.listener._http._connections)  # type: ignore[union-attr] # see above
+        await until(lambda: not voter.listener._http._tasks)  # type: ignore[union-attr] # see above
         with pytest.raises(AskError):
             await ask(asker, voter.peer)
