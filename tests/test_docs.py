@@ -10,7 +10,8 @@ from xml.etree import ElementTree as ET
 import click
 import pytest
 
-from agent.cli.main import GlobalOptions, cli, main
+from agent.cli.command_line import cli
+from agent.cli.main import main
 from agent.cli.settings_reader import commands
 from agent.coordinator.route_table import ROUTES
 from agent.schema import codec
@@ -114,7 +115,7 @@ def parse(args: list[str]) -> None:
     """Let click read a command line; nothing is run. Raises click.UsageError."""
     command: click.Command = cli
     context: click.Context | None = None
-    options = GlobalOptions(replaced=commands(lambda _: 0))
+    options = commands(lambda _: 0)
     while True:
         try:
             context = command.make_context(command.name, list(args), parent=context, obj=options)
@@ -253,7 +254,7 @@ def flags(command: click.Command) -> Iterator[str]:
     for param in command.params:
         yield from (*param.opts, *param.secondary_opts)
     if isinstance(command, click.Group):
-        context = click.Context(command, obj=GlobalOptions(replaced=commands(lambda _: 0)))
+        context = click.Context(command, obj=commands(lambda _: 0))
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None
