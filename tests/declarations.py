@@ -9,6 +9,9 @@ from agent.schema.read import Sources
 
 DAY_S = 86_400
 
+FILE_ENDS = {"_certificate": ".crt", "_key": ".key", "ca_file": "ca.pem", "_file": ""}
+"""How the example of a file's path ends, by how the name of its setting ends."""
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -36,4 +39,11 @@ def sample(setting: Setting) -> Any:
     """The value in the sample file: the default, or an example."""
     if setting.has_default:
         return setting.default
-    return setting.markers[Example].value if Example in setting.markers else ""
+    if Example in setting.markers:
+        return setting.markers[Example].value
+    if setting.format.metavar != "FILE":
+        return ""
+    end = next(end for end in FILE_ENDS if setting.name.endswith(end))
+    stem = setting.name.removesuffix(end).replace("_", "-")
+    folder = "secrets/" if "others cannot read" in setting.format.noun else ""
+    return f"/etc/failover-agent/{folder}{stem}{FILE_ENDS[end]}"

@@ -98,7 +98,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The value in the sample file, for a setting without a default."""
+    """The value in the sample file, for a setting without a default. That of a file follows from its name."""
 
     value: Any
 
