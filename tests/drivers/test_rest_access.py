@@ -271,10 +271,20 @@ def test_the_authorities_of_the_host_are_loaded_only_for_https(
     given: dict[str, Any], *, trusting: bool
 ) -> None:
     context = load_server_access(AgentSettings(**given)).tls
+    if not trusting:
+        assert context is None
+        return
     assert isinstance(context, ssl.SSLContext)
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
-    system = httpx2.create_ssl_context(trust_env=False).get_ca_certs()
-    assert context.get_ca_certs() == (system if trusting else [])
+    assert context.get_ca_certs() == httpx2.create_ssl_context(trust_env=False).get_ca_certs()
+
+
+async def test_without_a_context_an_unknown_authority_is_trusted_no_more(tmp_path: Path) -> None:
+    async with served(tls=server_tls(Authority(tmp_path), "server")) as raw:
+        client = RestClient((raw.endpoint("https"),), verify=None)
+        async with closing(client):
+            with pytest.raises(ServerError, match="certificate is not trusted"):
+                await beat(client)
 
 
 # --- a proxy
