@@ -1,6 +1,6 @@
 # One image for both programs: failover-agent run (or exec) and failover-agent serve. docs/container.md.
 #
-# The base is Debian's own: the digest pins it for every platform, the date says how old it is. Python
+# The base is Debian's own: the digest pins it for every platform, the date shows its age. Python
 # and tini are Debian's too, so an image that is built anew has their security updates. What comes from
 # a package index is locked by version and hash; wheels only.
 ARG BASE=debian:bookworm-20260918-slim@sha256:3783cc01769c7b2b1b83a5c5ad96c815348e28ed7da68e2e3687004faa906251

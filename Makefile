@@ -17,6 +17,8 @@ INSTALLED := PYTHONSAFEPATH=1
 # Core, simulation, declarations and coordinator, without processes and without the longest searches.
 QUICK := tests/core tests/simulation tests/schema tests/coordinator -k 'not (a_search_finds or before_the_lease_of_another or for_every_sequence)' \
   $(foreach name,test_server test_scrapes test_openapi store/test_sigkill,--ignore=tests/coordinator/$(name).py)
+# Three workers on two cores, because most tests wait; lanes are handed to them (tests/conftest.py).
+WORKERS := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 SOURCES := $(shell find agent -type f ! -name '*.pyc') pyproject.toml README.md LICENSE
 
 .PHONY: help demo run test quick test-components check bench editable lock clean FORCE
@@ -33,7 +35,7 @@ run: .venv/.wheel  ## a coordinator on loopback, in the foreground
 	$(BIN)/failover-agent serve
 
 test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
-	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov
+	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov $(WORKERS)
 	@report=$$($(BIN)/coverage report --include='*/agent/core/*' --fail-under=100) || \
 	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
 

@@ -1,4 +1,4 @@
-"""Every exception of the project, cut by what the caller does differently.
+"""Every exception of the project, one class for each different reaction of the caller.
 
 The outermost layer turns one into an exit code (the command line) or into an ErrorResponse
 (the coordinator's API); nothing in between catches more than it can handle.
@@ -46,7 +46,7 @@ class ExitCode(IntEnum):
 
 
 NOT_LEADING_RETRY_S = 0.2
-"""Retry-After where a leader is about to be known: a handover takes less."""
+"""Retry-After while no leader is known: a handover takes less."""
 
 
 class FailoverError(Exception):
@@ -90,9 +90,11 @@ class ServerError(FailoverError):
 
     Attributes:
         retry_after_s: the server's Retry-After, in seconds, or None.
+        has_operation_id: whether the answer has the header of every answer of our coordinator.
     """
 
     exit_code = ExitCode.UNREACHABLE
+    has_operation_id = False
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class StoreError(FailoverError):
 
 
 class OutcomeUnknown(StoreError):  # noqa: N818 - an outcome
-    """A change may have happened, or may yet happen: ``Store.settle`` ends that."""
+    """A change may have happened, or may still happen; ``Store.settle`` finds out."""
 
     exit_code = ExitCode.ETCD
 
@@ -154,7 +156,7 @@ class Invalid(RequestRefused):
 
 
 class Forbidden(RequestRefused):
-    """The caller is authenticated, and does not have the right."""
+    """The caller is authenticated, but does not have the right."""
 
 
 class Unauthenticated(RequestRefused):

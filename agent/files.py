@@ -1,8 +1,8 @@
 """Open files in directories that may belong to somebody else, such as a hostile workload.
 
-Owns which symbolic links are followed: one as the last component never, one before it only if root or
-this process's user owns it. What is opened for reading is a regular file, so that no FIFO and no device is
-opened. Knows nothing of contents.
+Owns which symbolic links are followed: the last component of a path never, an earlier one only if root or this
+process's user owns the link. Only regular files are opened for reading, no FIFO and no device. Knows nothing of
+contents.
 """
 
 import errno
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MOST_LINKS = 40
-"""Links on one path, as in the kernel: they could be a circle."""
+"""The most links on one path, as in the kernel, since links can form a cycle."""
 
 PART = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -45,7 +45,7 @@ def open_regular(path: Path, *, trusted_link: bool = False) -> int:
             volume of Kubernetes.
 
     Raises:
-        OSError: also if it is no regular file, or a link that is not followed.
+        OSError: also if it is not a regular file, or is a link that is not followed.
     """
     found = _open_path(path, trusted_link=trusted_link)
     try:
@@ -63,7 +63,7 @@ def read_regular(path: Path, most: int, *, trusted_link: bool = False) -> bytes:
 
 
 def stat_file(path: Path) -> os.stat_result:
-    """The status of a file or directory, never that of what a link leads to. Raises OSError."""
+    """The status of a file or directory; a link is not followed. Raises OSError."""
     found = _open_path(path, trusted_link=False)
     try:
         return os.fstat(found)
@@ -75,7 +75,7 @@ Signatures = tuple[tuple[int, ...] | None, ...]
 
 
 def signatures(paths: Iterable[Path]) -> Signatures:
-    """A signature of each file, which differs once the file or a link on its way was changed; None for no file."""
+    """A signature of each file, which changes with the file and with the links to it; None without a file."""
     return tuple(map(_signature, paths))
 
 
@@ -97,7 +97,7 @@ def open_directory(path: Path) -> int:
 
 
 def _open_path(path: Path, *, trusted_link: bool) -> int:
-    """A descriptor (O_PATH) of what is at a path; a link is refused."""
+    """A descriptor (O_PATH) of the object at a path. Raises OSError for a symbolic link."""
     found = _walk(path) if trusted_link else open_file(path, os.O_PATH)
     if stat.S_ISLNK(os.fstat(found).st_mode):
         os.close(found)
@@ -106,7 +106,7 @@ def _open_path(path: Path, *, trusted_link: bool) -> int:
 
 
 def _walk(path: Path) -> int:
-    """A descriptor (O_PATH) of what is at a path, reached part by part."""
+    """A descriptor (O_PATH) of the object at a path, which is walked component by component."""
     links = 0
     todo = list(path.parts[::-1])
     here = os.open(todo.pop() if path.is_absolute() else ".", PART | os.O_DIRECTORY)
@@ -138,7 +138,7 @@ def _walk(path: Path) -> int:
 
 
 def _open_part(name: str, here: int) -> int:
-    try:  # O_DIRECTORY mounts what is mounted on demand
+    try:  # O_DIRECTORY triggers an automount
         return os.open(name, PART | os.O_DIRECTORY, dir_fd=here)
     except NotADirectoryError:
         return os.open(name, PART, dir_fd=here)

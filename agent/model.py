@@ -18,8 +18,8 @@ MAX_EPOCH = 2**53 - 1
 """The largest integer that every JSON parser represents exactly (RFC 8259, section 6)."""
 
 LONGEST_HOLD_OFF_S = 86_400.0
-"""Cap on the hold-off of a release: a day outlasts any repair, and a member that asked for more would
-be forgotten."""
+"""Cap on the hold-off of a release, a day: any repair is done by then, and a member with a longer hold-off would be
+forgotten."""
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -100,7 +100,7 @@ class GroupConfig:
 
     Attributes:
         timeout_ticks: the FailoverTimeout, L.
-        additional: AdditionalData, the JSON text of an object: it is encoded once, and only repeated.
+        additional: AdditionalData, the JSON text of an object, which is passed on unchanged.
     """
 
     id: str
@@ -153,9 +153,9 @@ class MemberSet:
     """The members that a holder has to ask while it cannot reach the coordinator (R23).
 
     Attributes:
-        revision: grows with each set that the coordinator reports in a group.
-        members: all of them, the holder included; empty if failsafe is off.
-        off: why failsafe is off, or None for a set that is to be used.
+        revision: grows with each new set of the group.
+        members: all members, the holder included; empty if failsafe is off.
+        off: why failsafe is off; None if the set is to be used.
     """
 
     revision: int
@@ -171,12 +171,12 @@ class SessionRecord:
         override_until: when the override ends (wall clock), or None for never.
         override_order: grows with each override that is set in the group; the highest one wins.
         hold_off: the session is not chosen before its end.
-        has_to_see: the epoch of a tenure that it held without receiving the coordinator's answers, or
-            None. It is not chosen until its heartbeats carry this epoch.
-        silent_since: when it was last heard (wall clock), recorded once it is silent for long (R20).
-        owner: the identity that made it, such as ``user:ann`` or ``client:host-a``. None: made without
-            authentication, or before there were owners.
-        failsafe_url: the failsafe listener of its last registration or heartbeat, or None (R21).
+        has_to_see: the epoch of a tenure that the session held without receiving the coordinator's answers, or
+            None. The session is not chosen until its heartbeats report this epoch.
+        silent_since: its last sign of life (wall clock), recorded once it has been silent for long (R20).
+        owner: the identity that registered it, such as ``user:ann`` or ``client:host-a``. None: registered
+            without authentication, or by a version without owners.
+        failsafe_url: the URL of its failsafe listener, by its last registration or heartbeat; or None (R21).
     """
 
     config: SessionConfig
@@ -219,14 +219,14 @@ class GroupRecord:
         previous: the session of the previous tenure, or None.
         last_data: LastDataProcessedTime of the previous tenure, for the next holder.
         acl: the group's own access-control list, or None for its namespace's.
-        quiet: a client has seen a newer epoch than this record had, so an unknown lease may exist.
-            No tenure begins for one full L; a restart begins that L anew.
-        ended: the last tenure, if it ended without a release: the hold-off of a late release still
-            counts, once, and its holder may resume it (R33). ``ended_at`` is when that was.
+        quiet: whether a client has seen a newer epoch than this record had, so that an unknown lease may
+            exist. No tenure begins for one full L; a restart begins that L anew.
+        ended: the last tenure, if it ended without a release: its holder may resume it (R33), and the
+            hold-off of a late release counts once. ``ended_at`` is when it ended.
         cleared: each tenure up to this epoch is over (R24).
         used: the set of members that the holder asks while it cannot reach the coordinator, or None.
         offered: a newer set, which the holder has not acknowledged yet, or None.
-        set_revision: that of the newest set.
+        set_revision: the revision of the newest set.
     """
 
     config: GroupConfig
@@ -252,7 +252,7 @@ class Progress:
     """The newest LastDataProcessedTime that was reported within a tenure.
 
     Attributes:
-        epoch: that of the tenure; the next one does not continue it.
+        epoch: of that tenure; a later tenure does not continue its progress.
     """
 
     epoch: int
@@ -268,7 +268,7 @@ class TenureEnd(StrEnum):
     DATA_LOSS = "data_loss"
     """A client has seen a newer epoch than the coordinator's data has."""
     REFUSED = "refused"
-    """Its session was bound by a promise to another member, and was never active (R30)."""
+    """The session refused the role because of a promise to another member, and was never active (R30)."""
     LIFTED = "lifted"
     """An operator has declared that nobody is active (R34). The entry has no session."""
     RESTORED = "restored"
@@ -292,16 +292,16 @@ class FailsafeState(StrEnum):
     """The state of failsafe in a group, for operators."""
 
     OFF = "Off"
-    """A holder that loses the coordinator demotes at R."""
+    """A holder that loses contact with the coordinator demotes at R."""
     READY = "Ready"
     """The holder has a set of members to ask."""
     RESTRICTED = "Restricted"
-    """Nobody holds the role, and only members that the lapsed holder asks may get it."""
+    """Nobody holds the role, and only members that the former holder would ask may get it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lapsed:
-    """A tenure whose lease has ended, and whose holder may still be active by failsafe since then."""
+    """A tenure whose lease has expired, though its holder may still be active by failsafe."""
 
     session_id: str
     epoch: int
@@ -314,8 +314,8 @@ class FailsafeStatus:
 
     Attributes:
         why: the reason of the state, for people.
-        revision: that of ``members``.
-        members: the set that the holder uses, or has used.
+        revision: the revision of ``members``.
+        members: the set that the holder uses, or used.
         choosable: the members that may be promoted while the group is restricted.
     """
 
@@ -332,7 +332,7 @@ class GroupStatus:
     """The answer to a status read. A plain v1 server omits the fields after ``last_data``.
 
     Attributes:
-        cleared: the epoch up to which every tenure is over; None unless failsafe concerns the group.
+        cleared: the epoch up to which every tenure is over; None in a group without failsafe.
     """
 
     primary: str | None
@@ -356,7 +356,7 @@ class HeartbeatAnswer:
         lease_s: L, counted by the coordinator from its receipt of the heartbeat.
         store_id: the store behind the answer; an agent accepts answers from one store only.
         cleared: the epoch up to which every tenure is over, for members with a failsafe listener.
-        failsafe: for the holder, the set of members to ask; without one it asks nobody.
+        failsafe: for the holder, the set of members to ask; None: it asks nobody.
     """
 
     role: Role

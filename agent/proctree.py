@@ -1,4 +1,4 @@
-"""Find and kill every process of a tenure, whoever its parent is by now.
+"""Find and kill every process of a tenure, even one whose parent has changed.
 
 A hook or a workload is a tree of processes: children may leave its process group (setsid), become
 orphans, and outlive their parent. A process belongs to a tenure if it
@@ -8,17 +8,18 @@ orphans, and outlive their parent. A process belongs to a tenure if it
 - has the tenure's mark in its environment, which children inherit, or
 - is in its cgroup.
 
-``kill_all`` stops every process before it kills any, so that none escapes by forking. A process is
-identified by its process id and start time, since process ids are reused.
+``kill_all`` stops every process before it kills any, so that none escapes by forking: whole process groups
+first, as a process that forks and ends all the time is gone when it is signalled, and its group is not. A
+process is identified by its process id and start time, since process ids are reused.
 
-Rules of this file: the smallest modules of the standard library only, as the guard imports it.
+The guard imports this file, so it imports only the smallest modules of the standard library.
 
-What cannot be read is never taken for gone: every search raises OSError if a descriptor is lacking, or if
-/proc does not show all processes. The directory is opened once, so that nobody can hide it later.
+A process that cannot be read never counts as gone: every search raises OSError if no descriptor is left, or if
+/proc does not show all processes. /proc is opened once, so that nobody can mount something over it later.
 
 Not promised: a process that has left the group, has lost its parent *and* has cleared its environment is
-found only by the cgroup. What runs under another manager (systemd, a container engine, at, cron) is no part
-of the tree. ``with_mark`` and ``in_cgroup`` may block; the rest reads only what the kernel has in memory.
+found only by the cgroup. Processes that another manager starts (systemd, a container engine, at, cron) are not
+part of the tree. ``with_mark`` and ``in_cgroup`` may block; the rest reads only what the kernel has in memory.
 """
 
 import errno
@@ -45,16 +46,19 @@ AT_REST = frozenset(b"TtZXxDI")
 STUCK = ord("D")
 
 PF_KTHREAD = 0x00200000
-"""The flag of a kernel thread. Its parent is no criterion: in a container process 2 can be any process."""
+"""The flag of a kernel thread. Its parent, process 2, is no proof: in a container that is any process."""
 
 GONE = (FileNotFoundError, ProcessLookupError)
-"""The errors of a file of a process that has ended."""
+"""Errors on reading a file in /proc of a process that has ended."""
+
+NO_PIDFD = (errno.ENOSYS, errno.EPERM)
+"""The errors of pidfd_open() where the kernel, or a container's seccomp filter, does not have it."""
 
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""The errors of a file that might be there: this process, or the machine, lacks something to read it."""
+"""Errors on reading a file that may exist: no descriptor or no memory is left to read it."""
 
 INIT = 1
-"""The process that every PID namespace has; where it is hidden, so are others."""
+"""Process 1, which every PID namespace has. If /proc does not show it, it hides others, too."""
 
 HIDDEN = "/proc hides processes: mount it without hidepid (ProtectProc=)"
 
@@ -66,8 +70,8 @@ class Stat:
     """One process at one moment, from /proc/PID/stat.
 
     Attributes:
-        thread: id of the thread that ``state`` is of: the main one, or another one if that has ended
-            alone. The kernel shows such a process as a zombie, though its other threads run.
+        thread: id of the thread that ``state`` describes: the main thread, or another one if only the main
+            thread has ended. The kernel shows such a process as a zombie, though its other threads run.
     """
 
     __slots__ = ("flags", "group", "parent", "session", "start", "state", "thread")
@@ -111,7 +115,7 @@ def read(pid: int) -> "Stat | None":
 
 
 def _choose_live_thread(stat: Stat) -> None:
-    """Take over the state of another thread than the main one, which has ended."""
+    """The main thread has ended: use the state of a live thread, if there is one."""
     for thread, state in _thread_states(stat.thread):
         if state not in ENDED:
             stat.thread, stat.state = thread, state
@@ -119,9 +123,9 @@ def _choose_live_thread(stat: Stat) -> None:
 
 
 def has_stuck_thread(pid: int) -> bool:
-    """Whether one of its threads waits in the kernel, as for a dead disk, in state D.
+    """Whether a thread of the process waits in the kernel (state D), as for a dead disk.
 
-    It may hold the lock that a reader of the environment of its process waits for.
+    Such a thread may hold the lock that a reader of the process's environment waits for.
     """
     return any(state == STUCK for _, state in _thread_states(pid))
 
@@ -171,7 +175,7 @@ def snapshot() -> "dict[int, Stat]":
         raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
     try:
-        for name in os.listdir(open_proc()):
+        for name in reversed(os.listdir(open_proc())):  # the newest first: they may end soon
             if name.isdigit():
                 stat = read(int(name))
                 if stat is not None:
@@ -184,13 +188,13 @@ def snapshot() -> "dict[int, Stat]":
 
 
 def identify(pid: int) -> "Process | None":
-    """Identity of a process; None if it does not exist. Raises OSError as ``read``."""
+    """Identity of a process; None if it does not exist. Raises OSError as ``read`` does."""
     stat = read(pid)
     return None if stat is None else (pid, stat.start)
 
 
 def lives(process: Process) -> bool:
-    """Whether it exists, is the same process, and is no zombie. Raises OSError as ``read``."""
+    """Whether the process still exists under its id and is no zombie. Raises OSError as ``read`` does."""
     stat = read(process[0])
     return stat is not None and stat.start == process[1] and stat.state not in ENDED
 
@@ -214,10 +218,28 @@ def related(
     return _killable(table, inside)
 
 
+def own_groups(known: "set[int]", table: "dict[int, Stat]", found: "set[Process]") -> "set[int]":
+    """The process groups of ``found`` and the ``known`` ones, without those that have other live members."""
+    pids = {pid for pid, _ in found}
+    live = ((pid, stat.group) for pid, stat in table.items() if stat.state not in ENDED)
+    others = {group for pid, group in live if pid not in pids}
+    others.add(0)  # a group of another PID namespace; to signal 0 would stop this process
+    return (known | {table[pid].group for pid in pids}) - others
+
+
+def signal_groups(groups: "set[int]", number: int) -> None:
+    """Signal process groups; those that are gone are skipped."""
+    for group in groups:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+
+
 def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     """Live processes that were started with the mark in their environment. May block.
 
-    A mark that continues with a full stop and more counts, too.
+    A mark counts, too, if it continues with a full stop and further text.
     """
     wanted = f"{MARK}={mark}".encode()
     found = {pid for pid, stat in table.items() if _has_mark(stat.thread, wanted)}
@@ -237,40 +259,48 @@ def send(process: Process, number: int) -> bool:
     """Signal exactly this process; return False if it is gone.
 
     Raises:
-        OSError: it may not be signalled, or there is no descriptor left.
+        OSError: no permission to signal it, or no descriptor is left.
     """
+    fd = None
     try:
-        fd = os.pidfd_open(process[0])
-    except ProcessLookupError:
-        return False
-    try:
-        stat = read(process[0])  # while the descriptor is open, the process id is not reused
+        try:
+            fd = os.pidfd_open(process[0])  # while it is open, the process id is not reused
+        except OSError as error:
+            if error.errno not in NO_PIDFD:
+                raise
+        stat = read(process[0])
         if stat is None or stat.start != process[1]:
             return False
-        signal.pidfd_send_signal(fd, number)
+        if fd is None:
+            os.kill(process[0], number)
+        else:
+            signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
         return False
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
     return True
 
 
-def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
-    """Stop all that ``find`` finds until it finds nothing new, kill them, and repeat until none is left.
+def kill_all(find, end_at: float, clock=time.monotonic, groups=set) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - Callable would need typing
+    """Stop the processes that ``find`` returns until it returns no new ones, kill them, repeat until none is left.
 
     Args:
         find: searches anew and returns a set of processes.
-        end_at: by ``clock``; how long to wait for their end.
-        clock: seconds.
+        end_at: how long to wait for their end, by ``clock``.
+        clock: returns seconds.
+        groups: returns the process groups of all that ``find`` has found, see ``own_groups``.
 
     Returns:
-        Survivors: they are stuck in the kernel, or may not be signalled.
+        Survivors: they are stuck in the kernel, or this process has no permission to signal them.
 
     Raises:
-        OSError, MemoryError: of ``find``. What was found before is sent SIGKILL.
+        OSError, MemoryError: raised by ``find``. Processes that were found before it have been sent SIGKILL.
     """
     while True:
-        found = _stop_all(find, end_at, clock)
+        found = _stop_all(find, end_at, clock, groups)
+        signal_groups(groups(), signal.SIGKILL)
         for process in found:
             _try_to_send(process, signal.SIGKILL)
         while (left := {process for process in found if _may_live(process)}) and clock() < end_at:
@@ -282,8 +312,8 @@ def kill_all(find, end_at: float, clock=time.monotonic) -> "set[Process]":  # ty
             return late
 
 
-def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-    """Stop all that is found until several searches in a row find nothing new."""
+def _stop_all(find, end_at: float, clock, groups) -> "set[Process]":  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+    """Stop all processes found, until several searches in a row find no new one."""
     found: set[Process] = set()
     stop_by = clock() + STOP_S
     quiet = 0
@@ -291,10 +321,11 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
         try:
             new = find() - found
         except (OSError, MemoryError):
-            for process in found:  # nobody else would end those that are stopped
+            for process in found:  # a stopped process would stay for ever
                 _try_to_send(process, signal.SIGKILL)
             raise
         found |= new
+        signal_groups(groups(), signal.SIGSTOP)
         for process in new:
             _try_to_send(process, signal.SIGSTOP)
         waiting = clock() < stop_by and any(map(_can_fork, found))
@@ -307,7 +338,7 @@ def _stop_all(find, end_at: float, clock) -> "set[Process]":  # type: ignore[no-
 
 
 def _may_live(process: Process) -> bool:
-    """Whether it lives, or cannot be read."""
+    """Whether the process lives; True if it cannot be read."""
     try:
         return lives(process)
     except OSError:
@@ -315,7 +346,7 @@ def _may_live(process: Process) -> bool:
 
 
 def _can_fork(process: Process) -> bool:
-    """Whether it may still fork."""
+    """Whether the process may still fork; True if it cannot be read."""
     try:
         stat = read(process[0])
     except OSError:
@@ -327,11 +358,11 @@ def _try_to_send(process: Process, number: int) -> None:
     try:
         send(process, number)
     except OSError:
-        pass  # kill_all returns it
+        pass  # kill_all returns the process as a survivor
 
 
 def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
-    """Live ones among ``pids``, without this process, its ancestors and kernel threads."""
+    """The live processes among ``pids``, without this process, its ancestors and kernel threads."""
     spared = {0, 1}
     pid = os.getpid()
     while pid not in spared:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 SKIP_PREFIX = "needs: "
+PROPERTY = "need"
 
 
 class Need(NamedTuple):
@@ -29,7 +30,10 @@ def parse_need(reason: str) -> Need | None:
 
 
 class ClosingTable:
-    """A pytest plugin for a run in one process. Register it once, in ``pytest_configure``."""
+    """A pytest plugin. Register it in ``pytest_configure``, with pytest-xdist in each process.
+
+    A report carries the need of its test, because a worker has no terminal to print the table on.
+    """
 
     def __init__(self, *, ci: bool) -> None:
         self._ci = ci
@@ -45,8 +49,9 @@ class ClosingTable:
         reason = str(call.excinfo.value)
         need = parse_need(reason)
         if need is not None:
-            self._lacking[need] += 1
+            item.user_properties.append((PROPERTY, tuple(need)))  # what execnet can send
             if not self._ci:
+                report.user_properties = item.user_properties
                 return report
         why = "with CI=true every test has to run" if need else "nothing is skipped silently"
         failure = pytest.fail.Exception(
@@ -56,6 +61,12 @@ class ClosingTable:
         )
         call.excinfo = pytest.ExceptionInfo.from_exception(failure.with_traceback(call.excinfo.tb))
         return pytest.TestReport.from_item_and_call(item, call)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        stated = dict(report.user_properties).get(PROPERTY) if report.when != "teardown" else None
+        if stated is not None:
+            assert isinstance(stated, tuple | list)  # a list once it came from a worker
+            self._lacking[Need(*stated)] += 1
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_make_collect_report(

@@ -80,12 +80,19 @@ class EtcdServer:
         self._peers = [f"http://{address}:{peer}" for address, _, peer in hosts]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * len(hosts)
 
-    def start(self, number: int) -> None:
-        """Start a member, with the data that it has."""
+    def start(self, number: int, *, cluster: Sequence[int] = (), state: str = "new") -> None:
+        """Start a member, with the data that it has.
+
+        Args:
+            number: of the member.
+            cluster: the members that it begins with, if it has no data; all of them.
+            state: whether it makes a new cluster or joins an existing one then.
+        """
         name = f"m{number}"
         client, peer = self.urls[number], self._peers[number]
         place = self._places[number]
-        everybody = ",".join(f"m{n}={url}" for n, url in enumerate(self._peers))
+        numbers = cluster or range(len(self._peers))
+        everybody = ",".join(f"m{n}={self._peers[n]}" for n in numbers)
         with (self._directory / f"{name}.log").open("ab") as log:
             self._processes[number] = subprocess.Popen(
                 [
@@ -94,7 +101,7 @@ class EtcdServer:
                     *("--name", name, "--data-dir", str(place.directory / name)),
                     *("--listen-client-urls", client, "--advertise-client-urls", client),
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-                    *("--initial-cluster", everybody),
+                    *("--initial-cluster", everybody, "--initial-cluster-state", state),
                     *("--heartbeat-interval", "50", "--election-timeout", "250"),
                     *self._tls,
                     *self._flags,

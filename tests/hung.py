@@ -120,6 +120,30 @@ def freezer(name: str) -> Iterator["Freezer"]:
         folder.rmdir()
 
 
+WITHOUT_PIDFD = """
+import ctypes, os, struct, sys
+numbers, LOAD, JUMP_IF, RETURN = (424, 434), 0x20, 0x15, 0x06  # pidfd_send_signal, pidfd_open
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | int(sys.argv[1])
+filters = [(LOAD, 0, 0, 0), *((JUMP_IF, len(numbers) - n, 0, number) for n, number in enumerate(numbers))]
+filters += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
+program = b"".join(struct.pack("HBBI", *one) for one in filters)
+buffer = ctypes.create_string_buffer(program)
+header = struct.pack("HxxxxxxP", len(filters), ctypes.addressof(buffer))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, header, 0, 0):  # NO_NEW_PRIVS, SECCOMP
+    sys.exit(f"no filter: {ctypes.get_errno()}")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def without_pidfd(number: int) -> list[str]:
+    """What starts a command for which the pidfd calls fail with this error.
+
+    As on a kernel before 5.3 (ENOSYS), or under the seccomp filter of an older container engine (EPERM).
+    """
+    return [sys.executable, "-S", "-c", WITHOUT_PIDFD, str(number)]
+
+
 FORKS = """
 import os, time
 os.setsid()

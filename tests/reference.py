@@ -25,7 +25,8 @@ DURATIONS = (
 
 DOCS_HEAD = f"""# Settings
 
-Generated from the declarations in `agent/schema`; `REWRITE=1 pytest tests/cli/test_reference.py` renews it.
+For operators: every setting of the agent and of the coordinator. Generated from the declarations in `agent/schema`;
+`REWRITE=1 pytest tests/cli/test_reference.py` renews it.
 
 Each setting can be given in four ways. The first of these that is there counts:
 

@@ -1,11 +1,14 @@
 """Nothing is skipped silently: the plugin at work in small runs of pytest of its own."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.closing_table import ClosingTable, Need, parse_need
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).parents[1]
 RUNS = "import pytest\ndef test_runs(): pass\n"
 LACKS = 'def test_{name}(): pytest.skip("needs: {component}: apt-get install {component}")\n'
 
@@ -101,3 +104,17 @@ def test_expected_failures_are_no_skips(pytester: pytest.Pytester) -> None:
 )
 def test_a_need_states_component_and_remedy(reason: str, need: Need | None) -> None:
     assert parse_need(reason) == need
+
+
+def test_workers_report_what_they_lack(pytester: pytest.Pytester) -> None:
+    """As in `make test`: the tests run in other processes, and the table stands where they report."""
+    pytester.makeconftest(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.closing_table import ClosingTable\n"
+        "def pytest_configure(config):\n"
+        "    config.pluginmanager.register(ClosingTable(ci=False))\n"
+    )
+    pytester.makepyfile(RUNS + LACKS.format(name="a", component="etcd-server"))
+    result = pytester.runpytest_inprocess("-n2", "-p", "no:asyncio")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*= Not run here =*", "etcd-server      1  *"])

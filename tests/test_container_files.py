@@ -177,7 +177,8 @@ def test_the_members_of_etcd_and_the_coordinators_name_one_another() -> None:
 
 
 def test_prometheus_asks_every_service_at_its_port() -> None:
-    scraped = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])["scrape_configs"]
+    file = ROOT / "config" / COMPOSE["configs"]["prometheus"]["file"]
+    scraped = yaml.safe_load(file.read_text())["scrape_configs"]
     targets = {t for job in scraped for c in job["static_configs"] for t in c["targets"]}
     hosts = {
         f"{name}:{service['environment']['FAILOVER_AGENT_PROBE_LISTEN'].rpartition(':')[2]}"
@@ -188,25 +189,30 @@ def test_prometheus_asks_every_service_at_its_port() -> None:
     assert (ROOT / "config" / COMPOSE["configs"]["rules"]["file"]).is_file()
 
 
+@pytest.mark.parametrize("compose", [*COMPOSE_FILES.values(), COMPOSE_FAILSAFE])
+def test_a_read_only_service_gets_configs_and_secrets_from_files(compose: dict[str, Any]) -> None:
+    """Compose can put texts and variables only into a container that it may write to."""
+    given = [*compose.get("configs", {}).values(), *compose.get("secrets", {}).values()]
+    assert [one for one in given if set(one) != {"file"}] == []
+
+
 def test_failsafe_is_added_to_every_host_of_the_compose_file() -> None:
     assert faults(COMPOSE_FAILSAFE, schema("compose.json")) == []
-    hosts = {name for name in COMPOSE["services"] if name.startswith("host-")}
-    assert set(COMPOSE_FAILSAFE["services"]) == hosts
-    for name, service in COMPOSE_FAILSAFE["services"].items():
-        variables, (secret,) = service["environment"], service["secrets"]
+    services = dict(COMPOSE_FAILSAFE["services"])
+    maker = services.pop("failsafe-secret")
+    assert maker["read_only"]
+    assert (maker["image"], maker["cap_drop"], maker["network_mode"]) == (IMAGE, ["ALL"], "none")
+    (volume,) = COMPOSE_FAILSAFE["volumes"]
+    assert maker["volumes"] == [f"{volume}:/var/lib/failover-agent"]
+    assert set(services) == {name for name in COMPOSE["services"] if name.startswith("host-")}
+    for name, service in services.items():
+        variables, (mount,) = service["environment"], service["volumes"]
         port = variables["FAILOVER_AGENT_FAILSAFE_LISTEN"].rpartition(":")[2]
         assert variables["FAILOVER_AGENT_FAILSAFE_URL"] == f"http://{name}:{port}"
-        assert variables["FAILOVER_AGENT_FAILSAFE_SECRET_FILE"] == secret["target"]
-        assert secret["source"] in COMPOSE_FAILSAFE["secrets"]
-        assert (secret["uid"], secret["mode"]) == ("10001", 0o400)
-
-
-def test_pods_reach_one_another_for_failsafe() -> None:
-    (policy,) = [m["spec"] for m in MANIFESTS[:8] if named(m) == "NetworkPolicy-collector"]
-    pods = [{"podSelector": policy["podSelector"]}]
-    rule = [{"port": "failsafe"}]
-    assert {"from": pods, "ports": rule} in policy["ingress"]
-    assert {"to": pods, "ports": rule} in policy["egress"]
+        folder = Path(variables["FAILOVER_AGENT_FAILSAFE_SECRET_FILE"]).parent
+        assert mount == f"{volume}:{folder}:ro"
+        done = {"failsafe-secret": {"condition": "service_completed_successfully"}}
+        assert service["depends_on"] == done
 
 
 # -- Kubernetes ------------------------------------------------------------------------------------
@@ -287,6 +293,7 @@ def test_a_probe_asks_a_route_of_the_program_at_a_port_of_the_container(placed: 
 def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods(
     manifests: list[dict[str, Any]],
 ) -> None:
+    """A sidecar's port by its number only: before Kubernetes 1.32 Services do not know its name."""
     sets = [manifest for manifest in manifests if manifest["kind"] == "StatefulSet"]
     pods = [s["spec"]["template"] for s in sets]
     assert all(s["spec"]["selector"]["matchLabels"].items()
@@ -306,12 +313,13 @@ def test_selectors_and_ports_of_services_and_policies_are_those_of_the_pods(
         chosen = [p for p in pods if wanted.items() <= p["metadata"]["labels"].items()]
         assert len(chosen) == 1, named(manifest)
         pod = chosen[0]["spec"]
-        known = {
-            port["name"]
+        names = {port["name"] for container in pod["containers"] for port in container["ports"]}
+        numbers = {
+            port["containerPort"]
             for container in [*pod.get("initContainers", ()), *pod["containers"]]
             for port in container["ports"]
         }
-        assert set(ports) <= known, named(manifest)
+        assert set(ports) <= names | numbers, named(manifest)
 
 
 @pytest.mark.parametrize("manifests", INSTALLED.values(), ids=INSTALLED)
@@ -382,20 +390,31 @@ class Member(NamedTuple):
     """Of the coordinators that it is one of, or asks."""
 
 
-def environment_of(container: dict[str, Any], pod: str) -> dict[str, str]:
-    """As the kubelet sets it in the container of a pod of that name."""
+def environment_of(
+    container: dict[str, Any], pod: str, address: str = "192.0.2.7"
+) -> dict[str, str]:
+    """As the kubelet sets it in the container of a pod of that name and address."""
     found: dict[str, str] = {}
     for variable in container["env"]:
         field = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-        value = variable.get("value", {"status.podIP": "192.0.2.7"}.get(field, pod))
+        value = variable.get("value", {"status.podIP": address}.get(field, pod))
         for name, known in found.items():
             value = value.replace(f"$({name})", known)
         found[variable["name"]] = value
     return found
 
 
+def with_failsafe() -> dict[str, Any]:
+    """The compose file with the one for failsafe on top, as far as agents are concerned."""
+    services = copy.deepcopy(COMPOSE["services"])
+    for name, added in COMPOSE_FAILSAFE["services"].items():
+        if name in services:
+            services[name]["environment"] |= added["environment"]
+    return {"services": services}
+
+
 def members() -> Iterator[Member]:
-    for file, compose in COMPOSE_FILES.items():
+    for file, compose in {**COMPOSE_FILES, "compose-failsafe": with_failsafe()}.items():
         store = "etcd" if file == "compose-etcd" else "sqlite"
         for name, service in compose["services"].items():
             if service["image"] == IMAGE:

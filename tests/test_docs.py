@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
@@ -44,6 +46,14 @@ CITATION = re.compile(
 SECTION_OF = re.compile(
     r"[Ss]ection (?P<quote>[\"'])(?P<section>[^\"']+)(?P=quote) (?:of|in) (?:docs/)?(?P<page>[a-z-]+\.md)"
 )
+BENCHMARK = re.compile(r"\bpython (?:-m tests\.bench\.|tests/bench/)(\w+)(?:\.py)?([^\n]*)")
+LOG_LINE = re.compile(r"^(?:\S+Z )?(?:INFO|WARNING|ERROR) ([^=\n]+?)(?: \w+=.*)?$", re.MULTILINE)
+PHRASE = re.compile(r"`([a-z][a-z'-]*(?: [a-z',-]+)+)`")
+PROGRAM = re.compile(
+    r"(buildah|consul|curl|docker|env|etcdctl|failover-agent|git|journalctl|kubectl|make|ss|su|systemctl) "
+)
+"""With which a phrase in backticks begins that is a command."""
+
 READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
 GENERATED = {"settings.md", "roles.md", "CHANGELOG.md"}
 """Made from code, or a list."""
@@ -259,6 +269,56 @@ def flags(command: click.Command) -> Iterator[str]:
             inner = command.get_command(context, name)
             assert inner is not None
             yield from flags(inner)
+
+
+def test_every_benchmark_is_in_a_page_with_flags_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used: dict[str, set[str]] = {
+        path.stem: set() for path in (ROOT / "tests/bench").glob("[!_]*.py")
+    }
+    shown = set()
+    for block in blocks():
+        for name, rest in BENCHMARK.findall(block.text):
+            shown.add(name)
+            used[name] |= set(re.findall(r"--[a-z-]+", rest))
+    assert shown == set(used)
+    for name, flags in used.items():
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"tests.bench.{name}").main()
+        assert ended.value.code == 0
+        assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out)), name
+
+
+def test_every_phrase_and_log_line_in_a_page_is_in_the_code() -> None:
+    """Words in backticks that are no command, and lines of a log, as somebody would search for them."""
+    sources = "\n".join(path.read_text() for path in (ROOT / "agent").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", sources)
+    found = set()
+    for page in PAGES:
+        text = page.read_text()
+        found |= {(page.name, line) for line in LOG_LINE.findall(text)}
+        found |= {(page.name, phrase) for phrase in PHRASE.findall(prose(text))}
+    assert len(found) > 50
+    ours = set(sub_commands(cli))
+    unknown = {one for one in found if one[1] not in code and one[1] not in ours}
+    assert {one for one in unknown if not PROGRAM.match(one[1])} == set()
+
+
+def sub_commands(group: click.Group) -> Iterator[str]:
+    context = click.Context(group, obj=commands(lambda _: 0))
+    for name in group.list_commands(context):
+        inner = group.get_command(context, name)
+        if isinstance(inner, click.Group):
+            yield from (f"{name} {one}" for one in inner.list_commands(context))
+
+
+def test_every_make_target_in_a_page_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*?##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = in_backticks(r"\bmake ([a-z-]+)")
+    assert {name for _, name in named} > {"demo", "test"}
+    assert {one for one in named if one[1] not in targets} == set()
 
 
 @pytest.mark.parametrize("what", OUTSIDE)

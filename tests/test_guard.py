@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -46,6 +47,9 @@ LATE_S = 1.0
 FAILS_S = 2.0
 """The budget of a demotion that fails: it is repeated until that is over."""
 
+MARK = uuid.uuid4().hex
+"""Of the processes of a tenure; other tests that run meanwhile kill by marks of their own."""
+
 RSS_KIB = 12 * 1024
 GUARD = (sys.executable, "-I", "-S", "-c", bootstrap())
 
@@ -54,6 +58,7 @@ PROGRAM = program()
 HOST = """
 import ctypes, json, os, signal, subprocess, sys
 argv = json.loads(sys.argv[1])
+claims = list(map(int, sys.argv[3:]))
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 def agent():
@@ -66,8 +71,8 @@ def agent():
         result = None
         if what == "guard":
             process = subprocess.Popen(
-                [*argv, str(theirs.fileno()), str(os.getpid()), str(program)],
-                pass_fds=[theirs.fileno(), program], stdin=subprocess.DEVNULL, cwd="/",
+                [*argv, *map(str, (theirs.fileno(), os.getpid(), program, *claims))],
+                pass_fds=[theirs.fileno(), program, *claims], stdin=subprocess.DEVNULL, cwd="/",
                 start_new_session=True,
             )
             theirs.close()
@@ -93,7 +98,8 @@ def agent():
 pid = os.fork()
 if pid == 0:
     agent()
-os.close(0)
+for fd in (0, *claims):
+    os.close(fd)
 print(json.dumps(["agent", pid]), flush=True)
 while True:
     try:
@@ -137,17 +143,22 @@ class Host:
         program: bytes = PROGRAM,
         stderr: int | None = None,
         before: Callable[[], None] | None = None,
+        claims: Sequence[int] = (),
     ) -> None:
         self._program = tempfile.NamedTemporaryFile()  # noqa: SIM115 - until close()
         self._program.write(program)
         self._program.flush()
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-c", HOST, json.dumps(argv), self._program.name],
+            [
+                *(sys.executable, "-S", "-c", HOST, json.dumps(argv), self._program.name),
+                *map(str, claims),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             preexec_fn=before,  # noqa: PLW1509 - one call of the kernel
+            pass_fds=claims,
         )
         self.pid = self._process.pid
         self._lines: queue.Queue[list[Any]] = queue.Queue()
@@ -385,18 +396,20 @@ def test_a_hung_agent_is_demoted(host: Host, tmp_path: Path) -> None:
     assert host.code(host.agent) == -signal.SIGKILL
 
 
-def test_while_the_agent_demotes_the_guard_only_kills_at_kill_at(
+def test_while_the_agent_demotes_the_guard_acts_at_kill_at_only(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
+    """It did not run the hook: an agent frozen before its own hook left a service active for ever."""
     running = run(IDLE)
-    host.send(*hook(sh(f"touch {tmp_path}/done")))
+    host.send(*hook(sh(f"cut -d' ' -f3 /proc/{running.pid}/stat >{tmp_path}/seen")))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
     kill_at = now() + 0.5
     host.send_last(*arm(float("inf"), kill_at, running=running.pid))
-    assert running.wait(LIMIT_S) == -signal.SIGKILL
-    assert now() >= kill_at
     assert host.code(host.guard) == guard.ACTED
+    assert now() >= kill_at
+    assert running.wait(LIMIT_S) == -signal.SIGKILL
     assert host.code(host.agent) == -signal.SIGKILL
-    assert not (tmp_path / "done").exists()
+    assert (tmp_path / "seen").read_text().strip() == "Z"
 
 
 def test_the_hook_runs_if_the_agent_dies_while_it_demotes(host: Host, tmp_path: Path) -> None:
@@ -705,8 +718,8 @@ def test_a_process_that_is_found_only_by_its_mark_is_killed_even_if_fork_fails(
     """It may be the very one that uses up the tasks."""
     full = "def fork(): raise BlockingIOError(11, 'no more processes')\nos.fork = fork"
     host = new_host(program=build_program_with(full))
-    ours = escaped("instance-1")
-    host.send_last(*arm(now(), now() + 2.0, mark="instance-1"))
+    ours = escaped(MARK)
+    host.send_last(*arm(now(), now() + 2.0, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
 
@@ -757,6 +770,16 @@ def test_a_full_stderr_blocks_neither_the_guard_nor_the_hook(
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_much_output_does_not_slow_a_hook_down(host: Host, tmp_path: Path) -> None:
+    """It was read at 6 MB/s: a verbose hook was killed at its limit, in the middle of its work."""
+    begun_at = now()
+    host.send(*hook(sh(f"head -c 300000000 /dev/zero; touch {tmp_path}/done")))
+    host.send_last(*arm(now(), now() + LIMIT_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+    assert now() < begun_at + LIMIT_S / 4
 
 
 def test_logged_hook_output_is_bounded(new_host: Callable[..., Host], tmp_path: Path) -> None:
@@ -1002,7 +1025,7 @@ def test_a_deadline_that_passes_during_a_suspend_is_noticed_at_the_next_poll(
 ) -> None:
     """poll() counts no suspended time: it would end a long while after the deadline."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    acted: list[bool] = []
+    acted: list[str] = []
     calls: list[None] = []
 
     def jumping() -> float:
@@ -1011,12 +1034,12 @@ def test_a_deadline_that_passes_during_a_suspend_is_noticed_at_the_next_poll(
 
     with ours, theirs:
         monkeypatch.setattr(guard, "now", jumping)
-        monkeypatch.setattr(guard.Guard, "demote", lambda _, why, *, hook: acted.append(hook))
+        monkeypatch.setattr(guard.Guard, "demote", lambda _, why: acted.append(why))
         process = guard.Guard(theirs.fileno(), os.getpid())
         process.hook_at = process.kill_at = 3 * LIMIT_S
         start = time.monotonic()
         assert process.run() == guard.ACTED
-    assert acted == [True]
+    assert acted == ["it has not renewed its deadline"]
     assert time.monotonic() - start < LIMIT_S
 
 
@@ -1071,9 +1094,9 @@ def test_descendants_of_a_running_promotion_are_killed_before_the_demotion_hook(
 def test_a_process_that_is_found_only_by_its_mark_is_killed_and_another_tenures_is_not(
     host: Host, escaped: Callable[[str], int]
 ) -> None:
-    ours, other = escaped("instance-1"), escaped("instance-12")
+    ours, other = escaped(MARK), escaped(f"{MARK}2")
     host.send(*hook(sh("exit 0")))
-    host.send_last(*arm(now(), now() + LIMIT_S, mark="instance-1"))
+    host.send_last(*arm(now(), now() + LIMIT_S, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
     assert lives(other)
@@ -1136,7 +1159,7 @@ def test_an_environment_that_blocks_its_reader_delays_only_the_last_search(
     host.send(*hook(sh(f"touch {tmp_path}/done")))
     host.send(*back(tmp_path))
     kill_at = now() + 1.5
-    host.send_last(*arm(now(), kill_at, groups=left.pid, mark="x", epoch=7))
+    host.send_last(*arm(now(), kill_at, groups=left.pid, mark=MARK, epoch=7))
     assert host.code(host.guard) == guard.ACTED
     assert now() < kill_at + guard.SWEEP_S + LATE_S
     assert (tmp_path / "done").exists()
@@ -1159,7 +1182,7 @@ def can_fork(*_):
 """
     host = new_host(program=build_program_with(scarce))
     host.send(*hook(sh(f"touch {tmp_path}/done")))
-    host.send_last(*arm(now(), now() + 2 * LATE_S, mark="x"))
+    host.send_last(*arm(now(), now() + 2 * LATE_S, mark=MARK))
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists()
 
@@ -1168,7 +1191,7 @@ def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
     new_host: Callable[..., Host], escaped: Callable[[str], int]
 ) -> None:
     """The search read all environments before anything was killed, and blocked at the stranger's."""
-    ours = escaped("instance-1")
+    ours = escaped(MARK)
     with stuck_thread() as stranger:
         blocks = f"""
 has_mark = _has_mark
@@ -1180,7 +1203,7 @@ def _has_mark(thread, wanted):
 """
         host = new_host(program=build_program_with(blocks, proctree))
         host.send(*hook(sh("exit 0")))
-        host.send_last(*arm(now(), now() + LATE_S, mark="instance-1"))
+        host.send_last(*arm(now(), now() + LATE_S, mark=MARK))
         assert host.code(host.guard) == guard.ACTED
         assert not lives(ours)
 
@@ -1208,6 +1231,25 @@ def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(
         assert now() < begun_at + LATE_S + 2 * guard.STATE_WAIT_S
         assert (tmp_path / "done").exists()
         assert left.wait(LIMIT_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("what", ["hook", "helper"])
+def test_a_program_on_a_dead_disk_does_not_keep_the_claim_of_the_session(
+    new_host: Callable[..., Host], tmp_path: Path, what: str
+) -> None:
+    """No exec, no close-on-exec: the next agent could not start until the disk answered."""
+    claim = os.open(tmp_path / "claim", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(claim, fcntl.LOCK_EX)
+    host = new_host(claims=[claim])
+    os.close(claim)
+    with dead_disk(tmp_path / "disk") as disk:
+        host.send(*hook([disk / "program"] if what == "hook" else sh("exit 0")))
+        if what == "helper":
+            host.send("BACK", "document", str(disk / "program"))
+        host.send_last(*arm(now(), now() + FAILS_S, epoch=7))
+        assert host.code(host.guard) == guard.ACTED
+        with (tmp_path / "claim").open() as free:
+            fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/state", "state", "/proc/state"])
@@ -1315,11 +1357,11 @@ def test_a_tenure_that_begins_during_a_sweep_is_not_killed(
 ) -> None:
     """It has the same mark, and the killing still goes on: something cannot die."""
     with freezer("guard") as cgroup:
-        cgroup.freeze(escaped("instance-1"))
-        host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark="instance-1"))
+        cgroup.freeze(escaped(MARK))
+        host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark=MARK))
         time.sleep(0.2)
         host.send("OFF")
-        process = escaped("instance-1")
+        process = escaped(MARK)
         time.sleep(guard.SWEEP_S)
         assert lives(process)
 
@@ -1430,6 +1472,20 @@ def test_the_role_is_not_released_if(
     assert go_ahead(tmp_path) == ""
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_without_hooks_and_workload_the_role_is_released_only_if_the_state_file_is_written(
+    host: Host, tmp_path: Path, *, writable: bool
+) -> None:
+    """A sidecar that reads it was active until R + D, beside the next primary."""
+    state = tmp_path / "state" if writable else tmp_path / "gone" / "state"
+    host.send(*hook())
+    host.send(*back(tmp_path))
+    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, epoch=7, state=(state, "Secondary")))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert go_ahead(tmp_path) == ("1" if writable else "")
+
+
 @pytest.mark.parametrize("which", ["agent", "left"])
 def test_the_role_is_not_released_while_a_process_of_the_tenure_is_alive(
     host: Host, run: Run, tmp_path: Path, which: str
@@ -1461,7 +1517,7 @@ def test_a_killed_guard_does_not_release_the_role(host: Host, tmp_path: Path) ->
 # --- how small it is --------------------------------------------------------------------------
 
 
-def test_it_is_small(
+def test_the_guard_takes_little_memory(
     host: Host, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     host.send(*hook(sh("x" * 2000)))

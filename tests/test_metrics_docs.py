@@ -76,7 +76,10 @@ def of_an_agent() -> CollectorRegistry:
 def of_a_cluster() -> ClusterMetrics:
     """The part of one of several coordinators, which has no session yet."""
     cluster = EtcdCluster(Etcd(cast("Any", None), 1.0), Layout("/f", 8), Meta("id", 8, None, 0))
-    leadership = Leadership(cluster, cast("Any", None), time.monotonic, ttl_s=3.0, url="http://a")
+    nobody = cast("Any", None)
+    leadership = Leadership(
+        cluster, nobody, time.monotonic, etcd=cluster.etcd, ttl_s=3.0, url="http://a"
+    )
     return ClusterMetrics(leadership, cast("Any", SimpleNamespace(forwarded=0, failed=0)))
 
 
@@ -189,8 +192,9 @@ def test_promtool_finds_no_fault_with_the_names(promtool: Promtool) -> None:
     assert promtool("check", "metrics", page=page) == (0, "")
 
 
-def test_promtool_accepts_the_sample_of_a_configuration(promtool: Promtool) -> None:
-    code, said = promtool("check", "config", str(ROOT / "config/prometheus/prometheus.yml"))
+@pytest.mark.parametrize("name", ["prometheus", "compose"])
+def test_promtool_accepts_the_sample_of_a_configuration(promtool: Promtool, name: str) -> None:
+    code, said = promtool("check", "config", str(ROOT / f"config/prometheus/{name}.yml"))
     assert code == 0, said
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
-from tests.hung import dead_disk, stuck_thread
+from tests.hung import dead_disk, stuck_thread, without_pidfd
 
 PATIENCE_S = 20.0
 
@@ -224,6 +224,24 @@ def test_this_process_and_its_ancestors_are_never_killed() -> None:
     assert not mine & {os.getpid(), os.getppid(), 1, 2}
 
 
+SIGNALS_WITHOUT_PIDFD = """
+import signal, subprocess
+from agent import proctree
+child = subprocess.Popen(["/bin/sleep", "1000"])
+process = proctree.identify(child.pid)
+print(proctree.send((child.pid, process[1] + 1), signal.SIGKILL), child.poll())
+print(proctree.send(process, signal.SIGKILL), child.wait(), proctree.send(process, signal.SIGKILL))
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_a_process_is_signalled_where_there_is_no_pidfd(number: int) -> None:
+    """Nothing could be signalled there, so no demotion ever succeeded."""
+    command = [*without_pidfd(number), sys.executable, "-c", SIGNALS_WITHOUT_PIDFD]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert result.stdout.split() == ["False", "None", "True", "-9", "False"], result.stderr
+
+
 def test_signalling_a_process_that_is_gone_is_no_error() -> None:
     assert proctree.read(2**22 + 1) is None
     assert proctree.identify(2**22 + 1) is None
@@ -319,3 +337,21 @@ def test_a_proc_that_hides_processes_is_an_error(mode: str) -> None:
     if done.returncode:
         pytest.skip(f"needs: a mount of /proc with {mode}: run as root: {done.stderr}")
     assert done.stdout.strip() == ("" if mode == "subset=pid" else proctree.HIDDEN)
+
+
+def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
+    """Neither this process's own group, which 0 stands for, nor one that a stranger has joined."""
+
+    def stat(group: int, state: bytes = b"S") -> proctree.Stat:
+        return proctree.Stat(1, [state, b"1", str(group).encode(), *[b"1"] * 17])
+
+    table = {
+        10: stat(10),
+        11: stat(0),
+        12: stat(12),
+        13: stat(12),
+        14: stat(14),
+        15: stat(14, b"Z"),
+    }
+    found = {(pid, 1) for pid in (10, 11, 12, 14)}
+    assert proctree.own_groups({7}, table, found) == {7, 10, 14}

@@ -63,7 +63,7 @@ def run(
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_sample_is_executable_and_says_what_it_needs(name: str, tmp_path: Path) -> None:
+def test_a_sample_is_executable_and_documents_what_it_needs(name: str, tmp_path: Path) -> None:
     assert os.access(HOOKS / name, os.X_OK)
     assert (HOOKS / name).read_text().splitlines()[1].startswith(f"# {name}: ")
     result = run(name, "primary", tmp_path)
@@ -76,7 +76,7 @@ def test_every_sample_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_shellcheck_has_nothing_to_say(name: str) -> None:
+def test_shellcheck_finds_nothing_in_a_sample(name: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("needs: shellcheck: apt-get install shellcheck")
     result = subprocess.run(
@@ -137,9 +137,7 @@ def test_systemd_unit_kills_one_that_takes_too_long(
     assert "kill" in calls(tmp_path)
 
 
-def test_systemd_unit_does_not_say_stopped_of_one_that_runs(
-    tmp_path: Path, unit: Mapping[str, str]
-) -> None:
+def test_systemd_unit_fails_if_the_unit_still_runs(tmp_path: Path, unit: Mapping[str, str]) -> None:
     run("systemd-unit", "primary", tmp_path, **unit)
     (tmp_path / "stubborn").touch()
     (tmp_path / "immortal").touch()
@@ -148,9 +146,7 @@ def test_systemd_unit_does_not_say_stopped_of_one_that_runs(
     assert "still runs" in result.stderr
 
 
-def test_systemd_unit_does_not_say_stopped_without_systemctl(
-    tmp_path: Path, unit: Mapping[str, str]
-) -> None:
+def test_systemd_unit_fails_without_systemctl(tmp_path: Path, unit: Mapping[str, str]) -> None:
     (tmp_path / "bin/systemctl").write_text("#!/bin/sh\nexit 1\n")
     assert run("systemd-unit", "secondary", tmp_path, **unit).returncode == 1
 
@@ -188,7 +184,7 @@ def test_virtual_ip_adds_and_removes_the_address_and_looks(
     assert said[-1] == f"there is no dev0, and so no {ip} on it"
 
 
-def test_virtual_ip_does_not_say_gone_without_ip(tmp_path: Path) -> None:
+def test_virtual_ip_fails_without_the_ip_command(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/ip").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "bin/ip").chmod(0o755)
@@ -197,7 +193,7 @@ def test_virtual_ip_does_not_say_gone_without_ip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Thomas Habets", "iputils"])
-def test_virtual_ip_tells_the_neighbours_by_either_arping(tmp_path: Path, kind: str) -> None:
+def test_virtual_ip_announces_the_address_by_either_arping(tmp_path: Path, kind: str) -> None:
     (tmp_path / "bin").mkdir()
     for name, text in (
         ("ip", '[ "$2" != address ] || echo 1'),

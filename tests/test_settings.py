@@ -173,6 +173,11 @@ def test_what_is_no_endpoint_is_refused(url: str, why: str) -> None:
     assert why in faults(AgentSettings, {"endpoint": url})[0][0]
 
 
+def test_the_values_of_a_repeated_flag_are_shown_as_they_were_given() -> None:
+    told = faults(AgentSettings, {"endpoint": ("ftp://a/b", "http://c")})[0][0]
+    assert told.startswith("--endpoint 'ftp://a/b' 'http://c': ")
+
+
 def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
     told = faults(AgentSettings, {"endpoint": "http://u:hunter2@a/clientfailover"})[0][0]
     assert "password_file" in told

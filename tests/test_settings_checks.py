@@ -156,20 +156,20 @@ def test_a_key_of_another_type_or_of_none_is_an_unknown_key(tmp_path: Path) -> N
     assert told[1].endswith("no key 'limmit': did you mean limit?")
 
 
-def test_an_unknown_or_missing_type_is_told_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_or_missing_type_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     told, _ = faults(tmp_path, table("telnet") + '[[check]]\nname = "b"\n')
     assert told[0] == f"check 1 ('a'): type = 'telnet': must be one of {', '.join(CHECKS.kinds)}"
     assert told[1] == f"check 2 ('b'): type: must be one of {', '.join(CHECKS.kinds)}"
 
 
-def test_every_table_with_a_fault_is_told_of_and_a_cause_only_once(tmp_path: Path) -> None:
+def test_every_table_with_a_fault_is_reported_and_a_cause_only_once(tmp_path: Path) -> None:
     text = table("exec", name="A B") + table("tcp", VALID["tcp"]) + table("tcp", 'address="x"')
     told, _ = faults(tmp_path, text)
     assert [line.split(" ")[1] for line in told] == ["1", "1", "3"]
     assert "name = 'A B': must be 1 to 64 of the characters" in told[0]
 
 
-def test_names_are_unique(tmp_path: Path) -> None:
+def test_two_checks_of_one_name_are_refused(tmp_path: Path) -> None:
     told, _ = faults(tmp_path, table("tcp", VALID["tcp"]) * 2)
     assert told == ["check 2 ('a'): name: check 1 has that name already: choose another"]
 
@@ -179,7 +179,7 @@ def test_what_is_no_list_of_tables_is_refused(tmp_path: Path) -> None:
     assert faults(tmp_path, "check = [1]\n")[0] == ["check 1: must be a table, under [[check]]"]
 
 
-def test_there_are_at_most_so_many(tmp_path: Path) -> None:
+def test_more_checks_than_the_most_are_refused(tmp_path: Path) -> None:
     tables = [table("tcp", VALID["tcp"], name=f"a{n}") for n in range(MOST + 1)]
     assert "at most 64 tables" in faults(tmp_path, "".join(tables))[0][0]
     assert len(read(tmp_path, "".join(tables[:-1]))) == MOST

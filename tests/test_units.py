@@ -62,7 +62,7 @@ def drop_in(folder: Path, example: Path) -> str:
     return unit[1]
 
 
-def test_systemd_has_nothing_to_say_of_the_units(folder: Path) -> None:
+def test_systemd_finds_no_fault_in_the_units(folder: Path) -> None:
     names = [re.sub("@", "@line-7", path.name) for path in folder.glob("*.service")]
     assert len(names) == 4
     result = analyze(folder, "verify", *(f"./{name}" for name in names))
@@ -70,7 +70,7 @@ def test_systemd_has_nothing_to_say_of_the_units(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.conf")), ids=lambda path: path.stem)
-def test_systemd_has_nothing_to_say_of_an_example(folder: Path, example: Path) -> None:
+def test_systemd_finds_no_fault_in_an_example(folder: Path, example: Path) -> None:
     unit = drop_in(folder, example)
     result = analyze(folder, "verify", f"./{unit}")
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
@@ -175,6 +175,27 @@ def test_a_coordinator_over_etcd_has_what_its_drop_ins_and_its_file_give(
     for name in from_root:
         monkeypatch.delenv(f"FAILOVER_COORDINATOR_{name.upper()}")
     assert main(words) == ExitCode.CONFIG_VALUE  # each of the sample's files has to be there
+
+
+def test_an_agent_with_failsafe_has_what_its_drop_in_and_the_page_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings of the page, with the copy of the secret in place of the file of root."""
+    page = (UNITS.parent / "docs/failsafe.md").read_text()
+    (shown,) = re.findall(r"(?ms)^```toml\n(failsafe_listen = .*?)^```$", page)
+    drop = (EXAMPLES / "agent-failsafe.conf").read_text()
+    (key, source), *_ = re.findall(r"(?m)^LoadCredential=([\w.-]+):(.*)", drop)
+    assert tomllib.loads(shown)["failsafe_secret_file"] == source
+    (tmp_path / key).write_text(f"{'secret' * 4}\n")
+    (tmp_path / key).chmod(0o400)
+    for variable, value in re.findall(r"(?m)^Environment=(\w+)=(.*)", drop):
+        monkeypatch.setenv(variable, value.replace("%d", str(tmp_path)))
+    file = tmp_path / "agent.toml"
+    file.write_text(f'group = "line-7"\n{shown}')
+    assert main(["check-config", "--json", "--config", str(file)]) == 0, capsys.readouterr().err
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["failsafe_secret_file"]["value"] == str(tmp_path / key)
+    assert settings["failsafe_listen"]["value"] == tomllib.loads(shown)["failsafe_listen"]
 
 
 def test_the_page_shows_the_sample_of_a_coordinator_over_etcd() -> None:

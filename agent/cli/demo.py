@@ -92,7 +92,7 @@ class Host:
     agent: subprocess.Popen[bytes] | None = None
 
     def read(self, suffix: str) -> str:
-        """One of its files, "" if it is not there."""
+        """The text of a file of this host, by its suffix; "" if there is none."""
         with contextlib.suppress(OSError):
             return (self.directory / f"{self.name}{suffix}").read_text()
         return ""
@@ -104,7 +104,7 @@ class Host:
 
     @property
     def failsafe(self) -> str | None:
-        """The state of its failsafe."""
+        """The state of this host's failsafe."""
         return (self.state.get("failsafe") or {}).get("state")
 
     @property
@@ -233,7 +233,7 @@ class Demo:
         """Start our own program with its log in a file."""
         with (self.directory / log).open("ab") as stderr:
             return subprocess.Popen(  # noqa: S603 - ourselves
-                [sys.executable, "-m", "agent", *words],
+                [sys.executable, "-P", "-m", "agent", *words],
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -288,7 +288,7 @@ class Demo:
         host, agent, fault = self.strike("crash (SIGKILL)")
         self.log(
             f"{host.name}'s agent crashes: SIGKILL to it alone. Its collector goes on, until the guard"
-            " has stopped it and has handed the role back."
+            " has stopped it and has released the role."
         )
         agent.kill()
         host.wait()
@@ -304,7 +304,7 @@ class Demo:
         return host
 
     def outage(self) -> None:
-        """Stop the coordinator for some leases: the primary goes on by the vote of the other host."""
+        """Stop the coordinator for several leases: the primary goes on, since the other host votes for it."""
         host, coordinator = self.until_primary(after_epoch=0), self.coordinator
         assert coordinator is not None  # noqa: S101 - it was started
         self.until(lambda: host.failsafe == "ready", "failsafe to be ready")

@@ -68,7 +68,7 @@ def count_questions(timing: Timing) -> int:
 
 
 def _first_question_s(timing: Timing) -> float:
-    """When it asks them first, at the latest: the next heartbeat has then no answer yet."""
+    """The latest moment of a primary's first questions, after a heartbeat without an answer."""
     return timing.heartbeat_interval_s + timing.doubt_s
 
 

@@ -1,4 +1,4 @@
-"""``failover-agent failsafe``: undo what failsafe restricts in a group."""
+"""``failover-agent failsafe``: lift the restriction that failsafe has put on a group."""
 
 import json
 from typing import Any
@@ -13,12 +13,12 @@ from agent.model import MAX_EPOCH, FailsafeState, FailsafeStatus, GroupStatus
 from agent.schema.settings import AgentSettings
 
 LONGEST_REASON = 256
-"""Characters of a reason, as the API takes them."""
+"""The most characters of a reason that the API accepts."""
 
 
 @click.group("failsafe")
 def command() -> None:
-    """Undo what failsafe restricts in a group."""
+    """Lift the restriction that failsafe has put on a group."""
 
 
 @command.command("lift")
@@ -69,7 +69,7 @@ def lift(*, group_id: str, epoch: int, reason: str, yes: bool, as_json: bool, **
 
 
 def _check(status: GroupStatus, group_id: str, epoch: int) -> None:
-    """Raise ServerError for what the coordinator would refuse, before a person is asked; it decides again."""
+    """Raise ServerError if the coordinator would refuse the lift, so that nobody is asked in vain."""
     failsafe = status.failsafe
     if status.primary is not None:
         raise _refusal(
@@ -84,12 +84,12 @@ def _check(status: GroupStatus, group_id: str, epoch: int) -> None:
     if status.epoch != epoch:
         raise _refusal(
             f"the newest epoch of group {group_id} is {status.epoch}, not {epoch}",
-            "make sure that nobody is active in that one either, and name it",
+            "make sure that nobody is active in that epoch either, and set --epoch to it",
         )
 
 
 def _describe(failsafe: FailsafeStatus | None) -> str:
-    """Who may still be active, for the question."""
+    """Who may still be active, as the first sentence of the question."""
     if failsafe is None or failsafe.why is None:
         return ""
     return f"{failsafe.why}.\n"

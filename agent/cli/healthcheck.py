@@ -94,11 +94,15 @@ def address(given: str | None) -> str:
     """The URL to ask, with or without a path.
 
     Raises:
-        Unhealthy: no address is configured, or the state file names no probe.
+        Unhealthy: no address is configured, it is no URL of HTTP, or the state file names no probe.
     """
     given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE")
+    if given is not None and "://" not in given:
+        return probe_of(Path(given))
     if given is not None:
-        return given if "://" in given else probe_of(Path(given))
+        if not given.startswith(("http://", "https://")):
+            raise Unhealthy(f"{given} must be an http:// or https:// URL")
+        return given
     if listens := listener("FAILOVER_AGENT_PROBE_LISTEN"):
         return _over_tls(listens) if os.environ.get(PROBE_CERTIFICATE) else listens
     files = state_files()
@@ -134,7 +138,7 @@ def trust(url: str, ca_file: str | None, *, given: bool) -> "ssl.SSLContext | No
         own = os.environ.get(CERTIFICATE if url.endswith("/healthz") else PROBE_CERTIFICATE)
     try:
         context = ssl.create_default_context(cafile=own or ca_file)
-    except OSError as error:  # an SSLError is an OSError, too
+    except OSError as error:  # ssl.SSLError is an OSError, too
         raise Unhealthy(
             f"{own or ca_file} must be a file with certificates in PEM: {error}"
         ) from None

@@ -229,7 +229,7 @@ def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
     if event in PROMOTIONS:
         if not result.ok:
             return (
-                "the agent would run the secondary hook, give the role back, and wait"
+                "the agent would run the secondary hook, release the role, and wait"
                 f" {settings.cooldown:g} s (doubled each time, up to {settings.cooldown_limit:g} s)"
                 " before it can be chosen again"
             )
@@ -237,11 +237,11 @@ def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
             return "the agent would report that it is Primary"
         return "the agent would be ready, and run the primary hook once it is confirmed"
     if result.ok:
-        return "the agent would give the role back, and the other member may start at once"
+        return "the agent would release the role, and the other member may start at once"
     return (
         "the agent would try again for as long as its budget of"
         f" {settings.timing.demote_s:g} s has room, then kill what hooks left running and exit"
-        f" with {int(ExitCode.DEMOTION_FAILED)}, without giving the role back"
+        f" with {int(ExitCode.DEMOTION_FAILED)}, without releasing the role"
     )
 
 

@@ -30,7 +30,7 @@ INTERRUPTED = 130
 def main(
     argv: Sequence[str] | None = None, replaced: "Mapping[str, click.Command] | None" = None
 ) -> int:
-    """Run one command line; the exit code. Prints every error, raises none.
+    """Run one command line; return the exit code. Prints every error, raises none.
 
     Args:
         argv: without the program's name; this process's own if None.

@@ -28,7 +28,7 @@ REPEATED = ("endpoint", "etcd_endpoint", "host_names", "administrator")
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
 HOOK_KEYS = ("hook_user", "hook_group", "hook_directory", "webhook_secret_file", "webhook_ca_file")
-"""Settings of all hooks; ``load_specs`` refuses them for all hooks at once."""
+"""Settings that concern all hooks; ``load_specs`` reports a fault of one once, not for each hook."""
 
 CLIENT_KEYS = (
     "endpoint",

@@ -75,7 +75,7 @@ def id_argument(
 
 
 def is_confirmed(question: str) -> bool:
-    """Ask on stderr; no answer, such as at the end of the input, is no."""
+    """Ask a question on stderr; return False without an answer, as at the end of the input."""
     try:
         return sys.stdin is not None and click.confirm(question, err=True)
     except click.Abort:

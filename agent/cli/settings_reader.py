@@ -50,7 +50,7 @@ def _run(handler: Handler) -> click.Command:
     def command(**given: Any) -> int:
         """Be a member of a group: heartbeat, follow the role, run the hooks.
 
-        Runs until SIGTERM or SIGINT, then demotes, gives the role back and leaves the group. Nothing is
+        Runs until SIGTERM or SIGINT, then demotes, releases the role and leaves the group. Nothing is
         needed but a group and a coordinator: 'failover-agent run --group demo' finds one on this
         machine.
         """
@@ -71,7 +71,7 @@ def _exec(handler: Handler) -> click.Command:
         It is started at a promotion and stopped at a demotion (TERM, then KILL within the demotion's
         budget), in its own process group, with the FAILOVER_ variables that a hook has. Its output is
         not captured. When it ends by itself --workload-restart decides whether it is started again; if
-        not, the agent gives the role back and ends with its exit code (128 + n for signal n).
+        not, the agent releases the role and ends with its exit code (128 + n for signal n).
         """
         return handler(given)
 

@@ -69,7 +69,7 @@ def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
 
 
 def _failsafe_rows(failsafe: FailsafeStatus | None) -> list[tuple[str, object]]:
-    """Whether failsafe works, and whom it excludes; no row in a group without it."""
+    """The row that shows whether failsafe is ready, and whom it excludes; none in a group without it."""
     if failsafe is None:
         return []
     why = f": {failsafe.why}" if failsafe.why is not None else ""

@@ -93,7 +93,7 @@ def _etcd_settings(given: dict[str, Any]) -> CoordinatorSettings:
 
 
 def _trust_directory(directory: Path) -> bool:
-    """Trust the store of a data directory; whether it was declared as restored."""
+    """Trust the store of a data directory; return whether it was declared as restored."""
     from agent.coordinator.store.copy import SqlitePlace  # noqa: PLC0415 - not for --help
 
     place = SqlitePlace.open_source(directory)
@@ -104,7 +104,7 @@ def _trust_directory(directory: Path) -> bool:
 
 
 async def _trust_etcd(settings: CoordinatorSettings) -> bool:
-    """Trust the store in etcd; whether it was declared as restored."""
+    """Trust the store in etcd; return whether it was declared as restored."""
     from agent.coordinator.cluster import connect  # noqa: PLC0415 - not for --help
     from agent.coordinator.store.copy import trust_etcd  # noqa: PLC0415 - likewise
 

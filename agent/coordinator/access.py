@@ -1,7 +1,7 @@
-"""Authentication and TLS files, which are taken over while connections stay open: at SIGHUP, and on a change.
+"""Load authentication and TLS files, and load them again, at SIGHUP and on a change, while connections stay open.
 
 Owns loading the certificate, its key, the authorities of client certificates, the users file and the
-token keys, and taking all of them over at once or none. Knows nothing of sockets and signals.
+token keys, and putting all of them into force at once or none. Knows nothing of sockets and signals.
 """
 
 import ssl
@@ -20,11 +20,11 @@ from agent.schema.fields import reloadable
 from agent.schema.read import validate
 
 RELOADABLE = reloadable(CoordinatorSettings)
-"""Settings that SIGHUP changes. A change of another one is refused by name, and so is switching TLS or a
+"""Settings that SIGHUP may change. Changes of other settings are refused by name, and so is turning TLS or a
 kind of authentication on or off."""
 
 FILES = ("tls_certificate", "tls_key", "tls_client_ca_file", "users_file", "token_keys_file")
-"""Settings that name a file which is read here."""
+"""Settings that name a file which this module reads."""
 
 log = Log(__name__)
 
@@ -88,10 +88,10 @@ def _load_client_ca(settings: CoordinatorSettings) -> str | None:
 
 
 class ServerTls:
-    """The TLS of the server. ``context`` is the one to listen with; ``use`` changes what new connections get.
+    """The TLS of the server. Listen with ``context``; ``use`` changes the files for new connections.
 
-    The authorities in a context can only grow in number, so there is another context for each version of
-    the files, and each new connection is moved to the newest one.
+    Authorities cannot be removed from a context, so each version of the files has a context of its own, and each
+    new connection is moved to the newest one.
     """
 
     def __init__(self, settings: CoordinatorSettings, files: Files) -> None:
@@ -114,7 +114,7 @@ class ServerTls:
         if files.client_ca is not None:
             context.load_verify_locations(cadata=files.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL
-            # A session that is resumed is not verified again, by whichever authorities.
+            # A resumed TLS session would not be verified again with the current authorities.
             context.options |= ssl.OP_NO_TICKET
             context.num_tickets = 0
         return context
@@ -127,7 +127,7 @@ class Access:
         settings: in force from now on.
 
     Attributes:
-        seen: the signatures of the files before they were read at the start.
+        seen: the signatures of the files, taken before the files were read at the start.
         on_reload: receives whether a reload has succeeded.
 
     Raises:
@@ -161,10 +161,10 @@ class Access:
         return tuple(path for path in named if path is not None)
 
     def check_again(self) -> CoordinatorSettings:
-        """The settings in force, whose files are still as they have to be: readable, and secret.
+        """The settings in force, after a check that their files are still readable and secret.
 
         Raises:
-            ConfigError: one is not, so the next start would fail.
+            ConfigError: a file is not, so the next start would fail.
         """
         given = (
             (setting.name, getattr(self.settings, setting.name))
@@ -176,7 +176,7 @@ class Access:
     def merge_reloadable(
         self, wanted: CoordinatorSettings
     ) -> tuple[CoordinatorSettings, list[str]]:
-        """The settings with the reloadable changes of ``wanted``; the names of those that need a restart."""
+        """The settings with the reloadable changes of ``wanted``, and the names of those that need a restart."""
         kept = {}
         for key in (setting.name for setting in fields(wanted)):
             old, new = getattr(self.settings, key), getattr(wanted, key)
@@ -186,7 +186,7 @@ class Access:
         return replace(wanted, **kept), sorted(kept)
 
     def apply(self, settings: CoordinatorSettings, files: Files) -> list[str]:
-        """Put settings from ``merge_reloadable`` and their files into force; the names of changed settings.
+        """Put settings from ``merge_reloadable`` and their files into force; return the changed settings' names.
 
         Connections that are open stay as they are; new ones get the new certificate, and each request
         is authenticated by the new users.
@@ -205,7 +205,7 @@ def _administrators(settings: CoordinatorSettings) -> frozenset[Subject]:
 
 
 def _warn(settings: CoordinatorSettings, files: Files) -> None:
-    """Log what is allowed, and is perhaps not what was meant."""
+    """Log settings that are allowed but may be a mistake."""
     if not settings.authenticates:
         return
     if not settings.administrator:

@@ -41,7 +41,6 @@ from agent.errors import (
     Forbidden,
     Invalid,
     NotFound,
-    NotLeading,
     RequestRefused,
     TooManyAttempts,
     TooSoon,
@@ -60,21 +59,18 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPERATION_ID = b"operation-id"
 
-LEADERS_TRIED = 3
-"""Leaders that one request is given to while leadership moves."""
-
 ADMITTED_FOR_S = 1.0
-"""Credentials and rights are checked again if a body takes longer to come in: otherwise a request that was
-begun in time, and is held open, would outlive both."""
+"""If a body takes longer than this to arrive, credentials and rights are checked again: a request that is kept
+open could outlive both."""
 
 PART_BYTES = 65_536
-"""Bytes of a long body sent before other requests are served: 12 MB at once took 50 ms with TLS."""
+"""How many bytes of a long answer are sent before other requests are served: 12 MB at once took 50 ms with TLS."""
 
 log = Log(__name__)
 
 
 class MethodNotAllowed(RequestRefused):
-    """The path exists, and has no such method. ``allow`` has those that there are."""
+    """The path exists, but not with this method. ``allow`` lists its methods."""
 
     def __init__(self, method: str, allow: str) -> None:
         super().__init__(f"There is no {method} here.", f"Use one of {allow}.")
@@ -116,9 +112,9 @@ class Api:
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
         metrics: also served at /metrics.
-        browsers: refuses requests of pages of other sites; by default without a look at Host.
-        forwarder: with several coordinators: sends requests to the one that leads the group.
-        routes: those that are served.
+        browsers: refuses requests from pages of other sites; the default does not check Host.
+        forwarder: sends requests to the leader of the group; None with a single coordinator.
+        routes: the routes to serve.
     """
 
     def __init__(
@@ -198,25 +194,21 @@ class Api:
             if again:
                 rights = await self._identify(scope, found, route)
                 await self._authorise(route, found.values, rights)
-        return await self._answer_here(scope, receive, route, found, rights, text)
+        wait_s = _wait_s(route, scope)
+        answering = self._answer_here(scope, route, found, rights, text)
+        return await (_while_connected(answering, receive) if wait_s else answering)
 
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
     ) -> tuple[bytes, bool]:
-        """The body, and whether the caller has to be identified again because it took long to come in."""
+        """The body, and whether the caller has to be identified again because the body took long to arrive."""
         admitted_at = perf_counter()
         text = await self._read_body(scope["headers"], receive)
         _raise_refusal(scope)  # the rest of the body did not arrive
         return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 
-    async def _answer_here(  # noqa: PLR0917 - the parts of one request
-        self,
-        scope: Scope,
-        receive: Receive,
-        route: Route,
-        found: PathMatch,
-        rights: Rights,
-        text: bytes,
+    async def _answer_here(
+        self, scope: Scope, route: Route, found: PathMatch, rights: Rights, text: bytes
     ) -> Answer:
         body = None if route.body is None else _decode_body(route, text)
         call = Call(
@@ -230,8 +222,6 @@ class Api:
             self._metrics,
             (header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
-        if route.handler is get_status and call.query["after"] is not None:
-            return await _while_connected(route.handler(call), receive)
         answer: Answer = await route.handler(call)
         return answer
 
@@ -244,10 +234,7 @@ class Api:
         found: PathMatch,
         rights: Rights,
     ) -> Answer:
-        """Answer a request about a group here if its shard is led here, else by its leader (R19).
-
-        If leadership moves meanwhile, nothing was changed, and the new leader gets the request.
-        """
+        """Answer a request about a group if this coordinator leads its shard, else forward it to the leader (R19)."""
         text = b""
         if route.body is not None:
             text, again = await self._read_body_of(route, scope, receive)
@@ -259,19 +246,14 @@ class Api:
         forwarded = header(request.headers, FORWARDED) is not None
         if forwarded:
             forwarder.take(request)
-        for _ in range(LEADERS_TRIED):
-            url = await forwarder.leader_url(key, forwarded=forwarded)
-            with suppress(NotLeading):
-                if url is None:
-                    await self._authorise(route, found.values, rights)
-                    return await self._answer_here(scope, receive, route, found, rights, text)
-                wait_s = 0.0
-                if route.handler is get_status:
-                    wanted = read_query(route.query, scope["query_string"])
-                    wait_s = wanted["wait"] if wanted["after"] is not None else 0.0
-                forwarding = forwarder.forward(key, url, request, wait_s=wait_s)
-                return await (_while_connected(forwarding, receive) if wait_s else forwarding)
-        raise NotLeading
+
+        async def answer_here() -> Answer:
+            await self._authorise(route, found.values, rights)
+            return await self._answer_here(scope, route, found, rights, text)
+
+        wait_s = _wait_s(route, scope)
+        answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
+        return await (_while_connected(answering, receive) if wait_s else answering)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -284,7 +266,7 @@ class Api:
     # -- rights -------------------------------------------------------------------------------
 
     async def _identify(self, scope: Scope, found: PathMatch, route: Route) -> Rights:
-        """The rights of the caller, who is known and of the path's tenant if the route demands it."""
+        """The rights of the caller. Raises unless it may call this route in the path's tenant."""
         if route.right is None:
             return self._rights_of_everybody
         rights = self._rights_of_everybody
@@ -428,7 +410,7 @@ def _tenant_namespace(values: Any) -> tuple[str, str]:
 
 
 def _is_about_a_group(route: Route, found: PathMatch) -> bool:
-    """Whether the leader of a shard answers this, rather than any coordinator."""
+    """Whether only the leader of the group's shard may answer this request."""
     return "groupId" in found.values or route.handler is create_group
 
 
@@ -449,9 +431,9 @@ def _decode_body(route: Route, text: bytes) -> Any:
 
 
 def _raise_refusal(scope: Scope) -> None:
-    """Raise what the connection has to answer instead of the request, if there is such a thing."""
+    """Raise the refusal that the connection has put into the scope, if there is one."""
     if REFUSAL in scope:
-        raise scope.pop(REFUSAL)  # in the scope, it would be in a circle with its traceback
+        raise scope.pop(REFUSAL)  # kept there it would form a reference cycle
 
 
 def _error(
@@ -476,6 +458,14 @@ def _check_content_type(value: bytes | None) -> None:
         raise UnsupportedContent(
             f"The body is {value.decode('latin-1')[:100]}.", "Send application/json in UTF-8."
         )
+
+
+def _wait_s(route: Route, scope: Scope) -> float:
+    """How long a request may block: a status read that waits for a change."""
+    if route.handler is not get_status:
+        return 0.0
+    wanted = read_query(route.query, scope["query_string"])
+    return float(wanted["wait"]) if wanted["after"] is not None else 0.0
 
 
 async def _while_connected(answering: Any, receive: Receive) -> Answer:

@@ -1,12 +1,11 @@
 """The handlers of the group API's routes (route_table.py).
 
-A handler gets a ``Call``
-whose body, query and rights have been checked, and returns an ``Answer``; refusals are
-raised. Nothing here knows HTTP beyond status codes and the names of headers.
+A handler receives a ``Call``, whose body, query and rights have been checked. It returns an ``Answer``, or raises a
+refusal. Of HTTP the handlers know only status codes and the names of headers.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -36,8 +35,8 @@ from agent.schema import access, api, failsafe_api
 READY_RETRY_S = 1.0
 
 FORWARDED = b"failover-forwarded"
-"""Header of a request that another coordinator has forwarded, with its number; it is not forwarded again. The
-answer has the same header, so that it cannot be taken for that to another request."""
+"""Header of a request that another coordinator has forwarded; its value is the request's number. Such a request is
+not forwarded again. The answer repeats the header, so it cannot be taken for the answer to another request."""
 
 _NUMBER = re.compile(rb"[0-9a-f-]{1,64}")
 
@@ -82,7 +81,7 @@ class Call:
         return self.rights.may(acl, right)
 
     async def requester(self, session_id: str) -> Requester | None:
-        """Who acts for a session; None without authentication."""
+        """The caller that acts for a session; None without authentication."""
         caller = self.rights.caller
         if caller is None:
             return None
@@ -96,7 +95,7 @@ class Answer:
     """An answer to send. Treated as immutable. ``body``: a shape, several, JSON as bytes, or None.
 
     Attributes:
-        operation_id: of another coordinator that has answered.
+        operation_id: the operation id of the coordinator that answered a forwarded request.
     """
 
     status: int = 200
@@ -108,11 +107,11 @@ class Answer:
 
 @dataclass(slots=True)  # as above
 class Request:
-    """A request as it came. Treated as immutable.
+    """A request as it was received. Treated as immutable.
 
     Attributes:
         target: path and query.
-        certificate: that of the caller's connection, or None.
+        certificate: the client certificate of the caller's connection, or None.
     """
 
     method: str
@@ -123,7 +122,7 @@ class Request:
 
 
 def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
-    """The first header of a name in lower case."""
+    """The value of the first header with this name, given in lower case; None without one."""
     for name, value in headers:
         if name == wanted:
             return value
@@ -131,7 +130,7 @@ def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | Non
 
 
 def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The header of the answer to a forwarded request, from the headers of the request; else none."""
+    """The header FORWARDED for the answer, if the request had it; else no header."""
     return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
 
 
@@ -140,9 +139,14 @@ class Forwarder(Protocol):
 
     def client_of(self, request: Request) -> ClientCertificate | None: ...
     def take(self, request: Request) -> None: ...
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None: ...
-    async def forward(
-        self, key: GroupKey, url: str, request: Request, *, wait_s: float
+    async def answer(
+        self,
+        key: GroupKey,
+        request: Request,
+        answer_here: Callable[[], Awaitable[Answer]],
+        *,
+        wait_s: float,
+        forwarded: bool,
     ) -> Answer: ...
 
 
@@ -208,7 +212,8 @@ async def list_groups(call: Call) -> Answer:
 async def create_group(call: Call) -> Answer:
     """Create a group, or return the existing one with the same configuration.
 
-    Whoever may not read the existing one learns nothing of its configuration, not even whether it agrees.
+    A caller without the right to read the existing group learns nothing of its configuration, not even
+    whether it agrees.
     """
     config = call.body.to_model()
     key = GroupKey(*call.tenant_namespace, config.id)
@@ -262,7 +267,7 @@ async def get_history(call: Call) -> Answer:
 
 
 async def lift_failsafe(call: Call) -> Answer:
-    """An operator has made sure that nobody is active by failsafe: every member may be promoted."""
+    """Lift the restriction of a group, after an operator has made sure that no member is active."""
     body: failsafe_api.LiftRequest = call.body
     caller = call.rights.caller
     by = Requester(caller.identity, manages=True) if caller is not None else None
@@ -271,7 +276,7 @@ async def lift_failsafe(call: Call) -> Answer:
 
 
 async def get_group_access(call: Call) -> Answer:
-    """The group's own access-control list; without one, its namespace's, which is in force."""
+    """The access-control list in force for the group: its own, or its namespace's if it has none."""
     acl = call.coordinator.group_access(call.key)
     if acl is None:
         acl = await call.coordinator.access(*call.tenant_namespace)
@@ -307,7 +312,7 @@ async def put_access(call: Call) -> Answer:
 
 
 async def delete_access(call: Call) -> Answer:
-    """Remove the access-control list of a namespace's groups: an administrator's, like making it."""
+    """Remove the access-control list of a namespace's groups. Like making it, only administrators may."""
     if not call.rights.administers:
         raise Forbidden(
             "Without its list, a namespace is open to every known caller: only an administrator can"
@@ -346,7 +351,7 @@ async def get_session(call: Call) -> Answer:
 
 
 async def delete_session(call: Call) -> Answer:
-    """Delete a session, or refuse that if it is active and the caller wants an inactive one deleted."""
+    """Delete a session. Refuse if it is active and the caller asked to delete only an inactive one."""
     session_id = call.values["sessionId"]
     by = await call.requester(session_id)
     removal = RemoveSession(session_id, by, only_inactive=call.query["inactive"])
@@ -387,7 +392,7 @@ async def set_override(call: Call) -> Answer:
 
 
 async def release_role(call: Call) -> Answer:
-    """Receive the release of a tenure: the next session may be promoted now."""
+    """Receive the release of a tenure, so that the next session may be promoted at once."""
     body: api.ReleaseRequest = call.body
     session_id = call.values["sessionId"]
     await call.coordinator.apply(

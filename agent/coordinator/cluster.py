@@ -1,7 +1,7 @@
 """One of several coordinators over etcd, put together from its settings (R19).
 
-Imported only with ``store = "etcd"``. Owns nothing of its own: the store is store/etcd.py, who leads is
-leadership.py, requests for others' groups are forwarding.py.
+Imported only with ``store = "etcd"``. Connects store/etcd.py (the store), leadership.py (who leads) and forwarding.py
+(requests for groups of other leaders).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import TypeVar
 from agent.coordinator.cluster_metrics import ClusterMetrics
 from agent.coordinator.forwarded_clients import ForwardedClients
 from agent.coordinator.forwarding import Forwarder
-from agent.coordinator.leadership import REQUEST_SHARE, Leadership
+from agent.coordinator.leadership import LEAVE_SHARE, Leadership
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.restored import declare_restored
 from agent.coordinator.service import Coordinator, policy_of
@@ -42,6 +42,9 @@ manager is asked to start us again."""
 STARTUP_RETRY_S = 0.5
 
 PEER_KEY_BYTES = 32
+MOST_PEER_KEYS = 2
+PEER_KEY_INTERVAL_S = 5.0
+"""Interval of reading the peer keys: an operator who replaces one waits a few of these between two steps."""
 
 T = TypeVar("T")
 
@@ -57,10 +60,15 @@ class Cluster:
         settings: CoordinatorSettings,
         clock: Clock,
         metrics: Metrics,
-        clients: ForwardedClients | None = None,
+        *,
+        session: Etcd,
+        clients: ForwardedClients | None,
     ) -> None:
         assert settings.advertise is not None  # noqa: S101 - the settings come together
         self._store = store
+        self._session = session
+        self._clients = clients
+        self._following: asyncio.Task[None] | None = None
         self._settings = settings
         self._clock = clock
         self.coordinator = Coordinator(
@@ -79,6 +87,7 @@ class Cluster:
             store,
             self.coordinator.engine,
             clock.boottime,
+            etcd=session,
             ttl_s=settings.leadership_ttl,
             url=settings.advertise,
             on_access_change=self.coordinator.forget_access,
@@ -110,23 +119,25 @@ class Cluster:
             ConfigError: a file is wrong, or the store has another number of shards.
             StoreError: etcd cannot be used, or the store was moved.
         """
-        etcd = await asyncio.to_thread(connect, settings)
+        gateway = await asyncio.to_thread(_gateway_of, settings)
+        etcd = _etcd_of(gateway, settings)
         try:
-            store = await _patiently(
+            store = await _retry_at_start(
                 lambda: EtcdCluster.open(etcd, settings.etcd_prefix, settings.shards)
             )
             clients = None
             if settings.tls_client_ca_file is not None:
-                clients = ForwardedClients(await _patiently(lambda: read_peer_key(store)))
-            return cls(store, settings, clock, metrics, clients)
+                clients = ForwardedClients(await _retry_at_start(lambda: read_peer_keys(store)))
         except BaseException:
             await etcd.aclose()
             raise
+        session = _etcd_of(gateway.sibling(), settings)
+        return cls(store, settings, clock, metrics, session=session, clients=clients)
 
     async def declare_restored(self) -> int:
-        """Declare every group of the store, before anybody leads a shard (R34); how many there are.
+        """Declare every group of the store as restored, before a shard is led (R34); return their number.
 
-        The keys of coordinators that ran when the copy was made may be in it, for as long as their leases last.
+        The copy may contain keys of coordinators that ran when it was made, until their leases expire.
 
         Raises:
             StoreError: other coordinators serve the store, or etcd fails.
@@ -149,13 +160,17 @@ class Cluster:
             await asyncio.sleep(STARTUP_RETRY_S)
 
     async def start(self) -> None:
-        """Take part."""
+        """Start to serve requests, to compete for shards and to forward."""
         await self.coordinator.start()
         self.leadership.start()
         self.forwarder.start()
+        if self._clients is not None:
+            self._following = asyncio.create_task(
+                follow_peer_keys(self._store, self._clients), name="follow the peer keys"
+            )
 
     async def hand_over(self) -> None:
-        """Give every shard to the other coordinators, and end the requests that wait for them.
+        """Give every shard to the other coordinators, and end the requests that wait for their answers.
 
         May be called twice.
         """
@@ -164,7 +179,11 @@ class Cluster:
 
     async def aclose(self) -> None:
         """Close every connection, after the coordinator was stopped."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         await self.forwarder.aclose()
+        await self._session.aclose()
         await self._store.aclose()
 
     def _report(self) -> Mapping[str, object]:
@@ -187,6 +206,14 @@ def connect(settings: CoordinatorSettings) -> Etcd:
     Raises:
         ConfigError: a file cannot be used.
     """
+    return _etcd_of(_gateway_of(settings), settings)
+
+
+def _etcd_of(gateway: Gateway, settings: CoordinatorSettings) -> Etcd:
+    return Etcd(gateway, settings.leadership_ttl)
+
+
+def _gateway_of(settings: CoordinatorSettings) -> Gateway:
     tls = None
     if any(url.startswith("https:") for url in settings.etcd_endpoint):
         tls = _tls("etcd_ca_file", settings.etcd_ca_file)
@@ -203,8 +230,8 @@ def connect(settings: CoordinatorSettings) -> Etcd:
     if settings.etcd_username is not None:
         assert settings.etcd_password_file is not None  # noqa: S101 - the settings come together
         login = Login(settings.etcd_username, read_secret(settings.etcd_password_file))
-    gateway = Gateway(settings.etcd_endpoint, tls=tls, login=login)
-    return Etcd(gateway, settings.leadership_ttl * REQUEST_SHARE)
+    leave_after_s = settings.leadership_ttl * LEAVE_SHARE
+    return Gateway(settings.etcd_endpoint, tls=tls, login=login, leave_after_s=leave_after_s)
 
 
 def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
@@ -214,27 +241,51 @@ def _tls(setting: str, file: Path | None) -> ssl.SSLContext:
         raise ConfigError(f"{setting} {file} has no certificates in PEM: {error}") from None
 
 
-async def read_peer_key(store: EtcdCluster) -> bytes:
-    """The key that coordinators of a store sign requests to one another with; made by the first that needs it.
+async def read_peer_keys(store: EtcdCluster) -> tuple[bytes, ...]:
+    """Read the keys that sign forwarded requests, one a line; the first coordinator that needs one makes it.
 
     Raises:
-        StoreError: etcd fails, or has something else in its place.
+        StoreError: etcd fails, or its value is not such keys.
     """
     place = f"{store.layout.prefix}/peer-key"
-    await store.etcd.txn([if_revision(place, 0)], [put(place, secrets.token_hex(PEER_KEY_BYTES))])
     found = await store.etcd.get(place)
+    if found is None:
+        made = put(place, secrets.token_hex(PEER_KEY_BYTES))
+        await store.etcd.txn([if_revision(place, 0)], [made])
+        found = await store.etcd.get(place)
     try:
-        key = bytes.fromhex(found.value if found is not None else "")
+        keys = [bytes.fromhex(one) for one in found.value.split()] if found is not None else []
     except ValueError:
-        key = b""
-    if len(key) != PEER_KEY_BYTES:
+        keys = []
+    if not 1 <= len(keys) <= MOST_PEER_KEYS or {len(one) for one in keys} != {PEER_KEY_BYTES}:
         raise StoreError(
-            f"{place} in etcd is not a key that a coordinator made: delete it, and restart every coordinator"
+            f"{place} in etcd is not one key that a coordinator made, or two on a line each: delete it, and"
+            " another one is made"
         )
-    return key
+    return tuple(keys)
 
 
-async def _patiently(opening: Callable[[], Awaitable[T]]) -> T:
+async def follow_peer_keys(store: EtcdCluster, clients: ForwardedClients) -> None:
+    """Read the keys again and again, so that they can be replaced while coordinators run."""
+    fault = ""
+    while True:
+        await asyncio.sleep(PEER_KEY_INTERVAL_S)
+        try:
+            keys = await read_peer_keys(store)
+        except EtcdError:
+            continue  # an outage is the session's to log
+        except StoreError as error:
+            if str(error) != fault:
+                fault = str(error)
+                log.warning("peer keys not changed", error=error)
+            continue
+        fault = ""
+        if keys != clients.keys:
+            clients.keys = keys
+            log.info("peer keys read again", keys=len(keys))
+
+
+async def _retry_at_start(opening: Callable[[], Awaitable[T]]) -> T:
     until = asyncio.get_running_loop().time() + STARTUP_S
     while True:
         try:

@@ -12,7 +12,7 @@ PREFIX = "failover_coordinator"
 
 
 class ClusterMetrics(Collector):
-    """Reads the numbers at each scrape."""
+    """Collects the numbers at each scrape."""
 
     def __init__(self, leadership: Leadership, forwarder: Forwarder) -> None:
         self._leadership = leadership

@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection of a caller: uvicorn's protocol, with bounds on sizes and times.
 
-Owns when a request is refused before the application sees it, and when the connection ends. A refusal goes
-through the application as a request with ``REFUSAL`` in its scope, so that each error has one form. Accepting
-and the timer are in listener.py.
+Owns when a request is refused before the application sees it, and when the connection ends. A refusal is passed to
+the application as a request with ``REFUSAL`` in its scope, so that all errors have the same form. listener.py
+accepts connections and has the timer.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ from agent.coordinator.limits import (
 from agent.errors import Invalid, RequestRefused
 
 REFUSAL = "failover.refusal"
-"""In the scope of a request that has to be answered by this RequestRefused."""
+"""Scope key of the RequestRefused with which a request has to be answered."""
 
 ON_AUTHENTICATED = "failover.on_authenticated"
-"""In the scope until a caller on the connection was authenticated: the application calls it then."""
+"""Scope key of a callback: the application calls it when a caller on the connection is authenticated."""
 
 CERTIFICATE = "failover.certificate"
-"""In the scope of each request on a connection with a ClientCertificate: that."""
+"""Scope key of the connection's ClientCertificate, if it has one."""
 
 ASGI = {"version": "3.0", "spec_version": "2.3"}
 NOTHING = memoryview(b"")
@@ -52,7 +52,7 @@ HEALTH_PATH = b"/healthz"
 
 
 class Host(Protocol):
-    """What a connection needs of its listener. ``now``: seconds, renewed at each sweep."""
+    """The part of the listener that a connection uses. ``now``: seconds, updated at each sweep."""
 
     now: float
     max_body_bytes: int
@@ -64,7 +64,7 @@ class Host(Protocol):
 
 
 class _Reading(Enum):
-    """What is expected next on a connection: a request, or the rest of one."""
+    """What a connection waits for: a request, or the rest of one."""
 
     REQUEST = 0
     HEAD = 1
@@ -72,11 +72,11 @@ class _Reading(Enum):
 
 
 class _Refused(Exception):  # noqa: N818 - stops the parser; the refusal is under way
-    """Raised in a callback of the parser."""
+    """Raised in a callback of the parser to refuse the request."""
 
 
 class _Flow(FlowControl):
-    """Reading is not resumed while it is held."""
+    """uvicorn's flow control, which does not resume reading while ``held`` is set."""
 
     held = False
 
@@ -89,16 +89,16 @@ class Connection(HttpToolsProtocol):
     """uvicorn's connection with bounds.
 
     Args:
-        host: is notified of what happens here.
+        host: the listener, which is notified of events on the connection.
         config: of uvicorn, loaded.
         state: the connections and requests of the listener.
-        address: of the peer, as connections are counted.
+        address: of the peer, in the form by which connections are counted.
 
     Attributes:
-        spare: the limit that the connection is beyond: only /healthz is answered.
-        authenticated: whether a caller on it was.
-        read_deadline: when on_deadline has to be called unless more is received; by ``host.now``.
-        write_deadline: when, unless the peer reads its answer.
+        spare: the limit that the connection exceeds, so that only /healthz is answered; or None.
+        authenticated: whether a caller on the connection was authenticated.
+        read_deadline: when on_deadline has to be called unless bytes are received; on ``host.now``.
+        write_deadline: the same, unless the peer reads its answer.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class Connection(HttpToolsProtocol):
     # -- its life -----------------------------------------------------------------------------
 
     def begin(self, handshake: asyncio.Task[Any]) -> bool:
-        """The handshake begins in this task; False if the connection was aborted before."""
+        """Record the task of the TLS handshake; return False if the connection was aborted before."""
         self._handshake = handshake
         return not self._aborted
 
     def end_handshake(self) -> None:
-        """It is done, or has failed."""
+        """Record that the handshake has succeeded or failed."""
         self._handshake = None
 
     def abort(self) -> None:
@@ -162,19 +162,19 @@ class Connection(HttpToolsProtocol):
         if not self._made:
             return
         waiting = [cycle for cycle, _ in self.pipeline]
-        for cycle in (self._running, *waiting):  # the base class knows the newest only
+        for cycle in (self._running, *waiting):  # the base class stores only the newest one
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
         self._host.lost(self)
-        # References in a circle would keep all this until the next full collection, which is rare.
+        # Reference cycles would keep these objects until the next full collection, which is rare.
         cast("JoiningTransport", self.transport).detach()
         self.scope = self.cycle = self._running = None  # type: ignore[assignment] # as before the first
 
     def begin_closing(self) -> bool:
-        """Nothing more is read. Returns whether the peer may still be sending a request."""
+        """Read no more. Return whether the peer may still be sending a request."""
         self._closing = self._deaf = True
         self.read_deadline = self._host.now + CLOSE_S
         self._unparsed, self._flow.held = NOTHING, False
@@ -182,13 +182,13 @@ class Connection(HttpToolsProtocol):
         return self._reading is not _Reading.REQUEST
 
     def on_deadline(self, now: float) -> None:
-        """A deadline has passed."""
+        """End the request or the connection whose deadline has passed."""
         if self.write_deadline <= now:
             self._host.ended(self, Ending.ANSWER_TIMEOUT)
             self.abort()
         elif self._closing:
             self.abort()
-        elif self.flow.read_paused:  # by us: an earlier request is being answered
+        elif self.flow.read_paused:  # until an earlier request is answered
             self.read_deadline = now + BODY_S
         elif self._reading is _Reading.HEAD:
             self._refuse(
@@ -231,7 +231,7 @@ class Connection(HttpToolsProtocol):
             )
             self._parse(part)
         if self._deaf or not self._unparsed:
-            self._unparsed = NOTHING  # an empty part would keep the whole
+            self._unparsed = NOTHING  # even an empty slice would keep the whole buffer in memory
         self._flow.held = bool(self._unparsed)
         if self._flow.held:
             self._flow.pause_reading()
@@ -294,7 +294,7 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
             self._refuse(_too_large(), Ending.HEAD_SIZE)
             raise _Refused
-        if self._reading is _Reading.HEAD:  # what comes after a body is no header, but a trailer
+        if self._reading is _Reading.HEAD:  # a field after the body is a trailer, not a header
             name = name.lower()
             self.headers.append((name, value))
             if name == b"expect" and value.lower() == b"100-continue":
@@ -333,7 +333,7 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
         self._body_bytes += len(body)
         self.read_deadline += len(body) / BODY_BYTES_PER_S
-        if self._body_bytes > self._host.max_body_bytes:  # the application answers, if it reads it
+        if self._body_bytes > self._host.max_body_bytes:  # the application refuses the body
             self._host.ended(self, Ending.BODY_SIZE)
             self._end_reading()
             raise _Refused
@@ -353,7 +353,7 @@ class Connection(HttpToolsProtocol):
         self._host.authenticated(self)
 
     def _answer_with(self, refusal: RequestRefused) -> None:
-        """The application answers the newest request with this, unless it has answered already."""
+        """Have the application answer the newest request with this refusal, unless it has answered."""
         cast("dict[str, Any]", self.scope)[REFUSAL] = refusal
 
     def _refuse(self, refusal: RequestRefused, why: Ending) -> None:
@@ -367,7 +367,7 @@ class Connection(HttpToolsProtocol):
             return
         self._deaf = True
         self.on_message_begin()
-        self.read_deadline = inf  # the answer has its own
+        self.read_deadline = inf  # the answer has a deadline of its own
         scope: Any = self.scope
         scope |= {"method": "GET", "path": "/", "raw_path": b"/", "query_string": b""}
         self._answer_with(refusal)
@@ -411,7 +411,7 @@ class Connection(HttpToolsProtocol):
         self.tasks.add(task)
 
     def on_response_complete(self) -> None:
-        """As in the base class, with a deadline in place of a timer for each request."""
+        """As in the base class, but with a deadline instead of a timer for each request."""
         self.write_deadline = self._host.now + ANSWER_S if self.flow.write_paused else inf
         if self._closing or self.transport.is_closing():
             return
@@ -435,9 +435,9 @@ class Connection(HttpToolsProtocol):
 
 
 class JoiningTransport:
-    """Sends head and body of an answer together, at the end of the loop's turn they were written in.
+    """Sends head and body of an answer together, at the end of the loop iteration in which they were written.
 
-    Uvicorn writes them apart, and uvloop sends a first write at once. Each send is a system call, which
+    Uvicorn writes them separately, and uvloop sends the first write at once. Each send is a system call, which
     costs more than making the answer, and wakes the client.
     """
 

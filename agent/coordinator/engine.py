@@ -5,12 +5,13 @@ Rules of this file:
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
 - One durable change of a group at a time. Other inputs of that group wait for it.
-- Progress (the data-processed time) decides nothing: many groups' is saved in one write, which no input awaits.
+- Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
 - A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
-- Groups belong to shards. A decision about a group is made only while its shard is led (R19): ``_now`` is the
-  gate of all of them. A shard that is led anew is loaded anew, as after a restart.
-- After a stall of process or store, each session alive before it gets one full L (R14): its heartbeats may wait.
+- Groups belong to shards. A decision about a group is made only while this coordinator leads its shard (R19), which
+  ``_now`` checks for every decision. A shard is loaded whenever its leadership begins, as after a restart.
+- After a stall of the process or the store, each session that was alive gets one full L (R14), since its heartbeats
+  may be waiting.
 
 Knows nothing of the operations (service.py), of HTTP, and of what a decision means.
 """
@@ -60,26 +61,26 @@ from agent.model import (
 from agent.ops.logs import Log
 
 TURN_S = 0.05
-"""Longest time between two runs of the timer; a longer gap is a stall."""
+"""The longest interval between two runs of the timer; a longer gap counts as a stall."""
 
 BATCH = 50
-"""Groups checked in one run (some ms): requests are served in between when many leases expire at once."""
+"""How many groups one run checks (some ms), so that requests are served even if many leases expire at once."""
 
 PROGRESS_DELAY_S = 0.5
 PROGRESS_BATCH_S = 0.03
-"""Delay of saving new progress (R13: within a second, commit included), and the time between two such writes."""
+"""Delay before new progress is saved (R13: within a second, commit included), and interval of these writes."""
 
 SHARD_PROGRESS_BATCH_S = 0.8
-"""The same for each shard of several coordinators, with no other delay."""
+"""The same interval for each shard in etcd; there the first write is not delayed."""
 
 PROGRESS_BATCH = 1_000
-"""Groups whose progress is saved in one write: some ms of this process."""
+"""The most groups whose progress is saved in one write, which takes this process some ms."""
 
 RETRY_S = 0.5
-"""Retry interval of a due change that could not be made durable: under any useful L, kind to a full disk."""
+"""Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
 FAILURE_MEMORY_S = 10.0
-"""How long a store counts as unusable after a failure, unless a write succeeds before."""
+"""How long a store counts as unusable after a failure, unless a write succeeds earlier."""
 
 T = TypeVar("T")
 log = Log(__name__)
@@ -103,7 +104,8 @@ class Engine:
     Call ``start`` first and ``stop`` last. ``groups`` is for reading.
 
     Args:
-        store: with all groups, which are led from ``start`` on; None: ``lead`` and ``drop`` are called.
+        store: the store of all groups, which are led from ``start`` on; None: the caller uses ``lead`` and
+            ``drop`` for each shard.
         shard_of: the number of a group's shard.
     """
 
@@ -125,7 +127,7 @@ class Engine:
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
         self._progress_queue: deque[tuple[float, Group]] = deque()
-        # etcd is to see writes by shard, at most one a second, and not by heartbeat
+        # etcd receives at most one such write a second for each shard, not one for each heartbeat
         self._progress_delay_s = PROGRESS_DELAY_S if store is not None else 0.0
         self._progress_batch_s = PROGRESS_BATCH_S if store is not None else SHARD_PROGRESS_BATCH_S
         self._next_progress_write = -inf
@@ -156,7 +158,7 @@ class Engine:
             self._add_group(key, shard, one, now)
 
     def drop(self, shard: Shard) -> None:
-        """Forget the groups of a shard that is not led any more, and answer their blocked reads."""
+        """Forget the groups of a shard that is no longer led, and answer their blocked reads."""
         shard.ended = True
         if self._shards.get(shard.number) is shard:
             del self._shards[shard.number]
@@ -164,13 +166,13 @@ class Engine:
             self._forget(group)
 
     def refuse_requests(self) -> None:
-        """Refuse new requests, expire no lease any more, and answer all blocked reads."""
+        """Refuse new requests, stop expiring leases, and answer all blocked reads."""
         self.stopping = True
         for group in self.groups.values():
             wake_blocked_reads(group)
 
     async def stop(self) -> None:
-        """Wait for the writes in progress, and save the progress that is left."""
+        """Wait for the writes in progress, and save the progress that is not saved yet."""
         self.refuse_requests()
         if self._timer is not None:
             self._timer.cancel()
@@ -198,7 +200,7 @@ class Engine:
         return shard
 
     def recent_store_failure(self) -> str | None:
-        """The store's failure within the last FAILURE_MEMORY_S, or None."""
+        """The store's newest failure, if it is not older than FAILURE_MEMORY_S; or None."""
         if (
             self._store_failure is not None
             and self._clock().mono < self._store_failure[0] + FAILURE_MEMORY_S
@@ -239,10 +241,10 @@ class Engine:
             return decision.answer
 
     def _apply_decision(self, group: Group, decision: Decision, now: Instant) -> None:
-        """Put a decision in force, once it is durable or if it changes nothing durable."""
+        """Put a decision into force. Call it once its durable changes, if any, are stored."""
         group.state = state = decision.state
         if group.shard.ended:
-            return  # the key may have another Group by now, with other wakeups
+            return  # the key may belong to a newer Group, with other wakeups
         if self._wakeups.set(group.key, decision.wake_at):
             self._set_timer(now)
         if not group.progress_queued and group.unsaved_progress() is not None:
@@ -253,7 +255,7 @@ class Engine:
             wake_blocked_reads(group, state.record.revision)
 
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
-        """Create a group; whether it is new. If not, the store's record is loaded."""
+        """Create a group; return whether it is new. If not, the store's record is loaded."""
         shard = self._shard(key)
         retired = await self.read(shard.store.retired_epoch(key))
         record = new_record(config, retired)
@@ -298,7 +300,7 @@ class Engine:
         wake_blocked_reads(group)
 
     async def _write_change(self, group: Group, change: Awaitable[T]) -> T:
-        """Await a change of the record; mark the group as doubtful if its outcome is unknown."""
+        """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
         try:
             return await self.write(change)
         except Unavailable as error:
@@ -395,7 +397,7 @@ class Engine:
         return True
 
     def turn(self) -> None:
-        """Run what is due. Called by the one timer, and by tests."""
+        """Run the changes that are due. Called by the timer, and by tests."""
         now = self._now()
         self._ran_at = now.mono
         if self.stopping:
@@ -426,7 +428,7 @@ class Engine:
         self._progress_queue.append((at, group))
 
     def _due_progress(self, until: float, limit: int) -> dict[Group, Progress]:
-        """Take the progress that is due for saving from the queue, at most ``limit`` groups of it."""
+        """Remove from the queue, and return, at most ``limit`` groups whose progress is due to be saved."""
         due: dict[Group, Progress] = {}
         while len(due) < limit and self._progress_queue and self._progress_queue[0][0] <= until:
             _, group = self._progress_queue.popleft()
@@ -487,12 +489,12 @@ class Engine:
 
 
 def group_not_found(key: GroupKey) -> NotFound:
-    """The refusal of a request for a group that does not exist."""
+    """Build the refusal of a request for a group that does not exist."""
     return NotFound(f'There is no group "{key.group}".', "Create it with POST .../groups first.")
 
 
 def unavailable(why: str) -> Unavailable:
-    """The refusal of a request that cannot be served now."""
+    """Build the refusal of a request that cannot be served now."""
     return Unavailable(
         f"The coordinator cannot do this now: {why}.", "Try again after Retry-After."
     )

@@ -1,8 +1,8 @@
-"""Notice that files have changed, by asking for their metadata every few seconds.
+"""Detect changed files by reading their metadata every few seconds.
 
-Owns when a change is worth reading; knows nothing of what is in a file. A change counts once it has stood
-still from one look to the next, so that a file which is being written is rarely read half. Not
-promised: that a change is noticed on a file system that keeps neither times nor inodes.
+Owns when a changed file is to be read; knows nothing of its content. A change counts once two looks in a row have
+found the same metadata, so that a file is rarely read while it is being written. Not promised: to detect a change on
+a file system that keeps neither times nor inode numbers.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ class FileWatch:
     """Waits for a change of files.
 
     Args:
-        paths: the files of this moment.
+        paths: returns the files to watch.
         lane: runs the blocking calls.
-        handled: their signatures before the files were read that are in force.
+        handled: the files' signatures, taken before the contents in force were read.
         every_s: time between two looks.
     """
 

@@ -1,13 +1,14 @@
-"""Clients known by certificate, in forwarded requests: the follower vouches for them by a signature (R19).
+"""Vouch for a client that was identified by its certificate when its request is forwarded (R19).
 
-A follower cannot present its caller's certificate to the leader. It has verified that certificate, and sends what
-the leader needs of it in the header CLIENT, with an HMAC by a key that only coordinators have. It is in etcd, beside
-the shards: whoever reads it there can act as any client, and whoever can write there decides about roles anyway.
+The coordinator that forwards has verified the client's certificate, but cannot present it to the leader. It sends
+the client's name in the header CLIENT instead, with an HMAC by a key that only coordinators have. The key is in
+etcd, beside the shards: whoever can read it there can act as any client, and whoever can write there decides about
+roles anyway.
 
-The signature covers the receiving coordinator's session, the request's number, method, target and body, and the
-client. Each number is taken once, so a copied header is of no use, neither here nor elsewhere. No clock is compared.
+The signature covers the client, the receiving coordinator's session, and the request's number, method, target and
+body. Each number is accepted once, so a copied header is of no use at any coordinator. No clocks are compared.
 
-Headers without a right signature are refused, and a follower sends none on: it writes its own.
+A header with a wrong signature is refused. A coordinator never forwards this header; it writes its own.
 """
 
 import hashlib
@@ -24,10 +25,11 @@ CLIENT = b"failover-client"
 """Header of a forwarded request whose caller is known by certificate."""
 
 WINDOW = 65_536
-"""A request may arrive after so many later ones of its sender: 10 s of heartbeats."""
+"""How many later requests of the same sender may overtake a request: 10 s of heartbeats."""
 
 MAX_SENDERS = 256
-"""Runs of other coordinators that numbers are remembered of, 8 KiB each; the one heard last is forgotten last."""
+"""For how many processes of other coordinators the numbers are remembered, in 8 KiB each. The one that was
+silent for longest is forgotten first."""
 
 _NUMBER = re.compile(rb"[0-9a-f]{1,16}")
 
@@ -36,13 +38,13 @@ _PURPOSE = b"failover-agent forwarded client 1"
 
 @dataclass(slots=True)
 class _Taken:
-    """The numbers of one sender: the newest, and of those up to it, by their distance, one bit each."""
+    """The numbers already taken from one sender: bit n of ``bits`` stands for the number ``newest - n``."""
 
     newest: int = 0
     bits: int = 0
 
     def take(self, number: int) -> bool:
-        """Whether the number was not taken yet, and is not too old to know."""
+        """Take a number; return False if it was taken before, or is older than the window."""
         if number > self.newest:
             ahead = number - self.newest
             kept = self.bits << ahead if ahead < WINDOW else 0
@@ -57,10 +59,14 @@ class _Taken:
 
 
 class ForwardedClients:
-    """Signs and verifies. ``key`` is the same at every coordinator of a store."""
+    """Signs and verifies the header CLIENT.
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
+    Attributes:
+        keys: of the store. The first one signs; a signature by any is right, so that keys can be replaced.
+    """
+
+    def __init__(self, keys: tuple[bytes, ...]) -> None:
+        self.keys = keys
         self._senders: dict[bytes, _Taken] = {}
 
     def sign(
@@ -70,14 +76,14 @@ class ForwardedClients:
 
         Args:
             certificate: verified, with a name.
-            request: as it is sent.
-            number: in its header FORWARDED.
-            receiver: the session with etcd of the coordinator that it is for.
+            request: as it is forwarded.
+            number: the value of its header FORWARDED.
+            receiver: the session with etcd of the coordinator that receives the request.
         """
         name = quote(certificate.name or "", safe="", errors="surrogatepass")
         digest = hashlib.sha256(request.body).hexdigest()
         signed = f"{receiver} {certificate.until:.0f} {name} {digest}".encode()
-        return b"%b %b" % (signed, self._mac(signed, request, number))
+        return b"%b %b" % (signed, _mac(self.keys[0], signed, request, number))
 
     def read(self, request: Request, member: str) -> ClientCertificate | None:
         """The client that the sender of a request vouches for; None if it vouches for nobody.
@@ -85,18 +91,20 @@ class ForwardedClients:
         The request may still lack its body: call ``take`` when it is complete.
 
         Args:
-            request: as it came.
-            member: the session of this coordinator.
+            request: as it was received.
+            member: this coordinator's session with etcd.
 
         Raises:
-            NotLeading: it was for an earlier session, or for another coordinator.
-            Unauthenticated: the signature is not that of a coordinator, or is for another request.
+            NotLeading: the header is for an earlier session of this coordinator, or for another one.
+            Unauthenticated: the signature is not a coordinator's, or belongs to another request.
         """
         signed, mac = _parts(request)
         if mac is None:
             return None
         number = header(request.headers, FORWARDED) or b""
-        if not hmac.compare_digest(mac, self._mac(signed, request, number)):
+        if not any(
+            hmac.compare_digest(mac, _mac(key, signed, request, number)) for key in self.keys
+        ):
             raise _refused()
         receiver, until, name, _ = signed.decode().split(" ")
         if not member or receiver != member:
@@ -104,10 +112,10 @@ class ForwardedClients:
         return ClientCertificate(unquote(name, errors="surrogatepass"), float(until))
 
     def take(self, request: Request) -> None:
-        """Accept a complete request whose signature was right, once.
+        """Accept a complete request once. Call ``read`` first, which verifies the signature.
 
         Raises:
-            Unauthenticated: the body is another one, or the request was taken before.
+            Unauthenticated: the body is not the signed one, or the request was accepted before.
         """
         signed, mac = _parts(request)
         if mac is None:
@@ -123,14 +131,18 @@ class ForwardedClients:
         if not _NUMBER.fullmatch(number) or not taken.take(int(number, 16)):
             raise _refused()
 
-    def _mac(self, signed: bytes, request: Request, number: bytes) -> bytes:
-        method = request.method.encode()
-        parts = (_PURPOSE, signed, number, method, request.target)  # none has a line break in it
-        return hmac.digest(self._key, b"\n".join(parts), "sha256").hex().encode()
+
+def _mac(key: bytes, signed: bytes, request: Request, number: bytes) -> bytes:
+    method = request.method.encode()
+    parts = (_PURPOSE, signed, number, method, request.target)  # none has a line break in it
+    return hmac.digest(key, b"\n".join(parts), "sha256").hex().encode()
 
 
 def _parts(request: Request) -> tuple[bytes, bytes | None]:
-    """What is signed, and its signature. An Authorization header takes precedence, as at certificates."""
+    """The signed text and the signature; no signature if the request has an Authorization header.
+
+    That header takes precedence, as it does over a certificate.
+    """
     value = header(request.headers, CLIENT)
     if value is None or header(request.headers, b"authorization") is not None:
         return b"", None

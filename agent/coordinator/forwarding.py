@@ -1,14 +1,17 @@
-"""Requests for groups that another coordinator leads: sent there, once (R19).
+"""Send a request for a group that another coordinator leads to that coordinator (R19).
 
-A forwarded request carries the caller's own credentials, which the leader checks like any other's; for a
-client certificate see forwarded_clients.py. The header FORWARDED marks it: who receives one for a group that it does not lead refuses it, so no request goes in a circle, and
-a caller who sets the header gains nothing.
+A forwarded request carries the caller's own credentials, which the leader checks as it checks every
+caller's; client certificates are in forwarded_clients.py. The header FORWARDED marks the request: a
+coordinator that does not lead the group refuses it instead of forwarding it again, so no request goes in a
+circle, and a caller that sets the header gains nothing.
 
-If the leader changes while it has a request, the request is sent to the new one. That is safe: every
-call may be repeated, and one that the old leader still has is refused there, since its leadership is over. In all
-other cases a request is sent once: without an answer the caller gets 503, and decides.
+If the leader changes while a request waits for its answer, the request is sent to the new leader. That is safe:
+every call may be repeated, and the old leader refuses the request, since its leadership is over. The old leader may
+have carried it out before: what is to be deleted and is not there counts as deleted then. In all other
+cases a request is sent once: if no answer comes, the caller gets 503 and may repeat it.
 
-Owns what is sent, how long an answer may take, and what of it is passed on. Connections are in peers.py.
+Owns the forwarded request, its deadline, and which parts of the answer the caller receives. Connections are in
+peers.py.
 """
 
 import asyncio
@@ -16,6 +19,7 @@ import itertools
 import re
 import ssl
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 
@@ -27,22 +31,32 @@ from agent.coordinator.leadership import Leadership
 from agent.coordinator.peer_connection import PeerAnswer, PeerError
 from agent.coordinator.peers import Exchange, Peers, Place
 from agent.coordinator.service import LONGEST_WAIT_S
-from agent.errors import NOT_LEADING_RETRY_S, Invalid, NotLeading, RequestRefused, Unavailable
+from agent.errors import (
+    NOT_LEADING_RETRY_S,
+    Invalid,
+    NotFound,
+    NotLeading,
+    RequestRefused,
+    Unavailable,
+)
 from agent.model import GroupKey
 from agent.ops.logs import Log
 
 REQUEST_S = 10.0
-"""The longest that a leader may take for an answer, beside the wait of a blocking read: the longest request
-timeout of an agent."""
+"""How long a leader may take to answer, in addition to the wait of a blocking read: the longest request
+timeout that an agent can have."""
+
+LEADERS_TRIED = 3
+"""Leaders that one request is given to while leadership moves."""
 
 SWEEP_S = 1.0
 """Interval of the check of all deadlines; a timer for each request would cost more."""
 
 CALLS_SHARE = 0.25
 BLOCKING_READS_SHARE = 0.65
-"""Shares of the connections that a leader accepts from one address: for blocking reads, for all other requests, and
-the rest for whoever else is there. While etcd hangs, each request that has to be written occupies one, and
-heartbeats that only renew must still have others."""
+"""Shares of the connections that a leader accepts from one address: for blocking reads, and for all other
+requests. The rest is left for other clients at that address. While etcd hangs, each request that has to be
+stored occupies a connection, and heartbeats that only renew must still find free ones."""
 
 log = Log(__name__)
 
@@ -50,11 +64,15 @@ _NOT_LEADING = f'"Error":"{NotLeading.__name__}"'.encode()
 
 _TARGET = re.compile(rb"/[!-~]*")
 _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
-"""What can be sent on as path and query, and as the value of a header: nothing in it ends the line."""
+"""Bytes that may be forwarded as path and query, and as a header's value: none of them ends the line."""
 
 _ASKED = (b"authorization", b"content-type")
 _ANSWERED = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
 _WITH_BODY = frozenset({"POST", "PUT"})
+
+
+class LeaderMoved(NotLeading):
+    """Another coordinator leads, and the former one, which got the request, may have carried it out."""
 
 
 @dataclass(eq=False, slots=True)
@@ -73,8 +91,8 @@ class Forwarder:
     Args:
         leadership: knows the leaders.
         tls: verifies leaders whose URL is https.
-        encrypted: whether requests may go to https only.
-        connections_per_address: the most that a leader accepts from this coordinator.
+        encrypted: whether requests may be sent to https URLs only.
+        connections_per_address: how many connections a leader accepts from this coordinator.
         clients: vouches for clients known by certificate; None: they are not accepted.
     """
 
@@ -103,10 +121,10 @@ class Forwarder:
         self.forwarded = 0
         self.failed = 0
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to watch deadlines and leaders."""
+        """Start the task that watches deadlines and leaders."""
         self._watching = asyncio.create_task(self._watch(), name="watch forwarded requests")
 
     def stop(self) -> None:
@@ -140,14 +158,14 @@ class Forwarder:
         for pending in self._pending:
             leader = self._leadership.leader_of(pending.key) if moved else None
             if leader is not None and leader.url != pending.url:
-                pending.exchange.fail(NotLeading())
+                pending.exchange.fail(LeaderMoved())
             elif pending.until <= now:
                 pending.exchange.fail(PeerError(f"did not answer within {REQUEST_S:g} s"))
 
     def _leaders(self) -> dict[int, str]:
         return {number: leader.url for number, leader in self._leadership.view.leaders.items()}
 
-    # -- for requests -------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------
 
     def client_of(self, request: Request) -> ClientCertificate | None:
         """The client that another coordinator vouches for; None if it vouches for nobody.
@@ -163,15 +181,47 @@ class Forwarder:
         if self._clients is not None:
             self._clients.take(request)
 
-    async def leader_url(self, key: GroupKey, *, forwarded: bool) -> str | None:
-        """The leader of a group, or None if that is this coordinator.
+    async def answer(
+        self,
+        key: GroupKey,
+        request: Request,
+        answer_here: Callable[[], Awaitable[Answer]],
+        *,
+        wait_s: float,
+        forwarded: bool,
+    ) -> Answer:
+        """The answer of a group's leader. While leadership moves, each new leader is asked.
 
-        Raises NotLeading if there is none, or another one for a request that was forwarded already.
+        Args:
+            key: the group.
+            request: as it came.
+            answer_here: answers it if this coordinator leads the group.
+            wait_s: how long a blocking read may wait.
+            forwarded: another coordinator has sent the request here.
+
+        Raises:
+            NotLeading: nobody leads the group; or another one does, and the request was forwarded already.
+            RequestRefused: what ``answer_here`` and ``forward`` raise.
         """
-        url = await self._leadership.place(key)
-        if url is not None and forwarded:
-            raise NotLeading
-        return url
+        repeated = False
+        for _ in range(LEADERS_TRIED):
+            url = await self._leadership.place(key)
+            if url is not None and forwarded:
+                break
+            try:
+                answer = await (
+                    answer_here() if url is None else self.forward(key, url, request, wait_s=wait_s)
+                )
+            except NotLeading as moved:
+                repeated |= isinstance(moved, LeaderMoved)
+            except NotFound:
+                if not repeated or request.method != "DELETE":
+                    raise
+                return Answer(HTTPStatus.NO_CONTENT)
+            else:
+                gone = answer.status == HTTPStatus.NOT_FOUND and request.method == "DELETE"
+                return Answer(HTTPStatus.NO_CONTENT) if repeated and gone else answer
+        raise NotLeading
 
     async def forward(
         self,
@@ -181,18 +231,19 @@ class Forwarder:
         *,
         wait_s: float,
     ) -> Answer:
-        """The leader's answer.
+        """Send a request to the leader of its group, and return the leader's answer.
 
         Args:
             key: the group.
             url: of its leader.
-            request: as it came.
+            request: as it was received.
             wait_s: how long a blocking read may wait.
 
         Raises:
-            Invalid: the request cannot be sent on.
-            NotLeading: another one leads by now.
-            Unavailable: the leader gives no usable answer, or this coordinator stops.
+            Invalid: the request cannot be forwarded.
+            NotLeading: another coordinator has become the leader; LeaderMoved if the former one may have
+                carried the request out.
+            Unavailable: the leader gives no usable answer, or this coordinator is stopping.
         """
         if self._stopped:
             raise _stopping()
@@ -214,7 +265,7 @@ class Forwarder:
     async def _exchange(
         self, key: GroupKey, url: str, request: Request, wait_s: float
     ) -> PeerAnswer:
-        if request.method == "HEAD":  # an answer without its body has no end; it is left out later
+        if request.method == "HEAD":  # the parser would wait for a body; it is dropped later
             request = replace(request, method="GET")
         place, calls, blocking_reads = self._peers.to(url)
         number = f"{self._run_id}-{next(self._numbers):x}".encode()
@@ -229,11 +280,13 @@ class Forwarder:
             self._pending.discard(pending)
 
     def _vouch(self, key: GroupKey, request: Request, number: bytes) -> bytes | None:
-        """The header CLIENT of a request whose caller is known by certificate; else None."""
+        """The header CLIENT if the caller is known by its certificate; else None."""
         certificate = request.certificate
         if certificate is None or self._clients is None:
             return None
-        if header(request.headers, b"authorization") is not None:  # it takes precedence
+        if (
+            header(request.headers, b"authorization") is not None
+        ):  # the Authorization header takes precedence
             return None
         leader = self._leadership.leader_of(key)
         if leader is None:
@@ -242,7 +295,7 @@ class Forwarder:
 
 
 def _written(place: Place, number: bytes, request: Request, client: bytes | None) -> bytes:
-    """A request as it is sent: nothing of it but its body is the caller's word for word, unchecked."""
+    """The bytes of a forwarded request. All that the caller sent, except the body, is checked first."""
     if not _TARGET.fullmatch(request.target):
         raise Invalid("The path has bytes that are not printable ASCII.", "Percent-encode them.")
     method = request.method

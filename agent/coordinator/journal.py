@@ -20,7 +20,7 @@ def log_names(key: GroupKey) -> dict[str, str]:
 
 
 def log_decision(key: GroupKey, before: GroupRecord, decision: Decision) -> None:
-    """The lines of a decision that is durable."""
+    """Log the changes of a decision that is durable."""
     after = decision.state.record
     log_role_changes(key, before, after, decision.history)
     _log_failsafe_changes(key, before, after, decision.history)
@@ -30,7 +30,7 @@ def log_decision(key: GroupKey, before: GroupRecord, decision: Decision) -> None
 def log_role_changes(
     key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
 ) -> None:
-    """One line for each session whose role another record changes."""
+    """Log each session whose role differs between two records."""
     if before.revision == after.revision:
         return
     holders = [record.holder.session_id for record in (before, after) if record.holder]
@@ -65,7 +65,7 @@ def log_role_changes(
 def _log_failsafe_changes(
     key: GroupKey, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
 ) -> None:
-    """One line for each change that concerns failsafe (R21 to R25, R34)."""
+    """Log each change that concerns failsafe (R21 to R25, R34)."""
     names = log_names(key)
     for session_id, session in after.sessions.items():
         known = before.sessions.get(session_id)
@@ -96,7 +96,7 @@ def _log_failsafe_changes(
 
 
 def _log_removals(key: GroupKey, removals: Sequence[Removal]) -> None:
-    """One line for each dead session that was removed."""
+    """Log each dead session that was removed."""
     for removal in removals:
         log.info(
             "dead session removed",

@@ -25,6 +25,7 @@ from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_
 from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
+    Etcd,
     EtcdError,
     Event,
     delete,
@@ -39,10 +40,11 @@ from agent.model import GroupKey
 from agent.ops.logs import Log
 
 RENEWALS = 6
-"""Renewals of the lease within its time to live: five may be lost."""
+"""Renewals of the lease within its time to live: five may be lost. They do not wait for one another."""
 
-REQUEST_SHARE = 1 / 3
-"""Share of the time to live for one request to etcd: a member of etcd that hangs costs one, then the next is asked."""
+LEAVE_SHARE = 1 / 3
+"""Share of the time to live after which another member of etcd is asked: one that hangs costs this once. Answers
+are awaited for the whole of it, since a renewal that a slow disk has delayed still counts."""
 
 RETRY_S = 0.1
 """Pause after a failed request to etcd, and before a watch is begun again."""
@@ -78,6 +80,7 @@ class Leadership:
         cluster: the store.
         decider: gets the groups of each shard that is led.
         boottime: CLOCK_BOOTTIME in seconds.
+        etcd: with connections of its own, so that renewals wait for no change of a group.
         ttl_s: the time to live: how long a coordinator that has died keeps its shards.
         url: where the others reach this coordinator, without a path.
         on_access_change: an access list has changed, or may have.
@@ -89,12 +92,13 @@ class Leadership:
         decider: Decider,
         boottime: Callable[[], float],
         *,
+        etcd: Etcd,
         ttl_s: float,
         url: str,
         on_access_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._cluster = cluster
-        self._etcd = cluster.etcd
+        self._etcd = etcd
         self._layout = cluster.layout
         self._decider = decider
         self._boottime = boottime
@@ -107,6 +111,7 @@ class Leadership:
         """Why there is no session with etcd now, or None."""
         self._outage_logged = False
         self._lease = Lease(float("-inf"))
+        self._failure = ""
         self._lease_id = 0
         self._terms: dict[int, tuple[int, Shard]] = {}
         self._loading: dict[int, asyncio.Task[None]] = {}
@@ -155,7 +160,7 @@ class Leadership:
             if term is not None and number not in self._loading and term[1].is_led_at(now):
                 return None
             leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != self.url:  # not to itself by an old key
+            if leader is not None and leader.url != self.url:  # its own URL comes from an old key
                 return leader.url
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
@@ -210,7 +215,7 @@ class Leadership:
             except* Exception:  # a task's edge: another session may succeed
                 log.exception("session with etcd failed")
                 self.fault = "a fault of this program, see its log"
-            if not self._outage_logged:  # attempts in an outage would fill the log
+            if not self._outage_logged:  # a line for each attempt would fill the log
                 self._outage_logged = True
                 log.warning("session with etcd ended, retrying", reason=self.fault)
             await self._end_session()
@@ -221,22 +226,24 @@ class Leadership:
         sent_at = self._boottime()
         self._lease_id = await self._etcd.grant(ceil(self._ttl_s))
         self._lease = Lease(sent_at + self._ttl_s * (1 - DRIFT))
-        self.member = str(self._lease_id)
-        meta = if_revision(self._layout.meta, self._cluster.meta.revision)
-        value = json.dumps({"Url": self.url})
-        done = await self._etcd.txn(
-            [meta], [put(self._layout.member(self.member), value, self._lease_id)]
-        )
-        if not done.succeeded:
-            raise SessionOver(f"the store under {self._layout.prefix} was moved or removed")
-        await self._renew()
-        self.fault = None
-        self._outage_logged = False
-        log.info("session with etcd begun", member=self.member, url=self.url)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_renewing())
+            tasks.create_task(self._keep_renewing(tasks))
+            await self._enter(str(self._lease_id))
+            await self._renew()
+            self.fault = None
+            self._outage_logged = False
+            log.info("session with etcd begun", member=self.member, url=self.url)
             tasks.create_task(self._watch())
             tasks.create_task(self._balance())
+
+    async def _enter(self, member: str) -> None:
+        """Add this coordinator to the members of the store."""
+        meta = if_revision(self._layout.meta, self._cluster.meta.revision)
+        value = json.dumps({"Url": self.url})
+        step = put(self._layout.member(member), value, self._lease_id)
+        if not (await self._etcd.txn([meta], [step])).succeeded:
+            raise SessionOver(f"the store under {self._layout.prefix} was moved or removed")
+        self.member = member
 
     async def _end_session(self) -> None:
         """Stop leading at once, and let the keys go if etcd can be reached."""
@@ -254,33 +261,47 @@ class Leadership:
 
     # -- the lease ----------------------------------------------------------------------------
 
-    async def _keep_renewing(self) -> None:
+    async def _keep_renewing(self, tasks: asyncio.TaskGroup) -> None:
+        """Send a renewal at each interval, also while earlier ones are unanswered: each counts from its own sending."""
+        interval_s, pause_s = self._ttl_s / RENEWALS, 0.0
         while True:
-            await asyncio.sleep(self._ttl_s / RENEWALS)
-            try:
-                await self._renew()
-            except EtcdError as error:
-                if self._boottime() >= self._lease.until:
-                    raise SessionOver(f"the lease was not renewed in time: {error}") from None
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pause_s)
+            self._check_lease()
+            renewal = tasks.create_task(self._try_to_renew())
+            await asyncio.wait([renewal], timeout=interval_s)
+            pause_s = 0.0 if not renewal.done() else interval_s if renewal.result() else RETRY_S
+
+    async def _try_to_renew(self) -> bool:
+        try:
+            await self._renew()
+        except EtcdError as error:
+            self._failure = f": {error}"
+            return False
+        self._failure = ""
+        return True
+
+    def _check_lease(self) -> None:
+        if self._boottime() >= self._lease.until:
+            raise SessionOver(f"the lease was not renewed in time{self._failure}")
 
     async def _renew(self) -> None:
-        """Renew the lease and read all keys.
+        """Renew the lease and read all keys, both at once.
 
-        The read shows that a majority of etcd still knows the lease. If it is of a later term than the renewal, that
-        may have been answered by a deposed leader of etcd, and does not count.
+        The read proves that a majority of etcd knew the lease after this was sent. If its term is later than the
+        renewal's, a deposed leader of etcd may have answered the renewal, which then does not count. If the terms
+        are equal, that leader can have been deposed only after this was sent, and its successor has given each
+        lease its whole time again.
         """
-        sent_at = self._boottime()
-        term = await self._etcd.keep_alive(self._lease_id)
+        sent_at, member, live = self._boottime(), self.member, self._layout.live
+        term, found = await asyncio.gather(
+            self._etcd.keep_alive(self._lease_id), self._etcd.range(read(live, end_of(live)))
+        )
         if term is None:
             raise SessionOver("etcd has ended the lease")
-        live = self._layout.live
-        found = await self._etcd.range(read(live, end_of(live)))
-        mine = self._layout.member(self.member)
-        if not any(one.key == mine for one in found.keys) and not self._stopping:
+        mine = self._layout.member(member)
+        if member and not any(one.key == mine for one in found.keys) and not self._stopping:
             raise SessionOver("etcd has ended the lease")
-        if self._boottime() >= self._lease.until:
-            raise SessionOver("the lease was not renewed in time")
+        self._check_lease()
         if found.term == term:
             self._lease.until = max(self._lease.until, sent_at + self._ttl_s * (1 - DRIFT))
         if found.revision >= self.view.revision:

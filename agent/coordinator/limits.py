@@ -15,68 +15,68 @@ from agent.errors import RequestRefused, Unavailable
 from agent.ops.logs import Log
 
 MAX_HEAD_BYTES = 32 * 1024
-"""Of a request's target and headers: a bearer token of 16 KiB fits, the longest path has 13 KiB."""
+"""Bytes of a request's target and headers: a bearer token of 16 KiB fits; the longest path has 13 KiB."""
 
 MAX_HEADERS = 100
 """Headers of a request; a client behind two proxies sends some 30."""
 
 BODY_OVERHEAD = 8
-"""A chunked body may take this many times ``max_body_bytes`` on the wire: in chunks of one byte it takes six."""
+"""How many times ``max_body_bytes`` a chunked body may take on the wire: in chunks of one byte it takes six."""
 
 MAX_PIPELINED = 16
 PARSED_AT_ONCE = 2048
-"""While so many requests of a connection wait for the answer to an earlier one, some 4 KiB each, no more is
-received on it. So many bytes are parsed at a time: they hold up to 100 further ones."""
+"""Once so many requests of a connection (some 4 KiB each) wait for the answer to an earlier one, nothing more is
+received on it. PARSED_AT_ONCE bytes are parsed at a time, which can contain up to 100 further requests."""
 
 HEAD_S = 10.0
-"""For a request's head from its first byte, and for the first request of a connection: agents give up a request
-sooner."""
+"""Timeout of a request's head from its first byte, and of a connection's first request. Agents have shorter
+timeouts."""
 
 BODY_S = 20.0
 BODY_BYTES_PER_S = 4096
-"""For a body from the end of its head, and a second more for as many bytes as have come: the largest body over
-a line of 33 kbit/s."""
+"""Timeout of a body from the end of its head, extended by a second for each BODY_BYTES_PER_S received. So the
+largest body may take as long as a line of 33 kbit/s needs."""
 
 IDLE_S = 75.0
-"""An idle connection is closed after this: longer than any interval of heartbeats (an agent's is 10 s at most,
-a v1 client's 30 s with the usual FailoverTimeout of a minute), so that a heartbeat finds its connection."""
+"""Idle timeout of a connection: longer than heartbeat intervals (10 s at most of an agent, 30 s of a v1 client
+with the usual FailoverTimeout of a minute), so that the next heartbeat finds its connection open."""
 
 ANSWER_S = 60.0
-"""For an answer, from when its reader first falls behind: the largest, 12 MB of metrics of 20,000 sessions, over
-a line of 2 Mbit/s."""
+"""Timeout of sending an answer, from when its reader first falls behind. A line of 2 Mbit/s needs this for the
+largest answer, 12 MB of metrics of 20,000 sessions."""
 
 HANDSHAKE_S = 10.0
-"""For TLS: some round trips, and the work of a slow client."""
+"""Timeout of a TLS handshake: some round trips, and the computing of a slow client."""
 
 CLOSE_S = 2.0
-"""For the last bytes of a connection that is being closed, and what is still received on it is discarded: a
-reset would destroy the answer that states the reason."""
+"""How long a connection that is being closed may send its last bytes, while received bytes are discarded: a reset
+would destroy the answer that states the reason."""
 
 MAX_STALLED = 16
-"""Connections without authentication whose readers have fallen behind. Each may hold a page of metrics of its
-own; the oldest is closed."""
+"""The most connections without authentication whose readers have fallen behind; beyond that the oldest is closed.
+Each may keep a page of metrics in memory."""
 
 SWEEP_S = 1.0
-"""Interval of the check of all deadlines. One timer for all connections: one for each request costs more than
-the check."""
+"""Interval of the check of all deadlines. All connections share a timer, which costs less than one for each
+request."""
 
 MAX_SPARE = 24
-"""Connections beyond a limit that are open to be answered 503, or 200 at /healthz, once."""
+"""The most connections beyond a limit. Each is answered once: 503, or 200 at /healthz."""
 
 ACCEPTED_AT_ONCE = 64
-"""Connections accepted before others are served: some 5 ms."""
+"""How many connections are accepted (some 5 ms) before open ones are served again."""
 
 ACCEPT_RETRY_S = 0.2
-"""Until accepting is tried again when the system has no files or memory left."""
+"""Pause before the next attempt to accept, when the system has no descriptors or memory left."""
 
 REPORT_S = 10.0
-"""Interval of log lines of one kind that callers can cause."""
+"""Interval between two log lines of a kind that callers can cause."""
 
 MAX_LOGGED = 200
-"""Characters of a path or another text from a caller in a log line."""
+"""The most characters of a caller's text, such as a path, in a log line."""
 
 CACHE_S = 1.0
-"""How long an answer is used again that costs more than a heartbeat and needs no authentication."""
+"""How long an answer is cached that costs more than a heartbeat and needs no authentication."""
 
 T = TypeVar("T")
 log = Log(__name__)
@@ -127,17 +127,17 @@ class Reports:
         self._unlogged: dict[str, int] = {}
 
     def ended(self, why: Ending, address: str, reason: str = "") -> None:
-        """A connection from an address is ended."""
+        """Record that the coordinator ended a connection of this address."""
         self._meter.connection_ended(why)
         if why is not Ending.IDLE:
             self._warn(why, "connection ended", why=why, address=address, reason=reason)
 
     def not_accepted(self, reason: str) -> None:
-        """The system has no room for another connection."""
+        """Record that the system has no room for another connection."""
         self._warn("accept", "connections cannot be accepted", reason=reason)
 
     def _warn(self, kind: str, message: str, **fields: str) -> None:
-        """``kind`` is of a closed set."""
+        """Log a warning, at most one of each kind in REPORT_S. The kinds are few."""
         if (now := self._clock()) < self._next.get(kind, -inf):
             self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
             return
@@ -212,13 +212,13 @@ class Admission(Generic[S]):
         return victim, None
 
     def authenticate(self, slot: S) -> None:
-        """A caller on this connection was authenticated: it is not closed for another one any more."""
+        """Record that a caller on this connection was authenticated: it is no longer closed for another one."""
         if slot in self._strangers:
             self._forget_stranger(slot)
             self._authenticated.add(slot)
 
     def remove(self, slot: S) -> None:
-        """The connection is closed. May be called twice."""
+        """Record that the connection is closed. May be called twice."""
         if slot in self._spare:
             del self._spare[slot]
             return
@@ -259,7 +259,7 @@ class Admission(Generic[S]):
 
 
 def address_of(peer: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
-    """The address that a peer's connections are counted by: of IPv6 its /64, which is one host's or site's."""
+    """The address by which a peer's connections are counted; in IPv6 its /64 network, which is one host or site."""
     host = peer[0] if isinstance(peer, tuple) else peer
     if ":" not in host:
         return host
@@ -270,9 +270,9 @@ def address_of(peer: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
 
 
 class Cache(Generic[T]):
-    """One value by key, made once for all who ask at the same time, and used again for ``seconds``.
+    """A cache of values by key. Callers at the same time share one ``make``; its result is used for ``seconds``.
 
-    The keys must be few: each value is kept until it is too old.
+    The keys must be few, since each value stays in memory until it is too old.
     """
 
     def __init__(self, seconds: float = CACHE_S) -> None:
@@ -280,7 +280,7 @@ class Cache(Generic[T]):
         self._making: dict[str, asyncio.Task[T]] = {}
 
     async def get(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """The value, made by ``make`` if there is none. Raises what ``make`` raises."""
+        """The cached value, or the result of ``make``. Raises what ``make`` raises."""
         task = self._making.get(key)
         if task is None:
             task = asyncio.ensure_future(self._make(key, make))

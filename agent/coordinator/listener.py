@@ -1,8 +1,8 @@
 """The coordinator's listening socket, and the connections that it accepts.
 
-Owns accepting, the check of all deadlines once in SWEEP_S, and the end. What a connection may do is in
-connection.py, which of them has to go in limits.py. Sockets are accepted here and not by the loop, since
-those whose TLS handshake is not done have to be counted, too.
+Owns accepting, the check of all deadlines every SWEEP_S, and the shutdown. connection.py decides what a connection
+may do, and limits.py which one is closed for another. The event loop does not accept the sockets itself, since
+connections that are still in their TLS handshake have to be counted, too.
 """
 
 import asyncio
@@ -31,14 +31,13 @@ from agent.coordinator.limits import (
 from agent.ops.logs import Log
 
 BACKLOG = 2048
-"""Connections that wait to be accepted: all agents come back at once after a restart."""
+"""How many connections may wait to be accepted: after a restart all agents reconnect at once."""
 
 GRACE_S = 5.0
-"""Time for the requests in progress at a shutdown; then they are aborted. Durable writes are finished in any
-case."""
+"""How long a shutdown waits for requests in progress before it aborts them. Durable writes are always finished."""
 
 LAST_REQUESTS_S = 0.2
-"""For requests that are on their way at a shutdown: they are answered 503, and not with a reset."""
+"""How long a shutdown answers requests that are on their way with 503, rather than with a reset."""
 
 log = Log(__name__)
 
@@ -48,11 +47,11 @@ class Listener:
 
     Args:
         app: the application.
-        listener: bound, not listening yet. The caller closes it.
+        listener: a bound socket that does not listen yet. The caller closes it.
         tls: or None for plain HTTP.
         admission: counts the connections.
         reports: receives why connections are ended.
-        max_body_bytes: longer bodies are not read to their end.
+        max_body_bytes: the rest of longer bodies is not read.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Listener:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            date_header=False,  # it would be up to a second old: api.py writes its own
+            date_header=False,  # uvicorn's may be a second old; api.py writes the header itself
         )
         self._config.load()
         self._state = ServerState()
@@ -104,7 +103,7 @@ class Listener:
         self._resume()
 
     async def stop(self) -> None:
-        """Accept no more, and end all connections; requests in progress get GRACE_S."""
+        """Stop accepting, and end all connections; wait GRACE_S for requests in progress."""
         await asyncio.sleep(LAST_REQUESTS_S)
         self._accepting = False
         self._loop.remove_reader(self._socket)
@@ -187,7 +186,7 @@ class Listener:
                 lambda: connection, accepted, ssl=self._tls, **limits
             )
             failed = False
-        except OSError as error:  # of TLS, or the peer is gone
+        except OSError as error:  # TLS failed, or the peer is gone
             self._reports.ended(Ending.HANDSHAKE, connection.address, str(error))
         finally:
             connection.end_handshake()
@@ -199,15 +198,15 @@ class Listener:
     # -- what connections report --------------------------------------------------------------
 
     def authenticated(self, connection: Connection) -> None:
-        """A caller on it was authenticated."""
+        """Record that a caller on this connection was authenticated."""
         self._admission.authenticate(connection)
 
     def ended(self, connection: Connection, why: Ending, reason: str = "") -> None:
-        """It is being closed for a reason of ours."""
+        """Record that the coordinator closes this connection, and why."""
         self._reports.ended(why, connection.address, reason)
 
     def lost(self, connection: Connection) -> None:
-        """It is closed."""
+        """Record that a connection is closed."""
         self._admission.remove(connection)
         if not self._connections:
             self._empty.set()
@@ -215,7 +214,7 @@ class Listener:
     # -- deadlines ----------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Act on deadlines that have passed. A time in which this process stood still does not count."""
+        """Act on deadlines that have passed. Time during which this process was stopped does not count."""
         self._timer = self._loop.call_later(SWEEP_S, self._sweep)
         before, self._swept_at = self._swept_at, self._loop.time()
         now = self.now = self.now + min(self._swept_at - before, 2 * SWEEP_S)

@@ -1,8 +1,8 @@
 """The coordinator's metrics for Prometheus. Decides nothing.
 
-Counters are incremented by the engine (``Meter``); groups and sessions are counted at each scrape, a few
-groups at a time, so that a scrape of thousands delays no heartbeat. No label is a group or a
-session, so the number of series is fixed, unless that is asked for (``session_metrics``).
+Counters are incremented by the engine (``Meter``). Groups and sessions are counted at each scrape, a few groups at a
+time, so that a scrape of thousands delays no heartbeat. No label is a group or a session, so the number of series
+is fixed, except with ``session_metrics``.
 """
 
 import asyncio
@@ -31,10 +31,10 @@ from agent.core.group_state import Removal, RemovalCause, is_alive, role_of
 from agent.model import FailsafeState, GroupRecord, HistoryEntry, Instant, Role, TenureEnd
 
 GROUPS_AT_ONCE = 100
-"""Groups counted before requests are served again: about a millisecond."""
+"""How many groups are counted before requests are served again: about a millisecond."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-"""Buckets: a heartbeat takes half a millisecond, a commit some; beyond 20 ms something is wrong."""
+"""Bounds of buckets: a heartbeat takes half a millisecond, a commit a few; more than 20 ms means a problem."""
 
 DECISIONS = ("offered", "withdrawn", "revoked")
 CHECKS = ("good", "wrong", "limited", "busy")
@@ -45,8 +45,8 @@ GROUP_STATES = ("primary", "handing_over", "pending", "none")
 
 OPENMETRICS = "application/openmetrics-text"
 FORMS = {True: f"{OPENMETRICS};version=1.0.0", False: "text/plain;version=0.0.4"}
-"""Accept headers of the two forms of the page. What a scraper sends is only searched for the first one: the
-library would repeat its version in the answer."""
+"""The Accept headers of the two forms of the page. A scraper's own header is only searched for the first one, and
+not passed to the library, which would copy its version into the answer."""
 
 
 class Metrics:
@@ -54,7 +54,7 @@ class Metrics:
 
     Args:
         sessions: whether each session has series of its own.
-        cache_s: how long a page is used again, in seconds.
+        cache_s: how long a page is cached, in seconds.
     """
 
     def __init__(self, *, sessions: bool = False, cache_s: float = CACHE_S) -> None:
@@ -209,7 +209,7 @@ class Metrics:
     # -- what happens ---------------------------------------------------------------------------
 
     def answered(self, route: str, code: int, seconds: float) -> None:
-        """A request was answered. ``route`` is an operation of the API, so the labels are few."""
+        """Count an answered request. ``route`` is an operation of the API, so the labels are few."""
         try:
             count, duration = self._requests[route, code]
         except KeyError:
@@ -220,17 +220,17 @@ class Metrics:
         duration.observe(seconds)
 
     def committed(self, seconds: float) -> None:
-        """A change is durable."""
+        """Count a change that was made durable."""
         self._commit_s.observe(seconds)
 
     def commit_failed(self) -> None:
-        """A change could not be made durable."""
+        """Count a change that could not be made durable."""
         self._commit_failures.inc()
 
     def decided(
         self, before: GroupRecord, after: GroupRecord, history: Sequence[HistoryEntry]
     ) -> None:
-        """A decision about one group is durable."""
+        """Count the role changes of a durable decision about one group."""
         for entry in history:
             end = entry.end or TenureEnd.RELEASED
             if end in FAILSAFE_EVENTS:
@@ -252,28 +252,28 @@ class Metrics:
                 self._decisions.labels("revoked").inc()
 
     def removed(self, removals: Sequence[Removal]) -> None:
-        """Dead sessions were removed."""
+        """Count removed dead sessions."""
         for removal in removals:
             self._removed.labels(removal.cause).inc()
 
     def stalled(self) -> None:
-        """This process was stopped for longer than some lease could bear."""
+        """Count a stall of this process that was long enough to expire a lease."""
         self._stalls.inc()
 
     def password_checked(self, outcome: str) -> None:
-        """A password was checked, or was not because of a limit."""
+        """Count a check of a password, also one that a limit refused."""
         self._password_checks.labels(outcome).inc()
 
     def token_keys_fetched(self, outcome: str) -> None:
-        """The keys of the identity provider were fetched, or could not be."""
+        """Count a fetch of the identity provider's keys, by outcome."""
         self._key_fetches.labels(outcome).inc()
 
     def reloaded(self, success: bool) -> None:  # noqa: FBT001 - the one thing to report
-        """Settings and files were read again, or not."""
+        """Count a reload of settings and files, by outcome."""
         self._reload.set(success)
 
     def connection_ended(self, why: Ending) -> None:
-        """The coordinator has ended a connection."""
+        """Count a connection that the coordinator ended."""
         self._connections_ended.labels(why).inc()
 
     # -- what is --------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Metrics:
     async def page(self, coordinator: Coordinator, now: Instant, accept: str) -> tuple[bytes, str]:
         """The page for a scraper, in the form that it accepts, and its Content-Type.
 
-        All who ask at the same time get the same page, and so do those who ask soon after.
+        Scrapes at the same time, and soon after, get the same page.
         """
         form = FORMS[OPENMETRICS in accept]
         return await self._pages.get(form, lambda: self._make_page(coordinator, now, form))
@@ -327,7 +327,7 @@ class Metrics:
 def _count(
     group: Group, now: Instant, groups: Tally[str], sessions: Tally[tuple[Role, bool]]
 ) -> bool:
-    """Count one group; whether it could have a primary and has none."""
+    """Count one group; return whether it could have a primary but has none."""
     record = group.state.record
     some_active = False
     for session_id in record.sessions:
@@ -344,7 +344,7 @@ def _count(
 class SessionLines:
     """The samples of every session as lines, which are the same in both forms of the page.
 
-    Made here and not by the library's families: those of 20,000 sessions would be written in one go.
+    Not made by the library, which would write the samples of 20,000 sessions without a pause for requests.
     """
 
     FAMILIES = (
@@ -398,5 +398,5 @@ class SessionLines:
 
 
 def _quoted(label: str) -> str:
-    """The value of a label, as both forms of the page escape it."""
+    """Escape the value of a label, which both forms of the page do in the same way."""
     return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

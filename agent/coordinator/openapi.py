@@ -73,7 +73,7 @@ REFUSAL_HEADERS: dict[int, dict[str, Any]] = {401: CHALLENGE, 429: RETRY, 503: R
 
 
 def document(routes: Sequence[Route], schemes: Sequence[str]) -> bytes:
-    """The document, as JSON.
+    """Build the document, as JSON.
 
     Args:
         routes: every route of the application.

@@ -1,15 +1,15 @@
 """One connection to another coordinator: a small HTTP/1.1 client (R19).
 
-The other coordinators see the callers' credentials and are trusted with them, but nothing that one sends, or does
-not send, may stop, confuse or fill up this one:
+The other coordinators are trusted with the callers' credentials. But nothing that one of them sends, or fails to
+send, may stop this coordinator, confuse it or fill its memory:
 
 - a connection carries one request at a time, and the answer has to repeat that request's number;
-- a connection is closed, and never used again, after anything unexpected, and when an answer is no longer awaited;
-- a request is sent once. Whether it was carried out is unknown if no answer comes;
-- the bytes of an answer, and of all unfinished answers together, are bounded.
+- a connection is closed after anything unexpected, and when its answer is no longer awaited;
+- a request is sent once. If no answer comes, nobody knows whether it was carried out;
+- the bytes of one answer, and of all unfinished answers together, are bounded.
 
-The parser is uvicorn's. A general HTTP client costs 1 ms of CPU for each request, ten times what its leader needs.
-Deadlines are the caller's: ``give_up``.
+The parser is the one that uvicorn uses. A general HTTP client costs 1 ms of CPU for each request, ten times
+what the leader needs to answer it. The caller keeps the deadline and calls ``give_up``.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from agent.coordinator.limits import MAX_HEAD_BYTES, MAX_HEADERS
 from agent.ops.browsers import is_json
 
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-"""The largest answer, the list of 10,000 sessions with long ids, has some 10 MB."""
+"""The largest answer, a list of 10,000 sessions with long ids, has about 10 MB."""
 
 MAX_UNFINISHED_BYTES = 64 * 1024 * 1024
-"""Of all answers that are being received."""
+"""Bound for all answers together that are being received."""
 
 NO_CONTENT = 204
 
 
 class PeerError(Exception):
-    """There is no usable answer; the message says why, to follow the peer's URL."""
+    """There is no usable answer. The message completes a sentence that begins with the peer's URL."""
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Budget:
 
 
 class Owner(Protocol):
-    """What a connection belongs to: the pool in peers.py."""
+    """The owner of a connection: the pool in peers.py."""
 
     def release(self, connection: "PeerConnection") -> None: ...
     def forget(self, connection: "PeerConnection") -> None: ...
@@ -62,11 +62,11 @@ class PeerConnection(asyncio.Protocol):
     """One connection to a peer, with at most one request on it.
 
     Args:
-        pool: gets it back after each answer, and is notified of its end.
+        pool: gets the connection back after each answer, and is notified when it ends.
         budget: of unfinished answers.
 
     Attributes:
-        idle_since: when it got idle, in seconds of the loop's clock.
+        idle_since: when the connection became idle, in seconds of the loop's clock.
     """
 
     def __init__(self, pool: Owner, budget: Budget) -> None:
@@ -89,8 +89,8 @@ class PeerConnection(asyncio.Protocol):
     # -- for the pool -------------------------------------------------------------------------
 
     def send(self, request: bytes, number: bytes) -> asyncio.Future[PeerAnswer]:
-        """Send a request; its answer. The connection is idle and open."""
-        assert self._transport is not None  # noqa: S101 - the pool has open ones
+        """Send a request; the future is its answer. Call it on an open and idle connection only."""
+        assert self._transport is not None  # noqa: S101 - the pool keeps open connections only
         assert self._awaited is None  # noqa: S101 - as above
         self._number = number
         self._awaited = asyncio.get_running_loop().create_future()
@@ -98,22 +98,22 @@ class PeerConnection(asyncio.Protocol):
         return self._awaited
 
     def give_up(self, awaited: asyncio.Future[PeerAnswer]) -> None:
-        """Nobody awaits this answer any more. If it is still due, the connection ends."""
+        """Stop awaiting this answer. If it has not arrived, the connection is closed."""
         if self._awaited is awaited:
             self._awaited = None
             self.close()
 
     def close(self) -> None:
-        """Close at once; an answer that is due fails."""
+        """Close at once; an awaited answer fails."""
         if not self.closed:
             self._end("closed the connection")
 
     def _end(self, why: str) -> None:
-        """It is not usable any more."""
+        """End the connection, and fail the awaited answer with this reason."""
         self.closed = True
         self._budget.used -= self._unfinished
         self._begin()
-        del self._parser  # else they keep each other until the next full collection, which is rare
+        del self._parser  # it refers back to this object, and collections of cycles are rare
         if self._transport is not None:
             self._transport.abort()
         awaited, self._awaited = self._awaited, None
@@ -121,7 +121,7 @@ class PeerConnection(asyncio.Protocol):
         if awaited is not None and not awaited.done():
             awaited.set_exception(PeerError(why))
 
-    # -- what arrives -------------------------------------------------------------------------
+    # -- callbacks of the transport -----------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -135,7 +135,7 @@ class PeerConnection(asyncio.Protocol):
         if self.closed:
             return
         if self._awaited is None:
-            self._end("sent something without being asked")
+            self._end("sent data without a request")
             return
         try:
             self._parser.feed_data(data)
@@ -143,11 +143,11 @@ class PeerConnection(asyncio.Protocol):
                 self._count_unfinished(len(data))
         except httptools.HttpParserError as error:
             reason = error.__context__ if isinstance(error.__context__, PeerError) else None
-            self._end(str(reason or f"sent what is not an answer of HTTP/1.1: {error}"))
+            self._end(str(reason or f"sent an answer that is not HTTP/1.1: {error}"))
         except PeerError as error:
             self._end(str(error))
         else:
-            if self._complete:  # and the parser has found nothing that follows it
+            if self._complete:  # and no byte has followed the answer
                 self._deliver()
 
     def _count_unfinished(self, received: int) -> None:
@@ -175,7 +175,7 @@ class PeerConnection(asyncio.Protocol):
         else:
             self.close()
 
-    # -- callbacks of the parser; it turns what they raise into an HttpParserError -------------
+    # -- callbacks of the parser, which turns their exceptions into an HttpParserError ---------
 
     def on_message_begin(self) -> None:
         if self._begun:
@@ -210,4 +210,4 @@ class PeerConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
-        self._reusable = self._parser.should_keep_alive()  # the parser forgets it afterwards
+        self._reusable = self._parser.should_keep_alive()  # the parser knows it only now

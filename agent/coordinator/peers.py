@@ -1,7 +1,7 @@
-"""The ways to the other coordinators: connections to each of them, and who may use one (R19).
+"""Pools of connections to the other coordinators, which are called peers (R19).
 
-A peer that hangs takes up its own connections only. What is accepted as an answer is in peer_connection.py. Knows
-nothing of groups, leadership and callers.
+Each peer has its own pools, so one that hangs occupies no connection to another. Which answers are accepted is
+decided in peer_connection.py. Knows nothing of groups, leadership and callers.
 """
 
 import asyncio
@@ -14,18 +14,19 @@ from urllib.parse import urlsplit
 from agent.coordinator.peer_connection import Budget, PeerAnswer, PeerConnection, PeerError
 
 CONNECT_S = 2.0
-"""To connect, with the TLS handshake: as long as two lost packets delay it."""
+"""Timeout to connect, including the TLS handshake: two lost packets delay it by about that."""
 
 KEEPALIVE_S = 45.0
-"""Idle timeout of a connection: shorter than that of a coordinator (75 s)."""
+"""Idle timeout of a connection. A peer closes idle ones after 75 s, so this side does it before."""
 
 QUEUED = 4
-"""Requests that may wait for each connection for calls: 2000 of them take a leader less than a second."""
+"""How many requests may wait for each connection of the pool for calls. A leader answers 2000 requests in
+less than a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a peer is, by its URL."""
+    """The address of a peer, parsed from its URL."""
 
     url: str
     host: str
@@ -35,7 +36,7 @@ class Place:
 
     @classmethod
     def of(cls, url: str) -> "Place":
-        """Raises PeerError if the URL is not that of a coordinator."""
+        """Parse a URL. Raises PeerError if it is not an http or https URL."""
         try:
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -52,9 +53,10 @@ class Pool:
 
     Args:
         place: of the peer.
-        tls: verifies it, if its URL is https.
-        connections: the most of them.
-        queued: the most requests that wait for one of these.
+        tls: verifies the peer, if its URL is https.
+        budget: of unfinished answers, shared by all pools.
+        connections: the most that are open at once.
+        queued: the most requests that may wait for a connection.
     """
 
     def __init__(
@@ -78,11 +80,11 @@ class Pool:
 
     @property
     def in_use(self) -> bool:
-        """Whether there is a connection, or somebody waits for one."""
+        """Whether a connection is open or being opened, or a request waits for one."""
         return bool(self._open or self._opening or self._waiting)
 
     def take(self) -> PeerConnection | None:
-        """An idle connection: the one that was used last, so that those not needed grow old."""
+        """An idle connection, or None. It is the one used last, so that superfluous ones time out."""
         oldest = asyncio.get_running_loop().time() - KEEPALIVE_S
         while self._idle:
             connection = self._idle.pop()
@@ -92,11 +94,11 @@ class Pool:
         return None
 
     def wait(self) -> asyncio.Future[PeerConnection]:
-        """The next connection that is free. Raises PeerError if too many wait already."""
+        """Wait for the next free connection. Raises PeerError if too many requests wait already."""
         free = self._most - len(self._open) - len(self._opening)
         if free <= 0 and len(self._waiting) - len(self._opening) >= self._most_queued:
             raise PeerError(
-                f"has {self._most} requests in progress, and {len(self._waiting)} wait for it already"
+                f"has {self._most} requests in progress, and {len(self._waiting)} more are waiting"
             )
         waiting: asyncio.Future[PeerConnection] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
@@ -104,14 +106,14 @@ class Pool:
         return waiting
 
     def give_up(self, waiting: asyncio.Future[PeerConnection]) -> None:
-        """Nobody waits for this connection any more."""
+        """Stop waiting; a connection that was assigned meanwhile becomes free again."""
         if waiting in self._waiting:
             self._waiting.remove(waiting)
         elif waiting.done() and not waiting.cancelled() and waiting.exception() is None:
             self.release(waiting.result())
 
     def release(self, connection: PeerConnection) -> None:
-        """A connection is free: give it to the next who waits."""
+        """Give a connection that became free to the next request that waits, or keep it idle."""
         while self._waiting and not connection.closed:
             waiting = self._waiting.popleft()
             if not waiting.done():
@@ -122,31 +124,31 @@ class Pool:
             self._idle.append(connection)
 
     def forget(self, connection: PeerConnection) -> None:
-        """A connection has ended."""
+        """Remove a connection that has ended, and open another if requests wait."""
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         self._open_more()
 
     def close_idle(self, before: float) -> None:
-        """Close the connections that are idle since before a moment."""
+        """Close the connections that have been idle since before this moment."""
         while self._idle and self._idle[0].idle_since < before:
             self._idle[0].close()
 
     async def aclose(self) -> None:
-        """Close every connection; whoever waits gets a PeerError."""
+        """Close every connection; requests that wait for one fail with a PeerError."""
         self._most = 0
         for task in self._opening:
             task.cancel()
         if self._opening:
             await asyncio.wait(self._opening)
-        self._fail_waiting("is not asked any more")
+        self._fail_waiting("is not used any more")
         self._idle.clear()
         for connection in list(self._open):
             connection.close()
 
     def _open_more(self) -> None:
-        """Open connections for those who wait, as far as there may be more."""
+        """Open a connection for each waiting request, up to the most that may be open."""
         wanted = len(self._waiting) - len(self._opening)
         free = self._most - len(self._open) - len(self._opening)
         for _ in range(min(wanted, free)):
@@ -166,10 +168,7 @@ class Pool:
                 )
         except TimeoutError:
             failure = f"could not be connected to within {CONNECT_S:g} s"
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ssl.SSLError is an OSError, that of a name a ValueError
+        except (OSError, ValueError) as error:  # ValueError: the host name cannot be encoded
             failure = f"could not be connected to: {error}"
         else:
             if connection.closed:
@@ -183,7 +182,7 @@ class Pool:
             self._fail_waiting(failure, 1 if self._open else None)
 
     def _fail_waiting(self, reason: str, most: int | None = None) -> None:
-        """Those who wait longest, or all: open connections will serve the others."""
+        """Fail the ``most`` oldest waiting requests, or all; open connections will serve the rest."""
         for _ in range(len(self._waiting) if most is None else most):
             if not self._waiting:
                 return
@@ -194,11 +193,11 @@ class Pool:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request to a peer and its answer. ``run`` it once; ``fail`` ends that early.
+    """One request to a peer and its answer. Call ``run`` once; ``fail`` makes it end early.
 
     Attributes:
         request: head and body.
-        number: in the header FORWARDED of the request.
+        number: the value of the request's header FORWARDED.
     """
 
     pool: Pool
@@ -210,11 +209,11 @@ class Exchange:
     _failure: Exception | None = field(default=None, init=False)
 
     async def run(self) -> PeerAnswer:
-        """The answer.
+        """Send the request and return the answer.
 
         Raises:
-            PeerError: there is none, or it cannot be used.
-            Exception: that was given to ``fail``.
+            PeerError: there is no answer, or it cannot be used.
+            Exception: the one that was given to ``fail``.
         """
         try:
             connection = await self._connection()
@@ -227,12 +226,12 @@ class Exchange:
             finally:
                 del answer
         finally:
-            self._step = self._failure = None  # they would be in a circle with their traceback
+            self._step = self._failure = None  # else they and their traceback refer to each other
 
     async def _connection(self) -> PeerConnection:
         """A connection that is open now."""
         connection = self.pool.take() or await self._wait()
-        while connection.closed:  # since it became ours: nothing was sent
+        while connection.closed:  # closed before anything was sent on it
             connection = self.pool.take() or await self._wait()
         if self._failure is not None:
             self.pool.release(connection)
@@ -250,20 +249,20 @@ class Exchange:
             del waiting
 
     def fail(self, error: Exception) -> None:
-        """Make ``run`` raise this, unless the answer is there."""
-        self._failure = error  # for a connection that it has got just now
+        """Make ``run`` raise this error, unless the answer has arrived."""
+        self._failure = error  # raised even if ``run`` has just received a connection
         if self._step is not None and not self._step.done():
             self._step.set_exception(error)
 
 
 class Peers:
-    """The pools of all peers. Call ``sweep`` now and then, and ``aclose`` last.
+    """The pools of all peers. Call ``sweep`` from time to time, and ``aclose`` last.
 
     Args:
         tls: verifies peers whose URL is https.
-        encrypted: refuse peers whose URL is not: requests carry passwords.
-        calls: the most connections to one peer, for requests that are answered at once.
-        blocking_reads: the most for the others.
+        encrypted: whether to refuse peers whose URL is not https: requests carry passwords.
+        calls: the most connections to one peer for requests that are answered at once.
+        blocking_reads: the most connections to one peer for blocking reads.
     """
 
     def __init__(
@@ -277,13 +276,13 @@ class Peers:
         self._pools: dict[str, tuple[Place, Pool, Pool]] = {}
 
     def to(self, url: str) -> tuple[Place, Pool, Pool]:
-        """A peer: its place, its pool for calls, and the one for blocking reads. Raises PeerError."""
+        """A peer's place, its pool for calls and its pool for blocking reads. Raises PeerError."""
         found = self._pools.get(url)
         if found is None:
             place = Place.of(url)
             if self._encrypted and not place.encrypted:
                 raise PeerError(
-                    "is not https, as advertise is here, and requests carry credentials"
+                    "is not https, though this coordinator's is, and requests carry credentials"
                 )
             found = self._pools[url] = (place, *self._make(place))
         return found
@@ -301,7 +300,7 @@ class Peers:
         )
 
     def sweep(self) -> None:
-        """Close connections that were idle for long, and forget peers without any."""
+        """Close connections that have been idle for too long, and forget peers without connections."""
         before = asyncio.get_running_loop().time() - KEEPALIVE_S
         for url, (_, *pools) in list(self._pools.items()):
             for pool in pools:

@@ -1,9 +1,9 @@
-"""A store that an operator has put back from an older copy and declares so: ``serve --restored`` (R34).
+"""Declare that a store was put back from an older copy: ``serve --restored`` (R34).
 
-The copy does not know who became primary after it was made. With failsafe such a primary may stay active for as
-long as it likes, so nobody is chosen in any group until an operator lifts that, group by group. Groups may be
-missing in the copy, so that the declaration is kept in the store: each group that is created later starts like
-the others, at every coordinator, until an operator trusts the store again.
+The copy does not know who became primary after it was made. With failsafe such a primary may stay active for any
+time, so nobody is chosen in a group until an operator lifts that group's restriction. The copy may also lack
+groups. Therefore the store keeps the declaration, and groups that are created later are restricted, too, until an
+operator trusts the store again.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ from agent.core.group_state import Decision, DeclareRestored, Policy, state_afte
 from agent.model import GroupKey, Instant
 
 AT_ONCE = 100
-"""Groups in one batch: stores commit what comes together at once."""
+"""Groups that are declared in parallel: a store writes changes that arrive together faster."""
 
 
 def distrust(stored: Stored, now: Instant, policy: Policy) -> Decision:
-    """The decision for one group."""
+    """Decide the restriction of one group."""
     state = state_after_restart(stored.record, now, stored.progress)
     return decide(state, DeclareRestored(), now, policy)
 
 
 async def declare_restored(store: Store, clock: Callable[[], Instant], policy: Policy) -> int:
-    """Declare a store that nobody serves yet, and every group of it; how many groups there are.
+    """Declare a store that nobody serves yet, with every group of it; return the number of groups.
 
     Raises:
-        StoreError: not all of them are declared. It may be called again.
+        StoreError: not every group is declared. Call it again.
     """
 
     async def declare(key: GroupKey, stored: Stored) -> None:

@@ -345,7 +345,7 @@ ROUTES: tuple[Route, ...] = (
 )
 
 METRICS_ROUTES = tuple(route for route in ROUTES if route.handler in {healthz, readyz, metrics})
-"""Those of ``metrics_listen``."""
+"""The routes served at ``metrics_listen``."""
 
 API_ROUTES = tuple(route for route in ROUTES if route.handler is not metrics)
-"""Those of ``listen`` beside it."""
+"""The routes served at ``listen`` if ``metrics_listen`` is set, too."""

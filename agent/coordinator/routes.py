@@ -16,15 +16,15 @@ from agent.schema.values import Id, Shape
 
 CLOUD = "/api/v1/tenants/{tenantId}/namespaces/{namespaceId}"
 BASES = (f"{CLOUD}/clientfailover", "/api/v1/clientfailover")
-"""The cloud's base path, and the on-premises one, which stands for the tenant and namespace
+"""The base path of the cloud, and the one on premises, which means the tenant ``default`` and the namespace
 ``default``."""
 
 DEFAULT_NAME = "default"
 
 PATHS_REMEMBERED = 32_768
 LONGEST_REMEMBERED = 320
-"""Parsed paths in memory, and bytes of one of them: twice the sessions that one core can serve, with four
-names of 50 characters. At most some 40 MB."""
+"""How many parsed paths are remembered, and how long each may be: twice the sessions that one core can serve, with
+four names of 50 characters. At most some 40 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Result:
 
     Attributes:
         shape: of the body, or of its items if ``is_list``; None for no body, or for one without a shape.
-        media: the body's Content-Type if it is not of a shape.
+        media: the body's Content-Type if it has no shape.
     """
 
     status: int
@@ -65,11 +65,11 @@ class Route:
 
     Attributes:
         path: after the base, or in full if ``bases`` is empty.
-        handler: answers it.
+        handler: answers the call.
         right: the right that a caller needs; None: open to everybody, without authentication.
-        for_administrators: it manages access, which the configured administrators always may.
+        for_administrators: whether the call manages access, which configured administrators may always do.
         body: the shape of its body.
-        refusals: statuses beside those that any call can have.
+        refusals: statuses in addition to those of every call.
     """
 
     method: str
@@ -91,7 +91,7 @@ class Route:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every full path of it, with ``{parameters}``."""
+        """Every full path of the route, with ``{parameters}``."""
         return tuple(base + self.path for base in self.bases) or (self.path,)
 
 
@@ -123,9 +123,9 @@ class Router:
         self._remembered: dict[bytes, PathMatch] = {}
 
     def remember(self, raw_path: bytes, match: PathMatch) -> None:
-        """Find this path faster from now on: agents request the same few again and again.
+        """Remember this path, so that it is found faster: agents request the same few paths repeatedly.
 
-        Only for callers that are authenticated: anybody else could fill the memory.
+        Call it for authenticated callers only, since anybody else could fill the memory.
         """
         remembered = self._remembered
         if raw_path in remembered or len(raw_path) > LONGEST_REMEMBERED:
@@ -145,7 +145,7 @@ class Router:
         return node
 
     def find(self, raw_path: bytes) -> PathMatch:
-        """The routes of a path as it came over the wire.
+        """The routes of a path as the client sent it.
 
         Literals match in any letter case; a slash at the end is accepted.
 
@@ -181,7 +181,7 @@ class Router:
 
 
 def _segments(path: str) -> list[str]:
-    """The parts between slashes, without one empty part at the end."""
+    """The parts between slashes. An empty part at the end is left out."""
     return path[1:].removesuffix("/").split("/") if path not in {"", "/"} else []
 
 

@@ -54,20 +54,20 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 MOST_FILES = 65_536
 MOST_CONNECTIONS = 20_000
 SPARE_FILES = 64
-"""Connections that are served at once, some 20 kB each: two for each of 10,000 agents. The other files are for
-spare connections, those of metrics_listen, the store and the log; the limit of open files is raised so far if
-the system lets us."""
+"""The most connections at once, some 20 kB each: two for each of 10,000 agents. The other open files are for spare
+connections, metrics_listen, the store and the log. The limit of open files is raised to the sum if the system
+allows it."""
 
 MAX_METRICS_CONNECTIONS = 16
-"""Of metrics_listen: a few scrapers and probes."""
+"""The most connections of metrics_listen, for a few scrapers and probes."""
 
 RELOAD_S = 30.0
 """How long a reload waits for files on a disk that may hang."""
 
 GC_THRESHOLDS = (10_000, 50, 100)
-"""A full collection walks every group, 50 ms for 2,000 of them, finds nothing (what a heartbeat leaves
-has no cycles) and by default comes every second under load. With these it comes after 50 million
-objects; the young ones are still looked at."""
+"""Thresholds of the garbage collector. Under load a full collection by default runs every second and visits every
+group (50 ms for 2,000), in vain, since a heartbeat leaves no cycles. With these thresholds it runs after 50 million
+objects; young objects are still checked."""
 
 RESTORED = "restored store declared: nobody is primary before 'failover-agent failsafe lift'"
 
@@ -80,12 +80,12 @@ def run(
     *,
     restored: bool = False,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; 0 after an orderly stop.
+    """Serve until SIGTERM or SIGINT; return 0 after an orderly stop.
 
     Args:
         settings: checked.
         reread: reads the settings anew, at SIGHUP; raises ConfigError.
-        restored: the store is an older copy that was put back (R34).
+        restored: whether the store was put back from an older copy (R34).
 
     Raises:
         ConfigError: a file that a setting names is wrong, or the address is taken (LISTEN).
@@ -178,7 +178,7 @@ async def _reload(
 
 
 async def _wait(stop: asyncio.Event, notify: Notify) -> None:
-    """Until ``stop`` is set; systemd's watchdog hears of each turn of this loop."""
+    """Wait until ``stop`` is set, and notify systemd's watchdog in each iteration."""
     turn_s = notify.watchdog_s / 2 if notify.watchdog_s is not None else None
     while not stop.is_set():
         notify.watchdog()
@@ -188,7 +188,7 @@ async def _wait(stop: asyncio.Event, notify: Notify) -> None:
 
 
 class _Sockets(NamedTuple):
-    """Where the API is served, and where the metrics are if not there."""
+    """The addresses that are served: of the API, and of the metrics if they have one of their own."""
 
     api: socket.socket
     metrics: socket.socket | None
@@ -198,7 +198,7 @@ class _Sockets(NamedTuple):
 async def serving(
     settings: CoordinatorSettings, access: Access | None = None, *, restored: bool = False
 ) -> AsyncIterator[str]:
-    """A coordinator that serves in this event loop; its URL. Raises what ``run`` raises."""
+    """Run a coordinator in this event loop while the block runs; yields its URL. Raises as ``run`` does."""
     access = access or Access(settings)
     clock = Clock()
     metrics = Metrics(sessions=settings.session_metrics)
@@ -249,7 +249,7 @@ async def _serving_cluster(
     *,
     restored: bool,
 ) -> AsyncIterator[str]:
-    """One of several coordinators over etcd (R19)."""
+    """Run one of several coordinators over etcd while the block runs (R19)."""
     from agent.coordinator.cluster import Cluster  # noqa: PLC0415 - other stores do without
 
     cluster = await Cluster.open(settings, clock, metrics)
@@ -300,9 +300,9 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
     sockets: _Sockets,
     forwarder: Forwarder | None = None,
 ) -> AsyncIterator[str]:
-    """Serve on the sockets; the URL of the API."""
+    """Serve on the sockets while the block runs; yields the URL of the API."""
     names = settings.host_names
-    if settings.advertise is not None:  # by which the other coordinators ask this one
+    if settings.advertise is not None:  # other coordinators send their requests to it
         names = (*names, urlsplit(settings.advertise).hostname or "")
 
     def application(listen: Address, routes: Sequence[Route]) -> Api:
@@ -357,7 +357,7 @@ async def _web_server(
     reports: Reports,
     max_body_bytes: int,
 ) -> AsyncIterator[str]:
-    """Serve an application on a socket; the URL."""
+    """Serve an application on a socket while the block runs; yields the URL."""
     server = Listener(
         app, listener, tls, admission=admission, reports=reports, max_body_bytes=max_body_bytes
     )
@@ -370,7 +370,7 @@ async def _web_server(
 
 
 def _most_connections() -> int:
-    """How many connections the limit of open files allows, after raising it as far as we may."""
+    """How many connections the limit of open files allows, after raising it as far as possible."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -382,7 +382,7 @@ def _most_connections() -> int:
 
 @contextmanager
 def _bound(address: Address, flag: str) -> Iterator[socket.socket]:
-    """A socket that has the address of a flag, and does not listen yet."""
+    """A socket bound to the address of a setting. It does not listen yet."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

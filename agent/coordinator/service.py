@@ -1,7 +1,7 @@
 """The coordinator: every operation on groups and sessions.
 
-engine.py makes a decision durable before it is answered. Here are the operations around it: creation and
-deletion, lists, blocking status reads, access-control lists. Knows nothing of HTTP, callers and rights.
+Owns creation and deletion, lists, blocking status reads and access-control lists. engine.py makes each decision
+durable before it is answered. Knows nothing of HTTP, callers and rights.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ from agent.model import (
 from agent.schema.coordinator_settings import CoordinatorSettings
 
 MAX_READERS = 10_000
-"""Status reads that may wait at the same time, some kilobytes each. Further ones are refused."""
+"""How many status reads may wait at the same time, some kilobytes each. Further ones are refused."""
 
 READERS_RETRY_S = 5.0
-"""Retry-After of a refused read: waiting reads end within seconds, and retries without a delay would cost
-more than the wait that was refused."""
+"""Retry-After of a refused status read: waiting reads end within seconds, and retries without a delay would cost
+more than the read."""
 
 LONGEST_WAIT_S = 300.0
-"""The longest that a status read waits: proxies and NATs forget a silent connection after minutes."""
+"""The longest wait of a status read: proxies and NATs drop a silent connection after minutes."""
 
 MAX_NAMESPACES_CACHED = 1024
-"""Access lists of namespaces in memory: a deployment has a handful; guessed names must not fill it."""
+"""How many namespaces' access lists are kept in memory: a deployment has a handful, but callers can guess names."""
 
 
 class Coordinator:
@@ -56,12 +56,12 @@ class Coordinator:
     from core/group.py, and Unavailable while nothing can be made durable or it is stopping.
 
     Args:
-        store: all groups, or None where shards of them are led (R19).
-        directory: what is not of one shard; needed without a store.
-        shard_of: the number of a group's shard.
-        problem: why a coordinator that leads shards is not ready, or None.
-        report: what a coordinator that leads shards adds to its readiness.
-        url: where the other coordinators reach this one.
+        store: the store of all groups; None if this coordinator leads shards (R19).
+        directory: the store's part that belongs to no shard; needed without ``store``.
+        shard_of: returns the number of a group's shard.
+        problem: returns why a coordinator that leads shards is not ready, or None.
+        report: returns the details of readiness of a coordinator that leads shards.
+        url: the URL at which other coordinators reach this one.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Coordinator:
     # -- life ---------------------------------------------------------------------------------
 
     async def start(self) -> int:
-        """Load every group, give every session one full L (R14); how many groups there are.
+        """Load every group, and give every session one full L (R14); return the number of groups.
 
         Raises:
             StoreError: the store cannot be read.
@@ -115,7 +115,7 @@ class Coordinator:
         await self._engine.stop()
 
     def turn(self) -> None:
-        """Run what is due now, for tests with a clock that is moved by hand."""
+        """Run the changes that are due, for tests that move the clock by hand."""
         self._engine.turn()
 
     @property
@@ -152,13 +152,13 @@ class Coordinator:
     # -- groups -------------------------------------------------------------------------------
 
     async def create_group(self, key: GroupKey, config: GroupConfig) -> tuple[GroupConfig, bool]:
-        """The group as it is then, and whether this call has created it."""
+        """Create a group unless it exists; return it, and whether this call has created it."""
         self._refuse_if_stopping()
         while (other := self._creating.get(key)) is not None:
             await asyncio.wait([other])
         created = key not in self._engine.groups
         if not created:
-            self._engine.find(key)  # whether it is led
+            self._engine.find(key)  # raises NotLeading unless the shard is led here
         else:
             if len(self._engine.groups) + len(self._creating) >= self._max_groups:
                 raise Conflict(
@@ -209,7 +209,7 @@ class Coordinator:
         count: int,
         visible: Callable[[AccessList | None], bool],
     ) -> tuple[int, list[GroupConfig]]:
-        """As ``groups``, whichever coordinators lead them."""
+        """As ``groups``, including groups that other coordinators lead."""
         if self._directory is None:
             return self.groups(tenant, namespace, skip, count, visible)
         self._refuse_if_stopping()
@@ -230,9 +230,9 @@ class Coordinator:
         return replace(status, store_id=self._store.store_id, leader=self._url)
 
     async def wait_status(self, key: GroupKey, after: int, wait_s: float) -> GroupStatus:
-        """The status as soon as its revision is past ``after``, or after ``wait_s`` seconds.
+        """Wait until the status has a later revision than ``after``, or for ``wait_s`` seconds; return it.
 
-        Answered at once when the coordinator stops. Longer waits than LONGEST_WAIT_S end there.
+        Returns at once when the coordinator stops, and after LONGEST_WAIT_S at the latest.
 
         Raises:
             NotFound: there is no such group, or it was deleted during the wait.
@@ -267,7 +267,7 @@ class Coordinator:
         return self._status_of(group)
 
     async def history(self, key: GroupKey, skip: int, count: int) -> tuple[int, list[HistoryEntry]]:
-        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+        """How many tenures are stored, and ``count`` of them after ``skip``, newest first."""
         store = self._engine.find(key).shard.store
         return await self._engine.read(store.history(key, skip=skip, count=count))
 
@@ -276,7 +276,7 @@ class Coordinator:
     async def add_session(
         self, key: GroupKey, registration: AddSession
     ) -> tuple[SessionView, bool]:
-        """The session as it is then, and whether this call has created it."""
+        """Register a session unless it exists; return it, and whether this call has created it."""
         created = await self.apply(key, registration)
         return self.session(key, registration.config.id), created is True
 
@@ -319,7 +319,7 @@ class Coordinator:
     # -- access -------------------------------------------------------------------------------
 
     def group_access(self, key: GroupKey) -> AccessList | None:
-        """A group's own access-control list, or None for its namespace's."""
+        """A group's own access-control list; None if its namespace's list is in force."""
         return self._engine.find(key).state.record.acl
 
     async def set_group_access(self, key: GroupKey, acl: AccessList | None) -> None:
@@ -327,7 +327,7 @@ class Coordinator:
         await self.apply(key, SetAccess(acl))
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
-        """The list of a namespace's groups, or None if none was ever set."""
+        """The access-control list of a namespace's groups, or None if none was ever set."""
         tenant_namespace = (tenant, namespace)
         if tenant_namespace not in self._access:
             generation = self._access_generation
@@ -345,7 +345,7 @@ class Coordinator:
         self._access_generation += 1
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
-        """Replace that list; None removes it."""
+        """Replace the access-control list of a namespace's groups; None removes it."""
         self._refuse_if_stopping()
         await asyncio.shield(self._engine.spawn(self._set_access(tenant, namespace, acl)))
 
@@ -361,7 +361,7 @@ class Coordinator:
 
 
 def policy_of(settings: CoordinatorSettings) -> Policy:
-    """The part of the settings that decisions need."""
+    """Build the policy that decisions use from the settings."""
     return Policy(
         score_hysteresis=settings.score_hysteresis,
         minimum_hold_s=settings.minimum_hold,

@@ -14,13 +14,13 @@ from agent.model import GroupKey, Instant, Progress
 
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
-"""A stall of L/4 cannot expire a lease that is renewed as R1 demands, nor that of a v1 client, which sends a
-heartbeat every L/2. Excusing shorter stalls would keep a dead primary for ever on a busy host; under 0.1 s
-they are scheduling."""
+"""The stalls that are excused: longer than this share of L and than 0.1 s, which is ordinary scheduling. A shorter
+stall cannot expire a lease that is renewed as R1 demands, nor that of a v1 client (every L/2), and excusing it could
+keep a dead primary for ever on a busy host."""
 
 
 class Lease:
-    """Until when its shards may be led, in CLOCK_BOOTTIME seconds. Written by leadership.py only."""
+    """Until when shards may be led, in CLOCK_BOOTTIME seconds. Only leadership.py changes it."""
 
     __slots__ = ("until",)
 
@@ -49,10 +49,11 @@ class Group:
 
     Attributes:
         lock: held during a durable change.
-        saved: the progress that is durable.
-        doubtful: the outcome of a change is unknown; the record has to be read before the next decision.
-        gone: deleted; inputs that wait for the lock fail with NotFound.
-        progress_queued: it is in the queue of groups with unwritten progress.
+        saved: the progress that the store has.
+        doubtful: whether the outcome of a change is unknown, so that the record has to be read before the
+            next decision.
+        gone: whether the group was deleted; inputs that wait for the lock fail with NotFound.
+        progress_queued: whether the group is in the queue of groups with unsaved progress.
     """
 
     __slots__ = (
@@ -81,7 +82,7 @@ class Group:
         self.readers: dict[asyncio.Future[None], int] = {}
 
     def unsaved_progress(self) -> Progress | None:
-        """The progress that differs from what is durable, or None."""
+        """The progress that the store does not have yet, or None."""
         progress = progress_of(self.state)
         return progress if progress != self.saved else None
 

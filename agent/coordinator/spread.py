@@ -1,8 +1,8 @@
-"""Which coordinator leads which shard, as seen in etcd, and which should: pure functions (R19).
+"""Spread shards evenly over the coordinators: pure functions of the keys seen in etcd (R19).
 
-Shards are spread evenly: a vacant one is claimed by a member that has fewer than its share, and a member that
-has at least two more than another one gives that one of its own. Every member decides by its own view;
-the transactions of leadership.py settle the rest.
+A member with fewer shards than its share claims vacant ones, and a member with at least two more than another
+hands one over to it. Every member decides by its own view of the keys; the transactions in leadership.py settle
+conflicts.
 """
 
 import json
@@ -35,7 +35,7 @@ class View:
     access: int = 0
 
     def apply(self, prefix: str, event: Event) -> None:
-        """Apply one change."""
+        """Apply a change of one key to the view."""
         kind, _, name = event.key.removeprefix(prefix).partition("/")
         value = None if event.value is None else event.value
         if kind == "members":
@@ -62,7 +62,7 @@ class View:
 
 
 def shards_to_claim(view: View, me: str, vacant: list[int], shards: int) -> list[int]:
-    """The vacant shards that a member should claim: up to its share, beginning at its own place."""
+    """The vacant shards that a member should claim: up to its share, beginning at a place of its own."""
     counts = view.counts()
     share = ceil(shards / max(1, len(counts))) - counts.get(me, 0)
     if share <= 0 or not vacant:

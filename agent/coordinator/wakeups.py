@@ -1,8 +1,8 @@
-"""The next wakeup of each group. Knows keys and times, and nothing of groups.
+"""The next wakeup of each group. Knows keys and moments, and nothing of groups.
 
-A heartbeat moves its group's next moment further away, thousands of times a second. So the moment
-is kept beside the heap: an entry of the heap that comes up too early is put back, and only a moment
-that comes *nearer* costs a push at once.
+Heartbeats postpone their groups' wakeups thousands of times a second. So the moment of each key is stored beside the
+heap, and only a moment that becomes *earlier* is pushed at once; a heap entry that comes up too early is pushed
+again with the stored moment.
 """
 
 import heapq
@@ -23,7 +23,7 @@ class Wakeups(Generic[KeyT]):
         self._order = 0
 
     def set(self, key: KeyT, at: float) -> bool:
-        """Come back to ``key`` at ``at`` instead; whether the heap has a nearer moment now."""
+        """Set the moment of ``key``; return whether it became the earliest of all."""
         self._wanted[key] = at
         if at >= self._queued.get(key, inf):
             return False
@@ -31,21 +31,21 @@ class Wakeups(Generic[KeyT]):
         return self._heap[0][2] == key
 
     def forget(self, key: KeyT) -> None:
-        """Come back to ``key`` no more."""
+        """Remove the wakeup of ``key``."""
         self._wanted.pop(key, None)
 
     def next_at(self) -> float:
-        """No moment is nearer than this; infinity if there is none."""
+        """A moment before which no wakeup is due; infinity if there is none."""
         return self._heap[0][0] if self._heap else inf
 
     def due(self, now: float, limit: int) -> Iterator[KeyT]:
-        """At most ``limit`` keys whose moment has come. Each is to be ``set`` again."""
+        """Remove and return at most ``limit`` keys that are due. Call ``set`` for each again."""
         for _ in range(limit):
             if not self._heap or self._heap[0][0] > now:
                 return
             at, _order, key = heapq.heappop(self._heap)
             if self._queued.get(key) != at:
-                continue  # a nearer one was pushed since, and has been seen
+                continue  # an earlier moment was pushed after this one
             del self._queued[key]
             wanted = self._wanted.get(key, inf)
             if wanted <= now:

@@ -1,1 +1,1 @@
-"""The deciding part: pure functions of state, input and time (R1-R9, R13-R18). No clock, no I/O."""
+"""All decisions, as pure functions of state, input and time (R1-R9, R13-R18). No clock, no I/O."""

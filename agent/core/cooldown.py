@@ -31,7 +31,7 @@ class Cooldown:
         self._pending_s = min(doubled_s, limit_s)
 
     def start(self, now: float) -> bool:
-        """Start the delay, once the demotion is done; whether there is one."""
+        """Start the delay, once the demotion is done; return whether there is one."""
         pending_s, self._pending_s = self._pending_s, 0.0
         if pending_s > 0:
             self.until = now + pending_s

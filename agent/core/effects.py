@@ -73,8 +73,8 @@ class SendHeartbeat:
 
     Attributes:
         holds: the epoch that this session holds, or None.
-        failsafe_revision: the set of members that it uses in that tenure, or None (R23).
-        promised: whether a promise binds it (R30).
+        failsafe_revision: the revision of the set of members that it uses in that tenure, or None (R23).
+        promised: whether a promise binds this session (R30).
     """
 
     number: int
@@ -90,8 +90,8 @@ class Ask:
     Attributes:
         member: the member to ask.
         epoch: of the tenure that this session holds.
-        nonce: identifies the question; on the wire a random value has to stand for it.
-        rehearsal: whether only the way is tested (R35).
+        nonce: identifies the question in this process; its message has a random value instead.
+        rehearsal: whether the question is only a test (R35).
     """
 
     member: Member
@@ -105,8 +105,8 @@ class Vote:
     """The answer to the question of another member (R29).
 
     Attributes:
-        yes: whether that member may stay primary. In a rehearsal: whether it could be, were the
-            coordinator away.
+        yes: whether the member that asked may stay primary. In a rehearsal: whether it could if the
+            coordinator were away.
         why: for people.
     """
 
@@ -155,7 +155,7 @@ class Release:
         epoch: of the tenure that ends.
         hold_off_s: how long this session asks not to be chosen.
         instance: the process that held the tenure; None for this one.
-        held: whether the tenure was accepted. One that was refused was never active (R25).
+        held: whether the tenure was accepted. False: it was refused and never active (R25).
     """
 
     epoch: int

@@ -9,7 +9,7 @@ from agent.model import GroupStatus, HeartbeatAnswer
 
 
 class HeartbeatFailure(StrEnum):
-    """Why a heartbeat has failed, as far as the session acts on the difference."""
+    """Why a heartbeat has failed. Causes are distinguished only where the session acts differently."""
 
     GONE = "gone"
     """404: the server does not know the group or the session (docs/api.md, "Status codes")."""
@@ -48,7 +48,7 @@ class HeartbeatFailed:
     Attributes:
         why: for people.
         retry_after_s: the server's Retry-After, or None.
-        contact: whether the coordinator itself has refused it, by a status from 400 to 499 (R26).
+        contact: whether the coordinator itself refused the heartbeat, with a status from 400 to 499 (R26).
     """
 
     number: int
@@ -94,12 +94,12 @@ class FitnessChanged:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The release was answered, or has failed for good."""
+    """The release was answered, or has failed and is not retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The session was deleted at the server, or that has failed for good."""
+    """The session was deleted at the server, or the deletion has failed and is not retried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Asked:
     Attributes:
         asker: session id of the member that asks.
         epoch: of the tenure that it holds.
-        rehearsal: whether only the way is tested: the answer promises nothing (R35).
+        rehearsal: whether the question is only a test, so that the answer promises nothing (R35).
     """
 
     asker: str
@@ -137,8 +137,8 @@ class Answered:
     """A question of this session (effect ``Ask``) was answered, or has failed.
 
     Attributes:
-        nonce: that of the question.
-        yes: False also if no valid answer came in time.
+        nonce: the nonce of the question.
+        yes: the vote; False also if no valid answer came in time.
         why: for people.
     """
 

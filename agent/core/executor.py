@@ -215,5 +215,5 @@ class Executor:
         return []
 
     def _stuck_at(self, run: _RunningHook) -> float:
-        """When a promotion that survives KILL has failed: one stuck in the kernel must not keep the role."""
+        """When a promotion that survives KILL counts as failed, as a hook stuck in the kernel may never end."""
         return run.kill_at + self._grace_s

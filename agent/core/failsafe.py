@@ -1,8 +1,8 @@
-"""The agent's part of failsafe: a primary without the coordinator, and the members that it asks (R26-R32, R35).
+"""Failsafe in a session: stay primary without the coordinator, and vote on others that want to (R26-R32, R35).
 
-Owns when this session asks and what it answers. The set of members and their votes are in
-core/failsafe_holder.py, the promise in core/failsafe_voter.py, contact in core/failsafe_contact.py. Without
-``Options.failsafe`` nothing is asked, answered with yes or promised.
+Owns when this session asks questions, and its votes on the questions of others. The set of members and their
+votes are in core/failsafe_holder.py, the promise in core/failsafe_voter.py, contact with the coordinator in
+core/failsafe_contact.py. Without ``Options.failsafe`` the session asks nothing, and votes no.
 """
 
 from dataclasses import replace
@@ -21,11 +21,11 @@ from agent.model import Member, MemberSet, Role
 STOPPED = Vote(yes=False, why="it has stopped")
 
 _REGISTERING = frozenset({Phase.RETURNING, Phase.JOINING})
-"""Phases in which a request to the coordinator is under way that is no heartbeat."""
+"""Phases in which the session registers, so that a request under way is not a heartbeat."""
 
 
 class FailsafeMember(LifeCycle):
-    """Public attributes may be read at any time, and written by nobody else."""
+    """The failsafe part of a session. Other objects may read its public attributes, but not set them."""
 
     def __init__(self, timing: Timing, options: Options) -> None:
         """Build a session that has not started."""
@@ -37,7 +37,7 @@ class FailsafeMember(LifeCycle):
     # -- for operators --------------------------------------------------------------------------
 
     def failsafe_view(self, now: float) -> FailsafeView:
-        """What operators see of failsafe at ``now``, in CLOCK_BOOTTIME seconds."""
+        """Build the view of failsafe for operators, at ``now`` in CLOCK_BOOTTIME seconds."""
         if self.options.failsafe is None:
             return FailsafeView(Readiness.OFF, "not configured")
         if self._holds_tenure:
@@ -67,7 +67,7 @@ class FailsafeMember(LifeCycle):
 
     @property
     def asked_members(self) -> tuple[Member, ...] | None:
-        """The set of members that this session asks in its tenure, itself included; or None."""
+        """The set of members in use during this session's tenure, itself included; or None."""
         return self._holder.members if self._holds_tenure else None
 
     # -- contact --------------------------------------------------------------------------------
@@ -96,12 +96,12 @@ class FailsafeMember(LifeCycle):
     # -- as the holder --------------------------------------------------------------------------
 
     def _adopt_members(self, received: MemberSet | None, now: float) -> None:
-        """Use the set of a heartbeat's answer; the deadline may go back by that (R28)."""
+        """Use the set from a heartbeat's answer; this may make the deadline earlier (R28)."""
         self._holder.adopt(received, now)
         self._recount()
 
     def _ask_members(self, now: float, effects: list[Effect]) -> None:
-        """Ask while the coordinator is in doubt (R27); else rehearse (R35)."""
+        """Ask the other members while the coordinator is in doubt (R27); else rehearse (R35)."""
         holder, timing = self._holder, self._granted_timing
         if self.asked_members is None or self.tenure is None:
             return
@@ -113,11 +113,11 @@ class FailsafeMember(LifeCycle):
             interval_s, forget_s = timing.question_interval_s, timing.renew_s
             effects += holder.ask(self.tenure, now, interval_s=interval_s, forget_s=forget_s)
             self._recount()
-        holder.rehearse_at = holder.ask_at  # a no in doubt does not show who is ready
+        holder.rehearse_at = holder.ask_at  # a vote of no does not prove that a member is not ready
 
     @property
     def _missing_votes(self) -> str:
-        """The members without whose votes the role is lost, as the end of a sentence."""
+        """The members whose votes are missing when the role is lost, as the end of a sentence."""
         if self.asked_members is None:
             return ""
         missing = [one for one in self._holder.readiness if one.yes_at <= self.sent_at]
@@ -140,7 +140,7 @@ class FailsafeMember(LifeCycle):
         if refusal is None and not asked.rehearsal and not self._is_cut_off(now):
             refusal = "the coordinator answers"
             if self._may_send_heartbeat and not self._contact.is_waiting:
-                self._heartbeats.send_by(now)  # to know by the next question
+                self._heartbeats.send_by(now)  # its outcome is known before the next question
         if refusal is not None:
             self._vote = Vote(yes=False, why=refusal)
         elif asked.rehearsal:
@@ -151,7 +151,7 @@ class FailsafeMember(LifeCycle):
             self._vote = Vote(yes=True, why="promised")
 
     def _refusal_of_vote(self, asked: Asked) -> str | None:
-        """Why the answer is no whether or not the coordinator answers, or None (R29)."""
+        """Why the vote is no, even if the coordinator is away; None if there is no such reason (R29)."""
         if self.options.failsafe is None:
             return "failsafe is off"
         if self._starting:
@@ -165,21 +165,21 @@ class FailsafeMember(LifeCycle):
         return None
 
     def _is_cut_off(self, now: float) -> bool:
-        """Whether the coordinator is in doubt, or cannot choose this member anyway."""
+        """Whether the coordinator is in doubt, or cannot choose this member as candidate."""
         unfit = self._unfit_reason is not None or self.phase is Phase.COOLING
         return unfit or self._in_doubt(now)
 
     def _is_forbidden(self, now: float, *, cleared: int | None, before: int | None) -> bool:
-        """Whether a promise forbids the tenure after epoch ``before`` (R30, R32).
+        """Whether a promise forbids the tenure that follows epoch ``before`` (R30, R32).
 
-        A server without epochs is plain v1, and knows no failsafe.
+        Without an epoch the server is a plain v1 server, which has no failsafe.
         """
         if before is None or now >= self._voter.until(self.timing.lease_s):
             return False
         return self._voter.forbids(cleared=cleared, before=before)
 
     def _refuse_by_promise(self, now: float, effects: list[Effect]) -> None:
-        """Refuse a tenure: it is released as one that was never active, with a hold-off (R30)."""
+        """Refuse a tenure: release it as never active, with a hold-off until the promise ends (R30)."""
         self._voter.refuses_until = self._voter.until(self.timing.lease_s)
         if self.role is Role.PENDING_PRIMARY:
             why = "the role was refused: a promise to another member binds"
@@ -203,7 +203,7 @@ class FailsafeMember(LifeCycle):
     def _advance(self, now: float, effects: list[Effect]) -> None:
         if self._voter.reported and now >= self._voter.until(self.timing.lease_s):
             self._voter.reported = False
-            self._heartbeats.send_by(now)  # it may be chosen from now on
+            self._heartbeats.send_by(now)  # the coordinator may choose it again
         super()._advance(now, effects)
         if self.phase in _REGISTERING:
             self._contact.on_sent(JOIN, now)

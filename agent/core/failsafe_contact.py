@@ -1,19 +1,19 @@
 """Whether the coordinator still answers this process (R26).
 
-Owns which requests are unanswered, and since when. Contact is an answer of the coordinator itself, also a
-refusal; everything else is none. Knows nothing of roles.
+Owns which requests are unanswered, and since when. Only an answer of the coordinator itself, or its refusal, is
+contact; an error of a proxy, for example, is not. Knows nothing of roles.
 """
 
 from agent.core.heartbeats import MAX_IN_FLIGHT
 
 JOIN = 0
-"""Stands for a registration, which is retried until it is answered; heartbeats count from 1."""
+"""The number of a registration, which is retried until it is answered; heartbeats have numbers from 1."""
 
 
 class Contact:
-    """The contact of one session. Moments are CLOCK_BOOTTIME seconds.
+    """The contact of one session with the coordinator. Moments are CLOCK_BOOTTIME seconds.
 
-    A request is judged by when it was *sent*: an answer ends the doubt only if no later one has failed.
+    What counts is when a request was *sent*: an answer ends the doubt only if no later request has failed.
     """
 
     def __init__(self) -> None:

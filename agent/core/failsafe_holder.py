@@ -1,7 +1,7 @@
 """The members that a primary asks while the coordinator is away, and their votes (R23, R27, R28, R35).
 
-Owns the set of members of the current tenure, the questions under way, and from when on the role counts by
-their answers. Knows neither leases nor phases: core/failsafe.py decides when to ask.
+Owns the set of members of the current tenure, the questions under way, and the moment from which the members'
+votes extend the role. Knows neither leases nor phases: core/failsafe.py decides when to ask.
 """
 
 from dataclasses import dataclass, replace
@@ -64,9 +64,9 @@ class FailsafeHolder:
     # -- the set --------------------------------------------------------------------------------
 
     def adopt(self, received: MemberSet | None, now: float) -> None:
-        """Use the set of a heartbeat's answer, unless it is older than the one in use (R23).
+        """Use the set from a heartbeat's answer, unless it is older than the one in use (R23).
 
-        Without one in the answer, none is used any more.
+        If the answer has no set, stop using one.
         """
         if received is None or self.me is None:
             self._in_use = None
@@ -84,7 +84,7 @@ class FailsafeHolder:
 
     @property
     def revision(self) -> int | None:
-        """The revision of the set that is used, or by which failsafe is off; None without either."""
+        """The revision of the last set received, which may state that failsafe is off; None without one."""
         return None if self._in_use is None else self._in_use.revision
 
     @property
@@ -99,14 +99,14 @@ class FailsafeHolder:
 
     @property
     def others(self) -> tuple[Member, ...]:
-        """The members to ask: another URL of this session is another member (R22)."""
+        """The members to ask. This session under another URL counts as another member (R22)."""
         return tuple(member for member in self.members or () if member != self.me)
 
     # -- counting -------------------------------------------------------------------------------
 
     @property
     def counts_from(self) -> float:
-        """The moment that all other members have agreed to: the oldest of their newest votes (R28)."""
+        """The moment up to which all others have voted yes: the oldest of each one's newest yes (R28)."""
         if self.members is None:
             return NEVER
         if not self.others:
@@ -114,13 +114,13 @@ class FailsafeHolder:
         return min(self._yes.get(member, NEVER) for member in self.others)
 
     def ask(self, epoch: int, now: float, *, interval_s: float, forget_s: float) -> list[Ask]:
-        """The questions to all others (R27). Without any, this moment is a vote of all.
+        """Build the questions to all others (R27). Without others, this moment counts as a vote of all.
 
         Args:
             epoch: of the tenure.
-            now: this moment, from which an answer counts.
+            now: this moment; an answer of yes extends the role from here.
             interval_s: the time to the next questions.
-            forget_s: answers that are later than this are worth nothing.
+            forget_s: questions that are unanswered for longer than this are forgotten.
         """
         self.ask_at = now + interval_s
         self._questions = {
@@ -133,12 +133,12 @@ class FailsafeHolder:
         return self._send(epoch, now, rehearsal=False)
 
     def rehearse(self, epoch: int, now: float) -> list[Ask]:
-        """Questions that promise nothing, to all others (R35)."""
+        """Build rehearsals to all others, for which no promise is given (R35)."""
         self.rehearse_at = now + REHEARSAL_INTERVAL_S
         return self._send(epoch, now, rehearsal=True)
 
     def on_answered(self, nonce: int, now: float, *, yes: bool, why: str) -> None:
-        """Record an answer: a yes counts from the sending of its own question, the newest one wins."""
+        """Record an answer. A yes counts from when its question was sent; the newest one is kept."""
         question = self._questions.get(nonce)
         if question is None:
             return

@@ -1,6 +1,6 @@
-"""What operators see of a session's failsafe: for the local status, the log and metrics.
+"""The view of a session's failsafe for operators: local status, log and metrics.
 
-Values only. ``Session.failsafe_view`` builds one; the daemon compares two of them to log what has changed.
+Values only. ``Session.failsafe_view`` builds a view; the daemon compares two views to log what has changed.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ class Readiness(StrEnum):
     """The state of failsafe at one member. The values are labels of metrics."""
 
     OFF = "off"
-    """Not configured, or turned off for the group; ``why`` says by what."""
+    """Not configured, or turned off for the group; ``why`` has the reason."""
     READY = "ready"
-    """Primary: each other member has answered the last question. Else: questions are answered."""
+    """On the primary: each other member has answered the last question. Elsewhere: it answers questions."""
     NOT_READY = "not_ready"
-    """Primary, and a member does not answer: without the coordinator the role would be lost."""
+    """Primary, but a member does not answer: if the coordinator went away, the role would be lost."""
     HOLDING = "holding"
     """Primary by the votes of all other members, since the coordinator does not answer."""
     PROMISED = "promised"
-    """Not primary, and bound by a promise to accept no role."""
+    """Not primary, and bound by a promise not to accept the role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class FailsafeView:
     Attributes:
         readiness: the state.
         why: a sentence for people.
-        since: when it began to hold, or to be not ready; None in the other states.
+        since: when HOLDING or NOT_READY began; None in the other states.
         revision: the set of members that the primary uses, or None.
         members: the other members of that set.
-        promised_to: session id of the member that the newest promise was given to; None if that of the
-            process's start still binds, or if none binds.
-        promised_until: the end of the promise that binds, or None.
+        promised_to: session id of the member that received the newest promise; None if no promise binds, or
+            only the one that the start of the process counts as.
+        promised_until: when the promise that binds ends, or None.
     """
 
     readiness: Readiness

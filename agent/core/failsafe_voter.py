@@ -1,8 +1,8 @@
-"""The promise of a member: to accept no role while another one may be primary by its vote (R30-R32).
+"""A member's promise not to become primary while another member may be primary by its vote (R30-R32).
 
-Owns when a promise began, for which epoch, and what it forbids. A promise lasts L of this process's own
-clock, and nothing is stored: the start of a process counts as a promise, since the one before it may have
-given one. Knows neither roles nor phases.
+Owns when a promise began, for which epoch, and what it forbids. A promise lasts L by this process's own clock and
+is not stored. Instead the start of a process counts as a promise, since the previous process may have given one.
+Knows neither roles nor phases.
 """
 
 NEVER = float("-inf")
@@ -12,9 +12,9 @@ class FailsafeVoter:
     """The promises of one process. Moments are CLOCK_BOOTTIME seconds.
 
     Attributes:
-        promised_to: session id of the member that the newest promise was given to.
-        refuses_until: no role is accepted before this moment, since one was refused for a promise.
-        reported: whether the last heartbeat has reported a promise.
+        promised_to: session id of the member that received the newest promise.
+        refuses_until: no role is accepted before this moment, since a promise made this member refuse one.
+        reported: whether the last heartbeat reported a promise.
     """
 
     def __init__(self) -> None:
@@ -23,27 +23,27 @@ class FailsafeVoter:
         self.reported = False
         self._promised_at = NEVER
         self._epoch: int | None = None
-        """The newest epoch that a promise was given for; None for that of the start alone."""
+        """The newest epoch that a promise was given for; None if only the start counts as a promise."""
 
     def promise_at_start(self, now: float) -> None:
-        """Promise at the start of the process, for whatever its predecessor has promised (R31)."""
+        """Count the start of the process as a promise, since its predecessor may have given one (R31)."""
         self._promised_at = now
 
     def promise(self, asker: str, epoch: int, now: float) -> None:
-        """Promise to a member that holds ``epoch``, from the receipt of its question (R30)."""
+        """Give a promise to the holder of ``epoch``; it begins when its question is received (R30)."""
         self.promised_to = asker
         self._promised_at = max(self._promised_at, now)
         self._epoch = epoch if self._epoch is None else max(self._epoch, epoch)
 
     def until(self, lease_s: float) -> float:
-        """The end of the promise. L is that of the group, which may be known only after the promise."""
+        """When the promise ends. ``lease_s`` is the group's L, which may be learned only after it was given."""
         return self._promised_at + lease_s
 
     def forbids(self, *, cleared: int | None, before: int) -> bool:
-        """Whether a promise that has not ended forbids a tenure; not if all that it is for are over (R32).
+        """Whether a promise that has not ended forbids a tenure. No if every promised tenure is over (R32).
 
         Args:
-            cleared: the epoch up to which every tenure is over, by the coordinator's answer.
+            cleared: the epoch up to which every tenure is over, as the coordinator has answered.
             before: the epoch before the tenure that is offered.
         """
         needed = before if self._epoch is None else max(before, self._epoch)

@@ -11,8 +11,8 @@ Rules of this file:
   (R14): failures make a lease longer, never shorter.
 - At most one tenure exists at a time. A session receives one only in the answer to its own heartbeat,
   under a new epoch (R15, R16).
-- A lease ends early only by a release from the very process that holds it, or, if the holder named no
-  process (plain v1), by the deletion of its session.
+- A lease ends early only if the process that holds it releases it, or, if the holder has no instance
+  (plain v1), if its session is deleted.
 - A session belongs to the identity that registered it (ownership.py).
 
 Owns what each input does. The steps that inputs share are in core/group_draft.py.
@@ -68,24 +68,24 @@ INTERVAL_TOLERANCE = 0.9
 """A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
 
 LARGEST_EPOCH_STEP = 2**33
-"""The most by which one heartbeat may raise the record's epoch. Restored data misses one epoch per tenure, and
-the jump to LATEST_RESTORED_EPOCH or less, if a later copy was declared as restored before."""
+"""The most by which one heartbeat may raise the record's epoch. Restored data lack one epoch for each later tenure,
+and a jump up to LATEST_RESTORED_EPOCH if the group was declared as restored after the copy was made."""
 
 
 def epoch_after_deletion(retired: int) -> int:
     """The first epoch of a group that is created under the name of a deleted one.
 
     Args:
-        retired: the epoch of the deleted group. One that only a wrong heartbeat can have caused is not
-            continued, so that deleting and creating a group makes it usable again.
+        retired: the epoch of the deleted group. If it is so high that only a wrong heartbeat can have caused
+            it, it is not continued: deleting and creating a group makes it usable again.
     """
     return retired if retired <= HIGHEST_LEARNED_EPOCH else 0
 
 
 def new_record(config: GroupConfig, retired: int) -> GroupRecord:
-    """The record of a new group; ``retired`` as above.
+    """The record of a new group; ``retired`` as in ``first_epoch``.
 
-    Epochs continue from a deleted group of this name, since its clients must not take new ones for old.
+    Epochs continue from a deleted group of this name, so that its clients do not take a new epoch for an old one.
     Nobody was active when it was deleted (R34).
     """
     epoch = epoch_after_deletion(retired)
@@ -117,7 +117,7 @@ def decide(state: GroupState, what: Input, now: Instant, policy: Policy) -> Deci
 
 
 def is_compatible(wanted: SessionConfig | GroupConfig, known: SessionConfig | GroupConfig) -> bool:
-    """Whether a registration agrees with the existing one; absent fields agree with any."""
+    """Whether a registration agrees with the existing one; absent fields agree with any value."""
     if isinstance(wanted, GroupConfig) and isinstance(known, GroupConfig):
         if wanted.timeout_ticks != known.timeout_ticks:
             return False
@@ -200,12 +200,12 @@ def _receive_heartbeat(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
 
 
 def _failsafe_url_of(what: ReceiveHeartbeat | AddSession) -> str | None:
-    """A set is offered to the process that uses it, so to one that can be told from others."""
+    """Offer a set of members only to a process with an instance, so that its answer can be recognised."""
     return what.failsafe_url if what.instance is not None else None
 
 
 def _give_role(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
-    """Resume the tenure that this very process still holds, or begin that of the confirmed candidate."""
+    """Resume the tenure that this process still holds, or begin the confirmed candidate's tenure."""
     ended = draft.record.ended
     if (
         ended is not None
@@ -228,7 +228,7 @@ def _renew(draft: Draft, holder: Tenure, heartbeat: ReceiveHeartbeat) -> None:
         draft.live = replace(draft.live, answers_reach_holder=True)
     held_s = draft.now.mono - draft.live.held_since
     if not draft.live.answers_reach_holder and held_s > CONFIRM_SHARE * draft.lease_s:
-        # Our answers do not reach the holder: it is not active, and blocks the role for the others.
+        # The answers do not reach the holder: it is not active, and keeps the role from the others.
         draft.change_session(heartbeat.session_id, has_to_see=holder.epoch)
         draft.revoke(holder)
     elif not holder.revoked:
@@ -245,10 +245,10 @@ def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
 
 
 def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> float:
-    """Enforce the minimum interval; the contact's new ``changed_at``.
+    """Enforce the minimum interval between heartbeats; return the contact's new ``changed_at``.
 
-    Except for confirmations, for clients that have not seen the newest revision, and once in an interval for
-    another instance, which is an agent that was restarted.
+    Exceptions are confirmations, clients that have not seen the newest revision, and, once in an interval,
+    another instance, as of an agent that was restarted.
     """
     interval_s = minimum_interval_s(draft.lease_s)
     if (

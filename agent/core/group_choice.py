@@ -10,10 +10,10 @@ from agent.model import Instant, RoleOverride
 
 
 def is_eligible(state: GroupState, session_id: str, now: Instant) -> bool:
-    """Whether a session may be the candidate: alive, not held off, receiving our answers, and free by failsafe.
+    """Whether a session may be the candidate: alive, not held off, receiving our answers, allowed by failsafe.
 
-    That is (R25, R30): it has not promised a holder that may be active by failsafe not to become primary,
-    and such a holder asks it.
+    While a former holder may be active by failsafe, a session is allowed if that holder asks it (R25) and it
+    has given no promise (R30).
     """
     record, contact = state.record, state.live.contacts.get(session_id)
     return (
@@ -29,7 +29,7 @@ def is_eligible(state: GroupState, session_id: str, now: Instant) -> bool:
 def best_candidate(state: GroupState, now: Instant, *, exclude: str | None) -> str | None:
     """The session to choose next, or None.
 
-    Only sessions that sent a heartbeat since the coordinator started, and were not passed over, count.
+    Considers only sessions that have sent a heartbeat since the coordinator started and are not passed over.
     """
     contacts = state.live.contacts
     ready = [
@@ -60,7 +60,7 @@ def override_rank(state: GroupState, session_id: str) -> int:
 def should_replace(
     state: GroupState, challenger: str, holder: str, now: Instant, policy: Policy
 ) -> bool:
-    """Whether to replace a live holder: at once for a newer override, after its minimum hold for a score."""
+    """Whether to replace a live holder: at once by a newer override, by a better score after the minimum hold."""
     overridden = override_rank(state, challenger) != override_rank(state, holder)
     if not overridden and now.mono - state.live.held_since < policy.minimum_hold_s:
         return False

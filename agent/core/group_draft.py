@@ -1,7 +1,7 @@
-"""A draft of a group's next state: the steps that inputs share.
+"""A draft of a group's next state, and the steps that several inputs share.
 
-Owns how a tenure begins and ends, the pending session, quiet times and expiry. core/group.py owns what
-each input does with these steps; core/group_choice.py owns who is the better choice.
+Owns how a tenure begins and ends, the pending session, quiet times and expiry. core/group.py owns which steps
+each input takes; core/group_choice.py owns which session is the better choice.
 A draft is discarded if the input is refused, so a step may change it before a later one raises.
 """
 
@@ -25,8 +25,8 @@ from agent.errors import Conflict
 from agent.model import HistoryEntry, Instant, Role, RoleOverride, SessionConfig, Tenure, TenureEnd
 
 CONFIRM_SHARE = 0.6
-"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1 clients do, and what they get");
-the rest allows for a late one."""
+"""Share of L in which a candidate has to confirm. A v1 client sends a heartbeat every L/2 (docs/api.md, "What v1
+clients do, and what they get"); the rest allows for a late one."""
 
 RESUMED = ", resumed"
 """Appended to why a tenure began, in status, log and history."""
@@ -34,8 +34,8 @@ RESUMED = ", resumed"
 RESTORED = "the store was restored from a copy"
 
 MAX_ADDITIONAL_BYTES = 256 * 1024
-"""AdditionalData of a group and its sessions together: it is part of the record, which each change of a role
-writes and syncs as a whole."""
+"""Bound for the AdditionalData of a group and its sessions together: it is part of the record, which each change
+of a role writes and syncs as a whole."""
 
 
 def wake_at(state: GroupState, now: Instant, policy: Policy) -> float:
@@ -85,7 +85,7 @@ class Draft:
         return self.record.config.lease_s
 
     def holds(self, session_id: str, instance: str | None) -> bool:
-        """Whether this very process holds the current tenure."""
+        """Whether this process of this session holds the current tenure."""
         holder = self.record.holder
         return holder is not None and (holder.session_id, holder.instance) == (session_id, instance)
 
@@ -115,7 +115,7 @@ class Draft:
     # -- dead sessions ------------------------------------------------------------------------
 
     def apply_retention(self) -> None:
-        """Record the silence of sessions that became dead, and remove those that are dead for long (R20)."""
+        """Record since when dead sessions are silent, and remove those that are dead for too long (R20)."""
         recorded_s = retention.recorded_after_s(self.lease_s, self.policy)
         for session_id, session in self.record.sessions.items():
             heard_at = self.live.contacts[session_id].heard_at
@@ -129,7 +129,7 @@ class Draft:
                 self._remove_dead(session_id, RemovalCause.RETENTION)
 
     def make_room(self) -> bool:
-        """Remove the session that is dead for longest; whether there was one that may be removed."""
+        """Remove the session that has been dead for longest; return False if none may be removed."""
         session_id = retention.longest_dead(self.state, self.now)
         if session_id is not None:
             self._remove_dead(session_id, RemovalCause.FULL)
@@ -170,7 +170,7 @@ class Draft:
         self._choose()
 
     def _end_quiet_time(self) -> None:
-        """Without failsafe every unknown lease has ended now; with it, an operator has to lift (R34)."""
+        """End the quiet time: unknown leases have ended. With failsafe the group stays restricted (R34)."""
         self.record = replace(self.record, quiet=False)
         if self.record.holder is None and not failsafe.is_restricted(self.record):
             self.record = failsafe.clear(self.record)
@@ -214,7 +214,7 @@ class Draft:
     # -- tenures ------------------------------------------------------------------------------
 
     def confirm(self, session_id: str, instance: str | None) -> None:
-        """Begin the candidate's tenure, unless a better one would replace it at once."""
+        """Begin the candidate's tenure, unless a better session would replace it at once."""
         better = choice.best_candidate(self.state, self.now, exclude=session_id)
         if better is not None and choice.outranks(self.state, better, session_id, self.policy):
             self.set_pending(better)
@@ -240,7 +240,7 @@ class Draft:
         self.history[epoch] = HistoryEntry(epoch, session_id, self.now.wall, why)
 
     def extend(self) -> None:
-        """Renew the holder's lease: one full L from now."""
+        """Renew the holder's lease: it lasts one full L from now."""
         self.live = replace(self.live, lease_until=self.now.mono + self.lease_s)
 
     def revoke(self, holder: Tenure) -> None:
@@ -289,15 +289,15 @@ class Draft:
     def learn_epoch(self, seen: int) -> None:
         """Adopt a newer epoch that a client has seen: the record is older than the group.
 
-        An unknown lease may exist, so no tenure begins for a full L; with failsafe, not before an operator
-        lifts that (R34).
+        A lease that the record does not have may exist, so no tenure begins for a full L; with failsafe, none
+        begins before an operator lifts the restriction (R34).
         """
         self._lose_data(seen, "its epoch is older than one that a client has seen")
         if failsafe.concerns(self.record):
             self.record = failsafe.distrust(self.record)
 
     def declare_restored(self, epoch: int) -> None:
-        """The record is an older copy: nobody may be promoted until an operator lifts that (R34)."""
+        """Restrict a record that is an older copy: nobody may be promoted until an operator's lift (R34)."""
         self._lose_data(epoch, RESTORED)
         self.record = failsafe.distrust(self.record)
         self.record_event(epoch, RESTORED, TenureEnd.RESTORED)
@@ -307,7 +307,7 @@ class Draft:
         self.history[epoch] = HistoryEntry(epoch, "", self.now.wall, why, self.now.wall, why, end)
 
     def _lose_data(self, epoch: int, why: str) -> None:
-        """Continue with a newer epoch than that of the record, after one full L."""
+        """Continue with an epoch newer than the record's, after a quiet time of one full L."""
         self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
         if self.record.holder is not None:
             self.end_tenure(self.record.holder, TenureEnd.DATA_LOSS, why)
@@ -332,7 +332,7 @@ class Draft:
         self._set_confirmation_deadline()
 
     def _set_confirmation_deadline(self) -> None:
-        """Count the time to confirm from when the last lease and the quiet time have ended."""
+        """Set the deadline to confirm: it counts from the end of the last lease and of the quiet time."""
         earliest = max(self.now.mono, self.live.quiet_until)
         if self.record.holder is not None:
             earliest = max(earliest, self.live.lease_until)

@@ -1,6 +1,6 @@
-"""Inputs that end something in a group: a release, an operator's lift, restored data, the removal of the group.
+"""Apply inputs that end something in a group: a release, an operator's lift, restored data, removal of the group.
 
-Like core/group.py, which calls these, it changes a draft or raises a RequestRefused.
+Each either changes the draft of the group or raises a RequestRefused, as in core/group.py, which calls them.
 """
 
 from dataclasses import replace
@@ -15,17 +15,17 @@ from agent.errors import Conflict
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, HoldOff, Tenure, TenureEnd
 
 HIGHEST_LEARNED_EPOCH = 2**52
-"""Neither heartbeats nor restored data raise the epoch above this, so as many tenures remain below MAX_EPOCH."""
+"""Heartbeats and restored data never raise the epoch above this, so that enough epochs are left for tenures."""
 
 RESTORED_EPOCH_STEP = 2**12
-"""By how much the epoch of restored data is raised at least, in case that the clock is far behind."""
+"""The least by which restored data raise the epoch, in case the clock is far behind."""
 
 LATEST_RESTORED_EPOCH = 2**32
-"""Neither does a clock that is far ahead raise it above this: the number of seconds from 1970 to 2106."""
+"""A clock that is far ahead raises the epoch no higher than this: the seconds from 1970 to 2106."""
 
 
 def apply_ending(draft: Draft, what: ReleaseRole | Lift | DeclareRestored | RemoveGroup) -> None:
-    """Apply one of these inputs."""
+    """Apply one of these inputs to the draft."""
     match what:
         case ReleaseRole():
             _release_role(draft, what)
@@ -43,7 +43,7 @@ def apply_ending(draft: Draft, what: ReleaseRole | Lift | DeclareRestored | Remo
 
 
 def _release_role(draft: Draft, release: ReleaseRole) -> None:
-    """End the tenure if its holder asks for that; ignore a release by anybody else, or a repeated one."""
+    """End the tenure if its holder releases it; ignore a repeated release, and one by anybody else."""
     refuse_stranger(draft, release.session_id, release.by)
     holder, ended = draft.record.holder, draft.record.ended
     if holder is not None and _matches_tenure(release, holder):
@@ -61,9 +61,9 @@ def _release_role(draft: Draft, release: ReleaseRole) -> None:
 
 
 def _release_late(draft: Draft, release: ReleaseRole, ended: Tenure) -> bool:
-    """Receive the release of a tenure that has expired; whether it changes anything.
+    """Apply the release of a tenure that has expired; return whether it changed anything.
 
-    Its hold-off counts once, and with failsafe it proves that the tenure is over (R24).
+    Its hold-off counts once, and with failsafe the release proves that the tenure is over (R24).
     """
     record = draft.record
     was_restricted = ended.epoch == record.epoch and failsafe.is_restricted(record)
@@ -77,7 +77,7 @@ def _release_late(draft: Draft, release: ReleaseRole, ended: Tenure) -> bool:
 
 
 def _prefer_others(draft: Draft, session_id: str) -> None:
-    """Choose the former holder after its next heartbeat only: our answers may not reach it."""
+    """Pass the former holder over until its next heartbeat: the coordinator's answers may not reach it."""
     if session_id in draft.record.sessions:
         draft.change_contact(session_id, passed_over=True)
 
@@ -101,9 +101,9 @@ def _hold_off(draft: Draft, session_id: str, length_s: float) -> None:
 
 
 def _lift(draft: Draft, request: Lift) -> None:
-    """End whatever may be active by failsafe: an operator has made sure that nothing is (R34).
+    """Lift the restriction of a group: an operator has made sure that no member is active (R34).
 
-    Of a group that is clear, repeated or not needed, it changes nothing.
+    Changes nothing if the group is not restricted: the lift is repeated, or was not needed.
     """
     record = draft.record
     group = f'group "{record.config.id}"'
@@ -112,7 +112,7 @@ def _lift(draft: Draft, request: Lift) -> None:
             f'Client session "{record.holder.session_id}" is primary of {group}, in epoch'
             f" {record.holder.epoch}.",
             "There is nothing to lift while somebody is primary: stop that client first, if it has to"
-            " give the role up.",
+            " release the role.",
         )
     if record.quiet:
         raise Conflict(
@@ -136,10 +136,10 @@ def _lift(draft: Draft, request: Lift) -> None:
 
 
 def _declare_restored(draft: Draft) -> None:
-    """Raise the epoch above each that was given after the copy was made, and wait for a lift (R34).
+    """Raise the epoch above every one used after the copy was made, and restrict the group until a lift (R34).
 
-    The same copy may have been declared before, and tenures may have begun after that. They raise the epoch by
-    less than one a second, so a number of seconds is above all of them.
+    Epochs grow by less than one a second, so the number of seconds since 1970 is above all of them, even if the
+    same copy was declared before and tenures have begun since.
     """
     known = draft.record.epoch
     seconds = min(int(draft.now.wall.timestamp()), LATEST_RESTORED_EPOCH)

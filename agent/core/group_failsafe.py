@@ -20,13 +20,16 @@ from agent.model import (
 )
 
 NOBODY = MemberSet(0, ())
-"""In place of a set that is unknown: nobody may be promoted until an operator lifts that (R34)."""
+"""Stands for an unknown set: nobody may be promoted until an operator lifts the restriction (R34)."""
+
+MOST_MEMBERS = 128
+"""Sessions of a group with failsafe: the answers to as many questions at once fit into an agent's inbox twice."""
 
 # -- who may be promoted ------------------------------------------------------------------------
 
 
 def choosable_members(record: GroupRecord) -> tuple[Member, ...] | None:
-    """The members of both sets, or None for everybody: failsafe is off in a set without members to ask."""
+    """The members that are in both sets; None for everybody, if no set has failsafe on."""
     sets = [one.members for one in (record.used, record.offered) if one is not None and not one.off]
     if not sets:
         return None
@@ -34,12 +37,12 @@ def choosable_members(record: GroupRecord) -> tuple[Member, ...] | None:
 
 
 def is_restricted(record: GroupRecord) -> bool:
-    """Whether a tenure may still be held, and its holder asks members that it knows."""
+    """Whether a holder may still be active by failsafe, so that only members it would ask may be promoted."""
     return record.cleared < record.epoch and choosable_members(record) is not None
 
 
 def may_be_promoted(record: GroupRecord, session_id: str) -> bool:
-    """Whether a former holder that is active by failsafe would ask this session, at its present URL (R25)."""
+    """Whether a former holder that may be active by failsafe would ask this session at its present URL (R25)."""
     if record.cleared >= record.epoch:
         return True
     allowed = choosable_members(record)
@@ -59,8 +62,8 @@ def member_of(record: GroupRecord, session_id: str) -> Member | None:
 def begin_tenure(record: GroupRecord, session_id: str) -> GroupRecord:
     """The record with the epoch and the first sets of a session's new tenure.
 
-    Begun while restricted, a tenure starts with the members that were choosable, and with a set to
-    acknowledge even if that has the same members: until then its holder may never have accepted it.
+    In a restricted group a tenure begins with the choosable members as its set. The holder has to acknowledge
+    a further set even if its members are the same: before that, it may not have accepted the role at all.
     """
     epoch = record.epoch + 1
     inherited = choosable_members(record) if is_restricted(record) else None
@@ -80,7 +83,7 @@ def offer_set(record: GroupRecord, session_id: str) -> GroupRecord:
 
 
 def acknowledge_set(record: GroupRecord, epoch: int | None, revision: int | None) -> GroupRecord:
-    """The record after the holder has reported the epoch that it holds and the revision that it uses."""
+    """The record after the holder has reported its epoch and the revision of the set that it uses."""
     offered = record.offered
     if offered is None or revision != offered.revision or epoch != record.epoch:
         return record
@@ -89,7 +92,7 @@ def acknowledge_set(record: GroupRecord, epoch: int | None, revision: int | None
 
 
 def set_to_report(record: GroupRecord, session_id: str) -> MemberSet | None:
-    """The set for the answer to the holder, or why there is none; None for a holder without failsafe."""
+    """The set to send to the holder, or the reason why failsafe is off; None for a holder without failsafe."""
     if record.sessions[session_id].failsafe_url is None:
         return None
     known, off = record.offered or record.used, why_off(record)
@@ -99,7 +102,9 @@ def set_to_report(record: GroupRecord, session_id: str) -> MemberSet | None:
 
 
 def why_off(record: GroupRecord) -> str | None:
-    """Which sessions keep failsafe off, or None if every one has a URL."""
+    """What keeps failsafe off, or None if every session has a URL and they are not too many."""
+    if len(record.sessions) > MOST_MEMBERS:
+        return f"the group has {len(record.sessions)} client sessions, and failsafe at most {MOST_MEMBERS}"
     without = sorted(
         one for one, session in record.sessions.items() if session.failsafe_url is None
     )
@@ -116,34 +121,35 @@ def _offer(record: GroupRecord) -> GroupRecord:
 
 
 def _current_members(record: GroupRecord) -> tuple[Member, ...]:
-    """Every registered session with its URL; none at all if one has no URL."""
-    members = [member_of(record, session_id) for session_id in record.sessions]
-    known = sorted(member for member in members if member is not None)
-    return tuple(known) if len(known) == len(members) else ()
+    """Every registered session with its URL; none at all if something keeps failsafe off."""
+    if why_off(record) is not None:
+        return ()
+    members = (member_of(record, session_id) for session_id in record.sessions)
+    return tuple(sorted(member for member in members if member is not None))
 
 
 # -- the end of a tenure ------------------------------------------------------------------------
 
 
 def end_by_expiry(record: GroupRecord) -> GroupRecord:
-    """The lease has ended: the tenure is over if its holder was offered no set."""
+    """The record after a lease has expired: the tenure is over if its holder was offered no set."""
     return clear(record) if choosable_members(record) is None else record
 
 
 def end_by_release(record: GroupRecord, *, held: bool) -> GroupRecord:
-    """The holder has demoted, or was never active (``held`` is False): then what was restricted stays so."""
+    """The record after a release. If the holder was never active (``held`` is False), a restriction stays."""
     if held or record.used is None or record.used.off is not None:
         return clear(record)
     return replace(record, offered=None)
 
 
 def clear(record: GroupRecord) -> GroupRecord:
-    """Every tenure up to the newest epoch is over."""
+    """The record when every tenure up to the newest epoch is over."""
     return replace(record, cleared=record.epoch, used=None, offered=None)
 
 
 def distrust(record: GroupRecord) -> GroupRecord:
-    """The record is older than the group: an unknown holder may be active by failsafe (R34)."""
+    """Restrict a record that is older than the group: an unknown holder may be active by failsafe (R34)."""
     cleared = min(record.cleared, record.epoch - 1)
     return replace(record, cleared=cleared, used=NOBODY, offered=None)
 
@@ -159,7 +165,7 @@ def concerns(record: GroupRecord) -> bool:
 
 
 def status_of_failsafe(record: GroupRecord) -> FailsafeStatus | None:
-    """The failsafe part of a status, or None in a group without failsafe."""
+    """The failsafe part of a group's status; None in a group without failsafe."""
     if not concerns(record):
         return None
     used = record.used if record.used is not None and not record.used.off else None
@@ -184,7 +190,7 @@ def status_of_failsafe(record: GroupRecord) -> FailsafeStatus | None:
 
 
 def is_resumable(record: GroupRecord) -> bool:
-    """Whether the last tenure ended only because its lease expired, and no other one may have begun (R33)."""
+    """Whether the last tenure ended only by expiry, and no later one may have begun (R33)."""
     ended = record.ended
     return (
         record.holder is None

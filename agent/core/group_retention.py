@@ -1,7 +1,7 @@
-"""How long a session that sends no heartbeats is kept (R20).
+"""When a session that sends no heartbeats is removed (R20).
 
-Owns when its silence is recorded, when it may be removed, and which one gives way in a full group. Changes no
-state: core/group_draft.py records and removes.
+Owns when its silence is recorded, when it may be removed, and which session is removed from a full group. Changes
+no state: core/group_draft.py records and removes.
 """
 
 from agent.core.group_state import GroupState, Policy, is_alive, last_heard
@@ -12,8 +12,8 @@ RETENTION_LEASES = 10
 
 RECORDED_AFTER_S = 3600.0
 RECORDED_AFTER_SHARE = 0.1
-"""When a silence is recorded, in seconds, or as a share of the retention if that is shorter. So a restart of the
-coordinator loses an hour of it at most, and short outages of many members cost no writes."""
+"""After how long a silence is recorded, in seconds, or as a share of the retention if that is shorter. So a restart
+of the coordinator forgets an hour of silence at most, and short outages of many members cost no writes."""
 
 
 def retention_s(lease_s: float, policy: Policy) -> float:
@@ -22,12 +22,12 @@ def retention_s(lease_s: float, policy: Policy) -> float:
 
 
 def silence_s(state: GroupState, session_id: str, now: Instant) -> float:
-    """How long nothing was heard of a session, across restarts if that was recorded."""
+    """How long a session has been silent; a recorded silence includes the time before a restart."""
     return (now.wall - last_heard(state, session_id, now)).total_seconds()
 
 
 def recorded_after_s(lease_s: float, policy: Policy) -> float:
-    """The silence after which it is recorded."""
+    """The length of a silence at which it is recorded, in seconds."""
     share_s = RECORDED_AFTER_SHARE * retention_s(lease_s, policy)
     return max(lease_s, min(RECORDED_AFTER_S, share_s))
 
@@ -37,7 +37,7 @@ def removal_at(state: GroupState, session_id: str, now: Instant, policy: Policy)
     if not _is_removable(state, session_id):
         return float("inf")
     lease_s = state.record.config.lease_s
-    # A restart of the coordinator is no silence of the session, and the wall clock may be wrong.
+    # Time in which the coordinator was stopped is no silence, and the wall clock may be wrong.
     heard_again_by = state.live.contacts[session_id].heard_at + RETENTION_LEASES * lease_s
     rest_s = retention_s(lease_s, policy) - silence_s(state, session_id, now)
     return max(heard_again_by, now.mono + rest_s)
@@ -56,7 +56,7 @@ def next_due_at(state: GroupState, now: Instant, policy: Policy) -> float:
 
 
 def longest_dead(state: GroupState, now: Instant) -> str | None:
-    """The session that gives way to a new one in a full group, or None if all are active or kept."""
+    """The session to remove from a full group for a new one; None if all are active or have to be kept."""
     dead = [
         session_id
         for session_id in state.record.sessions
@@ -66,7 +66,7 @@ def longest_dead(state: GroupState, now: Instant) -> str | None:
 
 
 def _is_removable(state: GroupState, session_id: str) -> bool:
-    """Whether nothing depends on a session: no lease, no choice, no order of an operator, no hold-off."""
+    """Whether nothing depends on a session: no lease, no candidacy, no override, no hold-off."""
     record, session = state.record, state.record.sessions[session_id]
     return (
         not record.quiet

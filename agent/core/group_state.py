@@ -1,6 +1,6 @@
-"""A coordinator's group as values: its state, its inputs, and reads of it.
+"""A group in the coordinator: its state, the inputs that change it, and reads of it, as values.
 
-Nothing here decides; core/group.py does. ``GroupState.record`` is durable, ``GroupState.live`` is lost
+Decides nothing; core/group.py does. ``GroupState.record`` is durable, ``GroupState.live`` is lost
 at a restart; ``state_after_restart`` and ``state_after_stall`` rebuild it in favour of the lease holder
 (R14). All moments are CLOCK_BOOTTIME seconds unless they are date-times.
 """
@@ -49,16 +49,17 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """What the coordinator knows of a session since its own start.
+    """The part of a session that is not durable: what was received since the coordinator started.
 
     Attributes:
         heard_at: when it was last heard, or when its grace after a restart began.
         last_heartbeat: when the last heartbeat came, or None.
         answered_revision: the group's revision in the last answer, or None.
-        passed_over: it did not confirm, or has released the role; its next heartbeat clears this.
-        hold_off_until: it is not chosen before then; also in the record.
+        passed_over: whether it is not chosen, as it did not confirm or has released the role; its next heartbeat
+            clears this.
+        hold_off_until: the end of its hold-off, before which it is not chosen; also in the record.
         changed_at: when a heartbeat of another instance was last accepted within the minimum interval.
-        promised: its last heartbeat reported a promise that forbids it to become primary (R30).
+        promised: whether its last heartbeat reported a promise, which forbids it to become primary (R30).
     """
 
     heard_at: float
@@ -82,7 +83,7 @@ class Live:
         held_since: start of the tenure, or of this process if that is later.
         confirm_by: deadline of the pending session to confirm; then it is passed over.
         quiet_until: end of the quiet time; meaningless without one.
-        answers_reach_holder: a heartbeat of the holder has carried its epoch.
+        answers_reach_holder: whether a heartbeat of the holder has reported the tenure's epoch.
         last_data: the newest LastDataProcessedTime of this tenure.
     """
 
@@ -105,11 +106,11 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class Requester:
-    """Who makes a request, where callers are authenticated.
+    """The caller of a request, if callers are authenticated.
 
     Attributes:
         identity: as in ``SessionRecord.owner``.
-        manages: it has the right to act for sessions of other identities.
+        manages: whether it has the right to act for sessions of other identities.
     """
 
     identity: str
@@ -118,13 +119,13 @@ class Requester:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveHeartbeat:
-    """A heartbeat came. Only our own agents send ``instance`` and what follows it.
+    """A heartbeat was received. Only our own agents send ``instance`` and the fields after it.
 
     Attributes:
         failsafe_url: the failsafe listener of this process.
         holds: the epoch in which this process is primary.
-        failsafe_revision: the set of members that it uses.
-        promised: a promise to another member forbids it to become primary.
+        failsafe_revision: the revision of the set of members that it uses.
+        promised: whether a promise to another member forbids it to become primary.
     """
 
     session_id: str
@@ -151,7 +152,7 @@ class AddSession:
 
 @dataclass(frozen=True, slots=True)
 class RemoveSession:
-    """A session is deleted, by its client or by somebody else; ``only_inactive``: refused if it is active."""
+    """Delete a session, for its client or another caller; ``only_inactive``: refuse if it is active."""
 
     session_id: str
     by: Requester | None = None
@@ -171,8 +172,8 @@ class SetOverride:
 class ReleaseRole:
     """The holder has demoted and releases the role.
 
-    It counts only if session, epoch and instance are those of the current tenure, or of one that has
-    just expired: then for its hold-off and for failsafe. Without ``held`` the process has refused the tenure.
+    Ignored unless session, epoch and instance are those of the current tenure, or of the last one if that has
+    expired: then only hold-off and failsafe are updated. ``held`` False: the process has refused the tenure.
     """
 
     session_id: str
@@ -187,7 +188,7 @@ class ReleaseRole:
 
 @dataclass(frozen=True, slots=True)
 class Lift:
-    """An operator has made sure that nobody is active: everybody may be promoted (R34)."""
+    """An operator has made sure that nobody is active, so that every member may be promoted (R34)."""
 
     epoch: int
     reason: str
@@ -196,7 +197,7 @@ class Lift:
 
 @dataclass(frozen=True, slots=True)
 class DeclareRestored:
-    """The record is an older copy, which an operator has put back (R34)."""
+    """An operator has put back an older copy of the record (R34)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ class RemoveGroup:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """No input; apply what is due."""
+    """No input: apply the changes that are due."""
 
 
 Input = (
@@ -231,17 +232,17 @@ Input = (
 
 
 class RemovalCause(StrEnum):
-    """Why the coordinator itself has removed a session."""
+    """Why the coordinator removed a session by itself."""
 
     RETENTION = "retention"
-    """It was silent for longer than it is kept."""
+    """The session was silent for longer than the retention."""
     FULL = "full"
-    """It gave way to a new session of a full group."""
+    """The group was full, and a new session needed the place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A dead session that the coordinator itself has removed (R20)."""
+    """A dead session that the coordinator removed by itself (R20)."""
 
     session_id: str
     silent_s: float
@@ -271,12 +272,10 @@ def state_after_restart(
 ) -> GroupState:
     """The state of a group after a restart (R14).
 
-    Every session has one full L, a quiet time starts again, and a hold-off continues. ``progress``
-    counts if it is of the current tenure.
+    Every session gets one full L, a quiet time starts again, and a hold-off continues. ``progress`` is used if
+    it belongs to the current tenure.
     """
-    if (
-        record.epoch > MAX_EPOCH
-    ):  # clients of version 0.1.0 could cause this; no answer can carry it
+    if record.epoch > MAX_EPOCH:  # version 0.1.0 let clients cause this; no answer can contain it
         record = replace(record, epoch=MAX_EPOCH, holder=None)
     lease_s = record.config.lease_s
     contacts = {
@@ -379,7 +378,7 @@ def is_active(state: GroupState, session_id: str, now: Instant) -> bool:
 
 
 def progress_of(state: GroupState) -> Progress | None:
-    """The data-processed time of the current tenure, to be kept beside the record (R13)."""
+    """The data-processed time of the current tenure, which is stored beside the record (R13)."""
     holder, last_data = state.record.holder, state.live.last_data
     return None if holder is None or last_data is None else Progress(holder.epoch, last_data)
 

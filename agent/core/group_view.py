@@ -1,11 +1,11 @@
-"""A session of a group as the API shows it."""
+"""Build the view of a session that the API shows."""
 
 from agent.core.group_state import GroupState, is_active, last_heard, role_of, session_of
 from agent.model import Instant, SessionView
 
 
 def view_of(state: GroupState, session_id: str, now: Instant) -> SessionView:
-    """A session as the API shows it.
+    """Build the view of one session.
 
     Raises:
         NotFound: there is no such session.

@@ -7,13 +7,14 @@ has to be released.
 from agent.core.effects import SendHeartbeat
 
 MAX_IN_FLIGHT = 8
-"""Heartbeats in flight. Each ends within the request timeout, which is under three intervals."""
+"""The most heartbeats in flight. Each ends within the request timeout, which is under three intervals."""
 
 MAX_CONFIRMATIONS = 10
-"""Heartbeats sent without a delay while the answer is PendingPrimary (docs/api.md, "Sessions and heartbeats")."""
+"""How many heartbeats in a row are sent without a delay while the answer is PendingPrimary (docs/api.md, "Sessions
+and heartbeats")."""
 
 JITTER_SHARE = 0.1
-"""Share of the interval that is jitter, so that agents started together spread out."""
+"""Share of the interval that is jitter, so that agents that were started together do not send together."""
 
 GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio, modulo 1, are evenly spread: jitter without randomness."""
@@ -59,9 +60,9 @@ class Heartbeats:
 
         Args:
             now: this moment.
-            interval_s: the minimum interval to one in flight: its answer may have the news already, and
-                the coordinator would refuse another one then.
-            obey_pause: not before the pause that a server asked for has ended.
+            interval_s: the minimum interval after a heartbeat in flight, whose answer may have the news
+                already; the coordinator would refuse an earlier one.
+            obey_pause: whether to wait for the end of a pause that a server asked for.
         """
         self.confirmations = 0
         not_before = self.not_before if obey_pause else now
@@ -75,7 +76,7 @@ class Heartbeats:
             self.due_at = now
 
     def back_off(self, until: float) -> None:
-        """Send none before the moment that the server asked for."""
+        """Send no heartbeat before the moment that the server asked for."""
         self.due_at = self.not_before = until
 
     def finish(self, number: int) -> float | None:

@@ -25,9 +25,9 @@ class GroupKnowledge:
         self.epoch = None
 
     def accept_if_fresh(self, epoch: int | None, revision: int | None) -> bool:
-        """Record an epoch and revision, unless they are older than the newest; whether they were not (R3).
+        """Record an epoch and revision; return False if they are older than the newest ones (R3).
 
-        Those of a server without epochs and revisions are always fresh.
+        Answers of a server without epochs and revisions always count as new.
         """
         newest = (self.epoch if self.epoch is not None else -1, self._revision)
         seen = (
@@ -42,16 +42,16 @@ class GroupKnowledge:
         return True
 
     def learn_epoch(self, epoch: int) -> None:
-        """Record an epoch that another member holds. Revisions of an older epoch do not count any more."""
+        """Record an epoch that another member holds. Revisions of older epochs no longer count."""
         if self.epoch is None or self.epoch < epoch:
             self.epoch, self._revision = epoch, -1
 
     def record_answer(self, revision: int | None) -> None:
-        """Record the revision of a heartbeat's answer: a status of the same revision is no news."""
+        """Record the revision of a heartbeat's answer: a status with the same revision has no news."""
         self._answered_revision = revision
 
     def record_status(self, status: GroupStatus, me: str, *, holds: bool, prepares: bool) -> bool:
-        """Record a status; whether it differs from the last one and from the heartbeats' answers.
+        """Record a status; return whether it differs from the last one and from the heartbeats' answers.
 
         Args:
             status: the status that was read.

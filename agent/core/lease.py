@@ -21,19 +21,19 @@ LONGEST_GRACE_S = 2.0
 
 
 class LeaseHolder:
-    """Public attributes may be read at any time, and written by nobody else.
+    """The lease of a session. Other objects may read its public attributes, but not set them.
 
     Attributes:
-        tenure: epoch of the tenure that it prepares, holds, or ends.
+        tenure: epoch of the tenure that the session prepares, holds, or ends.
         last_data: LastDataProcessedTime of the previous tenure, as last received.
         previous_primary: session id of the previous tenure, if known.
         renew_by: the renewal deadline, at which demotion starts.
-        sent_at: when the heartbeat was sent from which the lease is counted; or the question, while
-            the other members agree to it without the coordinator (R28).
+        sent_at: the start of the lease: when the renewing heartbeat was sent, or, during a hold, the
+            question that all other members agreed to (R28).
     """
 
     def __init__(self, timing: Timing, options: Options) -> None:
-        """Build one that is Secondary, and whose first demotion has yet to succeed."""
+        """Build a holder that is Secondary, and whose first demotion has yet to succeed."""
         self.timing = timing
         self.options = options
         self.role = Role.SECONDARY
@@ -43,7 +43,7 @@ class LeaseHolder:
         self.renew_by = float("-inf")
         self.sent_at = float("-inf")
         self._granted_timing = timing
-        """The timing of the current lease: the group's may have changed since."""
+        """The timing of the current lease; that of the group may have changed since."""
         self._executor = Executor(
             options.hooks, limit_s=options.hook_limit_s, limits_s=options.hook_limits_s
         )
@@ -122,7 +122,7 @@ class LeaseHolder:
         self._recount()
 
     def _recount(self) -> None:
-        """Count the role from the newest heartbeat, or from the votes of all others if that is later."""
+        """Set the start of the lease: the newest heartbeat, or the votes of all others if they are newer."""
         self.sent_at = max(self._heartbeat_at, self._holder.counts_from)
         self.renew_by = self.sent_at + self._granted_timing.renew_s
 

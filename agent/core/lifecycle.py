@@ -19,10 +19,10 @@ RETRY_SHARE = 0.1
 """A failed request is retried after this share of R, if the heartbeat interval is longer."""
 
 STOP_HOLD_OFF_LEASES = 1.0
-"""The hold-off of a stopping session, in L; it has exited long before."""
+"""The hold-off of a stopping session, in L. The session has exited long before its end."""
 
 STOP_WAIT_REQUESTS = 2.0
-"""How long a stop waits for an answer, in request timeouts. One is the bound of a call."""
+"""How long a stop waits for an answer, in request timeouts, of which one bounds each call."""
 
 CAUSE_BY_EXIT_CODE = {
     ExitCode.TASK_FAILED: Cause.TASK_FAILED,
@@ -36,11 +36,11 @@ _ON_THE_WAY_OUT = frozenset({Phase.STOPPING, Phase.RELEASING, Phase.LEAVING})
 
 
 class LifeCycle(LeaseHolder):
-    """Public attributes may be read at any time, and written by nobody else.
+    """The phases of a session. Other objects may read its public attributes, but not set them.
 
     Attributes:
         phase: the current phase.
-        store_id: the store that it has joined; None before that, and at a plain v1 server.
+        store_id: the store that the session has joined; None before it joins, and at a plain v1 server.
     """
 
     def __init__(self, timing: Timing, options: Options) -> None:
@@ -67,12 +67,12 @@ class LifeCycle(LeaseHolder):
         self._session_is_deleted = False
 
     def accepts_store(self, store_id: str | None) -> bool:
-        """Whether answers of this store count: those of any store do until the first join (R3)."""
+        """Whether answers of this store count. Until the first join, those of any store do (R3)."""
         return self.store_id is None or store_id == self.store_id
 
     @property
     def sentence(self) -> str:
-        """The sentence for operators: that of the table, or the reason of a demotion."""
+        """The sentence for operators: the one in the table, or the reason of a demotion."""
         if self._demoting and self.phase is not Phase.STARTING and self.phase is not Phase.ENDED:
             return f"demoting: {self._reason}"
         return self._sentence

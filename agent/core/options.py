@@ -12,7 +12,7 @@ class FailsafeOptions:
     """The options of failsafe: staying primary while the coordinator is away.
 
     Attributes:
-        url: where the other members ask this one; part of its identity (R22).
+        url: where the other members send their questions to this one; part of its identity (R22).
     """
 
     url: str
@@ -23,7 +23,7 @@ class Options:
     """The options of one session.
 
     Attributes:
-        session_id: its own id, to find itself in a status.
+        session_id: the session's id, to find itself in a status.
         hooks: the roles that have a hook.
         hook_limit_s: the limit of a promotion hook.
         hook_limits_s: overrides of that limit, by role.

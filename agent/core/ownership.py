@@ -28,8 +28,7 @@ def refuse_stranger(draft: Draft, session_id: str, by: Requester | None) -> None
 def adopt(draft: Draft, session: SessionRecord, heartbeat: ReceiveHeartbeat) -> None:
     """Make the sender of a heartbeat the owner of a session that has none.
 
-    The session of a primary is adopted by the process that holds the tenure only: nobody else knows
-    its instance.
+    Only the process that holds the tenure can adopt the session of a primary: nobody else knows its instance.
     """
     if session.owner is not None or heartbeat.by is None:
         return

@@ -47,7 +47,7 @@ MIN_PROMOTION_SHARE = 0.25
 
 
 class Session(FailsafeMember):
-    """The session of one agent. Public attributes may be read at any time, and written by nobody else."""
+    """The session of one agent. Other objects may read its public attributes, but not set them."""
 
     def __init__(self, timing: Timing, options: Options) -> None:
         """Build a session that has not started. Call ``start`` next."""
@@ -84,7 +84,7 @@ class Session(FailsafeMember):
         return self.step(Tick(), now)
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
-        """Handle one event; the effects, in order. If it raises, nothing has changed.
+        """Handle one event; return the effects, in order. If it raises, nothing has changed.
 
         Args:
             event: the event.
@@ -108,7 +108,7 @@ class Session(FailsafeMember):
         return tuple(effects)
 
     def vote(self, asked: Asked, now: float) -> tuple[Vote, tuple[Effect, ...]]:
-        """Answer the question of another member; also the effects of that step, in order (R29).
+        """Answer the question of another member; return the vote and the step's effects, in order (R29).
 
         Args:
             asked: the question.
@@ -142,7 +142,7 @@ class Session(FailsafeMember):
 
     @property
     def newest_epoch(self) -> int | None:
-        """The newest epoch of the group, that this session has seen; heartbeats carry it."""
+        """The newest epoch of the group that this session has seen; heartbeats report it."""
         return self._knowledge.epoch
 
     # -- deadlines ----------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Session(FailsafeMember):
             self._on_primary_answer(sent_at, answer, now, effects)
 
     def _on_foreign_answer(self, sent_at: float | None, now: float, effects: list[Effect]) -> None:
-        """Count it as an error; a plain v1 server that now has a store id is a new server."""
+        """Handle an answer from another store: count it as an error, or register at a server that was plain v1."""
         if sent_at is None or self.phase is not Phase.MEMBER:
             return
         if self.store_id is not None:
@@ -284,7 +284,7 @@ class Session(FailsafeMember):
                     Cause.REVOKED, "the tenure has ended: another was assigned", now, effects
                 )
         elif self._refusal_reason(now) is not None:
-            pass  # released by the next step of the life cycle
+            pass  # the next step of the life cycle releases it
         elif epoch is not None and self._is_forbidden(
             now, cleared=answer.cleared, before=epoch - 1
         ):
@@ -308,12 +308,13 @@ class Session(FailsafeMember):
         self, event: HeartbeatFailed, now: float, effects: list[Effect]
     ) -> None:
         gone = event.failure is HeartbeatFailure.GONE
-        self._contact.on_ended(event.number, contact=event.contact or gone)
+        self._contact.on_ended(event.number, contact=event.contact)
         if self._heartbeats.finish(event.number) is None or self.phase is not Phase.MEMBER:
             return
         if gone:
             if self.store_id is None and self._has_lease:
-                # A plain v1 server reassigns the role when it deletes a session (docs/api.md, "Sessions and heartbeats").
+                # A plain v1 server that deletes a session reassigns its role (docs/api.md, "Sessions and
+                # heartbeats").
                 why = "the server does not know this session any more"
                 self._demote(Cause.GONE, why, now, effects)
             self._rejoin(Trigger.UNKNOWN, effects)

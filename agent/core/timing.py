@@ -27,17 +27,17 @@ DEMOTE_SHARE = 0.25
 """Default share of L for the demotion hook."""
 
 DOUBT_SHARE = 1 / 8
-"""Share of R after which an unanswered heartbeat puts the coordinator in doubt (R26)."""
+"""If a heartbeat is unanswered for this share of R, the coordinator is in doubt (R26)."""
 
 QUESTION_SHARE = 1 / 6
-"""Share of R from one question to the other members to the next; also the timeout of each (R27)."""
+"""Interval between two questions to the other members, and timeout of each, as a share of R (R27)."""
 
 LONGEST_DOUBT_S = 5.0
 LONGEST_QUESTION_S = 5.0
-"""Caps on both, so that a failure is noticed soon however long L is."""
+"""Caps on these two times, so that a failure is noticed soon even with a long L."""
 
 SHORTEST_FAILSAFE_LEASE_S = 1.0
-"""With a shorter lease, the questions of failsafe do not get through an ordinary host in time."""
+"""The shortest lease with failsafe: with less an ordinary host cannot send and answer questions in time."""
 
 LONGEST_BEAT_S = 10.0
 """Cap on the heartbeat interval: the data-processed time stays fresh however long L is."""
@@ -63,11 +63,11 @@ class Timing:
     Attributes:
         lease_s: L, the group's FailoverTimeout.
         renew_s: R, the time without renewal after which demotion starts.
-        demote_s: D, the demotion budget, at whose end the rest is killed.
+        demote_s: D, the demotion budget; processes that are left at its end are killed.
         margin_s: M, reserved for drift and scheduling.
         heartbeat_interval_s: time between two heartbeats.
         request_timeout_s: timeout of one request, from sending it to its answer.
-        failsafe: whether the questions of failsafe have to fit into R, too.
+        failsafe: whether failsafe's questions have to fit into R, too.
     """
 
     lease_s: float
@@ -94,7 +94,7 @@ class Timing:
         return min(QUESTION_SHARE * self.renew_s, LONGEST_QUESTION_S)
 
     def _failsafe_rules(self) -> tuple[tuple[str, bool], ...]:
-        """The relations that failsafe adds: two questions have to fit into R after a silence."""
+        """The relations that failsafe adds: after a silence, two questions have to fit into R."""
         if not self.failsafe:
             return ()
         beat, doubt, question = self.heartbeat_interval_s, self.doubt_s, self.question_interval_s

@@ -1,7 +1,7 @@
 """Load credentials and certificates again when their files change, without losing the role.
 
-Owns noticing a change, by the files' status, and what happens to files that cannot be used: one log line, and
-the former ones stay in force until the files are right. Knows nothing of what is in the files.
+Owns detecting a change, by the files' status. If changed files cannot be used, that is logged once and the former
+contents stay in force until the files are right. Knows nothing of the files' contents.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from agent.ops.logs import Log
 
 T = TypeVar("T")
 
-POLL_S = 1.0
-"""Interval at which the files are looked at: a change is in force within two of them."""
+POLL_S = 2.0
+"""Interval at which the files' status is read: a change is in force within two intervals."""
 
 LONGEST_LOAD_S = 10.0
 """Timeout for reading some files of a few KiB; their file system may hang."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 3.0
-"""Backoff between attempts with credentials that a server refuses. It may learn of the new ones later than the
-agent, and then refuses those in force: the longest delay is under half of R with the default L."""
+"""Backoff between attempts with credentials that a server refuses. A server may learn of new credentials later than
+the agent, and refuse them until then. The longest delay is less than half of R with the default L."""
 
 log = Log(__name__)
 
@@ -42,8 +42,8 @@ class _Watched:
         load: reads them, in a thread; raises ConfigError.
         use: puts what was loaded into force, or raises FailoverError.
         loaded: the signature of the files in force.
-        tried: that of the files that were tried last.
-        failing: whether the log has that they cannot be used.
+        tried: the signature of the files that were tried last.
+        failing: whether it was logged that the files cannot be used.
     """
 
     name: str
@@ -107,7 +107,7 @@ class CredentialFiles:
                     await self._look(watched)
 
     async def reload(self) -> None:
-        """Load all files now, whether they have changed or not; what cannot be used is logged."""
+        """Load all files now, whether they have changed or not; log those that cannot be used."""
         for watched in self._watched:
             async with self._lock:
                 watched.failing = False
@@ -121,7 +121,7 @@ class CredentialFiles:
             return
         if signature == watched.loaded:
             watched.settle(signature)
-        elif signature != watched.tried:  # a file may be half written: an error is no error yet
+        elif signature != watched.tried:  # not reported: a file may be half written
             watched.tried, watched.retry_s = signature, FIRST_RETRY_S
             await self._replace(watched, quiet=True)
         elif self._clock.boottime() >= watched.retry_at:

@@ -1,7 +1,7 @@
 """Carry out the effects of the session, in their order.
 
-Owns what each effect does on this host: which task starts, what is published and where. Whatever waits
-is a task; if one fails, its event is posted all the same. Decides nothing.
+Owns what each effect does on this host: which task starts, what is published and where. Everything that waits
+is a task; if a task fails, its event is posted nevertheless. Decides nothing.
 """
 
 import asyncio
@@ -67,9 +67,9 @@ class EffectRunner:
     Attributes:
         member: ``published`` is written here.
         post_event: puts an event into the inbox.
-        started: awaited before each request; whether the drivers of this host have started.
-        exit_code: set by Exit.
-        escalated: the demotion has failed, and the processes of the tenure were killed (R4).
+        started: awaited before each request; returns whether the drivers of this host have started.
+        exit_code: set by the effect Exit.
+        escalated: whether the demotion has failed, and the processes of the tenure were killed (R4).
         announcer: publishes each role to an MQTT broker; set when it has started.
         failsafe: asks the other members; set when its listener has started, if it is configured.
     """
@@ -156,7 +156,7 @@ class EffectRunner:
             await self.failsafe.stop()
 
     def vote(self, asked: Asked) -> Vote:
-        """Answer the question of another member; no step follows one that has failed."""
+        """Answer the question of another member; refuse it if an earlier step of the session has failed."""
         if self.guard_control.frozen:
             return Vote(yes=False, why="the agent has failed")
         session = self.member.session
@@ -174,11 +174,11 @@ class EffectRunner:
         await self.failsafe.ask(effect)
 
     def _log_failsafe(self) -> None:
-        session, now = self.member.session, self.member.clock.boottime()
+        session = self.member.session
         if session.options.failsafe is not None:
             self._failsafe_log.on_step(
-                session.failsafe_view(now),
-                now,
+                self.state_publisher.failsafe_view,
+                self.member.clock.boottime(),
                 tenure=session.tenure if session.role is not Role.SECONDARY else None,
                 end=self.member.published.reason,
                 settle_s=session.timing.renew_s,

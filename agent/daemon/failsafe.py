@@ -1,7 +1,7 @@
-"""Failsafe in a running agent: questions to the other members, and the answers to theirs.
+"""Connect the session's failsafe to the network: send its questions, and answer those of the other members.
 
-Owns the listener and the asker of one agent. The rules are the session's (core/failsafe.py): it requests
-questions and decides every vote.
+Owns the listener and the asker of one agent. The session (core/failsafe.py) has the rules: it decides when to ask,
+and each vote.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from agent.drivers.failsafe.messages import LONGEST_WHY, Question
 from agent.ops.logs import Log
 
 MAX_QUESTIONS = 128
-"""Questions under way at once; the others wait within their timeout. Their answers have to fit into the inbox."""
+"""Questions under way at once, so that their answers fit into the inbox; others wait, as part of their timeout."""
 
 UseAccess = Callable[[FailsafeAccess], Awaitable[None]]
 LoadAccess = Callable[[UseAccess], Awaitable[FailsafeAccess]]
-"""Loads secret and certificates, calls what it is given after each change of them, and raises ConfigError."""
+"""Loads secret and certificates, calls its argument after each later change of them; raises ConfigError."""
 
 log = Log(__name__)
 
@@ -35,8 +35,8 @@ class Failsafe:
     Args:
         member: read only.
         access: the group's secret and the certificates.
-        vote: passes a question to the session; the decision.
-        post_event: puts an event into the inbox.
+        vote: passes a question to the session, and returns its decision.
+        post_event: puts an event into the agent's inbox.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Failsafe:
         await self._listener.stop()
 
     def use(self, access: FailsafeAccess) -> None:
-        """Take other secrets and certificates."""
+        """Use new secrets and certificates from now on."""
         self._listener.use(access)
         self._asker.use(access)
 
     # -- questions ------------------------------------------------------------------------------
 
     async def ask(self, effect: Ask) -> None:
-        """Ask another member; posts Answered."""
+        """Ask another member, and post the result as an ``Answered`` event."""
         peer = Peer(effect.member.id, effect.member.url)
         limit_s = self._member.session.timing.question_interval_s
         try:
@@ -127,7 +127,7 @@ async def start_failsafe(
     vote: Callable[[Asked], Decision],
     post_event: Callable[[Event], None],
 ) -> Failsafe:
-    """Start failsafe for a member whose settings have it.
+    """Start failsafe for a member whose settings turn it on.
 
     Raises:
         ConfigError: the address, the secret or a certificate cannot be used.

@@ -1,6 +1,6 @@
-"""What operators see of an agent's failsafe: its part of the state file, its metrics, its log lines.
+"""Report an agent's failsafe to operators: in the state file, in metrics and in the log.
 
-Values and texts only. The rules are in core/failsafe.py, the messages in daemon/failsafe.py.
+Values and texts only. The rules are in core/failsafe.py, the questions in daemon/failsafe.py.
 """
 
 import math
@@ -12,13 +12,14 @@ from typing import Any
 
 from agent.core.effects import Release
 from agent.core.failsafe_view import FailsafeView, MemberReadiness, Readiness
+from agent.model import Member
 from agent.ops.logs import Log
 from agent.schema.scalars import format_date_time
 
 LONGEST_WHY = 512
 DESCRIBED_MEMBERS = 8
-"""Of the state file, which has a bound itself: characters of a reason, and members, those that are not
-ready first."""
+"""Bounds of failsafe's part of the state file: characters of a reason, and members, of which those that are not
+ready come first."""
 
 TENTH_US = 100_000
 """Microseconds to which moments are rounded."""
@@ -27,7 +28,7 @@ log = Log(__name__)
 
 
 class Outcome(StrEnum):
-    """What came of a question. The values are labels of metrics."""
+    """The outcome of a question. The values are labels of metrics."""
 
     YES = "yes"
     NO = "no"
@@ -42,7 +43,7 @@ class FailsafeSnapshot:
     Attributes:
         asked: questions of this member, without rehearsals.
         votes: answers of this member to others, without rehearsals.
-        refused: requests to the listener that were no question of a member, by reason.
+        refused: requests to the listener that were not accepted as a member's question, by reason.
     """
 
     view: FailsafeView
@@ -52,7 +53,7 @@ class FailsafeSnapshot:
 
 
 class FailsafeLog:
-    """The log lines of failsafe: one for each change."""
+    """Logs each change of failsafe once."""
 
     def __init__(self) -> None:
         self._logged = self._last = FailsafeView(Readiness.READY, "")
@@ -72,8 +73,8 @@ class FailsafeLog:
             view: after a step of the session, at ``now``.
             now: CLOCK_BOOTTIME seconds.
             tenure: the epoch that the session holds, or None.
-            end: why its last tenure has ended, for people.
-            settle_s: how long members may be not ready before it is logged.
+            end: why its last tenure ended, for people.
+            settle_s: how long members have to be not ready before that is logged.
         """
         last, self._last = self._last, view
         settling = view.readiness is Readiness.NOT_READY and now - (view.since or now) < settle_s
@@ -102,7 +103,7 @@ class FailsafeLog:
 def _log_end_of_hold(
     begin: FailsafeView, last: FailsafeView, now: float, demoted: str | None
 ) -> None:
-    """Log that a primary does not hold by votes any more, and who has not voted at the end."""
+    """Log that a hold has ended, and which members had not voted at its end."""
     held_s = now - (now if begin.since is None else begin.since)
     if demoted is None:
         log.info("failsafe hold ended", held_s=held_s, reason="the coordinator answers")
@@ -114,16 +115,18 @@ def _log_end_of_hold(
 
 
 def _key(view: FailsafeView, *, holds: bool) -> tuple[object, ...]:
-    """What differs when a line is due: not each answer, and not each question of one promise."""
+    """The facts whose change is logged. Single answers, and repeated questions to a voter, are not among them."""
     off = view.why if view.readiness is Readiness.OFF else None
-    missing = frozenset(one.member for one in view.members if not one.ready)
-    if view.readiness is not Readiness.NOT_READY:
-        missing = frozenset()
-    return holds, view.readiness, off, missing, view.promised_to
+    named: frozenset[Member] = frozenset()
+    if view.readiness is Readiness.NOT_READY:
+        named = frozenset(one.member for one in view.members if not one.ready)
+    elif view.readiness is Readiness.READY:
+        named = frozenset(one.member for one in view.members)
+    return holds, view.readiness, off, named, view.promised_to
 
 
 def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[str, Any]:
-    """Failsafe as the state file and the probe's /status have it.
+    """Build the failsafe part of the state file and of the probe's /status.
 
     Args:
         view: at ``now``.
@@ -134,7 +137,7 @@ def describe_failsafe(view: FailsafeView, now: float, wall: datetime) -> dict[st
     def moment(at: float | None) -> str | None:
         if at is None or not math.isfinite(at):
             return None
-        # Rounded, since the two clocks are read one after the other: the same moment has the same text.
+        # Rounded, so that one moment always has the same text, though the clocks are read in succession.
         moved = wall + timedelta(seconds=at - now)
         tenths = round(moved.microsecond / TENTH_US)
         return format_date_time(

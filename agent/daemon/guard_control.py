@@ -1,7 +1,7 @@
 """Arm and disarm the guard (R12) and the kernel's watchdog device (R4).
 
-Owns when that happens: both are disarmed only after a completed demotion. Any other end of the agent
-leaves them armed, and they act in its place.
+Owns when they are armed and disarmed: both are disarmed only after a completed demotion. If the agent ends in any
+other way they stay armed, and act in its place.
 """
 
 import json
@@ -21,6 +21,9 @@ from agent.ops.watchdog import WatchdogDevice
 SHORTEST_GUARD_ANSWER_S = 0.5
 """Lower bound of the guard's answer timeout, for a busy host; otherwise the timeout is a margin."""
 
+HOOK_SHARE = 1 / 3
+"""The share of the time for a demotion that the guard has if the agent freezes before its hook has started."""
+
 BY_GUARD = "demoted by the guard"
 """The reason in a state file that the guard has written."""
 
@@ -30,7 +33,7 @@ class GuardControl:
 
     Args:
         member: read only.
-        state: returns the content of the state file at this moment.
+        state: returns the content of the state file at this moment, but for failsafe.
         state_path: path of the state file.
     """
 
@@ -64,11 +67,11 @@ class GuardControl:
 
     @property
     def frozen(self) -> bool:
-        """Whether the session has failed."""
+        """Whether a step of the session has failed."""
         return self._frozen
 
     def freeze(self) -> None:
-        """Leave both as they are from now on: the session has failed and cannot be trusted."""
+        """Leave guard and watchdog as they are: the session has failed and cannot be trusted."""
         self._frozen = True
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
@@ -138,13 +141,14 @@ class GuardControl:
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
         role_runner = self._member.role_runner
         workload = role_runner.workload
+        has_begun = role_runner.demotion_hook_started or self._fence_by is not None
+        if hook_at == float("inf") and not has_begun:
+            hook_at = kill_at - HOOK_SHARE * (kill_at - self._member.clock.boottime())
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,
             "active_until_boottime_s": None,
         }
-        # It changes with each answer of a member, and is not true of a demoted session.
-        state.pop("failsafe", None)
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,

@@ -153,7 +153,7 @@ class HostHealth:
         Args:
             source: what has found it.
             why: the reason; None for fit.
-            expected: it belongs to an ordinary start, and is no warning.
+            expected: whether it is part of an ordinary start, and not worth a warning.
         """
         before = dict(self._unfit)
         self._unfit.pop(source, None)
@@ -179,7 +179,7 @@ class HostHealth:
         self.set_unfit_reason("guard", why)
 
     def on_workload_ended(self, status: int | None) -> None:
-        """The command of ``exec`` has ended for good, or fails again and again (None)."""
+        """Record that the command of ``exec`` has ended for good, or (None) fails again and again."""
         if status is None:
             self.set_unfit_reason("workload", "the workload fails again and again")
         else:

@@ -66,7 +66,7 @@ class Registration:
         bounded = not self.rejoining and timeout_s > 0
         failures: dict[ExitCode, ServerError] = {}
         retrying = AsyncRetrying(
-            retry=retry_if_exception(self._worth_retrying),
+            retry=retry_if_exception(self._should_retry),
             wait=self._pause_s,
             before_sleep=partial(self._record_failure, failures),
             reraise=True,
@@ -122,10 +122,10 @@ class Registration:
         return Joined(timing, store_id)
 
     async def _has_extensions(self, limit_s: float) -> bool:
-        """Whether the server is no plain v1 one, which may refuse a registration with a FailsafeUrl.
+        """Whether the server has extensions. A plain v1 server may refuse a registration with a FailsafeUrl.
 
-        Until the first registration only the status shows that. Where it may not be read, the first heartbeat
-        has the URL.
+        Before the first registration only the group's status shows this. If there is no permission to read
+        it, the first heartbeat reports the URL.
         """
         if self.rejoining:
             return self.session.store_id is not None
@@ -136,6 +136,12 @@ class Registration:
                 raise
             return False
         return status.store_id is not None
+
+    def _should_retry(self, error: BaseException) -> bool:
+        """Also after a refusal by a portal on the way: with failsafe this member votes meanwhile."""
+        stranger = isinstance(error, ServerError) and not error.has_operation_id
+        votes = self.session.options.failsafe is not None
+        return self._worth_retrying(error) or (stranger and votes)
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):

@@ -1,7 +1,7 @@
 """Warn in a start's error that the workload of a previous run may still be active.
 
-The first demotion (R6) stops what an agent has left that was killed together with its guard. If even
-that cannot begin, because of unreadable settings or an unusable demotion hook, a person has to stop the
+If an agent was killed together with its guard, the next agent's first demotion (R6) stops the workload. If that
+demotion cannot begin, because of unreadable settings or an unusable demotion hook, a person has to stop the
 workload: the error has the command.
 """
 

@@ -5,8 +5,8 @@ in their order. It decides nothing itself. It iterates at least every half margi
 than the margin, or the host was suspended, it steps the session with Stalled first (R2). Only a loop that
 iterates notifies systemd and the watchdog device.
 
-It never calls or awaits anything that can block. The first demotion (R6) begins before anything else that
-can fail; the drivers start while it runs, and the first request waits for both. If this loop fails while
+It never calls or awaits anything that can block. The first demotion (R6) begins before any other step that can
+fail; the drivers start while it runs, and the first request waits for both. If this loop fails while
 something is promoted, the guard stays armed and acts as soon as the process has ended.
 """
 
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
 INBOX_SIZE = 512
-"""Bound of the inbox. In flight can be eight heartbeats, one hook, one status read, and MAX_QUESTIONS."""
+"""Bound of the inbox. Eight heartbeats, a hook, a status read and MAX_QUESTIONS questions can be in flight."""
 
 SUSPENDED_S = 0.05
-"""The gap between boot time and monotonic time from which the host counts as suspended; less is noise."""
+"""If boot time and monotonic time differ by more than this, the host was suspended; less is noise."""
 
 log = Log(__name__)
 
@@ -72,7 +72,7 @@ class Daemon:
         start_probe: starts the local HTTP server and returns its URL, or None without one; raises
             ConfigError.
         load_failsafe: loads the secret and the certificates of failsafe.
-        credentials: the files of all of these, once they are there.
+        credentials: watches the files with credentials, once they are loaded.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Daemon:
         self.report_progress = self._host_health.report_progress
         self._state_publisher.score = self._host_health.score
         self._state_publisher.unfit_reason = self._host_health.unfit_reason
-        self._guard_control = GuardControl(member, self._state_publisher.describe, state_file.path)
+        self._guard_control = GuardControl(member, self._state_publisher.own_state, state_file.path)
         self._effects = EffectRunner(
             member,
             self._state_publisher,
@@ -198,14 +198,14 @@ class Daemon:
         self._supervisor.start("reload", self._reload.run(reread))
 
     def signal_workload(self, number: int) -> bool:
-        """Pass a signal on to the command of ``exec``; whether it runs."""
+        """Pass a signal on to the command of ``exec``; return whether it runs."""
         workload = self._member.role_runner.workload
         return workload is not None and workload.send_signal(number)
 
     # -- start and shutdown -----------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Run until the session has ended; the exit code.
+        """Run until the session has ended; return the exit code.
 
         Args:
             stop: set to request a stop.
@@ -293,12 +293,12 @@ class Daemon:
         )
 
     async def _wait_for_start(self) -> bool:
-        """Wait until the drivers have started, or one has failed; whether they have started."""
+        """Wait until the drivers have started, or one has failed; return whether they have started."""
         await self._started.wait()
         return self._start_failure is None
 
     async def _shut_down(self) -> None:
-        """End every part; a demotion that is still owed is left to the guard."""
+        """End every part; leave a demotion that has not succeeded to the guard."""
         if self._loop_error is not None:  # exit quickly: the guard acts when this process has ended
             await self._guard_control.stop()
             return

@@ -1,7 +1,7 @@
 """The agent's process: its state file lock, its signals, its local HTTP server.
 
-Owns the order of start and shutdown around the loop. An error before the first demotion (R6) carries a
-hint that a workload of a previous run may still be active.
+Owns the order of start and shutdown around the loop. To an error before the first demotion (R6) it adds a hint that
+a workload of a previous run may still be active.
 """
 
 import asyncio
@@ -51,13 +51,13 @@ NAMES_ON_ONE_HOST = 64
 
 PLAIN = (string.ascii_letters + string.digits + "-_").encode()
 LONGEST_PART = 100
-"""Bytes of a file's name that are made of one id: two of them fit into the 255 that Linux allows."""
+"""The most bytes that one id adds to a file name: two ids fit into the 255 bytes that Linux allows."""
 
 log = logs.Log(__name__)
 
 
 def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = None) -> int:
-    """Run an agent until SIGTERM or SIGINT; the exit code.
+    """Run an agent until SIGTERM or SIGINT; return the exit code.
 
     Args:
         settings: checked, with their hooks.
@@ -68,7 +68,7 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
-    if not reserve_threads():  # the first demotion is tried all the same
+    if not reserve_threads():  # the first demotion is tried nevertheless
         log.warning("too few threads for a demotion can be started")
     return asyncio.run(_run(settings, reread))
 
@@ -105,7 +105,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
 
 
 async def _make_client(settings: AgentSettings, credentials: CredentialFiles) -> RestClient:
-    """A client for the endpoints; changed credentials are put into force."""
+    """Open a client for the endpoints; changed credentials are put into force."""
 
     async def use(access: ServerAccess) -> None:
         path, timeout_s = status_path(settings.group), settings.timing.request_timeout_s
@@ -121,7 +121,7 @@ async def _make_client(settings: AgentSettings, credentials: CredentialFiles) ->
 async def _start_probe(
     settings: AgentSettings, credentials: CredentialFiles, stack: AsyncExitStack, daemon: Daemon
 ) -> str | None:
-    """Start the local HTTP server; its URL, or None without one."""
+    """Start the local HTTP server; return its URL, or None without one."""
     if settings.probe_listen is None:
         return None
     listen = settings.probe_listen
@@ -144,7 +144,7 @@ async def _start_probe(
 async def _load_failsafe(
     settings: AgentSettings, credentials: CredentialFiles, use: "UseAccess"
 ) -> "FailsafeAccess":
-    """The secret and the certificates of failsafe; changed ones are put into force by ``use``."""
+    """Load the secret and the certificates of failsafe; pass changed ones to ``use``."""
     from agent.drivers.failsafe import access  # noqa: PLC0415 - memory for an agent without it
 
     files, load = access.failsafe_files(settings), partial(access.load_failsafe_access, settings)
@@ -191,7 +191,7 @@ def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
 
 
 def _safe(name: str) -> str:
-    """Escape an id for a file name of at most LONGEST_PART bytes; two ids never have the same."""
+    """Escape an id for a file name of at most LONGEST_PART bytes; no two ids give the same name."""
     encoded = name.encode(errors="surrogateescape")
     escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02X}" for byte in encoded)
     if len(escaped) <= LONGEST_PART:

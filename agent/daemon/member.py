@@ -40,8 +40,8 @@ class Member:
         settings: those in force. Written by ``Reload``.
         session: stepped by ``Daemon`` only.
         published: written by ``EffectRunner``.
-        progress: up to when data was processed in this tenure. Written by ``HostHealth``.
-        instance: identifies this process towards the coordinator, and the processes of its tenures.
+        progress: the last time up to which data was processed in this tenure. Written by ``HostHealth``.
+        instance: identifies this process for the coordinator, and the processes of its tenures.
     """
 
     settings: AgentSettings

@@ -38,7 +38,9 @@ def build_page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
         accept: the scraper's Accept header: OpenMetrics 1.0 if it names that, else the text format.
     """
     if OPENMETRICS in accept.lower():
-        page: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call] # theirs
+        # Our names need no escaping, and the default looks at each of their characters.
+        escaping = openmetrics.ALLOWUTF8
+        page: bytes = openmetrics.generate_latest(registry, escaping)  # type: ignore[no-untyped-call] # theirs
         return page, openmetrics.CONTENT_TYPE_LATEST
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 

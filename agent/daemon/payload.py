@@ -1,4 +1,4 @@
-"""The payload of every hook of one agent: the facts of the event, and the common ones (docs/hooks.md)."""
+"""Build the payload of every hook of one agent: facts of the event, and common ones (docs/hooks.md)."""
 
 import json
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Read what the previous process of this member has left in the state file.
 
-Owns which of it is trusted: processes of another boot or PID namespace cannot be seen from here.
+Owns which parts of it are used: processes of another boot or PID namespace cannot be seen from this process.
 """
 
 import re
@@ -31,7 +31,7 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     if not isinstance(unreleased, dict) or previous_store(state) is None:
         return None
     if not is_of_this_boot(state):
-        return None  # its processes may still be alive, on another machine or in another namespace
+        return None  # processes of the tenure may still be alive, on another machine or in another namespace
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
     if not isinstance(epoch, int) or not _is_instance(instance):
         return None
@@ -59,8 +59,8 @@ def boot_id() -> str | None:
 def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
     """The instances of previous processes that may have left something running here.
 
-    A process whose first demotion has not succeeded has promoted nothing, so only those count that it had
-    to end itself.
+    If the last process had not finished its first demotion, it has promoted nothing; then these are the instances
+    whose processes it had to end.
     """
     if not is_of_this_boot(state):
         return ()
@@ -73,7 +73,7 @@ def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def previous_processes(state: Mapping[str, Any]) -> tuple[proctree.Process, ...]:
-    """The processes that it recorded: a hook whose exec hangs, for example, has no mark yet."""
+    """The processes recorded in the state file: a hook whose exec hangs, for example, has no mark yet."""
     given = state.get("processes")
     if not is_of_this_boot(state) or not isinstance(given, list):
         return ()

@@ -26,7 +26,7 @@ from agent.schema.exchange import dump, load
 from agent.schema.settings import AgentSettings
 
 DOCUMENT_FD = 3
-"""The descriptor of the document: memory that only this process reads, as it names files of secrets."""
+"""The descriptor of the document. It is in memory, since it has the paths of files with secrets."""
 
 RELEASE_TIMEOUT_S = 10.0
 """Timeout of the whole release; by then the lease has usually expired."""
@@ -37,7 +37,7 @@ REQUEST_TIMEOUT_S = 2.0
 PAUSE_S = 0.2
 REASON = "demoted by the guard"
 FINAL_STATUSES = range(400, 500)
-"""Statuses after which a retry is pointless, except for the next one."""
+"""Statuses after which a retry at this endpoint is pointless."""
 TOO_MANY_REQUESTS = 429
 
 log = logs.Log(__name__)
@@ -113,7 +113,7 @@ def parse_document(text: bytes) -> ReleaseDocument:
 async def release_everywhere(
     document: ReleaseDocument, epoch: int, clients: Sequence[RestClient]
 ) -> bool:
-    """Release the tenure at every endpoint; whether one has accepted it. Closes the clients."""
+    """Release the tenure at every endpoint; return whether one has accepted it. Closes the clients."""
     done = await asyncio.gather(*(_release_at(client, document, epoch) for client in clients))
     return any(done)
 
@@ -155,7 +155,7 @@ async def _release(client: RestClient, document: ReleaseDocument, epoch: int) ->
 
 
 def main(words: Sequence[str]) -> int:
-    """Wait for the guard's byte, then release the role; the exit code.
+    """Wait for the guard's byte, then release the role; return the exit code.
 
     Args:
         words: the epoch, and the timeout of the byte in seconds.

@@ -1,6 +1,6 @@
-"""SIGHUP: read the settings again, and apply those that can change without losing the role; and credentials.
+"""At SIGHUP, read settings and credentials again, and apply changes that are possible without losing the role.
 
-The declaration of a setting decides whether it is one. A change of any other one is refused by name.
+The declaration of a setting states whether a reload may change it. A change of any other is refused by name.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
 """The requests to the server: join, heartbeat, status, release, leave.
 
-Each request is a task with its own timeout, and ends by posting its event. An internal error posts it too,
-and is then raised to the supervisor. Decides nothing about roles.
+Each request is a task with its own timeout, and ends by posting its event. After an internal error it posts the
+event, too, and then raises the error to the supervisor. Decides nothing about roles.
 
 Extensions of the API are used only if the answer to joining had a StoreId. The answers of any
-other server are handled as plain v1, whatever they carry.
+other server are handled as plain v1, whatever properties they have.
 """
 
 import asyncio
@@ -38,10 +38,10 @@ LONGEST_WAIT_S = 30.0
 """Cap on one blocking read: shorter than the idle timeouts of usual balancers and proxies."""
 
 SHORTEST_PAUSE_S = 0.25
-"""Minimum interval of status reads that are answered at once."""
+"""Minimum interval between status reads if the server answers them at once."""
 
 QUICK_READS = 4
-"""Changes of the status that are read without a pause: a takeover has about three."""
+"""How many changes of the status in a row are read without a pause: a takeover has about three."""
 
 RETRY_RELEASE_S = 0.1
 """Minimum delay between attempts to release the role."""
@@ -247,7 +247,7 @@ class Requests:
             after = revision
 
     async def _read_status(self, after: int | None) -> tuple[int | None, float]:
-        """Read the status once; posts StatusRead. The revision for the next blocking read, and Retry-After."""
+        """Read the status once; posts StatusRead. Returns the revision for the next read, and Retry-After."""
         endpoint, timing = self.client.endpoint, self.session.timing
         try:
             status = await self.client.status(
@@ -335,10 +335,9 @@ def _failure(error: ServerError) -> HeartbeatFailure:
 
 
 def _is_contact(error: ServerError) -> bool:
-    """Whether the coordinator itself has refused a request, and not something on the way to it (R26)."""
-    if error.exit_code in {ExitCode.NOT_THE_API, ExitCode.OTHER_STORE}:
-        return False
-    return error.status is not None and error.status < SERVER_FAULT
+    """Whether the coordinator itself has refused a request, and not a portal or a proxy on the way (R26)."""
+    refused = error.status is not None and error.status < SERVER_FAULT
+    return refused and error.has_operation_id
 
 
 def _format_internal_error(error: Exception) -> str:

@@ -36,7 +36,7 @@ from agent.ops import process, reserve
 from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.ops.process_tree import KILL_S, ProcessTree, tenure_cgroup
+from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -44,6 +44,9 @@ TREE_POLL_S = 0.02
 
 LEAST_KILL_S = 0.2
 """Minimum time to kill the rest after a demotion hook; it takes milliseconds."""
+
+SEARCH_SHARE = 0.125
+"""Share of the demotion budget after which it does not wait for a search of processes any more."""
 
 KILL_FIRST = "killing the processes of the tenure, which may have used them up"
 
@@ -84,7 +87,8 @@ class RoleRunner:
     Attributes:
         payloads: builds the payloads of hooks.
         cgroup: the directory of its tenures' cgroup, which may not exist yet, or None.
-        leftover: what previous agents have left, until the first demotion has ended it.
+        demotion_hook_started: whether the demotion hook of the tenure was started, or there is none.
+        leftover: the processes that previous agents have left, until the first demotion has ended them.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class RoleRunner:
         self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.process_mark = instance
+        self.demotion_hook_started = False
         self.leftover = PreviousProcesses()
         self._runs: dict[int, _Run] = {}
         self._tenure: TenureProcesses | None = None
@@ -132,14 +137,14 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """The demotion hook: that of the tenure, else the configured one."""
+        """The demotion hook of the tenure, else the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
         return self._specs.get(EVENTS[Role.SECONDARY])
 
     @property
     def roles(self) -> frozenset[Role]:
-        """The roles that have a run, or of which the guard has to know.
+        """The roles that have a run, or that the guard has to know.
 
         A demotion has to end what a promotion starts, so it has a run even without a hook.
         """
@@ -188,7 +193,7 @@ class RoleRunner:
 
     @property
     def known_processes(self) -> tuple[proctree.Process, ...]:
-        """What the next process of this member has to end if this one and its guard are killed."""
+        """The processes that this member's next process has to end if this process and its guard are killed."""
         return tuple(sorted({*self.tenure_roots, *self.leftover.roots}))
 
     def start_run(
@@ -199,6 +204,7 @@ class RoleRunner:
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
+            self.demotion_hook_started = spec is None
             self._reserve_descriptors()
             self.leftover.forget()  # the first demotion has succeeded, if only without a hook
         if facts.role is Role.SECONDARY:
@@ -224,7 +230,7 @@ class RoleRunner:
         self._on_ended(HookEnded(number, ok, why))
 
     def terminate(self, number: int) -> None:
-        """TERM to the processes of a run; it starts nothing more."""
+        """Send TERM to the processes of a run, which then starts no further ones."""
         run = self._runs.get(number)
         if run is None:
             return
@@ -250,7 +256,7 @@ class RoleRunner:
             self.workload.kill()
 
     def kill_all(self) -> set[asyncio.Task[Any]]:
-        """Escalate (R4): KILL to the whole tenure and the demotion hook; the tasks that do it."""
+        """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
         for run in self._runs.values():
             if run.hook is not None:
                 run.hook.kill()
@@ -297,12 +303,14 @@ class RoleRunner:
     # -- a change of role -----------------------------------------------------------------------
 
     async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
+        if self._tenure is not None and (fault := await self._tenure.find_hook_fault()):
+            return False, fault
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
             fault = await self.workload.start(payload_environment(payload))
             self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
-        if run.terminated:  # TERM also went to what it has started: even a success is no promotion
+        if run.terminated:  # TERM also went to the processes it started, so even a success counts as a failed promotion
             await self._wait_until_gone(run)
             return False, "terminated" if ok else why
         return ok, why
@@ -316,14 +324,14 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        tenure = self._tenure
-        if tenure is not None:
-            await tenure.track_processes()  # while their parents live, which lead to them
+        search_s = min(SEARCH_S, SEARCH_SHARE * facts.limit_s)
+        if (tenure := self._tenure) is not None:
+            await tenure.track_processes(search_s)  # before their parents, which lead to them, end
         if self.workload is not None:
             loop = asyncio.get_running_loop()
             killing = loop.call_later(WORKLOAD_SHARE * facts.limit_s, self.workload.kill)
             try:
-                await self.workload.stop()
+                await self.workload.stop(search_s)
             finally:
                 killing.cancel()
         if tenure is not None:
@@ -332,8 +340,8 @@ class RoleRunner:
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
                 await tenure.kill(LEAST_KILL_S)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
-        # After the hook, which may stop in order what a promotion hook has left running. After one that has
-        # failed, too: whatever it lacked, the tenure may have used it up, and it is tried again.
+        # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
+        # failed: it may have lacked resources that the tenure used, and will be run again.
         limit_s = max(LEAST_KILL_S, kill_by - self._clock.boottime()) if ok else LEAST_KILL_S
         left = await kill_remaining(self._tenure, self.leftover, limit_s=limit_s)
         if left is not None:
@@ -375,8 +383,10 @@ class RoleRunner:
         return result.ok, result.why
 
     def _record_processes(self, run: _Run, hook: HookRun) -> None:
-        """Add the processes of a promotion hook to the tenure; report all groups to the guard."""
-        if run.role is not Role.SECONDARY and self._tenure is not None:
+        """Add the processes of a promotion hook to the tenure; report all to the guard."""
+        if run.role is Role.SECONDARY:
+            self.demotion_hook_started = True
+        elif self._tenure is not None:
             self._tenure.add(hook)
             for child in hook.children:
                 run.tree.add(child)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from agent import __version__
+from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
 from agent.daemon.failsafe_report import describe_failsafe
 from agent.daemon.member import Member
@@ -46,7 +47,12 @@ class StatePublisher:
         member: read only.
         state_file: locked by this process.
         previous_tenure: the tenure that the previous process has not released.
+
+    Attributes:
+        failsafe_view: as of the last call of ``write``.
     """
+
+    failsafe_view: FailsafeView
 
     def __init__(
         self, member: Member, state_file: StateFile, previous_tenure: PreviousTenure | None
@@ -67,11 +73,19 @@ class StatePublisher:
 
     def describe(self) -> dict[str, Any]:
         """The content of the state file, and of the probe's /status."""
+        session, clock = self._member.session, self._member.clock
+        described = self.own_state()
+        if session.options.failsafe is not None:
+            now = clock.boottime()
+            described["failsafe"] = describe_failsafe(session.failsafe_view(now), now, clock.wall())
+        return described
+
+    def own_state(self) -> dict[str, Any]:
+        """The same without failsafe, which changes with each answer of another member."""
         member = self._member
         session, published, data = member.session, member.published, member.progress
         demotion = member.role_runner.demotion_hook
         holds = published.role is not Role.SECONDARY
-        failsafe = {} if session.options.failsafe is None else {"failsafe": self._failsafe()}
         return {
             "group": member.settings.group,
             "session": member.session_id,
@@ -100,16 +114,10 @@ class StatePublisher:
             "stop_command": list(demotion.value) if demotion is not None else [],
             "pid": os.getpid(),
             "version": __version__,
-            **failsafe,
         }
 
-    def _failsafe(self) -> dict[str, Any]:
-        clock = self._member.clock
-        now = clock.boottime()
-        return describe_failsafe(self._member.session.failsafe_view(now), now, clock.wall())
-
     def _unreleased(self) -> dict[str, Any] | None:
-        """The tenure that the next process has to release: this process's, or the previous one's."""
+        """The tenure that the next process has to release: of this process, or of the previous one."""
         session = self._member.session
         owed: PreviousTenure | None = None
         if self._unreleased_epoch is not None:
@@ -124,7 +132,7 @@ class StatePublisher:
         return str(self._state_file.path)
 
     async def write_first(self, reason: str) -> FailoverError | None:
-        """Write Secondary before anything else happens (R6); the error if that fails, or None."""
+        """Write Secondary before anything else happens (R6); return the error if that fails, or None."""
         state = self.describe() | {"reason": reason}
         try:
             await self._lane.run(lambda: self._state_file.write(state), timeout_s=FIRST_WRITE_S)
@@ -138,7 +146,7 @@ class StatePublisher:
         return None
 
     def with_hint(self, failure: FailoverError) -> FailoverError:
-        """The failure, with what to do about it if it is about the state file."""
+        """The text of the failure; if it concerns the state file, with what to do about it."""
         if failure.exit_code is ExitCode.OTHER_STORE:
             failure.hint = (
                 "if the coordinator's data were deleted on purpose, remove"
@@ -151,9 +159,10 @@ class StatePublisher:
         session = self._member.session
         if session.guard_deadlines is not None and session.tenure is not None:
             self._unreleased_epoch = session.tenure
+        self.failsafe_view = session.failsafe_view(self._member.clock.boottime())
         key = (
             session.renew_by,
-            session.failsafe_view(self._member.clock.boottime()),
+            self.failsafe_view,
             session.store_id,
             self._member.published,
             self._member.role_runner.payloads.probe_url,
@@ -175,7 +184,7 @@ class StatePublisher:
         self.write()
 
     async def flush(self, limit_s: float = FLUSH_S) -> bool:
-        """Wait until the newest state is written, at most ``limit_s`` seconds; whether it is."""
+        """Wait until the newest state is written, at most ``limit_s`` seconds; return whether it is."""
         if self._writing is not None and not self._writing.done():
             await asyncio.wait([self._writing], timeout=limit_s)
         return self._writing is None or self._writing.done()

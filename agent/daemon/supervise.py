@@ -68,7 +68,7 @@ class Supervisor:
         loop.set_exception_handler(handle)
 
     def report_failure(self, name: str, error: BaseException) -> None:
-        """Report the failure of something that is no task."""
+        """Report a failure that is not the end of a task."""
         if not self._closing:
             self._on_failed(name, error)
 

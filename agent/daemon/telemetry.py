@@ -62,7 +62,7 @@ REASONS = (*dict.fromkeys(_STATUSES.values()), *_CODES.values(), OTHER)
 
 
 def failure_reason(error: ServerError) -> str:
-    """The one of REASONS for an error."""
+    """Return which of REASONS an error is."""
     by_code = _CODES.get(error.exit_code, OTHER)
     return by_code if error.status is None else _STATUSES.get(error.status, by_code)
 
@@ -162,7 +162,7 @@ class Snapshot:
         renew_by: the renewal deadline.
         lease_until: when another member may become primary.
         wake_at: when the session needs its next step at the latest.
-        loop_interval_s: the longest interval of the loop.
+        loop_interval_s: the longest interval between two iterations of the loop.
         unfit: why this host is unfit to be primary, by source.
         checks: whether each health check passes, by name.
         guard_up: whether the guard answers; None without a guard.

@@ -17,6 +17,9 @@ from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
 from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 
+CHECK_S = 1.0
+"""How long the check of the demotion hook before a promotion may take; it takes a millisecond."""
+
 log = Log(__name__)
 
 
@@ -55,22 +58,32 @@ class TenureProcesses:
         """The roots of its process trees, as last tracked."""
         return self._tree.roots
 
-    async def track_processes(self) -> None:
+    async def track_processes(self, limit_s: float = SEARCH_S) -> None:
         """Record which processes there are, before their parents end."""
         with suppress(StuckError):
-            await self._tree.find_in_thread()
+            await self._tree.find_in_thread(limit_s)
+
+    async def find_hook_fault(self) -> str | None:
+        """Why the demotion hook could not be run now: what it cannot end must not be started."""
+        if self.demotion_hook is None:
+            return None
+        try:
+            await BlockingThread("demotion hook").run(self.demotion_hook.check, timeout_s=CHECK_S)
+        except (ConfigError, StuckError, OSError) as error:
+            return str(error) or f"the demotion hook was not read within {CHECK_S:g} s"
+        return None
 
     def stop_adopting(self) -> None:
         """Do not add unmarked processes from now on: they belong to the demotion hook."""
         self._tree.stop_adopting()
 
     def kill_groups(self) -> None:
-        """SIGKILL to the process groups of its promotion hooks. Does not wait."""
+        """Send SIGKILL to the process groups of its promotion hooks. Does not wait."""
         for hook in self._hooks:
             hook.kill()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill all its processes; None once all are gone, else why some are not."""
+        """Kill all its processes; return None once all are gone, else the reason why some are not."""
         return await self._tree.kill(limit_s)
 
 
@@ -87,7 +100,7 @@ class PreviousProcesses:
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
-        """Processes from which the others descend, as last known."""
+        """The processes from which the others descend, as of the last search."""
         return tuple({root for tree in self._trees for root in tree.roots})
 
     def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
@@ -103,11 +116,11 @@ class PreviousProcesses:
             self._trees += (tree,)
 
     def forget(self) -> None:
-        """Forget all of them: they are gone."""
+        """Forget all processes: they are gone."""
         self._trees = ()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
-        """Kill all of them; None once all are gone, else why some are not."""
+        """Kill all of these processes; return None once all are gone, else the reason why some are not."""
         reasons = [await tree.kill(limit_s) for tree in self._trees]
         left = "; ".join(filter(None, reasons)) or None
         if left is not None:
@@ -118,7 +131,7 @@ class PreviousProcesses:
 async def kill_remaining(
     *trees: TenureProcesses | PreviousProcesses | None, limit_s: float
 ) -> str | None:
-    """Kill what is left of tenures; None once all processes are gone, else why some are not."""
+    """Kill the remaining processes of tenures; return None once all are gone, else why some are not."""
     for tree in trees:
         if tree is not None:
             left = await tree.kill(min(KILL_S, limit_s))
@@ -129,7 +142,7 @@ async def kill_remaining(
 
 
 async def check_visibility() -> FailoverError | None:
-    """Check that this process can see the processes that it would have to end; the error if not."""
+    """Check that this process can see the processes that it may have to end; return the error if not."""
     try:
         await BlockingThread("processes").run(proctree.snapshot, timeout_s=SEARCH_S)
     except (StuckError, OSError) as error:

@@ -1,1 +1,1 @@
-"""The outside world of the agent, one thing a file; they know nothing of one another or of roles."""
+"""The agent's access to the outside world. The modules know nothing of one another, and nothing of roles."""

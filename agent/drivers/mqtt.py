@@ -29,21 +29,21 @@ LEAVE_S = 1.0
 """How long the exit waits for a connected broker to acknowledge ``offline``."""
 
 CORRECTION_S = 1.0
-"""Interval of corrections: two members that both correct a topic cannot cause a storm."""
+"""Least interval between corrections, so that two members that both correct a topic do not flood the broker."""
 
 STEADY_S = 10.0
-"""A connection that lasted this long resets the backoff. Two clients with one id disconnect each other at
-once, and must do so ever more rarely."""
+"""A connection that lasted this long resets the backoff. Two clients with the same id disconnect each other at once,
+so they have to reconnect ever more rarely."""
 
 MOST_ECHOES = 8
-"""Own publications that the subscription has not returned yet; there are two topics."""
+"""How many own publications are remembered until the subscription returns them; there are two topics."""
 
 LONGEST_PAYLOAD = 4096
-"""Bytes of a payload that is parsed; ours have some hundred."""
+"""The longest payload that is parsed; our own have some hundred bytes."""
 
 LARGEST_EPOCH = 2**63 - 1
 LARGEST_TIMESTAMP = 2**64 - 2
-"""The largest timestamp of a Sparkplug STATE: one less than 64 bits hold, so that a newer one exists."""
+"""The largest timestamp that is sent: one below the largest of 64 bits, so that a newer one is possible."""
 
 log = Log(__name__)
 

@@ -39,7 +39,7 @@ MAX_BODY_BYTES = 64 * 1024
 """A report is under 100 bytes."""
 
 LIMITS = Limits(
-    connections=32,  # a workload, a sidecar and a few people; each costs some 20 KiB, with TLS 60
+    connections=32,  # a workload, a sidecar and a few people; each takes some 20 KiB, with TLS 60
     request_s=5.0,
     keep_alive_s=3,
     head_bytes=16 * 1024,  # a browser sends under 4 KiB in 20 headers
@@ -108,7 +108,7 @@ class ProbeServer:
             self._routes["/metrics"] = (READS, partial(self._show_metrics, metrics))
 
     def use(self, access: ProbeAccess) -> None:
-        """Serve new connections by other certificates, and every request by another password."""
+        """Use other certificates for new connections, and another password for every request."""
         self._access = access
         self._http.tls = access.tls
 
@@ -128,7 +128,7 @@ class ProbeServer:
         await self._http.stop()
 
     async def _handle(self, request: Request) -> Response:
-        """Answer callers that may have one: no page of another site, and none without the password."""
+        """Answer a request, unless a page of another site sent it or the password is wrong."""
         if reason := self._browsers.refusal(request.headers, request.scheme):
             return error_response(403, f"{reason} {RESOLUTION}")
         if not self._access.allows(request.header(b"authorization")):
@@ -162,7 +162,7 @@ class ProbeServer:
         self, build_page: Callable[[str], tuple[bytes, str]], request: Request
     ) -> Response:
         accept = request.header(b"accept") or b""
-        async with self._metrics_lock:  # one page per turn of the loop, however many are requested
+        async with self._metrics_lock:  # at most one page in each iteration of the loop
             await asyncio.sleep(0)
             page, content_type = build_page(accept.decode("latin-1"))
         return Response(200, page, {"Content-Type": content_type})

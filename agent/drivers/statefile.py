@@ -1,7 +1,7 @@
-"""The state file, by which this agent publishes its state to sidecars, and the claim on its session.
+"""The state file, which publishes this agent's state to sidecars, and the claim on its session.
 
-Owns one JSON file, replaced atomically, and its lock file. Knows nothing of the content. No role is resumed
-from it: it describes this run only (R6). Its directory may belong to somebody else: no link is followed, and
+Owns one JSON file, replaced atomically, and its lock file. Knows nothing of the content. No role is resumed from
+the file, which describes this run only (R6). Its directory may belong to another user: no link is followed, and
 no file of another user is read or changed.
 """
 
@@ -21,13 +21,13 @@ from agent.errors import ConfigError, ExitCode
 from agent.ops.logs import Log
 
 MODE = 0o644
-"""Sidecars of other users read it; it contains no secrets."""
+"""The mode of the state file: sidecars of other users read it, and it contains no secrets."""
 
 PUBLIC_MODE = 0o755
 PRIVATE_MODE = 0o700
 
 MAX_BYTES = 64 * 1024
-"""Far more than an agent writes; a larger file is not one of ours."""
+"""The longest state that is read: far more than an agent writes, so a larger file is not one of ours."""
 
 WAIT_STEP_S = 0.05
 
@@ -94,7 +94,7 @@ class StateFile:
         found = os.fstat(lock)
         if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
             return lock
-        os.close(lock)  # what would be overwritten may be anything
+        os.close(lock)  # the file that would be overwritten may be anything
         right = f"it must be a file of uid {os.geteuid()} without other names, or not be there"
         raise OSError(errno.EPERM, f"{self._lock_path.name} belongs to uid {found.st_uid}; {right}")
 
@@ -168,6 +168,8 @@ class StateFile:
             OSError: it could not be written (disk full, for example); the old state remains.
         """
         assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
+        # systemd-tmpfiles removes old files of /tmp, and with this one the claim.
+        os.utime(self._lock)
         text = json.dumps(state, allow_nan=False) + "\n"
         new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._directory() as directory:

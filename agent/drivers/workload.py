@@ -1,7 +1,7 @@
 """The workload of ``failover-agent exec``: one command that runs only while this member is primary.
 
-Owns its process, process group and, where one can be created, cgroup. Knows nothing of roles: the caller
-starts and stops it; it restarts the command by its policy, and reports when it does not any more.
+Owns its process, process group and, where one can be created, cgroup. Knows nothing of roles: the caller starts and
+stops the command; this module restarts it by its policy, and reports when it gives up.
 
 The command inherits our stdout, stderr, working directory and environment, and gets /dev/null as stdin and
 the FAILOVER_ variables. The kernel kills it when the agent dies (PDEATHSIG), and the guard its descendants.
@@ -24,7 +24,7 @@ from agent.ops.blocking import StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import Child, ExitResult
-from agent.ops.process_tree import ProcessTree
+from agent.ops.process_tree import SEARCH_S, ProcessTree
 
 POLL_S = 0.01
 """Interval of the check whether a stopped process tree is gone."""
@@ -71,7 +71,7 @@ class Workload:
         ended: Callable[[int | None], None],
         *,
         cgroup: Path | None = None,
-        mark: str = "workload",
+        mark: str,
     ) -> None:
         self._argv = argv
         self._clock = clock
@@ -103,7 +103,7 @@ class Workload:
 
     @property
     def cgroup(self) -> Path | None:
-        """Its cgroup, if it has one."""
+        """The cgroup of the command, or None."""
         made = self._cgroup is not None and (self._cgroup / "cgroup.kill").exists()
         return self._cgroup if made else None
 
@@ -114,13 +114,17 @@ class Workload:
         self._short = self._failed = 0
         return await self._spawn()
 
-    async def stop(self) -> None:
-        """Send TERM to all of its processes, and wait until none is left. ``kill`` hurries it."""
+    async def stop(self, search_s: float = SEARCH_S) -> None:
+        """Send TERM to all of its processes, and wait until none is left; ``kill`` shortens the wait.
+
+        Args:
+            search_s: how long the search for them may delay the TERM to its process group.
+        """
         self._cancel_restart()
         tree = self._tree
         if tree is not None:  # find descendants before they become orphans
             with suppress(StuckError):
-                await tree.find_in_thread()
+                await tree.find_in_thread(search_s)
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)
@@ -253,7 +257,7 @@ class Workload:
                 )
 
     def _release(self) -> None:
-        """Reap it, and remove its cgroup."""
+        """Reap the process, and remove the cgroup."""
         if self._child is not None and self._child.ended:
             self._child.release()
             self._child = None

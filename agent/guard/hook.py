@@ -1,12 +1,13 @@
-"""The demotion hook as the guard runs it: commands, one after the other, each as a process group."""
+"""Run the demotion hook in the guard: its commands in order, each in its own process group."""
 
 import os
 import select
 import signal
 import time
 
+from agent import proctree
 from agent.guard.log import ERROR, INFO, WARNING, LogWriter, write_stderr
-from agent.guard.processes import IGNORED, POLL_S, now, signal_groups
+from agent.guard.processes import IGNORED, POLL_S, now
 
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
@@ -16,11 +17,11 @@ KILLED_WAIT_S = 0.2
 """How long the guard waits for killed processes to be gone before it goes on."""
 
 OUTPUT_BYTES = 65536
-"""How much of a hook's output is logged, and the most that is read of it at a time."""
+"""How much of a hook's output is logged, and how much is read at a time at most."""
 
 
 def parse_ids(field: bytes) -> "list[int]":
-    """Numbers divided by commas."""
+    """Parse numbers that are separated by commas."""
     return [int(number) for number in field.split(b",") if number]
 
 
@@ -54,21 +55,29 @@ class DemotionHook:
             rest = rest[1 + arg_count :]
 
     def become_user(self) -> None:
-        """Take on the user of the hook, for good."""
+        """Switch this process to the user of the hook, irrevocably."""
         if self.user >= 0:
             os.setgroups(self.groups)
             os.setgid(self.group)
             os.setuid(self.user)
 
-    def run(self, term_at: float, end_at: float, log: LogWriter, failed_groups: "set[int]") -> bool:
+    def run(
+        self,
+        term_at: float,
+        end_at: float,
+        log: LogWriter,
+        failed_groups: "set[int]",
+        close_fds: "list[int]",
+    ) -> bool:
         """Run every command, one after the other, until ``end_at``.
 
         Args:
             term_at: when the running command gets TERM.
             end_at: when it gets KILL.
             log: for the output and the results.
-            failed_groups: receives the process group of each command that failed. What a successful
-                command leaves running is meant for the standby.
+            failed_groups: receives the process group of each command that failed. Processes that a
+                successful command leaves running are meant to run on a standby.
+            close_fds: descriptors that no command may keep open, not even while its exec hangs.
 
         Returns:
             Whether all commands have succeeded.
@@ -83,7 +92,7 @@ class DemotionHook:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
             try:
-                command = _Command(self, argv, hook_output)
+                command = _Command(self, argv, hook_output, close_fds)
             except OSError as error:
                 log.log(ERROR, "hook could not be started", *names, ("reason", str(error)))
                 succeeded = False
@@ -91,8 +100,9 @@ class DemotionHook:
             result = None
             while result is None and now() < end_at + KILLED_WAIT_S:
                 result = command.poll(term_at, end_at)
-                room -= log_output(output, room, log)
-                if result is None:
+                read = log_output(output, room, log)
+                room -= read
+                if result is None and not read:
                     time.sleep(POLL_S)
             log.log_hook_output(b"", end=True)
             level = INFO if result == "exit 0" else WARNING
@@ -108,21 +118,26 @@ class _Command:
     """One running command of the hook. It stays a zombie, so that its process id is not reused.
 
     Args:
-        hook: for its user, directory, environment and stdin.
+        hook: has the user, directory, environment and stdin.
         argv: program and arguments.
         output: descriptor for its stdout and stderr.
+        close_fds: descriptors that it must not keep open.
 
     Raises:
         OSError: the process could not be forked.
     """
 
-    def __init__(self, hook: DemotionHook, argv: "list[bytes]", output: int) -> None:
+    def __init__(
+        self, hook: DemotionHook, argv: "list[bytes]", output: int, close_fds: "list[int]"
+    ) -> None:
         self.termed = False
         self.pid = os.fork()
         """Also the id of its process group."""
         if self.pid:
             return
         try:
+            for fd in close_fds:
+                os.close(fd)
             os.setsid()
             stdin, end = os.pipe()
             os.write(end, hook.stdin)  # shorter than a message, so it fits into the pipe
@@ -147,14 +162,14 @@ class _Command:
         if ended is not None:
             return f"{'exit' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
         if now() >= end_at:
-            signal_groups([self.pid], signal.SIGKILL)
+            proctree.signal_groups({self.pid}, signal.SIGKILL)
             try:
-                os.kill(self.pid, signal.SIGKILL)  # it may not lead its group yet
+                os.kill(self.pid, signal.SIGKILL)  # its process group may not exist yet
             except OSError:
                 pass
         elif now() >= term_at and not self.termed:
             self.termed = True
-            signal_groups([self.pid], signal.SIGTERM)
+            proctree.signal_groups({self.pid}, signal.SIGTERM)
         return None
 
 

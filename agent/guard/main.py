@@ -1,8 +1,8 @@
 """The guard's main loop: receives the agent's messages, and demotes when a deadline passes (R12).
 
 Arguments: the descriptor of a SOCK_SEQPACKET socket, the agent's process id, the descriptor of the program,
-and further descriptors to keep open. The fields of a message are divided by NUL; moments are CLOCK_BOOTTIME
-seconds. The answer to a message is its number:
+and further descriptors to keep open. The fields of a message are separated by NUL; moments are CLOCK_BOOTTIME
+seconds. The guard answers each message with the message's number:
 
     ARM   number hook_at kill_at agent_at running(comma) groups(comma) workload cgroup
           roots(comma, pid:start) mark epoch state_path state_text
@@ -12,9 +12,9 @@ seconds. The answer to a message is its number:
     LOG   number min_level form group session role epoch
 
 ARM: ``running``, ``groups`` and ``workload`` are process groups: of a running hook, of hooks that have run,
-and of the command of ``exec``. ``cgroup`` is that of the whole tenure; those of its hooks and its workload
-are below it. ``hook_at`` is "inf" while the agent demotes: then the guard kills the tenure at ``kill_at``
-and the agent at ``agent_at``, and the agent may run its fence command in between.
+and of the command of ``exec``. ``cgroup`` contains the whole tenure; the cgroups of its hooks and workload
+are below it. ``hook_at`` is "inf" while the agent runs its demotion hook: then the guard kills the tenure at
+``kill_at`` and demotes at ``agent_at``, and the agent may run its fence command in between.
 
 HOOK: ``complete`` is 0 if the commands are not the whole demotion.
 
@@ -23,8 +23,7 @@ epoch, the lease has to expire.
 
 LOG: ``min_level`` and ``form`` are those of the agent's log; the rest describes the agent.
 
-Only OFF disarms the guard. Exit code: 0 when the agent has closed the connection and nothing was armed,
-``ACTED`` after a demotion.
+Only OFF disarms the guard. Exit code: 0 if nothing was armed at the end of the connection, else ``ACTED``.
 """
 
 import os
@@ -55,42 +54,42 @@ STATE_WAIT_S = 0.1
 """How long the demotion waits for the state file: a dead network file system never answers."""
 
 ROOM_S = 0.5
-"""How long the guard waits for the killed ones of a tenure that has used up all tasks to be reaped."""
+"""If a tenure has used up all tasks, how long the guard waits until its killed processes are reaped."""
 
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
 LEAST_TASKS = 2
-"""With fewer no hook can be forked, or it cannot be executed as its user."""
+"""With fewer free tasks no hook can be forked, or its program cannot be executed as its user."""
 
 RETRY_SHARE = 0.1
 """A demotion hook that has failed is repeated after this share of its budget, as by the agent."""
 
 SWEEP_S = 1.0
-"""The least time for the last search and killing, if nothing is left of the limit."""
+"""The least time for the last search and killing, even after the deadline."""
 
 AGENT_DEATH_WAIT_S = 1.0
-"""How long a killed agent may take to be gone."""
+"""How long to wait until a killed agent is gone."""
 
 HELPER_WAIT_S = 30.0
-"""How long after the limit the helper waits for the go-ahead: no demotion takes longer."""
+"""How long after the demotion's deadline the release helper waits for the guard's permission."""
 
 HELPER_FD = 3
-"""The helper's descriptor of the document."""
+"""The descriptor from which the release helper reads the document."""
 
 LONGEST_POLL_S = 0.25
-"""Interval at which an armed guard looks at the clock: poll() does not count suspended time."""
+"""How often an armed guard reads the clock: the timeout of poll() does not count suspended time."""
 
 ACTED = 3
 
 
 class Guard:
-    """The newest messages of the agent, and the demotion in its place.
+    """Keeps the agent's newest messages, and demotes in the agent's place.
 
     Args:
         fd: the socket to the agent.
         agent: the agent's process id.
-        claims: further descriptors that this process keeps open, and no forked one may.
+        claims: further descriptors that this process keeps open, and that its children must close.
     """
 
     def __init__(self, fd: int, agent: int, claims: "tuple[int, ...]" = ()) -> None:
@@ -137,13 +136,13 @@ class Guard:
                 if not self.receive():
                     if not self.armed:
                         return 0
-                    self.demote("it is dead", hook=True)
+                    self.demote("it is dead")
                     return ACTED
             elif now() >= self.due_at:
                 if self.hook_at == float("inf") and now() < self.agent_at:
                     self.kill_tenure_only()
                     continue
-                self.demote("it has not renewed its deadline", hook=self.hook_at != float("inf"))
+                self.demote("it has not renewed its deadline")
                 return ACTED
 
     def receive(self) -> bool:
@@ -151,7 +150,7 @@ class Guard:
         try:
             message = os.read(self.fd, MESSAGE_BYTES)
         except ConnectionResetError:
-            return True  # it left answers unread; its last messages and the end are still to come
+            return True  # the agent left answers unread; its last messages can still be received
         if not message:
             return False
         word, number, *fields = message.split(b"\0")
@@ -162,7 +161,7 @@ class Guard:
         try:
             os.write(self.fd, number)
         except OSError:
-            pass  # the agent is dead: the next read returns the end
+            pass  # the agent is dead, as the next read shows
         return True
 
     def on_message(self, word: bytes, fields: "list[bytes]") -> None:
@@ -173,6 +172,7 @@ class Guard:
             self.arm(fields)
         elif word == b"OFF":
             self.hook_at = self.kill_at = self.agent_at = float("inf")
+            self.budget_s = 0.0
         elif word == b"HOOK":
             self.hook = DemotionHook(fields)
         elif word == b"BACK":
@@ -186,18 +186,17 @@ class Guard:
             self.role, self.role_epoch = role, int(epoch) if epoch else None
 
     def stop_sweep(self) -> None:
-        """Stop a sweep that still runs: from now on its mark may be that of a new tenure."""
+        """Stop a running sweep: the mark that it searches for may now belong to a new tenure."""
         if isinstance(self.sweeper, Worker):
             self.sweeper.wait_or_kill(now())
             self.sweeper = None
 
     def arm(self, fields: "list[bytes]") -> None:
-        """Set the newest deadlines, and the processes to kill then."""
+        """Store the newest deadlines, and the processes to kill when they pass."""
         hook_at, kill_at, agent_at = (float(field) for field in fields[:3])
         if hook_at != float("inf"):
-            self.budget_s = kill_at - hook_at
-        self.running = parse_ids(fields[3])
-        self.workload = parse_ids(fields[5])
+            self.budget_s = max(self.budget_s, kill_at - hook_at)
+        self.running, self.workload = parse_ids(fields[3]), parse_ids(fields[5])
         self.cgroup = fields[6]
         roots = [root.partition(b":") for root in fields[7].split(b",") if root]
         self.tenure = ProcessTree(
@@ -238,7 +237,7 @@ class Guard:
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         self.try_step("log", self.log.log, WARNING, "processes killed at the limit of the demotion")
 
-    def demote(self, why: str, *, hook: bool) -> None:
+    def demote(self, why: str) -> None:
         """Demote in the agent's place, and have the role released if that has succeeded."""
         self.try_step("stop the agent", self.signal_agent, signal.SIGSTOP)
         started_at = now()
@@ -252,20 +251,23 @@ class Guard:
         self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         go_fd = None
-        if hook and not late:
+        if not late:
             go_fd = self.try_step("start the helper", self.start_helper, end_at)
         state = self.try_step("write the state file", Worker, self.write_state, self.close_fds)
         if isinstance(state, Worker):  # hooks find it changed, unless it cannot be written
             self.try_step("write the state file", state.wait, now() + STATE_WAIT_S)
         self.try_step("log", self.log_demotion, why)
         self.try_step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
-        done = hook and self.try_step("demotion hook", self.run_hook, end_at)
+        done = self.try_step("demotion hook", self.run_hook, end_at)
         gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
         self.try_step("kill the agent", self.signal_agent, signal.SIGKILL)
-        if hook and not done:
+        if not done:
             done = self.try_step("demotion hook", self.repeat_hook, end_at)
             gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
         dead = self.try_step("kill the agent", self.wait_for_agent_death)
+        if not self.tenure.groups and (self.hook is None or not self.hook.commands):
+            # Only the state file makes a workload inactive.
+            done = self.try_step("write the state file", self.finish_state, state) and done
         if isinstance(go_fd, int) and done and gone and dead and not self.step_has_failed:
             self.try_step("release the role", os.write, go_fd, b"1")
         left = ("left_of_limit_s", round(self.kill_at - now(), 3))
@@ -276,9 +278,9 @@ class Guard:
     def make_room(self, end_at: float) -> None:
         """If no hook can be forked, kill the tenure and the agent now.
 
-        The tenure may have used up the limit of tasks, and an agent that is only stopped reaps nobody. The
-        killed ones count until they are reaped. Waits until ``end_at`` for ``LEAST_TASKS``, and for
-        ``ROOM_S`` for all that a hook may need.
+        The tenure may have used up all tasks. Killed processes still count until they are reaped, and an
+        agent that is only stopped reaps none. Waits ``ROOM_S`` for all tasks that a hook may need, and then
+        until ``end_at`` for ``LEAST_TASKS``.
         """
         become = self.hook.become_user if self.hook is not None else lambda: None
         enough_at = now() + ROOM_S
@@ -294,7 +296,7 @@ class Guard:
             try:
                 self.start_sweep(now()).wait_or_kill(now() + KILL_S)
             except OSError:
-                pass  # not even one task is free: it is tried again
+                pass  # not even one task is free: try again
             time.sleep(POLL_S)
 
     def log_demotion(self, why: str) -> None:
@@ -317,7 +319,7 @@ class Guard:
             try:
                 proctree.send(process, signal.SIGTERM)
             except OSError:
-                pass  # one that may not be signalled keeps it from no other one
+                pass  # no permission to signal this one; signal the others
         while tree.find() and now() < end_at:
             time.sleep(POLL_S)
         tree.kill(end_at)
@@ -342,16 +344,17 @@ class Guard:
         return True
 
     def run_hook(self, end_at: float) -> bool:
-        """Run the demotion hook; return whether it has succeeded, and is the whole demotion."""
+        """Run the demotion hook; return whether it succeeded and was the whole demotion."""
         if self.hook is None:
             return False
         term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
-        return self.hook.run(term_at, end_at, self.log, self.tenure.groups) and self.hook.complete
+        args = (self.log, self.tenure.groups, self.close_fds)
+        return self.hook.run(term_at, end_at, *args) and self.hook.complete
 
     def repeat_hook(self, end_at: float) -> bool:
         """Repeat a demotion hook that has failed; return as ``run_hook`` does.
 
-        Whatever it lacked (tasks, memory, open files), the tenure may have used up, and is dead now.
+        The hook may have lacked tasks, memory or open files that the tenure used, which is dead now.
         """
         if self.hook is None or not self.hook.complete:
             return False
@@ -363,7 +366,7 @@ class Guard:
         return False
 
     def kill_tenure(self, kill_at: float) -> bool:
-        """Kill the tenure, first what is found without blocking; return whether none is left."""
+        """Kill the tenure, first the processes found without blocking; return whether none is left."""
         self.tenure.kill(now())
         fork_by = now() + min(ROOM_S, self.budget_s / 8)
         while True:
@@ -371,7 +374,7 @@ class Guard:
                 return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
             except OSError:
                 self.signal_agent(signal.SIGKILL)
-                if now() >= fork_by:  # no hook can be run, either, until the last ones are found
+                if now() >= fork_by:  # a hook could not be forked, either
                     return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
             time.sleep(POLL_S)
 
@@ -381,33 +384,33 @@ class Guard:
         return Worker(lambda: self.sweep(end_at), self.close_fds)
 
     def sweep(self, end_at: float) -> bool:
-        """Kill also processes that are found only by their environment or cgroup. May block."""
+        """Kill also the processes that only their environment or cgroup identifies. May block."""
         killed = not self.cgroup or self.kill_cgroup(self.cgroup)
-        # First without those whose environment may block: they must not keep the others alive.
+        # A blocking environment must not keep other processes alive, so those are killed first.
         self.tenure.kill(now(), may_block=True, skip_stuck=True)
         return self.tenure.kill(end_at, may_block=True) and killed
 
     def wait_for_agent_death(self) -> bool:
-        """Wait until the agent is gone: then this process has another parent."""
+        """Wait until the agent is gone, which is when this process gets another parent."""
         end_at = now() + AGENT_DEATH_WAIT_S
-        while os.getppid() == self.agent:
-            if now() >= end_at:
-                return False
+        while os.getppid() == self.agent and now() < end_at:
             time.sleep(POLL_S)
-        return True
+        return os.getppid() != self.agent
 
-    def finish_state(self, state: object) -> None:
-        """Wait for the state file; if no process can be forked for it, write it in this one, at last."""
+    def finish_state(self, state: object) -> bool:
+        """Wait for the state file; return whether it is written.
+
+        If no process can be forked for it, this one writes it: a dead disk then delays nothing else.
+        """
         end_at = now() + STATE_WAIT_S
         while not isinstance(state, Worker):
             try:
                 state = Worker(self.write_state, self.close_fds)
             except OSError:
                 if now() >= end_at:
-                    self.write_state()
-                    return
+                    return self.write_state()
                 time.sleep(POLL_S)
-        state.wait_or_kill(now() + STATE_WAIT_S)
+        return state.wait_or_kill(now() + STATE_WAIT_S)
 
     def write_state(self) -> bool:
         """Replace the state file: from here on sidecars read Secondary. May block."""
@@ -428,7 +431,7 @@ class Guard:
 
     @staticmethod
     def create(path: bytes) -> int:
-        """Create a file anew: what is at its place may be somebody else's, or a link."""
+        """Create a new file in place of the old one, which may be a link or belong to another user."""
         try:
             os.unlink(path)
         except FileNotFoundError:
@@ -450,6 +453,8 @@ class Guard:
         os.write(document, self.document)
         if not os.fork():
             try:
+                for fd in self.close_fds:
+                    os.close(fd)  # an exec may hang for ever
                 os.setsid()
                 os.dup2(waiting, 0)
                 if document == HELPER_FD:
@@ -464,7 +469,7 @@ class Guard:
         return go_fd
 
     def signal_agent(self, number: int) -> None:
-        """Signal the agent while it is still the parent: later its number may be another process's."""
+        """Signal the agent if it is still the parent; else its process id may have been reused."""
         if os.getppid() == self.agent:
             os.kill(self.agent, number)
 
@@ -482,7 +487,7 @@ def main() -> int:
         os.set_inheritable(kept, False)  # hooks must not have them
     guard = Guard(fd, agent, tuple(claims))
     try:
-        proctree.open_proc()  # from now on nobody can hide it
+        proctree.open_proc()  # from now on nobody can mount something over it
     except OSError:
         pass  # each search tries again
     while True:

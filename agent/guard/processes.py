@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 POLL_S = 0.01
-"""Interval at which a process that is waited for is looked at."""
+"""Interval between two checks whether a process has ended."""
 
 KILL_S = 0.1
-"""The least time to kill a process tree; mostly it takes milliseconds."""
+"""The least time allowed to kill a process tree, which mostly takes milliseconds."""
 
 FAULTS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 IGNORED = tuple(
@@ -22,21 +22,12 @@ IGNORED = tuple(
     - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGCHLD}
     - {*FAULTS, signal.SIGSYS, signal.SIGTRAP}
 )
-"""Signals that the guard ignores: it ends when the agent has ended, not before."""
+"""Signals that the guard ignores, since it must not end before the agent."""
 
 
 def now() -> float:
     """CLOCK_BOOTTIME, in seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def signal_groups(groups: "list[int] | set[int]", number: int) -> None:
-    """Signal process groups; those that are gone are skipped."""
-    for group in groups:
-        try:
-            os.killpg(group, number)
-        except OSError:
-            pass
 
 
 class Worker:
@@ -60,7 +51,7 @@ class Worker:
             os._exit(1)
 
     def wait(self, end_at: float) -> "bool | None":
-        """Wait for its end; return whether it succeeded, or None if it still runs at ``end_at``."""
+        """Wait until the process ends; return whether it succeeded, or None if it runs at ``end_at``."""
         while self.ok is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -72,7 +63,7 @@ class Worker:
         return self.ok
 
     def wait_or_kill(self, end_at: float) -> bool:
-        """Wait for its end, or kill it at ``end_at``; return whether it succeeded."""
+        """Wait until the process ends, or kill it at ``end_at``; return whether it succeeded."""
         ok = self.wait(end_at)
         if ok is None:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
@@ -83,14 +74,14 @@ class Worker:
 def can_fork(
     become: "Callable[[], None]", close_fds: "list[int]", count: int, end_at: float
 ) -> bool:
-    """Whether ``count`` processes can be forked now, and exist at the same time.
+    """Whether ``count`` processes can be forked now and exist at the same time.
 
-    On a busy machine that may not be known at ``end_at``, and is assumed.
+    Also True if a busy machine has not shown it by ``end_at``.
 
     Args:
-        become: takes the user on that the processes are of: each user may have a limit.
+        become: switches to the user that will run the processes, as the limit may be the user's.
         close_fds: as for ``Worker``.
-        count: zombies count until they are reaped.
+        count: number of processes, zombies included.
         end_at: when the answer is due.
     """
     give_up_at = (now() + end_at) / 2
@@ -99,7 +90,7 @@ def can_fork(
         become()
         children: list[int] = []
         try:
-            # The worker is one itself. It has to reap its children: if it is killed, nobody does.
+            # The worker itself is one of them. It reaps its children, as nobody else could.
             while len(children) < count - 1 and now() < give_up_at:
                 children.append(os.fork())
                 if not children[-1]:
@@ -141,6 +132,7 @@ class ProcessTree:
     ) -> None:
         self.roots = roots
         self.groups = groups
+        self.own_groups: set[int] = set()
         self.mark = os.fsdecode(mark)
         self.cgroup = os.fsdecode(cgroup)
 
@@ -152,15 +144,15 @@ class ProcessTree:
         """Find the live processes of the tenure.
 
         Args:
-            may_block: search by mark and cgroup, too. For a ``Worker``.
-            skip_stuck: do not read the mark of processes with a thread stuck in the kernel: it might block.
+            may_block: whether to search by mark and cgroup, too. Use it in a ``Worker`` only.
+            skip_stuck: whether to skip the mark of processes with a thread stuck in the kernel: it may block.
         """
         searchable = may_block and (self.mark or self.cgroup)
         if not self.roots and not self.groups and not searchable:
             return set()
         table = proctree.snapshot()
         known = {pid for pid, _ in self.roots if pid in table}
-        # An ended leader's number may lead an unrelated group by now.
+        # The id of an ended group leader may have been reused for an unrelated group.
         reused = {pid for pid in known if (pid, table[pid].start) not in self.roots}
         if may_block and self.mark:
             stuck = set(filter(proctree.has_stuck_thread, table)) if skip_stuck else set()
@@ -170,12 +162,13 @@ class ProcessTree:
             self.roots |= proctree.in_cgroup(table, self.cgroup)
         found = proctree.related(table, list(self.groups - reused), list(self.roots))
         self.roots |= found
+        self.own_groups = proctree.own_groups(self.own_groups, table, found)
         return found
 
     def kill(self, end_at: float, *, may_block: bool = False, skip_stuck: bool = False) -> bool:
-        """Kill all of them; return whether none is left at ``end_at``, or ``KILL_S`` after the call.
+        """Kill all processes; return whether none is left at ``end_at``, or ``KILL_S`` after the call.
 
-        If they cannot be listed, their process groups get SIGKILL, and it raises OSError.
+        If the processes cannot be listed, send SIGKILL to their process groups and raise OSError.
         """
 
         def find() -> "set[proctree.Process]":
@@ -183,7 +176,7 @@ class ProcessTree:
 
         end_at = max(end_at, now() + KILL_S)
         try:
-            return not proctree.kill_all(find, end_at, now)
+            return not proctree.kill_all(find, end_at, now, lambda: self.own_groups)
         except Exception:
-            signal_groups(self.groups, signal.SIGKILL)
+            proctree.signal_groups(self.groups, signal.SIGKILL)
             raise

@@ -1,1 +1,1 @@
-"""What any daemon needs: clocks, logs, signals. Knows nothing of failover."""
+"""Tools for any daemon: clocks, logs, signals, processes. Knows nothing of failover."""

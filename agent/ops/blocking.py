@@ -27,7 +27,7 @@ class BlockingThread:
 
     Args:
         name: of the kind, for messages, such as "state file".
-        vital: a demotion needs it, so it may take a reserved thread (ops/reserve.py).
+        vital: whether a demotion needs it; then it may use a reserved thread (ops/reserve.py).
     """
 
     def __init__(self, name: str, *, vital: bool = False) -> None:

@@ -17,16 +17,16 @@ WATCHED = frozenset(
 """The headers that are checked."""
 
 OWN_SITE = frozenset({b"same-origin", b"none"})
-"""Values of Sec-Fetch-Site that only a page of the service itself, or a person, causes."""
+"""Values of Sec-Fetch-Site that only a page of the service itself, or a person, can cause."""
 
 LINK = (b"navigate", b"document")
 """Sec-Fetch-Mode and Sec-Fetch-Dest when a person follows a link: no page can read the answer, or frame it."""
 
 MOST_HOSTS = 64
-"""Accepted values of Host that are remembered; a service has a few names."""
+"""How many accepted values of Host are remembered; a service has a few names."""
 
 LONGEST_SHOWN = 100
-"""Characters of a header's value in a refusal."""
+"""The most characters of a header's value in an error."""
 
 RESOLUTION = "Use a page of this service itself, or a program that is not a browser."
 
@@ -35,8 +35,9 @@ class BrowserCheck:
     """The check of one listening address.
 
     Args:
-        loopback: the service can be reached from this machine only, so Host must be a name of it.
-        names: further names that Host may be, without a port.
+        loopback: whether the service can be reached from this machine only, so that Host must be one of its
+            names.
+        names: further accepted names in Host, without a port.
     """
 
     def __init__(self, *, loopback: bool = False, names: Collection[str] = ()) -> None:
@@ -47,12 +48,12 @@ class BrowserCheck:
     def refusal(
         self, headers: Iterable[tuple[bytes, bytes]], scheme: str, *, page: bool = False
     ) -> str | None:
-        """Why a request is refused, as one sentence; None for one that may be answered.
+        """Why a request is refused, as one sentence; None if it may be answered.
 
         Args:
             headers: names in lower case.
             scheme: of this connection, http or https.
-            page: it reads a page for people, which other sites may have a link to.
+            page: whether the route is a page for people, to which other sites may link.
         """
         found = {name: value for name, value in headers if name in WATCHED}
         host = found.pop(b"host", b"")

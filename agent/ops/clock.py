@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from agent.model import Instant
 
 READINGS = 3
-"""A pause between the reading of two clocks is an error; the shortest of three has hardly any."""
+"""A pause between reading two clocks falsifies their difference, so of so many attempts the shortest is used."""
 
 
 def _boottime() -> float:

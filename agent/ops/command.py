@@ -1,10 +1,10 @@
-"""A command that is run from time to time, of which nothing outlives a run, and whose output is bounded.
+"""Run a command repeatedly, with bounded output, and end its process group after each run.
 
-Owns its processes, their ids and their output. Knows no limit: the caller cancels a run at its own.
+Owns the processes, their ids and their output. Has no timeout: the caller cancels a run that takes too long.
 
-What the command gets: its argv, no shell; its own session and process group; ``/`` as working
-directory; PATH, HOME, LANG and TZ of the agent; an empty stdin. Not promised: a process that leaves
-the group (setsid) is not ended with it.
+A command runs without a shell, in its own session and process group, with ``/`` as working directory, PATH,
+HOME, LANG and TZ of the agent, and an empty stdin. Not promised: the end of a process that has left the
+process group (setsid).
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from agent.ops.process import Child, ExitResult, clean_environment
 CHUNK_BYTES = 64 * 1024
 
 DEATH_S = 1.0
-"""How long a killed command is waited for. In an uninterruptible read it can take for ever; it is
-left then, and no other is started beside it."""
+"""How long to wait until a killed command has ended. One in an uninterruptible read may never end; then it is
+abandoned, and no further run is started until it has ended."""
 
 
 class Command:
@@ -30,13 +30,13 @@ class Command:
 
     Args:
         argv: a program and its arguments.
-        keep_bytes: of each stream; the rest is discarded.
-        merge_stderr: whether stderr is a part of stdout.
-        kill_if_longer: whether a run is killed once a stream has more than ``keep_bytes``.
-        grace_s: time from TERM to KILL of a cancelled run; 0 for KILL at once.
+        keep_bytes: how much of each output stream to keep; the rest is discarded.
+        merge_stderr: whether to write stderr into stdout.
+        kill_if_longer: whether to kill a run once a stream has more than ``keep_bytes``.
+        grace_s: time between TERM and KILL if a run is cancelled; 0: KILL at once.
 
     Attributes:
-        stdout: of the last run; has one byte more than ``keep_bytes`` if it was longer.
+        stdout: of the last run; one byte longer than ``keep_bytes`` if there was more output.
         stderr: likewise.
     """
 
@@ -60,9 +60,9 @@ class Command:
         self.stderr = bytearray()
 
     async def run(self) -> ExitResult:
-        """Run it once, and return how it ended. If cancelled, end its group first.
+        """Run the command once; return how it ended. A cancelled run ends the process group first.
 
-        An ended leader stays a zombie until its group is dead, so that its process id is not reused.
+        When the first process ends it stays a zombie until its group is dead, so its id is not reused.
 
         Raises:
             StuckError: the previous run was killed and has not ended.
@@ -94,7 +94,7 @@ class Command:
             await self._finish(child)
 
     async def _finish(self, child: Child) -> None:
-        """Kill the rest of the group, and release its id."""
+        """Kill the rest of the process group, and release its id."""
         self._signal(child, signal.SIGKILL)
         try:
             await _wait(child, DEATH_S)
@@ -107,7 +107,7 @@ class Command:
     def _release(self) -> None:
         """Reap the last run, if it has ended, so that its process id may be reused."""
         if self._child is not None and self._child.ended:
-            for pipe in list(self._pipes):  # of one that was stuck until now
+            for pipe in list(self._pipes):  # of a run that was stuck until now
                 self._close(pipe)
             self._child.release()
             self._child = None

@@ -77,6 +77,7 @@ class HttpServer:
     async def _accept(self, listener: socket.socket, handler: Handler) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # sock_accept() does not wait while connections are there
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except OSError:
@@ -186,7 +187,8 @@ def _listen_error(name: str, address: Address, error: OSError) -> ConfigError:
     # asyncio words the text of its errors differently, so the text of errno is used if there is one
     own = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
     why = own or error
-    right = f"choose another --{name}-listen HOST:PORT on this host, with port 0 for any free one"
+    any_free = ", with port 0 for any free one" if name == "probe" else ""
+    right = f"choose another --{name}-listen HOST:PORT on this host{any_free}"
     if ":" in address.host and error.errno in NO_ADDRESS:
         right = (
             f"this host has no such IPv6 address, or no IPv6: use 0.0.0.0:{address.port} for IPv4"

@@ -17,17 +17,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MOST_BYTES = 256 * 1024
-"""Bound of the queue, some 2,000 lines: the agent has to stay small, and a reader that is further behind
+"""Bound of the queue in bytes, some 2,000 lines: the agent has to stay small, and a reader that is further behind
 has stopped reading."""
 
 BULK_BYTES = MOST_BYTES * 3 // 4
-"""Share of the queue for bulk lines: output of other programs never displaces our own lines."""
+"""The part of the queue that bulk lines may use, so that output of other programs never displaces our own lines."""
 
 RESUME_BYTES = MOST_BYTES // 2
-"""After a drop, bulk lines are queued again below this, so that gaps are few and long."""
+"""After a drop, bulk lines are queued again only below this, so that gaps are few and long."""
 
 LONGEST_PART = 8192
-"""Characters without a newline that ``StderrLines`` buffers."""
+"""The most characters without a newline that ``StderrLines`` buffers."""
 
 
 class _Entry(NamedTuple):
@@ -64,7 +64,7 @@ class LineWriter:
 
         Args:
             line: its text.
-            bulk: leave the reserve (MOST_BYTES - BULK_BYTES) to other lines.
+            bulk: whether to leave the reserve (MOST_BYTES - BULK_BYTES) to other lines.
         """
         data = line.encode(errors="backslashreplace") + b"\n"
         with self._changed:
@@ -142,14 +142,14 @@ class LineWriter:
         while rest:
             try:
                 rest = rest[os.write(self.fd, rest) :]
-            except BlockingIOError:  # another process that shares it has made it non-blocking
+            except BlockingIOError:  # another process that shares it made it non-blocking
                 select.select([], [self.fd], [])
             except OSError:  # the reader is gone, or the disk is full
                 return False
         return True
 
     def _on_fork(self) -> None:
-        """Forget the parent's lines, its thread, and a lock that the thread may have held."""
+        """In a forked child, forget the parent's lines, its thread, and a lock that the thread may have held."""
         self._changed = threading.Condition(threading.RLock())
         self._thread = None
         self._queue.clear()

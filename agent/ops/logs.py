@@ -37,7 +37,7 @@ PRIORITIES = (
 
 UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access")
 HTTP_LIBRARIES = ("httpx2", "httpcore2")
-"""They log each request, and so each heartbeat, at INFO; only their warnings are shown."""
+"""Libraries that log each request, and so each heartbeat, at INFO; only their warnings are shown."""
 
 QUOTED_CHARACTERS = frozenset(' "=\\')
 

@@ -38,14 +38,14 @@ LONGEST_WAIT_S = 30.0
 """Backoff between two attempts: a restarted broker is found soon, and a dead one is rarely asked."""
 
 MOST_WAITING = 64
-"""Received messages that wait; then the oldest is dropped."""
+"""How many received messages may wait; beyond that the oldest is dropped."""
 
 T = TypeVar("T")
 
 log = Log(__name__)
 
 LONGEST_PACKET = 256 * 1024
-"""Bytes. MQTT allows 256 MiB, more than a small host may have; our messages have some hundred."""
+"""The longest packet in bytes. MQTT allows 256 MiB, more than a small host has; our messages have some hundred."""
 
 
 class Backoff:
@@ -60,7 +60,7 @@ class Backoff:
         self._wait_s = FIRST_WAIT_S
 
     def next_s(self, *, worked: bool) -> float:
-        """Seconds until the next attempt. ``worked`` starts again from the first delay."""
+        """Seconds until the next attempt. After an attempt that ``worked``, the first delay is used again."""
         self._wait_s = FIRST_WAIT_S if worked else min(LONGEST_WAIT_S, 2 * self._wait_s)
         return self._wait_s * (0.5 + self._chance() / 2)
 
@@ -245,7 +245,7 @@ class _Client(aiomqtt.Client):
                 super(_Client, self)._client_connect()
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
                 failed = error
-            with suppress(RuntimeError):  # the loop is closed: the process exits
+            with suppress(RuntimeError):  # the loop is closed, since the process is exiting
                 loop.call_soon_threadsafe(settle, failed)
 
         threading.Thread(target=work, name="mqtt-connect", daemon=True).start()

@@ -1,9 +1,9 @@
 """Resolve host names without blocking anything else, and connect to the first address that answers.
 
 Owns one look-up thread for each host and the addresses that each look-up last found. Knows nothing of
-HTTP. The resolver of the C library blocks its thread for as long as it likes, and asyncio's shared
-executor would make look-ups of other hosts, and the exit, wait for it: so each host has a lane of its
-own, in which at most one look-up is stuck.
+HTTP. The resolver of the C library may block its thread for a long time. In asyncio's shared executor it
+would delay look-ups of other hosts, and the exit; so each host has a thread of its own, and at most one
+look-up of a host can be stuck.
 
 A DNS outage must not cost a role: if a look-up fails or is slow, the addresses of the last one are used.
 """
@@ -26,14 +26,15 @@ GIVE_UP_SHARE = 0.9
 
 STAGGER_S = 0.25
 STAGGER_SHARE = 0.25
-"""The next address is tried beside the one before after this time (RFC 8305), or this share of the limit."""
+"""If an address has not answered after this time, or this share of the timeout, the next one is tried in
+parallel (RFC 8305)."""
 
 MOST_ADDRESSES = 8
-"""Addresses of one host that are tried: more than that are no way to find one that works in time."""
+"""How many addresses of one host are tried: more could not be tried within the timeout."""
 
 MOST_HOSTS = 256
-"""Hosts whose addresses are remembered: an agent has a few endpoints, an identity server, and for failsafe the
-other members of its group."""
+"""Of how many hosts the addresses are remembered. An agent has a few endpoints, an identity server, and for
+failsafe the other members of its group."""
 
 
 class _Stream(Protocol):
@@ -64,11 +65,11 @@ class Names:
     async def connect(
         self, host: str, dial: Callable[[str], Awaitable[S]], *, timeout_s: float
     ) -> S:
-        """Connect to the first address of ``host`` that answers, the one of last time first.
+        """Connect to the first address of ``host`` that answers; the last one used is tried first.
 
         Args:
             host: a name, or an address, which needs no look-up.
-            dial: connects to one address; bounded by itself.
+            dial: connects to one address; has a timeout of its own.
             timeout_s: seconds for the look-up and all addresses together.
 
         Raises:
@@ -112,9 +113,8 @@ async def _addresses(
     timeout_part_s = min(SLOW_LOOK_UP_S, SLOW_SHARE * timeout_s)
     if not entry.known:
         timeout_part_s = GIVE_UP_SHARE * timeout_s
-    await asyncio.wait(
-        [look_up], timeout=timeout_part_s
-    )  # others wait for it, too: it is not cancelled
+    # Not cancelled at the timeout: other connections may wait for the same look-up.
+    await asyncio.wait([look_up], timeout=timeout_part_s)
     if look_up.done() and not look_up.cancelled() and look_up.exception() is None:
         return look_up.result()
     if entry.known:
@@ -142,7 +142,7 @@ async def _look_up(entry: _Host, host: str) -> tuple[str, ...]:
 
 
 def _retrieve_error(task: "asyncio.Task[tuple[str, ...]]") -> None:
-    """Retrieve the error of a look-up that nobody awaits any more; the next one meets it again."""
+    """Mark the error of a look-up as seen, if nobody awaits it: asyncio would log a warning."""
     if not task.cancelled():
         task.exception()
 
@@ -150,7 +150,7 @@ def _retrieve_error(task: "asyncio.Task[tuple[str, ...]]") -> None:
 async def _first(
     addresses: tuple[str, ...], dial: Callable[[str], Awaitable[S]], *, stagger_s: float
 ) -> tuple[str, S]:
-    """The first connection that is made; each address is tried beside the ones before it."""
+    """The first connection that succeeds; later addresses are tried in parallel with earlier ones."""
     waiting, pending, errors = (
         list(addresses),
         dict[asyncio.Future[S], str](),

@@ -12,12 +12,12 @@ from agent.schema.settings import AgentSettings
 
 TLS_KEYS = ("probe_tls_certificate", "probe_tls_key")
 KEYS = (*TLS_KEYS, "probe_username", "probe_password_file")
-"""The settings that this is loaded from."""
+"""The settings that ``load_probe_access`` uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeAccess:
-    """How a probe may be reached.
+    """TLS and password of a probe.
 
     Attributes:
         tls: of new connections; None for plain HTTP.
@@ -28,7 +28,7 @@ class ProbeAccess:
     token: bytes | None = field(default=None, repr=False)
 
     def allows(self, authorization: bytes | None) -> bool:
-        """Whether a header Authorization, or none, may have an answer."""
+        """Whether a request with this header Authorization (None: without one) may be answered."""
         if self.token is None:
             return True
         scheme, _, token = (authorization or b"").partition(b" ")
@@ -46,7 +46,7 @@ def probe_files(settings: AgentSettings) -> tuple[Path, ...]:
 
 
 def warn_of_exposure(settings: AgentSettings) -> str | None:
-    """What other machines can do at a probe that they can reach; None if they cannot, or need TLS or a password."""
+    """Why it is unsafe that other machines can reach the probe; None if they cannot, or if TLS protects it."""
     if settings.probe_listen is None or settings.probe_listen.loopback:
         return None
     if settings.probe_username is None and settings.probe_tls_certificate is None:

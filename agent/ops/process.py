@@ -36,12 +36,18 @@ INHERITED = ("PATH", "HOME", "LANG", "TZ")
 """The variables that hooks, checks and progress commands have from the agent's own environment."""
 
 NO_TENURE = "apart"
-"""The mark of commands that belong to no tenure: demotion and notification hooks, checks, progress."""
+"""The mark of commands that do not belong to a tenure: demotion and notification hooks, checks, progress."""
 
 REAP_S = 5.0
 """Interval of the reaper: a zombie costs nothing but its process id."""
 
-# vfork holds the interpreter lock until the exec is done: a dead disk would block every thread.
+MANY_ZOMBIES = 64
+BUSY_REAP_S = 0.5
+"""Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
+
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+# With vfork the interpreter lock is held until the exec is done, so a dead disk would block every thread.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
 
 _prctl: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl  # loaded before any fork
@@ -111,7 +117,7 @@ class OrphanReaper:
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(REAP_S)
+            await asyncio.sleep(BUSY_REAP_S if len(self._zombies) > MANY_ZOMBIES else REAP_S)
             if self._on_interval is not None:
                 self._on_interval()
             if _has_zombies():
@@ -119,7 +125,7 @@ class OrphanReaper:
                     await self._thread.run(self.reap)
 
     def reap(self) -> None:
-        """Reap each zombie that the previous call has seen, too. May block: for a thread.
+        """Reap each zombie that the previous call has also seen. May block, so call it in a thread.
 
         Other code in this process reaps its own children long before the second call.
         """
@@ -179,11 +185,12 @@ class Child:
         before: called in the thread before the start; if it raises, the command is not started.
         on_forked: called in the loop once it has a process id, while its exec may still hang.
         on_started: called in the loop after the exec, with stdout and stderr where they are pipes.
-        die_with_us: SIGKILL to it when this process dies.
-        subreaper: its orphans become its children. Not for a long-running command, which may never reap
-            children that it has not started.
+        die_with_us: whether the kernel sends it SIGKILL when this process dies.
+        subreaper: whether its orphans become its children. Not for a long-running command, which may never
+            reap children that it has not started.
         cgroup: a cgroup directory to move it into; it and its parent are created where possible.
-        vital: a demotion needs it, so its thread may be a reserved one (ops/reserve.py).
+        vital: whether a demotion needs it: then its thread may be a reserved one (ops/reserve.py), and it keeps
+            this process's protection from the OOM killer.
         options: of subprocess.Popen; ``start_new_session`` or ``process_group`` is needed.
 
     Attributes:
@@ -225,7 +232,7 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether its end has been noticed."""
+        """Whether the end of its process has been noticed."""
         return self._ended.done()
 
     @property
@@ -257,13 +264,13 @@ class Child:
         return await asyncio.shield(self._ended)
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal its process group, if any of it is left.
+        """Signal its process group, if any process of it is left.
 
-        Before the fork this ends it: it may hang on a dead disk, and is never started. Between fork and
-        exec only SIGKILL has effect at once; another signal is sent after the exec.
+        Before the fork a signal cancels the start, which may hang on a dead disk. Between fork and exec only
+        SIGKILL has an effect at once; another signal is sent after the exec.
 
         Raises:
-            PermissionError: none of it may be signalled.
+            PermissionError: no permission to signal any process of the group.
         """
         with self._lock:
             self._stopped = self._stopped or not self._forking
@@ -280,7 +287,7 @@ class Child:
             os.killpg(self.pid, number)
         except ProcessLookupError:
             if number is signal.SIGKILL and not self.ended:
-                os.kill(self.pid, number)  # it does not lead its group yet
+                os.kill(self.pid, number)  # its process group does not exist yet
 
     def release(self) -> None:
         """Reap it: its process id may be reused, and its group is never signalled again."""
@@ -323,6 +330,7 @@ class Child:
 
     def _build_preexec(self, inside: int | None) -> Callable[[], None]:
         us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
+        exposed = not self._vital
 
         def prepare() -> None:
             """Prepare the child, between fork and exec."""
@@ -334,14 +342,16 @@ class Child:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # the parent died before prctl
                     os._exit(1)
+            if exposed:
+                _drop_oom_protection()
             if inside is not None:
-                with suppress(OSError):  # its processes are found by other means
+                with suppress(OSError):  # without a cgroup its processes are found by other means
                     os.write(inside, b"0")
 
         return prepare
 
     def _on_forked(self, pid: int) -> None:
-        with suppress(OSError):  # it can be signalled all the same
+        with suppress(OSError):  # the process can be signalled nevertheless
             self._identity = proctree.identify(pid)
         self.pid = pid
         if self._pending is signal.SIGKILL:
@@ -383,6 +393,14 @@ class Child:
             self._ended.set_result(ExitResult(code=result.si_status))
         else:
             self._ended.set_result(ExitResult(signal=result.si_status))
+
+
+def _drop_oom_protection() -> None:
+    """Let the kernel's OOM killer choose this process before an agent that OOMScoreAdjust= protects."""
+    with suppress(OSError), OOM_SCORE.open("r+b", buffering=0) as score:
+        if score.read().startswith(b"-"):
+            score.seek(0)
+            score.write(b"0\n")
 
 
 def _open_cgroup(directory: Path) -> int | None:

@@ -1,12 +1,12 @@
-"""Find, signal and kill all processes of a tenure, or of one command, wherever they have gone.
+"""Find, signal and kill all processes of a tenure, or of one command, even those that left its process group.
 
 ``ProcessTree`` finds them by process group and session, descent, mark, cgroup, and adoption by this process
 (agent/proctree.py). A process that was found once is followed by its identity, even if its parent ends.
-Knows nothing of what runs, and of when it has to end.
+Knows nothing of what the processes do, and of when they have to end.
 
-Everything here reads /proc in a thread. Reading the environment of a process that is stuck in the kernel
-can block for ever: another thread does it, is abandoned if it blocks, and that process is not read again.
-If it is an orphan that this process adopted, it counts as one of the tenure.
+All functions read /proc in a thread. Reading the environment of a process that is stuck in the kernel can block
+for ever, so a second thread does that. If it blocks, it is abandoned, and that process is not read again; if the
+process is an orphan that this process adopted, it counts as part of the tenure.
 
 Not promised without a cgroup: to find a process that has left its group, has lost its parent between two
 searches *and* has cleared its environment, once this process has died. What another manager starts (systemd,
@@ -32,13 +32,13 @@ KILL_S = 2.0
 """How long to wait for the end of killed processes; only one that is stuck in the kernel takes longer."""
 
 SEARCH_S = 2.0
-"""How long one search may take; it takes milliseconds, as the kernel has the data in memory."""
+"""Timeout of one search, which takes milliseconds, as the kernel has the data in memory."""
 
 READ_S = 0.25
-"""After this time without progress the environment that is being read counts as stuck."""
+"""If no environment was read for this long, the process that is being read counts as stuck."""
 
 MOST_ROOTS = 256
-"""Bound of ``roots``; the guard finds further processes by the mark."""
+"""The most that ``roots`` and process groups may be; the guard finds further processes by the mark."""
 
 MOST_SHOWN = 5
 """Processes that a message names."""
@@ -46,13 +46,14 @@ MOST_SHOWN = 5
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 MOST_READERS = 4
-"""Abandoned readers, from which on nobody reads a process with a thread that is stuck in the kernel."""
+"""Once so many readers are abandoned, processes with a thread stuck in the kernel are not read at all."""
 
 STUCK_LOOKS = 10
-"""As often, with pauses, a thread is seen in state D before it counts as stuck: each disk access is short."""
+"""A thread counts as stuck if so many looks in a row find it in state D: ordinary disk access is short."""
 
 _unreadable: set[proctree.Process] = set()
-"""Processes whose environment has blocked its reader. Global, so that each costs one thread, not one a tree."""
+"""Processes whose environment has blocked its reader. Global, so that each costs one thread, not one for each
+tree."""
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _ANY_MARK = f"{proctree.MARK}=".encode()
@@ -62,11 +63,11 @@ class ProcessTree:
     """All processes of one tenure, or of one command; each search finds them anew.
 
     Args:
-        value: of their mark. A mark that continues with a full stop and more belongs to the tree, too.
-        adopts: whether orphans belong to it that this process adopted, and that have no mark at all.
-        since: earliest start of its processes, in clock ticks since the boot, by default now. Older ones
-            are found by group, descent and cgroup only.
-        known: processes that belong to it, as an earlier search has found them.
+        value: the value of the mark. A longer one that continues with a full stop belongs to the tree, too.
+        adopts: whether orphans that this process adopted belong to the tree if they have no mark at all.
+        since: search environments only of processes that started at or after this moment, in clock ticks
+            since the boot; by default now. Group, descent and cgroup find older ones, too.
+        known: processes of the tree that an earlier search has found.
 
     Attributes:
         cgroup: the directory of their cgroup, if there is one.
@@ -88,6 +89,7 @@ class ProcessTree:
         self._lock = threading.Lock()
         self._children: list[Child] = []
         self._known = self._tops = frozenset(known)
+        self._own_groups: set[int] = set()
         self._others: dict[proctree.Process, bool] = {}
         """Other processes that were read: whether their environment has any mark."""
 
@@ -103,7 +105,7 @@ class ProcessTree:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Process groups of its commands that are not released, so that their ids are not reused."""
+        """Process groups of the commands that are not released, so their ids cannot be reused."""
         groups = (child.group for child in tuple(self._children))
         return tuple(group for group in groups if group is not None)
 
@@ -113,11 +115,11 @@ class ProcessTree:
         return tuple(sorted({*self._identities(), *self._tops})[:MOST_ROOTS])
 
     def stop_adopting(self) -> None:
-        """Do not adopt orphans that are started from now on."""
+        """Leave out orphans that are started from now on."""
         self._adopts_until = min(self._adopts_until, _now())
 
     def find(self) -> set[proctree.Process]:
-        """Find all live processes. Takes milliseconds: for a thread."""
+        """Find all live processes. Takes milliseconds, so call it in a thread."""
         with self._lock:
             return self._find()
 
@@ -130,15 +132,17 @@ class ProcessTree:
         pids = {pid for pid, _ in found}
         self._tops = frozenset(one for one in found if table[one[0]].parent not in pids)
         self._known = frozenset(found)
+        groups = self._own_groups if len(self._own_groups) <= MOST_ROOTS else set()
+        self._own_groups = proctree.own_groups(groups, table, found)
         return found
 
-    async def find_in_thread(self) -> set[proctree.Process]:
+    async def find_in_thread(self, limit_s: float = SEARCH_S) -> set[proctree.Process]:
         """Find all live processes. Raises StuckError if the search does not end in time."""
         try:
             thread = BlockingThread(f"processes of {self.value}", vital=True)
-            return await thread.run(self.find, timeout_s=SEARCH_S)
+            return await thread.run(self.find, timeout_s=limit_s)
         except OSError as error:  # a TimeoutError, too, which has no text
-            why = str(error) or f"no result within {SEARCH_S:g} s"
+            why = str(error) or f"no result within {limit_s:g} s"
             raise StuckError(f"cannot list the processes of {self.value}: {why}") from error
 
     async def gone(self) -> bool:
@@ -195,7 +199,7 @@ class ProcessTree:
             seen.update(found)
             return found
 
-        left = proctree.kill_all(find, time.monotonic() + limit_s)
+        left = proctree.kill_all(find, time.monotonic() + limit_s, groups=lambda: self._own_groups)
         _reap(seen)
         if self.cgroup is not None:
             for folder, _, _ in os.walk(self.cgroup, topdown=False):
@@ -204,12 +208,12 @@ class ProcessTree:
         return left
 
     def _identities(self) -> list[proctree.Process]:
-        """Identities of its commands that are not released."""
+        """Identities of the commands that are not released."""
         identities = (child.identity for child in tuple(self._children))
         return [identity for identity in identities if identity is not None]
 
     def _by_environment(self, table: dict[int, proctree.Stat]) -> set[proctree.Process]:
-        """Find processes with the mark, and adopted orphans without any, or that cannot be read."""
+        """Find processes with the mark, and adopted orphans whose environment has none or is unreadable."""
         recent = {
             (pid, stat.start): stat
             for pid, stat in table.items()
@@ -292,7 +296,7 @@ def own_cgroup() -> Path | None:
 
 
 def _stuck(processes: dict[proctree.Process, proctree.Stat]) -> set[proctree.Process]:
-    """Those with a thread that is stuck in the kernel, which may block a reader."""
+    """The processes with a thread that is stuck in the kernel, which may block a reader."""
     stuck = set(processes)
     for _ in range(STUCK_LOOKS):
         stuck = {process for process in stuck if proctree.has_stuck_thread(process[0])}
@@ -306,7 +310,7 @@ def _now() -> int:
 
 
 def _reap(processes: set[proctree.Process]) -> None:
-    """Reap those that have ended and that this process adopted: a zombie still counts as a task."""
+    """Reap the ended processes that this process adopted: a zombie still counts as a task."""
     us, own = os.getpid(), own_pids()
     for pid, start in processes:
         with suppress(OSError):

@@ -1,10 +1,10 @@
-"""Threads and descriptors that are set aside for a demotion at which the kernel gives no further ones.
+"""Reserve threads and file descriptors for a demotion when the kernel provides no further ones.
 
-A workload may use up every task that a cgroup (TasksMax), a user (RLIMIT_NPROC) or the machine has, and this
-process its descriptors. Even then the agent has to find and kill processes, to write its state file, and to
-run the demotion hook. Knows nothing of what they are used for.
+A workload may use up all tasks that a cgroup (TasksMax), a user (RLIMIT_NPROC) or the machine allows, and this
+process may use up its descriptors. Even then the agent has to find and kill processes, write its state file and
+run the demotion hook. Knows nothing of how the threads and descriptors are used.
 
-Not promised: a process for the demotion hook. It can be forked once the killing has freed a task.
+Not promised: a process for the demotion hook. It can be forked once a killed process has freed a task.
 """
 
 import _thread
@@ -20,32 +20,33 @@ from pathlib import Path
 from typing import TypeVar
 
 THREADS = 8
-"""A demotion needs at most: one for each of the hook and its steps, four to search and to kill, the state
-file; and one may be stuck in the kernel."""
+"""The most that a demotion needs: the hook and each of its steps, four searches and killings, and the state file
+need one each, and one may be stuck in the kernel."""
 
 DESCRIPTORS = 32
-"""A demotion needs about 20: seven for a hook, the state file, and what several searches read at a time."""
+"""A demotion needs about 20: seven for a hook, one for the state file, the rest for searches in parallel."""
 
 FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
 BEGIN_S = 0.02
-"""After this time a started thread counts as one that has no memory, and never begins."""
+"""A started thread that does not run within this time counts as one that never will, for want of memory."""
 
 TASKS_END_S = 0.05
 TASKS_POLL_S = 0.001
-"""How long ended threads may count as tasks, which takes microseconds; and how often that is looked at."""
+"""How long to wait until ended threads no longer count as tasks, which takes microseconds, and how often to
+check."""
 
 T = TypeVar("T")
 
 _descriptors: list[int] = []
 _idle = threading.Semaphore(0)
-"""Counts the reserved threads that have no work. Global, like the limit that they are set aside from."""
+"""Counts the reserved threads without work. Global, since the limit on tasks is global, too."""
 _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
 def reserve_threads(count: int = THREADS) -> bool:
-    """Start the threads; return whether all could be started. Call it once."""
+    """Start the reserved threads; return whether all could be started. Call it once."""
     try:
         for _ in range(count):
             _thread.start_new_thread(_serve, ())
@@ -55,14 +56,14 @@ def reserve_threads(count: int = THREADS) -> bool:
 
 
 def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.Future[T]:
-    """Run ``work`` in a thread that does not outlive the process; its result. It cannot be cancelled.
+    """Run ``work`` in a thread that ends with the process; return its future, which cannot be cancelled.
 
-    Does not wait for the thread, as ``threading.Thread.start`` does: for ever, if the new thread has no memory.
+    Returns at once. ``threading.Thread.start`` waits until the thread runs: for ever, if memory is lacking.
 
     Args:
         work: may block for ever.
-        vital: a demotion needs it: a reserved thread does it if an ordinary one cannot be started, or does
-            not begin within ``BEGIN_S``.
+        vital: whether a demotion needs it. Then a reserved thread runs it if an ordinary thread cannot be
+            started, or does not run within ``BEGIN_S``.
 
     Raises:
         BlockingIOError: no thread is left.
@@ -73,7 +74,7 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
     def run() -> None:
         if not claim.acquire(blocking=False):
-            return  # the other thread does it
+            return  # the other thread runs it
         try:
             begun.set()
             result.set_result(work())
@@ -97,21 +98,21 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
 
 def reserve_descriptors(count: int = DESCRIPTORS) -> None:
-    """Set descriptors aside, until ``free_descriptors``. Raises OSError if there are not as many."""
+    """Keep descriptors open until ``free_descriptors``. Raises OSError if there are not so many."""
     while len(_descriptors) < count:
         _descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def free_descriptors() -> None:
-    """Make the descriptors that were set aside available."""
+    """Close the reserved descriptors, so that a demotion can use them."""
     while _descriptors:
         os.close(_descriptors.pop())
 
 
 def tasks_are_scarce(needed: int = FREE_TASKS) -> bool:
-    """Whether the kernel does not start ``needed`` further tasks at the same time. A thread is a task.
+    """Whether the kernel refuses ``needed`` further tasks at the same time. Tries it with threads.
 
-    They have ended when this returns, unless that takes more than ``TASKS_END_S``.
+    These threads have ended when this returns, unless that takes more than ``TASKS_END_S``.
     """
     end = threading.Event()
     tasks: list[int] = []

@@ -15,10 +15,10 @@ from typing import Any
 from agent.ops.blocking import BlockingThread, StuckError
 
 MOST_OF_ONE_HOST = 4
-"""Blocked look-ups of one name, for different ports or kinds."""
+"""The most blocked look-ups of one name, for different ports or kinds."""
 
 MOST_LOOKUPS = 32
-"""Blocked look-ups in total: threads that wait for a resolver that is gone."""
+"""The most blocked look-ups in total, each of which is a thread that waits for a dead resolver."""
 
 Key = tuple[Any, ...]
 
@@ -48,7 +48,7 @@ class Resolver:
         if _is_numeric(host):
             return socket.getaddrinfo(*key)
         look_up = self._pending.get(key)
-        if look_up is None or look_up.done():  # not a cache: that is the resolver's task
+        if look_up is None or look_up.done():  # not cached: the system's resolver does that
             look_up = self._start(key)
         return list(await asyncio.shield(look_up))
 

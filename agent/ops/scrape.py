@@ -1,7 +1,7 @@
-"""Read one metric of an exporter's page, with bounds on what is read and parsed.
+"""Read one metric of an exporter's page, with bounds on reading and parsing.
 
-Only the lines of that metric are parsed: a whole page takes the parser seconds. Knows nothing of connections
-and of what the value is for.
+Only the lines of that metric are parsed, since parsing a whole page takes seconds. Knows nothing of connections,
+and of the use of the value.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from prometheus_client.parser import text_string_to_metric_families
 
 ACCEPT = "text/plain;version=0.0.4"
-"""The one format that is read. Ask for it uncompressed, so that the bounds are of what is read."""
+"""The format that is parsed. Request it uncompressed, so that the bounds hold for the bytes received."""
 
 PAGE_BYTES = 4 * 1024 * 1024
 """Bound of a page; a large one has 1 MiB."""
@@ -56,7 +56,7 @@ async def read_lines(page: AsyncIterator[bytes], metric: str) -> list[bytes]:
 def parse_samples(
     lines: Sequence[bytes], metric: str, labels: Mapping[str, str]
 ) -> list[tuple[Mapping[str, str], float]]:
-    """Labels and value of each sample that has the name and, beside others, the labels.
+    """Labels and value of each sample that has the name and at least these labels.
 
     Raises:
         ScrapeError: a line is no sample.

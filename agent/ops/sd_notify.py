@@ -16,10 +16,10 @@ STATUS_CHARS = 500
 """At most 2,000 bytes: systemd ignores a message of more than 4,096, and shows one line of it."""
 
 LONGEST_EXTENSION_S = 86_400.0
-"""A day, more than any budget: the bound for infinite times."""
+"""A day, which is longer than any budget: used in place of infinite times."""
 
 NO_TIMEOUT_USEC = 2**64 - 1
-"""systemd's infinity: no watchdog."""
+"""systemd's value for infinity, which means no watchdog."""
 
 log = Log(__name__)
 

@@ -76,9 +76,12 @@ def ignored_signals() -> Iterator[None]:
     """Ignore every signal of ``IGNORED``; each is logged once. Enter it first, without a loop.
 
     ``stop_signals``, ``on_hangup`` and ``forwarded_signals`` may be entered inside it. A signal that the
-    parent process ignored (nohup) stays ignored.
+    parent process ignored (nohup) stays ignored, except for SIGCHLD: the kernel would reap our children, and
+    no hook would have a result. None stays blocked.
     """
     seen: set[int] = set()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def ignore(number: int, _frame: FrameType | None) -> None:
         if number not in seen:

@@ -1,4 +1,4 @@
-"""TLS contexts from files that are read once: what was checked is what is used.
+"""Make TLS contexts from files that are read once, so that the checked contents are the ones in use.
 
 Owns reading certificates and keys with a bound, and putting them into a context. Knows no setting.
 """
@@ -12,7 +12,7 @@ from agent.errors import ConfigError
 from agent.files import read_regular
 
 LONGEST_PEM = 2 * 1024 * 1024
-"""Bytes of a file with certificates; the bundles of distributions have some 250 KiB."""
+"""The largest file with certificates; the bundles of distributions have some 250 KiB."""
 
 
 def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
@@ -39,7 +39,7 @@ def load_pair(context: ssl.SSLContext, what: str, certificate: Path, key: Path) 
 
 
 def use_pair(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
-    """Put the contents of such files into a context. Raises OSError or ValueError."""
+    """Put the contents of a certificate chain and a key into a context. Raises OSError or ValueError."""
     with ExitStack() as stack:
         certificate, private = (_in_memory(stack, content) for content in (chain, key))
         # An empty password makes an encrypted key fail; without one, OpenSSL prompts on the terminal.
@@ -64,7 +64,7 @@ def _read(path: Path) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """Why, without a byte of what was read."""
+    """The reason of an error, without any byte of the file, which may be secret."""
     if isinstance(error, UnicodeDecodeError):
         return "it is not text"
     return str(getattr(error, "strerror", None) or error)

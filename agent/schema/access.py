@@ -11,11 +11,11 @@ from agent.model import Right
 from agent.schema.values import AccessRights, AccessType, Shape, TrusteeKind, doc
 
 MAX_ENTRIES = 1000
-"""Entries of an access-control list: each request walks them, so the list has an end."""
+"""The most entries of an access-control list, as each request is checked against all of them."""
 
 
 MAX_LIST_BYTES = 131_072
-"""Bytes of an access-control list as JSON: each change of its group's roles writes it again."""
+"""The most bytes of an access-control list as JSON, since each change of the group's roles writes it again."""
 
 
 class Trustee(Shape, frozen=True):
@@ -31,7 +31,7 @@ class Trustee(Shape, frozen=True):
 
 
 class AccessControlEntry(Shape, frozen=True):
-    """Rights that one trustee has, or is denied. Denied beats allowed."""
+    """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
     denied: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]
@@ -45,7 +45,7 @@ class AccessControlEntry(Shape, frozen=True):
 
 
 class AccessControlList(Shape, frozen=True):
-    """Who may do what."""
+    """The rights of callers: an access-control list."""
 
     entries: Annotated[
         list[AccessControlEntry],
@@ -76,7 +76,7 @@ class AccessControlList(Shape, frozen=True):
 
 
 class AccessControlRequest(AccessControlList, frozen=True):
-    """Who may do what from now on. At least one trustee keeps ManageAccessControl."""
+    """A new access-control list. At least one trustee has to keep ManageAccessControl."""
 
     entries: Annotated[
         list[AccessControlEntry],

@@ -1,11 +1,11 @@
-"""Addresses to listen on or to connect to, and which of them are this machine's only."""
+"""Addresses to listen on or to connect to, and which of them only this machine can reach."""
 
 import ipaddress
 from typing import NamedTuple
 
 
 class Address(NamedTuple):
-    """Where to listen, or to connect to. Port 0 takes a free one."""
+    """An address to listen on or to connect to. Port 0: the kernel chooses a free port."""
 
     host: str
     port: int
@@ -16,12 +16,12 @@ class Address(NamedTuple):
 
     @property
     def loopback(self) -> bool:
-        """Only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         return is_loopback(self.host)
 
     @property
     def is_one_place(self) -> bool:
-        """Whether this is one IP address with a port, so that others can connect to just this."""
+        """Whether this is a single IP address and a port, rather than a wildcard, so that others can connect to it."""
         try:
             return self.port != 0 and not ipaddress.ip_address(self.host).is_unspecified
         except ValueError:
@@ -29,7 +29,7 @@ class Address(NamedTuple):
 
 
 def is_link_local(host: str) -> bool:
-    """Whether a host is an address that is good on one link only, and may be used again on another."""
+    """Whether a host is a link-local address: other hosts on other links may have the same one."""
     try:
         return ipaddress.ip_address(host).is_link_local
     except ValueError:

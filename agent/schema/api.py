@@ -1,14 +1,13 @@
-"""The JSON shapes of the group API, each declared once: the coordinator and its callers use the same ones.
+"""The JSON shapes of the group API, each declared once for both the coordinator and its clients.
 
-A property's name on the wire is the field's name in PascalCase, but for WIRE_NAMES. ``from_model`` makes the
-shape of a value of model.py, ``to_model`` the value of a shape; their fields have the same names. ``*Request`` shapes are what this service demands of a
-caller; the others are answers, in which a v1 server leaves out much. Unknown properties are ignored,
-and a null property is an absent one. Each description is used twice: in the OpenAPI document, and as the
-end of an error's sentence ("... it must be a number from ...").
+A property's name in JSON is the field's name in PascalCase, except for WIRE_NAMES. ``from_model`` converts a value
+of model.py into a shape, and ``to_model`` converts it back; their fields have the same names. ``*Request`` shapes
+are the bodies of requests; the others are answers, in which a v1 server leaves out many properties. Unknown
+properties are ignored, and null means absent. Each description is used twice: in the OpenAPI document, and as
+the end of an error's sentence ("... it must be a number from ...").
 
-What this module refuses to know: HTTP, who asks, and what is decided. codec.py decodes and encodes, and
-access.py has the shapes of access-control lists, failsafe_api.py those of
-failsafe.
+Knows nothing of HTTP, of callers and of decisions. codec.py decodes and encodes; access.py has the shapes of
+access-control lists, failsafe_api.py those of failsafe.
 """
 
 from typing import Annotated, Self
@@ -186,7 +185,7 @@ class HistoryEntry(Shape, frozen=True, kw_only=True):
 
 
 class SessionRequest(Shape, frozen=True):
-    """A client session to create. Only Instance and FailsafeUrl of it can be changed later."""
+    """A client session to create. Only its Instance and FailsafeUrl can be changed later."""
 
     id: Id
     name: Text = None
@@ -283,7 +282,7 @@ class ClientSession(Shape, frozen=True):
 
 
 class HeartbeatRequest(Shape, frozen=True):
-    """A heartbeat. Without Instance and Epoch it is plain v1."""
+    """A heartbeat. A plain v1 client omits Instance and Epoch."""
 
     score: Annotated[Score, doc("A number from 0 to 100: the share of streams that are active.")]
     last_data: GivenLastData = None
@@ -360,7 +359,7 @@ class HeartbeatResponse(Shape, frozen=True):
 
 
 class ReleaseRequest(Shape, frozen=True):
-    """The holder's notice that it has demoted: the next one may be promoted now."""
+    """The holder's notice that it has demoted, so that the next member can be promoted at once."""
 
     epoch: Annotated[
         Count, doc("An integer from 0 to 9007199254740991: the epoch of the ended tenure.")

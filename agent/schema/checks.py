@@ -49,7 +49,7 @@ class CheckSettings(Declared):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that it runs, which have to be as safe as a hook's."""
+        """The commands that the check runs, which are checked as a hook's are."""
         return ()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Shapes to and from JSON, what is wrong with a body in one sentence, and the JSON Schema of the shapes.
+"""Encode and decode shapes as JSON, explain a wrong body in one sentence, and build the shapes' JSON Schema.
 
 Owns no shape (api.py) and no type inside one (values.py). Decoders and encoders are built once.
 """
@@ -46,10 +46,10 @@ NESTED: tuple[type[Shape], ...] = (
 REFERENCE = "#/components/schemas/{name}"
 
 MAX_LEVELS = 200
-"""Levels of lists and objects in a body, so that no parser of it runs out of stack."""
+"""The deepest nesting of lists and objects in a body, so that no parser runs out of stack."""
 
 MAX_DIGITS = 4000
-"""Digits of an integer in a wrong body: Python converts no more than 4300."""
+"""The most digits of an integer in a body: Python refuses to convert more than 4300."""
 
 _Path = list[str | int]
 
@@ -60,32 +60,32 @@ _WRITERS = {
 
 
 class BodyError(ValueError):
-    """A body that is not what it should be: one sentence on the first fault, without a full stop."""
+    """A body is wrong: one sentence on the first fault, without a full stop."""
 
 
 def encode(value: Struct | Sequence[Struct], *, enum_names: bool = False) -> bytes:
-    """A body. Null properties are left out; roles are numbers, or names with ``enum_names``."""
+    """Encode a body. Null properties are left out; roles are numbers, or names with ``enum_names``."""
     return _WRITERS[enum_names].encode(value)
 
 
 def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
-    """The shape that a body is. ``whole`` is what it is called in an error.
+    """Decode a body as a shape. ``whole`` is the name of the whole body in an error.
 
     Raises:
-        BodyError: it is another one, or no JSON.
+        BodyError: the body does not have this shape, or is not JSON.
     """
     value: S = _decode(shape, shape, body, whole)
     return value
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
-    """The list of shapes that a body is, as ``decode``."""
+    """Decode a body that is a list of shapes, as ``decode`` does."""
     values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
 
 def has_none_of(value: Shape, body: bytes) -> bool:
-    """Whether a body that was decoded has properties, but none of its shape's: it is something else."""
+    """Whether a decoded body has properties, but none of its shape's, so that it must be something else."""
     if any(getattr(value, name) is not None for name in value.__struct_fields__):
         return False
     given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])  # the values may be anything
@@ -95,14 +95,14 @@ def has_none_of(value: Shape, body: bytes) -> bool:
 def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not check the UTF-8 of what it ignores
+            body.decode()  # msgspec does not check the UTF-8 of properties that it ignores
         if body.count(b"{") + body.count(b"[") > MAX_LEVELS and _levels(body) > MAX_LEVELS:
             raise BodyError(
                 f"{whole} nests more than {MAX_LEVELS} levels deep: it must be nested less"
             )
         return _reader(kind).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        text = _explain(error, shape, body, whole)  # may repeat half a surrogate pair
+        text = _explain(error, shape, body, whole)  # may contain half a surrogate pair of the body
         raise BodyError(text.encode(errors="backslashreplace").decode()) from None
 
 
@@ -120,7 +120,7 @@ _OTHERS = bytes(set(range(256)) - _STEPS.keys())
 
 
 def _levels(body: bytes) -> int:
-    """How deep lists and objects nest, also in what is no JSON."""
+    """How deep lists and objects nest, also in a text that is not valid JSON."""
     brackets = _STRING.sub(b"", body).translate(None, delete=_OTHERS)
     return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
@@ -131,7 +131,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> str:
-    """Why a body is no JSON, or which property is wrong; the standard library's parser knows where."""
+    """Why a body is not JSON, or which property is wrong. The standard library's parser finds the place."""
     try:
         given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
     except UnicodeDecodeError:
@@ -169,13 +169,13 @@ def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: s
     try:
         for step in path:
             given = given[step]
-    except (LookupError, TypeError):  # the property is there twice, and the last one is right
+    except (LookupError, TypeError):  # the property occurs twice, and the last one is right
         return f"{where} is wrong: it must be {right}"
     return f"{where} is {shown(given)}: it must be {right}"
 
 
 def _walk(value: Any) -> Iterator[tuple[_Path, Any]]:
-    """Every value inside one, with its path."""
+    """Every value inside a value, with its path."""
     left: list[tuple[_Path, Any]] = [([], value)]
     while left:
         path, one = left.pop()

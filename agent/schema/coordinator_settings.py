@@ -123,9 +123,9 @@ class CoordinatorSettings(Settings):
     """Maximum size of a request's body; a larger one is answered 413. 64 KiB holds a group with
     plenty of AdditionalData."""
     max_connections_per_address: Annotated[Count, Range(10, 1_000_000)] = 2000
-    """Maximum number of connections from one address (of IPv6: from one /64). At it the oldest one
-    that has not authenticated is closed; if all have, a further one is answered 503. 2000: a
-    thousand agents behind one NAT or proxy; raise it for more."""
+    """Maximum number of connections from one address (of IPv6: from one /64). At this limit the
+    oldest one that has not authenticated is closed; if all have, a further one is answered 503.
+    2000: a thousand agents behind one NAT or proxy; raise it for more."""
     metrics_listen: Annotated[Address | None, ADDRESS, Example("127.0.0.1:5471")] = None
     """Address that serves /metrics, /healthz and /readyz alone, over plain HTTP and without
     authentication: keep it on loopback or in a network of your own. Not set: they are served with

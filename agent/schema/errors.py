@@ -1,6 +1,6 @@
-"""The one place where a fault of a setting becomes a sentence: what is wrong, and what would be right.
+"""Format a fault of a setting as a sentence: what is wrong, and what would be right.
 
-Owns the wording, and how a refused value is shown. Where the value was given is read.py's to add.
+Owns the wording, and how a refused value is shown. read.py adds where the value was given.
 """
 
 import difflib
@@ -12,17 +12,17 @@ from typing import Any
 from agent.errors import ConfigError
 
 LONGEST_SHOWN = 80
-"""Characters of a refused value that its error repeats: enough to find it, and still one line."""
+"""The most characters of a refused value in its error: enough to find it, and still one line."""
 
 MOST_FAULTS = 20
-"""Lines about the tables of one setting: enough to go on with, and no flood."""
+"""The most lines about the tables of one setting, so that a broken file does not fill the screen."""
 
 
 class TableError(ValueError):
-    """The faults in the tables of one setting: a sentence for each, with table and key.
+    """The faults in the tables of one setting: one sentence for each, which names table and key.
 
     Attributes:
-        unknown_key: whether the first fault is a key that no such table has.
+        unknown_key: whether the first fault is an unknown key.
     """
 
     def __init__(self, faults: Sequence[str], *, unknown_key: bool = False) -> None:
@@ -36,9 +36,9 @@ class Fault:
     """A fault of one setting or one key of a table.
 
     Attributes:
-        shown: the refused value, or "" where there is none to show.
-        unknown: there is no such key.
-        tables: what is wrong in the setting's tables, if that is it.
+        shown: the refused value for the message, or "" without one.
+        unknown: whether the key does not exist.
+        tables: the faults in the setting's tables, if they are the fault.
     """
 
     key: str
@@ -71,8 +71,8 @@ def faults_of(
 
     Args:
         errors: as ``ValidationError.errors`` returns them.
-        names: the keys that there are.
-        noun: what has them.
+        names: the keys that exist.
+        noun: the owner of the keys, in words.
     """
     seen = set()
     for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
@@ -96,7 +96,7 @@ def faults_of(
 
 
 def suggest(name: str, names: Sequence[str], otherwise: str) -> str:
-    """The name that was probably meant, or else ``otherwise``."""
+    """The sentence that suggests the name probably meant; ``otherwise`` if none is similar."""
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]}?" if match else otherwise
 

@@ -1,11 +1,11 @@
-"""Agent settings as a JSON document: how they pass from one process to another.
+"""Pass agent settings from one process to another, as a JSON document.
 
-Every value goes by its name, and the document carries the version of the program that wrote it. Another
-version may have other settings, so a document of another version is refused as a whole: reading it by
-position, or half of it, could make the demotion hook the promotion hook.
+Every value has its name, and the document has the version of the program that wrote it. Another version may have
+other settings, so its document is refused as a whole: reading a part of it could take the demotion hook for the
+promotion hook.
 
-Owns the form of the document. Knows no meaning of a setting, and checks no ranges: the process that wrote
-the document has done that.
+Owns the form of the document. Knows no meaning of a setting, and checks no ranges, as the process that wrote the
+document has done that.
 """
 
 import json
@@ -27,7 +27,7 @@ def dump(settings: AgentSettings) -> bytes:
 
 
 def dump_error(error: ConfigError) -> bytes:
-    """Write, in place of settings, why they could not be read."""
+    """Write a document with the error that settings could not be read."""
     return json.dumps(
         {"version": __version__, "error": str(error), "exit_code": int(error.exit_code)}
     ).encode()
@@ -56,7 +56,7 @@ def load(document: bytes) -> AgentSettings:
 
 
 def check_version(installed: str) -> None:
-    """Refuse what another version of the program has written.
+    """Refuse a document that another version of the program has written.
 
     Raises:
         ConfigError: the versions differ.
@@ -69,14 +69,14 @@ def check_version(installed: str) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """A path or a table, which are all that JSON does not have."""
+    """Convert a path or a table; all other values have a JSON type."""
     if isinstance(value, Path):
         return str(value)
     return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _table(given: Any, declared: type[Any], where: str) -> Any:
-    """Read the settings of one class. Raises ValueError or KeyError, as all below."""
+    """Read the settings of one class. Raises ValueError or KeyError, as all functions below."""
     values = _value(given, dict[str, Any], where)
     settings = settings_of(declared)
     if differing := values.keys() ^ {setting.name for setting in settings}:

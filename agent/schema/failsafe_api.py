@@ -1,7 +1,7 @@
 """The JSON shapes of failsafe in the group API: sets of members, the status, and the lift.
 
-As in api.py, ``from_model`` makes the shape of a value of model.py, and ``to_model`` the value of a shape. What
-members ask each other is not here.
+As in api.py, ``from_model`` converts a value of model.py into a shape, and ``to_model`` converts it back. The
+messages between members are in agent/drivers/failsafe/messages.py.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ Cleared = Annotated[
     ),
 ]
 MAX_FAILSAFE_URL = 256
-"""Characters of a FailsafeUrl: the set of all members is part of the record and of the holder's answers."""
+"""Characters of a FailsafeUrl. Bounded, since the URLs of all members are in the record and in each answer."""
 
 GivenFailsafeUrl = Annotated[
     Annotated[
@@ -71,7 +71,7 @@ class FailsafeSet(Shape, frozen=True, kw_only=True):
         return cls(revision=known.revision, members=members, off=known.off)
 
     def to_model(self) -> model.MemberSet:
-        """The set; one without members and reason is off, too: it does not even name the holder."""
+        """Convert the set. One without members and without a reason is off, too: it lacks even the holder."""
         members = tuple(member.to_model() for member in self.members or ())
         off = self.off
         if off is None and not members:

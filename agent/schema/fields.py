@@ -1,9 +1,9 @@
-"""How a setting is declared: a field of a frozen dataclass, with markers in its annotation.
+"""The declaration of a setting: a field of a frozen dataclass, with markers in its annotation.
 
-``hook_limit: Annotated[float, DURATION, Range(0, 60), RELOADABLE] = 30.0`` and a string below it are all
-that a setting needs. The string explains what it does, and why its default is what it is; after ``Not
-set:``, what happens without a value. Flag, environment variable, validation, the lines in the sample file and
-in docs/settings.md, and whether a reload may change it are derived from ``settings_of``.
+``hook_limit: Annotated[float, DURATION, Range(0, 60), RELOADABLE] = 30.0`` and a string below it declare a
+setting completely. The string explains the setting and its default, or, after ``Not set:``, what happens without a
+value. Flag, environment variable, validation, the lines in the sample file and in docs/settings.md, and the reload
+rule are derived by ``settings_of``.
 
 Owns the markers. Imports no pydantic: a running agent uses the dataclasses and the reload rule.
 """
@@ -26,7 +26,7 @@ class Declared:
     __slots__ = ()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Each broken relation between settings: the one to name, and what would be right.
+        """Each broken relation between settings: the setting to name, and what would be right.
 
         A subclass that extends it calls ``Base.contradictions(self)``: ``super()`` without arguments
         does not work in a dataclass with slots.
@@ -34,7 +34,7 @@ class Declared:
         yield from ()
 
     def set_together(self, *names: str) -> Iterator[tuple[str, str]]:
-        """A contradiction if some of these are set, and not all."""
+        """A contradiction if some of these settings are set, but not all."""
         given = [name for name in names if getattr(self, name) is not None]
         if given and len(given) < len(names):
             missing = " and ".join(name for name in names if name not in given)
@@ -52,16 +52,16 @@ class Settings(Declared):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a value is written.
+    """The format of a value.
 
     Attributes:
-        metavar: stands for the value in help texts.
-        noun: names the format in docs/settings.md; a range follows it.
+        metavar: the placeholder of the value in help texts.
+        noun: the name of the format in docs/settings.md, before the range.
         unit: of the range, such as "s".
-        parse: reads the whole value; nothing else is checked.
-        before: converts the given value; its type and range are checked afterwards.
+        parse: parses the value; no further check follows.
+        before: converts the given value, before its type and range are checked.
         after: checks a value of the right type.
-        none: how None is written, where it does not mean "not set".
+        none: the text for None, if None does not mean "not set".
     """
 
     metavar: str
@@ -78,8 +78,8 @@ class Range:
     """The least and the greatest number.
 
     Attributes:
-        above: the least one is itself too small.
-        enforced: whether reading checks it; if not, it is documented only.
+        above: whether the least number itself is too small.
+        enforced: whether reading checks the range; if not, it is only documented.
     """
 
     least: float
@@ -105,7 +105,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class DefaultFrom:
-    """The default depends on the other values of the table, by name."""
+    """The default is computed from the other values of the table, which are passed by name."""
 
     derive: Callable[[Mapping[str, Any]], Any]
 
@@ -124,11 +124,11 @@ class Tables:
 
     Attributes:
         key: the name of the setting, and of its tables.
-        noun: names one table in an error.
-        kinds: where the class of each is, as ``module:Class``, by the table's key ``type``; "" if there
-            is one kind only. A class is imported when it is first used, so that an agent has in memory
-            what is configured.
-        most: how many there may be; None for a single table.
+        noun: the word for one table in an error.
+        kinds: the class of each kind as ``module:Class``, by the value of the table's key ``type``; "" if
+            there is only one kind. A class is imported when it is first used, so that an agent has only
+            configured kinds in memory.
+        most: the most tables; None for a single table.
     """
 
     key: str
@@ -160,7 +160,7 @@ class Setting:
         name: its key in the file.
         annotation: the type of its value, without markers.
         default: MISSING if it has none, or one that is derived.
-        markers: all others, by their class.
+        markers: all other markers, by their class.
     """
 
     owner: type[Any]
@@ -172,12 +172,12 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The flag of the command line."""
+        """The command-line flag."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def value_type(self) -> Any:
-        """The type of a value that is set."""
+        """The type of a value, without None."""
         if get_origin(self.annotation) in {Union, types.UnionType}:
             others = tuple(part for part in get_args(self.annotation) if part is not type(None))
             return Union[others]  # noqa: UP007 - of parts that are known now only
@@ -185,7 +185,7 @@ class Setting:
 
     @property
     def format(self) -> Format:
-        """How it is written; a boolean and a choice need no marker."""
+        """The format; a boolean and a choice need no marker."""
         if Format in self.markers:
             found: Format = self.markers[Format]
             return found
@@ -203,7 +203,7 @@ class Setting:
 
     @property
     def doc(self) -> str:
-        """What it does, and why its default is what it is."""
+        """The text that explains the setting and its default."""
         for owner in self.owner.__mro__:
             if self.name in (docs := _docs_of(owner)):
                 return docs[self.name]
@@ -211,17 +211,17 @@ class Setting:
 
     @property
     def has_default(self) -> bool:
-        """Whether it has a value unless it is set."""
+        """Whether the setting has a value if it is not set."""
         return self.default is not MISSING and not is_unset(self.default)
 
     @property
     def tables(self) -> Tables | None:
-        """The kinds of table that it consists of, if it does."""
+        """The kinds of table, if the setting consists of tables; else None."""
         return self.markers.get(Tables)
 
 
 def is_unset(value: object) -> bool:
-    """Whether a value is the absence of one."""
+    """Whether a value means "not set"."""
     return value is None or value in ("", ())
 
 
@@ -239,7 +239,9 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-settings_of: Callable[[Any], tuple[Setting, ...]] = _settings_of  # to mypy, no class is hashable
+settings_of: Callable[[Any], tuple[Setting, ...]] = (
+    _settings_of  # mypy takes classes for unhashable, and refuses them as keys of the cache
+)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The formats that a value may have: duration, command, address, path, URL and others.
 
-Owns parsing one value, whichever source it comes from. A refusal is a ValueError with one sentence on
-what would be right. Knows no setting, and not where a value was given.
+Owns parsing one value from any source. An invalid value raises a ValueError with one sentence on what would be
+right. Knows nothing of settings, and of where a value was given.
 """
 
 import ipaddress
@@ -25,29 +25,29 @@ from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
 
 SHORTEST_INTERVAL_S = 0.05
-"""A quarter of the shortest lease; checking or polling more often only costs the host."""
+"""The shortest interval of checks and polls: a quarter of the shortest lease. More often would only cost CPU."""
 
 LONGEST_ID = 256
-"""Characters of a group or session id: it is a part of a URL's path, and a label of metrics."""
+"""The most characters of a group or session id, which is part of a URL's path and a label of metrics."""
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
-"""A coordinator on this machine, with its own defaults."""
+"""The default endpoint: a coordinator on this machine with default settings."""
 
 MOST_ENDPOINTS = 16
-"""Endpoints of one list: all are probed at once when the one in use fails."""
+"""The most endpoints of one list, since all are probed at once when the one in use fails."""
 
 MOST_HOST_NAMES = 16
-"""Names of one coordinator: its name and aliases."""
+"""The most host names of one coordinator: its name and aliases."""
 
 MOST_IDENTITIES = 100
-"""Identities in one list: they are people and their roles."""
+"""The most identities in one list, which are people and their roles."""
 
 MOST_LABELS = 32
-"""Labels of one metric; exporters have a handful."""
+"""The most labels of one metric; exporters use a handful."""
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
-"""Characters of one variable; what is longer belongs into a file."""
+"""The most characters of one environment variable; a longer value belongs into a file."""
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 def must(
     right: str, holds: Callable[[T], object], first: Callable[[Any], T] = lambda value: value
 ) -> Callable[[Any], T]:
-    """Build a parser: ``first`` parses; then ``holds`` has to be true, or the error is "must" and ``right``."""
+    """Build a parser: ``first`` parses; if ``holds`` is false for its result, the error is "must" and ``right``."""
 
     def parse(given: Any) -> T:
         value = first(given)
@@ -67,7 +67,7 @@ def must(
 
 
 def matches(pattern: str) -> Callable[[str], object]:
-    """Whether a whole string has a pattern."""
+    """Whether the whole string matches a pattern."""
     return lambda value: re.fullmatch(pattern, value)
 
 
@@ -75,7 +75,7 @@ def matches(pattern: str) -> Callable[[str], object]:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds, from a number, a time-span or an ISO 8601 duration."""
+    """Parse a number of seconds, a time-span or an ISO 8601 duration; return seconds."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         for parse in (float, _parse_span):
             with suppress(ValueError, OverflowError):
@@ -104,7 +104,7 @@ def check_id(value: str) -> str:
 check_not_boolean: Callable[[Any], Any] = must(
     "be a number, not true or false", lambda value: not isinstance(value, bool)
 )
-"""Pydantic would take true for 1."""
+"""Refuses a boolean, which pydantic would take for 0 or 1."""
 
 check_metric_name = must(
     "be the name of a sample: letters, digits, '_' and ':'",
@@ -117,7 +117,7 @@ check_key_prefix = must(
 
 
 def parse_account(value: object) -> str:
-    """The name or number of a user or a group of this host."""
+    """Parse the name or number of a user or group of this host."""
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not re.fullmatch(r"[\w.][\w.@-]{0,31}", text, re.ASCII):
         raise ValueError("must be a name or a number of this host")
@@ -138,7 +138,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def load_json(text: str, what: str) -> object:
-    """A value that a flag or a variable has in JSON; ``what`` it has to be."""
+    """Parse the JSON text of a flag or variable; ``what`` describes the right value in an error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -159,7 +159,7 @@ def _split_at_commas(text: str) -> list[str]:
 def _strings(
     value: object, split: Callable[[str], list[str]] = _split_at_commas
 ) -> tuple[str, ...]:
-    """A list of strings; a flag or variable is a JSON list, or text to split."""
+    """Parse a list of strings. The text of a flag or variable is a JSON list, or is split."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("[")
         value = load_json(value, "a list") if in_json else split(value)
@@ -169,7 +169,7 @@ def _strings(
 
 
 def parse_program(value: object) -> tuple[str, ...]:
-    """A command, as a list or as words that a shell would split; () is none. PATH is searched for it."""
+    """Parse a command, a list or a string with shell quoting; () is no command. Its program is found by PATH."""
     argv = _strings(value, _split_words)
     if argv and not argv[0]:
         raise ValueError("must start with the name of a program")
@@ -189,7 +189,7 @@ parse_needed_command = must(
 
 
 def parse_hook(value: object) -> tuple[str, ...]:
-    """A command or directory as ``parse_command`` reads it, or one URL."""
+    """Parse a command or directory as ``parse_command`` does, or one URL."""
     if isinstance(value, str) and _is_http(value.strip()):
         value = [value.strip()]  # the & and ? of a query mean something else to a shell
     if isinstance(value, list | tuple) and value and _is_http(value[0]):
@@ -205,7 +205,7 @@ def _is_http(value: object) -> bool:
 
 
 def parse_variables(value: object) -> dict[str, str]:
-    """Environment variables: a table, or a JSON object, or NAME=VALUE words."""
+    """Parse environment variables: a table, a JSON object, or NAME=VALUE words."""
     if isinstance(value, str):
         in_json = value.lstrip().startswith("{")
         value = load_json(value, "an object") if in_json else _assignments(value)
@@ -237,7 +237,7 @@ def _assignments(text: str) -> dict[str, str]:
 
 
 def parse_identities(value: object) -> tuple[str, ...]:
-    """Identities of callers, as ``user:NAME``, ``client:ID`` or ``role:NAME``."""
+    """Parse identities of callers: ``user:NAME``, ``client:ID`` or ``role:NAME``."""
     identity = matches(r"(user|client|role):\S(.{0,254}\S)?")
     given = _strings(value)
     wrong = next((f", not {one!r:.60}" for one in given if not identity(one)), "")
@@ -250,7 +250,7 @@ def parse_identities(value: object) -> tuple[str, ...]:
 
 
 def parse_host_names(value: object) -> tuple[str, ...]:
-    """Names of hosts, without ports."""
+    """Parse names of hosts, without ports."""
     names, is_name = _strings(value), matches(r"\w(?:[A-Za-z0-9_.-]{0,253}\w)?")
     if len(names) > MOST_HOST_NAMES or not all(name.isascii() and is_name(name) for name in names):
         raise ValueError(
@@ -270,18 +270,18 @@ def check_url(
     instead: str = "use username and password_file",
     query: bool = False,
 ) -> SplitResult:
-    """The parts of a URL of one of the schemes, with a host, without credentials and fragment.
+    """Parse a URL with one of the schemes and a host, without credentials and fragment; return its parts.
 
     Args:
-        url: is checked.
+        url: the text.
         schemes: in lower case.
-        shape: what an error of scheme or host asks for.
-        instead: where credentials belong.
+        shape: the right form, for the error about scheme or host.
+        instead: where credentials belong, for the error.
         query: whether it may have a query.
     """
     try:
         parts = urlsplit(url)
-        _ = parts.port  # is checked when it is read
+        _ = parts.port  # urlsplit checks the port only when it is read
     except ValueError as error:
         raise ValueError(f"must be a URL: {error}") from None
     if parts.scheme not in schemes or not parts.hostname:
@@ -295,20 +295,20 @@ def check_url(
 
 
 def parse_api_url(url: str) -> str:
-    """A URL that paths are appended to."""
+    """Parse a URL to which paths are appended."""
     check_url(url)
     return url.rstrip("/")
 
 
 def parse_base_url(url: str) -> str:
-    """A URL of a host, without a path."""
+    """Parse a URL that has a host and no path."""
     if check_url(url).path.strip("/"):
         raise ValueError("must be http(s)://HOST:PORT without a path")
     return url.rstrip("/")
 
 
 def parse_proxy(url: str) -> str:
-    """The URL of an HTTP proxy."""
+    """Parse the URL of an HTTP proxy."""
     if check_url(url, instead="use proxy_username and proxy_password_file").path.strip("/"):
         raise ValueError("must have nothing after the port")
     return url.rstrip("/")
@@ -321,7 +321,7 @@ def parse_page_url(url: str) -> str:
 
 
 def parse_secure_url(url: str) -> str:
-    """Check the URL of a page to GET that nobody on the way may change."""
+    """Check the URL of a page to GET over a connection that nobody can tamper with: https, or loopback."""
     parts = check_url(url, instead="the page is public", query=True)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError(
@@ -331,7 +331,7 @@ def parse_secure_url(url: str) -> str:
 
 
 def parse_endpoints(value: object) -> tuple[str, ...]:
-    """The base paths of one coordinator or cluster."""
+    """Parse the base paths of one coordinator or cluster."""
     if not 1 <= len(urls := _strings(value)) <= MOST_ENDPOINTS:
         raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
     endpoints = tuple(map(parse_api_url, urls))
@@ -341,14 +341,14 @@ def parse_endpoints(value: object) -> tuple[str, ...]:
 
 
 def parse_base_urls(value: object) -> tuple[str, ...]:
-    """The client URLs of the members of one etcd cluster."""
+    """Parse the client URLs of the members of one etcd cluster."""
     if len(urls := _strings(value)) > MOST_ENDPOINTS:
         raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
     return tuple(map(parse_base_url, urls))
 
 
 def parse_member_url(url: str) -> str:
-    """The URL of a member's listener for failsafe, with its port."""
+    """Check the URL of a member's failsafe listener, which needs a port."""
     parts = check_url(url, instead="use failsafe_secret_file")
     if parts.path.strip("/") or not parts.port or len(url) > LONGEST_ID:
         raise ValueError(
@@ -358,7 +358,7 @@ def parse_member_url(url: str) -> str:
 
 
 def parse_address(value: object) -> Address:
-    """HOST:PORT."""
+    """Parse HOST:PORT."""
     if isinstance(value, Address):
         return value
     pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
@@ -394,7 +394,7 @@ check_file = must(
 
 
 def check_secret_file(path: Path) -> Path:
-    """Check a file that others must not have access to."""
+    """Check a file with a secret, to which other users must have no access."""
     mode = check_file(path).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(

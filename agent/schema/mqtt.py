@@ -1,7 +1,7 @@
-"""The ``[mqtt]`` table: where role changes are announced; and the keys of any connection to a broker.
+"""The ``[mqtt]`` table, which announces role changes; and the keys of any connection to a broker.
 
-Owns what a broker's address, credentials and topics may be. Knows nothing of how they are used
-(ops/mqtt.py, drivers/mqtt.py). Durations are seconds.
+Owns the forms of a broker's address, credentials and topics. Knows nothing of their use (ops/mqtt.py,
+drivers/mqtt.py). Durations are seconds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ MQTT_PORT = 1883
 MQTTS_PORT = 8883
 
 LONGEST_TOPIC = 1024
-"""Characters; MQTT's own limit is 65535 bytes."""
+"""The most characters of a topic; MQTT's own limit is 65535 bytes."""
 
 
 def _check_broker(url: str) -> str:

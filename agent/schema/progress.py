@@ -1,4 +1,4 @@
-"""What every ``[progress]`` table has: a source of the data-processed time.
+"""The keys that every ``[progress]`` table has: a source of the data-processed time.
 
 The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
 """
@@ -10,7 +10,7 @@ from agent.schema.fields import Declared, Format, Length
 from agent.schema.formats import DurationOrZero, must
 
 DEFAULT_MAX_FUTURE_S = 5.0
-"""Also the bound without a table [progress]. Clocks that NTP keeps are within milliseconds of each other, and
+"""Also the bound without a table [progress]. Clocks that NTP adjusts are within milliseconds of each other, and
 a time that is further ahead would hide every later one of the tenure."""
 
 MaxFuture = Annotated[
@@ -45,5 +45,5 @@ class ProgressSource(Declared):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that it runs, which have to be as safe as a hook's."""
+        """The commands that the source runs, which are checked as a hook's are."""
         return ()

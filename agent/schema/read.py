@@ -1,9 +1,9 @@
-"""Where values come from: a flag, else the environment, else a TOML file, else the default.
+"""Read settings from a flag, else the environment, else a TOML file, else the default.
 
 Owns reading and merging the sources, checking values with pydantic models that are built from the
 declarations, and adding to each fault where the value was given. Knows no setting. Needs pydantic, and is
-imported only where settings are read. pydantic-settings ignores misspelt variables and missing files:
-found here.
+imported only where settings are read. Also reports misspelt variables and missing files, which pydantic-settings
+ignores.
 """
 
 import os
@@ -45,7 +45,7 @@ S = TypeVar("S", bound=Settings)
 
 @cache
 def _model_of(declared: Any) -> Any:
-    """The pydantic model of a class. Only what is given is checked; defaults are the class's own."""
+    """The pydantic model of a class. Only given values are checked; defaults come from the class."""
     checked: dict[str, Any] = {
         setting.name: (_annotation(setting), ... if setting.required else None)
         for setting in settings_of(declared)
@@ -59,7 +59,9 @@ def _model_of(declared: Any) -> Any:
     return pydantic.create_model(declared.__name__, __config__=config, **checked)
 
 
-model_of: Callable[[Any], Any] = _model_of  # to mypy, a class is not hashable
+model_of: Callable[[Any], Any] = (
+    _model_of  # mypy takes classes for unhashable, and refuses them as keys of the cache
+)
 
 
 def _annotation(setting: Setting) -> Any:
@@ -86,17 +88,17 @@ def _annotation(setting: Setting) -> Any:
 
 
 def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
-    """A value in its own format; that of a setting which is not set stays None."""
+    """Parse a value in its format; None, of a setting that is not set, stays None."""
     return None if value is None and setting.default is None else parse(value)
 
 
 def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the configuration") -> D:
-    """The settings, or the table, with these values, given as in a file or as they are in the end.
+    """Build settings, or a table, from values as a file has them, or from final values.
 
     Args:
-        declared: its class.
+        declared: the class of the settings or the table.
         values: by name; defaults are added.
-        noun: what an error calls that which has the keys.
+        noun: the word for the settings or the table in an error.
 
     Raises:
         InvalidError: values are wrong, or contradict each other.
@@ -117,7 +119,7 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
 
 
 def _read_tables(tables: Tables, value: object) -> Any:
-    """The table, or tables, of a setting; a flag or a variable has them as JSON.
+    """Parse the table, or tables, of a setting; a flag or a variable has them as JSON.
 
     Raises:
         ValueError: there are no tables; TableError if something in them is wrong.
@@ -138,7 +140,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
 
 
 def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
-    """Tables with a name each, which is unique."""
+    """Parse tables that have a unique name each."""
     found: list[Any] = []
     errors: list[TableError] = []
     first: dict[str, int] = {}
@@ -183,7 +185,7 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
 
 @dataclass(frozen=True)
 class Sources(Generic[S]):
-    """The values that were given, and where. Make one by ``read``, then call its ``load``.
+    """The values that were given, and where. Create one by ``read``, then call its ``load``.
 
     Attributes:
         unknown: one sentence per key and variable that no setting has.
@@ -220,7 +222,7 @@ class Sources(Generic[S]):
         )
 
     def origin(self, key: str) -> str:
-        """Where the value in force is from: a flag, a variable, the file, or ``default``."""
+        """The origin of the value in force: a flag, a variable, the file, or ``default``."""
         if key in self.flags:
             return "--" + key.replace("_", "-")
         if key in self.environment:
@@ -248,12 +250,14 @@ class Sources(Generic[S]):
         return settings
 
     def _lines(self, fault: Fault) -> list[str]:
-        """A fault with the place where the value was given."""
+        """The lines of a fault, each with the place where the value was given."""
         key, place = fault.key, self.origin(fault.key)
-        if fault.tables is not None:  # its sentences name table and key
+        if fault.tables is not None:  # the sentences name table and key already
             return [f"{place}: {text}" for text in fault.tables.faults]
         if key in self.flags:
-            place = f"{place} {shown(self.flags[key])}"
+            given = self.flags[key]
+            values = given if isinstance(given, tuple) else (given,)
+            place = f"{place} {' '.join(map(shown, values))}"
         elif key in self.environment:
             place = f"{place}={shown(self.environment[key])}"
         elif key in self.file:

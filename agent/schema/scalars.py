@@ -1,7 +1,6 @@
-"""The values inside the JSON shapes: time-spans, date-times, enumerations, and sentences about wrong ones.
+"""Parse and format the values inside the JSON shapes: time-spans, date-times, enumerations, and their errors.
 
-Plain functions, for both ends of the API. Owns no shape, and imports no pydantic: an agent reads its
-answers without it.
+Plain functions, for both sides of the API. Owns no shape, and imports no pydantic, which an agent does not load.
 """
 
 import json
@@ -127,7 +126,7 @@ def format_date_time(moment: datetime) -> str:
 
 
 def not_a_time(given: object) -> str:
-    """The sentence about a value that is no date-time."""
+    """Build the error's sentence for a value that is not a date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
 
 
@@ -136,7 +135,7 @@ OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
 
 
 def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
-    """The member with a number, or with a name in any letter case.
+    """The member of an enumeration with this number, or this name in any letter case.
 
     Raises:
         ValueError: it is neither.
@@ -150,7 +149,7 @@ def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
 
 
 def not_json(given: str | bytes, whole: str, why: str) -> str:
-    """A sentence on what should have been JSON. ``whole`` is what it is called."""
+    """Build the error's sentence for a text that is not JSON. ``whole`` is the name of the text."""
     text = given if isinstance(given, str) else given[: 4 * MAX_SHOWN].decode(errors="replace")
     if not text.strip():
         return f"{whole} is empty: it must be a JSON object"
@@ -159,7 +158,7 @@ def not_json(given: str | bytes, whole: str, why: str) -> str:
 
 
 def shown(given: object) -> str:
-    """Format a wrong value as JSON, or as its kind if it is a list or an object."""
+    """Format a wrong value as JSON; of a list or an object show only the kind."""
     match given:
         case list() | tuple():
             return "a list"

@@ -1,4 +1,4 @@
-"""Files with secrets: a password, the secret of a client or of webhooks, or that of a group's members."""
+"""Read files with secrets: a password, or the secret of a client, of webhooks or of a group's members."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ from agent.errors import ConfigError
 from agent.files import read_regular
 
 LONGEST_SECRET = 4096
-"""Bytes. A longer file is another one, named by mistake."""
+"""The longest file in bytes. A longer one is not a secret, but was named by mistake."""
 
 READABLE_BY_OTHERS = 0o006
 """Permission bits that such a file must not have (its group may read it)."""
 
 
 SHORTEST_KEY = 16
-"""Characters of a secret that messages are signed with: who reads them may try any number of secrets."""
+"""The least characters of a secret that signs messages: whoever reads a message can try many secrets."""
 
 MOST_KEYS = 2
-"""The secret, and another one while it is being changed."""
+"""The most secrets in a file: the current one, and a second while it is being changed."""
 
 
 def read_secret(path: Path) -> str:
-    """The secret in a file, without the end of its line.
+    """Read the secret in a file, without the end of its line.
 
     Raises:
         ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
@@ -32,10 +32,10 @@ def read_secret(path: Path) -> str:
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The secrets in a file that messages are signed with, one a line; all are valid.
+    """Read the secrets that sign messages, one a line; all of them are valid.
 
     Raises:
-        ConfigError: as ``read_secret``, or there are more than MOST_KEYS, or one is too short.
+        ConfigError: as ``read_secret`` does; or there are more than MOST_KEYS, or one is too short.
     """
     text, size = _read_text(path)
     lines = text.splitlines()
@@ -49,7 +49,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
 
 
 def _read_text(path: Path) -> tuple[str, int]:
-    """The text of a file without the ends of its last lines, and the bytes read."""
+    """Read a file; return its text without line ends at its end, and the bytes read."""
     try:
         content = read_regular(path, LONGEST_SECRET, trusted_link=True)
         return content.decode().rstrip("\r\n"), len(content)

@@ -280,7 +280,7 @@ class AgentSettings(Settings):
 
     @property
     def budget(self) -> Budget:
-        """The parts of the lease that are set."""
+        """The configured parts of the lease; None for each that is derived."""
         return Budget(
             renew_s=self.renew,
             demote_s=self.demote,

@@ -34,7 +34,7 @@ def to_toml(value: object) -> str:
 
 
 def to_json(value: object) -> Any:
-    """Convert a value for JSON. A table that stands alone is without the keys that are not set."""
+    """Convert a value for JSON. In a table that is a setting's whole value, keys without a value are left out."""
     if is_dataclass(value):
         table = _table(value)
         return {key: part for key, part in table.items() if part is not None}

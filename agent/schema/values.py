@@ -1,8 +1,8 @@
 """The base of all JSON shapes, and the types inside them that JSON does not have.
 
-The two ``encode_`` functions, ``read`` and ``schema`` are the hooks for msgspec. A type's ``read`` raises
-TypeError for a value of the wrong kind, and ValueError, whose text completes "PROPERTY: ...", for one
-that is wrong in itself. ``schema`` is what JSON Schema can say of the accepted values, at most all of them.
+The two ``encode_`` functions, ``read`` and ``schema`` are the hooks for msgspec. A type's ``read`` raises TypeError
+for a value of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value.
+``schema`` describes the accepted values as far as JSON Schema can.
 """
 
 import json
@@ -36,7 +36,7 @@ list of sessions that it is part of has two."""
 
 MAX_NODES = 1000
 MAX_BYTES = 16 * 1024
-"""Values in one AdditionalData, and its length: each reader of a list of sessions gets those of all."""
+"""The most values in one AdditionalData, and its length: a list of sessions contains that of every session."""
 
 
 class TimeSpan(int):
@@ -72,7 +72,7 @@ class TimeSpan(int):
 
 
 class LeaseSpan(TimeSpan):
-    """A FailoverTimeout that a group can be created with."""
+    """A FailoverTimeout that a new group may have."""
 
     limits = "from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
     low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
@@ -118,13 +118,13 @@ if TYPE_CHECKING:
     AccessRights = int
 else:
 
-    class _GivesAnother(type):
-        """The class of a type whose ``read`` returns a value of another type, which msgspec then accepts."""
+    class _AcceptsAnyValue(type):
+        """Metaclass for types whose ``read`` returns a value of another type: it makes msgspec accept that value."""
 
         def __instancecheck__(cls, value: object) -> bool:
             return True
 
-    class Moment(metaclass=_GivesAnother):
+    class Moment(metaclass=_AcceptsAnyValue):
         """An aware datetime in UTC, or None: ISO 8601 in JSON, where 0001-01-01T00:00:00 means never."""
 
         @classmethod
@@ -138,7 +138,7 @@ else:
             return {"type": "string", "format": "date-time"}
 
     class NeededMoment(Moment):
-        """A Moment that cannot be "never"."""
+        """A Moment for which "never" is refused."""
 
         @classmethod
         def read(cls, given: object) -> datetime:
@@ -146,8 +146,8 @@ else:
                 raise ValueError(not_a_time(given))
             return moment
 
-    class Count(metaclass=_GivesAnother):
-        """An integer from ``least`` to ``most``. To JSON, 1.0 is one, too."""
+    class Count(metaclass=_AcceptsAnyValue):
+        """An integer from ``least`` to ``most``. In JSON, 1.0 is an integer, too."""
 
         least, most = 0, MAX_EPOCH
 
@@ -173,7 +173,7 @@ else:
         least, most = 0, 31
 
 
-class _Code(Generic[E]):  # not a dataclass, which msgspec would decode without ``read``
+class _Code(Generic[E]):  # not a dataclass: msgspec would decode it without calling ``read``
     """A member of an enumeration of v1: numbers and names are read, one of them is written."""
 
     numbers: ClassVar[Sequence[tuple[Any, int]]] = ()
@@ -209,7 +209,7 @@ OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one
 
 
 class Additional:
-    """An object that is repeated to others. It is kept as JSON, so that it is encoded only once."""
+    """An object that is passed on to clients unchanged. It is kept as JSON, so it is encoded only once."""
 
     limits: ClassVar[str] = "kept as it was given"
 
@@ -256,7 +256,7 @@ def _is_larger(value: object) -> bool:
 
 
 class Confirmed:
-    """The JSON value true, and no other."""
+    """The JSON value true; every other value is refused."""
 
     @classmethod
     def read(cls, given: object) -> Self:
@@ -286,11 +286,11 @@ Id = Annotated[
 
 
 Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
-"""An id in an answer. Agents pass it to hooks and keep it in files, so whoever answers must not make it long."""
+"""An id in an answer. Agents pass it to hooks and store it in files, so its length is bounded."""
 
 
 def doc(description: str) -> Meta:
-    """The description of a property, for the OpenAPI document and for errors."""
+    """Describe a property, for the OpenAPI document and for errors."""
     return Meta(description=description)
 
 
@@ -305,11 +305,11 @@ WIRE_NAMES = {
     "rights": "AccessRights",
     "score": "FailoverScore",
 }
-"""Names in JSON of fields that are named as in model.py."""
+"""JSON names of fields that have another name in model.py, and so in the shapes."""
 
 
 def wire_name(field: str) -> str:
-    """The name in JSON of a field: in PascalCase, but for WIRE_NAMES."""
+    """The name of a field in JSON: PascalCase, except for WIRE_NAMES."""
     return WIRE_NAMES.get(field) or field.title().replace("_", "")
 
 
@@ -318,7 +318,7 @@ class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
 
     @classmethod
     def copy_of(cls, value: object, **others: object) -> Self:
-        """The shape with the attributes of a value that have the names of its fields, and with others."""
+        """Build the shape from the attributes of a value with the same names as its fields, and from ``others``."""
         own = (name for name in cls.__struct_fields__ if name not in others)
         return cls(**{name: getattr(value, name) for name in own}, **others)
 

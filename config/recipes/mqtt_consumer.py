@@ -15,7 +15,7 @@ fence = Fence(Path(fence_file))
 
 
 def on_message(_client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-    """Write the reading, or say that it is late."""
+    """Write the reading, or log that it is late."""
     reading = json.loads(message.payload)
     if fence.admits(reading["epoch"]):
         output.write(f"{reading['value']}\n")

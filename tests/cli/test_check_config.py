@@ -33,7 +33,7 @@ def test_what_it_prints_is_toml_that_means_the_same(cli: Cli, tmp_path: Path) ->
     )
 
 
-def test_each_value_is_told_with_where_it_is_from(
+def test_each_value_is_printed_with_its_origin(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = config(tmp_path, 'group = "g"\n')

@@ -62,14 +62,14 @@ def test_a_budget_that_breaks_r1_is_drawn_with_the_broken_rule_and_the_smallest_
     assert cli("explain-timing", "--failover-timeout=2.78", "--demote=1", "--renew=1.5")[0] == 0
 
 
-def test_a_budget_that_no_lease_fits_is_told_so(cli: Cli) -> None:
+def test_a_budget_that_fits_no_lease_is_refused_with_that_reason(cli: Cli) -> None:
     code, out, _ = cli("explain-timing", "--beat", "2", "--renew", "1", "--json")
     assert code == ExitCode.TIMING
     assert json.loads(out)["smallest_lease_s"] is None
     assert "budgets: none" in cli("explain-timing", "--beat", "2", "--renew", "1")[1]
 
 
-def test_the_same_is_told_as_json(cli: Cli) -> None:
+def test_json_has_the_same_numbers(cli: Cli) -> None:
     code, out, _ = cli("explain-timing", "--failover-timeout", "PT20S", "--json")
     told = json.loads(out)
     assert code == 0

@@ -87,12 +87,14 @@ def state(path: Path, probe: object) -> str:
     return str(path)
 
 
-def test_yes_is_0_and_prints_the_answer(cli: Cli, url: str) -> None:
+def test_an_answer_of_yes_exits_with_0_and_is_printed(cli: Cli, url: str) -> None:
     assert cli("healthcheck", "--probe", url) == (0, '{"asked": "/livez"}\n', "")
 
 
 @pytest.mark.parametrize("question", ["readyz", "primary", "secondary"])
-def test_no_is_1_and_says_why(cli: Cli, url: str, question: str) -> None:
+def test_an_answer_of_no_exits_with_1_and_prints_the_reason(
+    cli: Cli, url: str, question: str
+) -> None:
     code, _, err = cli("healthcheck", question, "--probe", url)
     assert code == 1
     assert f"{url} answers 503" in err
@@ -119,7 +121,7 @@ def test_without_a_flag_the_one_state_file_of_the_host_is_taken(
 
 
 @pytest.mark.parametrize("name", ["FAILOVER_AGENT_STATE_FILE", "FAILOVER_AGENT_PROBE_LISTEN"])
-def test_the_agents_own_variables_say_where(
+def test_the_agents_own_variables_name_the_probe(
     cli: Cli, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     listen = url.removeprefix("http://")
@@ -239,6 +241,11 @@ def test_nobody_to_ask_is_1_in_one_line(
     code, out, err = cli("healthcheck", "--probe", str(path))
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert said in err
+
+
+def test_a_url_that_is_not_http_is_1_without_a_request(cli: Cli) -> None:
+    code, _, err = cli("healthcheck", "--probe", "ftp://127.0.0.1/readyz")
+    assert (code, "must be an http:// or https:// URL" in err) == (1, True)
 
 
 def test_a_probe_that_never_answers_is_1(

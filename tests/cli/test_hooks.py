@@ -51,7 +51,7 @@ def test_list_has_every_event_with_its_form_steps_and_what_is_ignored(
     assert told["joined"]["form"] is None
 
 
-def test_list_says_each_fault_and_ends_with_the_first_ones_code(cli: Cli) -> None:
+def test_list_prints_each_fault_and_exits_with_the_code_of_the_first(cli: Cli) -> None:
     code, out, _ = cli("hooks", "list", "--hook-primary=/no/such", "--hook-secondary=/etc/passwd")
     assert code == ExitCode.HOOK_MISSING
     assert "primary: command, not fit" in out
@@ -59,7 +59,7 @@ def test_list_says_each_fault_and_ends_with_the_first_ones_code(cli: Cli) -> Non
     assert "joined: none" in out
 
 
-def test_a_trial_gives_what_was_asked_for_and_shows_the_output(
+def test_a_trial_passes_the_given_facts_and_shows_the_output(
     cli: Cli, hook: Callable[[str], str]
 ) -> None:
     code, out, _ = cli(
@@ -100,7 +100,7 @@ def test_a_trial_gives_what_was_asked_for_and_shows_the_output(
         ("lost", "logged and counted"),
     ],
 )
-def test_a_failure_is_told_with_what_would_follow(
+def test_a_failure_is_printed_with_its_consequence(
     cli: Cli, hook: Callable[[str], str], event: str, says: str
 ) -> None:
     flag = f"--hook-{event.replace('_', '-')}"

@@ -58,7 +58,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 # --- commands
 
 
-def test_the_version_is_told_without_importing_what_it_does_not_need() -> None:
+def test_the_version_is_printed_without_unneeded_imports() -> None:
     code = (
         "import sys; from agent.cli.main import main; assert main(['--version']) == 0;"
         "print(*{'pydantic', 'rich', 'httpx2', 'asyncio', 'agent.schema'} & set(sys.modules))"
@@ -200,7 +200,7 @@ def test_without_a_command_the_help_is_shown(cli: Cli) -> None:
     assert "explain-timing" in out + err
 
 
-def test_run_without_a_group_says_how_to_name_one(cli: Cli) -> None:
+def test_run_without_a_group_fails_with_how_to_name_one(cli: Cli) -> None:
     code, _, err = cli("run")
     assert code == ExitCode.CONFIG_VALUE
     assert "--group, FAILOVER_AGENT_GROUP" in one_line(err)
@@ -233,7 +233,9 @@ def test_several_faults_are_a_line_each_and_the_first_gives_the_code(cli: Cli) -
     assert [line.split()[2] for line in err.splitlines()] == ["group", "timings", "hook"]
 
 
-def test_an_error_of_ours_is_told_with_its_code(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expected_error_is_one_line_with_its_exit_code(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error = ServerError("it said no", exit_code=ExitCode.REFUSED)
     monkeypatch.setattr(agent.cli.status, "query", raising(error))
     code, _, err = cli("status", "g")
@@ -257,7 +259,9 @@ def test_only_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert "Traceback (most recent call last)" in err
 
 
-def test_an_interrupt_is_told_by_its_code_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_exits_with_130_and_prints_nothing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(agent.cli.status, "query", raising(KeyboardInterrupt()))
     code, _, err = cli("status", "g")
     assert code == 130

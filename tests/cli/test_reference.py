@@ -59,7 +59,7 @@ def test_a_sample_names_every_setting_with_its_default(model: type[Settings]) ->
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_setting_that_is_not_set_by_default_says_what_happens_then(
+def test_every_setting_without_a_default_documents_what_happens_without_it(
     model: type[Settings],
 ) -> None:
     settings = settings_of(model)

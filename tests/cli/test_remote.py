@@ -72,7 +72,7 @@ def test_a_group_is_made_listed_shown_and_deleted(cli: Cli, at: str) -> None:
     assert cli("groups", "show", "life", at)[0] == ExitCode.REFUSED
 
 
-def test_the_same_is_told_as_json(cli: Cli, at: str) -> None:
+def test_json_has_the_same_facts(cli: Cli, at: str) -> None:
     right = {"Id": "json", "FailoverTimeout": "00:00:10"}
     assert json.loads(cli("groups", "create", "json", at, "--json")[1]) == right
     assert right in json.loads(cli("groups", "list", at, "--json")[1])
@@ -82,7 +82,7 @@ def test_the_same_is_told_as_json(cli: Cli, at: str) -> None:
     assert json.loads(cli("groups", "delete", "json", at, "--json")[1]) == {"Deleted": "json"}
 
 
-def test_the_primary_is_told_with_its_tenure(cli: Cli, at: str, endpoint: str) -> None:
+def test_the_primary_is_shown_with_its_tenure(cli: Cli, at: str, endpoint: str) -> None:
     cli("groups", "create", "led", at)
     become_primary(endpoint, "led", "host-a")
     code, out, _ = cli("status", "led", at)
@@ -193,7 +193,7 @@ def test_the_password_of_the_file_is_sent(
     assert set(plain[1]) == {"Basic dTpwYSBzcw=="}
 
 
-def test_what_a_server_says_cannot_steer_the_terminal(
+def test_text_of_a_server_cannot_control_the_terminal(
     cli: Cli, plain: tuple[str, list[str | None]]
 ) -> None:
     assert "a?[31m" in cli("status", "g", f"--endpoint={plain[0]}")[1]

@@ -67,7 +67,7 @@ def test_help_is_answered_by_the_reader(capfd: pytest.CaptureFixture[str]) -> No
     assert "Usage: failover-agent exec [OPTIONS] -- COMMAND" in capfd.readouterr().out
 
 
-def test_a_reader_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_reader_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings_process, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(ConfigError, match="was ended by signal 9"):
         read("run")
@@ -82,7 +82,7 @@ def test_a_reader_that_hangs_is_killed_at_its_limit(monkeypatch: pytest.MonkeyPa
     assert reading._process.returncode == -signal.SIGKILL
 
 
-def test_a_reader_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises(ConfigError, match="No such file"):
@@ -97,7 +97,7 @@ def test_nothing_of_a_reading_is_left_open() -> None:
 
 
 @pytest.mark.parametrize(("debug", "flags"), [(True, ["--debug"]), (False, [])])
-def test_the_reader_is_told_whether_tracebacks_are_wanted(
+def test_the_reader_receives_whether_tracebacks_are_wanted(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     *,

@@ -20,6 +20,8 @@ from .virtual import outside
 RETRANSMISSION_S = 0.2
 """How long after the end of a partition a connection that outlived it goes on."""
 
+DELAY_S = 0.002
+
 
 class Direction(Enum):
     """Of a message between a coordinator and etcd."""
@@ -224,6 +226,7 @@ class Link:
     """The way of one coordinator to etcd, with its faults.
 
     Attributes:
+        delay_s: of each message; with a slow disk some tenths of a second.
         passes: whether a message from one end to the other gets through; what does not is lost.
         cut: connections are refused.
         lose_answer: share of requests that are carried out, and whose answer is lost.
@@ -236,7 +239,7 @@ class Link:
 
     etcd: FakeEtcd
     chance: random.Random = field(default_factory=random.Random)
-    delay_s: float = 0.002
+    delay_s: float = DELAY_S
     passes: Callable[[Direction], bool] = lambda _: True
     cut: bool = False
     lose_answer: float = 0.0
@@ -252,6 +255,7 @@ class Link:
         """End all faults, but for those of watches that are forgotten already."""
         self.cut, self.lose_answer, self.late, self.watch_delay_s = False, 0.0, 0.0, 0.0
         self.stale_term = self.stale = None
+        self.delay_s = DELAY_S
 
     def carry_out(self, path: str, body: Json) -> Json:
         """What the member of etcd at the other end does with a request."""

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent.coordinator.engine import Engine
-from agent.coordinator.leadership import REQUEST_SHARE, Decider, Leadership
+from agent.coordinator.leadership import Decider, Leadership
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .world import World
 
 EPOCH_OF_WALL = datetime(2026, 1, 1, tzinfo=UTC)
+WALL_OFFSETS_S = (0.0, 0.0, 240.0, -240.0)
+"""By how much the time of day of a coordinator is wrong: no lease may depend on it."""
+
 TTL_S = 1.0
 LEADERS_TRIED = 3
 
@@ -51,6 +54,7 @@ class Node:
         self.name = self.url = name
         self.rate = rate
         self.chance = random.Random(world.chance.random())
+        self.wall_s = self.chance.choice(WALL_OFFSETS_S)
         self.link = self._new_link()
         self.up = False
         self.coordinator: Coordinator | None = None
@@ -70,7 +74,7 @@ class Node:
 
     def instant(self) -> Instant:
         now = asyncio.get_running_loop().time()
-        return Instant(self.boottime(), EPOCH_OF_WALL + timedelta(seconds=now))
+        return Instant(self.boottime(), EPOCH_OF_WALL + timedelta(seconds=now + self.wall_s))
 
     def start(self) -> None:
         """Start a new process."""
@@ -82,7 +86,7 @@ class Node:
 
     async def _start(self) -> None:
         kinds = self.world.kinds
-        etcd = kinds.etcd(FakeTransport(self.link), TTL_S * REQUEST_SHARE)
+        etcd = kinds.etcd(FakeTransport(self.link), TTL_S)
         while True:
             try:
                 cluster = await kinds.cluster.open(etcd, "/f", self.world.shards)
@@ -100,6 +104,7 @@ class Node:
             cluster,
             kinds.decider(coordinator.engine, self.boottime),
             self.boottime,
+            etcd=kinds.etcd(FakeTransport(self.link), TTL_S),
             ttl_s=TTL_S,
             url=self.url,
         )

@@ -28,6 +28,7 @@ WEIGHTS = {
     "etcd_leader_stale": 2,
     "etcd_follower_stale": 2,
     "etcd_down": 1,
+    "etcd_slow": 2,
     "cut_agent": 3,
     "kill_agent": 2,
     "answers_to_agent_lost": 2,
@@ -42,6 +43,9 @@ LENGTHS_S = (0.1, 0.5 * TTL_S, 1.2 * TTL_S, TTL_S + RENEW_S, TTL_S + LEASE_S + 0
 
 PAUSES_S = (0.0, 0.05, 0.3, 0.6 * TTL_S, 1.3 * TTL_S, LEASE_S)
 """From the beginning of a fault to that of the next."""
+
+SLOW_S = (0.1, 0.3, 0.4, 0.5)
+"""Delays of a message to or from etcd, in times to live; with the last one a renewal comes too late."""
 
 END_S = 9.0
 
@@ -77,6 +81,10 @@ SEQUENCES: dict[str, tuple[Step, ...]] = {
     ),
     "the leader renews its lease at a deposed leader of etcd": (
         ("etcd_leader_stale", LEADER, 2 * TTL_S, 0.92 * TTL_S),
+        ("split", BOTH, TTL_S + LEASE_S + RENEW_S, LEASE_S),
+    ),
+    "the leader renews its lease at a slow etcd": (
+        ("etcd_slow", LEADER, 3 * TTL_S, 1.5 * TTL_S),
         ("split", BOTH, TTL_S + LEASE_S + RENEW_S, LEASE_S),
     ),
     "the primary dies with the leader": (
@@ -277,6 +285,8 @@ class Injector:
                 link.late, link.late_s = 0.5, seconds
             case "watch_late":
                 link.watch_delay_s = seconds
+            case "etcd_slow":
+                link.delay_s = SLOW_S[fault.number % len(SLOW_S)] * TTL_S
             case "watch_forgotten":
                 link.silent_watches = link.watches
             case "etcd_leader_stale":

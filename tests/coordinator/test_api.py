@@ -71,7 +71,9 @@ async def test_both_bases_answer_in_any_letter_case(http: httpx2.AsyncClient, pa
     assert set(answer.json()) == {"Version"}
 
 
-async def test_the_bases_do_not_mix(http: httpx2.AsyncClient) -> None:
+async def test_the_on_premises_groups_are_those_of_the_tenant_default_only(
+    http: httpx2.AsyncClient,
+) -> None:
     """On premises is the tenant and namespace ``default``; others have groups of their own."""
     await make(http)
     default = f"{HOST}/api/v1/tenants/default/namespaces/default/clientfailover/groups/g"
@@ -100,13 +102,13 @@ async def test_what_cannot_be_an_id_is_400(http: httpx2.AsyncClient, segment: st
     is_error(await http.get(f"groups/{segment}"), 400)
 
 
-async def test_a_wrong_method_is_405_and_told_the_right_ones(http: httpx2.AsyncClient) -> None:
+async def test_a_wrong_method_is_405_with_the_right_ones_in_allow(http: httpx2.AsyncClient) -> None:
     answer = await http.put("groups", json={})
     is_error(answer, 405)
     assert answer.headers["allow"] == "GET, HEAD, OPTIONS, POST"
 
 
-async def test_options_tells_the_methods(http: httpx2.AsyncClient) -> None:
+async def test_options_is_answered_with_the_methods_in_allow(http: httpx2.AsyncClient) -> None:
     answer = await http.options("groups/g/status")
     assert (answer.status_code, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
 
@@ -138,7 +140,7 @@ async def test_head_is_get_without_a_body(http: httpx2.AsyncClient) -> None:
         (b'{"Id":"\xff","FailoverTimeout":"00:01:00"}', "not JSON"),
     ],
 )
-async def test_a_wrong_body_is_400_and_says_what_is_wrong(
+async def test_a_wrong_body_is_400_with_what_is_wrong(
     http: httpx2.AsyncClient, body: bytes, says: str
 ) -> None:
     error = is_error(await http.post("groups", content=body), 400)
@@ -234,7 +236,7 @@ async def test_what_is_deleted_is_gone(http: httpx2.AsyncClient) -> None:
     is_error(await http.get("groups/g/status"), 404)
 
 
-async def test_a_heartbeat_too_soon_is_429_and_told_when(http: httpx2.AsyncClient) -> None:
+async def test_a_heartbeat_too_soon_is_429_with_the_time_to_wait(http: httpx2.AsyncClient) -> None:
     await make(http, "a", lease="00:00:40")
     await beat(http, "a")
     await beat(http, "a")
@@ -270,7 +272,9 @@ async def test_an_override_moves_the_role_and_ends(stage: Stage, http: httpx2.As
     is_error(await http.post(path.replace("/b/", "/c/"), json={"Value": 0}), 404)
 
 
-async def test_a_release_needs_no_waiting(stage: Stage, http: httpx2.AsyncClient) -> None:
+async def test_after_a_release_the_other_member_is_primary_at_once(
+    stage: Stage, http: httpx2.AsyncClient
+) -> None:
     await make(http, "a", "b")
     await beat(http, "a")
     epoch = (await beat(http, "a")).json()["Epoch"]
@@ -344,7 +348,7 @@ async def test_answers_carry_the_id_of_the_store(stage: Stage, http: httpx2.Asyn
     assert {answer.json()["StoreId"] for answer in answers} == {stage.store.store_id}
 
 
-async def test_a_reader_beyond_the_limit_is_told_to_come_back_later(
+async def test_a_reader_beyond_the_limit_is_503_with_retry_after(
     http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 16: answered at once with what it knows, it would ask at once, for ever."""
@@ -396,11 +400,11 @@ async def test_a_reader_that_has_gone_does_not_wait_any_more(stage: Stage) -> No
     await ask("POST", base, body={"Id": "g", "FailoverTimeout": "00:00:02"})
     reading = asyncio.create_task(ask("GET", f"{base}/g/status", b"after=1&wait=00:05:00"))
     await stage.settle()
-    assert stage.coordinator._waiting == 1
+    assert stage.coordinator.blocked_readers == 1
     gone.set()
     await asyncio.wait_for(reading, 5)
     await stage.settle()
-    assert stage.coordinator._waiting == 0
+    assert stage.coordinator.blocked_readers == 0
 
 
 @pytest.mark.parametrize("query", ["after=x", "after=1&wait=soon", "after=1&wait=-00:00:01"])
@@ -409,7 +413,7 @@ async def test_a_wrong_wait_is_400(http: httpx2.AsyncClient, query: str) -> None
     is_error(await http.get(f"groups/g/status?{query}"), 400)
 
 
-async def test_no_answer_has_a_null(http: httpx2.AsyncClient) -> None:
+async def test_answers_leave_out_properties_without_a_value(http: httpx2.AsyncClient) -> None:
     await make(http, "a")
     paths = ("groups", "groups/g", "groups/g/status", "groups/g/clientsessions")
     texts = [(await http.get(path)).text for path in paths]
@@ -498,7 +502,9 @@ async def secured(
         yield client
 
 
-async def test_who_is_not_known_is_401_and_told_how(secured: httpx2.AsyncClient) -> None:
+async def test_an_unknown_caller_is_401_with_the_accepted_schemes(
+    secured: httpx2.AsyncClient,
+) -> None:
     answer = await secured.get("groups", auth=("ann", "wrong"))
     is_error(answer, 401)
     assert answer.headers["www-authenticate"] == 'Basic realm="failover-agent"'

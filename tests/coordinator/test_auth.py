@@ -113,7 +113,9 @@ async def test_other_credentials_are_refused(tmp_path: Path, header: bytes | Non
         f"ann:{'bcrypt$15$8$1$AAAA$' + base64.b64encode(bytes(32)).decode()}",
     ],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_wrong_line_of_the_users_file_is_an_error_with_its_number(
+    tmp_path: Path, line: str
+) -> None:
     with pytest.raises(ConfigError, match="line 2"):
         users(tmp_path, "# users", line)
 

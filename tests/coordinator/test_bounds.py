@@ -103,7 +103,7 @@ def test_a_header_of_64_mib_is_refused_and_takes_no_memory(hurried: Process) -> 
     ],
     ids=["a long token", "a long header", "a long path", "many headers", "too many headers"],
 )
-def test_a_head_has_a_size(hurried: Process, head: str, status: int) -> None:
+def test_a_head_above_its_bound_is_431(hurried: Process, head: str, status: int) -> None:
     with Raw(hurried.url) as one:
         answer = one.send(head.encode() + b"\r\n").answer()
     assert answer.status == status
@@ -450,7 +450,7 @@ def test_what_is_no_tls_is_closed_and_logged_once(over_tls: Process, trust: Auth
     assert len(over_tls.lines) - before < 5
 
 
-def test_bounds_hold_over_tls(over_tls: Process, trust: Authority) -> None:
+def test_the_bounds_hold_over_tls_too(over_tls: Process, trust: Authority) -> None:
     with Raw(over_tls.url, trust=trust.file) as one:
         one.send(b"GET / HTTP/1.1\r\nX: ")
         with suppress(OSError):

@@ -1,5 +1,6 @@
 """The signature by which a coordinator vouches for a client that is known by its certificate."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from agent.coordinator.forwarded_clients import CLIENT, WINDOW, ForwardedClients
 from agent.errors import NotLeading, Unauthenticated
 
 KEY = bytes(range(32))
+OTHER = bytes(range(1, 33))
 ANN = ClientCertificate("host a/ß", 2_000_000_000.0)
 PLAIN = Request("POST", b"/groups/g/clientsessions/a/heartbeat?a=b", [], b'{"FailoverScore":1}')
 
@@ -19,13 +21,13 @@ PLAIN = Request("POST", b"/groups/g/clientsessions/a/heartbeat?a=b", [], b'{"Fai
 def signed(number: int = 1, certificate: ClientCertificate = ANN, receiver: str = "7") -> Request:
     """A request as the leader gets it."""
     name = f"run-{number:x}".encode()
-    value = ForwardedClients(KEY).sign(certificate, PLAIN, name, receiver)
+    value = ForwardedClients((KEY,)).sign(certificate, PLAIN, name, receiver)
     return replace(PLAIN, headers=[(b"host", b"x"), (FORWARDED, name), (CLIENT, value)])
 
 
 @pytest.fixture
 def leader() -> ForwardedClients:
-    return ForwardedClients(KEY)
+    return ForwardedClients((KEY,))
 
 
 def test_the_leader_gets_the_client_as_it_was_verified(leader: ForwardedClients) -> None:
@@ -65,6 +67,21 @@ def with_client(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Reque
     return changed
 
 
+def test_a_key_is_replaced_without_a_request_that_is_refused() -> None:
+    """Coordinators take up each step at different times: before and after it, everybody accepts everybody."""
+    steps = [(KEY,), (KEY, OTHER), (OTHER, KEY), (OTHER,)]
+    for number, both in enumerate(itertools.pairwise(steps)):
+        for sender, receiver in (both, both[::-1]):
+            name = b"run-%x" % number
+            value = ForwardedClients(sender).sign(ANN, PLAIN, name, "7")
+            request = replace(PLAIN, headers=[(FORWARDED, name), (CLIENT, value)])
+            assert ForwardedClients(receiver).read(request, "7") == ANN
+    value = ForwardedClients((KEY,)).sign(ANN, PLAIN, b"run-1", "7")
+    former = replace(PLAIN, headers=[(FORWARDED, b"run-1"), (CLIENT, value)])
+    with pytest.raises(Unauthenticated):
+        ForwardedClients((OTHER,)).read(former, "7")
+
+
 @pytest.mark.parametrize(
     "forge",
     [
@@ -85,9 +102,9 @@ def with_client(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Reque
         with_client(lambda p: [*p[:4], b""]),
         with_client(lambda p: [*p, p[4]]),
         lambda r: with_header(
-            r, CLIENT, ForwardedClients(b"another").sign(ANN, PLAIN, b"run-1", "7")
+            r, CLIENT, ForwardedClients((b"another",)).sign(ANN, PLAIN, b"run-1", "7")
         ),
-        lambda r: with_header(r, CLIENT, ForwardedClients(b"").sign(ANN, PLAIN, b"run-1", "7")),
+        lambda r: with_header(r, CLIENT, ForwardedClients((b"",)).sign(ANN, PLAIN, b"run-1", "7")),
     ],
 )
 def test_a_forged_header_is_refused(

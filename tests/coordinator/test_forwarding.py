@@ -16,9 +16,9 @@ import pytest
 
 from agent.coordinator import forwarding, peer_connection, peers
 from agent.coordinator.calls import Answer, Request
-from agent.coordinator.forwarding import Forwarder
+from agent.coordinator.forwarding import Forwarder, LeaderMoved
 from agent.coordinator.spread import Leader
-from agent.errors import Invalid, NotLeading, RequestRefused, Unavailable
+from agent.errors import Invalid, NotFound, NotLeading, RequestRefused, Unavailable
 from agent.model import GroupKey
 from tests.bad_server import Raw, Talk, make_certificate, served, until
 
@@ -38,6 +38,7 @@ class FakeLeadership:
 
     def __init__(self) -> None:
         self.member = "7"
+        self.here = False
         self.view = View()
         self.changed = asyncio.Event()
 
@@ -46,7 +47,7 @@ class FakeLeadership:
         self.changed.set()
 
     async def place(self, key: GroupKey) -> str | None:
-        return self.view.leaders[0].url
+        return None if self.here else self.view.leaders[0].url
 
     def leader_of(self, key: GroupKey) -> Leader | None:
         return self.view.leaders.get(0)
@@ -306,7 +307,7 @@ def with_head(*lines: str, body: bytes = b"{}", status: str = "200 OK") -> Make:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda _: b"nonsense\r\n\r\n", "not an answer of HTTP/1.1"),
+        (lambda _: b"nonsense\r\n\r\n", "not HTTP/1.1"),
         (lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "not for this request"),
         (
             lambda _: b"HTTP/1.1 200 OK\r\nFailover-Forwarded: 1\r\nContent-Length: 2\r\n\r\n{}",
@@ -314,15 +315,15 @@ def with_head(*lines: str, body: bytes = b"{}", status: str = "200 OK") -> Make:
         ),
         (lambda r: written(r, b"{}") + written(r, b"{}"), "two answers"),
         (lambda r: written(r, b"{}") + b"x", "two answers"),
-        (with_head("Content-Length: 2", "Content-Length: 3"), "not an answer of HTTP/1.1"),
+        (with_head("Content-Length: 2", "Content-Length: 3"), "not HTTP/1.1"),
         (
             with_head("Content-Length: 2", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
-            "not an answer of HTTP/1.1",
+            "not HTTP/1.1",
         ),
-        (with_head("Content-Length: -1"), "not an answer of HTTP/1.1"),
-        (with_head("Content-Length: 99999999999999999999999"), "not an answer of HTTP/1.1"),
-        (with_head("Content-Length : 2"), "not an answer of HTTP/1.1"),
-        (with_head("Transfer-Encoding: chunked", body=b"x\r\n"), "not an answer of HTTP/1.1"),
+        (with_head("Content-Length: -1"), "not HTTP/1.1"),
+        (with_head("Content-Length: 99999999999999999999999"), "not HTTP/1.1"),
+        (with_head("Content-Length : 2"), "not HTTP/1.1"),
+        (with_head("Transfer-Encoding: chunked", body=b"x\r\n"), "not HTTP/1.1"),
         (with_head("Transfer-Encoding: gzip"), "without its length"),
         (with_head(JSON), "without its length"),
         (with_head("Content-Length: 2", "Content-Type: text/html"), "(200) that is not JSON"),
@@ -334,15 +335,15 @@ def with_head(*lines: str, body: bytes = b"{}", status: str = "200 OK") -> Make:
         (with_head("Upgrade: x", "Connection: Upgrade", status="101 x"), "the status 101"),
         (with_head("Content-Length: 2", status="999 x"), "the status 999"),
         (with_head("Content-Length: 2", *["A: b"] * 200), "more than 100 headers"),
-        (with_head("A: b\r\n c", "Content-Length: 2"), "not an answer of HTTP/1.1"),
-        (with_head("A: b\0c", "Content-Length: 2"), "not an answer of HTTP/1.1"),
+        (with_head("A: b\r\n c", "Content-Length: 2"), "not HTTP/1.1"),
+        (with_head("A: b\0c", "Content-Length: 2"), "not HTTP/1.1"),
         (lambda _: b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000, "head has more than"),
         (lambda _: b"HTTP/1.1 200 " + b"b" * 100_000, "head has more than"),
-        (lambda _: b"HTTP/2 200 OK\r\n\r\n", "not an answer of HTTP/1.1"),
-        (lambda _: b"\x16\x03\x01\x02\x00\x01", "not an answer of HTTP/1.1"),
+        (lambda _: b"HTTP/2 200 OK\r\n\r\n", "not HTTP/1.1"),
+        (lambda _: b"\x16\x03\x01\x02\x00\x01", "not HTTP/1.1"),
     ],
 )
-async def test_what_is_no_answer_is_503_and_ends_the_connection(
+async def test_an_invalid_answer_is_503_and_ends_the_connection(
     follower: Follower, make: Make, reason: str
 ) -> None:
     async with a_leader(make) as raw:
@@ -528,7 +529,7 @@ async def test_a_caller_who_is_gone_ends_the_connection_of_its_read(follower: Fo
             await ended.wait()
 
 
-async def test_nobody_listens(follower: Follower) -> None:
+async def test_a_leader_on_which_nobody_listens_is_503(follower: Follower) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     refused = await follower.refusal(url)
@@ -556,7 +557,7 @@ async def test_a_leader_that_accepts_nothing_is_given_up(
 @pytest.mark.parametrize(
     "url", ["", "nonsense", "ftp://a", "http://", "http://a:99999", "http://u@a", "http://ä"]
 )
-async def test_a_url_of_a_peer_that_is_none_is_503(follower: Follower, url: str) -> None:
+async def test_an_invalid_url_of_a_peer_is_503(follower: Follower, url: str) -> None:
     assert "is not a URL of HTTP" in (await follower.refusal(url)).reason
 
 
@@ -575,11 +576,47 @@ async def test_a_request_ends_at_once_when_another_one_leads(follower: Follower)
         ]
         await until(lambda: raw.accepted == 11)
         follower.leadership.lead("http://127.0.0.1:1")
-        assert {type(one) for one in await asyncio.gather(*asked)} == {NotLeading}
+        assert {type(one) for one in await asyncio.gather(*asked)} == {LeaderMoved}
     assert follower.forwarder.failed == 0
 
 
-async def test_an_old_leader_names_itself_one(follower: Follower) -> None:
+async def nobody() -> Answer:
+    raise NotFound("no", "no")
+
+
+@pytest.mark.parametrize("led_here", [True, False])
+async def test_a_deletion_that_the_former_leader_may_have_carried_out_has_succeeded(
+    follower: Follower, *, led_here: bool
+) -> None:
+    """The new leader finds nothing to delete. Any other call, or one that nobody else had, is answered as it is."""
+
+    def missing(request: bytes) -> bytes:
+        return written(request, b'{"Error":"NotFound"}', "404 Not Found")
+
+    async def status(method: str) -> int:
+        asking = follower.forwarder.answer(
+            KEY, Request(method, TARGET, [], b""), nobody, wait_s=0.0, forwarded=False
+        )
+        try:
+            return (await asking).status
+        except NotFound:
+            return 404
+
+    async with served(silent) as old, a_leader(missing) as new:
+        then = None if led_here else url_of(new)
+        for method, answered in (("DELETE", 204), ("POST", 404)):
+            follower.leadership.lead(url_of(old))
+            accepted = old.accepted
+            asking = asyncio.create_task(status(method))
+            await until(lambda: old.accepted > accepted)  # noqa: B023 - awaited here
+            follower.leadership.lead(then or "http://here")
+            follower.leadership.here = led_here
+            assert await asking == answered
+            assert await status(method) == 404, "asked nobody else"
+            follower.leadership.here = False
+
+
+async def test_an_answer_of_a_former_leader_is_not_leading(follower: Follower) -> None:
     def make(request: bytes) -> bytes:
         return written(request, b'{"Error":"NotLeading"}', "503 Service Unavailable")
 
@@ -650,7 +687,7 @@ async def test_requests_wait_for_a_connection_and_further_ones_are_refused(
         asked = [asyncio.create_task(follower.ask(url_of(raw))) for _ in range(20)]
         await until(lambda: len(raw.seen) == 10)
         refused = await follower.refusal(url_of(raw))
-        assert "has 10 requests in progress, and 10 wait for it already" in refused.reason
+        assert "has 10 requests in progress, and 10 more are waiting" in refused.reason
         go.set()
         assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
         assert raw.accepted == 10
@@ -690,17 +727,38 @@ async def test_a_leader_that_hangs_delays_no_request_to_another_one(follower: Fo
         assert {type(one) for one in await asyncio.gather(*asked)} == {Unavailable}
 
 
-async def test_idle_connections_and_peers_without_any_are_forgotten(
+async def test_idle_connections_are_closed(
     follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_leader() as raw:
+    raw, ended = Raw(), asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(written(await raw.request(reader), b"{}"))
+        assert await reader.read() == b""
+        ended.set()
+
+    async with served(talk, raw=raw):
         await follower.ask(url_of(raw))
-        assert len(follower.forwarder._peers._pools) == 1
+        assert not ended.is_set()
         monkeypatch.setattr(peers, "KEEPALIVE_S", 0.0)
-        await until(lambda: not follower.forwarder._peers._pools)
+        await until(ended.is_set)
 
 
-async def test_what_has_failed_leaves_nothing_in_a_circle(follower: Follower) -> None:
+async def test_a_peer_is_forgotten_when_it_has_no_connection() -> None:
+    known = peers.Peers(ssl.create_default_context(), encrypted=False, calls=1, blocking_reads=1)
+    async with a_leader() as raw:
+        _, calls, _ = known.to(url_of(raw))
+        waiting = calls.wait()
+        known.sweep()
+        assert known.to(url_of(raw))[1] is calls
+        connection = await waiting
+        connection.close()
+        known.sweep()
+        assert known.to(url_of(raw))[1] is not calls
+    await known.aclose()
+
+
+async def test_failed_requests_leave_no_reference_cycle(follower: Follower) -> None:
     """It would stay until the next full collection, which the coordinator makes rare."""
 
     async def fail(url: str, wait_s: float = 0.0) -> None:
@@ -746,18 +804,20 @@ async def test_an_old_connection_is_not_used_after_a_freeze(
         assert raw.accepted == 2
 
 
-async def test_a_fault_of_the_watch_is_logged_and_ends_nothing(
+@pytest.mark.usefixtures("one_second")
+async def test_a_fault_of_the_watch_is_logged_and_deadlines_still_end_requests(
     follower: Follower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail() -> None:
-        monkeypatch.undo()
+    sweep = peers.Peers.sweep
+
+    def fail_once(_: peers.Peers) -> None:
+        monkeypatch.setattr(peers.Peers, "sweep", sweep)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(follower.forwarder._peers, "sweep", fail)
+    monkeypatch.setattr(peers.Peers, "sweep", fail_once)
     await until(lambda: "watching forwarded requests failed" in caplog.text)
-    task = follower.forwarder._watching
-    assert task is not None
-    assert not task.done()
+    async with served(silent) as raw:
+        assert "did not answer within 1 s" in (await follower.refusal(url_of(raw))).reason
 
 
 # -- TLS ------------------------------------------------------------------------------------------

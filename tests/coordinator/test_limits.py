@@ -2,11 +2,15 @@
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.coordinator import limits
+from agent.coordinator.auth import password_checks, tokens
+from agent.coordinator.auth.limits import MOST_KEYS
 from agent.coordinator.limits import (
     MAX_LOGGED,
     MAX_SPARE,
@@ -17,6 +21,7 @@ from agent.coordinator.limits import (
     Reports,
     address_of,
 )
+from agent.coordinator.routes import LONGEST_REMEMBERED, PATHS_REMEMBERED
 
 
 @dataclass(eq=False)
@@ -203,3 +208,28 @@ async def test_a_failure_is_not_used_again() -> None:
     with pytest.raises(OSError, match="no"):
         await cache.get("k", fail)
     assert await cache.get("k", make) == 1
+
+
+def test_the_memory_for_callers_and_its_bounds_are_in_the_operators_page() -> None:
+    """Each number that bounds what an unknown caller may occupy, as the program has it."""
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    kib = f"{limits.MAX_HEAD_BYTES // 1024} KiB, {limits.MAX_HEADERS} headers, {limits.HEAD_S:g} s"
+    for wanted in (
+        f"| head of a request | {kib} |",
+        f"| idle connection | {limits.IDLE_S:g} s |",
+        f"| reading an answer | {limits.ANSWER_S:g} s from",
+        f"| callers without authentication that are behind with reading | {limits.MAX_STALLED} |",
+        f"| connections beyond a limit | {limits.MAX_SPARE} at once |",
+        f"| paths that are remembered | {PATHS_REMEMBERED:,}, of at most {LONGEST_REMEMBERED} bytes",
+        f"| {password_checks.MOST_GOOD:,} right ones of each, for 1 h and 5 min at most;"
+        f" {password_checks.MOST_BAD:,} wrong ones, for {password_checks.WRONG_FOR_S:g} s |",
+        f"those of {MOST_KEYS:,} addresses (IPv6: networks), and of {MOST_KEYS:,} names",
+        f"| {password_checks.MOST_WAITING}; {password_checks.MOST_WAITING_OF_ADDRESS} of one address,"
+        f" {password_checks.MOST_WAITING_OF_NAME} of one name; {password_checks.WAIT_S:g} s each |",
+    ):
+        assert wanted in page
+    assert (tokens.MOST_GOOD, tokens.MOST_BAD) == (
+        password_checks.MOST_GOOD,
+        password_checks.MOST_BAD,
+    )
+    assert (password_checks.KNOWN_FOR_S, tokens.KNOWN_FOR_S) == (3600.0, 300.0)

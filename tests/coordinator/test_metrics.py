@@ -84,7 +84,7 @@ async def test_groups_sessions_requests_and_tenures_are_counted(api: Api) -> Non
         assert after["process_resident_memory_bytes",] > 0
 
 
-async def test_both_forms_are_served(api: Api) -> None:
+async def test_the_metrics_page_has_the_form_that_is_accepted(api: Api) -> None:
     transport = httpx2.ASGITransport(app=api)
     async with httpx2.AsyncClient(transport=transport) as http:
         classic = await http.get("http://test/metrics")

@@ -25,7 +25,11 @@ class Site:
         self.hashed: list[bytes] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.checks = PasswordChecks(users("ann", "ben"), lambda: self.now, self.count)
+        self.begin("ann", "ben")
+
+    def begin(self, *names: str) -> None:
+        """Begin with these users and without remembered checks; bounds are read here."""
+        self.checks = PasswordChecks(users(*names), lambda: self.now, self.count)
 
     def count(self, outcome: str) -> None:
         self.counted[outcome] += 1
@@ -114,6 +118,7 @@ async def test_wrong_passwords_push_no_good_one_out(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(password_checks, "MOST_BAD", 3)
+    site.begin("ann", "ben")
     await site.name("ann", "ann")
     for number in range(9):
         assert await site.name("ben", str(number)) is None
@@ -122,17 +127,25 @@ async def test_wrong_passwords_push_no_good_one_out(
     assert len(site.hashed) == hashed
 
 
-async def test_remembered_checks_are_bounded(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+async def test_only_the_newest_checks_are_remembered(
+    monkeypatch: pytest.MonkeyPatch, site: Site
+) -> None:
+    """Shown by what is hashed again."""
     monkeypatch.setattr(password_checks, "MOST_GOOD", 3)
+    monkeypatch.setattr(password_checks, "MOST_BAD", 3)
     names = [f"u{number}" for number in range(9)]
-    site.checks.replace(users(*names))
+    site.begin(*names)
     for name in names:
         assert await site.name(name, name) == name
-    assert len(site.checks._good) == 3
-    for number in range(9):
-        await site.name("eve", str(number), f"192.0.2.{number}")
-    assert len(site.checks._bad) <= password_checks.MOST_BAD
-    assert not site.checks._waiting
+        await site.name("eve", name, f"192.0.2.{name[1:]}")
+    site.hashed.clear()
+    for name in names[-3:]:
+        assert await site.name(name, name) == name
+        await site.name("eve", name, f"192.0.2.{name[1:]}")
+    assert site.hashed == []
+    assert await site.name(names[0], names[0]) == names[0]
+    await site.name("eve", names[0], "192.0.2.0")
+    assert site.hashed == [names[0].encode()] * 2
 
 
 async def test_a_wrong_password_is_hashed_once_in_a_while(site: Site) -> None:

@@ -211,7 +211,7 @@ async def test_a_scrape_of_10000_groups_holds_up_no_heartbeat(
         assert at_once_s > 2 * held_s, "what this is to find is found"
 
 
-async def test_nor_does_one_with_series_for_20000_sessions_over_tls(
+async def test_a_scrape_with_series_of_20000_sessions_over_tls_holds_up_no_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page has 12 MB: neither its making nor its sending may take long at a time."""

@@ -34,7 +34,7 @@ def client(url: str) -> httpx2.AsyncClient:
     )
 
 
-async def test_it_says_where_it_listens_and_what_it_has(serve: Serve) -> None:
+async def test_the_start_is_logged_with_address_and_number_of_groups(serve: Serve) -> None:
     process = serve()
     log = "".join(process.lines)
     assert "coordinator started store=sqlite data_dir=" in log
@@ -100,7 +100,7 @@ async def test_a_wrong_certificate_is_refused_before_anything_starts(tmp_path: P
     assert not (tmp_path / "data").exists()
 
 
-async def test_it_serves_over_tls(tmp_path: Path) -> None:
+async def test_the_coordinator_serves_over_tls(tmp_path: Path) -> None:
     pair = tmp_path / "tls.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     command += ["-nodes", "-subj", "/CN=localhost", "-days", "2", "-keyout", str(pair)]

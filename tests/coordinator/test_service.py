@@ -435,7 +435,7 @@ async def test_the_number_of_waiting_readers_is_bounded(
     assert not first.done()
     first.cancel()
     await stage.settle()
-    assert stage.coordinator._waiting == 0
+    assert stage.coordinator.blocked_readers == 0
 
 
 async def test_a_group_with_active_sessions_is_not_deleted(stage: Stage) -> None:
@@ -482,7 +482,7 @@ async def test_each_change_of_role_is_one_log_line(
     assert all((line["group"], line["session"]) == ("g", "a") for line in lines)
 
 
-async def test_access_lists_are_kept(stage: Stage) -> None:
+async def test_access_lists_survive_a_restart(stage: Stage) -> None:
     await join(stage)
     acl = AccessList((AccessEntry(Trustee(1, "ann"), denied=False, rights=31),))
     await stage.coordinator.set_group_access(KEY, acl)

@@ -25,7 +25,7 @@ def test_moving_a_moment_away_costs_no_push_and_is_obeyed() -> None:
     assert due(wakeups, 105.0) == ["a"]
 
 
-def test_a_nearer_moment_counts_at_once_and_is_told() -> None:
+def test_an_earlier_moment_counts_at_once_and_is_reported() -> None:
     wakeups: Wakeups[str] = Wakeups()
     wakeups.set("a", 50.0)
     assert wakeups.set("a", 5.0)

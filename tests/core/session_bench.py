@@ -131,7 +131,10 @@ class Bench:
         return self.step(HeartbeatAnswered(number, answer.build()), after_s=after_s)
 
     def fails(self, failure: HeartbeatFailure, retry_after_s: float | None = None) -> list[Effect]:
-        return self.step(HeartbeatFailed(self.beat, failure, "for the test", retry_after_s))
+        gone = failure is HeartbeatFailure.GONE  # only the coordinator itself knows that
+        return self.step(
+            HeartbeatFailed(self.beat, failure, "for the test", retry_after_s, contact=gone)
+        )
 
     def ends(self, *, ok: bool = True) -> list[Effect]:
         return self.step(HookEnded(self.run, ok, "exit 0" if ok else "exit 1"))

@@ -231,6 +231,7 @@ def test_r27_a_failed_heartbeat_makes_it_ask_at_once_and_then_each_sixth_of_r() 
         (HeartbeatFailure.BACK_OFF, True, False),
         (HeartbeatFailure.OTHER, True, False),
         (HeartbeatFailure.GONE, True, False),
+        (HeartbeatFailure.GONE, False, True),
         (HeartbeatFailure.OTHER_STORE, False, True),
     ],
 )
@@ -465,11 +466,11 @@ def test_r28_answers_older_than_r_are_forgotten() -> None:
 # -- R29: the vote -------------------------------------------------------------------------------------
 
 
-def test_r29_a_member_that_does_not_reach_the_coordinator_says_yes() -> None:
+def test_r29_a_member_that_does_not_reach_the_coordinator_votes_yes() -> None:
     assert FailsafeBench().free(epoch=1).cut_off().vote() == Vote(yes=True, why="promised")
 
 
-def test_r29_a_member_that_reaches_the_coordinator_says_no_and_makes_sure_at_once() -> None:
+def test_r29_a_member_that_reaches_the_coordinator_votes_no_and_sends_a_heartbeat_at_once() -> None:
     bench = FailsafeBench().free(epoch=1)
     bench.now += 0.5
     bench.log.clear()
@@ -480,13 +481,13 @@ def test_r29_a_member_that_reaches_the_coordinator_says_no_and_makes_sure_at_onc
     assert bench.vote(after_s=DOUBT_S / 2).yes
 
 
-def test_r29_a_session_without_failsafe_says_no() -> None:
+def test_r29_a_session_without_failsafe_votes_no() -> None:
     bench = Bench().member()
     vote, _ = bench.session.vote(Asked("b", 1), bench.now + 100)
     assert vote == Vote(yes=False, why="failsafe is off")
 
 
-def test_r29_a_member_says_no_until_its_first_demotion_is_done() -> None:
+def test_r29_a_member_votes_no_until_its_first_demotion_is_done() -> None:
     bench = FailsafeBench(hooks={S})
     bench.begin()
     assert bench.vote(after_s=DOUBT_S) == Vote(yes=False, why="starting")
@@ -495,14 +496,14 @@ def test_r29_a_member_says_no_until_its_first_demotion_is_done() -> None:
     assert bench.vote(after_s=DOUBT_S).yes, "joined or not"
 
 
-def test_r29_a_member_says_yes_while_it_releases_the_tenure_of_the_previous_process() -> None:
+def test_r29_a_member_votes_yes_while_it_releases_the_tenure_of_the_previous_process() -> None:
     bench = FailsafeBench()
     bench.keep(bench.session.start(bench.now, PreviousTenure(7, "before")))
     assert bench.session.phase is Phase.RETURNING
     assert bench.vote(8, after_s=DOUBT_S).yes
 
 
-def test_r29_a_member_that_has_something_to_do_or_undo_says_no() -> None:
+def test_r29_a_member_that_has_something_to_do_or_undo_votes_no() -> None:
     bench = FailsafeBench(hooks={S, P, W})
     bench.holder()
     assert bench.vote(9) == Vote(yes=False, why="it is Primary")
@@ -531,13 +532,13 @@ def test_r29_a_revision_of_an_older_epoch_is_older_than_that_of_a_vote() -> None
     assert not bench.vote(5).yes, "the answer was fresh"
 
 
-def test_r29_an_unfit_member_says_yes() -> None:
+def test_r29_an_unfit_member_votes_yes() -> None:
     bench = FailsafeBench().free(epoch=1)
     bench.step(FitnessChanged(fit=False, reason="disk full"))
     assert bench.vote().yes
 
 
-def test_r29_a_session_that_has_ended_says_no() -> None:
+def test_r29_a_session_that_has_ended_votes_no() -> None:
     bench = FailsafeBench().free()
     bench.step(Stop())
     while bench.session.phase is not Phase.ENDED:
@@ -635,7 +636,7 @@ def test_r30_a_pending_session_demotes_before_it_refuses() -> None:
     assert [(e.epoch, e.held) for e in effects if isinstance(e, Release)] == [(3, False)]
 
 
-def test_r30_the_release_of_a_tenure_that_was_held_says_so() -> None:
+def test_r30_the_release_of_a_tenure_that_was_held_is_marked_as_held() -> None:
     bench = FailsafeBench().holder()
     effects = bench.answered(Answer(S, 1, 6))
     effects += bench.step(FitnessChanged(fit=False, reason="disk full"))

@@ -12,7 +12,7 @@ from agent.core.group_endings import (
     LATEST_RESTORED_EPOCH,
     RESTORED_EPOCH_STEP,
 )
-from agent.core.group_failsafe import choosable_members, is_restricted
+from agent.core.group_failsafe import MOST_MEMBERS, choosable_members, is_restricted
 from agent.core.group_state import (
     AddSession,
     DeclareRestored,
@@ -40,7 +40,7 @@ from agent.model import (
     SessionConfig,
     TenureEnd,
 )
-from tests.core.test_group import CONFIG, LEASE_S, Bench, data
+from tests.core.test_group import CALM, CONFIG, LEASE_S, Bench, data
 
 S, P, W = Role.SECONDARY, Role.PRIMARY, Role.PENDING_PRIMARY
 
@@ -186,6 +186,23 @@ def test_r21_a_session_without_a_url_turns_failsafe_off_and_all_of_them_are_coun
     assert bench.failsafe().state is FailsafeState.OFF
     bench.end_of_lease()
     assert bench.cleared == 1, "a primary without a set has demoted"
+
+
+def test_r21_more_members_than_an_agent_can_ask_at_once_turn_failsafe_off() -> None:
+    others = [f"m{number:03}" for number in range(MOST_MEMBERS - 1)]
+    bench = FailsafeBench(policy=replace(CALM, max_sessions=2 * MOST_MEMBERS))
+    for name in ("a", *others):
+        bench.do(AddSession(SessionConfig(name)))
+    bench.ready("a", *others)
+    register = AddSession(SessionConfig("n"), instance="n#1", failsafe_url=url_of("n"))
+    bench.do(register, after_s=1)
+    why = f"the group has {MOST_MEMBERS + 1} client sessions, and failsafe at most {MOST_MEMBERS}"
+    assert bench.hold("a").failsafe == MemberSet(2, off=why)
+    bench.do(RemoveSession("n"), after_s=1)
+    bench.hold("a")
+    found = bench.hold("a").failsafe
+    assert found is not None
+    assert len(found.members) == MOST_MEMBERS
 
 
 def test_r21_a_set_replaces_off_when_each_session_has_a_url_again() -> None:

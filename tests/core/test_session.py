@@ -364,7 +364,7 @@ def test_r6_a_session_whose_first_demotion_fails_exits_without_joining() -> None
     assert bench.log[-1] == Exit(ExitCode.DEMOTION_FAILED)
 
 
-def test_r6_every_tenure_begins_as_secondary_even_if_the_first_answer_says_primary() -> None:
+def test_r6_every_tenure_begins_as_secondary_even_if_the_first_answer_is_primary() -> None:
     """The answer of a server on whose record this session was primary when it died."""
     bench = Bench(hooks={P}).member()
     assert kinds(bench.answered(Answer(P)))[:2] == [(Publish, W), (StartHook, P)]

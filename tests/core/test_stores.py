@@ -238,7 +238,10 @@ def test_r3_the_member_waits_although_the_holder_receives_no_answers() -> None:
     other = registered_again()
     other.now = holder.now
     other.step(Joined(TIMING))
-    assert other.session._accept_roles_at >= holder.session.lease_until
+    beats_for(other, holder.session.lease_until - other.now, v1(P))
+    assert other.session.role is S
+    beats_for(other, 2 * TIMING.heartbeat_interval_s, v1(P))
+    assert other.session.role is P
 
 
 def test_r3_a_v1_server_that_gets_a_store_counts_as_a_new_server() -> None:

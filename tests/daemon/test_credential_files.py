@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import files
 from agent.daemon import credential_files
 from agent.daemon.credential_files import CredentialFiles
 from agent.errors import ConfigError, ServerError
@@ -92,9 +93,18 @@ async def test_a_change_of_one_file_is_put_into_force(site: Site, how: str) -> N
         await until(lambda: site.used == ["good 1 good 0"])
 
 
-async def test_files_that_do_not_change_are_used_once(site: Site) -> None:
+async def test_files_that_do_not_change_are_used_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[Path, ...]] = []
+
+    def look_and_count(paths: tuple[Path, ...]) -> object:
+        looks.append(paths)
+        return files.signatures(paths)
+
     async with following(site):
-        await asyncio.sleep(0.1)
+        monkeypatch.setattr(credential_files, "signatures", look_and_count)
+        await until(lambda: len(looks) >= 5)
     assert site.attempts == 0
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from agent.core.effects import Ask, Effect, Vote
@@ -150,7 +151,7 @@ async def test_a_changed_secret_is_put_into_force_without_losing_the_role(
             try:
                 await answer_of(asker, peer)
             except AskError as error:
-                assert "not by the secret of this group" in str(error)  # noqa: PT017 - polled for
+                assert "not made with the secret of this group" in str(error)  # noqa: PT017 - polled for
                 break
             assert asyncio.get_running_loop().time() < end_at
         assert host.daemon.describe()["epoch"] == epoch
@@ -189,6 +190,28 @@ async def test_an_error_in_a_vote_is_a_no_and_stops_the_agent(
         vote = await answer_of(asker, peer)
         assert (vote.yes, vote.why) == (False, "the agent has failed")
         assert await asyncio.wait_for(task, LIMIT_S) == ExitCode.TASK_FAILED
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999", "http://[::1", f"http://{'z' * 64}:5480"]
+)
+async def test_a_stranger_with_a_url_that_cannot_be_used_does_not_stop_the_primary(
+    endpoint: str, tmp_path: Path, secret: Path, url: str
+) -> None:
+    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host):
+        await host.until_role("Primary")
+        session = {"Id": "stranger", "Name": "s", "Instance": "i", "FailsafeUrl": url}
+        async with httpx2.AsyncClient(trust_env=False) as http:
+            sessions = f"{endpoint}/groups/{host.daemon._member.settings.group}/clientsessions"
+            assert (await http.post(sessions, json=session)).status_code == 201
+
+        def is_asked() -> bool:
+            members = host.daemon.describe()["failsafe"]["members"]
+            return any("cannot be asked" in member["why"] for member in members)
+
+        await host.until(is_asked, "the stranger to be asked")
+        assert host.daemon.describe()["role"] == "Primary"
+        assert not host.daemon._task_has_failed
 
 
 async def test_what_members_answer_does_not_arm_the_guard_again(

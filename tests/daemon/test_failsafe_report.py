@@ -72,6 +72,13 @@ def test_a_member_that_is_not_ready_for_a_moment_is_not_logged(steps: Steps) -> 
     assert steps(moment, after_s=SETTLE_S) == ["failsafe not ready"]
 
 
+def test_a_primary_logs_it_again_when_other_members_are_ready(steps: Steps) -> None:
+    """Whoever has set up one member more waits for this line."""
+    alone = replace(READY, members=(), revision=2)
+    assert steps(alone, READY, replace(READY, revision=4)) == ["failsafe ready"] * 2
+    assert steps(NOT_READY, READY) == ["failsafe not ready", "failsafe ready"]
+
+
 def test_a_promise_is_logged_once_however_often_it_is_renewed(steps: Steps) -> None:
     renewed = [replace(PROMISED, promised_until=NOW + n) for n in range(10, 20)]
     assert steps(*renewed, tenure=None) == ["failsafe promise"]

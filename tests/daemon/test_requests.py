@@ -322,6 +322,25 @@ async def test_a_start_finds_our_store_behind_another_one() -> None:
 # --- the start ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("failsafe", [FailsafeOptions("http://192.0.2.11:5480"), None])
+async def test_a_member_that_starts_behind_a_portal_goes_on_to_vote(
+    failsafe: FailsafeOptions | None,
+) -> None:
+    """With failsafe an exit would cost the primary its vote; the coordinator's own refusal is final."""
+    refused = answer(b"<html>Log in</html>", "403 Forbidden", "text/html")
+    async with at(EXTENDED, failsafe=failsafe) as (api, stand):
+        api.faults["groups"] = refused
+        joining = asyncio.create_task(stand.requests.join())
+        await until(lambda: api.count("groups") >= 2 or joining.done())
+        assert joining.done() is (failsafe is None)
+        if failsafe is not None:
+            by_coordinator = refused.replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+            api.faults["groups"] = by_coordinator
+        await joining
+    assert stand.requests.failure is not None
+    assert stand.requests.failure.exit_code is ExitCode.NOT_AUTHORISED
+
+
 async def test_startup_timeout_ends_an_attempt_that_hangs() -> None:
     async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -395,6 +414,43 @@ async def test_a_registration_waits_for_a_status_that_fails() -> None:
         del api.faults["status"]
         await joining
         assert api.last("clientsessions")[1] == WITH_URL
+
+
+# --- contact --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_coordinator", [True, False])
+@pytest.mark.parametrize(
+    "status", ["400 Bad Request", "401 Unauthorized", "403 Forbidden", "404 Not Found", "429 Wait"]
+)
+@pytest.mark.parametrize("body", [json.dumps(REFUSAL).encode(), PROBLEM, b"<html>Log in</html>"])
+async def test_r26_a_refusal_by_a_portal_or_a_proxy_is_no_contact(
+    *, status: str, body: bytes, by_coordinator: bool
+) -> None:
+    """A holder that took it for contact would ask nobody, and lose the role in an outage."""
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        kind = "application/problem+json" if body is PROBLEM else "application/json"
+        refused = answer(body, status, kind)
+        if by_coordinator:
+            body = json.dumps(REFUSAL).encode()
+            refused = answer(body, status).replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+        api.faults["heartbeat"] = refused
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+    [failed] = stand.events
+    assert isinstance(failed, HeartbeatFailed)
+    assert failed.contact is by_coordinator
+
+
+async def test_r26_a_fault_of_the_coordinator_is_no_contact() -> None:
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        unavailable = answer(json.dumps(REFUSAL).encode(), "503 Service Unavailable")
+        api.faults["heartbeat"] = unavailable.replace(b"\r\n", b"\r\nOperation-Id: 1\r\n", 1)
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+    [failed] = stand.events
+    assert isinstance(failed, HeartbeatFailed)
+    assert not failed.contact
 
 
 # --- too many requests ----------------------------------------------------------------------------

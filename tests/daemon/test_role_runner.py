@@ -60,6 +60,9 @@ class Stage:
         path.chmod(0o755)
         return (str(path),)
 
+    def remove(self, hook: tuple[str, ...]) -> None:
+        Path(hook[0]).unlink()
+
     def begin(self, role: Role, limit_s: float = 5.0) -> int:
         self.number += 1
         facts = HookFacts(role, Role.SECONDARY, 7, "test", None, None, limit_s)
@@ -188,7 +191,7 @@ async def test_a_hook_that_hangs_at_its_start_blocks_nothing_and_can_be_killed(
     assert not (await stage.end()).ok
     release.set()
     await until(returned.is_set)
-    await asyncio.sleep(0.1)  # a start would follow at once, and take milliseconds
+    assert (await stage.run(Role.SECONDARY)).ok  # a start would have come before this one
     assert not (stage.directory / "p.pid").exists(), "it was started after its end"
 
 
@@ -203,7 +206,7 @@ async def test_a_program_that_is_never_executed_is_killed(
     stage.open(hook_primary=stage.hook("p", "echo $$ > p.pid"))
     monkeypatch.setattr(process, "_prctl", hang)
     number = stage.begin(Role.PRIMARY)
-    await asyncio.sleep(0.2)
+    await until(lambda: stage.role_runner.running_groups)
     assert not stage.task.done()
     stage.role_runner.terminate(number)
     stage.role_runner.kill(number)
@@ -298,6 +301,7 @@ async def test_the_demotion_fails_and_names_a_process_that_survives(
     pid = await stage.pid("left.pid")
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "signal_groups", lambda *_: None)
         stage.begin(Role.SECONDARY, limit_s=0.3)
         ended = await stage.end()
     assert not ended.ok
@@ -435,6 +439,7 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     leftover.add(["first", "second"])
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "_try_to_send", lambda *_: None)
+        patch.setattr(proctree, "signal_groups", lambda *_: None)
         assert await leftover.kill(0.1) is not None
         stage.begin(Role.SECONDARY, limit_s=0.3)
         assert not (await stage.end()).ok
@@ -487,6 +492,41 @@ async def test_a_workload_of_another_user_is_killed_with_its_children(
     assert not alive(pid)
 
 
+async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was waited for during 2 s, which may be all that there is."""
+    limit_s, done = 4.0, stage.directory / "done"
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"), hook_secondary=stage.hook("s", f"touch {done}")
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    go_on, find = threading.Event(), process_tree.ProcessTree.find
+
+    def find_late(tree: process_tree.ProcessTree) -> set[proctree.Process]:
+        go_on.wait(PATIENCE_S)
+        return find(tree)
+
+    monkeypatch.setattr(process_tree.ProcessTree, "find", find_late)
+    begun_at = time.monotonic()
+    stage.begin(Role.SECONDARY, limit_s)
+    await until(done.exists)
+    took_s = time.monotonic() - begun_at
+    go_on.set()
+    assert (await stage.end()).ok
+    assert took_s < limit_s / 4
+
+
+async def test_a_promotion_fails_before_its_hook_if_the_demotion_hook_is_gone(stage: Stage) -> None:
+    secondary = stage.hook("s", "exit 0")
+    stage.open(hook_primary=stage.hook("p", "touch started"), hook_secondary=secondary)
+    stage.remove(secondary)
+    ended = await stage.run(Role.PRIMARY)
+    assert not ended.ok
+    assert ended.why.startswith(f"hook secondary: {secondary[0]} cannot be found")
+    assert not (stage.directory / "started").exists()
+
+
 # -- orphans ----------------------------------------------------------------------------------------
 
 SUBREAPER = """
@@ -500,11 +540,15 @@ async def main():
     child = process.Child(["/bin/sh", "-c", "sleep 0.1 & exit 3"], start_new_session=True)
     child.start()
     await child.wait()
-    await asyncio.sleep(1)
-    zombies = [line.split()[2][0] for line in subprocess.check_output(
-        ["ps", "--ppid", str(os.getpid()), "-o", "pid,comm,stat"], text=True).splitlines()[1:]
-        if line.split()[1] in {"sleep", "sh"}]
-    print(zombies)
+    while True:  # until the orphan, sleep, has ended and is reaped
+        states = dict(line.split() for line in subprocess.check_output(
+            ["ps", "--ppid", str(os.getpid()), "-o", "comm=,stat="], text=True).splitlines())
+        if "sleep" not in states:
+            break
+        await asyncio.sleep(0.05)
+    for _ in range(3):  # further rounds of the reaper leave the command alone
+        await asyncio.sleep(process.REAP_S)
+    print(states["sh"][0])
     child.release()
     print((await child.wait()).code)
 
@@ -517,4 +561,4 @@ async def test_orphans_are_reaped_and_zombies_of_our_own_children_are_not() -> N
         sys.executable, "-c", SUBREAPER, stdout=asyncio.subprocess.PIPE
     )
     out, _ = await agent.communicate()
-    assert out.decode().splitlines() == ["['Z']", "3"]
+    assert out.decode().splitlines() == ["Z", "3"]

@@ -251,7 +251,7 @@ async def test_first_results_decide_at_once_and_until_then_the_member_is_unfit(
         await until(lambda: told and told[-1].fit)
 
 
-async def test_a_first_failure_is_told_though_it_changes_no_verdict(tmp_path: Path) -> None:
+async def test_a_first_failure_is_reported_though_it_changes_no_verdict(tmp_path: Path) -> None:
     """Who asks why this member is unfit is told the cause, not that nothing is known yet."""
     down = file_check(tmp_path / "none", "down", interval=60.0)
     async with running(down) as (_, told):
@@ -282,7 +282,7 @@ async def test_a_check_that_flaps_changes_by_rise_and_fall_only(tmp_path: Path) 
     assert told == [True, False, True]
 
 
-async def test_a_change_is_told_once_with_a_log_line(
+async def test_a_change_is_reported_once_with_a_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -357,22 +357,15 @@ async def test_a_slow_check_delays_no_other_one_and_never_runs_twice_at_a_time(
 ) -> None:
     (tmp_path / "file").touch()
     count = tmp_path / "count"
+    runs = tmp_path / "runs"
     slow = exec_check(script(f"echo >> {count}; sleep 100"), name="slow", interval=OFTEN_S)
-    runs = 0
-    async with running(slow, file_check(tmp_path / "file", "quick")) as (checks, _):
-        quick = checks._runs["quick"]
-
-        async def counted() -> None:
-            nonlocal runs
-            runs += 1
-            await quick()
-
-        checks._runs["quick"] = counted
-        await until(lambda: runs >= 5 and count.exists())
+    quick = exec_check(script(f"echo >> {runs}"), name="quick", interval=OFTEN_S)
+    async with running(slow, quick):
+        await until(lambda: count.exists() and runs.exists() and runs.read_text().count("\n") >= 5)
         assert count.read_text() == "\n"
 
 
-async def test_a_limit_is_a_failure_that_says_so(script: Script) -> None:
+async def test_a_run_at_its_limit_fails_with_the_limit_as_reason(script: Script) -> None:
     check = exec_check(script("sleep 100"), interval=60.0, limit=0.1)
     async with running(check) as (checks, _):
         await until(lambda: checks.health.results["a"].known)
@@ -380,7 +373,7 @@ async def test_a_limit_is_a_failure_that_says_so(script: Script) -> None:
         assert 0.1 <= checks.health.results["a"].duration_s < LIMIT_S
 
 
-async def test_what_nobody_thought_of_is_a_failure_and_not_the_end(
+async def test_an_unexpected_exception_is_a_failure_and_the_check_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = 0
@@ -399,7 +392,7 @@ async def test_what_nobody_thought_of_is_a_failure_and_not_the_end(
     assert [r for r in caplog.records if r.msg == "check could not be run"]
 
 
-async def test_after_stop_nothing_is_told_and_nothing_begins(tmp_path: Path) -> None:
+async def test_after_stop_nothing_is_reported_and_no_run_begins(tmp_path: Path) -> None:
     check = file_check(tmp_path / "none", scope="primary")
     told: list[Health] = []
     driver = Checks([check, file_check(tmp_path, "b")], Clock(), told.append)
@@ -986,7 +979,7 @@ def metric(url: str, name: str, op: str, value: float, **labels: str) -> Run:
         ("broken", "<", 10, {}, "broken cannot be read"),
     ],
 )
-async def test_a_metric_is_compared(
+async def test_a_metric_passes_if_every_matching_sample_compares(
     name: str, op: str, value: float, labels: dict[str, str], says: str | None
 ) -> None:
     async with server(page(METRICS)) as url:

@@ -360,7 +360,9 @@ async def test_a_long_line_is_cut(script: Script, caplog: pytest.LogCaptureFixtu
     assert result.output_cut == 10_000 - 4096
 
 
-async def test_many_lines_are_cut(script: Script, caplog: pytest.LogCaptureFixture) -> None:
+async def test_lines_beyond_the_bound_are_not_logged(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
     result = await run(script(python("for n in range(3000): print(n % 10)")))
     assert len(output(caplog)) == process_module.RUN_LINES
     assert result.output_cut >= 1900
@@ -397,7 +399,7 @@ def refused(*argv: object) -> tuple[ExitCode, str]:
     return caught.value.exit_code, str(caught.value)
 
 
-def test_a_good_hook_passes(script: Script) -> None:
+def test_a_safe_executable_file_passes_the_check(script: Script) -> None:
     HookCheck("primary").check_command([str(script("exit 0")), "--any", "argument"])
     HookCheck("primary").check_command(["/bin/sh", "-c", "exit 0"])
 

@@ -224,7 +224,7 @@ async def test_only_a_failed_step_is_retried(
     assert lines(caplog) == ["a", "b", "b"]
 
 
-async def test_retries_are_bounded(
+async def test_a_step_is_retried_as_often_as_is_set(
     hooks: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "RETRY_PAUSE_S", 0.01)

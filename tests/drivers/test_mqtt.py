@@ -356,12 +356,19 @@ async def test_a_connection_lost_during_its_first_publication_is_replaced_at_onc
 
 
 async def test_a_member_that_saw_a_newer_state_connects_with_a_newer_timestamp(
-    broker: Broker, watcher: Watcher, clients: list[Any]
+    broker: Broker, watcher: Watcher, clients: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parse, received = driver.parse_state, []
+
+    def parse_and_note(payload: bytes) -> tuple[bool, int]:
+        received.append(parse(payload))
+        return received[-1]
+
+    monkeypatch.setattr(driver, "parse_state", parse_and_note)
     watcher.publish(STATE, state(AHEAD_MS))
     keys = broker.table(payload="sparkplug", sparkplug_host_id="plant")
     async with announcing("host-a", **keys) as announcer:
-        await until(lambda: announcer._newest_ms == AHEAD_MS)
+        await until(lambda: (False, AHEAD_MS) in received)
         announcer.announce(State(Role.PRIMARY, 2))
         await heard(watcher, STATE, online=True, timestamp=AHEAD_MS + 1)
         assert len(clients) == 2
@@ -422,9 +429,9 @@ def test_a_state_that_edge_nodes_ignore_has_no_timestamp(garbage: bytes) -> None
     assert driver.parse_state(garbage) == (False, -1)
 
 
-async def test_the_groups_id_is_the_host_id_by_default() -> None:
-    announcer = made(broker="mqtt://127.0.0.1:1", payload="sparkplug")
-    assert announcer._own == "spBv1.0/STATE/line-7"
+async def test_the_groups_id_is_the_host_id_by_default(broker: Broker, watcher: Watcher) -> None:
+    async with announcing("host-a", Role.PRIMARY, **broker.table(payload="sparkplug")):
+        await heard(watcher, "spBv1.0/STATE/line-7", online=True)
 
 
 # --- brokers that fail

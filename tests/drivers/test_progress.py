@@ -146,7 +146,7 @@ def test_parts_of_a_second_are_kept() -> None:
         ("0001-01-01T00:00:00", Reason.NEVER, "nothing was processed"),
     ],
 )
-def test_what_is_no_time_is_refused_and_the_reason_says_what_it_may_be(
+def test_a_value_that_is_no_time_is_refused_with_the_accepted_forms(
     value: object, reason: Reason, says: str
 ) -> None:
     with pytest.raises(Refused, match=says) as caught:
@@ -1073,7 +1073,7 @@ def secret(path: Path, text: str) -> str:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_wrong_password_is_told_and_the_right_one_works(
+async def test_a_wrong_password_is_reported_and_the_right_one_works(
     broker: Broker, tmp_path: Path
 ) -> None:
     accounts = tmp_path / "accounts"
@@ -1093,7 +1093,7 @@ async def test_a_wrong_password_is_told_and_the_right_one_works(
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_subscription_that_the_broker_refuses_is_told() -> None:
+async def test_a_subscription_that_the_broker_refuses_is_reported() -> None:
     async def refusing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             await reader.read(1000)  # CONNECT
@@ -1198,7 +1198,7 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
     assert waits == [0.75 * wait for wait in (1, 2, 4, 8, 16, 30, 30, 30, 30)]
 
 
-async def test_without_the_extra_the_start_says_what_to_install(
+async def test_without_the_extra_the_start_fails_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(sys.modules, "agent.ops.mqtt")

@@ -78,7 +78,7 @@ async def failure(client: RestClient, timeout_s: float = PATIENCE_S) -> ServerEr
         await beat(client, timeout_s)
     message = str(caught.value)
     assert "\n" not in message
-    assert any(f": {endpoint}/groups/g/" in message for endpoint in client._endpoints)
+    assert any(f": {endpoint}/groups/g/" in message for endpoint in client.endpoints)
     return caught.value
 
 
@@ -262,7 +262,7 @@ async def test_groups_are_read_page_by_page_until_there_are_no_more(
     assert asked == skips
 
 
-async def test_the_other_reads_of_the_command_line() -> None:
+async def test_version_sessions_and_history_are_read_and_a_group_is_deleted() -> None:
     answers: dict[str, Any] = {
         BASE: {"Version": "1.0"},
         f"{BASE}/groups/g/clientsessions": [{"Id": "s", "Role": 1}],
@@ -479,7 +479,7 @@ async def test_a_refused_caller_is_not_authorised(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
-async def test_trouble_of_the_server_keeps_its_status_and_says_when_to_come_back(
+async def test_an_error_of_the_server_keeps_its_status_and_retry_after(
     status: int,
 ) -> None:
     def handler(_request: httpx2.Request) -> httpx2.Response:
@@ -567,7 +567,7 @@ def server_tls(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-async def test_an_unknown_ca_is_unreachable_and_says_why(server_tls: ssl.SSLContext) -> None:
+async def test_an_unknown_ca_is_unreachable_with_the_reason(server_tls: ssl.SSLContext) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda *_: None)  # the server's view of the broken handshake
     async with served(tls=server_tls) as raw, client_of(raw.endpoint("https")) as client:
@@ -1249,7 +1249,7 @@ async def failure_of_token(client: RestClient, timeout_s: float = PATIENCE_S) ->
         (httpx2.Response(302, headers={"Location": "/x"}), ExitCode.NOT_THE_API, "redirects"),
     ],
 )
-async def test_a_token_that_is_not_given_says_why_without_the_secret(
+async def test_a_refused_token_request_has_the_reason_but_not_the_secret(
     reply: httpx2.Response, code: ExitCode, words: str
 ) -> None:
     identity = Identity()

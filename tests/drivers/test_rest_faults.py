@@ -267,7 +267,7 @@ async def test_cancellation_is_not_swallowed_wherever_a_call_is() -> None:
         await client.aclose()
 
 
-async def test_the_words_of_a_problem_are_said() -> None:
+async def test_the_text_of_a_problem_is_in_the_error() -> None:
     async with served() as raw:
         client = RestClient([raw.endpoint()])
         raw.talk = TALKS["404 Not Found problem"](raw)

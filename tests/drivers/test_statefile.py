@@ -45,6 +45,14 @@ def test_a_written_state_is_read_back(file: StateFile) -> None:
     assert json.loads(file.path.read_text()) == file.read()
 
 
+def test_a_write_keeps_the_lock_file_young(file: StateFile) -> None:
+    """What cleans up /tmp removed it after ten days, and then a second agent could claim the session."""
+    lock = file.path.with_name("state.json.lock")
+    os.utime(lock, (0, 0))
+    file.write({})
+    assert lock.stat().st_mtime > 0
+
+
 def test_the_file_is_readable_by_all_under_any_umask(file: StateFile) -> None:
     before = os.umask(0o077)
     try:

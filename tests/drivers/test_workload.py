@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,17 @@ from tests.cgroups import new_cgroup
 LIMIT_S = 60.0
 """For what takes milliseconds, on a busy machine."""
 
+MARK = uuid.uuid4().hex
+"""Of its processes; other tests that run meanwhile kill by marks of their own."""
+
 AGENT = """
-import asyncio, sys
+import asyncio, sys, uuid
 from agent.drivers.workload import Restart, Workload
 from agent.ops.clock import Clock
 
 async def main():
-    workload = Workload(sys.argv[2:], Clock(), Restart.NEVER, lambda status: None)
+    argv, mark = sys.argv[2:], uuid.uuid4().hex
+    workload = Workload(argv, Clock(), Restart.NEVER, lambda status: None, mark=mark)
     assert await workload.start({"FAILOVER_EPOCH": "7"}) is None
     if sys.argv[1] == "wait":
         await workload._watching
@@ -91,7 +96,7 @@ class Made:
     ) -> Workload:
         argv = ["/bin/sh", "-c", script]
         own = None if cgroup is None else cgroup / "workload"
-        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=own)
+        workload = Workload(argv, Clock(), restart, self.ends.append, cgroup=own, mark=MARK)
         self.all.append(workload)
         return workload
 
@@ -206,6 +211,14 @@ async def test_a_stop_right_after_the_start_leaves_no_process(new: Made) -> None
     assert new.ends == []
 
 
+async def until_another_was_restarted(new: Made, directory: Path) -> None:
+    """Wait until another command was restarted twice: by then the one under test would have been, too."""
+    witness = new(f"echo x >>{directory}/witness", Restart.ALWAYS)
+    await witness.start({})
+    await until(lambda: read(directory / "witness").count("x") >= 3)
+    await witness.stop()
+
+
 async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
     new: Made, quick: None, tmp_path: Path
 ) -> None:
@@ -215,24 +228,28 @@ async def test_a_command_that_ends_while_it_is_stopped_is_not_restarted(
     while state_of(pid) != "Z":
         pass  # without a turn of the loop
     await workload.stop()
-    await asyncio.sleep(0.05)
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == "x\n"
     assert new.ends == []
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 async def test_kill_or_stop_during_the_backoff_cancels_the_restart(
-    new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    new: Made,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    how: str,
 ) -> None:
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.2)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
     await workload.start({})
-    await until(lambda: workload._again is not None)
+    await until(lambda: "workload restart scheduled" in caplog.text)
     if how == "kill":
         workload.kill()
     else:
         await workload.stop()
-    await asyncio.sleep(0.4)
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == "x\n"
 
 
@@ -259,7 +276,7 @@ async def test_a_group_that_may_not_be_signalled_is_logged(
 
 
 async def test_a_program_that_cannot_be_started_is_reported() -> None:
-    workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None)
+    workload = Workload(["/nowhere/x"], Clock(), Restart.ALWAYS, lambda _: None, mark=MARK)
     why = await workload.start({})
     assert why is not None
     assert why.startswith("/nowhere/x could not be started: ")
@@ -318,7 +335,7 @@ async def test_an_end_that_the_policy_accepts_causes_no_restart(
     workload = new(f"echo x >>{tmp_path}/runs; {script}", restart)
     await workload.start({})
     await until(lambda: new.ends)
-    await asyncio.sleep(0.02)
+    await until_another_was_restarted(new, tmp_path)
     assert (new.ends, read(tmp_path / "runs")) == (ends, "x\n")
 
 
@@ -330,9 +347,8 @@ async def test_a_command_is_not_restarted_after_too_many_failures(
     await workload.start({})
     await until(lambda: new.ends)
     assert new.ends == [None]
+    await until_another_was_restarted(new, tmp_path)
     assert read(tmp_path / "runs") == GIVE_UP_AFTER * "x\n"
-    await asyncio.sleep(0.02)
-    assert workload._again is None
 
 
 async def test_a_command_that_exits_with_0_is_always_restarted(
@@ -354,7 +370,7 @@ async def test_the_restart_delay_doubles_up_to_the_longest(
     monkeypatch.setattr(workload_module, "LONGEST_DELAY_S", 0.006)
     clock = Clock()
     monkeypatch.setattr(clock, "boottime", lambda: 0.0)  # no run is a long one
-    workload = Workload(["/bin/true"], clock, Restart.ALWAYS, new.ends.append)
+    workload = Workload(["/bin/true"], clock, Restart.ALWAYS, new.ends.append, mark=MARK)
     new.all.append(workload)
     await workload.start({})
     await until(lambda: len(caplog.records) >= 5)
@@ -395,7 +411,7 @@ async def test_a_program_that_was_removed_is_not_restarted_for_ever(
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\nwhile ! test -e {tmp_path}/go; do sleep 0.01; done; exit 1\n")
     program.chmod(0o755)
-    workload = Workload([str(program)], clock, Restart.ALWAYS, new.ends.append)
+    workload = Workload([str(program)], clock, Restart.ALWAYS, new.ends.append, mark=MARK)
     new.all.append(workload)
     assert await workload.start({}) is None
     moment[0] = 3600.0

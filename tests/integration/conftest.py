@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from .containers import Engine, built
 from .stage import Coordinator, Stage
 
 
@@ -29,3 +30,11 @@ def coordinator(shared_coordinator: Coordinator, stage: Stage) -> Coordinator:
     process = shared_coordinator.popen
     assert process.poll() is None, f"ended with {process.poll()}: {shared_coordinator.said()}"
     return replace(shared_coordinator, group=stage.group)
+
+
+@pytest.fixture(scope="session")
+def engine(pytestconfig: pytest.Config) -> Iterator[Engine]:
+    """An engine that has the image, which is built once: that takes a minute."""
+    assert pytestconfig.cache is not None
+    with built(pytestconfig.cache.mkdir("container-base")) as engine:
+        yield engine

@@ -77,7 +77,7 @@ SSH = b"SSH-2.0-OpenSSH_9.2p1\r\n"
     ],
     ids=["unreachable", "not-http", "html", "half-a-body", "silence"],
 )
-def test_an_endpoint_that_is_no_coordinator(
+def test_an_endpoint_that_is_no_coordinator_ends_the_start_with_its_exit_code(
     stage: Stage, answer: bytes | str | None, code: ExitCode, words: str
 ) -> None:
     if isinstance(answer, str):
@@ -109,7 +109,7 @@ def test_an_endpoint_that_is_no_coordinator(
     ],
     ids=["unknown-key", "type", "r1", "toml", "serve-type", "serve-unknown-key"],
 )
-def test_a_configuration_file_that_is_wrong(
+def test_a_wrong_configuration_file_ends_the_start_with_its_exit_code(
     stage: Stage, command: str, text: str, code: ExitCode, words: str
 ) -> None:
     config = stage.directory / "config.toml"
@@ -140,7 +140,7 @@ def writable_by_others(hook: Path) -> None:
         (writable_by_others, ExitCode.HOOK_WRITABLE),
     ],
 )
-def test_a_hook_that_cannot_be_trusted_to_run(
+def test_a_hook_that_cannot_be_trusted_ends_the_start_with_its_exit_code(
     stage: Stage, spoil: Callable[[Path], None], code: ExitCode
 ) -> None:
     hook = stage.hook("host-a", "primary")
@@ -172,7 +172,9 @@ def test_a_state_file_in_use_names_the_process_that_has_it(
     assert agent.state["instance"] == before["instance"]
 
 
-def test_an_address_that_is_taken(stage: Stage, coordinator: Coordinator) -> None:
+def test_a_taken_address_ends_the_start_with_its_exit_code(
+    stage: Stage, coordinator: Coordinator
+) -> None:
     listen = coordinator.endpoint.removeprefix("http://").partition("/")[0]
     told, line = refused(stage, "serve", f"--listen={listen}", f"--data-dir={stage.directory}/d")
     assert told == ExitCode.LISTEN
@@ -223,7 +225,7 @@ def test_a_data_directory_of_a_newer_version_is_left_as_it_is(stage: Stage) -> N
     ],
     ids=["read-only", "full"],
 )
-def test_a_data_directory_that_cannot_be_written(
+def test_a_data_directory_that_cannot_be_written_ends_the_start_with_its_exit_code(
     stage: Stage, options: str, code: ExitCode, words: str
 ) -> None:
     point = stage.directory / "disk"

@@ -184,7 +184,7 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(stage: Stage) -> No
     prometheus.until(f"max(failover_agent_epoch) == {epoch}")
     prometheus.until("group:failover_agent_primaries:sum == 1 and on () min(up) == 0")
     prometheus.until('ALERTS{alertname="FailoverAgentDown"}')
-    # Its guard has handed the role back.
+    # Its guard has released the role.
     prometheus.until('failover_coordinator_tenures_ended_total{reason="released"} == 2')
 
     report = {"time": datetime.now(UTC).isoformat()}

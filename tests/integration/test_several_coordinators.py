@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from agent.coordinator.auth import hash_password
 from tests.coordinator.raw import Raw
 from tests.etcd import EtcdServer, an_etcd
 
+from .disks import WRITES_OF_ETCD, slow_disk
 from .stage import Agent, Coordinator, Stage, ask, free_port, until
 
 TIMING = ("--failover-timeout=3", "--demote=0.25", "--margin=0.6", "--beat=0.3")
@@ -150,6 +152,34 @@ def test_r19_a_change_of_etcds_leader_costs_no_role(stage: Stage, tmp_path: Path
         etcd.kill(etcd.leader())
         check_unmoved(stage, agent, epoch, 5.0)
         assert leads(leader) == 1, "a blip shorter than the time to live moves no leadership"
+        assert number(leader, "failover_coordinator_leaderships_total") == 1
+
+
+def test_r19_a_slow_disk_of_etcd_costs_no_leadership(stage: Stage, tmp_path: Path) -> None:
+    """Each fsync takes 0.5 s, and there is always a change to write: an answer takes up to 2 s."""
+    with an_etcd(tmp_path, flags=("--election-timeout=2000",)) as etcd, ExitStack() as stack:
+        leader = Cluster(stage, etcd, "--shards=1", "--leadership-ttl=3").serve()
+        until(lambda: leads(leader) == 1, "a leader")
+        sessions = "groups/g/clientsessions"
+        assert (
+            leader.ask("POST", "groups", {"Id": "g", "FailoverTimeout": "00:00:30"}).status == 201
+        )
+        for name in "abcd":
+            assert leader.ask("POST", sessions, {"Id": name}).status == 201
+        stack.callback(slow_disk(etcd.pid(0), WRITES_OF_ETCD, 0.5))
+        end_at = time.monotonic() + 15.0
+
+        def keep_writing(name: str) -> int:
+            path, done = f"{sessions}/{name}/roleoverride", 0
+            while time.monotonic() < end_at:
+                done += leader.ask("POST", path, {"Value": 1 + done % 2}).status == 200
+            return done
+
+        with ThreadPoolExecutor() as pool:
+            done = sum(pool.map(keep_writing, "abcd"))
+        assert done > 3
+        assert leads(leader) == 1
+        assert not leader.lines("session with etcd ended")
         assert number(leader, "failover_coordinator_leaderships_total") == 1
 
 

@@ -104,10 +104,15 @@ def test_serve_and_two_runs_work_without_configuration(stage: Stage) -> None:
 
 
 def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
+    """Also in a directory that has another program of the name ``agent``."""
+    here, scratch = tmp_path / "here", tmp_path / "scratch"
+    here.mkdir()
+    scratch.mkdir()
+    (here / "agent.py").write_text("raise SystemExit('another agent')\n")
     done = subprocess.run(
-        [sys.executable, "-m", "agent", "demo"],
-        cwd=tmp_path,
-        env=environment(TMPDIR=str(tmp_path)),
+        [sys.executable, "-P", "-m", "agent", "demo"],
+        cwd=here,
+        env=environment(TMPDIR=str(scratch)),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -127,4 +132,4 @@ def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
     counts = [line.split()[:2] for line in lines if line.startswith(("ok", "FAILED"))]
     assert len(counts) >= 5
     assert counts == [["ok", "0"]] * len(counts)
-    assert not list(tmp_path.iterdir())
+    assert not list(scratch.iterdir())

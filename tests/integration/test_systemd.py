@@ -47,6 +47,9 @@ CGROUP_TOPS = [Path("/sys/fs/cgroup", name) for name in ("", "unified", "systemd
 VENV = Path("opt/failover-agent")
 AGENT, COORDINATOR, COLLECTOR = "failover-agent", "failover-coordinator", "collector"
 
+LEASE_S = 3.0
+WRITE_S = 0.02
+FAILSAFE_PORT = 5480
 CONFIG = """
 group = "line-7"
 failover_timeout = 3
@@ -662,6 +665,30 @@ def broker(plant: Plant, tmp_path: Path) -> Iterator[str]:
     yield "mqtt://127.0.0.1:1883"
     process.kill()
     process.wait()
+
+
+def test_the_work_goes_on_under_the_failsafe_drop_in_while_the_coordinator_is_frozen(
+    plant: Plant,
+) -> None:
+    """With the secret as a credential."""
+    for number, host in enumerate(plant.hosts):
+        host.write("/etc/failover-agent/secrets/failsafe", f"{'secret' * 4}\n", 0o600)
+        listen = f'failsafe_listen = "127.0.0.1:{FAILSAFE_PORT + number}"\n'
+        host.write("/etc/failover-agent/agent.toml", listen + CONFIG)
+        host.drop_in((UNITS / "examples/agent-failsafe.conf").read_text())
+        host.systemctl("restart", AGENT)
+    ready = "failsafe ready members=1"
+    until(lambda: any(ready in host.journal() for host in plant.hosts), "failsafe to be ready")
+    one, other = plant.primary()
+    epoch, lines = one.state()["epoch"], len(plant.epochs())
+    plant.a.signal(signal.SIGSTOP, COORDINATOR)
+    one.until_logged("failsafe hold begins")
+    outage = round(2 * LEASE_S / WRITE_S)
+    until(lambda: len(plant.epochs()) > lines + outage, "work beyond the lease")
+    plant.a.signal(signal.SIGCONT, COORDINATOR)
+    one.until_logged("failsafe hold ended")
+    assert one.state()["epoch"] == epoch
+    assert "failsafe promise" in other.journal()
 
 
 def test_a_credential_is_the_password_for_a_broker(plant: Plant, broker: str) -> None:

@@ -143,7 +143,7 @@ def test_the_known_hosts_are_bounded() -> None:
         b"application/merge-patch+json",
     ],
 )
-def test_json_is_recognised(content_type: bytes | None) -> None:
+def test_a_content_type_of_json_in_utf_8_is_recognised(content_type: bytes | None) -> None:
     assert is_json(content_type)
 
 

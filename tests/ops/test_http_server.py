@@ -6,11 +6,12 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from agent.ops.http_connection import Handler, Limits, Request, Response
-from agent.ops.http_server import HttpServer
+from agent.ops.http_server import BACKLOG, HttpServer
 from agent.schema.addresses import Address
 
 LIMITS = Limits(
@@ -242,6 +243,25 @@ async def test_a_new_connection_ends_the_oldest_one() -> None:
         assert len(server._tasks) <= 3
         for _, other in [*held, (reader, writer)]:
             other.close()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_connections_that_come_at_once_are_accepted_one_by_one() -> None:
+    """Else a flood keeps the event loop from everything else, and uses up the descriptors."""
+    async with serving() as (_, address):
+        await asyncio.sleep(0)
+        held = [socket.create_connection(address) for _ in range(BACKLOG // 2)]
+        before = descriptors()
+        opened = []
+        for _ in range(2 * len(held)):
+            await asyncio.sleep(0)
+            opened.append(descriptors() - before)
+        for client in held:
+            client.close()
+    assert 0 < max(opened) <= 2 * LIMITS.connections
 
 
 async def test_answers_are_sent_without_delay() -> None:

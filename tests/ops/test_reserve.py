@@ -96,7 +96,7 @@ except BlockingIOError as error:
     )
 
 
-def test_scarcity_is_noticed() -> None:
+def test_tasks_are_scarce_if_so_many_cannot_be_started() -> None:
     assert run("""
 print(reserve.tasks_are_scarce())
 exhaust()

@@ -5,6 +5,9 @@ import logging
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,18 @@ from agent.ops.signals import (
     signal_name,
     stop_signals,
 )
+
+
+@pytest.fixture(autouse=True)
+def default_dispositions() -> Iterator[None]:
+    """As if nothing had been ignored when the tests were started, by nohup or by a shell's ``&``."""
+    before = {number: signal.getsignal(number) for number in IGNORED}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def logged(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:
@@ -69,6 +84,30 @@ def test_ordinary_signals_are_ignored_and_logged_once(caplog: pytest.LogCaptureF
             os.kill(os.getpid(), number)
     names = [record.__dict__["fields"]["signal"] for record in caplog.records]
     assert sorted(names) == sorted(map(signal_name, IGNORED))
+
+
+INHERITED = """
+import signal, subprocess, sys
+from agent.ops.signals import ignored_signals
+if sys.argv[1] == "begin":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    raise SystemExit(subprocess.run([sys.executable, __file__, "agent"]).returncode)
+with ignored_signals():
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert subprocess.run(["/bin/sh", "-c", "exit 7"]).returncode == 7
+print("ready")
+"""
+
+
+def test_what_the_parent_did_to_signals_takes_no_child_and_no_stop_away(tmp_path: Path) -> None:
+    """With SIGCHLD ignored no hook had a result; with SIGTERM blocked nothing stopped the agent."""
+    program = tmp_path / "begin.py"
+    program.write_text(INHERITED)
+    command = [sys.executable, str(program), "begin"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert result.stdout == "ready\n", result.stderr
 
 
 def test_a_signal_that_the_parent_ignored_stays_ignored() -> None:

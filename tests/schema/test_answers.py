@@ -75,7 +75,7 @@ def test_a_v1_servers_answers_are_read_with_what_they_leave_out_or_set_to_null()
     assert (session.role, session.record.override) == (Role.SECONDARY, RoleOverride.OFF)
 
 
-def test_never_is_read_as_none() -> None:
+def test_the_date_time_that_means_never_is_read_as_none() -> None:
     body = b'{"Role":1.0,"Epoch":7.0,"LastDataProcessedTime":"0001-01-01T00:00:00"}'
     assert read_heartbeat(body) == HeartbeatAnswer(Role.PRIMARY, epoch=7)
 

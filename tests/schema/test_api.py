@@ -320,7 +320,7 @@ VALUES: list[tuple[type[Any], Any]] = [
 
 @pytest.mark.parametrize("enum_names", [False, True])
 @pytest.mark.parametrize(("shape", "value"), VALUES)
-def test_a_value_survives_the_wire_and_what_is_written_is_what_the_schema_says(
+def test_a_value_survives_the_wire_and_its_json_conforms_to_the_schema(
     shape: type[Any], value: Any, *, enum_names: bool
 ) -> None:
     body = codec.encode(shape.from_model(value), enum_names=enum_names)
@@ -558,7 +558,7 @@ LONG = "x" * 300
         ),
     ],
 )
-def test_a_refusal_says_which_property_what_was_given_and_what_is_right(
+def test_a_refusal_names_the_property_the_given_value_and_what_is_right(
     shape: type[Shape], body: bytes | str, sentence: str
 ) -> None:
     assert complaint(shape, body).startswith(sentence)

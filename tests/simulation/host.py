@@ -601,7 +601,7 @@ class AgentHost:
                         )
                     return HeartbeatAnswered(beat, replace(answer, store_id=coordinator.store_id))
                 case NotFound():
-                    return HeartbeatFailed(beat, HeartbeatFailure.GONE, "404")
+                    return HeartbeatFailed(beat, HeartbeatFailure.GONE, "404", contact=True)
                 case TooSoon():
                     return HeartbeatFailed(
                         beat, HeartbeatFailure.BACK_OFF, "429", answer.retry_after_s, contact=True

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 CERTIFICATE = "Certificate"
-"""Names the scheme of client certificates beside those of the Authorization header."""
+"""The name of the scheme "client certificate", which needs no Authorization header."""
 
 
 class AuthMeter(Protocol):
@@ -89,7 +89,7 @@ class Authenticator:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """The configured ones, of Basic, Bearer and Certificate. Without any, everything is allowed."""
+        """The configured schemes: Basic, Bearer, Certificate. Without any, everything is allowed."""
         ways = (
             ("Basic", self._passwords is not None),
             ("Bearer", self._tokens is not None),
@@ -98,7 +98,7 @@ class Authenticator:
         return tuple(name for name, configured in ways if configured)
 
     def meter(self, meter: AuthMeter) -> None:
-        """Count checks of passwords and fetches of keys there from now on."""
+        """Count checks of passwords and fetches of keys in this meter from now on."""
         if self._passwords is not None:
             self._passwords.count = meter.password_checked
         if self._keys is not None:
@@ -106,7 +106,7 @@ class Authenticator:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep what is fetched from elsewhere up to date, inside."""
+        """Keep fetched keys up to date while the block runs."""
         if self._keys is None:
             yield
             return
@@ -123,7 +123,7 @@ class Authenticator:
         tokens: TokenRules | None,
         administrators: Iterable[Subject] = (),
     ) -> None:
-        """Use these from now on; the configured schemes stay the same.
+        """Use these identities from now on; the configured schemes stay the same.
 
         Good passwords that are still right stay known.
         """
@@ -139,7 +139,7 @@ class Authenticator:
         )
 
     def rights(self, caller: Caller | None, tenant: str) -> Rights:
-        """What a caller may do in a tenant; everything, if it is None."""
+        """The rights of a caller in a tenant; all rights if the caller is None."""
         return Rights(caller, tenant, self._identities)
 
     async def caller(
@@ -152,7 +152,7 @@ class Authenticator:
 
         Args:
             authorization: takes precedence over the certificate.
-            host: the address of the caller, which failed checks of passwords are counted for.
+            host: the address of the caller, by which failed checks of passwords are counted.
             certificate: the verified one of the connection.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Who calls: an authenticated identity, with everything that an access-control list can name it by."""
+"""An authenticated caller, and the trustees by which access-control lists can name it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Caller:
     Attributes:
         name: for the log.
         trustees: each trustee that this caller matches.
-        tenant: the tenant that the identity is of, or None if it is of any.
-        identity: names the owner of sessions: ``user:ann`` or ``client:host-a``.
+        tenant: the tenant that the identity belongs to; None: to all.
+        identity: the caller's name as an owner of sessions: ``user:ann`` or ``client:host-a``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Caller:
 
 
 def user_caller(name: str, roles: Iterable[str]) -> Caller:
-    """The caller that a user of the users file is."""
+    """Build the caller for a user of the users file."""
     trustees = {Subject(USER, name), *(Subject(ROLE, role) for role in roles)}
     return Caller(name, frozenset(trustees), identity=f"user:{name}")
 

@@ -25,7 +25,7 @@ class ClientCertificate:
     until: float
 
     def caller(self, now: float) -> Caller | None:
-        """The client that it stands for; None if it has expired or names nobody."""
+        """The client that the certificate identifies; None if it has expired or names nobody."""
         if self.name is None or now >= self.until:
             return None
         trustees = frozenset({Subject(CLIENT, self.name)})

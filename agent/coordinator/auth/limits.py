@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 MOST_KEYS = 10_000
-"""Addresses, or names at an address, whose failures are counted: a megabyte or two."""
+"""For how many addresses, or names at an address, failures are counted: a megabyte or two."""
 
 V = TypeVar("V")
 
 
 class FailureLimit:
-    """How many checks may fail for each key: a few at once, and then so many a second.
+    """Limits how many checks may fail for each key: ``burst`` at once, and then ``per_s`` a second.
 
     Args:
         burst: failures in a row.
@@ -26,7 +26,7 @@ class FailureLimit:
         self._left: dict[bytes, tuple[float, float]] = {}
 
     def wait_s(self, key: bytes) -> float:
-        """Seconds until a check for this key may fail again; 0: now."""
+        """Seconds until another check for this key is allowed; 0: now."""
         return max(0.0, (1 - self._tokens(key)) / self._per_s)
 
     def fail(self, key: bytes) -> None:
@@ -47,7 +47,7 @@ class FailureLimit:
 
 
 class Remembered(Generic[V]):
-    """The outcomes of checks, each until a moment; the oldest are forgotten beyond ``most``."""
+    """Outcomes of checks, each with a moment of expiry; beyond ``most`` the oldest are forgotten."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -57,7 +57,7 @@ class Remembered(Generic[V]):
         return len(self._kept)
 
     def get(self, key: bytes, now: float) -> V | None:
-        """The outcome, or None if there is none any more."""
+        """The outcome, or None if it has expired or was forgotten."""
         until, value = self._kept.get(key, (0.0, None))
         return value if now < until else None
 
@@ -74,9 +74,9 @@ class Remembered(Generic[V]):
 
 
 def address_key(host: str) -> bytes:
-    """What the failures of a host are counted under: its address, or its /64 network in IPv6.
+    """The key under which a host's failures are counted: its IPv4 address, or its IPv6 /64 network.
 
-    Whoever has one IPv6 address has its network's 2**64.
+    A host with one IPv6 address can use all 2**64 of its network.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -1,9 +1,9 @@
 """Check passwords without letting wrong ones keep right ones out.
 
-A check takes 60 ms and 32 MiB, so its outcome is remembered. Good and bad outcomes have a store each: a storm
-of wrong passwords pushes no good one out. A good one is renewed in the background before it ends, by a
-worker that is reserved for passwords that were good before. All others wait for the other workers, and
-an address with too many failed checks gets no more of them for a while.
+A check takes 60 ms and 32 MiB, so its outcome is remembered. Good and bad outcomes are kept apart, so a flood of
+wrong passwords does not displace a good one. A good outcome is renewed in the background before it expires, by a
+worker reserved for passwords that were good before. All other checks wait for the other workers, and an
+address with too many failed checks gets no further ones for a while.
 """
 
 import asyncio
@@ -27,54 +27,54 @@ KNOWN_VERIFIERS = 1
 """The same for those that were good before: 16 a second, 60,000 in the hour that a good check lasts."""
 
 MOST_WAITING = 200
-"""Different credentials that wait for a check (6 s of work). Further callers get 503."""
+"""How many different credentials may wait for a check (6 s of work). Further callers get 503."""
 
 MOST_WAITING_OF_ADDRESS = 100
 MOST_WAITING_OF_NAME = 2
-"""Those of one address, and of one name at it, so that one alone does not make the others wait. A name has
-one password: two of them wait while it is being changed, and more are guesses."""
+"""How many of them may come from one address, and from one user name at an address, so that one caller does not
+delay the others. A name has two passwords only while its password is being changed; more are guesses."""
 
 WAIT_S = 5.0
-"""How long one waits for a worker, on a machine that is slow: the caller has given up by then."""
+"""How long a check waits for a worker on a slow machine. After that its caller has given up."""
 
 KNOWN_FOR_S = 3600.0
-"""How long a good check is remembered: it saves the hash for each heartbeat."""
+"""How long a good check is remembered, which saves a hash for each heartbeat."""
 
 RENEW_AFTER_S = KNOWN_FOR_S / 2
-"""A good check of this age is renewed in the background: early enough for thousands of agents."""
+"""A good check of this age is renewed in the background: early enough to renew those of thousands of agents."""
 
 WRONG_FOR_S = 10.0
-"""How long a bad one is remembered: it stops a misconfigured agent from burning the processor."""
+"""How long a bad check is remembered, so that a misconfigured agent does not use up the processor."""
 
 MOST_GOOD = 16_384
 MOST_BAD = 4096
-"""Remembered checks. Only a user of the file can add a good one; so many agents are more than one
-coordinator serves."""
+"""How many checks are remembered. Only users of the file can add a good one, and a coordinator serves fewer
+agents."""
 
 ADDRESS_BURST, ADDRESS_PER_S = 50, 5.0
-"""Failed checks of one address: a third of a processor. Agents behind one router share it, and one
+"""How many checks of one address may fail: a third of a processor. Agents behind one router share this, and one
 misconfigured agent, which fails once in WRONG_FOR_S, does not use it up."""
 
 NAME_BURST, NAME_PER_S = 10, 0.5
-"""Failed checks of one user name at one address: a guesser of one password leaves the other names at its
-address their checks."""
+"""How many checks of one user name at an address may fail, so that whoever guesses its password leaves checks to
+the other names at that address."""
 
 DELAY_S = 0.5
 MOST_DELAYED = 1000
-"""A refusal beyond the limits is answered late, so that a caller in a loop costs little; and at once when so
-many answers wait already."""
+"""A refusal beyond the limits is delayed, so that a caller in a loop costs little; but not if MOST_DELAYED answers
+are delayed already."""
 
 RETRY_S = 1.0
 
 LOG_EVERY_S = 10.0
-"""At most one line on callers beyond the limits in this time: a storm must not fill the disk."""
+"""Interval between two log lines about callers beyond the limits: a flood of them must not fill the disk."""
 
 log = Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Good:
-    """A good check: of whom, against which entry, and until when."""
+    """A good check: its caller, the entry that it was checked against, and when it expires."""
 
     caller: Caller
     entry: Password
@@ -87,7 +87,7 @@ class _Attempt:
     """The credentials of one request.
 
     Attributes:
-        digest: stands for name and password; made with a key that dies with the process.
+        digest: identifies name and password; made with a key that only this process has.
         host: the caller's address, for the log.
         address: the same, for the limits.
         name: the user name at that address, for the limits.
@@ -140,8 +140,8 @@ class PasswordChecks:
     def replace(self, users: Mapping[str, Password]) -> None:
         """Use these users from now on.
 
-        Good checks against an entry that is still the same stay: to repeat those of 10,000 agents would
-        take minutes. Everything else is forgotten.
+        Keep good checks against entries that have not changed, as repeating those of 10,000 agents would take
+        minutes. Forget all other checks.
         """
         self._users = users
         self._bad.clear()
@@ -184,7 +184,7 @@ class PasswordChecks:
         return await asyncio.shield(self._start(attempt, known=False))
 
     async def _refuse_excess(self, attempt: _Attempt) -> None:
-        """Raise TooManyAttempts or Unavailable where no further check may wait."""
+        """Raise TooManyAttempts or Unavailable if no further check may wait."""
         refusal: RequestRefused
         if self._is_limited(attempt):
             refusal = self._too_many(attempt)

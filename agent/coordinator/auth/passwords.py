@@ -19,8 +19,8 @@ from pathlib import Path
 from agent.errors import ConfigError
 
 LOG2_N, BLOCK, PARALLEL = 15, 8, 1
-"""32 MiB and some 60 ms a guess: what OWASP asks for at least is n 2**15 with p 3 or 2**17 with p 1; a
-service that verifies hundreds of agents after a restart stays usable with this."""
+"""32 MiB and some 60 ms for each guess. OWASP's minimum is n 2**15 with p 3, or 2**17 with p 1; this cost is lower,
+so that a service that verifies hundreds of agents after a restart stays usable."""
 
 MOST_LOG2_N = 20
 """1 GiB for one check; a line that asks for more is a mistake."""
@@ -40,7 +40,7 @@ class Password:
     roles: tuple[str, ...] = ()
 
     def fits(self, password: bytes) -> bool:
-        """Whether it is this password. Slow on purpose: never on the event loop."""
+        """Whether this is the password. Slow on purpose, so do not call it on the event loop."""
         made = _scrypt(password, self.salt, self.log2_n, self.block, self.parallel)
         return hmac.compare_digest(made, self.hash)
 
@@ -51,7 +51,7 @@ def dummy_password() -> Password:
 
 
 def hash_password(password: str, roles: tuple[str, ...] = ()) -> str:
-    """What stands after ``name:`` in a line of the users file. Takes some 60 ms."""
+    """The part of a line of the users file that follows ``name:``. Takes some 60 ms."""
     salt = os.urandom(SALT_BYTES)
     made = _scrypt(password.encode(), salt, LOG2_N, BLOCK, PARALLEL)
     cost = f"scrypt${LOG2_N}${BLOCK}${PARALLEL}"
@@ -67,10 +67,10 @@ def _scrypt(password: bytes, salt: bytes, log2_n: int, block: int, parallel: int
 
 
 def read_users(path: Path) -> dict[str, Password]:
-    """The users of a file.
+    """Read a users file.
 
     Raises:
-        ConfigError: it cannot be read, or a line is not one of a users file.
+        ConfigError: the file cannot be read, or a line does not have the right form.
     """
     users: dict[str, Password] = {}
     for number, line in enumerate(read_text(path, "users_file").splitlines(), 1):

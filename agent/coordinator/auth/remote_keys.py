@@ -1,7 +1,7 @@
 """The keys of an identity provider, fetched from its JWKS URL and kept up to date.
 
-Keys are fetched at the start, then every REFRESH_S, and when a token names a key that is not there (the
-provider has rotated them). While the provider cannot be reached, the last keys stay in force for STALE_S.
+Keys are fetched at the start, then every REFRESH_S, and when a token names an unknown key (the provider has
+rotated its keys). While the provider cannot be reached, the last keys stay in force for STALE_S.
 The coordinator starts without it: tokens cannot be checked until the first fetch has succeeded.
 """
 
@@ -19,23 +19,23 @@ from agent.errors import ConfigError, Unavailable
 from agent.ops.logs import Log
 
 REFRESH_S = 300.0
-"""Time between two fetches: a key that was withdrawn is refused after 5 minutes."""
+"""Interval between two fetches: a key that the provider has withdrawn is refused after 5 minutes."""
 
 RETRY_S = 10.0
-"""Time to the next one after a failure."""
+"""Time to the next fetch after a failure."""
 
 UNKNOWN_KEY_INTERVAL_S = 30.0
-"""At most one fetch in this time for tokens with unknown keys: anybody can make up such tokens."""
+"""Least interval between fetches for tokens with unknown keys, since anybody can make up such tokens."""
 
 STALE_S = 24 * 3600.0
-"""How long keys stay in force that cannot be fetched again: an outage of the provider over a night stops no
-agent, and a key that it has withdrawn meanwhile is refused in the end."""
+"""How long keys stay in force while they cannot be fetched: an outage of the provider over a night stops no
+agent, and a withdrawn key is refused in the end."""
 
 FETCH_TIMEOUT_S = 10.0
-"""For a whole fetch: identity providers are slow when they are cold."""
+"""Timeout of a whole fetch: identity providers are slow after their start."""
 
 MOST_BYTES = 256 * 1024
-"""Of an answer: hundreds of keys. To read them all takes some hundredths of a second."""
+"""Bound of an answer, which is hundreds of keys. Parsing them all takes some hundredths of a second."""
 
 OK = 200
 
@@ -43,12 +43,12 @@ log = Log(__name__)
 
 
 class RemoteKeys:
-    """The keys behind a URL. Use ``kept_fresh`` around everything else.
+    """The keys at a URL. Use the other methods only inside ``kept_fresh``, which fetches them.
 
     Args:
         url: https, or http on this machine.
         clock: monotonic seconds.
-        changed: called when other keys are in force.
+        changed: called after the keys in force have changed.
         count: receives the outcome of each fetch: fetched or failed.
     """
 
@@ -88,7 +88,7 @@ class RemoteKeys:
         """Fetch again for a token with an unknown key, unless that was done just now.
 
         Returns:
-            Whether there was a fetch, that may have brought the key.
+            Whether a fetch was made, which may have brought the key.
         """
         running = self._fetching is not None
         if not running and self._clock() < self._tried_at + UNKNOWN_KEY_INTERVAL_S:
@@ -98,7 +98,7 @@ class RemoteKeys:
 
     @asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
-        """Fetch the keys now, and again and again."""
+        """Fetch the keys now, and then at intervals, until cancelled."""
         task = asyncio.create_task(self._keep_fresh())
         try:
             yield
@@ -117,7 +117,7 @@ class RemoteKeys:
             await asyncio.sleep(RETRY_S if self._failing else REFRESH_S)
 
     def _fetch(self) -> asyncio.Task[None]:
-        """The fetch in progress, or a new one."""
+        """The task of the fetch in progress, or of a new fetch."""
         if self._fetching is None:
             self._fetching = asyncio.get_running_loop().create_task(self._fetch_once())
             self._fetching.add_done_callback(self._end)

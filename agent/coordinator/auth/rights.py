@@ -1,8 +1,8 @@
-"""What an authenticated caller may do: its tenant, the access-control list in force, and administrators.
+"""The rights of an authenticated caller: its tenant, the access-control list in force, and administrators.
 
-Denied beats allowed. A group's own list counts, else its namespace's. Without any list, every known caller
-has every right but ManageAccessControl: that is the administrators', who are named by a setting and
-have it whatever a list grants. So nobody can shut the others out by making the first list.
+A denied right overrides an allowed one. A group's own list is in force, else its namespace's. Without any list,
+every known caller has every right except ManageAccessControl. Only administrators have that one, whom a setting
+names, and they have it whatever a list grants. So nobody can shut the others out by making the first list.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from agent.errors import Forbidden, Invalid
 from agent.model import AccessList, Right
 
 DEFAULT_TENANT = "default"
-"""The tenant that the on-premises paths stand for: they name none."""
+"""The tenant of the on-premises paths, which do not name one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Identities:
     Attributes:
         administrators: who may always manage access.
         users: of the users file; None without one.
-        others: whether there are callers that no file lists: by token or by certificate.
+        others: whether callers may exist that no file lists, who come by token or certificate.
         default_tenant: the tenant of tokens that may use DEFAULT_TENANT; None: every one.
     """
 
@@ -36,7 +36,7 @@ class Identities:
 
 @dataclass(slots=True)  # one for each request
 class Rights:
-    """The rights of one caller in the tenant of a path. ``caller`` None: nobody is authenticated."""
+    """The rights of one caller in the tenant of a path. ``caller`` None: authentication is off."""
 
     caller: Caller | None
     tenant: str
@@ -61,7 +61,7 @@ class Rights:
         return self.may(acl, Right.READ)
 
     def check_tenant(self) -> None:
-        """Raise Forbidden if the caller is of another tenant than the path's."""
+        """Raise Forbidden if the caller belongs to another tenant than the path."""
         if self.caller is None or self.caller.tenant in {None, self.tenant}:
             return
         if self.tenant == DEFAULT_TENANT:
@@ -77,7 +77,7 @@ class Rights:
         )
 
     def check_manager_remains(self, acl: AccessList) -> None:
-        """Raise Invalid if a new list allows ManageAccessControl to nobody who exists."""
+        """Raise Invalid if no existing identity would have ManageAccessControl by a new list."""
         if self.caller is None or self._has_manager(acl):
             return
         raise Invalid(
@@ -109,7 +109,7 @@ class Rights:
         )
 
     def _fits_tenant(self, tenant: str | None) -> bool:
-        """Whether an entry for this tenant can match a caller who may use the path's."""
+        """Whether an entry for this tenant can match a caller that may use the path's tenant."""
         if tenant in {None, self.tenant}:
             return True
         accepted = self.identities.default_tenant in {None, tenant}

@@ -1,8 +1,8 @@
 """Bearer tokens: JWTs that one of the keys in a JWKS has signed.
 
 Signature, issuer, audience, ``exp``, ``nbf`` and ``iat`` are checked, and the type of every claim that is used.
-The client is ``azp``, ``client_id`` or ``sub``; a ``sub`` beside it is the user; ``roles`` (or ``role``) are
-roles, ``tid`` is the tenant. A token that is not all of that identifies nobody.
+The client is ``azp``, ``client_id`` or ``sub``; a ``sub`` in addition to it is the user; ``roles`` (or ``role``)
+are roles, ``tid`` is the tenant. A token that fails a check identifies nobody.
 """
 
 import hmac
@@ -26,24 +26,24 @@ from agent.errors import ConfigError
 
 KNOWN_FOR_S = 300.0
 WRONG_FOR_S = 10.0
-"""How long a check is remembered: a good one saves the signature for each heartbeat, a bad one stops a
-misconfigured agent from burning the processor."""
+"""How long a check is remembered: a good one saves verifying a signature for each heartbeat, a bad one keeps a
+misconfigured agent from using up the processor."""
 
 MOST_GOOD = 16_384
 MOST_BAD = 4096
-"""Remembered checks, in a store each: bad ones push no good one out."""
+"""How many checks are remembered. Good and bad ones are kept apart, so bad ones do not displace good ones."""
 
 LEEWAY_S = 60
-"""How far the identity provider's clock may be from ours."""
+"""How far the identity provider's clock may differ from ours."""
 
 MOST_ROLES = 1000
-"""Roles of one token: each is looked up in each access-control list."""
+"""The most roles of one token, since each is looked up in each access-control list."""
 
 ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512", "EdDSA", "Ed25519"),
 )
-"""Signatures with a public key only: with "none" or HMAC the JWKS itself would forge tokens."""
+"""Only signatures with a public key: with "none" or HMAC whoever can read the JWKS could forge tokens."""
 
 UNREADABLE = (
     JoseError,
@@ -51,13 +51,13 @@ UNREADABLE = (
     *(ValueError, TypeError, KeyError, AttributeError),
     *(ArithmeticError, IndexError, RecursionError),
 )
-"""How the library and its parsers fail at a token or a key set that somebody made up."""
+"""The exceptions of the library and its parsers for a malformed token or key set."""
 
 _Name = Annotated[str, Meta(max_length=MOST_NAME)]
 
 
 class _Claims(msgspec.Struct):
-    """The claims that are used, of the types that they must have. Null is the same as absent."""
+    """The claims that are used, with the types that they must have. Null means absent."""
 
     exp: float
     nbf: float | None = None
@@ -72,10 +72,10 @@ class _Claims(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
-    """Which bearer tokens are taken.
+    """The rules for accepting bearer tokens.
 
     Attributes:
-        keys: None: those of RemoteKeys.
+        keys: from a file; None: from RemoteKeys.
         default_tenant: the ``tid`` that may use the tenant ``default``; None: every one.
     """
 
@@ -110,14 +110,14 @@ def read_key_set(path: Path) -> KeySet:
 
 
 class KeySource(Protocol):
-    """Where keys come from that no file has."""
+    """The source of keys that are not from a file."""
 
     def keys(self) -> KeySet:
         """The keys in force. Raises Unavailable."""
         ...
 
     async def refresh(self) -> bool:
-        """Get them again, because of an unknown key; whether that was tried."""
+        """Fetch the keys again because of an unknown one; return whether that was tried."""
         ...
 
 
@@ -141,12 +141,12 @@ class TokenChecks:
         self._bad: Remembered[bool] = Remembered(MOST_BAD)
 
     def replace(self, rules: TokenRules) -> None:
-        """Use these rules from now on; nothing that was checked by others is remembered."""
+        """Use these rules from now on, and forget checks that were made by the old ones."""
         self.rules = rules
         self.forget()
 
     def forget(self) -> None:
-        """Forget every check: the keys are others."""
+        """Forget every check, because the keys have changed."""
         self._good.clear()
         self._bad.clear()
 

@@ -1,8 +1,8 @@
-"""The durable state of the coordinator, as a few small calls (R13).
+"""The interface of a store: the durable state of the coordinator, in a few small calls (R13).
 
-A record is one value with a version; ``swap`` is a compare-and-set. When a call that changes
-something returns, the change is durable; when it raises, nothing of it is. The stores do not know
-what a record means: deciding is core/group.py's, loading and swapping is service.py's.
+A record is one value with a version; ``swap`` is a compare-and-set. When a call that changes something returns, the
+change is durable; when it raises, nothing was changed. The stores do not know what a record means: core/group.py
+decides, and engine.py loads and swaps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +12,15 @@ from typing import Protocol
 from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
 
 MOST_ENTRIES = 100
-"""Tenures in one swap; a decision begins or ends a few."""
+"""The most tenures in one swap; a decision begins or ends a few."""
 
 MOST_RETIRED = 100_000
-"""Names of deleted groups whose epochs are remembered: some megabytes."""
+"""How many deleted groups' epochs are remembered, by name: some megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record, the version that a swap of it has to name, and the progress that was saved for it."""
+    """A record, the version to pass to the next swap, and the progress that was saved with it."""
 
     version: int
     record: GroupRecord
@@ -30,22 +30,22 @@ class Stored:
 class Store(Protocol):
     """One coordinator's durable state. Calls may overlap; each is atomic.
 
-    All calls but ``close`` raise StoreError when the disk (or the server behind) cannot do it: the
-    change did not happen and the store stays usable once the cause is gone. Two of these are special:
-    OutcomeUnknown, where the change may have happened, and LeadershipLost.
+    All calls but ``close`` raise StoreError if the disk or the server fails: then nothing was changed, and the
+    store is usable again once the cause is gone. Two kinds of StoreError differ: OutcomeUnknown, after which the
+    change may have been made, and LeadershipLost.
     """
 
     @property
     def store_id(self) -> str:
-        """The random id that this store was given when it was made; a copy of it has the same."""
+        """The random id that the store was given when it was made; a copy has the same id."""
         ...
 
     async def load(self) -> dict[GroupKey, Stored]:
-        """Every group there is. Asked once, at the start."""
+        """Load every group. Called once, at the start."""
         ...
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; its version. Raises CasMismatch if there is one."""
+        """Add a group; return its version. Raises CasMismatch if the group exists."""
         ...
 
     async def swap(
@@ -63,26 +63,25 @@ class Store(Protocol):
         ...
 
     async def settle(self, key: GroupKey, expected: int) -> Stored | None:
-        """The record, for good: no earlier change of unknown outcome can happen any more.
+        """The record, or None without the group. No earlier change of unknown outcome can happen after this.
 
-        ``expected`` is the version that such a change has named. The record may have a new version; None
-        if there is no group.
+        ``expected`` is the version that such a change was based on. The record may get a new version.
         """
         ...
 
     async def save_progress(self, progress: Mapping[GroupKey, Progress]) -> None:
-        """Replace the progress of each of these groups, all in one write.
+        """Replace the progress of each of these groups, in one write. A key without a group is ignored.
 
-        It is kept beside the record: it changes neither record nor version, and a swap does not
-        change it. A key without a group is ignored.
+        Progress is stored beside the record: it changes neither the record nor its version, and a swap does
+        not change it.
         """
         ...
 
     async def delete(self, key: GroupKey, expected: int, epoch: int) -> None:
         """Remove a group with its history and progress, and remember ``epoch`` for its name if it is above 0.
 
-        Of the names that are remembered the oldest are forgotten beyond MOST_RETIRED. Raises
-        CasMismatch as ``swap`` does.
+        Beyond MOST_RETIRED remembered names the oldest are forgotten. Raises CasMismatch as ``swap``
+        does.
         """
         ...
 
@@ -93,7 +92,7 @@ class Store(Protocol):
     async def history(
         self, key: GroupKey, *, skip: int = 0, count: int = 100
     ) -> tuple[int, list[HistoryEntry]]:
-        """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
+        """How many tenures are stored, and ``count`` of them after ``skip``, newest first."""
         ...
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
@@ -101,7 +100,7 @@ class Store(Protocol):
         ...
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
-        """Replace that list; None removes it."""
+        """Replace the access-control list of a namespace's groups; None removes it."""
         ...
 
     async def declare_restored(self) -> None:
@@ -109,16 +108,16 @@ class Store(Protocol):
         ...
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and the store is not trusted again ('failover-agent store trust')."""
+        """Whether ``declare_restored`` was called, and nobody has trusted the store since ('store trust')."""
         ...
 
     async def close(self) -> None:
-        """Finish what was begun and let go of the data directory. May be called twice."""
+        """Finish the calls in progress, and release the data directory. May be called twice."""
         ...
 
 
 class Directory(Protocol):
-    """The part of a store of several coordinators that is not of one shard. Raises StoreError."""
+    """The part of several coordinators' store that belongs to no shard. Calls raise StoreError."""
 
     @property
     def store_id(self) -> str:

@@ -1,8 +1,8 @@
-"""The JSON text in which every store keeps the values of agent/model.py, and how much of it.
+"""Encode the values of agent/model.py as the JSON text that every store keeps, and decode it.
 
-Owns the text and nothing else: no file, no transaction, no meaning. Reading is strict: an unknown key, a
-wrong type or half a text is refused, and the refusal names where. An older text may lack fields that
-have a default; a newer one never gets here, since the store refuses a newer schema as a whole.
+Owns only the text: no file, no transaction, no meaning. Decoding is strict: it refuses an unknown key, a wrong type
+or a truncated text, and the error names the place. An older text may lack fields that have a default; a newer text
+never occurs, since a store with a newer schema is refused as a whole.
 """
 
 import json
@@ -18,7 +18,7 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 from agent.schema.scalars import parse_date_time
 
 HISTORY_BOUND = 1_000
-"""Tenures kept for each group, the newest: years of an ordinary group, and an hour of one that flaps
+"""How many of a group's newest tenures are kept: years of an ordinary group, or an hour of one whose role changes
 every few seconds, in about 200 KB."""
 
 ValueT = TypeVar("ValueT", GroupRecord, HistoryEntry, AccessList)
@@ -26,8 +26,8 @@ ValueT = TypeVar("ValueT", GroupRecord, HistoryEntry, AccessList)
 
 @cache
 def _adapters() -> dict[type, TypeAdapter[Any]]:
-    # pydantic refuses a configuration for a dataclass that is not its own, but takes one for "this
-    # or None" and hands it down to what is nested
+    # pydantic refuses a configuration for a standard dataclass, but accepts one for the union of
+    # the dataclass and None, and applies it to nested classes
     config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
     kinds: dict[type, Any] = {
         GroupRecord: GroupRecord | None,
@@ -38,7 +38,7 @@ def _adapters() -> dict[type, TypeAdapter[Any]]:
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
-    if isinstance(value, Mapping):  # a read-only view, which pydantic does not know
+    if isinstance(value, Mapping):  # pydantic does not support this read-only view
         return dict(value)
     raise TypeError(f"a {type(value).__name__} is not JSON")
 
@@ -49,15 +49,15 @@ def name_of(key: GroupKey) -> str:
 
 
 def encode(value: ValueT, where: str) -> str:
-    """The text of ``value``, proven to read back as the same value.
+    """Encode ``value``, and check that the text decodes to the same value.
 
-    Without the proof a value that can be written but not read (an integer of 5,000 digits in
-    AdditionalData, a NaN) would be acknowledged and then stop the next start.
+    Without this check a value that can be written but not read (an integer of 5,000 digits in
+    AdditionalData, a NaN) would be acknowledged, and would then make the next start fail.
 
     ``where`` names the owner of the value in an error message.
 
     Raises:
-        StoreError: it does not read back.
+        StoreError: the text does not decode to the same value.
     """
     adapter = _adapters()[type(value)]
     try:
@@ -80,10 +80,10 @@ def encode(value: ValueT, where: str) -> str:
 
 
 def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
-    """The value that ``text`` was made from; ``where`` names its owner in an error message.
+    """Decode a value of ``kind``; ``where`` names its owner in an error message.
 
     Raises:
-        StoreError: the text is not one of ``kind``; the message has the place inside it.
+        StoreError: the text is not of this kind; the message has the place in the text.
     """
     try:
         value = _adapters()[kind].validate_json(text)
@@ -95,10 +95,10 @@ def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
 
 
 def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
-    """The progress that was kept as an epoch and a date-time in ISO 8601.
+    """Decode progress from an epoch and a date-time in ISO 8601.
 
     Raises:
-        StoreError: it is no date-time.
+        StoreError: the text is not a date-time.
     """
     try:
         moment = parse_date_time(last_data)
@@ -110,13 +110,13 @@ def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
 
 
 def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:
-    """A record of schemas 1 to 4 in the form of schema 5, and the progress that it held.
+    """Convert a record of schemas 1 to 4 to schema 5; return it and the progress that it held.
 
     Up to schema 3 AdditionalData is an object, and a tenure has its data-processed time. Up to schema 4 there
-    is no failsafe: every tenure is over but the one under way (R24).
+    is no failsafe: every tenure but the current one is over (R24).
 
     Raises:
-        StoreError: it is no such record; ``where`` names its owner.
+        StoreError: the text is not such a record; ``where`` names its owner.
     """
     try:
         record: Any = json.loads(text)
@@ -145,7 +145,7 @@ def _unreadable(kind: type[Any], where: str, reason: str) -> StoreError:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, with its place."""
+    """The first fault of a text, with its place."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the text as a whole"
     return f"{place}: {first['msg']}"

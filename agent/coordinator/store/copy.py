@@ -1,9 +1,9 @@
 """Copies of a store: from SQLite to etcd and back, and a backup of a running SQLite store.
 
-A copy has the id of its source, so that agents go on with it. So that both never go on beside each other, the
-source is marked as moved before the copy may be served; a clone gets an id of its own instead. Only a store
-that nobody serves is copied. What was written is read back and compared. A copy that was cut off is not
-served, and can be made again.
+A copy has the id of its source, so agents continue with it. To prevent that both are served, the source is marked as
+moved before the copy may be served; a clone gets an id of its own instead. Only a store that nobody serves is
+copied. What was written is read back and compared. A copy that was interrupted cannot be served, but can be made
+again.
 """
 
 import json
@@ -45,7 +45,7 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 from agent.schema.scalars import format_date_time
 
 UNFINISHED = "a copy that was not finished"
-"""Stands in ``MovedTo`` of a store in etcd while it is written."""
+"""The value of ``MovedTo`` of a store in etcd while a copy is written into it."""
 
 PAGES_AT_ONCE = 256
 """Pages of 4 KiB in one step of a backup: the coordinator's reads and writes go on in between."""
@@ -53,7 +53,7 @@ PAGES_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a store has, but for its id."""
+    """The contents of a store, without its id."""
 
     groups: dict[GroupKey, GroupRecord] = field(default_factory=dict)
     progress: dict[GroupKey, Progress] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Snapshot:
     retired: dict[GroupKey, int] = field(default_factory=dict)
     access: dict[tuple[str, str], AccessList] = field(default_factory=dict)
     restored: bool = False
-    """It was declared as restored from a copy."""
+    """Whether the store was declared as restored from a copy."""
 
 
 class Place(Protocol):
@@ -78,10 +78,10 @@ class Place(Protocol):
 
 
 async def copy(source: Place, target: Place, *, clone: bool) -> Snapshot:
-    """Copy a store, check the copy, and mark the source as moved unless it is a clone; what was copied.
+    """Copy a store, check the copy, and mark the source as moved unless it is a clone; return the contents.
 
     Raises:
-        StoreError: the copy differs, or a store cannot be used. The target is not served then.
+        StoreError: the copy differs, or a store cannot be used. The target cannot be served then.
     """
     assert source.store_id is not None  # noqa: S101 - a source has been opened as one
     if source.moved_to not in {None, target.name} and not clone:
@@ -116,7 +116,7 @@ def refuse_target(name: str) -> StoreError:
 
 
 class SqlitePlace:
-    """A data directory. ``open`` it; it is locked against coordinators until ``close``."""
+    """A data directory as a place. It is locked against coordinators from ``open`` to ``close``."""
 
     def __init__(self, data_dir: DataDir, directory: Path) -> None:
         self._data_dir = data_dir
@@ -134,7 +134,7 @@ class SqlitePlace:
 
     @classmethod
     def open_target(cls, directory: Path, store_id: str | None) -> "SqlitePlace":
-        """Open a directory without a store, with a copy that nobody served, or with a moved one of this id."""
+        """Open a directory without a store, with a copy that nobody served, or with a moved store of this id."""
         new = not (directory / DATABASE_NAME).exists()
         opened = open_data_dir(directory, moved_too=True)
         same = opened.store_id == store_id and opened.moved_to is not None
@@ -144,11 +144,11 @@ class SqlitePlace:
         return cls(opened, directory)
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Unlock and close the directory."""
         self._data_dir.close()
 
     def trust(self) -> bool:
-        """Take back that it was declared as restored; whether it was."""
+        """Withdraw the declaration that the store was restored; return whether there was one."""
         try:
             restored = self._data_dir.is_restored()
             self._data_dir.trust()
@@ -231,13 +231,15 @@ def backup(directory: Path, file: Path) -> None:
     """Write a consistent copy of a data directory's database to a new file; a coordinator may be serving it.
 
     Raises:
-        StoreError: the file exists, or one of the two cannot be used. No half a file is left.
+        StoreError: the file exists, or one of the two cannot be used. No partial file is left.
     """
     database = directory / DATABASE_NAME
     if not database.exists():
         raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
     if file.exists():
-        raise StoreError(f"{file} exists: name a new file; nothing was changed")
+        raise StoreError(
+            f"{file} exists: name a new file; nothing was changed", exit_code=ExitCode.USAGE
+        )
     unfinished = file.with_name(file.name + ".new")
     try:
         unfinished.unlink(missing_ok=True)
@@ -256,8 +258,15 @@ def backup(directory: Path, file: Path) -> None:
         with unfinished.open("rb") as written:
             os.fsync(written.fileno())
         unfinished.replace(file)
-    except (OSError, apsw.Error) as error:
-        raise explain(error, directory) from error
+    except OSError as error:  # the database is read by SQLite alone
+        raise StoreError(
+            f"{file} cannot be written ({error.strerror}): name a file in another directory",
+            exit_code=ExitCode.USAGE,
+        ) from error
+    except apsw.Error as error:
+        raise explain(
+            error, file.parent if isinstance(error, apsw.FullError) else directory
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -386,7 +395,7 @@ class EtcdPlace:
 
 
 async def trust_etcd(etcd: Etcd, prefix: str) -> bool:
-    """Take back that a store in etcd was declared as restored, even while it is served; whether it was."""
+    """Withdraw the declaration that a store in etcd was restored, even while it is served; return if it had one."""
     meta = await read_meta(etcd, prefix)
     if meta is None:
         raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")

@@ -1,12 +1,11 @@
-"""The data directory of a coordinator on SQLite: made, locked, checked and opened - or refused.
+"""Create, lock, check and open the data directory of a coordinator with SQLite.
 
-Owns the files and the error messages about them; knows nothing of groups
-beyond the tables that hold them. A refusal leaves every file as it was: a database that is not
-there yet appears whole or not at all, and one that is there is read as plain bytes before SQLite
-may touch it.
+Owns the files and the error messages about them; knows nothing of groups except their tables. A refused directory
+is left as it was: a new database is created whole or not at all, and an existing one is read as plain bytes before
+SQLite may change it.
 
-What is not promised: WAL needs shared memory and real locks, so a network file system is unsafe,
-both for the database and for the lock file. Use a local disk.
+Not promised: safety on a network file system, neither of the database (WAL needs shared memory) nor of the lock
+file. Use a local disk.
 """
 
 import errno
@@ -29,17 +28,17 @@ DATABASE_NAME = "coordinator.db"
 LOCK_NAME = "coordinator.lock"
 
 APPLICATION_ID = 0x464F4147
-"""``FOAG`` in the header of the file: whose it is."""
+"""The application id ``FOAG`` in the header of the database file."""
 
 SCHEMA_VERSION = 5
-"""Grows with each change that a version before would not understand; 4: sessions have an owner, progress a
-table; 5: records restrict who may be promoted (R24)."""
+"""Incremented with each change that earlier versions cannot read. 4: sessions have an owner, and progress has a
+table of its own; 5: records restrict who may be promoted (R24)."""
 
 OLDEST_SCHEMA = 1
-"""What is this old, or newer, is brought up to date when it is opened."""
+"""The oldest schema that is converted to the current one when the store is opened."""
 
 BUSY_MS = 1_000
-"""How long to wait for a lock of SQLite's. Nothing but an operator's tool can hold one."""
+"""How long to wait for a lock of SQLite, which only an operator's tool can hold."""
 
 RETIRED = """
 CREATE TABLE retired (
@@ -79,10 +78,10 @@ CREATE TABLE IF NOT EXISTS moved (
     is_copy INTEGER NOT NULL
 ) STRICT;
 """
-"""In a store that was the source or the target of a copy."""
+"""The table that a store has if it was the source or the target of a copy."""
 
 RESTORED = "CREATE TABLE IF NOT EXISTS restored (one INTEGER PRIMARY KEY) STRICT"
-"""In a store that was declared as restored from a copy: an empty table."""
+"""An empty table whose presence means that the store was declared as restored from a copy."""
 
 SCHEMA = f"""
 CREATE TABLE failover_group (
@@ -119,19 +118,19 @@ _MAGIC = b"SQLite format 3\0"
 
 @dataclass(frozen=True, slots=True)
 class DataDir:
-    """A data directory that is ours until ``close``."""
+    """A data directory, locked for this process until ``close``."""
 
     path: Path
     database: apsw.Connection
     lock: int
     store_id: str
     moved_to: str | None = None
-    """Where its groups were copied to, since when nobody may serve them here; or None."""
+    """Where the groups were copied to, so that nobody may serve them here any more; or None."""
     is_copy: bool = False
-    """Nobody has served it since it was copied here."""
+    """Whether nobody has served the store since it was copied here."""
 
     def mark(self, *, moved_to: str | None, is_copy: bool) -> None:
-        """Record whether it was moved, or is a copy. Raises apsw.Error."""
+        """Record whether the store was moved, or is a copy. Raises apsw.Error."""
         self.database.execute(MOVED)
         self.database.execute(
             "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",
@@ -139,19 +138,19 @@ class DataDir:
         )
 
     def declare_restored(self) -> None:
-        """Record that it was put back from an older copy. Raises apsw.Error."""
+        """Record that the store was put back from an older copy. Raises apsw.Error."""
         self.database.execute(RESTORED)
 
     def is_restored(self) -> bool:
-        """Whether that is recorded. Raises apsw.Error."""
+        """Whether ``declare_restored`` is in force. Raises apsw.Error."""
         return self.database.table_exists("main", "restored")
 
     def trust(self) -> None:
-        """Take that back. Raises apsw.Error."""
+        """Withdraw ``declare_restored``. Raises apsw.Error."""
         self.database.execute("DROP TABLE IF EXISTS restored")
 
     def close(self) -> None:
-        """Let go of it; after this another coordinator may open it."""
+        """Close the database and unlock the directory, so that another coordinator may open it."""
         try:
             self.database.close()
         finally:
@@ -159,13 +158,13 @@ class DataDir:
 
 
 def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
-    """Open ``directory``, making it and what belongs in it where missing.
+    """Open ``directory``; create it and its files if they are missing.
 
-    ``moved_too``: also one that was moved, and without beginning to serve a copy.
+    ``moved_too``: also open a store that was moved, and do not mark a copy as served.
 
     Raises:
-        StoreError: it cannot be used. The message has the path, the fault and what would be
-            right; ``exit_code`` is the one of DATA_DIR_* that fits.
+        StoreError: the directory cannot be used. The message has the path, the fault and what would be
+            right; ``exit_code`` is a code DATA_DIR_*.
     """
     path = directory / DATABASE_NAME
     with ExitStack() as undo:
@@ -195,7 +194,7 @@ def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
 
 
 def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
-    """The StoreError for an error of the system or of SQLite."""
+    """Build the StoreError for an error of the system or of SQLite."""
     match error:
         case (
             OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM)
@@ -241,7 +240,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` as durable as the files."""
+    """Sync the directory, so that the names of its files are durable, too."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -254,7 +253,7 @@ def _damaged(path: Path, wrong: str, right: str) -> StoreError:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a file that is not ours before anything opens it, or puts a lock file beside it."""
+    """Refuse a file that is not a store, before SQLite opens it or a lock file is created."""
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
@@ -297,9 +296,9 @@ def _check_identity(path: Path, *, application: int, version: int) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Hold the lock file for as long as its descriptor is open; the kernel closes it at death.
+    """Lock the lock file while its descriptor is open; the kernel closes it when the process ends.
 
-    The file stays: unlinking it would let two coordinators hold two files of one name.
+    The file is never unlinked: two coordinators could then lock two files of the same name.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -321,7 +320,7 @@ def _lock(path: Path) -> int:
 
 
 def _create(path: Path) -> None:
-    """Let an empty database appear at ``path`` at once, durably, as one rename."""
+    """Create an empty database at ``path``, complete and durable, by one rename."""
     for suffix in ("-wal", "-journal"):
         rest = path.with_name(path.name + suffix)
         if rest.exists():  # SQLite would replay it into the new database
@@ -334,7 +333,7 @@ def _create(path: Path) -> None:
         empty.execute(SCHEMA)
         empty.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
         content = empty.serialize("main")
-    unfinished = path.with_name(path.name + ".new")  # left by a death in here, it is written anew
+    unfinished = path.with_name(path.name + ".new")  # may be left by a process that died here
     try:
         with open(unfinished, "wb", opener=_private) as file:
             file.write(content)
@@ -358,7 +357,7 @@ def _connect(path: Path) -> apsw.Connection:
     with ExitStack() as undo:
         undo.callback(database.close)
         if path.with_name(path.name + "-wal").exists():
-            # until it is known to be ours and whole, closing it must not fold its WAL into it
+            # closing must not write the WAL into the database before it is known to be an intact store
             database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         database.set_busy_timeout(BUSY_MS)
         version = database.pragma("user_version")
@@ -389,7 +388,7 @@ def _connect(path: Path) -> apsw.Connection:
 
 
 def _upgrade(database: apsw.Connection, path: Path, version: int) -> None:
-    """Bring a database of an older schema up to date, in the caller's transaction."""
+    """Convert a database of an older schema to this one, in the caller's transaction."""
     if version < 2:  # noqa: PLR2004 - a schema's number
         database.execute(RETIRED)
     if version < 3:  # noqa: PLR2004 - a schema's number
@@ -403,7 +402,7 @@ def _upgrade(database: apsw.Connection, path: Path, version: int) -> None:
 
 
 def _upgrade_records(database: apsw.Connection, path: Path) -> None:
-    """Bring the records of schemas 1 to 4 into the form of schema 5."""
+    """Convert the records of schemas 1 to 4 to schema 5."""
     rows: list[Any] = database.execute(
         "SELECT id, tenant, namespace, name, record FROM failover_group"
     ).fetchall()

@@ -1,10 +1,10 @@
 """Groups in etcd, for several coordinators (R19).
 
-Groups are hashed onto a fixed number of shards. An ``EtcdStore`` is one shard in the hands of one leader: every
-change is one transaction that also compares the leadership key, so that a deposed leader changes
-nothing. ``EtcdCluster`` is what is not of one shard: the identity, the access lists, lists over all groups.
+Groups are hashed onto a fixed number of shards. An ``EtcdStore`` is one shard, used by its leader: every change is
+one transaction that also compares the leadership key, so that a deposed leader changes nothing. ``EtcdCluster`` is
+the part that belongs to no shard: the identity, the access lists, lists of all groups.
 
-A record's version is its mod revision, which etcd never gives twice. Each value of a record begins with a random
+A record's version is its mod revision, which etcd never repeats. Each value of a record begins with a random
 token: a write without an answer is sent again with the same token until its outcome is known, for at most
 SETTLE_S; then OutcomeUnknown is raised.
 
@@ -24,7 +24,6 @@ from agent.coordinator.store.etcd_client import (
     EtcdError,
     EtcdRefused,
     EtcdUnknown,
-    EtcdUnreachable,
     Found,
     Json,
     KeyValue,
@@ -58,17 +57,21 @@ from agent.errors import (
 from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
 
 PAGE = 200
-"""Records in one range read: a record of two members has some 500 bytes, one of 100 may have a megabyte."""
+"""The most records in one range read: a record of 2 members has some 500 bytes, one of 100 may have a megabyte."""
 
 KEYS_PAGE = 5_000
-"""Keys in one range read without values."""
+"""The most keys in one range read without values."""
 
 MOST_STEPS = 100
-"""Steps in one transaction; etcd's default limit is 128."""
+"""The most steps in one transaction; etcd's default limit is 128."""
 
 SETTLE_S = 2.0
-"""How long a write without an answer is sent again: as long as an election of etcd usually takes. Inputs of that
-group wait meanwhile."""
+"""How long a write without an answer is repeated: as long as an election of etcd usually takes. Other inputs of
+the group wait meanwhile."""
+
+RESEND_SHARE = 1 / 3
+"""A write is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
+answer to any attempt counts, so a slow disk and a member that hangs both cost little."""
 
 RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""
@@ -122,10 +125,10 @@ class EtcdCluster:
 
     @staticmethod
     async def _begin_to_serve(etcd: Etcd, prefix: str, meta: Meta) -> None:
-        """Make a copy, or the store of an older version, one of this version.
+        """Adopt a store that is a copy, or that an older version has served.
 
-        Records are converted as they are read. A coordinator of the older version that still has a session
-        could not read the new ones, and would not know whom they exclude.
+        Records are converted when they are read. A coordinator of the older version that still has a session
+        could not read the new records, and would not know whom they exclude.
         """
         key = f"{prefix}/meta"
         text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
@@ -167,7 +170,7 @@ class EtcdCluster:
         return await self.etcd.get(self.layout.restored) is not None
 
     async def trust(self) -> None:
-        """Take that back, for every coordinator at once."""
+        """Withdraw the declaration that the store was restored, for every coordinator at once."""
         await self.etcd.txn([], [delete(self.layout.restored)])
 
     async def configs(
@@ -178,7 +181,7 @@ class EtcdCluster:
         count: int,
         visible: Callable[[AccessList | None], bool],
     ) -> tuple[int, list[GroupConfig]]:
-        """A page of a namespace's groups, sorted by id, whoever leads them; and how many there are."""
+        """A page of a namespace's groups of all leaders, sorted by id; and their number."""
         groups: list[str] = []
         for shard in range(self.layout.shards):
             prefix = f"{self.layout.records(shard)}{quoted(tenant)}/{quoted(namespace)}/"
@@ -240,7 +243,7 @@ class EtcdStore:
         return groups
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; its version. Raises CasMismatch if there is one."""
+        """Add a group; return its version. Raises CasMismatch if the group exists."""
         self._check_open()
         return await self._write(key, 0, encode(record, name_of(key)), [])
 
@@ -251,7 +254,7 @@ class EtcdStore:
         record: GroupRecord,
         history: Sequence[HistoryEntry] = (),
     ) -> int:
-        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        """Replace a record and upsert history by epoch; return the new version, or raise CasMismatch."""
         self._check_open()
         assert len(history) <= MOST_ENTRIES  # noqa: S101 - our own mistake
         steps = [
@@ -270,12 +273,15 @@ class EtcdStore:
         done = await self._commit(key, expected, steps, token)
         if isinstance(done, KeyValue):
             return done.revision
-        if history and (kept := done.answers[-1]) is not None and kept.count > HISTORY_BOUND:
+        kept = done.answers[-1] if history else None
+        if (
+            kept is not None and kept.count >= HISTORY_BOUND + MOST_ENTRIES
+        ):  # not at each change of role
             await self._forget(self._layout.history(key), kept.count - HISTORY_BOUND)
         return done.revision
 
     async def settle(self, key: GroupKey, expected: int) -> Stored | None:
-        """The record, rewritten if it is still as expected: what was sent before cannot happen then."""
+        """The record. One with the expected version is rewritten, so that no earlier write can still happen."""
         self._check_open()
         place = self._layout.record(key)
         found = await self._etcd.get(place)
@@ -284,7 +290,7 @@ class EtcdStore:
             value = record_value(found.value.partition("\n")[2], token)
             try:
                 version = (await self._commit(key, expected, [put(place, value)], token)).revision
-            except CasMismatch:  # the change has happened meanwhile
+            except CasMismatch:  # the earlier change has happened meanwhile
                 found = await self._etcd.get(place)
         if found is None:
             return None
@@ -339,12 +345,13 @@ class EtcdStore:
         """How many tenures are kept, and ``count`` of them after ``skip``, newest first."""
         self._check_open()
         prefix = self._layout.history(key)
-        limit = min(skip + count, HISTORY_BOUND + MOST_ENTRIES)
+        limit = min(skip + count, HISTORY_BOUND)
         found = await self._etcd.range(
             read(prefix, end_of(prefix), limit=max(1, limit), newest_key_first=True)
         )
         page = found.keys[skip : skip + count]
-        return found.count, [decode(HistoryEntry, one.value, self._place(key)) for one in page]
+        total = min(found.count, HISTORY_BOUND)
+        return total, [decode(HistoryEntry, one.value, self._place(key)) for one in page]
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
@@ -364,7 +371,7 @@ class EtcdStore:
             raise self._lost()
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and not taken back."""
+        """Whether ``declare_restored`` was called and not withdrawn."""
         self._check_open()
         return await self._cluster.is_restored()
 
@@ -377,45 +384,54 @@ class EtcdStore:
     async def _commit(
         self, key: GroupKey, expected: int, steps: list[Json], token: str | None
     ) -> Done | KeyValue:
-        """Carry out a change of one record, once; its answer, or the record that shows that it has happened.
+        """Carry out a change of one record once; return its answer, or the record that proves the change.
 
-        ``token`` is in the new value of the record; None: the record is deleted.
+        ``token`` is the token in the record's new value; None: the change deletes the record.
         """
         record = self._layout.record(key)
         conditions = [if_revision(record, expected), self._fence]
         leader = self._layout.leader(self._shard)
         on_failure = [read(record), read(leader, keys_only=True)]
-        clock = asyncio.get_running_loop().time
-        resent, until = False, clock() + SETTLE_S
-        while True:
-            try:
-                done = await self._etcd.txn(conditions, steps, on_failure)
-            except EtcdRefused as refusal:
-                raise self._explained(refusal, key) from refusal
-            except EtcdUnreachable as failure:
-                if not resent:
-                    raise StoreError(
-                        f"{failure}; nothing was changed", exit_code=ExitCode.ETCD
-                    ) from failure
-                unknown: EtcdError = failure
-            except EtcdUnknown as failure:
-                resent, unknown = True, failure
-            else:
-                return (
-                    done
-                    if done.succeeded
-                    else self._outcome(key, done, expected, token, resent=resent)
+        loop = asyncio.get_running_loop()
+        until, resent = loop.time() + SETTLE_S, False
+        unknown: EtcdError = EtcdUnknown(f"etcd did not answer within {SETTLE_S:g} s")
+        attempts: set[asyncio.Task[Done]] = set()
+        try:
+            while True:
+                attempt = loop.create_task(self._etcd.txn(conditions, steps, on_failure))
+                attempt.add_done_callback(lambda one: one.cancelled() or one.exception())
+                attempts.add(attempt)
+                answered, attempts = await asyncio.wait(
+                    attempts,
+                    timeout=RESEND_SHARE * self._etcd.timeout_s,
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
-            if clock() >= until:
-                raise OutcomeUnknown(
-                    f"{unknown}; whether {name_of(key)} was changed is unknown"
-                ) from unknown
-            await asyncio.sleep(RESEND_S)
+                for attempt in answered:
+                    try:
+                        done = attempt.result()
+                    except EtcdError as failure:
+                        if not resent and not isinstance(failure, EtcdUnknown):
+                            raise self._explained(failure, key) from failure
+                        unknown = failure  # of this attempt; another one may have succeeded
+                    else:
+                        if done.succeeded:
+                            return done
+                        return self._outcome(key, done, expected, token, resent=resent)
+                if loop.time() >= until:
+                    raise OutcomeUnknown(
+                        f"{unknown}; whether {name_of(key)} was changed is unknown"
+                    ) from unknown
+                if answered:
+                    await asyncio.sleep(RESEND_S)
+                resent = True
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
 
     def _outcome(
         self, key: GroupKey, done: Done, expected: int, token: str | None, *, resent: bool
     ) -> KeyValue:
-        """What a refused transaction means: an earlier attempt has succeeded, or CasMismatch, or a lost leadership."""
+        """Explain a refused transaction: an earlier attempt succeeded, or CasMismatch, or leadership was lost."""
         found, leader = done.answers
         assert found is not None  # noqa: S101 - both are range reads
         assert leader is not None  # noqa: S101 - likewise
@@ -433,7 +449,7 @@ class EtcdStore:
         raise CasMismatch(f"{name_of(key)} is not at version {expected} any more: {now}")
 
     async def _forget(self, prefix: str, number: int, *, oldest_write_first: bool = False) -> None:
-        """Delete the first keys of a range. What fails is done at the next time."""
+        """Delete the first keys of a range. After a failure the next call deletes them."""
         try:
             found = await self._etcd.range(
                 read(
@@ -456,9 +472,11 @@ class EtcdStore:
             f"another coordinator leads shard {self._shard} by now; nothing was changed"
         )
 
-    def _explained(self, refusal: EtcdRefused, key: GroupKey) -> StoreError:
-        code = ExitCode.INTERNAL if refusal.code == _INVALID else ExitCode.ETCD  # one value's fault
-        return StoreError(f"{name_of(key)}: {refusal}; nothing was changed", exit_code=code)
+    def _explained(self, failure: EtcdError, key: GroupKey) -> StoreError:
+        """The error of a change that surely was not made."""
+        invalid = isinstance(failure, EtcdRefused) and failure.code == _INVALID  # one value's fault
+        code = ExitCode.INTERNAL if invalid else ExitCode.ETCD
+        return StoreError(f"{name_of(key)}: {failure}; nothing was changed", exit_code=code)
 
     def _place(self, key: GroupKey) -> str:
         return f"{name_of(key)} in etcd"

@@ -15,6 +15,7 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Protocol
 
 import httpx2
@@ -35,6 +36,9 @@ LONGEST_LINE = 16 * 1024 * 1024
 """Bytes of one message of a watch: etcd's own limit of a request is 1.5 MiB, an event has two of them in base64."""
 
 _UNAUTHENTICATED = 16
+_OLD_REVISION = "revision of auth store is old"
+"""Refuses a token (as JWT) from before the last change of etcd's users and roles; with the code of a wrong argument."""
+
 _DEFINITE_CODES = frozenset({3, 5, 6, 7, 8, 9, 11, 12, _UNAUTHENTICATED})
 """gRPC codes of a request that etcd has refused. With the others (timed out, leader changed, cancelled) it may
 have been carried out."""
@@ -236,10 +240,10 @@ class Etcd:
         return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
 
     async def keep_alive(self, lease: int) -> int | None:
-        """Renew a lease; the Raft term of the member that was asked, or None if there was no such lease.
+        """Renew a lease; return the Raft term of the member that answered, or None if the lease is gone.
 
-        etcd decides this without a majority: its leader renews, and may have been deposed without knowing it. It
-        has not been if a range read that is asked for afterwards is of the same term.
+        etcd's leader renews a lease without asking a majority, and may have been deposed without knowing it. A
+        range read with the same term, sent at the same time, proves that it was not deposed before that.
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         result = answer.get("result", {})
@@ -297,7 +301,13 @@ class Gateway:
     """The network: the JSON gateways of the members of one etcd cluster.
 
     Requests go to one endpoint. One that cannot be connected to, or does not answer in time, is replaced by
-    the next one; a request that was surely not sent is sent there at once.
+    the next one; a request that was surely not sent is sent there at once. An endpoint of another etcd cluster
+    than the first one, such as a member that was restored from a snapshot, counts as one that does not answer.
+
+    Args:
+        leave_after_s: after that time without an answer further requests go to the next endpoint; the timeout of
+            the request itself may be longer.
+        cluster_id: of the etcd cluster, if it is known.
     """
 
     def __init__(
@@ -306,24 +316,34 @@ class Gateway:
         *,
         tls: ssl.SSLContext | None = None,
         login: Login | None = None,
+        leave_after_s: float = inf,
+        cluster_id: str | None = None,
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._current = 0
         self._failing = False
+        self._tls = tls
         self._login = login
+        self._leave_after_s = leave_after_s
+        self._cluster_id = cluster_id
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
-        self._client = self._open(tls)
-        self._watches = self._open(tls)  # they must not use up the connections of the others
-
-    @staticmethod
-    def _open(tls: ssl.SSLContext | None) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(
+        self._client = httpx2.AsyncClient(
             verify=tls or False,  # without a context all endpoints are plain http
             trust_env=False,
             follow_redirects=False,
             limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
             headers={"User-Agent": f"failover-agent/{__version__}"},
+        )
+
+    def sibling(self) -> "Gateway":
+        """Another one with connections of its own, to the same etcd cluster."""
+        return Gateway(
+            self._endpoints,
+            tls=self._tls,
+            login=self._login,
+            leave_after_s=self._leave_after_s,
+            cluster_id=self._cluster_id,
         )
 
     @property
@@ -334,6 +354,9 @@ class Gateway:
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         """Send one request and read its answer."""
         asked, error = self.endpoint, None
+        loop = asyncio.get_running_loop()
+        # Other requests may have left this member by then.
+        leaving = loop.call_later(min(timeout_s, self._leave_after_s), lambda: self._leave(asked))
         try:
             async with asyncio.timeout(timeout_s):
                 for _ in self._endpoints:
@@ -342,15 +365,17 @@ class Gateway:
                         return await self._post(asked, path, body)
                     except EtcdUnreachable as failure:
                         error = failure
-        except TimeoutError:  # other requests may have left this member meanwhile
-            self._leave(asked)
+        except TimeoutError:
             raise EtcdUnknown(f"etcd at {asked} did not answer within {timeout_s:g} s") from None
+        finally:
+            leaving.cancel()
         assert error is not None  # noqa: S101 - there is at least one endpoint
         raise error
 
     async def _post(self, asked: str, path: str, body: Json) -> Json:
         try:
             answer = await self._with_login(asked, path, body)
+            self._check_cluster(answer, asked)
         except httpx2.ConnectError as failure:
             self._leave(asked)
             raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}") from failure
@@ -360,7 +385,8 @@ class Gateway:
         except EtcdUnknown:
             self._leave(asked)
             raise
-        self._failing = False
+        if asked == self.endpoint:
+            self._failing = False
         return answer
 
     async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
@@ -370,9 +396,10 @@ class Gateway:
         try:
             return await self._send(endpoint, path, body, token)
         except EtcdRefused as refusal:
-            if self._login is None or refusal.code != _UNAUTHENTICATED:
+            is_old = refusal.code == _UNAUTHENTICATED or _OLD_REVISION in str(refusal)
+            if self._login is None or not is_old:
                 raise
-        await self._authenticate(endpoint, token)  # the token is too old, or of another life
+        await self._authenticate(endpoint, token)  # the token has expired, or etcd was restarted
         return await self._send(endpoint, path, body, self._token)
 
     async def _authenticate(self, endpoint: str, old: str | None) -> None:
@@ -395,7 +422,7 @@ class Gateway:
         asked = self.endpoint
         headers = {} if self._token is None else {"Authorization": self._token}
         try:
-            async with self._watches.stream(
+            async with self._client.stream(
                 "POST", asked + path, content=json.dumps(body), headers=headers, timeout=None
             ) as answer:
                 if answer.status_code != httpx2.codes.OK:
@@ -407,21 +434,33 @@ class Gateway:
                         raise EtcdUnknown(f"etcd at {asked} sent an endless message")
                     for line in lines:
                         if line.strip():
-                            yield _read(httpx2.codes.OK, line, asked)
+                            message = _read(httpx2.codes.OK, line, asked)
+                            self._check_cluster(message, asked)
+                            yield message
         except (httpx2.HTTPError, httpx2.StreamError) as failure:
             raise EtcdUnknown(f"a watch at {asked} ended: {failure!r}") from failure
+
+    def _check_cluster(self, answer: Json, asked: str) -> None:
+        """Raise EtcdUnknown if the answer is of another etcd cluster than the first one."""
+        header = answer.get("header") or answer.get("result", {}).get("header", {})
+        found = header.get("cluster_id", self._cluster_id)
+        if found != (self._cluster_id or found):
+            raise EtcdUnknown(
+                f"etcd at {asked} is of another etcd cluster ({found}) than the first answer"
+                f" ({self._cluster_id}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
+            )
+        self._cluster_id = found
 
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
             self._current = (self._current + 1) % len(self._endpoints)
-            if not self._failing:  # attempts in an outage would fill the log
+            if not self._failing:  # a line for each attempt would fill the log
                 self._failing = True
                 log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._client.aclose()
-        await self._watches.aclose()
 
 
 def _read(status: int, content: bytes, endpoint: str) -> Json:

@@ -1,7 +1,7 @@
 """The keys and values of a store in etcd. Sends nothing but one read.
 
-Keys are made of the prefix, ``meta``, ``restored``, ``live/`` (gone with the coordinators), ``access/`` and ``shards/``. The names
-of tenants, namespaces and groups in them are percent-encoded.
+After the prefix a key continues with ``meta``, ``restored``, ``live/`` (keys that end with their coordinator),
+``access/`` or ``shards/``. Names of tenants, namespaces and groups are percent-encoded.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from agent.model import GroupKey, GroupRecord, Progress
 from agent.schema.scalars import format_date_time
 
 SCHEMA = 2
-"""Grows with each change that a version before would not understand; 2: records restrict who may be promoted
+"""Incremented with each change that earlier versions cannot read. 2: records restrict who may be promoted
 (R24)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What a store in etcd is: made once, by the first coordinator.
+    """The identity of a store in etcd, written once by the first coordinator.
 
     Attributes:
-        moved_to: where its groups were copied to, since when nobody may serve them here; or None.
-        revision: of the key that has this.
-        is_copy: nobody has served it since it was copied here, so it may be replaced by another copy.
-        schema: of the version that served it last.
+        moved_to: where the groups were copied to, so that nobody may serve them here any more; or None.
+        revision: of the key that holds this value.
+        is_copy: whether nobody has served the store since it was copied, so that another copy may replace it.
+        schema: the schema of the version that served it last.
     """
 
     store_id: str
@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def restored(self) -> str:
-        """A key that exists in a store that was declared as restored from a copy."""
+        """The key whose presence means that the store was declared as restored from a copy."""
         return f"{self.prefix}/restored"
 
     @property
@@ -142,9 +142,9 @@ def record_value(text: str, token: str | None = None) -> str:
 
 
 def record_of_key(found: KeyValue, place: str) -> GroupRecord:
-    """The record of its key, also as schema 1 wrote it. Raises StoreError."""
+    """Decode a record, also one that schema 1 wrote. Raises StoreError."""
     _token, _, text = found.value.partition("\n")
-    if '"cleared":' not in text:  # inside a string, its quotes would be escaped
+    if '"cleared":' not in text:  # cannot match inside a string, where quotes are escaped
         text, _ = upgrade_record(text, place)
     return decode(GroupRecord, text, place)
 

@@ -1,7 +1,7 @@
-"""A store that dies with its process: for tests, for trying things out, for a demonstration.
+"""A store in memory, which is lost with its process: for tests, for trying things out, for a demonstration.
 
-Keeps the same JSON text as the durable stores do, so that what passes here passes there, and knows
-as little of what it means. Nothing in here waits, which makes each call atomic.
+Keeps the same JSON text as the durable stores, so that it refuses the same values. No call waits, so each one is
+atomic.
 """
 
 import uuid
@@ -14,11 +14,11 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 
 
 class MemoryStore:
-    """A Store (see the Protocol for what the calls promise) without any durability."""
+    """A Store without durability. The calls are described at the Protocol."""
 
     def __init__(self) -> None:
         self.store_id = str(uuid.uuid4())
-        self._version = 0  # never given twice, so that no version outlives its group
+        self._version = 0  # never repeated, even for a group that is created again
         self._records: dict[GroupKey, tuple[int, str]] = {}
         self._progress: dict[GroupKey, Progress] = {}
         self._history: dict[GroupKey, dict[int, str]] = {}
@@ -28,7 +28,7 @@ class MemoryStore:
         self._closed = False
 
     async def load(self) -> dict[GroupKey, Stored]:
-        """Every group there is."""
+        """Load every group."""
         self._check_open()
         return {
             key: Stored(version, decode(GroupRecord, text, name_of(key)), self._progress.get(key))
@@ -36,7 +36,7 @@ class MemoryStore:
         }
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; its version. Raises CasMismatch if there is one."""
+        """Add a group; return its version. Raises CasMismatch if the group exists."""
         self._check_open()
         if key in self._records:
             raise CasMismatch(f"{name_of(key)} exists already")
@@ -49,7 +49,7 @@ class MemoryStore:
         record: GroupRecord,
         history: Sequence[HistoryEntry] = (),
     ) -> int:
-        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        """Replace a record and upsert history by epoch; return the new version, or raise CasMismatch."""
         self._check_open()
         self._check_version(key, expected)
         text = encode(record, name_of(key))
@@ -114,7 +114,7 @@ class MemoryStore:
         self._restored = True
 
     async def is_restored(self) -> bool:
-        """Whether that was declared."""
+        """Whether ``declare_restored`` was called."""
         self._check_open()
         return self._restored
 

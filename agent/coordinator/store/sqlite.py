@@ -1,11 +1,11 @@
 """The coordinator's store in one SQLite file, which survives SIGKILL and power loss at any moment.
 
-Owns one thread, which alone touches the database. Calls queue up for it; what is waiting when it is
-free becomes one transaction, with one sync of the disk (group commit), and is answered only after
-that. Knows nothing of what a record means, nor (see data_dir.py) of how the file came to be there.
+Owns a thread, the only one that uses the database. Calls wait in a queue; when the thread is free, all waiting calls
+become one transaction with one sync of the disk (group commit), and are answered after it. Knows nothing of what
+a record means; data_dir.py creates and opens the file.
 
-What is not promised: a call that is cancelled may have happened or not. A store belongs to one event
-loop. A network file system is unsafe (WAL, locks).
+Not promised: that a cancelled call had no effect. A store belongs to one event loop. A network file system is
+unsafe (WAL, locks).
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 from agent.schema.scalars import format_date_time
 
 QUEUE_BOUND = 10_000
-"""Calls that may wait for the disk: a change of role in each of several thousand groups at once, and
-about a second's work. Beyond it a disk is too slow to be waited for within a lease."""
+"""How many calls may wait for the disk: a change of role in several thousand groups at once, about a second's
+work. A disk that is further behind is too slow for a lease."""
 
 BATCH_BOUND = 1_000
-"""Calls in one transaction, so that the first of them does not wait for long for the last."""
+"""The most calls in one transaction, so that the first one does not wait for too many others."""
 
 _SELECT_STORED = (
     "SELECT tenant, namespace, name, version, record, epoch, last_data"
@@ -48,7 +48,7 @@ class _Call:
     """A submitted call: ``work`` runs inside a transaction, in the store's thread.
 
     Attributes:
-        savepoint: false for a ``work`` of one statement, which is undone by itself if it fails.
+        savepoint: False if ``work`` is a single statement, which SQLite undoes by itself if it fails.
     """
 
     work: Callable[[], Any]
@@ -65,29 +65,29 @@ class _Outcome:
 
 
 class SqliteStore:
-    """A Store (see the Protocol for what the calls promise) in a data directory. Use ``open``."""
+    """A Store in a data directory; create it by ``open``. The calls are described at the Protocol."""
 
     def __init__(self, data_dir: DataDir) -> None:
         self._data_dir = data_dir
         self._db = data_dir.database
         self.store_id = data_dir.store_id
-        # Counting on from the highest one there is, no version outlives its group.
+        # Continuing from the highest version, none is repeated for a group that is created again.
         self._version: int = self._db.execute(
             "SELECT ifnull(max(version), 0) FROM failover_group"
         ).get
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closing = False
         self._closed: Future[None] = Future()
-        # A daemon: a process that forgot to close may end as any other death, which harms nothing.
+        # A daemon thread: a process that ends without ``close`` is as safe as one that is killed.
         threading.Thread(target=self._run, name="sqlite-store", daemon=True).start()
 
     @classmethod
     def open(cls, data_dir: Path) -> "SqliteStore":
-        """Open a data directory, made if missing. Blocks on the disk: call it in a thread or early.
+        """Open a data directory; create it if missing. Blocks on the disk: call it in a thread or early.
 
         Raises:
-            StoreError: it is read-only, full, locked by another coordinator, from a newer version,
-                or damaged; its ``exit_code`` is specific, and nothing was changed.
+            StoreError: the directory is read-only, full, locked by another coordinator, from a newer
+                version, or damaged; ``exit_code`` is specific, and nothing was changed.
         """
         opened = open_data_dir(data_dir)
         try:
@@ -97,7 +97,7 @@ class SqliteStore:
             raise explain(error, data_dir) from error
 
     async def load(self) -> dict[GroupKey, Stored]:
-        """Every group there is. Raises StoreError for a record that cannot be read."""
+        """Load every group. Raises StoreError for a record that cannot be read."""
 
         def work() -> dict[GroupKey, Stored]:
             return dict(self._stored(row) for row in self._db.execute(_SELECT_STORED))
@@ -105,7 +105,7 @@ class SqliteStore:
         return await self._submit(work)
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; its version. Raises CasMismatch if there is one."""
+        """Add a group; return its version. Raises CasMismatch if the group exists."""
         text = encode(record, name_of(key))
 
         def work() -> int:
@@ -128,7 +128,7 @@ class SqliteStore:
         record: GroupRecord,
         history: Sequence[HistoryEntry] = (),
     ) -> int:
-        """Replace a record and upsert history by epoch; the new version, or CasMismatch."""
+        """Replace a record and upsert history by epoch; return the new version, or raise CasMismatch."""
         text = encode(record, name_of(key))
         entries = [(entry.epoch, encode(entry, name_of(key))) for entry in history]
 
@@ -203,7 +203,7 @@ class SqliteStore:
             group = self._check_version(key, expected)
             self._db.execute("DELETE FROM failover_group WHERE id = ?", (group,))
             if epoch > 0:
-                # With a new number each time: the lowest are the oldest.
+                # Each insertion gets a new number, so the lowest numbers are the oldest.
                 self._db.execute(
                     "INSERT OR REPLACE INTO retired (tenant, namespace, name, epoch)"
                     " VALUES (?, ?, ?, ?)",
@@ -282,18 +282,18 @@ class SqliteStore:
         await self._submit(self._data_dir.declare_restored)
 
     async def is_restored(self) -> bool:
-        """Whether that was declared, and not taken back."""
+        """Whether ``declare_restored`` was called and not withdrawn."""
         return await self._submit(self._data_dir.is_restored)
 
     async def close(self) -> None:
-        """Answer the calls that wait, then let go of the data directory. May be called twice."""
+        """Carry out the calls that wait, then close the data directory. May be called twice."""
         if not self._closing:
             self._closing = True
             self._calls.put(None)
         await asyncio.shield(asyncio.wrap_future(self._closed))
 
     async def _submit(self, work: Callable[[], AnswerT], *, savepoint: bool = True) -> AnswerT:
-        """What ``work`` returns, once the transaction that it ran in is durable."""
+        """Run ``work`` in the store's thread; return its result once its transaction is durable."""
         if self._closing:
             raise StoreError(
                 f"the store in {self._data_dir.path.parent} is closed;"
@@ -310,13 +310,13 @@ class SqliteStore:
         self._calls.put(_Call(work, answer, savepoint))
         return await answer
 
-    # What follows runs in the store's thread.
+    # The methods below run in the store's thread.
 
     def _run(self) -> None:
         while (first := self._calls.get()) is not None:
             batch = self._next_batch(first)
             outcomes = self._commit(batch)
-            with suppress(RuntimeError):  # the loop has ended, and its awaiters with it
+            with suppress(RuntimeError):  # the event loop has ended, so nobody awaits the result
                 batch[0].answer.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
         try:
             self._data_dir.close()
@@ -337,7 +337,7 @@ class SqliteStore:
         return batch
 
     def _commit(self, batch: list[_Call]) -> list[_Outcome]:
-        """Run a batch as one transaction: how each call ended, or the disk's error for all."""
+        """Run a batch as one transaction; return the result of each call, or the disk's error for all."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             outcomes = [self._run_call(call) for call in batch]
@@ -370,13 +370,13 @@ class SqliteStore:
         return outcome
 
     def _roll_back(self, error: Exception) -> None:
-        """Leave no trace of a failed transaction, so that the next one finds the store usable."""
+        """Remove every trace of a failed transaction, so that the store stays usable."""
         with suppress(apsw.Error):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if isinstance(error, apsw.FullError | apsw.IOError):
-                # Written but not synced, the failed transaction may stand whole in the WAL, and a
-                # restart would find it. Emptying the WAL takes it away, and makes some room.
+                # A transaction whose sync failed may be complete in the WAL, and a restart would
+                # apply it. Emptying the WAL removes it, and frees some disk space.
                 self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
 
     def _explain(self, error: Exception) -> StoreError:
@@ -398,7 +398,7 @@ class SqliteStore:
         return key, Stored(version, decode(GroupRecord, text, place), progress)
 
     def _find(self, key: GroupKey) -> tuple[int, int] | None:
-        """A group's row and version."""
+        """The row id and the version of a group."""
         found: tuple[int, int] | None = self._db.execute(
             "SELECT id, version FROM failover_group"
             " WHERE tenant = ? AND namespace = ? AND name = ?",
@@ -407,7 +407,7 @@ class SqliteStore:
         return found
 
     def _check_version(self, key: GroupKey, expected: int) -> int:
-        """The row of a group that is at version ``expected``; otherwise CasMismatch."""
+        """The row id of a group whose version is ``expected``; otherwise raise CasMismatch."""
         found = self._find(key)
         if found is not None and found[1] == expected:
             return found[0]
@@ -416,7 +416,7 @@ class SqliteStore:
 
 
 def _deliver(batch: list[_Call], outcomes: list[_Outcome]) -> None:
-    """Wake the awaiters, in their event loop. Who was cancelled meanwhile is not there any more."""
+    """Deliver the outcomes to the awaiters, in their event loop; skip those that were cancelled."""
     for call, outcome in zip(batch, outcomes, strict=True):
         if call.answer.done():
             continue

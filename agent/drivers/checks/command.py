@@ -1,6 +1,6 @@
-"""The ``exec`` check: one command, run as ops/command.py describes, of which nothing outlives the run.
+"""The ``exec`` check: runs a command (agent/ops/command.py), which passes if it exits with 0.
 
-Knows nothing of rise, fall and limits: the caller cancels a run at its limit.
+Knows nothing of rise, fall and timeouts: the caller cancels a run at its timeout.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from agent.ops.logs import Log
 from agent.schema.formats import NeededCommand
 
 OUTPUT_BYTES = 4096
-"""Bytes of one run's output that are logged, at level DEBUG; the rest is discarded."""
+"""How many bytes of one run's output are logged, at level DEBUG; the rest is discarded."""
 
 GRACE_S = 0.5
-"""Time from TERM to KILL, for the trap of a shell. The check has failed already."""
+"""Time between TERM and KILL at the timeout, so that a shell can run its trap."""
 
 log = Log(__name__)
 

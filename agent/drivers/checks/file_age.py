@@ -31,7 +31,7 @@ class FileAgeCheck(Check):
     def runner(self, clock: Clock) -> Run:
         """The age is the greater of two: by the time of day, and by ``clock`` since it was first seen.
 
-        So a file from "the future" (a clock that was set back) ages too.
+        So a file with a time in the future (the clock was set back) ages, too.
         """
         lane = BlockingThread(f"check {self.name}")
         seen: tuple[int, float] | None = None

@@ -12,7 +12,7 @@ from agent.schema.fields import Format, Length
 from agent.schema.formats import PageUrl
 
 HTTP_BYTES = 64 * 1024
-"""Bytes of a body that are searched for ``contains``: health pages are short."""
+"""How many bytes of a body are searched for ``contains``: health pages are short."""
 
 
 class StatusRange(NamedTuple):

@@ -1,4 +1,4 @@
-"""What every kind of check is made of: its settings, its runner, and how a run fails.
+"""The base of every kind of check: its settings, its runner, and how a run fails.
 
 A kind's file has one subclass of ``Check``: a dataclass that declares the keys of its table, and whose
 ``runner`` does the work. ``agent/schema/kinds.py`` lists the kinds.
@@ -15,7 +15,7 @@ from agent.schema.checks import CheckSettings
 T = TypeVar("T")
 
 Run = Callable[[], Awaitable[None]]
-"""One run: returns if it passed, raises CheckFailed if not, ends what it began when it is cancelled."""
+"""One run: returns if it passes, raises CheckFailed if not, and cleans up when it is cancelled."""
 
 
 class CheckFailed(Exception):  # noqa: N818 - an outcome of a run, not a fault of ours
@@ -33,7 +33,7 @@ class Check(CheckSettings):
 
 
 async def run_blocking(lane: BlockingThread, work: Callable[[], T]) -> T:
-    """Do blocking work, and return or raise what it does.
+    """Do blocking work in a thread, and return its result or raise its error.
 
     Raises:
         CheckFailed: the previous run is still stuck, or there are no threads left.

@@ -14,10 +14,10 @@ from agent.ops.clock import Clock
 from agent.schema.formats import AbsolutePath, Text
 
 PID_FILE_BYTES = 64
-"""Bytes of a pid file that are read: its first line is the process id."""
+"""How many bytes of a pid file are read: its first line is the process id."""
 
 COMM_CHARS = 15
-"""The kernel cuts a command name to so many characters (TASK_COMM_LEN)."""
+"""The longest command name in /proc: the kernel cuts longer ones (TASK_COMM_LEN)."""
 
 STAT_STATE, STAT_STARTED = 0, 19
 """Fields of /proc/PID/stat, counted from after the command name: proc(5) has 2 more before."""
@@ -42,8 +42,8 @@ class ProcessCheck(Check):
 
     type: Literal["process"] = "process"
     pid_file: AbsolutePath | None = None
-    """File with the process's number. A number that came to name another process while the file
-    stayed the same fails. Not set: any process of that name."""
+    """File with the process id. The check fails if the id was reused for another process while the file
+    stayed the same. Not set: any process of that name."""
     process: Text | None = None
     """The process's name: its command name in /proc/PID/comm (as ps shows it, cut to 15
     characters) or the name of the file in /proc/PID/exe. With pid_file: that process must also
@@ -59,7 +59,7 @@ class ProcessCheck(Check):
 
 
 class _Found(NamedTuple):
-    """A process that runs. ``started`` is in ticks since the boot: with the pid, it names it."""
+    """A running process, identified by its id and its start, in clock ticks since the boot."""
 
     pid: int
     comm: str
@@ -67,7 +67,7 @@ class _Found(NamedTuple):
 
 
 def _look(pid: int) -> _Found | None:
-    """The process of this number, or None if there is none (any more)."""
+    """The process with this id, or None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
@@ -79,7 +79,7 @@ def _look(pid: int) -> _Found | None:
     if f"\nTgid:\t{pid}\n" not in status:
         return None  # the id of a thread, not of a process
     if fields[STAT_STATE] in GONE and not proctree.lives((pid, started)):
-        return None  # a zombie; one whose main thread alone has ended is shown as one, and is none
+        return None  # a zombie, unless only its main thread has ended
     return _Found(pid, head.partition("(")[2], started)
 
 
@@ -102,10 +102,10 @@ def _all() -> Iterator[_Found]:
 class Process:
     """Runs a ``process`` check.
 
-    A reused number is found by the process's start: while the pid file stays the same file with the
-    same modification time, it must name the process that it named before. The file's time is not
-    compared with the process's start, since the time of day jumps when a host without a battery
-    gets its time after the boot; the name finds what was reused across a boot.
+    A reused process id is detected by the process's start: while the pid file stays the same file with
+    the same modification time, it must name the same process. The file's time is not compared with the
+    process's start, since the time of day jumps when a host without a battery gets its time after the
+    boot. The name detects ids that were reused after a boot.
     """
 
     def __init__(self, check: ProcessCheck) -> None:
@@ -113,7 +113,7 @@ class Process:
         self._lane = BlockingThread(f"check {check.name}")
         self._known: tuple[tuple[int, ...], int | None] | None = None
         self._last: int | None = None
-        """Which process had the name when it was last looked for."""
+        """The process that had the name at the last search."""
 
     async def __call__(self) -> None:
         """Return if the process runs. Raises CheckFailed."""

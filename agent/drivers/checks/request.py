@@ -27,7 +27,7 @@ class Request:
         }
         if url.startswith("https:"):
             self._context = ssl.create_default_context()
-        else:  # never used, and what httpx2 would make of its own takes 20 ms each time
+        else:  # never used; the context that httpx2 would make by default takes 20 ms each time
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if insecure_tls:
             self._context.check_hostname = False
@@ -35,7 +35,7 @@ class Request:
 
     @asynccontextmanager
     async def send(self) -> AsyncIterator[httpx2.Response]:
-        """The answer, its body unread. Raises CheckFailed if none comes, or while it is read."""
+        """Send the request; yields the answer, its body unread. Raises CheckFailed without a complete answer."""
         client = httpx2.AsyncClient(
             verify=self._context,
             headers=self._headers,

@@ -1,8 +1,7 @@
 """Health checks (R9): each in its own task, at its interval, within its limit.
 
-Owns when checks run and what they found. Knows no kind of check, nothing of roles beyond "primary or
-not", and nothing of what follows from a health: that is the callback's. No check can delay another one,
-the event loop or a heartbeat.
+Owns when checks run, and their results. Knows no kind of check, and of roles only "primary or not"; the callback
+decides what follows from a change of health. No check can delay another one, the event loop or a heartbeat.
 """
 
 import asyncio
@@ -55,17 +54,17 @@ class Checks:
 
     @property
     def health(self) -> Health:
-        """The present health."""
+        """The current health."""
         return judge(list(self._checks.values()), self._results, self._failover_score)
 
     def start(self) -> None:
-        """Begin: every check of scope ``always`` runs at once, then at its interval."""
+        """Start: every check of scope ``always`` runs at once, then at its interval."""
         for name, check in self._checks.items():
             if check.scope == "always":
                 self._start(name, delay_s=0.0)
 
     def set_primary(self, primary: bool) -> None:  # noqa: FBT001 - its only argument
-        """Judge checks of scope ``primary`` from now on, or no more.
+        """Start or stop judging checks of scope ``primary``.
 
         They start as passing, with the first run after one interval: the workload is starting.
         """
@@ -100,17 +99,17 @@ class Checks:
     ) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + delay_s
-        if before is not None:  # the last run of an earlier tenure, which is being cancelled
+        if before is not None:  # a run of an earlier tenure is being cancelled
             try:
                 await asyncio.wait([before])
-            finally:  # a stop that waits for this task has to wait for that one too
+            finally:  # so that a stop, which waits for this task, waits for that run, too
                 await asyncio.wait([before])
         while True:
             await asyncio.sleep(due - loop.time())
             started_at = self._clock.boottime()
             error = await self._run(check)
             self._record(check, error, self._clock.boottime() - started_at)
-            due = max(due + check.interval, loop.time())  # missed runs are not made up for
+            due = max(due + check.interval, loop.time())  # missed runs are skipped
 
     async def _run(self, check: CheckSettings) -> str | None:
         """Why one run failed, or None."""
@@ -137,7 +136,7 @@ class Checks:
         self._notify_soon()
 
     def _notify_soon(self) -> None:
-        """Call on_change in a callback of its own, so that an exception in it ends no check."""
+        """Call on_change from the event loop, so that an exception in it ends no check."""
         if self._notifying is None or self._notifying.cancelled():
             self._notifying = asyncio.get_running_loop().call_soon(self._notify)
 

@@ -36,5 +36,5 @@ class TcpCheck(Check):
             why = error.strerror or str(error)
             raise CheckFailed(f"{self.address} takes no connection: {why}") from error
         writer.close()
-        with suppress(OSError):  # it was accepted, whatever happened then
+        with suppress(OSError):  # an error after the accept does not matter
             await writer.wait_closed()

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from agent.schema.checks import CheckSettings
 
 REASON_CHARS = 500
-"""Characters of the reason of a health: it goes into log lines and the state file."""
+"""The most characters of a reason, which goes into log lines and the state file."""
 
 ERROR_CHARS = 200
-"""Characters of the error of one check."""
+"""The most characters of one check's error."""
 
 SCORE_DECIMALS = 2
 
@@ -33,7 +33,7 @@ class CheckResult:
         since: since when (wall clock, UTC).
         last_error: why its last run failed; None if that succeeded, or was not judged.
         duration_s: how long its last run took, suspended time included.
-        known: whether there is a result, or none is asked for now (scope ``primary``).
+        known: whether the check has a result, or needs none in this role (scope ``primary``).
         against: runs in a row with the opposite of ``up``.
     """
 
@@ -81,7 +81,7 @@ def judge(
     results: Mapping[str, CheckResult],
     failover_score: float = 100.0,
 ) -> Health:
-    """The health that results amount to. Without checks: fit, with the configured score.
+    """Compute the health from results. Without checks: fit, with the configured score.
 
     Args:
         checks: what is configured.

@@ -13,10 +13,10 @@ from agent.schema.settings import AgentSettings
 
 @dataclass(frozen=True, slots=True)
 class FailsafeAccess:
-    """What proves that a message is of a member of the group.
+    """The keys and TLS contexts that prove that a message comes from a member of the group.
 
     Attributes:
-        keys: each is valid.
+        keys: all valid keys; two while the secret is being changed.
         listener_tls: of the listener; None for plain HTTP.
         asker_tls: verifies the certificates of the other members.
     """
@@ -27,9 +27,9 @@ class FailsafeAccess:
 
 
 def warn_of_shared_url(settings: AgentSettings) -> str | None:
-    """Why the URL of this member may be that of another host's member, too; None if it is not.
+    """Why members on several hosts may have this member's URL; None if they cannot.
 
-    On another host it leads to another process, so two promises would count as one (R22).
+    The same URL would reach another process from each host, so two promises would count as one (R22).
     """
     host = urlsplit(settings.member_url or "").hostname or ""
     elsewhere = [url for url in settings.endpoint if not is_loopback(urlsplit(url).hostname or "")]

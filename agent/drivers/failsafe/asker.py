@@ -1,7 +1,7 @@
 """The client of failsafe: asks another member of the group one question.
 
-Owns a connection for each question, and everything that makes an answer count: its code, its sender, its
-nonce. Any other outcome is an AskError with the reason. Knows nothing of epochs, and not what a yes is for.
+Owns one connection for each question, and verifies code, sender and nonce of its answer. Any other outcome is an
+AskError with the reason. Knows nothing of epochs, and of what a yes allows.
 """
 
 import asyncio
@@ -31,19 +31,19 @@ from agent.drivers.failsafe.messages import (
 from agent.ops.names import Names
 
 MAX_ANSWER_BYTES = 2 * MAX_BODY_BYTES
-"""Of an answer with its head."""
+"""Bound of an answer, its head included."""
 
 MAX_PEERS = 256
-"""Members whose challenge is kept: more than a group has."""
+"""For how many members the challenge is kept: more than a group has."""
 
 LONGEST_REASON = 200
-"""Characters of an error, so that it stays one readable line."""
+"""Characters of an error, so that its log line stays readable."""
 
 OK, UNAUTHORIZED = 200, 401
 
 
 class AskError(Exception):
-    """The question has no answer that counts; the message has the reason."""
+    """No valid answer to a question was received; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Peer:
 
 @dataclass(slots=True)
 class _Reply:
-    """What a server has answered; the callbacks of the parser fill it."""
+    """The HTTP answer of a member, filled by the callbacks of the parser."""
 
     status: int = 0
     mac: str = ""
@@ -80,7 +80,7 @@ class _Connection:
     writer: asyncio.StreamWriter
 
     async def aclose(self) -> None:
-        self.writer.transport.abort()  # nothing that is still to come matters
+        self.writer.transport.abort()  # no further byte on this connection matters
 
 
 class Asker:
@@ -97,26 +97,26 @@ class Asker:
         self._group = group
         self._session_id = session_id
         self._instance = instance
-        self._names = Names(known_first=True)  # name servers are often behind the way that is cut
+        self._names = Names(known_first=True)  # the outage often cuts off name servers, too
         self._challenges: OrderedDict[Peer, str] = OrderedDict()
         self.use(access)
 
     def use(self, access: FailsafeAccess) -> None:
-        """Take other secrets and authorities for new questions."""
+        """Use new secrets and authorities for further questions."""
         self._keys = access.keys
         self._tls = access.asker_tls
 
     async def ask(self, peer: Peer, epoch: int, *, rehearsal: bool, limit_s: float) -> Answer:
-        """Ask one member; its answer, yes or no, which is authentic and to this very question.
+        """Ask one member; return its authentic answer to this question, yes or no.
 
         Args:
-            peer: is asked.
+            peer: the member that is asked.
             epoch: of the sender's tenure.
-            rehearsal: whether it is a test, which promises nothing.
-            limit_s: seconds for all of it.
+            rehearsal: whether the question is only a test, for which no promise is given.
+            limit_s: timeout for both requests together.
 
         Raises:
-            AskError: there is no such answer.
+            AskError: no valid answer was received.
         """
         question = Question(
             group=self._group,
@@ -132,7 +132,7 @@ class Asker:
         try:
             async with asyncio.timeout(limit_s):
                 status, answer = await self._exchange(peer, question, limit_s)
-                if status == UNAUTHORIZED:  # the first one, or the member has restarted
+                if status == UNAUTHORIZED:  # the first question, or the member has restarted
                     question = msgspec.structs.replace(question, challenge=answer.challenge)
                     status, answer = await self._exchange(peer, question, limit_s)
         except TimeoutError:
@@ -142,26 +142,24 @@ class Asker:
         return answer
 
     async def _exchange(self, peer: Peer, question: Question, limit_s: float) -> tuple[int, Answer]:
-        """Send a question once; the status and the authentic answer. Raises AskError."""
+        """Send a question once; return status and authentic answer. Raises AskError."""
         body = encode(question)
-        parts = urlsplit(peer.url)
-        head = (
-            f"POST {PATH} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n{MAC_HEADER}: {sign(self._keys, Kind.QUESTION, body)}\r\n"
-            "Connection: close\r\n\r\n"
-        )
+        mac = sign(self._keys, Kind.QUESTION, body)
         try:
+            head = (
+                f"POST {PATH} HTTP/1.1\r\nHost: {urlsplit(peer.url).netloc}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"{MAC_HEADER}: {mac}\r\nConnection: close\r\n\r\n"
+            )
             reply = await self._send(peer.url, head.encode() + body, limit_s)
-        except OSError as error:  # ssl.SSLError is one
+            return reply.status, self._check(peer, question, reply)
+        except AskError:
+            raise
+        except Exception as error:  # a stranger's URL or answer must not stop this agent
             raise AskError(_reason(error)) from error
-        except httptools.HttpParserError as error:
-            raise AskError(f"the answer is no HTTP: {error}"[:LONGEST_REASON]) from error
-        if not is_authentic(self._keys, Kind.ANSWER, reply.body, reply.mac):
-            raise AskError(_unauthentic(reply))
-        return reply.status, self._check(peer, question, reply.body)
 
     async def _send(self, url: str, request: bytes, limit_s: float) -> _Reply:
-        """Send a request on a connection of its own; the whole answer."""
+        """Send a request on a new connection; return the whole answer."""
         parts = urlsplit(url)
         host = parts.hostname or ""
         tls = self._tls if parts.scheme == "https" else None
@@ -179,9 +177,11 @@ class Asker:
         finally:
             await connection.aclose()
 
-    def _check(self, peer: Peer, question: Question, body: bytes) -> Answer:
+    def _check(self, peer: Peer, question: Question, reply: _Reply) -> Answer:
+        if not is_authentic(self._keys, Kind.ANSWER, reply.body, reply.mac):
+            raise AskError(_unauthentic(reply))
         try:
-            answer = decode_answer(body)
+            answer = decode_answer(reply.body)
         except msgspec.DecodeError as error:
             raise AskError(f"the answer cannot be read: {error}") from None
         expected = self._group, peer.session_id, self._session_id, question.nonce
@@ -195,7 +195,7 @@ class Asker:
 
 
 async def _receive(reader: asyncio.StreamReader) -> _Reply:
-    """One whole answer. Raises AskError or HttpParserError."""
+    """Receive one whole answer. Raises AskError or HttpParserError."""
     reply, size = _Reply(), 0
     parser = httptools.HttpResponseParser(reply)
     while not reply.complete:
@@ -210,22 +210,26 @@ async def _receive(reader: asyncio.StreamReader) -> _Reply:
     return reply
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     match error:
         case ssl.SSLCertVerificationError():
             reason = f"its certificate is not trusted: {error.verify_message}"
         case ssl.SSLError():
             reason = f"TLS failed: {error.reason or error}"
-        case _:
+        case OSError():
             reason = error.strerror or str(error) or type(error).__name__
+        case httptools.HttpParserError() | httptools.HttpParserUpgrade():
+            return f"the answer is no HTTP: {error}"[:LONGEST_REASON]
+        case _:
+            return f"cannot be asked ({str(error) or type(error).__name__})"[:LONGEST_REASON]
     return f"cannot be reached ({reason})"[:LONGEST_REASON]
 
 
 def _unauthentic(reply: _Reply) -> str:
-    """Why an answer without the right code does not count, with its own words."""
+    """Why an answer without a right code is refused, with the error text that it contains."""
     try:
         error = msgspec.json.decode(reply.body)["error"]
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
-        error = "the answer is not by the secret of this group"
+        error = "the answer is not made with the secret of this group"
     words = " ".join(str(error).split())
     return f"answered {reply.status}: {words}"[:LONGEST_REASON]

@@ -1,15 +1,15 @@
 """The listener of failsafe: answers the questions of the other members of a group.
 
-Owns the one route, who may ask, and that a question counts once. Whether the answer is yes is decided by
-a callback, which runs in the event loop and must not block.
+Owns the only route, decides who may ask, and accepts each question once. A callback decides whether the answer is
+yes; it runs in the event loop and must not block.
 
     POST /failsafe/v1/question  -> 200 the answer, or
-                                   401 the answer no, with a Challenge that the question has to have, or
-                                   4xx {"error": "..."} to whoever is not a member
+                                   401 the answer no, with the Challenge to put into the question, or
+                                   4xx {"error": "..."} if the sender is not a member
 
-A question is answered only if its code fits, it names this group, member and URL, and its challenge is the
-one that this process has given to that process last: a recorded question is never answered again. A wrong
-challenge does not change the right one, so whoever repeats a recorded question disturbs nobody.
+A question is passed to the callback only if its code is right, it names this group, member and URL, and its
+challenge is the last one that this process gave to that process. So a recorded question is never accepted again.
+A wrong challenge does not change the right one, so repeating recorded questions disturbs no member.
 """
 
 import secrets
@@ -51,29 +51,29 @@ LIMITS = Limits(
     body_bytes=MAX_BODY_BYTES,
     request_bytes=16 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
     pipelined=1,
-    newest_first=True,  # a member's is done at once, so the oldest is of whoever only holds it
+    newest_first=True,  # members close at once, so the oldest connection is not a member's
 )
 
 MAX_PEERS = 256
-"""Processes whose challenge is kept. More than a group has; only who has the secret is counted."""
+"""For how many processes the challenge is kept: more than a group has. Only senders with the secret get one."""
 
 QUIET_S = 60.0
-"""Refusals of one kind are logged once in this time."""
+"""Interval in which refusals of one kind are logged once."""
 
 log = Log(__name__)
 
 
 class Refusal(StrEnum):
-    """Why a question was not passed on, as a closed set. The values are labels of metrics."""
+    """Why a request was not passed to the callback. The values are labels of metrics."""
 
     NOT_A_QUESTION = "not_a_question"
     """Another path or method, a body that is too long, or no JSON of a question."""
     NOT_AUTHENTIC = "not_authentic"
-    """No code, or none by a secret of this member."""
+    """No code, or no code for a secret of this member."""
     NOT_FOR_US = "not_for_us"
     """It names another group, member or URL."""
     NO_CHALLENGE = "no_challenge"
-    """The first question of a process, or one that is repeated."""
+    """The first question of a process, or a repeated one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,11 @@ class Listener:
         session_id: its own id.
         url: its own URL, as the coordinator knows it.
         access: the secret and the certificate.
-        vote: decides about a question.
+        vote: the callback that answers a question.
+        clock: for the interval between two log lines.
 
     Attributes:
-        refused: the questions that were not passed on, by reason.
+        refused: the number of requests that were not passed to the callback, by reason.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Listener:
         self.use(access)
 
     def use(self, access: FailsafeAccess) -> None:
-        """Take other secrets, and another certificate for new connections."""
+        """Use new secrets, and a new certificate for further connections."""
         self._keys = access.keys
         self._http.tls = access.listener_tls
 
@@ -153,17 +154,19 @@ class Listener:
         return Response(status, body, {**JSON, MAC_HEADER: mac}, close=True)
 
     def _answer(self, request: Request) -> tuple[int, Answer]:
-        """The status and the answer to a question of a member. Raises _Refused to others."""
+        """The status and the answer to a member's question. Raises _Refused for other requests."""
         body = _question(request)
         mac = (request.header(MAC_HEADER.lower().encode()) or b"").decode("latin-1")
         if not is_authentic(self._keys, Kind.QUESTION, body, mac):
             raise _Refused(
-                401, Refusal.NOT_AUTHENTIC, "The code is not by the secret of this group."
+                401, Refusal.NOT_AUTHENTIC, "The code is not made with the secret of this group."
             )
         try:
             question = decode_question(body)
         except msgspec.DecodeError as error:
-            raise _Refused(400, Refusal.NOT_A_QUESTION, f"This is no question: {error}.") from None
+            raise _Refused(
+                400, Refusal.NOT_A_QUESTION, f"This is not a question: {error}."
+            ) from None
         self._check_receiver(question)
         peer = question.sender, question.instance
         challenge = self._challenges.setdefault(peer, secrets.token_hex(CHALLENGE_BYTES))
@@ -216,7 +219,7 @@ class Listener:
 
 
 def _question(request: Request) -> bytes:
-    """The body of a request to the one route. Raises _Refused."""
+    """The body of a request to the only route. Raises _Refused."""
     if request.path != PATH:
         raise _Refused(404, Refusal.NOT_A_QUESTION, f"There is nothing here but {PATH}.")
     if request.method != "POST":

@@ -1,10 +1,10 @@
-"""The messages of failsafe: a question, its answer, and the code that proves who made them.
+"""The messages of failsafe: a question, its answer, and the authentication code (MAC) of each.
 
-Owns their JSON, their bounds and their authentication. Knows nothing of sockets, and not what a yes is for.
+Owns their JSON, their bounds and their authentication. Knows nothing of sockets, and of what a yes allows.
 
 A code covers the kind of the message and every byte of its body, so a question is never taken for an answer.
-While a secret is changed two are valid: each message carries a code by each of them, and one that fits is
-enough, so the members may be changed one after another in any order.
+While the secret is being changed two secrets are valid: each message has a code for each of them, and one right
+code is enough. So the members' files may be changed one after another, in any order.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ MAC_HEADER = "Failsafe-Mac"
 PATH = "/failsafe/v1/question"
 
 MAX_BODY_BYTES = 4 * 1024
-"""Of a question and of an answer: three ids of 256 characters, a URL and 400 bytes more."""
+"""Bound of a question and of an answer: three ids of 256 characters, a URL and 400 further bytes fit."""
 
 MAX_MACS = 4
-"""Codes in one message that are compared; a member sends two at most."""
+"""How many codes of one message are compared; a member sends two at most."""
 
 LARGEST_EPOCH = 2**53 - 1
 """As in the group API."""
@@ -31,11 +31,11 @@ LONGEST_WHY = 200
 """Characters of the reason in an answer."""
 
 CHALLENGE_BYTES = 16
-"""Of a nonce and of a challenge: 128 bits of chance."""
+"""Size of a nonce and of a challenge: 128 random bits."""
 
 
 class Kind(StrEnum):
-    """What a code is for."""
+    """The kind of message that a code belongs to."""
 
     QUESTION = "question"
     ANSWER = "answer"
@@ -45,13 +45,13 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """May the sender keep the role of its epoch without the coordinator?
 
     Attributes:
-        sender: session id of who asks.
+        sender: session id of the member that asks.
         to: session id of the member that is asked.
         url: of the member that is asked, as the coordinator knows it.
         instance: identifies the process that asks.
-        nonce: of this question; the answer repeats it.
-        challenge: from the last answer of this member; empty without one.
-        rehearsal: whether it is a test, which promises nothing.
+        nonce: identifies this question; the answer repeats it.
+        challenge: from the last answer of the member that is asked; empty before the first.
+        rehearsal: whether the question is only a test, for which no promise is given.
     """
 
     group: str
@@ -69,8 +69,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """The answer to a question.
 
     Attributes:
-        sender: session id of who answers.
-        to: session id of who has asked.
+        sender: session id of the member that answers.
+        to: session id of the member that has asked.
         why: the reason, for people.
         challenge: to put into the next question.
     """
@@ -90,7 +90,7 @@ decode_answer = msgspec.json.Decoder(Answer).decode
 
 
 def sign(keys: Sequence[bytes], kind: Kind, body: bytes) -> str:
-    """The header ``Failsafe-Mac`` of a message: its code by each key."""
+    """The header ``Failsafe-Mac`` of a message: one code for each key."""
     return ", ".join(_code(key, kind, body) for key in keys)
 
 

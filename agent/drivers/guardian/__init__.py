@@ -1,1 +1,1 @@
-"""The agent's end of the guard (agent/guard, R12): runs it, sends it deadlines, notices its loss."""
+"""The agent's side of the guard (agent/guard, R12): start it, send it deadlines, detect its loss."""

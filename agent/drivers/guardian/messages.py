@@ -1,4 +1,4 @@
-"""What the agent sends to the guard, as values and as message fields (agent/guard/main.py). Pure."""
+"""The messages from the agent to the guard, as values and as fields (agent/guard/main.py). Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ class GuardHook:
 
     Attributes:
         commands: run one after the other.
-        environment: all variables that they have.
+        environment: all their variables.
         stdin: what each command reads: the hook payload as JSON.
         directory: their working directory.
         user: user id, or None for the agent's own; ``group`` and ``groups`` are used with it only.
@@ -51,10 +51,11 @@ class Arming:
     """The deadlines of a tenure, and the processes to kill then. Moments are CLOCK_BOOTTIME seconds.
 
     Attributes:
-        hook_at: when it stops the agent and runs the demotion hook; infinity while the agent demotes.
-        kill_at: when it kills the tenure's processes.
-        agent_at: when it kills an agent that demotes, or None for ``kill_at``. Later than ``kill_at``
-            if the agent runs its fence command after a demotion that has failed.
+        hook_at: when the guard stops the agent and runs the demotion hook; infinity while the agent
+            runs it.
+        kill_at: when the guard kills the tenure's processes.
+        agent_at: when the guard kills an agent that demotes, or None for ``kill_at``. Later than
+            ``kill_at`` if the agent runs its fence command after a failed demotion.
         running: process groups of running hooks, killed first.
         groups: process groups of hooks that have run in this tenure, killed last.
         workload: process group of the command of ``exec``, stopped before the hook, or None.

@@ -1,6 +1,6 @@
-"""The guard's program, kept in memory: the sources that were installed when this process started.
+"""Keep the guard's program in memory, as it was installed when this process started.
 
-A program that has been replaced on disk since then may have other messages.
+A program that was replaced on disk since then may use other messages.
 """
 
 import fcntl
@@ -37,8 +37,8 @@ for name, code in marshal.loads(os.pread(program, os.fstat(program).st_size, 0))
 del code
 sys.exit(module.main())
 """
-"""Runs the guard's program: with -I -S it can import nothing of ours. Compiling it would cost the guard
-2 MiB, so the same version of Python has compiled it before."""
+"""The bootstrap of the guard's program, which cannot import our modules, as Python runs with -I -S. A process of
+the same Python version compiles the program before, which saves the guard 2 MiB."""
 
 HANDBACK = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.release_helper import main;"
@@ -72,7 +72,7 @@ def _code(name: str) -> CodeType:
 
 
 def sealed_memory(data: bytes) -> int:
-    """Return the descriptor of a memory file with ``data``, which nobody can change any more."""
+    """Return the descriptor of a file in memory with ``data``, sealed so that nobody can change it."""
     descriptor = os.memfd_create("guard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(data)

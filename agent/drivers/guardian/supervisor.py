@@ -31,10 +31,10 @@ START_S = 10.0
 """How long a guard may take to start."""
 
 RESTART_S = 1.0
-"""At most one guard is started in this time: one that dies at once must not become a fork loop."""
+"""The least interval between two starts, so that a guard that dies at once does not cause a fork loop."""
 
 MOST_ABANDONED = 8
-"""While so many killed guards are not gone, stuck in the kernel, no further one is started."""
+"""While so many killed guards are stuck in the kernel, no further guard is started."""
 
 GONE_S = 0.1
 """How long ``call_off`` waits for a guard that it had to kill; a frozen one is left to the kernel."""
@@ -42,7 +42,7 @@ GONE_S = 0.1
 STEP_S = 0.005
 
 HANDBACK_BYTES = 16 * 1024
-"""Longest document: all messages to a new guard have to fit into the socket together."""
+"""Bound of the document: all messages to a new guard have to fit into the socket together."""
 
 log = Log(__name__)
 
@@ -166,7 +166,7 @@ class Guardian:
         """Notice a guard that does not answer, and poll an idle one. Call it often."""
         self._reap()
         while self._socket is not None and self._receive_answer():
-            pass  # read first: answers are not late if this process was
+            pass  # read first: an answer is not late if this process was late to read it
         if not self._unanswered and self._clock.boottime() - self._sent_at > self.limit_s:
             self._send_arming()
         if self._unanswered:
@@ -176,7 +176,7 @@ class Guardian:
                 self._lost(f"the guard has not answered for {late_s:.3f} s")
 
     async def call_off(self) -> None:
-        """Disarm and stop the guard. Only when nothing is left to demote; may be called twice."""
+        """Disarm and stop the guard. Call it only when nothing is left to demote; may be called twice."""
         self._stop()
         self._arming = None
         self._send_arming()
@@ -186,7 +186,7 @@ class Guardian:
             self._killed.append(process)
         await self._wait_until_gone(self.limit_s)
         if self._starting is not None:
-            self._starting.cancel()  # if it ever starts, its socket is closed, and it ends
+            self._starting.cancel()  # if this guard ever starts, it finds its socket closed, and ends
         for process in self._killed:
             process.kill()
         await self._wait_until_gone(GONE_S)
@@ -247,7 +247,7 @@ class Guardian:
         except BaseException as error:
             ours.close()
             if isinstance(error, StuckError):
-                theirs.close()  # no thread has it
+                theirs.close()  # no thread could be started for it
             raise
         self._process = process
         if self._closed:

@@ -23,10 +23,10 @@ SCRIPT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """The names that run-parts accepts by default."""
 
 HEADER_BYTES = 256
-"""What the kernel reads of a file to execute it; an interpreter line has to fit."""
+"""How many bytes of a file the kernel reads to execute it; an interpreter line has to fit."""
 
 MOST_SCRIPTS = 64
-"""In one directory. Each keeps a process id until its run is released (HookProcess.release)."""
+"""The most scripts in a directory. Each keeps a process id until its run is released (HookProcess.release)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def scripts_in(directory: Path) -> tuple[tuple[Path, ...], tuple[tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class HookCheck:
-    """Rejects what could not run as a hook, or what others could change (R11).
+    """Rejects programs that cannot run as a hook, or that others could change (R11).
 
     Attributes:
         name: of the hook, for the message.

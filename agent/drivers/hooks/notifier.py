@@ -63,7 +63,7 @@ class Notifier:
             self._working = asyncio.get_running_loop().create_task(self._work())
 
     async def drain(self, timeout_s: float) -> None:
-        """Run what is queued, for ``timeout_s`` seconds at most; drop the rest. For the exit."""
+        """Run the queued hooks, for ``timeout_s`` seconds at most, and drop the rest. Used at the exit."""
         if self._working is None:
             return
         with suppress(TimeoutError):
@@ -102,7 +102,7 @@ class Notifier:
                 why = result.why if result is not None else "it does not end, even after KILL"
                 log.warning("notification failed", hook=run.name, reason=why, failed=self.failed)
             if run.ended:
-                self._runner.release(run)  # it is never signalled again
+                self._runner.release(run)  # this run is never signalled again
 
     async def _wait_with_limit(self, run: HookRun) -> None:
         for limit_s, then in ((self.limit_s, run.term), (GRACE_S, run.kill), (KILLED_S, None)):

@@ -8,8 +8,8 @@ from agent.model import Role
 from agent.schema.scalars import format_date_time
 
 LONGEST_TEXT = 1024
-"""Characters of a text that may be a server's: an id has 256 at most, and a variable that is too long, or has
-a NUL, would let no hook start."""
+"""The most characters of a text that may come from a server. An id has at most 256; with a variable that is too long,
+or has a NUL, no hook could start."""
 
 
 def build_payload(

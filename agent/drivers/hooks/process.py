@@ -33,27 +33,27 @@ from agent.ops.logs import Log
 from agent.ops.process import NO_TENURE, Child, inherited_variables, mark
 
 RUN_BYTES = 64 * 1024
-"""Logged output of one run: enough to find a fault, too little to fill a disk."""
+"""Bytes of one run's output that are logged: enough to find a fault, too few to fill a disk."""
 
 RUN_LINES = 1000
-"""Logged lines of one run: a line costs the event loop some 20 microseconds."""
+"""Lines of one run's output that are logged: a line costs the event loop some 20 microseconds."""
 
 LINE_BYTES = 4 * 1024
-"""Logged bytes of one line; the journal splits at 48 KiB."""
+"""Bytes of one line that are logged; the journal splits lines at 48 KiB."""
 
 CHUNK_BYTES = 4 * 1024
 DRAIN_BYTES = 64 * 1024
 """Bytes per read while output is logged, and when it is discarded (a full pipe)."""
 
 LAST_READS = 32
-"""Reads of a pipe at the hook's end: all of the largest pipe of an ordinary user, 1 MiB. Bounded, as
+"""How often a pipe is read at the hook's end: the largest pipe of an ordinary user, 1 MiB, is emptied. Bounded, as
 processes that the hook left behind may go on writing."""
 
 LINGER_S = 0.1
-"""How long the output of the hook's children is still read after its end."""
+"""How long output of a hook's children is read after the hook has ended."""
 
 VITAL = frozenset({"secondary", "fence"})
-"""Hooks that demote: their threads may be reserved ones (ops/reserve.py)."""
+"""Hooks that demote: they may use reserved threads (agent/ops/reserve.py)."""
 
 log = Log(__name__)
 
@@ -234,11 +234,11 @@ class HookProcess:
         return await asyncio.shield(self._ended)
 
     def term(self) -> None:
-        """SIGTERM to the whole group, if any of it is left."""
+        """Send SIGTERM to the process group, if any process of it is left."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, if any of it is left."""
+        """Send SIGKILL to the process group, if any process of it is left."""
         self._signal(signal.SIGKILL)
 
     def release(self) -> None:
@@ -359,7 +359,7 @@ class HookProcess:
 def _open_payload(data: bytes) -> IO[bytes]:
     """Return a file with the payload, for a hook's stdin. Raises OSError."""
     try:
-        # In memory, and no pipe: a hook that does not read it blocks no writer.
+        # A file in memory rather than a pipe: a hook that does not read its stdin blocks no writer.
         file = os.fdopen(os.memfd_create("payload"), "w+b", buffering=0)
     except OSError:
         return _payload_pipe(data)
@@ -375,7 +375,7 @@ def _open_payload(data: bytes) -> IO[bytes]:
 
 
 def _payload_pipe(data: bytes) -> IO[bytes]:
-    """The same as a pipe, in which an ordinary payload fits. Raises OSError if it does not."""
+    """Return a pipe that contains the payload. Raises OSError if it is too long for one."""
     stdin, end = os.pipe()
     try:
         os.set_blocking(end, False)

@@ -1,7 +1,7 @@
 """Run the steps of a hook, one after the other.
 
-Owns the order of steps, their retries, and the process groups of a run. Knows nothing of limits and of why
-a hook runs: the caller limits a run by ``term``, then ``kill``.
+Owns the order of steps, their retries, and the process groups of a run. Knows nothing of time limits and of why a
+hook runs: the caller enforces its limit by ``term``, then ``kill``.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from agent.drivers.hooks.process import VITAL, HookExit, HookProcess
 from agent.drivers.hooks.spec import CommandStep, HookSpec, Step, WebhookStep
-from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.process import Child
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
 
 KEPT = 16
-"""Ended runs that are not released: a tenure's promotions, and all attempts to demote within one budget.
-Each of their steps keeps one process id in use."""
+"""How many ended runs are not released: a tenure's promotions, and all attempts to demote within one budget. Each of
+their steps keeps one process id in use."""
 
 RETRY_PAUSE_S = 0.5
 """Delay before a retry: a service may need a moment, and retries must not become a fork loop."""
@@ -114,14 +113,18 @@ class HookRun:
 
     def start(self) -> None:
         """Start the run. Called once, by ``HookRunner.start``."""
-        self._task = self._loop.create_task(self._run_steps())
+        self._task = self._loop.create_task(self._run())
 
-    async def _run_steps(self) -> None:
+    async def _run(self) -> None:
         try:
-            steps = await self._read_steps()
-        except (ConfigError, OSError, StuckError) as error:
-            self._finish(HookExit(None, None, 0.0, error=str(error)))
-            return
+            result = await self._run_steps()
+        except Exception as error:  # noqa: BLE001 - the task's edge: somebody waits for the result
+            result = HookExit(None, None, 0.0, error=str(error) or type(error).__name__)
+        self._finish(result)
+
+    async def _run_steps(self) -> HookExit:
+        """Run the steps. Raises ConfigError, OSError or StuckError if they cannot be read."""
+        steps = await self._read_steps()
         failed: HookExit | None = None
         result = HookExit(0, None, 0.0)
         for step in steps:
@@ -132,7 +135,7 @@ class HookRun:
             if not result.ok and not self._spec.all_steps:
                 break
             failed = failed or (None if result.ok else result)
-        self._finish(failed or result)
+        return failed or result
 
     async def _read_steps(self) -> tuple[Step, ...]:
         """Read the steps in a thread: the directory may be on a dead disk.

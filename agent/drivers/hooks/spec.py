@@ -237,6 +237,9 @@ def _tls(ca_file: Path | None, urls: list[str]) -> ssl.SSLContext | None:
     """The TLS context for webhooks, with the file's or the system's certificates."""
     if not urls:
         return None
+    # Now, and not when it is called: the program may be replaced on disk meanwhile.
+    import agent.drivers.hooks.webhook  # noqa: F401, PLC0415 - 0.1 s, for few
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if ca_file is not None:

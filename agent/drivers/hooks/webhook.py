@@ -22,7 +22,7 @@ from agent.ops.logs import Log
 
 ANSWER_BYTES = 4 * 1024
 ANSWER_LINES = 64
-"""Logged part of an answer's body."""
+"""Bytes of an answer's body that are logged."""
 
 ANSWER_S = 1.0
 """How long the body may take; the status has already decided the result."""
@@ -108,7 +108,7 @@ class Webhook:
                 error = await self._post(json.dumps(payload).encode())
         except asyncio.CancelledError:
             error = f"{self._shown} gave no answer before {self._cancelled_by}"
-            if self._cancelled_by is None:  # the loop ends, not this hook
+            if self._cancelled_by is None:  # the event loop is ending, not only this hook
                 raise
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as fault:
             error = f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"

@@ -1,9 +1,9 @@
-"""Where the data-processed time comes from, beside ``POST /data-processed``.
+"""Sources of the data-processed time other than ``POST /data-processed``.
 
-Owns the source of the ``[progress]`` table: it never blocks the event loop and never ends on bad input.
-What is refused is counted by reason, and logged when the reason changes. Knows no kind of source, and
-nothing of roles and tenures: it reports each time that it reads, also an old or a lower one, and the
-daemon lets none go back within a tenure (R18).
+Owns the source of the ``[progress]`` table: it never blocks the event loop and never ends on bad input. Refused
+times are counted by reason, and logged when the reason changes. Knows no kind of source, and nothing of roles and
+tenures: it reports each time that it reads, even one that goes back, which the daemon ignores within a
+tenure (R18).
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from agent.schema.progress import ProgressSource
 __all__ = ["Plausible", "Progress", "Reason", "Refused", "read_time"]
 
 QUIET_S = 60.0
-"""Interval in which the same reason is logged once: a source that comes and goes must not fill the log."""
+"""Interval in which the same reason is logged once, so that an unsteady source does not fill the log."""
 
 log = Log(__name__)
 
@@ -29,12 +29,12 @@ class Progress:
 
     Args:
         settings: the source. A command must have passed ``HookCheck.check_command``.
-        clock: what future times are measured by.
-        report: given each plausible time (aware, UTC), in the event loop; must return at once.
+        clock: decides which times are in the future.
+        report: called in the event loop with each plausible time (aware, UTC); must return at once.
 
     Attributes:
         refused: how many times were refused since the start, by every Reason.
-        last_error: why the latest was refused; None if it was taken, or none has come.
+        last_error: why the latest time was refused; None if it was accepted, or before the first one.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Progress:
         await self._source.start()
 
     async def stop(self) -> None:
-        """Read no more, and leave nothing behind. May be called twice, or without a start."""
+        """Stop reading, and clean up. May be called twice, or without a start."""
         if self._source is not None:
             await self._source.stop()
 
     def receive_text(self, data: bytes, key: str | None = None) -> None:
-        """Take a time from text."""
+        """Parse a text, and report its time."""
         try:
             self.receive_time(read_text(data, key))
         except Refused as refused:
@@ -84,7 +84,7 @@ class Progress:
         self._log(None)
 
     def refuse(self, refused: Refused) -> None:
-        """Count and log that there is no time."""
+        """Count and log that no time could be read."""
         self._refused[refused.reason.value] += 1
         self.last_error = str(refused)
         self._log(refused.reason)

@@ -1,6 +1,6 @@
-"""The source ``command``: a command that prints the time, run as ops/command.py describes.
+"""The source ``command``: runs a command (agent/ops/command.py) that prints the time.
 
-At its end or limit all of its process group is killed.
+When it ends, or at its timeout, its whole process group is killed.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from agent.ops.command import Command
 from agent.schema.formats import NeededCommand
 
 LONGEST_OUTPUT = 4 * 1024
-"""Bytes of each stream of a command that prints one line."""
+"""The most bytes that are read of each stream of a command, which should print one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,4 +75,4 @@ class CommandReader:
         return read_text(last_line(stdout))
 
     async def close(self) -> None:
-        """Nothing is left: a cancelled run has ended its group."""
+        """Do nothing: a cancelled run has ended its process group."""

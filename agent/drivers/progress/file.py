@@ -1,7 +1,7 @@
 """The sources ``file`` and ``file_time``: the last line of a file, and its modification time.
 
-The directory may be the workload's, and the agent root: no link is followed, nothing but a regular file is
-opened, and no content is shown in a refusal.
+The workload may own the directory while the agent is root: no link is followed, only a regular file is opened, and
+no content is shown in an error.
 """
 
 import os
@@ -87,7 +87,7 @@ class FileReader:
             raise Refused(Reason.UNREADABLE, text) from error
 
     async def close(self) -> None:
-        """As in ``Reader``."""
+        """Do nothing: each reading closes its file."""
 
 
 def _read_content(path: Path, key: str | None) -> datetime:

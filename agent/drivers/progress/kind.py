@@ -1,4 +1,4 @@
-"""What every kind of source is made of: its settings, the source itself, and where its times go.
+"""The base of every kind of source: its settings, the source itself, and the receiver of its times.
 
 A kind's file has one subclass of ``SourceKind`` (or of ``PolledSource``): a dataclass that declares the
 keys of its table, and that opens the source. ``agent/schema/kinds.py`` lists the kinds.
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 
 class Receiver(Protocol):
-    """Where a source's times go, in the event loop."""
+    """Receives a source's times, in the event loop."""
 
     def receive_time(self, time: datetime) -> None:
-        """A time was read."""
+        """Receive a time that was read."""
 
     def receive_text(self, data: bytes, key: str | None = None) -> None:
-        """A text came in that should be a time, or JSON with a time at ``key``."""
+        """Receive a text that should be a time, or JSON with a time at ``key``."""
 
     def refuse(self, refused: Refused) -> None:
-        """There is no time, for this reason."""
+        """Receive the reason why no time could be read."""
 
 
 class Source(Protocol):
@@ -39,7 +39,7 @@ class Source(Protocol):
         """Begin to read. Raises ConfigError if it cannot."""
 
     async def stop(self) -> None:
-        """Read no more, and leave nothing behind. May be called twice, or without a start."""
+        """Stop reading, and clean up. May be called twice, or without a start."""
 
 
 class SourceKind(ProgressSource):
@@ -56,10 +56,10 @@ class Reader(Protocol):
     """One source that is polled."""
 
     async def read(self) -> datetime:
-        """The time now. Raises Refused if there is none; takes little more than its limit."""
+        """Read the current time of the source. Raises Refused without one; takes little more than its limit."""
 
     async def close(self) -> None:
-        """Leave nothing running or open."""
+        """End processes and close files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class PolledSource(SourceKind):
 
 
 class Polling:
-    """Reads a source again and again, in a task that ends on nothing that it reads.
+    """Reads a source at intervals, in a task that no input can end.
 
     Args:
         make: makes the reader, at the start.
@@ -120,14 +120,14 @@ class Polling:
 
 
 async def read_blocking(lane: BlockingThread, work: Callable[[], T], limit_s: float) -> T:
-    """Do blocking work, and return or raise what it does.
+    """Do blocking work in a thread, and return its result or raise its error.
 
     Raises:
         Refused: TOO_SLOW, at the limit, or while the previous reading is still stuck.
     """
     try:
         return await lane.run(work, timeout_s=limit_s)
-    except TimeoutError as error:  # an OSError, too, which callers report otherwise
+    except TimeoutError as error:  # it is an OSError, too, which callers report differently
         raise Refused(Reason.TOO_SLOW, f"no answer within {limit_s:g} s") from error
     except StuckError as error:
         raise Refused(Reason.TOO_SLOW, str(error)) from error

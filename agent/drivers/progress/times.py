@@ -1,7 +1,7 @@
 """The formats of a reported time, and why one is refused. Pure: no clock, no I/O.
 
-Owns parsing a time from text, JSON and numbers, and the bound on future ones. Knows nothing of where
-a time came from, nor of tenures: that it never goes back within one (R18) is the daemon's.
+Owns parsing a time from text, JSON and numbers, and the bound on future times. Knows nothing of where a time came
+from, nor of tenures: the daemon ensures that it never goes back within one (R18).
 """
 
 import json
@@ -15,17 +15,17 @@ from typing import Any
 from agent.schema.scalars import format_date_time, parse_date_time
 
 LONGEST_TEXT = 64 * 1024
-"""Bytes of a file's end or of a message: a page of state in JSON, read in a millisecond."""
+"""The most bytes of a file's end or of a message: a page of state in JSON, parsed in a millisecond."""
 
 LONGEST_REASON = 300
-"""Characters of a refusal: it goes into the log and into /status."""
+"""The most characters of a refusal, which is logged and shown in /status."""
 
 EARLIEST_S = 100_000_000
-"""3 March 1973. A smaller number is an age, a count or a date without dashes, given by mistake; as a
-time it would make the next primary fetch half a century again. ISO 8601 can express any time."""
+"""3 March 1973. A smaller number is an age, a count or a date without dashes, given by mistake; as a time it would
+make the next primary fetch the data of half a century. ISO 8601 can express any time."""
 
 LATEST_S = 253_402_300_800
-"""The year 10000. Today in milliseconds is above that."""
+"""The year 10000. A current time in milliseconds is above this."""
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -33,7 +33,7 @@ _RIGHT = "right is ISO 8601, such as 2026-01-31T12:00:00Z, or seconds since 1970
 
 
 class Reason(StrEnum):
-    """Why a time was refused: the label that it is counted under."""
+    """Why a time was refused. The values are labels of a metric."""
 
     FUTURE = "future"
     NEVER = "never"
@@ -44,7 +44,7 @@ class Reason(StrEnum):
 
 
 class Refused(ValueError):  # noqa: N818 - bad input is expected, and answered
-    """A time was not taken; the message is one bounded sentence."""
+    """A time was refused; the message is one sentence of bounded length."""
 
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class Refused(ValueError):  # noqa: N818 - bad input is expected, and answered
 
 @dataclass(frozen=True, slots=True)
 class Plausible:
-    """The check that every reported time has to pass, whichever way it came.
+    """The check that every reported time has to pass, from every source.
 
     Attributes:
         max_future_s: how far ahead of this host's clock a time may be, in seconds, 0 or more.
@@ -67,7 +67,7 @@ class Plausible:
         """Return a time if it may count at ``now``. Both are aware.
 
         Raises:
-            Refused: FUTURE. A time that is ahead would hide every later one of the tenure (R18).
+            Refused: FUTURE. A time in the future would hide every later one of the tenure (R18).
         """
         ahead_s = (time - now).total_seconds()
         if ahead_s > self.max_future_s:
@@ -83,8 +83,8 @@ def read_time(value: object, origin: str | None = None) -> datetime:
     """A moment in UTC, from ISO 8601 text, or from seconds since 1970 as a number or as text.
 
     Args:
-        value: is read.
-        origin: names the value in a refusal instead of showing it: what a file has may be a secret.
+        value: to parse.
+        origin: names the value in an error instead of showing it, since a file may contain a secret.
 
     Raises:
         Refused: NOT_A_TIME, or NEVER for 0 and .NET's year 1.
@@ -118,7 +118,7 @@ def from_seconds(seconds: float, origin: str | None = None) -> datetime:
     """
     if seconds == 0:
         raise Refused(Reason.NEVER, "0 means that nothing was processed yet")
-    if not EARLIEST_S <= seconds < LATEST_S:  # NaN is not, either
+    if not EARLIEST_S <= seconds < LATEST_S:  # also false for NaN
         hint = ""
         if LATEST_S <= seconds < math.inf:
             hint = ": this looks like milliseconds, or finer"

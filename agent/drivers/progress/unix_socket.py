@@ -2,13 +2,12 @@
 
 Owns the socket file and the connections. Knows nothing of what a line means.
 
-Its directory may be the workload's, and the agent root: no link is followed, and only a socket of this user
-is replaced, removed or changed.
+The workload may own the directory while the agent is root: no link is followed, and only a socket of this user is
+replaced, removed or changed.
 
-The socket's mode decides who may write to it, and every writer is believed. Of one read the last
-LINES_PER_READ lines are parsed; they supersede those before. A last line without a newline counts at the
-end of the stream. Not promised: that of two agents which are given one path, and start within a
-millisecond of each other, the second is refused.
+The socket's mode decides who may write to it, and every writer is trusted. Only the last LINES_PER_READ lines of
+one read are parsed, as they supersede earlier ones. A last line without a newline counts at the end of the stream.
+Not promised: if two agents have the same path and start within a millisecond, the second may not be refused.
 """
 
 import asyncio
@@ -31,16 +30,16 @@ from agent.schema.fields import Format
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture
 
 LONGEST_SOCKET_PATH = 107
-"""Bytes; the kernel's address has 108 with the closing NUL (unix(7))."""
+"""The longest path in bytes: an address has 108 with the closing NUL (unix(7))."""
 
 LONGEST_LINE = 1024
-"""Bytes. A time has under 40."""
+"""The longest line in bytes. A time has under 40."""
 
 LINES_PER_READ = 64
-"""Some 0.5 ms; a flood of lines delays a heartbeat by no more than that."""
+"""How many lines are parsed at a time: some 0.5 ms, by which a flood of lines can delay a heartbeat."""
 
 MOST_CONNECTIONS = 32
-"""A workload and its scripts. Each costs a few KiB and may stay silent for ever."""
+"""The most connections, for a workload and its scripts. Each takes a few KiB and may stay silent for ever."""
 
 BACKLOG = 32
 
@@ -96,9 +95,9 @@ class Listener:
         self._lane = BlockingThread(f"progress socket {settings.path}")
         self._identity: tuple[int, int] | None = None
         self._directory: int | None = None
-        """The directory that the socket was made in, whatever its path leads to by now."""
+        """The directory in which the socket was created, even if its path has changed since."""
         self._abandoned = False
-        """Whether the start has been given up, while the blocking thread may still make the socket."""
+        """Whether the start was cancelled while its thread may still create the socket."""
         self._server: asyncio.Server | None = None
         self._datagrams: asyncio.DatagramTransport | None = None
 
@@ -129,7 +128,7 @@ class Listener:
             )
 
     async def stop(self) -> None:
-        """Listen no more, and remove the socket."""
+        """Stop listening, and remove the socket."""
         with suppress(OSError, StuckError):
             await self._lane.run(self._remove, timeout_s=FILE_S)
         if self._server is not None:
@@ -166,9 +165,7 @@ class Listener:
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
             _clear(path, kind)
-            os.fchmod(
-                listening.fileno(), mode
-            )  # bind applies it, so the socket never has a wider mode
+            os.fchmod(listening.fileno(), mode)  # bind applies the umask: the mode is never wider
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
         except OSError:
@@ -185,15 +182,15 @@ class Listener:
 
 
 def _pinned(directory: int, path: Path) -> Path:
-    """The path by the descriptor of its directory: nobody can lead it elsewhere."""
+    """The path by way of the directory's descriptor, so that nobody can redirect it."""
     return Path(f"/proc/self/fd/{directory}", path.name)
 
 
 def _set_mode(path: Path, mode: int) -> tuple[int, int]:
-    """Set the mode of a new socket, which the umask has reduced; return its device and inode.
+    """Set the mode of a new socket, which the umask has restricted; return its device and inode.
 
     Raises:
-        OSError: there is something else by now.
+        OSError: the path is not this socket any more.
     """
     made = _open_socket(path)
     try:
@@ -205,7 +202,7 @@ def _set_mode(path: Path, mode: int) -> tuple[int, int]:
 
 
 def _open_socket(path: Path) -> int:
-    """A descriptor (O_PATH) of a socket of this user: nothing that its name leads to later is meant.
+    """A descriptor (O_PATH) of a socket of this user, so that a later replacement of the file has no effect.
 
     Raises:
         OSError: FileNotFoundError for nothing there; else it is something else, or somebody else's.
@@ -294,7 +291,7 @@ class _Lines(asyncio.Protocol):
 
 
 class _Datagrams(asyncio.DatagramProtocol):
-    """The loop reads one a turn, so a flood delays nothing."""
+    """Receives datagrams. The loop reads one in each iteration, so a flood delays nothing else."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener

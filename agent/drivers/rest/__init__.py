@@ -1,7 +1,7 @@
-"""The group API as its callers see it: RestClient, and OAuth2 credentials for it.
+"""The client of the group API: RestClient, and OAuth2 credentials for it.
 
-``exchange`` is one request and its answer, ``credentials`` the tokens, ``endpoints``
-which endpoint is asked, and ``client`` the operations of the API.
+``exchange`` has one request and its answer, ``credentials`` the tokens, ``endpoints`` the choice of the endpoint, and
+``client`` the operations of the API.
 """
 
 from agent.drivers.rest.client import RestClient

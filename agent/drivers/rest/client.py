@@ -42,7 +42,7 @@ PAGE = 100
 """Page size of lists, the documented default."""
 
 MOST_PAGES = 1000
-"""Limit of pages, whatever Total-Count is: 100,000 groups are more than a coordinator serves."""
+"""The most pages that are read, whatever Total-Count is: a coordinator serves fewer than 100,000 groups."""
 
 
 class RestClient(Endpoints):
@@ -51,7 +51,7 @@ class RestClient(Endpoints):
     # --- requests of an agent -----------------------------------------------------------------------
 
     async def ensure_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
-        """The group as the server has it, created from ``config`` if it was missing.
+        """Create the group from ``config`` if it is missing; return the server's version of it.
 
         An existing group with another configuration is used as it is, with its timeout, as v1 clients do
         (docs/api.md). ``timeout_s`` bounds both requests together.
@@ -77,22 +77,22 @@ class RestClient(Endpoints):
         instance: str | None = None,
         failsafe_url: str | None = None,
     ) -> str | None:
-        """Register the session, or find it registered with the same configuration.
+        """Register the session. One that is registered with the same configuration counts as success.
 
         Args:
             group: its id.
             session: its configuration.
             timeout_s: seconds.
             instance: this process; None unless the server is known to have extensions.
-            failsafe_url: this process's failsafe listener, likewise.
+            failsafe_url: URL of this process's failsafe listener; None under the same condition.
 
         Returns:
             The id of the store that it is registered in. None means a plain v1 server, which may
             refuse any extension: send it no instance, no epoch, no blocking read and no release.
 
         Raises:
-            ServerError: ``status`` 404 if the group is gone; 409 if the id is taken by a session of
-                another configuration.
+            ServerError: ``status`` 404 if the group is gone; 409 if a session with this id has another
+                configuration.
         """
         return await self._request(
             "POST",
@@ -120,7 +120,7 @@ class RestClient(Endpoints):
         failsafe_revision: int | None = None,
         promised: bool = False,
     ) -> HeartbeatAnswer:
-        """One heartbeat.
+        """Send a heartbeat; return its answer.
 
         Args:
             group: its id.
@@ -133,10 +133,10 @@ class RestClient(Endpoints):
             failsafe_url: this process's failsafe listener, or None without failsafe.
             holds: the epoch that this process holds, or None.
             failsafe_revision: the revision of the set of members that it uses, or None.
-            promised: whether a promise to another member binds it.
+            promised: whether a promise to another member binds this process.
 
         Raises:
-            ServerError: ``status`` 404 if the group or the session is gone; 429 if it came too soon.
+            ServerError: ``status`` 404 if the group or the session is gone; 429 if the heartbeat is too soon.
         """
         return await self._request(
             "POST",
@@ -166,8 +166,8 @@ class RestClient(Endpoints):
         Args:
             group: its id.
             after: the newest revision seen, or None to be answered at once.
-            wait_s: for how long the server may hold the answer back, if ``after`` is given. A plain v1
-                server answers at once all the same: poll it.
+            wait_s: how long the server may delay the answer, if ``after`` is given. A plain v1 server
+                always answers at once: poll it.
             timeout_s: for everything beside that wait.
 
         Raises:
@@ -208,8 +208,8 @@ class RestClient(Endpoints):
         Args:
             group: its id.
             session: its id.
-            epoch: that of the tenure that has ended.
-            instance: the process that held it; a release of another one is ignored.
+            epoch: of the tenure that has ended.
+            instance: the process that held it; the server ignores a release of another process.
             reason: for the history.
             hold_off_s: seconds in which this session is not to be chosen again, or None.
             last_data: when data was last processed, or None for never.
@@ -217,8 +217,8 @@ class RestClient(Endpoints):
             timeout_s: seconds.
 
         Raises:
-            ServerError: a plain v1 server knows no release: ``status`` 404, or NOT_THE_API. The lease
-                expires there.
+            ServerError: ``status`` 404 or NOT_THE_API by a plain v1 server, which has no releases: there the
+                lease has to expire.
         """
         await self._request(
             "POST",
@@ -243,12 +243,13 @@ class RestClient(Endpoints):
 
         Args:
             group: its id.
-            epoch: the newest one of the group.
+            epoch: the newest epoch of the group.
             reason: for the history.
             timeout_s: seconds.
 
         Raises:
-            ServerError: ``status`` 409 if somebody is primary, or in another epoch; 404 without the group.
+            ServerError: ``status`` 409 if somebody is primary, or the epoch is not the newest; 404 without
+                the group.
         """
         await self._request(
             "POST",
@@ -262,7 +263,7 @@ class RestClient(Endpoints):
         )
 
     async def leave(self, group: str, session: str, *, timeout_s: float) -> None:
-        """Delete the session. It is a success too if it or its group is gone already.
+        """Delete the session. A session or group that is gone already counts as success, too.
 
         Raises:
             ServerError: see the module.
@@ -294,7 +295,7 @@ class RestClient(Endpoints):
     async def groups(self, *, timeout_s: float) -> list[GroupConfig]:
         """Every group that the caller may see, page by page; ``timeout_s`` is for each page.
 
-        A group that is made or deleted meanwhile may be missing; none is there twice.
+        A group that is created or deleted meanwhile may be missing; none appears twice.
         """
         found: dict[str, GroupConfig] = {}
         for page in range(MOST_PAGES):
@@ -327,10 +328,10 @@ class RestClient(Endpoints):
         )
 
     async def create_group(self, config: GroupConfig, *, timeout_s: float) -> GroupConfig:
-        """Create a group, or find it with the same configuration; return it as the server has it.
+        """Create a group, or find one with the same configuration; return the server's version of it.
 
         Raises:
-            ServerError: ``status`` 409 if it is there with another configuration.
+            ServerError: ``status`` 409 if the group exists with another configuration.
         """
         return await self._request(
             "POST",
@@ -371,7 +372,7 @@ class RestClient(Endpoints):
         )
 
     async def forget_session(self, group: str, session: str, *, timeout_s: float) -> None:
-        """Remove a member if it is inactive. A plain v1 server does not know that condition.
+        """Remove a member if it is inactive. A plain v1 server ignores that condition.
 
         Raises:
             ServerError: ``status`` 404 if there is none; 409 if it is active.
@@ -446,7 +447,7 @@ def _total_count(answer: Answer) -> int | None:
 
 
 def _check_no_content(answer: Answer) -> None:
-    """Check an answer without content: empty or JSON, but no HTML page."""
+    """Check an answer that needs no content: it is empty or JSON, but not an HTML page."""
     if answer.body.strip():
         try:
             json.loads(answer.body)

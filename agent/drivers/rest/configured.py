@@ -1,4 +1,4 @@
-"""The client that the settings describe: endpoints, credentials, certificates, proxy."""
+"""Build the client from the settings: endpoints, credentials, certificates, proxy."""
 
 import ssl
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from agent.schema.settings import AgentSettings
 
 
 def client_for(settings: AgentSettings, access: ServerAccess | None = None) -> RestClient:
-    """A client for the endpoints of the settings, with their credentials and CA. Close it.
+    """Build a client for the endpoints of the settings, with their credentials and CA. Close it at the end.
 
     Args:
         settings: name the endpoints.

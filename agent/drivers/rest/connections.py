@@ -16,11 +16,11 @@ from agent import __version__
 from agent.ops.names import Names
 
 LONGEST_ANSWER = 1024 * 1024
-"""Bytes of one answer. A page of 100 groups takes about 20 KiB; a server gone mad must not fill the
-memory of an edge host."""
+"""The longest answer. A page of 100 groups has about 20 KiB; a faulty server must not fill the memory of an edge
+host."""
 
 LONGEST_CONNECT_S = 10.0
-"""Timeout of connecting for a request that has no time limit of its own."""
+"""Timeout to connect, for a request that has no timeout of its own."""
 
 _HTTP = b"HTTP/"
 
@@ -84,7 +84,7 @@ class _Stream(httpcore2.AsyncNetworkStream):
 
 
 class _Backend(httpcore2.AnyIOBackend):
-    """Connections whose names are resolved by ``names``, never by the shared executor.
+    """Opens connections. Host names are resolved by ``names``, never by the shared executor.
 
     Args:
         proxied: all connections are to a proxy.
@@ -205,7 +205,7 @@ def open_client(
         follow_redirects=False,
         cookies=CookieJar(
             DefaultCookiePolicy(allowed_domains=[])
-        ),  # none is kept: a server could fill the memory
+        ),  # no cookie is kept: a server could fill the memory
         headers={
             "User-Agent": f"failover-agent/{__version__}",
             "Accept": "application/json",

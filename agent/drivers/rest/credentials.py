@@ -31,13 +31,13 @@ REFRESH_SHARE = 0.8
 """Share of a token's life after which the next one is fetched: a fifth is left for trouble."""
 
 FETCH_TIMEOUT_S = 10.0
-"""Timeout of the discovery, and again of the token request: identity servers are slow after their start."""
+"""Timeout of the discovery and of the token request, each: identity servers are slow after their start."""
 
 DEFAULT_LIFE_S = 300.0
 """The life of a token whose server does not state it (RFC 6749 only recommends to)."""
 
 CONNECTIONS = 8
-"""One for each endpoint whose origin is asked, and some that were given up."""
+"""The most connections: one for the identity server of each endpoint, and some that are being abandoned."""
 
 LONGEST_LIFE_S = 24 * 3600.0
 """Upper limit of a token's lifetime: a revoked secret is noticed within a day."""
@@ -101,7 +101,7 @@ class ClientCredentials(httpx2.Auth):
         return f"ClientCredentials(client_id={self._id!r})"
 
     async def aclose(self) -> None:
-        """Give up a fetch that is under way and close its connections."""
+        """Cancel a fetch that is under way, and close its connections."""
         for fetch in self._fetching.values():
             fetch.cancel()
         if self._fetching:
@@ -168,7 +168,7 @@ class ClientCredentials(httpx2.Auth):
             raise self._refused(answer)
         replace(
             answer, body=b""
-        ).check()  # without the body: an error page may show the request and its secret
+        ).check()  # without the body, which may repeat the request with its secret
         granted = _document(answer)
         token, life_s = granted.get("access_token"), _seconds(granted.get("expires_in"))
         if not (isinstance(token, str) and token and token.isascii() and token.isprintable()):

@@ -49,10 +49,10 @@ CONNECTIONS = 8
 """Connections for all requests but blocking reads. An agent has one or two in flight; each has a timeout."""
 
 BLOCKING_READ_CONNECTIONS = 2
-"""Connections for blocking reads: the one that waits, and one that was just cancelled."""
+"""Connections for blocking reads: one for the read that waits, one for a read that was just cancelled."""
 
 PROBE_CONNECTIONS = 8
-"""Connections for probes, one for each endpoint: silent ones must not use up those of heartbeats."""
+"""Connections for probes, one for each endpoint, so that silent endpoints occupy none of the heartbeats'."""
 
 SLOW_SHARE = 0.5
 """A request that has used this share of its timeout is slow: the other endpoints are probed."""
@@ -117,7 +117,7 @@ class _Connections:
 
     @contextmanager
     def borrowed(self) -> Iterator[Self]:
-        """Keep these connections open meanwhile; only ``aclose`` closes them, and a drain of DRAIN_S."""
+        """Keep these connections open until the block ends. ``aclose`` and a drain of DRAIN_S still close them."""
         self._borrowed += 1
         self._idle.clear()
         try:
@@ -339,7 +339,7 @@ class Endpoints:
     def _on_endpoint_failure(self, asked: int, probe_path: str, timeout_s: float) -> None:
         """Probe the other endpoints, since the current one has failed or is slow."""
         if asked != self._current:
-            return  # of requests that fail together, the first one has switched already
+            return  # another request that failed at the same time has switched already
         self._failing = True
         for index in range(len(self._endpoints)):
             running = self._probes.get(index)

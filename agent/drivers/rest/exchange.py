@@ -34,9 +34,10 @@ LONGEST_QUOTE = 300
 """Characters of a server's own words in a message, so that it stays one readable line."""
 
 LONGEST_CHAIN = 32
-"""Causes of an exception that are followed: the chain could be a circle."""
+"""How many causes of an exception are followed, as the chain could be circular."""
 
 LAST_PORT = 65535
+OPERATION_ID = "operation-id"
 
 log = Log(__name__)
 
@@ -51,7 +52,7 @@ class Answer:
     """A whole answer, of whatever status.
 
     Attributes:
-        what: what it was asked for, as the subject of a message: "heartbeat of session a".
+        what: the request, as the subject of a message: "heartbeat of session a".
     """
 
     what: str
@@ -62,7 +63,7 @@ class Answer:
 
     @property
     def date(self) -> datetime | None:
-        """When the server made it, by its own clock in whole seconds; None if it does not say."""
+        """When the answer was made, by the server's clock in whole seconds; None without a Date header."""
         try:
             return _date(self.headers["date"])
         except (KeyError, ValueError, TypeError, OverflowError):
@@ -76,8 +77,8 @@ class Answer:
         *,
         of_the_api: bool = True,
     ) -> ServerError:
-        """The error that this answer amounts to, with its status and Retry-After."""
-        return _error(
+        """Build the error for this answer, with its status and Retry-After."""
+        error = _error(
             self.what,
             self.url,
             problem,
@@ -86,9 +87,11 @@ class Answer:
             status=self.status if of_the_api else None,
             retry_after_s=retry_after_s(self.headers),
         )
+        error.has_operation_id = OPERATION_ID in self.headers
+        return error
 
     def not_the_api(self, problem: str) -> ServerError:
-        """The error for an answer that is not of the group API."""
+        """Build the error for an answer that does not come from the group API."""
         return self.error(
             problem,
             "the endpoint must be the base path of a group API, up to clientfailover",
@@ -128,7 +131,7 @@ class Answer:
         raise self.error(f"answered {self.status}", quote, ExitCode.REFUSED)
 
     def unreadable(self, why: str) -> ServerError:
-        """The error for a body of success that has not the shape that was promised.
+        """Build the error for a successful answer whose body does not have the expected shape.
 
         HALF_BODY for a body without a length that begins like JSON, else NOT_THE_API.
         """
@@ -147,7 +150,7 @@ class Answer:
         body = self._json()
         if isinstance(body, dict):
             return any(name in body for name in _ERROR_FIELDS)
-        return not self.body and "operation-id" in self.headers
+        return not self.body and OPERATION_ID in self.headers
 
     def _problem_details(self) -> str:
         """Title and detail of a ProblemDetails body, or nothing."""
@@ -342,7 +345,7 @@ def _not_http(what: str, url: str, how: str) -> ServerError:
 
 
 def _of_proxy(what: str, url: str, why: str, root: BaseException) -> ServerError:
-    """The error of the way through a proxy, which has refused, or does not answer itself."""
+    """Build the error for a proxy that has refused the connection, or does not answer."""
     if why.startswith(str(httpx2.codes.PROXY_AUTHENTICATION_REQUIRED.value)):
         right = "check proxy_username and proxy_password_file"
         return _error(what, url, f"is behind a proxy ({why})", right, ExitCode.NOT_AUTHORISED)
@@ -376,7 +379,7 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
 
 
 def was_let_in(error: ServerError) -> bool:
-    """Whether an error is the answer of a server to a caller whose credentials it takes.
+    """Whether an error is an answer to a caller whose credentials the server accepts.
 
     403 is one: the caller is known, and does not have the right.
     """
@@ -385,7 +388,7 @@ def was_let_in(error: ServerError) -> bool:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The first cause, which is the one of the operating system or of OpenSSL."""
+    """The first cause in the chain of exceptions: the error of the operating system or of OpenSSL."""
     root = error
     for _ in range(LONGEST_CHAIN):
         inner = error.__cause__ or error.__context__
@@ -394,8 +397,6 @@ def _root_cause(error: BaseException) -> BaseException:
         if inner is None:
             break
         error = inner
-        if not isinstance(
-            error, ssl.SSLWantReadError | ssl.SSLWantWriteError
-        ):  # they mean "wait", and are no faults
+        if not isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):  # not a fault
             root = error
     return root

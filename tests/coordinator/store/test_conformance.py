@@ -221,7 +221,9 @@ async def test_the_access_list_of_a_namespace_is_its_own_and_replaced_as_a_whole
     assert await store.access("t", "other") == AccessList()
 
 
-async def test_names_are_told_apart_to_the_letter(store: Store, make_record: MakeRecord) -> None:
+async def test_names_that_differ_in_one_letter_are_different(
+    store: Store, make_record: MakeRecord
+) -> None:
     names = [
         "pumps",
         "Pumps",

@@ -234,11 +234,15 @@ async def test_a_backup_replaces_no_file_and_needs_a_store(places: Places, tmp_p
         backup(places.directory, tmp_path / "b")
     await SqliteStore.open(places.directory).close()
     (tmp_path / "b").write_text("mine")
-    with pytest.raises(StoreError, match="exists"):
+    with pytest.raises(StoreError, match="exists") as caught:
         backup(places.directory, tmp_path / "b")
+    assert caught.value.exit_code is ExitCode.USAGE
     assert (tmp_path / "b").read_text() == "mine"
-    with pytest.raises(StoreError):
-        backup(places.directory, tmp_path / "absent" / "b")
+    file = tmp_path / "absent" / "b"
+    with pytest.raises(StoreError, match=f"{file} cannot be written") as caught:
+        backup(places.directory, file)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert "data directory" not in str(caught.value)
 
 
 async def test_a_copy_of_a_restored_store_is_restored_until_it_is_trusted(places: Places) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import ssl
+import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.store import Stored
-from agent.coordinator.store.codec import encode
+from agent.coordinator.store import MOST_ENTRIES, Stored
+from agent.coordinator.store.codec import HISTORY_BOUND, encode
 from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
 from agent.coordinator.store.etcd_client import (
     Etcd,
@@ -23,7 +24,9 @@ from agent.coordinator.store.etcd_client import (
     Json,
     Login,
     delete,
+    end_of,
     put,
+    read,
 )
 from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
@@ -45,6 +48,8 @@ class Lossy:
         self.lost = 0
         self.late = 0
         self.refused = 0
+        self.full = 0
+        self.slow_s = 0.0
         self.held: list[Json] = []
         self.sent = 0
 
@@ -55,11 +60,15 @@ class Lossy:
         if self.refused:
             self.refused -= 1
             raise EtcdUnreachable("no connection")
+        if self.full and self.sent > 1:
+            self.full -= 1
+            raise EtcdRefused("etcd refuses: database space exceeded", 8)
         if self.late:
             self.late -= 1
             self.held.append(body)
             raise EtcdUnknown("no answer yet")
         answer = await self._inner.post(path, body, timeout_s)
+        await asyncio.sleep(self.slow_s)
         if self.lost:
             self.lost -= 1
             raise EtcdUnknown("the answer was lost")
@@ -358,6 +367,96 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         with pytest.raises(EtcdError, match="cannot be connected to"):
             await strangers.get("/absent")
         await strangers.aclose()
+
+
+async def test_a_refusal_of_a_repeated_write_says_nothing_of_the_first_attempt(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """The first one has filled etcd up; its answer was lost, and the others are refused."""
+    transport, store = lossy
+    transport.lost, transport.full = 1, 2
+    version = await store.create(key, make_record(1))
+    assert transport.sent == 4
+    transport.sent, transport.lost, transport.full = 0, 1, 1000
+    with pytest.raises(OutcomeUnknown, match="space exceeded"):
+        await store.swap(key, version, make_record(2))
+    transport.full = 0
+    settled = await store.settle(key, version)
+    assert settled is not None
+    assert settled.record == make_record(2)
+    transport.sent, transport.full = 1, 1
+    with pytest.raises(StoreError, match="nothing was changed"):
+        await store.swap(key, settled.version, make_record(3))
+
+
+async def test_the_first_answer_to_any_attempt_counts(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """A slow answer is awaited while the write is sent again; it is the same write."""
+    transport, store = lossy
+    store._etcd.timeout_s = 0.3
+    transport.slow_s = 0.5
+    version = await store.create(key, make_record(1))
+    assert transport.sent > 1
+    transport.slow_s = 0.0
+    assert await store.load() == {key: Stored(version, make_record(1))}
+
+
+async def test_old_tenures_are_forgotten_many_at_a_time(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """A change of role in a group with a full history is one transaction, as in any other group."""
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    tenures = [HistoryEntry(epoch, "s", SINCE, "chosen") for epoch in range(1, HISTORY_BOUND + 200)]
+    full, rest = tenures[:HISTORY_BOUND], tenures[HISTORY_BOUND:]
+    for first in range(0, len(full), MOST_ENTRIES):
+        some = full[first : first + MOST_ENTRIES]
+        version = await store.swap(key, version, make_record(1), some)
+    transport.sent = 0
+    for one in rest:
+        version = await store.swap(key, version, make_record(1), [one])
+    assert len(rest) < transport.sent <= len(rest) + 2
+    total, entries = await store.history(key, count=2 * HISTORY_BOUND)
+    assert (total, entries) == (HISTORY_BOUND, tenures[: -HISTORY_BOUND - 1 : -1])
+    prefix = store._layout.history(key)
+    kept = await store._etcd.range(read(prefix, end_of(prefix), count_only=True))
+    assert HISTORY_BOUND <= kept.count < HISTORY_BOUND + MOST_ENTRIES
+
+
+def make_key(directory: Path) -> tuple[Path, Path]:
+    key, public = directory / "jwt.key", directory / "jwt.pub"
+    for words in (("genrsa", "-out", key, "2048"), ("rsa", "-in", key, "-pubout", "-out", public)):
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+    return key, public
+
+
+async def test_a_login_is_renewed_when_users_of_etcd_have_changed(tmp_path: Path) -> None:
+    """A JWT is of one revision of users and roles. Turning authentication off and on again ends nothing either."""
+    key, public = make_key(tmp_path)
+    token = f"jwt,pub-key={public},priv-key={key},sign-method=RS256,ttl=10m"
+    with an_etcd(tmp_path, flags=("--auth-token", token)) as server:
+        anonymous = Gateway(server.urls)
+
+        async def administer(path: str, body: Json, by: Gateway) -> None:
+            await by.post(f"/v3/auth/{path}", body, 5.0)
+
+        await administer("user/add", {"name": "root", "password": "secret"}, anonymous)
+        await administer("role/add", {"name": "root"}, anonymous)
+        await administer("user/grant", {"user": "root", "role": "root"}, anonymous)
+        await administer("enable", {}, anonymous)
+        root, mine = (Gateway(server.urls, login=Login("root", "secret")) for _ in range(2))
+        etcd = Etcd(mine, 5.0)
+        assert await etcd.get("/absent") is None
+        await administer("role/add", {"name": "another"}, root)
+        assert await etcd.get("/absent") is None
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        await administer("disable", {}, root)
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        await administer("enable", {}, anonymous)
+        assert (await etcd.txn([], [put("/some", "value")])).succeeded
+        for one in (anonymous, root, mine):
+            await one.aclose()
 
 
 async def test_a_leader_that_was_deposed_cannot_declare_the_store_as_restored(

@@ -19,6 +19,19 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+def a_member_of(cluster_id: str, path: str = "") -> Serve:
+    """Answers as a member of an etcd cluster, by a stream at ``path``."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        header = b'{"header":{"cluster_id":"%b"}}' % cluster_id.encode()
+        while asked := await reader.read(65536):
+            body = b'{"result":%b}\n' % header if path and path.encode() in asked else header
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    return serve
+
+
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while await reader.read(65536):
         writer.write(ANSWER)
@@ -58,6 +71,55 @@ async def test_requests_that_time_out_together_leave_a_member_that_hangs_once(
             assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
         finally:
             await gateway.aclose()
+
+
+async def left(gateway: Gateway, endpoint: str) -> None:
+    async with asyncio.timeout(10.0):
+        while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_member_that_is_slow_is_left_before_its_answer_is_given_up() -> None:
+    """Its answer may still come, and meanwhile the others are asked."""
+    answered = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        await answered.wait()
+        writer.write(ANSWER)
+        await hang(reader, writer)
+
+    async with members(slow, answer) as urls:
+        gateway = Gateway(urls, leave_after_s=0.05)
+        try:
+            asking = asyncio.create_task(gateway.post("/v3/kv/range", {}, 10.0))
+            await left(gateway, urls[0])
+            assert await gateway.post("/v3/kv/range", {}, 10.0) == {}
+            answered.set()
+            assert await asking == {}
+            assert gateway.endpoint == urls[1]
+        finally:
+            await gateway.aclose()
+
+
+async def test_a_member_of_another_etcd_cluster_is_left() -> None:
+    """Also by a sibling that has asked nobody yet: a restored member has the same keys at the same revisions."""
+    async with members(a_member_of("1"), a_member_of("2", "watch"), a_member_of("1")) as urls:
+        gateway = Gateway(urls)
+        await gateway.post("/v3/kv/range", {}, 5.0)
+        sibling = gateway.sibling()
+        try:
+            for one in (gateway, sibling):
+                watch = one.stream("/v3/watch", {})
+                for foreign in (anext(watch), one.post("/v3/kv/txn", {}, 5.0)):
+                    one._current = 1
+                    with pytest.raises(EtcdUnknown, match=f"{urls[1]} is of another etcd cluster"):
+                        await foreign
+                assert one.endpoint == urls[2]
+                await one.post("/v3/kv/txn", {}, 5.0)
+        finally:
+            await gateway.aclose()
+            await sibling.aclose()
 
 
 async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

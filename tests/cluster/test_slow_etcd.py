@@ -1,0 +1,67 @@
+"""Leadership while etcd answers slowly, as with a disk that takes long for each write (R19)."""
+
+import asyncio
+
+import pytest
+
+from agent.core.timing import DRIFT
+
+from .world import TTL_S, Node, World, run_virtually
+
+
+async def a_leader(world: World) -> Node:
+    first = next(iter(world.nodes.values()))
+    first.start()
+    await world.until(lambda: first.leadership and first.leadership.led, 10.0, "a leader")
+    return first
+
+
+@pytest.mark.parametrize("answer_s", [0.2, 0.6, 0.78])
+def test_r19_leadership_is_kept_if_renewing_takes_five_sixths_of_the_time_to_live(
+    answer_s: float,
+) -> None:
+    """One that is answered late counts from when it was sent, as any other."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        node = await a_leader(world)
+        assert node.leadership is not None
+        node.link.delay_s = answer_s / 2
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            assert node.leadership.led, world.text()
+        assert node.leadership.begun == 1
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_leadership_begins_while_etcd_is_slow() -> None:
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        for node in world.nodes.values():
+            node.link.delay_s = 0.2
+        node = await a_leader(world)
+        assert node.leadership is not None
+        assert node.leadership.begun == 1
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        node = await a_leader(world)
+        assert node.leadership is not None
+        began = asyncio.get_running_loop().time()
+        node.link.delay_s = 0.5
+        took_s = await world.until(lambda: not node.leadership.led, 2 * TTL_S, "its end")  # type: ignore[union-attr]
+        assert took_s <= TTL_S * (1 - DRIFT) + 0.01
+        assert node.leadership.remaining_s == 0
+        node.link.heal()
+        await world.until(lambda: node.leadership.led, 5.0, "another one")  # type: ignore[union-attr]
+        assert asyncio.get_running_loop().time() > began + TTL_S
+        await world.end()
+
+    run_virtually(check())

@@ -1,0 +1,156 @@
+"""Never two on hosts that lack something else than resources: system calls, signals, a hook, time for the agent."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import click
+import pytest
+
+import agent
+from agent.errors import ExitCode
+from tests.hung import without_pidfd
+
+from .stage import Agent, Coordinator, Gate, Stage, until
+from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
+from .workloads import guard_of, output, start, until_written_after
+from .writer import overlap_s, written
+
+IGNORES = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+NO_CHILDREN = [sys.executable, "-S", "-c", IGNORES]
+"""What starts a command with SIGCHLD ignored, as some programs do with all that they start."""
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(without_pidfd(errno.ENOSYS), id="no-pidfd"),
+        pytest.param(without_pidfd(errno.EPERM), id="pidfd-refused"),
+        pytest.param(NO_CHILDREN, id="sigchld-ignored"),
+    ],
+)
+def test_an_agent_demotes_wherever_it_was_started(
+    stage: Stage, coordinator: Coordinator, before: list[str], fault: signal.Signals
+) -> None:
+    """Nothing was killed without pidfds, and no hook had a result with SIGCHLD ignored."""
+    one = with_both(stage, "host-a", coordinator, before=before)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_both(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    assert one.end(fault) == (0 if fault is signal.SIGTERM else -fault)
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    until(lambda: coordinator.tenure(epoch).get("WhyEnded"), "the end of the tenure")
+    assert coordinator.tenure(epoch)["WhyEnded"] in {"stopping", "demoted by the guard"}
+    assert other.end() == 0
+
+
+def test_an_agent_that_freezes_in_its_own_demotion_is_demoted_before_its_lease_expires(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The guard did not run the hook then: it waited for the agent's, which was never started."""
+    gate = Gate(stage, coordinator.endpoint)
+    service = Service(stage, "host-a")
+    hooks = [
+        f"--hook-{event}={stage.hook('host-a', event, body)}"
+        for event, body in (("primary", service.primary), ("secondary", service.secondary))
+    ]
+    deaf = [sys.executable, "-S", "-c", "import signal as s; s.signal(15, s.SIG_IGN); s.pause()"]
+    one = start(stage, "host-a", gate.endpoint, timing=TIMING, flags=hooks, command=deaf)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_service(stage, "host-b", coordinator)
+    other.until_said("joined")
+    gate.close()
+    one.until_role("Secondary")
+    one.send(signal.SIGSTOP)
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert one.wait() == -signal.SIGKILL
+    assert other.end() == 0
+
+
+def test_a_member_whose_demotion_hook_is_gone_promotes_nothing(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It was promoted, and could not be demoted any more."""
+    one = with_service(stage, "host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_service(stage, "host-b", coordinator)
+    other.until_said("joined")
+    Path(stage.directory, "host-b-secondary").unlink()
+    assert one.end() == 0
+    assert other.wait() == ExitCode.DEMOTION_FAILED
+    assert "promotion failed: hook secondary: " in other.said()
+    assert {line.epoch for line in written(output(stage))} == {epoch}
+
+
+def test_a_workload_that_moves_from_process_to_process_does_not_escape(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Each look found a process that was gone when it was read, and so counted the tenure as gone."""
+    program = stage.directory / "hopper.py"
+    program.write_text(HOPPER)
+    stage.later(program.unlink)
+    hop = f"{sys.executable} -S {program} {output(stage)} >/dev/null 2>&1 </dev/null &"
+    one = stage.run("host-a", coordinator, timing=TIMING, primary=hop)
+    epoch = one.until_role("Primary")["epoch"]
+    other = stage.run("host-b", coordinator, timing=TIMING, primary=hop)
+    other.until_said("joined")
+    until(lambda: written(output(stage)), "the first line")
+    one.end()
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    other.end()
+
+
+HOPPER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+at = 0
+while True:
+    if os.fork():
+        os._exit(0)
+    if time.monotonic_ns() > at + 5_000_000:
+        if not os.path.exists(sys.argv[0]):
+            os._exit(0)
+        at = time.monotonic_ns()
+        os.write(file, f"{os.environ['FAILOVER_EPOCH']} host {at} {os.getpid()}\\n".encode())
+"""
+"""A workload whose process is another one all the time."""
+
+
+REMOVED_UNDER: Mapping[str, Callable[[Agent, Gate], None]] = {
+    "stop": lambda one, _: one.send(signal.SIGTERM),
+    "cut": lambda _, gate: gate.close(),
+    "freeze": lambda one, _: one.send(signal.SIGSTOP),
+    "lost guard": lambda one, _: os.kill(guard_of(one), signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("fault", REMOVED_UNDER)
+def test_an_agent_whose_program_is_removed_meanwhile_demotes(
+    stage: Stage, coordinator: Coordinator, fault: str
+) -> None:
+    """As an upgrade does: nothing may be imported as late as at the demotion."""
+    one, other, epoch, gate = pair_in_mount_namespace(stage, coordinator)
+    enter = ["nsenter", f"--target={one.popen.pid}", "--mount"]
+    programs = (
+        Path(agent.__file__).parent,
+        Path(os.__file__).parent,
+        Path(click.__file__).parents[1],
+    )
+    for folder in programs:
+        subprocess.run([*enter, "mount", "-t", "tmpfs", "none", str(folder)], check=True)
+    REMOVED_UNDER[fault](one, gate)
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert not one.lines("task failed", "agent failed", "Traceback")
+    one.end(signal.SIGKILL)
+    assert other.end() == 0

@@ -1,0 +1,65 @@
+"""Child processes, and what they inherit."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.ops import process
+from agent.ops.process import Child
+
+
+@pytest.mark.parametrize(
+    ("vital", "ours", "theirs"), [(False, "-900", "0"), (True, "-900", "-900"), (False, "7", "7")]
+)
+async def test_only_demotion_hooks_keep_the_protection_from_the_oom_killer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, vital: bool, ours: str, theirs: str
+) -> None:
+    """A workload kept it, and then the agent, which is larger, was killed before it.
+
+    The real file cannot be given such a value without CAP_SYS_RESOURCE.
+    """
+    score = tmp_path / "oom_score_adj"
+    score.write_text(f"{ours}\n")
+    monkeypatch.setattr(process, "OOM_SCORE", score)
+    child = Child(["/bin/true"], vital=vital, start_new_session=True)
+    child.start()
+    assert (await child.wait()).code == 0
+    child.release()
+    assert score.read_text().split()[0] == theirs
+
+
+MANY = """
+import asyncio, subprocess, sys
+from pathlib import Path
+from agent.ops import process
+
+def zombies():
+    children = Path("/proc/thread-self/children").read_text().split()
+    stats = [Path("/proc", child, "stat").read_text() for child in children]
+    return sum(") Z " in stat for stat in stats)
+
+async def main():
+    process.REAP_S = 0.1
+    process.become_subreaper()
+    orphans = process.OrphanReaper()
+    asyncio.get_running_loop().call_later(0.15, setattr, process, "REAP_S", 1000.0)
+    script = "for i in $(seq 200); do (true &); done"
+    subprocess.run(["/bin/sh", "-c", script], check=True)
+    while zombies():
+        await asyncio.sleep(0.01)
+    print("reaped")
+
+asyncio.run(asyncio.wait_for(main(), 20))
+"""
+
+
+async def test_many_orphans_are_reaped_soon() -> None:
+    """They count as tasks: within its interval they could use up a limit of tasks."""
+    work = asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", MANY], capture_output=True, check=False, text=True
+    )
+    result = await work
+    assert result.stdout == "reaped\n", result.stderr
