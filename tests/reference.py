@@ -13,6 +13,8 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Setting, Settings, settings_of
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_toml
+from tests.declarations import format_text
+from tests.declarations import sample as sample_of
 
 COLUMNS = 98
 """Of the samples' comments."""
@@ -90,7 +92,7 @@ def _row(setting: Setting) -> str:
     default = f"`{to_toml(setting.default)}`" if setting.has_default else "not set"
     if setting.required:
         default = "needed"
-    return f"| `{setting.name}` | {setting.format_text} | {default} | {setting.doc} |\n"
+    return f"| `{setting.name}` | {format_text(setting)} | {default} | {setting.doc} |\n"
 
 
 def sample(program: str, declared: type[Settings]) -> str:
@@ -106,11 +108,11 @@ def sample(program: str, declared: type[Settings]) -> str:
 
 def _entry(setting: Setting) -> str:
     mark = "" if setting.name in ALWAYS_SHOWN else "#"
-    text = f"{setting.doc} Form: {setting.format_text}."
+    text = f"{setting.doc} Form: {format_text(setting)}."
     if setting.tables:
         after = "Tables come after every other setting; docs/settings.md has all their keys."
         return "\n" + _comment(f"{text} {after}") + "".join(_table_samples(setting))
-    return f"\n{_comment(text)}{mark}{setting.name} = {to_toml(setting.sample)}\n"
+    return f"\n{_comment(text)}{mark}{setting.name} = {to_toml(sample_of(setting))}\n"
 
 
 def _table_samples(setting: Setting) -> Iterator[str]:

@@ -12,7 +12,8 @@ from xml.etree import ElementTree as ET
 import click
 import pytest
 
-from agent.cli.main import GlobalOptions, cli, main
+from agent.cli.command_line import cli
+from agent.cli.main import main
 from agent.cli.settings_reader import commands
 from agent.coordinator.route_table import ROUTES
 from agent.schema import codec
@@ -124,7 +125,7 @@ def parse(args: list[str]) -> None:
     """Let click read a command line; nothing is run. Raises click.UsageError."""
     command: click.Command = cli
     context: click.Context | None = None
-    options = GlobalOptions(replaced=commands(lambda _: 0))
+    options = commands(lambda _: 0)
     while True:
         try:
             context = command.make_context(command.name, list(args), parent=context, obj=options)
@@ -263,7 +264,7 @@ def flags(command: click.Command) -> Iterator[str]:
     for param in command.params:
         yield from (*param.opts, *param.secondary_opts)
     if isinstance(command, click.Group):
-        context = click.Context(command, obj=GlobalOptions(replaced=commands(lambda _: 0)))
+        context = click.Context(command, obj=commands(lambda _: 0))
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None
@@ -306,7 +307,7 @@ def test_every_phrase_and_log_line_in_a_page_is_in_the_code() -> None:
 
 
 def sub_commands(group: click.Group) -> Iterator[str]:
-    context = click.Context(group, obj=GlobalOptions(replaced=commands(lambda _: 0)))
+    context = click.Context(group, obj=commands(lambda _: 0))
     for name in group.list_commands(context):
         inner = group.get_command(context, name)
         if isinstance(inner, click.Group):

@@ -5,6 +5,7 @@ has ended, and it is the new parent that the guard must never signal.
 """
 
 import fcntl
+import importlib
 import json
 import marshal
 import os
@@ -1140,7 +1141,8 @@ def test_a_reused_process_id_is_not_signalled(host: Host, run: Run) -> None:
 def build_program_with(lines: str, module: ModuleType = guard) -> bytes:
     """The guard's program with ``lines`` at the end of one of its modules."""
     codes = []
-    for each in MODULES:
+    for name in MODULES:
+        each = importlib.import_module(name)
         assert each.__file__ is not None
         source = Path(each.__file__).read_text() + (lines if each is module else "")
         codes.append((each.__name__, compile(source, each.__name__, "exec")))

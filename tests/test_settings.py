@@ -15,10 +15,11 @@ from agent.errors import ConfigError, ExitCode, TimingError
 from agent.schema.addresses import Address, is_loopback
 from agent.schema.coordinator_settings import CoordinatorSettings, default_data_dir
 from agent.schema.fields import Settings, settings_of
-from agent.schema.read import Sources, load, validate
+from agent.schema.read import Sources, validate
 from agent.schema.secret_files import read_secret
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_toml
+from tests.declarations import format_text, load, sample
 
 
 @pytest.fixture(autouse=True)
@@ -424,7 +425,7 @@ def test_what_is_this_machine_is_known_without_a_name_server() -> None:
 def test_every_setting_is_described_with_a_form_and_a_flag(model: type[Settings]) -> None:
     settings = settings_of(model)
     assert [s.name for s in settings] == [f.name for f in fields(model)]  # type: ignore[arg-type] # a dataclass each
-    assert all(s.format_text and s.doc and (s.tables or s.sample != "") for s in settings)
+    assert all(format_text(s) and s.doc and (s.tables or sample(s) != "") for s in settings)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from agent.errors import ConfigError, ExitCode
 from agent.schema.checks import CheckSettings
 from agent.schema.fields import settings_of
 from agent.schema.kinds import CHECKS, PROGRESS
-from agent.schema.read import load, validate
+from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json, to_toml
+from tests.declarations import load
 
 MOST = CHECKS.most or 0
 

@@ -52,14 +52,23 @@ def test_every_value_is_frozen_and_has_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["agent.cli.run", "agent.cli.exec", "agent.daemon.main", "agent.guard.main"]
+    "module", ["agent.cli.main", "agent.cli.settings_process", "agent.daemon.main"]
 )
-def test_what_an_agent_keeps_in_memory_has_no_pydantic_and_no_rich(module: str) -> None:
+def test_what_an_agent_keeps_in_memory_is_only_what_it_needs(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout.split()
-    unwanted = ("pydantic", "pydantic_core", "pydantic_settings", "rich", "aiomqtt", "apsw")
+    unwanted = (
+        "pydantic",
+        "pydantic_core",
+        "pydantic_settings",
+        "rich",
+        "aiomqtt",
+        "apsw",
+        "click",
+        "uvicorn",
+    )
     assert module in loaded
     assert not [name for name in loaded if name.split(".")[0] in unwanted]
 

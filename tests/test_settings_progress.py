@@ -15,9 +15,10 @@ from agent.schema.addresses import Address
 from agent.schema.kinds import PROGRESS
 from agent.schema.mqtt import MQTT_PORT, MQTTS_PORT
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S
-from agent.schema.read import load, validate
+from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json
+from tests.declarations import load
 from tests.reference import sample
 
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-import click
-
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
 from agent.ops.process import Popen
@@ -41,13 +39,12 @@ os.write(int(sys.argv[2]), json.dumps({{"version": __version__}}).encode())
 another version was installed meanwhile it reads nothing, and only reports its version."""
 
 
-class UnparsedCommand(click.Command):
-    """A command whose arguments, its flags too, another process parses."""
+class NoSettings(Exception):  # noqa: N818 - a request for help is no error
+    """The other process has printed a help text or a usage error itself, and ended with this code."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Accept all, as they are."""
-        ctx.params["arguments"] = tuple(args)
-        return []
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"ended with code {exit_code}")
+        self.exit_code = exit_code
 
 
 class SettingsProcess:
@@ -76,8 +73,7 @@ class SettingsProcess:
 
         Raises:
             ConfigError: something is wrong with the settings.
-            click.exceptions.Exit: the process has printed a help text or a usage error itself.
-                ``exit_code`` is its own.
+            NoSettings: the process has printed a help text or a usage error.
         """
         try:
             code = self._process.wait(READ_S)
@@ -100,7 +96,7 @@ class SettingsProcess:
         if size := os.fstat(self._document).st_size:
             return exchange.load(os.pread(self._document, size, 0))
         if code >= 0:
-            raise click.exceptions.Exit(code)
+            raise NoSettings(code)
         raise ConfigError(
             f"the process that reads the settings was ended by signal {-code}",
             exit_code=ExitCode.INTERNAL,
@@ -111,7 +107,7 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
     """Run the agent with the settings of these arguments; SIGHUP reads them again.
 
     Raises:
-        FailoverError, click.exceptions.Exit: as ``SettingsProcess.receive`` and ``agent.daemon.run`` do.
+        FailoverError, NoSettings: as ``SettingsProcess.receive`` and ``agent.daemon.run`` do.
     """
     process = SettingsProcess(arguments, debug=debug)
     try:
@@ -133,8 +129,8 @@ def _reread(arguments: Sequence[str], *, debug: bool) -> AgentSettings:
     """Read the settings again. Raises ConfigError: the running agent goes on with what it has."""
     try:
         return SettingsProcess(arguments, debug=debug).receive()
-    except click.exceptions.Exit as error:
+    except NoSettings as error:
         raise ConfigError(
-            f"the process that reads the settings ended with code {error.exit_code}, and has printed why",
+            f"the process that reads the settings {error}, and has printed why",
             exit_code=ExitCode.INTERNAL,
         ) from None

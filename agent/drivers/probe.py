@@ -16,21 +16,21 @@ sentence. Pages of other sites are refused. Without a password every caller is t
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from agent.ops.browsers import RESOLUTION, BrowserCheck, is_json
-from agent.ops.http_server import HttpServer, Limits
+from agent.ops.http_connection import (
+    Handler,
+    Limits,
+    Request,
+    Response,
+    error_response,
+    json_response,
+)
+from agent.ops.http_server import HttpServer
 from agent.ops.probe_access import ProbeAccess
 from agent.schema.addresses import Address, is_loopback
 from agent.schema.scalars import format_date_time, parse_date_time
@@ -44,6 +44,7 @@ LIMITS = Limits(
     keep_alive_s=3,
     head_bytes=16 * 1024,  # a browser sends under 4 KiB in 20 headers
     headers=64,
+    body_bytes=MAX_BODY_BYTES,
     request_bytes=1024 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
     pipelined=8,
 )
@@ -62,7 +63,13 @@ NO_JSON = (
     "The body must be sent as application/json: pages of other sites can send forms and text; with curl"
     " use --json."
 )
-READS = ("GET", "OPTIONS")
+READS = ("GET", "HEAD", "OPTIONS")
+
+
+class _Refused(Exception):  # noqa: N818 - ends a request
+    def __init__(self, status: int, error: str) -> None:
+        super().__init__(error)
+        self.status = status
 
 
 class ProbeServer:
@@ -85,12 +92,20 @@ class ProbeServer:
     ) -> None:
         self._report = report
         self._status = status
-        self._verdicts = verdicts
-        self._metrics = metrics
         self._metrics_lock = asyncio.Lock()
         self._access = ProbeAccess()
         self._browsers = BrowserCheck()
         self._http = HttpServer("probe", LIMITS)
+        self._routes: dict[str, tuple[tuple[str, ...], Handler]] = {
+            "/data-processed": (("POST",), self._data_processed),
+            "/status": (READS, self._show_status),
+            **{
+                f"/{name}": (READS, partial(self._show_verdict, verdict))
+                for name, verdict in verdicts.items()
+            },
+        }
+        if metrics is not None:
+            self._routes["/metrics"] = (READS, partial(self._show_metrics, metrics))
 
     def use(self, access: ProbeAccess) -> None:
         """Use other certificates for new connections, and another password for every request."""
@@ -106,101 +121,70 @@ class ProbeServer:
             ConfigError: LISTEN, the address is in use, not of this host, or invalid.
         """
         self._browsers = BrowserCheck(loopback=is_loopback(host))
-        return await self._http.start(self._app(), Address(host, port))
+        return await self._http.start(self._handle, Address(host, port))
 
     async def stop(self) -> None:
         """Stop listening. May be called twice, or without a start."""
         await self._http.stop()
 
-    async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, request: Request) -> Response:
         """Answer a request, unless a page of another site sent it or the password is wrong."""
-        headers = scope["headers"]
-        if reason := self._browsers.refusal(headers, scope["scheme"]):
-            refusal = JSONResponse({"error": f"{reason} {RESOLUTION}"}, 403)
-            await refusal(scope, receive, send)
-        elif not self._access.allows(dict(headers).get(b"authorization")):
-            await JSONResponse({"error": NO_PASSWORD}, 401, CHALLENGE)(scope, receive, send)
-        else:
-            await app(scope, receive, send)
+        if reason := self._browsers.refusal(request.headers, request.scheme):
+            return error_response(403, f"{reason} {RESOLUTION}")
+        if not self._access.allows(request.header(b"authorization")):
+            return error_response(401, NO_PASSWORD, CHALLENGE)
+        if request.path not in self._routes:
+            return error_response(404, NO_PATH)
+        methods, answer = self._routes[request.path]
+        if request.method not in methods:
+            return error_response(405, NO_METHOD, {"Allow": ", ".join(methods)})
+        return await answer(request)
 
-    def _app(self) -> ASGIApp:
-        routes = [
-            Route("/data-processed", self._data_processed, methods=["POST"]),
-            Route("/status", self._show_status, methods=READS),
-            *(Route(f"/{name}", self._show_verdict, methods=READS) for name in self._verdicts),
-        ]
-        if self._metrics is not None:
-            routes.append(Route("/metrics", self._show_metrics, methods=READS))
-        app = Starlette(
-            routes=routes,
-            exception_handlers={HTTPException: _on_http_error, Exception: _on_exception},
-        )
-        app.router.redirect_slashes = False
-        return partial(self._answer, app)
-
-    async def _data_processed(self, request: Request) -> JSONResponse:
-        content_type = request.headers.get("content-type")
-        if content_type is not None and not is_json(content_type.encode("latin-1")):
-            raise HTTPException(415, NO_JSON)
-        time = _parse_report(await _read_body(request))
+    async def _data_processed(self, request: Request) -> Response:
         try:
-            current = self._report(time)
+            current = self._report(_parse_report(request))
+        except _Refused as refused:
+            return error_response(refused.status, str(refused))
         except ValueError as error:
-            raise HTTPException(400, f"time: {error}.") from error
-        return JSONResponse({"time": format_date_time(current)})
+            return error_response(400, f"time: {error}.")
+        return json_response({"time": format_date_time(current)})
 
-    async def _show_status(self, _request: Request) -> JSONResponse:
-        return JSONResponse(self._status())
+    async def _show_status(self, _request: Request) -> Response:
+        return json_response(self._status())
 
-    async def _show_verdict(self, request: Request) -> JSONResponse:
-        why_not = self._verdicts[request.url.path.removeprefix("/")]()
+    async def _show_verdict(self, verdict: Callable[[], str | None], _request: Request) -> Response:
+        why_not = verdict()
         if why_not is None:
-            return JSONResponse({"ok": True}, headers=NO_STORE)
-        return JSONResponse({"ok": False, "reason": why_not}, 503, headers=NO_STORE)
+            return json_response({"ok": True}, headers=NO_STORE)
+        return json_response({"ok": False, "reason": why_not}, 503, NO_STORE)
 
-    async def _show_metrics(self, request: Request) -> Response:
-        assert self._metrics is not None  # noqa: S101 - else there is no such route
+    async def _show_metrics(
+        self, build_page: Callable[[str], tuple[bytes, str]], request: Request
+    ) -> Response:
+        accept = request.header(b"accept") or b""
         async with self._metrics_lock:  # at most one page in each iteration of the loop
             await asyncio.sleep(0)
-            page, content_type = self._metrics(request.headers.get("accept", ""))
-        return Response(page, headers={"Content-Type": content_type})
+            page, content_type = build_page(accept.decode("latin-1"))
+        return Response(200, page, {"Content-Type": content_type})
 
 
-async def _read_body(request: Request) -> bytes:
-    too_long = HTTPException(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    with suppress(ValueError):  # not a number: the parser has refused it already
-        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
-            raise too_long
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_long
-    return bytes(body)
-
-
-def _parse_report(body: bytes) -> datetime:
+def _parse_report(request: Request) -> datetime:
+    """The time of a report. Raises _Refused."""
+    if not is_json(request.header(b"content-type")):
+        raise _Refused(415, NO_JSON)
+    if request.body is None:
+        raise _Refused(413, f"The body may have at most {MAX_BODY_BYTES} bytes.")
     expected = 'the body must be like {"time": "2026-01-31T12:00:00Z"}'
     try:
-        report = json.loads(body)
+        report = json.loads(request.body)
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"The body is not JSON ({error}); {expected}.") from error
+        raise _Refused(400, f"The body is not JSON ({error}); {expected}.") from error
     if not isinstance(report, dict) or not isinstance(report.get("time"), str):
-        raise HTTPException(400, f'The body has no "time" that is a string; {expected}.')
+        raise _Refused(400, f'The body has no "time" that is a string; {expected}.')
     try:
         time = parse_date_time(report["time"])
     except ValueError as error:
-        raise HTTPException(400, f"time: {error}.") from error
+        raise _Refused(400, f"time: {error}.") from error
     if time is None:
-        raise HTTPException(400, f"time: {report['time']} means never; {expected}.")
+        raise _Refused(400, f"time: {report['time']} means never; {expected}.")
     return time
-
-
-async def _on_http_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these
-    text = {404: NO_PATH, 405: NO_METHOD}.get(error.status_code, error.detail)
-    return JSONResponse({"error": text}, error.status_code, headers=error.headers)
-
-
-async def _on_exception(_request: Request, _error: Exception) -> JSONResponse:
-    return JSONResponse({"error": "The agent failed to answer; see its log."}, 500)

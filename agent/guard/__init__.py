@@ -24,3 +24,6 @@ process 1 of a container (its workload and its hooks' process groups are killed)
 
 The agent runs these modules from memory: drivers/guardian/program.py lists them all.
 """
+
+MESSAGE_BYTES = 65536
+"""Longest message of the agent; a longer one would arrive cut. An ordinary one has 2,000 bytes."""

@@ -33,6 +33,7 @@ import sys
 import time
 
 from agent import proctree
+from agent.guard import MESSAGE_BYTES
 from agent.guard.hook import GRACE_SHARE, KILLED_WAIT_S, LONGEST_GRACE_S, DemotionHook, parse_ids
 from agent.guard.log import ERROR, WARNING, LogWriter
 from agent.guard.processes import (
@@ -48,9 +49,6 @@ from agent.guard.processes import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-MESSAGE_BYTES = 65536
-"""Longest message; a longer one would arrive cut. An ordinary one has 2,000 bytes."""
 
 STATE_WAIT_S = 0.1
 """How long the demotion waits for the state file: a dead network file system never answers."""

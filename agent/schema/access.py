@@ -4,6 +4,7 @@ from typing import Annotated, Self
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import asdict
 
 from agent import model
 from agent.model import Right
@@ -20,7 +21,7 @@ MAX_LIST_BYTES = 131_072
 class Trustee(Shape, frozen=True):
     """The subject of an entry: a user, a client or a role."""
 
-    type: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
+    kind: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
     object_id: Annotated[
         str, Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters.")
     ]
@@ -33,8 +34,8 @@ class AccessControlEntry(Shape, frozen=True):
     """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
-    access_type: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]
-    access_rights: Annotated[
+    denied: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]
+    rights: Annotated[
         AccessRights,
         doc(
             "An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
@@ -46,7 +47,7 @@ class AccessControlEntry(Shape, frozen=True):
 class AccessControlList(Shape, frozen=True):
     """The rights of callers: an access-control list."""
 
-    role_trustee_access_control_entries: Annotated[
+    entries: Annotated[
         list[AccessControlEntry],
         Meta(
             max_length=MAX_ENTRIES,
@@ -57,17 +58,9 @@ class AccessControlList(Shape, frozen=True):
     @classmethod
     def from_model(cls, access: model.AccessList) -> Self:
         return cls(
-            role_trustee_access_control_entries=[
-                AccessControlEntry(
-                    trustee=Trustee(
-                        type=entry.trustee.kind,
-                        object_id=entry.trustee.object_id,
-                        tenant_id=entry.trustee.tenant_id,
-                    ),
-                    access_type=int(entry.denied),
-                    access_rights=entry.rights,
-                )
-                for entry in access.entries
+            entries=[
+                AccessControlEntry(Trustee.copy_of(one.trustee), int(one.denied), one.rights)
+                for one in access.entries
             ]
         )
 
@@ -75,15 +68,9 @@ class AccessControlList(Shape, frozen=True):
         return model.AccessList(
             tuple(
                 model.AccessEntry(
-                    trustee=model.Trustee(
-                        kind=entry.trustee.type,
-                        object_id=entry.trustee.object_id,
-                        tenant_id=entry.trustee.tenant_id,
-                    ),
-                    denied=bool(entry.access_type),
-                    rights=entry.access_rights,
+                    model.Trustee(**asdict(one.trustee)), bool(one.denied), one.rights
                 )
-                for entry in self.role_trustee_access_control_entries
+                for one in self.entries
             )
         )
 
@@ -91,7 +78,7 @@ class AccessControlList(Shape, frozen=True):
 class AccessControlRequest(AccessControlList, frozen=True):
     """A new access-control list. At least one trustee has to keep ManageAccessControl."""
 
-    role_trustee_access_control_entries: Annotated[
+    entries: Annotated[
         list[AccessControlEntry],
         Meta(
             max_length=MAX_ENTRIES,

@@ -97,10 +97,8 @@ class GroupConfiguration(Shape, frozen=True):
 
     @classmethod
     def from_model(cls, group: model.GroupConfig) -> Self:
-        return cls(
-            id=group.id,
-            name=group.name,
-            description=group.description,
+        return cls.copy_of(
+            group,
             failover_timeout=LeaseSpan(group.timeout_ticks),
             additional_data=_additional(group.additional),
         )
@@ -205,12 +203,8 @@ class SessionRequest(Shape, frozen=True):
     ) -> Self:
         given = session.additional
         additional = None if given is None else GivenAdditional(given)
-        return cls(
-            id=session.id,
-            name=session.name,
-            additional_data=additional,
-            instance=instance,
-            failsafe_url=failsafe_url,
+        return cls.copy_of(
+            session, additional_data=additional, instance=instance, failsafe_url=failsafe_url
         )
 
     def to_model(self) -> model.SessionConfig:

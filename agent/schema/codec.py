@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from operator import methodcaller
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -19,8 +20,6 @@ from agent.schema.scalars import not_json, shown
 from agent.schema.values import (
     Id,
     Shape,
-    decode_value,
-    describe_value,
     encode_with_names,
     encode_with_numbers,
 )
@@ -109,7 +108,10 @@ def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
 
 @cache
 def _reader(kind: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(kind, dec_hook=decode_value)
+    def read(inside: Any, given: Any) -> Any:
+        return inside.read(given)
+
+    return msgspec.json.Decoder(kind, dec_hook=read)
 
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -207,7 +209,7 @@ def _description(annotated: Any) -> str | None:
 def component_schemas() -> dict[str, Any]:
     """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
     _, schemas = msgspec.json.schema_components(
-        SHAPES, schema_hook=describe_value, ref_template=REFERENCE
+        SHAPES, schema_hook=methodcaller("schema"), ref_template=REFERENCE
     )
     asked = (*REQUESTS, access.AccessControlEntry, access.Trustee)
     answers = {shape.__name__ for shape in SHAPES if shape not in asked}

@@ -88,21 +88,19 @@ class CoordinatorSettings(Settings):
     variable separates by commas. Not set: no etcd."""
     etcd_prefix: KeyPrefix = "/failover-agent"
     """Prefix of all keys in etcd. Coordinators with the same one are one cluster."""
-    etcd_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/etcd-ca.crt")] = None
+    etcd_ca_file: InputFile | None = None
     """CA certificates (PEM) that etcd's are verified with. Not set: those of the system."""
-    etcd_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/etcd.crt")] = None
+    etcd_certificate: InputFile | None = None
     """Client certificate (PEM) for etcd. Not set: none."""
-    etcd_key: Annotated[SecretFile | None, Example("/etc/failover-agent/etcd.key")] = None
+    etcd_key: SecretFile | None = None
     """That certificate's private key (PEM). Not set: none."""
     etcd_username: Annotated[Text | None, Example("failover")] = None
     """User of etcd, if its authentication is enabled. Not set: no login."""
-    etcd_password_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/etcd-password")
-    ] = None
+    etcd_password_file: SecretFile | None = None
     """File with that user's password. Not set: no login."""
     advertise: Annotated[BaseUrl | None, Example("https://coordinator-1.example:5470")] = None
     """Where the other coordinators reach this one. Not set: it is alone, without etcd."""
-    peer_ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.crt")] = None
+    peer_ca_file: InputFile | None = None
     """CA certificates (PEM) that other coordinators' are verified with. Not set: the system's."""
     shards: Annotated[Count, Range(1, 1024)] = 8
     """Parts into which the groups in etcd are divided, each led by one coordinator. Fixed when the
@@ -143,31 +141,23 @@ class CoordinatorSettings(Settings):
     session_metrics: bool = False
     """Whether /metrics has series for each session too: its role, score and last heartbeat. They
     are 5 a session, and show its id to everybody who can scrape."""
-    tls_certificate: Annotated[
-        InputFile | None, Example("/etc/failover-agent/tls.crt"), RELOADABLE
-    ] = None
+    tls_certificate: Annotated[InputFile | None, RELOADABLE] = None
     """Certificate chain (PEM) to serve HTTPS with. Not set: plain HTTP."""
-    tls_key: Annotated[SecretFile | None, Example("/etc/failover-agent/tls.key"), RELOADABLE] = None
+    tls_key: Annotated[SecretFile | None, RELOADABLE] = None
     """That certificate's private key (PEM). Not set: plain HTTP."""
-    tls_client_ca_file: Annotated[
-        InputFile | None, Example("/etc/failover-agent/clients.pem"), RELOADABLE
-    ] = None
+    tls_client_ca_file: Annotated[InputFile | None, RELOADABLE] = None
     """Certificates (PEM) of the authorities whose client certificates are accepted: each is the client
     of the first URI, else DNS name, else common name in it. Not set: no client certificates."""
     tls_client_certificates: Literal["optional", "required"] = "optional"
     """Whether a connection needs such a certificate, also for /healthz and /metrics. In both cases an
     Authorization header decides who calls; without one, the certificate does."""
-    users_file: Annotated[SecretFile | None, Example("/etc/failover-agent/users"), RELOADABLE] = (
-        None
-    )
+    users_file: Annotated[SecretFile | None, RELOADABLE] = None
     """Users and password hashes for Basic authentication. Not set: no Basic."""
     token_issuer: Annotated[Text | None, Example("https://identity.example"), RELOADABLE] = None
     """Issuer (iss) that a bearer token must have. Not set: tokens are not accepted."""
     token_audience: Annotated[Text | None, Example("failover"), RELOADABLE] = None
     """Audience (aud) that a bearer token must have. Not set: tokens are not accepted."""
-    token_keys_file: Annotated[
-        InputFile | None, Example("/etc/failover-agent/jwks.json"), RELOADABLE
-    ] = None
+    token_keys_file: Annotated[InputFile | None, RELOADABLE] = None
     """Public keys (JWKS) that tokens are verified with. Not set: those of token_keys_url."""
     token_keys_url: Annotated[SecureUrl | None, Example("https://identity.example/jwks")] = None
     """Where to fetch these keys, every 5 minutes and for a token with an unknown one; in an outage the

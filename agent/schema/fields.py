@@ -19,8 +19,6 @@ from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-DAY_S = 86_400
-
 
 class Declared:
     """Base of the dataclasses whose fields are settings, or keys of a table."""
@@ -89,18 +87,6 @@ class Range:
     above: bool = False
     enforced: bool = True
 
-    def text(self, unit: str) -> str:
-        """The range in words, with its unit: ``more than 0 s to 24 d``."""
-        return (
-            f"{'more than ' * self.above}{_number(self.least, unit)} to {_number(self.most, unit)}"
-        )
-
-
-def _number(value: float, unit: str) -> str:
-    if unit == "s" and value >= DAY_S:
-        value, unit = value / DAY_S, "d"
-    return f"{value:.12g} {unit}".rstrip()
-
 
 @dataclass(frozen=True, slots=True)
 class Length:
@@ -112,7 +98,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The value in the sample file, for a setting without a default."""
+    """The value in the sample file, for a setting without a default. That of a file follows from its name."""
 
     value: Any
 
@@ -216,12 +202,6 @@ class Setting:
         return Format("JSON", f"table{many} {tables.header}{limit}")
 
     @property
-    def format_text(self) -> str:
-        """The format and the range in words."""
-        form, limits = self.format, self.markers.get(Range)
-        return form.noun if limits is None else f"{form.noun}, {limits.text(form.unit)}"
-
-    @property
     def doc(self) -> str:
         """The text that explains the setting and its default."""
         for owner in self.owner.__mro__:
@@ -233,13 +213,6 @@ class Setting:
     def has_default(self) -> bool:
         """Whether the setting has a value if it is not set."""
         return self.default is not MISSING and not is_unset(self.default)
-
-    @property
-    def sample(self) -> Any:
-        """The value in the sample file: the default, or an example."""
-        if self.has_default:
-            return self.default
-        return self.markers[Example].value if Example in self.markers else ""
 
     @property
     def tables(self) -> Tables | None:

@@ -267,15 +267,6 @@ class Sources(Generic[S]):
         return [f"{place}: {fault.text}"]
 
 
-def load(declared: type[S], flags: Mapping[str, Any] | None = None, path: Path | None = None) -> S:
-    """The settings in force: flag over environment over file over default.
-
-    Raises:
-        ConfigError: one line for each fault, with the exit code of the first.
-    """
-    return Sources.read(declared, flags, path).load()
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode())

@@ -161,13 +161,9 @@ class AgentSettings(Settings):
     )
     """Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE words,
     or a JSON object. check-config prints them: no secrets. Not set: none."""
-    webhook_secret_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/webhook-secret"), RELOADABLE
-    ] = None
+    webhook_secret_file: Annotated[SecretFile | None, RELOADABLE] = None
     """File with the secret that webhooks are signed with (docs/hooks.md). Not set: unsigned."""
-    webhook_ca_file: Annotated[
-        InputFile | None, Example("/etc/failover-agent/ca.pem"), RELOADABLE
-    ] = None
+    webhook_ca_file: Annotated[InputFile | None, RELOADABLE] = None
     """Certificates (PEM) to trust a webhook's server by. Not set: the system's."""
     workload: Annotated[Program, Example(["collector", "--active"])] = ()
     """A command that runs only while this member is primary, beside the hooks: after hook_primary,
@@ -196,18 +192,14 @@ class AgentSettings(Settings):
     probe_listen: Annotated[Address | None, ADDRESS_OR_OFF] = DEFAULT_PROBE_LISTEN
     """Where probes and POST /data-processed are served; off switches it off. Port 0 takes a free
     port, so that several agents fit on one host; the log has it."""
-    probe_tls_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/probe.crt")] = (
-        None
-    )
+    probe_tls_certificate: InputFile | None = None
     """Certificate chain (PEM) to serve probes by HTTPS with. Read again when it changes, as the next
     two files are. Not set: plain HTTP."""
-    probe_tls_key: Annotated[SecretFile | None, Example("/etc/failover-agent/probe.key")] = None
+    probe_tls_key: SecretFile | None = None
     """That certificate's private key (PEM). Not set: plain HTTP."""
     probe_username: Annotated[Text | None, Example("monitoring")] = None
     """User that probes, /metrics and POST /data-processed then ask for (Basic). Not set: none."""
-    probe_password_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/probe-password")
-    ] = None
+    probe_password_file: SecretFile | None = None
     """File with that user's password. Not set: none."""
     startup_timeout: Annotated[DurationOrZero, RELOADABLE] = 60.0
     """Timeout for reaching a coordinator at the start; then the agent exits with an error code. 0
@@ -219,34 +211,30 @@ class AgentSettings(Settings):
     """The longest such wait. 300 s: a repaired host is back within 5 minutes."""
     username: Annotated[Text | None, Example("collector")] = None
     """User name for Basic authentication. Not set: none."""
-    password_file: Annotated[SecretFile | None, Example("/etc/failover-agent/password")] = None
+    password_file: SecretFile | None = None
     """File with that user's password. Not set: none."""
     client_id: Annotated[Text | None, Example("3f1c")] = None
     """Client id for OAuth 2 client credentials. Not set: none."""
-    client_secret_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/client-secret")
-    ] = None
+    client_secret_file: SecretFile | None = None
     """File with that client's secret. Not set: none."""
     token_endpoint: Annotated[ApiUrl | None, Example("https://identity.example/connect/token")] = (
         None
     )
     """URL that issues tokens. Not set: discovered from the endpoint's host, at
     /identity/.well-known/openid-configuration."""
-    ca_file: Annotated[InputFile | None, Example("/etc/failover-agent/ca.pem")] = None
+    ca_file: InputFile | None = None
     """Certificates (PEM) to trust a coordinator by. Not set: the system's. This file and those with
     secrets are read again when they change (docs/operations.md)."""
-    client_certificate: Annotated[InputFile | None, Example("/etc/failover-agent/agent.crt")] = None
+    client_certificate: InputFile | None = None
     """Certificate (PEM) to show to a coordinator that asks for one. Not set: none."""
-    client_key: Annotated[SecretFile | None, Example("/etc/failover-agent/agent.key")] = None
+    client_key: SecretFile | None = None
     """That certificate's private key (PEM). Not set: none."""
     proxy: Annotated[ProxyUrl | None, Example("http://proxy.example:3128")] = None
     """HTTP proxy to all endpoints and to token_endpoint: https by CONNECT, their names are resolved
     by the proxy. HTTP_PROXY and the like are ignored. Not set: no proxy."""
     proxy_username: Annotated[Text | None, Example("edge")] = None
     """User name at the proxy (Basic). Not set: none."""
-    proxy_password_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/proxy-password")
-    ] = None
+    proxy_password_file: SecretFile | None = None
     """File with that user's password. Not set: none."""
     failsafe_listen: Annotated[Address | None, ADDRESS, Example("192.0.2.11:5480")] = None
     """Where the other members of the group ask this one for failsafe (docs/failsafe.md): with it a
@@ -255,22 +243,16 @@ class AgentSettings(Settings):
     failsafe_url: Annotated[MemberUrl | None, Example("http://host-a.example:5480")] = None
     """URL at which the other members reach failsafe_listen; no other process may ever have it. Not
     set: the address of failsafe_listen, which has to be one, with a port."""
-    failsafe_secret_file: Annotated[
-        SecretFile | None, Example("/etc/failover-agent/failsafe-secret")
-    ] = None
+    failsafe_secret_file: SecretFile | None = None
     """File with the secret that all members of the group share, of at least 16 characters; with two
     lines both are valid, for a change. Read again when it changes, as the next three files are. Not
     set: no failsafe."""
-    failsafe_ca_file: Annotated[
-        InputFile | None, Example("/etc/failover-agent/failsafe-ca.pem")
-    ] = None
+    failsafe_ca_file: InputFile | None = None
     """Certificates (PEM) to trust the other members by. Not set: the system's."""
-    failsafe_certificate: Annotated[
-        InputFile | None, Example("/etc/failover-agent/failsafe.crt")
-    ] = None
+    failsafe_certificate: InputFile | None = None
     """Certificate chain (PEM) to serve failsafe_listen by HTTPS with. Not set: plain HTTP, whose
     messages are authentic, but not secret."""
-    failsafe_key: Annotated[SecretFile | None, Example("/etc/failover-agent/failsafe.key")] = None
+    failsafe_key: SecretFile | None = None
     """That certificate's private key (PEM). Not set: plain HTTP."""
     check: Annotated[tuple[CheckSettings, ...], CHECKS, RELOADABLE] = ()
     """Health checks: the share of their weights that pass scales failover_score. At 0, and while a

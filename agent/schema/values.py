@@ -1,7 +1,7 @@
 """The base of all JSON shapes, and the types inside them that JSON does not have.
 
-``decode_value`` and the two ``encode_`` functions are the hooks for msgspec. A type's ``read`` raises TypeError for
-a value of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value.
+The two ``encode_`` functions, ``read`` and ``schema`` are the hooks for msgspec. A type's ``read`` raises TypeError
+for a value of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value.
 ``schema`` describes the accepted values as far as JSON Schema can.
 """
 
@@ -295,10 +295,14 @@ def doc(description: str) -> Meta:
 
 
 WIRE_NAMES = {
+    "denied": "AccessType",
+    "entries": "RoleTrusteeAccessControlEntries",
     "heartbeat_at": "HeartbeatTime",
+    "kind": "Type",
     "last_data": "LastDataProcessedTime",
     "pending": "PendingPrimary",
     "previous": "PreviousPrimary",
+    "rights": "AccessRights",
     "score": "FailoverScore",
 }
 """JSON names of fields that have another name in model.py, and so in the shapes."""
@@ -317,11 +321,6 @@ class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
         """Build the shape from the attributes of a value with the same names as its fields, and from ``others``."""
         own = (name for name in cls.__struct_fields__ if name not in others)
         return cls(**{name: getattr(value, name) for name in own}, **others)
-
-
-def decode_value(kind: Any, given: Any) -> Any:
-    """Decode a value of one of these types."""
-    return kind.read(given)
 
 
 def encode_with_numbers(value: Any) -> Any:
@@ -347,9 +346,3 @@ def _encode_span(value: Any) -> str:
     if not isinstance(value, TimeSpan):
         raise TypeError(f"{type(value).__name__} is no type of the API")
     return format_time_span(value)
-
-
-def describe_value(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of one of these types."""
-    schema: dict[str, Any] = kind.schema()
-    return schema

@@ -39,7 +39,7 @@ from tests.integration.resting import (
 from tests.integration.stage import Stage
 from tests.mosquitto import Authority, a_broker, watching
 
-MOST_RESIDENT_MIB = {"plain": 45.0, "failsafe": 45.0, "everything": 60.0}
+MOST_RESIDENT_MIB = {"plain": 40.0, "failsafe": 42.0, "everything": 46.0}
 MOST_CPU_PERCENT = 0.5
 LONGEST_START_S = 1.5
 SETTLE_S = 15.0

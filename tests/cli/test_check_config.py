@@ -8,8 +8,8 @@ import pytest
 
 from agent.errors import ExitCode
 from agent.schema.coordinator_settings import CoordinatorSettings
-from agent.schema.read import load
 from agent.schema.settings import AgentSettings
+from tests.declarations import load
 
 Cli = Callable[..., tuple[int, str, str]]
 

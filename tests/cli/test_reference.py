@@ -12,8 +12,9 @@ from agent.errors import ExitCode
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Settings, settings_of
 from agent.schema.kinds import CHECKS
-from agent.schema.read import load, validate
+from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
+from tests.declarations import format_text, load
 from tests.reference import PROGRAMS, sample, settings_page, tables_of
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_the_settings_page_explains_every_key_of_every_table() -> None:
     assert [s.name for s in settings] == ["check", "progress", "mqtt"]
     for table in (table for setting in settings for table in tables_of(setting).values()):
         for key in (key for key in settings_of(table) if key.name != "type"):
-            assert page.count(f"| `{key.name}` | {key.format_text} |"), key
+            assert page.count(f"| `{key.name}` | {format_text(key)} |"), key
             assert key.doc.endswith("."), key
             assert key.required or key.has_default or "Not set:" in key.doc, key
 

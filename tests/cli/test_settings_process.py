@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 import pytest
 
 from agent.cli import settings_process
-from agent.cli.settings_process import SettingsProcess
+from agent.cli.settings_process import NoSettings, SettingsProcess
 from agent.errors import ConfigError, ExitCode
 from agent.schema import exchange
 from agent.schema.read import validate
@@ -62,7 +61,7 @@ def test_what_is_wrong_is_handed_back_with_its_code(capfd: pytest.CaptureFixture
 
 
 def test_help_is_answered_by_the_reader(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(click.exceptions.Exit) as caught:
+    with pytest.raises(NoSettings) as caught:
         read("exec", "--help")
     assert caught.value.exit_code == 0
     assert "Usage: failover-agent exec [OPTIONS] -- COMMAND" in capfd.readouterr().out
@@ -106,7 +105,7 @@ def test_the_reader_receives_whether_tracebacks_are_wanted(
     flags: list[str],
 ) -> None:
     monkeypatch.setattr(settings_process, "PROGRAM", "import sys; print(sys.argv[3:]); sys.exit(7)")
-    with pytest.raises(click.exceptions.Exit) as caught:
+    with pytest.raises(NoSettings) as caught:
         SettingsProcess(("run", "-x"), debug=debug).receive()
     assert caught.value.exit_code == 7
     assert capfd.readouterr().out == f"{[*flags, 'run', '-x']}\n"

@@ -15,7 +15,7 @@ from agent.errors import ConfigError
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import settings_of
-from agent.schema.read import load
+from tests.declarations import load
 
 from .test_auth import KEY, bearer
 

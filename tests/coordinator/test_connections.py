@@ -27,7 +27,7 @@ from agent.errors import ExitCode
 from agent.ops.clock import Clock
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings
-from agent.schema.read import load
+from tests.declarations import load
 
 from .conftest import Process, Stage
 from .raw import BASE, HEALTH, TIMES, Raw, ask, connections, crowd, program, resident, until

@@ -325,7 +325,7 @@ async def test_a_new_guard_runs_the_program_that_was_installed_at_the_start(
     other = tmp_path / "main.py"
     shutil.copy(agent.guard.main.__file__, other)
     loader = SourceFileLoader("agent.guard.main", str(other))
-    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
+    monkeypatch.setattr(agent.guard.main.__spec__, "loader", loader)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     other.write_text("import sys\nsys.exit(5)\n")
@@ -342,7 +342,7 @@ async def test_a_guard_program_that_cannot_be_read_raises(
     changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = SourceFileLoader("agent.guard.main", "/nowhere/main.py")
-    monkeypatch.setattr(agent.guard.main, "__loader__", loader)
+    monkeypatch.setattr(agent.guard.main.__spec__, "loader", loader)
     with pytest.raises(ConfigError, match=r"cannot be read.*nowhere") as caught:
         Guardian(Clock(), changes, limit_s=ANSWER_S)
     assert caught.value.exit_code is ExitCode.GUARD
@@ -460,7 +460,7 @@ async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "RESTART_S", 0.1)
-    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.main.MESSAGE_BYTES}))
+    guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": "x" * agent.guard.MESSAGE_BYTES}))
     assert len(changes.reasons) == 2
     why = changes.reasons[1]
     assert why is not None
@@ -473,7 +473,7 @@ async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
 
 async def test_the_longest_message_arrives_complete(guardian: Guardian, changes: Changes) -> None:
     overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true")
-    big = "x" * (agent.guard.main.MESSAGE_BYTES - overhead)
+    big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
     await until(lambda: not guardian._unanswered)
     assert changes.reasons == [None]

@@ -302,7 +302,7 @@ async def test_the_access_log_is_off(
 ) -> None:
     caplog.set_level("DEBUG")
     assert (await client.get("/status")).is_success
-    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+    assert [record for record in caplog.records if record.name.startswith("agent")] == []
 
 
 async def test_a_verdict_of_yes_is_200(client: httpx2.AsyncClient) -> None:
@@ -632,12 +632,12 @@ async def test_unfinished_handshakes_count_as_connections_and_end(
     async with secured(agent, given) as (server, port):
         bound(server, connections=2, request_s=0.5)
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        await until(lambda: len(server._http._connections) == 2)
+        await until(lambda: len(server._http._tasks) == 2)
         assert await raw(("127.0.0.1", port), b"") == b""  # closed at once
         for reader, writer in held:
             await read_to_the_end(reader)
             writer.close()
-        await until(lambda: not server._http._connections)
+        await until(lambda: not server._http._tasks)
 
 
 def test_only_a_probe_that_others_reach_is_warned_of() -> None:

@@ -257,6 +257,36 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
         load_server_access(settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "trusting"),
+    [
+        ({"endpoint": ("http://one", "http://two")}, False),
+        ({"endpoint": ("http://one", "HTTPS://two")}, True),
+        ({"endpoint": ("http://one",), "proxy": "https://proxy"}, True),
+        ({"endpoint": ("http://one",), "token_endpoint": "https://identity/token"}, True),
+        ({"endpoint": ("http://one",), "client_id": "its token endpoint is discovered"}, True),
+    ],
+)
+def test_the_authorities_of_the_host_are_loaded_only_for_https(
+    given: dict[str, Any], *, trusting: bool
+) -> None:
+    context = load_server_access(AgentSettings(**given)).tls
+    if not trusting:
+        assert context is None
+        return
+    assert isinstance(context, ssl.SSLContext)
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert context.get_ca_certs() == httpx2.create_ssl_context(trust_env=False).get_ca_certs()
+
+
+async def test_without_a_context_an_unknown_authority_is_trusted_no_more(tmp_path: Path) -> None:
+    async with served(tls=server_tls(Authority(tmp_path), "server")) as raw:
+        client = RestClient((raw.endpoint("https"),), verify=None)
+        async with closing(client):
+            with pytest.raises(ServerError, match="certificate is not trusted"):
+                await beat(client)
+
+
 # --- a proxy
 
 NAME = "coordinator.only-the-proxy-knows-it.invalid"

@@ -1,13 +1,17 @@
 """The bounded server of an agent, over real sockets; the probe's tests cover its bounds."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from agent.ops.http_server import BACKLOG, HttpServer, Limits
+import pytest
+
+from agent.ops.http_connection import Handler, Limits, Request, Response
+from agent.ops.http_server import BACKLOG, HttpServer
 from agent.schema.addresses import Address
 
 LIMITS = Limits(
@@ -16,6 +20,7 @@ LIMITS = Limits(
     keep_alive_s=3,
     head_bytes=1024,
     headers=8,
+    body_bytes=1024,
     request_bytes=4096,
     pipelined=1,
     newest_first=True,
@@ -24,29 +29,218 @@ LIMIT_S = 30
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
+HEAD = b"Host: localhost\r\n"
+LAST = HEAD + b"Connection: close\r\n\r\n"
+
+
+async def echo(request: Request) -> Response:
+    """Answer with what was asked: the method, the path and the body."""
+    asked = f"{request.method} {request.path} ".encode()
+    return Response(200, asked + (b"too long" if request.body is None else request.body))
+
+
 @asynccontextmanager
-async def serving(limits: Limits = LIMITS) -> AsyncIterator[tuple[HttpServer, Address, list[Any]]]:
-    transports: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        transports.extend(one.transport for one in server._state.connections)
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
-
-    server = HttpServer("test", limits)
-    yield server, await server.start(app, Address("127.0.0.1", 0)), transports
+async def serving(
+    handler: Handler = echo, **limits: float
+) -> AsyncIterator[tuple[HttpServer, Address]]:
+    server = HttpServer("test", replace(LIMITS, **limits))  # type: ignore[arg-type] # by name
+    yield server, await server.start(handler, Address("127.0.0.1", 0))
     await server.stop()
 
 
+async def ask(address: Address, *parts: bytes, half_close: bool = False) -> bytes:
+    """Send the parts one after another; everything that is answered until the server closes."""
+    reader, writer = await asyncio.open_connection(*address)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+        await asyncio.sleep(0)
+    if half_close:
+        writer.write_eof()
+    async with asyncio.timeout(LIMIT_S):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def answers(received: bytes) -> list[tuple[int, bytes]]:
+    """The status and the body of each answer; of one to HEAD, which has no body, the rest follows."""
+    found = []
+    for part in received.split(b"HTTP/1.1 ")[1:]:
+        head, _, body = part.partition(b"\r\n\r\n")
+        found.append((int(head.split()[0]), body))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [
+        (b"GET /a?b=c HTTP/1.1\r\n" + LAST, [(200, b"GET /a ")]),
+        (b"GET http://localhost/%61 HTTP/1.1\r\n" + LAST, [(200, b"GET /a ")]),
+        (b"GET /a HTTP/1.0\r\n\r\n", [(200, b"GET /a ")]),
+        (b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", [(200, b"GET /a ")]),
+        (b"\r\nGET /a HTTP/1.1\r\n" + LAST, [(200, b"GET /a ")]),
+        (b"POST /a HTTP/1.1\r\nContent-Length: 2\r\n" + LAST + b"xy", [(200, b"POST /a xy")]),
+        (
+            b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
+            + LAST
+            + b"1\r\nx\r\n1\r\ny\r\n0\r\nTrailer: z\r\n\r\n",
+            [(200, b"POST /a xy")],
+        ),
+        (
+            b"HEAD /a HTTP/1.1\r\n" + HEAD + b"\r\nGET /b HTTP/1.1\r\n" + LAST,
+            [(200, b""), (200, b"GET /b ")],
+        ),
+        (
+            b"GET /a HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + HEAD + b"\r\n",
+            [(200, b"GET /a ")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("bytewise", [False, True])
+async def test_a_request_is_answered_however_it_is_sent(
+    sent: bytes, answered: list[tuple[int, bytes]], *, bytewise: bool
+) -> None:
+    async with serving() as (_, address):
+        parts = [bytes([byte]) for byte in sent] if bytewise else [sent]
+        assert answers(await ask(address, *parts)) == answered
+
+
+async def test_nothing_is_answered_after_the_last_request() -> None:
+    async with serving() as (_, address):
+        request = b"GET /a HTTP/1.1\r\n" + LAST
+        assert answers(await ask(address, request + request)) == [(200, b"GET /a ")]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET /a\n\n",
+        b"GET /\xff HTTP/1.1\r\n" + LAST,
+        b"CONNECT a:443 HTTP/1.1\r\n" + LAST,
+        b"POST /a HTTP/1.1\r\nContent-Length: -1\r\n" + LAST,
+        b"POST /a HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n" + LAST,
+        b"POST /a HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n" + LAST,
+        b"POST /a HTTP/1.1\r\nTransfer-Encoding: gzip\r\n" + LAST,
+        b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + LAST + b"oops\r\n",
+    ],
+)
+async def test_what_is_not_http_is_refused_after_the_requests_before_it(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as (_, address):
+        first = b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n"
+        assert [status for status, _ in answers(await ask(address, first + sent))] == [200, 400]
+    assert caplog.records == []
+
+
+async def test_a_long_body_is_dropped_and_the_connection_is_kept() -> None:
+    post = b"POST /a HTTP/1.1\r\nContent-Length: %d\r\n"
+    size = LIMITS.body_bytes + 1
+    async with serving() as (_, address):
+        kept = post % size + HEAD + b"\r\n" + b"x" * size
+        last = post % (size - 1) + LAST + b"x" * (size - 1)
+        found = answers(await ask(address, kept, last))
+    assert found == [(200, b"POST /a too long"), (200, b"POST /a " + b"x" * (size - 1))]
+
+
+async def test_a_request_above_its_bound_ends_the_connection() -> None:
+    size = LIMITS.request_bytes
+    async with serving() as (_, address):
+        post = b"POST /a HTTP/1.1\r\nContent-Length: %d\r\n" % size + LAST + b"x" * size
+        with contextlib.suppress(ConnectionError):
+            assert await ask(address, post) == b""
+
+
+@pytest.mark.parametrize("expect", [b"100-continue", b"100-Continue"])
+async def test_a_client_that_asks_first_may_send_its_body(expect: bytes) -> None:
+    async with serving() as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        head = b"POST /a HTTP/1.1\r\nContent-Length: 2\r\nExpect: " + expect + b"\r\n" + LAST
+        writer.write(head)
+        async with asyncio.timeout(LIMIT_S):
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"xy")
+            assert answers(await reader.read()) == [(200, b"POST /a xy")]
+        writer.close()
+
+
+async def test_a_client_that_sends_no_more_is_answered() -> None:
+    async with serving() as (_, address):
+        received = await ask(address, b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n", half_close=True)
+        assert answers(received) == [(200, b"GET /a ")]
+
+
+async def test_an_exception_is_500_and_the_connection_is_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(_: Request) -> Response:
+        raise KeyError("a fault of ours")
+
+    async with serving(fail) as (_, address):
+        received = await ask(
+            address, b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n", b"GET /b HTTP/1.1\r\n" + LAST
+        )
+        assert [status for status, _ in answers(received)] == [500, 500]
+    assert [record.getMessage() for record in caplog.records] == ["request failed"] * 2
+    assert "a fault of ours" in caplog.text
+
+
+async def test_an_idle_connection_is_ended() -> None:
+    async with serving(keep_alive_s=0.05) as (_, address):
+        received = await ask(address, b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert answers(received) == [(200, b"GET /a ")]
+
+
+async def test_a_client_that_does_not_read_its_answer_is_disconnected() -> None:
+    async def send_much(_: Request) -> Response:
+        return Response(200, bytes(64 * 1024 * 1024))
+
+    async with serving(send_much, request_s=0.1) as (server, address):
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(REQUEST)
+        async with asyncio.timeout(LIMIT_S):
+            while not server._connections:  # noqa: ASYNC110 - what is waited for sets no event
+                await asyncio.sleep(0.001)
+            while server._tasks:  # noqa: ASYNC110 - likewise
+                await asyncio.sleep(0.001)
+        writer.close()
+
+
+@pytest.mark.parametrize("in_time", [False, True])
+async def test_a_stop_waits_a_moment_for_answers(*, in_time: bool) -> None:
+    handled, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: Request) -> Response:
+        handled.set()
+        await go_on.wait()
+        return Response(200, b"fine")
+
+    async with serving(wait) as (server, address):
+        asked = asyncio.create_task(ask(address, b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n"))
+        await asyncio.wait_for(handled.wait(), LIMIT_S)
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)
+        if in_time:
+            go_on.set()
+        await asyncio.wait_for(stopping, LIMIT_S)
+        if in_time:
+            assert answers(await asked) == [(200, b"fine")]
+        else:
+            with contextlib.suppress(ConnectionError):
+                assert await asked == b""
+
+
 async def test_a_new_connection_ends_the_oldest_one() -> None:
-    async with serving() as (server, address, _):
+    async with serving() as (server, address):
         held = [await asyncio.open_connection(*address) for _ in range(3)]
         reader, writer = await asyncio.open_connection(*address)
         writer.write(REQUEST)
-        assert (await asyncio.wait_for(reader.read(), LIMIT_S)).startswith(b"HTTP/1.1 204 ")
+        assert (await asyncio.wait_for(reader.read(), LIMIT_S)).startswith(b"HTTP/1.1 200 ")
         assert await asyncio.wait_for(held[0][0].read(), LIMIT_S) == b""
         assert not held[1][0].at_eof()
-        assert len(server._connections) <= 3
+        assert len(server._tasks) <= 3
         for _, other in [*held, (reader, writer)]:
             other.close()
 
@@ -57,7 +251,7 @@ def descriptors() -> int:
 
 async def test_connections_that_come_at_once_are_accepted_one_by_one() -> None:
     """Else a flood keeps the event loop from everything else, and uses up the descriptors."""
-    async with serving() as (_, address, _transports):
+    async with serving() as (_, address):
         await asyncio.sleep(0)
         held = [socket.create_connection(address) for _ in range(BACKLOG // 2)]
         before = descriptors()
@@ -71,7 +265,13 @@ async def test_connections_that_come_at_once_are_accepted_one_by_one() -> None:
 
 
 async def test_answers_are_sent_without_delay() -> None:
-    async with serving() as (_, address, transports):
+    transports: list[asyncio.WriteTransport] = []
+
+    async def handle(_: Request) -> Response:
+        transports.extend(one._writer.transport for one in server._connections.values())
+        return Response(200, b"")
+
+    async with serving(handle) as (server, address):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(REQUEST)
         await asyncio.wait_for(reader.read(), LIMIT_S)

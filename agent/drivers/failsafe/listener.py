@@ -12,15 +12,14 @@ challenge is the last one that this process gave to that process. So a recorded 
 A wrong challenge does not change the right one, so repeating recorded questions disturbs no member.
 """
 
-import json
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from http import HTTPStatus
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from agent.drivers.failsafe.access import FailsafeAccess
 from agent.drivers.failsafe.messages import (
@@ -38,7 +37,8 @@ from agent.drivers.failsafe.messages import (
     sign,
 )
 from agent.ops.clock import Clock
-from agent.ops.http_server import HttpServer, Limits
+from agent.ops.http_connection import JSON, Limits, Request, Response, error_response
+from agent.ops.http_server import HttpServer
 from agent.ops.logs import Log
 from agent.schema.addresses import Address
 
@@ -48,6 +48,7 @@ LIMITS = Limits(
     keep_alive_s=1,
     head_bytes=4 * 1024,
     headers=32,
+    body_bytes=MAX_BODY_BYTES,
     request_bytes=16 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
     pipelined=1,
     newest_first=True,  # members close at once, so the oldest connection is not a member's
@@ -139,21 +140,23 @@ class Listener:
         """Stop listening. May be called twice, or without a start."""
         await self._http.stop()
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, request: Request) -> Response:
         try:
-            status, answer = self._answer(_header(scope), await _read(scope, receive))
+            status, answer = self._answer(request)
         except _Refused as refused:
-            self._count(refused.refusal, scope, str(refused))
-            body = json.dumps({"error": str(refused)}).encode()
-            await _send(send, refused.status, body)
-            return
-        if status != 200:  # noqa: PLR2004 - HTTP's own number
+            self._count(refused.refusal, request.client, str(refused))
+            allow = {"Allow": "POST"} if refused.status == HTTPStatus.METHOD_NOT_ALLOWED else None
+            return replace(error_response(refused.status, str(refused), allow), close=True)
+        if status != HTTPStatus.OK:
             self.refused[Refusal.NO_CHALLENGE] += 1
         body = encode(answer)
-        await _send(send, status, body, sign(self._keys, Kind.ANSWER, body))
+        mac = sign(self._keys, Kind.ANSWER, body)
+        return Response(status, body, {**JSON, MAC_HEADER: mac}, close=True)
 
-    def _answer(self, mac: str, body: bytes) -> tuple[int, Answer]:
+    def _answer(self, request: Request) -> tuple[int, Answer]:
         """The status and the answer to a member's question. Raises _Refused for other requests."""
+        body = _question(request)
+        mac = (request.header(MAC_HEADER.lower().encode()) or b"").decode("latin-1")
         if not is_authentic(self._keys, Kind.QUESTION, body, mac):
             raise _Refused(
                 401, Refusal.NOT_AUTHENTIC, "The code is not made with the secret of this group."
@@ -202,52 +205,26 @@ class Listener:
             challenge=challenge,
         )
 
-    def _count(self, refusal: Refusal, scope: Scope, reason: str) -> None:
+    def _count(self, refusal: Refusal, client: str | None, reason: str) -> None:
         self.refused[refusal] += 1
         now = self._clock.boottime()
         if now - self._logged_at.get(refusal, float("-inf")) >= QUIET_S:
             self._logged_at[refusal] = now
-            client = scope.get("client")
             log.warning(
                 "failsafe question refused",
-                of=client[0] if client else None,
+                of=client,
                 kind=refusal.value,
                 reason=reason,
             )
 
 
-def _header(scope: Scope) -> str:
-    wanted = MAC_HEADER.lower().encode()
-    found = [value for name, value in scope["headers"] if name == wanted]
-    return ", ".join(value.decode("latin-1") for value in found)
-
-
-async def _read(scope: Scope, receive: Receive) -> bytes:
-    """Read the body of a request to the only route. Raises _Refused."""
-    if scope["path"] != PATH:
+def _question(request: Request) -> bytes:
+    """The body of a request to the only route. Raises _Refused."""
+    if request.path != PATH:
         raise _Refused(404, Refusal.NOT_A_QUESTION, f"There is nothing here but {PATH}.")
-    if scope["method"] != "POST":
+    if request.method != "POST":
         raise _Refused(405, Refusal.NOT_A_QUESTION, "Questions are sent by POST.")
-    body, more = bytearray(), True
-    while more:
-        part = await receive()
-        body += part.get("body", b"")
-        more = part.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
-            error = f"The body may have at most {MAX_BODY_BYTES} bytes."
-            raise _Refused(413, Refusal.NOT_A_QUESTION, error)
-    return bytes(body)
-
-
-async def _send(send: Send, status: int, body: bytes, mac: str | None = None) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    if status == 405:  # noqa: PLR2004 - HTTP's own number
-        headers.append((b"allow", b"POST"))
-    if mac is not None:
-        headers.append((MAC_HEADER.lower().encode(), mac.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    if request.body is None:
+        error = f"The body may have at most {MAX_BODY_BYTES} bytes."
+        raise _Refused(413, Refusal.NOT_A_QUESTION, error)
+    return request.body

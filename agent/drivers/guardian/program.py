@@ -9,23 +9,20 @@ import marshal
 import os
 import sys
 from importlib.abc import SourceLoader
+from importlib.util import find_spec
 from pathlib import Path
-from types import CodeType, ModuleType
-
-import agent.guard.hook
-import agent.guard.log
-import agent.guard.main
-import agent.guard.processes
-import agent.proctree
+from types import CodeType
 
 MODULES = (
-    agent.proctree,
-    agent.guard.processes,
-    agent.guard.log,
-    agent.guard.hook,
-    agent.guard.main,
+    "agent.proctree",
+    "agent.guard",
+    "agent.guard.processes",
+    "agent.guard.log",
+    "agent.guard.hook",
+    "agent.guard.main",
 )
-"""All modules of the guard, each after those that it imports; ``main`` is last."""
+"""All modules of the guard, each after those that it imports; ``main`` is last. They are only read here:
+imported, they would cost the agent half a MiB."""
 
 BOOTSTRAP = """\
 # failover-agent guard
@@ -61,13 +58,15 @@ def program() -> bytes:
     Raises:
         OSError: a source cannot be read.
     """
-    return marshal.dumps([(module.__name__, _code(module)) for module in MODULES])
+    return marshal.dumps([(name, _code(name)) for name in MODULES])
 
 
-def _code(module: ModuleType) -> CodeType:
-    loader = module.__loader__
-    assert isinstance(loader, SourceLoader)  # noqa: S101 - nothing else is installed
-    code = loader.get_code(module.__name__)
+def _code(name: str) -> CodeType:
+    spec = find_spec(name)
+    if spec is None:
+        raise FileNotFoundError(f"the module {name} is not installed any more")
+    assert isinstance(spec.loader, SourceLoader)  # noqa: S101 - nothing else is installed
+    code = spec.loader.get_code(name)
     assert code is not None  # noqa: S101 - likewise
     return code
 

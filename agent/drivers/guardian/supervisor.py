@@ -21,7 +21,7 @@ from functools import partial
 from agent.drivers.guardian.messages import Arming, GuardHook, GuardLogContext
 from agent.drivers.guardian.program import bootstrap, helper_command, program, sealed_memory
 from agent.errors import ConfigError, ExitCode
-from agent.guard.main import MESSAGE_BYTES
+from agent.guard import MESSAGE_BYTES
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log

@@ -141,15 +141,14 @@ class _Transport(httpx2.AsyncHTTPTransport):
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        context: ssl.SSLContext | None,
         keepalive_s: float,
         connections: int,
         names: Names,
         proxy: Proxy | None,
     ) -> None:
-        super().__init__(verify=context, trust_env=False)
         backend = _Backend(names, proxied=proxy is not None)
-        # The base class takes no network backend.
+        # In place of the base class's pool, which takes no network backend and always makes a context.
         if proxy is None:
             self._pool = httpcore2.AsyncConnectionPool(
                 ssl_context=context,
@@ -179,7 +178,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
 
 
 def open_client(
-    context: ssl.SSLContext,
+    context: ssl.SSLContext | None,
     *,
     keepalive_s: float,
     connections: int,
@@ -191,7 +190,7 @@ def open_client(
     """A client with connections of its own; close it with ``aclose``.
 
     Args:
-        context: verifies the servers' certificates.
+        context: verifies the servers' certificates; None: by the authorities of this host, read then.
         keepalive_s: seconds after which an idle connection is not used again.
         connections: how many there are at most.
         names: resolves the names of hosts.

@@ -72,12 +72,12 @@ class ServerAccess:
 
     Attributes:
         auth: httpx2.BasicAuth, ClientCredentials, or None.
-        tls: verifies servers, and may have a client certificate.
+        tls: verifies servers, and may have a client certificate; None where none speaks https.
         proxy: the way to all of them, or None for a direct one.
     """
 
     auth: httpx2.Auth | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | bool = True
+    tls: ssl.SSLContext | bool | None = True
     proxy: Proxy | None = None
 
 
@@ -95,7 +95,9 @@ class _Connections:
         self._borrowed = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        context = httpx2.create_ssl_context(verify=access.tls, trust_env=False)
+        context = None
+        if access.tls is not None:
+            context = httpx2.create_ssl_context(verify=access.tls, trust_env=False)
         self.call, self.blocking_read, self.probe = (
             open_client(
                 context,
@@ -147,7 +149,7 @@ class Endpoints:
         endpoints: Sequence[str],
         *,
         auth: httpx2.Auth | None = None,
-        verify: ssl.SSLContext | bool = True,
+        verify: ssl.SSLContext | bool | None = True,
         proxy: Proxy | None = None,
         keepalive_s: float = KEEPALIVE_S,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -158,7 +160,7 @@ class Endpoints:
             endpoints: base paths up to clientfailover, http or https, of one coordinator or one
                 cluster; the first one is used first.
             auth: httpx2.BasicAuth, ClientCredentials, or None.
-            verify: how server certificates are verified; False: not at all.
+            verify: how server certificates are verified; False: not at all; None: none is expected.
             proxy: the way to all endpoints, or None for a direct one.
             keepalive_s: idle timeout of a connection: longer than the heartbeat interval, shorter
                 than the server's own.
