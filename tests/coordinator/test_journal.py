@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 import pytest
 
 from agent.coordinator.journal import log_role_changes
-from agent.core.roles import TRANSITIONS
 from agent.model import GroupConfig, GroupKey, GroupRecord, HistoryEntry, Role, Tenure
 
 KEY = GroupKey("default", "default", "g")
@@ -20,7 +19,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("pending", ["a", "b", None])
-def test_each_line_is_a_row_of_the_table(
+def test_each_change_of_role_is_one_line_with_the_role_before_and_after(
     caplog: pytest.LogCaptureFixture, pending: str | None
 ) -> None:
     """Also when one decision ends a tenure and chooses the same session again."""
@@ -28,9 +27,11 @@ def test_each_line_is_a_row_of_the_table(
     ended = HistoryEntry(1, "a", NOW, "chosen", NOW, "its lease ended without a heartbeat")
     with caplog.at_level(logging.INFO):
         log_role_changes(KEY, HELD, after, [ended])
-    told = lines(caplog)
-    assert told[0]["after"] is Role.SECONDARY
-    assert told[0]["reason"] == "its lease ended without a heartbeat"
-    assert len(told) == (1 if pending is None else 2)
-    for line in told:
-        assert (line["before"], line["after"]) in TRANSITIONS
+    logged = lines(caplog)
+    ended_tenure = ("a", Role.PRIMARY, Role.SECONDARY)
+    chosen = [] if pending is None else [(pending, Role.SECONDARY, Role.PENDING_PRIMARY)]
+    assert [(line["session"], line["before"], line["after"]) for line in logged] == [
+        ended_tenure,
+        *chosen,
+    ]
+    assert logged[0]["reason"] == "its lease ended without a heartbeat"

@@ -176,25 +176,30 @@ async def test_requests_under_way_are_finished_and_then_their_connections_closed
             go_on.set()
             assert (await reading).revision == 2
             await until(lambda: ended >= before + 2)  # the read's, and that of the first heartbeat
-            assert not client._draining
             await beat(client)
 
 
 async def test_closing_leaves_no_former_connections() -> None:
     async with served() as raw:
-        raw.talk = raw.says(then="wait")
+        ended = asyncio.Event()
+
+        async def wait_for_the_end(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+            await raw.request(reader)
+            assert await reader.read() == b""
+            ended.set()
+
+        raw.talk = wait_for_the_end
         client = RestClient([raw.endpoint()], auth=basic("one"))
-        former = client._connections
         reading = asyncio.create_task(
             client.status("g", after=1, wait_s=PATIENCE_S, timeout_s=PATIENCE_S)
         )
         await until(lambda: len(raw.seen) == 1)
         raw.talk = raw.answers(BEAT)
         await client.replace_access(ServerAccess(basic("two")), STATUS, timeout_s=PATIENCE_S)
+        assert not ended.is_set()
         await client.aclose()
         await client.aclose()
-        assert former.blocking_read.is_closed
-        assert not client._draining or all(task.cancelling() for task in client._draining)
+        await until(ended.is_set)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
 

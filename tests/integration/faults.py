@@ -1,12 +1,14 @@
 """Faults inside a running agent, which no signal and no file can cause: a module for PYTHONPATH.
 
-``variables`` makes an agent import it as ``sitecustomize``. From the moment at which the trigger file has
-a line ``module Class.method fails``, each call of that method raises; with ``hangs`` it never returns. The
-guard is not concerned: it runs in isolated mode.
+``variables`` makes an agent import it as ``sitecustomize``. When the trigger file has a line
+``module Class.method fails``, each call of that method raises; with ``hangs`` it never returns. A file beside
+it then shows that the fault is in force. The guard runs in isolated mode, so it has no such fault.
 """
 
 import os
 from pathlib import Path
+
+from .stage import until
 
 SOURCE = """
 import os, sys, threading, time
@@ -21,6 +23,7 @@ def watch(trigger):
     def hang(*_args, **_kwargs):
         threading.Event().wait()
     setattr(getattr(sys.modules[module], owner), name, hang if what == "hangs" else fail)
+    open(trigger + ".done", "w").close()
 
 if "reader" not in sys.argv and (trigger := os.environ.get("FAULT_TRIGGER")):
     threading.Thread(target=watch, args=(trigger,), daemon=True).start()
@@ -44,7 +47,9 @@ class Fault:
         return {"PYTHONPATH": path, "FAULT_TRIGGER": str(self._trigger)}
 
     def trigger(self, module: str, method: str, *, hangs: bool = False) -> None:
-        """From now on the method raises, or never returns."""
+        """Make the method raise, or never return, in the running agent; returns when that is in force."""
         beside = self._trigger.with_suffix(".new")
         beside.write_text(f"{module} {method} {'hangs' if hangs else 'fails'}\n")
         beside.replace(self._trigger)
+        done = self._trigger.with_suffix(".done")
+        until(done.exists, "the fault to be in force")

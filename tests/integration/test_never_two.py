@@ -127,7 +127,6 @@ def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
     one, other, epoch, fault = pair_with_fault(stage, coordinator)
     fault.trigger(module, method)
     if method.startswith("Reload"):
-        time.sleep(0.2)  # until the fault is there
         one.send(signal.SIGHUP)
     assert one.wait() == ExitCode.TASK_FAILED
     assert "task failed" in one.said()
@@ -143,7 +142,6 @@ def test_a_task_that_dies_during_the_stop_does_not_delay_the_exit(
 ) -> None:
     one, other, epoch, fault = pair_with_fault(stage, coordinator)
     fault.trigger("agent.drivers.rest.client", method)
-    time.sleep(0.1)
     assert one.end() == ExitCode.TASK_FAILED
     until_written_after(stage, epoch)
     assert overlap_s(output(stage)) < 0
