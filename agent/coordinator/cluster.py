@@ -269,7 +269,7 @@ async def follow_peer_keys(store: EtcdCluster, clients: ForwardedClients) -> Non
 
 
 async def _retry_at_start(opening: Callable[[], Awaitable[T]]) -> T:
-    until = asyncio.get_running_loop().time() + STARTUP_S
+    until, logged = asyncio.get_running_loop().time() + STARTUP_S, ""
     while True:
         try:
             return await opening()
@@ -282,5 +282,7 @@ async def _retry_at_start(opening: Callable[[], Awaitable[T]]) -> T:
                     " etcd's members runs",
                     exit_code=error.exit_code,
                 ) from error
-            log.warning("etcd cannot be used yet, retrying", error=error)
+            if str(error) != logged:
+                logged = str(error)
+                log.warning("etcd cannot be used yet, retrying", error=error)
         await asyncio.sleep(STARTUP_RETRY_S)

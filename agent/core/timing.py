@@ -224,7 +224,7 @@ def plan(lease_s: float, budget: Budget | None = None) -> Timing:
                 else "no failover timeout fits these budgets: change the part that the rule names"
             )
             raise TimingError(
-                f"timings break R1: {rule} does not hold (seconds); {right}",
+                f"timings break R1, which requires {rule} (seconds); {right}",
                 smallest_lease_s=smallest,
             )
     return timing
