@@ -45,6 +45,10 @@ LEAVE_SHARE = 1 / 3
 """Share of the time to live after which another member of etcd is asked: one that hangs costs this once. Answers
 are awaited for the whole of it, since a renewal that a slow disk has delayed still counts."""
 
+GIVE_UP_SHARE = 1 / 2
+"""The same for no longer waiting until shards are claimed or handed over. By then another member of etcd is asked;
+if the former one has carried it out, the watch shows that."""
+
 RETRY_S = 0.1
 """Pause after a failed request to etcd, and before a watch is begun again."""
 
@@ -195,7 +199,7 @@ class Leadership:
             return
         self._stopping = True
         try:
-            async with asyncio.timeout(self._ttl_s):
+            async with asyncio.timeout(self._ttl_s * GIVE_UP_SHARE):
                 await self._hand_over_all()
         except (TimeoutError, EtcdError) as error:
             log.warning("shards not handed over, they are vacant until the lease ends", error=error)
@@ -386,9 +390,10 @@ class Leadership:
         """Claim vacant shards, and hand surplus ones over."""
         while True:
             try:
-                await self._claim()
-                moved = await self._relieve()
-            except EtcdError as error:
+                async with asyncio.timeout(self._ttl_s * GIVE_UP_SHARE):
+                    await self._claim()
+                    moved = await self._relieve()
+            except (EtcdError, TimeoutError) as error:
                 log.debug("claiming shards failed", error=error)
                 moved = False
                 await asyncio.sleep(RETRY_S)
@@ -414,8 +419,8 @@ class Leadership:
         self._vacant_since = {n: self._vacant_since.get(n, now) for n in vacant}
         claims = shards_to_claim(self.view, self.member, vacant, self._layout.shards)
         neglected = [n for n in vacant if now - self._vacant_since[n] > self._ttl_s]
-        for number in dict.fromkeys([*claims, *neglected]):
-            await self._put_leader(number, 0, self.member)
+        wanted = dict.fromkeys([*claims, *neglected])
+        await asyncio.gather(*(self._put_leader(number, 0, self.member) for number in wanted))
 
     async def _put_leader(self, number: int, revision: int, member: str) -> bool:
         """Make a member the leader if the key has this revision; whether it has become it."""
