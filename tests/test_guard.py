@@ -629,15 +629,18 @@ def test_a_missing_directory_is_logged_and_the_agent_is_killed(
 def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
     host: Host, tmp_path: Path
 ) -> None:
-    child = f"trap '' TERM; sleep 1000 & echo $$ $! >{tmp_path}/pids; while :; do sleep 0.01; done"
+    """It has another half of its time once the tenure is dead, which may have slowed it down."""
+    child = f"trap '' TERM; sleep 1000 & echo $$ $! >>{tmp_path}/pids; while :; do sleep 0.01; done"
     host.send(*hook(sh(child), sh(f"touch {tmp_path}/second")))
-    kill_at = now() + 1.5
-    host.send_last(*arm(now(), kill_at))
+    hook_at = now()
+    budget_s = 1.5
+    host.send_last(*arm(hook_at, hook_at + budget_s))
     assert host.code(host.guard) == guard.ACTED
-    assert kill_at - 0.1 <= now() <= kill_at + LATE_S
+    assert budget_s - 0.1 <= now() - hook_at <= budget_s * 1.5 + LATE_S
     assert host.code(host.agent) == -signal.SIGKILL
-    hook_pid, child_pid = map(int, (tmp_path / "pids").read_text().split())
-    until(lambda: not lives(hook_pid) and not lives(child_pid))
+    pids = list(map(int, (tmp_path / "pids").read_text().split()))
+    assert len(pids) == 4
+    until(lambda: not any(map(lives, pids)))
     assert not (tmp_path / "second").exists()
 
 

@@ -49,6 +49,8 @@ class GuardControl:
         self._armed = self._frozen = False
         self._fence_by: float | None = None
         self._document_store: str | None = None
+        self._act_by = float("-inf"), float("-inf")
+        """The end of the demotion that runs, and when the guard acts if its hook has not started."""
 
     @property
     def enabled(self) -> bool:
@@ -141,9 +143,12 @@ class GuardControl:
     def _arming(self, hook_at: float, kill_at: float) -> Arming:
         role_runner = self._member.role_runner
         workload = role_runner.workload
-        has_begun = role_runner.demotion_hook_started or self._fence_by is not None
-        if hook_at == float("inf") and not has_begun:
-            hook_at = kill_at - HOOK_SHARE * (kill_at - self._member.clock.boottime())
+        if hook_at == float("inf"):
+            if self._act_by[0] != kill_at:  # the demotion has just begun
+                left_s = kill_at - self._member.clock.boottime()
+                self._act_by = kill_at, kill_at - HOOK_SHARE * left_s
+            if not role_runner.demotion_hook_started and self._fence_by is None:
+                hook_at = self._act_by[1]
         state = dict(self._state()) | {
             "role": Role.SECONDARY.value,
             "reason": BY_GUARD,

@@ -261,11 +261,10 @@ class Guard:
         if self.workload:  # it may have used them up when it got TERM
             self.try_step("make room", self.make_room, (now() + end_at) / 2)
         done = self.try_step("demotion hook", self.run_hook, end_at)
-        left_s = end_at - now()
         gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
         self.try_step("kill the agent", self.signal_agent, signal.SIGKILL)
         if not done:
-            end_at = max(end_at, now() + left_s)  # the killing takes nothing of its time
+            end_at = max(end_at, now() + self.budget_s / 2)  # late is better than never
             done = self.try_step("demotion hook", self.repeat_hook, end_at)
             gone = self.try_step("kill the tenure", self.kill_tenure, kill_at)
         dead = self.try_step("kill the agent", self.wait_for_agent_death)

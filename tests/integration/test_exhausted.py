@@ -145,6 +145,39 @@ def test_an_agent_without_free_tasks_that_is_cut_off_demotes_before_its_lease_ex
     assert other.end() == 0
 
 
+AT_TERM = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: os.execv(sys.executable, [sys.executable, "-S", sys.argv[1]]))
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("fault", ["freeze", "cut"])
+def test_a_workload_that_uses_up_all_tasks_when_it_is_stopped_keeps_no_service_active(
+    stage: Stage, coordinator: Coordinator, fault: str
+) -> None:
+    """The guard looked for free tasks before that only, and had no time left to repeat its hook."""
+    forks = stage.directory / "forks.py"
+    forks.write_text(FORKS)
+    service, gate = Service(stage, "host-a"), Gate(stage, coordinator.endpoint)
+    bodies = {"primary": service.primary, "secondary": service.secondary}
+    hooks = [f"--hook-{event}={stage.hook('host-a', event, bodies[event])}" for event in bodies]
+    command = [sys.executable, "-S", "-c", AT_TERM, str(forks)]
+    with limited_tasks("exhausted", MOST_TASKS) as folder:
+        one = start(stage, "host-a", gate.endpoint, timing=TIMING, flags=hooks, command=command)
+        (folder / "cgroup.procs").write_text(str(one.popen.pid))
+        epoch = one.until_role("Primary")["epoch"]
+        other = with_service(stage, "host-b", coordinator)
+        other.until_said("joined")
+        one.send(signal.SIGSTOP) if fault == "freeze" else gate.close()
+        until_written_after(stage, epoch)
+        assert not service.file.exists()
+        one.end(signal.SIGKILL)
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
 # -- descriptors, and the sight of processes ------------------------------------------------------------
 
 
