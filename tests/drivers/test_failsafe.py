@@ -66,7 +66,7 @@ class Voter:
     @property
     def connections(self) -> int:
         assert self.listener is not None
-        return len(self.listener._http._connections)
+        return len(self.listener._http._tasks)
 
     def vote(self, question: Question) -> Vote:
         self.asked.append(question)

@@ -503,7 +503,7 @@ async def test_a_notification_that_hangs_is_killed_at_its_limit(
     hooks: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(notifier, "GRACE_S", 0.05)
-    notes = notices(hooks, "trap '' TERM; echo x; while :; do sleep 0.01; done", limit_s=0.2)
+    notes = notices(hooks, "trap '' TERM; echo x; while :; do sleep 0.01; done", limit_s=1.0)
     notes.put("lost", {})
     await notes.drain(LIMIT_S)
     assert notes.failed == 1
