@@ -276,9 +276,7 @@ class Forwarder:
         certificate = request.certificate
         if certificate is None or self._clients is None:
             return None
-        if (
-            header(request.headers, b"authorization") is not None
-        ):  # the Authorization header takes precedence
+        if header(request.headers, b"authorization") is not None:  # it takes precedence
             return None
         leader = self._leadership.leader_of(key)
         if leader is None:

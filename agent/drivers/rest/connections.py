@@ -203,9 +203,8 @@ def open_client(
         transport=transport or _Transport(context, keepalive_s, connections, names, proxy),
         trust_env=False,
         follow_redirects=False,
-        cookies=CookieJar(
-            DefaultCookiePolicy(allowed_domains=[])
-        ),  # no cookie is kept: a server could fill the memory
+        # No cookie is kept: a server could fill the memory.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         headers={
             "User-Agent": f"failover-agent/{__version__}",
             "Accept": "application/json",
