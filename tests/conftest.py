@@ -1,4 +1,4 @@
-"""What every run of the suite has: the closing table, lanes, and the certainty of what it tests."""
+"""What every run of the suite has: the closing table, an order, and the certainty of what it tests."""
 
 import importlib.util
 import os
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
-from xdist.remote import Producer  # type: ignore[import-untyped]
-from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.closing_table import ClosingTable
 
@@ -21,6 +19,11 @@ settings.load_profile("no-deadline")
 COMPUTING = {"cluster", "core", "schema", "simulation"}
 
 LOWEST_PRIORITY = 19
+
+# What takes longest comes first: begun last, it would keep one worker of `make test` busy while the
+# others are done. The longest search goes on beside the tests that mostly wait.
+ORDER = ("simulation/test_promise.py", "integration/", "simulation/")
+
 LONGEST_SEARCH_S = 900
 
 # Two members active at once are never a matter of a busy machine.
@@ -38,32 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ClosingTable(ci=os.environ.get("CI") == "true"))
 
 
-class Lanes(LoadScopeScheduling):  # type: ignore[misc]
-    """Hands whole lanes to the workers of `make test`: all that computes, and each other file.
-
-    Computing fills the time that the other lanes spend waiting. A file is one lane because of the
-    servers that its tests share.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.partition("::")[0]
-        return "computing" if computes(Path(path)) else path
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
-    return Lanes(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, let the simulation search at full speed, and bear a busy machine.
-
-    A long file that begins last would keep one worker of `make test` busy while the others are done.
+    """Put the tests into ORDER, let the simulation search at full speed, and bear a busy machine.
 
     Being measured makes a search three times slower; what it runs is measured in the simulation's
     other tests, which follow single schedules. A test of processes and clocks that fails is run once
     more, and the summary shows it: beside three thousand of them, a busy machine delays one now and then.
     """
-    items.sort(key=lambda item: (not computes(item.path), "integration" not in item.path.parts))
+    items.sort(key=lambda item: place(item.path))
     for item in items:
         if computes(item.path):
             item.add_marker(pytest.mark.timeout(LONGEST_SEARCH_S))
@@ -83,6 +68,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if "PYTEST_XDIST_WORKER" in os.environ and os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY if computes(item.path) else 0)
+
+
+def place(path: Path) -> int:
+    """The place of a test file in ORDER; all that are not in it come last."""
+    return next((n for n, part in enumerate(ORDER) if f"/tests/{part}" in str(path)), len(ORDER))
 
 
 def computes(path: Path) -> bool:
