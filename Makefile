@@ -35,7 +35,7 @@ run: .venv/.wheel  ## a coordinator on loopback, in the foreground
 	$(BIN)/failover-agent serve
 
 test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the installed wheel, with the coverage gate
-	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov $(WORKERS)
+	$(INSTALLED) FAILOVER_TEST_INSTALLED=1 $(BIN)/pytest --cov $(WORKERS) --rerun-show-tracebacks
 	@report=$$($(BIN)/coverage report --include='*/agent/core/*' --fail-under=100) || \
 	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
 

@@ -27,7 +27,8 @@ def copy(tmp_path: Path) -> Path:
         ROOT / "agent", tmp_path / "agent", ignore=shutil.ignore_patterns("__pycache__")
     )
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests/reference.py", tmp_path / "tests")
+    for name in ("reference.py", "declarations.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     return tmp_path
 
 
