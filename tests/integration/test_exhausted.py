@@ -52,6 +52,13 @@ class Service:
         """The body of a demotion hook that makes it inactive, by another program."""
         return f"/bin/rm -f {self.file} || exit 1"
 
+    def hook_flags(self, stage: Stage) -> list[str]:
+        """The flags of an agent with these hooks and nothing else in them."""
+        bodies = {"primary": self.primary, "secondary": self.secondary}
+        return [
+            f"--hook-{event}={stage.hook(self._name, event, bodies[event])}" for event in bodies
+        ]
+
     def _work(self) -> None:
         with self._output.open("a") as lines:
             while not self._stop.wait(PERIOD_S):
@@ -161,8 +168,7 @@ def test_a_workload_that_uses_up_all_tasks_when_it_is_stopped_keeps_no_service_a
     forks = stage.directory / "forks.py"
     forks.write_text(FORKS)
     service, gate = Service(stage, "host-a"), Gate(stage, coordinator.endpoint)
-    bodies = {"primary": service.primary, "secondary": service.secondary}
-    hooks = [f"--hook-{event}={stage.hook('host-a', event, bodies[event])}" for event in bodies]
+    hooks = service.hook_flags(stage)
     command = [sys.executable, "-S", "-c", AT_TERM, str(forks)]
     with limited_tasks("exhausted", MOST_TASKS) as folder:
         one = start(stage, "host-a", gate.endpoint, timing=TIMING, flags=hooks, command=command)

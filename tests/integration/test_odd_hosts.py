@@ -56,11 +56,7 @@ def test_an_agent_that_freezes_in_its_own_demotion_is_demoted_before_its_lease_e
 ) -> None:
     """The guard did not run the hook then: it waited for the agent's, which was never started."""
     gate = Gate(stage, coordinator.endpoint)
-    service = Service(stage, "host-a")
-    hooks = [
-        f"--hook-{event}={stage.hook('host-a', event, body)}"
-        for event, body in (("primary", service.primary), ("secondary", service.secondary))
-    ]
+    hooks = Service(stage, "host-a").hook_flags(stage)
     deaf = [sys.executable, "-S", "-c", "import signal as s; s.signal(15, s.SIG_IGN); s.pause()"]
     one = start(stage, "host-a", gate.endpoint, timing=TIMING, flags=hooks, command=deaf)
     epoch = one.until_role("Primary")["epoch"]
