@@ -16,6 +16,9 @@ import httpx2
 import pytest
 
 from agent.coordinator.server import serving
+from agent.core.effects import Effect
+from agent.core.events import Event, Tick
+from agent.core.session import Session
 from agent.daemon import main
 from agent.daemon.loop import Daemon
 from agent.drivers.rest import RestClient
@@ -269,6 +272,29 @@ async def test_a_blocked_loop_counts_as_a_lost_lease(endpoint: str, tmp_path: Pa
 
 
 # -- servers ------------------------------------------------------------------------------------------
+
+
+async def test_the_session_is_stepped_only_when_a_tick_is_due(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop iterates more often (R2). A step that changes nothing would only cost CPU at rest."""
+    early: list[float] = []
+    ticks = 0
+    step = Session.step
+
+    def watched(session: Session, event: Event, now: float) -> tuple[Effect, ...]:
+        nonlocal ticks
+        if isinstance(event, Tick):
+            ticks += 1
+            early.extend([session.wake_at - now] if now < session.wake_at else [])
+        return step(session, event, now)
+
+    settings = settings_for(endpoint, margin=0.1, beat=0.5)
+    async with a_daemon(settings, tmp_path) as (host, _), living(host):
+        await host.until_role("Primary")
+        monkeypatch.setattr(Session, "step", watched)
+        await host.until(lambda: ticks >= 3, "heartbeats that are due")
+    assert early == []
 
 
 async def test_lost_contact_and_its_return_are_one_log_line_each(

@@ -19,7 +19,7 @@ from agent.ops.logs import Log
 
 T = TypeVar("T")
 
-POLL_S = 2.0
+POLL_S = 5.0
 """Interval at which the files' status is read: a change is in force within two intervals."""
 
 LONGEST_LOAD_S = 10.0

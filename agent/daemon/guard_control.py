@@ -33,7 +33,8 @@ class GuardControl:
 
     Args:
         member: read only.
-        state: returns the content of the state file at this moment, but for failsafe.
+        state: returns the content of the state file at this moment, but for failsafe; the same mapping as
+            long as nothing in it has changed.
         state_path: path of the state file.
     """
 
@@ -49,6 +50,8 @@ class GuardControl:
         self._armed = self._frozen = False
         self._fence_by: float | None = None
         self._document_store: str | None = None
+        self._own_state: Mapping[str, Any] | None = None
+        self._state_text = ""
         self._act_by = float("-inf"), float("-inf")
         """The end of the demotion that runs, and when the guard acts if its hook has not started."""
 
@@ -149,11 +152,14 @@ class GuardControl:
                 self._act_by = kill_at, kill_at - HOOK_SHARE * left_s
             if not role_runner.demotion_hook_started and self._fence_by is None:
                 hook_at = self._act_by[1]
-        state = dict(self._state()) | {
-            "role": Role.SECONDARY.value,
-            "reason": BY_GUARD,
-            "active_until_boottime_s": None,
-        }
+        if (state := self._state()) is not self._own_state:
+            self._own_state = state
+            demoted = {
+                "role": Role.SECONDARY.value,
+                "reason": BY_GUARD,
+                "active_until_boottime_s": None,
+            }
+            self._state_text = json.dumps({**state, **demoted})
         return Arming(
             hook_at=hook_at,
             kill_at=kill_at,
@@ -165,7 +171,7 @@ class GuardControl:
             agent_at=self._fence_by,
             workload=workload.pgid if workload is not None else None,
             cgroup=str(role_runner.cgroup) if role_runner.cgroup is not None else None,
-            state=(str(self._state_path), json.dumps(state)),
+            state=(str(self._state_path), self._state_text),
         )
 
     def _send_release_document(self) -> None:

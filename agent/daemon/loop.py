@@ -15,6 +15,7 @@ import random
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -356,8 +357,7 @@ class Daemon:
         loop_ran_at = clock.boottime()
         while not self._has_ended():
             loop_interval_s = self._loop_interval_s
-            due_s = min(loop_interval_s, max(0.0, session.wake_at - clock.boottime()))
-            event = await self._next_event(due_s)
+            event = await self._next_event(min(loop_interval_s, session.wake_at - clock.boottime()))
             if self._has_ended():  # a refused session is not deleted: it may be another agent's
                 break
             now = clock.boottime()
@@ -371,9 +371,12 @@ class Daemon:
             self._notify_watchdogs()
             self._step(event, clock.boottime())
 
-    def _step(self, event: Event, now: float) -> None:
-        lease_until = self._member.session.lease_until  # a step that demotes may clear it
-        self._effects.perform(self._member.session.step(event, now), lease_until)
+    def _step(self, event: Event | None, now: float) -> None:
+        """Step the session with an event, or with a Tick if that is due; then carry out and publish."""
+        session = self._member.session
+        lease_until = session.lease_until  # a step that demotes may clear it
+        due = event is not None or now >= session.wake_at
+        self._effects.perform(session.step(event or Tick(), now) if due else (), lease_until)
 
     @property
     def _loop_interval_s(self) -> float:
@@ -382,14 +385,11 @@ class Daemon:
         watchdog_s = self._member.notify.watchdog_s
         return min(loop_interval_s, watchdog_s / 2) if watchdog_s is not None else loop_interval_s
 
-    async def _next_event(self, due_s: float) -> Event:
-        if self._inbox.empty():
-            try:
-                async with asyncio.timeout(due_s):
-                    return await self._inbox.get()
-            except TimeoutError:
-                return Tick()
-        return self._inbox.get_nowait()
+    async def _next_event(self, due_s: float) -> Event | None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(due_s):
+                return await self._inbox.get()
+        return None
 
     def _notify_watchdogs(self) -> None:
         member = self._member

@@ -7,13 +7,15 @@ newest state; ``flush`` waits for that, with a timeout. Decides nothing.
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from agent import __version__
 from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
+from agent.core.timing import Timing
 from agent.daemon.failsafe_report import describe_failsafe
-from agent.daemon.member import Member
+from agent.daemon.member import Member, Published
 from agent.daemon.previous_state import boot_id
 from agent.daemon.telemetry import Snapshot
 from agent.drivers.progress import Progress, Reason
@@ -22,6 +24,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.proctree import Process
 from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -38,6 +41,25 @@ STOPPED = "stopped"
 """The reason in the state file of an agent that has stopped in order."""
 
 log = logs.Log(__name__)
+
+
+class _Facts(NamedTuple):
+    """Everything in an agent's own state that can change."""
+
+    published: Published
+    phase: Phase
+    timing: Timing
+    renew_by: float
+    data: datetime | None
+    score: float
+    unfit: str | None
+    endpoint: str
+    probe: str | None
+    unreleased: PreviousTenure | None
+    leftover: tuple[str, ...]
+    processes: tuple[Process, ...]
+    store: str | None
+    stop_command: tuple[str, ...]
 
 
 class StatePublisher:
@@ -64,6 +86,8 @@ class StatePublisher:
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None
         self._failing = False
+        self._facts: _Facts | None = None
+        self._own_state: Mapping[str, Any] = {}
         self._unreleased_epoch: int | None = None
         self._previous_tenure = previous_tenure
         self.score: Callable[[], float] = lambda: 0.0
@@ -74,57 +98,83 @@ class StatePublisher:
     def describe(self) -> dict[str, Any]:
         """The content of the state file, and of the probe's /status."""
         session, clock = self._member.session, self._member.clock
-        described = self.own_state()
+        described = dict(self.own_state())
         if session.options.failsafe is not None:
             now = clock.boottime()
             described["failsafe"] = describe_failsafe(session.failsafe_view(now), now, clock.wall())
         return described
 
-    def own_state(self) -> dict[str, Any]:
-        """The same without failsafe, which changes with each answer of another member."""
-        member = self._member
-        session, published, data = member.session, member.published, member.progress
-        demotion = member.role_runner.demotion_hook
-        holds = published.role is not Role.SECONDARY
+    def own_state(self) -> Mapping[str, Any]:
+        """The same without failsafe, which changes with each answer of another member.
+
+        While nothing in it changes, this is the same mapping: each step of the session needs it.
+        """
+        member, role_runner = self._member, self._member.role_runner
+        session, hook = member.session, role_runner.demotion_hook
+        facts = _Facts(
+            published=member.published,
+            phase=session.phase,
+            timing=session.timing,
+            renew_by=session.renew_by,
+            data=member.progress,
+            score=self.score(),
+            unfit=self.unfit_reason(),
+            endpoint=member.requests.endpoint,
+            probe=role_runner.payloads.probe_url,
+            unreleased=self._unreleased(),
+            leftover=role_runner.leftover.instances,
+            processes=role_runner.known_processes,
+            store=session.store_id,
+            stop_command=() if hook is None else hook.value,
+        )
+        if facts != self._facts:
+            self._facts, self._own_state = facts, self._format(facts)
+        return self._own_state
+
+    def _format(self, facts: _Facts) -> dict[str, Any]:
+        published, owed = facts.published, facts.unreleased
         return {
-            "group": member.settings.group,
-            "session": member.session_id,
+            "group": self._member.settings.group,
+            "session": self._member.session_id,
             "role": published.role.value,
             "epoch": published.epoch,
             "since": format_date_time(published.since),
             "reason": published.reason,
-            "phase": session.phase.value,
+            "phase": facts.phase.value,
             # On CLOCK_BOOTTIME. By then the demotion is done, or killed; a workload that checks it
             # before each write fences itself.
-            "active_until_boottime_s": session.renew_by + session.timing.demote_s
-            if holds
-            else None,
-            "last_data_processed_time": None if data is None else format_date_time(data),
-            "failover_timeout_s": session.timing.lease_s,
-            "score": self.score(),
-            "unfit": self.unfit_reason(),
-            "endpoint": member.requests.endpoint,
-            "probe": member.role_runner.payloads.probe_url,
-            "instance": member.instance,
-            "unreleased": self._unreleased(),
-            "leftover": list(member.role_runner.leftover.instances),
-            "processes": [list(process) for process in member.role_runner.known_processes],
+            "active_until_boottime_s": None
+            if published.role is Role.SECONDARY
+            else facts.renew_by + facts.timing.demote_s,
+            "last_data_processed_time": None
+            if facts.data is None
+            else format_date_time(facts.data),
+            "failover_timeout_s": facts.timing.lease_s,
+            "score": facts.score,
+            "unfit": facts.unfit,
+            "endpoint": facts.endpoint,
+            "probe": facts.probe,
+            "instance": self._member.instance,
+            "unreleased": None
+            if owed is None
+            else {"epoch": owed.epoch, "instance": owed.instance},
+            "leftover": list(facts.leftover),
+            "processes": [list(process) for process in facts.processes],
             "boot": boot_id(),
-            "store": session.store_id,
-            "stop_command": list(demotion.value) if demotion is not None else [],
+            "store": facts.store,
+            "stop_command": list(facts.stop_command),
             "pid": os.getpid(),
             "version": __version__,
         }
 
-    def _unreleased(self) -> dict[str, Any] | None:
+    def _unreleased(self) -> PreviousTenure | None:
         """The tenure that the next process has to release: of this process, or of the previous one."""
         session = self._member.session
-        owed: PreviousTenure | None = None
         if self._unreleased_epoch is not None:
-            owed = PreviousTenure(self._unreleased_epoch, self._member.instance)
-        elif session.phase in {Phase.STARTING, Phase.RETURNING}:
-            owed = self._previous_tenure  # if this process dies now, the next one releases it
-        return {"epoch": owed.epoch, "instance": owed.instance} if owed is not None else None
+            return PreviousTenure(self._unreleased_epoch, self._member.instance)
+        if session.phase in {Phase.STARTING, Phase.RETURNING}:
+            return self._previous_tenure  # if this process dies now, the next one releases it
+        return None
 
     @property
     def path(self) -> str:

@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ BUSY_REAP_S = 0.5
 """Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
 
 OOM_SCORE = Path("/proc/self/oom_score_adj")
+TASKS = Path("/proc/self/task")
 
 # With vfork the interpreter lock is held until the exec is done, so a dead disk would block every thread.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001 - the documented switch
@@ -130,15 +131,28 @@ class OrphanReaper:
         Other code in this process reaps its own children long before the second call.
         """
         us, own = os.getpid(), own_pids()
+        found = {pid: proctree.read(pid) for pid in _children() if pid not in own}
         zombies = {
             (pid, stat.start)
-            for pid, stat in proctree.snapshot().items()
-            if stat.parent == us and stat.state in proctree.ENDED and pid not in own
+            for pid, stat in found.items()
+            if stat is not None and stat.parent == us and stat.state in proctree.ENDED
         }
         for pid, _ in zombies & self._zombies:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         self._zombies = zombies
+
+
+def _children() -> Iterable[int]:
+    """Our children; all processes, where the kernel has no list of children."""
+    found: list[bytes] = []
+    try:
+        for thread in TASKS.iterdir():
+            with suppress(ProcessLookupError):  # it has ended
+                found += (thread / "children").read_bytes().split()
+    except FileNotFoundError:
+        return proctree.snapshot()
+    return map(int, found)
 
 
 def _has_zombies() -> bool:

@@ -110,6 +110,7 @@ class Resting:
     notified: Notified
     log: Path
     state_file: Path
+    _connection: http.client.HTTPConnection | None = None
 
     @property
     def pid(self) -> int:
@@ -126,14 +127,12 @@ class Resting:
         return dict(json.loads(self.state_file.read_text()))
 
     def ask(self, path: str) -> str:
-        """What its probe answers; /metrics as Prometheus is answered."""
-        host, _, port = self.state["probe"].removeprefix("http://").partition(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=10)
-        try:
-            connection.request("GET", f"/{path}", headers={"Accept": ACCEPT})
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        """What its probe answers; /metrics as Prometheus is answered, which keeps its connection, too."""
+        if self._connection is None:
+            host, _, port = self.state["probe"].removeprefix("http://").partition(":")
+            self._connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        self._connection.request("GET", f"/{path}", headers={"Accept": ACCEPT})
+        return self._connection.getresponse().read().decode()
 
     def rest(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Let it rest, scraped every SCRAPE_S; ``meanwhile`` is done as often."""

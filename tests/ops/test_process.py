@@ -40,6 +40,7 @@ def zombies():
     return Path("/proc/thread-self/children").read_text().split()
 
 async def main():
+    process.TASKS
     process.REAP_S = 0.1
     process.become_subreaper()
     orphans = process.OrphanReaper()
@@ -54,10 +55,12 @@ asyncio.run(asyncio.wait_for(main(), 20))
 """
 
 
-async def test_many_orphans_are_reaped_soon() -> None:
+@pytest.mark.parametrize("children_are_listed", [True, False])
+async def test_many_orphans_are_reaped_soon(*, children_are_listed: bool) -> None:
     """They count as tasks: within its interval they could use up a limit of tasks."""
+    program = MANY if children_are_listed else MANY.replace("TASKS", 'TASKS = Path("/none")', 1)
     work = asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", MANY], capture_output=True, check=False, text=True
+        subprocess.run, [sys.executable, "-c", program], capture_output=True, check=False, text=True
     )
     result = await work
     assert result.stdout == "reaped\n", result.stderr
