@@ -73,6 +73,21 @@ def test_what_an_agent_keeps_in_memory_is_only_what_it_needs(module: str) -> Non
     assert not [name for name in loaded if name.split(".")[0] in unwanted]
 
 
+def test_libraries_leave_no_importlib_metadata_in_an_agent() -> None:
+    """They read their own versions by it. It works for whatever else is asked of it."""
+    code = (
+        "import sys\n"
+        "from agent.cli.settings_process import NoSettings, run_agent\n"
+        "try: run_agent(['run', '--help'], debug=False)\n"
+        "except NoSettings: pass\n"
+        "print(*{'httpx2', 'importlib.metadata', 'csv'} & set(sys.modules), file=sys.stderr)\n"
+        "from importlib.metadata import version\n"
+        "assert version('httpx2') > '0'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.split() == ["httpx2"]
+
+
 def test_the_kinds_load_without_pydantic() -> None:
     code = (
         "import sys; from agent.schema.kinds import CHECKS, PROGRESS, MQTT\n"

@@ -6,13 +6,16 @@ settings_reader.py reads settings from them, or reports what is wrong. Owns the 
 """
 
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
@@ -111,7 +114,8 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
     """
     process = SettingsProcess(arguments, debug=debug)
     try:
-        from agent.daemon.main import run  # noqa: PLC0415 - while the other process reads
+        with _without_metadata():
+            from agent.daemon.main import run  # noqa: PLC0415 - while the other process reads
     finally:
         try:
             settings = process.receive()
@@ -123,6 +127,32 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
     code = run(settings, partial(_reread, arguments, debug=debug))
     gc.freeze()  # else the interpreter collects garbage at its end for 0.2 s, and the guard has to kill it
     return code
+
+
+@contextmanager
+def _without_metadata() -> Iterator[None]:
+    """Keep importlib.metadata out of memory, where it takes 1.7 MiB.
+
+    httpx2 and httpcore2 import it to read their own versions, for a User-Agent that the agent replaces. A
+    library that wants anything else of it gets it.
+    """
+    name = "importlib.metadata"
+    stand_in = ModuleType(name)
+    stand_in.version = lambda _library: "0"  # type: ignore[attr-defined]
+
+    def load(attribute: str) -> Any:
+        if attribute == "__path__":  # asked for by each import
+            raise AttributeError(attribute)
+        del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    stand_in.__getattr__ = load  # type: ignore[method-assign]
+    sys.modules.setdefault(name, stand_in)
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
 
 
 def _reread(arguments: Sequence[str], *, debug: bool) -> AgentSettings:

@@ -8,14 +8,13 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from agent import __version__
 from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
-from agent.core.timing import Timing
 from agent.daemon.failsafe_report import describe_failsafe
-from agent.daemon.member import Member, Published
+from agent.daemon.member import Member
 from agent.daemon.previous_state import boot_id
 from agent.daemon.telemetry import Snapshot
 from agent.drivers.progress import Progress, Reason
@@ -24,7 +23,6 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
-from agent.proctree import Process
 from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -41,25 +39,6 @@ STOPPED = "stopped"
 """The reason in the state file of an agent that has stopped in order."""
 
 log = logs.Log(__name__)
-
-
-class _Facts(NamedTuple):
-    """Everything in an agent's own state that can change."""
-
-    published: Published
-    phase: Phase
-    timing: Timing
-    renew_by: float
-    data: datetime | None
-    score: float
-    unfit: str | None
-    endpoint: str
-    probe: str | None
-    unreleased: PreviousTenure | None
-    leftover: tuple[str, ...]
-    processes: tuple[Process, ...]
-    store: str | None
-    stop_command: tuple[str, ...]
 
 
 class StatePublisher:
@@ -86,7 +65,7 @@ class StatePublisher:
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None
         self._failing = False
-        self._facts: _Facts | None = None
+        self._facts: Mapping[str, Any] = {}
         self._own_state: Mapping[str, Any] = {}
         self._unreleased_epoch: int | None = None
         self._previous_tenure = previous_tenure
@@ -110,62 +89,41 @@ class StatePublisher:
         While nothing in it changes, this is the same mapping: each step of the session needs it.
         """
         member, role_runner = self._member, self._member.role_runner
-        session, hook = member.session, role_runner.demotion_hook
-        facts = _Facts(
-            published=member.published,
-            phase=session.phase,
-            timing=session.timing,
-            renew_by=session.renew_by,
-            data=member.progress,
-            score=self.score(),
-            unfit=self.unfit_reason(),
-            endpoint=member.requests.endpoint,
-            probe=role_runner.payloads.probe_url,
-            unreleased=self._unreleased(),
-            leftover=role_runner.leftover.instances,
-            processes=role_runner.known_processes,
-            store=session.store_id,
-            stop_command=() if hook is None else hook.value,
-        )
-        if facts != self._facts:
-            self._facts, self._own_state = facts, self._format(facts)
-        return self._own_state
-
-    def _format(self, facts: _Facts) -> dict[str, Any]:
-        published, owed = facts.published, facts.unreleased
-        return {
-            "group": self._member.settings.group,
-            "session": self._member.session_id,
+        session, published, hook = member.session, member.published, role_runner.demotion_hook
+        holds = published.role is not Role.SECONDARY
+        facts = {
+            "group": member.settings.group,
+            "session": member.session_id,
             "role": published.role.value,
             "epoch": published.epoch,
-            "since": format_date_time(published.since),
+            "since": published.since,
             "reason": published.reason,
-            "phase": facts.phase.value,
+            "phase": session.phase.value,
             # On CLOCK_BOOTTIME. By then the demotion is done, or killed; a workload that checks it
             # before each write fences itself.
-            "active_until_boottime_s": None
-            if published.role is Role.SECONDARY
-            else facts.renew_by + facts.timing.demote_s,
-            "last_data_processed_time": None
-            if facts.data is None
-            else format_date_time(facts.data),
-            "failover_timeout_s": facts.timing.lease_s,
-            "score": facts.score,
-            "unfit": facts.unfit,
-            "endpoint": facts.endpoint,
-            "probe": facts.probe,
-            "instance": self._member.instance,
-            "unreleased": None
-            if owed is None
-            else {"epoch": owed.epoch, "instance": owed.instance},
-            "leftover": list(facts.leftover),
-            "processes": [list(process) for process in facts.processes],
+            "active_until_boottime_s": session.renew_by + session.timing.demote_s
+            if holds
+            else None,
+            "last_data_processed_time": member.progress,
+            "failover_timeout_s": session.timing.lease_s,
+            "score": self.score(),
+            "unfit": self.unfit_reason(),
+            "endpoint": member.requests.endpoint,
+            "probe": role_runner.payloads.probe_url,
+            "instance": member.instance,
+            "unreleased": self._unreleased(),
+            "leftover": role_runner.leftover.instances,
+            "processes": role_runner.known_processes,
             "boot": boot_id(),
-            "store": facts.store,
-            "stop_command": list(facts.stop_command),
+            "store": session.store_id,
+            "stop_command": () if hook is None else hook.value,
             "pid": os.getpid(),
             "version": __version__,
         }
+        if facts != self._facts:
+            self._facts = facts
+            self._own_state = {name: _to_json(value) for name, value in facts.items()}
+        return self._own_state
 
     def _unreleased(self) -> PreviousTenure | None:
         """The tenure that the next process has to release: of this process, or of the previous one."""
@@ -283,6 +241,18 @@ class StatePublisher:
         group = self._member.settings.group
         doing = self._member.session.sentence
         return f"{published.role} of {group} epoch={epoch} ({published.reason}); {doing}"
+
+
+def _to_json(value: Any) -> Any:
+    match value:
+        case datetime():
+            return format_date_time(value)
+        case tuple():
+            return [_to_json(part) for part in value]
+        case PreviousTenure():
+            return {"epoch": value.epoch, "instance": value.instance}
+        case _:
+            return value
 
 
 def refused_times(source: Progress | None, future_refused: int) -> dict[str, int]:

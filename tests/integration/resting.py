@@ -134,6 +134,11 @@ class Resting:
         self._connection.request("GET", f"/{path}", headers={"Accept": ACCEPT})
         return self._connection.getresponse().read().decode()
 
+    def disconnect(self) -> None:
+        """Close the scraper's connection."""
+        if self._connection is not None:
+            self._connection.close()
+
     def rest(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Let it rest, scraped every SCRAPE_S; ``meanwhile`` is done as often."""
         end_at = time.monotonic() + seconds
@@ -164,8 +169,8 @@ def resting(stage: Stage, name: str, words: list[str], **variables: str) -> Iter
             stdin=subprocess.DEVNULL,
             stderr=file,
         )
+    agent = Resting(process, notified, log, state_file)
     try:
-        agent = Resting(process, notified, log, state_file)
 
         def ready() -> bool:
             assert process.poll() is None, log.read_text()
@@ -183,6 +188,7 @@ def resting(stage: Stage, name: str, words: list[str], **variables: str) -> Iter
             raise
         finally:
             notified.close()
+            agent.disconnect()
 
 
 def plain(stage: Stage, coordinator: Coordinator, session: str = "plain") -> list[str]:
