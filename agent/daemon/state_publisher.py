@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent import __version__
+from agent import __version__, proctree
+from agent.core.events import Event, Stop
 from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
 from agent.daemon.failsafe_report import describe_failsafe
@@ -47,6 +48,7 @@ class StatePublisher:
         member: read only.
         state_file: locked by this process.
         previous_tenure: the tenure that the previous process has not released.
+        post_event: receives Stop if another process has claimed the state file.
 
     Attributes:
         failsafe_view: as of the last call of ``write``.
@@ -55,9 +57,16 @@ class StatePublisher:
     failsafe_view: FailsafeView
 
     def __init__(
-        self, member: Member, state_file: StateFile, previous_tenure: PreviousTenure | None
+        self,
+        member: Member,
+        state_file: StateFile,
+        previous_tenure: PreviousTenure | None,
+        post_event: Callable[[Event], None],
     ) -> None:
         self._member = member
+        self._post_event = post_event
+        own = proctree.identify(os.getpid())
+        self._pid_start = None if own is None else own[1]
         self._state_file = state_file
         self._lane = BlockingThread("state file", vital=True)
         self._pending_state: Mapping[str, Any] | None = None
@@ -113,6 +122,7 @@ class StatePublisher:
             "store": session.store_id,
             "stop_command": list(demotion.value) if demotion is not None else [],
             "pid": os.getpid(),
+            "pid_start": self._pid_start,
             "version": __version__,
         }
 
@@ -202,7 +212,12 @@ class StatePublisher:
             self._pending_state = None
             try:
                 await self._lane.run(lambda: self._state_file.write(state))
-            except (OSError, StuckError) as error:
+            except (OSError, StuckError, ConfigError) as error:
+                if self._failing and isinstance(
+                    error, ConfigError
+                ):  # no agent that is just refused
+                    self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
+                    return
                 self._log_failure(error)
                 await asyncio.sleep(RETRY_S)
                 self._requeue(state)
