@@ -79,13 +79,10 @@ class StateFile:
             os.write(lock, f"{os.getpid()}\n".encode())
             with self._directory() as directory:
                 self._remove_new(directory)
-        except BlockingIOError as error:
+        except OSError as error:
             pid = _claim_pid(lock)
             os.close(lock)
-            raise in_use(self.path, pid) from error
-        except OSError:
-            os.close(lock)
-            raise
+            raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
         return lock
 
     def _keep_claim(self) -> None:
