@@ -370,11 +370,14 @@ class Guard:
         fork_by = now() + min(ROOM_S, self.budget_s / 8)
         while True:
             try:
-                return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
+                killed = self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
             except OSError:
                 self.signal_agent(signal.SIGKILL)
                 if now() >= fork_by:  # a hook could not be forked, either
                     return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
+            else:
+                if killed or now() >= kill_at:
+                    return killed  # before that time the OOM killer has ended it, for example
             time.sleep(POLL_S)
 
     def start_sweep(self, end_at: float) -> Worker:
