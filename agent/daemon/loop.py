@@ -251,7 +251,7 @@ class Daemon:
             await self._run_loop()
         except Exception as error:  # the task's edge: nothing renews the lease after this
             self._loop_error = error
-            self._guard_control.freeze()
+            self._guard_control.frozen = True
             log.exception("agent failed", action="leaving the demotion to the guard")
             if self._guard_control.demotion_is_owed and not self._guard_control.ready:
                 await self._effects.demote_without_session()

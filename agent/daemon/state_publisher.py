@@ -234,7 +234,7 @@ class StatePublisher:
                 "state file cannot be written",
                 path=self.path,
                 reason=getattr(error, "strerror", None) or error,
-                resolution="make room; until then sidecars see an old role whose deadline has passed",
+                resolution="correct that; until then sidecars see an old role whose deadline has passed",
             )
         self._failing = True
 

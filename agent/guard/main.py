@@ -420,7 +420,9 @@ class Guard:
             return True
         path, text = self.state
         try:
-            fd = self.create(path + b".guard")
+            if os.path.lexists(path + b".guard"):  # a link, or a file of another user
+                os.unlink(path + b".guard")
+            fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             os.fchmod(fd, 0o644)  # sidecars of other users read it, whatever the umask is
             while text:
                 text = text[os.write(fd, text) :]
@@ -430,15 +432,6 @@ class Guard:
             self.log.log(ERROR, "state file not written", ("reason", str(error)))
             return False
         return True
-
-    @staticmethod
-    def create(path: bytes) -> int:
-        """Create a new file in place of the old one, which may be a link or belong to another user."""
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def start_helper(self, end_at: float) -> "int | None":
         """Start the helper that releases the role; return the descriptor on which it waits for one byte.
