@@ -200,21 +200,6 @@ def test_systemd_is_notified_of_start_role_watchdog_and_stop(
     assert told.index("STOPPING=1") > told.index("READY=1")
 
 
-def test_requests_that_come_during_a_reload_are_one_further_reload(
-    stage: Stage, coordinator: Coordinator
-) -> None:
-    """Each was a reload of its own: a second of a processor for each of hundreds."""
-    host = Configured(stage, coordinator)
-    for n in range(300):
-        if n == 299:
-            host.file.write_text("cooldown = 9\n")
-        host.agent.send(signal.SIGHUP)
-        time.sleep(0.001)  # else the kernel merges them
-    host.agent.until_said(f"{DONE} changed=cooldown")
-    assert len(host.agent.lines(DONE)) < 20
-    assert host.agent.state["epoch"] == host.epoch
-
-
 def test_a_reload_without_free_descriptors_changes_nothing(
     stage: Stage, coordinator: Coordinator
 ) -> None:
