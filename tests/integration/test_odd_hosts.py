@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.hung import dead_disk, without_pidfd
 
 from .stage import Agent, Coordinator, Gate, Stage, until
 from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
-from .workloads import by_exec, guard_of, output, pair, start, until_written_after
+from .workloads import by_exec, guard_of, output, pair, start, until_written_after, writes
 from .writer import overlap_s, written
 
 IGNORES = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -49,6 +50,22 @@ def test_an_agent_demotes_wherever_it_was_started(
     assert overlap_s(output(stage)) < 0
     until(lambda: coordinator.tenure(epoch).get("WhyEnded"), "the end of the tenure")
     assert coordinator.tenure(epoch)["WhyEnded"] in {"stopping", "demoted by the guard"}
+    assert other.end() == 0
+
+
+def test_an_agent_that_is_started_with_closed_files_is_a_member(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It ended at once, without a line: the next file that it opened was its stderr."""
+    command = ["sh", "-c", f"test -c /proc/self/fd/1 && exec {shlex.join(writes(stage, 'host-a'))}"]
+    before = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    one = start(stage, "host-a", coordinator, command=command, before=before)
+    epoch = one.until_role("Primary")["epoch"]
+    other = by_exec(stage, "host-b", coordinator)
+    other.until_said("joined")
+    assert one.end(signal.SIGKILL) == -signal.SIGKILL
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
     assert other.end() == 0
 
 
