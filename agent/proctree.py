@@ -149,14 +149,12 @@ def _read_stat(path: str) -> "list[bytes] | None":
     """The words of a stat file after the name of the program; None if there is none."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=open_proc())
+        try:
+            line = os.read(fd, 1024)
+        finally:
+            os.close(fd)
     except GONE:
         return None
-    try:
-        line = os.read(fd, 1024)
-    except GONE:
-        return None
-    finally:
-        os.close(fd)
     words = line.rpartition(b") ")[2].split()
     return words if len(words) >= 20 else None  # noqa: PLR2004 - fewer: it ended meanwhile
 
@@ -385,19 +383,15 @@ def _has_mark(thread: int, wanted: bytes) -> bool:
 
 def _read_file(path: str, directory: "int | None" = None) -> bytes:
     """The content of a file; empty if it is not there, or belongs to another user."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    except OSError as error:
-        if error.errno in LACKING:
-            raise
-        return b""
     text = b""
     try:
-        while part := os.read(fd, 65536):
-            text += part
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            while part := os.read(fd, 65536):
+                text += part
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno in LACKING:
             raise
-    finally:
-        os.close(fd)
     return text

@@ -461,3 +461,24 @@ async def test_a_check_without_a_first_result_logs_no_warning(
         )
     records = [r for r in caplog.records if r.msg == "unfit to be primary"]
     assert [r.levelname for r in records] == ["INFO", "WARNING"]
+
+
+async def test_requests_that_come_during_a_reload_are_one_further_reload(
+    endpoint: str, tmp_path: Path
+) -> None:
+    """Each was a reload of its own, which takes the better part of a second: 300 took minutes."""
+    settings, read = settings_for(endpoint), list[float]()
+
+    def reread() -> AgentSettings:
+        read.append(time.monotonic())
+        return settings
+
+    async with a_daemon(settings, tmp_path) as (host, _), living(host):
+        await host.until_role("Primary")
+        for _ in range(300):
+            host.daemon.reload(reread)
+        await host.until(
+            lambda: all(task.get_name() != "reload" for task in asyncio.all_tasks()), "their end"
+        )
+        assert len(read) == 2
+        assert host.daemon.describe()["role"] == "Primary"

@@ -613,6 +613,28 @@ def test_a_hook_whose_user_has_no_further_process_succeeds_after_the_tenure(
     assert results[-1] == "exit 0"
 
 
+def test_a_hook_whose_user_has_used_up_the_room_for_pipes_runs(
+    new_host: Callable[..., Host], tmp_path: Path
+) -> None:
+    """Such a user's pipes have one page, and the hook waited for a reader of its stdin, which was itself."""
+    small = """
+new_pipe = os.pipe
+
+def pipe():
+    ends = new_pipe()
+    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)
+    return ends
+
+import fcntl
+os.pipe = pipe
+"""
+    host = new_host(program=build_program_with(small))
+    host.send(*hook(sh(f"touch {tmp_path}/done"), stdin="x" * 20_000))
+    host.send_last(*arm(now(), now() + FAILS_S))
+    assert host.code(host.guard) == guard.ACTED
+    assert (tmp_path / "done").exists()
+
+
 def test_a_missing_directory_is_logged_and_the_agent_is_killed(
     new_host: Callable[..., Host], tmp_path: Path
 ) -> None:
@@ -1103,6 +1125,29 @@ def test_a_process_that_is_found_only_by_its_mark_is_killed_and_another_tenures_
     assert host.code(host.guard) == guard.ACTED
     assert not lives(ours)
     assert lives(other)
+
+
+def test_a_search_that_the_oom_killer_ends_is_repeated(
+    new_host: Callable[..., Host], escaped: Callable[[str], int], tmp_path: Path
+) -> None:
+    """The process that it was to find went on for good."""
+    ended = f"""
+sweep = Guard.sweep
+
+def sweep_or_die(self, end_at):
+    if not os.path.exists("{tmp_path}/ended"):
+        os.mkdir("{tmp_path}/ended")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sweep(self, end_at)
+
+Guard.sweep = sweep_or_die
+"""
+    ours = escaped(MARK)
+    host = new_host(program=build_program_with(ended))
+    host.send(*hook(sh("exit 0")))
+    host.send_last(*arm(now(), now() + FAILS_S, mark=MARK))
+    assert host.code(host.guard) == guard.ACTED
+    assert not lives(ours)
 
 
 def test_the_whole_process_tree_of_a_workload_gets_term_and_kill(

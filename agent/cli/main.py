@@ -5,6 +5,7 @@ Owns how every error is printed: one line for each fault on stderr, an exit code
 unparsed, so an agent does not keep click in its memory.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ def main(
         argv: without the program's name; this process's own if None.
         replaced: commands to use instead of those with the same names.
     """
+    _open_standard_files()
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     debug = arguments[:1] == (DEBUG,)
     try:
@@ -55,6 +57,14 @@ def main(
             debug=debug,
         )
         return ExitCode.INTERNAL
+
+
+def _open_standard_files() -> None:
+    """Open /dev/null in the place of closed ones: the next file that is opened would become stderr."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _run(arguments: Sequence[str], replaced: "Mapping[str, click.Command]", *, debug: bool) -> int:

@@ -243,8 +243,9 @@ class EffectRunner:
         run = member.role_runner.start_run(effect.run, facts, last_data)
 
         async def begin() -> None:
-            if facts.role is not Role.SECONDARY:
-                await self.guard_control.send_demotion_hook(facts)
+            promotes = facts.role is not Role.SECONDARY
+            if promotes and not await self.guard_control.send_demotion_hook(facts):
+                member.role_runner.terminate(effect.run)  # before its hook: the promotion fails
             await self.state_publisher.flush()  # publish before the hook starts
             await run
 

@@ -16,6 +16,7 @@ from agent.drivers.guardian.messages import Arming, GuardLogContext
 from agent.drivers.guardian.supervisor import Guardian
 from agent.model import Role
 from agent.ops import logs
+from agent.ops.blocking import StuckError
 from agent.ops.watchdog import WatchdogDevice
 
 SHORTEST_GUARD_ANSWER_S = 0.5
@@ -36,6 +37,9 @@ class GuardControl:
         state: returns the content of the state file at this moment, but for failsafe; the same mapping as
             long as nothing in it has changed.
         state_path: path of the state file.
+
+    Attributes:
+        frozen: leave guard and watchdog as they are, since a step of the session has failed.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class GuardControl:
         self._guardian: Guardian | None = None
         self._watchdog: WatchdogDevice | None = None
         self._watchdog_armed = False
-        self._armed = self._frozen = False
+        self._armed = self.frozen = False
         self._fence_by: float | None = None
         self._document_store: str | None = None
         self._own_state: Mapping[str, Any] | None = None
@@ -69,15 +73,6 @@ class GuardControl:
     def demotion_is_owed(self) -> bool:
         """Whether a demotion has yet to succeed: something is promoted, or being demoted."""
         return self._armed
-
-    @property
-    def frozen(self) -> bool:
-        """Whether a step of the session has failed."""
-        return self._frozen
-
-    def freeze(self) -> None:
-        """Leave guard and watchdog as they are: the session has failed and cannot be trusted."""
-        self._frozen = True
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
         """Start the guard and open the watchdog device, as configured.
@@ -106,13 +101,16 @@ class GuardControl:
         if self._watchdog is not None:
             self._watchdog.pet()
 
-    async def send_demotion_hook(self, facts: HookFacts) -> None:
-        """Send the guard the demotion hook of the tenure whose promotion is about to start."""
+    async def send_demotion_hook(self, facts: HookFacts) -> bool:
+        """Send the guard the demotion hook of the tenure that begins; return whether it could be read."""
         if self._guardian is not None:
             demote_s = self._member.session.timing.demote_s
-            self._guardian.set_hook(
-                await self._member.role_runner.build_guard_hook(facts, demote_s)
-            )
+            try:
+                hook = await self._member.role_runner.build_guard_hook(facts, demote_s)
+            except (TimeoutError, StuckError):
+                return False  # the promotion checks the hook, too, and fails with the reason
+            self._guardian.set_hook(hook)
+        return True
 
     def allow_fencing(self, limit_s: float) -> None:
         """Have the guard wait for the fence command and the exit of the agent: seconds from now."""
@@ -121,7 +119,7 @@ class GuardControl:
 
     def update(self) -> None:
         """Send both the newest deadline, and the guard the processes to kill (R12)."""
-        if self._frozen:
+        if self.frozen:
             return
         due = self._member.session.guard_deadlines
         self._armed = due is not None

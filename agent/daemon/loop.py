@@ -31,6 +31,7 @@ from agent.daemon.previous_state import (
     previous_processes,
     previous_store,
     previous_tenure,
+    read_previous,
 )
 from agent.daemon.reload import Reload
 from agent.daemon.requests import Requests
@@ -102,7 +103,7 @@ class Daemon:
         self._notified_at = float("-inf")
         self._announcer: Announcer | None = None
         self._supervisor = Supervisor(self._post_event, self._task_failed)
-        self._previous_state = previous_state = state_file.read() or {}
+        self._previous_state = previous = read_previous(state_file)
         clock, stats, instance = clock or Clock(), Stats(), secrets.token_hex(8)
         role_runner = RoleRunner(
             settings,
@@ -115,13 +116,10 @@ class Daemon:
             on_groups_changed=lambda: self._effects.on_groups_changed(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
-        role_runner.leftover.add(
-            previous_instances(previous_state), previous_processes(previous_state)
-        )
+        role_runner.leftover.add(previous_instances(previous), previous_processes(previous))
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
-        options = build_options(
-            settings, session_id, role_runner, jitter, previous_store(previous_state)
-        )
+        store = previous_store(previous)
+        options = build_options(settings, session_id, role_runner, jitter, store)
         session = Session(settings.timing, options)
         requests = Requests(
             settings,
@@ -144,8 +142,10 @@ class Daemon:
             requests=requests,
             published=Published(Role.SECONDARY, None, "starting", clock.wall()),
         )
-        self._previous_tenure = previous_tenure(previous_state, settings.hook_secondary)
-        self._state_publisher = StatePublisher(member, state_file, self._previous_tenure)
+        self._previous_tenure = previous_tenure(previous, settings.hook_secondary)
+        self._state_publisher = StatePublisher(
+            member, state_file, self._previous_tenure, self._post_event
+        )
         self._host_health = HostHealth(member, self._post_event)
         self.report_progress = self._host_health.report_progress
         self._state_publisher.score = self._host_health.score
@@ -252,7 +252,7 @@ class Daemon:
             await self._run_loop()
         except Exception as error:  # the task's edge: nothing renews the lease after this
             self._loop_error = error
-            self._guard_control.freeze()
+            self._guard_control.frozen = True
             log.exception("agent failed", action="leaving the demotion to the guard")
             if self._guard_control.demotion_is_owed and not self._guard_control.ready:
                 await self._effects.demote_without_session()

@@ -3,6 +3,7 @@
 Owns which parts of it are used: processes of another boot or PID namespace cannot be seen from this process.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,12 +12,28 @@ from typing import Any, TypeGuard
 
 from agent import proctree
 from agent.core.session import PreviousTenure
+from agent.drivers.statefile import StateFile, in_use
 from agent.ops.logs import Log
 
 INSTANCE = re.compile(r"[0-9A-Za-z-]{1,64}")
 """The form of an instance: it is part of the path of a cgroup, and of an environment variable."""
 
 log = Log(__name__)
+
+
+def read_previous(state_file: StateFile) -> Mapping[str, Any]:
+    """Read the state that the previous process has left; empty without one.
+
+    Raises:
+        ConfigError: SESSION_IN_USE, the process that wrote it still runs, although its lock file is gone.
+    """
+    state = state_file.read() or {}
+    writer: object = [state.get("pid"), state.get("pid_start")]
+    if not is_of_this_boot(state) or not _is_process(writer) or writer[0] == os.getpid():
+        return state
+    if proctree.lives(writer):
+        raise in_use(state_file.path, writer[0])
+    return state
 
 
 def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> PreviousTenure | None:

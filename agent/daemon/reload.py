@@ -6,9 +6,10 @@ The declaration of a setting states whether a reload may change it. A change of 
 import asyncio
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 
 from agent.core.session import Options
-from agent.daemon.credential_files import CredentialFiles
+from agent.daemon.credential_files import LONGEST_LOAD_S, CredentialFiles
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
 from agent.errors import FailoverError
@@ -48,15 +49,20 @@ class Reload:
         self._options = options
         self._status = status
         self._lock = asyncio.Lock()
+        self._waiting = False
         self._lane = BlockingThread("configuration")
 
     async def run(self, reread: Callable[[], AgentSettings]) -> None:
-        """Read the settings again and apply them; log an error if they cannot be used.
+        """Read the settings again and apply them, unless a reload that waits will do it; log an error.
 
         Args:
             reread: reads them; may block, and raises FailoverError.
         """
+        if self._waiting:
+            return
+        self._waiting = True
         async with self._lock:
+            self._waiting = False
             self._member.notify.reloading()
             try:
                 await self._reread(reread)
@@ -67,8 +73,10 @@ class Reload:
     async def _reread(self, reread: Callable[[], AgentSettings]) -> None:
         try:
             await self._apply(await self._lane.run(reread))
-        except (FailoverError, StuckError) as error:
-            log.error("configuration not changed", reason=error)  # noqa: TRY400 - no traceback needed
+        except (FailoverError, StuckError, OSError) as error:
+            # A TimeoutError, which is an OSError, has no text.
+            reason = str(error) or f"the hooks were not read within {LONGEST_LOAD_S:g} s"
+            log.error("configuration not changed", reason=reason)  # noqa: TRY400 - no traceback needed
 
     async def _apply(self, wanted: AgentSettings) -> None:
         member = self._member
@@ -78,7 +86,8 @@ class Reload:
         refused = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
         settings = replace(before, **update)
-        specs = await self._lane.run(lambda: member.role_runner.read_hooks(settings))
+        read = partial(member.role_runner.read_hooks, settings)
+        specs = await self._lane.run(read, timeout_s=LONGEST_LOAD_S)
         if "progress" in changed:
             await self._host_health.replace_source(settings)
         member.role_runner.reconfigure(settings, specs)

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from agent.daemon.fence import run_fence
 from agent.daemon.payload import EVENTS, Payloads
 from agent.daemon.telemetry import Stats
 from agent.daemon.tenure_processes import (
+    CHECK_S,
     PreviousProcesses,
     TenureProcesses,
     kill_remaining,
@@ -384,6 +386,6 @@ class RoleRunner:
     # -- the guard ----------------------------------------------------------------------------------
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
-        """Build the demotion hook that the guard runs for the tenure of a promotion."""
-        spec, lane = self.demotion_hook, BlockingThread("demotion hook of the guard")
-        return await lane.run(lambda: self.payloads.build_guard_hook(spec, promotion, limit_s))
+        """Build the demotion hook that the guard runs for the tenure. Raises TimeoutError, StuckError."""
+        build = partial(self.payloads.build_guard_hook, self.demotion_hook, promotion, limit_s)
+        return await BlockingThread("demotion hook of the guard").run(build, timeout_s=CHECK_S)

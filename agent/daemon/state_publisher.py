@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from agent import __version__
+from agent import __version__, proctree
+from agent.core.events import Event, Stop
 from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
 from agent.daemon.failsafe_report import describe_failsafe
@@ -48,6 +49,7 @@ class StatePublisher:
         member: read only.
         state_file: locked by this process.
         previous_tenure: the tenure that the previous process has not released.
+        post_event: receives Stop if another process has claimed the state file.
 
     Attributes:
         failsafe_view: as of the last call of ``write``.
@@ -56,9 +58,16 @@ class StatePublisher:
     failsafe_view: FailsafeView
 
     def __init__(
-        self, member: Member, state_file: StateFile, previous_tenure: PreviousTenure | None
+        self,
+        member: Member,
+        state_file: StateFile,
+        previous_tenure: PreviousTenure | None,
+        post_event: Callable[[Event], None],
     ) -> None:
         self._member = member
+        self._post_event = post_event
+        own = proctree.identify(os.getpid())
+        self._pid_start = None if own is None else own[1]
         self._state_file = state_file
         self._lane = BlockingThread("state file", vital=True)
         self._pending_state: Mapping[str, Any] | None = None
@@ -118,6 +127,7 @@ class StatePublisher:
             "store": session.store_id,
             "stop_command": () if hook is None else hook.value,
             "pid": os.getpid(),
+            "pid_start": self._pid_start,
             "version": __version__,
         }
         if facts != self._facts:
@@ -210,7 +220,11 @@ class StatePublisher:
             self._pending_state = None
             try:
                 await self._lane.run(lambda: self._state_file.write(state))
-            except (OSError, StuckError) as error:
+            except (OSError, StuckError, ConfigError) as error:
+                if self._failing and isinstance(error, ConfigError):
+                    # Twice in a row, so it is no agent that has only tried to start.
+                    self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
+                    return
                 self._log_failure(error)
                 await asyncio.sleep(RETRY_S)
                 self._requeue(state)
@@ -227,7 +241,7 @@ class StatePublisher:
                 "state file cannot be written",
                 path=self.path,
                 reason=getattr(error, "strerror", None) or error,
-                resolution="make room; until then sidecars see an old role whose deadline has passed",
+                resolution="correct that; until then sidecars see an old role whose deadline has passed",
             )
         self._failing = True
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent import files
+from agent import files, proctree
 from agent.errors import ConfigError, ExitCode
 from agent.ops.logs import Log
 
@@ -66,28 +66,35 @@ class StateFile:
         try:
             if self.path.is_dir():
                 raise IsADirectoryError("it is a directory")
-            lock = self._open_lock()
+            self._lock = self._claim(wait_s)
         except OSError as error:
             raise self._unusable(error) from error
+
+    def _claim(self, wait_s: float) -> int:
+        """Open and lock the lock file. Raises OSError, and ConfigError if another process has locked it."""
+        lock = self._open_lock()
         try:
             self._lock_or_wait(lock, wait_s)
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
             with self._directory() as directory:
                 self._remove_new(directory)
-        except BlockingIOError as error:
+        except OSError as error:
             pid = _claim_pid(lock)
             os.close(lock)
-            raise ConfigError(
-                f"state file {self.path} is in use by the process with pid {pid}: two agents"
-                " must not share one session; stop that one, or give this one another"
-                " --session-id and --state-file",
-                exit_code=ExitCode.SESSION_IN_USE,
-            ) from error
-        except OSError as error:
-            os.close(lock)
-            raise self._unusable(error) from error
-        self._lock = lock
+            raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
+        return lock
+
+    def _keep_claim(self) -> None:
+        """Keep the lock file young, and make another one if it was removed. The running guard keeps the old one."""
+        assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
+        os.utime(self._lock)  # systemd-tmpfiles removes old files of /tmp
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self._lock_path.lstat(), os.fstat(self._lock)):
+                return
+        lock = self._claim(0.0)
+        os.dup2(lock, self._lock, inheritable=False)  # the guards of this process know this number
+        os.close(lock)
 
     def _open_lock(self) -> int:
         lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, MODE)
@@ -117,7 +124,7 @@ class StateFile:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if Path("/proc", _claim_pid(lock)).exists() or time.monotonic() >= end_at:
+                if _is_running(_claim_pid(lock)) or time.monotonic() >= end_at:
                     raise
                 if not logged:
                     logged = True
@@ -166,10 +173,9 @@ class StateFile:
 
         Raises:
             OSError: it could not be written (disk full, for example); the old state remains.
+            ConfigError: SESSION_IN_USE, the lock file was removed, and another process has claimed the file.
         """
-        assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
-        # systemd-tmpfiles removes old files of /tmp, and with this one the claim.
-        os.utime(self._lock)
+        self._keep_claim()
         text = json.dumps(state, allow_nan=False) + "\n"
         new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._directory() as directory:
@@ -196,6 +202,21 @@ class StateFile:
 def _claim_pid(lock: int) -> str:
     """Process id of the process that made the claim."""
     return os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+
+
+def _is_running(pid: str) -> bool:
+    """Whether there is a process with this id, and it is no zombie, as in a container without an init."""
+    stat = proctree.read(int(pid)) if pid.isdecimal() else None
+    return stat is not None and stat.state not in proctree.ENDED
+
+
+def in_use(path: Path, pid: object) -> ConfigError:
+    """The error that another agent uses a state file."""
+    return ConfigError(
+        f"state file {path} is in use by the process with pid {pid}: two agents must not share one"
+        " session; stop that one, or give this one another --session-id and --state-file",
+        exit_code=ExitCode.SESSION_IN_USE,
+    )
 
 
 def default_directory() -> Path:

@@ -140,7 +140,8 @@ class _Command:
                 os.close(fd)
             os.setsid()
             stdin, end = os.pipe()
-            os.write(end, hook.stdin)  # shorter than a message, so it fits into the pipe
+            os.set_blocking(end, False)  # a user with many pipes gets small ones: then it is cut
+            os.write(end, hook.stdin)
             os.close(end)
             os.dup2(stdin, 0)
             os.dup2(output, 1)

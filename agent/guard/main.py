@@ -370,11 +370,14 @@ class Guard:
         fork_by = now() + min(ROOM_S, self.budget_s / 8)
         while True:
             try:
-                return self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
+                killed = self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
             except OSError:
                 self.signal_agent(signal.SIGKILL)
                 if now() >= fork_by:  # a hook could not be forked, either
                     return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
+            else:
+                if killed or now() >= kill_at:
+                    return killed  # before that time the OOM killer has ended it, for example
             time.sleep(POLL_S)
 
     def start_sweep(self, end_at: float) -> Worker:
@@ -417,7 +420,9 @@ class Guard:
             return True
         path, text = self.state
         try:
-            fd = self.create(path + b".guard")
+            if os.path.lexists(path + b".guard"):  # a link, or a file of another user
+                os.unlink(path + b".guard")
+            fd = os.open(path + b".guard", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             os.fchmod(fd, 0o644)  # sidecars of other users read it, whatever the umask is
             while text:
                 text = text[os.write(fd, text) :]
@@ -427,15 +432,6 @@ class Guard:
             self.log.log(ERROR, "state file not written", ("reason", str(error)))
             return False
         return True
-
-    @staticmethod
-    def create(path: bytes) -> int:
-        """Create a new file in place of the old one, which may be a link or belong to another user."""
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def start_helper(self, end_at: float) -> "int | None":
         """Start the helper that releases the role; return the descriptor on which it waits for one byte.

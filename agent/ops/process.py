@@ -45,7 +45,7 @@ MANY_ZOMBIES = 64
 BUSY_REAP_S = 0.5
 """Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
 
-OOM_SCORE = Path("/proc/self/oom_score_adj")
+OOM_SCORE = "/proc/{}/oom_score_adj"
 TASKS = Path("/proc/self/task")
 
 # With vfork the interpreter lock is held until the exec is done, so a dead disk would block every thread.
@@ -344,7 +344,6 @@ class Child:
 
     def _build_preexec(self, inside: int | None) -> Callable[[], None]:
         us, die_with_us, subreaper = os.getpid(), self._die_with_us, self._subreaper
-        exposed = not self._vital
 
         def prepare() -> None:
             """Prepare the child, between fork and exec."""
@@ -356,8 +355,6 @@ class Child:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # the parent died before prctl
                     os._exit(1)
-            if exposed:
-                _drop_oom_protection()
             if inside is not None:
                 with suppress(OSError):  # without a cgroup its processes are found by other means
                     os.write(inside, b"0")
@@ -368,6 +365,8 @@ class Child:
         with suppress(OSError):  # the process can be signalled nevertheless
             self._identity = proctree.identify(pid)
         self.pid = pid
+        if not self._vital:
+            _drop_oom_protection(pid)
         if self._pending is signal.SIGKILL:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -409,9 +408,12 @@ class Child:
             self._ended.set_result(ExitResult(signal=result.si_status))
 
 
-def _drop_oom_protection() -> None:
-    """Let the kernel's OOM killer choose this process before an agent that OOMScoreAdjust= protects."""
-    with suppress(OSError), OOM_SCORE.open("r+b", buffering=0) as score:
+def _drop_oom_protection(pid: int) -> None:
+    """Let the kernel's OOM killer choose a child before an agent that OOMScoreAdjust= protects.
+
+    The child could not do this itself once it has become the user of hooks.
+    """
+    with suppress(OSError), Path(OOM_SCORE.format(pid)).open("r+b", buffering=0) as score:
         if score.read().startswith(b"-"):
             score.seek(0)
             score.write(b"0\n")

@@ -102,11 +102,6 @@ class ProcessTree:
             self._children.append(child)
 
     @property
-    def empty(self) -> bool:
-        """Whether no command was ever added."""
-        return not self._children
-
-    @property
     def groups(self) -> tuple[int, ...]:
         """Process groups of the commands that are not released, so their ids cannot be reused."""
         groups = (child.group for child in tuple(self._children))

@@ -1,10 +1,20 @@
 """Which processes of earlier agents a start looks for, by what the state file has of them."""
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.daemon.previous_state import boot_id, previous_instances, previous_tenure
+from agent import proctree
+from agent.daemon.previous_state import (
+    boot_id,
+    previous_instances,
+    previous_tenure,
+    read_previous,
+)
+from agent.drivers.statefile import StateFile
+from agent.errors import ConfigError, ExitCode
 
 
 def state(**given: Any) -> dict[str, Any]:
@@ -34,3 +44,25 @@ def test_an_instance_that_could_be_another_path_or_no_variable_is_ignored(wrong:
     assert previous_instances(state(instance=wrong)) == ()
     assert previous_instances(state(leftover=[wrong, "a"])) == ("a",)
     assert previous_tenure(state(unreleased={"epoch": 3, "instance": wrong}), []) is None
+
+
+def test_the_state_of_an_agent_that_still_runs_is_no_previous_state(tmp_path: Path) -> None:
+    """Its lock file was removed, and a second agent released the tenure of the live one."""
+    file = StateFile(tmp_path / "state.json")
+    file.acquire()
+    assert read_previous(file) == {}
+    with subprocess.Popen(["sleep", "1000"]) as agent:
+        process = proctree.identify(agent.pid)
+        assert process is not None
+        pid, start = process
+        file.write(state(pid=pid, pid_start=start))
+        with pytest.raises(ConfigError, match=f"pid {pid}:") as caught:
+            read_previous(file)
+        assert caught.value.exit_code == ExitCode.SESSION_IN_USE
+        for more in ({"pid_start": start - 1}, {"boot": "other"}, {"pid": "1"}):
+            file.write(state(**{"pid": pid, "pid_start": start} | more))
+            assert read_previous(file)["instance"] == "b"
+        file.write(state(pid=pid, pid_start=start))
+        agent.kill()
+    assert read_previous(file)["instance"] == "b"
+    file.close()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -247,6 +248,56 @@ def test_a_start_does_not_wait_for_a_live_agent(tmp_path: Path) -> None:
         StateFile(path).acquire(wait_s=30)
     assert time.monotonic() - started < 10
     first.close()
+
+
+def test_a_start_waits_for_the_guard_of_a_dead_agent_that_nobody_has_reaped(tmp_path: Path) -> None:
+    """As in a container whose first process reaps nobody: a zombie counted as a live agent."""
+    path = tmp_path / "state.json"
+    command = [sys.executable, "-c", HELD_BY_A_GUARD, str(path), "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
+        os.waitid(os.P_PID, agent.pid, os.WEXITED | os.WNOWAIT)
+        state_file = StateFile(path)
+        state_file.acquire(wait_s=30)
+        state_file.close()
+
+
+# --- a lock file that somebody removes under a live agent
+
+
+def test_a_removed_lock_file_is_made_again_and_excludes_others(file: StateFile) -> None:
+    """Whoever started then claimed the session, too, and released the tenure of the live agent."""
+    claim = file.claim
+    file.path.with_name("state.json.lock").unlink()
+    file.write({"n": 1})
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}:") as caught:
+        StateFile(file.path).acquire()
+    assert caught.value.exit_code == ExitCode.SESSION_IN_USE
+    assert file.claim == claim
+
+
+def test_a_file_that_another_process_has_claimed_meanwhile_is_not_written(file: StateFile) -> None:
+    file.write({"n": 1})
+    file.path.with_name("state.json.lock").unlink()
+    other = StateFile(file.path)
+    other.acquire()
+    with pytest.raises(ConfigError) as caught:
+        file.write({"n": 2})
+    assert caught.value.exit_code == ExitCode.SESSION_IN_USE
+    assert other.read() == {"n": 1}
+    other.close()
+    file.write({"n": 3})
+
+
+def test_the_claim_is_made_again_in_a_directory_that_is_there_again(file: StateFile) -> None:
+    directory, moved = file.path.parent, file.path.parent.with_name("moved")
+    directory.rename(moved)
+    with pytest.raises(FileNotFoundError):
+        file.write({"n": 1})
+    directory.mkdir()
+    file.write({"n": 2})
+    with pytest.raises(ConfigError):
+        StateFile(file.path).acquire()
+    shutil.rmtree(moved)
 
 
 # --- a directory that belongs to the workload, and an agent that is root

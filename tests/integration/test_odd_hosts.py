@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import click
 import pytest
 
 import agent
+from agent.drivers.statefile import StateFile
 from agent.errors import ExitCode
-from tests.hung import without_pidfd
+from tests.hung import dead_disk, without_pidfd
 
 from .stage import Agent, Coordinator, Gate, Stage, until
 from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
-from .workloads import guard_of, output, start, until_written_after
+from .workloads import by_exec, guard_of, output, pair, start, until_written_after, writes
 from .writer import overlap_s, written
 
 IGNORES = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -48,6 +50,22 @@ def test_an_agent_demotes_wherever_it_was_started(
     assert overlap_s(output(stage)) < 0
     until(lambda: coordinator.tenure(epoch).get("WhyEnded"), "the end of the tenure")
     assert coordinator.tenure(epoch)["WhyEnded"] in {"stopping", "demoted by the guard"}
+    assert other.end() == 0
+
+
+def test_an_agent_that_is_started_with_closed_files_is_a_member(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It ended at once, without a line: the next file that it opened was its stderr."""
+    command = ["sh", "-c", f"test -c /proc/self/fd/1 && exec {shlex.join(writes(stage, 'host-a'))}"]
+    before = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    one = start(stage, "host-a", coordinator, command=command, before=before)
+    epoch = one.until_role("Primary")["epoch"]
+    other = by_exec(stage, "host-b", coordinator)
+    other.until_said("joined")
+    assert one.end(signal.SIGKILL) == -signal.SIGKILL
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
     assert other.end() == 0
 
 
@@ -149,4 +167,68 @@ def test_an_agent_whose_program_is_removed_meanwhile_demotes(
     assert overlap_s(output(stage)) < 0
     assert not one.lines("task failed", "agent failed", "Traceback")
     one.end(signal.SIGKILL)
+    assert other.end() == 0
+
+
+def test_a_demotion_hook_on_a_dead_disk_fails_the_promotion_at_once(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The guard was to have it first, and until the limit of hooks nobody was active."""
+    hooks, link = stage.directory / "hooks", stage.directory / "link"
+    hooks.mkdir()
+    link.symlink_to(hooks)
+    service = Service(stage, "host-b")
+    for event, body in (("primary", service.primary), ("secondary", service.secondary)):
+        path = hooks / event
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o700)
+    flags = [f"--hook-{event}={link / event}" for event in ("primary", "secondary")]
+    one = with_service(stage, "host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    other = start(stage, "host-b", coordinator, timing=TIMING, flags=flags)
+    other.until_said("joined")
+    with dead_disk(stage.directory / "disk") as disk:
+        link.with_name("new").symlink_to(disk)
+        link.with_name("new").replace(link)
+        assert one.end() == 0
+        other.until_said("promotion failed: the demotion hook was not read within 1 s")
+        other.until_said("demoted by the guard, agent killed")  # the hook cannot run there, either
+    assert {line.epoch for line in written(output(stage))} == {epoch}
+
+
+def test_a_second_agent_of_a_session_whose_lock_file_was_removed_does_not_start(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It ended the workload of the first one, which was started again, and released its tenure."""
+    one, other, epoch = pair(stage, coordinator)
+    one.state_file.with_name(f"{one.state_file.name}.lock").unlink()
+    second = by_exec(stage, one.name, coordinator)
+    assert second.wait() == ExitCode.SESSION_IN_USE
+    assert f"pid {one.popen.pid}:" in second.said()
+    assert one.state["epoch"] == epoch
+    assert (one.end(), other.end()) == (0, 0)
+    assert overlap_s(output(stage)) < 0
+
+
+def test_an_agent_whose_session_another_one_has_claimed_stops(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Its directory was moved, and both wrote the same state file from then on."""
+    folder, next_folder = stage.directory / "run", stage.directory / "next"
+    folder.mkdir()
+    next_folder.mkdir()
+    one = by_exec(stage, "host-a", coordinator, f"--state-file={folder / 'state.json'}")
+    one.state_file = folder / "state.json"
+    epoch = one.until_role("Primary")["epoch"]
+    other = by_exec(stage, "host-b", coordinator)
+    other.until_said("joined")
+    second = StateFile(next_folder / "state.json")
+    second.acquire()
+    stage.later(second.close)
+    folder.rename(stage.directory / "moved")
+    next_folder.rename(folder)
+    assert one.wait() == ExitCode.SESSION_IN_USE
+    assert not one.state_file.exists()
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
     assert other.end() == 0

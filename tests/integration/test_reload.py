@@ -1,5 +1,6 @@
 """SIGHUP: applies what can change without losing the role, refuses the rest by name, notifies systemd."""
 
+import resource
 import signal
 import socket
 import time
@@ -197,3 +198,18 @@ def test_systemd_is_notified_of_start_role_watchdog_and_stop(
     assert "READY=1" in told
     assert any(line.startswith("STATUS=") and "Primary" in line for line in told)
     assert told.index("STOPPING=1") > told.index("READY=1")
+
+
+def test_a_reload_without_free_descriptors_changes_nothing(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It ended the agent with code 38."""
+    host = Configured(stage, coordinator)
+    pid = host.agent.popen.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1
+    holes = used - len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used - holes - 1, limits[1]))
+    host.reload("cooldown = 8\n", "configuration not changed")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    host.reload("cooldown = 9\n", DONE)

@@ -1,6 +1,7 @@
 """Child processes, and what they inherit."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,26 @@ from agent.ops.process import Child
 @pytest.mark.parametrize(
     ("vital", "ours", "theirs"), [(False, "-900", "0"), (True, "-900", "-900"), (False, "7", "7")]
 )
+@pytest.mark.parametrize("user", [None, 65534])
 async def test_only_demotion_hooks_keep_the_protection_from_the_oom_killer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, vital: bool, ours: str, theirs: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    vital: bool,
+    ours: str,
+    theirs: str,
+    user: int | None,
 ) -> None:
-    """A workload kept it, and then the agent, which is larger, was killed before it.
+    """A workload kept it, and then the agent, which is larger, was killed before it; and likewise for hook_user.
 
     The real file cannot be given such a value without CAP_SYS_RESOURCE.
     """
+    if user is not None and os.geteuid() != 0:
+        pytest.skip("needs: root: run the tests as root")
     score = tmp_path / "oom_score_adj"
     score.write_text(f"{ours}\n")
-    monkeypatch.setattr(process, "OOM_SCORE", score)
-    child = Child(["/bin/true"], vital=vital, start_new_session=True)
+    monkeypatch.setattr(process, "OOM_SCORE", str(score))
+    child = Child(["/bin/true"], vital=vital, start_new_session=True, user=user)
     child.start()
     assert (await child.wait()).code == 0
     child.release()
