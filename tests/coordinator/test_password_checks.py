@@ -130,7 +130,7 @@ async def test_wrong_passwords_push_no_good_one_out(
 async def test_only_the_newest_checks_are_remembered(
     monkeypatch: pytest.MonkeyPatch, site: Site
 ) -> None:
-    """Shown by what is hashed again."""
+    """A check that is not remembered hashes the password again."""
     monkeypatch.setattr(password_checks, "MOST_GOOD", 3)
     monkeypatch.setattr(password_checks, "MOST_BAD", 3)
     names = [f"u{number}" for number in range(9)]

@@ -27,10 +27,10 @@ from tests.hung import dead_disk, freezer
 from tests.this_process import children, descriptors, open_files
 
 LIMIT_S = 60.0
-"""For what takes milliseconds, on a busy machine."""
+"""Time limit of steps that take milliseconds on a quiet machine."""
 
 ANSWER_S = 1.0
-"""How long a guard may take: far more than it does, on a busy machine."""
+"""How long a guard may take to answer: far more than it needs even on a busy machine."""
 
 TURN_S = 0.02
 FAR = 1e6
@@ -88,7 +88,7 @@ class Wire(socket.socket):
 
     @property
     def numbers(self) -> list[int]:
-        """Those of the messages sent."""
+        """The numbers of the messages sent."""
         return [int(message.split(b"\0")[1]) for message in self.sent]
 
     @property
@@ -358,7 +358,7 @@ async def test_python_on_a_dead_disk_blocks_nothing(
     with dead_disk(tmp_path / "disk") as disk, monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(disk / "python"))
         os.kill(pid_of(guardian), signal.SIGKILL)
-        await until(lambda: len(wires) == 2)  # the socket of the start that hangs
+        await until(lambda: len(wires) == 2)  # the start that hangs has made its socket
         turns = [time.monotonic()]
         for _ in range(50):
             guardian.check()
@@ -388,7 +388,7 @@ async def test_a_start_with_python_on_a_dead_disk_raises(
 async def test_a_new_guard_runs_the_program_that_was_installed_at_the_start(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Fault 7: what has replaced the program on disk since the start is not run."""
+    """Fault 7: a program that has replaced it on disk since the start is not run."""
     # in place of another version of the whole package
     other = tmp_path / "main.py"
     shutil.copy(agent.guard.main.__file__, other)

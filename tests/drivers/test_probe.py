@@ -28,7 +28,7 @@ GOOD = b'{"time": "2026-01-31T12:00:00Z"}'
 
 
 class Agent:
-    """What is behind the callbacks."""
+    """Stands for the daemon: the callbacks of a probe server, and what they have received."""
 
     def __init__(self) -> None:
         self.reported: list[datetime] = []

@@ -27,10 +27,10 @@ from agent.ops.process_tree import own_cgroup
 from tests.cgroups import new_cgroup
 
 LIMIT_S = 60.0
-"""For what takes milliseconds, on a busy machine."""
+"""Time limit of steps that take milliseconds on a quiet machine."""
 
 MARK = uuid.uuid4().hex
-"""Of its processes; other tests that run meanwhile kill by marks of their own."""
+"""The mark of the workload's processes. Tests that run in parallel have others, so none kills the processes of another."""
 
 AGENT = """
 import asyncio, sys, uuid
