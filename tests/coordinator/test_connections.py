@@ -282,6 +282,7 @@ def test_the_paths_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPat
 
 async def test_many_scrapes_at_once_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
+    # the cost of a page is making it: this counts that
     make = Metrics._make_page
 
     async def counted(*args: object) -> tuple[bytes, str]:

@@ -178,4 +178,5 @@ def test_the_senders_that_are_remembered_are_bounded(
 def test_the_numbers_of_one_sender_take_a_bounded_memory(leader: ForwardedClients) -> None:
     for number in (1, WINDOW - 1, WINDOW, 5 * WINDOW - 3, 16**15):
         leader.take(signed(number))
+        # memory is the only effect of the window
         assert leader._senders[b"run"].bits.bit_length() <= WINDOW

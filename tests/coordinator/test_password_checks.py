@@ -213,6 +213,7 @@ async def test_nobody_waits_for_a_worker_for_long(
         asyncio.create_task(site.name(f"u{number}", "x"))
         for number in range(password_checks.VERIFIERS)
     ]
+    # nothing public shows that it waits
     await until(lambda: len(site.checks._waiting) == password_checks.VERIFIERS)
     with pytest.raises(Unavailable):
         await site.name("ben", "ben")
@@ -241,6 +242,7 @@ async def test_a_refusal_beyond_the_limit_is_late_but_not_for_too_many(
     for number in range(password_checks.NAME_BURST):
         await site.name("ann", str(number))
     late = asyncio.create_task(site.name("ann", "x"))
+    # nothing public shows that it is delayed
     await until(lambda: site.checks._delayed == 1)
     with pytest.raises(TooManyAttempts):
         await asyncio.wait_for(site.name("ann", "y"), 5)

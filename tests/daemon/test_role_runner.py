@@ -373,9 +373,8 @@ async def test_processes_of_a_demotion_hook_are_not_killed(stage: Stage) -> None
     pids = [await stage.pid("plain.pid"), await stage.pid("bare.pid")]
     helper = proctree.identify(pids[1])
     assert helper is not None
-    await until(
-        lambda: process_tree._now() > helper[1]
-    )  # a tenure that begins in the same clock tick would adopt it
+    # A tenure that begins in the same clock tick would adopt it. Only the tree reads the clock in ticks.
+    await until(lambda: process_tree._now() > helper[1])
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     assert all(map(alive, pids)), "a standby helper was killed with the tenure"

@@ -379,9 +379,8 @@ async def test_a_start_with_python_on_a_dead_disk_raises(
         guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
         with pytest.raises(ConfigError, match=r"not executed within 0\.3 s"):
             await guardian.start()
-    await until(
-        lambda: not guardian._start_thread.busy
-    )  # a start that was given up shows nothing else
+    # a start that was given up shows nothing else
+    await until(lambda: not guardian._start_thread.busy)
     await guardian.call_off()
 
 

@@ -632,6 +632,7 @@ async def test_unfinished_handshakes_count_as_connections_and_end(
     async with secured(agent, given) as (server, port):
         bound(server, connections=2, request_s=0.5)
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        # a handshake that has not begun shows nothing at the client
         await until(lambda: len(server._http._tasks) == 2)
         assert await raw(("127.0.0.1", port), b"") == b""  # closed at once
         for reader, writer in held:

@@ -384,6 +384,7 @@ async def test_a_command_is_restarted_after_thousands_of_short_runs(
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 1e-9)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
     await workload.start({})
+    # as after an hour of failures
     workload._short = workload._failed = 5000
     await until(lambda: read(tmp_path / "runs").count("x") >= 2)
     assert new.ends == []

@@ -264,6 +264,7 @@ async def test_answers_are_sent_without_delay() -> None:
     transports: list[asyncio.WriteTransport] = []
 
     async def handle(_: Request) -> Response:
+        # the option of a socket is seen at its own end only
         transports.extend(one._writer.transport for one in server._connections.values())
         return Response(200, b"")
 

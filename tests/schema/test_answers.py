@@ -34,6 +34,7 @@ def one(shape: type[Shape]) -> Callable[[bytes], Any]:
 
 
 def many(shape: type[Shape]) -> Callable[[bytes], Any]:
+    # a server for each of thousands of bodies would be slow
     return lambda body: client._decode_many(shape, answer(body))
 
 
