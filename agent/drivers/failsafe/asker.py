@@ -228,7 +228,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unauthentic(reply: _Reply) -> str:
-    """Why an answer without a right code is refused, with the error text that it contains."""
+    """Why an answer without a valid authentication code is refused, with the error text that it contains."""
     try:
         error = msgspec.json.decode(reply.body)["error"]
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
