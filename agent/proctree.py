@@ -8,9 +8,9 @@ orphans, and outlive their parent. A process belongs to a tenure if it
 - has the tenure's mark in its environment, which children inherit, or
 - is in its cgroup.
 
-``kill_all`` stops every process before it kills any, so that none escapes by forking: whole process groups
-first, as a process that forks and ends all the time is gone when it is signalled, and its group is not. A
-process is identified by its process id and start time, since process ids are reused.
+``kill_all`` stops every process before it kills any, so that none escapes by forking. It stops whole process
+groups first: a process that keeps forking and exiting has a new id by the time it is signalled, but stays in
+its group. A process is identified by its process id and start time, since process ids are reused.
 
 The guard imports this file, so it imports only the smallest modules of the standard library.
 

@@ -49,7 +49,9 @@ class ClosingTable:
         reason = str(call.excinfo.value)
         need = parse_need(reason)
         if need is not None:
-            item.user_properties.append((PROPERTY, tuple(need)))  # what execnet can send
+            item.user_properties.append(
+                (PROPERTY, tuple(need))
+            )  # a tuple: execnet, which connects the workers, cannot send a Need
             if not self._ci:
                 report.user_properties = item.user_properties
                 return report
@@ -65,7 +67,7 @@ class ClosingTable:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         stated = dict(report.user_properties).get(PROPERTY) if report.when != "teardown" else None
         if stated is not None:
-            assert isinstance(stated, tuple | list)  # a list once it came from a worker
+            assert isinstance(stated, tuple | list)  # execnet makes it a list
             self._lacking[Need(*stated)] += 1
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -137,9 +137,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def without_pidfd(number: int) -> list[str]:
-    """What starts a command for which the pidfd calls fail with this error.
+    """The prefix of a command for which the pidfd calls fail with this error number.
 
-    As on a kernel before 5.3 (ENOSYS), or under the seccomp filter of an older container engine (EPERM).
+    They do so on a kernel before 5.3 (ENOSYS), and under the seccomp filter of an older container engine (EPERM).
     """
     return [sys.executable, "-S", "-c", WITHOUT_PIDFD, str(number)]
 

@@ -52,7 +52,7 @@ PHRASE = re.compile(r"`([a-z][a-z'-]*(?: [a-z',-]+)+)`")
 PROGRAM = re.compile(
     r"(buildah|consul|curl|docker|env|etcdctl|failover-agent|git|journalctl|kubectl|make|ss|su|systemctl) "
 )
-"""With which a phrase in backticks begins that is a command."""
+"""The first word of a phrase in backticks that is a command, and so not a phrase of the code."""
 
 READ = frozenset({"", ".conf", ".md", ".py", ".service", ".sh", ".toml", ".txt", ".yaml", ".yml"})
 GENERATED = {"settings.md", "roles.md", "CHANGELOG.md"}
@@ -292,7 +292,7 @@ def test_every_benchmark_is_in_a_page_with_flags_that_it_takes(
 
 
 def test_every_phrase_and_log_line_in_a_page_is_in_the_code() -> None:
-    """Words in backticks that are no command, and lines of a log, as somebody would search for them."""
+    """A reader searches the code for phrases in backticks (commands apart) and for the log lines that a page shows."""
     sources = "\n".join(path.read_text() for path in (ROOT / "agent").rglob("*.py"))
     code = re.sub(r'"\s*\n\s*f?"', "", sources)
     found = set()

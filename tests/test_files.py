@@ -13,6 +13,7 @@ from agent import files
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError
 from agent.schema.secret_files import read_secret
+from tests.this_process import descriptors
 
 SOMEBODY = 65534
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs: root: run the tests as root")
@@ -22,10 +23,6 @@ def refusal(path: Path, *, trusted_link: bool = False) -> OSError:
     with pytest.raises(OSError, match=r".") as caught:
         files.read_regular(path, 10, trusted_link=trusted_link)
     return caught.value
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_a_file_is_read_up_to_one_byte_more_than_is_allowed(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ FAILS_S = 2.0
 """The budget of a demotion that fails: it is repeated until that is over."""
 
 MARK = uuid.uuid4().hex
-"""Of the processes of a tenure; other tests that run meanwhile kill by marks of their own."""
+"""The mark of a tenure's processes. Tests that run in parallel have others, so none kills the processes of another."""
 
 RSS_KIB = 12 * 1024
 GUARD = (sys.executable, "-I", "-S", "-c", bootstrap())
@@ -399,7 +399,7 @@ def test_a_hung_agent_is_demoted(host: Host, tmp_path: Path) -> None:
 def test_while_the_agent_demotes_the_guard_acts_at_kill_at_only(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
-    """It did not run the hook: an agent frozen before its own hook left a service active for ever."""
+    """The guard ran no hook then, so an agent that froze before its own hook left a service active for ever."""
     running = run(IDLE)
     host.send(*hook(sh(f"cut -d' ' -f3 /proc/{running.pid}/stat >{tmp_path}/seen")))
     host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
@@ -651,7 +651,7 @@ def test_a_missing_directory_is_logged_and_the_agent_is_killed(
 def test_a_hook_that_hangs_and_ignores_term_is_killed_with_its_children(
     host: Host, tmp_path: Path
 ) -> None:
-    """It has another half of its time once the tenure is dead, which may have slowed it down."""
+    """It gets a second attempt, with half of its time, once the tenure is dead: that may have slowed it down."""
     child = f"trap '' TERM; sleep 1000 & echo $$ $! >>{tmp_path}/pids; while :; do sleep 0.01; done"
     host.send(*hook(sh(child), sh(f"touch {tmp_path}/second")))
     hook_at = now()
@@ -798,7 +798,7 @@ def test_a_full_stderr_blocks_neither_the_guard_nor_the_hook(
 
 
 def test_much_output_does_not_slow_a_hook_down(host: Host, tmp_path: Path) -> None:
-    """It was read at 6 MB/s: a verbose hook was killed at its limit, in the middle of its work."""
+    """Output was read at 6 MB/s, so a verbose hook was killed at its limit, in the middle of its work."""
     begun_at = now()
     host.send(*hook(sh(f"head -c 300000000 /dev/zero; touch {tmp_path}/done")))
     host.send_last(*arm(now(), now() + LIMIT_S))
@@ -1285,7 +1285,7 @@ def test_a_state_file_on_a_dead_disk_does_not_delay_the_demotion(
 def test_a_program_on_a_dead_disk_does_not_keep_the_claim_of_the_session(
     new_host: Callable[..., Host], tmp_path: Path, what: str
 ) -> None:
-    """No exec, no close-on-exec: the next agent could not start until the disk answered."""
+    """A program that is never executed never closes its copy of the claim: the next agent could not start."""
     claim = os.open(tmp_path / "claim", os.O_RDWR | os.O_CREAT)
     fcntl.flock(claim, fcntl.LOCK_EX)
     host = new_host(claims=[claim])
@@ -1382,7 +1382,7 @@ def test_lines_for_a_file_on_a_dead_disk_are_dropped(
 def test_the_agent_may_run_its_fence_command_until_agent_at(
     host: Host, run: Run, tmp_path: Path
 ) -> None:
-    """Fault 12: it killed the agent in the middle of it."""
+    """Fault 12: the guard killed the agent in the middle of its fence command."""
     left, workload = run(IDLE), run(STUBBORN)
     host.send(*hook(sh(f"touch {tmp_path}/done")))
     kill_at = now() + 0.3

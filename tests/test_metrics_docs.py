@@ -74,7 +74,7 @@ def of_an_agent() -> CollectorRegistry:
 
 
 def of_a_cluster() -> ClusterMetrics:
-    """The part of one of several coordinators, which has no session yet."""
+    """The metrics that only a coordinator on etcd has; this one has no session with etcd yet."""
     cluster = EtcdCluster(Etcd(cast("Any", None), 1.0), Layout("/f", 8), Meta("id", 8, None, 0))
     leadership = Leadership(cluster, cast("Any", None), time.monotonic, ttl_s=3.0, url="http://a")
     return ClusterMetrics(leadership, cast("Any", SimpleNamespace(forwarded=0, failed=0)))
@@ -157,7 +157,7 @@ def test_the_page_has_every_metric_with_its_labels(who: str) -> None:
 
 
 def test_the_bounds_that_rules_name_are_those_of_the_coordinator() -> None:
-    """Prometheus cannot see them: they are constants of the program."""
+    """The rules repeat them as numbers, since the coordinator exports no metric for them."""
     text = RULES.read_text()
     files = f"0.8 * clamp_max(process_max_fds - {SPARE_FILES}, {MOST_CONNECTIONS})"
     for said in (f"failover_coordinator_blocked_readers > {MAX_READERS * 0.8:.0f}\n", files):

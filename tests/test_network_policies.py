@@ -17,17 +17,17 @@ ETCD = "192.0.2.10"
 ETCD_PORT = 2379
 DNS = 53
 RULED = {"collector", "coordinator"}
-"""Those that have policies."""
+"""The pods that have network policies."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What sends or receives: a pod with labels in a namespace, or an address outside."""
+    """A sender or receiver: a pod with labels in a namespace, or an address outside the cluster."""
 
     namespace: str = "default"
     labels: dict[str, str] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
-    """Of the ports of its ordinary containers."""
+    """The ports of its ordinary containers, by name."""
     address: str = ""
 
 

@@ -342,7 +342,7 @@ def test_a_proc_that_hides_processes_is_an_error(mode: str) -> None:
 
 
 def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
-    """Neither this process's own group, which 0 stands for, nor one that a stranger has joined."""
+    """Not this process's own group, which killpg() takes 0 for, nor a group with a process of somebody else."""
 
     def stat(group: int, state: bytes = b"S") -> proctree.Stat:
         return proctree.Stat(1, [state, b"1", str(group).encode(), *[b"1"] * 17])

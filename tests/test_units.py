@@ -96,7 +96,7 @@ def test_an_agent_without_privileged_hooks_can_be_far_more_closed(folder: Path) 
 
 @pytest.mark.parametrize("unit", sorted(UNITS.rglob("*agent*")), ids=lambda unit: unit.name)
 def test_an_agent_sees_the_processes_that_it_may_have_to_end(unit: Path) -> None:
-    """And the id of the boot that they are of, which is below /proc/sys."""
+    """It also reads the id of the boot that they are of, from /proc/sys."""
     assert not re.search(r"(?m)^(ProtectProc|ProcSubset)=", unit.read_text())
 
 
@@ -151,7 +151,7 @@ def test_a_stop_with_the_defaults_fits_into_the_unit(
 def test_a_coordinator_over_etcd_has_what_its_drop_ins_and_its_file_give(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copies of systemd take the place of every file that only root can read."""
+    """For each file that only root can read, the drop-ins give a copy by systemd (LoadCredential=)."""
     text = (CONFIG / "coordinator-etcd.toml").read_text()
     for name in ("etcd-ca.pem", "ca.pem", "etcd-password", "tls.crt", "tls.key", "users"):
         (tmp_path / name).write_text("secret\n")

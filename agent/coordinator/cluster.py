@@ -244,8 +244,8 @@ async def read_peer_keys(store: EtcdCluster) -> tuple[bytes, ...]:
         keys = []
     if not 1 <= len(keys) <= MOST_PEER_KEYS or {len(one) for one in keys} != {PEER_KEY_BYTES}:
         raise StoreError(
-            f"{place} in etcd is not one key that a coordinator made, or two on a line each: delete it, and"
-            " another one is made"
+            f"{place} in etcd must have a key that a coordinator made, or two on a line each: delete it, and"
+            " a new one is made"
         )
     return tuple(keys)
 

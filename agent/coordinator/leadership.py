@@ -161,7 +161,7 @@ class Leadership:
             if term is not None and number not in self._loading and term[1].is_led_at(now):
                 return None
             leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != self.url:  # its own URL comes from an old key
+            if leader is not None and leader.url != self.url:  # else an old key of its own
                 return leader.url
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
@@ -190,7 +190,7 @@ class Leadership:
 
     def start(self) -> None:
         """Begin to take part."""
-        self._etcd = self._cluster.etcd.sibling()  # so that renewals wait for no change of a group
+        self._etcd = self._cluster.etcd.sibling()  # renewals must not wait behind changes of groups
         self._task = asyncio.create_task(self._run(), name="leadership")
 
     async def stop(self) -> None:

@@ -147,7 +147,7 @@ class PeerConnection(asyncio.Protocol):
         except PeerError as error:
             self._end(str(error))
         else:
-            if self._complete:  # and no byte has followed the answer
+            if self._complete:  # a byte after the answer has raised an error
                 self._deliver()
 
     def _count_unfinished(self, received: int) -> None:

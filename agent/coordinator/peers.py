@@ -226,7 +226,7 @@ class Exchange:
             finally:
                 del answer
         finally:
-            self._step = self._failure = None  # else they and their traceback refer to each other
+            self._step = self._failure = None  # an error kept here forms a cycle with its traceback
 
     async def _connection(self) -> PeerConnection:
         """A connection that is open now."""

@@ -140,7 +140,7 @@ class FailsafeMember(LifeCycle):
         if refusal is None and not asked.rehearsal and not self._is_cut_off(now):
             refusal = "the coordinator answers"
             if self._may_send_heartbeat and not self._contact.is_waiting:
-                self._heartbeats.send_by(now)  # its outcome is known before the next question
+                self._heartbeats.send_by(now)  # answered before the next question comes
         if refusal is not None:
             self._vote = Vote(yes=False, why=refusal)
         elif asked.rehearsal:

@@ -228,7 +228,7 @@ def _renew(draft: Draft, holder: Tenure, heartbeat: ReceiveHeartbeat) -> None:
         draft.live = replace(draft.live, answers_reach_holder=True)
     held_s = draft.now.mono - draft.live.held_since
     if not draft.live.answers_reach_holder and held_s > CONFIRM_SHARE * draft.lease_s:
-        # The answers do not reach the holder: it is not active, and keeps the role from the others.
+        # No answer has reached the holder. So it is not active, but keeps the role from the others.
         draft.change_session(heartbeat.session_id, has_to_see=holder.epoch)
         draft.revoke(holder)
     elif not holder.revoked:

@@ -27,7 +27,7 @@ def silence_s(state: GroupState, session_id: str, now: Instant) -> float:
 
 
 def recorded_after_s(lease_s: float, policy: Policy) -> float:
-    """The length of a silence at which it is recorded, in seconds."""
+    """After how many seconds of silence of a session the silence is recorded."""
     share_s = RECORDED_AFTER_SHARE * retention_s(lease_s, policy)
     return max(lease_s, min(RECORDED_AFTER_S, share_s))
 

@@ -121,7 +121,7 @@ class CredentialFiles:
             return
         if signature == watched.loaded:
             watched.settle(signature)
-        elif signature != watched.tried:  # not reported: a file may be half written
+        elif signature != watched.tried:  # quiet: a file may still be half written
             watched.tried, watched.retry_s = signature, FIRST_RETRY_S
             await self._replace(watched, quiet=True)
         elif self._clock.boottime() >= watched.retry_at:

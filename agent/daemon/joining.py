@@ -138,7 +138,7 @@ class Registration:
         return status.store_id is not None
 
     def _should_retry(self, error: BaseException) -> bool:
-        """Also after a refusal by a portal on the way: with failsafe this member votes meanwhile."""
+        """Retry also if a portal on the way has refused: with failsafe this member votes in the meantime."""
         stranger = isinstance(error, ServerError) and not error.has_operation_id
         votes = self.session.options.failsafe is not None
         return self._worth_retrying(error) or (stranger and votes)

@@ -320,7 +320,7 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        if (tenure := self._tenure) is not None:  # while their parents live, which lead to them
+        if (tenure := self._tenure) is not None:  # found by their parents, so while these live
             await tenure.track_processes(min(SEARCH_S, SEARCH_SHARE * facts.limit_s))
         stopped = self.workload is None or await self.workload.stop_within(facts.limit_s)
         if tenure is not None:

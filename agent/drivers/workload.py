@@ -112,14 +112,14 @@ class Workload:
         return self._cgroup if made else None
 
     async def start(self, env: Mapping[str, str]) -> str | None:
-        """Start it with the variables of a tenure; return None, or why it could not be started."""
+        """Start the workload with the variables of a tenure; return None, or why it could not be started."""
         self._env = env
         self._wanted = True
         self._short = self._failed = 0
         return await self._spawn()
 
     async def stop_within(self, limit_s: float) -> bool:
-        """Stop it, with KILL after ``KILL_SHARE``; whether none of its processes is left in time."""
+        """Stop the workload, with KILL after ``KILL_SHARE``; return whether all its processes ended in time."""
         killing = asyncio.get_running_loop().call_later(KILL_SHARE * limit_s, self.kill)
         try:
             async with asyncio.timeout(GIVE_UP_SHARE * limit_s):

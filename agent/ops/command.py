@@ -107,7 +107,7 @@ class Command:
     def _release(self) -> None:
         """Reap the last run, if it has ended, so that its process id may be reused."""
         if self._child is not None and self._child.ended:
-            for pipe in list(self._pipes):  # of a run that was stuck until now
+            for pipe in list(self._pipes):  # a run that was stuck has left them open
                 self._close(pipe)
             self._child.release()
             self._child = None

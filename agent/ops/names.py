@@ -33,7 +33,7 @@ MOST_ADDRESSES = 8
 """How many addresses of one host are tried: more could not be tried within the timeout."""
 
 MOST_HOSTS = 256
-"""Of how many hosts the addresses are remembered. An agent has a few endpoints, an identity server, and for
+"""For how many hosts addresses are remembered. An agent has a few endpoints, an identity server, and for
 failsafe the other members of its group."""
 
 

@@ -41,7 +41,7 @@ READ_S = 0.25
 """If no environment was read for this long, the process that is being read counts as stuck."""
 
 MOST_ROOTS = 256
-"""The most that ``roots`` and process groups may be; the guard finds further processes by the mark."""
+"""The most ``roots`` and process groups that the guard receives; it finds further processes by the mark."""
 
 MOST_SHOWN = 5
 """Processes that a message names."""

@@ -47,7 +47,7 @@ MOST_LABELS = 32
 
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
-"""The most characters of one environment variable; a longer value belongs into a file."""
+"""The most characters of one environment variable; a longer value belongs in a file."""
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ READABLE_BY_OTHERS = 0o006
 
 
 SHORTEST_KEY = 16
-"""The least characters of a secret that signs messages: whoever reads a message can try many secrets."""
+"""The fewest characters of a secret that signs messages: anybody who reads a message can try many secrets."""
 
 MOST_KEYS = 2
 """The most secrets in a file: the current one, and a second while it is being changed."""

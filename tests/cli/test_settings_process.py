@@ -1,6 +1,5 @@
 """The process that reads an agent's settings: what is handed back, and what its end says."""
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from agent.errors import ConfigError, ExitCode
 from agent.schema import exchange
 from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
+from tests.this_process import children
 
 
 def read(*words: str) -> object:
@@ -76,10 +76,12 @@ def test_a_killed_reader_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reader_that_hangs_is_killed_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings_process, "PROGRAM", "import time; time.sleep(1000)")
     monkeypatch.setattr(settings_process, "READ_S", 0.2)
+    before = children()
     reading = SettingsProcess(("run",), debug=False)
+    assert len(children() - before) == 1
     with pytest.raises(ConfigError, match=r"within 0\.2 s"):
         reading.receive()
-    assert reading._process.returncode == -signal.SIGKILL
+    assert children() == before
 
 
 def test_a_reader_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ DELAY_S = 0.002
 
 
 class Direction(Enum):
-    """Of a message between a coordinator and etcd."""
+    """The direction of a message between a coordinator and etcd."""
 
     THERE = auto()
     BACK = auto()

@@ -246,7 +246,7 @@ def test_a_body_that_does_not_come_is_408(hurried: Process, framing: str) -> Non
 
 
 def test_a_body_that_nobody_waits_for_holds_no_connection(hurried: Process) -> None:
-    """The route has none: it is answered at once, and the rest of the body has a deadline."""
+    """The route takes no body: the answer is sent at once, and the rest of the body has a deadline."""
     with Raw(hurried.url) as one:
         one.send(b"GET /healthz HTTP/1.1\r\nContent-Length: 100\r\n\r\n")
         assert one.answer().status == 200

@@ -16,11 +16,12 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from agent.coordinator import listener, routes
+from agent.coordinator import api, listener, routes
 from agent.coordinator.api import Api
 from agent.coordinator.auth import Authenticator, hash_password
 from agent.coordinator.connection import Connection
 from agent.coordinator.metrics import Metrics
+from agent.coordinator.route_table import ROUTES
 from agent.coordinator.server import serving
 from agent.coordinator.service import Coordinator
 from agent.errors import ExitCode
@@ -243,18 +244,37 @@ def test_long_ids_in_paths_stay_nowhere(serve: Serve, tmp_path: Path, *, known: 
 async def test_only_short_paths_of_the_known_are_remembered(
     monkeypatch: pytest.MonkeyPatch, stage: Stage
 ) -> None:
-    monkeypatch.setattr(routes, "PATHS_REMEMBERED", 2)
+    remembered: list[bytes] = []
+
+    class Recorded(routes.Router):
+        def remember(self, raw_path: bytes, match: routes.PathMatch) -> None:
+            super().remember(raw_path, match)
+            if self.find(raw_path) is match:
+                remembered.append(raw_path)
+
+    monkeypatch.setattr(api, "Router", Recorded)
     app = Api(stage.coordinator, stage.clock)
     secured = Api(stage.coordinator, stage.clock, Authenticator({}))
-    for api, known in ((app, ("h", "i")), (secured, ())):
-        transport = httpx2.ASGITransport(app=api)
+    for one, known in ((app, ("g", "h", "i")), (secured, ())):
+        remembered.clear()
+        transport = httpx2.ASGITransport(app=one)
         async with httpx2.AsyncClient(transport=transport, base_url="http://x") as http:
             for path in ("/healthz", "/nothing", f"{BASE}/groups/{'x' * 257}"):
                 await http.get(path)
             for group in ("g", "h", "i", "%C3%BC" * 60):
                 await http.get(f"{BASE}/groups/{group}")
-        remembered = list(api._router._remembered)
-        assert remembered == [f"{BASE}/groups/{group}".encode() for group in known]
+        groups = [f"{BASE}/groups/{group}".encode() for group in known]
+        assert remembered == groups
+
+
+def test_the_paths_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "PATHS_REMEMBERED", 2)
+    router = routes.Router(ROUTES)
+    paths = [f"{BASE}/groups/{group}".encode() for group in "ghi"]
+    found = {path: router.find(path) for path in paths}
+    for path, match in found.items():
+        router.remember(path, match)
+    assert [router.find(path) is match for path, match in found.items()] == [False, True, True]
 
 
 # -- metrics and readiness ------------------------------------------------------------------------
@@ -262,6 +282,7 @@ async def test_only_short_paths_of_the_known_are_remembered(
 
 async def test_many_scrapes_at_once_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
+    # the cost of a page is making it: this counts that
     make = Metrics._make_page
 
     async def counted(*args: object) -> tuple[bytes, str]:

@@ -588,7 +588,7 @@ async def nobody() -> Answer:
 async def test_a_deletion_that_the_former_leader_may_have_carried_out_has_succeeded(
     follower: Follower, *, led_here: bool
 ) -> None:
-    """The new leader finds nothing to delete. Any other call, or one that nobody else had, is answered as it is."""
+    """The new leader answers 404, which is success here. Other requests, and ones sent once only, get the 404."""
 
     def missing(request: bytes) -> bytes:
         return written(request, b'{"Error":"NotFound"}', "404 Not Found")

@@ -123,6 +123,7 @@ def test_whatever_happens_the_limits_hold_and_nothing_is_left(
         assert admission.strangers == len(live) - len(known)
     for one in live:
         admission.remove(one)
+    # nothing public shows what is kept of one that has gone
     assert not any((admission._open, admission._strangers, admission._strangers_of))
     assert not any((admission._authenticated, admission._spare))
 

@@ -23,6 +23,7 @@ from .test_auth import KEY, NOW, bearer
 
 HOST = "http://coordinator"
 ON_PREMISES = f"{HOST}/api/v1/clientfailover"
+NAMESPACES = ("default", "default"), ("mine", "n"), ("other", "n")
 LISTS = f"{HOST}/api/v1/tenants/default/namespaces/default/accesscontrol/clientfailover/groups"
 G = "groups/g"
 GROUP = {"Id": "g", "FailoverTimeout": "00:00:02"}
@@ -75,7 +76,8 @@ class Site:
         """All that is stored."""
         store = self.stage.store
         stored = sorted((await store.load()).items())
-        return [stored, dict(store._access), dict(store._history)]
+        history = [await store.history(key) for key, _ in stored]
+        return [stored, history, [await store.access(*of) for of in NAMESPACES]]
 
     async def refused(self, request: Any, status: int = 403) -> dict[str, Any]:
         """The ErrorResponse of a request that is refused, and has changed nothing."""

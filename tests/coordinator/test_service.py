@@ -227,7 +227,7 @@ async def test_after_a_restart_the_holder_has_one_full_lease(stage: Stage) -> No
 
 @pytest.mark.parametrize("first", ["turn", "heartbeat"])
 async def test_a_stall_of_the_coordinator_costs_nobody_a_lease(stage: Stage, first: str) -> None:
-    """R14, whether the timer or a heartbeat of the other member is looked at first after it."""
+    """R14: after the stall either the timer or a heartbeat of the other member may come first."""
     await join(stage, "a", "b")
     await promote(stage, "a")
     await stage.run_for(0.2)

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import httpx2
 import pytest
@@ -16,13 +17,16 @@ from agent.core.effects import Ask, Effect, Vote
 from agent.core.events import Answered, Asked, Event
 from agent.core.session import Session
 from agent.daemon import failsafe as daemon_failsafe
+from agent.daemon import guard_control
 from agent.daemon.credential_files import CredentialFiles
+from agent.daemon.failsafe import Failsafe
 from agent.daemon.failsafe_report import Outcome
 from agent.daemon.loop import Daemon
 from agent.daemon.main import _load_failsafe
 from agent.drivers.failsafe.access import load_failsafe_access, warn_of_shared_url
 from agent.drivers.failsafe.asker import Asker, AskError, Peer
 from agent.drivers.failsafe.messages import LONGEST_WHY, Answer
+from agent.drivers.guardian.supervisor import Guardian
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode
@@ -84,6 +88,13 @@ async def a_member(
     finally:
         daemon.close()
         state_file.close()
+
+
+def failsafe_of(host: Host, post_event: Callable[[Event], None]) -> Failsafe:
+    """One beside the daemon's own, for its member. It is not started."""
+    member = host.daemon._member  # only a daemon makes one
+    access = load_failsafe_access(member.settings)
+    return Failsafe(member, access, vote=lambda _: Vote(yes=True, why=""), post_event=post_event)
 
 
 async def answer_of(asker: Asker, peer: Peer, *, rehearsal: bool = False) -> Vote:
@@ -198,12 +209,12 @@ async def test_an_error_in_a_vote_is_a_no_and_stops_the_agent(
 async def test_a_stranger_with_a_url_that_cannot_be_used_does_not_stop_the_primary(
     endpoint: str, tmp_path: Path, secret: Path, url: str
 ) -> None:
-    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host):
+    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host) as task:
         await host.until_role("Primary")
         session = {"Id": "stranger", "Name": "s", "Instance": "i", "FailsafeUrl": url}
         async with httpx2.AsyncClient(trust_env=False) as http:
-            sessions = f"{endpoint}/groups/{host.daemon._member.settings.group}/clientsessions"
-            assert (await http.post(sessions, json=session)).status_code == 201
+            sessions = await http.post(f"{endpoint}/groups/g/clientsessions", json=session)
+            assert sessions.status_code == 201
 
         def is_asked() -> bool:
             members = host.daemon.describe()["failsafe"]["members"]
@@ -211,17 +222,19 @@ async def test_a_stranger_with_a_url_that_cannot_be_used_does_not_stop_the_prima
 
         await host.until(is_asked, "the stranger to be asked")
         assert host.daemon.describe()["role"] == "Primary"
-        assert not host.daemon._task_has_failed
+        host.stop.set()
+        assert await asyncio.wait_for(task, LIMIT_S) == ExitCode.OK, "no task has failed"
 
 
 async def test_what_members_answer_does_not_arm_the_guard_again(
-    endpoint: str, tmp_path: Path, secret: Path
+    endpoint: str, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host):
+    guard = create_autospec(Guardian, instance=True, ready=True)
+    monkeypatch.setattr(guard_control, "Guardian", lambda *_, **__: guard)
+    async with a_member(endpoint, tmp_path, secret, guard=True) as (host, _, _), living(host):
         await host.until_role("Primary")
         assert "failsafe" in host.daemon.describe()
-        arming = host.daemon._guard_control._arming(1.0, 2.0)
-        assert arming.state is not None
+        arming = guard.arm.call_args.args[0]
         assert "failsafe" not in json.loads(arming.state[1])
 
 
@@ -234,12 +247,7 @@ async def test_the_reason_of_an_answer_is_cut_to_its_limit(
     monkeypatch.setattr(Asker, "ask", ask)
     async with a_member(endpoint, tmp_path, secret) as (host, peer, _):
         events: list[Event] = []
-        member = host.daemon._member
-        access = load_failsafe_access(member.settings)
-        failsafe = daemon_failsafe.Failsafe(
-            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=events.append
-        )
-        await failsafe.ask(Ask(Member("b", peer.url), 7, 1))
+        await failsafe_of(host, events.append).ask(Ask(Member("b", peer.url), 7, 1))
         assert events == [Answered(1, yes=False, why="w" * LONGEST_WHY)]
 
 
@@ -289,11 +297,7 @@ async def test_a_url_that_another_host_may_have_is_logged_at_the_start(
         _,
         _,
     ):
-        member = host.daemon._member
-        access = load_failsafe_access(member.settings)
-        failsafe = daemon_failsafe.Failsafe(
-            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=lambda _: None
-        )
+        failsafe = failsafe_of(host, lambda _: None)
         await failsafe.start()
         await failsafe.stop()
         lines = [record.getMessage() for record in caplog.records]
@@ -301,21 +305,18 @@ async def test_a_url_that_another_host_may_have_is_logged_at_the_start(
 
 
 async def test_a_question_ends_in_one_event_whatever_becomes_of_it(
-    endpoint: str, tmp_path: Path, secret: Path
+    endpoint: str, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with a_member(endpoint, tmp_path, secret) as (host, peer, _):
         events: list[Event] = []
-        member = host.daemon._member
-        access = load_failsafe_access(member.settings)
-        failsafe = daemon_failsafe.Failsafe(
-            member, access, vote=lambda _: Vote(yes=True, why=""), post_event=events.append
-        )
+        failsafe = failsafe_of(host, events.append)
         await failsafe.start()
         unreachable = Member("host-c", f"http://127.0.0.1:{free_port()}")
         await failsafe.ask(Ask(unreachable, 7, 1))
         await failsafe.ask(Ask(Member("host-a", peer.url), 7, 2))
-        failsafe._slots = asyncio.Semaphore(0)
-        await failsafe.ask(Ask(unreachable, 7, 3, rehearsal=True))
+        monkeypatch.setattr(daemon_failsafe, "MAX_QUESTIONS", 0)
+        crowded = failsafe_of(host, events.append)
+        await crowded.ask(Ask(unreachable, 7, 3, rehearsal=True))
         await failsafe.stop()
         assert [(event.nonce, event.yes) for event in events if isinstance(event, Answered)] == [
             (1, False),
@@ -323,3 +324,4 @@ async def test_a_question_ends_in_one_event_whatever_becomes_of_it(
             (3, False),
         ]
         assert failsafe.snapshot().asked == {Outcome.YES: 0, Outcome.NO: 0, Outcome.ERROR: 2}
+        assert crowded.snapshot().asked == dict.fromkeys(Outcome, 0), "a rehearsal does not count"

@@ -73,7 +73,7 @@ def test_a_member_that_is_not_ready_for_a_moment_is_not_logged(steps: Steps) -> 
 
 
 def test_a_primary_logs_it_again_when_other_members_are_ready(steps: Steps) -> None:
-    """Whoever has set up one member more waits for this line."""
+    """The operator who has added a member waits for this line."""
     alone = replace(READY, members=(), revision=2)
     assert steps(alone, READY, replace(READY, revision=4)) == ["failsafe ready"] * 2
     assert steps(NOT_READY, READY) == ["failsafe not ready", "failsafe ready"]

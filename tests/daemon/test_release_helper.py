@@ -37,6 +37,7 @@ async def main():
     guardian.set_hook(GuardHook([["/bin/true"]], {}))
     guardian.set_handback(open(sys.argv[1], "rb").read())
     guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, epoch=int(sys.argv[2])))
+    # an answer of the guard has no public effect
     while guardian._unanswered:
         await asyncio.sleep(0.001)
     print("armed", flush=True)

@@ -373,7 +373,8 @@ async def test_processes_of_a_demotion_hook_are_not_killed(stage: Stage) -> None
     pids = [await stage.pid("plain.pid"), await stage.pid("bare.pid")]
     helper = proctree.identify(pids[1])
     assert helper is not None
-    await until(lambda: process_tree._now() > helper[1])  # a tenure of the same tick adopts it
+    # A tenure that begins in the same clock tick would adopt it. Only the tree reads the clock in ticks.
+    await until(lambda: process_tree._now() > helper[1])
     await stage.run(Role.PRIMARY)
     assert (await stage.run(Role.SECONDARY)).ok
     assert all(map(alive, pids)), "a standby helper was killed with the tenure"
@@ -498,7 +499,7 @@ async def test_a_workload_of_another_user_is_killed_with_its_children(
 async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was waited for during 2 s, which may be all that there is."""
+    """A demotion waited 2 s for the search, which may be its whole budget."""
     limit_s, done = 4.0, stage.directory / "done"
     stage.open(
         hook_primary=stage.hook("p", "exit 0"), hook_secondary=stage.hook("s", f"touch {done}")

@@ -843,6 +843,7 @@ async def test_a_number_that_is_reused_while_the_file_stays_the_same_fails(
     path.write_text(str(sleeper.pid))
     run = process(pid_file=path)
     assert await why(run) is None
+    # no test can have the kernel reuse a process id
     assert run._known is not None
     identity, started = run._known
     assert started is not None

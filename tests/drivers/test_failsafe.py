@@ -66,6 +66,7 @@ class Voter:
     @property
     def connections(self) -> int:
         assert self.listener is not None
+        # also those without a request, which show nothing else
         return len(self.listener._http._tasks)
 
     def vote(self, question: Question) -> Vote:

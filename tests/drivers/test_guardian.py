@@ -1,7 +1,6 @@
 """The agent's end of the guard (R12), with real guards that are frozen, killed and closed."""
 
 import asyncio
-import contextlib
 import itertools
 import os
 import shutil
@@ -13,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +22,15 @@ from agent.drivers.guardian.messages import Arming, GuardHook
 from agent.drivers.guardian.supervisor import Guardian
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
+from agent.ops.process import Popen
 from tests.hung import dead_disk, freezer
+from tests.this_process import children, descriptors, open_files
 
 LIMIT_S = 60.0
-"""For what takes milliseconds, on a busy machine."""
+"""Time limit of steps that take milliseconds on a quiet machine."""
 
 ANSWER_S = 1.0
-"""How long a guard may take: far more than it does, on a busy machine."""
+"""How long a guard may take to answer: far more than it needs even on a busy machine."""
 
 TURN_S = 0.02
 FAR = 1e6
@@ -38,6 +40,7 @@ import asyncio, os, sys, time
 from agent.drivers.guardian.messages import Arming, GuardHook
 from agent.drivers.guardian.supervisor import Guardian
 from agent.ops.clock import Clock
+from agent.ops.process import Popen
 
 async def main():
     clock = Clock()
@@ -50,7 +53,7 @@ async def main():
         directory="/usr",
     ))
     guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, state=(state, "Secondary")))
-    while guardian._unanswered:
+    while guardian._unanswered:  # an answer has no public effect
         await asyncio.sleep(0.001)
     print(guardian.pid, flush=True)
     if sys.argv[3:] == ["abandon it"]:
@@ -63,13 +66,74 @@ async def main():
     if sys.argv[3:]:
         real = os.kill
         os.kill = lambda pid, number: (time.sleep(0.3), real(pid, number))
-        guardian._lost("it is too slow")
+        guardian.limit_s, slow = 0, guardian.pid
+        while guardian.pid == slow:
+            guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120))
+            guardian.check()
         await guardian.call_off()
         return
     await asyncio.sleep(1000)
 
 asyncio.run(main())
 """
+
+
+class Wire(socket.socket):
+    """The agent's end of the socket. It records the messages, and the numbers of those that were answered."""
+
+    def __init__(self, end: socket.socket) -> None:
+        super().__init__(fileno=end.detach())
+        self.sent: list[bytes] = []
+        self.answered: list[int] = []
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the messages sent."""
+        return [int(message.split(b"\0")[1]) for message in self.sent]
+
+    @property
+    def idle(self) -> bool:
+        """Whether every message was answered."""
+        return bool(self.sent) and self.answered[-1:] == self.numbers[-1:]
+
+    def send(self, message: Any, flags: int = 0) -> int:
+        self.sent.append(message)
+        return super().send(message, flags)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        answer = super().recv(size, flags)
+        if answer and not flags:
+            self.answered.append(int(answer))
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def wires(monkeypatch: pytest.MonkeyPatch) -> list[Wire]:
+    """The sockets to the guards of the test, the newest one last."""
+    wires: list[Wire] = []
+
+    def socketpair(*given: Any) -> tuple[Wire, socket.socket]:
+        ours, theirs = real(*given)
+        wires.append(Wire(ours))
+        return wires[-1], theirs
+
+    real = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    return wires
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The guards of the test, the newest one last."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*given: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*given, **options))
+        return started[-1]
+
+    real = Popen
+    monkeypatch.setattr(supervisor, "Popen", popen)
+    return started
 
 
 class Changes:
@@ -98,21 +162,12 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def files(pid: int | str = "self") -> int:
+def files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def folder(pid: int) -> Path:
     return Path(f"/proc/{pid}/cwd").readlink()
-
-
-def children() -> set[int]:
-    """Children of this process, zombies included."""
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
-            found.update(map(int, (task / "children").read_text().split()))
-    return found
 
 
 def pid_of(guardian: Guardian) -> int:
@@ -140,10 +195,10 @@ async def _nothing_is_left() -> AsyncIterator[None]:
     """No zombie, no child and no open file outlives a guardian."""
     before = children()
     await asyncio.to_thread(lambda: None)  # the pool's thread is no leak of anybody
-    open_before = files()
+    open_before = descriptors()
     yield
     assert children() <= before
-    assert files() == open_before
+    assert descriptors() == open_before
 
 
 @pytest.fixture
@@ -167,18 +222,21 @@ async def test_a_started_guard_is_ready(guardian: Guardian, changes: Changes) ->
     assert state_of(pid_of(guardian)) in {"R", "S"}
 
 
-async def test_each_message_is_answered_and_a_repeated_one_is_not_sent(guardian: Guardian) -> None:
-    numbers = []
+async def test_each_message_is_answered_and_a_repeated_one_is_not_sent(
+    guardian: Guardian, wires: list[Wire]
+) -> None:
+    before = len(wires[0].sent)
     for _ in range(3):
         guardian.arm(arming())
-        numbers.append(guardian._number)
     same = arming()
     for _ in range(3):
         guardian.arm(same)
     guardian.arm(None)
-    assert guardian._number == numbers[-1] + 2
-    assert numbers == list(range(numbers[0], numbers[0] + 3))
-    await until(lambda: not guardian._unanswered)
+    sent = wires[0].sent[before:]
+    assert [message.split(b"\0")[0] for message in sent] == [b"ARM"] * 4 + [b"OFF"]
+    assert wires[0].numbers == list(range(1, before + 6))
+    await until(lambda: wires[0].idle)
+    assert wires[0].answered == wires[0].numbers
 
 
 async def test_the_guard_demotes_with_the_hook_and_state_it_received(tmp_path: Path) -> None:
@@ -245,12 +303,12 @@ async def test_a_frozen_guard_is_noticed_within_the_limit_and_replaced(
 
 
 async def test_a_guard_that_survives_sigkill_blocks_nothing(
-    guardian: Guardian, changes: Changes
+    guardian: Guardian, changes: Changes, wires: list[Wire]
 ) -> None:
     """Fault 1: it is frozen in the kernel. Waiting for its end stopped every heartbeat."""
     first = pid_of(guardian)
     guardian.arm(arming())
-    await until(lambda: not guardian._unanswered)
+    await until(lambda: wires[0].idle)
     with freezer("guardian") as cgroup:
         cgroup.freeze(first)
         guardian.arm(arming())
@@ -267,32 +325,40 @@ async def test_a_guard_that_survives_sigkill_blocks_nothing(
         await guardian.call_off()
         assert time.monotonic() - begun_at < ANSWER_S + 1.0
         assert state_of(first) == "D"
-    await until(lambda: not guardian._reap())
-    assert state_of(first) == "", "it was reaped when it could be"
+    await until(lambda: state_of(first) == "", guardian)  # it is reaped when it can be
 
 
 async def test_no_further_guard_is_started_beside_too_many_that_cannot_die(
-    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+    guardian: Guardian,
+    changes: Changes,
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[subprocess.Popen[bytes]],
 ) -> None:
     monkeypatch.setattr(supervisor, "MOST_ABANDONED", 1)
     monkeypatch.setattr(supervisor, "RESTART_S", 0.05)
     with freezer("guardian") as cgroup:
         cgroup.freeze(pid_of(guardian))
-        guardian._lost("it is frozen")
-        await asyncio.sleep(0.5)
+        guardian.arm(arming())
+        await until(lambda: len(changes.reasons) == 2, guardian)
+        await asyncio.sleep(10 * supervisor.RESTART_S)  # the moments of the starts that must not be
         assert guardian.pid is None
+        assert len(started) == 1
     await until(lambda: len(changes.reasons) == 3, guardian)
-    assert changes.reasons == [None, "it is frozen", None]
+    assert changes.reasons[2] is None
 
 
 async def test_python_on_a_dead_disk_blocks_nothing(
-    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    guardian: Guardian,
+    changes: Changes,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    wires: list[Wire],
 ) -> None:
     """Fault 1: executing it never returns, and not in the loop."""
     with dead_disk(tmp_path / "disk") as disk, monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(disk / "python"))
         os.kill(pid_of(guardian), signal.SIGKILL)
-        await until(lambda: guardian._start_thread.busy)
+        await until(lambda: len(wires) == 2)  # the start that hangs has made its socket
         turns = [time.monotonic()]
         for _ in range(50):
             guardian.check()
@@ -313,6 +379,7 @@ async def test_a_start_with_python_on_a_dead_disk_raises(
         guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
         with pytest.raises(ConfigError, match=r"not executed within 0\.3 s"):
             await guardian.start()
+    # a start that was given up shows nothing else
     await until(lambda: not guardian._start_thread.busy)
     await guardian.call_off()
 
@@ -320,7 +387,7 @@ async def test_a_start_with_python_on_a_dead_disk_raises(
 async def test_a_new_guard_runs_the_program_that_was_installed_at_the_start(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Fault 7: what has replaced the program on disk since the start is not run."""
+    """Fault 7: a program that has replaced it on disk since the start is not run."""
     # in place of another version of the whole package
     other = tmp_path / "main.py"
     shutil.copy(agent.guard.main.__file__, other)
@@ -332,9 +399,9 @@ async def test_a_new_guard_runs_the_program_that_was_installed_at_the_start(
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(changes.reasons) == 3, guardian)
     assert changes.reasons == [None, "the guard has ended", None]
-    assert guardian._program is not None
+    (program,) = (number for number, name in open_files().items() if "/memfd:" in name)
     with pytest.raises(PermissionError):
-        os.write(guardian._program, b"it is sealed")
+        os.write(program, b"it is sealed")
     await guardian.call_off()
 
 
@@ -380,7 +447,7 @@ async def test_a_guard_whose_queue_is_full_is_lost(guardian: Guardian, changes: 
 
 
 async def test_a_killed_guard_is_noticed_at_once_and_replaced(
-    guardian: Guardian, changes: Changes
+    guardian: Guardian, changes: Changes, wires: list[Wire]
 ) -> None:
     guardian.arm(arming())
     first = pid_of(guardian)
@@ -390,8 +457,8 @@ async def test_a_killed_guard_is_noticed_at_once_and_replaced(
     await until(lambda: len(changes.reasons) > 2, guardian)
     assert state_of(first) == "", "it is no zombie"
     assert changes.reasons[2:] == [None]
-    assert guardian._arming is not None
-    assert not guardian._unanswered, "the new one has received everything"
+    assert wires[1].sent[-1].startswith(b"ARM\0")
+    assert wires[1].idle, "the new one has received everything"
 
 
 async def test_a_guard_that_dies_again_and_again_is_started_once_a_second(
@@ -431,29 +498,26 @@ async def test_a_new_guard_that_never_answers_is_replaced(
 
 
 async def test_an_answer_that_was_not_read_in_time_is_not_late(
-    guardian: Guardian, changes: Changes
+    guardian: Guardian, changes: Changes, wires: list[Wire]
 ) -> None:
     """This process was frozen, not the guard: what is there is read before anything is judged."""
     guardian.arm(arming())
-    assert guardian._socket is not None
-    number = guardian._number
-    peek = socket.MSG_PEEK
 
     def answered() -> bool:
         """Without a turn of the loop, as after a freeze in the middle of one."""
-        assert guardian._socket is not None
         try:
-            return int(guardian._socket.recv(64, peek)) == number
+            return int(wires[0].recv(64, socket.MSG_PEEK)) == wires[0].numbers[-1]
         except BlockingIOError:
             return False
 
     end_at = time.monotonic() + LIMIT_S
     while not answered() and time.monotonic() < end_at:
         pass
-    guardian._unanswered[0] = (number, Clock().boottime() - 2 * ANSWER_S)
+    guardian.limit_s = 0.2
+    time.sleep(1.5 * guardian.limit_s)  # noqa: ASYNC251 - this process is frozen
     guardian.check()
     assert changes.reasons == [None]
-    assert not guardian._unanswered
+    assert wires[0].numbers[-2] in wires[0].answered
 
 
 async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
@@ -471,11 +535,15 @@ async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
     assert changes.reasons[2] is None
 
 
-async def test_the_longest_message_arrives_complete(guardian: Guardian, changes: Changes) -> None:
-    overhead = len(f"HOOK\0{guardian._number + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true")
+async def test_the_longest_message_arrives_complete(
+    guardian: Guardian, changes: Changes, wires: list[Wire]
+) -> None:
+    overhead = len(
+        f"HOOK\0{wires[0].numbers[-1] + 1}\0/\0-1\0-1\0\0001\0\0001\0BIG=\0001\0/bin/true"
+    )
     big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
-    await until(lambda: not guardian._unanswered)
+    await until(lambda: wires[0].idle)
     assert changes.reasons == [None]
 
 
@@ -518,7 +586,10 @@ async def test_a_guard_that_does_not_answer_at_the_start_raises(
 
 
 async def test_a_lack_of_descriptors_raises_at_the_start_and_is_retried_later(
-    guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
+    guardian: Guardian,
+    changes: Changes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(24, "Too many open files")
@@ -529,48 +600,49 @@ async def test_a_lack_of_descriptors_raises_at_the_start_and_is_retried_later(
         other = Guardian(Clock(), changes, limit_s=ANSWER_S)
         with pytest.raises(ConfigError, match="Too many open files"):
             await other.start()
+        caplog.clear()
         os.kill(pid_of(guardian), signal.SIGKILL)
-        await until(lambda: guardian._trouble and "Too many" in guardian._trouble)
+        await until(lambda: "guard not started" in caplog.messages)
     await until(lambda: changes.reasons == [None, "the guard has ended", None])
 
 
-async def test_call_off_disarms_an_armed_guard(changes: Changes, tmp_path: Path) -> None:
+async def test_call_off_disarms_an_armed_guard(
+    changes: Changes, tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
     guardian = Guardian(Clock(), changes, limit_s=LIMIT_S)
     await guardian.start()
-    process = guardian._process
-    assert process is not None
     guardian.set_hook(GuardHook([["/usr/bin/touch", str(tmp_path / "done")]], {}))
     guardian.arm(arming())
     await guardian.call_off()
-    assert process.returncode == 0
+    assert started[0].returncode == 0
     assert guardian.pid is None
     assert not (tmp_path / "done").exists()
     await guardian.call_off()
     assert changes.reasons == [None]
 
 
-async def test_call_off_kills_a_frozen_guard_after_the_limit(changes: Changes) -> None:
+async def test_call_off_kills_a_frozen_guard_after_the_limit(
+    changes: Changes, started: list[subprocess.Popen[bytes]]
+) -> None:
     guardian = Guardian(Clock(), changes, limit_s=0.2)
     await guardian.start()
-    process = guardian._process
-    assert process is not None
-    await freeze(process.pid)
+    await freeze(started[0].pid)
     at = time.monotonic()
     await guardian.call_off()
     assert time.monotonic() - at >= 0.2
-    assert process.returncode == -signal.SIGKILL
+    assert started[0].returncode == -signal.SIGKILL
     assert changes.reasons == [None]
 
 
 async def test_call_off_during_a_restart_starts_no_guard(
-    changes: Changes, monkeypatch: pytest.MonkeyPatch
+    changes: Changes, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]
 ) -> None:
+    monkeypatch.setattr(supervisor, "RESTART_S", 0.2)
     guardian = Guardian(Clock(), changes, limit_s=ANSWER_S)
     await guardian.start()
     os.kill(pid_of(guardian), signal.SIGKILL)
     await until(lambda: len(changes.reasons) == 2)
-    restart = guardian._restart
-    assert restart is not None
     await guardian.call_off()
-    assert restart.cancelled()
+    await asyncio.sleep(supervisor.RESTART_S)  # the moment of the restart that must not be
     assert guardian.pid is None
+    assert len(started) == 1

@@ -19,6 +19,7 @@ from agent.drivers.hooks.check import HookCheck
 from agent.drivers.hooks.process import HookContext, HookExit, HookProcess
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
+from tests.this_process import open_files
 
 LIMIT_S = 60
 """For what takes milliseconds, on a busy machine."""
@@ -252,16 +253,23 @@ async def test_a_released_hook_is_never_signalled(
     assert sent == []
 
 
+def open_pipes() -> set[int]:
+    return {number for number, name in open_files().items() if name.startswith("pipe:")}
+
+
 async def test_release_closes_pipes_that_a_child_still_holds(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_module, "LINGER_S", LIMIT_S)
+    before = open_pipes()
     process = start(script(f"sleep 1000 & echo $! > {tmp_path}/child"))
     await end_of(process)
-    before = dict(process._output._open)
+    pipes = open_pipes() - before
+    assert len(pipes) == 2
     process.release()
-    assert len(before) == 2
-    assert process._output._open == {}
+    assert open_pipes() == before
+    loop = asyncio.get_running_loop()
+    assert not any(loop.remove_reader(pipe) for pipe in pipes), "the loop still waits for it"
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 

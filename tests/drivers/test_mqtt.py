@@ -108,6 +108,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def cut(client: Any) -> None:
     """End a connection without a word, so that the broker sends the last will."""
+    # as a network does it: the library can only close in order
     client._client._sock.shutdown(socket.SHUT_RDWR)
 
 
@@ -524,6 +525,7 @@ async def test_a_huge_packet_is_not_kept_in_memory(clients: list[Any]) -> None:
     answer = bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 2_000_000
     async with pretending(answer) as url, announcing(broker=url, limit=PATIENCE_S) as announcer:
         await until(lambda: announcer.failures)
+        # memory is the only effect, and the library holds it
         assert len(clients[0]._client._in_packet["packet"]) == 0
 
 

@@ -28,7 +28,7 @@ GOOD = b'{"time": "2026-01-31T12:00:00Z"}'
 
 
 class Agent:
-    """What is behind the callbacks."""
+    """Stands for the daemon: the callbacks of a probe server, and what they have received."""
 
     def __init__(self) -> None:
         self.reported: list[datetime] = []
@@ -632,6 +632,7 @@ async def test_unfinished_handshakes_count_as_connections_and_end(
     async with secured(agent, given) as (server, port):
         bound(server, connections=2, request_s=0.5)
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        # a handshake that has not begun shows nothing at the client
         await until(lambda: len(server._http._tasks) == 2)
         assert await raw(("127.0.0.1", port), b"") == b""  # closed at once
         for reader, writer in held:

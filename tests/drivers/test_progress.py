@@ -49,7 +49,7 @@ from agent.schema.kinds import PROGRESS
 from agent.schema.read import validate
 
 LIMIT_S = 60
-"""For what takes milliseconds, on a busy machine."""
+"""Time limit of steps that take milliseconds on a quiet machine."""
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 FIRST = NOW - timedelta(minutes=2)

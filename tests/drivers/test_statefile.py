@@ -47,7 +47,7 @@ def test_a_written_state_is_read_back(file: StateFile) -> None:
 
 
 def test_a_write_keeps_the_lock_file_young(file: StateFile) -> None:
-    """What cleans up /tmp removed it after ten days, and then a second agent could claim the session."""
+    """systemd-tmpfiles removed an old one from /tmp, and then a second agent could claim the session."""
     lock = file.path.with_name("state.json.lock")
     os.utime(lock, (0, 0))
     file.write({})

@@ -27,10 +27,10 @@ from agent.ops.process_tree import own_cgroup
 from tests.cgroups import new_cgroup
 
 LIMIT_S = 60.0
-"""For what takes milliseconds, on a busy machine."""
+"""Time limit of steps that take milliseconds on a quiet machine."""
 
 MARK = uuid.uuid4().hex
-"""Of its processes; other tests that run meanwhile kill by marks of their own."""
+"""The mark of the workload's processes. Tests that run in parallel have others, so none kills the processes of another."""
 
 AGENT = """
 import asyncio, sys, uuid
@@ -384,6 +384,7 @@ async def test_a_command_is_restarted_after_thousands_of_short_runs(
     monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 1e-9)
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
     await workload.start({})
+    # as after an hour of failures
     workload._short = workload._failed = 5000
     await until(lambda: read(tmp_path / "runs").count("x") >= 2)
     assert new.ends == []

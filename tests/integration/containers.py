@@ -32,7 +32,7 @@ PIP_CONF = "[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version
 LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 HARDENED = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=all")
 STORAGE = "3g"
-"""Of memory, at most; half of a gigabyte is used. Two to three times as quick as a disk."""
+"""The most memory for images and containers, of which half a gigabyte is used. It is faster than a disk by two to three times."""
 
 BUILD_S = 400
 COMMAND_S = 60
@@ -92,7 +92,7 @@ class Engine:
         """Whether a podman that was started at the end of a container still works: it would mount again."""
         name = os.fsencode(self._storage)
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # the process has ended
                 if name in path.read_bytes():
                     return True
         return False
@@ -166,7 +166,7 @@ def debian(kept: Path, scratch: Path) -> Path:
 
 
 def download(wheels: Path) -> None:
-    """What the build will want from a package index, for the image's Python."""
+    """Download the packages that the build of the image needs, for the image's Python."""
     wanted = [
         "--implementation=cp",
         f"--python-version={PYTHON}",
@@ -188,7 +188,7 @@ def download(wheels: Path) -> None:
 
 @contextmanager
 def built(kept: Path) -> Iterator[Engine]:
-    """With the image built; skips the test on a machine that cannot. ``kept`` is for later runs."""
+    """An engine that has built the image. Skips the test without podman; ``kept`` keeps packages for later runs."""
     if os.geteuid() != 0 or any(shutil.which(tool) is None for tool in TOOLS):
         pytest.skip(f"needs: podman: {HOW}")
     with tempfile.TemporaryDirectory(prefix="failover-") as name:

@@ -127,7 +127,7 @@ class Resting:
         return dict(json.loads(self.state_file.read_text()))
 
     def ask(self, path: str) -> str:
-        """What its probe answers; /metrics as Prometheus is answered, which keeps its connection, too."""
+        """Request a path of the probe over one kept-alive connection, with the headers that Prometheus sends."""
         if self._connection is None:
             host, _, port = self.state["probe"].removeprefix("http://").partition(":")
             self._connection = http.client.HTTPConnection(host, int(port), timeout=10)

@@ -32,12 +32,12 @@ CONNECT_S = 1.0
 READY = "failsafe ready members=1"
 LEASE_S = 10.0
 PERIOD_S = 0.2
-"""Of the sample collector."""
+"""The interval between two lines of the sample collector."""
 
 OUTAGE_S = 2.0
-"""Of work beyond the lease's end: by then the role would be lost without failsafe."""
+"""How long the work has to go on after the lease's end, at which the role would be lost without failsafe."""
 
-pytestmark = pytest.mark.timeout(BUILD_S + 200)  # the first one builds the image
+pytestmark = pytest.mark.timeout(BUILD_S + 200)  # the first test builds the image
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_work_of_the_compose_sample_goes_on_while_the_coordinator_is_away(
             given = [*variables(environment), *options, *(names(lan) if name in lan.hosts else ())]
             return Container(containers, name, given, *command, network=network)
 
-        for _ in range(2):  # the second time there is one
+        for _ in range(2):  # the second time the secret exists already
             secret = start("failsafe-secret")
             assert secret.code() == 0, secret.said()
             containers("rm", "failsafe-secret")
@@ -178,7 +178,7 @@ class Secrets:
 
     @staticmethod
     def _write(directory: Path, texts: Mapping[str, str], mode: int) -> None:
-        """By links, so that a change is one rename."""
+        """Write the files behind symbolic links as the kubelet does, so that a change is one rename."""
         (directory / "..1").mkdir()
         (directory / "..data").symlink_to("..1")
         for name, text in texts.items():
@@ -233,7 +233,7 @@ class Kubelet:
 
 
 def apply_policies(manifests: list[dict[str, Any]], lan: Lan) -> None:
-    """What the policies do not let into a pod is dropped there."""
+    """Drop the packets to each pod that its network policies do not allow."""
     pods = {name: pod(manifests, name.rpartition("-")[0]) for name in PODS}
     for name, receiver in pods.items():
         rules = ["add table ip pods"]
@@ -259,13 +259,13 @@ def connects(sender: LanHost, receiver: LanHost, port: int) -> bool:
 
 
 def is_ready(agent: Container) -> bool:
-    """Whether it could keep the role by the vote of the other one."""
+    """Whether it has logged that it could keep the role by the vote of the other agent."""
     lines = [json.loads(line) for line in agent.said().splitlines() if "failsafe ready" in line]
     return any(line["members"] == 1 for line in lines)
 
 
 def epochs(collector: Container) -> list[int]:
-    """Of the lines that a collector has written."""
+    """The epoch of each line that a collector has written."""
     lines = [line for line in collector.said().splitlines() if line.startswith("{")]
     return [json.loads(line)["epoch"] for line in lines]
 

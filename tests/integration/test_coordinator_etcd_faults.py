@@ -158,7 +158,7 @@ def test_r19_a_member_of_etcd_that_is_replaced_costs_no_role(stage: Stage, tmp_p
 def test_r19_many_requests_wait_for_a_frozen_leader_and_delay_nothing_else(
     stage: Stage, etcd: EtcdServer
 ) -> None:
-    """Its follower goes on to answer; when another one leads, the requests that waited are answered by it."""
+    """The follower keeps answering other requests; when it leads itself, it answers the ones that waited."""
     leader, standby = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
     agent, epoch = running(stage, standby)
     assert standby.ask("POST", "groups", GROUP).status == 201

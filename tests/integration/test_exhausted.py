@@ -44,7 +44,7 @@ class Service:
 
     @property
     def primary(self) -> str:
-        """The body of a promotion hook that makes it active."""
+        """The body of a promotion hook that makes this service active."""
         return f'echo "$FAILOVER_EPOCH" >{self.file}.new; mv {self.file}.new {self.file}'
 
     @property
@@ -164,7 +164,7 @@ while True:
 def test_a_workload_that_uses_up_all_tasks_when_it_is_stopped_keeps_no_service_active(
     stage: Stage, coordinator: Coordinator, fault: str
 ) -> None:
-    """The guard looked for free tasks before that only, and had no time left to repeat its hook."""
+    """The guard looked for free tasks only before it stopped the workload, and had no time to repeat its hook."""
     forks = stage.directory / "forks.py"
     forks.write_text(FORKS)
     service, gate = Service(stage, "host-a"), Gate(stage, coordinator.endpoint)

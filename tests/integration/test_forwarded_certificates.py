@@ -138,7 +138,7 @@ def test_a_client_is_the_same_one_through_every_coordinator(site: Site) -> None:
 
 
 def test_the_key_of_the_coordinators_is_replaced_while_they_run(site: Site) -> None:
-    """No request through a follower is refused in any step, and the former key is worth nothing in the end."""
+    """No request through a follower is refused in any step. At the end a signature by the former key is refused."""
     group = {"Id": "g", "FailoverTimeout": "00:00:30"}
     assert ask(site, site.follower, "POST", GROUPS, group, name="host-a").status == 201
     old, new = site.peer_key(), "0b" * 32

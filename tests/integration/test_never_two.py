@@ -364,7 +364,7 @@ def test_the_watchdog_device_is_disarmed_only_after_the_demotion(
 def test_no_restart_forgets_a_process_that_cannot_be_killed(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """The second restart found nothing to end, and joined while the workload of the first was alive."""
+    """At the second restart no record of it was left, so the agent joined while the old workload was alive."""
     flags = ("--hook-limit=1",)
     pid_file = stage.directory / "pid"
     begin = f"sleep 1000 >/dev/null 2>&1 </dev/null &\necho $! > {pid_file}"

@@ -24,7 +24,7 @@ from .writer import overlap_s, written
 
 IGNORES = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 NO_CHILDREN = [sys.executable, "-S", "-c", IGNORES]
-"""What starts a command with SIGCHLD ignored, as some programs do with all that they start."""
+"""The prefix of a command that then runs with SIGCHLD ignored, as some programs start all their children."""
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGTERM])
@@ -72,7 +72,7 @@ def test_an_agent_that_is_started_with_closed_files_is_a_member(
 def test_an_agent_that_freezes_in_its_own_demotion_is_demoted_before_its_lease_expires(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """The guard did not run the hook then: it waited for the agent's, which was never started."""
+    """The guard did not run the demotion hook: it waited for the one of the agent, which was never started."""
     gate = Gate(stage, coordinator.endpoint)
     hooks = Service(stage, "host-a").hook_flags(stage)
     deaf = [sys.executable, "-S", "-c", "import signal as s; s.signal(15, s.SIG_IGN); s.pause()"]
@@ -92,7 +92,7 @@ def test_an_agent_that_freezes_in_its_own_demotion_is_demoted_before_its_lease_e
 def test_a_member_whose_demotion_hook_is_gone_promotes_nothing(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """It was promoted, and could not be demoted any more."""
+    """It was promoted, and could not be demoted any more, since that needs the hook."""
     one = with_service(stage, "host-a", coordinator)
     epoch = one.until_role("Primary")["epoch"]
     other = with_service(stage, "host-b", coordinator)
@@ -107,7 +107,7 @@ def test_a_member_whose_demotion_hook_is_gone_promotes_nothing(
 def test_a_workload_that_moves_from_process_to_process_does_not_escape(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """Each look found a process that was gone when it was read, and so counted the tenure as gone."""
+    """Each search found only a process that had ended when it was read, so the tenure counted as gone."""
     program = stage.directory / "hopper.py"
     program.write_text(HOPPER)
     stage.later(program.unlink)
@@ -152,7 +152,7 @@ REMOVED_UNDER: Mapping[str, Callable[[Agent, Gate], None]] = {
 def test_an_agent_whose_program_is_removed_meanwhile_demotes(
     stage: Stage, coordinator: Coordinator, fault: str
 ) -> None:
-    """As an upgrade does: nothing may be imported as late as at the demotion."""
+    """An upgrade removes it. So a demotion must not import a module that is not imported yet."""
     one, other, epoch, gate = pair_in_mount_namespace(stage, coordinator)
     enter = ["nsenter", f"--target={one.popen.pid}", "--mount"]
     programs = (

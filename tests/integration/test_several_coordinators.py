@@ -75,7 +75,7 @@ def pair_of(stage: Stage, cluster: Cluster) -> tuple[Coordinator, Coordinator]:
 
 
 def running(stage: Stage, *coordinators: Coordinator) -> tuple[Agent, int]:
-    """Two agents that know all coordinators; the primary, and its epoch."""
+    """Start two agents with the endpoints of all these coordinators; return the primary and its epoch."""
     agents = [stage.run(name, *coordinators, timing=TIMING) for name in ("host-a", "host-b")]
     one = stage.until_primary(*agents, after_epoch=0)
     for agent in agents:
@@ -157,9 +157,9 @@ def test_r19_a_change_of_etcds_leader_costs_no_role(stage: Stage, tmp_path: Path
 
 
 def test_r19_a_slow_disk_of_etcd_costs_no_leadership(stage: Stage, tmp_path: Path) -> None:
-    """There is always a change to write, so an answer takes up to 2 s, of a time to live of 3 s.
+    """Etcd always has a change to write, so it answers after up to 2 s, while its leases last 3 s.
 
-    etcd 3.5 waits for a majority when it renews a lease, and so bears a shorter fsync.
+    etcd 3.5 waits for a majority before it renews a lease, and so tolerates only a shorter fsync.
     """
     version = subprocess.run(["etcd", "--version"], capture_output=True, text=True, check=True)
     fsync_s = 0.5 if "etcd Version: 3.4." in version.stdout else 0.35

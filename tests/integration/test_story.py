@@ -104,7 +104,7 @@ def test_serve_and_two_runs_work_without_configuration(stage: Stage) -> None:
 
 
 def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
-    """Also in a directory that has another program of the name ``agent``."""
+    """A file agent.py in the current directory is not imported in place of the package."""
     here, scratch = tmp_path / "here", tmp_path / "scratch"
     here.mkdir()
     scratch.mkdir()

@@ -670,7 +670,7 @@ def broker(plant: Plant, tmp_path: Path) -> Iterator[str]:
 def test_the_work_goes_on_under_the_failsafe_drop_in_while_the_coordinator_is_frozen(
     plant: Plant,
 ) -> None:
-    """With the secret as a credential."""
+    """The secret is a credential of systemd (LoadCredential=)."""
     for number, host in enumerate(plant.hosts):
         host.write("/etc/failover-agent/secrets/failsafe", f"{'secret' * 4}\n", 0o600)
         listen = f'failsafe_listen = "127.0.0.1:{FAILSAFE_PORT + number}"\n'
@@ -724,7 +724,7 @@ BLOCK = re.compile(r"(?ms)^```(sh|toml)\n(.*?)^```$")
 
 @pytest.fixture
 def new_plant(plant: Plant) -> Iterator[Plant]:
-    """Both hosts as they are before anybody has read the page; afterwards as they were."""
+    """Both hosts without what the page installs; restored after the test."""
     checkout = plant.written.parent / "checkout"
     for name in ("systemd", "config"):
         shutil.copytree(ROOT / name, checkout / name, dirs_exist_ok=True)
@@ -796,7 +796,7 @@ def test_the_commands_of_the_quick_start_work_as_typed(typed: Plant) -> None:
 
 
 def test_a_wrong_password_is_logged_and_retried(typed: Plant) -> None:
-    """As a credential: what systemd reads anew at each attempt."""
+    """The password is a credential, which systemd reads again at each start."""
     _, other = typed.primary()
     other.drop_in((UNITS / "examples/agent-credentials.conf").read_text())
     other.run("sed", "-i", "/^password_file/d", "/etc/failover-agent/agent.toml")

@@ -131,6 +131,7 @@ def test_the_known_hosts_are_bounded() -> None:
     check = BrowserCheck(loopback=True)
     for port in range(2 * MOST_HOSTS):
         assert check.refusal([(b"host", f"127.0.0.1:{port}".encode())], "http") is None
+    # memory is the only effect of the bound
     assert len(check._hosts) == MOST_HOSTS
 
 

@@ -183,6 +183,7 @@ def test_a_child_between_fork_and_exec_can_log_while_the_thread_has_the_lock(pip
     locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
+        # only this lock is what the thread holds while it writes
         with writer._changed:
             locked.set()
             done.wait(PATIENCE_S)
@@ -200,11 +201,12 @@ def test_a_child_between_fork_and_exec_can_log_while_the_thread_has_the_lock(pip
 
 
 def test_signals_are_left_to_the_main_thread(pipe: Pipe) -> None:
+    before = set(threading.enumerate())
     writer = writer_to(pipe)
     writer.put("x")
     assert writer.flush(PATIENCE_S)
-    assert writer._thread is not None
-    status = Path(f"/proc/self/task/{writer._thread.native_id}/status").read_text()
+    (thread,) = set(threading.enumerate()) - before
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
     blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
     assert int(blocked.split()[1], 16) & (1 << (signal.SIGTERM - 1))
 

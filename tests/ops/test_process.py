@@ -67,7 +67,7 @@ asyncio.run(asyncio.wait_for(main(), 20))
 
 @pytest.mark.parametrize("children_are_listed", [True, False])
 async def test_many_orphans_are_reaped_soon(*, children_are_listed: bool) -> None:
-    """They count as tasks: within its interval they could use up a limit of tasks."""
+    """Each counts as a task, so in the interval between two searches they could use up the limit of tasks."""
     program = MANY if children_are_listed else MANY.replace("TASKS", 'TASKS = Path("/none")', 1)
     work = asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", program], capture_output=True, check=False, text=True

@@ -23,7 +23,7 @@ from agent.ops.signals import (
 
 @pytest.fixture(autouse=True)
 def default_dispositions() -> Iterator[None]:
-    """As if nothing had been ignored when the tests were started, by nohup or by a shell's ``&``."""
+    """Undo what the starter of the tests has ignored: nohup and a shell's ``&`` ignore signals."""
     before = {number: signal.getsignal(number) for number in IGNORED}
     for number, handler in before.items():
         if handler is signal.SIG_IGN:

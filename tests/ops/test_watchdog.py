@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from agent.errors import ConfigError, ExitCode
 from agent.ops.watchdog import LONGEST_TIMEOUT_S, WatchdogDevice
+from tests.this_process import open_files
 
 
 @pytest.fixture
@@ -197,8 +199,10 @@ def test_a_full_device_does_not_block(
 def test_children_do_not_hold_the_device_open(fifo: Path, reader: int) -> None:
     device = WatchdogDevice(fifo)
     device.arm(10)
-    assert device._device is not None
-    assert not os.get_inheritable(device._device)
+    command = ["/bin/ls", "-l", "/proc/self/fd"]
+    listed = subprocess.run(command, close_fds=False, capture_output=True, text=True, check=True)
+    assert str(fifo) not in listed.stdout
+    assert str(fifo) in open_files().values()
     device.disarm()
 
 

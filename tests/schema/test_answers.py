@@ -34,6 +34,7 @@ def one(shape: type[Shape]) -> Callable[[bytes], Any]:
 
 
 def many(shape: type[Shape]) -> Callable[[bytes], Any]:
+    # a server for each of thousands of bodies would be slow
     return lambda body: client._decode_many(shape, answer(body))
 
 
@@ -201,7 +202,7 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 994 + "]" * 994, '"\\u0000"'])
 def test_an_answer_of_odd_unknown_properties_alone_is_none_of_the_group_api(value: str) -> None:
-    """Some have no value in Python: that must not end what follows the status."""
+    """Python cannot decode some of these values. The caller gets a BodyError all the same."""
     with pytest.raises(BodyError):
         read_status(f'{{"X":{value}}}'.encode())
 

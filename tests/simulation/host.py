@@ -559,8 +559,8 @@ class AgentHost:
                 self.world.send(net, back=True, deliver=on_answer, args=(answer,))
 
         def deliver() -> None:
-            # Plain v1 has nothing to distinguish a late DELETE from one of the session's next life. Here
-            # it dies with its connection, as over TCP it nearly always does.
+            # A plain v1 server cannot distinguish a late DELETE from one of the session's next instance. Here
+            # it is lost with its connection, as it nearly always is over TCP.
             if open_calls or not (self.world.plain_v1 and isinstance(what, RemoveSession)):
                 coordinator.submit(what, reply)
 

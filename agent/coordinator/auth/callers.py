@@ -27,7 +27,7 @@ class Caller:
     Attributes:
         name: for the log.
         trustees: each trustee that this caller matches.
-        tenant: the tenant that the identity belongs to; None: to all.
+        tenant: the tenant that the identity belongs to; None: every tenant.
         identity: the caller's name as an owner of sessions: ``user:ann`` or ``client:host-a``.
     """
 

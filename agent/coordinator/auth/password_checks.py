@@ -56,7 +56,7 @@ ADDRESS_BURST, ADDRESS_PER_S = 50, 5.0
 misconfigured agent, which fails once in WRONG_FOR_S, does not use it up."""
 
 NAME_BURST, NAME_PER_S = 10, 0.5
-"""How many checks of one user name at an address may fail, so that whoever guesses its password leaves checks to
+"""How many checks of one user name at an address may fail, so that somebody who guesses its password leaves checks to
 the other names at that address."""
 
 DELAY_S = 0.5

@@ -153,7 +153,7 @@ class RemoteKeys:
             self._changed()
 
     async def _get(self) -> bytes:
-        if self._tls is None:  # it reads the system's authorities from the disk
+        if self._tls is None:  # in a thread: this reads certificates from the disk
             self._tls = await asyncio.to_thread(ssl.create_default_context)
         body = b""
         async with (

@@ -43,7 +43,7 @@ ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512", "EdDSA", "Ed25519"),
 )
-"""Only signatures with a public key: with "none" or HMAC whoever can read the JWKS could forge tokens."""
+"""Only signatures with a public key: with "none" or HMAC, anybody who can read the JWKS could forge tokens."""
 
 UNREADABLE = (
     JoseError,

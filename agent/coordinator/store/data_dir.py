@@ -323,7 +323,7 @@ def _create(path: Path) -> None:
     """Create an empty database at ``path``, complete and durable, by one rename."""
     for suffix in ("-wal", "-journal"):
         rest = path.with_name(path.name + suffix)
-        if rest.exists():  # SQLite would replay it into the new database
+        if rest.exists():  # SQLite would apply it to the new database
             raise _damaged(
                 rest,
                 f"is there without its {path.name}",

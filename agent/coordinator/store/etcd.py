@@ -411,7 +411,7 @@ class EtcdStore:
                     except EtcdError as failure:
                         if not resent and not isinstance(failure, EtcdUnknown):
                             raise self._explained(failure, key) from failure
-                        unknown = failure  # of this attempt; another one may have succeeded
+                        unknown = failure  # an attempt in parallel may still succeed
                     else:
                         if done.succeeded:
                             return done

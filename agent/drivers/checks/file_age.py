@@ -26,7 +26,7 @@ class FileAgeCheck(Check):
     path: AbsolutePath
     """The file (or directory) whose modification time counts; a symbolic link is refused."""
     max_age: Duration
-    """How old it may be."""
+    """How old the file may be."""
 
     def runner(self, clock: Clock) -> Run:
         """The age is the greater of two: by the time of day, and by ``clock`` since it was first seen.

@@ -219,16 +219,16 @@ def _reason(error: Exception) -> str:
         case OSError():
             reason = error.strerror or str(error) or type(error).__name__
         case httptools.HttpParserError():
-            return f"the answer is no HTTP: {error}"[:LONGEST_REASON]
+            return f"the answer is not HTTP: {error}"[:LONGEST_REASON]
         case httptools.HttpParserUpgrade():  # whose only argument is a position
-            return "the answer is no HTTP: it changes the protocol"
+            return "the answer is not HTTP: it changes the protocol"
         case _:
             return f"cannot be asked ({str(error) or type(error).__name__})"[:LONGEST_REASON]
     return f"cannot be reached ({reason})"[:LONGEST_REASON]
 
 
 def _unauthentic(reply: _Reply) -> str:
-    """Why an answer without a right code is refused, with the error text that it contains."""
+    """Why an answer without a valid authentication code is refused, with the error text that it contains."""
     try:
         error = msgspec.json.decode(reply.body)["error"]
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):

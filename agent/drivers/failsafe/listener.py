@@ -69,7 +69,7 @@ class Refusal(StrEnum):
     NOT_A_QUESTION = "not_a_question"
     """Another path or method, a body that is too long, or no JSON of a question."""
     NOT_AUTHENTIC = "not_authentic"
-    """No code, or no code for a secret of this member."""
+    """No authentication code, or none that was made with a secret of this member."""
     NOT_FOR_US = "not_for_us"
     """It names another group, member or URL."""
     NO_CHALLENGE = "no_challenge"

@@ -37,8 +37,8 @@ for name, code in marshal.loads(os.pread(program, os.fstat(program).st_size, 0))
 del code
 sys.exit(module.main())
 """
-"""The bootstrap of the guard's program, which cannot import our modules, as Python runs with -I -S. A process of
-the same Python version compiles the program before, which saves the guard 2 MiB."""
+"""The bootstrap of the guard's program. It cannot import our modules, as Python runs with -I -S. The agent has
+compiled them with the same version of Python, which saves the guard 2 MiB."""
 
 HANDBACK = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.release_helper import main;"

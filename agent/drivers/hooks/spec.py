@@ -246,7 +246,7 @@ def _tls(ca_file: Path | None, urls: list[str]) -> ssl.SSLContext | None:
             context.load_verify_locations(ca_file)
         elif any(url.startswith("https://") for url in urls):
             context.load_default_certs()
-    except OSError as error:  # an SSLError is one
+    except OSError as error:  # ssl.SSLError is an OSError
         raise ConfigError(
             f"webhook_ca_file {ca_file} must have certificates in PEM: {error}"
         ) from None

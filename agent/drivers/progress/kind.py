@@ -127,7 +127,7 @@ async def read_blocking(lane: BlockingThread, work: Callable[[], T], limit_s: fl
     """
     try:
         return await lane.run(work, timeout_s=limit_s)
-    except TimeoutError as error:  # it is an OSError, too, which callers report differently
+    except TimeoutError as error:  # a subclass of OSError, which callers report differently
         raise Refused(Reason.TOO_SLOW, f"no answer within {limit_s:g} s") from error
     except StuckError as error:
         raise Refused(Reason.TOO_SLOW, str(error)) from error

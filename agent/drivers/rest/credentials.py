@@ -166,9 +166,7 @@ class ClientCredentials(httpx2.Auth):
         )
         if answer.status in {400, 401, 403}:
             raise self._refused(answer)
-        replace(
-            answer, body=b""
-        ).check()  # without the body, which may repeat the request with its secret
+        replace(answer, body=b"").check()  # the body may quote the request and its secret
         granted = _document(answer)
         token, life_s = granted.get("access_token"), _seconds(granted.get("expires_in"))
         if not (isinstance(token, str) and token and token.isascii() and token.isprintable()):
@@ -203,7 +201,7 @@ class ClientCredentials(httpx2.Auth):
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
         reason = ": ".join(word for word in words if isinstance(word, str))
-        for form in _encodings(self._secret):  # some servers repeat the request with its secret
+        for form in _encodings(self._secret):  # some errors quote the request and its secret
             reason = reason.replace(form, "***")
         return answer.error(
             f"answered {answer.status} ({quoted(reason) or 'no reason given'})",

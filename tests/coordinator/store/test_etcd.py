@@ -422,6 +422,7 @@ async def test_old_tenures_are_forgotten_many_at_a_time(
     assert len(rest) < transport.sent <= len(rest) + 2
     total, entries = await store.history(key, count=2 * HISTORY_BOUND)
     assert (total, entries) == (HISTORY_BOUND, tenures[: -HISTORY_BOUND - 1 : -1])
+    # what is kept beyond the bound is visible in etcd only
     prefix = store._layout.history(key)
     kept = await store._etcd.range(read(prefix, end_of(prefix), count_only=True))
     assert HISTORY_BOUND <= kept.count < HISTORY_BOUND + MOST_ENTRIES

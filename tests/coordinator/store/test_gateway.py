@@ -80,7 +80,7 @@ async def left(gateway: Gateway, endpoint: str) -> None:
 
 
 async def test_a_member_that_is_slow_is_left_before_its_answer_is_given_up() -> None:
-    """Its answer may still come, and meanwhile the others are asked."""
+    """The other members are asked while its answer may still come."""
     answered = asyncio.Event()
 
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +103,7 @@ async def test_a_member_that_is_slow_is_left_before_its_answer_is_given_up() -> 
 
 
 async def test_a_member_of_another_etcd_cluster_is_left() -> None:
-    """Also by a sibling that has asked nobody yet: a restored member has the same keys at the same revisions."""
+    """A restored member has the same keys at the same revisions. A client that has sent no request yet leaves it, too."""
     async with members(a_member_of("1"), a_member_of("2", "watch"), a_member_of("1")) as urls:
         gateway = Gateway(urls)
         await gateway.post("/v3/kv/range", {}, 5.0)
