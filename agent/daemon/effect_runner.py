@@ -244,12 +244,9 @@ class EffectRunner:
         run = member.role_runner.start_run(effect.run, facts, last_data)
 
         async def begin() -> None:
-            if facts.role is not Role.SECONDARY and not (
-                await self.guard_control.send_demotion_hook(facts)
-            ):
-                member.role_runner.terminate(
-                    effect.run
-                )  # nothing is started, so the promotion fails
+            demotes = facts.role is Role.SECONDARY
+            if not demotes and not await self.guard_control.send_demotion_hook(facts):
+                member.role_runner.terminate(effect.run)  # then the promotion fails
             await self.state_publisher.flush()  # publish before the hook starts
             await run
 

@@ -104,10 +104,7 @@ class GuardControl:
             demote_s = self._member.session.timing.demote_s
             try:
                 hook = await self._member.role_runner.build_guard_hook(facts, demote_s)
-            except (
-                TimeoutError,
-                StuckError,
-            ):  # the promotion checks the hook, and fails with the reason
+            except (TimeoutError, StuckError):  # the promotion logs why, as it checks the hook, too
                 return False
             self._guardian.set_hook(hook)
         return True

@@ -73,11 +73,8 @@ class Reload:
     async def _reread(self, reread: Callable[[], AgentSettings]) -> None:
         try:
             await self._apply(await self._lane.run(reread))
-        except (
-            FailoverError,
-            StuckError,
-            OSError,
-        ) as error:  # a TimeoutError, too, which has no text
+        except (FailoverError, StuckError, OSError) as error:
+            # A TimeoutError is an OSError, and has no text.
             reason = str(error) or f"the hooks were not read within {LONGEST_LOAD_S:g} s"
             log.error("configuration not changed", reason=reason)  # noqa: TRY400 - no traceback needed
 

@@ -213,9 +213,7 @@ class StatePublisher:
             try:
                 await self._lane.run(lambda: self._state_file.write(state))
             except (OSError, StuckError, ConfigError) as error:
-                if self._failing and isinstance(
-                    error, ConfigError
-                ):  # no agent that is just refused
+                if isinstance(error, ConfigError) and self._failing:  # not one that is just refused
                     self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
                     return
                 self._log_failure(error)
