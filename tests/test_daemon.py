@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -19,8 +20,9 @@ from agent.coordinator.server import serving
 from agent.core.effects import Effect
 from agent.core.events import Event, Tick
 from agent.core.session import Session
-from agent.daemon import main
+from agent.daemon import main, reload
 from agent.daemon.loop import Daemon
+from agent.daemon.role_runner import RoleRunner
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
@@ -482,3 +484,28 @@ async def test_requests_that_come_during_a_reload_are_one_further_reload(
         )
         assert len(read) == 2
         assert host.daemon.describe()["role"] == "Primary"
+
+
+async def test_a_reload_whose_hooks_are_on_a_dead_disk_blocks_no_later_one(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It held the lock of reloads for good, without a line."""
+    settings, answered, done = settings_for(endpoint), threading.Event(), asyncio.Event()
+    monkeypatch.setattr(reload, "LONGEST_LOAD_S", 0.1)
+    monkeypatch.setattr(RoleRunner, "read_hooks", lambda *_: answered.wait() and {})
+    caplog.set_level("INFO")
+
+    def reasons() -> list[str]:
+        fields = [record.__dict__.get("fields", {}) for record in caplog.records]
+        return [str(each["reason"]) for each in fields if "reason" in each]
+
+    async with a_daemon(settings, tmp_path) as (host, _), living(host):
+        await host.until_role("Primary")
+        for reason in ("the hooks were not read within 0.1 s", "still blocked in the kernel"):
+            host.daemon.reload(lambda: settings)
+            await host.until(lambda: any(reason in each for each in reasons()), reason)  # noqa: B023 - awaited
+        answered.set()
+        await host.until(lambda: not host.daemon._reload._lane.busy, "the disk to answer")
+        monkeypatch.setattr(RoleRunner, "reconfigure", lambda *_: done.set())
+        host.daemon.reload(lambda: settings)
+        await asyncio.wait_for(done.wait(), PATIENCE_S)

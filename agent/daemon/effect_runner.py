@@ -102,6 +102,8 @@ class EffectRunner:
         if effects:  # without effects, nothing has changed since the update above
             self.guard_control.update()
         self.state_publisher.write()
+        if self.member.requests.joined_once:
+            self.member.notify.status(self.state_publisher.status)
         self._log_failsafe()
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
@@ -202,7 +204,6 @@ class EffectRunner:
             epoch=effect.epoch,
             reason=effect.reason,
         )
-        member.notify.status(self.state_publisher.status)
         if self.announcer is not None:
             self.announcer.announce(member.published)
         self.host_health.set_primary(primary=effect.role is Role.PRIMARY)

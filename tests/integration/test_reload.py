@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .stage import Agent, Coordinator, Stage, until
+from .stage import PATIENCE_S, Agent, Coordinator, Stage, until
 from .workloads import guard_of, start
 
 
@@ -186,6 +186,20 @@ def test_a_progress_source_that_cannot_be_started_does_not_replace_the_previous_
         lambda: host.agent.state["last_data_processed_time"] == "2026-01-31T12:00:00Z",
         "the old source to be read",
     )
+
+
+def test_the_status_of_a_member_that_waits_is_not_that_it_joins(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It was, until its role changed for the first time."""
+    start(stage, "host-b", coordinator).until_role("Primary")
+    address = stage.directory / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(address))
+        systemd.settimeout(PATIENCE_S)
+        start(stage, "host-a", coordinator, NOTIFY_SOCKET=str(address))
+        while b"registered in the group" not in systemd.recv(4096):
+            pass
 
 
 def test_systemd_is_notified_of_start_role_watchdog_and_stop(
