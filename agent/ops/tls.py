@@ -23,6 +23,7 @@ def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # which OpenSSL 1.1.1 grants without limit
     load_pair(context, what, certificate, key)
     return context
 
