@@ -84,9 +84,6 @@ class HttpServer:
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             if len(self._tasks) >= self.limits.connections:
-                if not self.limits.newest_first:
-                    accepted.close()
-                    continue
                 self._end(next(iter(self._tasks)))
             serving = loop.create_task(
                 self._serve(accepted, handler), name=f"{self._name} connection"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.ops.http_connection import Handler, Limits, Request, Response
+from agent.ops.http_connection import Handler, Limits, Request, Response, error_response
 from agent.ops.http_server import BACKLOG, HttpServer
 from agent.schema.addresses import Address
 
@@ -23,7 +24,6 @@ LIMITS = Limits(
     body_bytes=1024,
     request_bytes=4096,
     pipelined=1,
-    newest_first=True,
 )
 LIMIT_S = 30
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -163,6 +163,34 @@ async def test_a_client_that_asks_first_may_send_its_body(expect: bytes) -> None
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(b"xy")
             assert answers(await reader.read()) == [(200, b"POST /a xy")]
+        writer.close()
+
+
+async def test_http_1_0_gets_no_100() -> None:
+    post = b"POST /a HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n"
+    async with serving() as (_, address):
+        received = await ask(address, post + HEAD + b"\r\n", b"xy")
+    assert answers(received) == [(200, b"POST /a xy")]
+
+
+async def test_an_error_may_quote_half_a_surrogate_pair() -> None:
+    async def refuse(_: Request) -> Response:
+        return error_response(400, "this is no name: \ud800")
+
+    async with serving(refuse) as (_, address):
+        ((status, body),) = answers(await ask(address, REQUEST))
+    assert (status, json.loads(body)) == (400, {"error": "this is no name: \ud800"})
+
+
+async def test_empty_lines_do_not_hold_a_connection() -> None:
+    async with serving(request_s=0.2) as (server, address):
+        _, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(LIMIT_S / 10):
+            while not server._connections:  # noqa: ASYNC110 - what is waited for sets no event
+                await asyncio.sleep(0.001)
+            while server._tasks:
+                writer.write(b"\r\n")
+                await asyncio.sleep(0.05)
         writer.close()
 
 
