@@ -160,6 +160,29 @@ class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):
         super().put_nowait(item)
 
 
+class _SocketLoop:
+    """The event loop of a client, without what aiomqtt schedules for a socket that is closed by then.
+
+    The loop would raise in a callback, for which the agent stops.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: Callable[[], Any]) -> None:
+        self._loop = loop
+        self._socket = socket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(self._call, callback, *args)
+
+    def _call(self, callback: Callable[..., object], *watched: Any) -> None:
+        """Call a callback; ``watched`` begins with the descriptor to watch, if there is one."""
+        socket = self._socket()
+        if not watched or (socket is not None and socket.fileno() == watched[0]):
+            callback(*watched)
+
+
 class _Client(aiomqtt.Client):
     """Connects in a daemon thread, as look-ups and handshakes may hang, without delaying the exit.
 
@@ -190,6 +213,8 @@ class _Client(aiomqtt.Client):
             max_queued_incoming_messages=MOST_WAITING,
         )
         self.left = False
+        self._disconnected.add_done_callback(_retrieve_error)  # aiomqtt may replace it unread
+        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place
         self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # also for the handshake
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound
@@ -200,6 +225,10 @@ class _Client(aiomqtt.Client):
         if length > LONGEST_PACKET:
             raise ConnectionError(f"a packet of {length} bytes is more than {LONGEST_PACKET}")
         return self._receive(size)
+
+    def _on_disconnect(self, *args: Any) -> None:
+        if not self._connected.cancelled():  # aiomqtt would raise in a callback of the loop
+            super()._on_disconnect(*args)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, code: Any, properties: Any) -> None:
         if code.is_failure:
@@ -216,6 +245,7 @@ class _Client(aiomqtt.Client):
         if fut is self._disconnected or fut is self._connected:
             return await super()._wait_for(fut, timeout)
         answer = asyncio.ensure_future(super()._wait_for(fut, timeout))
+        answer.add_done_callback(_retrieve_error)
         try:
             either: set[asyncio.Future[Any]] = {answer, self._disconnected}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -254,7 +284,14 @@ class _Client(aiomqtt.Client):
     def leave(self) -> None:
         """Close the socket that aiomqtt leaves open after a failed start."""
         self.left = True
+        self._disconnected.add_done_callback(_retrieve_error)
         self._client.disconnect()
+
+
+def _retrieve_error(future: asyncio.Future[Any]) -> None:
+    """Mark an error as seen, in case nobody awaits it: the agent stops for the error of a task that nobody has seen."""
+    if not future.cancelled():
+        future.exception()
 
 
 @asynccontextmanager
