@@ -245,7 +245,6 @@ class _Client(aiomqtt.Client):
         if fut is self._disconnected or fut is self._connected:
             return await super()._wait_for(fut, timeout)
         answer = asyncio.ensure_future(super()._wait_for(fut, timeout))
-        answer.add_done_callback(_retrieve_error)
         try:
             either: set[asyncio.Future[Any]] = {answer, self._disconnected}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -289,7 +288,7 @@ class _Client(aiomqtt.Client):
 
 
 def _retrieve_error(future: asyncio.Future[Any]) -> None:
-    """Mark an error as seen, in case nobody awaits it: the agent stops for the error of a task that nobody has seen."""
+    """Mark an error as seen, in case nobody awaits it: asyncio would log a traceback."""
     if not future.cancelled():
         future.exception()
 

@@ -162,7 +162,7 @@ def test_lines_of_libraries_are_off_by_default(capsys: pytest.CaptureFixture[str
     logs.configure("INFO", "json")
     logging.getLogger("uvicorn.access").info("GET /")
     logging.getLogger("httpx2").info("HTTP Request: POST")
-    logging.getLogger("mqtt").exception("Unexpected message ID")
+    logging.getLogger("mqtt").error("Unexpected message ID")
     assert capsys.readouterr().err == ""
     assert not logging.getLogger("uvicorn.access").hasHandlers()
     logs.configure("INFO", "json", access_log=True)
