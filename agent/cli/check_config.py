@@ -22,8 +22,8 @@ from agent.schema.toml import to_json, to_toml
 def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     """Validate and print the effective configuration; start nothing.
 
-    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
-    the timings and the hooks, and prints each setting with where it is from, and how long a stop may
+    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks the
+    timings, the hooks, and the files with secrets and certificates, and prints each setting with where it is from, and how long a stop may
     take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
     """
     settings: Settings
@@ -31,10 +31,11 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     timing: dict[str, float] = {}
     if coordinator:
         origin = sources(CoordinatorSettings, given)
-        settings = origin.load()
+        settings = coordinator_settings = origin.load()
+        _check_files(coordinator_settings)
     else:
         origin = sources(AgentSettings, given)
-        settings = agent = load_agent(origin)
+        settings = agent = load_agent(origin, files=True)
         from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
         from agent.ops.probe_access import warn_of_exposure  # noqa: PLC0415 - likewise
 
@@ -54,6 +55,14 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     else:
         click.echo("\n".join(_lines(settings, origin, timing)))
     return 0
+
+
+def _check_files(settings: CoordinatorSettings) -> None:
+    """Read the files with secrets and certificates, as a start does. Raises ConfigError."""
+    from agent.coordinator import access, cluster  # noqa: PLC0415 - not needed to check an agent
+
+    access.load(settings)
+    cluster.connect(settings)
 
 
 def _values(settings: Settings) -> Iterator[tuple[str, Any]]:
