@@ -39,9 +39,6 @@ UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access")
 HTTP_LIBRARIES = ("httpx2", "httpcore2")
 """Libraries that log each request, and so each heartbeat, at INFO; only their warnings are shown."""
 
-MQTT_LIBRARY = "mqtt"
-"""Logs a traceback for each odd packet of a broker; our own lines have what follows from it."""
-
 QUOTED_CHARACTERS = frozenset(' "=\\')
 
 FLUSH_S = 1.0
@@ -266,4 +263,3 @@ def configure(level: str, form: Form, *, access_log: bool = False) -> None:
         logger.propagate = access_log or name != "uvicorn.access"
     for name in HTTP_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger(MQTT_LIBRARY).setLevel(logging.CRITICAL)

@@ -5,6 +5,7 @@ attempts. Knows nothing of topics and of what messages mean.
 """
 
 import asyncio
+import logging
 import random
 import ssl
 import threading
@@ -212,6 +213,8 @@ class _Client(aiomqtt.Client):
             queue_type=DropOldestQueue,
             max_queued_incoming_messages=MOST_WAITING,
         )
+        # The library logs a traceback for each odd packet; our own lines have what follows from it.
+        logging.getLogger("mqtt").setLevel(logging.CRITICAL)
         self.left = False
         self._disconnected.add_done_callback(_retrieve_error)  # aiomqtt may replace it unread
         self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place

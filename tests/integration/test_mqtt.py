@@ -282,7 +282,6 @@ def test_a_reload_while_the_broker_of_progress_is_silent_does_not_affect_the_rol
         configure("first")
         agent = stage.run("host-a", coordinator, flags=(f"--config={file}",), timing=TIMING)
         epoch = agent.until_role("Primary")["epoch"]
-        silent.accept()[0].close()
         for number in range(3):
             asking, _ = silent.accept()  # the source waits for an answer
             configure(f"another-{number}")
@@ -290,4 +289,4 @@ def test_a_reload_while_the_broker_of_progress_is_silent_does_not_affect_the_rol
             until(lambda: len(agent.lines("configuration read again")) > number, "the reload")  # noqa: B023 - called at once
             asking.close()
         holds_the_role(agent, coordinator, epoch)
-    assert not agent.lines("Traceback")
+    assert not agent.lines("ERROR")

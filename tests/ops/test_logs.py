@@ -29,7 +29,7 @@ def line(message: str, /, *, form: Form = "text", journal: bool = False, **field
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Leave the process's loggers as they were."""
-    names = ["", *logs.UVICORN, *logs.HTTP_LIBRARIES, logs.MQTT_LIBRARY]
+    names = ["", *logs.UVICORN, *logs.HTTP_LIBRARIES]
     loggers = [logging.getLogger(name) for name in names]
     before = [(x, x.handlers[:], x.level, x.propagate) for x in loggers]
     for handler in logging.getLogger().handlers[:]:  # or configure() would close pytest's own
@@ -158,11 +158,10 @@ def test_configure_sends_everything_to_stderr_once(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("restored")
-def test_lines_of_libraries_are_off_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_access_log_lines_are_off_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("INFO", "json")
     logging.getLogger("uvicorn.access").info("GET /")
     logging.getLogger("httpx2").info("HTTP Request: POST")
-    logging.getLogger("mqtt").error("Unexpected message ID")
     assert capsys.readouterr().err == ""
     assert not logging.getLogger("uvicorn.access").hasHandlers()
     logs.configure("INFO", "json", access_log=True)
