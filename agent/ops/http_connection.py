@@ -138,6 +138,12 @@ class Connection:
 
     async def serve(self) -> None:
         """Answer requests until a side ends the connection. Raises OSError; a timeout is one."""
+        try:
+            await self._serve()
+        finally:
+            self._requests.close()
+
+    async def _serve(self) -> None:
         idle_s = self._limits.request_s
         while not self._ending:
             begun = bool(self._requests.complete or self._requests.has_begun)
@@ -232,6 +238,10 @@ class _Requests:
             raise ConnectionAbortedError("the request is too long")
         if self._in_head and self._received_bytes > self._limits.head_bytes:
             self._refuse_size()
+
+    def close(self) -> None:
+        """Drop the parser, which refers to this object: the buffers of a connection have to go at its end."""
+        del self._parser
 
     def on_message_begin(self) -> None:
         self.has_begun = self._in_head = True

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from asyncio.sslproto import SSLProtocol
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,9 @@ import pytest
 
 from agent.ops.http_connection import Handler, Limits, Request, Response, error_response
 from agent.ops.http_server import BACKLOG, HttpServer
+from agent.ops.tls import server_context
 from agent.schema.addresses import Address
+from tests.mosquitto import Authority
 
 LIMITS = Limits(
     connections=3,
@@ -271,6 +276,70 @@ async def test_a_new_connection_ends_the_oldest_one() -> None:
         assert len(server._tasks) <= 3
         for _, other in [*held, (reader, writer)]:
             other.close()
+
+
+def held_buffers() -> int:
+    """How many connections with TLS have their buffers, of 256 KiB each."""
+    return sum(isinstance(one, SSLProtocol) for one in gc.get_objects())
+
+
+async def request_by_tls(address: Address, tls: ssl.SSLContext) -> None:
+    reader, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.write(REQUEST)
+    await reader.read()
+    writer.transport.abort()
+
+
+async def close_at_once(address: Address, tls: ssl.SSLContext) -> None:
+    _, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.close()
+    await writer.wait_closed()
+
+
+async def reset(address: Address, tls: ssl.SSLContext) -> None:
+    _, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.transport.abort()
+
+
+async def send_no_tls(address: Address, _: ssl.SSLContext) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(REQUEST)
+    await reader.read()
+    writer.transport.abort()
+
+
+async def be_replaced(address: Address, tls: ssl.SSLContext) -> None:
+    held = [await asyncio.open_connection(*address, ssl=tls) for _ in range(4)]
+    assert await held[0][0].read() == b""
+    for _, writer in held:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "connect", [request_by_tls, close_at_once, reset, send_no_tls, be_replaced]
+)
+async def test_the_buffers_of_a_connection_are_freed_at_its_end(
+    tmp_path: Path, connect: Callable[[Address, ssl.SSLContext], Awaitable[None]]
+) -> None:
+    """Else connections fill the memory until a garbage collection, which looks at objects and not at their size."""
+    authority = Authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.file)
+    async with serving() as (server, address):
+        server.tls = server_context("tls", *authority.issue("member"))
+        gc.collect()
+        before = held_buffers()
+        gc.disable()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                for _ in range(4):
+                    with contextlib.suppress(ConnectionError):
+                        await connect(address, trust)
+                while server._tasks:  # noqa: ASYNC110 - what is waited for sets no event
+                    await asyncio.sleep(0.001)
+                while held_buffers() > before:  # noqa: ASYNC110 - likewise
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
 
 
 def descriptors() -> int:
