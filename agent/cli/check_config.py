@@ -31,21 +31,27 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     timing: dict[str, float] = {}
     if coordinator:
         origin = sources(CoordinatorSettings, given)
-        settings = coordinator_settings = origin.load()
-        _check_files(coordinator_settings)
+        from agent.coordinator import access, cluster  # noqa: PLC0415 - not needed to check an agent
+
+        settings = loaded = origin.load()
+        access.load(loaded)
+        cluster.connect(loaded)
     else:
         origin = sources(AgentSettings, given)
-        settings = agent = load_agent(origin, files=True)
+        settings = agent = load_agent(origin)
         from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
+        from agent.drivers.rest.configured import load_server_access  # noqa: PLC0415 - likewise
         from agent.ops.probe_access import warn_of_exposure  # noqa: PLC0415 - likewise
 
+        load_server_access(agent)
         if warning := warn_of_exposure(agent):
             click.echo(f"warning: probe_listen: {agent.probe_listen}: {warning}", err=True)
 
         if agent.failsafe_listen is not None:
-            from agent.drivers.failsafe.access import warn_of_shared_url  # noqa: PLC0415 - likewise
+            from agent.drivers.failsafe import access as failsafe  # noqa: PLC0415 - likewise
 
-            if warning := warn_of_shared_url(agent):
+            failsafe.load_failsafe_access(agent)
+            if warning := failsafe.warn_of_shared_url(agent):
                 click.echo(f"warning: failsafe_url: {agent.member_url}: {warning}", err=True)
 
         timing = timing_parts(agent.timing)
@@ -55,14 +61,6 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     else:
         click.echo("\n".join(_lines(settings, origin, timing)))
     return 0
-
-
-def _check_files(settings: CoordinatorSettings) -> None:
-    """Read the files with secrets and certificates, as a start does. Raises ConfigError."""
-    from agent.coordinator import access, cluster  # noqa: PLC0415 - not needed to check an agent
-
-    access.load(settings)
-    cluster.connect(settings)
 
 
 def _values(settings: Settings) -> Iterator[tuple[str, Any]]:

@@ -96,19 +96,15 @@ def load_settings(given: Mapping[str, Any]) -> AgentSettings:
     return sources(AgentSettings, given).load()
 
 
-def load_agent(origin: Sources[AgentSettings], *, files: bool = False) -> AgentSettings:
+def load_agent(origin: Sources[AgentSettings]) -> AgentSettings:
     """Settings that ``run`` may start with: with a group, a budget that holds (R1), and fit hooks.
-
-    Args:
-        origin: the settings.
-        files: also read the secrets and certificates that the agent itself reads at its start.
 
     Raises:
         ConfigError: one line for each fault, with the exit code of the first.
     """
     settings = origin.load()
     faults: list[ConfigError] = []
-    for keys, check in (*_checks_of(settings), *(_checks_of_files(settings) if files else ())):
+    for keys, check in _checks_of(settings):
         try:
             check()
         except ConfigError as error:
@@ -149,18 +145,6 @@ def _checks_of(settings: AgentSettings) -> Iterator[tuple[Sequence[str], Callabl
             ("fence_command",),
             partial(checker("fence_command").check_command, settings.fence_command),
         )
-
-
-def _checks_of_files(
-    settings: AgentSettings,
-) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
-    """The checks of files whose errors name the file and its settings."""
-    from agent.drivers.failsafe.access import load_failsafe_access  # noqa: PLC0415 - as above
-    from agent.drivers.rest.configured import load_server_access  # noqa: PLC0415 - as above
-
-    yield (), partial(load_server_access, settings)
-    if settings.failsafe_listen is not None:
-        yield (), partial(load_failsafe_access, settings)
 
 
 def _check_mqtt(table: Broker, where: str) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import socket
 import string
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -68,6 +69,9 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
+    SSLProtocol.max_size = (
+        16 * 1024
+    )  # of the buffer of each connection: a record; 256 KiB otherwise
     if not reserve_threads():  # the first demotion is tried nevertheless
         log.warning("too few threads for a demotion can be started")
     return asyncio.run(_run(settings, reread))

@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import MappingProxyType
@@ -138,10 +139,8 @@ class Connection:
 
     async def serve(self) -> None:
         """Answer requests until a side ends the connection. Raises OSError; a timeout is one."""
-        try:
+        with closing(self._requests):
             await self._serve()
-        finally:
-            self._requests.close()
 
     async def _serve(self) -> None:
         idle_s = self._limits.request_s
@@ -159,7 +158,7 @@ class Connection:
     async def _receive(self, idle: asyncio.Timeout | None) -> bool:
         """Receive until there is something to answer; False at the end of the connection.
 
-        The first bytes end the timeout ``idle``, and begin that of a request, even if they are empty lines.
+        With the first bytes, even of empty lines, the timeout ``idle`` becomes that of a request.
         """
         while not self._requests.complete:
             data = await self._reader.read(READ_BYTES)

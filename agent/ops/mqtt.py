@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
+from agent.ops.tls import client_context, load_pair
 from agent.schema.addresses import Address
 from agent.schema.mqtt import Broker
 from agent.schema.secret_files import read_secret
@@ -92,21 +93,10 @@ def load_access(settings: Broker, where: str) -> BrokerAccess:
     path = settings.password_file
     tls = None
     if settings.tls:
-        try:
-            tls = ssl.create_default_context(cafile=settings.ca_file)
-        except OSError as error:
-            text = f"{where}: ca_file = {settings.ca_file} has no certificates in PEM: {error}"
-            raise ConfigError(text) from error
-    if tls is not None and settings.certificate is not None:
-        key = settings.private_key
-        try:  # without a password, OpenSSL would prompt for one on the terminal
-            tls.load_cert_chain(settings.certificate, key, password="")
-        except OSError as error:
-            files = " and ".join(str(file) for file in (settings.certificate, key) if file)
-            raise ConfigError(
-                f"{where}: certificate = {files}: must be a certificate and its own private key in"
-                f" PEM, without a pass phrase: {error}"
-            ) from error
+        tls = client_context(f"{where}: ca_file", settings.ca_file)
+        if settings.certificate is not None:
+            key = settings.private_key or settings.certificate
+            load_pair(tls, f"{where}: certificate", settings.certificate, key)
     v5 = settings.protocol == "5"
     return BrokerAccess(
         address=settings.address,
@@ -162,26 +152,23 @@ class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):
 
 
 class _SocketLoop:
-    """The event loop of a client, without what aiomqtt schedules for a socket that is closed by then.
-
-    The loop would raise in a callback, for which the agent stops.
-    """
+    """The event loop for aiomqtt, whose callbacks for a closed socket raise: the agent would stop for that."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: Callable[[], Any]) -> None:
-        self._loop = loop
-        self._socket = socket
+        self._loop, self._socket = loop, socket
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loop, name)
 
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
-        self._loop.call_soon_threadsafe(self._call, callback, *args)
+    def call_soon_threadsafe(self, callback: Callable[..., object], *watched: Any) -> None:
+        """Schedule a callback; ``watched`` begins with the descriptor to watch, if there is one."""
 
-    def _call(self, callback: Callable[..., object], *watched: Any) -> None:
-        """Call a callback; ``watched`` begins with the descriptor to watch, if there is one."""
-        socket = self._socket()
-        if not watched or (socket is not None and socket.fileno() == watched[0]):
-            callback(*watched)
+        def call() -> None:
+            socket = self._socket()
+            if not watched or (socket is not None and socket.fileno() == watched[0]):
+                callback(*watched)
+
+        self._loop.call_soon_threadsafe(call)
 
 
 class _Client(aiomqtt.Client):

@@ -28,6 +28,16 @@ def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
+def client_context(what: str, authorities: Path | None) -> ssl.SSLContext:
+    """A context that verifies servers by these authorities, or by those of this host. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if authorities is None:
+        context.load_default_certs()
+    else:
+        load_authorities(context, what, authorities)
+    return context
+
+
 def load_pair(context: ssl.SSLContext, what: str, certificate: Path, key: Path) -> None:
     """Put a certificate chain and its private key into a context. Raises ConfigError."""
     try:

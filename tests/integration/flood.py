@@ -45,7 +45,7 @@ async def flood(rate: float, ports: list[int], tls: ssl.SSLContext | None, sent:
         while True:
             for port in ports:
                 held.create_task(hold(port, tls, sent))
-            due += 1 / rate
+            due = max(due + 1 / rate, loop.time())  # what was missed is not made up for by a burst
             await asyncio.sleep(due - loop.time())
 
 

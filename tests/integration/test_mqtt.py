@@ -265,7 +265,7 @@ def test_certificates_that_cannot_be_used_are_refused_at_the_start(
     process = stage.process("wrong", command, f"--config={config}")
     assert process.wait() == 12
     assert "mqtt: certificate" in process.said()
-    assert "must be a certificate and its own private key" in process.said()
+    assert "must be a certificate chain and its private key" in process.said()
 
 
 def test_a_reload_while_the_broker_of_progress_is_silent_does_not_affect_the_role(
