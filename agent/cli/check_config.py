@@ -22,8 +22,8 @@ from agent.schema.toml import to_json, to_toml
 def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     """Validate and print the effective configuration; start nothing.
 
-    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
-    the timings and the hooks, and prints each setting with where it is from, and how long a stop may
+    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks the
+    timings, the hooks, and the files with secrets and certificates, and prints each setting with where it is from, and how long a stop may
     take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
     """
     settings: Settings
@@ -31,20 +31,27 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     timing: dict[str, float] = {}
     if coordinator:
         origin = sources(CoordinatorSettings, given)
-        settings = origin.load()
+        from agent.coordinator import access, cluster  # noqa: PLC0415 - not needed to check an agent
+
+        settings = loaded = origin.load()
+        access.load(loaded)
+        cluster.connect(loaded)
     else:
         origin = sources(AgentSettings, given)
         settings = agent = load_agent(origin)
         from agent.daemon.stop_budget import longest_stop_s  # noqa: PLC0415 - not needed to report a fault
+        from agent.drivers.rest.configured import load_server_access  # noqa: PLC0415 - likewise
         from agent.ops.probe_access import warn_of_exposure  # noqa: PLC0415 - likewise
 
+        load_server_access(agent)
         if warning := warn_of_exposure(agent):
             click.echo(f"warning: probe_listen: {agent.probe_listen}: {warning}", err=True)
 
         if agent.failsafe_listen is not None:
-            from agent.drivers.failsafe.access import warn_of_shared_url  # noqa: PLC0415 - likewise
+            from agent.drivers.failsafe import access as failsafe  # noqa: PLC0415 - likewise
 
-            if warning := warn_of_shared_url(agent):
+            failsafe.load_failsafe_access(agent)
+            if warning := failsafe.warn_of_shared_url(agent):
                 click.echo(f"warning: failsafe_url: {agent.member_url}: {warning}", err=True)
 
         timing = timing_parts(agent.timing)

@@ -110,6 +110,7 @@ class ServerTls:
         assert files.tls is not None  # noqa: S101 - TLS is not switched off while it runs
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # which OpenSSL 1.1.1 grants without limit
         use_pair(context, *files.tls)
         if files.client_ca is not None:
             context.load_verify_locations(cadata=files.client_ca)

@@ -204,7 +204,8 @@ def connect(settings: CoordinatorSettings) -> Etcd:
         if settings.etcd_certificate is not None:
             assert settings.etcd_key is not None  # noqa: S101 - the settings come together
             try:
-                tls.load_cert_chain(settings.etcd_certificate, settings.etcd_key)
+                # Without a password, OpenSSL prompts for one on the terminal.
+                tls.load_cert_chain(settings.etcd_certificate, settings.etcd_key, password="")
             except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
                 raise ConfigError(
                     f"etcd_certificate {settings.etcd_certificate} and etcd_key {settings.etcd_key}"

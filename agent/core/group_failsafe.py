@@ -71,7 +71,7 @@ def begin_tenure(record: GroupRecord, session_id: str) -> GroupRecord:
         record = replace(record, epoch=epoch, cleared=epoch - 1, used=None, offered=None)
         return offer_set(record, session_id)
     record = replace(record, epoch=epoch, used=MemberSet(0, inherited), offered=None)
-    return _offer(record)
+    return _offer(record, _current_set(record))
 
 
 def offer_set(record: GroupRecord, session_id: str) -> GroupRecord:
@@ -79,7 +79,8 @@ def offer_set(record: GroupRecord, session_id: str) -> GroupRecord:
     if record.offered is not None or record.sessions[session_id].failsafe_url is None:
         return record
     used = record.used.members if record.used is not None else ()
-    return record if _current_members(record) == used else _offer(record)
+    current = _current_set(record)
+    return record if current.members == used else _offer(record, current)
 
 
 def acknowledge_set(record: GroupRecord, epoch: int | None, revision: int | None) -> GroupRecord:
@@ -114,18 +115,17 @@ def why_off(record: GroupRecord) -> str | None:
     return f'client session "{without[0]}" reported no FailsafeUrl{more}'
 
 
-def _offer(record: GroupRecord) -> GroupRecord:
-    revision, members = record.set_revision + 1, _current_members(record)
-    offered = MemberSet(revision, members, why_off(record))
-    return replace(record, offered=offered, set_revision=revision)
+def _offer(record: GroupRecord, offered: MemberSet) -> GroupRecord:
+    return replace(record, offered=offered, set_revision=offered.revision)
 
 
-def _current_members(record: GroupRecord) -> tuple[Member, ...]:
-    """Every registered session with its URL; none at all if something keeps failsafe off."""
-    if why_off(record) is not None:
-        return ()
+def _current_set(record: GroupRecord) -> MemberSet:
+    """The next set: every registered session with its URL; none at all if something keeps failsafe off."""
+    revision, off = record.set_revision + 1, why_off(record)
+    if off is not None:
+        return MemberSet(revision, (), off)
     members = (member_of(record, session_id) for session_id in record.sessions)
-    return tuple(sorted(member for member in members if member is not None))
+    return MemberSet(revision, tuple(sorted(one for one in members if one is not None)))
 
 
 # -- the end of a tenure ------------------------------------------------------------------------

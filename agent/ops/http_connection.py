@@ -5,8 +5,10 @@ parses. Knows no path, no body and no setting.
 """
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import MappingProxyType
@@ -14,7 +16,6 @@ from typing import TypeAlias
 from urllib.parse import unquote
 
 import httptools
-import msgspec
 
 from agent.ops.logs import Log
 
@@ -33,7 +34,8 @@ class Limits:
     """The bounds of a server.
 
     Attributes:
-        connections: at once; TLS handshakes count.
+        connections: at once; TLS handshakes count. A new one above the bound ends the oldest one, so that clients
+            which only hold connections keep nobody else out.
         request_s: how long a connection may take for its TLS handshake, and then for each request with its
             answer: a slow client occupies a connection no longer than this.
         keep_alive_s: timeout of an idle connection. Shorter than request_s.
@@ -42,7 +44,6 @@ class Limits:
         body_bytes: of one request; a longer body is received, and dropped.
         request_bytes: of head, body and trailers of one request; a longer one closes its connection.
         pipelined: requests on one connection that wait until an earlier one is answered.
-        newest_first: whether a connection above the bound replaces the oldest one; else it is refused.
     """
 
     connections: int
@@ -53,7 +54,6 @@ class Limits:
     body_bytes: int
     request_bytes: int
     pipelined: int
-    newest_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ JSON = MappingProxyType({"Content-Type": "application/json"})
 def json_response(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An answer whose body is ``value`` in JSON."""
-    return Response(status, msgspec.json.encode(value), {**JSON, **(headers or {})})
+    """An answer whose body is ``value`` in JSON: in ASCII, as it may quote half a surrogate pair of a request."""
+    return Response(status, json.dumps(value).encode(), {**JSON, **(headers or {})})
 
 
 def error_response(status: int, error: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -139,11 +139,15 @@ class Connection:
 
     async def serve(self) -> None:
         """Answer requests until a side ends the connection. Raises OSError; a timeout is one."""
+        with closing(self._requests):
+            await self._serve()
+
+    async def _serve(self) -> None:
         idle_s = self._limits.request_s
         while not self._ending:
-            idle = not (self._requests.complete or self._requests.has_begun)
-            async with asyncio.timeout(idle_s if idle else self._limits.request_s) as deadline:
-                if not await self._receive(deadline):
+            begun = bool(self._requests.complete or self._requests.has_begun)
+            async with asyncio.timeout(self._limits.request_s if begun else idle_s) as deadline:
+                if not await self._receive(None if begun else deadline):
                     break
                 await self._answer(self._requests.complete.popleft())
             idle_s = self._limits.keep_alive_s
@@ -151,14 +155,18 @@ class Connection:
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def _receive(self, deadline: asyncio.Timeout) -> bool:
-        """Receive until there is something to answer; False at the end of the connection."""
+    async def _receive(self, idle: asyncio.Timeout | None) -> bool:
+        """Receive until there is something to answer; False at the end of the connection.
+
+        With the first bytes, even of empty lines, the timeout ``idle`` becomes that of a request.
+        """
         while not self._requests.complete:
             data = await self._reader.read(READ_BYTES)
             if not data:
                 return False
-            if not self._requests.has_begun:
-                deadline.reschedule(asyncio.get_running_loop().time() + self._limits.request_s)
+            if idle is not None:
+                idle.reschedule(asyncio.get_running_loop().time() + self._limits.request_s)
+                idle = None
             self._requests.parse(data)
         return True
 
@@ -230,6 +238,10 @@ class _Requests:
         if self._in_head and self._received_bytes > self._limits.head_bytes:
             self._refuse_size()
 
+    def close(self) -> None:
+        """Drop the parser, which refers to this object: the buffers of a connection have to go at its end."""
+        del self._parser
+
     def on_message_begin(self) -> None:
         self.has_begun = self._in_head = True
         self._received_bytes = self._head_bytes = 0
@@ -251,7 +263,8 @@ class _Requests:
     def on_headers_complete(self) -> None:
         self._in_head = False
         expected = [value.lower() for name, value in self._headers if name == b"expect"]
-        if expected == [b"100-continue"] and not self.complete:
+        modern = self._parser.get_http_version() == "1.1"  # 1.0 has no 100 (RFC 9110, 10.1.1)
+        if modern and expected == [b"100-continue"] and not self.complete:
             self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:

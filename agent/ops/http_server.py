@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from agent.errors import ConfigError, ExitCode
@@ -84,15 +85,17 @@ class HttpServer:
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             if len(self._tasks) >= self.limits.connections:
-                if not self.limits.newest_first:
-                    accepted.close()
-                    continue
                 self._end(next(iter(self._tasks)))
             serving = loop.create_task(
                 self._serve(accepted, handler), name=f"{self._name} connection"
             )
             self._tasks[serving] = None
-            serving.add_done_callback(lambda ended: self._tasks.pop(ended, None))
+            serving.add_done_callback(self._on_ended)
+
+    def _on_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        with suppress(asyncio.CancelledError):
+            task.result()  # else the error would keep the buffers of its connection until a garbage collection
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
@@ -115,8 +118,8 @@ class HttpServer:
             writer = asyncio.StreamWriter(transport, protocol, reader, loop)
             self._connections[task] = Connection(reader, writer, handler, self.limits)
             await self._connections[task].serve()
-        except OSError:  # a timeout is one; the client has gone, or was too slow
-            pass
+        except OSError as error:  # a timeout is one; the client has gone, or was too slow
+            error.__traceback__ = None  # by which it refers to itself, and to the buffers of TLS
         except Exception:  # a task's edge: no client may stop the agent
             log.exception("connection failed", server=self._name)
         finally:

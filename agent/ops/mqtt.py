@@ -5,6 +5,7 @@ attempts. Knows nothing of topics and of what messages mean.
 """
 
 import asyncio
+import logging
 import random
 import ssl
 import threading
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
+from agent.ops.tls import client_context, load_pair
 from agent.schema.addresses import Address
 from agent.schema.mqtt import Broker
 from agent.schema.secret_files import read_secret
@@ -91,21 +93,10 @@ def load_access(settings: Broker, where: str) -> BrokerAccess:
     path = settings.password_file
     tls = None
     if settings.tls:
-        try:
-            tls = ssl.create_default_context(cafile=settings.ca_file)
-        except OSError as error:
-            text = f"{where}: ca_file = {settings.ca_file} has no certificates in PEM: {error}"
-            raise ConfigError(text) from error
-    if tls is not None and settings.certificate is not None:
-        key = settings.private_key
-        try:  # without a password, OpenSSL would prompt for one on the terminal
-            tls.load_cert_chain(settings.certificate, key, password="")
-        except OSError as error:
-            files = " and ".join(str(file) for file in (settings.certificate, key) if file)
-            raise ConfigError(
-                f"{where}: certificate = {files}: must be a certificate and its own private key in"
-                f" PEM, without a pass phrase: {error}"
-            ) from error
+        tls = client_context(f"{where}: ca_file", settings.ca_file)
+        if settings.certificate is not None:
+            key = settings.private_key or settings.certificate
+            load_pair(tls, f"{where}: certificate", settings.certificate, key)
     v5 = settings.protocol == "5"
     return BrokerAccess(
         address=settings.address,
@@ -160,6 +151,26 @@ class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):
         super().put_nowait(item)
 
 
+class _SocketLoop:
+    """The event loop for aiomqtt, whose callbacks for a closed socket raise: the agent would stop for that."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: Callable[[], Any]) -> None:
+        self._loop, self._socket = loop, socket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *watched: Any) -> None:
+        """Schedule a callback; ``watched`` begins with the descriptor to watch, if there is one."""
+
+        def call() -> None:
+            socket = self._socket()
+            if not watched or (socket is not None and socket.fileno() == watched[0]):
+                callback(*watched)
+
+        self._loop.call_soon_threadsafe(call)
+
+
 class _Client(aiomqtt.Client):
     """Connects in a daemon thread, as look-ups and handshakes may hang, without delaying the exit.
 
@@ -189,7 +200,11 @@ class _Client(aiomqtt.Client):
             queue_type=DropOldestQueue,
             max_queued_incoming_messages=MOST_WAITING,
         )
+        # The library logs a traceback for each odd packet; our own lines have what follows from it.
+        logging.getLogger("mqtt").setLevel(logging.CRITICAL)
         self.left = False
+        self._disconnected.add_done_callback(_retrieve_error)  # aiomqtt may replace it unread
+        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place
         self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # also for the handshake
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound
@@ -200,6 +215,10 @@ class _Client(aiomqtt.Client):
         if length > LONGEST_PACKET:
             raise ConnectionError(f"a packet of {length} bytes is more than {LONGEST_PACKET}")
         return self._receive(size)
+
+    def _on_disconnect(self, *args: Any) -> None:
+        if not self._connected.cancelled():  # aiomqtt would raise in a callback of the loop
+            super()._on_disconnect(*args)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, code: Any, properties: Any) -> None:
         if code.is_failure:
@@ -254,7 +273,14 @@ class _Client(aiomqtt.Client):
     def leave(self) -> None:
         """Close the socket that aiomqtt leaves open after a failed start."""
         self.left = True
+        self._disconnected.add_done_callback(_retrieve_error)
         self._client.disconnect()
+
+
+def _retrieve_error(future: asyncio.Future[Any]) -> None:
+    """Mark an error as seen, in case nobody awaits it: asyncio would log a traceback."""
+    if not future.cancelled():
+        future.exception()
 
 
 @asynccontextmanager

@@ -9,13 +9,13 @@ A DNS outage must not cost a role: if a look-up fails or is slow, the addresses 
 """
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.resolver import is_numeric
 
 SLOW_LOOK_UP_S = 0.25
 SLOW_SHARE = 0.25
@@ -76,7 +76,7 @@ class Names:
             OSError: the name has no address (socket.gaierror), or was not resolved in time.
             Exception: what ``dial`` raises for the first address, if none answers.
         """
-        if _is_address(host):
+        if is_numeric(host):
             return await dial(host)
         entry = self._entry(host)
         addresses = await _addresses(entry, host, timeout_s, known_first=self._known_first)
@@ -90,14 +90,6 @@ class Names:
         if host not in self._hosts and len(self._hosts) >= MOST_HOSTS:
             self._hosts.pop(next(iter(self._hosts)))
         return self._hosts.setdefault(host, _Host(BlockingThread(f"look-up of {host}")))
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 async def _addresses(

@@ -45,7 +45,7 @@ class Resolver:
             OSError: the name has no address (socket.gaierror), or too many look-ups are blocked.
         """
         key = (host, port, family, type, proto, flags)
-        if _is_numeric(host):
+        if is_numeric(host):
             return socket.getaddrinfo(*key)
         look_up = self._pending.get(key)
         if look_up is None or look_up.done():  # not cached: the system's resolver does that
@@ -69,7 +69,8 @@ async def _look_up(key: Key) -> list[Any]:
         raise socket.gaierror(socket.EAI_AGAIN, str(error)) from error
 
 
-def _is_numeric(host: str | bytes | None) -> bool:
+def is_numeric(host: str | bytes | None) -> bool:
+    """Whether a host is an address, or every one of this host, so that it needs no look-up."""
     try:
         ipaddress.ip_address((host.decode() if isinstance(host, bytes) else host) or "::")
     except ValueError:

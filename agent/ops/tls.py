@@ -23,7 +23,18 @@ def server_context(what: str, certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # which OpenSSL 1.1.1 grants without limit
     load_pair(context, what, certificate, key)
+    return context
+
+
+def client_context(what: str, authorities: Path | None) -> ssl.SSLContext:
+    """A context that verifies servers by these authorities, or by those of this host. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if authorities is None:
+        context.load_default_certs()
+    else:
+        load_authorities(context, what, authorities)
     return context
 
 

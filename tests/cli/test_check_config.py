@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import ExitCode
+from agent.drivers.failsafe.access import load_failsafe_access
+from agent.drivers.rest.configured import load_server_access
+from agent.errors import ConfigError, ExitCode
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.settings import AgentSettings
 from tests.declarations import load
@@ -86,6 +88,79 @@ def test_a_failsafe_url_that_another_host_may_have_is_warned_of(cli: Cli, tmp_pa
     code, _, err = cli("check-config", "--config", str(config(tmp_path, text)))
     assert (code, err.count("\n")) == (0, 1)
     assert err.startswith("warning: failsafe_url: http://127.0.0.1:5480: 127.0.0.1 is a loopback")
+
+
+LOGIN = 'username = "u"\npassword_file = "{file}"\n'
+FAILSAFE = 'failsafe_listen = "127.0.0.1:5480"\nfailsafe_secret_file = "{file}"\n'
+PROXY = 'proxy = "http://p:1"\nproxy_username = "u"\nproxy_password_file = "{file}"\n'
+CLIENT = 'client_id = "c"\nclient_secret_file = "{file}"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "load_at_start"),
+    [
+        (LOGIN, b"", load_server_access),
+        (LOGIN, b"two\nlines\n", load_server_access),
+        (CLIENT, b"\xff\n", load_server_access),
+        (PROXY, b"x" * 5000, load_server_access),
+        ('ca_file = "{file}"\n', b"no certificate\n", load_server_access),
+        ('client_certificate = "{file}"\nclient_key = "{file}"\n', b"x\n", load_server_access),
+        (FAILSAFE, b"too short\n", load_failsafe_access),
+        (FAILSAFE, 3 * b"one line too many\n", load_failsafe_access),
+    ],
+)
+def test_files_are_read_with_the_same_errors_as_at_the_start(
+    cli: Cli,
+    tmp_path: Path,
+    text: str,
+    content: bytes,
+    load_at_start: Callable[[AgentSettings], object],
+) -> None:
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    file.write_bytes(content)
+    path = config(tmp_path, 'group = "g"\n' + text.format(file=file))
+    with pytest.raises(ConfigError) as at_start:
+        load_at_start(load(AgentSettings, path=path))
+    code, out, err = cli("check-config", "--config", str(path))
+    assert (code, out) == (at_start.value.exit_code, "")
+    assert err.count("\n") == 1
+    assert str(at_start.value) in err
+
+
+@pytest.mark.parametrize("text", [LOGIN, FAILSAFE, PROXY, CLIENT])
+@pytest.mark.parametrize(("mode", "why"), [(None, "a file that exists"), (0o604, "others")])
+def test_a_secret_that_is_missing_or_readable_by_others_is_one_line(
+    cli: Cli, tmp_path: Path, text: str, mode: int | None, why: str
+) -> None:
+    file = tmp_path / "secret"
+    if mode is not None:
+        file.write_text("c2VjcmV0" * 8)
+        file.chmod(mode)
+    path = config(tmp_path, 'group = "g"\n' + text.format(file=file))
+    code, out, err = cli("check-config", "--config", str(path))
+    assert (code, out) == (ExitCode.CONFIG_VALUE, "")
+    assert err.count("\n") == 1
+    assert str(file) in err
+    assert why in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'users_file = "{file}"\n',
+        'tls_certificate = "{file}"\ntls_key = "{file}"\n',
+        'store = "etcd"\nadvertise = "http://127.0.0.1:1"\netcd_endpoint = ["http://127.0.0.1:2379"]\netcd_username = "u"\netcd_password_file = "{file}"\n',
+    ],
+)
+def test_the_coordinators_files_are_read(cli: Cli, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    path = config(tmp_path, text.format(file=file))
+    code, out, err = cli("check-config", "--coordinator", "--config", str(path))
+    assert (code, out) == (ExitCode.CONFIG_VALUE, "")
+    assert err.count("\n") == 1
+    assert str(file) in err
 
 
 def test_the_command_of_a_check_is_checked_as_a_hook_is(cli: Cli, tmp_path: Path) -> None:

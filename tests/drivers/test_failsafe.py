@@ -287,10 +287,25 @@ async def test_a_question_for_another_member_is_refused(
     assert voter.asked == []
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"{", b"\xff", b"[" * 4000])
-async def test_what_is_no_question_is_refused(voter: Voter, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 4000,
+        b'{"Further": ' + b"[" * 4000,
+        b'{"Group": "\xff"}',
+    ],
+)
+async def test_what_is_no_question_is_refused(
+    voter: Voter, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     assert (await post(voter, body)).status_code == 400
     assert voter.asked == []
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("epoch", [-1, 2**53, 2**70])

@@ -1,6 +1,7 @@
 """MQTT announcements: at a real broker, and at broken and hostile ones."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -487,6 +488,17 @@ async def test_a_frozen_broker_is_noticed_and_does_not_delay_the_exit(
     broker.send(signal.SIGCONT)
 
 
+@pytest.fixture
+async def unseen() -> AsyncIterator[list[Any]]:
+    """What reaches the handler of the loop, where an agent stops for it. It stays empty."""
+    found: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
+    yield found
+    gc.collect()
+    await asyncio.sleep(0)
+    assert found == []
+
+
 @asynccontextmanager
 async def pretending(answer: bytes) -> AsyncIterator[str]:
     """A broker that sends the same to everybody, and then nothing."""
@@ -511,14 +523,50 @@ async def pretending(answer: bytes) -> AsyncIterator[str]:
         bytes([0x20, 3, 0, 0, 0, 0x30, 0xFF, 0xFF, 0xFF, 0x7F]) + b"x" * 100_000,
         bytes([0x20, 3, 0, 0, 0, 0xFF, 0xFF]),
         bytes([0x20, 3, 0, 0x87, 0]),
+        bytes([0x20, 0]),
+        bytes([0x20, 2, 0, 0, 0xE0, 0]),
+        bytes([0x20, 2, 0, 0]) + 3 * bytes([0x90, 3, 0, 9, 0]),
     ],
-    ids=["silent", "http", "huge packet", "malformed", "refused"],
+    ids=[
+        "silent",
+        "http",
+        "huge packet",
+        "malformed",
+        "refused",
+        "empty connack",
+        "disconnect",
+        "subacks of others",
+    ],
 )
-async def test_a_hostile_broker_causes_no_failure(answer: bytes) -> None:
+async def test_a_hostile_broker_causes_no_failure(answer: bytes, unseen: list[Any]) -> None:
     async with pretending(answer) as url, announcing(broker=url, limit=0.2) as announcer:
         await until(lambda: announcer.failures)
         announcer.announce(State(Role.PRIMARY, 2))
         assert not announcer.up
+    assert unseen == []
+
+
+async def test_an_exit_while_a_broker_is_silent_causes_no_failure(
+    clients: list[Any], unseen: list[Any]
+) -> None:
+    async with pretending(b"") as url:
+        async with announcing(broker=url):
+            await until(lambda: clients and clients[0]._client.socket() is not None)
+        await until(lambda: clients[0]._client.socket() is None)
+    assert unseen == []
+
+
+async def test_a_connection_that_is_lost_before_it_is_watched_causes_no_failure(
+    broker: Broker, clients: list[Any], unseen: list[Any]
+) -> None:
+    async with announcing(**broker.table()) as announcer:
+        await until(lambda: announcer.up)
+        paho = clients[0]._client
+        paho._call_socket_register_write()  # as a publication does, in the same turn of the loop
+        paho._sock_close()
+        announcer.announce(State(Role.PRIMARY, 2))
+        await until(lambda: len(clients) > 1 and announcer.up)
+    assert unseen == []
 
 
 async def test_a_huge_packet_is_not_kept_in_memory(clients: list[Any]) -> None:
@@ -652,7 +700,7 @@ def test_a_client_id_is_unique_and_short_enough_for_every_broker() -> None:
 async def test_a_ca_file_without_certificates_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ca"
     path.write_text("nothing")
-    with pytest.raises(ConfigError, match=f"mqtt: ca_file = {path} has no certificates"):
+    with pytest.raises(ConfigError, match=f"mqtt: ca_file {path} must have certificates"):
         made(broker="mqtts://127.0.0.1", ca_file=str(path))
 
 
@@ -660,7 +708,7 @@ async def test_a_certificate_without_its_key_is_refused(broker: Broker) -> None:
     broker.secure()
     table = broker.table()
     del table["key"]
-    with pytest.raises(ConfigError, match="must be a certificate and its own private key"):
+    with pytest.raises(ConfigError, match="must be a certificate chain and its private key"):
         made(**table)
 
 

@@ -1162,7 +1162,7 @@ async def test_a_ca_file_without_certificates_is_refused_at_the_start(tmp_path: 
     path = tmp_path / "ca"
     path.write_text("nothing")
     source = made("mqtt", broker="mqtts://127.0.0.1:1", topic="t", ca_file=str(path))
-    with pytest.raises(ConfigError, match=f"ca_file = {path} has no certificates"):
+    with pytest.raises(ConfigError, match=f"ca_file {path} must have certificates"):
         await source.progress.start()
 
 

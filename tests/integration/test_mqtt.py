@@ -6,6 +6,7 @@ agent's log.
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,4 +265,28 @@ def test_certificates_that_cannot_be_used_are_refused_at_the_start(
     process = stage.process("wrong", command, f"--config={config}")
     assert process.wait() == 12
     assert "mqtt: certificate" in process.said()
-    assert "must be a certificate and its own private key" in process.said()
+    assert "must be a certificate chain and its private key" in process.said()
+
+
+def test_a_reload_while_the_broker_of_progress_is_silent_does_not_affect_the_role(
+    stage: Stage, coordinator: Coordinator, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        file = tmp_path / "agent.toml"
+        broker = f"mqtt://127.0.0.1:{silent.getsockname()[1]}"
+
+        def configure(topic: str) -> None:
+            table = f'type = "mqtt"\nbroker = "{broker}"\ntopic = "{topic}"\n'
+            file.write_text(f"[progress]\n{table}limit = {PATIENCE_S}\n")
+
+        configure("first")
+        agent = stage.run("host-a", coordinator, flags=(f"--config={file}",), timing=TIMING)
+        epoch = agent.until_role("Primary")["epoch"]
+        for number in range(3):
+            asking, _ = silent.accept()  # the source waits for an answer
+            configure(f"another-{number}")
+            agent.send(signal.SIGHUP)
+            until(lambda: len(agent.lines("configuration read again")) > number, "the reload")  # noqa: B023 - called at once
+            asking.close()
+        holds_the_role(agent, coordinator, epoch)
+    assert not agent.lines("ERROR")

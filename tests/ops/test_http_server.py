@@ -2,16 +2,23 @@
 
 import asyncio
 import contextlib
+import gc
+import json
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from asyncio.sslproto import SSLProtocol
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from agent.ops.http_connection import Handler, Limits, Request, Response
+from agent.ops.http_connection import Handler, Limits, Request, Response, error_response
 from agent.ops.http_server import BACKLOG, HttpServer
+from agent.ops.tls import server_context
 from agent.schema.addresses import Address
+from tests.mosquitto import Authority
 from tests.this_process import descriptors
 
 LIMITS = Limits(
@@ -23,7 +30,6 @@ LIMITS = Limits(
     body_bytes=1024,
     request_bytes=4096,
     pipelined=1,
-    newest_first=True,
 )
 LIMIT_S = 30
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -166,6 +172,34 @@ async def test_a_client_that_asks_first_may_send_its_body(expect: bytes) -> None
         writer.close()
 
 
+async def test_http_1_0_gets_no_100() -> None:
+    post = b"POST /a HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n"
+    async with serving() as (_, address):
+        received = await ask(address, post + HEAD + b"\r\n", b"xy")
+    assert answers(received) == [(200, b"POST /a xy")]
+
+
+async def test_an_error_may_quote_half_a_surrogate_pair() -> None:
+    async def refuse(_: Request) -> Response:
+        return error_response(400, "this is no name: \ud800")
+
+    async with serving(refuse) as (_, address):
+        ((status, body),) = answers(await ask(address, REQUEST))
+    assert (status, json.loads(body)) == (400, {"error": "this is no name: \ud800"})
+
+
+async def test_empty_lines_do_not_hold_a_connection() -> None:
+    async with serving(request_s=0.2) as (server, address):
+        _, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(LIMIT_S / 10):
+            while not server._connections:  # noqa: ASYNC110 - what is waited for sets no event
+                await asyncio.sleep(0.001)
+            while server._tasks:
+                writer.write(b"\r\n")
+                await asyncio.sleep(0.05)
+        writer.close()
+
+
 async def test_a_client_that_sends_no_more_is_answered() -> None:
     async with serving() as (_, address):
         received = await ask(address, b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n", half_close=True)
@@ -243,6 +277,70 @@ async def test_a_new_connection_ends_the_oldest_one() -> None:
         assert not held[1][0].at_eof()
         for _, other in [*held, (reader, writer)]:
             other.close()
+
+
+def held_buffers() -> int:
+    """How many connections with TLS have their buffers, of 256 KiB each."""
+    return sum(isinstance(one, SSLProtocol) for one in gc.get_objects())
+
+
+async def request_by_tls(address: Address, tls: ssl.SSLContext) -> None:
+    reader, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.write(REQUEST)
+    await reader.read()
+    writer.transport.abort()
+
+
+async def close_at_once(address: Address, tls: ssl.SSLContext) -> None:
+    _, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.close()
+    await writer.wait_closed()
+
+
+async def reset(address: Address, tls: ssl.SSLContext) -> None:
+    _, writer = await asyncio.open_connection(*address, ssl=tls)
+    writer.transport.abort()
+
+
+async def send_no_tls(address: Address, _: ssl.SSLContext) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(REQUEST)
+    await reader.read()
+    writer.transport.abort()
+
+
+async def be_replaced(address: Address, tls: ssl.SSLContext) -> None:
+    held = [await asyncio.open_connection(*address, ssl=tls) for _ in range(4)]
+    assert await held[0][0].read() == b""
+    for _, writer in held:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "connect", [request_by_tls, close_at_once, reset, send_no_tls, be_replaced]
+)
+async def test_the_buffers_of_a_connection_are_freed_at_its_end(
+    tmp_path: Path, connect: Callable[[Address, ssl.SSLContext], Awaitable[None]]
+) -> None:
+    """Else connections fill the memory until a garbage collection, which looks at objects and not at their size."""
+    authority = Authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.file)
+    async with serving() as (server, address):
+        server.tls = server_context("tls", *authority.issue("member"))
+        gc.collect()
+        before = held_buffers()
+        gc.disable()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                for _ in range(4):
+                    with contextlib.suppress(ConnectionError):
+                        await connect(address, trust)
+                while server._tasks:  # noqa: ASYNC110 - what is waited for sets no event
+                    await asyncio.sleep(0.001)
+                while held_buffers() > before:  # noqa: ASYNC110 - likewise
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
 
 
 async def test_connections_that_come_at_once_are_accepted_one_by_one() -> None:

@@ -330,7 +330,9 @@ class AgentHost:
         if self.doomed:
             self.world.after(0.0, self.gone, self.life)
         late_s = self.local() - self.frozen_at
-        if self.runs.active and self.local() >= self.session.lease_until:
+        # The coordinator's clock may be ahead by the drift: nothing on the host can be in time any more.
+        over_at = self.session.lease_until - self.session.timing.drift_s
+        if self.runs.active and self.local() >= over_at:
             self.stale = True
         self.world.check_active()
         if self.works:

@@ -53,6 +53,11 @@ def test_a_primary_exists_after_every_other_fault_with_failsafe(plan: Plan) -> N
     live_on(live_through(plan), plan)
 
 
+def test_a_host_that_thaws_within_the_drift_of_its_leases_end_is_too_late() -> None:
+    """The coordinator's clock is 1 % faster than the host's, and has ended the lease: so the host was frozen for longer."""
+    random_run(20308129)
+
+
 def test_a_late_confirmation_of_a_voter_is_refused() -> None:
     """A heartbeat from before its promise gives it a tenure: that is released, and the promise kept (R30)."""
 

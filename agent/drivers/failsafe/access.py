@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from agent.ops.tls import load_authorities, server_context
+from agent.ops.tls import client_context, server_context
 from agent.schema.addresses import is_link_local, is_loopback
 from agent.schema.secret_files import read_keys
 from agent.schema.settings import AgentSettings
@@ -68,8 +68,5 @@ def load_failsafe_access(settings: AgentSettings) -> FailsafeAccess:
     if certificate is not None and key is not None:
         what = "failsafe_certificate and failsafe_key"
         listener_tls = server_context(what, certificate, key)
-        if settings.failsafe_ca_file is None:
-            asker_tls.load_default_certs()
-        else:
-            load_authorities(asker_tls, "failsafe_ca_file", settings.failsafe_ca_file)
+        asker_tls = client_context("failsafe_ca_file", settings.failsafe_ca_file)
     return FailsafeAccess(keys, listener_tls, asker_tls)

@@ -182,7 +182,7 @@ class Asker:
             raise AskError(_unauthentic(reply))
         try:
             answer = decode_answer(reply.body)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise AskError(f"the answer cannot be read: {error}") from None
         expected = self._group, peer.session_id, self._session_id, question.nonce
         if (answer.group, answer.sender, answer.to, answer.nonce) != expected:
@@ -231,7 +231,7 @@ def _unauthentic(reply: _Reply) -> str:
     """Why an answer without a valid authentication code is refused, with the error text that it contains."""
     try:
         error = msgspec.json.decode(reply.body)["error"]
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
+    except (ValueError, RecursionError, TypeError, KeyError):
         error = "the answer is not made with the secret of this group"
     words = " ".join(str(error).split())
     return f"answered {reply.status}: {words}"[:LONGEST_REASON]

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from http import HTTPStatus
 
-import msgspec
-
 from agent.drivers.failsafe.access import FailsafeAccess
 from agent.drivers.failsafe.messages import (
     CHALLENGE_BYTES,
@@ -43,7 +41,7 @@ from agent.ops.logs import Log
 from agent.schema.addresses import Address
 
 LIMITS = Limits(
-    connections=64,  # each member has one for a few milliseconds
+    connections=64,  # each member has one for a few milliseconds, so the oldest is not a member's
     request_s=2.0,
     keep_alive_s=1,
     head_bytes=4 * 1024,
@@ -51,7 +49,6 @@ LIMITS = Limits(
     body_bytes=MAX_BODY_BYTES,
     request_bytes=16 * 1024,  # so that a body above MAX_BODY_BYTES is answered with 413
     pipelined=1,
-    newest_first=True,  # members close at once, so the oldest connection is not a member's
 )
 
 MAX_PEERS = 256
@@ -163,7 +160,7 @@ class Listener:
             )
         try:
             question = decode_question(body)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _Refused(
                 400, Refusal.NOT_A_QUESTION, f"This is not a question: {error}."
             ) from None

@@ -55,9 +55,6 @@ class RestClient(Endpoints):
 
         An existing group with another configuration is used as it is, with its timeout, as v1 clients do
         (docs/api.md). ``timeout_s`` bounds both requests together.
-
-        Raises:
-            ServerError: see the module.
         """
         end_at = asyncio.get_running_loop().time() + timeout_s
         try:
@@ -263,11 +260,7 @@ class RestClient(Endpoints):
         )
 
     async def leave(self, group: str, session: str, *, timeout_s: float) -> None:
-        """Delete the session. A session or group that is gone already counts as success, too.
-
-        Raises:
-            ServerError: see the module.
-        """
+        """Delete the session. A session or group that is gone already counts as success, too."""
         try:
             await self._request(
                 "DELETE",

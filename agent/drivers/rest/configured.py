@@ -1,7 +1,6 @@
 """Build the client from the settings: endpoints, credentials, certificates, proxy."""
 
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -32,20 +31,15 @@ def client_for(settings: AgentSettings, access: ServerAccess | None = None) -> R
 
 def access_files(settings: AgentSettings) -> tuple[Path, ...]:
     """The files that ``load_server_access`` reads."""
-    return tuple(_files(settings))
-
-
-def _files(settings: AgentSettings) -> Iterator[Path]:
-    for file in (
+    found = (
         settings.ca_file,
         settings.client_certificate,
         settings.client_key,
         settings.password_file,
         settings.client_secret_file,
         settings.proxy_password_file,
-    ):
-        if file is not None:
-            yield file
+    )
+    return tuple(file for file in found if file is not None)
 
 
 def load_server_access(settings: AgentSettings) -> ServerAccess:
