@@ -27,7 +27,7 @@ from agent.ops.logs import Log
 Json = dict[str, Any]
 
 CONNECTIONS = 64
-"""To one etcd: it serves some hundred writes a second, so more would only wait there."""
+"""To each member of etcd, which serves some hundred writes a second: more would only wait there."""
 
 KEEPALIVE_S = 30.0
 """Idle timeout of a connection: etcd itself keeps idle ones for longer."""
@@ -137,7 +137,7 @@ def _b64(text: str) -> str:
 
 
 def _text(data: str) -> str:
-    return b64decode(data).decode()
+    return b64decode(data).decode(errors="replace")  # whoever reads it names what is wrong with it
 
 
 def end_of(prefix: str) -> str:
@@ -302,6 +302,15 @@ class Login:
     password: str
 
 
+@dataclass(slots=True)
+class _Cluster:
+    """What siblings share: which endpoint is asked, whether requests fail there, and the id of the etcd cluster."""
+
+    current: int = 0
+    failing: bool = False
+    id: str | None = None
+
+
 class Gateway:
     """The network: the JSON gateways of the members of one etcd cluster.
 
@@ -323,34 +332,33 @@ class Gateway:
         leave_after_s: float = inf,
     ) -> None:
         self._endpoints = tuple(endpoints)
-        self._current = 0
-        self._failing = False
+        self._cluster = _Cluster()
         self._tls = tls
         self._login = login
         self._leave_after_s = leave_after_s
-        self._cluster_id: str | None = None
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
-        self._client = httpx2.AsyncClient(
-            verify=tls or False,  # without a context all endpoints are plain http
-            trust_env=False,
-            follow_redirects=False,
-            limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
-            headers={"User-Agent": f"failover-agent/{__version__}"},
-        )
+        self._clients = {
+            endpoint: httpx2.AsyncClient(
+                verify=tls or False,  # without a context all endpoints are plain http
+                trust_env=False,
+                follow_redirects=False,
+                limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
+                headers={"User-Agent": f"failover-agent/{__version__}"},
+            )
+            for endpoint in self._endpoints
+        }
 
     def sibling(self) -> "Gateway":
-        """Another one with connections of its own, to the same etcd cluster."""
-        other = Gateway(
-            self._endpoints, tls=self._tls, login=self._login, leave_after_s=self._leave_after_s
-        )
-        other._cluster_id = self._cluster_id
+        """Another one with connections of its own; an endpoint that one of the two leaves is left by both."""
+        other = Gateway(self._endpoints, tls=self._tls, login=self._login)
+        other._leave_after_s, other._cluster = self._leave_after_s, self._cluster
         return other
 
     @property
     def endpoint(self) -> str:
         """The endpoint that is asked now."""
-        return self._endpoints[self._current]
+        return self._endpoints[self._cluster.current]
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         """Send one request and read its answer."""
@@ -387,7 +395,7 @@ class Gateway:
             self._leave(asked)
             raise
         if asked == self.endpoint:
-            self._failing = False
+            self._cluster.failing = False
         return answer
 
     async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
@@ -413,7 +421,7 @@ class Gateway:
 
     async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
         headers = {} if token is None else {"Authorization": token}
-        answer = await self._client.post(
+        answer = await self._clients[endpoint].post(
             endpoint + path, content=json.dumps(body), headers=headers, timeout=None
         )
         return _read(answer.status_code, answer.content, endpoint)
@@ -423,7 +431,7 @@ class Gateway:
         asked = self.endpoint
         headers = {} if self._token is None else {"Authorization": self._token}
         try:
-            async with self._client.stream(
+            async with self._clients[asked].stream(
                 "POST", asked + path, content=json.dumps(body), headers=headers, timeout=None
             ) as answer:
                 if answer.status_code != httpx2.codes.OK:
@@ -444,24 +452,25 @@ class Gateway:
     def _check_cluster(self, answer: Json, asked: str) -> None:
         """Raise EtcdUnknown if the answer is of another etcd cluster than the first one."""
         header = answer.get("header") or answer.get("result", {}).get("header", {})
-        found = header.get("cluster_id", self._cluster_id)
-        if found != (self._cluster_id or found):
+        known = self._cluster.id
+        found = header.get("cluster_id", known)
+        if found != (known or found):
             raise EtcdUnknown(
                 f"etcd at {asked} is of another etcd cluster ({found}) than the first answer"
-                f" ({self._cluster_id}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
+                f" ({known}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
             )
-        self._cluster_id = found
+        self._cluster.id = found
 
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
-            self._current = (self._current + 1) % len(self._endpoints)
-            if not self._failing:  # a line for each attempt would fill the log
-                self._failing = True
+            self._cluster.current = (self._cluster.current + 1) % len(self._endpoints)
+            if not self._cluster.failing:  # a line for each attempt would fill the log
+                self._cluster.failing = True
                 log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        await asyncio.gather(*(client.aclose() for client in self._clients.values()))
 
 
 def _read(status: int, content: bytes, endpoint: str) -> Json:

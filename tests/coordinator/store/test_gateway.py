@@ -102,6 +102,40 @@ async def test_a_member_that_is_slow_is_left_before_its_answer_is_given_up() -> 
             await gateway.aclose()
 
 
+async def test_a_member_that_hangs_takes_up_its_own_connections_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests that wait for it must not keep those that are sent again from the other members."""
+    monkeypatch.setattr("agent.coordinator.store.etcd_client.CONNECTIONS", 2)
+    async with members(hang, answer) as urls:
+        gateway = Gateway(urls, leave_after_s=0.05)
+        waiting = [asyncio.create_task(gateway.post("/v3/kv/txn", {}, 30.0)) for _ in range(4)]
+        try:
+            await left(gateway, urls[0])
+            assert await gateway.post("/v3/kv/txn", {}, 5.0) == {}
+            assert gateway.endpoint == urls[1]
+            assert not any(task.done() for task in waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+            await gateway.aclose()
+
+
+async def test_a_member_that_a_sibling_has_left_is_not_asked_first() -> None:
+    """Renewals find out that a member hangs; a standby's first request for a group is then sent elsewhere."""
+    async with members(hang, answer) as urls:
+        gateway = Gateway(urls, leave_after_s=0.05)
+        renewing = gateway.sibling()
+        try:
+            with pytest.raises(EtcdUnknown):
+                await renewing.post("/v3/lease/keepalive", {}, TIMEOUT_S)
+            assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
+        finally:
+            await gateway.aclose()
+            await renewing.aclose()
+
+
 async def test_a_member_of_another_etcd_cluster_is_left() -> None:
     """Also by a sibling that has asked nobody yet: a restored member has the same keys at the same revisions."""
     async with members(a_member_of("1"), a_member_of("2", "watch"), a_member_of("1")) as urls:
@@ -112,7 +146,7 @@ async def test_a_member_of_another_etcd_cluster_is_left() -> None:
             for one in (gateway, sibling):
                 watch = one.stream("/v3/watch", {})
                 for foreign in (anext(watch), one.post("/v3/kv/txn", {}, 5.0)):
-                    one._current = 1
+                    one._cluster.current = 1
                     with pytest.raises(EtcdUnknown, match=f"{urls[1]} is of another etcd cluster"):
                         await foreign
                 assert one.endpoint == urls[2]
@@ -135,7 +169,7 @@ async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
                 with pytest.raises(EtcdUnknown):
                     await recovering.post("/v3/kv/range", {}, 0.05)
                 await recovering.post("/v3/kv/range", {}, 5.0)
-                recovering._current = 0
+                recovering._cluster.current = 0
             assert len(caplog.messages) == 3
         finally:
             await gateway.aclose()
