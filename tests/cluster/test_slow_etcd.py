@@ -4,8 +4,12 @@ import asyncio
 
 import pytest
 
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, put
 from agent.core.timing import DRIFT
+from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
 
+from .fake_etcd import FakeEtcd, FakeTransport, Link
 from .world import TTL_S, Node, World, run_virtually
 
 
@@ -67,3 +71,35 @@ def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
         await world.end()
 
     run_virtually(check())
+
+
+def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
+    """A member of etcd that hangs costs a third of it, and not the change."""
+
+    class HangsOnce(FakeTransport):
+        hung = 0
+
+        async def post(self, path: str, body: Json, timeout_s: float) -> Json:
+            if path == "/v3/kv/txn" and not HangsOnce.hung:
+                HangsOnce.hung += 1
+                await asyncio.sleep(timeout_s)
+                raise EtcdUnknown("no answer in time")
+            return await super().post(path, body, timeout_s)
+
+    async def check(ttl_s: float) -> None:
+        link = Link(FakeEtcd())
+        cluster = await EtcdCluster.open(Etcd(FakeTransport(link), ttl_s), "/f", 1)
+        leader = cluster.layout.leader(0)
+        done = await cluster.etcd.txn([], [put(leader, "the test")])
+        cluster.etcd = Etcd(HangsOnce(link), ttl_s)
+        clock = asyncio.get_running_loop().time
+        began, HangsOnce.hung = clock(), 0
+        key = GroupKey("default", "default", "g")
+        await cluster.shard(0, done.revision).create(
+            key, GroupRecord(GroupConfig("g", TICKS_PER_SECOND))
+        )
+        assert clock() - began < ttl_s / 3 + 0.1
+        assert HangsOnce.hung == 1
+
+    for ttl_s in (1.0, 3.0, 12.0, 60.0):
+        run_virtually(check(ttl_s))

@@ -66,8 +66,8 @@ MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
 SETTLE_S = 2.0
-"""How long a write without an answer is repeated: as long as an election of etcd usually takes. Other inputs of
-the group wait meanwhile."""
+"""How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
+Other inputs of the group wait meanwhile."""
 
 RESEND_SHARE = 1 / 3
 """A write is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
@@ -393,7 +393,7 @@ class EtcdStore:
         on_failure = [read(record), read(leader, keys_only=True)]
         loop = asyncio.get_running_loop()
         until, resent = loop.time() + SETTLE_S, False
-        unknown: EtcdError = EtcdUnknown(f"etcd did not answer within {SETTLE_S:g} s")
+        unknown: EtcdError = EtcdUnknown("etcd did not answer in time")
         attempts: set[asyncio.Task[Done]] = set()
         try:
             while True:
@@ -416,7 +416,7 @@ class EtcdStore:
                         if done.succeeded:
                             return done
                         return self._outcome(key, done, expected, token, resent=resent)
-                if loop.time() >= until:
+                if resent and loop.time() >= until:
                     raise OutcomeUnknown(
                         f"{unknown}; whether {name_of(key)} was changed is unknown"
                     ) from unknown
