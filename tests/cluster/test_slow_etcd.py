@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from agent.coordinator.leadership import RENEWALS, WATCH_S
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, put
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, delete, put
 from agent.core.timing import DRIFT
 from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
 
@@ -73,6 +74,27 @@ def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
     run_virtually(check())
 
 
+def test_r19_a_watch_whose_connection_was_lost_silently_is_begun_again() -> None:
+    """Else changes would be seen by renewals only from then on, a sixth of the time to live later."""
+
+    async def check() -> None:
+        world = World(1, coordinators=2, agents=0)
+        await a_leader(world)
+        first, second = world.nodes.values()
+        second.start()
+        await world.until(lambda: second.leadership and second.leadership.member, 5.0, "a standby")
+        await asyncio.sleep(TTL_S)
+        second.link.silent_watches = second.link.watches
+        await asyncio.sleep(WATCH_S + TTL_S)
+        assert second.link.watches > second.link.silent_watches
+        await first.stop()
+        took_s = await world.until(lambda: second.leadership.led, 5.0, "the second to lead")  # type: ignore[union-attr]
+        assert took_s < TTL_S / RENEWALS / 2
+        await world.end()
+
+    run_virtually(check())
+
+
 def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
     """A member of etcd that hangs costs a third of it, and not the change."""
 
@@ -103,3 +125,28 @@ def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
 
     for ttl_s in (1.0, 3.0, 12.0, 60.0):
         run_virtually(check(ttl_s))
+
+
+def test_r19_junk_in_the_store_is_named_once_or_now_and_then(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A shard that cannot be loaded is loaded once it is mended; a session that cannot begin fills no log."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        (node,) = world.nodes.values()
+        etcd = Etcd(FakeTransport(Link(world.etcd)), TTL_S)
+        progress = f"/f/shards/0/progress/{'/'.join(world.key)}"
+        await EtcdCluster.open(etcd, "/f", 1)
+        await etcd.txn([], [put(progress, "junk"), put("/f/live/members/junk", "junk")])
+        node.start()
+        await asyncio.sleep(60.0)
+        assert caplog.messages.count("session with etcd failed") == 1
+        await etcd.txn([], [delete("/f/live/members/junk")])
+        await asyncio.sleep(20.0)
+        assert 2 <= caplog.messages.count("shard cannot be loaded") <= 6
+        await etcd.txn([], [delete(progress)])
+        await world.until(lambda: node.leadership.led, 10.0, "a leader")  # type: ignore[union-attr]
+        await world.end()
+
+    run_virtually(check())
