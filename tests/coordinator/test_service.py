@@ -271,6 +271,28 @@ async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
     assert stage.coordinator.status(KEY).epoch == 1
 
 
+async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callers that give up and come back must not fill the memory while the store hangs."""
+    monkeypatch.setattr(engine, "MAX_CHANGES", 10)
+    await join(stage, "a")
+    stage.store.free.clear()
+    overrides = (SetOverride("a", RoleOverride.PRIMARY), SetOverride("a", RoleOverride.OFF))
+    asked = [
+        asyncio.create_task(stage.coordinator.apply(KEY, overrides[number % 2]))
+        for number in range(30)
+    ]
+    await stage.settle()
+    refused = [task.exception() for task in asked if task.done()]
+    assert len(refused) == 20
+    assert all("10 changes wait for the store already" in str(one) for one in refused)
+    stage.store.free.set()
+    await asyncio.wait(asked)
+    assert sum(task.exception() is None for task in asked) == 10
+    await stage.coordinator.apply(KEY, overrides[0])
+
+
 async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
     """R13; and it changes neither the group's record nor its version."""
     await join(stage, "a")
@@ -498,7 +520,7 @@ async def test_groups_are_listed_by_id_within_their_namespace(stage: Stage) -> N
         key = KEY._replace(group=group)
         await stage.coordinator.create_group(key, GroupConfig(group, 20_000_000))
     await stage.coordinator.create_group(GroupKey("t", "n", "x"), GroupConfig("x", 20_000_000))
-    total, page = stage.coordinator.groups("default", "default", 1, 1)
+    total, page = await stage.coordinator.list_groups("default", "default", 1, 1)
     assert (total, [group.id for group in page]) == (3, ["b"])
 
 
