@@ -93,8 +93,7 @@ class Coordinator:
         self.engine = self._engine = Engine(store, clock, policy, meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
-        self._access: dict[tuple[str, str], AccessList | None] = {}
-        self._access_generation = 0
+        self._access: dict[tuple[str, str], asyncio.Task[AccessList | None]] = {}
         self._waiting = 0
         self._readiness: Cache[str | None] = Cache()
 
@@ -323,21 +322,25 @@ class Coordinator:
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
-        tenant_namespace = (tenant, namespace)
-        if tenant_namespace not in self._access:
-            generation = self._access_generation
-            acl = await self._engine.read(self._store.access(tenant, namespace))
-            if generation != self._access_generation:
-                return acl  # it may have been changed while it was read
+        where = (tenant, namespace)
+        reading = self._access.get(where)
+        if reading is None:  # callers at the same time share one read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
-            self._access.setdefault(tenant_namespace, acl)
-        return self._access[tenant_namespace]
+            reading = self._access[where] = self._engine.spawn(self._read_access(where))
+        return reading.result() if reading.done() else await asyncio.shield(reading)
+
+    async def _read_access(self, where: tuple[str, str]) -> AccessList | None:
+        try:
+            return await self._engine.read(self._store.access(*where))
+        except BaseException:
+            if self._access.get(where) is asyncio.current_task():
+                del self._access[where]
+            raise
 
     def forget_access(self) -> None:
         """Read the lists of namespaces anew: another coordinator may have changed one."""
         self._access.clear()
-        self._access_generation += 1
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         """Replace the access-control list of a namespace's groups; None removes it."""

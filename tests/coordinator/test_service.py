@@ -13,7 +13,7 @@ from agent.core.group_state import (
     RemoveSession,
     SetOverride,
 )
-from agent.errors import Conflict, NotFound, TooSoon, Unavailable
+from agent.errors import Conflict, NotFound, StoreError, TooSoon, Unavailable
 from agent.model import (
     AccessEntry,
     AccessList,
@@ -513,6 +513,44 @@ async def test_access_lists_survive_a_restart(stage: Stage) -> None:
     assert stage.coordinator.group_access(KEY) == acl
     assert await stage.coordinator.access("default", "default") == acl
     assert await stage.coordinator.access("default", "other") is None
+
+
+async def test_an_access_list_is_read_once_for_all_who_need_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change of any list ends all of them: heartbeats of everybody must not all read theirs again."""
+    old, new = AccessList(), AccessList((AccessEntry(Trustee(1, "ann"), denied=False, rights=1),))
+    answers: list[asyncio.Future[AccessList]] = []
+
+    async def read(*_where: str) -> AccessList:
+        answers.append(asyncio.get_running_loop().create_future())
+        return await answers[-1]
+
+    def reading() -> list[asyncio.Task[AccessList | None]]:
+        return [asyncio.create_task(stage.coordinator.access("t", "n")) for _ in range(20)]
+
+    monkeypatch.setattr(stage.store, "access", read)
+    before = reading()
+    await stage.settle()
+    stage.coordinator.forget_access()
+    after = reading()
+    await stage.settle()
+    assert len(answers) == 2
+    answers[1].set_result(new)
+    answers[0].set_result(old)
+    assert await asyncio.gather(*before) == [old] * 20
+    assert await asyncio.gather(*after, *reading()) == [new] * 40
+    stage.coordinator.forget_access()
+    failing = reading()
+    await stage.settle()
+    answers[2].set_exception(StoreError("no"))
+    for task in failing:
+        with pytest.raises(Unavailable):
+            await task
+    again = asyncio.gather(*reading())
+    await stage.settle()
+    answers[3].set_result(new)
+    assert await again == [new] * 20
 
 
 async def test_groups_are_listed_by_id_within_their_namespace(stage: Stage) -> None:
