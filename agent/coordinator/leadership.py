@@ -262,8 +262,11 @@ class Leadership:
         self.member = ""
         if lease:
             try:
-                await self._etcd.revoke(lease)
-            except EtcdError:
+                async with asyncio.timeout(
+                    self._ttl_s * LEAVE_SHARE
+                ):  # the next session must not wait
+                    await self._etcd.revoke(lease)
+            except (EtcdError, TimeoutError):
                 return  # it ends by itself
 
     # -- the lease ----------------------------------------------------------------------------

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from agent.coordinator.leadership import RENEWALS, WATCH_S
+from agent.coordinator.leadership import LEAVE_SHARE, RENEWALS, RETRY_S, WATCH_S
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, delete, put
 from agent.core.timing import DRIFT
 from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
 
 from .fake_etcd import FakeEtcd, FakeTransport, Link
-from .world import TTL_S, Node, World, run_virtually
+from .world import TTL_S, Cut, Node, World, run_virtually
 
 
 async def a_leader(world: World) -> Node:
@@ -69,6 +69,23 @@ def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
         node.link.heal()
         await world.until(lambda: node.leadership.led, 5.0, "another one")  # type: ignore[union-attr]
         assert asyncio.get_running_loop().time() > began + TTL_S
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_a_new_session_does_not_wait_for_the_end_of_the_last_one() -> None:
+    """What was sent before the way to etcd was back may be lost, and its answer never comes."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        node = await a_leader(world)
+        world.cuts.append(Cut(frozenset({node.name}), frozenset({"etcd"})))
+        await world.until(lambda: not node.leadership.member, 3 * TTL_S, "the session to end")  # type: ignore[union-attr]
+        await asyncio.sleep(0.1 * TTL_S)
+        world.cuts.clear()
+        took_s = await world.until(lambda: node.leadership.member, 5.0, "another session")  # type: ignore[union-attr]
+        assert took_s < TTL_S * LEAVE_SHARE + RETRY_S
         await world.end()
 
     run_virtually(check())

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from agent.coordinator.store import MOST_ENTRIES, MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.coordinator.store.etcd_client import (
+    RESEND_SHARE,
     Done,
     Etcd,
     EtcdError,
@@ -68,10 +69,6 @@ MOST_STEPS = 100
 SETTLE_S = 2.0
 """How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
 Other inputs of the group wait meanwhile."""
-
-RESEND_SHARE = 1 / 3
-"""A write is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
-answer to any attempt counts, so a slow disk and a member that hangs both cost little."""
 
 RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""

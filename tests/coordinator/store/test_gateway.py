@@ -1,12 +1,13 @@
 """Which member of etcd is asked, when one of them hangs."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
-from agent.coordinator.store.etcd_client import EtcdUnknown, Gateway
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, EtcdUnreachable, Gateway
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 TIMEOUT_S = 0.2
@@ -71,6 +72,41 @@ async def test_requests_that_time_out_together_leave_a_member_that_hangs_once(
             assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
         finally:
             await gateway.aclose()
+
+
+async def test_a_read_is_sent_again_before_its_answer_is_given_up() -> None:
+    """So that a member that hangs delays no start of a coordinator, and no load of a shard, for long."""
+    async with members(hang, a_member_of("1")) as urls:
+        etcd = Etcd(Gateway(urls, leave_after_s=0.1), 1.5)
+        try:
+            async with asyncio.timeout(1.4):
+                assert await etcd.get("/absent") is None
+        finally:
+            await etcd.aclose()
+
+
+async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_request() -> None:
+    """As with a host that is off. Nothing was sent, so a change is safe with the next member, too."""
+    with socket.socket() as full, ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        async with members(answer) as urls:
+            lost = f"http://127.0.0.1:{full.getsockname()[1]}"
+            gateway = Gateway([lost, *urls], leave_after_s=0.2)
+            alone = Gateway([lost], leave_after_s=0.2)
+            try:
+                assert await gateway.post("/v3/kv/txn", {}, 5.0) == {}
+                with pytest.raises(
+                    EtcdUnreachable, match=r"cannot be connected to: not within 0\.2 s"
+                ):
+                    await alone.post("/v3/kv/txn", {}, 5.0)
+            finally:
+                await gateway.aclose()
+                await alone.aclose()
 
 
 async def left(gateway: Gateway, endpoint: str) -> None:
