@@ -188,12 +188,13 @@ class EtcdCluster:
                     if visible(record_of_key(one, name_of(key)).acl):
                         groups.append(key.group)
         groups.sort()
-        page = []
-        for group in groups[skip : skip + count]:
-            key = GroupKey(tenant, namespace, group)
-            stored = await self.etcd.get(self.layout.record(key))
-            if stored is not None:
-                page.append(record_of_key(stored, name_of(key)).config)
+        page, wanted = [], groups[skip : skip + count]
+        for first in range(0, len(wanted), MOST_STEPS):
+            keys = [GroupKey(tenant, namespace, one) for one in wanted[first : first + MOST_STEPS]]
+            done = await self.etcd.txn([], [read(self.layout.record(key)) for key in keys])
+            for key, record in zip(keys, done.answers, strict=True):
+                if record is not None and record.keys:
+                    page.append(record_of_key(record.keys[0], name_of(key)).config)
         return len(groups), page
 
     async def pages(self, prefix: str, limit: int = PAGE) -> AsyncIterator[Found]:
