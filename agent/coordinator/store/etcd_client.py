@@ -344,7 +344,7 @@ class Gateway:
                 follow_redirects=False,
                 limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
                 headers={"User-Agent": f"failover-agent/{__version__}"},
-                timeout=httpx2.Timeout(None, connect=leave_after_s),
+                timeout=httpx2.Timeout(None, connect=leave_after_s if len(endpoints) > 1 else None),
             )
             for endpoint in self._endpoints
         }

@@ -97,7 +97,7 @@ async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_r
         async with members(answer) as urls:
             lost = f"http://127.0.0.1:{full.getsockname()[1]}"
             gateway = Gateway([lost, *urls], leave_after_s=0.2)
-            alone = Gateway([lost], leave_after_s=0.2)
+            alone = Gateway([lost, lost], leave_after_s=0.2)
             try:
                 assert await gateway.post("/v3/kv/txn", {}, 5.0) == {}
                 with pytest.raises(
