@@ -63,6 +63,9 @@ ADMITTED_FOR_S = 1.0
 """If a body takes longer than this to arrive, credentials and rights are checked again: a request that is kept
 open could outlive both."""
 
+LONG_BODY = 4096
+"""Longer bodies take up to milliseconds to decode: one is begun in each iteration of the loop, so others are served."""
+
 log = Log(__name__)
 
 
@@ -111,7 +114,6 @@ class Api:
         metrics: also served at /metrics.
         browsers: refuses requests from pages of other sites; the default does not check Host.
         forwarder: sends requests to the leader of the group; None with a single coordinator.
-        routes: the routes to serve.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Api:
         self._clock = clock
         self._date_header = (0, b"")
         self._lists = {handler: asyncio.Lock() for handler in LISTS}
-        self._unsent = Unsent()
+        self._turn, self._unsent = asyncio.Lock(), Unsent()
         self._auth = authenticator or Authenticator()
         self._auth.meter(self._metrics)
         self._open = not self._auth.schemes
@@ -208,6 +210,9 @@ class Api:
         """The body, and whether the caller has to be identified again because the body took long to arrive."""
         admitted_at = perf_counter()
         text = await self._read_body(scope["headers"], receive)
+        if len(text) > LONG_BODY:
+            async with self._turn:
+                await asyncio.sleep(0)
         _raise_refusal(scope)  # the rest of the body did not arrive
         return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 

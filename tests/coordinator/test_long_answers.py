@@ -1,4 +1,4 @@
-"""Long answers: making them holds up nobody, and slow readers of them do not fill the memory."""
+"""Long answers, and long bodies: making them holds up nobody, and slow readers of them do not fill the memory."""
 
 import asyncio
 import json
@@ -36,21 +36,22 @@ async def many_groups(clock: Clock) -> Coordinator:
     return coordinator
 
 
-async def get(api: Api, path: str, query: bytes = b"") -> tuple[int, int]:
-    """The status of an answer, and the bytes of its body."""
+async def call(api: Api, target: str, body: bytes | None = None) -> tuple[int, int]:
+    """GET, or PUT a body; the status of the answer, and the bytes of its body."""
     sent: list[Any] = []
+    path, _, query = target.partition("?")
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     async def receive() -> Any:
-        return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     scope = {
         "type": "http",
-        "method": "GET",
+        "method": "GET" if body is None else "PUT",
         "path": path,
-        "query_string": query,
+        "query_string": query.encode(),
         "headers": [(b"host", b"localhost")],
     }
     await api(scope, receive, send)
@@ -80,7 +81,7 @@ async def test_many_lists_at_once_hold_up_nobody(monkeypatch: pytest.MonkeyPatch
     api = Api(coordinator, clock.now)
 
     async def lists() -> None:
-        asked = [get(api, f"{BASE}/groups", b"count=1000") for _ in range(12)]
+        asked = [call(api, PAGE) for _ in range(12)]
         answers = await asyncio.gather(*asked)
         assert {status for status, _ in answers} <= {200, 503}
         assert answers[0][1] > GROUPS * len(NOTE)
@@ -88,6 +89,27 @@ async def test_many_lists_at_once_hold_up_nobody(monkeypatch: pytest.MonkeyPatch
     one_s = await longest_turn_s(lists)
     monkeypatch.setattr(api_module, "LISTS", frozenset())
     together_s = await longest_turn_s(lists)
+    assert together_s > 4 * one_s
+    await coordinator.stop()
+
+
+async def test_many_long_bodies_at_once_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    coordinator = await many_groups(clock)
+    api = Api(coordinator, clock.now)
+    entries = [
+        {"Trustee": {"Type": 1, "ObjectId": f"{n:05}"}, "AccessType": 0, "AccessRights": 8}
+        for n in range(700)
+    ]
+    body = json.dumps({"RoleTrusteeAccessControlEntries": entries}).encode()
+
+    async def bodies() -> None:
+        asked = [call(api, f"{BASE}/groups/g{n}/accesscontrol", body) for n in range(50)]
+        assert {status for status, _ in await asyncio.gather(*asked)} == {204}
+
+    one_s = await longest_turn_s(bodies)
+    monkeypatch.setattr(api_module, "LONG_BODY", len(body))
+    together_s = await longest_turn_s(bodies)
     assert together_s > 4 * one_s
     await coordinator.stop()
 
