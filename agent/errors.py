@@ -208,3 +208,10 @@ class NotLeading(Unavailable):
 
 class CasMismatch(FailoverError):  # noqa: N818 - an outcome, answered by trying again
     """A store's compare-and-set found another version: load, decide and swap again."""
+
+
+def unavailable(why: str) -> Unavailable:
+    """Build the refusal of a request that cannot be served now."""
+    return Unavailable(
+        f"The coordinator cannot do this now: {why}.", "Try again after Retry-After."
+    )

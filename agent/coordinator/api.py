@@ -30,10 +30,10 @@ from agent.coordinator.calls import (
     number_of,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
-from agent.coordinator.limits import MAX_LOGGED, HeadTooLarge, TooSlow
+from agent.coordinator.limits import MAX_LOGGED, PART_BYTES, HeadTooLarge, TooSlow, Unsent
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
-from agent.coordinator.route_table import ROUTES
+from agent.coordinator.route_table import LISTS, ROUTES, SHARED
 from agent.coordinator.routes import DEFAULT_NAME, PathMatch, Route, Router, read_query
 from agent.coordinator.service import Coordinator
 from agent.errors import (
@@ -63,8 +63,8 @@ ADMITTED_FOR_S = 1.0
 """If a body takes longer than this to arrive, credentials and rights are checked again: a request that is kept
 open could outlive both."""
 
-PART_BYTES = 65_536
-"""How many bytes of a long answer are sent before other requests are served: 12 MB at once took 50 ms with TLS."""
+LONG_BODY = 4096
+"""Longer bodies take up to milliseconds to decode: one is begun in each iteration of the loop, so others are served."""
 
 log = Log(__name__)
 
@@ -114,7 +114,6 @@ class Api:
         metrics: also served at /metrics.
         browsers: refuses requests from pages of other sites; the default does not check Host.
         forwarder: sends requests to the leader of the group; None with a single coordinator.
-        routes: the routes to serve.
     """
 
     def __init__(
@@ -136,6 +135,8 @@ class Api:
         self._coordinator = coordinator
         self._clock = clock
         self._date_header = (0, b"")
+        self._lists = {handler: asyncio.Lock() for handler in LISTS}
+        self._turn, self._unsent = asyncio.Lock(), Unsent()
         self._auth = authenticator or Authenticator()
         self._auth.meter(self._metrics)
         self._open = not self._auth.schemes
@@ -151,9 +152,11 @@ class Api:
         """Answer one request."""
         assert scope["type"] == "http"  # noqa: S101 - the server is configured without the others
         operation_id = f"{self._run_id}{next(self._operations):012x}"
-        began_at = perf_counter()
+        began_at, unsent = perf_counter(), 0
         try:
             answer = await self._answer(scope, receive)
+            if isinstance(answer.body, bytes) and scope.get("failover.route") not in SHARED:
+                unsent = self._unsent.add(answer.body)
         except RequestRefused as refusal:
             answer = self._refusal_answer(refusal, operation_id)
         except Exception:  # a request's edge: the caller gets an ErrorResponse
@@ -161,7 +164,10 @@ class Api:
             log.exception("request failed", operation_id=operation_id, path=path)
             answer = _error(500, "InternalError", _INTERNAL_REFUSAL, operation_id)
         operation_id = answer.operation_id or operation_id
-        await self._send(scope, answer, operation_id, send)
+        try:
+            await self._send(scope, answer, operation_id, send)
+        finally:
+            self._unsent.remove(unsent)
         route = scope.get("failover.route", "none")
         self._metrics.answered(route, answer.status, perf_counter() - began_at)
 
@@ -204,6 +210,9 @@ class Api:
         """The body, and whether the caller has to be identified again because the body took long to arrive."""
         admitted_at = perf_counter()
         text = await self._read_body(scope["headers"], receive)
+        if len(text) > LONG_BODY:
+            async with self._turn:
+                await asyncio.sleep(0)
         _raise_refusal(scope)  # the rest of the body did not arrive
         return text, route.for_administrators or perf_counter() - admitted_at > ADMITTED_FOR_S
 
@@ -222,8 +231,14 @@ class Api:
             self._metrics,
             (header(scope["headers"], b"accept") or b"").decode("latin-1"),
         )
-        answer: Answer = await route.handler(call)
-        return answer
+        if route.handler not in LISTS:
+            answer: Answer = await route.handler(call)
+            return answer
+        async with self._lists[route.handler]:
+            await asyncio.sleep(0)  # others are served between two lists
+            answer = await route.handler(call)
+            answer.body = self._encode(answer)
+            return answer
 
     async def _answer_by_leader(  # noqa: PLR0917 - the parts of one request
         self,
@@ -370,12 +385,12 @@ class Api:
             self._date_header = second, formatdate(second, usegmt=True).encode()
         return self._date_header[1]
 
+    def _encode(self, answer: Answer) -> bytes:
+        body = b"" if answer.body is None else answer.body
+        return body if isinstance(body, bytes) else encode(body, enum_names=self._role_names)
+
     async def _send(self, scope: Scope, answer: Answer, operation_id: str, send: Send) -> None:
-        body = answer.body
-        if body is None:
-            body = b""
-        elif not isinstance(body, bytes):
-            body = encode(body, enum_names=self._role_names)
+        body = self._encode(answer)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
         if self._forwarder is not None:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.restored import distrust
-from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, wake_blocked_reads
+from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, group_not_found
 from agent.coordinator.store import Store, Stored
 from agent.coordinator.wakeups import Wakeups
 from agent.core.group import decide, new_record
@@ -48,6 +48,7 @@ from agent.errors import (
     OutcomeUnknown,
     StoreError,
     Unavailable,
+    unavailable,
 )
 from agent.model import (
     GroupConfig,
@@ -78,6 +79,9 @@ PROGRESS_BATCH = 1_000
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
+
+MAX_CHANGES = 20_000
+"""The most changes in progress, one for each connection: while the store hangs, callers come back again and again."""
 
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds earlier."""
@@ -169,7 +173,7 @@ class Engine:
         """Refuse new requests, stop expiring leases, and answer all blocked reads."""
         self.stopping = True
         for group in self.groups.values():
-            wake_blocked_reads(group)
+            group.wake_blocked_reads()
 
     async def stop(self) -> None:
         """Wait for the writes in progress, and save the progress that is not saved yet."""
@@ -218,7 +222,7 @@ class Engine:
             if decision.state.record is before.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
-        return await asyncio.shield(self.spawn(self._apply_durably(group, what)))
+        return await self.carry_out(self._apply_durably(group, what))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         async with group.lock:
@@ -252,7 +256,7 @@ class Engine:
             if len(self._progress_queue) == 1:
                 self._set_timer(now)
         if group.readers:
-            wake_blocked_reads(group, state.record.revision)
+            group.wake_blocked_reads(state.record.revision)
 
     async def create(self, key: GroupKey, config: GroupConfig) -> bool:
         """Create a group; return whether it is new. If not, the store's record is loaded."""
@@ -297,7 +301,7 @@ class Engine:
     def _forget(self, group: Group) -> None:
         del self.groups[group.key]
         self._wakeups.forget(group.key)
-        wake_blocked_reads(group)
+        group.wake_blocked_reads()
 
     async def _write_change(self, group: Group, change: Awaitable[T]) -> T:
         """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
@@ -327,7 +331,7 @@ class Engine:
                     log_role_changes(group.key, group.state.record, stored.record, ())
                     group.saved = stored.progress
                     group.state = state_after_restart(stored.record, self._clock(), stored.progress)
-                    wake_blocked_reads(group, stored.record.revision)
+                    group.wake_blocked_reads(stored.record.revision)
                 group.doubtful = False
         if group.gone:
             raise group_not_found(group.key)
@@ -360,6 +364,13 @@ class Engine:
             raise NotLeading from error
         except StoreError as error:
             raise unavailable(str(error)) from error
+
+    async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
+        """Finish a change even if its caller disconnects. Raises Unavailable if too many are in progress."""
+        if len(self._tasks) >= MAX_CHANGES:
+            change.close()
+            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
+        return await asyncio.shield(self.spawn(change))
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that is finished even if its caller is cancelled."""
@@ -486,15 +497,3 @@ class Engine:
         self._timer_at = at
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, at - now.mono), self._on_timer)
-
-
-def group_not_found(key: GroupKey) -> NotFound:
-    """Build the refusal of a request for a group that does not exist."""
-    return NotFound(f'There is no group "{key.group}".', "Create it with POST .../groups first.")
-
-
-def unavailable(why: str) -> Unavailable:
-    """Build the refusal of a request that cannot be served now."""
-    return Unavailable(
-        f"The coordinator cannot do this now: {why}.", "Try again after Retry-After."
-    )

@@ -199,20 +199,20 @@ class Forwarder:
             url = await self._leadership.place(key)
             if url is not None and forwarded:
                 break
+            may_be_deleted = repeated and request.method == "DELETE"
             try:
                 if url is None:
-                    answer = await answer_here()
-                else:
-                    answer = await self.forward(key, url, request, wait_s=wait_s)
+                    return await answer_here()
+                answer = await self.forward(key, url, request, wait_s=wait_s)
+                if not may_be_deleted or answer.status != HTTPStatus.NOT_FOUND:
+                    return answer
             except NotLeading as moved:
                 repeated |= isinstance(moved, LeaderMoved)
                 continue
             except NotFound:
-                if not repeated or request.method != "DELETE":
+                if not may_be_deleted:
                     raise
-                return Answer(HTTPStatus.NO_CONTENT)
-            gone = answer.status == HTTPStatus.NOT_FOUND and request.method == "DELETE"
-            return Answer(HTTPStatus.NO_CONTENT) if repeated and gone else answer
+            return Answer(HTTPStatus.NO_CONTENT)
         raise NotLeading
 
     async def forward(

@@ -52,6 +52,9 @@ if the former one has carried it out, the watch shows that."""
 RETRY_S = 0.1
 """Pause after a failed request to etcd, and before a watch is begun again."""
 
+WATCH_S = 10.0
+"""After this a watch is begun again: if its connection was lost silently, it would wait for ever."""
+
 RELOAD_S = 5.0
 """Pause before a shard with a record that cannot be read is loaded again: an operator has to mend it."""
 
@@ -216,8 +219,9 @@ class Leadership:
             except* (SessionOver, StoreError) as errors:
                 self.fault = str(errors.exceptions[0])
             except* Exception:  # a task's edge: another session may succeed
-                log.exception("session with etcd failed")
                 self.fault = "a fault of this program, see its log"
+                if not self._outage_logged:
+                    log.exception("session with etcd failed")
             if not self._outage_logged:  # a line for each attempt would fill the log
                 self._outage_logged = True
                 log.warning("session with etcd ended, retrying", reason=self.fault)
@@ -258,8 +262,11 @@ class Leadership:
         self.member = ""
         if lease:
             try:
-                await self._etcd.revoke(lease)
-            except EtcdError:
+                async with asyncio.timeout(
+                    self._ttl_s * LEAVE_SHARE
+                ):  # the next session must not wait
+                    await self._etcd.revoke(lease)
+            except (EtcdError, TimeoutError):
                 return  # it ends by itself
 
     # -- the lease ----------------------------------------------------------------------------
@@ -317,21 +324,26 @@ class Leadership:
 
     async def _watch(self) -> None:
         """Apply changes as they happen. Without them the next renewal reads everything."""
-        live = self._layout.live
         while True:
             try:
-                changes = self._etcd.watch(live, self.view.revision + 1)
-                async with aclosing(changes):  # type: ignore[type-var]
-                    async for revision, events in changes:
-                        if revision <= self.view.revision:
-                            continue
-                        for event in events:
-                            self.view.apply(live, event)
-                        self.view.revision = revision
-                        self._see(self.view)
+                async with asyncio.timeout(WATCH_S):
+                    await self._follow()
+            except TimeoutError:
+                continue
             except EtcdError as error:
                 log.debug("watch ended", error=error)
             await asyncio.sleep(RETRY_S)
+
+    async def _follow(self) -> None:
+        changes = self._etcd.watch(self._layout.live, self.view.revision + 1)
+        async with aclosing(changes):  # type: ignore[type-var]
+            async for revision, events in changes:
+                if revision <= self.view.revision:
+                    continue
+                for event in events:
+                    self.view.apply(self._layout.live, event)
+                self.view.revision = revision
+                self._see(self.view)
 
     def _see(self, view: View) -> None:
         """Follow the keys: end what is led by another one now, begin what is led by this one."""
@@ -361,15 +373,17 @@ class Leadership:
         while not shard.ended:
             try:
                 stored = await shard.store.load()
+                if shard.is_led_at(self._boottime()):
+                    self._decider.lead(shard, stored)
+                    self.begun += 1
+                    log.info("leadership acquired", shard=shard.number, groups=len(stored))
+                break
             except StoreError as error:
                 log.warning("shard cannot be loaded", shard=shard.number, error=error)
                 await asyncio.sleep(RETRY_S if isinstance(error, EtcdError) else RELOAD_S)
-                continue
-            if shard.is_led_at(self._boottime()):
-                self._decider.lead(shard, stored)
-                self.begun += 1
-                log.info("leadership acquired", shard=shard.number, groups=len(stored))
-            break
+            except Exception:  # a task's edge: the shard would stay led and not served
+                log.exception("shard cannot be loaded", shard=shard.number)
+                await asyncio.sleep(RELOAD_S)
         if not shard.ended:
             self._loading.pop(shard.number, None)
             self._notify()

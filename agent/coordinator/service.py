@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from agent.coordinator.engine import Engine, Meter, group_not_found, unavailable
+from agent.coordinator.engine import Engine, Meter
 from agent.coordinator.limits import Cache
-from agent.coordinator.shards import Group
+from agent.coordinator.shards import Group, group_not_found
 from agent.coordinator.store import Directory, Store
 from agent.core.group import is_compatible
 from agent.core.group_state import (
@@ -22,7 +22,7 @@ from agent.core.group_state import (
     status_of,
 )
 from agent.core.group_view import view_of
-from agent.errors import Conflict, NotLeading, StoreError, Unavailable
+from agent.errors import Conflict, NotLeading, StoreError, Unavailable, unavailable
 from agent.model import (
     AccessList,
     GroupConfig,
@@ -44,6 +44,9 @@ more than the read."""
 
 LONGEST_WAIT_S = 300.0
 """The longest wait of a status read: proxies and NATs drop a silent connection after minutes."""
+
+LISTED_AT_ONCE = 1_000
+"""How many groups a list checks (a millisecond) before other requests are served."""
 
 MAX_NAMESPACES_CACHED = 1024
 """How many namespaces' access lists are kept in memory: a deployment has a handful, but callers can guess names."""
@@ -90,8 +93,7 @@ class Coordinator:
         self.engine = self._engine = Engine(store, clock, policy, meter, shard_of)
         self._max_groups = max_groups
         self._creating: dict[GroupKey, asyncio.Task[bool]] = {}
-        self._access: dict[tuple[str, str], AccessList | None] = {}
-        self._access_generation = 0
+        self._access: dict[tuple[str, str], asyncio.Task[AccessList | None]] = {}
         self._waiting = 0
         self._readiness: Cache[str | None] = Cache()
 
@@ -181,7 +183,7 @@ class Coordinator:
         """A group's configuration."""
         return self._engine.find(key).state.record.config
 
-    def groups(
+    async def list_groups(
         self,
         tenant: str,
         namespace: str,
@@ -191,35 +193,27 @@ class Coordinator:
     ) -> tuple[int, list[GroupConfig]]:
         """How many groups a namespace has, and ``count`` of them after ``skip``, sorted by id.
 
-        Those are left out whose own access-control list (or None) is not ``visible``.
+        Those are left out whose own access-control list (or None) is not ``visible``. Groups that other coordinators
+        lead are included.
         """
-        tenant_namespace = (tenant, namespace)
-        keys = sorted(
-            key
-            for key, group in self._engine.groups.items()
-            if key[:2] == tenant_namespace and visible(group.state.record.acl)
-        )
-        return len(keys), [self.group(key) for key in keys[skip : skip + count]]
-
-    async def list_groups(
-        self,
-        tenant: str,
-        namespace: str,
-        skip: int,
-        count: int,
-        visible: Callable[[AccessList | None], bool],
-    ) -> tuple[int, list[GroupConfig]]:
-        """As ``groups``, including groups that other coordinators lead."""
-        if self._directory is None:
-            return self.groups(tenant, namespace, skip, count, visible)
-        self._refuse_if_stopping()
-        listing = self._directory.configs(tenant, namespace, skip, count, visible)
-        return await self._engine.read(listing)
+        if self._directory is not None:
+            self._refuse_if_stopping()
+            listing = self._directory.configs(tenant, namespace, skip, count, visible)
+            return await self._engine.read(listing)
+        found: dict[str, Group] = {}
+        groups, where = self.all_groups(), (tenant, namespace)
+        for first in range(0, len(groups), LISTED_AT_ONCE):
+            for group in groups[first : first + LISTED_AT_ONCE]:
+                if group.key[:2] == where and visible(group.state.record.acl):
+                    found[group.key.group] = group
+            await asyncio.sleep(0)
+        page = sorted(found)[skip : skip + count]
+        return len(found), [found[name].state.record.config for name in page]
 
     async def delete_group(self, key: GroupKey) -> None:
         """Remove a group without active sessions, with its history."""
         self._refuse_if_stopping()
-        await asyncio.shield(self._engine.spawn(self._engine.delete(self._engine.find(key))))
+        await self._engine.carry_out(self._engine.delete(self._engine.find(key)))
 
     def status(self, key: GroupKey) -> GroupStatus:
         """The status of a group."""
@@ -328,26 +322,30 @@ class Coordinator:
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
-        tenant_namespace = (tenant, namespace)
-        if tenant_namespace not in self._access:
-            generation = self._access_generation
-            acl = await self._engine.read(self._store.access(tenant, namespace))
-            if generation != self._access_generation:
-                return acl  # it may have been changed while it was read
+        where = (tenant, namespace)
+        reading = self._access.get(where)
+        if reading is None:  # callers at the same time share one read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
-            self._access.setdefault(tenant_namespace, acl)
-        return self._access[tenant_namespace]
+            reading = self._access[where] = self._engine.spawn(self._read_access(where))
+        return reading.result() if reading.done() else await asyncio.shield(reading)
+
+    async def _read_access(self, where: tuple[str, str]) -> AccessList | None:
+        try:
+            return await self._engine.read(self._store.access(*where))
+        except BaseException:
+            if self._access.get(where) is asyncio.current_task():
+                del self._access[where]
+            raise
 
     def forget_access(self) -> None:
         """Read the lists of namespaces anew: another coordinator may have changed one."""
         self._access.clear()
-        self._access_generation += 1
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         """Replace the access-control list of a namespace's groups; None removes it."""
         self._refuse_if_stopping()
-        await asyncio.shield(self._engine.spawn(self._set_access(tenant, namespace, acl)))
+        await self._engine.carry_out(self._set_access(tenant, namespace, acl))
 
     async def _set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         try:

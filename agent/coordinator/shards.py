@@ -10,6 +10,7 @@ from math import inf
 
 from agent.coordinator.store import Store, Stored
 from agent.core.group_state import progress_of, state_after_restart
+from agent.errors import NotFound
 from agent.model import GroupKey, Instant, Progress
 
 STALL_FLOOR_S = 0.1
@@ -86,9 +87,13 @@ class Group:
         progress = progress_of(self.state)
         return progress if progress != self.saved else None
 
+    def wake_blocked_reads(self, revision: float = inf) -> None:
+        """Wake the blocked status reads that wait for ``revision`` or an earlier one."""
+        for changed, after in self.readers.items():
+            if after < revision and not changed.done():
+                changed.set_result(None)
 
-def wake_blocked_reads(group: Group, revision: float = inf) -> None:
-    """Wake the blocked status reads that wait for ``revision`` or an earlier one."""
-    for changed, after in group.readers.items():
-        if after < revision and not changed.done():
-            changed.set_result(None)
+
+def group_not_found(key: GroupKey) -> NotFound:
+    """Build the refusal of a request for a group that does not exist."""
+    return NotFound(f'There is no group "{key.group}".', "Create it with POST .../groups first.")

@@ -4,9 +4,14 @@ import asyncio
 
 import pytest
 
+from agent.coordinator.leadership import LEAVE_SHARE, RENEWALS, RETRY_S, WATCH_S
+from agent.coordinator.store.etcd import EtcdCluster
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, delete, put
 from agent.core.timing import DRIFT
+from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
 
-from .world import TTL_S, Node, World, run_virtually
+from .fake_etcd import FakeEtcd, FakeTransport, Link
+from .world import TTL_S, Cut, Node, World, run_virtually
 
 
 async def a_leader(world: World) -> Node:
@@ -64,6 +69,101 @@ def test_r19_leadership_ends_in_time_if_renewing_takes_longer() -> None:
         node.link.heal()
         await world.until(lambda: node.leadership.led, 5.0, "another one")  # type: ignore[union-attr]
         assert asyncio.get_running_loop().time() > began + TTL_S
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_a_new_session_does_not_wait_for_the_end_of_the_last_one() -> None:
+    """What was sent before the way to etcd was back may be lost, and its answer never comes."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        node = await a_leader(world)
+        world.cuts.append(Cut(frozenset({node.name}), frozenset({"etcd"})))
+        await world.until(lambda: not node.leadership.member, 3 * TTL_S, "the session to end")  # type: ignore[union-attr]
+        await asyncio.sleep(0.1 * TTL_S)
+        world.cuts.clear()
+        took_s = await world.until(lambda: node.leadership.member, 5.0, "another session")  # type: ignore[union-attr]
+        assert took_s < TTL_S * LEAVE_SHARE + RETRY_S
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_a_watch_whose_connection_was_lost_silently_is_begun_again() -> None:
+    """Else changes would be seen by renewals only from then on, a sixth of the time to live later."""
+
+    async def check() -> None:
+        world = World(1, coordinators=2, agents=0)
+        await a_leader(world)
+        first, second = world.nodes.values()
+        second.start()
+        await world.until(lambda: second.leadership and second.leadership.member, 5.0, "a standby")
+        await asyncio.sleep(TTL_S)
+        second.link.silent_watches = second.link.watches
+        await asyncio.sleep(WATCH_S + TTL_S)
+        assert second.link.watches > second.link.silent_watches
+        await first.stop()
+        took_s = await world.until(lambda: second.leadership.led, 5.0, "the second to lead")  # type: ignore[union-attr]
+        assert took_s < TTL_S / RENEWALS / 2
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
+    """A member of etcd that hangs costs a third of it, and not the change."""
+
+    class HangsOnce(FakeTransport):
+        hung = 0
+
+        async def post(self, path: str, body: Json, timeout_s: float) -> Json:
+            if path == "/v3/kv/txn" and not HangsOnce.hung:
+                HangsOnce.hung += 1
+                await asyncio.sleep(timeout_s)
+                raise EtcdUnknown("no answer in time")
+            return await super().post(path, body, timeout_s)
+
+    async def check(ttl_s: float) -> None:
+        link = Link(FakeEtcd())
+        cluster = await EtcdCluster.open(Etcd(FakeTransport(link), ttl_s), "/f", 1)
+        leader = cluster.layout.leader(0)
+        done = await cluster.etcd.txn([], [put(leader, "the test")])
+        cluster.etcd = Etcd(HangsOnce(link), ttl_s)
+        clock = asyncio.get_running_loop().time
+        began, HangsOnce.hung = clock(), 0
+        key = GroupKey("default", "default", "g")
+        await cluster.shard(0, done.revision).create(
+            key, GroupRecord(GroupConfig("g", TICKS_PER_SECOND))
+        )
+        assert clock() - began < ttl_s / 3 + 0.1
+        assert HangsOnce.hung == 1
+
+    for ttl_s in (1.0, 3.0, 12.0, 60.0):
+        run_virtually(check(ttl_s))
+
+
+def test_r19_junk_in_the_store_is_named_once_or_now_and_then(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A shard that cannot be loaded is loaded once it is mended; a session that cannot begin fills no log."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        (node,) = world.nodes.values()
+        etcd = Etcd(FakeTransport(Link(world.etcd)), TTL_S)
+        progress = f"/f/shards/0/progress/{'/'.join(world.key)}"
+        await EtcdCluster.open(etcd, "/f", 1)
+        await etcd.txn([], [put(progress, "junk"), put("/f/live/members/junk", "junk")])
+        node.start()
+        await asyncio.sleep(60.0)
+        assert caplog.messages.count("session with etcd failed") == 1
+        await etcd.txn([], [delete("/f/live/members/junk")])
+        await asyncio.sleep(20.0)
+        assert 2 <= caplog.messages.count("shard cannot be loaded") <= 6
+        await etcd.txn([], [delete(progress)])
+        await world.until(lambda: node.leadership.led, 10.0, "a leader")  # type: ignore[union-attr]
         await world.end()
 
     run_virtually(check())

@@ -29,7 +29,16 @@ from .node import TTL_S, Kinds, Node
 from .small_agent import LEASE_S, REQUEST_S, SmallAgent
 from .virtual import Process, run_virtually
 
-__all__ = ["LEASE_S", "TTL_S", "BrokenPromiseError", "Kinds", "Node", "World", "run_virtually"]
+__all__ = [
+    "LEASE_S",
+    "TTL_S",
+    "BrokenPromiseError",
+    "Cut",
+    "Kinds",
+    "Node",
+    "World",
+    "run_virtually",
+]
 
 ADMINISTRATOR = "admin"
 CHANGE_S = 0.3

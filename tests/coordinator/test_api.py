@@ -460,7 +460,7 @@ async def test_a_fault_of_ours_is_500_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(Coordinator, "groups", lambda *_: 1 / 0)
+    monkeypatch.setattr(Coordinator, "list_groups", lambda *_: 1 / 0)
     error = is_error(await http.get("groups"), 500)
     assert "ZeroDivision" not in json.dumps(error)
     assert error["OperationId"] in [r.fields["operation_id"] for r in caplog.records]  # type: ignore[attr-defined]

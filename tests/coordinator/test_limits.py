@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.coordinator import limits
+from agent.coordinator.api import LONG_BODY
 from agent.coordinator.auth import password_checks, tokens
 from agent.coordinator.auth.limits import MOST_KEYS
+from agent.coordinator.engine import MAX_CHANGES
 from agent.coordinator.limits import (
     MAX_LOGGED,
     MAX_SPARE,
@@ -219,6 +221,10 @@ def test_the_memory_for_callers_and_its_bounds_are_in_the_operators_page() -> No
         f"| head of a request | {kib} |",
         f"| idle connection | {limits.IDLE_S:g} s |",
         f"| reading an answer | {limits.ANSWER_S:g} s from",
+        f"| long answers that are being sent | {limits.MAX_UNSENT_BYTES >> 20} MiB of those above"
+        f" {limits.PART_BYTES >> 10} KiB |",
+        f"| bodies above {LONG_BODY // 1024} KiB |",
+        f"| changes that wait for the store | {MAX_CHANGES:,} |",
         f"| callers without authentication that are behind with reading | {limits.MAX_STALLED} |",
         f"| connections beyond a limit | {limits.MAX_SPARE} at once |",
         f"| paths that are remembered | {PATHS_REMEMBERED:,}, of at most {LONGEST_REMEMBERED} bytes",

@@ -13,7 +13,7 @@ from agent.core.group_state import (
     RemoveSession,
     SetOverride,
 )
-from agent.errors import Conflict, NotFound, TooSoon, Unavailable
+from agent.errors import Conflict, NotFound, StoreError, TooSoon, Unavailable
 from agent.model import (
     AccessEntry,
     AccessList,
@@ -271,6 +271,28 @@ async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
     assert stage.coordinator.status(KEY).epoch == 1
 
 
+async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callers that give up and come back must not fill the memory while the store hangs."""
+    monkeypatch.setattr(engine, "MAX_CHANGES", 10)
+    await join(stage, "a")
+    stage.store.free.clear()
+    overrides = (SetOverride("a", RoleOverride.PRIMARY), SetOverride("a", RoleOverride.OFF))
+    asked = [
+        asyncio.create_task(stage.coordinator.apply(KEY, overrides[number % 2]))
+        for number in range(30)
+    ]
+    await stage.settle()
+    refused = [task.exception() for task in asked if task.done()]
+    assert len(refused) == 20
+    assert all("10 changes wait for the store already" in str(one) for one in refused)
+    stage.store.free.set()
+    await asyncio.wait(asked)
+    assert sum(task.exception() is None for task in asked) == 10
+    await stage.coordinator.apply(KEY, overrides[0])
+
+
 async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
     """R13; and it changes neither the group's record nor its version."""
     await join(stage, "a")
@@ -493,12 +515,50 @@ async def test_access_lists_survive_a_restart(stage: Stage) -> None:
     assert await stage.coordinator.access("default", "other") is None
 
 
+async def test_an_access_list_is_read_once_for_all_who_need_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change of any list ends all of them: heartbeats of everybody must not all read theirs again."""
+    old, new = AccessList(), AccessList((AccessEntry(Trustee(1, "ann"), denied=False, rights=1),))
+    answers: list[asyncio.Future[AccessList]] = []
+
+    async def read(*_where: str) -> AccessList:
+        answers.append(asyncio.get_running_loop().create_future())
+        return await answers[-1]
+
+    def reading() -> list[asyncio.Task[AccessList | None]]:
+        return [asyncio.create_task(stage.coordinator.access("t", "n")) for _ in range(20)]
+
+    monkeypatch.setattr(stage.store, "access", read)
+    before = reading()
+    await stage.settle()
+    stage.coordinator.forget_access()
+    after = reading()
+    await stage.settle()
+    assert len(answers) == 2
+    answers[1].set_result(new)
+    answers[0].set_result(old)
+    assert await asyncio.gather(*before) == [old] * 20
+    assert await asyncio.gather(*after, *reading()) == [new] * 40
+    stage.coordinator.forget_access()
+    failing = reading()
+    await stage.settle()
+    answers[2].set_exception(StoreError("no"))
+    for task in failing:
+        with pytest.raises(Unavailable):
+            await task
+    again = asyncio.gather(*reading())
+    await stage.settle()
+    answers[3].set_result(new)
+    assert await again == [new] * 20
+
+
 async def test_groups_are_listed_by_id_within_their_namespace(stage: Stage) -> None:
     for group in ("c", "a", "b"):
         key = KEY._replace(group=group)
         await stage.coordinator.create_group(key, GroupConfig(group, 20_000_000))
     await stage.coordinator.create_group(GroupKey("t", "n", "x"), GroupConfig("x", 20_000_000))
-    total, page = stage.coordinator.groups("default", "default", 1, 1)
+    total, page = await stage.coordinator.list_groups("default", "default", 1, 1)
     assert (total, [group.id for group in page]) == (3, ["b"])
 
 

@@ -155,6 +155,25 @@ def test_r19_a_member_of_etcd_that_is_replaced_costs_no_role(stage: Stage, tmp_p
         check_unmoved(stage, agent, epoch, 3.0)
 
 
+def test_r19_a_host_with_a_leader_and_a_member_of_etcd_costs_no_role(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """The standby has asked that member for no group yet, and asks another one for its first."""
+    with an_etcd(tmp_path, members=3) as etcd:
+        lost = (etcd.leader() + 1) % 3
+        cluster = Cluster(stage, etcd, "--shards=1")
+        first = f"--etcd-endpoint={etcd.urls[lost]}"
+        cluster.flags = (first, *(flag for flag in cluster.flags if flag != first))
+        leader, standby = pair_of(stage, cluster)
+        agent, epoch = running(stage, leader, standby)
+        etcd.send(lost, signal.SIGSTOP)
+        leader.send(signal.SIGKILL)
+        leader.wait()
+        check_unmoved(stage, agent, epoch, 5.0)
+        assert leads(standby) == 1
+        assert not standby.lines("shard cannot be loaded")
+
+
 def test_r19_many_requests_wait_for_a_frozen_leader_and_delay_nothing_else(
     stage: Stage, etcd: EtcdServer
 ) -> None:

@@ -94,19 +94,19 @@ def decode(kind: type[ValueT], text: str, where: str) -> ValueT:
     return value
 
 
-def decode_progress(epoch: int, last_data: str, where: str) -> Progress:
+def decode_progress(epoch: int | str, last_data: str, where: str) -> Progress:
     """Decode progress from an epoch and a date-time in ISO 8601.
 
     Raises:
-        StoreError: the text is not a date-time.
+        StoreError: they are not a number and a date-time.
     """
     try:
-        moment = parse_date_time(last_data)
+        number, moment = int(epoch), parse_date_time(last_data)
     except ValueError as error:
         raise _unreadable(Progress, where, str(error)) from None
     if moment is None:
         raise _unreadable(Progress, where, "it has no time")
-    return Progress(epoch, moment)
+    return Progress(number, moment)
 
 
 def upgrade_record(text: str, where: str) -> tuple[str, Progress | None]:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from agent.coordinator.store import MOST_ENTRIES, MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.coordinator.store.etcd_client import (
+    RESEND_SHARE,
     Done,
     Etcd,
     EtcdError,
@@ -66,12 +67,8 @@ MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
 SETTLE_S = 2.0
-"""How long a write without an answer is repeated: as long as an election of etcd usually takes. Other inputs of
-the group wait meanwhile."""
-
-RESEND_SHARE = 1 / 3
-"""A write is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
-answer to any attempt counts, so a slow disk and a member that hangs both cost little."""
+"""How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
+Other inputs of the group wait meanwhile."""
 
 RESEND_S = 0.05
 """Pause between two attempts: an etcd that refuses at once must not be flooded."""
@@ -191,12 +188,13 @@ class EtcdCluster:
                     if visible(record_of_key(one, name_of(key)).acl):
                         groups.append(key.group)
         groups.sort()
-        page = []
-        for group in groups[skip : skip + count]:
-            key = GroupKey(tenant, namespace, group)
-            stored = await self.etcd.get(self.layout.record(key))
-            if stored is not None:
-                page.append(record_of_key(stored, name_of(key)).config)
+        page, wanted = [], groups[skip : skip + count]
+        for first in range(0, len(wanted), MOST_STEPS):
+            keys = [GroupKey(tenant, namespace, one) for one in wanted[first : first + MOST_STEPS]]
+            done = await self.etcd.txn([], [read(self.layout.record(key)) for key in keys])
+            for key, record in zip(keys, done.answers, strict=True):
+                if record is not None and record.keys:
+                    page.append(record_of_key(record.keys[0], name_of(key)).config)
         return len(groups), page
 
     async def pages(self, prefix: str, limit: int = PAGE) -> AsyncIterator[Found]:
@@ -393,7 +391,7 @@ class EtcdStore:
         on_failure = [read(record), read(leader, keys_only=True)]
         loop = asyncio.get_running_loop()
         until, resent = loop.time() + SETTLE_S, False
-        unknown: EtcdError = EtcdUnknown(f"etcd did not answer within {SETTLE_S:g} s")
+        unknown: EtcdError = EtcdUnknown("etcd did not answer in time")
         attempts: set[asyncio.Task[Done]] = set()
         try:
             while True:
@@ -416,7 +414,7 @@ class EtcdStore:
                         if done.succeeded:
                             return done
                         return self._outcome(key, done, expected, token, resent=resent)
-                if loop.time() >= until:
+                if resent and loop.time() >= until:
                     raise OutcomeUnknown(
                         f"{unknown}; whether {name_of(key)} was changed is unknown"
                     ) from unknown

@@ -14,8 +14,7 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx2
@@ -27,10 +26,14 @@ from agent.ops.logs import Log
 Json = dict[str, Any]
 
 CONNECTIONS = 64
-"""To one etcd: it serves some hundred writes a second, so more would only wait there."""
+"""To each member of etcd, which serves some hundred writes a second: more would only wait there."""
 
 KEEPALIVE_S = 30.0
 """Idle timeout of a connection: etcd itself keeps idle ones for longer."""
+
+RESEND_SHARE = 1 / 3
+"""A request is sent again, probably to another member of etcd, when this share of its timeout has passed. The first
+answer to any attempt counts, so a slow disk and a member that hangs both cost little."""
 
 LONGEST_LINE = 16 * 1024 * 1024
 """Bytes of one message of a watch: etcd's own limit of a request is 1.5 MiB, an event has two of them in base64."""
@@ -53,11 +56,7 @@ class EtcdError(StoreError):
 
 
 class EtcdRefused(EtcdError):  # noqa: N818 - an answer
-    """etcd has refused a request, which had no effect.
-
-    Attributes:
-        code: the gRPC code of the refusal.
-    """
+    """etcd has refused a request, which had no effect. ``code``: the gRPC code of the refusal."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -74,12 +73,7 @@ class EtcdUnknown(EtcdError):  # noqa: N818 - an outcome
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key of etcd at one revision.
-
-    Attributes:
-        revision: the mod revision: of its last write, never the same for two writes.
-        lease: the id of the lease that it is deleted with, or 0.
-    """
+    """A key of etcd, with the revision of its last write, which is never the same for two writes, and its lease or 0."""
 
     key: str
     value: str
@@ -89,11 +83,7 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The answer to a range read: the keys, how many there are in the range, and the store's revision.
-
-    Attributes:
-        term: the Raft term of the member that has answered.
-    """
+    """The answer to a range read: keys, their number in the range, the store's revision, and the member's Raft term."""
 
     keys: tuple[KeyValue, ...]
     count: int
@@ -137,7 +127,7 @@ def _b64(text: str) -> str:
 
 
 def _text(data: str) -> str:
-    return b64decode(data).decode()
+    return b64decode(data).decode(errors="replace")  # whoever reads it names what is wrong with it
 
 
 def end_of(prefix: str) -> str:
@@ -188,9 +178,9 @@ def _span(key: str, end: str | None) -> Json:
     return {"key": _b64(key)} | ({} if end is None else {"range_end": _b64(end)})
 
 
-def _found(answer: Mapping[str, Any], revision: int) -> Found:
+def _found(answer: Mapping[str, Any], revision: int, term: int = 0) -> Found:
     keys = tuple(_key_value(one) for one in answer.get("kvs", ()))
-    return Found(keys, int(answer.get("count", 0)), revision)
+    return Found(keys, int(answer.get("count", 0)), revision, term)
 
 
 def _key_value(one: Mapping[str, Any]) -> KeyValue:
@@ -225,15 +215,15 @@ class Etcd:
     async def range(self, what: Json) -> Found:
         """Keys, as the majority of etcd has them; ``what`` is made by ``read``."""
         answer = await self._post("/v3/kv/range", what["request_range"])
-        return replace(_found(answer, _revision(answer)), term=_term(answer))
+        return _found(answer, _header(answer, "revision"), _header(answer, "raft_term"))
 
     async def txn(
         self, conditions: Sequence[Json], then: Sequence[Json], otherwise: Sequence[Json] = ()
     ) -> Done:
-        """One transaction: ``then`` if all conditions hold."""
+        """One transaction: ``then`` if all conditions hold. It is sent once."""
         body = {"compare": list(conditions), "success": list(then), "failure": list(otherwise)}
-        answer = await self._post("/v3/kv/txn", body)
-        revision = _revision(answer)
+        answer = await self._transport.post("/v3/kv/txn", body, self.timeout_s)
+        revision = _header(answer, "revision")
         answers = tuple(
             _found(one["response_range"], revision) if "response_range" in one else None
             for one in answer.get("responses", ())
@@ -252,7 +242,7 @@ class Etcd:
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         result = answer.get("result", {})
-        return _term(result) if int(result.get("TTL", 0)) > 0 else None
+        return _header(result, "raft_term") if int(result.get("TTL", 0)) > 0 else None
 
     async def revoke(self, lease: int) -> None:
         """End a lease, and delete its keys."""
@@ -270,22 +260,31 @@ class Etcd:
                     return
                 events = [_event(one) for one in result.get("events", ())]
                 if events:
-                    yield _revision(result), events
+                    yield _header(result, "revision"), events
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._transport.aclose()
 
     async def _post(self, path: str, body: Json) -> Json:
-        return await self._transport.post(path, body, self.timeout_s)
+        """Send a request that may be repeated; send it again if no answer has come for a while."""
+        attempts: set[asyncio.Task[Json]] = set()
+        try:
+            for patience_s in (RESEND_SHARE * self.timeout_s, None):
+                attempts.add(asyncio.create_task(self._transport.post(path, body, self.timeout_s)))
+                answered, _ = await asyncio.wait(
+                    attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if answered:
+                    break
+            return answered.pop().result()
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
 
 
-def _revision(answer: Mapping[str, Any]) -> int:
-    return int(answer.get("header", {}).get("revision", 0))
-
-
-def _term(answer: Mapping[str, Any]) -> int:
-    return int(answer.get("header", {}).get("raft_term", 0))
+def _header(answer: Mapping[str, Any], name: str) -> int:
+    return int(answer.get("header", {}).get(name, 0))
 
 
 def _event(one: Mapping[str, Any]) -> Event:
@@ -302,6 +301,15 @@ class Login:
     password: str
 
 
+@dataclass(slots=True)
+class _Cluster:
+    """What siblings share: which endpoint is asked, whether requests fail there, and the id of the etcd cluster."""
+
+    current: int = 0
+    failing: bool = False
+    id: str | None = None
+
+
 class Gateway:
     """The network: the JSON gateways of the members of one etcd cluster.
 
@@ -310,8 +318,8 @@ class Gateway:
     than the first one, such as a member that was restored from a snapshot, counts as one that does not answer.
 
     Args:
-        leave_after_s: after that time without an answer further requests go to the next endpoint; the timeout of
-            the request itself may be longer.
+        leave_after_s: after that time without an answer further requests go to the next endpoint; without a
+            connection this one does, too. None: after the timeout of the request, which may be longer.
     """
 
     def __init__(
@@ -320,44 +328,47 @@ class Gateway:
         *,
         tls: ssl.SSLContext | None = None,
         login: Login | None = None,
-        leave_after_s: float = inf,
+        leave_after_s: float | None = None,
     ) -> None:
         self._endpoints = tuple(endpoints)
-        self._current = 0
-        self._failing = False
+        self._cluster = _Cluster()
         self._tls = tls
         self._login = login
         self._leave_after_s = leave_after_s
-        self._cluster_id: str | None = None
         self._token: str | None = None
         self._logging_in = asyncio.Lock()
-        self._client = httpx2.AsyncClient(
-            verify=tls or False,  # without a context all endpoints are plain http
-            trust_env=False,
-            follow_redirects=False,
-            limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
-            headers={"User-Agent": f"failover-agent/{__version__}"},
-        )
+        self._clients = {
+            endpoint: httpx2.AsyncClient(
+                verify=tls or False,  # without a context all endpoints are plain http
+                trust_env=False,
+                follow_redirects=False,
+                limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
+                headers={"User-Agent": f"failover-agent/{__version__}"},
+                timeout=httpx2.Timeout(None, connect=leave_after_s if len(endpoints) > 1 else None),
+            )
+            for endpoint in self._endpoints
+        }
 
     def sibling(self) -> "Gateway":
-        """Another one with connections of its own, to the same etcd cluster."""
+        """Another one with connections of its own; an endpoint that one of the two leaves is left by both."""
         other = Gateway(
             self._endpoints, tls=self._tls, login=self._login, leave_after_s=self._leave_after_s
         )
-        other._cluster_id = self._cluster_id
+        other._cluster = self._cluster
         return other
 
     @property
     def endpoint(self) -> str:
         """The endpoint that is asked now."""
-        return self._endpoints[self._current]
+        return self._endpoints[self._cluster.current]
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         """Send one request and read its answer."""
         asked, error = self.endpoint, None
         loop = asyncio.get_running_loop()
         # Other requests may have left this member by then.
-        leaving = loop.call_later(min(timeout_s, self._leave_after_s), lambda: self._leave(asked))
+        leave_s = min(timeout_s, self._leave_after_s or timeout_s)
+        leaving = loop.call_later(leave_s, lambda: self._leave(asked))
         try:
             async with asyncio.timeout(timeout_s):
                 for _ in self._endpoints:
@@ -377,9 +388,10 @@ class Gateway:
         try:
             answer = await self._with_login(asked, path, body)
             self._check_cluster(answer, asked)
-        except httpx2.ConnectError as failure:
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as failure:
             self._leave(asked)
-            raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {failure}") from failure
+            why = str(failure) or f"not within {self._leave_after_s:g} s"
+            raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {why}") from failure
         except (httpx2.HTTPError, httpx2.StreamError) as failure:
             self._leave(asked)
             raise EtcdUnknown(f"etcd at {asked} gave no answer: {failure!r}") from failure
@@ -387,7 +399,7 @@ class Gateway:
             self._leave(asked)
             raise
         if asked == self.endpoint:
-            self._failing = False
+            self._cluster.failing = False
         return answer
 
     async def _with_login(self, endpoint: str, path: str, body: Json) -> Json:
@@ -413,8 +425,8 @@ class Gateway:
 
     async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
         headers = {} if token is None else {"Authorization": token}
-        answer = await self._client.post(
-            endpoint + path, content=json.dumps(body), headers=headers, timeout=None
+        answer = await self._clients[endpoint].post(
+            endpoint + path, content=json.dumps(body), headers=headers
         )
         return _read(answer.status_code, answer.content, endpoint)
 
@@ -423,8 +435,8 @@ class Gateway:
         asked = self.endpoint
         headers = {} if self._token is None else {"Authorization": self._token}
         try:
-            async with self._client.stream(
-                "POST", asked + path, content=json.dumps(body), headers=headers, timeout=None
+            async with self._clients[asked].stream(
+                "POST", asked + path, content=json.dumps(body), headers=headers
             ) as answer:
                 if answer.status_code != httpx2.codes.OK:
                     _read(answer.status_code, await answer.aread(), asked)
@@ -444,24 +456,25 @@ class Gateway:
     def _check_cluster(self, answer: Json, asked: str) -> None:
         """Raise EtcdUnknown if the answer is of another etcd cluster than the first one."""
         header = answer.get("header") or answer.get("result", {}).get("header", {})
-        found = header.get("cluster_id", self._cluster_id)
-        if found != (self._cluster_id or found):
+        known = self._cluster.id
+        found = header.get("cluster_id", known)
+        if found != (known or found):
             raise EtcdUnknown(
                 f"etcd at {asked} is of another etcd cluster ({found}) than the first answer"
-                f" ({self._cluster_id}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
+                f" ({known}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
             )
-        self._cluster_id = found
+        self._cluster.id = found
 
     def _leave(self, endpoint: str) -> None:
         if self.endpoint == endpoint and len(self._endpoints) > 1:
-            self._current = (self._current + 1) % len(self._endpoints)
-            if not self._failing:  # a line for each attempt would fill the log
-                self._failing = True
+            self._cluster.current = (self._cluster.current + 1) % len(self._endpoints)
+            if not self._cluster.failing:  # a line for each attempt would fill the log
+                self._cluster.failing = True
                 log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        await asyncio.gather(*(client.aclose() for client in self._clients.values()))
 
 
 def _read(status: int, content: bytes, endpoint: str) -> Json:
@@ -471,16 +484,11 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        shown = content[:80].decode(errors="replace")
-        raise (
-            EtcdRefused(
-                f"{endpoint} is not the JSON gateway of etcd 3.4 or later: status {status}, {shown!r};"
-                " name the client URL of a member",
-                code=12,
-            )
-            if status == httpx2.codes.NOT_FOUND
-            else EtcdUnknown(f"{endpoint} gave status {status}, {shown!r}")
-        )
+        seen = f"status {status}, {content[:80].decode(errors='replace')!r}"
+        if status != httpx2.codes.NOT_FOUND:
+            raise EtcdUnknown(f"{endpoint} gave {seen}")
+        wanted = f"{endpoint} is not the JSON gateway of etcd 3.4 or later: {seen}"
+        raise EtcdRefused(f"{wanted}; name the client URL of a member", code=12)
     if status == httpx2.codes.OK:
         return answer
     message = answer.get("message") or answer.get("error") or f"status {status}"

@@ -187,4 +187,4 @@ def progress_value(progress: Progress) -> str:
 def progress_of_key(found: KeyValue) -> Progress:
     """The progress of its key. Raises StoreError."""
     epoch, _, last_data = found.value.partition(" ")
-    return decode_progress(int(epoch), last_data, f"{found.key} in etcd")
+    return decode_progress(epoch, last_data, f"{found.key} in etcd")

@@ -227,6 +227,9 @@ async def test_more_groups_than_a_page_are_loaded_and_listed(
         assert len(await store.load()) == 11
         total, page = await cluster_of(store).configs("t", "n", 2, 3, lambda _: True)
         assert (total, len(page)) == (10, 3)
+        monkeypatch.setattr("agent.coordinator.store.etcd.MOST_STEPS", 4)
+        monkeypatch.delattr(Etcd, "get")  # one request for each group took a second of CPU
+        assert len((await cluster_of(store).configs("t", "n", 1, 100, lambda _: True))[1]) == 9
         assert await cluster_of(store).configs("t", "n", 0, 9, lambda acl: acl is None) == (0, [])
 
 

@@ -1,12 +1,13 @@
 """Which member of etcd is asked, when one of them hangs."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
-from agent.coordinator.store.etcd_client import EtcdUnknown, Gateway
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, EtcdUnreachable, Gateway
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 TIMEOUT_S = 0.2
@@ -73,6 +74,41 @@ async def test_requests_that_time_out_together_leave_a_member_that_hangs_once(
             await gateway.aclose()
 
 
+async def test_a_read_is_sent_again_before_its_answer_is_given_up() -> None:
+    """So that a member that hangs delays no start of a coordinator, and no load of a shard, for long."""
+    async with members(hang, a_member_of("1")) as urls:
+        etcd = Etcd(Gateway(urls, leave_after_s=0.1), 1.5)
+        try:
+            async with asyncio.timeout(1.4):
+                assert await etcd.get("/absent") is None
+        finally:
+            await etcd.aclose()
+
+
+async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_request() -> None:
+    """As with a host that is off. Nothing was sent, so a change is safe with the next member, too."""
+    with socket.socket() as full, ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        async with members(answer) as urls:
+            lost = f"http://127.0.0.1:{full.getsockname()[1]}"
+            gateway = Gateway([lost, *urls], leave_after_s=0.2)
+            alone = Gateway([lost, lost], leave_after_s=0.2)
+            try:
+                assert await gateway.post("/v3/kv/txn", {}, 5.0) == {}
+                with pytest.raises(
+                    EtcdUnreachable, match=r"cannot be connected to: not within 0\.2 s"
+                ):
+                    await alone.post("/v3/kv/txn", {}, 5.0)
+            finally:
+                await gateway.aclose()
+                await alone.aclose()
+
+
 async def left(gateway: Gateway, endpoint: str) -> None:
     async with asyncio.timeout(10.0):
         while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
@@ -102,6 +138,40 @@ async def test_a_member_that_is_slow_is_left_before_its_answer_is_given_up() -> 
             await gateway.aclose()
 
 
+async def test_a_member_that_hangs_takes_up_its_own_connections_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests that wait for it must not keep those that are sent again from the other members."""
+    monkeypatch.setattr("agent.coordinator.store.etcd_client.CONNECTIONS", 2)
+    async with members(hang, answer) as urls:
+        gateway = Gateway(urls, leave_after_s=0.05)
+        waiting = [asyncio.create_task(gateway.post("/v3/kv/txn", {}, 30.0)) for _ in range(4)]
+        try:
+            await left(gateway, urls[0])
+            assert await gateway.post("/v3/kv/txn", {}, 5.0) == {}
+            assert gateway.endpoint == urls[1]
+            assert not any(task.done() for task in waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+            await gateway.aclose()
+
+
+async def test_a_member_that_a_sibling_has_left_is_not_asked_first() -> None:
+    """Renewals find out that a member hangs; a standby's first request for a group is then sent elsewhere."""
+    async with members(hang, answer) as urls:
+        gateway = Gateway(urls, leave_after_s=0.05)
+        renewing = gateway.sibling()
+        try:
+            with pytest.raises(EtcdUnknown):
+                await renewing.post("/v3/lease/keepalive", {}, TIMEOUT_S)
+            assert await gateway.post("/v3/kv/range", {}, 5.0) == {}
+        finally:
+            await gateway.aclose()
+            await renewing.aclose()
+
+
 async def test_a_member_of_another_etcd_cluster_is_left() -> None:
     """A restored member has the same keys at the same revisions. A client that has sent no request yet leaves it, too."""
     async with members(a_member_of("1"), a_member_of("2", "watch"), a_member_of("1")) as urls:
@@ -112,7 +182,7 @@ async def test_a_member_of_another_etcd_cluster_is_left() -> None:
             for one in (gateway, sibling):
                 watch = one.stream("/v3/watch", {})
                 for foreign in (anext(watch), one.post("/v3/kv/txn", {}, 5.0)):
-                    one._current = 1
+                    one._cluster.current = 1
                     with pytest.raises(EtcdUnknown, match=f"{urls[1]} is of another etcd cluster"):
                         await foreign
                 assert one.endpoint == urls[2]
@@ -135,7 +205,7 @@ async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
                 with pytest.raises(EtcdUnknown):
                     await recovering.post("/v3/kv/range", {}, 0.05)
                 await recovering.post("/v3/kv/range", {}, 5.0)
-                recovering._current = 0
+                recovering._cluster.current = 0
             assert len(caplog.messages) == 3
         finally:
             await gateway.aclose()
