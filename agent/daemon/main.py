@@ -74,8 +74,6 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     become_subreaper()
     # By default 256 KiB of tiny records, such as of KeyUpdates, are processed at a time: 0.8 s of the event loop.
     SSLProtocol.max_size = LONGEST_RECORD
-        16 * 1024
-    )  # of the buffer of each connection: a record; 256 KiB otherwise
     if not reserve_threads():  # the first demotion is tried nevertheless
         log.warning("too few threads for a demotion can be started")
     return asyncio.run(_run(settings, reread))
