@@ -85,12 +85,13 @@ class StateFile:
             raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
         return lock
 
-    def _keep_claim(self) -> None:
+    def _keep_claim(self, directory: int) -> None:
         """Keep the lock file young, and make another one if it was removed. The running guard keeps the old one."""
         assert self._lock is not None, "acquire() comes first"  # noqa: S101 - our own mistake
         os.utime(self._lock)  # systemd-tmpfiles removes old files of /tmp
         with suppress(FileNotFoundError):
-            if os.path.samestat(self._lock_path.lstat(), os.fstat(self._lock)):
+            found = os.stat(self._lock_path.name, dir_fd=directory, follow_symlinks=False)
+            if os.path.samestat(found, os.fstat(self._lock)):
                 return
         lock = self._claim(0.0)
         os.dup2(lock, self._lock, inheritable=False)  # the guards of this process know this number
@@ -175,10 +176,10 @@ class StateFile:
             OSError: it could not be written (disk full, for example); the old state remains.
             ConfigError: SESSION_IN_USE, the lock file was removed, and another process has claimed the file.
         """
-        self._keep_claim()
         text = json.dumps(state, allow_nan=False) + "\n"
         new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._directory() as directory:
+            self._keep_claim(directory)
             self._remove_new(directory)
             try:
                 with os.fdopen(
