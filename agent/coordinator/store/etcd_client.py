@@ -280,7 +280,9 @@ class Etcd:
             return answered.pop().result()
         finally:
             for attempt in attempts:
-                attempt.cancel()
+                _ = (
+                    attempt.cancel() or attempt.exception()
+                )  # both may have failed: one is not raised
 
 
 def _header(answer: Mapping[str, Any], name: str) -> int:
