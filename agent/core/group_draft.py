@@ -198,6 +198,8 @@ class Draft:
         """Choose a candidate for a vacant role, or to replace a worse holder (R16, R17)."""
         state, holder = self.state, self.record.holder
         if holder is not None and not holder.revoked:
+            if failsafe.has_to_accept(self.record):
+                return
             challenger = choice.best_candidate(state, self.now, exclude=holder.session_id)
             if challenger is not None and choice.should_replace(
                 state, challenger, holder.session_id, self.now, self.policy

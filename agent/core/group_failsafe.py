@@ -49,6 +49,15 @@ def may_be_promoted(record: GroupRecord, session_id: str) -> bool:
     return allowed is None or member_of(record, session_id) in allowed
 
 
+def has_to_accept(record: GroupRecord) -> bool:
+    """Whether the holder's tenure began in a restricted group, and it has not acknowledged a set yet.
+
+    It is not replaced before that. Else it never learns of its tenure, which lasts L and leaves the group as
+    restricted as before: an override of a member that may not be promoted would have nobody primary for good.
+    """
+    return is_restricted(record) and record.cleared < record.epoch - 1
+
+
 def member_of(record: GroupRecord, session_id: str) -> Member | None:
     """A session with its URL, or None if it has none."""
     session = record.sessions.get(session_id)

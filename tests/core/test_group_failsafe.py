@@ -380,6 +380,21 @@ def test_r25_a_set_is_offered_to_a_restricted_tenure_even_if_nothing_has_changed
     assert answer.failsafe == MemberSet(2, members("a", "b"))
 
 
+def test_r25_an_override_waits_until_the_holder_of_a_restricted_tenure_has_accepted_it() -> None:
+    """Else the holder learns nothing of its tenure, which expires and leaves the group as restricted as before."""
+    bench = lapsed("b")
+    bench.do(AddSession(SessionConfig("n")))
+    bench.do(SetOverride("n", RoleOverride.PRIMARY))
+    bench.beat("n")
+    answer = bench.promote("b", after_s=1)
+    assert (answer.role, bench.pending) == (P, None)
+    assert bench.beat("n", after_s=1).role is S
+    assert bench.hold("b").role is S, "it has accepted, and is replaced as ordered"
+    assert bench.pending == "n"
+    bench.release("b", 2)
+    assert bench.beat("n", after_s=1).role is P
+
+
 # -- R30: promises ----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from .failsafe_runs import (
 )
 from .failsafe_world import L
 from .network import Clock
-from .schedule import Plan
+from .schedule import Fault, Plan
 from .search import EXAMPLES, LONG, live_on, live_through, plans
 from .world import BrokenPromiseError
 
@@ -50,6 +50,34 @@ def test_the_promise_holds_with_failsafe_and_every_other_fault(plan: Plan) -> No
 @given(plans(failsafe=True))
 def test_a_primary_exists_after_every_other_fault_with_failsafe(plan: Plan) -> None:
     """An operator lifts where the data were lost, or where nobody who may be promoted is left."""
+    live_on(live_through(plan), plan)
+
+
+@pytest.mark.parametrize("seed", [8, 29, 90, 117])
+def test_r25_an_override_of_a_member_that_may_not_be_promoted_leaves_nobody_without_a_primary(
+    seed: int,
+) -> None:
+    """The release of b is lost while a, which has no failsafe and an override, waits: only b may be promoted."""
+    faults = [Fault(0.0, "override", 0, 0.5)] * 6
+    faults += [Fault(0.0, "plain", 0, 0.5), Fault(1.0, "override", 0, 2.0)]
+    plan = Plan(
+        seed=seed,
+        agents=2,
+        faults=tuple(faults),
+        lease_s=2.0,
+        drift=(-0.005,) * 4,
+        hook_seconds=0.2,
+        outcomes=("ok",),
+        children=("none",),
+        loss=0.3,
+        repeat=0.0,
+        spread_s=0.003,
+        plain_v1=False,
+        forgets=False,
+        stores=1,
+        restart_share=0.3,
+        failsafe=True,
+    )
     live_on(live_through(plan), plan)
 
 
