@@ -22,8 +22,7 @@ disturbs less than heartbeats for each second; both are printed, with the ratio 
 instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
 answer, as large as a heartbeat's. "memory" is this coordinator with nothing durable, "etcd" is this
 coordinator on an etcd of one member, and "follower" one of two such coordinators, of which the other leads
-all groups, on another core; the processor time is that of the one that is asked. This generator then shares the
-core of the follower, and etcd that of the leader, so that two cores have about as much to do. With --serving
+all groups, on the core of this generator; the processor time is that of the one that is asked. With --serving
 both that are compared are served in such a way.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
@@ -334,13 +333,12 @@ def coordinator(
     store: str = "sqlite",
     etcd: str | None = None,
     core: int = 0,
-    generator: int = -1,
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator on one core, this process on another: host, port and process id.
 
     ``tree`` is a checkout whose code is run, rather than this program's own; ``store`` is one of ALONE, of
     which "bare" runs the bare server in its place; ``etcd`` is the URL of its store, if that is not one of those;
-    ``core`` and ``generator`` are the numbers of its core and of that of this process, among those of this process.
+    ``core`` is the number of its core among those of this process.
     """
     program = ["-m", "agent", "serve"]
     if args.profile:
@@ -365,7 +363,7 @@ def coordinator(
             assert server.stderr is not None
             url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
             log = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
-            os.sched_setaffinity(0, {CORES[generator]})
+            os.sched_setaffinity(0, {CORES[-1]})
             host, _, port = url.removeprefix("http://").rpartition(":")
             try:
                 yield host, int(port), server.pid
@@ -399,17 +397,12 @@ def serving(
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if kind == "follower":
-            os.sched_setaffinity(0, {CORES[-1]})  # of etcd, which inherits it
         url = stack.enter_context(an_etcd(directory)).urls[0]
         leader = stack.enter_context(
             coordinator(args, tree, etcd=url, core=0 if kind == "etcd" else -1)
         )
         wait_until_leading(*leader[:2])
-        if kind == "follower":
-            yield stack.enter_context(coordinator(args, tree, etcd=url, generator=0))
-        else:
-            yield leader
+        yield leader if kind == "etcd" else stack.enter_context(coordinator(args, tree, etcd=url))
 
 
 def wait_until_leading(host: str, port: int) -> None:
