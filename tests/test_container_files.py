@@ -26,6 +26,7 @@ from agent.cli.main import main
 from agent.daemon.telemetry import PROBES
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.settings import AgentSettings
+from tests.credential_samples import fill
 
 ROOT = Path(__file__).parents[1]
 IMAGE = f"failover-agent:{__version__}"
@@ -462,8 +463,7 @@ def test_the_environment_is_a_configuration_that_can_stop_in_its_time(
             _, secret, key = value.removeprefix("/etc/failover-agent").split("/")
             assert key in {k for keys in SECRET_KEYS.values() for k in keys}, name
             value = str(tmp_path / f"{secret}-{key}")  # noqa: PLW2901 - it is only there in the pod
-            Path(value).write_text("secret\n")
-            Path(value).chmod(0o600)
+            fill(Path(value), key)
         if value == "/etc/hooks/secondary.d":
             value = str(hooks_volume(tmp_path))  # noqa: PLW2901 - likewise
         monkeypatch.setenv(name, value)

@@ -61,6 +61,9 @@ argv = json.loads(sys.argv[1])
 claims = list(map(int, sys.argv[3:]))
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
+def say(what):
+    os.write(1, f"{json.dumps(what)}{chr(10)}".encode())  # at once: two processes write
+
 def agent():
     import select, socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -89,10 +92,10 @@ def agent():
         elif what == "readable":
             select.select([ours], [], [])
         elif what == "hang":
-            print(json.dumps(["done", None]), flush=True)
+            say(["done", None])
             while True:
                 pass
-        print(json.dumps(["done", result]), flush=True)
+        say(["done", result])
     os._exit(0)
 
 pid = os.fork()
@@ -100,13 +103,13 @@ if pid == 0:
     agent()
 for fd in (0, *claims):
     os.close(fd)
-print(json.dumps(["agent", pid]), flush=True)
+say(["agent", pid])
 while True:
     try:
         pid, status = os.wait()
     except ChildProcessError:
         break
-    print(json.dumps(["ended", pid, os.waitstatus_to_exitcode(status)]), flush=True)
+    say(["ended", pid, os.waitstatus_to_exitcode(status)])
 """
 
 

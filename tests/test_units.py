@@ -12,6 +12,7 @@ import pytest
 
 from agent.cli.main import main
 from agent.errors import ExitCode
+from tests.credential_samples import fill
 
 UNITS = Path(__file__).parents[1] / "systemd"
 EXAMPLES = UNITS / "examples"
@@ -154,8 +155,7 @@ def test_a_coordinator_over_etcd_has_what_its_drop_ins_and_its_file_give(
     """For each file that only root can read, the drop-ins give a copy by systemd (LoadCredential=)."""
     text = (CONFIG / "coordinator-etcd.toml").read_text()
     for name in ("etcd-ca.pem", "ca.pem", "etcd-password", "tls.crt", "tls.key", "users"):
-        (tmp_path / name).write_text("secret\n")
-        (tmp_path / name).chmod(0o600)
+        fill(tmp_path / name, name)
     given = set()
     for name in ("coordinator-credentials", "coordinator-etcd"):
         drop = (EXAMPLES / f"{name}.conf").read_text()

@@ -1,7 +1,6 @@
 """Leadership while etcd answers slowly, as with a disk that takes long for each write (R19)."""
 
 import asyncio
-import gc
 
 import pytest
 
@@ -143,28 +142,6 @@ def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
 
     for ttl_s in (1.0, 3.0, 12.0, 60.0):
         run_virtually(check(ttl_s))
-
-
-def test_two_attempts_that_fail_at_once_are_one_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody awaits the other one, for which asyncio would log a traceback."""
-
-    class Broken(FakeTransport):
-        fail_at: float | None = None
-
-        async def post(self, path: str, body: Json, timeout_s: float) -> Json:
-            loop = asyncio.get_running_loop()
-            Broken.fail_at = Broken.fail_at or loop.time() + timeout_s / 2
-            await asyncio.sleep(Broken.fail_at - loop.time())
-            raise EtcdUnknown("no answer in time")
-
-    async def check() -> None:
-        with pytest.raises(EtcdUnknown):
-            await Etcd(Broken(Link(FakeEtcd())), TTL_S).get("a key")
-        gc.collect()
-
-    run_virtually(check())
-    assert Broken.fail_at is not None
-    assert caplog.messages == []
 
 
 def test_r19_junk_in_the_store_is_named_once_or_now_and_then(

@@ -1,6 +1,6 @@
 """A client that floods listeners with TLS connections at a rate, until it is killed.
 
-    python -m tests.integration.flood finished|unfinished RATE PORT...
+    python tests/integration/flood.py finished|unfinished RATE PORT...
 
 Each connection is held until the server closes it: after a complete handshake, or after a first message (ClientHello)
 that the server has to answer.

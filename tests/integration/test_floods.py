@@ -34,7 +34,7 @@ ANSWER_S = 2.0
 
 @contextlib.contextmanager
 def flooded(kind: str, *ports: int) -> Iterator[None]:
-    words = [sys.executable, "-m", flood.__name__, kind, str(RATE), *map(str, ports)]
+    words = [sys.executable, flood.__file__, kind, str(RATE), *map(str, ports)]
     with subprocess.Popen(words) as process:
         try:
             yield

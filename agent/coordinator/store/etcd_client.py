@@ -280,9 +280,7 @@ class Etcd:
             return answered.pop().result()
         finally:
             for attempt in attempts:
-                _ = (
-                    attempt.cancel() or attempt.exception()
-                )  # both may have failed: one is not raised
+                _ = attempt.cancel() or attempt.exception()  # so that asyncio logs none
 
 
 def _header(answer: Mapping[str, Any], name: str) -> int:
