@@ -22,9 +22,9 @@ from agent.schema.toml import to_json, to_toml
 def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
     """Validate and print the effective configuration; start nothing.
 
-    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks the
-    timings, the hooks, and the files with secrets and certificates, and prints each setting with where it is from, and how long a stop may
-    take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
+    Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
+    the timings, the hooks, and the files with secrets and certificates, and prints each setting
+    with where it is from, and how long a stop may take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
     """
     settings: Settings
     origin: Sources[Any]

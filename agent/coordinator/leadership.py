@@ -262,9 +262,7 @@ class Leadership:
         self.member = ""
         if lease:
             try:
-                async with asyncio.timeout(
-                    self._ttl_s * LEAVE_SHARE
-                ):  # the next session must not wait
+                async with asyncio.timeout(self._ttl_s * LEAVE_SHARE):  # the next session waits
                     await self._etcd.revoke(lease)
             except (EtcdError, TimeoutError):
                 return  # it ends by itself

@@ -70,7 +70,7 @@ async def _look_up(key: Key) -> list[Any]:
 
 
 def is_numeric(host: str | bytes | None) -> bool:
-    """Whether a host is an address, or every one of this host, so that it needs no look-up."""
+    """Whether a host is an address, or None for all addresses of this host: it needs no look-up."""
     try:
         ipaddress.ip_address((host.decode() if isinstance(host, bytes) else host) or "::")
     except ValueError:
