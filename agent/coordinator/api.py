@@ -30,6 +30,7 @@ from agent.coordinator.calls import (
     number_of,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
+from agent.coordinator.hang_up import HUNG_UP, HungUp, never, while_connected
 from agent.coordinator.limits import MAX_LOGGED, PART_BYTES, HeadTooLarge, TooSlow, Unsent
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.openapi import document
@@ -98,6 +99,7 @@ STATUSES: tuple[tuple[type[RequestRefused], int], ...] = (
     (TooSoon, 429),
     (TooManyAttempts, 429),
     (HeadTooLarge, 431),
+    (HungUp, 499),
     (Unavailable, 503),
 )
 
@@ -200,9 +202,11 @@ class Api:
             if again:
                 rights = await self._identify(scope, found, route)
                 await self._authorise(route, found.values, rights)
-        wait_s = _wait_s(route, scope)
+        if _hung_up(route, scope)():
+            raise HungUp
+        watched = _wait_s(route, scope) > 0 or not route.may_come_late
         answering = self._answer_here(scope, route, found, rights, text)
-        return await (_while_connected(answering, receive) if wait_s else answering)
+        return await (while_connected(answering, receive) if watched else answering)
 
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
@@ -257,7 +261,7 @@ class Api:
                 rights = await self._identify(scope, found, route)
         group = found.values.get("groupId") or _decode_body(route, text).to_model().id
         key = GroupKey(*_tenant_namespace(found.values), group)
-        request = _request(scope, text)
+        request = _request(scope, text, _hung_up(route, scope))
         forwarded = header(request.headers, FORWARDED) is not None
         if forwarded:
             forwarder.take(request)
@@ -268,7 +272,8 @@ class Api:
 
         wait_s = _wait_s(route, scope)
         answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
-        return await (_while_connected(answering, receive) if wait_s else answering)
+        watched = wait_s > 0 or not route.may_come_late
+        return await (while_connected(answering, receive) if watched else answering)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -429,11 +434,11 @@ def _is_about_a_group(route: Route, found: PathMatch) -> bool:
     return "groupId" in found.values or route.handler is create_group
 
 
-def _request(scope: Scope, body: bytes = b"") -> Request:
+def _request(scope: Scope, body: bytes = b"", hung_up: Callable[[], bool] = never) -> Request:
     raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope["query_string"]
     target = raw_path + (b"?" + query if query else b"")
-    return Request(scope["method"], target, scope["headers"], body, scope.get(CERTIFICATE))
+    return Request(scope["method"], target, scope["headers"], body, scope.get(CERTIFICATE), hung_up)
 
 
 def _decode_body(route: Route, text: bytes) -> Any:
@@ -475,26 +480,15 @@ def _check_content_type(value: bytes | None) -> None:
         )
 
 
+def _hung_up(route: Route, scope: Scope) -> Callable[[], bool]:
+    """Whether the caller has hung up, so that the call must not be carried out any more."""
+    asked: Callable[[], bool] = scope.get(HUNG_UP, never)
+    return never if route.may_come_late else asked
+
+
 def _wait_s(route: Route, scope: Scope) -> float:
     """How long a request may block: a status read that waits for a change."""
     if route.handler is not get_status:
         return 0.0
     wanted = read_query(route.query, scope["query_string"])
     return float(wanted["wait"]) if wanted["after"] is not None else 0.0
-
-
-async def _while_connected(answering: Any, receive: Receive) -> Answer:
-    """Await a blocking call; cancel it if the client disconnects."""
-    answer: asyncio.Task[Answer] = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
-    try:
-        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-        return await answer if answer.done() else Answer(204)
-    finally:
-        gone.cancel()
-        answer.cancel()
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from agent.coordinator.auth.certificates import ClientCertificate, certificate_of
+from agent.coordinator.hang_up import HUNG_UP, is_closed_by_peer
 from agent.coordinator.limits import (
     ANSWER_S,
     BODY_BYTES_PER_S,
@@ -282,6 +283,7 @@ class Connection(HttpToolsProtocol):
             "scheme": self.scheme,
             "root_path": "",
             "headers": self.headers,
+            HUNG_UP: self._hung_up,
         }
         if self._certificate is not None:
             scope[CERTIFICATE] = self._certificate
@@ -351,6 +353,9 @@ class Connection(HttpToolsProtocol):
     def _on_authenticated(self) -> None:
         self.authenticated = True
         self._host.authenticated(self)
+
+    def _hung_up(self) -> bool:
+        return is_closed_by_peer(self.transport)
 
     def _answer_with(self, refusal: RequestRefused) -> None:
         """Have the application answer the newest request with this refusal, unless it has answered."""

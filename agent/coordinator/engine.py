@@ -6,7 +6,7 @@ Rules of this file:
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
 - One durable change of a group at a time. Other inputs of that group wait for it.
 - Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
-- A durable change is finished even if its caller disconnects. If it fails, the old state stays in force.
+- A durable change that has begun is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while this coordinator leads its shard (R19), which
   ``_now`` checks for every decision. A shard is loaded whenever its leadership begins, as after a restart.
@@ -18,11 +18,12 @@ Knows nothing of the operations (service.py), of HTTP, and of what a decision me
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import inf
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+from agent.coordinator.changes import Changes
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.restored import distrust
 from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, group_not_found
@@ -80,9 +81,6 @@ PROGRESS_BATCH = 1_000
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
-MAX_CHANGES = 20_000
-"""The most changes in progress, one for each connection: while the store hangs, callers come back again and again."""
-
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds earlier."""
 
@@ -136,7 +134,7 @@ class Engine:
         self._progress_batch_s = PROGRESS_BATCH_S if store is not None else SHARD_PROGRESS_BATCH_S
         self._next_progress_write = -inf
         self._saving_progress = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.changes = Changes()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
         self._ran_at = clock().mono
@@ -180,8 +178,7 @@ class Engine:
         self.refuse_requests()
         if self._timer is not None:
             self._timer.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self.changes.wait_until_all_are_done()
         if due := self._due_progress(inf, len(self._progress_queue)):
             await self._save_progress(due)
 
@@ -222,7 +219,7 @@ class Engine:
             if decision.state.record is before.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
-        return await self.carry_out(self._apply_durably(group, what))
+        return await self.changes.carry_out(self._apply_durably(group, what))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         async with group.lock:
@@ -338,6 +335,7 @@ class Engine:
 
     async def write(self, change: Awaitable[T]) -> T:
         began_at = perf_counter()
+        self.changes.begin()
         try:
             result = await change
         except LeadershipLost as error:
@@ -364,21 +362,6 @@ class Engine:
             raise NotLeading from error
         except StoreError as error:
             raise unavailable(str(error)) from error
-
-    async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
-        """Finish a change even if its caller disconnects. Raises Unavailable if too many are in progress."""
-        if len(self._tasks) >= MAX_CHANGES:
-            change.close()
-            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
-        return await asyncio.shield(self.spawn(change))
-
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that is finished even if its caller is cancelled."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
 
     # -- time ---------------------------------------------------------------------------------
 
@@ -414,14 +397,14 @@ class Engine:
         if self.stopping:
             return
         for key in self._wakeups.due(now.mono, BATCH):
-            self.spawn(self._run_tick(self.groups[key]))
+            self.changes.spawn(self._run_tick(self.groups[key]))
         if now.mono >= self._next_progress_write and not self._saving_progress:
             due = self._due_progress(now.mono, PROGRESS_BATCH)
             more_are_due = len(due) == PROGRESS_BATCH
             self._next_progress_write = now.mono + (0 if more_are_due else self._progress_batch_s)
             if due:
                 self._saving_progress = True
-                self.spawn(self._save_progress(due))
+                self.changes.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:
         """Apply a Tick; retry later if its changes cannot be made durable now."""

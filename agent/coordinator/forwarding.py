@@ -3,7 +3,8 @@
 A forwarded request carries the caller's own credentials, which the leader checks as it checks every
 caller's; client certificates are in forwarded_clients.py. The header FORWARDED marks the request: a
 coordinator that does not lead the group refuses it instead of forwarding it again, so no request goes in a
-circle, and a caller that sets the header gains nothing.
+circle, and a caller that sets the header gains nothing. If the caller hangs up, its request ends there, too, unless it
+has begun (hang_up.py).
 
 If the leader changes while a request waits for its answer, the request is sent to the new leader. That is safe:
 every call may be repeated, and the old leader refuses the request, since its leadership is over. The old leader may
@@ -27,6 +28,7 @@ from agent import __version__
 from agent.coordinator.auth import ClientCertificate
 from agent.coordinator.calls import FORWARDED, Answer, Request, header
 from agent.coordinator.forwarded_clients import CLIENT, ForwardedClients
+from agent.coordinator.hang_up import HungUp
 from agent.coordinator.leadership import Leadership
 from agent.coordinator.peer_connection import PeerAnswer, PeerError
 from agent.coordinator.peers import Exchange, Peers, Place
@@ -190,13 +192,15 @@ class Forwarder:
         wait_s: float,
         forwarded: bool,
     ) -> Answer:
-        """The answer of a group's leader: by ``answer_here``, or by ``forward``. Raises what they raise.
+        """The answer of a group's leader: by ``answer_here``, or by ``forward``. Raises what they raise, and HungUp.
 
         ``forwarded``: another coordinator has sent the request here, so it is not sent on.
         """
         repeated = False
         for _ in range(LEADERS_TRIED):
             url = await self._leadership.place(key)
+            if request.hung_up():
+                raise HungUp
             if url is not None and forwarded:
                 break
             may_be_deleted = repeated and request.method == "DELETE"

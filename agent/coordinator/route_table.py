@@ -293,6 +293,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.SessionRequest,
         refusals=(404, 409),
+        bound_to_run=True,
     ),
     Route(
         "GET",
@@ -321,6 +322,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.HeartbeatRequest,
         refusals=(404, 409, 429),
+        bound_to_run=True,
     ),
     Route(
         "POST",
@@ -341,6 +343,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.ReleaseRequest,
         refusals=(404,),
+        bound_to_run=True,
     ),
 )
 

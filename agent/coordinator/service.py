@@ -167,7 +167,7 @@ class Coordinator:
                     f"There are {len(self._engine.groups)} groups, the most that this coordinator allows.",
                     "Delete groups that are not used any more, or raise max_groups.",
                 )
-            task = self._engine.spawn(self._engine.create(key, config))
+            task = self._engine.changes.spawn(self._engine.create(key, config))
             self._creating[key] = task
             task.add_done_callback(lambda _: self._creating.pop(key))
             created = await asyncio.shield(task)
@@ -213,7 +213,7 @@ class Coordinator:
     async def delete_group(self, key: GroupKey) -> None:
         """Remove a group without active sessions, with its history."""
         self._refuse_if_stopping()
-        await self._engine.carry_out(self._engine.delete(self._engine.find(key)))
+        await self._engine.changes.carry_out(self._engine.delete(self._engine.find(key)))
 
     def status(self, key: GroupKey) -> GroupStatus:
         """The status of a group."""
@@ -327,7 +327,7 @@ class Coordinator:
         if reading is None:  # callers at the same time share one read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
-            reading = self._access[where] = self._engine.spawn(self._read_access(where))
+            reading = self._access[where] = self._engine.changes.spawn(self._read_access(where))
         return reading.result() if reading.done() else await asyncio.shield(reading)
 
     async def _read_access(self, where: tuple[str, str]) -> AccessList | None:
@@ -345,7 +345,7 @@ class Coordinator:
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         """Replace the access-control list of a namespace's groups; None removes it."""
         self._refuse_if_stopping()
-        await self._engine.carry_out(self._set_access(tenant, namespace, acl))
+        await self._engine.changes.carry_out(self._set_access(tenant, namespace, acl))
 
     async def _set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
         try:

@@ -12,7 +12,7 @@ from agent.coordinator import limits
 from agent.coordinator.api import LONG_BODY
 from agent.coordinator.auth import password_checks, tokens
 from agent.coordinator.auth.limits import MOST_KEYS
-from agent.coordinator.engine import MAX_CHANGES
+from agent.coordinator.changes import MAX_CHANGES
 from agent.coordinator.limits import (
     MAX_LOGGED,
     MAX_SPARE,

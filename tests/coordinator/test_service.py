@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from agent.coordinator import engine, service
+from agent.coordinator import changes, engine, service
 from agent.coordinator.store import Stored
 from agent.core.group_state import (
     AddSession,
@@ -275,7 +275,7 @@ async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers that give up and come back must not fill the memory while the store hangs."""
-    monkeypatch.setattr(engine, "MAX_CHANGES", 10)
+    monkeypatch.setattr(changes, "MAX_CHANGES", 10)
     await join(stage, "a")
     stage.store.free.clear()
     overrides = (SetOverride("a", RoleOverride.PRIMARY), SetOverride("a", RoleOverride.OFF))
@@ -291,6 +291,26 @@ async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
     await asyncio.wait(asked)
     assert sum(task.exception() is None for task in asked) == 10
     await stage.coordinator.apply(KEY, overrides[0])
+
+
+async def test_a_change_that_still_waits_when_its_caller_hangs_up_is_dropped(stage: Stage) -> None:
+    """The one that is being written is finished: it may be durable already."""
+    await join(stage, "a", "b")
+    stage.store.free.clear()
+    begun = asyncio.create_task(
+        stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    )
+    waiting = asyncio.create_task(
+        stage.coordinator.apply(KEY, SetOverride("b", RoleOverride.PRIMARY))
+    )
+    await stage.settle()
+    begun.cancel()
+    waiting.cancel()
+    await asyncio.wait([begun, waiting])
+    stage.store.free.set()
+    await stage.settle()
+    overrides = {name: stage.coordinator.session(KEY, name).record.override for name in ("a", "b")}
+    assert overrides == {"a": RoleOverride.PRIMARY, "b": RoleOverride.OFF}
 
 
 async def test_progress_is_durable_within_a_second(stage: Stage) -> None:

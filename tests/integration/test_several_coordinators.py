@@ -22,6 +22,7 @@ from tests.coordinator.raw import Raw
 from tests.etcd import EtcdServer, an_etcd
 
 from .disks import WRITES_OF_ETCD, slow_disk
+from .requests import request
 from .stage import Agent, Coordinator, Stage, ask, free_port, until
 
 TIMING = ("--failover-timeout=3", "--demote=0.25", "--margin=0.6", "--beat=0.3")
@@ -60,6 +61,15 @@ def number(coordinator: Coordinator, name: str) -> float:
     with urllib.request.urlopen(f"{base}/metrics", timeout=10) as page:
         lines = page.read().decode().splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+def answered(coordinator: Coordinator, route: str, code: int) -> float:
+    """How many requests of a route a coordinator has answered with a status."""
+    name = f'failover_coordinator_requests_total{{code="{code}",route="{route}"}}'
+    try:
+        return number(coordinator, name)
+    except StopIteration:  # none so far
+        return 0
 
 
 def leads(coordinator: Coordinator) -> int:
@@ -270,6 +280,56 @@ def test_r19_a_coordinator_is_asked_by_the_name_that_it_advertises(
 
     assert status(f"coordinator-1.example:{port}") == 200
     assert status(f"coordinator-2.example:{port}") == 403
+
+
+@pytest.mark.parametrize("frozen", ["leader", "follower"])
+def test_a_change_is_not_carried_out_after_its_caller_has_hung_up(
+    stage: Stage, etcd: EtcdServer, frozen: str
+) -> None:
+    """An override waits in a frozen coordinator. Its caller gives up, and another override is acknowledged."""
+    leader, follower = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    override = an_override(follower)
+    one, other = (leader, follower) if frozen == "leader" else (follower, leader)
+    one.send(signal.SIGSTOP)
+    ask_and_hang_up(one, override, {"Value": 1})
+    until(lambda: other.ask("POST", override, {"Value": 0}).status == 200, "an override")
+    one.send(signal.SIGCONT)
+    until(lambda: one.ask("GET", "groups/g").status == 200, "the thawed coordinator to answer")
+    check_override(other, 0)
+
+
+def test_a_forwarded_change_is_not_carried_out_after_its_caller_has_hung_up(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    leader, follower = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    override = an_override(follower)
+    leader.send(signal.SIGSTOP)
+    ask_and_hang_up(follower, override, {"Value": 1})
+    until(lambda: answered(follower, "set_override", 499) == 1, "the follower to drop the request")
+    leader.send(signal.SIGCONT)
+    until(lambda: leader.ask("GET", "groups/g").status == 200, "the thawed leader to answer")
+    check_override(follower, 0)
+
+
+def an_override(coordinator: Coordinator) -> str:
+    """The path of the override of a new session."""
+    group = {"Id": "g", "FailoverTimeout": "00:00:30"}
+    assert coordinator.ask("POST", "groups", group).status == 201
+    assert coordinator.ask("POST", "groups/g/clientsessions", {"Id": "s"}).status == 201
+    return "groups/g/clientsessions/s/roleoverride"
+
+
+def ask_and_hang_up(coordinator: Coordinator, path: str, body: object) -> None:
+    with pytest.raises(OSError, match="timed out"):
+        request("POST", f"{coordinator.endpoint}/{path}", body, timeout_s=0.3)
+
+
+def check_override(coordinator: Coordinator, value: int) -> None:
+    """For a second it keeps this value."""
+    end_at = time.monotonic() + 1.0
+    while time.monotonic() < end_at:
+        assert coordinator.ask("GET", "groups/g/clientsessions/s").body["RoleOverride"] == value
+        time.sleep(0.05)
 
 
 def test_r19_a_forwarded_request_is_not_forwarded_again(stage: Stage, etcd: EtcdServer) -> None:

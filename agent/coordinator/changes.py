@@ -1,0 +1,58 @@
+"""The tasks that change something in the store.
+
+Owns when a change whose caller disconnects is finished, and how many may be in progress.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from agent.errors import unavailable
+
+MAX_CHANGES = 20_000
+"""The most changes in progress, one for each connection: while the store hangs, callers come back again and again."""
+
+T = TypeVar("T")
+
+
+class Changes:
+    """The changes in progress."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._begun: WeakSet[asyncio.Task[Any] | None] = WeakSet()
+
+    def begin(self) -> None:
+        """Record that the task that calls this is about to write: from now on it is finished in any case."""
+        self._begun.add(asyncio.current_task())
+
+    async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
+        """Await a change. If the caller is cancelled, a change that has begun is finished, and another is dropped.
+
+        Raises:
+            Unavailable: too many are in progress.
+        """
+        if len(self._tasks) >= MAX_CHANGES:
+            change.close()
+            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
+        task = self.spawn(change)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task not in self._begun:
+                task.cancel()
+            raise
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that is finished even if its caller is cancelled."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def wait_until_all_are_done(self) -> None:
+        """Wait for the changes in progress, and for those that they start."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
