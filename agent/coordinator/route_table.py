@@ -293,7 +293,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.SessionRequest,
         refusals=(404, 409),
-        bound_to_run=True,
+        bound_to_instance=True,
     ),
     Route(
         "GET",
@@ -322,7 +322,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.HeartbeatRequest,
         refusals=(404, 409, 429),
-        bound_to_run=True,
+        bound_to_instance=True,
     ),
     Route(
         "POST",
@@ -343,7 +343,7 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.ReleaseRequest,
         refusals=(404,),
-        bound_to_run=True,
+        bound_to_instance=True,
     ),
 )
 

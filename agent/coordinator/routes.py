@@ -70,7 +70,7 @@ class Route:
         for_administrators: whether the call manages access, which configured administrators may always do.
         body: the shape of its body.
         refusals: statuses in addition to those of every call.
-        bound_to_run: whether a call of an agent is bound to one run of it, or to a tenure, so that a late one harms nobody.
+        bound_to_instance: whether it is bound to an instance or a tenure, so that a late call harms nobody.
     """
 
     method: str
@@ -84,12 +84,12 @@ class Route:
     query: tuple[Parameter, ...] = ()
     bases: tuple[str, ...] = BASES
     for_administrators: bool = False
-    bound_to_run: bool = False
+    bound_to_instance: bool = False
 
     @property
     def may_come_late(self) -> bool:
         """Whether the call may be carried out after its caller has hung up."""
-        return self.method == "GET" or self.bound_to_run
+        return self.method == "GET" or self.bound_to_instance
 
     @property
     def name(self) -> str:

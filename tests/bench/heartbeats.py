@@ -22,8 +22,8 @@ disturbs less than heartbeats for each second; both are printed, with the ratio 
 instead of a revision is uvicorn with httptools and uvloop alone: it reads each body and gives a constant
 answer, as large as a heartbeat's. "memory" is this coordinator with nothing durable, "etcd" is this
 coordinator on an etcd of one member, and "follower" one of two such coordinators, of which the other leads
-all groups, on the core of this generator; the processor time is that of the one that is asked. With --serving
-both that are compared are served in such a way.
+all groups, on another core with etcd; the follower shares its core with this generator. The processor time is that
+of the one that is asked. With --serving both that are compared are served in such a way.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
@@ -333,12 +333,13 @@ def coordinator(
     store: str = "sqlite",
     etcd: str | None = None,
     core: int = 0,
+    load_core: int = -1,
 ) -> Iterator[tuple[str, int, int]]:
-    """A coordinator on one core, this process on another: host, port and process id.
+    """A coordinator on one core, this process on another one or the same: host, port and process id.
 
     ``tree`` is a checkout whose code is run, rather than this program's own; ``store`` is one of ALONE, of
     which "bare" runs the bare server in its place; ``etcd`` is the URL of its store, if that is not one of those;
-    ``core`` is the number of its core among those of this process.
+    ``core`` and ``load_core`` are the numbers of both cores among those of this process.
     """
     program = ["-m", "agent", "serve"]
     if args.profile:
@@ -363,7 +364,7 @@ def coordinator(
             assert server.stderr is not None
             url = next(line.split("url=")[1].strip() for line in server.stderr if "url=" in line)
             log = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
-            os.sched_setaffinity(0, {CORES[-1]})
+            os.sched_setaffinity(0, {CORES[load_core]})
             host, _, port = url.removeprefix("http://").rpartition(":")
             try:
                 yield host, int(port), server.pid
@@ -402,7 +403,10 @@ def serving(
             coordinator(args, tree, etcd=url, core=0 if kind == "etcd" else -1)
         )
         wait_until_leading(*leader[:2])
-        yield leader if kind == "etcd" else stack.enter_context(coordinator(args, tree, etcd=url))
+        if kind == "etcd":
+            yield leader
+        else:
+            yield stack.enter_context(coordinator(args, tree, etcd=url, load_core=0))
 
 
 def wait_until_leading(host: str, port: int) -> None:
