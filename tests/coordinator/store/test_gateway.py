@@ -85,6 +85,39 @@ async def test_a_read_is_sent_again_before_its_answer_is_given_up() -> None:
             await etcd.aclose()
 
 
+@pytest.mark.parametrize("fails", ["first", "second"])
+async def test_an_attempt_that_fails_decides_nothing_while_the_other_is_unanswered(
+    fails: str,
+) -> None:
+    """The member that is asked next may be of another etcd cluster, and the one that hangs may be killed."""
+    resent = asyncio.Event()
+
+    async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        await resent.wait()
+        if fails == "second":
+            await asyncio.sleep(0.1)
+            writer.write(ANSWER)
+            await reader.read()
+        writer.close()
+
+    async def second(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        resent.set()
+        if fails == "first":
+            await asyncio.sleep(0.1)
+            writer.write(ANSWER)
+            await reader.read()
+        writer.close()
+
+    async with members(first, second) as urls:
+        etcd = Etcd(Gateway(urls, leave_after_s=0.1), 1.5)
+        try:
+            assert await etcd.get("/absent") is None
+        finally:
+            await etcd.aclose()
+
+
 async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_request() -> None:
     """As with a host that is off. Nothing was sent, so a change is safe with the next member, too."""
     with socket.socket() as full, ExitStack() as stack:
