@@ -81,7 +81,7 @@ RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
 MAX_CHANGES = 20_000
-"""The most changes in progress, one for each connection: while the store hangs, callers come back again and again."""
+"""The most changes in progress, or reads that callers share: while the store hangs, callers come back again and again."""
 
 FAILURE_MEMORY_S = 10.0
 """How long a store counts as unusable after a failure, unless a write succeeds earlier."""
@@ -366,14 +366,14 @@ class Engine:
             raise unavailable(str(error)) from error
 
     async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
-        """Finish a change even if its caller disconnects. Raises Unavailable if too many are in progress."""
-        if len(self._tasks) >= MAX_CHANGES:
-            change.close()
-            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
-        return await asyncio.shield(self.spawn(change))
+        """Finish a change even if its caller disconnects. Raises as ``spawn`` does."""
+        return await asyncio.shield(self.spawn(change, bounded=True))
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that is finished even if its caller is cancelled."""
+    def spawn(self, work: Coroutine[Any, Any, T], *, bounded: bool = False) -> asyncio.Task[T]:
+        """Start a task that is finished even if its caller is cancelled. ``bounded``: raise Unavailable if too many run."""
+        if bounded and len(self._tasks) >= MAX_CHANGES:
+            work.close()
+            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -177,7 +177,7 @@ async def test_a_member_that_hangs_takes_up_its_own_connections_only(
     """Requests that wait for it must not keep those that are sent again from the other members."""
     monkeypatch.setattr("agent.coordinator.store.etcd_client.CONNECTIONS", 2)
     async with members(hang, answer) as urls:
-        gateway = Gateway(urls, leave_after_s=0.05)
+        gateway = Gateway(urls, leave_after_s=0.3)
         waiting = [asyncio.create_task(gateway.post("/v3/kv/txn", {}, 30.0)) for _ in range(4)]
         try:
             await left(gateway, urls[0])
