@@ -339,7 +339,7 @@ class Gateway:
         self._login = login
         self._leave_after_s = leave_after_s
         self._token: str | None = None
-        self._logging_in = asyncio.Lock()
+        self._logging_in = {endpoint: asyncio.Lock() for endpoint in self._endpoints}
         self._clients = {
             endpoint: httpx2.AsyncClient(
                 verify=tls or False,  # without a context all endpoints are plain http
@@ -418,7 +418,7 @@ class Gateway:
 
     async def _authenticate(self, endpoint: str, old: str | None) -> None:
         assert self._login is not None  # noqa: S101 - the callers have checked it
-        async with self._logging_in:
+        async with self._logging_in[endpoint]:
             if self._token == old:
                 body = {"name": self._login.name, "password": self._login.password}
                 answer = await self._send(endpoint, "/v3/auth/authenticate", body, None)
@@ -493,8 +493,8 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     if status == httpx2.codes.OK:
         return answer
     message = answer.get("message") or answer.get("error") or f"status {status}"
-    code = int(answer.get("code", 2))
+    code = answer.get("code")
     text = f"etcd at {endpoint} refuses: {message}"
-    if code in _DEFINITE_CODES:
+    if isinstance(code, int) and code in _DEFINITE_CODES:
         raise EtcdRefused(text, code)
     raise EtcdUnknown(text)
