@@ -11,7 +11,7 @@ from weakref import WeakSet
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most changes in progress, one for each connection: while the store hangs, callers come back again and again."""
+"""The most changes in progress, or reads that callers share: while the store hangs, callers come back again and again."""
 
 T = TypeVar("T")
 
@@ -30,13 +30,9 @@ class Changes:
     async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
         """Await a change. If the caller is cancelled, a change that has begun is finished, and another is dropped.
 
-        Raises:
-            Unavailable: too many are in progress.
+        Raises as ``spawn`` does.
         """
-        if len(self._tasks) >= MAX_CHANGES:
-            change.close()
-            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
-        task = self.spawn(change)
+        task = self.spawn(change, bounded=True)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -44,8 +40,11 @@ class Changes:
                 task.cancel()
             raise
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that is finished even if its caller is cancelled."""
+    def spawn(self, work: Coroutine[Any, Any, T], *, bounded: bool = False) -> asyncio.Task[T]:
+        """Start a task that is finished even if its caller is cancelled. ``bounded``: raise Unavailable if too many run."""
+        if bounded and len(self._tasks) >= MAX_CHANGES:
+            work.close()
+            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

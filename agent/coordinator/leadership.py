@@ -302,7 +302,8 @@ class Leadership:
         """
         sent_at, member, live = self._boottime(), self.member, self._layout.live
         term, found = await asyncio.gather(
-            self._etcd.keep_alive(self._lease_id), self._etcd.range(read(live, end_of(live)))
+            self._etcd.keep_alive(self._lease_id),
+            self._etcd.range(read(live, end_of(live)), once=True),
         )
         if term is None:
             raise SessionOver("etcd has ended the lease")

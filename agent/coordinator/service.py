@@ -167,7 +167,7 @@ class Coordinator:
                     f"There are {len(self._engine.groups)} groups, the most that this coordinator allows.",
                     "Delete groups that are not used any more, or raise max_groups.",
                 )
-            task = self._engine.changes.spawn(self._engine.create(key, config))
+            task = self._engine.changes.spawn(self._engine.create(key, config), bounded=True)
             self._creating[key] = task
             task.add_done_callback(lambda _: self._creating.pop(key))
             created = await asyncio.shield(task)
@@ -327,7 +327,8 @@ class Coordinator:
         if reading is None:  # callers at the same time share one read
             if len(self._access) >= MAX_NAMESPACES_CACHED:
                 self._access.pop(next(iter(self._access)))
-            reading = self._access[where] = self._engine.changes.spawn(self._read_access(where))
+            reading = self._engine.changes.spawn(self._read_access(where), bounded=True)
+            self._access[where] = reading
         return reading.result() if reading.done() else await asyncio.shield(reading)
 
     async def _read_access(self, where: tuple[str, str]) -> AccessList | None:

@@ -118,9 +118,9 @@ class DoesNotWait(KeepsLive):
 class ReadsFromAnyMember(Etcd):
     """Ranges are serializable reads: a member of etcd answers by what it has applied."""
 
-    async def range(self, body: Json) -> Found:
-        wanted = body["request_range"] | {"serializable": True}
-        return await super().range({"request_range": wanted})
+    async def range(self, what: Json, *, once: bool = False) -> Found:
+        wanted = what["request_range"] | {"serializable": True}
+        return await super().range({"request_range": wanted}, once=once)
 
 
 class TrustsAnyRenewal(Etcd):
@@ -129,8 +129,8 @@ class TrustsAnyRenewal(Etcd):
     async def keep_alive(self, lease: int) -> int | None:
         return None if await super().keep_alive(lease) is None else 0
 
-    async def range(self, body: Json) -> Found:
-        return replace(await super().range(body), term=0)
+    async def range(self, what: Json, *, once: bool = False) -> Found:
+        return replace(await super().range(what, once=once), term=0)
 
 
 PLANTED = {

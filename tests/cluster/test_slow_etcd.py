@@ -43,6 +43,34 @@ def test_r19_leadership_is_kept_if_renewing_takes_five_sixths_of_the_time_to_liv
     run_virtually(check())
 
 
+def test_r19_renewals_are_not_repeated_at_a_slow_etcd() -> None:
+    """They are sent beside each other already: each one twice would load an etcd that is slow with twice as many."""
+    sent: list[str] = []
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        node = await a_leader(world)
+        assert node.leadership is not None
+        node.link.delay_s = 0.3
+        await asyncio.sleep(TTL_S)
+        post = FakeTransport.post
+
+        async def count(transport: FakeTransport, path: str, body: Json, timeout_s: float) -> Json:
+            sent.append(path)
+            return await post(transport, path, body, timeout_s)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeTransport, "post", count)
+            await asyncio.sleep(20 * TTL_S)
+        assert node.leadership.begun == 1
+        await world.end()
+
+    run_virtually(check())
+    assert set(sent) == {"/v3/lease/keepalive", "/v3/kv/range"}
+    for path in set(sent):
+        assert 100 < sent.count(path) <= 20 * RENEWALS + 1
+
+
 def test_r19_leadership_begins_while_etcd_is_slow() -> None:
     async def check() -> None:
         world = World(1, coordinators=1, agents=0)

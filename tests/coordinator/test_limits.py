@@ -224,7 +224,7 @@ def test_the_memory_for_callers_and_its_bounds_are_in_the_operators_page() -> No
         f"| long answers that are being sent | {limits.MAX_UNSENT_BYTES >> 20} MiB of those above"
         f" {limits.PART_BYTES >> 10} KiB |",
         f"| bodies above {LONG_BODY // 1024} KiB |",
-        f"| changes that wait for the store | {MAX_CHANGES:,} |",
+        f"| changes, and reads of access lists, that wait for the store | {MAX_CHANGES:,} |",
         f"| callers without authentication that are behind with reading | {limits.MAX_STALLED} |",
         f"| connections beyond a limit | {limits.MAX_SPARE} at once |",
         f"| paths that are remembered | {PATHS_REMEMBERED:,}, of at most {LONGEST_REMEMBERED} bytes",

@@ -313,6 +313,36 @@ async def test_a_change_that_still_waits_when_its_caller_hangs_up_is_dropped(sta
     assert overrides == {"a": RoleOverride.PRIMARY, "b": RoleOverride.OFF}
 
 
+@pytest.mark.parametrize("what", ["access list", "group"])
+async def test_the_number_of_names_that_wait_for_the_store_is_bounded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A caller can name a new namespace or group in each request; giving up ends neither the read nor the creation."""
+    monkeypatch.setattr(changes, "MAX_CHANGES", 3)
+    free = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        await free.wait()
+
+    async def ask(number: int) -> None:
+        if what == "group":
+            key = KEY._replace(group=f"g{number}")
+            await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
+        else:
+            await stage.coordinator.access("default", f"n{number}")
+
+    monkeypatch.setattr(stage.store, "access", hang)
+    monkeypatch.setattr(stage.store, "create", hang)
+    asked = [asyncio.create_task(ask(number)) for number in range(30)]
+    await stage.settle()
+    refused = [task.exception() for task in asked if task.done()]
+    free.set()
+    await asyncio.wait(asked)
+    assert len(refused) == 27
+    assert all("3 changes wait for the store already" in str(one) for one in refused)
+    assert await stage.coordinator.access("default", "n29") is None
+
+
 async def test_progress_is_durable_within_a_second(stage: Stage) -> None:
     """R13; and it changes neither the group's record nor its version."""
     await join(stage, "a")

@@ -212,9 +212,9 @@ class Etcd:
         found = await self.range(read(key))
         return found.keys[0] if found.keys else None
 
-    async def range(self, what: Json) -> Found:
-        """Keys, as the majority of etcd has them; ``what`` is made by ``read``."""
-        answer = await self._post("/v3/kv/range", what["request_range"])
+    async def range(self, what: Json, *, once: bool = False) -> Found:
+        """Keys, as the majority of etcd has them; ``what`` is made by ``read``. ``once``: it is not sent again."""
+        answer = await self._post("/v3/kv/range", what["request_range"], once=once)
         return _found(answer, _header(answer, "revision"), _header(answer, "raft_term"))
 
     async def txn(
@@ -222,7 +222,7 @@ class Etcd:
     ) -> Done:
         """One transaction: ``then`` if all conditions hold. It is sent once."""
         body = {"compare": list(conditions), "success": list(then), "failure": list(otherwise)}
-        answer = await self._transport.post("/v3/kv/txn", body, self.timeout_s)
+        answer = await self._post("/v3/kv/txn", body, once=True)
         revision = _header(answer, "revision")
         answers = tuple(
             _found(one["response_range"], revision) if "response_range" in one else None
@@ -235,12 +235,12 @@ class Etcd:
         return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
 
     async def keep_alive(self, lease: int) -> int | None:
-        """Renew a lease; return the Raft term of the member that answered, or None if the lease is gone.
+        """Renew a lease; return the Raft term of the member that answered, or None if the lease is gone. It is sent once.
 
         etcd's leader renews a lease without asking a majority, and may have been deposed without knowing it. A
         range read with the same term, sent at the same time, proves that it was not deposed before that.
         """
-        answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
+        answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)}, once=True)
         result = answer.get("result", {})
         return _header(result, "raft_term") if int(result.get("TTL", 0)) > 0 else None
 
@@ -266,18 +266,21 @@ class Etcd:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def _post(self, path: str, body: Json) -> Json:
-        """Send a request that may be repeated; send it again if no answer has come for a while."""
-        attempts: set[asyncio.Task[Json]] = set()
+    async def _post(self, path: str, body: Json, *, once: bool = False) -> Json:
+        """Send a request; unless ``once``, send it again if no answer has come for a while.
+
+        An attempt that fails decides nothing while the other one may still be answered.
+        """
+        patience_s, left_s = RESEND_SHARE * self.timeout_s, (1 - RESEND_SHARE) * self.timeout_s
+        attempts = {asyncio.create_task(self._transport.post(path, body, self.timeout_s))}
         try:
-            for patience_s in (RESEND_SHARE * self.timeout_s, None):
-                attempts.add(asyncio.create_task(self._transport.post(path, body, self.timeout_s)))
-                answered, _ = await asyncio.wait(
-                    attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if answered:
-                    break
-            return answered.pop().result()
+            ended, other = await asyncio.wait(attempts, timeout=None if once else patience_s)
+            if not ended:
+                attempts.add(asyncio.create_task(self._transport.post(path, body, left_s)))
+                ended, other = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+            if other and isinstance(next(iter(ended)).exception(), EtcdUnknown | EtcdUnreachable):
+                ended, _ = await asyncio.wait(other)
+            return min(ended, key=lambda one: one.exception() is not None).result()
         finally:
             for attempt in attempts:
                 _ = attempt.cancel() or attempt.exception()  # so that asyncio logs none
@@ -336,7 +339,7 @@ class Gateway:
         self._login = login
         self._leave_after_s = leave_after_s
         self._token: str | None = None
-        self._logging_in = asyncio.Lock()
+        self._logging_in = {endpoint: asyncio.Lock() for endpoint in self._endpoints}
         self._clients = {
             endpoint: httpx2.AsyncClient(
                 verify=tls or False,  # without a context all endpoints are plain http
@@ -365,10 +368,8 @@ class Gateway:
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         """Send one request and read its answer."""
         asked, error = self.endpoint, None
-        loop = asyncio.get_running_loop()
-        # Other requests may have left this member by then.
         leave_s = min(timeout_s, self._leave_after_s or timeout_s)
-        leaving = loop.call_later(leave_s, lambda: self._leave(asked))
+        leaving = asyncio.get_running_loop().call_later(leave_s, lambda: self._leave(asked))
         try:
             async with asyncio.timeout(timeout_s):
                 for _ in self._endpoints:
@@ -417,7 +418,7 @@ class Gateway:
 
     async def _authenticate(self, endpoint: str, old: str | None) -> None:
         assert self._login is not None  # noqa: S101 - the callers have checked it
-        async with self._logging_in:
+        async with self._logging_in[endpoint]:
             if self._token == old:
                 body = {"name": self._login.name, "password": self._login.password}
                 answer = await self._send(endpoint, "/v3/auth/authenticate", body, None)
@@ -492,8 +493,8 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     if status == httpx2.codes.OK:
         return answer
     message = answer.get("message") or answer.get("error") or f"status {status}"
-    code = int(answer.get("code", 2))
+    code = answer.get("code")
     text = f"etcd at {endpoint} refuses: {message}"
-    if code in _DEFINITE_CODES:
+    if isinstance(code, int) and code in _DEFINITE_CODES:
         raise EtcdRefused(text, code)
     raise EtcdUnknown(text)

@@ -7,7 +7,13 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
-from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, EtcdUnreachable, Gateway
+from agent.coordinator.store.etcd_client import (
+    Etcd,
+    EtcdUnknown,
+    EtcdUnreachable,
+    Gateway,
+    Login,
+)
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 TIMEOUT_S = 0.2
@@ -85,6 +91,57 @@ async def test_a_read_is_sent_again_before_its_answer_is_given_up() -> None:
             await etcd.aclose()
 
 
+async def test_a_member_that_hangs_at_the_login_does_not_delay_a_login_elsewhere() -> None:
+    """At the start of a coordinator, or when a token has expired."""
+
+    async def login(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            body = b'{"token":"t"}' if b"/v3/auth/authenticate" in asked else b"{}"
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with members(hang, login) as urls:
+        etcd = Etcd(Gateway(urls, login=Login("name", "password"), leave_after_s=0.1), 1.5)
+        try:
+            async with asyncio.timeout(1.4):
+                assert await etcd.get("/absent") is None
+        finally:
+            await etcd.aclose()
+
+
+@pytest.mark.parametrize("fails", ["first", "second"])
+async def test_an_attempt_that_fails_decides_nothing_while_the_other_is_unanswered(
+    fails: str,
+) -> None:
+    """The member that is asked next may be of another etcd cluster, and the one that hangs may be killed."""
+    resent = asyncio.Event()
+
+    async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        await resent.wait()
+        if fails == "second":
+            await asyncio.sleep(0.1)
+            writer.write(ANSWER)
+            await reader.read()
+        writer.close()
+
+    async def second(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        resent.set()
+        if fails == "first":
+            await asyncio.sleep(0.1)
+            writer.write(ANSWER)
+            await reader.read()
+        writer.close()
+
+    async with members(first, second) as urls:
+        etcd = Etcd(Gateway(urls, leave_after_s=0.1), 1.5)
+        try:
+            assert await etcd.get("/absent") is None
+        finally:
+            await etcd.aclose()
+
+
 async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_request() -> None:
     """As with a host that is off. Nothing was sent, so a change is safe with the next member, too."""
     with socket.socket() as full, ExitStack() as stack:
@@ -107,6 +164,25 @@ async def test_a_member_to_which_no_connection_comes_about_is_left_by_the_same_r
             finally:
                 await gateway.aclose()
                 await alone.aclose()
+
+
+@pytest.mark.parametrize("code", [b'"NotFound"', b"[5]", b"null"])
+async def test_an_error_of_another_service_is_named(code: bytes) -> None:
+    """As when etcd_endpoint is the URL of something else that speaks JSON."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = b'{"code":%b,"message":"no such page"}' % code
+        await reader.read(65536)
+        writer.write(b"HTTP/1.1 404 No\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await hang(reader, writer)
+
+    async with members(refuse) as urls:
+        gateway = Gateway(urls)
+        try:
+            with pytest.raises(EtcdUnknown, match=f"etcd at {urls[0]} refuses: no such page"):
+                await gateway.post("/v3/kv/range", {}, 5.0)
+        finally:
+            await gateway.aclose()
 
 
 async def left(gateway: Gateway, endpoint: str) -> None:
@@ -144,7 +220,7 @@ async def test_a_member_that_hangs_takes_up_its_own_connections_only(
     """Requests that wait for it must not keep those that are sent again from the other members."""
     monkeypatch.setattr("agent.coordinator.store.etcd_client.CONNECTIONS", 2)
     async with members(hang, answer) as urls:
-        gateway = Gateway(urls, leave_after_s=0.05)
+        gateway = Gateway(urls, leave_after_s=0.3)
         waiting = [asyncio.create_task(gateway.post("/v3/kv/txn", {}, 30.0)) for _ in range(4)]
         try:
             await left(gateway, urls[0])
