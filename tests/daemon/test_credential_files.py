@@ -217,6 +217,17 @@ async def test_a_file_system_that_hangs_holds_up_no_loop_and_is_one_line(
         again.set()
 
 
+async def test_a_thread_that_cannot_be_started_is_not_reported_as_a_slow_disk(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", start)
+    with pytest.raises(ConfigError, match="test files: no thread can be started: can't start"):
+        await site.credentials.load("test", site.files, site.load, site.use)
+
+
 async def test_without_files_nothing_is_followed(site: Site) -> None:
     await site.credentials.load("test", (), lambda: "x", site.use)
     await site.credentials.reload()
