@@ -62,6 +62,15 @@ def read_regular(path: Path, most: int, *, trusted_link: bool = False) -> bytes:
         return file.read(most + 1)
 
 
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of any file, even of a pipe. Raises OSError, also for more than ``most`` bytes."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+    return content
+
+
 def stat_file(path: Path) -> os.stat_result:
     """The status of a file or directory; a link is not followed. Raises OSError."""
     found = _open_path(path, trusted_link=False)

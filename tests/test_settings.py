@@ -271,6 +271,7 @@ def test_an_unknown_variable_is_refused_without_its_value(monkeypatch: pytest.Mo
         (b'group = "a"\nbeat = = 1\n', "line 2"),
         (b"group = '\xff'\n", "UTF-8 (byte 9)"),
         (b"a = " + b"[" * 10_000, "not TOML"),
+        (b"#" * (1 << 20) + b"\n", "cannot be read: it has more than 1048576 bytes"),
     ],
 )
 def test_a_file_that_is_not_toml_is_refused_with_the_place(

@@ -61,7 +61,9 @@ class SettingsProcess:
     def __init__(self, arguments: Sequence[str], *, debug: bool) -> None:
         flags = ["--debug"] if debug else []
         self._document = os.memfd_create("settings")
-        start = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(self._document)]
+        # It ends itself, too, as this process may be killed meanwhile.
+        program = f"import signal; signal.alarm({int(READ_S + END_S)})\n{PROGRAM}"
+        start = [sys.executable, "-P", "-c", program, json.dumps(sys.path), str(self._document)]
         try:
             # In its own process group: Ctrl-C is for this process, which then waits for it.
             self._process = Popen(

@@ -156,8 +156,10 @@ def _log_failure(watched: _Watched, error: FailoverError) -> None:
 async def _run(watched: _Watched, work: Callable[[], T]) -> T:
     try:
         return await watched.lane.run(work, timeout_s=LONGEST_LOAD_S)
-    except (TimeoutError, StuckError):
+    except TimeoutError:
         raise ConfigError(
             f"reading {', '.join(map(str, watched.files))} took longer than {LONGEST_LOAD_S:g} s;"
             " the file system that it is on must answer"
         ) from None
+    except StuckError as error:
+        raise ConfigError(str(error)) from None

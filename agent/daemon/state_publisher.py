@@ -155,7 +155,9 @@ class StatePublisher:
         try:
             await self._lane.run(lambda: self._state_file.write(state), timeout_s=FIRST_WRITE_S)
         except (OSError, TimeoutError, StuckError) as error:
-            why = getattr(error, "strerror", None) or f"not within {FIRST_WRITE_S:g} s"
+            why = (
+                getattr(error, "strerror", None) or str(error) or f"not within {FIRST_WRITE_S:g} s"
+            )
             return ConfigError(
                 f"state file {self.path} cannot be written ({why}): make room for it, or choose"
                 " another --state-file",

@@ -7,6 +7,7 @@ Knows nothing of what the lines mean.
 Not promised: that a line was written when the process is killed. ``flush`` waits, up to a limit.
 """
 
+import _thread
 import io
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 MOST_BYTES = 256 * 1024
@@ -54,10 +56,21 @@ class LineWriter:
         self._queue: deque[_Entry] = deque()
         self._bytes = 0
         self._working = True
-        self._thread: threading.Thread | None = None
+        self._started = False
         # Reentrant: a signal handler that logs may interrupt put() in the same thread.
         self._changed = threading.Condition(threading.RLock())
         os.register_at_fork(after_in_child=self._on_fork)
+
+    def start(self) -> None:
+        """Start the thread, unless that is done. ``put`` does it, too, but there may be no thread left then.
+
+        ``threading.Thread.start`` would wait until the thread runs: for ever, if memory is lacking.
+        """
+        with self._changed:
+            if not self._started:
+                with suppress(RuntimeError, MemoryError):  # the next line tries again
+                    _thread.start_new_thread(self._work, ())
+                    self._started = True
 
     def put(self, line: str, *, bulk: bool = False) -> None:
         """Queue a line, without its newline, or drop it. Never blocks, never raises.
@@ -75,12 +88,12 @@ class LineWriter:
             if self._missing and self._bytes <= RESUME_BYTES:
                 self._append_report()
             self._append(_Entry(data, 0))
-            self._start()
+        self.start()
 
     def flush(self, limit_s: float) -> bool:
         """Wait until every line is written or dropped; return False if the limit is over first."""
         with self._changed:
-            if self._thread is None:
+            if not self._started:
                 return not self._queue
             return self._changed.wait_for(lambda: not self._queue, limit_s)
 
@@ -100,17 +113,6 @@ class LineWriter:
         missing, self._missing = self._missing, 0
         data = self.report(missing).encode(errors="backslashreplace") + b"\n"
         self._append(_Entry(data, missing))
-
-    def _start(self) -> None:
-        if self._thread is None:
-            thread = threading.Thread(target=self._work, name="log", daemon=True)
-            try:
-                thread.start()
-            except (
-                RuntimeError
-            ):  # no memory, or the interpreter is ending: the next line tries again
-                return
-            self._thread = thread
 
     def _work(self) -> None:
         # Leave signals to the main thread, which may be blocked in a call that they have to interrupt.
@@ -151,7 +153,7 @@ class LineWriter:
     def _on_fork(self) -> None:
         """In a forked child, forget the parent's lines, its thread, and a lock that the thread may have held."""
         self._changed = threading.Condition(threading.RLock())
-        self._thread = None
+        self._started = False
         self._queue.clear()
         self._bytes = self._missing = 0
 

@@ -235,6 +235,7 @@ def _handler_of(stream: TextIO, formatter: LineFormatter) -> logging.Handler:
         return formatter.format(record)
 
     writer.report = report
+    writer.start()
     if stream is sys.__stderr__:  # other output, such as tracebacks, must not block either
         sys.stderr = StderrLines(writer)
     return _QueueHandler(writer, formatter)

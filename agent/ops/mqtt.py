@@ -8,7 +8,6 @@ import asyncio
 import logging
 import random
 import ssl
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
+from agent.ops.reserve import run_in_thread
 from agent.ops.tls import client_context, load_pair
 from agent.schema.addresses import Address
 from agent.schema.mqtt import Broker
@@ -135,7 +135,8 @@ class CurrentAccess:
             )
         except (ConfigError, TimeoutError, StuckError) as error:
             if not self._failing:
-                log.error("credentials not changed", of=self._where, reason=error)  # noqa: TRY400 - no traceback needed
+                reason = str(error) or f"not read within {self._settings.limit:g} s"
+                log.error("credentials not changed", of=self._where, reason=reason)  # noqa: TRY400 - no traceback needed
             self._failing = True
         else:
             self._failing = False
@@ -267,7 +268,7 @@ class _Client(aiomqtt.Client):
             with suppress(RuntimeError):  # the loop is closed, since the process is exiting
                 loop.call_soon_threadsafe(settle, failed)
 
-        threading.Thread(target=work, name="mqtt-connect", daemon=True).start()
+        run_in_thread(work, vital=False)
         await done
 
     def leave(self) -> None:

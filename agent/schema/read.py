@@ -18,6 +18,7 @@ import pydantic
 from pydantic_settings import EnvSettingsSource, SettingsConfigDict
 
 from agent.errors import ConfigError, ExitCode
+from agent.files import read_bounded
 from agent.schema.errors import (
     MOST_FAULTS,
     Fault,
@@ -269,7 +270,7 @@ class Sources(Generic[S]):
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        return tomllib.loads(read_bounded(path, 1 << 20).decode())
     except FileNotFoundError:
         reason = "there is no such file: name one that exists, or leave --config out"
     except OSError as error:

@@ -1,5 +1,7 @@
 """The process that reads an agent's settings: what is handed back, and what its end says."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,23 @@ def test_a_reader_that_hangs_is_killed_at_its_limit(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match=r"within 0\.2 s"):
         reading.receive()
     assert children() == before
+
+
+def test_a_reader_that_hangs_ends_even_if_its_parent_was_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(settings_process, "READ_S", 1.0)
+    monkeypatch.setattr(settings_process, "END_S", 0.0)
+    os.mkfifo(tmp_path / "config")
+    before = children()
+    reading = SettingsProcess(("run", f"--config={tmp_path / 'config'}"), debug=False)
+    (child,) = children() - before
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    assert ended.si_status == signal.SIGALRM
+    monkeypatch.setattr(settings_process, "END_S", 1.0)
+    with pytest.raises(ConfigError, match="was ended by signal 14"):
+        reading.receive()
 
 
 def test_a_reader_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

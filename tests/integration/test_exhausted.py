@@ -152,6 +152,21 @@ def test_an_agent_without_free_tasks_that_is_cut_off_demotes_before_its_lease_ex
     assert other.end() == 0
 
 
+def test_an_agent_that_starts_without_free_tasks_reports_it(stage: Stage) -> None:
+    """Its reserved threads took the last tasks, so it ended with 40 and not one line."""
+    with limited_tasks("starting", 4) as folder:
+        enter = ["sh", "-c", f'echo $$ >{folder}/cgroup.procs; exec "$@"', "sh"]
+        words = ["--group=line-7", f"--state-file={stage.directory}/state", "--hook-limit=1"]
+        words += [
+            f"--hook-{role}={stage.hook('host-a', role)}" for role in ("primary", "secondary")
+        ]
+        agent = stage.process("host-a", "run", *words, before=enter)
+        assert agent.wait() == ExitCode.DEMOTION_FAILED
+    assert agent.lines("too few threads for a demotion can be started")
+    assert agent.lines("demotion failed")
+    assert "Traceback" not in agent.said()
+
+
 AT_TERM = """
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: os.execv(sys.executable, [sys.executable, "-S", sys.argv[1]]))

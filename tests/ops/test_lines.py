@@ -16,6 +16,7 @@ from agent.ops import lines
 from agent.ops.lines import LineWriter, StderrLines
 
 PATIENCE_S = 30.0
+TASKS = Path("/proc/self/task")
 QUICK_S = 5.0
 """For what takes milliseconds unless it blocks for ever."""
 
@@ -201,14 +202,34 @@ def test_a_child_between_fork_and_exec_can_log_while_the_thread_has_the_lock(pip
 
 
 def test_signals_are_left_to_the_main_thread(pipe: Pipe) -> None:
-    before = set(threading.enumerate())
+    before = set(TASKS.iterdir())
     writer = writer_to(pipe)
     writer.put("x")
     assert writer.flush(PATIENCE_S)
-    (thread,) = set(threading.enumerate()) - before
-    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    (thread,) = set(TASKS.iterdir()) - before
+    status = (thread / "status").read_text()
     blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
     assert int(blocked.split()[1], 16) & (1 << (signal.SIGTERM - 1))
+
+
+@pytest.mark.parametrize("refused", [RuntimeError, MemoryError, None])
+def test_a_thread_that_does_not_start_holds_up_no_caller_and_the_next_line_tries_again(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch, refused: type[Exception] | None
+) -> None:
+    """If memory is lacking, the kernel's thread may also end before it runs."""
+
+    def start(*_: object) -> None:
+        if refused is not None:
+            raise refused
+
+    writer = writer_to(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr("_thread.start_new_thread", start)
+        writer.put("one")
+        assert not writer.flush(0.01)
+    if refused is not None:
+        writer.put("two")
+        assert pipe.read_until("two") == ["one", "two"]
 
 
 def test_printed_text_is_written_line_by_line(pipe: Pipe) -> None:

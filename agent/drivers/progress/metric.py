@@ -57,8 +57,8 @@ class MetricReader:
                 found = await self._parsing.run(
                     lambda: parse_samples(lines, settings.metric, settings.labels)
                 )
-        except (TimeoutError, StuckError):
-            text = f"{settings.url} did not answer within {settings.limit:g} s"
+        except (TimeoutError, StuckError) as error:
+            text = str(error) or f"{settings.url} did not answer within {settings.limit:g} s"
             raise Refused(Reason.TOO_SLOW, text) from None
         except httpx2.HTTPError as error:
             text = f"{settings.url} cannot be read: {str(error) or type(error).__name__}"
