@@ -126,6 +126,7 @@ class RoleRunner:
                 clock,
                 Restart(settings.workload_restart),
                 on_workload_ended,
+                changed=on_groups_changed,
                 cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
                 mark=f"{instance}.workload",
             )
@@ -311,7 +312,6 @@ class RoleRunner:
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
             fault = await self.workload.start(payload_environment(payload))
-            self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
         if run.terminated:  # TERM also went to the processes it started, so even a success counts as a failed promotion
             await self._wait_until_gone(run)
