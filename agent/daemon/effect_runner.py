@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 EXIT_S = 2.0
 """How long the guard waits for the exit of an agent after a failed demotion and its fence command."""
 
+REFRESH_S = 2.0
+"""The longest interval between two publications: what changes without a step is not worth one at each iteration
+of the loop. A change of the processes that the guard has to know is reported at once."""
+
 RUN_WITHOUT_SESSION = -1
 """The run number of the demotion without the session."""
 
@@ -87,6 +91,7 @@ class EffectRunner:
     failsafe: "Failsafe | None" = None
     _joining: asyncio.Task[None] | None = None
     _following: bool = False
+    _refresh_at: float = float("-inf")
     _failsafe_log: FailsafeLog = field(default_factory=FailsafeLog)
 
     def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
@@ -96,6 +101,7 @@ class EffectRunner:
             effects: of one step.
             lease_until: the end of the lease before that step, on CLOCK_BOOTTIME.
         """
+        self._refresh_at = self.member.clock.boottime() + REFRESH_S
         self.guard_control.update()  # the guard has to know a hook before it starts, to undo it
         for effect in effects:
             self._perform(effect, lease_until)
@@ -105,6 +111,11 @@ class EffectRunner:
         if self.member.requests.joined_once:
             self.member.notify.status(self.state_publisher.status)
         self._log_failsafe()
+
+    def refresh(self, now: float) -> None:
+        """Publish anew if nothing has been published for ``REFRESH_S``. ``now`` is on CLOCK_BOOTTIME."""
+        if now >= self._refresh_at:
+            self.perform((), self.member.session.lease_until)
 
     def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
         member, start = self.member, self.supervisor.start

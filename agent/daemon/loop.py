@@ -15,7 +15,6 @@ import random
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +94,11 @@ class Daemon:
         self._load_failsafe = load_failsafe
         self._credentials = credentials or CredentialFiles()
         self._claim = state_file.claim
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
+        self._inbox: asyncio.Queue[Event | None] = asyncio.Queue(INBOX_SIZE)
         self._started = asyncio.Event()
         self._start_failure: FailoverError | None = None
         self._loop_error: BaseException | None = None
         self._task_has_failed = False
-        self._notified_at = float("-inf")
         self._announcer: Announcer | None = None
         self._supervisor = Supervisor(self._post_event, self._task_failed)
         self._previous_state = previous = read_previous(state_file)
@@ -368,15 +366,18 @@ class Daemon:
                 log.warning("process stalled", late_s=late_s, suspended_s=suspended_s)
                 member.stats.record_stall(suspended=suspended_s > SUSPENDED_S)
                 self._step(Stalled(max(late_s, suspended_s)), now)
-            self._notify_watchdogs()
+            member.notify.watchdog()
+            self._guard_control.check()
             self._step(event, clock.boottime())
 
     def _step(self, event: Event | None, now: float) -> None:
         """Step the session with an event, or with a Tick if that is due; then carry out and publish."""
         session = self._member.session
         lease_until = session.lease_until  # a step that demotes may clear it
-        due = event is not None or now >= session.wake_at
-        self._effects.perform(session.step(event or Tick(), now) if due else (), lease_until)
+        if event is not None or now >= session.wake_at:
+            self._effects.perform(session.step(event or Tick(), now), lease_until)
+        else:
+            self._effects.refresh(now)
 
     @property
     def _loop_interval_s(self) -> float:
@@ -386,15 +387,12 @@ class Daemon:
         return min(loop_interval_s, watchdog_s / 2) if watchdog_s is not None else loop_interval_s
 
     async def _next_event(self, due_s: float) -> Event | None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(due_s):
-                return await self._inbox.get()
-        return None
+        timer = asyncio.get_running_loop().call_later(due_s, self._wake)
+        try:
+            return await self._inbox.get()
+        finally:
+            timer.cancel()
 
-    def _notify_watchdogs(self) -> None:
-        member = self._member
-        watchdog_s, now = member.notify.watchdog_s, member.clock.boottime()
-        if watchdog_s is not None and now - self._notified_at >= watchdog_s / 4:
-            self._notified_at = now  # not at each iteration: the receiver's queue is short
-            member.notify.watchdog()
-        self._guard_control.check()
+    def _wake(self) -> None:
+        if self._inbox.empty():  # else the loop has an event to handle, and may have no room
+            self._inbox.put_nowait(None)

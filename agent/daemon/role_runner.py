@@ -116,7 +116,8 @@ class RoleRunner:
         self._tenure: TenureProcesses | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tracking: asyncio.Task[Any] | None = None
-        self._orphans = process.OrphanReaper(self._track_processes)
+        self._quiet_searches = 0
+        self._orphans = process.OrphanReaper(self._track_processes_again)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -125,6 +126,7 @@ class RoleRunner:
                 clock,
                 Restart(settings.workload_restart),
                 on_workload_ended,
+                changed=on_groups_changed,
                 cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
                 mark=f"{instance}.workload",
             )
@@ -274,9 +276,15 @@ class RoleRunner:
         if self._tenure is not None and (self._tracking is None or self._tracking.done()):
             self._tracking = self._start_task(self._track_processes_of(self._tenure))
 
+    def _track_processes_again(self) -> None:
+        """Track them unless none is left: only a process of the tenure, or the agent, starts further ones."""
+        if self._quiet_searches < proctree.QUIET_SEARCHES or self.workload is not None:
+            self._track_processes()
+
     async def _track_processes_of(self, tenure: TenureProcesses) -> None:
         before = tenure.roots
-        await tenure.track_processes()
+        none_left = await tenure.track_processes()
+        self._quiet_searches = self._quiet_searches + 1 if none_left else 0
         if tenure.roots != before and tenure is self._tenure:
             self._on_groups_changed()
 
@@ -304,7 +312,6 @@ class RoleRunner:
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
             fault = await self.workload.start(payload_environment(payload))
-            self._on_groups_changed()
             ok, why = fault is None, fault or "workload started"
         if run.terminated:  # TERM also went to the processes it started, so even a success counts as a failed promotion
             await self._wait_until_gone(run)
@@ -378,6 +385,7 @@ class RoleRunner:
         if run.role is Role.SECONDARY:
             self.demotion_hook_started = True
         elif self._tenure is not None:
+            self._quiet_searches = 0
             self._tenure.add(hook)
             for child in hook.children:
                 run.tree.add(child)

@@ -58,10 +58,11 @@ class TenureProcesses:
         """The roots of its process trees, as last tracked."""
         return self._tree.roots
 
-    async def track_processes(self, limit_s: float = SEARCH_S) -> None:
-        """Record which processes there are, before their parents end."""
+    async def track_processes(self, limit_s: float = SEARCH_S) -> bool:
+        """Record which processes there are, before their parents end; return whether there are none."""
         with suppress(StuckError):
-            await self._tree.find_in_thread(limit_s)
+            return not await self._tree.find_in_thread(limit_s)
+        return False
 
     async def find_hook_fault(self) -> str | None:
         """Why the demotion hook could not be run now: what it cannot end must not be started."""

@@ -63,6 +63,7 @@ class Workload:
         argv: program and arguments; a program without a slash is searched on PATH.
         ended: called when the command has ended by itself and is not restarted, with the exit status
             (128 + n for signal n), or None after too many failures.
+        changed: called when ``pgid`` and ``identity`` have changed: it was forked, or its process is gone.
         cgroup: the directory for a cgroup of its own, or None where none can be created.
         mark: identifies its processes (ops/process.py).
     """
@@ -74,6 +75,7 @@ class Workload:
         restart: Restart,
         ended: Callable[[int | None], None],
         *,
+        changed: Callable[[], None] = lambda: None,
         cgroup: Path | None = None,
         mark: str,
     ) -> None:
@@ -81,6 +83,7 @@ class Workload:
         self._clock = clock
         self._restart = restart
         self._ended = ended
+        self._changed = changed
         self._cgroup = cgroup
         self._mark = mark
         self._env: Mapping[str, str] = {}
@@ -184,6 +187,7 @@ class Workload:
         self._tree = ProcessTree(self._mark)
         child = self._child = Child(
             self._argv,
+            on_forked=self._changed,  # an exec may hang
             die_with_us=True,
             subreaper=False,
             cgroup=self._cgroup,
@@ -194,6 +198,7 @@ class Workload:
         child.start()
         failed = await child.launched()
         if failed is not None:
+            self._changed()
             return f"{self._argv[0]} could not be started: {failed.error}"
         self._tree.add(child)
         if self.cgroup is not None:
@@ -278,6 +283,7 @@ class Workload:
         if self._child is not None and self._child.ended:
             self._child.release()
             self._child = None
+            self._changed()
         if self._cgroup is not None:
             with suppress(OSError):
                 self._cgroup.rmdir()

@@ -50,6 +50,7 @@ class Notify:
         self._monotonic_ns = monotonic_ns
         self._socket: socket.socket | None = None
         self._status: str | None = None
+        self._watchdog_at = 0
         self._failing = False
         if self._address.startswith((b"/", b"\0")):
             try:
@@ -81,8 +82,11 @@ class Notify:
         self._send("STOPPING=1")
 
     def watchdog(self) -> None:
-        """Reset systemd's watchdog, if it has one for this process."""
-        if self.watchdog_s is not None:
+        """Reset systemd's watchdog, if it has one for this process and a quarter of its timeout has passed."""
+        now = self._monotonic_ns()
+        if self.watchdog_s is not None and now >= self._watchdog_at:
+            # Not at each call: the receiver's queue is short.
+            self._watchdog_at = now + int(self.watchdog_s / 4 * 1e9)
             self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:

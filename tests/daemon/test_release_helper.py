@@ -39,6 +39,7 @@ async def main():
     guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, epoch=int(sys.argv[2])))
     # an answer of the guard has no public effect
     while guardian._unanswered:
+        guardian.check()
         await asyncio.sleep(0.001)
     print("armed", flush=True)
     await asyncio.sleep(1000)

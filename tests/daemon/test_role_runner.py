@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - processes cannot be awaited
             await asyncio.sleep(0.005)
+
+
+async def until_longer(values: Sized, by: int) -> None:
+    """Wait until a list has got more than ``by`` further values."""
+    before = len(values)
+    await until(lambda: len(values) > before + by)
 
 
 def alive(pid: int) -> bool:
@@ -519,6 +525,63 @@ async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
     go_on.set()
     assert (await stage.end()).ok
     assert took_s < process_tree.SEARCH_S
+
+
+@pytest.fixture
+def searches(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[set[proctree.Process]]:
+    """What each search for the processes of the tenure has found; the reaper works every 20 ms."""
+    found: list[set[proctree.Process]] = []
+    find = process_tree.ProcessTree.find
+
+    def find_and_record(tree: process_tree.ProcessTree) -> set[proctree.Process]:
+        result = find(tree)
+        if tree.value == stage.instance:
+            found.append(result)
+        return result
+
+    monkeypatch.setattr(process_tree.ProcessTree, "find", find_and_record)
+    monkeypatch.setattr(process, "REAP_S", 0.02)
+    return found
+
+
+async def test_processes_are_tracked_for_as_long_as_the_tenure_has_any(
+    stage: Stage, searches: list[set[proctree.Process]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each search reads all of /proc, so an agent whose tenure has no processes does not repeat it for ever."""
+    rounds: list[bool] = []
+    has_zombies = process._has_zombies
+    quiet: list[set[proctree.Process]] = [set()] * proctree.QUIET_SEARCHES
+
+    def count_rounds() -> bool:  # the reaper calls it in each round
+        rounds.append(has_zombies())
+        return rounds[-1]
+
+    monkeypatch.setattr(process, "_has_zombies", count_rounds)
+    leave = "sleep 1000 & echo $! > {}.pid"
+    stage.open(
+        hook_pending_primary=stage.hook("w", leave.format("w")),
+        hook_primary=stage.hook("p", leave.format("p")),
+    )
+    for role, name in ((Role.PENDING_PRIMARY, "w"), (Role.PRIMARY, "p")):
+        assert (await stage.run(role)).ok
+        pid, begun = await stage.pid(f"{name}.pid"), len(searches)
+        await until_longer(searches, len(quiet))
+        assert all(searches[begun + 1 :])
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: searches[-len(quiet) :] == quiet)
+        last = len(searches)
+        await until_longer(rounds, len(quiet))
+        assert len(searches) == last
+
+
+async def test_processes_are_tracked_while_a_workload_waits_for_its_restart(
+    stage: Stage, searches: list[set[proctree.Process]]
+) -> None:
+    stage.open(workload=("/bin/false",), workload_restart="always")
+    assert (await stage.run(Role.PRIMARY)).ok
+    quiet: list[set[proctree.Process]] = [set()] * (2 * proctree.QUIET_SEARCHES)
+    await until(lambda: searches[-len(quiet) :] == quiet)
+    assert (await stage.run(Role.SECONDARY)).ok
 
 
 async def test_a_promotion_fails_before_its_hook_if_the_demotion_hook_is_gone(stage: Stage) -> None:

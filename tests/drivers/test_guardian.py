@@ -1,8 +1,10 @@
 """The agent's end of the guard (R12), with real guards that are frozen, killed and closed."""
 
 import asyncio
+import errno
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -54,6 +56,7 @@ async def main():
     ))
     guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, state=(state, "Secondary")))
     while guardian._unanswered:  # an answer has no public effect
+        guardian.check()
         await asyncio.sleep(0.001)
     print(guardian.pid, flush=True)
     if sys.argv[3:] == ["abandon it"]:
@@ -235,7 +238,7 @@ async def test_each_message_is_answered_and_a_repeated_one_is_not_sent(
     sent = wires[0].sent[before:]
     assert [message.split(b"\0")[0] for message in sent] == [b"ARM"] * 4 + [b"OFF"]
     assert wires[0].numbers == list(range(1, before + 6))
-    await until(lambda: wires[0].idle)
+    await until(lambda: wires[0].idle, guardian)
     assert wires[0].answered == wires[0].numbers
 
 
@@ -308,7 +311,7 @@ async def test_a_guard_that_survives_sigkill_blocks_nothing(
     """Fault 1: it is frozen in the kernel. Waiting for its end stopped every heartbeat."""
     first = pid_of(guardian)
     guardian.arm(arming())
-    await until(lambda: wires[0].idle)
+    await until(lambda: wires[0].idle, guardian)
     with freezer("guardian") as cgroup:
         cgroup.freeze(first)
         guardian.arm(arming())
@@ -446,9 +449,23 @@ async def test_a_guard_whose_queue_is_full_is_lost(guardian: Guardian, changes: 
     assert changes.reasons == [None, "cannot send to the guard: Resource temporarily unavailable"]
 
 
+@pytest.mark.parametrize("has_pidfd", [True, False])
 async def test_a_killed_guard_is_noticed_at_once_and_replaced(
-    guardian: Guardian, changes: Changes, wires: list[Wire]
+    guardian: Guardian,
+    changes: Changes,
+    wires: list[Wire],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_pidfd: bool,
 ) -> None:
+    def forbidden(_: int) -> int:
+        raise PermissionError(errno.EPERM, "as in a container with a seccomp filter")
+
+    if not has_pidfd:
+        monkeypatch.setattr(os, "pidfd_open", forbidden)
+        os.kill(pid_of(guardian), signal.SIGKILL)
+        await until(lambda: len(changes.reasons) == 3, guardian)
+        del changes.reasons[1:], wires[0]
     guardian.arm(arming())
     first = pid_of(guardian)
     os.kill(first, signal.SIGKILL)
@@ -520,6 +537,20 @@ async def test_an_answer_that_was_not_read_in_time_is_not_late(
     assert wires[0].numbers[-2] in wires[0].answered
 
 
+async def test_an_answer_does_not_wake_the_loop(
+    guardian: Guardian, changes: Changes, wires: list[Wire]
+) -> None:
+    """Each wakeup of an agent at rest costs more than the answer; ``check`` runs often enough."""
+    guardian.arm(arming())
+    number = wires[0].numbers[-1]
+    readable = select.poll()
+    readable.register(wires[0], select.POLLIN)
+    await until(lambda: readable.poll(0))
+    assert number not in wires[0].answered
+    await until(lambda: number in wires[0].answered, guardian)
+    assert changes.reasons == [None]
+
+
 async def test_a_hook_that_does_not_fit_into_a_message_is_reported(
     guardian: Guardian, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,7 +574,7 @@ async def test_the_longest_message_arrives_complete(
     )
     big = "x" * (agent.guard.MESSAGE_BYTES - overhead)
     guardian.set_hook(GuardHook([["/bin/true"]], {"BIG": big}))
-    await until(lambda: wires[0].idle)
+    await until(lambda: wires[0].idle, guardian)
     assert changes.reasons == [None]
 
 

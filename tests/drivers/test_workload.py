@@ -378,6 +378,36 @@ async def test_the_restart_delay_doubles_up_to_the_longest(
     assert delays == [0.001, 0.002, 0.004, 0.006, 0.006]
 
 
+async def test_each_process_of_a_restarted_command_is_reported_at_once(
+    new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The guard has to know what to kill. While an exec hangs, too, so it is reported before that."""
+    monkeypatch.setattr(workload_module, "FIRST_DELAY_S", 0.001)
+    groups: list[int | None] = []
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/runs\n")
+    program.chmod(0o755)
+    workload = Workload(
+        [str(program)],
+        Clock(),
+        Restart.ALWAYS,
+        new.ends.append,
+        changed=lambda: groups.append(workload.pgid),
+        mark=MARK,
+    )
+    assert await workload.start({}) is None
+    await until(lambda: read(tmp_path / "runs").count("\n") >= 3)
+    program.unlink()  # now its exec fails
+    await until(lambda: new.ends)
+    await workload.stop()
+    runs = [int(pid) for pid in read(tmp_path / "runs").split()]
+    reported = [group for group in groups if group is not None]
+    assert reported[: len(runs)] == runs
+    assert len(set(reported)) == len(runs) + GIVE_UP_AFTER, "also those whose exec failed"
+    assert groups[1:4:2] == [None, None], "each one that is gone, too"
+    assert groups[-1] is None
+
+
 async def test_a_command_is_restarted_after_thousands_of_short_runs(
     new: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

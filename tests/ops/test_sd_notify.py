@@ -156,6 +156,18 @@ def test_the_watchdog_is_reset_only_if_systemd_watches_this_process(
     assert systemd.received() == ([] if watchdog_s is None else ["WATCHDOG=1"])
 
 
+def test_the_watchdog_is_reset_at_most_four_times_in_its_timeout(systemd: Systemd) -> None:
+    """The receiver's queue is short, and an agent calls it at each iteration of its loop."""
+    moment = [10**18]
+    environ = {"NOTIFY_SOCKET": systemd.name, "WATCHDOG_USEC": "2000000"}
+    notify = Notify(environ, lambda: moment[0])
+    for _ in range(8):
+        notify.watchdog()
+        moment[0] += 250_000_000
+    notify.close()
+    assert systemd.received() == ["WATCHDOG=1"] * 4
+
+
 def test_the_variables_are_removed_from_the_environment() -> None:
     environ = {"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "HOME": "/"}
     Notify(environ).close()

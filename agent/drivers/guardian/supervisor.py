@@ -87,6 +87,7 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: list[subprocess.Popen[bytes]] = []
         self._socket: socket.socket | None = None
+        self._pidfd: int | None = None
         self._number = 0
         self._unanswered: deque[tuple[int, float]] = deque()
         self._arming: Arming | None = None
@@ -165,7 +166,7 @@ class Guardian:
     def check(self) -> None:
         """Notice a guard that does not answer, and poll an idle one. Call it often."""
         self._reap()
-        while self._socket is not None and self._receive_answer():
+        while self._unanswered and self._socket is not None and self._receive_answer():
             pass  # read first: an answer is not late if this process was late to read it
         if not self._unanswered and self._clock.boottime() - self._sent_at > self.limit_s:
             self._send_arming()
@@ -201,7 +202,7 @@ class Guardian:
         """
         self._stop()
         if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket)
+            self._stop_reading(self._socket)
             self._socket.detach()  # neither its finalizer nor the loop closes it
             self._socket = None
             self._unanswered.clear()
@@ -301,9 +302,32 @@ class Guardian:
             self._unanswered.popleft()
         if self._trouble is not None and not self._unanswered:
             self._trouble = None
+            self._watch_process()
             log.info("guard ready", pid=self.pid)
             self._on_change(None)
         return True
+
+    def _watch_process(self) -> None:
+        """Wake the loop by the end of the guard, and no longer by each answer: ``check`` reads those."""
+        assert self._process is not None  # noqa: S101 - it has answered
+        assert self._socket is not None  # noqa: S101 - as above
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except (
+            OSError
+        ):  # no descriptor is left, or a container forbids it: the socket shows its end, too
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket)
+        loop.add_reader(self._pidfd, self._lost, "the guard has ended")
+
+    def _stop_reading(self, ours: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(ours)
+        if self._pidfd is not None:
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
 
     def _lost(self, why: str, message: str = "guard lost") -> None:
         """Kill and abandon the guard, report the loss, and start another one.
@@ -332,7 +356,7 @@ class Guardian:
 
     def _disconnect(self) -> None:
         if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket)
+            self._stop_reading(self._socket)
             self._socket.close()
             self._socket = None
             self._unanswered.clear()
