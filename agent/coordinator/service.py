@@ -33,6 +33,7 @@ from agent.model import (
     Instant,
     SessionView,
 )
+from agent.ops.pages import LISTED_AT_ONCE, sorted_page
 from agent.schema.coordinator_settings import CoordinatorSettings
 
 MAX_READERS = 10_000
@@ -44,9 +45,6 @@ more than the read."""
 
 LONGEST_WAIT_S = 300.0
 """The longest wait of a status read: proxies and NATs drop a silent connection after minutes."""
-
-LISTED_AT_ONCE = 1_000
-"""How many groups a list checks (a millisecond) before other requests are served."""
 
 MAX_NAMESPACES_CACHED = 1024
 """How many namespaces' access lists are kept in memory: a deployment has a handful, but callers can guess names."""
@@ -207,7 +205,7 @@ class Coordinator:
                 if group.key[:2] == where and visible(group.state.record.acl):
                     found[group.key.group] = group
             await asyncio.sleep(0)
-        page = sorted(found)[skip : skip + count]
+        page = await sorted_page(found, skip, count)
         return len(found), [found[name].state.record.config for name in page]
 
     async def delete_group(self, key: GroupKey) -> None:

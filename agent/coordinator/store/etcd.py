@@ -56,6 +56,7 @@ from agent.errors import (
     StoreError,
 )
 from agent.model import AccessList, GroupConfig, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.ops.pages import sorted_page
 
 PAGE = 200
 """The most records in one range read: a record of 2 members has some 500 bytes, one of 100 may have a megabyte."""
@@ -187,8 +188,7 @@ class EtcdCluster:
                     key = group_key_of(one.key)
                     if visible(record_of_key(one, name_of(key)).acl):
                         groups.append(key.group)
-        groups.sort()
-        page, wanted = [], groups[skip : skip + count]
+        page, wanted = [], await sorted_page(groups, skip, count)
         for first in range(0, len(wanted), MOST_STEPS):
             keys = [GroupKey(tenant, namespace, one) for one in wanted[first : first + MOST_STEPS]]
             done = await self.etcd.txn([], [read(self.layout.record(key)) for key in keys])
