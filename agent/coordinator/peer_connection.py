@@ -13,7 +13,10 @@ what the leader needs to answer it. The caller keeps the deadline and calls ``gi
 """
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
+from socket import SO_LINGER, SOL_SOCKET
+from struct import pack
 from typing import Protocol, cast
 
 import httptools
@@ -58,6 +61,15 @@ class Owner(Protocol):
     def forget(self, connection: "PeerConnection") -> None: ...
 
 
+def _forget_unsent(transport: asyncio.Transport) -> None:
+    """Have the kernel forget, when the connection is closed, what it has not sent.
+
+    Else a peer that is cut off would receive a request that was given up when the cut ends, and carry it out.
+    """
+    with suppress(OSError):
+        transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, pack("ii", 1, 0))
+
+
 class PeerConnection(asyncio.Protocol):
     """One connection to a peer, with at most one request on it.
 
@@ -100,7 +112,6 @@ class PeerConnection(asyncio.Protocol):
     def give_up(self, awaited: asyncio.Future[PeerAnswer]) -> None:
         """Stop awaiting this answer. If it has not arrived, the connection is closed."""
         if self._awaited is awaited:
-            self._awaited = None
             self.close()
 
     def close(self) -> None:
@@ -114,9 +125,11 @@ class PeerConnection(asyncio.Protocol):
         self._budget.used -= self._unfinished
         self._begin()
         del self._parser  # it refers back to this object, and collections of cycles are rare
-        if self._transport is not None:
-            self._transport.abort()
         awaited, self._awaited = self._awaited, None
+        if self._transport is not None:
+            if awaited is not None:
+                _forget_unsent(self._transport)
+            self._transport.abort()
         self._pool.forget(self)
         if awaited is not None and not awaited.done():
             awaited.set_exception(PeerError(why))

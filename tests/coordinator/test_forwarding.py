@@ -28,6 +28,12 @@ JSON = "Content-Type: application/json"
 NUMBER = re.compile(rb"Failover-Forwarded: (\S+)\r\n", re.IGNORECASE)
 
 
+async def end_of(reader: asyncio.StreamReader) -> None:
+    """Wait until the follower has ended the connection, in order or by a reset."""
+    with contextlib.suppress(ConnectionResetError):
+        await reader.read()
+
+
 @dataclass
 class View:
     leaders: dict[int, Leader] = field(default_factory=dict)
@@ -367,7 +373,7 @@ async def test_bytes_that_follow_an_answer_end_the_connection(follower: Follower
         await writer.drain()
         await follower_got.wait()
         writer.write(poison)
-        await reader.read()
+        await end_of(reader)
         ended.set()
 
     follower_got, ended = asyncio.Event(), asyncio.Event()
@@ -392,7 +398,7 @@ async def test_answers_in_the_wrong_order_reach_nobody(follower: Follower) -> No
             both.set()
         await both.wait()
         writer.write(written(seen[1 - mine], b"{}"))
-        await reader.read()
+        await end_of(reader)
 
     async with served(talk, raw=raw):
         refused = await asyncio.gather(*(follower.refusal(url_of(raw)) for _ in range(2)))
@@ -451,6 +457,36 @@ async def test_an_answer_that_breaks_off_is_503_and_the_request_is_sent_once(
     assert len(raw.seen) == 1
 
 
+async def test_a_request_that_was_given_up_does_not_arrive_later(follower: Follower) -> None:
+    """The kernel would go on sending it, and a leader that was cut off would carry it out after a later one."""
+    body = b"x" * 60_000
+    with socket.socket() as leader:
+        leader.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 2048
+        )  # the rest of the request waits here
+        leader.bind(("127.0.0.1", 0))
+        leader.listen()
+        leader.settimeout(10)
+        url = f"http://127.0.0.1:{leader.getsockname()[1]}"
+        asking = asyncio.create_task(follower.ask(url, body=body))
+        connection = await asyncio.to_thread(leader.accept)
+        with connection[0] as accepted:
+            accepted.settimeout(10)
+            await asyncio.to_thread(accepted.recv, 1, socket.MSG_PEEK)
+            asking.cancel()
+            await asyncio.wait([asking])
+            assert await asyncio.to_thread(everything_of, accepted) < len(body)
+
+
+def everything_of(connection: socket.socket) -> int:
+    """How many bytes arrive until the connection ends."""
+    count = 0
+    with contextlib.suppress(ConnectionResetError):
+        while received := connection.recv(65536):
+            count += len(received)
+    return count
+
+
 async def test_a_connection_that_the_leader_closed_meanwhile_is_not_used(
     follower: Follower,
 ) -> None:
@@ -500,7 +536,7 @@ async def test_a_late_answer_reaches_nobody(follower: Follower) -> None:
 
     async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await raw.request(reader)
-        await reader.read()
+        await end_of(reader)
         ended.set()
         writer.write(written(request, b'{"Role":2}'))
 
@@ -518,7 +554,7 @@ async def test_a_caller_who_is_gone_ends_the_connection_of_its_read(follower: Fo
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.request(reader)
-        await reader.read()
+        await end_of(reader)
         ended.set()
 
     async with served(talk, raw=raw):
@@ -565,7 +601,7 @@ async def test_an_invalid_url_of_a_peer_is_503(follower: Follower, url: str) -> 
 
 
 async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read()
+    await end_of(reader)
 
 
 async def test_a_request_ends_at_once_when_another_one_leads(follower: Follower) -> None:
@@ -700,7 +736,7 @@ async def test_blocking_reads_leave_connections_for_heartbeats(follower: Followe
         while True:
             request = await raw.request(reader)
             if request.startswith(b"GET"):
-                await reader.read()
+                await end_of(reader)
             writer.write(written(request, b"{}"))
 
     async with served(talk, raw=raw):
