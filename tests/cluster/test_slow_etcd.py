@@ -1,6 +1,7 @@
 """Leadership while etcd answers slowly, as with a disk that takes long for each write (R19)."""
 
 import asyncio
+from base64 import b64decode
 
 import pytest
 
@@ -79,6 +80,39 @@ def test_r19_leadership_begins_while_etcd_is_slow() -> None:
         node = await a_leader(world)
         assert node.leadership is not None
         assert node.leadership.begun == 1
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_a_session_begins_with_any_renewal_that_is_answered() -> None:
+    """The member of etcd that is asked may hang between the entry and the first renewal after it."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        (node,) = world.nodes.values()
+        post, entered, lost = FakeTransport.post, False, 0
+
+        async def lose(transport: FakeTransport, path: str, body: Json, timeout_s: float) -> Json:
+            nonlocal entered, lost
+            if path == "/v3/lease/keepalive" and entered and not lost:
+                lost += 1
+                await asyncio.sleep(timeout_s)
+                raise EtcdUnknown("no answer in time")
+            answer = await post(transport, path, body, timeout_s)
+            if path == "/v3/kv/txn":
+                key = body["success"][0]["request_put"]["key"]
+                entered |= b64decode(key).startswith(b"/f/live/members/")
+            return answer
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeTransport, "post", lose)
+            node.start()
+            took_s = await world.until(
+                lambda: node.leadership and node.leadership.led, 10.0, "a leader"
+            )
+        assert lost == 1
+        assert took_s < TTL_S / 2
         await world.end()
 
     run_virtually(check())
