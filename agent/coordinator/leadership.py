@@ -236,7 +236,9 @@ class Leadership:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_renewing(tasks))
             await self._enter(str(self._lease_id))
-            await self._renew()
+            tasks.create_task(self._try_to_renew())
+            while self.member not in self.view.members:  # until any renewal from now on is answered
+                await self.wait_for_change(None)
             self.fault = None
             self._outage_logged = False
             log.info("session with etcd begun", member=self.member, url=self.url)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from agent.coordinator.store.etcd_client import Event
+from agent.errors import StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,16 @@ class View:
     access: int = 0
 
     def apply(self, prefix: str, event: Event) -> None:
-        """Apply a change of one key to the view."""
+        """Apply a change of one key to the view. Raises StoreError."""
         kind, _, name = event.key.removeprefix(prefix).partition("/")
-        value = None if event.value is None else event.value
+        try:
+            self._apply(kind, name, event)
+        except (ValueError, KeyError, TypeError):
+            text = f"{event.key} in etcd is not what a coordinator wrote: delete it"
+            raise StoreError(text) from None
+
+    def _apply(self, kind: str, name: str, event: Event) -> None:
+        value = event.value
         if kind == "members":
             if value is None:
                 self.members.pop(name, None)

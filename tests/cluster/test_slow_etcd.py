@@ -1,6 +1,7 @@
 """Leadership while etcd answers slowly, as with a disk that takes long for each write (R19)."""
 
 import asyncio
+from base64 import b64decode
 
 import pytest
 
@@ -8,6 +9,7 @@ from agent.coordinator.leadership import LEAVE_SHARE, RENEWALS, RETRY_S, WATCH_S
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, delete, put
 from agent.core.timing import DRIFT
+from agent.errors import StoreError
 from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
 
 from .fake_etcd import FakeEtcd, FakeTransport, Link
@@ -79,6 +81,39 @@ def test_r19_leadership_begins_while_etcd_is_slow() -> None:
         node = await a_leader(world)
         assert node.leadership is not None
         assert node.leadership.begun == 1
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_r19_a_session_begins_with_any_renewal_that_is_answered() -> None:
+    """The member of etcd that is asked may hang between the entry and the first renewal after it."""
+
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0)
+        (node,) = world.nodes.values()
+        post, entered, lost = FakeTransport.post, False, 0
+
+        async def lose(transport: FakeTransport, path: str, body: Json, timeout_s: float) -> Json:
+            nonlocal entered, lost
+            if path == "/v3/lease/keepalive" and entered and not lost:
+                lost += 1
+                await asyncio.sleep(timeout_s)
+                raise EtcdUnknown("no answer in time")
+            answer = await post(transport, path, body, timeout_s)
+            if path == "/v3/kv/txn":
+                key = body["success"][0]["request_put"]["key"]
+                entered |= b64decode(key).startswith(b"/f/live/members/")
+            return answer
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeTransport, "post", lose)
+            node.start()
+            took_s = await world.until(
+                lambda: node.leadership and node.leadership.led, 10.0, "a leader"
+            )
+        assert lost == 1
+        assert took_s < TTL_S / 2
         await world.end()
 
     run_virtually(check())
@@ -172,8 +207,17 @@ def test_a_write_is_sent_again_whatever_the_time_to_live() -> None:
         run_virtually(check(ttl_s))
 
 
+@pytest.mark.parametrize(
+    ("junk", "value"),
+    [
+        ("/f/live/members/junk", "junk"),
+        ("/f/live/members/0", "[]"),
+        ("/f/live/leaders/0", "{}"),
+        ("/f/live/leaders/junk", '{"Member": "1", "Url": "http://a"}'),
+    ],
+)
 def test_r19_junk_in_the_store_is_named_once_or_now_and_then(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, junk: str, value: str
 ) -> None:
     """A shard that cannot be loaded is loaded once it is mended; a session that cannot begin fills no log."""
 
@@ -183,15 +227,32 @@ def test_r19_junk_in_the_store_is_named_once_or_now_and_then(
         etcd = Etcd(FakeTransport(Link(world.etcd)), TTL_S)
         progress = f"/f/shards/0/progress/{'/'.join(world.key)}"
         await EtcdCluster.open(etcd, "/f", 1)
-        await etcd.txn([], [put(progress, "junk"), put("/f/live/members/junk", "junk")])
+        await etcd.txn([], [put(progress, "junk"), put(junk, value)])
         node.start()
         await asyncio.sleep(60.0)
-        assert caplog.messages.count("session with etcd failed") == 1
-        await etcd.txn([], [delete("/f/live/members/junk")])
+        assert caplog.messages.count("session with etcd ended, retrying") == 1
+        assert node.leadership is not None
+        assert node.leadership.fault == (
+            f"{junk} in etcd is not what a coordinator wrote: delete it"
+        )
+        assert not any(record.exc_info for record in caplog.records)
+        await etcd.txn([], [delete(junk)])
         await asyncio.sleep(20.0)
         assert 2 <= caplog.messages.count("shard cannot be loaded") <= 6
         await etcd.txn([], [delete(progress)])
         await world.until(lambda: node.leadership.led, 10.0, "a leader")  # type: ignore[union-attr]
         await world.end()
+
+    run_virtually(check())
+
+
+def test_junk_as_the_epoch_of_a_deleted_group_is_named() -> None:
+    async def check() -> None:
+        cluster = await EtcdCluster.open(Etcd(FakeTransport(Link(FakeEtcd())), TTL_S), "/f", 1)
+        key = GroupKey("default", "default", "g")
+        place = cluster.layout.retired(key)
+        await cluster.etcd.txn([], [put(place, "junk")])
+        with pytest.raises(StoreError, match=f"{place} in etcd must be the last epoch"):
+            await cluster.shard(0, 1).retired_epoch(key)
 
     run_virtually(check())

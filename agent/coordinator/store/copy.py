@@ -33,6 +33,7 @@ from agent.coordinator.store.etcd_layout import (
     SCHEMA,
     Layout,
     Meta,
+    epoch_of_key,
     group_key_of,
     progress_of_key,
     progress_value,
@@ -334,7 +335,7 @@ class EtcdPlace:
                 elif kind == "progress":
                     snapshot.progress[key] = progress_of_key(one)
                 else:
-                    snapshot.retired[key] = int(one.value)
+                    snapshot.retired[key] = epoch_of_key(one)
         async for found in self._cluster.pages(f"{layout.prefix}/access/"):
             for one in found.keys:
                 _, tenant, namespace = group_key_of(one.key)

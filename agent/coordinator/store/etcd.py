@@ -39,6 +39,7 @@ from agent.coordinator.store.etcd_layout import (
     SCHEMA,
     Layout,
     Meta,
+    epoch_of_key,
     group_key_of,
     progress_of_key,
     progress_value,
@@ -334,7 +335,7 @@ class EtcdStore:
         """The epoch that was remembered for the name, or 0."""
         self._check_open()
         found = await self._etcd.get(self._layout.retired(key))
-        return 0 if found is None else int(found.value)
+        return 0 if found is None else epoch_of_key(found)
 
     async def history(
         self, key: GroupKey, *, skip: int = 0, count: int = 100

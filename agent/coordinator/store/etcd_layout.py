@@ -188,3 +188,14 @@ def progress_of_key(found: KeyValue) -> Progress:
     """The progress of its key. Raises StoreError."""
     epoch, _, last_data = found.value.partition(" ")
     return decode_progress(epoch, last_data, f"{found.key} in etcd")
+
+
+def epoch_of_key(found: KeyValue) -> int:
+    """The epoch of a deleted group. Raises StoreError."""
+    try:
+        return int(found.value)
+    except ValueError:
+        text = (
+            f"{found.key} in etcd must be the last epoch of a deleted group, a number: correct it"
+        )
+        raise StoreError(text) from None
