@@ -204,7 +204,7 @@ class Api:
                 await self._authorise(route, found.values, rights)
         if _hung_up(route, scope)():
             raise HungUp
-        watched = _wait_s(route, scope) > 0 or not route.may_come_late
+        watched = _wait_s(route, scope) > 0 or _ends_with_caller(route)
         answering = self._answer_here(scope, route, found, rights, text)
         return await (while_connected(answering, receive) if watched else answering)
 
@@ -272,7 +272,7 @@ class Api:
 
         wait_s = _wait_s(route, scope)
         answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
-        watched = wait_s > 0 or not route.may_come_late
+        watched = wait_s > 0 or _ends_with_caller(route)
         return await (while_connected(answering, receive) if watched else answering)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
@@ -484,6 +484,11 @@ def _hung_up(route: Route, scope: Scope) -> Callable[[], bool]:
     """Whether the caller has hung up, so that the call must not be carried out any more."""
     asked: Callable[[], bool] = scope.get(HUNG_UP, never)
     return never if route.may_come_late else asked
+
+
+def _ends_with_caller(route: Route) -> bool:
+    """Whether a call that waits ends with its caller's connection: a change, or a list, since these wait in turn."""
+    return not route.may_come_late or route.handler in LISTS
 
 
 def _wait_s(route: Route, scope: Scope) -> float:

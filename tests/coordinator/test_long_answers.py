@@ -36,7 +36,9 @@ async def many_groups(clock: Clock) -> Coordinator:
     return coordinator
 
 
-async def call(api: Api, target: str, body: bytes | None = None) -> tuple[int, int]:
+async def call(
+    api: Api, target: str, body: bytes | None = None, *, connected: bool = True
+) -> tuple[int, int]:
     """GET, or PUT a body; the status of the answer, and the bytes of its body."""
     sent: list[Any] = []
     path, _, query = target.partition("?")
@@ -44,8 +46,16 @@ async def call(api: Api, target: str, body: bytes | None = None) -> tuple[int, i
     async def send(message: Any) -> None:
         sent.append(message)
 
+    received = 0
+
     async def receive() -> Any:
-        return {"type": "http.request", "body": body, "more_body": False}
+        nonlocal received
+        received += 1
+        if received == 1:
+            return {"type": "http.request", "body": body, "more_body": False}
+        if connected:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
 
     scope = {
         "type": "http",
@@ -90,6 +100,33 @@ async def test_many_lists_at_once_hold_up_nobody(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(api_module, "LISTS", frozenset())
     together_s = await longest_turn_s(lists)
     assert together_s > 2 * one_s
+    await coordinator.stop()
+
+
+async def test_a_list_whose_caller_has_hung_up_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While etcd hangs, callers give up and ask again: their lists must not keep others waiting once it is back."""
+    clock = Clock()
+    coordinator = Coordinator(MemoryStore(), clock.now, Policy())
+    await coordinator.start()
+    api, free, made = Api(coordinator, clock.now), asyncio.Event(), 0
+
+    async def hang(*_: object) -> tuple[int, list[GroupConfig]]:
+        nonlocal made
+        made += 1
+        await free.wait()
+        return 0, []
+
+    monkeypatch.setattr(coordinator, "list_groups", hang)
+    waiting = asyncio.create_task(call(api, PAGE))
+    gone = [asyncio.create_task(call(api, PAGE, connected=False)) for _ in range(20)]
+    await asyncio.wait(gone, timeout=5.0)
+    free.set()
+    assert await waiting == (200, 2)
+    assert await call(api, PAGE) == (200, 2)
+    await asyncio.wait(gone)
+    assert made == 2
     await coordinator.stop()
 
 
