@@ -73,7 +73,7 @@ class StatePublisher:
         self._pending_state: Mapping[str, Any] | None = None
         self._scheduled_key: object = None
         self._writing: asyncio.Task[None] | None = None
-        self._failing = False
+        self._failure = ""
         self._facts: Mapping[str, Any] = {}
         self._own_state: Mapping[str, Any] = {}
         self._unreleased_epoch: int | None = None
@@ -223,29 +223,29 @@ class StatePublisher:
             try:
                 await self._lane.run(lambda: self._state_file.write(state))
             except (OSError, StuckError, ConfigError) as error:
-                if self._failing and isinstance(error, ConfigError):
-                    # Twice in a row, so it is no agent that has only tried to start.
+                if isinstance(error, ConfigError) and str(error) == self._failure:
+                    # The same process twice in a row, so it is no agent that has only tried to start.
                     self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
                     return
                 self._log_failure(error)
                 await asyncio.sleep(RETRY_S)
                 self._requeue(state)
             else:
-                self._failing = False
+                self._failure = ""
 
     def _requeue(self, state: Mapping[str, Any]) -> None:
         if self._pending_state is None:  # no newer state meanwhile
             self._pending_state = state
 
     def _log_failure(self, error: Exception) -> None:
-        if not self._failing:
+        if not self._failure:
             log.error(
                 "state file cannot be written",
                 path=self.path,
                 reason=getattr(error, "strerror", None) or error,
                 resolution="correct that; until then sidecars see an old role whose deadline has passed",
             )
-        self._failing = True
+        self._failure = str(error)
 
     # -- the rest -------------------------------------------------------------------------------
 

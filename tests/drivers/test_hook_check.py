@@ -29,6 +29,7 @@ def fault(path: Path, search_path: str | None = None) -> str:
 
 REFUSED: Mapping[bytes, str] = {
     b"": "it is empty",
+    bytes(300): "nothing but zeros",
     b"echo started\n": "no interpreter line",
     b"\xef\xbb\xbf#!/bin/sh\n": "no interpreter line",
     b"\n#!/bin/sh\n": "no interpreter line",
@@ -56,6 +57,31 @@ def test_a_file_that_the_kernel_would_not_execute_is_refused(
     assert REFUSED[content] in fault(path)
     with pytest.raises((OSError, subprocess.SubprocessError)):  # env alone executes it for ever
         subprocess.run([path], check=True, capture_output=True, timeout=0.5)
+
+
+def test_an_interpreter_that_cannot_be_executed_itself_is_a_fault_of_the_hook(
+    tmp_path: Path,
+) -> None:
+    interpreter, path = tmp_path / "interpreter", tmp_path / "hook"
+    written(path, f"#!{interpreter}\n".encode())
+    for content, why in ((bytes(300), "nothing but zeros"), (f"#!{path}\n".encode(), "in turn")):
+        written(interpreter, content)
+        assert why in fault(path)
+        with pytest.raises(OSError, match=r"Exec format error|Too many levels"):
+            subprocess.run([path], check=True)
+
+
+def test_interpreters_that_are_scripts_pass_as_far_as_the_kernel_takes_them(tmp_path: Path) -> None:
+    paths = [written(tmp_path / "0", b"#!/bin/sh\n")]
+    for number in range(1, 7):
+        paths.append(written(tmp_path / str(number), f"#!{paths[-1]}\n".encode()))
+    for path in paths:
+        try:
+            subprocess.run([path], check=True)
+        except OSError:
+            assert "in turn" in fault(path)
+        else:
+            HookCheck("primary").check_command([str(path)])
 
 
 @pytest.mark.parametrize(

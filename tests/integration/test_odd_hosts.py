@@ -1,11 +1,13 @@
 """Never two on hosts that lack something else than resources: system calls, signals, a hook, time for the agent."""
 
 import errno
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import click
 import pytest
 
 import agent
+from agent.daemon.state_publisher import RETRY_S
 from agent.drivers.statefile import StateFile
 from agent.errors import ExitCode
 from tests.hung import dead_disk, without_pidfd
 
-from .stage import Agent, Coordinator, Gate, Stage, until
+from .stage import LOOK_S, Agent, Coordinator, Gate, Stage, until
 from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
 from .workloads import by_exec, guard_of, output, pair, start, until_written_after, writes
 from .writer import overlap_s, written
@@ -234,3 +237,34 @@ def test_an_agent_whose_session_another_one_has_claimed_stops(
     until_written_after(stage, epoch)
     assert overlap_s(output(stage)) < 0
     assert other.end() == 0
+
+
+def claim(agent: Agent, pid: int) -> int:
+    """Claim the state file of a live agent, as after the removal of its lock file, in the name of a process."""
+    lock, new = (agent.state_file.with_name(agent.state_file.name + end) for end in (".lock", ".x"))
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, f"{pid}\n".encode())
+    new.replace(lock)
+    return descriptor
+
+
+def test_an_agent_whose_claim_is_gone_stops_in_order_and_not_for_those_that_only_try_to_start(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """A supervisor that started a second agent again and again could have ended the first one."""
+    one = stage.run("host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    tries = iter(range(100_000, 200_000))
+    refusals = 5 * RETRY_S / LOOK_S  # in that time, several attempts to write the state file
+    descriptors = [claim(one, next(tries))]
+    one.until_said("state file cannot be written")
+    while len(descriptors) < refusals:
+        time.sleep(LOOK_S)
+        descriptors.append(claim(one, next(tries)))
+        os.close(descriptors[-2])
+    assert one.popen.poll() is None
+    assert one.wait() == ExitCode.SESSION_IN_USE
+    os.close(descriptors[-1])
+    assert coordinator.tenure(epoch)["WhyEnded"] == "another agent has claimed the session"
+    stage.check_promise()

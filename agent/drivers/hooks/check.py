@@ -25,6 +25,9 @@ SCRIPT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 HEADER_BYTES = 256
 """How many bytes of a file the kernel reads to execute it; an interpreter line has to fit."""
 
+MOST_NESTED = 4
+"""The kernel's own bound on scripts that are the interpreter of a script."""
+
 MOST_SCRIPTS = 64
 """The most scripts in a directory. Each keeps a process id until its run is released (HookProcess.release)."""
 
@@ -197,17 +200,27 @@ class HookCheck:
         return ConfigError(f"hook {self.name}: {text}", exit_code=code)
 
 
-def _format_fault(path: Path, search_path: str | None) -> str | None:
-    """Why the kernel would not execute the content of a file, or None if it would."""
+def _format_fault(path: Path, search_path: str | None, nested: int = 0) -> str | None:
+    """Why the kernel would not execute the content of a file, or None if it would.
+
+    Args:
+        path: the file.
+        search_path: the PATH of the hook.
+        nested: of how many scripts, one the interpreter of the next, it is the interpreter.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(HEADER_BYTES)
     except OSError:  # a program may be executable and not readable
         return None
     if header.startswith(b"#!"):
-        return _interpreter_fault(header, search_path)
+        if nested > MOST_NESTED:
+            return f"it is a script with more than {MOST_NESTED} interpreters in turn"
+        return _interpreter_fault(header, search_path, nested)
     if not header:
         return "it is empty; write a program"
+    if not header.strip(b"\0"):
+        return "it begins with nothing but zeros, as after a power failure: install it again"
     if header.startswith(b"\x7fELF") or b"\0" in header:  # the kernel may know other formats
         return None
     return (
@@ -216,7 +229,7 @@ def _format_fault(path: Path, search_path: str | None) -> str | None:
     )
 
 
-def _interpreter_fault(header: bytes, search_path: str | None) -> str | None:
+def _interpreter_fault(header: bytes, search_path: str | None, nested: int) -> str | None:
     line, newline, _ = header[2:].partition(b"\n")
     if not newline and len(header) == HEADER_BYTES:
         return f"its interpreter line is longer than {HEADER_BYTES} bytes; use a shorter path"
@@ -233,7 +246,8 @@ def _interpreter_fault(header: bytes, search_path: str | None) -> str | None:
         return f"its interpreter {program} is not there, or may not be executed: install it"
     if Path(program).name == "env":
         return _env_fault(argument.strip(), search_path)
-    return None
+    fault = _format_fault(Path(program), search_path, nested + 1)
+    return None if fault is None else f"its interpreter {program} cannot be executed: {fault}"
 
 
 def _env_fault(argument: str, search_path: str | None) -> str | None:
