@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
 
 import httpx2
@@ -226,6 +227,12 @@ def _date(value: str) -> datetime:
     return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
+@lru_cache(maxsize=16)
+def _parse_url(url: str) -> httpx2.URL:
+    """Parse a URL, most often that of the last heartbeat."""
+    return httpx2.URL(url)
+
+
 async def send(
     client: httpx2.AsyncClient,
     method: str,
@@ -258,7 +265,7 @@ async def send(
         async with asyncio.timeout(timeout_s):
             request = client.build_request(
                 method,
-                url,
+                _parse_url(url),
                 params=params,
                 content=content,
                 data=form,
