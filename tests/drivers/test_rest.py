@@ -21,7 +21,7 @@ import pytest
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient
-from agent.drivers.rest.connections import LONGEST_ANSWER
+from agent.drivers.rest.connections import LONGEST_ANSWER, LONGEST_UNSENT
 from agent.drivers.rest.endpoints import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -122,6 +122,41 @@ async def test_a_heartbeat_sends_what_is_known_and_reads_the_answer() -> None:
         "Instance": "i",
         "Epoch": 6,
     }
+
+
+async def test_head_and_body_are_sent_together() -> None:
+    """Two packets of a heartbeat are twice the work for the agent, the network and the coordinator."""
+    received: list[bytes] = []
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            received.append(data)
+            self.transport.write(answer(json.dumps(BEAT).encode()))
+
+    listener = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with client_of(f"http://127.0.0.1:{port}{BASE}") as client:
+        await beat(client)
+        await beat(client)
+    listener.close()
+    await listener.wait_closed()
+    assert len(received) == 2
+    assert all(data.startswith(b"POST ") and data.endswith(b'"i"}') for data in received), received
+
+
+async def test_a_request_longer_than_what_waits_is_complete() -> None:
+    reason = "x" * 2 * LONGEST_UNSENT
+    async with served() as raw, client_of(raw.endpoint()) as client:
+        raw.talk = raw.answers("")
+        with contextlib.suppress(ServerError):  # a release has no body in its answer
+            await client.release(
+                "g", "s", epoch=1, instance="i", reason=reason, timeout_s=PATIENCE_S
+            )
+    assert json.loads(raw.seen[0].split(b"\r\n\r\n")[1])["Reason"] == reason
 
 
 async def test_two_heartbeats_use_one_connection() -> None:

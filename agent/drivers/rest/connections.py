@@ -5,6 +5,7 @@ Owns the connection pools' transport. Knows nothing of requests' time limits, no
 
 import ssl
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -21,6 +22,9 @@ host."""
 
 LONGEST_CONNECT_S = 10.0
 """Timeout to connect, for a request that has no timeout of its own."""
+
+LONGEST_UNSENT = 16 * 1024
+"""The most bytes of a request that wait for its end; a heartbeat has some 500."""
 
 _HTTP = b"HTTP/"
 
@@ -50,14 +54,19 @@ class _Stream(httpcore2.AsyncNetworkStream):
     """A connection that refuses a peer whose first words are not HTTP.
 
     The parser waits for a blank line, so a banner like that of SSH would otherwise look like
-    silence.
+    silence. Head and body of a request are sent together, once the answer is read: as one packet, not two.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
         self._inner = inner
         self._first = b""
+        self._unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
+        with suppress(
+            httpcore2.WriteError
+        ):  # as httpcore2 does: the server may have answered early
+            await self._send(timeout)
         data = await self._inner.read(max_bytes, timeout)
         if len(self._first) < len(_HTTP):
             self._first += data
@@ -66,7 +75,14 @@ class _Stream(httpcore2.AsyncNetworkStream):
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        await self._inner.write(buffer, timeout)
+        self._unsent += buffer
+        if len(self._unsent) > LONGEST_UNSENT:
+            await self._send(timeout)
+
+    async def _send(self, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
+        data, self._unsent = self._unsent, b""
+        if data:
+            await self._inner.write(data, timeout)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
