@@ -38,8 +38,7 @@ TASKS_POLL_S = 0.001
 """How long to wait until ended threads no longer count as tasks, which takes microseconds, and how often to
 check."""
 
-M_ARENA_MAX = -8
-"""The parameter of mallopt(3) for the number of heaps."""
+M_ARENA_MAX = -8  # the parameter of mallopt(3) for the number of heaps
 
 T = TypeVar("T")
 
@@ -50,11 +49,7 @@ _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
 def share_one_heap() -> None:
-    """Let all threads use one heap. Call it before any is started.
-
-    By default glibc gives each a heap of its own: half a MiB of memory in all, and 64 MiB of addresses for each,
-    which a limit (RLIMIT_AS) counts.
-    """
+    """Let all threads use one heap; call it before any is started. One for each takes memory, and 64 MiB of RLIMIT_AS."""
     with suppress(AttributeError):  # another C library has one heap only
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 

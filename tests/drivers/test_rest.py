@@ -21,7 +21,7 @@ import pytest
 
 from agent import __version__
 from agent.drivers.rest import ClientCredentials, RestClient
-from agent.drivers.rest.connections import LONGEST_ANSWER, LONGEST_UNSENT
+from agent.drivers.rest.connections import LONGEST_ANSWER
 from agent.drivers.rest.endpoints import BLOCKING_READ_CONNECTIONS
 from agent.drivers.rest.exchange import LONGEST_RETRY_AFTER_S, retry_after_s
 from agent.errors import ConfigError, ExitCode, ServerError
@@ -146,17 +146,6 @@ async def test_head_and_body_are_sent_together() -> None:
     await listener.wait_closed()
     assert len(received) == 2
     assert all(data.startswith(b"POST ") and data.endswith(b'"i"}') for data in received), received
-
-
-async def test_a_request_longer_than_what_waits_is_complete() -> None:
-    reason = "x" * 2 * LONGEST_UNSENT
-    async with served() as raw, client_of(raw.endpoint()) as client:
-        raw.talk = raw.answers("")
-        with contextlib.suppress(ServerError):  # a release has no body in its answer
-            await client.release(
-                "g", "s", epoch=1, instance="i", reason=reason, timeout_s=PATIENCE_S
-            )
-    assert json.loads(raw.seen[0].split(b"\r\n\r\n")[1])["Reason"] == reason
 
 
 async def test_two_heartbeats_use_one_connection() -> None:

@@ -23,9 +23,6 @@ host."""
 LONGEST_CONNECT_S = 10.0
 """Timeout to connect, for a request that has no timeout of its own."""
 
-LONGEST_UNSENT = 16 * 1024
-"""The most bytes of a request that wait for its end; a heartbeat has some 500."""
-
 _HTTP = b"HTTP/"
 
 
@@ -63,10 +60,10 @@ class _Stream(httpcore2.AsyncNetworkStream):
         self._unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
-        with suppress(
-            httpcore2.WriteError
-        ):  # as httpcore2 does: the server may have answered early
-            await self._send(timeout)
+        with suppress(httpcore2.WriteError):  # as httpcore2: it may have answered early
+            if self._unsent:
+                await self._inner.write(self._unsent, timeout)
+        self._unsent = b""
         data = await self._inner.read(max_bytes, timeout)
         if len(self._first) < len(_HTTP):
             self._first += data
@@ -74,15 +71,8 @@ class _Stream(httpcore2.AsyncNetworkStream):
                 raise NotHttpError(repr(self._first[:32])[1:])
         return data
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        self._unsent += buffer
-        if len(self._unsent) > LONGEST_UNSENT:
-            await self._send(timeout)
-
-    async def _send(self, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
-        data, self._unsent = self._unsent, b""
-        if data:
-            await self._inner.write(data, timeout)
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109 - as above
+        self._unsent += buffer  # the caller has all of a request in memory, too
 
     async def aclose(self) -> None:
         await self._inner.aclose()

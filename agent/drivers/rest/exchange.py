@@ -40,6 +40,9 @@ LONGEST_CHAIN = 32
 LAST_PORT = 65535
 OPERATION_ID = "operation-id"
 
+_parse_url = lru_cache(maxsize=16)(httpx2.URL)
+"""Most often that of the last heartbeat."""
+
 log = Log(__name__)
 
 _PROBLEM_FIELDS = ("title", "detail")
@@ -225,12 +228,6 @@ def retry_after_s(headers: httpx2.Headers) -> float | None:
 def _date(value: str) -> datetime:
     date = parsedate_to_datetime(value)
     return date if date.tzinfo else date.replace(tzinfo=UTC)
-
-
-@lru_cache(maxsize=16)
-def _parse_url(url: str) -> httpx2.URL:
-    """Parse a URL, most often that of the last heartbeat."""
-    return httpx2.URL(url)
 
 
 async def send(
