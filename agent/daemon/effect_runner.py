@@ -55,8 +55,7 @@ EXIT_S = 2.0
 """How long the guard waits for the exit of an agent after a failed demotion and its fence command."""
 
 REFRESH_S = 2.0
-"""The longest interval between two publications: what changes without a step is not worth one at each iteration
-of the loop. A change of the processes that the guard has to know is reported at once."""
+"""The longest interval between two publications. Processes that the guard has to know are reported at once."""
 
 RUN_WITHOUT_SESSION = -1
 """The run number of the demotion without the session."""

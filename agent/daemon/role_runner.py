@@ -117,7 +117,7 @@ class RoleRunner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tracking: asyncio.Task[Any] | None = None
         self._quiet_searches = 0
-        self._orphans = process.OrphanReaper(self._track_processes_again)
+        self._orphans = process.OrphanReaper(self._track_processes)
         self.cgroup = tenure_cgroup(instance)
         self.workload: Workload | None = None
         if settings.workload:
@@ -272,14 +272,14 @@ class RoleRunner:
         return task
 
     def _track_processes(self) -> None:
-        """Track the tenure's processes while their parents live, and report them to the guard."""
-        if self._tenure is not None and (self._tracking is None or self._tracking.done()):
-            self._tracking = self._start_task(self._track_processes_of(self._tenure))
+        """Track the tenure's processes while their parents live, and report them to the guard.
 
-    def _track_processes_again(self) -> None:
-        """Track them unless none is left: only a process of the tenure, or the agent, starts further ones."""
-        if self._quiet_searches < proctree.QUIET_SEARCHES or self.workload is not None:
-            self._track_processes()
+        Not if none is left: only a process of the tenure, or the agent, starts further ones.
+        """
+        none_left = self._quiet_searches >= proctree.QUIET_SEARCHES and self.workload is None
+        idle = self._tracking is None or self._tracking.done()
+        if self._tenure is not None and idle and not none_left:
+            self._tracking = self._start_task(self._track_processes_of(self._tenure))
 
     async def _track_processes_of(self, tenure: TenureProcesses) -> None:
         before = tenure.roots

@@ -124,6 +124,30 @@ async def test_a_heartbeat_sends_what_is_known_and_reads_the_answer() -> None:
     }
 
 
+async def test_head_and_body_are_sent_together() -> None:
+    """Two packets of a heartbeat are twice the work for the agent, the network and the coordinator."""
+    received: list[bytes] = []
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            received.append(data)
+            self.transport.write(answer(json.dumps(BEAT).encode()))
+
+    listener = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with client_of(f"http://127.0.0.1:{port}{BASE}") as client:
+        await beat(client)
+        await beat(client)
+    listener.close()
+    await listener.wait_closed()
+    assert len(received) == 2
+    assert all(data.startswith(b"POST ") and data.endswith(b'"i"}') for data in received), received
+
+
 async def test_two_heartbeats_use_one_connection() -> None:
     async with served() as raw, client_of(raw.endpoint()) as client:
         raw.talk = raw.answers(BEAT)

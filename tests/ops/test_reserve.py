@@ -27,6 +27,27 @@ def run(script: str) -> str:
     return done.stdout.strip()
 
 
+def test_threads_reserve_no_heaps_of_their_own() -> None:
+    """Each heap of glibc is 64 MiB of addresses, so that a limit of them was used up by threads alone."""
+    grown_mib = int(
+        run("""
+def size_mib():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() >> 20
+
+reserve.share_one_heap()
+threading.stack_size(1024 * 1024)
+before, kept, end = size_mib(), [], threading.Event()
+for _ in range(4):
+    threading.Thread(target=lambda: (kept.append(bytes(50_000)), end.wait())).start()
+while len(kept) < 4:
+    pass
+print(size_mib() - before)
+end.set()
+""")
+    )
+    assert grown_mib < 64
+
+
 def test_vital_work_runs_in_reserved_threads_again_and_again() -> None:
     assert (
         run("""

@@ -309,13 +309,10 @@ class Guardian:
 
     def _watch_process(self) -> None:
         """Wake the loop by the end of the guard, and no longer by each answer: ``check`` reads those."""
-        assert self._process is not None  # noqa: S101 - it has answered
-        assert self._socket is not None  # noqa: S101 - as above
+        assert self._process and self._socket  # noqa: S101, PT018 - it has answered
         try:
             self._pidfd = os.pidfd_open(self._process.pid)
-        except (
-            OSError
-        ):  # no descriptor is left, or a container forbids it: the socket shows its end, too
+        except OSError:  # no descriptor is left, or it is forbidden: the socket shows it, too
             return
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket)

@@ -5,6 +5,7 @@ Owns the connection pools' transport. Knows nothing of requests' time limits, no
 
 import ssl
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -50,14 +51,19 @@ class _Stream(httpcore2.AsyncNetworkStream):
     """A connection that refuses a peer whose first words are not HTTP.
 
     The parser waits for a blank line, so a banner like that of SSH would otherwise look like
-    silence.
+    silence. Head and body of a request are sent together, once the answer is read: as one packet, not two.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
         self._inner = inner
         self._first = b""
+        self._unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
+        with suppress(httpcore2.WriteError):  # as httpcore2: it may have answered early
+            if self._unsent:
+                await self._inner.write(self._unsent, timeout)
+        self._unsent = b""
         data = await self._inner.read(max_bytes, timeout)
         if len(self._first) < len(_HTTP):
             self._first += data
@@ -65,8 +71,8 @@ class _Stream(httpcore2.AsyncNetworkStream):
                 raise NotHttpError(repr(self._first[:32])[1:])
         return data
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        await self._inner.write(buffer, timeout)
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109 - as above
+        self._unsent += buffer  # the caller has all of a request in memory, too
 
     async def aclose(self) -> None:
         await self._inner.aclose()

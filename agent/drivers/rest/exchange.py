@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
 
 import httpx2
@@ -38,6 +39,9 @@ LONGEST_CHAIN = 32
 
 LAST_PORT = 65535
 OPERATION_ID = "operation-id"
+
+_parse_url = lru_cache(maxsize=16)(httpx2.URL)
+"""Most often that of the last heartbeat."""
 
 log = Log(__name__)
 
@@ -258,7 +262,7 @@ async def send(
         async with asyncio.timeout(timeout_s):
             request = client.build_request(
                 method,
-                url,
+                _parse_url(url),
                 params=params,
                 content=content,
                 data=form,
