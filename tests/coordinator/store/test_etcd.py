@@ -300,7 +300,7 @@ async def test_an_endpoint_that_cannot_be_reached_is_replaced_at_once(
 
 
 async def test_something_that_is_not_etcd_is_named(etcd_server: EtcdServer) -> None:
-    etcd = Etcd(Gateway([etcd_server._peers[0]]), 5.0)
+    etcd = Etcd(Gateway([etcd_server.peers[0]]), 5.0)
     with pytest.raises(EtcdRefused, match="is not the JSON gateway of etcd"):
         await etcd.get("/absent")
     await etcd.aclose()
