@@ -77,7 +77,7 @@ class EtcdServer:
             certificate, key, authority = map(str, tls)
             self._tls = ("--cert-file", certificate, "--key-file", key)
             self._context = ssl.create_default_context(cafile=authority)
-        self._peers = [f"http://{address}:{peer}" for address, _, peer in hosts]
+        self.peers = [f"http://{address}:{peer}" for address, _, peer in hosts]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * len(hosts)
 
     def start(self, number: int, *, cluster: Sequence[int] = (), state: str = "new") -> None:
@@ -89,10 +89,10 @@ class EtcdServer:
             state: whether it makes a new cluster or joins an existing one then.
         """
         name = f"m{number}"
-        client, peer = self.urls[number], self._peers[number]
+        client, peer = self.urls[number], self.peers[number]
         place = self._places[number]
-        numbers = cluster or range(len(self._peers))
-        everybody = ",".join(f"m{n}={self._peers[n]}" for n in numbers)
+        numbers = cluster or range(len(self.peers))
+        everybody = ",".join(f"m{n}={self.peers[n]}" for n in numbers)
         with (self._directory / f"{name}.log").open("ab") as log:
             self._processes[number] = subprocess.Popen(
                 [

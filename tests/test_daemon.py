@@ -395,12 +395,12 @@ def test_agents_of_one_host_choose_distinct_names(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     monkeypatch.setattr("agent.daemon.main.socket.gethostname", lambda: "edge 1/a")
-    claimed = [main._lock_state_file(settings_for("http://a/clientfailover")) for _ in range(3)]
+    claimed = [main.lock_state_file(settings_for("http://a/clientfailover")) for _ in range(3)]
     assert [name for _, name in claimed] == ["edge 1/a", "edge 1/a-2", "edge 1/a-3"]
     assert len({state_file.path for state_file, _ in claimed}) == 3
     assert {state_file.path.parent for state_file, _ in claimed} == {tmp_path}
     claimed[1][0].close()
-    again, name = main._lock_state_file(settings_for("http://a/clientfailover"))
+    again, name = main.lock_state_file(settings_for("http://a/clientfailover"))
     assert name == "edge 1/a-2"
     for state_file, _ in (*claimed, (again, name)):
         state_file.close()
@@ -415,7 +415,7 @@ def test_each_group_has_a_state_file_of_its_own(
     """Long ids were cut, so two groups shared a file; of 256 letters beyond ASCII none could be made."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     both = [
-        main._lock_state_file(
+        main.lock_state_file(
             settings_for("http://a/clientfailover", group=group, session_id="s" * 256)
         )[0]
         for group in (one, other)
@@ -430,10 +430,10 @@ def test_a_configured_session_id_is_never_replaced(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     settings = settings_for("http://a/clientfailover", session_id="host-a")
-    state_file, name = main._lock_state_file(settings)
+    state_file, name = main.lock_state_file(settings)
     assert name == "host-a"
     with pytest.raises(ConfigError) as caught:
-        main._lock_state_file(settings)
+        main.lock_state_file(settings)
     assert caught.value.exit_code is ExitCode.SESSION_IN_USE
     state_file.close()
 
@@ -505,7 +505,10 @@ async def test_a_reload_whose_hooks_are_on_a_dead_disk_blocks_no_later_one(
             host.daemon.reload(lambda: settings)
             await host.until(lambda: any(reason in each for each in reasons()), reason)  # noqa: B023 - awaited
         answered.set()
-        await host.until(lambda: not host.daemon._reload._lane.busy, "the disk to answer")
         monkeypatch.setattr(RoleRunner, "reconfigure", lambda *_: done.set())
-        host.daemon.reload(lambda: settings)
-        await asyncio.wait_for(done.wait(), PATIENCE_S)
+
+        def reload_again() -> bool:
+            host.daemon.reload(lambda: settings)
+            return done.is_set()
+
+        await host.until(reload_again, "the disk to answer")

@@ -283,10 +283,10 @@ async def _serving_cluster(
 @contextmanager
 def _bind(settings: CoordinatorSettings) -> Iterator[_Sockets]:
     with ExitStack() as stack:
-        api = stack.enter_context(_bound(settings.listen, "--listen"))
+        api = stack.enter_context(bound_socket(settings.listen, "--listen"))
         metrics = None
         if settings.metrics_listen is not None:
-            metrics = stack.enter_context(_bound(settings.metrics_listen, "--metrics-listen"))
+            metrics = stack.enter_context(bound_socket(settings.metrics_listen, "--metrics-listen"))
         yield _Sockets(api, metrics)
 
 
@@ -323,7 +323,7 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
     )
     metrics.count_connections(admission)
     serve = partial(
-        _web_server,
+        web_server,
         reports=Reports(metrics, time.monotonic),
         max_body_bytes=settings.max_body_bytes,
     )
@@ -348,7 +348,7 @@ async def _listening(  # noqa: PLR0917 - the parts of one process
 
 
 @asynccontextmanager
-async def _web_server(
+async def web_server(
     app: Api,
     listener: socket.socket,
     tls: ssl.SSLContext | None,
@@ -381,7 +381,7 @@ def _most_connections() -> int:
 
 
 @contextmanager
-def _bound(address: Address, flag: str) -> Iterator[socket.socket]:
+def bound_socket(address: Address, flag: str) -> Iterator[socket.socket]:
     """A socket bound to the address of a setting. It does not listen yet."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(

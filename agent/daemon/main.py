@@ -86,7 +86,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
         notify, credentials = Notify(), CredentialFiles()
         stack.callback(notify.close)
         try:
-            state_file, session_id = _lock_state_file(settings)
+            state_file, session_id = lock_state_file(settings)
             stack.callback(state_file.close)
             daemon = Daemon(
                 settings,
@@ -95,7 +95,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
                 state_file,
                 notify=notify,
                 start_probe=partial(_start_probe, settings, credentials, stack),
-                load_failsafe=partial(_load_failsafe, settings, credentials),
+                load_failsafe=partial(load_failsafe, settings, credentials),
                 credentials=credentials,
             )
         except FailoverError as error:
@@ -148,7 +148,7 @@ async def _start_probe(
     return f"{'https' if access.tls is not None else 'http'}://{address}"
 
 
-async def _load_failsafe(
+async def load_failsafe(
     settings: AgentSettings, credentials: CredentialFiles, use: "UseAccess"
 ) -> "FailsafeAccess":
     """Load the secret and the certificates of failsafe; pass changed ones to ``use``."""
@@ -177,7 +177,7 @@ def _verdict(daemon: Daemon, why_not: Callable[[Snapshot], str | None]) -> str |
     return why_not(daemon.snapshot())
 
 
-def _lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
+def lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     """Lock a state file and a session id for this process."""
     host = socket.gethostname() or "localhost"
     names = [host, *(f"{host}-{n}" for n in range(2, NAMES_ON_ONE_HOST + 1))]

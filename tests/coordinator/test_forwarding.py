@@ -21,6 +21,7 @@ from agent.coordinator.spread import Leader
 from agent.errors import Invalid, NotFound, NotLeading, RequestRefused, Unavailable
 from agent.model import GroupKey
 from tests.bad_server import Raw, Talk, make_certificate, served, until
+from tests.this_process import descriptors
 
 KEY = GroupKey("default", "default", "g")
 TARGET = b"/api/v1/clientfailover/groups/g/clientsessions/a/heartbeat"
@@ -498,10 +499,10 @@ async def test_a_connection_that_the_leader_closed_meanwhile_is_not_used(
         await closed.wait()
 
     async with served(talk, raw=raw):
+        before = descriptors()
         assert (await follower.ask(url_of(raw))).status == 200
-        _, calls, _ = follower.forwarder._peers.to(url_of(raw))
         closed.set()
-        await until(lambda: not calls.in_use)
+        await until(lambda: descriptors() == before)  # both ends are closed
         assert (await follower.ask(url_of(raw))).status == 200
 
 
@@ -676,6 +677,7 @@ async def test_stop_ends_every_request(follower: Follower) -> None:
 async def test_a_request_that_ends_as_it_gets_its_connection_is_not_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(peers, "QUEUED", 1)
     raw, go = Raw(), asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -688,20 +690,21 @@ async def test_a_request_that_ends_as_it_gets_its_connection_is_not_sent(
         first = asyncio.create_task(follower.ask(url_of(raw)))
         await until(lambda: bool(raw.seen))
         second = asyncio.create_task(follower.refusal(url_of(raw)))
-        _, calls, _ = follower.forwarder._peers.to(url_of(raw))
-        await until(lambda: bool(calls._waiting))
-        release = peers.Pool.release
+        third = asyncio.create_task(follower.refusal(url_of(raw)))
+        assert "1 more are waiting" in (await third).reason  # so the second one waits by now
+        release, released = peers.Pool.release, list[peers.Pool]()
 
         def release_and_stop(pool: peers.Pool, connection: peer_connection.PeerConnection) -> None:
             release(pool, connection)
             follower.forwarder.stop()
+            released.append(pool)
 
         monkeypatch.setattr(peers.Pool, "release", release_and_stop)
         go.set()
         assert (await second).reason == "The coordinator is stopping."
         assert (await first).status == 200
         assert len(raw.seen) == 1
-        assert len(calls._idle) == 1
+        assert released[0].take() is not None, "the second request has given it back"
 
 
 # -- bounds ---------------------------------------------------------------------------------------
@@ -834,8 +837,7 @@ async def test_an_old_connection_is_not_used_after_a_freeze(
         await follower.ask(url_of(raw))
         await follower.ask(url_of(raw))
         assert raw.accepted == 1
-        _, calls, _ = follower.forwarder._peers.to(url_of(raw))
-        calls._idle[0].idle_since -= peers.KEEPALIVE_S
+        monkeypatch.setattr(peers, "KEEPALIVE_S", 0.0)  # as if it had been idle for long
         await follower.ask(url_of(raw))
         assert raw.accepted == 2
 

@@ -243,8 +243,7 @@ async def test_a_refusal_beyond_the_limit_is_late_but_not_for_too_many(
     for number in range(password_checks.NAME_BURST):
         await site.name("ann", str(number))
     late = asyncio.create_task(site.name("ann", "x"))
-    # nothing public shows that it is delayed
-    await until(lambda: site.checks._delayed == 1)
+    await until(lambda: site.counted["limited"] == 1)
     with pytest.raises(TooManyAttempts):
         await asyncio.wait_for(site.name("ann", "y"), 5)
     assert not late.done()

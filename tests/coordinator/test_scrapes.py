@@ -24,7 +24,7 @@ from agent.coordinator import metrics as metrics_module
 from agent.coordinator.api import Api
 from agent.coordinator.limits import Admission, Reports
 from agent.coordinator.metrics import Metrics
-from agent.coordinator.server import GC_THRESHOLDS, _bound, _web_server
+from agent.coordinator.server import GC_THRESHOLDS, bound_socket, web_server
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group_state import Policy, ReceiveHeartbeat
@@ -166,12 +166,12 @@ async def scraped(folder: Path, *, sessions: bool, tls: bool) -> AsyncIterator[S
     api = Api(coordinator, clock.now, metrics=metrics)
     page = folder / "page"
     serve = partial(
-        _web_server,
+        web_server,
         admission=Admission(100, 100),
         reports=Reports(metrics, time.monotonic),
         max_body_bytes=65536,
     )
-    with _bound(Address("127.0.0.1", 0), "--listen") as listener:
+    with bound_socket(Address("127.0.0.1", 0), "--listen") as listener:
         async with serve(api, listener, served) as url:
             scraper = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", SCRAPER, f"{url}/metrics", page, authority.file),

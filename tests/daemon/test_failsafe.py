@@ -22,7 +22,7 @@ from agent.daemon.credential_files import CredentialFiles
 from agent.daemon.failsafe import Failsafe
 from agent.daemon.failsafe_report import Outcome
 from agent.daemon.loop import Daemon
-from agent.daemon.main import _load_failsafe
+from agent.daemon.main import load_failsafe
 from agent.drivers.failsafe.access import load_failsafe_access, warn_of_shared_url
 from agent.drivers.failsafe.asker import Asker, AskError, Peer
 from agent.drivers.failsafe.messages import LONGEST_WHY, Answer
@@ -78,7 +78,7 @@ async def a_member(
         "host-a",
         make_client,
         state_file,
-        load_failsafe=partial(_load_failsafe, settings, credentials),
+        load_failsafe=partial(load_failsafe, settings, credentials),
         credentials=credentials,
     )
     try:

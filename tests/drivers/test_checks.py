@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drivers.checks import command as command_module
-from agent.drivers.checks import process as process_module
 from agent.drivers.checks.command import ExecCheck
 from agent.drivers.checks.file_age import FileAgeCheck
 from agent.drivers.checks.http import HttpCheck
@@ -259,12 +258,13 @@ async def test_a_first_failure_is_reported_though_it_changes_no_verdict(tmp_path
         assert "No such file" in told[-1].reason
 
 
-async def test_a_check_that_flaps_changes_by_rise_and_fall_only(tmp_path: Path) -> None:
+async def test_a_check_that_flaps_changes_by_rise_and_fall_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.touch()
     check = file_check(path, rise=2, fall=3)
     outcomes = iter([True, False, False, True, False, False, False, True, False, True, True])
-    driver = Checks([check], Clock(), lambda health: told.append(health.results["a"].up))
     told: list[bool] = []
     ups: list[bool] = []
 
@@ -274,7 +274,8 @@ async def test_a_check_that_flaps_changes_by_rise_and_fall_only(tmp_path: Path) 
         if not next(outcomes, True):
             raise CheckFailed("down")
 
-    driver._runs["a"] = scripted
+    monkeypatch.setattr(FileAgeCheck, "runner", lambda *_: scripted)
+    driver = Checks([check], Clock(), lambda health: told.append(health.results["a"].up))
     driver.start()
     await until(lambda: len(ups) == 11)
     await driver.stop()
@@ -374,7 +375,7 @@ async def test_a_run_at_its_limit_fails_with_the_limit_as_reason(script: Script)
 
 
 async def test_an_unexpected_exception_is_a_failure_and_the_check_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = 0
 
@@ -383,8 +384,8 @@ async def test_an_unexpected_exception_is_a_failure_and_the_check_goes_on(
         runs += 1
         raise ZeroDivisionError
 
+    monkeypatch.setattr(FileAgeCheck, "runner", lambda *_: broken)
     driver = Checks([file_check(tmp_path)], Clock(), lambda _: None)
-    driver._runs["a"] = broken
     driver.start()
     await until(lambda: runs == 2)
     await driver.stop()
@@ -897,14 +898,14 @@ async def test_all_of_a_host_are_looked_through_only_when_the_process_is_another
     named: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, looks = f"one{os.getpid()}", 0
-    look_at_all = process_module._all
+    listdir = os.listdir
 
-    def counted() -> Iterator[Any]:
+    def counted(path: str) -> list[str]:
         nonlocal looks
-        looks += 1
-        return look_at_all()
+        looks += path == "/proc"
+        return listdir(path)
 
-    monkeypatch.setattr(process_module, "_all", counted)
+    monkeypatch.setattr(os, "listdir", counted)
     run = process(process=name)
     first = named(name)
     assert [await why(run) for _ in range(3)] == [None] * 3

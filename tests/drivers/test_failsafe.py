@@ -15,6 +15,7 @@ import httpx2
 import msgspec
 import pytest
 
+from agent.drivers.failsafe import listener
 from agent.drivers.failsafe.access import FailsafeAccess, load_failsafe_access
 from agent.drivers.failsafe.asker import Asker, AskError, Peer
 from agent.drivers.failsafe.listener import LIMITS, Listener, Refusal, Vote
@@ -79,7 +80,7 @@ async def voting(
     port: int, access: FailsafeAccess | None = None, scheme: str = "http", host: str = "127.0.0.1"
 ) -> AsyncIterator[Voter]:
     voter = Voter(port)
-    listener = Listener(
+    made = Listener(
         "g",
         "b",
         f"{scheme}://{host}:{port}",
@@ -87,10 +88,10 @@ async def voting(
         vote=voter.vote,
         clock=Clock(),
     )
-    voter.listener = listener
-    await listener.start(Address("127.0.0.1", port))
+    voter.listener = made
+    await made.start(Address("127.0.0.1", port))
     yield voter
-    await listener.stop()
+    await made.stop()
 
 
 @pytest.fixture
@@ -355,13 +356,16 @@ def test_the_largest_ids_fit_into_a_message() -> None:
     assert len(encode(answer)) <= MAX_BODY_BYTES
 
 
-async def test_a_slow_request_is_disconnected(voter: Voter) -> None:
-    assert voter.listener is not None
-    voter.listener._http.limits = replace(LIMITS, request_s=0.2)
-    reader, writer = await asyncio.open_connection("127.0.0.1", voter.port)
-    writer.write(b"POST /failsafe/v1/question HTTP/1.1\r\nHost: h\r\nContent-Length: 99\r\n\r\n{")
-    assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
-    writer.close()
+async def test_a_slow_request_is_disconnected(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "LIMITS", replace(LIMITS, request_s=0.2))
+    async with voting(unused_tcp_port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
+        head = b"POST /failsafe/v1/question HTTP/1.1\r\nHost: h\r\nContent-Length: 99\r\n\r\n"
+        writer.write(head + b"{")
+        assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
+        writer.close()
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

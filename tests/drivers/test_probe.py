@@ -22,6 +22,7 @@ from agent.ops.probe_access import ProbeAccess, load_probe_access, warn_of_expos
 from agent.schema.addresses import Address
 from agent.schema.settings import AgentSettings
 from tests.mosquitto import Authority
+from tests.this_process import descriptors
 
 LIMIT_S = 30
 GOOD = b'{"time": "2026-01-31T12:00:00Z"}'
@@ -55,7 +56,16 @@ def agent() -> Agent:
 
 
 @pytest.fixture
-async def server(agent: Agent) -> AsyncIterator[ProbeServer]:
+def limits() -> dict[str, float]:
+    """The server's limits that are other ones than usual; a test replaces it by its parameter of this name."""
+    return {}
+
+
+@pytest.fixture
+async def server(
+    agent: Agent, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ProbeServer]:
+    bound(monkeypatch, limits)
     verdicts = {"fine": lambda: None, "not-fine": lambda: "it is too late"}
     server = ProbeServer(agent.report, agent.status, verdicts, agent.metrics)
     yield server
@@ -67,9 +77,10 @@ async def address(server: ProbeServer) -> Address:
     return await server.start("127.0.0.1", 0)
 
 
-def bound(server: ProbeServer, **limits: float) -> None:
-    """Change limits of a server; those of a connection are read when it begins."""
-    server._http.limits = replace(server._http.limits, **limits)  # type: ignore[arg-type] # by name
+def bound(monkeypatch: pytest.MonkeyPatch, limits: dict[str, float]) -> None:
+    """Change limits of the servers that are made from now on."""
+    changed: Any = limits  # by name
+    monkeypatch.setattr(probe, "LIMITS", replace(probe.LIMITS, **changed))
 
 
 @pytest.fixture
@@ -194,6 +205,7 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
+@pytest.mark.parametrize("limits", [{"request_s": 0.05}])
 @pytest.mark.parametrize(
     "sent",
     [
@@ -204,21 +216,16 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
         b"POST /data-processed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n{",
     ],
 )
-async def test_a_client_that_stalls_is_disconnected(
-    address: tuple[str, int], server: ProbeServer, sent: bytes
-) -> None:
-    bound(server, request_s=0.05)
+async def test_a_client_that_stalls_is_disconnected(address: tuple[str, int], sent: bytes) -> None:
     reader, writer = await asyncio.open_connection(*address)
     writer.write(sent)
     await read_to_the_end(reader)
     writer.close()
 
 
+@pytest.mark.parametrize("limits", [{"request_s": 1000}])
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: "])
-async def test_a_head_without_end_is_disconnected(
-    address: tuple[str, int], server: ProbeServer, start: bytes
-) -> None:
-    bound(server, request_s=1000)
+async def test_a_head_without_end_is_disconnected(address: tuple[str, int], start: bytes) -> None:
     _, writer = await asyncio.open_connection(*address)
     writer.write(start)
 
@@ -232,24 +239,25 @@ async def test_a_head_without_end_is_disconnected(
     writer.close()
 
 
+@pytest.mark.parametrize("limits", [{"connections": 2, "request_s": 1000}])
 async def test_clients_that_only_hold_connections_keep_nobody_out(
-    address: tuple[str, int], server: ProbeServer
+    address: tuple[str, int],
 ) -> None:
-    bound(server, connections=2, request_s=1000)
+    before = descriptors()
     held = [await asyncio.open_connection(*address) for _ in range(5)]
     answer = await raw(
         address, b"GET /fine HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     )
     assert answer.startswith(b"HTTP/1.1 200 OK")
-    assert len(server._http._tasks) <= 2
+    await until(lambda: descriptors() <= before + len(held) + 2)  # the server's ends of two
     for _, other in held:
         other.close()
 
 
+@pytest.mark.parametrize("limits", [{"request_s": 0.5}])
 async def test_a_kept_connection_outlives_the_limit_of_one_request(
-    client: httpx2.AsyncClient, server: ProbeServer
+    client: httpx2.AsyncClient,
 ) -> None:
-    bound(server, request_s=0.5)
     ports = set()
     for _ in range(12):
         answer = await client.get("/status")
@@ -621,21 +629,21 @@ def certificate_of(plain: socket.socket, trust: ssl.SSLContext) -> object:
 
 
 async def test_unfinished_handshakes_count_as_connections_and_end(
-    agent: Agent, tmp_path: Path
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = access(tmp_path, Authority(tmp_path), "one", "p")
-    async with secured(agent, given) as (server, port):
-        bound(server, connections=2, request_s=0.5)
+    bound(monkeypatch, {"connections": 2, "request_s": 0.5})
+    async with secured(agent, given) as (_, port):
+        before = descriptors()
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        # a handshake that has not begun shows nothing at the client
-        await until(lambda: len(server._http._tasks) == 2)
+        await until(lambda: descriptors() == before + 4)  # both ends of two
         held.append(await asyncio.open_connection("127.0.0.1", port))
         assert await read_to_the_end(held[0][0]) == b""  # the oldest is closed at once
-        assert len(server._http._tasks) == 2
+        await until(lambda: descriptors() == before + 5)  # and the client's end of the oldest
         for reader, writer in held:
             await read_to_the_end(reader)
             writer.close()
-        await until(lambda: not server._http._tasks)
+        await until(lambda: descriptors() == before)
 
 
 def test_only_a_probe_that_others_reach_is_warned_of() -> None:

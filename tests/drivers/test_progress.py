@@ -30,6 +30,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import files
 from agent.drivers.progress import (
     Plausible,
     Progress,
@@ -47,6 +48,7 @@ from agent.ops import mqtt
 from agent.ops.clock import Clock
 from agent.schema.kinds import PROGRESS
 from agent.schema.read import validate
+from tests.this_process import descriptors
 
 LIMIT_S = 60
 """Time limit of steps that take milliseconds on a quiet machine."""
@@ -342,6 +344,7 @@ async def test_a_stop_leaves_a_successors_socket_alone_and_closes_connections(sh
 
 async def test_connections_are_bounded_and_a_closed_one_makes_room(short: Path) -> None:
     async with running("socket", path=str(short)) as source:
+        before = descriptors()
         clients = [connected(short) for _ in range(MOST_CONNECTIONS)]
         for client in clients:
             client.sendall(iso(FIRST).encode() + b"\n")
@@ -350,7 +353,7 @@ async def test_connections_are_bounded_and_a_closed_one_makes_room(short: Path) 
             await source.refuses(Reason.UNREADABLE)
         for client in clients:
             client.close()
-        await until(lambda: not source.progress._source.connections)  # type: ignore[union-attr]
+        await until(lambda: descriptors() == before)  # the agent's ends are closed, too
         with connected(short) as client:
             client.sendall(iso(SECOND).encode() + b"\n")
             await source.tells(SECOND)
@@ -361,7 +364,13 @@ async def test_a_socket_on_a_file_system_that_hangs_is_refused_in_time(
 ) -> None:
     hangs = threading.Event()
     path = tmp_path / "s"
-    monkeypatch.setattr(unix_socket, "_clear", lambda _path, _kind: hangs.wait(LIMIT_S))
+    open_directory = files.open_directory
+
+    def open_late(directory: Path) -> int:
+        hangs.wait(LIMIT_S)
+        return open_directory(directory)
+
+    monkeypatch.setattr(files, "open_directory", open_late)
     monkeypatch.setattr(unix_socket, "FILE_S", 0.1)
     source = made("socket", path=str(path))
     threads = threading.active_count()
@@ -508,15 +517,16 @@ async def test_the_mode_is_set_on_nothing_but_the_socket_that_was_made(
     monkeypatch.setattr("agent.drivers.progress.unix_socket.os.fchmod", replaced)
     with pytest.raises(ConfigError, match="Address already in use"):
         await made("socket", path=str(path), mode="0666").progress.start()
-    set_mode = unix_socket._set_mode
+    open_file = os.open
 
-    def swapped(made_path: Path, mode: int) -> tuple[int, int]:
-        path.unlink()
-        path.symlink_to(precious)
-        return set_mode(made_path, mode)
+    def swapped(opened: Path | str, *how: Any, **more: Any) -> int:
+        if Path(opened).name == path.name and path.is_socket():
+            path.unlink()
+            path.symlink_to(precious)
+        return open_file(opened, *how, **more)
 
     monkeypatch.setattr("agent.drivers.progress.unix_socket.os.fchmod", bind)
-    monkeypatch.setattr(unix_socket, "_set_mode", swapped)
+    monkeypatch.setattr("agent.drivers.progress.unix_socket.os.open", swapped)
     path.unlink()
     with pytest.raises(ConfigError, match="no socket"):
         await made("socket", path=str(path), mode="0666").progress.start()
@@ -681,13 +691,14 @@ async def test_a_file_system_that_hangs_holds_one_thread_and_nothing_else(
     path.write_text(iso(FIRST))
     answers = threading.Event()
     calls = []
+    open_regular = files.open_regular
 
-    def hangs(path: Path, key: str | None) -> datetime:
+    def hangs(path: Path) -> int:
         calls.append(path)
         answers.wait(LIMIT_S)
-        return FIRST
+        return open_regular(path)
 
-    monkeypatch.setattr(file, "_read_content", hangs)
+    monkeypatch.setattr(file, "open_regular", hangs)
     threads = threading.active_count()
     async with running("file", path=str(path), limit=0.05) as source:
         assert "blocked in the kernel" in await source.refuses(Reason.TOO_SLOW, 3)
@@ -1184,10 +1195,10 @@ async def test_waits_for_a_broker_grow_to_a_bound_with_jitter(
         if len(waits) == 9:
             raise asyncio.CancelledError
 
-    async def fails(self: Subscriber) -> None:
+    def fails(_: object) -> None:
         raise aiomqtt.MqttError("gone")
 
-    monkeypatch.setattr(Subscriber, "_follow", fails)
+    monkeypatch.setattr(mqtt, "connected", fails)
     settings = MqttProgress(broker="mqtt://127.0.0.1:1", topic="t")
     receiver = Progress(settings, Clock(), print)
     subscriber = Subscriber(settings, receiver, chance=lambda: 0.5)

@@ -184,6 +184,7 @@ def test_xdg_runtime_dir_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert default_directory().is_dir()
 
 
+# the directories of the host itself are not created here
 @pytest.mark.parametrize(
     ("uid", "expected"),
     [(0, ("/run/failover-agent", 0o755)), (1000, ("/tmp/failover-agent-1000", 0o700))],
@@ -192,27 +193,37 @@ def test_the_fallback_directory_depends_on_the_user(uid: int, expected: tuple[st
     assert statefile._choose(None, uid) == (Path(expected[0]), expected[1])
 
 
-def test_the_directory_is_created_with_its_mode(tmp_path: Path) -> None:
-    statefile._create(tmp_path / "d", 0o700)
-    statefile._create(tmp_path / "d", 0o700)
-    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
+def test_the_directory_is_created_with_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for _ in range(2):
+        assert default_directory().stat().st_mode & 0o777 == 0o755
 
 
-def test_a_directory_that_others_can_change_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
+def test_a_directory_that_others_can_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = {name: tmp_path / name for name in ("open", "link", "missing", "theirs")}
+    for name in ("open", "link", "theirs"):
+        parents[name].mkdir()
+    (parents["open"] / "failover-agent").mkdir()
+    (parents["open"] / "failover-agent").chmod(0o777)
     (tmp_path / "target").mkdir()
-    (tmp_path / "link").symlink_to("target")
-    names = ["open", "link", "missing/below"]
+    (parents["link"] / "failover-agent").symlink_to(tmp_path / "target")
     if os.geteuid() == 0:
-        (tmp_path / "theirs").mkdir()
-        os.chown(tmp_path / "theirs", 12345, -1)
-        names.append("theirs")
-    for name in names:
+        (parents["theirs"] / "failover-agent").mkdir()
+        os.chown(parents["theirs"] / "failover-agent", 12345, -1)
+    else:
+        del parents["theirs"]
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    for parent in parents.values():
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(parent))
         with pytest.raises(ConfigError) as caught:
-            statefile._create(tmp_path / name, 0o700)
+            default_directory()
         assert caught.value.exit_code == ExitCode.STATE_FILE
-        assert str(tmp_path / name) in str(caught.value)
+        assert str(parent / "failover-agent") in str(caught.value)
 
 
 HELD_BY_A_GUARD = """

@@ -142,7 +142,7 @@ def serve(stage: Stage, lan: Lan, *flags: str) -> LanCoordinator:
     spawned = stage.spawn(COORDINATOR, *words, before=host.before)
     coordinator = LanCoordinator(COORDINATOR, *spawned, endpoint, stage.group)
     coordinator.host = host
-    stage._processes.append(coordinator)
+    stage.adopt(coordinator)
     coordinator.until_said("coordinator listening")
     return coordinator
 

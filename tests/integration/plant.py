@@ -107,8 +107,7 @@ class Group:
             *(["--", *workload] if self._by_exec else []),
         ]
         agent = Agent(name, *self.stage.spawn(name, *words), state_file)
-        self.stage._processes.append(agent)
-        self.agents[name] = agent
+        self.agents[name] = self.stage.adopt(agent)
 
     def cut_power(self, name: str) -> None:
         """Kill all that runs on an agent's host at once: agent, guard and workload."""
@@ -197,8 +196,7 @@ class Plant:
         ]
         spawned = self._stage.spawn(host.name, *words)
         coordinator = Coordinator(host.name, *spawned, self.endpoints[number], "none")
-        self._stage._processes.append(coordinator)
-        return coordinator
+        return self._stage.adopt(coordinator)
 
     def restart_server(self, number: int) -> None:
         """Start what has ended on a coordinator's host."""

@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Process")
 
 PATIENCE_S = 30.0
 """Many failover timeouts: what has not happened by then, even on a busy machine, will not."""
@@ -223,6 +224,11 @@ class Stage:
         """Do this at the end of the test."""
         self._stack.callback(act)
 
+    def adopt(self, process: P) -> P:
+        """End a process at the end of the test, if it still runs then."""
+        self._processes.append(process)
+        return process
+
     def spawn(
         self, name: str, *command: str, before: Sequence[str] = (), **variables: str
     ) -> tuple[subprocess.Popen[bytes], Path, int]:
@@ -243,9 +249,7 @@ class Stage:
         self, name: str, *command: str, before: Sequence[str] = (), **variables: str
     ) -> Process:
         """Any command of ours."""
-        process = Process(name, *self.spawn(name, *command, before=before, **variables))
-        self._processes.append(process)
-        return process
+        return self.adopt(Process(name, *self.spawn(name, *command, before=before, **variables)))
 
     def serve(self, *flags: str, port: int | None = None, store: str = "memory") -> Coordinator:
         """Start a coordinator and wait until it listens; the same port to start it again."""
@@ -255,7 +259,7 @@ class Stage:
         name = f"coordinator-{port}"
         endpoint = f"http://127.0.0.1:{port}/api/v1/clientfailover"
         coordinator = Coordinator(name, *self.spawn(name, "serve", *words), endpoint, self.group)
-        self._processes.append(coordinator)
+        self.adopt(coordinator)
         coordinator.until_said("coordinator listening")
         return coordinator
 
@@ -281,9 +285,7 @@ class Stage:
             *flags,
         ]
         guarded = "--no-guard" not in words
-        agent = Agent(name, *self.spawn(name, "run", *words), state_file, guarded)
-        self._processes.append(agent)
-        return agent
+        return self.adopt(Agent(name, *self.spawn(name, "run", *words), state_file, guarded))
 
     def hook(self, name: str, event: str, body: str = "") -> Path:
         """A script that records, does ``body``, and records its end."""

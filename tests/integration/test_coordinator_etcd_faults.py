@@ -135,7 +135,7 @@ def test_r19_a_member_of_etcd_that_is_replaced_costs_no_role(stage: Stage, tmp_p
         old = next(line.split(",")[0] for line in members if etcd.urls[replaced] in line)
         etcd.kill(replaced)
         shutil.rmtree(tmp_path / f"m{replaced}")
-        peer = etcd._peers[replaced]
+        peer = etcd.peers[replaced]
         etcd.start(replaced, cluster=[replaced])
         etcd.wait_until_healthy(etcd.urls[replaced])
         check_unmoved(stage, agent, epoch, 4.0)

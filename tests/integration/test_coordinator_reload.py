@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 from agent.coordinator.auth import hash_password
 from tests.mosquitto import Authority
 
-from .stage import PATIENCE_S, Process, Stage, free_port
+from .stage import PATIENCE_S, Stage, free_port
 
 GROUPS = "/api/v1/clientfailover/groups"
 
@@ -30,8 +30,7 @@ class Site:
         self.users(ann="one")
         self.configure()
         words = ("serve", f"--config={self.folder / 'coordinator.toml'}")
-        self.process = Process("coordinator", *stage.spawn("coordinator", *words))
-        stage._processes.append(self.process)
+        self.process = stage.process("coordinator", *words)
         self.process.until_said("coordinator listening")
 
     def configure(self, **changed: object) -> None:

@@ -64,9 +64,7 @@ def member(
         *TIMING,
         *flags,
     ]
-    agent = Agent(name, *stage.spawn(name, *words, before=before), state_file)
-    stage._processes.append(agent)
-    return agent
+    return stage.adopt(Agent(name, *stage.spawn(name, *words, before=before), state_file))
 
 
 def sample(stage: Stage, path: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from agent.ops.signals import FORWARDED, IGNORED
 
-from .stage import Coordinator, Process, Stage, until
+from .stage import Coordinator, Stage, until
 from .workloads import start
 
 SENT = sorted({*IGNORED, *FORWARDED})
@@ -132,11 +132,7 @@ def test_exec_ignores_signals_while_its_command_does_not_run(
 
 def test_the_coordinator_ignores_every_ordinary_signal(stage: Stage) -> None:
     """Faults 21 and 22: kill -HUP ended the coordinator, which systemd took for a clean end."""
-    process = Process(
-        "coordinator",
-        *stage.spawn("coordinator", "serve", "--listen=127.0.0.1:0", "--store=memory"),
-    )
-    stage._processes.append(process)
+    process = stage.process("coordinator", "serve", "--listen=127.0.0.1:0", "--store=memory")
     until(lambda: handles(process.popen.pid, signal.SIGUSR1), "the first handlers")
     while "coordinator listening" not in process.said():
         assert process.popen.poll() is None, process.said()

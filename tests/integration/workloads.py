@@ -47,9 +47,8 @@ def start(
         *flags,
         *(["--", *command] if command else []),
     ]
-    agent = Agent(name, *stage.spawn(name, *words, before=before, **variables), state_file)
-    stage._processes.append(agent)
-    return agent
+    spawned = stage.spawn(name, *words, before=before, **variables)
+    return stage.adopt(Agent(name, *spawned, state_file))
 
 
 def output(stage: Stage) -> Path:

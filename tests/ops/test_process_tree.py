@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,17 +42,16 @@ def strangers() -> Iterator[list[int]]:
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
     """Readers that block at each environment, by process id: add those that block."""
     blocked: dict[int, int] = {}
-    contents, release = process_tree._contents, threading.Event()
+    read_bytes, release = Path.read_bytes, threading.Event()
 
-    def block(of: int, name: str) -> bytes:
-        if of in blocked:
-            blocked[of] += 1
+    def block(path: Path) -> bytes:
+        if path.name == "environ" and int(path.parent.name) in blocked:
+            blocked[int(path.parent.name)] += 1
             release.wait(PATIENCE_S)
-        return contents(of, name)
+        return read_bytes(path)
 
-    monkeypatch.setattr(process_tree, "_contents", block)
+    monkeypatch.setattr(Path, "read_bytes", block)
     monkeypatch.setattr(process_tree, "READ_S", 0.05)
-    monkeypatch.setattr(process_tree, "_unreadable", set())
     yield blocked
     release.set()
 

@@ -1,15 +1,18 @@
 """What an agent reads of the answers of any server, and how it refuses what is none."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx2
 import pytest
 
-from agent.drivers.rest import client, endpoints
+from agent.drivers.rest import endpoints
+from agent.drivers.rest.client import RestClient
 from agent.drivers.rest.exchange import Answer
+from agent.errors import ServerError
 from agent.model import (
     TICKS_PER_SECOND,
     GroupStatus,
@@ -22,6 +25,7 @@ from agent.schema import api, codec
 from agent.schema.codec import BodyError
 from agent.schema.values import Shape
 
+LIMIT_S = 30.0
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -34,12 +38,16 @@ def one(shape: type[Shape]) -> Callable[[bytes], Any]:
 
 
 def many(shape: type[Shape]) -> Callable[[bytes], Any]:
-    # a server for each of thousands of bodies would be slow
-    return lambda body: client._decode_many(shape, answer(body))
+    return lambda body: endpoints.decode_many(shape, answer(body))
 
 
-def read_group(body: bytes) -> Any:
-    return client._decode_group(answer(body))
+@asynccontextmanager
+async def answered(body: bytes) -> AsyncIterator[RestClient]:
+    """A client whose server answers every request with this body."""
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, content=body))
+    client = RestClient(["http://test/clientfailover"], transport=transport)
+    yield client
+    await client.aclose()
 
 
 def read_heartbeat(body: bytes) -> HeartbeatAnswer:
@@ -59,17 +67,26 @@ def test_what_is_not_known_is_left_out_of_a_request() -> None:
     assert json.loads(release) == {"Epoch": 0, "Instance": "i", "Reason": "r"}
 
 
-def test_a_v1_servers_answers_are_read_with_what_they_leave_out_or_set_to_null() -> None:
-    groups = client._decode_groups(
-        answer(
-            b'[{"Id":"g","Name":null,"FailoverTimeout":null},{"Id":"h","FailoverTimeout":"90.00:00:00"},'
-            b'{"Name":"none"}]'
-        )
+async def test_a_v1_servers_groups_are_read_without_those_that_have_no_id() -> None:
+    body = (
+        b'[{"Id":"g","Name":null,"FailoverTimeout":null},{"Id":"h","FailoverTimeout":"90.00:00:00"},'
+        b'{"Name":"none"}]'
     )
+    async with answered(body) as client:
+        groups = await client.groups(timeout_s=LIMIT_S)
     assert [(group.id, group.timeout_ticks) for group in groups] == [
         ("g", 60 * TICKS_PER_SECOND),
         ("h", 90 * 86_400 * TICKS_PER_SECOND),
     ]
+
+
+async def test_a_group_without_an_id_is_refused() -> None:
+    async with answered(b'{"Name":"n"}') as client:
+        with pytest.raises(ServerError, match="a group without an Id"):
+            await client.group("n", timeout_s=LIMIT_S)
+
+
+def test_a_v1_servers_answers_are_read_with_what_they_leave_out_or_set_to_null() -> None:
     read = read_heartbeat(b'{"Role":"Primary","LastDataProcessedTime":null,"Extra":1}')
     assert read == HeartbeatAnswer(Role.PRIMARY)
     session = read_session(b'{"Id":"s","Heartbeat":null,"RoleOverride":null}').to_model()
@@ -160,7 +177,6 @@ ASKS = " (is this the address of a client failover service?)"
             "[1].Id is missing: it must be a string: the id of the session" + ASKS,
         ),
         (read_sessions, b"[7]", "[0] is 7: it must be a JSON object" + ASKS),
-        (read_group, b'{"Name":"n"}', "a group without an Id"),
         (
             read_status,
             b'{"PreviousPrimary":"x\\u0000y"}',

@@ -7,16 +7,14 @@ endpoint is asked is decided in endpoints.py.
 import asyncio
 import json
 from datetime import datetime
-from typing import TypeVar
 from urllib.parse import quote
 
 import httpx2
 
 from agent.drivers.rest.endpoints import (
-    ADDRESS_HINT,
-    ANSWER_NAME,
     Endpoints,
     decode_answer,
+    decode_many,
     decode_one,
 )
 from agent.drivers.rest.exchange import Answer, send
@@ -32,11 +30,9 @@ from agent.model import (
     SessionView,
 )
 from agent.schema import api, failsafe_api
-from agent.schema.codec import BodyError, decode_many, encode
+from agent.schema.codec import BodyError, encode
 from agent.schema.scalars import format_time_span
-from agent.schema.values import Confirmed, HoldOffSpan, Shape
-
-S = TypeVar("S", bound=Shape)
+from agent.schema.values import Confirmed, HoldOffSpan
 
 PAGE = 100
 """Page size of lists, the documented default."""
@@ -361,7 +357,7 @@ class RestClient(Endpoints):
             f"groups/{_quote_segment(group)}/clientsessions",
             what=f"sessions of group {group}",
             timeout_s=timeout_s,
-            read=lambda answer: [s.to_model() for s in _decode_many(api.ClientSession, answer)],
+            read=lambda answer: [s.to_model() for s in decode_many(api.ClientSession, answer)],
         )
 
     async def forget_session(self, group: str, session: str, *, timeout_s: float) -> None:
@@ -393,15 +389,8 @@ class RestClient(Endpoints):
             what=f"history of group {group}",
             timeout_s=timeout_s,
             params={"skip": str(skip), "count": str(count)},
-            read=lambda answer: [t.to_model() for t in _decode_many(api.HistoryEntry, answer)],
+            read=lambda answer: [t.to_model() for t in decode_many(api.HistoryEntry, answer)],
         )
-
-
-def _decode_many(shape: type[S], answer: Answer) -> list[S]:
-    try:
-        return decode_many(shape, answer.body, ANSWER_NAME)
-    except BodyError as error:
-        raise BodyError(f"{error}{ADDRESS_HINT}") from None
 
 
 def _decode_group(answer: Answer) -> GroupConfig:
@@ -413,7 +402,7 @@ def _decode_group(answer: Answer) -> GroupConfig:
 
 def _decode_groups(answer: Answer) -> list[GroupConfig]:
     """Decode a list of groups, without those that have no id."""
-    groups = [group.to_model() for group in _decode_many(api.GroupConfiguration, answer)]
+    groups = [group.to_model() for group in decode_many(api.GroupConfiguration, answer)]
     return [group for group in groups if group.id]
 
 

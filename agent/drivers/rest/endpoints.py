@@ -32,7 +32,7 @@ from agent.drivers.rest.exchange import (
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.logs import Log
 from agent.ops.names import Names
-from agent.schema import api
+from agent.schema import api, codec
 from agent.schema.codec import BodyError, decode, has_none_of
 from agent.schema.values import Shape
 
@@ -411,6 +411,13 @@ def decode_one(shape: type[S], answer: Answer) -> S:
     if has_none_of(value, answer.body):
         raise BodyError(f"none of the properties of {shape.__name__}")
     return value
+
+
+def decode_many(shape: type[S], answer: Answer) -> list[S]:
+    try:
+        return codec.decode_many(shape, answer.body, ANSWER_NAME)
+    except BodyError as error:
+        raise BodyError(f"{error}{ADDRESS_HINT}") from None
 
 
 def _decode_store_id(answer: Answer) -> str | None:

@@ -83,16 +83,25 @@ def etcd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer
 
 
 @asynccontextmanager
+async def new_cluster(
+    server: EtcdServer, transport: Transport | None = None, *, timeout_s: float = 5.0
+) -> AsyncIterator[EtcdCluster]:
+    """A new store in etcd, of one shard."""
+    etcd = Etcd(transport or Gateway(server.urls), timeout_s)
+    cluster = await EtcdCluster.open(etcd, f"/test/{uuid.uuid4()}", 1)
+    yield cluster
+    await cluster.aclose()
+
+
+@asynccontextmanager
 async def led_shard(
     server: EtcdServer, transport: Transport | None = None
 ) -> AsyncIterator[EtcdStore]:
     """The only shard of a new store in etcd, led by the test."""
-    etcd = Etcd(transport or Gateway(server.urls), 5.0)
-    cluster = await EtcdCluster.open(etcd, f"/test/{uuid.uuid4()}", 1)
-    store = await lead(cluster)
-    yield store
-    await store.close()
-    await cluster.aclose()
+    async with new_cluster(server, transport) as cluster:
+        store = await lead(cluster)
+        yield store
+        await store.close()
 
 
 async def lead(cluster: EtcdCluster) -> EtcdStore:

@@ -34,7 +34,7 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 from tests.etcd import EtcdServer, an_etcd
 from tests.mosquitto import Authority
 
-from .conftest import lead, led_shard
+from .conftest import lead, led_shard, new_cluster
 
 MakeRecord = Callable[[int], GroupRecord]
 SINCE = datetime(2024, 1, 1, tzinfo=UTC)
@@ -98,17 +98,14 @@ async def lossy(etcd_server: EtcdServer) -> AsyncIterator[tuple[Lossy, EtcdStore
         yield transport, store
 
 
-def cluster_of(store: EtcdStore) -> EtcdCluster:
-    return store._cluster
-
-
 async def test_r19_a_deposed_leader_changes_nothing(
     etcd_server: EtcdServer, key: GroupKey, make_record: MakeRecord
 ) -> None:
     other = key._replace(group="another")
-    async with led_shard(etcd_server) as old:
+    async with new_cluster(etcd_server) as cluster:
+        old = await lead(cluster)
         version = await old.create(key, make_record(1))
-        new = await lead(cluster_of(old))
+        new = await lead(cluster)
         saved = Progress(1, SINCE)
         for change in (
             old.swap(key, version, make_record(2), [HistoryEntry(2, "s", SINCE, "chosen")]),
@@ -219,18 +216,19 @@ async def test_more_groups_than_a_page_are_loaded_and_listed(
     etcd_server: EtcdServer, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.coordinator.store.etcd.PAGE", 3)
-    async with led_shard(etcd_server) as store:
+    async with new_cluster(etcd_server) as cluster:
+        store = await lead(cluster)
         names = [f"g{number}" for number in range(10)]
         for name in names:
             await store.create(GroupKey("t", "n", name), make_record(1))
         await store.create(GroupKey("t", "other", "x"), make_record(1))
         assert len(await store.load()) == 11
-        total, page = await cluster_of(store).configs("t", "n", 2, 3, lambda _: True)
+        total, page = await cluster.configs("t", "n", 2, 3, lambda _: True)
         assert (total, len(page)) == (10, 3)
         monkeypatch.setattr("agent.coordinator.store.etcd.MOST_STEPS", 4)
         monkeypatch.delattr(Etcd, "get")  # one request for each group took a second of CPU
-        assert len((await cluster_of(store).configs("t", "n", 1, 100, lambda _: True))[1]) == 9
-        assert await cluster_of(store).configs("t", "n", 0, 9, lambda acl: acl is None) == (0, [])
+        assert len((await cluster.configs("t", "n", 1, 100, lambda _: True))[1]) == 9
+        assert await cluster.configs("t", "n", 0, 9, lambda acl: acl is None) == (0, [])
 
 
 async def test_a_store_has_one_identity_and_one_number_of_shards(etcd_server: EtcdServer) -> None:
@@ -300,7 +298,7 @@ async def test_an_endpoint_that_cannot_be_reached_is_replaced_at_once(
 
 
 async def test_something_that_is_not_etcd_is_named(etcd_server: EtcdServer) -> None:
-    etcd = Etcd(Gateway([etcd_server._peers[0]]), 5.0)
+    etcd = Etcd(Gateway([etcd_server.peers[0]]), 5.0)
     with pytest.raises(EtcdRefused, match="is not the JSON gateway of etcd"):
         await etcd.get("/absent")
     await etcd.aclose()
@@ -309,8 +307,7 @@ async def test_something_that_is_not_etcd_is_named(etcd_server: EtcdServer) -> N
 async def test_a_change_of_an_access_list_marks_that_caches_are_stale(
     etcd_server: EtcdServer,
 ) -> None:
-    async with led_shard(etcd_server) as store:
-        cluster = cluster_of(store)
+    async with new_cluster(etcd_server) as cluster:
         place = cluster.layout.access_changed
         assert await cluster.etcd.get(place) is None
         await cluster.set_access("t", "n", AccessList())
@@ -365,7 +362,8 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         await wrong.aclose()
         gateway = Gateway(server.urls, tls=context, login=Login("root", "secret"))
         cluster = await EtcdCluster.open(Etcd(gateway, 5.0), "/test", 1)
-        gateway._token = "forgotten"
+        server.kill(0)
+        server.start_all()  # etcd has forgotten its tokens
         store = await lead(cluster)
         assert await store.load() == {}
         await cluster.aclose()
@@ -396,39 +394,44 @@ async def test_a_refusal_of_a_repeated_write_says_nothing_of_the_first_attempt(
 
 
 async def test_the_first_answer_to_any_attempt_counts(
-    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+    etcd_server: EtcdServer, key: GroupKey, make_record: MakeRecord
 ) -> None:
     """A slow answer is awaited while the write is sent again; it is the same write."""
-    transport, store = lossy
-    store._etcd.timeout_s = 0.3
-    transport.slow_s = 0.5
-    version = await store.create(key, make_record(1))
-    assert transport.sent > 1
-    transport.slow_s = 0.0
-    assert await store.load() == {key: Stored(version, make_record(1))}
+    transport = Lossy(Gateway(etcd_server.urls))
+    async with new_cluster(etcd_server, transport, timeout_s=0.3) as cluster:
+        store = await lead(cluster)
+        transport.sent, transport.slow_s = 0, 0.5
+        version = await store.create(key, make_record(1))
+        assert transport.sent > 1
+        transport.slow_s = 0.0
+        assert await store.load() == {key: Stored(version, make_record(1))}
 
 
 async def test_old_tenures_are_forgotten_many_at_a_time(
-    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+    etcd_server: EtcdServer, key: GroupKey, make_record: MakeRecord
 ) -> None:
     """A change of role in a group with a full history is one transaction, as in any other group."""
-    transport, store = lossy
-    version = await store.create(key, make_record(1))
-    tenures = [HistoryEntry(epoch, "s", SINCE, "chosen") for epoch in range(1, HISTORY_BOUND + 200)]
-    full, rest = tenures[:HISTORY_BOUND], tenures[HISTORY_BOUND:]
-    for first in range(0, len(full), MOST_ENTRIES):
-        some = full[first : first + MOST_ENTRIES]
-        version = await store.swap(key, version, make_record(1), some)
-    transport.sent = 0
-    for one in rest:
-        version = await store.swap(key, version, make_record(1), [one])
-    assert len(rest) < transport.sent <= len(rest) + 2
-    total, entries = await store.history(key, count=2 * HISTORY_BOUND)
-    assert (total, entries) == (HISTORY_BOUND, tenures[: -HISTORY_BOUND - 1 : -1])
-    # what is kept beyond the bound is visible in etcd only
-    prefix = store._layout.history(key)
-    kept = await store._etcd.range(read(prefix, end_of(prefix), count_only=True))
-    assert HISTORY_BOUND <= kept.count < HISTORY_BOUND + MOST_ENTRIES
+    transport = Lossy(Gateway(etcd_server.urls))
+    async with new_cluster(etcd_server, transport) as cluster:
+        store = await lead(cluster)
+        version = await store.create(key, make_record(1))
+        tenures = [
+            HistoryEntry(epoch, "s", SINCE, "chosen") for epoch in range(1, HISTORY_BOUND + 200)
+        ]
+        full, rest = tenures[:HISTORY_BOUND], tenures[HISTORY_BOUND:]
+        for first in range(0, len(full), MOST_ENTRIES):
+            some = full[first : first + MOST_ENTRIES]
+            version = await store.swap(key, version, make_record(1), some)
+        transport.sent = 0
+        for one in rest:
+            version = await store.swap(key, version, make_record(1), [one])
+        assert len(rest) < transport.sent <= len(rest) + 2
+        total, entries = await store.history(key, count=2 * HISTORY_BOUND)
+        assert (total, entries) == (HISTORY_BOUND, tenures[: -HISTORY_BOUND - 1 : -1])
+        # what is kept beyond the bound is visible in etcd only
+        prefix = cluster.layout.history(key)
+        kept = await cluster.etcd.range(read(prefix, end_of(prefix), count_only=True))
+        assert HISTORY_BOUND <= kept.count < HISTORY_BOUND + MOST_ENTRIES
 
 
 def make_key(directory: Path) -> tuple[Path, Path]:
@@ -469,8 +472,9 @@ async def test_a_login_is_renewed_when_users_of_etcd_have_changed(tmp_path: Path
 async def test_a_leader_that_was_deposed_cannot_declare_the_store_as_restored(
     etcd_server: EtcdServer,
 ) -> None:
-    async with led_shard(etcd_server) as store:
-        await lead(store._cluster)
+    async with new_cluster(etcd_server) as cluster:
+        store = await lead(cluster)
+        await lead(cluster)
         with pytest.raises(LeadershipLost):
             await store.declare_restored()
         assert not await store.is_restored()
