@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ class EtcdServer:
         """Whether a member serves now, and knows a leader."""
         health = urllib.request.Request(f"{url}/health")
         with (
-            suppress(OSError),
+            suppress(OSError, HTTPException),
             urllib.request.urlopen(health, timeout=2, context=self._context) as answer,
         ):
             return b'"true"' in answer.read()
@@ -138,7 +139,10 @@ class EtcdServer:
     def leader(self) -> int:
         """The number of the member that leads."""
         for number, url in enumerate(self.urls):
-            with suppress(OSError), urllib.request.urlopen(f"{url}/metrics", timeout=2) as page:
+            with (
+                suppress(OSError, HTTPException),  # also one that ends while it answers
+                urllib.request.urlopen(f"{url}/metrics", timeout=2) as page,
+            ):
                 if b"\netcd_server_is_leader 1\n" in page.read():
                     return number
         raise AssertionError("etcd has no leader")
