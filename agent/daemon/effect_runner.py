@@ -300,13 +300,16 @@ class EffectRunner:
         member = self.member
         demote_s = member.session.timing.demote_s
         before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
+        member.notify.stopping()  # after this, systemd does not wait for the watchdog's next answer
+        member.notify.extend_timeout(demote_s + EXIT_S)
         member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
         self.state_publisher.write()
         facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
+        run = member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
         try:
             async with asyncio.timeout(demote_s):
                 await self.state_publisher.flush()
-                await member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
+                await asyncio.shield(run)  # a cancelled run would not be killed below
         except Exception:  # the processes are killed below in any case
             log.exception("demotion without the session failed")
         if killing := member.role_runner.kill_all():

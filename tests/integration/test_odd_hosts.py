@@ -5,6 +5,7 @@ import fcntl
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from agent.drivers.statefile import StateFile
 from agent.errors import ExitCode
 from tests.hung import dead_disk, without_pidfd
 
-from .stage import LOOK_S, Agent, Coordinator, Gate, Stage, until
+from .stage import LOOK_S, PATIENCE_S, Agent, Coordinator, Gate, Stage, lives, until
 from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
 from .workloads import by_exec, guard_of, output, pair, start, until_written_after, writes
 from .writer import overlap_s, written
@@ -268,3 +269,49 @@ def test_an_agent_whose_claim_is_gone_stops_in_order_and_not_for_those_that_only
     os.close(descriptors[-1])
     assert coordinator.tenure(epoch)["WhyEnded"] == "another agent has claimed the session"
     stage.check_promise()
+
+
+FAILS = """
+import os, sys
+from agent.core.session import Session
+from agent.cli.main import main
+step = Session.step
+
+def fail(*given):
+    if os.path.exists("failed"):
+        raise RuntimeError("a fault of ours")
+    return step(*given)
+
+Session.step = fail
+sys.exit(main(sys.argv[4:]))
+"""
+"""The prefix of an agent whose loop fails once there is a file "failed"."""
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_demotion_after_a_failed_loop_ends_before_systemds_watchdog_and_before_the_agent(
+    stage: Stage, coordinator: Coordinator, *, ends: bool
+) -> None:
+    """Nothing answers the watchdog then, but after STOPPING=1 systemd does not wait for that."""
+    body = f"cd {stage.directory}; test -e failed || exit 0; until test -e go; do sleep 0.01; done"
+    hooks = {role: stage.hook("host-a", role, body) for role in ("primary", "secondary")}
+    words = [f"--hook-{role}={path}" for role, path in hooks.items()]
+    words += [f"--endpoint={coordinator.endpoint}", f"--group={stage.group}", "--no-guard"]
+    words += ["--state-file=state", "--failover-timeout=10", "--demote=3", "--margin=1"]
+    systemd = stage.enter(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    systemd.bind(str(stage.directory / "notify"))
+    systemd.settimeout(PATIENCE_S)
+    variables = {"NOTIFY_SOCKET": str(stage.directory / "notify"), "WATCHDOG_USEC": "1000000"}
+    before = [sys.executable, "-c", FAILS]
+    agent = stage.process("host-a", "run", *words, before=before, **variables)
+    agent.until_said("after=Primary")
+    (stage.directory / "failed").touch()
+    while b"STOPPING=1" not in systemd.recv(4096):
+        pass
+    if ends:
+        (stage.directory / "go").touch()
+    assert agent.wait() == ExitCode.TASK_FAILED
+    assert ends == (not agent.lines("demotion without the session failed"))
+    (*_, line) = agent.lines("hook started hook=secondary")
+    pid = int(line.partition("pid=")[2].split()[0])
+    until(lambda: not lives(pid), "the end of the demotion hook")
