@@ -1,4 +1,4 @@
-"""What the kernel knows of the process of the tests: its children and its open files."""
+"""What the kernel knows of the process of the tests: its children, threads and open files."""
 
 import contextlib
 from pathlib import Path
@@ -11,6 +11,11 @@ def children() -> set[int]:
         with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
             found.update(map(int, (task / "children").read_text().split()))
     return found
+
+
+def threads() -> int:
+    """How many threads it has, also those that Python's threading does not know of."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def descriptors() -> int:

@@ -6,12 +6,13 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode
-from agent.model import SessionConfig
+from agent.model import SessionConfig, SessionView
 
 from .test_remote import PLAIN, become_primary, plain
 
@@ -99,7 +100,13 @@ def test_an_active_session_is_not_forgotten(cli: Cli, at: str, group: str) -> No
 def test_the_coordinator_refuses_one_that_has_become_active_meanwhile(
     cli: Cli, at: str, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.cli.sessions._check_dead", lambda *_: None)
+    sessions = RestClient.sessions
+
+    async def as_before(self: RestClient, group: str, *, timeout_s: float) -> list[SessionView]:
+        found = await sessions(self, group, timeout_s=timeout_s)
+        return [replace(one, active=False) for one in found]
+
+    monkeypatch.setattr(RestClient, "sessions", as_before)
     code, _, err = cli("sessions", "forget", group, "host-a", at, "--yes")
     assert code == ExitCode.REFUSED
     assert 'Client session "host-a" is active' in err

@@ -73,6 +73,9 @@ class _Timer(asyncio.TimerHandle):
     _run = _run
 
 
+# An event loop on a virtual clock is made of asyncio's private parts: it has no public ones for this.
+
+
 class _Selector(selectors.SelectSelector):
     """Jumps to the next timer instead of waiting for it."""
 

@@ -205,6 +205,7 @@ class World:
             if node.coordinator is None or node.leadership is None:
                 continue
             group = node.coordinator.engine.groups.get(self.key)
+            # which revision it leads by is shown to nobody: etcd compares it at each write
             term = node.leadership._terms.get(number)
             if leader is None or term is None or term[0] != leader.modified or group is None:
                 continue

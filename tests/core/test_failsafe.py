@@ -1,6 +1,7 @@
 """Failsafe at the agent: contact, questions and their counting, votes, promises (R23, R26-R32, R35)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -825,13 +826,21 @@ def test_r35_after_a_doubt_it_rehearses_soon() -> None:
 
 # -- any events ----------------------------------------------------------------------------------------
 
+LATEST = 0
+"""As a number of an event: that of the heartbeat, hook or question that was begun last."""
+
+
+def numbers(most: int) -> st.SearchStrategy[int]:
+    return st.just(LATEST) | st.integers(1, most)
+
+
 SETS = st.sampled_from([None, SET, MemberSet(2, (ME, B, D)), MemberSet(3, off="v1")])
 EVENTS: st.SearchStrategy[Event] = st.one_of(
-    st.builds(Answered, st.integers(0, 9), st.booleans(), st.just("for the test")),
+    st.builds(Answered, numbers(9), st.booleans(), st.just("for the test")),
     st.builds(Asked, st.just("b"), st.integers(0, 4), st.booleans()),
     st.builds(
         HeartbeatAnswered,
-        st.integers(0, 12),
+        numbers(12),
         st.builds(
             HeartbeatAnswer,
             st.sampled_from(Role),
@@ -846,47 +855,88 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     ),
     st.builds(
         HeartbeatFailed,
-        st.integers(0, 12),
+        numbers(12),
         st.sampled_from(HeartbeatFailure),
         st.just("for the test"),
         contact=st.booleans(),
     ),
-    st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
+    st.builds(HookEnded, numbers(8), st.booleans(), st.just("ended")),
     st.builds(FitnessChanged, st.booleans(), st.just("disk")),
     st.sampled_from([Stalled(2.0), Joined(TIMING, STORE), Released(), Left(), Tick(), Tick()]),
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
-    st.sampled_from([frozenset(), frozenset(Role)]),
-)
-def test_any_events_keep_the_deadlines_and_the_promise(
-    events: list[tuple[Event, float]], hooks: frozenset[Role]
-) -> None:
+PROMISE: list[tuple[Event, float]] = [
+    (Asked("b", 1, rehearsal=False), 0.0),
+    (Tick(), TIMING.heartbeat_interval_s),
+]
+STARTS: list[tuple[Callable[[FailsafeBench], object], Sequence[tuple[Event, float]]]] = [
+    (FailsafeBench.begin, []),
+    (FailsafeBench.free, []),
+    (lambda bench: bench.free().cut_off(), PROMISE),
+    (FailsafeBench.holder, []),
+]
+"""States from which any events follow."""
+
+
+def addressed(event: Event, bench: FailsafeBench) -> Event:
+    """The event with the number that LATEST stands for."""
+    match event:
+        case HeartbeatAnswered(number=0) | HeartbeatFailed(number=0):
+            sent = [effect.number for effect in bench.log if isinstance(effect, SendHeartbeat)]
+            return replace(event, number=sent[-1]) if sent else event
+        case HookEnded(run=0):
+            started = [effect.run for effect in bench.log if isinstance(effect, StartHook)]
+            return replace(event, run=started[-1]) if started else event
+        case Answered(nonce=0):
+            asked = [effect.nonce for effect in bench.log if isinstance(effect, Ask)]
+            return replace(event, nonce=asked[-1]) if asked else event
+        case _:
+            return event
+
+
+def test_any_events_keep_the_deadlines_and_the_promise() -> None:
     """Primary only with a lease, no role against a promise that is not discharged, and no busy loop."""
-    bench = FailsafeBench(hooks=hooks)
-    bench.begin()
-    session = bench.session
-    promised_until, promised_for = bench.now + LEASE_S, -1
-    for event, after_s in events:
-        before = session.role
-        if isinstance(event, Asked):
-            vote = bench.vote(event.epoch, after_s=after_s, rehearsal=event.rehearsal)
-            assert session.role is S or not vote.yes
-            if vote.yes and not event.rehearsal:
-                promised_until = bench.now + LEASE_S
-                promised_for = max(promised_for, event.epoch)
-        else:
-            bench.step(event, after_s=after_s)
-        if before is S and session.role is not S and bench.now < promised_until:
-            assert isinstance(event, HeartbeatAnswered)
-            cleared = event.answer.cleared
-            assert cleared is not None
-            assert cleared >= promised_for
-        if session.role is P:
-            assert session.renew_by > bench.now, "primary without a lease"
-        assert session.wake_at > bench.now, "the daemon would spin"
-        assert session.renew_by == session.sent_at + TIMING.renew_s
-        assert session.failsafe_view(bench.now).readiness in Readiness
+    reached: set[str] = set()
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
+        st.sampled_from([frozenset(), frozenset(Role)]),
+        st.sampled_from(STARTS),
+    )
+    def check(
+        events: list[tuple[Event, float]],
+        hooks: frozenset[Role],
+        start: tuple[Callable[[FailsafeBench], object], Sequence[tuple[Event, float]]],
+    ) -> None:
+        bench = FailsafeBench(hooks=hooks)
+        promised_until, promised_for = bench.now + LEASE_S, -1
+        begin, first = start
+        begin(bench)
+        session = bench.session
+        for drawn, after_s in (*first, *events):
+            before, event = session.role, addressed(drawn, bench)
+            if isinstance(event, Asked):
+                vote = bench.vote(event.epoch, after_s=after_s, rehearsal=event.rehearsal)
+                assert session.role is S or not vote.yes
+                if vote.yes and not event.rehearsal:
+                    promised_until = bench.now + LEASE_S
+                    promised_for = max(promised_for, event.epoch)
+            else:
+                bench.step(event, after_s=after_s)
+            if before is S and session.role is not S and bench.now < promised_until:
+                reached.add("a role during a promise")
+                assert isinstance(event, HeartbeatAnswered)
+                cleared = event.answer.cleared
+                assert cleared is not None
+                assert cleared >= promised_for
+            if session.role is P:
+                reached.add("primary")
+                assert session.renew_by > bench.now, "primary without a lease"
+            assert session.wake_at > bench.now, "the daemon would spin"
+            assert session.renew_by == session.sent_at + TIMING.renew_s
+            assert session.failsafe_view(bench.now).readiness in Readiness
+
+    check()
+    assert reached == {"a role during a promise", "primary"}

@@ -48,7 +48,7 @@ from agent.ops import mqtt
 from agent.ops.clock import Clock
 from agent.schema.kinds import PROGRESS
 from agent.schema.read import validate
-from tests.this_process import descriptors
+from tests.this_process import descriptors, threads
 
 LIMIT_S = 60
 """Time limit of steps that take milliseconds on a quiet machine."""
@@ -373,13 +373,13 @@ async def test_a_socket_on_a_file_system_that_hangs_is_refused_in_time(
     monkeypatch.setattr(files, "open_directory", open_late)
     monkeypatch.setattr(unix_socket, "FILE_S", 0.1)
     source = made("socket", path=str(path))
-    threads = threading.active_count()
+    before = threads()
     with pytest.raises(ConfigError, match=r"no answer within 0\.1 s") as caught:
         await source.progress.start()
     assert caught.value.exit_code is ExitCode.LISTEN
     await source.progress.stop()
     hangs.set()
-    await until(lambda: threading.active_count() <= threads)
+    await until(lambda: threads() <= before)
     assert not path.exists(), "the socket that came too late is removed"
 
 
@@ -699,11 +699,11 @@ async def test_a_file_system_that_hangs_holds_one_thread_and_nothing_else(
         return open_regular(path)
 
     monkeypatch.setattr(file, "open_regular", hangs)
-    threads = threading.active_count()
+    before = threads()
     async with running("file", path=str(path), limit=0.05) as source:
         assert "blocked in the kernel" in await source.refuses(Reason.TOO_SLOW, 3)
         assert len(calls) == 1
-        assert threading.active_count() <= threads + 1  # one of before may have ended
+        assert threads() <= before + 1  # one of before may have ended
         await source.progress.stop()
         await source.progress.start()
         await source.refuses(Reason.TOO_SLOW, 4)

@@ -16,7 +16,10 @@ def exhaust():
     global start
     start, _thread.start_new_thread = _thread.start_new_thread, refuse
 """
-"""A process in which, after ``exhaust()``, no thread can be started."""
+"""A process in which, after ``exhaust()``, no thread can be started.
+
+The scripts wait for ``reserve._idle``: nothing else shows that a reserved thread has begun to wait for work.
+"""
 
 
 def run(script: str) -> str:
