@@ -16,7 +16,7 @@ from agent.coordinator.engine import Engine
 from agent.coordinator.leadership import Leadership
 from agent.coordinator.shards import Shard
 from agent.coordinator.store import Stored
-from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
+from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Done,
     Etcd,
@@ -26,6 +26,7 @@ from agent.coordinator.store.etcd_client import (
     KeyValue,
     if_revision,
 )
+from agent.coordinator.store.etcd_shard import EtcdStore
 from agent.core.group_state import GroupState, Live
 from agent.errors import CasMismatch, StoreError
 from agent.model import GroupKey

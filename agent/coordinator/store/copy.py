@@ -19,7 +19,7 @@ import apsw
 
 from agent.coordinator.store.codec import decode, decode_progress, encode, name_of
 from agent.coordinator.store.data_dir import DATABASE_NAME, DataDir, explain, open_data_dir
-from agent.coordinator.store.etcd import MOST_STEPS, EtcdCluster
+from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Etcd,
     Json,
@@ -41,6 +41,7 @@ from agent.coordinator.store.etcd_layout import (
     record_of_key,
     record_value,
 )
+from agent.coordinator.store.etcd_shard import MOST_STEPS
 from agent.errors import ExitCode, StoreError
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
 from agent.schema.scalars import format_date_time
@@ -348,7 +349,7 @@ class EtcdPlace:
         await self._mark(Meta(store_id, layout.shards, UNFINISHED, 0, is_copy=True))
         for part in ("shards", "access"):
             prefix = f"{layout.prefix}/{part}/"
-            await self._etcd.txn([], [delete(prefix, end_of(prefix))])
+            await self._write([delete(prefix, end_of(prefix))])
         await self._cluster.trust()
         steps: list[Json] = []
         if snapshot.restored:
@@ -365,7 +366,15 @@ class EtcdPlace:
         for names, acl in snapshot.access.items():
             steps.append(put(layout.access(*names), encode(acl, "/".join(names))))
         for first in range(0, len(steps), MOST_STEPS):
-            await self._etcd.txn([], steps[first : first + MOST_STEPS])
+            await self._write(steps[first : first + MOST_STEPS])
+
+    async def _write(self, steps: list[Json]) -> None:
+        """Write while this copy is in progress: a request without an answer cannot be carried out after its end."""
+        assert self._meta is not None  # noqa: S101 - ``write`` has marked the target
+        if not (
+            await self._etcd.txn([if_revision(self._layout.meta, self._meta.revision)], steps)
+        ).succeeded:
+            raise self._served()
 
     async def mark_moved(self, to: str) -> None:
         assert self._meta is not None  # noqa: S101 - a source has one
@@ -388,11 +397,14 @@ class EtcdPlace:
         conditions = [if_revision(self._layout.meta, known), if_none(members)]
         done = await self._etcd.txn(conditions, [put(self._layout.meta, json.dumps(text))])
         if not done.succeeded:
-            raise StoreError(
-                f"a coordinator serves {self.name}: stop all of them, and copy again; nothing was changed",
-                exit_code=ExitCode.DATA_DIR_LOCKED,
-            )
+            raise self._served()
         self._meta = replace(meta, revision=done.revision)
+
+    def _served(self) -> StoreError:
+        return StoreError(
+            f"a coordinator serves {self.name}, or another copy is in progress: stop all of them, and copy again",
+            exit_code=ExitCode.DATA_DIR_LOCKED,
+        )
 
 
 async def trust_etcd(etcd: Etcd, prefix: str) -> bool:

@@ -1,7 +1,7 @@
 """The keys and values of a store in etcd. Sends nothing but one read.
 
 After the prefix a key continues with ``meta``, ``restored``, ``live/`` (keys that end with their coordinator),
-``access/`` or ``shards/``. Names of tenants, namespaces and groups are percent-encoded.
+``access/``, ``saves/`` or ``shards/``. Names of tenants, namespaces and groups are percent-encoded.
 """
 
 import hashlib
@@ -95,6 +95,10 @@ class Layout:
     def all_progress(self, shard: int) -> str:
         """The prefix of a shard's progress."""
         return f"{self.prefix}/shards/{shard}/progress/"
+
+    def last_save(self, shard: int) -> str:
+        """A key that is written with each save of a shard's progress, so that an earlier save cannot come later."""
+        return f"{self.prefix}/saves/{shard}"
 
     def history(self, key: GroupKey) -> str:
         """The prefix of a group's tenures."""

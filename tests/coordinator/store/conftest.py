@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
+from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Etcd, Gateway, Transport, put
+from agent.coordinator.store.etcd_shard import EtcdStore
 from agent.model import (
     AccessEntry,
     AccessList,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.coordinator.store import MOST_ENTRIES, Store, Stored, etcd, memory, sqlite
+from agent.coordinator.store import MOST_ENTRIES, Store, Stored, etcd_shard, memory, sqlite
 from agent.coordinator.store.codec import HISTORY_BOUND
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
@@ -307,7 +307,7 @@ async def test_a_store_is_restored_when_that_was_declared(store: Store) -> None:
 async def test_of_deleted_groups_the_oldest_are_forgotten(
     store: Store, key: GroupKey, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, sqlite, etcd):
+    for module in (memory, sqlite, etcd_shard):
         monkeypatch.setattr(module, "MOST_RETIRED", 3)
     keys = [key._replace(group=f"g{number}") for number in range(5)]
     for one in (*keys, keys[2]):  # the third one twice: it is not among the oldest then

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 from agent.coordinator.store import copy as copies
 from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy, trust_etcd
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, Gateway, put
+from agent.coordinator.store.etcd_client import Done, Etcd, EtcdUnknown, Gateway, Json, put
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import ExitCode, StoreError
 from agent.model import (
@@ -167,6 +167,27 @@ async def test_a_copy_that_is_cut_off_is_not_served_and_can_be_made_again(
     await SqliteStore.open(places.directory).close()
     await places.to_etcd()
     await places.serve_etcd()
+
+
+async def test_a_write_of_a_copy_that_was_cut_off_cannot_come_after_the_next_copy(
+    places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would put old records into a store that is served by then."""
+    held: list[tuple[Sequence[Json], Sequence[Json]]] = []
+
+    async def hold(self: Etcd, conditions: Sequence[Json], then: Sequence[Json]) -> Done:
+        if len(then) > 10 and not held:
+            held.append((conditions, then))
+            raise EtcdUnknown("no answer yet")
+        return await txn(self, conditions, then)
+
+    txn = Etcd.txn
+    with monkeypatch.context() as patch:
+        patch.setattr(Etcd, "txn", hold)
+        with pytest.raises(EtcdUnknown):
+            await places.to_etcd()
+    await places.to_etcd()
+    assert not (await places.etcd.txn(*held[0])).succeeded
 
 
 async def test_a_copy_that_differs_is_refused(

@@ -13,7 +13,7 @@ import pytest
 
 from agent.coordinator.store import MOST_ENTRIES, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, encode
-from agent.coordinator.store.etcd import EtcdCluster, EtcdStore
+from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Etcd,
     EtcdError,
@@ -29,8 +29,17 @@ from agent.coordinator.store.etcd_client import (
     read,
 )
 from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
+from agent.coordinator.store.etcd_shard import EtcdStore
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
-from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
+from agent.model import (
+    AccessEntry,
+    AccessList,
+    GroupKey,
+    GroupRecord,
+    HistoryEntry,
+    Progress,
+    Trustee,
+)
 from tests.etcd import EtcdServer, an_etcd
 from tests.mosquitto import Authority
 
@@ -52,6 +61,7 @@ class Lossy:
         self.slow_s = 0.0
         self.held: list[Json] = []
         self.sent = 0
+        self.holds: Callable[[Json], bool] = lambda _: True
 
     async def post(self, path: str, body: Json, timeout_s: float) -> Json:
         if path != "/v3/kv/txn":
@@ -63,7 +73,7 @@ class Lossy:
         if self.full and self.sent > 1:
             self.full -= 1
             raise EtcdRefused("etcd refuses: database space exceeded", 8)
-        if self.late:
+        if self.late and self.holds(body):
             self.late -= 1
             self.held.append(body)
             raise EtcdUnknown("no answer yet")
@@ -153,7 +163,7 @@ async def test_an_outcome_that_stays_unknown_is_settled_for_good(
     make_record: MakeRecord,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agent.coordinator.store.etcd.SETTLE_S", 0.1)
+    monkeypatch.setattr("agent.coordinator.store.etcd_shard.SETTLE_S", 0.1)
     transport, store = lossy
     version = await store.create(key, make_record(1))
     transport.late = 1_000
@@ -173,7 +183,7 @@ async def test_a_late_write_that_has_happened_is_found_by_settling(
     make_record: MakeRecord,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agent.coordinator.store.etcd.SETTLE_S", 0.1)
+    monkeypatch.setattr("agent.coordinator.store.etcd_shard.SETTLE_S", 0.1)
     transport, store = lossy
     version = await store.create(key, make_record(1))
     transport.late = 1_000
@@ -478,3 +488,99 @@ async def test_a_leader_that_was_deposed_cannot_declare_the_store_as_restored(
         with pytest.raises(LeadershipLost):
             await store.declare_restored()
         assert not await store.is_restored()
+
+
+def progress_at(hour: int) -> Progress:
+    return Progress(1, SINCE + timedelta(hours=hour))
+
+
+async def test_a_late_save_of_progress_undoes_no_later_one(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    for late in (1, 2):
+        transport.late = late
+        for hour in range(late):
+            with pytest.raises(EtcdUnknown):
+                await store.save_progress({key: progress_at(hour)})
+        await store.save_progress({key: progress_at(5)})
+        assert await transport.arrive_late() == [False] * late
+        assert await store.load() == {key: Stored(version, make_record(1), progress_at(5))}
+
+
+async def test_progress_is_saved_after_an_earlier_save_that_came_late(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """It comes before the next save, or just before its write."""
+    transport, store = lossy
+    version = await store.create(key, make_record(1))
+    transport.late = 1
+    with pytest.raises(EtcdUnknown):
+        await store.save_progress({key: progress_at(1)})
+    assert await transport.arrive_late() == [True]
+    await store.save_progress({key: progress_at(2)})
+    transport.late = 1
+    with pytest.raises(EtcdUnknown):
+        await store.save_progress({key: progress_at(3)})
+    arrived: list[bool] = []
+
+    def arrive_first(body: Json) -> bool:
+        return not arrived
+
+    transport.holds, transport.late = arrive_first, 1
+    with pytest.raises(EtcdUnknown):
+        await store.save_progress({key: progress_at(4)})
+    arrived += await transport.arrive_late()
+    assert arrived == [True, False]
+    await store.save_progress({key: progress_at(5)})
+    assert await store.load() == {key: Stored(version, make_record(1), progress_at(5))}
+
+
+@pytest.mark.parametrize("newer", [AccessList(), None])
+async def test_a_late_change_of_an_access_list_undoes_no_later_one(
+    etcd_server: EtcdServer, newer: AccessList | None
+) -> None:
+    transport = Lossy(Gateway(etcd_server.urls))
+    older = AccessList((AccessEntry(Trustee(1, "u", "t"), denied=False, rights=31),))
+    async with new_cluster(etcd_server, transport) as cluster:
+        transport.late = 1
+        with pytest.raises(EtcdUnknown):
+            await cluster.set_access("t", "n", older)
+        await cluster.set_access("t", "n", newer)
+        assert await transport.arrive_late() == [False]
+        assert await cluster.access("t", "n") == newer
+
+
+async def test_a_late_trust_does_not_withdraw_a_later_declaration(etcd_server: EtcdServer) -> None:
+    transport = Lossy(Gateway(etcd_server.urls))
+    async with new_cluster(etcd_server, transport) as cluster:
+        store = await lead(cluster)
+        await store.declare_restored()
+        transport.late = 1
+        with pytest.raises(EtcdUnknown):
+            await cluster.trust()
+        await cluster.trust()
+        assert not await store.is_restored()
+        await store.declare_restored()
+        assert await transport.arrive_late() == [False]
+        assert await store.is_restored()
+
+
+async def test_a_late_forgetting_spares_what_was_written_meanwhile(
+    lossy: tuple[Lossy, EtcdStore],
+    key: GroupKey,
+    make_record: MakeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The epoch of a name that was used and deleted again."""
+    monkeypatch.setattr("agent.coordinator.store.etcd_shard.MOST_RETIRED", 1)
+    transport, store = lossy
+    other = key._replace(group="other")
+    await store.delete(key, await store.create(key, make_record(1)), 1)
+    transport.holds, transport.late = (lambda body: not body["failure"]), 1
+    await store.delete(other, await store.create(other, make_record(2)), 2)
+    assert len(transport.held) == 1
+    await store.delete(key, await store.create(key, make_record(3)), 9)
+    assert await transport.arrive_late() == [False]
+    assert await store.retired_epoch(key) == 9
