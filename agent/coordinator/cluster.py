@@ -24,11 +24,10 @@ from agent.coordinator.store.etcd_client import (
     Etcd,
     EtcdError,
     EtcdRefused,
-    Gateway,
-    Login,
     if_revision,
     put,
 )
+from agent.coordinator.store.etcd_gateway import Gateway, Login
 from agent.errors import ConfigError, ExitCode, LeadershipLost, StoreError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log

@@ -20,6 +20,7 @@ from contextlib import aclosing
 from math import ceil
 from typing import Protocol
 
+from agent.coordinator.session_tasks import SessionTasks
 from agent.coordinator.shards import Lease, Shard
 from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_to_claim
 from agent.coordinator.store import Stored
@@ -216,9 +217,9 @@ class Leadership:
         while not self._stopping:  # a task that fails while it is cancelled hides the cancellation
             try:
                 await self._session()
-            except* (SessionOver, StoreError) as errors:
-                self.fault = str(errors.exceptions[0])
-            except* Exception:  # a task's edge: another session may succeed
+            except (SessionOver, StoreError) as error:
+                self.fault = str(error)
+            except Exception:  # a task's edge: another session may succeed
                 self.fault = "a fault of this program, see its log"
                 if not self._outage_logged:
                     log.exception("session with etcd failed")
@@ -233,17 +234,24 @@ class Leadership:
         sent_at = self._boottime()
         self._lease_id = await self._etcd.grant(ceil(self._ttl_s))
         self._lease = Lease(sent_at + self._ttl_s * (1 - DRIFT))
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_renewing(tasks))
-            await self._enter(str(self._lease_id))
-            tasks.create_task(self._try_to_renew())
-            while self.member not in self.view.members:  # until any renewal from now on is answered
-                await self.wait_for_change(None)
-            self.fault = None
-            self._outage_logged = False
-            log.info("session with etcd begun", member=self.member, url=self.url)
-            tasks.create_task(self._watch())
-            tasks.create_task(self._balance())
+        tasks = SessionTasks()
+        try:
+            tasks.start(self._keep_renewing(tasks))
+            tasks.start(self._begin(tasks), may_end=True)
+            raise SessionOver(await tasks.first_end())
+        finally:
+            await tasks.end()
+
+    async def _begin(self, tasks: SessionTasks) -> None:
+        await self._enter(str(self._lease_id))
+        tasks.start(self._try_to_renew(), may_end=True)
+        while self.member not in self.view.members:  # until any renewal from now on is answered
+            await self.wait_for_change(None)
+        self.fault = None
+        self._outage_logged = False
+        log.info("session with etcd begun", member=self.member, url=self.url)
+        tasks.start(self._watch())
+        tasks.start(self._balance())
 
     async def _enter(self, member: str) -> None:
         """Add this coordinator to the members of the store."""
@@ -271,13 +279,13 @@ class Leadership:
 
     # -- the lease ----------------------------------------------------------------------------
 
-    async def _keep_renewing(self, tasks: asyncio.TaskGroup) -> None:
+    async def _keep_renewing(self, tasks: SessionTasks) -> None:
         """Send a renewal at each interval, also while earlier ones are unanswered: each counts from its own sending."""
         interval_s, pause_s = self._ttl_s / RENEWALS, 0.0
         while True:
             await asyncio.sleep(pause_s)
             self._check_lease()
-            renewal = tasks.create_task(self._try_to_renew())
+            renewal = tasks.start(self._try_to_renew(), may_end=True)
             await asyncio.wait([renewal], timeout=interval_s)
             pause_s = 0.0 if not renewal.done() else interval_s if renewal.result() else RETRY_S
 

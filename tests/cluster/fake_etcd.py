@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUnreachable, Json
+from agent.coordinator.store.etcd_client import (
+    EtcdRefused,
+    EtcdUnknown,
+    EtcdUnreachable,
+    Json,
+)
 
 from .virtual import outside
 

@@ -14,7 +14,6 @@ from agent.coordinator.store.etcd_client import (
     EtcdRefused,
     Event,
     Found,
-    Gateway,
     Json,
     delete,
     end_of,
@@ -23,6 +22,7 @@ from agent.coordinator.store.etcd_client import (
     put,
     read,
 )
+from agent.coordinator.store.etcd_gateway import Gateway
 from tests.etcd import an_etcd
 
 from .fake_etcd import FakeEtcd, FakeTransport, Link

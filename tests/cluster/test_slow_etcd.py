@@ -7,7 +7,13 @@ import pytest
 
 from agent.coordinator.leadership import LEAVE_SHARE, RENEWALS, RETRY_S, WATCH_S
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, Json, delete, put
+from agent.coordinator.store.etcd_client import (
+    Etcd,
+    EtcdUnknown,
+    Json,
+    delete,
+    put,
+)
 from agent.core.timing import DRIFT
 from agent.errors import StoreError
 from agent.model import TICKS_PER_SECOND, GroupConfig, GroupKey, GroupRecord
@@ -114,6 +120,40 @@ def test_r19_a_session_begins_with_any_renewal_that_is_answered() -> None:
             )
         assert lost == 1
         assert took_s < TTL_S / 2
+        await world.end()
+
+    run_virtually(check())
+
+
+@pytest.mark.parametrize("path", ["/v3/lease/keepalive", "/v3/kv/range", "/v3/kv/txn"])
+def test_r19_a_request_that_is_cancelled_by_itself_ends_no_task_of_leadership_unseen(
+    path: str,
+) -> None:
+    """It looks like a cancellation by the session, and a TaskGroup does not miss a task that ends so."""
+
+    async def check() -> None:
+        world = World(1, coordinators=2, agents=0)
+        node = await a_leader(world)
+        assert node.leadership is not None
+        post, cancelled = FakeTransport.post, 0
+
+        async def cancel(
+            transport: FakeTransport, asked: str, body: Json, timeout_s: float
+        ) -> Json:
+            nonlocal cancelled
+            if asked == path and not cancelled:
+                cancelled += 1
+                raise asyncio.CancelledError
+            return await post(transport, asked, body, timeout_s)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeTransport, "post", cancel)
+            if path == "/v3/kv/txn":  # something to claim
+                world.etcd.apply("/v3/kv/txn", {"success": [delete("/f/live/leaders/0")]})
+            await world.until(lambda: cancelled, 5.0, "a cancelled request")
+            await asyncio.sleep(4 * TTL_S)
+        assert node.leadership.fault is None
+        assert node.leadership.led
         await world.end()
 
     run_virtually(check())

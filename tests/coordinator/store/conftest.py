@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, Gateway, Transport, put
+from agent.coordinator.store.etcd_client import Etcd, Transport, put
+from agent.coordinator.store.etcd_gateway import Gateway
 from agent.coordinator.store.etcd_shard import EtcdStore
 from agent.model import (
     AccessEntry,

@@ -12,7 +12,14 @@ import pytest
 from agent.coordinator.store import copy as copies
 from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy, trust_etcd
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Done, Etcd, EtcdUnknown, Gateway, Json, put
+from agent.coordinator.store.etcd_client import (
+    Done,
+    Etcd,
+    EtcdUnknown,
+    Json,
+    put,
+)
+from agent.coordinator.store.etcd_gateway import Gateway
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import ExitCode, StoreError
 from agent.model import (

@@ -20,14 +20,13 @@ from agent.coordinator.store.etcd_client import (
     EtcdRefused,
     EtcdUnknown,
     EtcdUnreachable,
-    Gateway,
     Json,
-    Login,
     delete,
     end_of,
     put,
     read,
 )
+from agent.coordinator.store.etcd_gateway import Gateway, Login
 from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
 from agent.coordinator.store.etcd_shard import EtcdStore
 from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError

@@ -7,13 +7,8 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
-from agent.coordinator.store.etcd_client import (
-    Etcd,
-    EtcdUnknown,
-    EtcdUnreachable,
-    Gateway,
-    Login,
-)
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, EtcdUnreachable
+from agent.coordinator.store.etcd_gateway import Gateway, Login
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 TIMEOUT_S = 0.2
@@ -218,7 +213,7 @@ async def test_a_member_that_hangs_takes_up_its_own_connections_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Requests that wait for it must not keep those that are sent again from the other members."""
-    monkeypatch.setattr("agent.coordinator.store.etcd_client.CONNECTIONS", 2)
+    monkeypatch.setattr("agent.coordinator.store.etcd_gateway.CONNECTIONS", 2)
     async with members(hang, answer) as urls:
         gateway = Gateway(urls, leave_after_s=0.3)
         waiting = [asyncio.create_task(gateway.post("/v3/kv/txn", {}, 30.0)) for _ in range(4)]
