@@ -231,9 +231,10 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
 @given(
     st.lists(st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0, 60.0])), max_size=40),
     st.sampled_from([V1, CALM, CROWDED]),
+    st.sampled_from(["", "a"]),
 )
 def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
-    inputs: list[tuple[Input, float]], policy: Policy
+    inputs: list[tuple[Input, float]], policy: Policy, holder: str
 ) -> None:
     """The same input twice gives the same output and changes nothing that was given.
 
@@ -241,6 +242,9 @@ def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
     never goes back within a tenure; and the next moment at which something is due is in the future.
     """
     bench = Bench("a", "b", policy=policy)
+    if holder:
+        bench.promote(holder)
+        bench.beat(holder, last_data=data(0), after_s=3.0)
     for what, after_s in inputs:
         bench.mono += after_s
         before = bench.state

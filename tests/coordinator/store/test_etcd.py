@@ -371,8 +371,8 @@ async def test_a_login_is_renewed_when_its_token_ends(tmp_path: Path) -> None:
         await wrong.aclose()
         gateway = Gateway(server.urls, tls=context, login=Login("root", "secret"))
         cluster = await EtcdCluster.open(Etcd(gateway, 5.0), "/test", 1)
-        server.kill(0)
-        server.start_all()  # etcd has forgotten its tokens
+        # etcd ends a token after minutes, and no call ends one: it refuses this as it refuses an ended one
+        gateway._token = "forgotten"
         store = await lead(cluster)
         assert await store.load() == {}
         await cluster.aclose()
