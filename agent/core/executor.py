@@ -205,7 +205,7 @@ class Executor:
 
     def _enforce_limits(self, run: _RunningHook, now: float) -> list[Effect]:
         if now >= run.kill_at and not run.kill_sent:
-            self._running = replace(run, term_sent=True, kill_sent=True)
+            self._running = replace(run, term_sent=True, kill_sent=True, kill_at=now)
             return [KillHook(run.run)]
         if now >= run.term_at and not run.term_sent:
             self._running = replace(run, term_sent=True)

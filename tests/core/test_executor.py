@@ -171,6 +171,17 @@ def test_r7_a_promotion_that_survives_kill_has_failed() -> None:
     assert bench.wake() == []
     assert bench.now == 100.0 + LIMIT + GRACE
     assert bench.executor.promotion_failed == "it does not end, even by KILL"
+
+
+def test_r7_a_promotion_that_is_killed_late_has_a_full_grace_to_end() -> None:
+    """This process may have been frozen past the limit: KILL counts from its sending."""
+    bench = Bench().promoting()
+    bench.now += LIMIT + 2 * GRACE
+    assert bench.step() == [KillHook(3)]
+    assert bench.step() == []
+    assert bench.executor.wake_at == bench.now + GRACE
+    assert bench.wake() == []
+    assert bench.executor.promotion_failed == "it does not end, even by KILL"
     assert bench.executor.wake_at == float("inf")
 
 
