@@ -44,7 +44,7 @@ class FailsafeVoter:
 
         Args:
             cleared: the epoch up to which every tenure is over, as the coordinator has answered.
-            before: the epoch before the tenure that is offered.
+            before: the epoch before the offered tenure; below a promised one if the coordinator's data are old.
         """
         needed = before if self._epoch is None else max(before, self._epoch)
         return cleared is None or cleared < needed

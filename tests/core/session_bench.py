@@ -1,17 +1,21 @@
 """A session without a daemon, its clock, and every effect that it requested."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from hypothesis import strategies as st
+
 from agent.core.effects import (
+    Ask,
     Effect,
     Publish,
     SendHeartbeat,
     StartHook,
 )
 from agent.core.events import (
+    Answered,
     Event,
     HeartbeatAnswered,
     HeartbeatFailed,
@@ -178,3 +182,29 @@ def kinds(effects: Iterable[Effect]) -> list[Any]:
             case _:
                 short.append(type(effect))
     return short
+
+
+# -- events for hypothesis
+
+LATEST = 0
+"""As a number of an event: that of the heartbeat, hook or question that was begun last."""
+
+
+def numbers(most: int) -> st.SearchStrategy[int]:
+    return st.just(LATEST) | st.integers(1, most)
+
+
+def addressed(event: Event, log: Sequence[Effect]) -> Event:
+    """The event with the number that LATEST stands for, by the effects so far."""
+    match event:
+        case HeartbeatAnswered(number=0) | HeartbeatFailed(number=0):
+            sent = [effect.number for effect in log if isinstance(effect, SendHeartbeat)]
+            return replace(event, number=sent[-1]) if sent else event
+        case HookEnded(run=0):
+            started = [effect.run for effect in log if isinstance(effect, StartHook)]
+            return replace(event, run=started[-1]) if started else event
+        case Answered(nonce=0):
+            asked = [effect.nonce for effect in log if isinstance(effect, Ask)]
+            return replace(event, nonce=asked[-1]) if asked else event
+        case _:
+            return event

@@ -1,7 +1,6 @@
 """Failsafe at the agent: contact, questions and their counting, votes, promises (R23, R26-R32, R35)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -26,12 +25,14 @@ from agent.core.events import (
 )
 from agent.core.failsafe_holder import REHEARSAL_INTERVAL_S
 from agent.core.failsafe_view import FailsafeView, Readiness
+from agent.core.failsafe_voter import FailsafeVoter
 from agent.core.options import FailsafeOptions
 from agent.core.phases import Phase
 from agent.core.session import PreviousTenure
 from agent.model import HeartbeatAnswer, Member, MemberSet, Role
 
 from .session_bench import (
+    LATEST,
     LEASE_S,
     NEVER,
     STORE,
@@ -41,7 +42,9 @@ from .session_bench import (
     P,
     S,
     W,
+    addressed,
     kinds,
+    numbers,
     status,
     v1,
 )
@@ -708,11 +711,45 @@ def test_r32_a_promise_is_discharged_when_its_own_tenure_is_over() -> None:
     assert bench.session.role is P
 
 
-def test_r32_a_promise_for_a_newer_epoch_than_the_offered_one_binds() -> None:
-    bench = promised(epoch=1)
-    bench.vote(5)
-    bench.answered(Answer(W, 5, 5, cleared=4))
+@pytest.mark.parametrize("older", [0, 1])
+def test_r32_a_promise_for_a_newer_epoch_than_the_offered_one_binds(older: int) -> None:
+    """As for the offered epoch itself, which only a coordinator with old data assigns twice."""
+    bench = promised(epoch=5)
+    assert bench.view.promised_to == "b"
+    effects = bench.answered(Answer(P, 5 - older, 6, cleared=4 - older))
     assert bench.session.role is S
+    assert [(e.epoch, e.held) for e in effects if isinstance(e, Release)] == [(5 - older, False)]
+
+
+@pytest.mark.parametrize(
+    ("cleared", "before", "forbidden"),
+    [
+        (None, 5, True),
+        (4, 5, True),
+        (5, 5, False),
+        (5, 6, True),
+        (6, 6, False),
+        (3, 3, True),
+        (4, 4, True),
+        (5, 4, False),
+    ],
+)
+def test_r32_a_promise_forbids_until_its_epoch_and_each_before_the_offered_one_are_cleared(
+    *, cleared: int | None, before: int, forbidden: bool
+) -> None:
+    voter = FailsafeVoter()
+    voter.promise("b", 5, 100.0)
+    voter.promise("d", 2, 101.0)
+    assert voter.forbids(cleared=cleared, before=before) is forbidden
+
+
+@pytest.mark.parametrize(("cleared", "forbidden"), [(None, True), (3, True), (4, False)])
+def test_r31_a_start_forbids_until_each_epoch_before_the_offered_one_is_cleared(
+    *, cleared: int | None, forbidden: bool
+) -> None:
+    voter = FailsafeVoter()
+    voter.promise_at_start(100.0)
+    assert voter.forbids(cleared=cleared, before=4) is forbidden
 
 
 # -- R35: rehearsals, and what operators see -------------------------------------------------------------
@@ -826,14 +863,6 @@ def test_r35_after_a_doubt_it_rehearses_soon() -> None:
 
 # -- any events ----------------------------------------------------------------------------------------
 
-LATEST = 0
-"""As a number of an event: that of the heartbeat, hook or question that was begun last."""
-
-
-def numbers(most: int) -> st.SearchStrategy[int]:
-    return st.just(LATEST) | st.integers(1, most)
-
-
 SETS = st.sampled_from([None, SET, MemberSet(2, (ME, B, D)), MemberSet(3, off="v1")])
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(Answered, numbers(9), st.booleans(), st.just("for the test")),
@@ -870,29 +899,18 @@ PROMISE: list[tuple[Event, float]] = [
     (Asked("b", 1, rehearsal=False), 0.0),
     (Tick(), TIMING.heartbeat_interval_s),
 ]
+DISCHARGED: list[tuple[Event, float]] = [
+    *PROMISE,
+    (HeartbeatAnswered(LATEST, Answer(W, 1, 5, cleared=1).build()), 0.1),
+]
 STARTS: list[tuple[Callable[[FailsafeBench], object], Sequence[tuple[Event, float]]]] = [
     (FailsafeBench.begin, []),
     (FailsafeBench.free, []),
     (lambda bench: bench.free().cut_off(), PROMISE),
+    (lambda bench: bench.free().cut_off(), DISCHARGED),
     (FailsafeBench.holder, []),
 ]
 """States from which any events follow."""
-
-
-def addressed(event: Event, bench: FailsafeBench) -> Event:
-    """The event with the number that LATEST stands for."""
-    match event:
-        case HeartbeatAnswered(number=0) | HeartbeatFailed(number=0):
-            sent = [effect.number for effect in bench.log if isinstance(effect, SendHeartbeat)]
-            return replace(event, number=sent[-1]) if sent else event
-        case HookEnded(run=0):
-            started = [effect.run for effect in bench.log if isinstance(effect, StartHook)]
-            return replace(event, run=started[-1]) if started else event
-        case Answered(nonce=0):
-            asked = [effect.nonce for effect in bench.log if isinstance(effect, Ask)]
-            return replace(event, nonce=asked[-1]) if asked else event
-        case _:
-            return event
 
 
 def test_any_events_keep_the_deadlines_and_the_promise() -> None:
@@ -916,7 +934,7 @@ def test_any_events_keep_the_deadlines_and_the_promise() -> None:
         begin(bench)
         session = bench.session
         for drawn, after_s in (*first, *events):
-            before, event = session.role, addressed(drawn, bench)
+            before, event = session.role, addressed(drawn, bench.log)
             if isinstance(event, Asked):
                 vote = bench.vote(event.epoch, after_s=after_s, rehearsal=event.rehearsal)
                 assert session.role is S or not vote.yes

@@ -1,5 +1,6 @@
 """The agent's side of one session: R2-R8, with the answers of every kind of server."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from agent.core.effects import (
     Cause,
+    Effect,
     Escalate,
     Exit,
     Join,
@@ -53,7 +55,9 @@ from .session_bench import (
     P,
     S,
     W,
+    addressed,
     kinds,
+    numbers,
     status,
     v1,
 )
@@ -740,7 +744,7 @@ STORES = st.sampled_from([STORE, STORE, STORE, OTHER_STORE, None])
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(
         HeartbeatAnswered,
-        st.integers(1, 12),
+        numbers(12),
         st.builds(
             HeartbeatAnswer,
             ROLES,
@@ -751,9 +755,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
             store_id=STORES,
         ),
     ),
-    st.builds(
-        HeartbeatFailed, st.integers(1, 12), st.sampled_from(HeartbeatFailure), st.just("no")
-    ),
+    st.builds(HeartbeatFailed, numbers(12), st.sampled_from(HeartbeatFailure), st.just("no")),
     st.builds(
         StatusRead,
         st.builds(
@@ -766,7 +768,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
             store_id=STORES,
         ),
     ),
-    st.builds(HookEnded, st.integers(1, 8), st.booleans(), st.just("ended")),
+    st.builds(HookEnded, numbers(8), st.booleans(), st.just("ended")),
     st.builds(Stalled, st.just(2.0)),
     st.builds(FitnessChanged, st.booleans(), st.just("disk")),
     st.builds(Joined, st.just(TIMING), STORES),
@@ -775,37 +777,73 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
-    st.sampled_from([NO_HOOKS, frozenset(Role)]),
-)
-def test_any_events_in_any_order_keep_the_order_of_effects(
-    events: list[tuple[Event, float]], hooks: frozenset[Role]
-) -> None:
+def revoked(bench: Bench) -> None:
+    """A primary whose tenure the coordinator has just ended; its demotion hook runs, if it has one."""
+    bench.primary().answered(Answer(S, 1, 6))
+
+
+def released(bench: Bench) -> None:
+    """A session that has demoted, and whose release is under way."""
+    revoked(bench)
+    if S in bench.session.options.hooks:
+        bench.ends()
+
+
+def test_any_events_in_any_order_keep_the_order_of_effects() -> None:
     """Whatever comes: only the table's transitions, no release before the demotion, nothing after Exit.
 
     And twice the same events give twice the same effects.
     """
-    first, second = Bench(hooks=hooks), Bench(hooks=hooks)
-    assert first.begin() == second.begin()
-    for event, after_s in events:
-        assert first.step(event, after_s=after_s) == second.step(event, after_s=after_s)
-        session = first.session
-        if session.role is P:
-            assert session.renew_by > first.now, "primary without a lease"
-        assert session.wake_at > first.now, "the daemon would spin"
-    promoted = False
-    for effect in first.log:
+    reached: set[str] = set()
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.tuples(EVENTS, st.floats(0, 4)), max_size=40),
+        st.sampled_from([NO_HOOKS, frozenset(Role)]),
+        st.sampled_from([Bench.begin, Bench.member, Bench.primary, revoked, released]),
+    )
+    def check(
+        events: list[tuple[Event, float]],
+        hooks: frozenset[Role],
+        begin: Callable[[Bench], object],
+    ) -> None:
+        first, second = Bench(hooks=hooks), Bench(hooks=hooks)
+        begin(first)
+        begin(second)
+        assert first.log == second.log
+        for drawn, after_s in events:
+            event = addressed(drawn, first.log)
+            assert first.step(event, after_s=after_s) == second.step(event, after_s=after_s)
+            session = first.session
+            if session.role is P:
+                reached.add("primary")
+                assert session.renew_by > first.now, "primary without a lease"
+            assert session.wake_at > first.now, "the daemon would spin"
+        if hooks:
+            reached.update(check_order(first.log))
+        ended = [index for index, effect in enumerate(first.log) if isinstance(effect, Exit)]
+        assert ended in ([], [len(first.log) - 1])
+        reached.update("an end" for _ in ended)
+
+    check()
+    assert reached == {"primary", "a release after a promotion", "an end"}
+
+
+def check_order(log: list[Effect]) -> set[str]:
+    """Check that nothing was given back before the demotion's hook has started; return what was seen."""
+    reached: set[str] = set()
+    promotions, promoted = 0, False
+    for effect in log:
         match effect:
             case StartHook():
                 promoted = effect.facts.role is not S
-            case Release() | Leave() if hooks:
+                promotions += promoted
+            case Release() | Leave() if promotions:
+                reached.add("a release after a promotion")
                 assert not promoted, "given back before the demotion"
             case _:
                 pass
-    ended = [index for index, effect in enumerate(first.log) if isinstance(effect, Exit)]
-    assert ended in ([], [len(first.log) - 1])
+    return reached
 
 
 def test_a_plain_v1_status_is_new_only_if_it_differs_from_the_answers() -> None:
