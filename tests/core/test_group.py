@@ -205,7 +205,7 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         st.sampled_from("abcx"),
         st.sampled_from([0.0, 50.0, 100.0]),
         st.none() | st.integers(0, 50).map(data),
-        st.none() | st.sampled_from(["1", "2"]),
+        st.none() | st.sampled_from(["a#1", "b#1"]),
         st.none() | st.integers(0, 5),
     ),
     st.builds(AddSession, st.sampled_from("abcde").map(SessionConfig)),
@@ -220,53 +220,82 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
         ReleaseRole,
         st.sampled_from("abcx"),
         st.integers(0, 9),
-        st.none() | st.sampled_from(["1", "2"]),
+        st.none() | st.sampled_from(["a#1", "b#1"]),
         hold_off_s=st.floats(0, 20),
     ),
     st.sampled_from([Tick(), RemoveGroup(), SetAccess(AccessList())]),
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    st.lists(st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0, 60.0])), max_size=40),
-    st.sampled_from([V1, CALM, CROWDED]),
-    st.sampled_from(["", "a"]),
-)
-def test_r13_r15_r18_hold_for_every_sequence_of_inputs(
-    inputs: list[tuple[Input, float]], policy: Policy, holder: str
-) -> None:
+HEARTBEAT_OF_EITHER: list[tuple[Input, float]] = [
+    (ReceiveHeartbeat(session_id, 100.0, instance=f"{session_id}#1"), 3.0) for session_id in "ab"
+]
+
+
+def begin_tenures(bench: Bench, steps: int) -> None:
+    """Bring a group to a state from which any inputs follow: a is primary, then has released, then b is pending."""
+    if steps > 0:
+        bench.promote("a")
+        bench.beat("a", last_data=data(0), after_s=3.0)
+    if steps > 1:
+        bench.release("a", 1, hold_off_s=20.0)
+    if steps > 2:
+        assert bench.beat("b").role is W
+
+
+def test_r13_r15_r18_hold_for_every_sequence_of_inputs() -> None:
     """The same input twice gives the same output and changes nothing that was given.
 
     Epochs strictly increase, with one holder each; no lease is made shorter; the data-processed time
     never goes back within a tenure; and the next moment at which something is due is in the future.
     """
-    bench = Bench("a", "b", policy=policy)
-    if holder:
-        bench.promote(holder)
-        bench.beat(holder, last_data=data(0), after_s=3.0)
-    for what, after_s in inputs:
-        bench.mono += after_s
-        before = bench.state
-        kept = copy.deepcopy(before)
-        outcomes: list[object] = []
-        for _ in range(2):
-            try:
-                outcomes.append(decide(before, what, bench.now, policy))
-            except (Conflict, NotFound, TooSoon) as refusal:
-                outcomes.append(type(refusal))
-        assert outcomes[0] == outcomes[1]
-        assert before == kept
-        if isinstance(outcomes[0], Decision):
+    reached: set[str] = set()
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(
+        st.lists(
+            st.tuples(INPUTS, st.sampled_from([0.0, 0.5, 3.0, 11.0, 60.0]))
+            | st.sampled_from(HEARTBEAT_OF_EITHER),
+            max_size=40,
+        ),
+        st.sampled_from([V1, CALM, CROWDED]),
+        st.integers(0, 3),
+    )
+    def check(inputs: list[tuple[Input, float]], policy: Policy, steps: int) -> None:
+        bench = Bench("a", "b", policy=policy)
+        begin_tenures(bench, steps)
+        for what, after_s in inputs:
+            bench.mono += after_s
+            before = bench.state
+            if decide_twice(before, what, bench) is None:
+                continue
             bench.do(what)
             if bench.wake <= bench.mono:  # only a Tick records and removes dead sessions
                 assert policy is CROWDED
                 bench.do(Tick())
-            check_step(before, bench)
+            reached.update(check_step(before, bench))
+
+    check()
+    assert reached == {"the same tenure", "its progress", "a new tenure", "the end of a tenure"}
 
 
-def check_step(before: GroupState, bench: Bench) -> None:
-    """Check what one step may do to a group."""
+def decide_twice(before: GroupState, what: Input, bench: Bench) -> Decision | None:
+    """Check that an input has the same outcome twice; return the decision, or None for a refusal."""
+    kept = copy.deepcopy(before)
+    outcomes: list[Decision | type[Exception]] = []
+    for _ in range(2):
+        try:
+            outcomes.append(decide(before, what, bench.now, bench.policy))
+        except (Conflict, NotFound, TooSoon) as refusal:
+            outcomes.append(type(refusal))
+    assert outcomes[0] == outcomes[1]
+    assert before == kept
+    return outcomes[0] if isinstance(outcomes[0], Decision) else None
+
+
+def check_step(before: GroupState, bench: Bench) -> set[str]:
+    """Check what one step may do to a group; return the cases that it was."""
+    reached: set[str] = set()
     after = bench.state
     assert bench.wake > bench.mono
     assert after.record.revision >= before.record.revision
@@ -276,19 +305,24 @@ def check_step(before: GroupState, bench: Bench) -> None:
     assert set(after.live.contacts) == set(after.record.sessions)
     was, holds = before.record.holder, after.record.holder
     if was is not None and holds is not None and was.epoch == holds.epoch:
+        reached.add("the same tenure")
         assert (was.session_id, was.instance) == (holds.session_id, holds.instance)
         assert after.live.lease_until >= before.live.lease_until
         assert status_of(after).last_data == status_of(before).last_data or (
             after.live.last_data is not None
         )
         if before.live.last_data is not None:
+            reached.add("its progress")
             assert after.live.last_data is not None
             assert after.live.last_data >= before.live.last_data
     elif holds is not None:
+        reached.add("a new tenure")
         assert holds.epoch > before.record.epoch
         assert before.live.lease_until <= bench.mono or was is None
     if was is not None and was != holds and (holds is None or holds.epoch != was.epoch):
+        reached.add("the end of a tenure")
         assert bench.history[was.epoch].until is not None
+    return reached
 
 
 # -- R14 --------------------------------------------------------------------------------------------
