@@ -816,6 +816,17 @@ def test_r35_a_member_that_does_not_answer_is_named_with_the_time() -> None:
     assert [one.ready for one in view.members] == [True, False]
 
 
+def test_r35_two_members_that_are_not_ready_count_from_the_first_one() -> None:
+    bench = FailsafeBench().holder(MemberSet(1, (ME, B, D)))
+    began = bench.now
+    rehearsals = [effect for effect in bench.log if isinstance(effect, Ask)]
+    bench.says(rehearsals[0], after_s=1.0)
+    bench.cut_off()
+    bench.says(bench.questions[0], yes=False)
+    assert bench.view.why == "b: for the test, d: not asked yet"
+    assert bench.view.since == began
+
+
 def test_r35_the_view_of_a_holder_shows_the_last_yes_of_each() -> None:
     bench = FailsafeBench().holder().cut_off()
     asked_at = bench.now
