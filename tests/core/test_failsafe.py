@@ -330,6 +330,19 @@ def test_r28_one_member_that_does_not_agree_costs_the_role() -> None:
     assert [e.reason for e in bench.log if isinstance(e, Publish)][-1] == reason
 
 
+def test_r28_the_member_whose_votes_have_ended_is_named() -> None:
+    bench = FailsafeBench().holder(MemberSet(1, (ME, B, D))).cut_off()
+    answered = 0
+    while bench.session.role is P:
+        for question in bench.questions[answered:]:
+            if question.member == B or not answered:
+                bench.says(question)
+        answered = len(bench.questions)
+        bench.wake()
+    reason = "lease lost: no renewal for 6.500 s, no vote of d (for the test)"
+    assert [e.reason for e in bench.log if isinstance(e, Publish)][-1] == reason
+
+
 def test_r28_a_late_primary_without_others_has_no_missing_vote() -> None:
     bench = FailsafeBench().holder(MemberSet(1, (ME,)))
     bench.step(Tick(), after_s=TIMING.renew_s)
