@@ -302,6 +302,23 @@ def test_r23_a_revoked_primary_acknowledges_nothing() -> None:
     assert bench.choosable == members("a", "b")
 
 
+def test_r23_an_offered_set_is_reported_until_it_is_used_though_failsafe_is_off_meanwhile() -> None:
+    bench = FailsafeBench("a", "b").ready("a", "b")
+    bench.do(AddSession(SessionConfig("c")))
+    bench.beat("c", 10.0)
+    revision = bench.state.record.set_revision
+    offered = bench.hold("a", failsafe_revision=revision).failsafe
+    assert offered == MemberSet(revision + 1, members("a", "b", "c"))
+    bench.do(AddSession(SessionConfig("d")))
+    assert bench.hold("a", failsafe_revision=revision).failsafe == offered
+    off = bench.hold("a").failsafe
+    assert off is not None
+    assert (off.revision, off.off) == (
+        revision + 2,
+        'client session "d" reported no FailsafeUrl',
+    )
+
+
 def test_r23_a_set_changes_the_record_only_when_it_is_new() -> None:
     bench = FailsafeBench("a", "b").ready("a", "b")
     record = bench.state.record
