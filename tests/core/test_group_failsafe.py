@@ -339,6 +339,18 @@ def test_r24_an_acknowledged_set_clears_the_former_tenures() -> None:
     assert bench.cleared == 1
 
 
+def test_r24_a_clear_group_has_no_sets() -> None:
+    """Not even one that was offered, and never used."""
+    bench = FailsafeBench("a", "b").ready("a", "b")
+    bench.do(AddSession(SessionConfig("c")))
+    bench.beat("c", 10.0)
+    bench.hold("a")
+    assert None not in (bench.state.record.used, bench.state.record.offered)
+    bench.release("a", 1)
+    record = bench.state.record
+    assert (record.cleared, record.used, record.offered) == (1, None, None)
+
+
 def test_r24_a_release_clears_and_hands_over_at_once() -> None:
     bench = FailsafeBench("a", "b").ready("a", "b")
     bench.release("a", 1)
