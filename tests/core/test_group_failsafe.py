@@ -532,8 +532,11 @@ def test_r33_nothing_is_resumed_after_a_later_tenure_or_a_release_or_a_revocatio
     revoked = FailsafeBench("a", "b").ready("a", "b")
     revoked.do(SetOverride("b", RoleOverride.PRIMARY))
     revoked.end_of_lease()
-    assert revoked.beat("a", holds=1, after_s=1, promised=True).role is S
     assert revoked.failsafe().lapsed is None
+    assert revoked.beat("a", holds=1, after_s=1, promised=True).role is S
+    assert revoked.state.record.holder is None, (
+        "it keeps the role from b, though it is answered Secondary"
+    )
 
 
 def test_r33_a_tenure_is_resumed_after_a_restart_of_the_coordinator() -> None:
