@@ -613,6 +613,12 @@ def test_r30_a_promise_is_reported_for_l_and_its_end_by_a_heartbeat_at_once() ->
     assert bench.log[-1] == SendHeartbeat(bench.beat, promised=False)
 
 
+def test_r30_a_reported_promise_sends_no_heartbeat_before_it_ends() -> None:
+    bench = promised()
+    assert bench.last_beat.promised
+    assert bench.step(Tick(), after_s=0.1) == []
+
+
 def test_r30_a_promise_forbids_to_become_pending() -> None:
     bench = promised()
     bench.answered(Answer(W, 1, 5, cleared=0))
