@@ -59,9 +59,8 @@ def has_to_accept(record: GroupRecord) -> bool:
 
 
 def member_of(record: GroupRecord, session_id: str) -> Member | None:
-    """A session with its URL, or None if it has none."""
-    session = record.sessions.get(session_id)
-    url = session.failsafe_url if session is not None else None
+    """A session of the group with its URL, or None if it has none."""
+    url = record.sessions[session_id].failsafe_url
     return Member(session_id, url) if url is not None else None
 
 

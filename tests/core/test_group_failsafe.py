@@ -302,6 +302,23 @@ def test_r23_a_revoked_primary_acknowledges_nothing() -> None:
     assert bench.choosable == members("a", "b")
 
 
+def test_r23_an_offered_set_is_reported_until_it_is_used_though_failsafe_is_off_meanwhile() -> None:
+    bench = FailsafeBench("a", "b").ready("a", "b")
+    bench.do(AddSession(SessionConfig("c")))
+    bench.beat("c", 10.0)
+    revision = bench.state.record.set_revision
+    offered = bench.hold("a", failsafe_revision=revision).failsafe
+    assert offered == MemberSet(revision + 1, members("a", "b", "c"))
+    bench.do(AddSession(SessionConfig("d")))
+    assert bench.hold("a", failsafe_revision=revision).failsafe == offered
+    off = bench.hold("a").failsafe
+    assert off is not None
+    assert (off.revision, off.off) == (
+        revision + 2,
+        'client session "d" reported no FailsafeUrl',
+    )
+
+
 def test_r23_a_set_changes_the_record_only_when_it_is_new() -> None:
     bench = FailsafeBench("a", "b").ready("a", "b")
     record = bench.state.record
@@ -320,6 +337,18 @@ def test_r24_an_acknowledged_set_clears_the_former_tenures() -> None:
     assert bench.state.record.used == MemberSet(0, members("a", "b"))
     bench.hold("b")
     assert bench.cleared == 1
+
+
+def test_r24_a_clear_group_has_no_sets() -> None:
+    """Not even one that was offered, and never used."""
+    bench = FailsafeBench("a", "b").ready("a", "b")
+    bench.do(AddSession(SessionConfig("c")))
+    bench.beat("c", 10.0)
+    bench.hold("a")
+    assert None not in (bench.state.record.used, bench.state.record.offered)
+    bench.release("a", 1)
+    record = bench.state.record
+    assert (record.cleared, record.used, record.offered) == (1, None, None)
 
 
 def test_r24_a_release_clears_and_hands_over_at_once() -> None:
@@ -503,8 +532,11 @@ def test_r33_nothing_is_resumed_after_a_later_tenure_or_a_release_or_a_revocatio
     revoked = FailsafeBench("a", "b").ready("a", "b")
     revoked.do(SetOverride("b", RoleOverride.PRIMARY))
     revoked.end_of_lease()
-    assert revoked.beat("a", holds=1, after_s=1, promised=True).role is S
     assert revoked.failsafe().lapsed is None
+    assert revoked.beat("a", holds=1, after_s=1, promised=True).role is S
+    assert revoked.state.record.holder is None, (
+        "it keeps the role from b, though it is answered Secondary"
+    )
 
 
 def test_r33_a_tenure_is_resumed_after_a_restart_of_the_coordinator() -> None:
