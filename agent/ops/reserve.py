@@ -48,10 +48,14 @@ _idle = threading.Semaphore(0)
 _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
-def share_one_heap() -> None:
-    """Let all threads use one heap; call it before any is started. One for each takes memory, and 64 MiB of RLIMIT_AS."""
+def limit_heaps() -> None:
+    """Let all threads but the main one share a heap; call it before any is started.
+
+    One for each takes memory, and 64 MiB of RLIMIT_AS. The second one stays, since it has addresses in reserve: when a
+    limit is reached, the C library takes memory for the main thread from there.
+    """
     with suppress(AttributeError):  # another C library has one heap only
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def reserve_threads(count: int = THREADS) -> bool:
