@@ -33,7 +33,7 @@ from agent.ops.probe_access import (
     warn_of_exposure,
 )
 from agent.ops.process import become_subreaper
-from agent.ops.reserve import limit_heaps, reserve_threads
+from agent.ops.reserve import reserve_threads
 from agent.ops.resolver import resolve_in_own_threads
 from agent.ops.sd_notify import Notify
 from agent.ops.signals import forwarded_signals, on_hangup, stop_signals
@@ -70,7 +70,6 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     Raises:
         FailoverError: the agent could not start, or cannot go on; it has demoted by then.
     """
-    limit_heaps()
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
     # By default 256 KiB of tiny records, such as of KeyUpdates, are processed at a time: 0.8 s of the event loop.

@@ -9,7 +9,6 @@ Not promised: a process for the demotion hook. It can be forked once a killed pr
 
 import _thread
 import concurrent.futures
-import ctypes
 import errno
 import os
 import queue
@@ -38,24 +37,12 @@ TASKS_POLL_S = 0.001
 """How long to wait until ended threads no longer count as tasks, which takes microseconds, and how often to
 check."""
 
-M_ARENA_MAX = -8  # the parameter of mallopt(3) for the number of heaps
-
 T = TypeVar("T")
 
 _descriptors: list[int] = []
 _idle = threading.Semaphore(0)
 """Counts the reserved threads without work. Global, since the limit on tasks is global, too."""
 _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-
-
-def limit_heaps() -> None:
-    """Let all threads but the main one share a heap; call it before any is started.
-
-    One for each takes memory, and 64 MiB of RLIMIT_AS. The second one stays, since it has addresses in reserve: when a
-    limit is reached, the C library takes memory for the main thread from there.
-    """
-    with suppress(AttributeError):  # another C library has one heap only
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def reserve_threads(count: int = THREADS) -> bool:

@@ -30,36 +30,6 @@ def run(script: str) -> str:
     return done.stdout.strip()
 
 
-def test_threads_share_a_heap_from_which_the_main_thread_takes_memory_at_a_limit() -> None:
-    """Each heap of glibc is 64 MiB of addresses: threads used up a limit by theirs, and one heap has no reserve."""
-    grown_mib, taken = run("""
-def size_mib():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() >> 20
-
-reserve.limit_heaps()
-threading.stack_size(1024 * 1024)
-before, kept, end = size_mib(), [], threading.Event()
-for _ in range(4):
-    threading.Thread(target=lambda: (kept.append(bytes(50_000)), end.wait())).start()
-while len(kept) < 4:
-    pass
-grown_mib = size_mib() - before
-resource.setrlimit(resource.RLIMIT_AS, (size_mib() << 20, resource.RLIM_INFINITY))
-taken = []
-try:
-    while len(taken) < 400:
-        taken.append(bytes(50_000))
-except MemoryError:
-    pass
-count = len(taken)
-taken.clear()
-print(grown_mib, count)
-end.set()
-""").split()
-    assert int(grown_mib) < 128
-    assert int(taken) == 400
-
-
 def test_vital_work_runs_in_reserved_threads_again_and_again() -> None:
     assert (
         run("""
