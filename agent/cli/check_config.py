@@ -24,7 +24,8 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
 
     Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
     the timings, the hooks, and the files with secrets and certificates, and prints each setting
-    with where it is from, and how long a stop may take. The text is TOML. Exits 0, or with the code of the first fault (docs/exit-codes.md).
+    with where it is from, and how long a stop may take. The text is TOML. Exits 0, or with the code
+    of the first fault (docs/exit-codes.md).
     """
     settings: Settings
     origin: Sources[Any]

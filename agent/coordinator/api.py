@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from contextlib import suppress
 from email.utils import formatdate
 from time import perf_counter
@@ -57,6 +57,7 @@ from agent.schema.codec import BodyError, decode, encode
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Answering = Coroutine[Any, Any, Answer]
 
 OPERATION_ID = b"operation-id"
 
@@ -204,9 +205,9 @@ class Api:
                 await self._authorise(route, found.values, rights)
         if _hung_up(route, scope)():
             raise HungUp
-        watched = _wait_s(route, scope) > 0 or _ends_with_caller(route)
+        wait_s = _wait_s(route, scope)
         answering = self._answer_here(scope, route, found, rights, text)
-        return await (while_connected(answering, receive) if watched else answering)
+        return await _for_caller(answering, receive, route, wait_s)
 
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
@@ -272,8 +273,7 @@ class Api:
 
         wait_s = _wait_s(route, scope)
         answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
-        watched = wait_s > 0 or _ends_with_caller(route)
-        return await (while_connected(answering, receive) if watched else answering)
+        return await _for_caller(answering, receive, route, wait_s)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -482,13 +482,14 @@ def _check_content_type(value: bytes | None) -> None:
 
 def _hung_up(route: Route, scope: Scope) -> Callable[[], bool]:
     """Whether the caller has hung up, so that the call must not be carried out any more."""
-    asked: Callable[[], bool] = scope.get(HUNG_UP, never)
-    return never if route.may_come_late else asked
+    return never if route.may_come_late else scope.get(HUNG_UP, never)
 
 
-def _ends_with_caller(route: Route) -> bool:
-    """Whether a call that waits ends with its caller's connection: a change, or a list, since these wait in turn."""
-    return not route.may_come_late or route.handler in LISTS
+def _for_caller(answering: Answering, receive: Receive, route: Route, wait_s: float) -> Answering:
+    """The answer. What waits ends with its caller's connection: a blocking read, a change, a list (made in turn)."""
+    if wait_s > 0 or not route.may_come_late or route.handler in LISTS:
+        return while_connected(answering, receive)
+    return answering
 
 
 def _wait_s(route: Route, scope: Scope) -> float:

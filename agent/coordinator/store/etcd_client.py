@@ -255,9 +255,8 @@ class Etcd:
                 ended, other = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
             if other and isinstance(_failure(*ended), EtcdUnknown | EtcdUnreachable):
                 ended, _ = await asyncio.wait(other)
-            failures = {one: _failure(one) for one in ended}
-            best = min(ended, key=lambda one: failures[one] is not None)
-            if (failure := failures[best]) is not None:
+            best = min(ended, key=lambda one: _failure(one) is not None)
+            if (failure := _failure(best)) is not None:
                 raise failure
             return best.result()
         finally:
