@@ -28,6 +28,9 @@ from agent.model import (
 )
 from tests.etcd import EtcdServer, an_etcd
 
+MakeRecord = Callable[[int], GroupRecord]
+
+SINCE = datetime(2024, 1, 1, tzinfo=UTC)
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 ADDITIONAL = '{"Site":["a",1,null,0.5]}'
 

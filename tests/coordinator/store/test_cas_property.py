@@ -26,7 +26,8 @@ from agent.model import (
     Trustee,
 )
 
-SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+from .conftest import SINCE
+
 keys = st.builds(GroupKey, st.just("t"), st.sampled_from("nN"), st.sampled_from("ab"))
 epochs = st.integers(0, 9)
 moments = st.datetimes(datetime(2, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the zone is added

@@ -1,8 +1,8 @@
 """What every store promises, whatever it keeps its groups in."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,7 @@ from agent.model import (
     Trustee,
 )
 
-from .conftest import led_shard
-
-MakeRecord = Callable[[int], GroupRecord]
-SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+from .conftest import SINCE, MakeRecord, led_shard
 
 
 @pytest.fixture(params=["memory", "sqlite", "etcd"])

@@ -2,9 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,14 @@ from agent.model import (
     AccessEntry,
     AccessList,
     GroupKey,
-    GroupRecord,
     HistoryEntry,
     Progress,
     Trustee,
 )
 from tests.etcd import EtcdServer
 
-MakeRecord = Callable[[int], GroupRecord]
-SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+from .conftest import SINCE, MakeRecord
+
 ACL = AccessList((AccessEntry(Trustee(1, "u"), denied=False, rights=1),))
 
 

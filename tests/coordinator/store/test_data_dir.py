@@ -20,9 +20,10 @@ from agent.coordinator.store.data_dir import SCHEMA_VERSION, open_data_dir
 from agent.coordinator.store.memory import MemoryStore
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import ExitCode, StoreError
-from agent.model import GroupKey, GroupRecord, HistoryEntry, Progress, SessionConfig, Tenure
+from agent.model import GroupKey, HistoryEntry, Progress, SessionConfig, Tenure
 
-MakeRecord = Callable[[int], GroupRecord]
+from .conftest import MakeRecord
+
 DATABASE = "coordinator.db"
 TENURE_BEGAN = datetime(2024, 5, 6, 7, 8, 9, 123456, UTC)
 

@@ -6,7 +6,7 @@ import ssl
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,6 @@ from agent.model import (
     AccessEntry,
     AccessList,
     GroupKey,
-    GroupRecord,
     HistoryEntry,
     Progress,
     Trustee,
@@ -42,10 +41,7 @@ from agent.model import (
 from tests.etcd import EtcdServer, an_etcd
 from tests.mosquitto import Authority
 
-from .conftest import lead, led_shard, new_cluster
-
-MakeRecord = Callable[[int], GroupRecord]
-SINCE = datetime(2024, 1, 1, tzinfo=UTC)
+from .conftest import SINCE, MakeRecord, lead, led_shard, new_cluster
 
 
 class Lossy:

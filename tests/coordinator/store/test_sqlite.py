@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,10 @@ import pytest
 from agent.coordinator.store import Stored, sqlite
 from agent.coordinator.store.sqlite import SqliteStore
 from agent.errors import CasMismatch, ExitCode, StoreError
-from agent.model import GroupKey, GroupRecord, HistoryEntry
+from agent.model import GroupKey, HistoryEntry
 
-MakeRecord = Callable[[int], GroupRecord]
+from .conftest import MakeRecord
+
 LIMIT_S = 20.0  # for a wait that ends at once unless something is broken
 
 
