@@ -51,7 +51,7 @@ check: .venv/.dev  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.wheel .venv/.dev  ## the benchmarks, one after another
+bench: test-components .venv/.wheel .venv/.dev  ## the benchmarks, one after another
 	@mkdir -p build/bench && ln -sfn ../../tests build/bench/tests
 	@missed=0; for script in tests/bench/[!_]*.py; do name=$$(basename "$$script" .py); echo "== $$script"; \
 	  $(INSTALLED) PYTHONPATH="$(CURDIR)/build/bench" $(BIN)/python -m "tests.bench.$$name" || missed=1; \
