@@ -198,7 +198,7 @@ class RoleRunner:
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
         """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
-        run = self._runs[number] = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
+        run = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
@@ -208,6 +208,7 @@ class RoleRunner:
         if facts.role is Role.SECONDARY:
             reserve.free_descriptors()
         payload = self.payloads.build_role_payload(facts, last_data)
+        self._runs[number] = run
         return self._execute(number, run, facts, payload)
 
     @staticmethod
@@ -252,6 +253,14 @@ class RoleRunner:
                 self._start_task(run.tree.kill())
         elif self.workload is not None:
             self.workload.kill()
+
+    async def end_runs(self, limit_s: float) -> None:
+        """Kill every run, and wait for their ends up to ``limit_s``: two runs never have hooks at once."""
+        for number in tuple(self._runs):
+            self.kill(number)
+        end_at = self._clock.boottime() + limit_s
+        while self._runs and self._clock.boottime() < end_at:  # noqa: ASYNC110 - a moment, and rare
+            await asyncio.sleep(TREE_POLL_S)
 
     def kill_all(self) -> set[asyncio.Task[Any]]:
         """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
