@@ -152,20 +152,8 @@ class RoleRunner:
         both = {Role.PRIMARY, Role.SECONDARY} if self.workload is not None or hooked else set()
         return frozenset(hooked | both)
 
-    @staticmethod
-    def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
-        """Load and check the hooks of new settings. May block.
-
-        Raises:
-            ConfigError: a hook cannot be used.
-        """
-        specs = load_specs(settings)
-        for spec in specs.values():
-            spec.check()
-        return specs
-
     def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
-        """Replace the hooks by those of ``read_hooks``, from the next tenure on."""
+        """Replace the hooks by those of ``read_hooks`` (reload.py), from the next tenure on."""
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
         self.notifier.limit_s = settings.hook_limit_of("joined")
