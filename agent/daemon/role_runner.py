@@ -271,7 +271,7 @@ class RoleRunner:
     def _track_processes(self) -> None:
         """Track the tenure's processes while their parents live, and report them to the guard.
 
-        Not if none is left: only a process of the tenure, or the agent, starts further ones.
+        Not after several searches in a row have found none: then only a new hook of the agent can start further ones.
         """
         none_left = self._quiet_searches >= proctree.QUIET_SEARCHES and self.workload is None
         idle = self._tracking is None or self._tracking.done()
