@@ -492,7 +492,7 @@ async def test_a_reload_whose_hooks_are_on_a_dead_disk_blocks_no_later_one(
     """It held the lock of reloads for good, without a line."""
     settings, answered, done = settings_for(endpoint), threading.Event(), asyncio.Event()
     monkeypatch.setattr(reload, "LONGEST_LOAD_S", 0.1)
-    monkeypatch.setattr(RoleRunner, "read_hooks", lambda *_: answered.wait() and {})
+    monkeypatch.setattr(reload, "read_hooks", lambda *_: answered.wait() and {})
     caplog.set_level("INFO")
 
     def reasons() -> list[str]:

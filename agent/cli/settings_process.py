@@ -61,7 +61,7 @@ class SettingsProcess:
     def __init__(self, arguments: Sequence[str], *, debug: bool) -> None:
         flags = ["--debug"] if debug else []
         self._document = os.memfd_create("settings")
-        # It ends itself, too, as this process may be killed meanwhile.
+        # The alarm ends it if this process is killed and can no longer do that.
         program = f"import signal; signal.alarm({int(READ_S + END_S)})\n{PROGRAM}"
         start = [sys.executable, "-P", "-c", program, json.dumps(sys.path), str(self._document)]
         try:

@@ -44,7 +44,7 @@ class FailsafeVoter:
 
         Args:
             cleared: the epoch up to which every tenure is over, as the coordinator has answered.
-            before: the epoch before the offered tenure; below a promised one if the coordinator's data are old.
+            before: the epoch before the offered tenure. It may be below a promised one, after old data were restored.
         """
         needed = before if self._epoch is None else max(before, self._epoch)
         return cleared is None or cleared < needed

@@ -274,9 +274,13 @@ class EffectRunner:
         self.post_event(event)
 
     def on_groups_changed(self) -> None:
-        """Report the processes of the tenure to the guard, and to the next process of this member."""
-        self.guard_control.update()
-        self.state_publisher.write()
+        """Report the processes of the tenure to the guard, and to the next process of this member.
+
+        Not after a failed step: the same failure would end the demotion without the session.
+        """
+        if not self.guard_control.frozen:
+            self.guard_control.update()
+            self.state_publisher.write()
 
     def _escalate(self, reason: str) -> None:
         """Handle a failed demotion (R4): kill what is left, run the fence command, exit."""
@@ -296,24 +300,35 @@ class EffectRunner:
         member.role_runner.kill_all()
 
     async def demote_without_session(self) -> None:
-        """Demote after the loop itself has failed and no guard answers."""
-        member = self.member
-        demote_s = member.session.timing.demote_s
-        before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
-        member.notify.stopping()  # after this, systemd does not wait for the watchdog's next answer
-        member.notify.extend_timeout(demote_s + EXIT_S)
-        member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
-        self.state_publisher.write()
-        facts = HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
-        run = member.role_runner.start_run(RUN_WITHOUT_SESSION, facts, member.progress)
+        """Demote after the loop itself has failed and no guard answers.
+
+        What made the loop fail may fail here, too. That must not prevent the demotion hook, nor the killing.
+        """
+        role_runner, demote_s = self.member.role_runner, self.member.session.timing.demote_s
         try:
             async with asyncio.timeout(demote_s):
+                facts = self._publish_failure(demote_s)
+                await role_runner.end_runs(demote_s / 2)
                 await self.state_publisher.flush()
+                run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, self.member.progress)
                 await asyncio.shield(run)  # a cancelled run would not be killed below
-        except Exception:  # the processes are killed below in any case
+        except Exception:
             log.exception("demotion without the session failed")
-        if killing := member.role_runner.kill_all():
+        if killing := role_runner.kill_all():
             await asyncio.wait(killing, timeout=EXIT_S)
+
+    def _publish_failure(self, demote_s: float) -> HookFacts:
+        """Publish the demotion without the session, if that is possible; return the facts for its hook."""
+        member = self.member
+        before, epoch, reason = member.published.role, member.session.tenure, "the agent has failed"
+        try:
+            member.notify.stopping()  # after this, systemd does not wait for the watchdog's next answer
+            member.notify.extend_timeout(demote_s + EXIT_S)
+            member.published = Published(Role.SECONDARY, epoch, reason, member.clock.wall())
+            self.state_publisher.write()
+        except Exception:
+            log.exception("demotion without the session not published")
+        return HookFacts(Role.SECONDARY, before, epoch, reason, None, None, demote_s)
 
     # -- requests -------------------------------------------------------------------------------
 

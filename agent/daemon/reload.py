@@ -4,7 +4,7 @@ The declaration of a setting states whether a reload may change it. A change of 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from agent.core.session import Options
 from agent.daemon.credential_files import LONGEST_LOAD_S, CredentialFiles
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member
+from agent.drivers.hooks.spec import HookSpec, load_specs
 from agent.errors import FailoverError
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
@@ -86,8 +87,7 @@ class Reload:
         refused = changed - RELOADABLE
         update = {key: getattr(wanted, key) for key in changed & RELOADABLE}
         settings = replace(before, **update)
-        read = partial(member.role_runner.read_hooks, settings)
-        specs = await self._lane.run(read, timeout_s=LONGEST_LOAD_S)
+        specs = await self._lane.run(partial(read_hooks, settings), timeout_s=LONGEST_LOAD_S)
         if "progress" in changed:
             await self._host_health.replace_source(settings)
         member.role_runner.reconfigure(settings, specs)
@@ -103,3 +103,11 @@ class Reload:
                 resolution="restart the agent to change them",
             )
         log.info("configuration read again", changed=sorted(update))
+
+
+def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
+    """Load and check the hooks of new settings. May block. Raises ConfigError: a hook cannot be used."""
+    specs = load_specs(settings)
+    for spec in specs.values():
+        spec.check()
+    return specs

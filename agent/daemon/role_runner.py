@@ -152,20 +152,8 @@ class RoleRunner:
         both = {Role.PRIMARY, Role.SECONDARY} if self.workload is not None or hooked else set()
         return frozenset(hooked | both)
 
-    @staticmethod
-    def read_hooks(settings: AgentSettings) -> Mapping[str, HookSpec]:
-        """Load and check the hooks of new settings. May block.
-
-        Raises:
-            ConfigError: a hook cannot be used.
-        """
-        specs = load_specs(settings)
-        for spec in specs.values():
-            spec.check()
-        return specs
-
     def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
-        """Replace the hooks by those of ``read_hooks``, from the next tenure on."""
+        """Replace the hooks by those of ``read_hooks`` (reload.py), from the next tenure on."""
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
         self.notifier.limit_s = settings.hook_limit_of("joined")
@@ -198,7 +186,7 @@ class RoleRunner:
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, None]:
         """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
-        run = self._runs[number] = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
+        run = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
@@ -208,6 +196,7 @@ class RoleRunner:
         if facts.role is Role.SECONDARY:
             reserve.free_descriptors()
         payload = self.payloads.build_role_payload(facts, last_data)
+        self._runs[number] = run
         return self._execute(number, run, facts, payload)
 
     @staticmethod
@@ -253,6 +242,14 @@ class RoleRunner:
         elif self.workload is not None:
             self.workload.kill()
 
+    async def end_runs(self, limit_s: float) -> None:
+        """Kill every run, and wait for their ends up to ``limit_s``: two runs never have hooks at once."""
+        for number in tuple(self._runs):
+            self.kill(number)
+        end_at = self._clock.boottime() + limit_s
+        while self._runs and self._clock.boottime() < end_at:  # noqa: ASYNC110 - a moment, and rare
+            await asyncio.sleep(TREE_POLL_S)
+
     def kill_all(self) -> set[asyncio.Task[Any]]:
         """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
         for run in self._runs.values():
@@ -274,7 +271,7 @@ class RoleRunner:
     def _track_processes(self) -> None:
         """Track the tenure's processes while their parents live, and report them to the guard.
 
-        Not if none is left: only a process of the tenure, or the agent, starts further ones.
+        Not after several searches in a row have found none: then only a new hook of the agent can start further ones.
         """
         none_left = self._quiet_searches >= proctree.QUIET_SEARCHES and self.workload is None
         idle = self._tracking is None or self._tracking.done()

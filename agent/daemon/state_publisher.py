@@ -224,7 +224,7 @@ class StatePublisher:
                 await self._lane.run(lambda: self._state_file.write(state))
             except (OSError, StuckError, ConfigError) as error:
                 if isinstance(error, ConfigError) and str(error) == self._failure:
-                    # The same process twice in a row, so it is no agent that has only tried to start.
+                    # The same process holds the claim at two attempts: it is not one that starts and ends at once.
                     self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
                     return
                 self._log_failure(error)

@@ -9,6 +9,7 @@ Not promised: a process for the demotion hook. It can be forked once a killed pr
 
 import _thread
 import concurrent.futures
+import ctypes
 import errno
 import os
 import queue
@@ -46,7 +47,13 @@ _work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
 def reserve_threads(count: int = THREADS) -> bool:
-    """Start the reserved threads; return whether all could be started. Call it once."""
+    """Start the reserved threads; return whether all could be started. Call it once.
+
+    Also loads what glibc needs to end a thread that works when the process exits: without it, for want of memory
+    or descriptors, it aborts the process.
+    """
+    with suppress(OSError):  # another C library needs none
+        ctypes.CDLL("libgcc_s.so.1")
     try:
         for _ in range(count):
             _thread.start_new_thread(_serve, ())

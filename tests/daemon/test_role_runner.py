@@ -15,7 +15,7 @@ import pytest
 from agent import proctree
 from agent.core.effects import HookFacts
 from agent.core.events import HookEnded
-from agent.daemon import role_runner, tenure_processes
+from agent.daemon import reload, role_runner, tenure_processes
 from agent.daemon.role_runner import RoleRunner
 from agent.daemon.telemetry import Stats
 from agent.model import Role
@@ -418,7 +418,7 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
     )
     await stage.run(Role.PRIMARY)
     other = AgentSettings(hook_directory=stage.directory)
-    stage.role_runner.reconfigure(other, stage.role_runner.read_hooks(other))
+    stage.role_runner.reconfigure(other, reload.read_hooks(other))
     assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
     assert (await stage.role_runner.build_guard_hook(facts, 1.0)).commands

@@ -22,7 +22,14 @@ from agent.errors import ExitCode
 from tests.hung import dead_disk, without_pidfd
 
 from .stage import LOOK_S, PATIENCE_S, Agent, Coordinator, Gate, Stage, lives, until
-from .test_exhausted import TIMING, Service, pair_in_mount_namespace, with_both, with_service
+from .test_exhausted import (
+    TIMING,
+    Service,
+    pair_in_mount_namespace,
+    with_both,
+    with_service,
+    writer_lives,
+)
 from .workloads import by_exec, guard_of, output, pair, start, until_written_after, writes
 from .writer import overlap_s, written
 
@@ -315,3 +322,66 @@ def test_the_demotion_after_a_failed_loop_ends_before_systemds_watchdog_and_befo
     (*_, line) = agent.lines("hook started hook=secondary")
     pid = int(line.partition("pid=")[2].split()[0])
     until(lambda: not lives(pid), "the end of the demotion hook")
+
+
+FAILS_IN = """
+import os, sys
+from {module} import {owner}
+from agent.cli.main import main
+works = {owner}.{method}
+
+def fail(*given, **named):
+    if os.path.exists("failed"):
+        raise RuntimeError("a fault of ours")
+    return works(*given, **named)
+
+{owner}.{method} = fail
+sys.exit(main(sys.argv[4:]))
+"""
+"""The prefix of an agent of which one method fails once there is a file "failed"."""
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "method", "runs_hook"),
+    [
+        ("agent.daemon.state_publisher", "StatePublisher", "write", True),
+        ("agent.daemon.guard_control", "GuardControl", "update", True),
+        ("agent.daemon.payload", "Payloads", "build_role_payload", False),
+    ],
+)
+def test_what_made_the_loop_fail_does_not_keep_the_tenure_alive(
+    stage: Stage, coordinator: Coordinator, module: str, owner: str, method: str, *, runs_hook: bool
+) -> None:
+    """The demotion without the session raised the same exception, and the promotion's processes lived on."""
+    fails = [sys.executable, "-c", FAILS_IN.format(module=module, owner=owner, method=method)]
+    one = with_both(stage, "host-a", coordinator, "--no-guard", before=fails)
+    one.until_role("Primary")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    (stage.directory / "failed").touch()
+    one.send(signal.SIGTERM)
+    assert one.wait() == ExitCode.TASK_FAILED
+    assert not writer_lives(stage, one)
+    _, *again = one.lines("hook ended hook=secondary")  # the first one is that of the start
+    assert bool(again) == runs_hook
+    assert one.lines("agent failed")
+
+
+def test_a_promotion_has_ended_before_the_demotion_after_a_failed_loop(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Both hooks ran at once, so what the promotion started last stayed active."""
+    service = Service(stage, "host-a")
+    body = f"touch promoting; until test -e go; do sleep 0.01; done; {service.primary}"
+    demotes = f"{service.secondary}; touch go; sleep 0.5"
+    hooks = {"primary": body, "secondary": f"test -e failed || exit 0; {demotes}"}
+    words = [
+        f"--hook-{event}={stage.hook('host-a', event, f'cd {stage.directory}; {hooks[event]}')}"
+        for event in hooks
+    ]
+    fails = [sys.executable, "-c", FAILS]
+    flags = [*words, "--no-guard"]
+    one = start(stage, "host-a", coordinator, timing=TIMING, flags=flags, before=fails)
+    until((stage.directory / "promoting").exists, "the promotion")
+    (stage.directory / "failed").touch()
+    assert one.wait() == ExitCode.TASK_FAILED
+    assert not service.file.exists()

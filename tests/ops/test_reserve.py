@@ -131,3 +131,23 @@ except OSError:
 """)
         == "3"
     )
+
+
+def test_a_process_without_memory_ends_with_its_own_status_while_a_thread_works() -> None:
+    """Python ends such a thread by a library that was loaded only then: "libgcc_s.so.1 must be installed"."""
+    assert (
+        run("""
+import resource, sys, time
+reserve.reserve_threads(2)
+
+def work():
+    while True:
+        time.sleep(0.0001)
+
+reserve.run_in_thread(work, vital=False)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used, -1))
+print("done")
+""")
+        == "done"
+    )

@@ -26,7 +26,7 @@ HEADER_BYTES = 256
 """How many bytes of a file the kernel reads to execute it; an interpreter line has to fit."""
 
 MOST_NESTED = 4
-"""The kernel's own bound on scripts that are the interpreter of a script."""
+"""How often the interpreter of a script may be a script, too: the kernel refuses more."""
 
 MOST_SCRIPTS = 64
 """The most scripts in a directory. Each keeps a process id until its run is released (HookProcess.release)."""
@@ -206,7 +206,7 @@ def _format_fault(path: Path, search_path: str | None, nested: int = 0) -> str |
     Args:
         path: the file.
         search_path: the PATH of the hook.
-        nested: of how many scripts, one the interpreter of the next, it is the interpreter.
+        nested: how many interpreter lines led to this file: 0 for the hook, 1 for its interpreter.
     """
     try:
         with path.open("rb") as file:

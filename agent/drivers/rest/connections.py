@@ -51,7 +51,8 @@ class _Stream(httpcore2.AsyncNetworkStream):
     """A connection that refuses a peer whose first words are not HTTP.
 
     The parser waits for a blank line, so a banner like that of SSH would otherwise look like
-    silence. Head and body of a request are sent together, once the answer is read: as one packet, not two.
+    silence. What is written is kept until the next read, so that the head and the body of a request leave in one
+    packet. Nothing is kept when TLS starts: a proxy's answer to CONNECT has been read before.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
@@ -60,7 +61,7 @@ class _Stream(httpcore2.AsyncNetworkStream):
         self._unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
-        with suppress(httpcore2.WriteError):  # as httpcore2: it may have answered early
+        with suppress(httpcore2.WriteError):  # as httpcore2: an early answer can be read
             if self._unsent:
                 await self._inner.write(self._unsent, timeout)
         self._unsent = b""
@@ -72,7 +73,7 @@ class _Stream(httpcore2.AsyncNetworkStream):
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109 - as above
-        self._unsent += buffer  # the caller has all of a request in memory, too
+        self._unsent += buffer  # bounded: our requests are short
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -41,7 +41,7 @@ LAST_PORT = 65535
 OPERATION_ID = "operation-id"
 
 _parse_url = lru_cache(maxsize=16)(httpx2.URL)
-"""Most often that of the last heartbeat."""
+"""Caches parsed URLs, as heartbeats go to the same one again and again."""
 
 log = Log(__name__)
 
