@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.coordinator.hang_up import HungUp, while_connected
 from agent.coordinator.store import MOST_ENTRIES, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, encode
 from agent.coordinator.store.etcd import EtcdCluster
@@ -552,6 +553,19 @@ async def test_a_late_change_of_an_access_list_undoes_no_later_one(
         await cluster.set_access("t", "n", newer)
         assert await transport.arrive_late() == [False]
         assert await cluster.access("t", "n") == newer
+
+
+async def test_an_access_list_is_not_written_again_for_a_caller_who_has_gone(
+    etcd_server: EtcdServer,
+) -> None:
+    """It has asked another coordinator while this one waited, and that one has answered."""
+    older = AccessList((AccessEntry(Trustee(1, "u", "t"), denied=False, rights=31),))
+    async with new_cluster(etcd_server) as cluster:
+        await cluster.set_access("t", "n", AccessList())
+        late = cluster.set_access("t", "n", older)
+        with pytest.raises(HungUp):
+            await while_connected(late, asyncio.Event().wait, lambda: True)
+        assert await cluster.access("t", "n") == AccessList()
 
 
 async def test_a_late_creation_does_not_bring_a_deleted_group_back(
