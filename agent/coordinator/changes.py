@@ -12,7 +12,7 @@ from agent.coordinator.hang_up import check_caller, share_caller
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most changes in progress, or reads that callers share: while the store hangs, callers come back again and again."""
+"""The most of these tasks at once: while the store hangs, callers give up, come back, and start further ones."""
 
 T = TypeVar("T")
 
