@@ -203,11 +203,9 @@ class Api:
             if again:
                 rights = await self._identify(scope, found, route)
                 await self._authorise(route, found.values, rights)
-        if _hung_up(route, scope)():
-            raise HungUp
         wait_s = _wait_s(route, scope)
         answering = self._answer_here(scope, route, found, rights, text)
-        return await _for_caller(answering, receive, route, wait_s)
+        return await _for_caller(answering, receive, route, scope, waits=wait_s > 0)
 
     async def _read_body_of(
         self, route: Route, scope: Scope, receive: Receive
@@ -262,7 +260,7 @@ class Api:
                 rights = await self._identify(scope, found, route)
         group = found.values.get("groupId") or _decode_body(route, text).to_model().id
         key = GroupKey(*_tenant_namespace(found.values), group)
-        request = _request(scope, text, _hung_up(route, scope))
+        request = _request(scope, text)
         forwarded = header(request.headers, FORWARDED) is not None
         if forwarded:
             forwarder.take(request)
@@ -273,7 +271,7 @@ class Api:
 
         wait_s = _wait_s(route, scope)
         answering = forwarder.answer(key, request, answer_here, wait_s=wait_s, forwarded=forwarded)
-        return await _for_caller(answering, receive, route, wait_s)
+        return await _for_caller(answering, receive, route, scope, waits=wait_s > 0)
 
     def _without_route(self, method: str, found: PathMatch) -> Answer:
         """The answer to OPTIONS; otherwise raise MethodNotAllowed."""
@@ -434,11 +432,11 @@ def _is_about_a_group(route: Route, found: PathMatch) -> bool:
     return "groupId" in found.values or route.handler is create_group
 
 
-def _request(scope: Scope, body: bytes = b"", hung_up: Callable[[], bool] = never) -> Request:
+def _request(scope: Scope, body: bytes = b"") -> Request:
     raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
     query: bytes = scope["query_string"]
     target = raw_path + (b"?" + query if query else b"")
-    return Request(scope["method"], target, scope["headers"], body, scope.get(CERTIFICATE), hung_up)
+    return Request(scope["method"], target, scope["headers"], body, scope.get(CERTIFICATE))
 
 
 def _decode_body(route: Route, text: bytes) -> Any:
@@ -485,10 +483,12 @@ def _hung_up(route: Route, scope: Scope) -> Callable[[], bool]:
     return never if route.may_come_late else scope.get(HUNG_UP, never)
 
 
-def _for_caller(answering: Answering, receive: Receive, route: Route, wait_s: float) -> Answering:
+def _for_caller(
+    answering: Answering, receive: Receive, route: Route, scope: Scope, *, waits: bool
+) -> Answering:
     """The answer. What waits ends with its caller's connection: a blocking read, a change, a list (made in turn)."""
-    if wait_s > 0 or not route.may_come_late or route.handler in LISTS:
-        return while_connected(answering, receive)
+    if waits or not route.may_come_late or route.handler in LISTS:
+        return while_connected(answering, receive, _hung_up(route, scope))
     return answering
 
 

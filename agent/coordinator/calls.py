@@ -16,7 +16,6 @@ from msgspec.json import encode as encode_json
 
 from agent import __version__
 from agent.coordinator.auth import ClientCertificate, Rights
-from agent.coordinator.hang_up import never
 from agent.coordinator.metrics import Metrics
 from agent.coordinator.routes import DEFAULT_NAME
 from agent.coordinator.service import Coordinator
@@ -113,7 +112,6 @@ class Request:
     Attributes:
         target: path and query.
         certificate: the client certificate of the caller's connection, or None.
-        hung_up: whether the caller has gone, so that the request must not be carried out any more.
     """
 
     method: str
@@ -121,7 +119,6 @@ class Request:
     headers: list[tuple[bytes, bytes]]
     body: bytes
     certificate: ClientCertificate | None = None
-    hung_up: Callable[[], bool] = never
 
 
 def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:

@@ -8,10 +8,11 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+from agent.coordinator.hang_up import check_caller, share_caller
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most changes in progress, or reads that callers share: while the store hangs, callers come back again and again."""
+"""The most of these tasks at once: while the store hangs, callers give up, come back, and start further ones."""
 
 T = TypeVar("T")
 
@@ -24,15 +25,20 @@ class Changes:
         self._begun: WeakSet[asyncio.Task[Any] | None] = WeakSet()
 
     def begin(self) -> None:
-        """Record that the task that calls this is about to write: from now on it is finished in any case."""
+        """Record that the task that calls this is about to write: from now on it is finished if its caller is cancelled.
+
+        Raises HungUp if the caller has hung up, which the event loop may learn only later.
+        """
+        check_caller()
         self._begun.add(asyncio.current_task())
 
     async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
-        """Await a change. If the caller is cancelled, a change that has begun is finished, and another is dropped.
+        """Start a change, and ``finish`` it. Raises as ``spawn`` does."""
+        return await self.finish(self.spawn(change, bounded=True))
 
-        Raises as ``spawn`` does.
-        """
-        task = self.spawn(change, bounded=True)
+    async def finish(self, task: asyncio.Task[T]) -> T:
+        """Await a change. If the caller is cancelled, a change that has begun is finished, and another is dropped."""
+        share_caller(task)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:

@@ -20,13 +20,7 @@ from agent.coordinator.metrics import Metrics
 from agent.coordinator.restored import declare_restored
 from agent.coordinator.service import Coordinator, policy_of
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import (
-    Etcd,
-    EtcdError,
-    EtcdRefused,
-    if_revision,
-    put,
-)
+from agent.coordinator.store.etcd_client import Etcd, EtcdError, EtcdRefused, if_revision, put
 from agent.coordinator.store.etcd_gateway import Gateway, Login
 from agent.errors import ConfigError, ExitCode, LeadershipLost, StoreError
 from agent.ops.clock import Clock

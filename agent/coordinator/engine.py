@@ -18,12 +18,13 @@ Knows nothing of the operations (service.py), of HTTP, and of what a decision me
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from math import inf
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from agent.coordinator.changes import Changes
+from agent.coordinator.hang_up import HungUp
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.restored import distrust
 from agent.coordinator.shards import STALL_FLOOR_S, Group, Shard, group_not_found
@@ -300,11 +301,11 @@ class Engine:
         self._wakeups.forget(group.key)
         group.wake_blocked_reads()
 
-    async def _write_change(self, group: Group, change: Awaitable[T]) -> T:
+    async def _write_change(self, group: Group, change: Coroutine[Any, Any, T]) -> T:
         """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
         try:
             return await self.write(change)
-        except Unavailable as error:
+        except (Unavailable, HungUp) as error:
             group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
             raise  # else it was not written
         except CasMismatch as error:
@@ -333,11 +334,14 @@ class Engine:
         if group.gone:
             raise group_not_found(group.key)
 
-    async def write(self, change: Awaitable[T]) -> T:
+    async def write(self, change: Coroutine[Any, Any, T]) -> T:
         began_at = perf_counter()
-        self.changes.begin()
         try:
+            self.changes.begin()
             result = await change
+        except HungUp:
+            change.close()
+            raise
         except LeadershipLost as error:
             raise NotLeading from error
         except StoreError as error:

@@ -28,7 +28,7 @@ from agent import __version__
 from agent.coordinator.auth import ClientCertificate
 from agent.coordinator.calls import FORWARDED, Answer, Request, header
 from agent.coordinator.forwarded_clients import CLIENT, ForwardedClients
-from agent.coordinator.hang_up import HungUp
+from agent.coordinator.hang_up import check_caller
 from agent.coordinator.leadership import Leadership
 from agent.coordinator.peer_connection import PeerAnswer, PeerError
 from agent.coordinator.peers import Exchange, Peers, Place
@@ -199,8 +199,7 @@ class Forwarder:
         repeated = False
         for _ in range(LEADERS_TRIED):
             url = await self._leadership.place(key)
-            if request.hung_up():
-                raise HungUp
+            check_caller()
             if url is not None and forwarded:
                 break
             may_be_deleted = repeated and request.method == "DELETE"

@@ -2,13 +2,15 @@
 
 A caller without an answer asks another coordinator. If its first request were carried out after that, it would undo
 what the second one was acknowledged for. So a change that has not begun ends with its caller's connection. What has
-begun is finished. Agents' requests are not affected (``Route.may_come_late``).
+begun is finished. Agents' requests are not affected (``Route.may_come_late``). A caller that closes only its sending
+side counts as one that has hung up.
 """
 
 import asyncio
 import select
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from agent.errors import RequestRefused
 
@@ -16,6 +18,9 @@ T = TypeVar("T")
 
 HUNG_UP = "failover.hung_up"
 """Scope key of a callback: whether the peer has closed the connection."""
+
+_callers: WeakKeyDictionary[asyncio.Task[Any] | None, Callable[[], bool]] = WeakKeyDictionary()
+"""By task that works for a caller: whether that caller has hung up."""
 
 _CLOSED = getattr(select, "POLLRDHUP", select.POLLHUP)
 
@@ -46,11 +51,25 @@ def is_closed_by_peer(transport: asyncio.BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
+def check_caller() -> None:
+    """Raise HungUp if the present task works for a caller who has hung up."""
+    if _callers.get(asyncio.current_task(), never)():
+        raise HungUp
+
+
+def share_caller(task: asyncio.Task[Any]) -> None:
+    """Have a task work for the caller for whom the present one does."""
+    _callers[task] = _callers.get(asyncio.current_task(), never)
+
+
 async def while_connected(
-    answering: Coroutine[Any, Any, T], receive: Callable[[], Awaitable[Any]]
+    answering: Coroutine[Any, Any, T],
+    receive: Callable[[], Awaitable[Any]],
+    hung_up: Callable[[], bool] = never,
 ) -> T:
     """Await an answer; cancel it if the caller hangs up first. Raises HungUp."""
-    answer = asyncio.ensure_future(answering)
+    answer = asyncio.create_task(answering)
+    _callers[answer] = hung_up
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)

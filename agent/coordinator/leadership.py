@@ -245,7 +245,7 @@ class Leadership:
     async def _begin(self, tasks: SessionTasks) -> None:
         await self._enter(str(self._lease_id))
         tasks.start(self._try_to_renew(), may_end=True)
-        while self.member not in self.view.members:  # until any renewal from now on is answered
+        while self.member not in self.view.members:  # a renewal that is answered reads it
             await self.wait_for_change(None)
         self.fault = None
         self._outage_logged = False

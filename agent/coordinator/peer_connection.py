@@ -61,13 +61,16 @@ class Owner(Protocol):
     def forget(self, connection: "PeerConnection") -> None: ...
 
 
-def _forget_unsent(transport: asyncio.Transport) -> None:
-    """Have the kernel forget, when the connection is closed, what it has not sent.
+def _drop_unsent(transport: asyncio.Transport) -> None:
+    """Have the kernel drop what it has not sent yet when the connection is closed.
 
-    Else a peer that is cut off would receive a request that was given up when the cut ends, and carry it out.
+    Otherwise a peer that is cut off now would receive the request after the cut, long after it was given up, and carry
+    it out.
     """
-    with suppress(OSError):
-        transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, pack("ii", 1, 0))
+    sock = transport.get_extra_info("socket")
+    if sock is not None:  # else it is closed already
+        with suppress(OSError):
+            sock.setsockopt(SOL_SOCKET, SO_LINGER, pack("ii", 1, 0))
 
 
 class PeerConnection(asyncio.Protocol):
@@ -128,7 +131,7 @@ class PeerConnection(asyncio.Protocol):
         awaited, self._awaited = self._awaited, None
         if self._transport is not None:
             if awaited is not None:
-                _forget_unsent(self._transport)
+                _drop_unsent(self._transport)
             self._transport.abort()
         self._pool.forget(self)
         if awaited is not None and not awaited.done():
@@ -140,9 +143,9 @@ class PeerConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
         if not self.closed:
             self._end(f"closed the connection before its answer was complete ({exc or 'EOF'})")
-        self._transport = None
 
     def data_received(self, data: bytes) -> None:
         if self.closed:

@@ -154,8 +154,7 @@ class Coordinator:
     async def create_group(self, key: GroupKey, config: GroupConfig) -> tuple[GroupConfig, bool]:
         """Create a group unless it exists; return it, and whether this call has created it."""
         self._refuse_if_stopping()
-        while (other := self._creating.get(key)) is not None:
-            await asyncio.wait([other])
+        await self._creation_of(key)
         created = key not in self._engine.groups
         if not created:
             self._engine.find(key)  # raises NotLeading unless the shard is led here
@@ -168,7 +167,7 @@ class Coordinator:
             task = self._engine.changes.spawn(self._engine.create(key, config), bounded=True)
             self._creating[key] = task
             task.add_done_callback(lambda _: self._creating.pop(key))
-            created = await asyncio.shield(task)
+            created = await self._engine.changes.finish(task)
         known = self._engine.find(key).state.record.config
         if not created and not is_compatible(config, known):
             raise Conflict(
@@ -176,6 +175,11 @@ class Coordinator:
                 "GET it and use its FailoverTimeout, or choose another Id.",
             )
         return known, created
+
+    async def _creation_of(self, key: GroupKey) -> None:
+        """Wait until nobody is creating the group."""
+        while (other := self._creating.get(key)) is not None:
+            await asyncio.wait([other])
 
     def group(self, key: GroupKey) -> GroupConfig:
         """A group's configuration."""
@@ -211,6 +215,7 @@ class Coordinator:
     async def delete_group(self, key: GroupKey) -> None:
         """Remove a group without active sessions, with its history."""
         self._refuse_if_stopping()
+        await self._creation_of(key)
         await self._engine.changes.carry_out(self._engine.delete(self._engine.find(key)))
 
     def status(self, key: GroupKey) -> GroupStatus:

@@ -1,8 +1,8 @@
 """The tasks of one session with etcd: all of them run, or none.
 
 An asyncio.TaskGroup takes a task that was cancelled for one that has ended as it should, and waits for ever for one that
-misses its cancellation: asyncio.gather loses it if one of its parts fails at the same moment. Either would leave a
-session that nobody renews and nobody ends.
+goes on after its cancellation, as asyncio.gather does if one of its parts fails at the same moment. Either would leave
+a session that nobody renews and nobody ends.
 """
 
 import asyncio

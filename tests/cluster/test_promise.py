@@ -57,9 +57,9 @@ class ComparesNoLeadership(EtcdCluster):
 
 class _HastyStore(EtcdStore):
     async def _commit(
-        self, key: GroupKey, expected: int, steps: list[Json], token: str | None
+        self, key: GroupKey, expected: int, steps: list[Json], token: str | None, *also: Json
     ) -> Done | KeyValue:
-        conditions = [if_revision(self._layout.record(key), expected), self._fence]
+        conditions = [if_revision(self._layout.record(key), expected), self._fence, *also]
         try:
             done = await self._etcd.txn(conditions, steps)
         except EtcdUnknown as error:

@@ -888,6 +888,19 @@ async def test_a_leader_with_tls_is_verified(pair: Path, leader_tls: ssl.SSLCont
         assert len(raw.seen) == 2
 
 
+async def test_a_leader_with_tls_that_breaks_off_is_503_and_leaves_its_place_to_the_next_request(
+    pair: Path, leader_tls: ssl.SSLContext
+) -> None:
+    raw = Raw()
+    async with (
+        served(raw.says(), tls=leader_tls, raw=raw),
+        a_follower(ssl.create_default_context(cafile=pair), connections=4) as one,
+    ):
+        for _ in range(3):  # it may have one connection
+            refused = await one.refusal(url_of(raw, "https"))
+            assert "closed the connection before its answer was complete" in refused.reason
+
+
 async def test_credentials_are_not_sent_unencrypted_to_a_leader_that_asks_for_it() -> None:
     async with a_leader() as raw, a_follower(encrypted=True) as one:
         assert "is not https" in (await one.refusal(url_of(raw))).reason

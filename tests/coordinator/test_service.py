@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from agent.coordinator import changes, engine, service
+from agent.coordinator.hang_up import HungUp, while_connected
 from agent.coordinator.store import Stored
 from agent.core.group_state import (
     AddSession,
@@ -146,6 +147,72 @@ async def test_a_change_whose_caller_has_gone_is_finished(stage: Stage) -> None:
     assert promoting.cancelled()
     assert stage.coordinator.status(KEY).primary == "a"
     assert (await stored(stage)).record.holder is not None
+
+
+async def test_a_change_begins_only_if_its_caller_is_still_connected(stage: Stage) -> None:
+    """The event loop may learn of the end later: it has not yet read it, or it reads no more from the connection."""
+    await join(stage, "a")
+    stage.store.free.clear()
+    first = asyncio.create_task(stage.coordinator.add_session(KEY, AddSession(SessionConfig("c"))))
+    second = asyncio.create_task(stage.coordinator.add_session(KEY, AddSession(SessionConfig("b"))))
+    await stage.settle()
+    gone = False
+    change = stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    late = asyncio.create_task(while_connected(change, asyncio.Event().wait, lambda: gone))
+    await stage.settle()
+    gone = True
+    stage.store.free.set()
+    with pytest.raises(HungUp):
+        await late
+    await asyncio.gather(first, second)
+    assert (await stored(stage)).record.sessions["a"].override is RoleOverride.OFF
+    await stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    assert (await stored(stage)).record.sessions["a"].override is RoleOverride.PRIMARY
+
+
+async def test_a_creation_whose_caller_has_gone_is_dropped_and_others_make_the_group(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, config = asyncio.Event(), GroupConfig("g", 20_000_000)
+
+    async def hang(_: GroupKey) -> int:
+        await free.wait()
+        return 0
+
+    monkeypatch.setattr(stage.store, "retired_epoch", hang)
+    creations = [asyncio.create_task(stage.coordinator.create_group(KEY, config)) for _ in range(2)]
+    await stage.settle()
+    creations[0].cancel()
+    await stage.settle()
+    free.set()
+    assert await creations[1] == (config, True)
+    assert stage.store.writes == 1
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+async def test_a_creation_is_not_carried_out_after_a_deletion(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, *, given_up: bool
+) -> None:
+    free = asyncio.Event()
+
+    async def hang(_: GroupKey) -> int:
+        await free.wait()
+        return 0
+
+    monkeypatch.setattr(stage.store, "retired_epoch", hang)
+    creating = asyncio.create_task(
+        stage.coordinator.create_group(KEY, GroupConfig("g", 20_000_000))
+    )
+    await stage.settle()
+    deleting = asyncio.create_task(stage.coordinator.delete_group(KEY))
+    await stage.settle()
+    if given_up:
+        creating.cancel()
+    free.set()
+    await asyncio.wait([creating, deleting])
+    await stage.settle()
+    assert isinstance(deleting.exception(), NotFound) is given_up
+    assert not await stage.store.load()
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("lost answer"), asyncio.CancelledError()])

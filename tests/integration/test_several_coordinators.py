@@ -311,6 +311,29 @@ def test_a_forwarded_change_is_not_carried_out_after_its_caller_has_hung_up(
     check_override(follower, 0)
 
 
+def test_a_change_that_waits_does_not_begin_after_its_caller_has_hung_up(
+    stage: Stage, etcd: EtcdServer
+) -> None:
+    """It waits for an earlier one. The coordinator reads no more from its connection, which has another request."""
+    leader = Cluster(stage, etcd, "--shards=1", "--leadership-ttl=30").serve()
+    override = an_override(leader)
+    etcd.send(0, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool, Raw(leader.endpoint) as caller:
+        try:
+            earlier = pool.submit(leader.ask, "POST", "groups/g/clientsessions", {"Id": "t"})
+            time.sleep(0.3)  # it comes first
+            caller.request("POST", f"/api/v1/clientfailover/{override}", {"Value": 1})
+            time.sleep(0.3)  # else both are read at once, and reading goes on
+            caller.request("GET", "/healthz")
+            time.sleep(0.3)
+            caller.socket.close()
+        finally:
+            etcd.send(0, signal.SIGCONT)
+        assert earlier.result(20).status == 201
+    until(lambda: answered(leader, "set_override", 499) == 1, "the leader to drop the request")
+    check_override(leader, 0)
+
+
 def an_override(coordinator: Coordinator) -> str:
     """The path of the override of a new session."""
     group = {"Id": "g", "FailoverTimeout": "00:00:30"}

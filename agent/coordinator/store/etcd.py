@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 
+from agent.coordinator.hang_up import check_caller
 from agent.coordinator.store.codec import decode, encode, name_of
 from agent.coordinator.store.etcd_client import (
     Etcd,
@@ -28,11 +29,7 @@ from agent.coordinator.store.etcd_layout import (
     record_of_key,
 )
 from agent.coordinator.store.etcd_shard import MOST_STEPS, EtcdStore
-from agent.errors import (
-    ConfigError,
-    ExitCode,
-    StoreError,
-)
+from agent.errors import ConfigError, ExitCode, StoreError
 from agent.model import AccessList, GroupConfig, GroupKey
 from agent.ops.pages import sorted_page
 
@@ -126,11 +123,10 @@ class EtcdCluster:
         change = delete(key) if acl is None else put(key, encode(acl, where))
         changed = self.layout.access_changed
         while True:  # every change writes that key
-            last = await self.etcd.get(changed)
-            unchanged = if_revision(changed, 0 if last is None else last.revision)
-            if (
-                await self.etcd.txn([unchanged], [change, put(changed, str(uuid.uuid4()))])
-            ).succeeded:
+            unchanged = if_revision(changed, await self.etcd.revision(changed))
+            check_caller()
+            steps = [change, put(changed, str(uuid.uuid4()))]
+            if (await self.etcd.txn([unchanged], steps)).succeeded:
                 return
 
     async def is_restored(self) -> bool:

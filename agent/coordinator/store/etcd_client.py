@@ -182,6 +182,11 @@ class Etcd:
         """Another client of the same etcd, with connections of its own."""
         return type(self)(self._transport.sibling(), self.timeout_s)
 
+    async def revision(self, key: str) -> int:
+        """The revision of a key's last write, or 0 if there is no such key."""
+        found = await self.get(key)
+        return 0 if found is None else found.revision
+
     async def get(self, key: str) -> KeyValue | None:
         """One key, as the majority of etcd has it."""
         found = await self.range(read(key))

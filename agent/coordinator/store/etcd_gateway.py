@@ -12,12 +12,7 @@ from dataclasses import dataclass
 import httpx2
 
 from agent import __version__
-from agent.coordinator.store.etcd_client import (
-    EtcdRefused,
-    EtcdUnknown,
-    EtcdUnreachable,
-    Json,
-)
+from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUnreachable, Json
 from agent.ops.logs import Log
 
 CONNECTIONS = 64

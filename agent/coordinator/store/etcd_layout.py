@@ -1,7 +1,7 @@
 """The keys and values of a store in etcd. Sends nothing but one read.
 
 After the prefix a key continues with ``meta``, ``restored``, ``live/`` (keys that end with their coordinator),
-``access/``, ``saves/`` or ``shards/``. Names of tenants, namespaces and groups are percent-encoded.
+``access/``, ``saves/``, ``deletions/`` or ``shards/``. Names of tenants, namespaces and groups are percent-encoded.
 """
 
 import hashlib
@@ -99,6 +99,10 @@ class Layout:
     def last_save(self, shard: int) -> str:
         """A key that is written with each save of a shard's progress, so that an earlier save cannot come later."""
         return f"{self.prefix}/saves/{shard}"
+
+    def last_deletion(self, shard: int) -> str:
+        """The same for deletions of groups, so that an earlier creation cannot come later."""
+        return f"{self.prefix}/deletions/{shard}"
 
     def history(self, key: GroupKey) -> str:
         """The prefix of a group's tenures."""

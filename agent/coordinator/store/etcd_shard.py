@@ -96,7 +96,14 @@ class EtcdStore:
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
         """Add a group; return its version. Raises CasMismatch if the group exists."""
         self._check_open()
-        return await self._write(key, 0, encode(record, name_of(key)), [])
+        text, last = encode(record, name_of(key)), self._layout.last_deletion(self._shard)
+        while True:
+            none_since = if_revision(last, await self._etcd.revision(last))
+            try:
+                return await self._write(key, 0, text, [], none_since)
+            except CasMismatch:
+                if await self._etcd.get(self._layout.record(key)) is not None:
+                    raise
 
     async def swap(
         self,
@@ -114,14 +121,16 @@ class EtcdStore:
         ]
         return await self._write(key, expected, encode(record, name_of(key)), steps)
 
-    async def _write(self, key: GroupKey, expected: int, text: str, history: list[Json]) -> int:
+    async def _write(
+        self, key: GroupKey, expected: int, text: str, history: list[Json], *conditions: Json
+    ) -> int:
         """Put a record with some tenures; the new version."""
         token = str(uuid.uuid4())
         steps = [put(self._layout.record(key), record_value(text, token)), *history]
         if history:
             prefix = self._layout.history(key)
             steps.append(read(prefix, end_of(prefix), count_only=True))
-        done = await self._commit(key, expected, steps, token)
+        done = await self._commit(key, expected, steps, token, *conditions)
         if isinstance(done, KeyValue):
             return done.revision
         kept = done.answers[-1] if history else None
@@ -168,8 +177,7 @@ class EtcdStore:
         """Save progress unless an earlier save has come late, after the last one was read; return whether it was done."""
         key, leader = self._layout.last_save(self._shard), self._layout.leader(self._shard)
         if self._last_save is None:
-            found = await self._etcd.get(key)
-            self._last_save = 0 if found is None else found.revision
+            self._last_save = await self._etcd.revision(key)
         conditions = [self._fence, if_revision(key, self._last_save)]
         self._last_save = None  # unknown until it is answered
         done = await self._etcd.txn(
@@ -189,6 +197,7 @@ class EtcdStore:
             delete(self._layout.record(key)),
             delete(self._layout.progress(key)),
             delete(history, end_of(history)),
+            put(self._layout.last_deletion(self._shard), ""),
         ]
         if epoch > 0:
             steps.append(put(self._layout.retired(key), str(epoch)))
@@ -248,14 +257,15 @@ class EtcdStore:
     # -- transactions -------------------------------------------------------------------------
 
     async def _commit(
-        self, key: GroupKey, expected: int, steps: list[Json], token: str | None
+        self, key: GroupKey, expected: int, steps: list[Json], token: str | None, *also: Json
     ) -> Done | KeyValue:
         """Carry out a change of one record once; return its answer, or the record that proves the change.
 
-        ``token`` is the token in the record's new value; None: the change deletes the record.
+        ``token`` is the token in the record's new value; None: the change deletes the record. ``also``: conditions
+        besides the record's version and the leadership.
         """
         record = self._layout.record(key)
-        conditions = [if_revision(record, expected), self._fence]
+        conditions = [if_revision(record, expected), self._fence, *also]
         leader = self._layout.leader(self._shard)
         on_failure = [read(record), read(leader, keys_only=True)]
         loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.coordinator.hang_up import HungUp, while_connected
 from agent.coordinator.store import MOST_ENTRIES, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, encode
 from agent.coordinator.store.etcd import EtcdCluster
@@ -29,7 +30,14 @@ from agent.coordinator.store.etcd_client import (
 from agent.coordinator.store.etcd_gateway import Gateway, Login
 from agent.coordinator.store.etcd_layout import Layout, read_meta, record_value
 from agent.coordinator.store.etcd_shard import EtcdStore
-from agent.errors import ConfigError, ExitCode, LeadershipLost, OutcomeUnknown, StoreError
+from agent.errors import (
+    CasMismatch,
+    ConfigError,
+    ExitCode,
+    LeadershipLost,
+    OutcomeUnknown,
+    StoreError,
+)
 from agent.model import (
     AccessEntry,
     AccessList,
@@ -545,6 +553,45 @@ async def test_a_late_change_of_an_access_list_undoes_no_later_one(
         await cluster.set_access("t", "n", newer)
         assert await transport.arrive_late() == [False]
         assert await cluster.access("t", "n") == newer
+
+
+async def test_an_access_list_is_not_written_again_for_a_caller_who_has_gone(
+    etcd_server: EtcdServer,
+) -> None:
+    """It has asked another coordinator while this one waited, and that one has answered."""
+    older = AccessList((AccessEntry(Trustee(1, "u", "t"), denied=False, rights=31),))
+    async with new_cluster(etcd_server) as cluster:
+        await cluster.set_access("t", "n", AccessList())
+        late = cluster.set_access("t", "n", older)
+        with pytest.raises(HungUp):
+            await while_connected(late, asyncio.Event().wait, lambda: True)
+        assert await cluster.access("t", "n") == AccessList()
+
+
+async def test_a_late_creation_does_not_bring_a_deleted_group_back(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    """Its first attempt hangs, and the second one is answered. With it an old epoch would come back."""
+    transport, store = lossy
+    transport.late = 1
+    version = await store.create(key, make_record(1))
+    await store.delete(key, version, 9)
+    assert await transport.arrive_late() == [False]
+    assert await store.load() == {}
+
+
+async def test_a_group_is_created_while_others_are_deleted(
+    lossy: tuple[Lossy, EtcdStore], key: GroupKey, make_record: MakeRecord
+) -> None:
+    transport, store = lossy
+    other = key._replace(group="other")
+    version = await store.create(other, make_record(1))
+    transport.slow_s = 0.05
+    changes = [store.delete(other, version, 1), store.create(key, make_record(1))]
+    await asyncio.gather(*changes)
+    assert list(await store.load()) == [key]
+    with pytest.raises(CasMismatch):
+        await store.create(key, make_record(2))
 
 
 async def test_a_late_trust_does_not_withdraw_a_later_declaration(etcd_server: EtcdServer) -> None:
