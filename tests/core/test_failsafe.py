@@ -23,6 +23,7 @@ from agent.core.events import (
     Stop,
     Tick,
 )
+from agent.core.failsafe_contact import Contact
 from agent.core.failsafe_holder import REHEARSAL_INTERVAL_S
 from agent.core.failsafe_view import FailsafeView, Readiness
 from agent.core.failsafe_voter import FailsafeVoter
@@ -806,6 +807,40 @@ def test_r35_a_rehearsal_promises_nothing_and_counts_for_nothing() -> None:
     holder.says(rehearsal, after_s=1.0)
     assert holder.session.sent_at == sent_at
     assert holder.view.readiness is Readiness.READY
+
+
+def test_r35_a_yes_to_a_rehearsal_after_the_last_heartbeat_does_not_extend_the_role() -> None:
+    bench = FailsafeBench().holder()
+    bench.log.clear()
+    while not bench.log or not isinstance(bench.log[-1], Ask):
+        bench.wake()
+        if isinstance(bench.log[-1], SendHeartbeat):
+            bench.answered(Answer(P, failsafe=SET))
+    rehearsal, sent_at = bench.log[-1], bench.session.sent_at
+    assert isinstance(rehearsal, Ask)
+    assert rehearsal.rehearsal
+    assert sent_at < bench.now
+    bench.says(rehearsal)
+    assert bench.session.sent_at == sent_at
+
+
+def test_r26_doubt_counts_from_the_oldest_unanswered_request() -> None:
+    contact = Contact()
+    contact.on_sent(1, 10.0)
+    contact.on_sent(2, 12.0)
+    assert contact.doubt_at(3.0) == 13.0
+    contact.on_ended(1, contact=True)
+    assert contact.doubt_at(3.0) == 15.0
+
+
+def test_r26_an_older_answer_or_failure_does_not_undo_a_newer_one() -> None:
+    contact = Contact()
+    for number in range(1, 4):
+        contact.on_sent(number, 10.0 * number)
+    contact.on_ended(3, contact=True)
+    contact.on_ended(1, contact=True)
+    contact.on_ended(2, contact=False)
+    assert contact.doubt_at(3.0) == float("inf")
 
 
 def test_r35_a_new_set_in_doubt_is_rehearsed_after_the_questions() -> None:

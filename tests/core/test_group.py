@@ -1362,3 +1362,41 @@ def test_a_release_of_a_session_that_was_deleted_frees_the_role() -> None:
     bench.release("a", 1, hold_off_s=100)
     assert bench.pending == "b"
     assert bench.beat("b").role is P
+
+
+def test_the_deletion_of_another_session_does_not_end_the_tenure_of_a_v1_client() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a", instance=None)
+    bench.do(RemoveSession("b"))
+    assert bench.primary == "a"
+
+
+def test_r17_the_end_of_the_minimum_hold_is_awaited_once() -> None:
+    bench = Bench("a", "b")
+    bench.promote("a")
+    bench.live(CALM.minimum_hold_s, a=100, b=100)
+    bench.do(Tick())
+    assert bench.wake > bench.mono
+
+
+def test_r16_the_time_to_confirm_ends_at_its_deadline() -> None:
+    bench = Bench("a", "b")
+    bench.beat("a")
+    bench.mono = bench.state.live.confirm_by
+    bench.do(Tick())
+    assert bench.pending is None
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_only_a_session_with_additional_data_can_exceed_their_bound(excess: int) -> None:
+    bench = Bench()
+    text = '"' + "x" * (MAX_ADDITIONAL_BYTES - 4 + excess) + '"'
+    bench.state = replace(
+        bench.state, record=replace(bench.state.record, config=replace(CONFIG, additional=text))
+    )
+    bench.do(AddSession(SessionConfig("a")))
+    if excess:
+        with pytest.raises(Conflict):
+            bench.do(AddSession(SessionConfig("b", additional="{}")))
+    else:
+        bench.do(AddSession(SessionConfig("b", additional="{}")))

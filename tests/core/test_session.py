@@ -859,3 +859,87 @@ def test_r18_an_answer_without_a_previous_primary_keeps_the_known_one() -> None:
     bench.step(status("other", None, 0, 1))
     bench.step(HeartbeatAnswered(bench.beat, replace(Answer(W, 0, 4).build(), previous=None)))
     assert bench.session.previous_primary == "other"
+
+
+# -- what each guard of a step is for -----------------------------------------------------------------
+
+
+def test_r2_the_demotion_begins_exactly_at_the_renewal_deadline() -> None:
+    bench = Bench().primary()
+    bench.now = bench.session.renew_by
+    assert kinds(bench.step(Tick()))[0] == (Publish, S)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 1.0])
+def test_r4_after_the_lease_the_hook_and_the_guard_have_the_whole_budget(late_s: float) -> None:
+    bench = Bench(hooks={S}).primary()
+    bench.now = bench.session.lease_until - TIMING.drift_s + late_s
+    assert kinds(bench.step(Tick())) == [(Publish, S), (StartHook, S)]
+    assert bench.session.guard_deadlines is not None
+    assert bench.session.guard_deadlines[1] == pytest.approx(bench.now + TIMING.demote_s)
+
+
+def test_r12_the_guard_kills_no_later_than_the_lease_end_less_the_drift() -> None:
+    bench = Bench(hooks={S}).primary()
+    kill_by = bench.session.lease_until - TIMING.drift_s
+    bench.now = kill_by - 0.1
+    bench.step(Tick())
+    assert bench.session.guard_deadlines is not None
+    assert bench.session.guard_deadlines[1] == pytest.approx(kill_by)
+
+
+@pytest.mark.parametrize(
+    ("hook_limit_s", "budget_s"), [(TIMING.demote_s + 1, TIMING.demote_s + 1), (1, TIMING.demote_s)]
+)
+def test_r6_the_first_demotion_has_the_longer_of_its_budget_and_the_hook_limit(
+    hook_limit_s: float, budget_s: float
+) -> None:
+    bench = Bench(hooks={S}, hook_limit_s=hook_limit_s)
+    began_at = bench.now
+    bench.begin()
+    while bench.session.phase is not Phase.ENDED:
+        bench.wake()
+    assert bench.now == pytest.approx(began_at + budget_s)
+
+
+def test_r3_a_late_answer_of_an_older_heartbeat_neither_renews_nor_demotes() -> None:
+    bench = Bench().member(v1_server=True)
+    bench.answered(v1(W))
+    older = bench.beat
+    bench.wake()
+    assert bench.beat != older
+    bench.answered(v1(P))
+    assert bench.session.role is P
+    sent_at = bench.session.sent_at
+    assert bench.answered(v1(W), beat=older) == []
+    assert bench.session.sent_at == sent_at
+
+
+def test_r8_a_late_answer_of_its_own_tenure_does_not_release_it() -> None:
+    bench = Bench().primary()
+    older = bench.beat
+    bench.wake()
+    bench.answered(Answer(P, 1, 7))
+    assert Release not in kinds(bench.answered(Answer(P, 1, 5), beat=older))
+    assert bench.session.role is P
+
+
+def test_r8_a_late_answer_during_the_demotion_does_not_release_the_role() -> None:
+    bench = Bench(hooks={S}).primary()
+    older = bench.beat
+    bench.answered(Answer(S, 1, 7))
+    assert bench.answered(Answer(P, 1, 5), beat=older) == []
+
+
+def test_r8_only_an_answer_of_primary_from_older_data_is_released() -> None:
+    bench = Bench().member()
+    bench.answered(Answer(S, 2, 9))
+    bench.wake()
+    assert Release not in kinds(bench.answered(Answer(S, 1, 5)))
+
+
+def test_r3_another_stores_answer_to_a_forgotten_heartbeat_is_ignored() -> None:
+    bench = Bench().primary(v1_server=True)
+    forgotten = bench.beat
+    bench.step(Stalled(1.0))
+    assert bench.answered(replace(v1(S), store_id=OTHER_STORE), beat=forgotten) == []
