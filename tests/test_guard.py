@@ -1464,7 +1464,7 @@ def helper_runs(folder: Path) -> bool:
                 continue
             for link in (process / "fd").iterdir():
                 with suppress(FileNotFoundError):  # closed meanwhile
-                    if link.readlink().name.startswith("memfd:handback"):
+                    if link.readlink().name.startswith("memfd:release"):
                         return True
     return False
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most changes in progress, or reads that callers share: while the store hangs, callers come back again and again."""
+"""The most changes in progress, or shared reads in progress: while the store hangs, callers keep retrying."""
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Changes:
         self._begun: WeakSet[asyncio.Task[Any] | None] = WeakSet()
 
     def begin(self) -> None:
-        """Record that the task that calls this is about to write: from now on it is finished in any case."""
+        """Record that the task that calls this is about to write: from now on its change is finished in any case."""
         self._begun.add(asyncio.current_task())
 
     async def carry_out(self, change: Coroutine[Any, Any, T]) -> T:
