@@ -136,6 +136,11 @@ def lives(pid: int) -> bool:
     return state_of(pid) not in {"", "Z", "X"}
 
 
+def children_of(pid: int) -> list[int]:
+    """In the order of their start."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Host:
     """A host with an agent on it, and the agent's guard."""
 
@@ -1410,21 +1415,23 @@ def test_a_tenure_that_begins_during_a_sweep_is_not_killed(
     with freezer("guard") as cgroup:
         cgroup.freeze(escaped(MARK))
         host.send(*arm(float("inf"), now(), agent_at=now() + LIMIT_S, mark=MARK))
-        time.sleep(0.2)
+        until(lambda: len(children_of(host.guard)) == 2)
+        sweeper, _log_writer = children_of(host.guard)
         host.send("OFF")
         process = escaped(MARK)
-        time.sleep(guard.SWEEP_S)
+        until(lambda: not lives(sweeper))
         assert lives(process)
 
 
 def test_the_demotion_is_repeated_if_the_agent_exits_after_its_fence_command(
-    host: Host, tmp_path: Path
+    host: Host, run: Run, tmp_path: Path
 ) -> None:
+    left = run(IDLE)
     host.send(*hook(sh(f"touch {tmp_path}/done")))
     host.send(*back(tmp_path))
     host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S))  # so that it knows the budget
-    host.send(*arm(float("inf"), now() + 0.2, agent_at=now() + LIMIT_S, epoch=7))
-    time.sleep(0.4)
+    host.send(*arm(float("inf"), now() + 0.2, agent_at=now() + LIMIT_S, epoch=7, groups=left.pid))
+    assert left.wait(LIMIT_S) == -signal.SIGKILL
     host.exit()
     assert host.code(host.guard) == guard.ACTED
     assert host.code(host.agent) == 0
@@ -1439,7 +1446,7 @@ def test_a_frozen_agent_is_stopped_at_hook_at_even_if_agent_at_is_later(host: Ho
     assert host.code(host.agent) == -signal.SIGKILL
 
 
-# --- handing the role back ---------------------------------------------------------------------
+# --- releasing the role ------------------------------------------------------------------------
 
 
 def back(folder: Path) -> list[str]:
@@ -1448,14 +1455,25 @@ def back(folder: Path) -> list[str]:
     return ["BACK", '{"document": 1}', "/bin/sh", "-c", f"{note}; touch {folder}/ended", "sh"]
 
 
+def helper_runs(folder: Path) -> bool:
+    """Whether a process still has the helper's document open, from its fork on."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = (process / "cmdline").read_bytes()
+            if str(folder).encode() not in ours and b"\0".join(map(os.fsencode, GUARD)) not in ours:
+                continue
+            for link in (process / "fd").iterdir():
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    if link.readlink().name.startswith("memfd:release"):
+                        return True
+    return False
+
+
 def go_ahead(folder: Path) -> str:
-    """The byte that the helper received; empty if it received none, or was not started."""
-    if not (folder / "words").exists():
-        time.sleep(0.2)
-    if not (folder / "words").exists():
-        return ""
-    until((folder / "ended").exists)
-    return (folder / "byte").read_text()
+    """The byte that the helper received; empty if it received none, or was not started. The guard has ended."""
+    until(lambda: not helper_runs(folder))
+    byte = folder / "byte"
+    return byte.read_text() if byte.exists() else ""
 
 
 def test_the_role_is_released_after_a_successful_demotion(

@@ -6,6 +6,7 @@ Knows nothing of what a command does; a command is imported when it is called, s
 
 import importlib
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import click
 
@@ -67,7 +68,7 @@ def cli() -> None:
 
 
 def run_command(arguments: Sequence[str], replaced: Mapping[str, click.Command]) -> int:
-    """Run the command that the arguments name; the exit code. Raises ConfigError if they are wrong.
+    """Run the command that the arguments name; return the exit code. Raises ConfigError if they are wrong.
 
     Args:
         arguments: without the program's name.
@@ -82,7 +83,8 @@ def run_command(arguments: Sequence[str], replaced: Mapping[str, click.Command])
         return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        where = context.command_path if context else PROGRAM
+        words = takewhile(lambda word: not word.startswith("-"), arguments)
+        where = context.command_path if context else " ".join((PROGRAM, *words))
         text = f"{error.format_message().rstrip('.')}; see '{where} --help'"
         raise ConfigError(text, exit_code=ExitCode(error.exit_code)) from error
     except click.Abort:

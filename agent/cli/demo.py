@@ -92,7 +92,7 @@ class Host:
     agent: subprocess.Popen[bytes] | None = None
 
     def read(self, suffix: str) -> str:
-        """The text of a file of this host, by its suffix; "" if there is none."""
+        """Return the text of this host's file with this suffix; "" if there is no such file."""
         with contextlib.suppress(OSError):
             return (self.directory / f"{self.name}{suffix}").read_text()
         return ""
@@ -126,7 +126,7 @@ class Host:
                 os.kill(pid, number)
 
     def wait(self) -> int:
-        """Wait for the agent to exit; its exit code."""
+        """Wait for the agent to exit; return its exit code."""
         code = 0
         if self.agent is not None:
             code = self.agent.wait(TIMEOUT_S)
@@ -175,7 +175,7 @@ class Demo:
     lease_s: float = LEASE_S
 
     def run(self) -> bool:
-        """Run everything; whether every check holds."""
+        """Run everything; return whether every check holds."""
         self.log(
             f"One group, two hosts, failover timeout {self.lease_s:g} s. A collector copies a growing"
             f" file; a line is due every {LINE_S * 1000:.0f} ms."
@@ -441,7 +441,7 @@ class Demo:
     # -- the result ---------------------------------------------------------------------------
 
     def report(self) -> bool:
-        """Print the table and the checks; whether all hold."""
+        """Print the table and the checks; return whether all hold."""
         written = self.written()
         table = Table("fault", "from", "to", "epoch", "took over in", "gap", "overlap", box=None)
         overlaps = []

@@ -35,6 +35,8 @@ def command(*, as_json: bool, **given: Any) -> int:
     """
     settings = load_settings(given)
     lease_s, budget = settings.failover_timeout, settings.budget
+    if lease_s <= 0:
+        plan(lease_s, budget)  # raises: there is nothing to divide
     timing = divide(lease_s, budget)
     smallest_s = smallest_lease_s(budget)
     if as_json:

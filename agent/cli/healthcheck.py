@@ -33,7 +33,7 @@ PROBE_PASSWORD_FILE = "FAILOVER_AGENT_PROBE_PASSWORD_FILE"  # noqa: S105 - the n
 
 
 class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
-    """The answer is no, for the reason in the message."""
+    """The agent is not healthy, or does not have that role; the message has the reason."""
 
 
 @click.command("healthcheck")

@@ -53,8 +53,8 @@ def backup(*, file: Path, **given: Any) -> int:
 def copy(*, origin: str, target: str, clone: bool, **given: Any) -> int:
     """Copy a store from a data directory to etcd, or back, and check the copy.
 
-    All coordinators of both have to be stopped. The copy keeps the id of the store, so agents go on with it
-    without a change of role; its source can be served no more until it is the target of a copy.
+    Stop all coordinators of both stores first. The copy keeps the id of the store, so agents go on with it
+    without a change of role; its source cannot be served again until it is the target of a copy.
     """
     if (origin == ETCD) == (target == ETCD):
         raise click.UsageError("one of --from and --to must be etcd, the other one a directory")

@@ -310,7 +310,9 @@ class Engine:
             raise  # else it was not written
         except CasMismatch as error:
             group.doubtful = True
-            log.warning("the store has another version", **log_names(group.key), error=error)
+            log.warning(
+                "record in the store has an unexpected version", **log_names(group.key), error=error
+            )
             raise unavailable(str(error)) from error
         except BaseException:  # cancelled, or a fault of the store: it may have been written
             group.doubtful = True
@@ -385,7 +387,7 @@ class Engine:
             if any(excused):
                 if self._meter is not None:
                     self._meter.stalled()
-                log.warning("stalled", gap_s=gap_s, groups_excused=sum(excused))
+                log.warning("process stalled", gap_s=gap_s, groups_excused=sum(excused))
         return now
 
     def _excuse_group(self, group: Group, judged_at: float, now: Instant) -> bool:

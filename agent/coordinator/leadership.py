@@ -22,7 +22,7 @@ from typing import Protocol
 
 from agent.coordinator.session_tasks import SessionTasks
 from agent.coordinator.shards import Lease, Shard
-from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_to_claim
+from agent.coordinator.spread import Leader, View, member_to_hand_a_shard_to, shards_to_claim
 from agent.coordinator.store import Stored
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
@@ -120,7 +120,7 @@ class Leadership:
         self._lease_id = 0
         self._terms: dict[int, tuple[int, Shard]] = {}
         self._loading: dict[int, asyncio.Task[None]] = {}
-        self._given_up: set[int] = set()
+        self._handed_over: set[int] = set()
         self._access_seen = -1
         self.begun = 0
         """How many times this coordinator began to lead a shard."""
@@ -193,7 +193,7 @@ class Leadership:
     # -- life ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to take part."""
+        """Start to register this member with etcd and to compete for shards."""
         self._etcd = self._cluster.etcd.sibling()  # renewals must not wait behind changes of groups
         self._task = asyncio.create_task(self._run(), name="leadership")
 
@@ -267,7 +267,7 @@ class Leadership:
         self._lease.until = float("-inf")
         for number in list(self._terms):
             self._end_term(number)
-        self._given_up.clear()
+        self._handed_over.clear()
         lease, self._lease_id = self._lease_id, 0
         self.member = ""
         if lease:
@@ -327,7 +327,7 @@ class Leadership:
             view = View(found.revision)
             for one in found.keys:
                 view.apply(live, Event(one.key, one.value, one.revision, one.lease))
-            self._see(view)
+            self._follow_view(view)
 
     # -- the view -----------------------------------------------------------------------------
 
@@ -352,10 +352,10 @@ class Leadership:
                 for event in events:
                     self.view.apply(self._layout.live, event)
                 self.view.revision = revision
-                self._see(self.view)
+                self._follow_view(self.view)
 
-    def _see(self, view: View) -> None:
-        """Follow the keys: end what is led by another one now, begin what is led by this one."""
+    def _follow_view(self, view: View) -> None:
+        """Follow the leadership keys: end terms that are over, and begin the terms of this member."""
         self.view = view
         if view.access != self._access_seen:
             self._access_seen = view.access
@@ -365,7 +365,7 @@ class Leadership:
             if leader is None or leader.revision != revision:
                 self._end_term(number)
         for number, leader in view.leaders.items():
-            mine = leader.member == self.member and leader.revision not in self._given_up
+            mine = leader.member == self.member and leader.revision not in self._handed_over
             if mine and number not in self._terms:
                 self._begin_term(number, leader.revision)
         self._changed.set()
@@ -415,7 +415,7 @@ class Leadership:
             try:
                 async with asyncio.timeout(self._ttl_s * GIVE_UP_SHARE):
                     await self._claim()
-                    moved = await self._relieve()
+                    moved = await self._hand_over_one_shard()
             except (EtcdError, TimeoutError) as error:
                 log.debug("claiming shards failed", error=error)
                 moved = False
@@ -435,7 +435,7 @@ class Leadership:
             return
         now = self._boottime()
         for number, leader in list(self.view.leaders.items()):
-            if leader.member == self.member and leader.revision in self._given_up:
+            if leader.member == self.member and leader.revision in self._handed_over:
                 await self._put_leader(number, leader.revision, self.member)
         numbers = range(self._layout.shards)
         vacant = [number for number in numbers if number not in self.view.leaders]
@@ -446,16 +446,16 @@ class Leadership:
         await asyncio.gather(*(self._put_leader(number, 0, self.member) for number in wanted))
 
     async def _put_leader(self, number: int, revision: int, member: str) -> bool:
-        """Make a member the leader if the key has this revision; whether it has become it."""
+        """Make a member the leader if the key has this revision; return whether it has become the leader."""
         url = self.view.members.get(member, self.url)
         value = json.dumps({"Member": member, "Url": url})
         key = self._layout.leader(number)
         done = await self._etcd.txn([if_revision(key, revision)], [put(key, value, int(member))])
         return done.succeeded
 
-    async def _relieve(self) -> bool:
-        """Hand one shard over if another member has fewer; whether that was done."""
-        to = member_to_relieve_me(self.view, self.member, self._layout.shards)
+    async def _hand_over_one_shard(self) -> bool:
+        """Hand one shard over if another member has fewer; return whether that was done."""
+        to = member_to_hand_a_shard_to(self.view, self.member, self._layout.shards)
         if to is None or self._stopping or self._loading:
             return False
         number = max(self._terms, default=None)
@@ -470,7 +470,7 @@ class Leadership:
         If the outcome is unknown, the old key counts no more: ``_claim`` replaces it, which settles who leads.
         """
         revision, _ = self._terms[number]
-        self._given_up.add(revision)
+        self._handed_over.add(revision)
         self._end_term(number)
         if await self._put_leader(number, revision, to):
             log.info("leadership handed over", shard=number, to=self.view.members.get(to))
@@ -480,7 +480,7 @@ class Leadership:
         others = {m: n for m, n in self.view.counts().items() if m != self.member}
         terms = {number: revision for number, (revision, _) in self._terms.items()}
         for number, revision in terms.items():
-            self._given_up.add(revision)
+            self._handed_over.add(revision)
             self._end_term(number)
         self._notify()
         if not self.member or not others:
@@ -493,4 +493,4 @@ class Leadership:
             conditions.append(if_revision(self._layout.leader(number), revision))
             steps.append(put(self._layout.leader(number), value, int(to)))
         done = await self._etcd.txn(conditions, steps)
-        log.info("all shards handed over", shards=sorted(terms), done=done.succeeded)
+        log.info("handover of all shards ended", shards=sorted(terms), done=done.succeeded)

@@ -29,7 +29,7 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 """The largest answer, a list of 10,000 sessions with long ids, has about 10 MB."""
 
 MAX_UNFINISHED_BYTES = 64 * 1024 * 1024
-"""Bound for all answers together that are being received."""
+"""Maximum size of all answers together that are being received."""
 
 NO_CONTENT = 204
 

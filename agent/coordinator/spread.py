@@ -80,7 +80,7 @@ def shards_to_claim(view: View, me: str, vacant: list[int], shards: int) -> list
     return (vacant[first:] + vacant[:first])[:share]
 
 
-def member_to_relieve_me(view: View, me: str, shards: int) -> str | None:
+def member_to_hand_a_shard_to(view: View, me: str, shards: int) -> str | None:
     """The member that should get one of my shards; None if they are spread evenly, or one is vacant."""
     if len(view.leaders) < shards:
         return None

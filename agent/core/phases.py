@@ -40,7 +40,7 @@ class Phase(StrEnum):
     """Registering, for the first time or again; a lease continues."""
     MEMBER = "member"
     COOLING = "cooling"
-    """Out of the group during the hold-off after a failure: without an epoch no release can report it."""
+    """Out of the group for the hold-off after a failure: without an epoch there is no release to report it with."""
     STOPPING = "stopping"
     """The last demotion."""
     RELEASING = "releasing"

@@ -184,7 +184,7 @@ class GuardControl:
             text = release_helper.format_document(
                 member.settings, member.session_id, member.instance, store_id
             )
-        self._guardian.set_handback(text)
+        self._guardian.set_release_document(text)
 
     def _update_watchdog(self, *, armed: bool) -> None:
         if self._watchdog is None or armed is self._watchdog_armed:

@@ -31,7 +31,7 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 def build_page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """Build a page of metrics; the page and its content type.
+    """Build a page of metrics; return the page and its content type.
 
     Args:
         registry: the metrics.

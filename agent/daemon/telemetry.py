@@ -263,4 +263,4 @@ PROBES: Mapping[str, Callable[[Snapshot], str | None]] = {
     "primary": why_not_primary,
     "secondary": why_not_secondary,
 }
-"""The verdict of each probe: None for yes, or the reason for no."""
+"""The function of each probe: it returns None if the answer is yes, else the reason for no."""

@@ -444,7 +444,7 @@ class Guard:
         argv = [*self.helper, b"%d" % self.epoch, b"%.3f" % wait_s]
         waiting, go_fd = os.pipe()
         self.close_fds.append(go_fd)
-        document = os.memfd_create("handback")
+        document = os.memfd_create("release")
         os.write(document, self.document)
         if not os.fork():
             try:

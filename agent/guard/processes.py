@@ -137,7 +137,7 @@ class ProcessTree:
         self.cgroup = os.fsdecode(cgroup)
 
     def subtree(self, groups: "list[int]") -> "ProcessTree":
-        """The tree of some of its process groups."""
+        """The part of this tree that is in these process groups, as a tree of its own."""
         return ProcessTree({root for root in self.roots if root[0] in groups}, set(groups))
 
     def find(self, *, may_block: bool = False, skip_stuck: bool = False) -> "set[proctree.Process]":

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from agent.model import Instant
 
 READINGS = 3
-"""A pause between reading two clocks falsifies their difference, so of so many attempts the shortest is used."""
+"""How often two clocks are read together; a pause between them falsifies the difference, so the quickest counts."""
 
 
 def _boottime() -> float:

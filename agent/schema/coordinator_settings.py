@@ -109,8 +109,8 @@ class CoordinatorSettings(Settings):
     """How long a coordinator that has died keeps its shards from the others. 3 s: outlasts an
     election of etcd, and is shorter than what agents with a failover timeout of 10 s can bear."""
     role_form: Literal["number", "name"] = "number"
-    """How roles are written: number as the cloud's API documents, name as the on-premises one.
-    Both are read."""
+    """How roles are written: as a number, as the cloud's API does, or as a name, as the
+    on-premises API does. Both are read."""
     score_hysteresis: Annotated[Number, Range(0, 100)] = 10.0
     """A live primary with a lower score is replaced only if the other's is higher by more than
     this. 10: one stream of ten that comes and goes changes nothing; 0 is strict v1 behaviour."""

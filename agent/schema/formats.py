@@ -40,7 +40,7 @@ MOST_HOST_NAMES = 16
 """The most host names of one coordinator: its name and aliases."""
 
 MOST_IDENTITIES = 100
-"""The most identities in one list, which are people and their roles."""
+"""The most identities in one list: users, clients and roles."""
 
 MOST_LABELS = 32
 """The most labels of one metric; exporters use a handful."""

@@ -65,8 +65,8 @@ class Broker(Declared):
     keepalive: Annotated[
         int, Format("SECONDS", "whole seconds", before=NUMBER.before), Range(1, 65535)
     ] = 10
-    """Interval of pings on an idle connection: a dead broker is noticed, and by the broker a dead
-    client, within 1.5 times this."""
+    """Interval of pings on an idle connection: the agent notices a dead broker, and
+    the broker a dead agent, within 1.5 times this."""
     protocol: Annotated[Literal["5", "3.1.1"], Format("VERSION", '"5" or "3.1.1", in quotes')] = "5"
     """Version of MQTT. 3.1.1 is for brokers that know no other."""
     username: Text | None = None

@@ -109,7 +109,7 @@ class AgentSettings(Settings):
     Not set: renew / 3, at most 10 s."""
     failover_score: Annotated[Number, Range(0, 100), RELOADABLE] = 100.0
     """How fit this member is (v1 FailoverScore, the share of active streams). The member with the
-    highest is chosen. 100: as fit as can be."""
+    highest score is chosen. 100: fully fit."""
     hook_primary: Annotated[
         Hook, Example(["/usr/local/bin/start-collector", "--active"]), RELOADABLE
     ] = ()
@@ -245,7 +245,7 @@ class AgentSettings(Settings):
     set: the address of failsafe_listen, which has to be one, with a port."""
     failsafe_secret_file: SecretFile | None = None
     """File with the secret that all members of the group share, of at least 16 characters; with two
-    lines both are valid, for a change. Read again when it changes, as the next three files are. Not
+    lines both are valid, while it is being changed. Read again when it changes, as the next three files are. Not
     set: no failsafe."""
     failsafe_ca_file: InputFile | None = None
     """Certificates (PEM) to trust the other members by. Not set: the system's."""

@@ -77,6 +77,25 @@ def test_json_has_the_same_numbers(cli: Cli) -> None:
     assert [rule["holds"] for rule in told["rules"]] == [True] * 4
 
 
+@pytest.mark.parametrize("lease_s", ["0", "-3"])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_failover_timeout_that_is_not_positive_is_refused_and_not_drawn(
+    cli: Cli, lease_s: str, form: tuple[str, ...]
+) -> None:
+    """It ended in an IndexError or a ZeroDivisionError."""
+    code, out, err = cli("explain-timing", "--failover-timeout", lease_s, *form)
+    assert (code, out) == (ExitCode.TIMING, "")
+    assert f"failover timeout {lease_s} s is out of range: it must be from 0.2 s to 24 days" in err
+
+
+@pytest.mark.parametrize("lease_s", ["1e-300", "0.0001", "1e300"])
+def test_a_failover_timeout_out_of_range_is_drawn_and_refused(cli: Cli, lease_s: str) -> None:
+    code, out, err = cli("explain-timing", "--failover-timeout", lease_s)
+    assert code == ExitCode.TIMING
+    assert "R" in out.splitlines()[2]
+    assert "is out of range" in err
+
+
 @pytest.mark.parametrize("lease_s", [SHORTEST_LEASE_S, 0.5, LONGEST_LEASE_S])
 def test_the_ends_of_the_range_hold(cli: Cli, lease_s: float) -> None:
     assert cli("explain-timing", "--failover-timeout", str(lease_s))[0] == 0

@@ -194,6 +194,18 @@ def test_a_wrong_command_line_is_one_line(cli: Cli, words: tuple[str, ...], why:
     assert "--help'" in one_line(err)
 
 
+@pytest.mark.parametrize("words", ["run", "serve", "store copy", "hooks test primary"])
+def test_a_flag_without_its_value_is_explained_by_the_help_of_its_command(
+    cli: Cli, words: str
+) -> None:
+    flag = "--from" if words == "store copy" else "--config"
+    code, _, err = cli(*words.split(), flag)
+    assert (code, one_line(err)) == (
+        2,
+        f"Option '{flag}' requires an argument; see 'failover-agent {words} --help'",
+    )
+
+
 def test_without_a_command_the_help_is_shown(cli: Cli) -> None:
     code, out, err = cli()
     assert code == ExitCode.USAGE

@@ -1,4 +1,4 @@
-"""The process that reads an agent's settings: what is handed back, and what its end says."""
+"""The process that reads an agent's settings: what it returns, and what its end means."""
 
 import os
 import signal

@@ -126,8 +126,22 @@ def ask(
 
 def resident(process: int) -> int:
     """Resident memory in bytes."""
+    return _memory(process, "VmRSS:")
+
+
+def peak(process: int) -> int:
+    """The most resident memory since ``reset_peak``, in bytes."""
+    return _memory(process, "VmHWM:")
+
+
+def reset_peak(process: int) -> None:
+    """Let the peak of the resident memory begin anew."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
+def _memory(process: int, key: str) -> int:
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+    return int(status.split(key)[1].split()[0]) * 1024
 
 
 def took_s(run: Callable[[], object]) -> float:

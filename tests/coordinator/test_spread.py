@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.coordinator.spread import Leader, View, member_to_relieve_me, shards_to_claim
+from agent.coordinator.spread import Leader, View, member_to_hand_a_shard_to, shards_to_claim
 from agent.coordinator.store.etcd_client import Event
 
 SHARDS = 8
@@ -20,7 +20,7 @@ def settle(view: View) -> int:
             for number in shards_to_claim(view, me, vacant, SHARDS):
                 view.leaders[number] = Leader(me, view.members[me], 1)
                 begun, acted = begun + 1, True
-            to = member_to_relieve_me(view, me, SHARDS)
+            to = member_to_hand_a_shard_to(view, me, SHARDS)
             if to is not None:
                 number = max(n for n, leader in view.leaders.items() if leader.member == me)
                 view.leaders[number] = Leader(to, view.members[to], 1)

@@ -466,7 +466,7 @@ def test_r8_a_tenure_assigned_despite_the_hold_off_is_released() -> None:
     bench.step(Released())
     bench.step(Tick(), after_s=10)
     bench.answered(Answer(P, 2, 9))
-    assert bench.session.role is S, "a tenure that was given back is never taken"
+    assert bench.session.role is S, "a tenure that was released is never taken"
 
 
 def test_r8_a_lost_release_is_repeated() -> None:
@@ -830,7 +830,7 @@ def test_any_events_in_any_order_keep_the_order_of_effects() -> None:
 
 
 def check_order(log: list[Effect]) -> set[str]:
-    """Check that nothing was given back before the demotion's hook has started; return what was seen."""
+    """Check that nothing was released before the demotion's hook has started; return what was seen."""
     reached: set[str] = set()
     promotions, promoted = 0, False
     for effect in log:
@@ -840,7 +840,7 @@ def check_order(log: list[Effect]) -> set[str]:
                 promotions += promoted
             case Release() | Leave() if promotions:
                 reached.add("a release after a promotion")
-                assert not promoted, "given back before the demotion"
+                assert not promoted, "released before the demotion"
             case _:
                 pass
     return reached

@@ -35,7 +35,7 @@ async def main():
     guardian = Guardian(clock, lambda why: None, limit_s=60)
     await guardian.start()
     guardian.set_hook(GuardHook([["/bin/true"]], {}))
-    guardian.set_handback(open(sys.argv[1], "rb").read())
+    guardian.set_release_document(open(sys.argv[1], "rb").read())
     guardian.arm(Arming(clock.boottime() + 60, clock.boottime() + 120, epoch=int(sys.argv[2])))
     # an answer of the guard has no public effect
     while guardian._unanswered:

@@ -26,7 +26,7 @@ from agent.core.events import (
 )
 from agent.core.options import FailsafeOptions
 from agent.core.session import Options, Session
-from agent.daemon.requests import Requests
+from agent.daemon.requests import QUICK_READS, Requests
 from agent.daemon.telemetry import Stats
 from agent.drivers.rest import RestClient
 from agent.errors import ExitCode
@@ -35,6 +35,9 @@ from agent.ops.clock import Clock
 from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from tests.bad_server import PATIENCE_S, Raw, answer, served, until
+
+BEAT_S = 0.65
+"""The heartbeat interval of these requests."""
 
 REFUSAL = {"Error": "No", "Reason": "No.", "Resolution": "Wait."}
 PROBLEM = b'{"title": "Too many", "status": 429}'
@@ -515,28 +518,31 @@ def refusing(status: str, retry_after: str = "") -> Callable[[Api], None]:
 
 
 @pytest.mark.parametrize(
-    ("arrange", "most"),
+    ("arrange", "quick", "pause_s"),
     [
-        (lambda _: None, 5),
-        (rising, 9),
-        (refusing("404 Gone"), 4),
-        (refusing("429 Slow"), 4),
-        (refusing("503 Busy", "Retry-After: 5\r\n"), 1),
+        (lambda _: None, 2, BEAT_S),
+        (rising, QUICK_READS + 1, BEAT_S),
+        (refusing("404 Gone"), 1, BEAT_S),
+        (refusing("429 Slow"), 1, BEAT_S),
+        (refusing("503 Busy", "Retry-After: 1\r\n"), 1, 1.0),
     ],
     ids=["unchanged", "rising", "404", "429", "Retry-After"],
 )
 async def test_status_reads_that_are_answered_at_once_do_not_spin(
-    arrange: Callable[[Api], None], most: int
+    arrange: Callable[[Api], None], quick: int, pause_s: float
 ) -> None:
     """Fault 16: 890 requests a second from one agent."""
     async with at(EXTENDED) as (api, stand):
+        assert stand.session.timing.heartbeat_interval_s == pytest.approx(BEAT_S)
         await stand.join()
         arrange(api)
         following = asyncio.create_task(stand.requests.follow_status())
-        await asyncio.sleep(1.0)
+        await until(lambda: api.count("status") > quick)
+        began_s = time.monotonic()
+        await until(lambda: api.count("status") > quick + 1)
         following.cancel()
         await asyncio.wait([following])
-        assert 1 <= api.count("status") <= most
+        assert time.monotonic() - began_s > 0.8 * pause_s
 
 
 async def test_consecutive_changes_are_read_without_a_pause() -> None:

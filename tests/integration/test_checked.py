@@ -101,7 +101,7 @@ def test_a_member_is_not_promoted_before_a_check_has_passed(
     healthy = start(stage, "host-b", coordinator)
     assert healthy.until_role("Primary")["epoch"] == 1
     assert healthy.end() == 0
-    until(lambda: "Primary" not in coordinator.status(), "the role to be given back")
+    until(lambda: "Primary" not in coordinator.status(), "the role to be released")
     path.touch()
     assert sick.until_role("Primary")["epoch"] == 2
     assert sick.state["score"] == 100

@@ -167,7 +167,7 @@ def test_a_promotion_that_hangs_is_killed_at_its_limit_and_the_other_takes_over(
 def test_a_failed_demotion_is_retried_and_then_the_agent_exits_with_its_own_code(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    """R4: the role is not given back, and what the promotion left behind is killed."""
+    """R4: the role is not released, and what the promotion left behind is killed."""
     begun = stage.directory / "begun"
     pid_file = stage.directory / "workload.pid"
     agent = stage.run(

@@ -50,8 +50,11 @@ def test_agent_and_guard_ignore_every_ordinary_signal(
         for pid in (agent.popen.pid, *guards):
             send_all(pid)
         agent.until_said("signal ignored signal=SIGRTMIN+1")
-    time.sleep(1)
+    for _ in range(2):  # a renewal sends the guard its deadline, and would find it dead
+        renewed = agent.state["active_until_boottime_s"]
+        until(lambda: agent.state["active_until_boottime_s"] > renewed, "a renewal")  # noqa: B023 - ends in its round
     assert children_of(agent.popen.pid) == guards
+    assert len(agent.lines("guard ready")) == 1
     assert agent.until_role("Primary")["epoch"] == epoch
     assert len(agent.lines("signal ignored signal=SIGUSR1")) == 1
     assert agent.end() == 0

@@ -244,7 +244,7 @@ def resumes_another_process(
 def resumes_a_released_tenure(
     state: GroupState, what: Input, now: Instant, policy: Policy
 ) -> Decision:
-    """A tenure that was given back is resumed."""
+    """A tenure that was released is resumed."""
     record, live = state.record, state.live
     ended = record.ended
     if isinstance(what, ReceiveHeartbeat) and ended is not None and record.holder is None:

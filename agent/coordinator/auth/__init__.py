@@ -45,7 +45,7 @@ CERTIFICATE = "Certificate"
 
 
 class AuthMeter(Protocol):
-    """Receives what is counted here."""
+    """Counts the outcomes of authentication."""
 
     def password_checked(self, outcome: str) -> None: ...
     def token_keys_fetched(self, outcome: str) -> None: ...

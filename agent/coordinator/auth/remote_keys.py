@@ -113,7 +113,7 @@ class RemoteKeys:
             try:
                 await asyncio.shield(self._fetch())
             except Exception:  # a task's edge: fetching must go on
-                log.exception("token keys not taken over", url=self._url)
+                log.exception("fetching token keys failed unexpectedly", url=self._url)
             await asyncio.sleep(RETRY_S if self._failing else REFRESH_S)
 
     def _fetch(self) -> asyncio.Task[None]:

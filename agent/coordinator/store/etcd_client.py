@@ -211,7 +211,7 @@ class Etcd:
         return Done(answer.get("succeeded", False), answers, revision)
 
     async def grant(self, ttl_s: int) -> int:
-        """Make a lease of at least ``ttl_s`` seconds; its id."""
+        """Make a lease of at least ``ttl_s`` seconds; return its id."""
         return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
 
     async def keep_alive(self, lease: int) -> int | None:

@@ -92,7 +92,7 @@ class Gateway:
         }
 
     def sibling(self) -> "Gateway":
-        """Another one with connections of its own; an endpoint that one of the two leaves is left by both."""
+        """Another gateway with connections of its own; the two always use the same endpoint."""
         other = Gateway(
             self._endpoints, tls=self._tls, login=self._login, leave_after_s=self._leave_after_s
         )
@@ -210,7 +210,11 @@ class Gateway:
             self._cluster.current = (self._cluster.current + 1) % len(self._endpoints)
             if not self._cluster.failing:  # a line for each attempt would fill the log
                 self._cluster.failing = True
-                log.warning("etcd endpoint left", endpoint=endpoint, next_endpoint=self.endpoint)
+                log.warning(
+                    "etcd endpoint failed, using the next one",
+                    endpoint=endpoint,
+                    next_endpoint=self.endpoint,
+                )
 
     async def aclose(self) -> None:
         """Close every connection."""

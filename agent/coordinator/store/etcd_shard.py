@@ -124,7 +124,7 @@ class EtcdStore:
     async def _write(
         self, key: GroupKey, expected: int, text: str, history: list[Json], *conditions: Json
     ) -> int:
-        """Put a record with some tenures; the new version."""
+        """Put a record with some tenures; return its new version."""
         token = str(uuid.uuid4())
         steps = [put(self._layout.record(key), record_value(text, token)), *history]
         if history:
@@ -140,7 +140,7 @@ class EtcdStore:
         return done.revision
 
     async def settle(self, key: GroupKey, expected: int) -> Stored | None:
-        """The record. One with the expected version is rewritten, so that no earlier write can still happen."""
+        """Read the record; rewrite one with the expected version, so that no earlier write can still happen."""
         self._check_open()
         place = self._layout.record(key)
         found = await self._etcd.get(place)
@@ -353,7 +353,9 @@ class EtcdStore:
 
     def _explained(self, failure: EtcdError, key: GroupKey) -> StoreError:
         """The error of a change that surely was not made."""
-        invalid = isinstance(failure, EtcdRefused) and failure.code == _INVALID  # one value's fault
+        invalid = (
+            isinstance(failure, EtcdRefused) and failure.code == _INVALID
+        )  # the value, and not etcd, is at fault
         code = ExitCode.INTERNAL if invalid else ExitCode.ETCD
         return StoreError(f"{name_of(key)}: {failure}; nothing was changed", exit_code=code)
 

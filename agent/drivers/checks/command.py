@@ -59,15 +59,15 @@ class ExecCheck(Check):
                 why = result.error.strerror if isinstance(result.error, OSError) else result.error
                 raise CheckFailed(f"{self.command[0]} cannot be started: {why}")
             if result.signal is not None:
-                raise CheckFailed(_with(f"killed by signal {result.signal}", output))
+                raise CheckFailed(_with_first_line(f"killed by signal {result.signal}", output))
             if result.code is None:
                 raise CheckFailed("its exit status is unknown: it was collected elsewhere")
             if result.code != 0:
-                raise CheckFailed(_with(f"exit {result.code}", output))
+                raise CheckFailed(_with_first_line(f"exit {result.code}", output))
 
         return run
 
 
-def _with(what: str, output: str) -> str:
+def _with_first_line(what: str, output: str) -> str:
     first = output.strip().partition("\n")[0]
     return f"{what}: {first}" if first else what

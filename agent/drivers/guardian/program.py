@@ -40,7 +40,7 @@ sys.exit(module.main())
 """The bootstrap of the guard's program. It cannot import our modules, as Python runs with -I -S. The agent has
 compiled them with the same version of Python, which saves the guard 2 MiB."""
 
-HANDBACK = (
+RELEASE_HELPER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from agent.daemon.release_helper import main;"
     " sys.exit(main(sys.argv[2:]))"
 )
@@ -84,4 +84,4 @@ def sealed_memory(data: bytes) -> int:
 def helper_command() -> tuple[str, ...]:
     """The command that releases the role. Its paths are absolute, as the guard's directory is /."""
     paths = json.dumps([str(Path(path).absolute()) for path in sys.path])
-    return sys.executable, "-P", "-c", HANDBACK, paths
+    return sys.executable, "-P", "-c", RELEASE_HELPER, paths

@@ -41,7 +41,7 @@ GONE_S = 0.1
 
 STEP_S = 0.005
 
-HANDBACK_BYTES = 16 * 1024
+RELEASE_DOCUMENT_BYTES = 16 * 1024
 """Bound of the document: all messages to a new guard have to fit into the socket together."""
 
 log = Log(__name__)
@@ -92,7 +92,7 @@ class Guardian:
         self._unanswered: deque[tuple[int, float]] = deque()
         self._arming: Arming | None = None
         self._hook: GuardHook | None = None
-        self._handback = ""
+        self._release_document = ""
         self._log: GuardLogContext | None = None
         self._started_at = self._sent_at = float("-inf")
         self._trouble: str | None = "the guard has not started yet"
@@ -142,20 +142,22 @@ class Guardian:
         self._hook = hook
         self._send_hook()
 
-    def set_handback(self, document: bytes | None) -> None:
+    def set_release_document(self, document: bytes | None) -> None:
         """Send the document by which a guard that has demoted releases the role.
 
         Args:
             document: from agent/daemon/release_helper.py, in JSON; None lets the lease expire instead.
         """
         text = document.decode() if document is not None else ""
-        if len(text) > HANDBACK_BYTES:
-            reason = f"its settings have {len(text)} bytes; at most {HANDBACK_BYTES} can be sent"
-            log.warning("guard cannot hand the role back", reason=reason)
+        if len(text) > RELEASE_DOCUMENT_BYTES:
+            reason = (
+                f"its settings have {len(text)} bytes; at most {RELEASE_DOCUMENT_BYTES} can be sent"
+            )
+            log.warning("guard cannot release the role, its lease will expire", reason=reason)
             text = ""
-        if text != self._handback:
-            self._handback = text
-            self._send_handback()
+        if text != self._release_document:
+            self._release_document = text
+            self._send_release_document()
 
     def arm(self, arming: Arming | None) -> None:
         """Send the newest deadlines, or None to disarm. An unchanged one is not sent again."""
@@ -261,7 +263,7 @@ class Guardian:
         asyncio.get_running_loop().add_reader(ours, self._receive_answer)
         self._send_log()
         self._send_hook()
-        self._send_handback()
+        self._send_release_document()
         self._send_arming()
 
     def _start_in_thread(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
@@ -374,9 +376,9 @@ class Guardian:
         else:
             self._send("ARM", *self._arming.fields())
 
-    def _send_handback(self) -> None:
-        if self._handback:
-            self._send("BACK", self._handback, *helper_command())
+    def _send_release_document(self) -> None:
+        if self._release_document:
+            self._send("BACK", self._release_document, *helper_command())
         else:
             self._send("BACK", "")
 

@@ -80,7 +80,7 @@ class HookExit:
 
     @property
     def ok(self) -> bool:
-        """Whether it counts as success."""
+        """Whether the hook has succeeded."""
         return self.code == 0
 
     @property

@@ -78,7 +78,7 @@ class HookSpec:
 
     @property
     def form(self) -> Form:
-        """The form, by the value and the file system as it is now."""
+        """The form of the hook; a path is looked up in the file system each time."""
         if self.value[0].startswith(("http://", "https://")):
             return Form.WEBHOOK
         if len(self.value) == 1 and Path(self.value[0]).is_dir():

@@ -64,7 +64,7 @@ class Plausible:
     max_future_s: float
 
     def check(self, time: datetime, now: datetime) -> datetime:
-        """Return a time if it may count at ``now``. Both are aware.
+        """Return the time unless it is too far ahead of ``now``. Both have a time zone.
 
         Raises:
             Refused: FUTURE. A time in the future would hide every later one of the tenure (R18).

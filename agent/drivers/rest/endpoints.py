@@ -219,7 +219,7 @@ class Endpoints:
         return error
 
     def ask_next(self, asked: str, error: ServerError) -> bool:
-        """Make the next endpoint current if ``asked`` has failed; whether there is another one to try.
+        """Make the next endpoint current if ``asked`` has failed; return whether there is another one.
 
         For callers that send one request only. An agent sends again anyway.
         """

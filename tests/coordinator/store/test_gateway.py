@@ -271,7 +271,7 @@ async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
             for _ in range(5):
                 with pytest.raises(EtcdUnknown):
                     await gateway.post("/v3/kv/range", {}, 0.05)
-            assert caplog.messages == ["etcd endpoint left"]
+            assert caplog.messages == ["etcd endpoint failed, using the next one"]
             for _ in range(2):
                 with pytest.raises(EtcdUnknown):
                     await recovering.post("/v3/kv/range", {}, 0.05)
