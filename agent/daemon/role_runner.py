@@ -39,6 +39,7 @@ from agent.ops.blocking import BlockingThread
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process_tree import KILL_S, SEARCH_S, SEARCH_SHARE, ProcessTree, tenure_cgroup
+from agent.ops.tasks import start_task
 from agent.schema.settings import AgentSettings
 
 TREE_POLL_S = 0.02
@@ -263,7 +264,7 @@ class RoleRunner:
         return set(self._tasks)
 
     def _start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
+        task = start_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

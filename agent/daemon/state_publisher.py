@@ -24,6 +24,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.tasks import start_task
 from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -196,7 +197,7 @@ class StatePublisher:
         self._scheduled_key = key
         self._pending_state = self.describe()
         if self._writing is None or self._writing.done():
-            self._writing = asyncio.get_running_loop().create_task(self._write_pending())
+            self._writing = start_task(self._write_pending())
 
     def on_released(self) -> None:
         """Record that the tenure is released: the next process need not do that."""

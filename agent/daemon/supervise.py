@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from agent.core.events import Event
+from agent.ops.tasks import failure_of
 
 OnFailed = Callable[[str, BaseException], None]
 """Receives the name of a failed task and its exception."""
@@ -51,7 +52,7 @@ class Supervisor:
         return task
 
     def watch_loop(self) -> None:
-        """Also report exceptions of loop callbacks, and of drivers' tasks that nobody awaits.
+        """Also report exceptions of loop callbacks, and of tasks that drivers have started (ops/tasks.py).
 
         Not those of connections: drivers handle what a peer does.
         """
@@ -84,10 +85,10 @@ class Supervisor:
         self, task: asyncio.Task[Any], failure_event: Event | None, *, endless: bool
     ) -> None:
         self._tasks.discard(task)
-        if self._closing or task.cancelled():
+        if self._closing:
             return
-        error = task.exception()
-        if error is None and endless:
+        error = failure_of(task)
+        if error is None and endless and not task.cancelled():
             error = RuntimeError("it returned, though it should run until cancelled")
         if error is None:
             return

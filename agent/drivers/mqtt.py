@@ -22,6 +22,7 @@ from agent.model import Role
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.mqtt import Backoff, CurrentAccess, connected, subscribe
+from agent.ops.tasks import start_task
 from agent.schema.mqtt import Mqtt
 from agent.schema.scalars import format_date_time
 
@@ -131,7 +132,7 @@ class Announcer:
 
     def start(self) -> None:
         """Start to connect and publish."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = start_task(self._run())
 
     async def stop(self) -> None:
         """Publish ``offline`` if a connected broker acknowledges it within LEAVE_S; then disconnect."""

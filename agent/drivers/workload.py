@@ -25,6 +25,7 @@ from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import Child, ExitResult
 from agent.ops.process_tree import SEARCH_S, SEARCH_SHARE, ProcessTree
+from agent.ops.tasks import start_task
 
 POLL_S = 0.01
 """Interval of the check whether a stopped process tree is gone."""
@@ -150,10 +151,8 @@ class Workload:
             await tree.signal(signal.SIGTERM)
         while await self._lives():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
             await asyncio.sleep(POLL_S)
-        if self._watching is not None:
-            await asyncio.shield(self._watching)
-        if self._killing is not None:
-            await asyncio.shield(self._killing)
+        for task in filter(None, (self._watching, self._killing)):
+            await asyncio.wait({task})  # if it fails, that is reported
         self._release()
 
     def kill(self) -> None:
@@ -161,7 +160,7 @@ class Workload:
         self._cancel_restart()
         self._signal(signal.SIGKILL)
         if self._tree is not None and (self._killing is None or self._killing.done()):
-            self._killing = asyncio.get_running_loop().create_task(self._tree.kill())
+            self._killing = start_task(self._tree.kill())
 
     def send_signal(self, number: int) -> bool:
         """Send a signal to the command's own process; return whether it runs."""
@@ -204,7 +203,7 @@ class Workload:
         if self.cgroup is not None:
             self._tree.cgroup = self.cgroup
         log.info("workload started", pid=child.pid, epoch=self._env.get("FAILOVER_EPOCH"))
-        self._watching = asyncio.get_running_loop().create_task(self._watch(child))
+        self._watching = start_task(self._watch(child))
         return None
 
     async def _watch(self, child: Child) -> None:
@@ -240,7 +239,7 @@ class Workload:
 
     def _start_again(self) -> None:
         self._again = None
-        self._restarting = asyncio.get_running_loop().create_task(self._spawn_again())
+        self._restarting = start_task(self._spawn_again())
 
     def _is_cancelled(self) -> bool:
         return not self._wanted

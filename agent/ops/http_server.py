@@ -16,6 +16,7 @@ from typing import Any
 from agent.errors import ConfigError, ExitCode
 from agent.ops.http_connection import Connection, Handler, Limits
 from agent.ops.logs import Log
+from agent.ops.tasks import start_task
 from agent.schema.addresses import Address
 
 BACKLOG = 64
@@ -70,7 +71,7 @@ class HttpServer:
         except OSError as error:
             raise _listen_error(self._name, address, error) from error
         self._accepting = [
-            loop.create_task(self._accept(listener, handler), name=self._name)
+            start_task(self._accept(listener, handler), name=self._name)
             for listener in self._listeners
         ]
         return Address(*self._listeners[0].getsockname()[:2])

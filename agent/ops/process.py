@@ -28,6 +28,7 @@ from agent import proctree
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
 from agent.ops.reserve import run_in_thread
+from agent.ops.tasks import start_task
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -110,7 +111,7 @@ class OrphanReaper:
         self._on_interval = on_interval
         self._zombies: set[proctree.Process] = set()
         self._thread = BlockingThread("orphans")
-        self._working = asyncio.get_running_loop().create_task(self._work(), name="orphans")
+        self._working = start_task(self._work(), name="orphans")
 
     def close(self) -> None:
         """Stop reaping."""

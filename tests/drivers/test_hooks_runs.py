@@ -19,6 +19,7 @@ from agent.drivers.hooks.notifier import Notifier
 from agent.drivers.hooks.process import HookContext, HookExit
 from agent.drivers.hooks.runner import HookRun, HookRunner
 from agent.drivers.hooks.spec import CommandStep, Form, HookSpec, load_specs
+from agent.drivers.hooks.webhook import Webhook
 from agent.errors import ConfigError, ExitCode
 from agent.ops.clock import Clock
 from agent.schema.read import validate
@@ -447,6 +448,20 @@ async def test_a_webhook_without_an_answer_is_cancelled(
     async with asyncio.timeout(LIMIT_S):
         await receiver.gone.wait()
     assert len(receiver.requests) == 1
+
+
+async def test_a_webhook_that_fails_in_a_way_that_nobody_knows_of_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It counted as done, so a demotion by it released the role."""
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("of a library")
+
+    monkeypatch.setattr(Webhook, "_post", fail)
+    result = await run(webhook("http://127.0.0.1:1/x"))
+    assert not result.ok
+    assert "RuntimeError" in result.why or "of a library" in result.why
 
 
 async def test_an_unreachable_server_is_a_failure_and_no_proxy_is_used(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from .workloads import (
     START,
     STOP,
     TIMING,
+    by_exec,
     by_hooks,
     guard_of,
     output,
@@ -129,6 +131,41 @@ def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
     if method.startswith("Reload"):
         one.send(signal.SIGHUP)
     assert one.wait() == ExitCode.TASK_FAILED
+    assert "task failed" in one.said()
+    until_written_after(stage, epoch)
+    assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
+TASKS_OF_DRIVERS = [
+    ("agent.daemon.role_runner", "RoleRunner._track_processes_of"),
+    ("agent.ops.process", "OrphanReaper.reap"),
+    ("agent.drivers.checks.runner", "Checks._record"),
+    ("agent.drivers.workload", "Workload._on_own_end"),
+]
+
+
+@pytest.mark.parametrize(("module", "method"), TASKS_OF_DRIVERS)
+def test_a_task_that_a_driver_keeps_ends_the_tenure_in_order_if_it_dies(
+    stage: Stage, coordinator: Coordinator, module: str, method: str
+) -> None:
+    """Its owner never awaits it, so it died unseen: the workload had ended, and its agent stayed Primary."""
+    fault = Fault(stage.directory)
+    orphans = ["/bin/sh", "-c", "setsid sleep 0.3 &"]
+    check = {"name": "c", "type": "exec", "command": orphans, "interval": 0.5}
+    flags = [f"--check={json.dumps([check])}"]
+    command = writes(stage, "host-a")
+    one = start(stage, "host-a", coordinator, flags=flags, command=command, **fault.variables)
+    epoch = one.until_role("Primary")["epoch"]
+    other = by_exec(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(partial(writers, stage, one), "the first line")
+    fault.trigger(module, method)
+    if method.startswith("Workload"):
+        (pid,) = writers(stage, one)
+        os.kill(pid, signal.SIGKILL)
+    assert one.wait() == ExitCode.TASK_FAILED, one.said()
     assert "task failed" in one.said()
     until_written_after(stage, epoch)
     assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")

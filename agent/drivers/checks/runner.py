@@ -11,6 +11,7 @@ from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge, one_line
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.tasks import start_task
 from agent.schema.checks import CheckSettings
 
 log = Log(__name__)
@@ -92,7 +93,7 @@ class Checks:
 
     def _start(self, name: str, delay_s: float) -> None:
         repeat = self._repeat(self._checks[name], delay_s, self._tasks.get(name))
-        self._tasks[name] = asyncio.get_running_loop().create_task(repeat, name=f"check {name}")
+        self._tasks[name] = start_task(repeat, name=f"check {name}")
 
     async def _repeat(
         self, check: CheckSettings, delay_s: float, before: asyncio.Task[None] | None

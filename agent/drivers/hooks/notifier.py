@@ -13,6 +13,7 @@ from agent.drivers.hooks.payload import payload_environment
 from agent.drivers.hooks.runner import HookRun, HookRunner
 from agent.drivers.hooks.spec import HookSpec
 from agent.ops.logs import Log
+from agent.ops.tasks import start_task
 
 QUEUE_LIMIT = 16
 """Bound of the queue: hours of an ordinary group's changes. A hook that hangs fills it; then the oldest
@@ -60,15 +61,13 @@ class Notifier:
             self._drop(oldest.name, "the queue is full")
         self._waiting.append((spec, payload))
         if self._working is None or self._working.done():
-            self._working = asyncio.get_running_loop().create_task(self._work())
+            self._working = start_task(self._work())
 
     async def drain(self, timeout_s: float) -> None:
         """Run the queued hooks, for ``timeout_s`` seconds at most, and drop the rest. Used at the exit."""
         if self._working is None:
             return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await asyncio.shield(self._working)
+        await asyncio.wait({self._working}, timeout=timeout_s)
         self._working.cancel()
         await asyncio.gather(self._working, return_exceptions=True)
         for spec, _ in self._waiting:

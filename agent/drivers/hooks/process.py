@@ -31,6 +31,7 @@ from agent.errors import ConfigError
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.process import NO_TENURE, Child, inherited_variables, mark
+from agent.ops.tasks import start_task
 
 RUN_BYTES = 64 * 1024
 """Bytes of one run's output that are logged: enough to find a fault, too few to fill a disk."""
@@ -312,7 +313,7 @@ class HookProcess:
             start_new_session=True,
         )
         self.child.start()
-        self._waiting = self._loop.create_task(self._watch(self.child, stdin, argv))
+        self._waiting = start_task(self._watch(self.child, stdin, argv))
 
     def _follow(self, stdout: IO[bytes] | None, stderr: IO[bytes] | None) -> None:
         for pipe, stream in ((stdout, "stdout"), (stderr, "stderr")):

@@ -15,6 +15,7 @@ from agent.drivers.hooks.spec import CommandStep, HookSpec, Step, WebhookStep
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
 from agent.ops.process import Child
+from agent.ops.tasks import start_task
 
 if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
@@ -113,7 +114,7 @@ class HookRun:
 
     def start(self) -> None:
         """Start the run. Called once, by ``HookRunner.start``."""
-        self._task = self._loop.create_task(self._run())
+        self._task = start_task(self._run())
 
     async def _run(self) -> None:
         try:

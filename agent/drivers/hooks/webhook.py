@@ -19,6 +19,7 @@ from agent import __version__
 from agent.drivers.hooks.process import HookExit
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
+from agent.ops.tasks import start_task
 
 ANSWER_BYTES = 4 * 1024
 ANSWER_LINES = 64
@@ -79,7 +80,7 @@ class Webhook:
 
     def start(self, payload: Mapping[str, Any]) -> None:
         """Send ``payload`` as the body."""
-        self._task = asyncio.get_running_loop().create_task(self._run(payload))
+        self._task = start_task(self._run(payload))
 
     async def wait(self) -> HookExit:
         """Wait for the answer. May be called repeatedly."""
@@ -110,7 +111,7 @@ class Webhook:
             error = f"{self._shown} gave no answer before {self._cancelled_by}"
             if self._cancelled_by is None:  # the event loop is ending, not only this hook
                 raise
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as fault:
+        except Exception as fault:  # noqa: BLE001 - whatever it is, the hook has not succeeded
             error = f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
         finally:
             duration_s = self._clock.boottime() - self._started_at

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from agent.drivers.progress.times import Reason, Refused
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.tasks import start_task
 from agent.schema.formats import Duration, Interval
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture, ProgressSource
 
@@ -96,7 +97,7 @@ class Polling:
 
     async def start(self) -> None:
         self._reader = self._make()
-        self._task = asyncio.get_running_loop().create_task(self._poll(self._reader))
+        self._task = start_task(self._poll(self._reader))
 
     async def stop(self) -> None:
         if self._task is not None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
+from agent.ops.tasks import start_task
 from agent.schema.mqtt import Broker, Topic
 from agent.schema.progress import DEFAULT_MAX_FUTURE_S, JsonKey, MaxFuture
 
@@ -61,7 +62,7 @@ class Subscriber:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self.run())
+        self._task = start_task(self.run())
 
     async def stop(self) -> None:
         if self._task is not None:

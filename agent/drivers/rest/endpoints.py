@@ -32,6 +32,7 @@ from agent.drivers.rest.exchange import (
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.logs import Log
 from agent.ops.names import Names
+from agent.ops.tasks import start_task
 from agent.schema import api, codec
 from agent.schema.codec import BodyError, decode, has_none_of
 from agent.schema.values import Shape
@@ -270,7 +271,7 @@ class Endpoints:
             await new.aclose()
             raise
         old, self._connections = self._connections, new
-        draining = asyncio.create_task(old.drain(), name="closing replaced connections")
+        draining = start_task(old.drain(), name="closing replaced connections")
         self._draining[draining] = old
         draining.add_done_callback(self._draining.pop)
 
@@ -344,7 +345,7 @@ class Endpoints:
         for index in range(len(self._endpoints)):
             running = self._probes.get(index)
             if index != asked and (running is None or running.done()):
-                self._probes[index] = asyncio.create_task(
+                self._probes[index] = start_task(
                     self._probe(index, probe_path, timeout_s), name="probe endpoint"
                 )
 
