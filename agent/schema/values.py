@@ -7,11 +7,12 @@ for a value of the wrong JSON type, and ValueError, whose text completes "PROPER
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
 
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, convert
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
@@ -29,6 +30,8 @@ from agent.schema.scalars import (
     parse_time_span,
     read_member,
 )
+
+M = TypeVar("M")
 
 MAX_DEPTH = 62
 """Levels of lists and objects in AdditionalData. .NET's readers refuse a document of more than 64; the
@@ -82,6 +85,10 @@ class LeaseSpan(TimeSpan):
         r"24\.00:00:00(?:\.0{1,7})?",
         r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
     )
+
+
+class Lease(TimeSpan):
+    """A lease, which model.py has in seconds."""
 
 
 class HoldOffSpan(TimeSpan):
@@ -295,15 +302,18 @@ def doc(description: str) -> Meta:
 
 
 WIRE_NAMES = {
+    "additional": "AdditionalData",
     "denied": "AccessType",
     "entries": "RoleTrusteeAccessControlEntries",
     "heartbeat_at": "HeartbeatTime",
     "kind": "Type",
     "last_data": "LastDataProcessedTime",
+    "lease_s": "LeaseDuration",
     "pending": "PendingPrimary",
     "previous": "PreviousPrimary",
     "rights": "AccessRights",
     "score": "FailoverScore",
+    "timeout_ticks": "FailoverTimeout",
 }
 """JSON names of fields that have another name in model.py, and so in the shapes."""
 
@@ -316,11 +326,53 @@ def wire_name(field: str) -> str:
 class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
 
+
+class Mirror(Shape, Generic[M], frozen=True):
+    """The shape of a class of model.py, whose fields have the same names."""
+
     @classmethod
-    def copy_of(cls, value: object, **others: object) -> Self:
-        """Build the shape from the attributes of a value with the same names as its fields, and from ``others``."""
-        own = (name for name in cls.__struct_fields__ if name not in others)
-        return cls(**{name: getattr(value, name) for name in own}, **others)
+    def from_model(cls, value: M) -> Self:
+        return convert(value, cls, dec_hook=_from_model, from_attributes=True)
+
+    def to_model(self) -> M:
+        """Convert the shape. What is not set in it, or not part of it, gets the default of model.py."""
+        model, names = _model_of(type(self))
+        given = {name: getattr(self, name) for name in names}
+        made: M = model(**{name: _to_model(one) for name, one in given.items() if one is not None})
+        return made
+
+
+@cache
+def _model_of(shape: Any) -> tuple[Any, list[str]]:
+    """The class that a shape mirrors, and the fields that both have."""
+    (model,) = get_args(shape.__orig_bases__[0])
+    return model, [item.name for item in fields(model) if item.name in shape.__struct_fields__]
+
+
+def _from_model(kind: Any, value: Any) -> Any:
+    if kind is Lease:
+        return Lease(round(value * TICKS_PER_SECOND))
+    if issubclass(kind, TimeSpan | _Code | Additional):
+        return kind(value)
+    return int(value) if isinstance(value, bool) else value
+
+
+def _to_model(value: Any) -> Any:
+    match value:
+        case Lease():
+            return value / TICKS_PER_SECOND
+        case TimeSpan():
+            return int(value)
+        case _Code():
+            return value.member
+        case Additional():
+            return value.text
+        case list():
+            return tuple(map(_to_model, value))
+        case Mirror():
+            return value.to_model()
+        case _:
+            return value
 
 
 def encode_with_numbers(value: Any) -> Any:
