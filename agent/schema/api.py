@@ -284,7 +284,7 @@ class HeartbeatResponse(Mirror[model.HeartbeatAnswer], frozen=True):
 
     @classmethod
     def from_model(cls, value: model.HeartbeatAnswer) -> Self:
-        """Convert an answer. By hand: Mirror's way takes three times as long, thousands of times a second."""
+        """Convert an answer. By hand: Mirror's way takes several times as long, thousands of times a second."""
         lease_s, failsafe = value.lease_s, value.failsafe
         return cls(
             ROLES[value.role],

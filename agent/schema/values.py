@@ -12,7 +12,8 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
 
-from msgspec import Meta, Raw, Struct, convert
+from msgspec import Meta, Raw, Struct
+from msgspec.structs import fields as struct_fields
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
@@ -332,29 +333,43 @@ class Mirror(Shape, Generic[M], frozen=True):
 
     @classmethod
     def from_model(cls, value: M) -> Self:
-        return convert(value, cls, dec_hook=_from_model, from_attributes=True)
+        """Convert a value, without a check: whoever receives it checks it."""
+        _, kinds = _mirrored(cls)
+        return cls(**{name: _from_model(kinds[name], getattr(value, name)) for name in kinds})
 
     def to_model(self) -> M:
         """Convert the shape. What is not set in it, or not part of it, gets the default of model.py."""
-        model, names = _model_of(type(self))
-        given = {name: getattr(self, name) for name in names}
+        model, kinds = _mirrored(type(self))
+        given = {name: getattr(self, name) for name in kinds}
         made: M = model(**{name: _to_model(one) for name, one in given.items() if one is not None})
         return made
 
 
 @cache
-def _model_of(shape: Any) -> tuple[Any, list[str]]:
-    """The class that a shape mirrors, and the fields that both have."""
+def _mirrored(shape: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that a shape mirrors, and for each field that both have the type of this module in it, or None."""
     (model,) = get_args(shape.__orig_bases__[0])
-    return model, [item.name for item in fields(model) if item.name in shape.__struct_fields__]
+    names = {item.name for item in fields(model)}
+    found = {item.name: _kind_in(item.type) for item in struct_fields(shape) if item.name in names}
+    return model, found
+
+
+def _kind_in(annotated: Any) -> Any:
+    if isinstance(annotated, type) and issubclass(
+        annotated, TimeSpan | _Code | Additional | Mirror
+    ):
+        return annotated
+    return next(filter(None, map(_kind_in, get_args(annotated))), None)
 
 
 def _from_model(kind: Any, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_from_model(kind, one) for one in value]
+    if value is None or kind is None:
+        return int(value) if isinstance(value, bool) else value
     if kind is Lease:
         return Lease(round(value * TICKS_PER_SECOND))
-    if issubclass(kind, TimeSpan | _Code | Additional):
-        return kind(value)
-    return int(value) if isinstance(value, bool) else value
+    return kind.from_model(value) if issubclass(kind, Mirror) else kind(value)
 
 
 def _to_model(value: Any) -> Any:
