@@ -15,7 +15,7 @@ from typing import Annotated, Self
 from msgspec import Meta
 
 from agent import model
-from agent.model import TICKS_PER_SECOND
+from agent.model import MAX_EPOCH, TICKS_PER_SECOND
 from agent.schema.failsafe_api import Cleared, FailsafeSet, FailsafeStatus, GivenFailsafeUrl
 from agent.schema.values import (
     OVERRIDES,
@@ -36,6 +36,7 @@ from agent.schema.values import (
     RoleCode,
     Shape,
     TimeSpan,
+    counted,
     doc,
 )
 
@@ -56,11 +57,11 @@ GivenAdditionalData = Annotated[
 ]
 NewestEpoch = Annotated[
     Count | None,
-    doc("An integer from 0 to 9007199254740991; it grows with each tenure of a primary."),
+    doc(f"An integer from 0 to {MAX_EPOCH}; it grows with each tenure of a primary."),
 ]
 Revision = Annotated[
     Count | None,
-    doc("An integer from 0 to 9007199254740991; it grows with each change of the group's status."),
+    doc(f"An integer from 0 to {MAX_EPOCH}; it grows with each change of the group's status."),
 ]
 Previous = Annotated[Name | None, doc("A string: the session of the tenure before.")]
 StoreId = Annotated[
@@ -243,19 +244,12 @@ class HeartbeatRequest(Shape, frozen=True):
     instance: Instance = None
     epoch: Annotated[
         Count | None,
-        doc(
-            "An integer from 0 to 9007199254740991: the highest epoch the client saw,"
-            " at most 8589934592 above the group's."
-        ),
+        counted("the highest epoch the client saw, at most 8589934592 above the group's."),
     ] = None
     failsafe_url: GivenFailsafeUrl = None
-    holds: Annotated[
-        Count | None,
-        doc("An integer from 0 to 9007199254740991: the epoch in which this process is primary."),
-    ] = None
+    holds: Annotated[Count | None, counted("the epoch in which this process is primary.")] = None
     failsafe_revision: Annotated[
-        Count | None,
-        doc("An integer from 0 to 9007199254740991: the revision of the set that a primary uses."),
+        Count | None, counted("the revision of the set that a primary uses.")
     ] = None
     promised: Annotated[
         bool | None,
@@ -302,9 +296,7 @@ class HeartbeatResponse(Mirror[model.HeartbeatAnswer], frozen=True):
 class ReleaseRequest(Shape, frozen=True):
     """The holder's notice that it has demoted, so that the next member can be promoted at once."""
 
-    epoch: Annotated[
-        Count, doc("An integer from 0 to 9007199254740991: the epoch of the ended tenure.")
-    ]
+    epoch: Annotated[Count, counted("the epoch of the ended tenure.")]
     instance: Instance = None
     hold_off_period: Annotated[
         HoldOffSpan | None,

@@ -9,13 +9,12 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from agent import model
-from agent.schema.values import Confirmed, Count, Mirror, Name, NeededMoment, Shape, doc
+from agent.schema.values import Confirmed, Count, Mirror, Name, NeededMoment, Shape, counted, doc
 
 Cleared = Annotated[
     Count | None,
-    doc(
-        "An integer from 0 to 9007199254740991: each tenure up to this epoch is over. Left out in"
-        " groups and for sessions without failsafe."
+    counted(
+        "each tenure up to this epoch is over. Left out in groups and for sessions without failsafe."
     ),
 ]
 MAX_FAILSAFE_URL = 256
@@ -101,9 +100,7 @@ class FailsafeStatus(Mirror[model.FailsafeStatus], frozen=True, kw_only=True):
 class LiftRequest(Shape, frozen=True, kw_only=True):
     """An operator has made sure that no member of a group is active: all of them may be promoted."""
 
-    epoch: Annotated[
-        Count, doc("An integer from 0 to 9007199254740991: the newest epoch of the group.")
-    ]
+    epoch: Annotated[Count, counted("the newest epoch of the group.")]
     reason: Annotated[
         Annotated[str, Meta(min_length=1, max_length=256)],
         doc("A string of 1 to 256 characters, for the history."),

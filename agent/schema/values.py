@@ -302,6 +302,11 @@ def doc(description: str) -> Meta:
     return Meta(description=description)
 
 
+def counted(description: str) -> Meta:
+    """Describe a Count, as ``doc`` does; the range comes first."""
+    return doc(f"An integer from 0 to {MAX_EPOCH}: {description}")
+
+
 WIRE_NAMES = {
     "additional": "AdditionalData",
     "denied": "AccessType",
