@@ -316,14 +316,14 @@ class FailsafeStatus:
         why: the reason of the state, for people.
         revision: the revision of ``members``.
         members: the set that the holder uses, or used.
-        choosable: the members that may be promoted while the group is restricted.
+        choosable: the members that may be promoted while the group is restricted; else None.
     """
 
     state: FailsafeState
     why: str | None = None
     revision: int | None = None
     members: tuple[Member, ...] = ()
-    choosable: tuple[Member, ...] = ()
+    choosable: tuple[Member, ...] | None = None
     lapsed: Lapsed | None = None
 
 
@@ -335,9 +335,9 @@ class GroupStatus:
         cleared: the epoch up to which every tenure is over; None in a group without failsafe.
     """
 
-    primary: str | None
-    pending: str | None
-    last_data: datetime | None
+    primary: str | None = None
+    pending: str | None = None
+    last_data: datetime | None = None
     epoch: int | None = None
     revision: int | None = None
     primary_since: datetime | None = None

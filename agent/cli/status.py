@@ -77,7 +77,7 @@ def _failsafe_rows(failsafe: FailsafeStatus | None) -> list[tuple[str, object]]:
     if failsafe.members:
         rows.append(("failsafe members", _named(failsafe.members)))
     if failsafe.state is FailsafeState.RESTRICTED:
-        rows.append(("choosable", _named(failsafe.choosable) or "nobody"))
+        rows.append(("choosable", _named(failsafe.choosable or ()) or "nobody"))
     if failsafe.lapsed is not None:
         lapsed = failsafe.lapsed
         rows.append(("may be active", f"{lapsed.session_id} in epoch {lapsed.epoch}"))

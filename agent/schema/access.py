@@ -1,14 +1,13 @@
 """The JSON shapes of access-control lists. The rules of api.py apply."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-from msgspec.structs import asdict
 
 from agent import model
 from agent.model import Right
-from agent.schema.values import AccessRights, AccessType, Shape, TrusteeKind, doc
+from agent.schema.values import AccessRights, AccessType, Mirror, TrusteeKind, doc
 
 MAX_ENTRIES = 1000
 """The most entries of an access-control list, as each request is checked against all of them."""
@@ -18,7 +17,7 @@ MAX_LIST_BYTES = 131_072
 """The most bytes of an access-control list as JSON, since each change of the group's roles writes it again."""
 
 
-class Trustee(Shape, frozen=True):
+class Trustee(Mirror[model.Trustee], frozen=True):
     """The subject of an entry: a user, a client or a role."""
 
     kind: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
@@ -30,7 +29,7 @@ class Trustee(Shape, frozen=True):
     ] = None
 
 
-class AccessControlEntry(Shape, frozen=True):
+class AccessControlEntry(Mirror[model.AccessEntry], frozen=True):
     """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
     trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
@@ -43,8 +42,11 @@ class AccessControlEntry(Shape, frozen=True):
         ),
     ]
 
+    def to_model(self) -> model.AccessEntry:
+        return model.AccessEntry(self.trustee.to_model(), bool(self.denied), self.rights)
 
-class AccessControlList(Shape, frozen=True):
+
+class AccessControlList(Mirror[model.AccessList], frozen=True):
     """The rights of callers: an access-control list."""
 
     entries: Annotated[
@@ -54,25 +56,6 @@ class AccessControlList(Shape, frozen=True):
             description=f"A list of at most {MAX_ENTRIES} access-control entries.",
         ),
     ]
-
-    @classmethod
-    def from_model(cls, access: model.AccessList) -> Self:
-        return cls(
-            entries=[
-                AccessControlEntry(Trustee.copy_of(one.trustee), int(one.denied), one.rights)
-                for one in access.entries
-            ]
-        )
-
-    def to_model(self) -> model.AccessList:
-        return model.AccessList(
-            tuple(
-                model.AccessEntry(
-                    model.Trustee(**asdict(one.trustee)), bool(one.denied), one.rights
-                )
-                for one in self.entries
-            )
-        )
 
 
 class AccessControlRequest(AccessControlList, frozen=True):

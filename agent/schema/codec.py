@@ -27,12 +27,10 @@ from agent.schema.values import (
 S = TypeVar("S", bound=Shape)
 
 SHAPES: tuple[type[Shape], ...] = tuple(
-    dict.fromkeys(
-        one
-        for module in (api, failsafe_api, access)
-        for one in vars(module).values()
-        if isinstance(one, type) and issubclass(one, Shape) and one is not Shape
-    )
+    one
+    for module in (api, failsafe_api, access)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, Shape) and one.__module__ == module.__name__
 )
 REQUESTS = tuple(shape for shape in SHAPES if shape.__name__.endswith("Request"))
 NESTED: tuple[type[Shape], ...] = (

@@ -1,22 +1,20 @@
 """The JSON shapes of failsafe in the group API: sets of members, the status, and the lift.
 
-As in api.py, ``from_model`` converts a value of model.py into a shape, and ``to_model`` converts it back. The
-messages between members are in agent/drivers/failsafe/messages.py.
+The rules of api.py apply. The messages between members are in agent/drivers/failsafe/messages.py.
 """
 
-from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from agent import model
-from agent.schema.values import Confirmed, Count, Name, NeededMoment, Shape, doc
+from agent.schema.values import Confirmed, Count, Mirror, Name, NeededMoment, Shape, counted, doc
 
 Cleared = Annotated[
     Count | None,
-    doc(
-        "An integer from 0 to 9007199254740991: each tenure up to this epoch is over. Left out in"
-        " groups and for sessions without failsafe."
+    counted(
+        "each tenure up to this epoch is over. Left out in groups and for sessions without failsafe."
     ),
 ]
 MAX_FAILSAFE_URL = 256
@@ -37,18 +35,11 @@ GivenFailsafeUrl = Annotated[
 ]
 
 
-class FailsafeMember(Shape, frozen=True, kw_only=True):
+class FailsafeMember(Mirror[model.Member], frozen=True, kw_only=True):
     """A member of a group in which every member has a failsafe listener."""
 
     id: Annotated[Name, doc("A string: the session.")]
     url: Annotated[Name, doc("A string: the URL of its failsafe listener.")]
-
-    @classmethod
-    def from_model(cls, member: model.Member) -> Self:
-        return cls(id=member.id, url=member.url)
-
-    def to_model(self) -> model.Member:
-        return model.Member(self.id, self.url)
 
 
 Members = Annotated[
@@ -56,45 +47,32 @@ Members = Annotated[
 ]
 
 
-class FailsafeSet(Shape, frozen=True, kw_only=True):
+class FailsafeSet(Mirror[model.MemberSet], frozen=True, kw_only=True):
     """The members that a primary has to ask while it cannot reach the coordinator, or why it asks none."""
 
     revision: Annotated[Count, doc("An integer: it grows with each set of the group.")]
-    members: Members = None
+    members: Members = field(default_factory=list)
     off: Annotated[Name | None, doc("A string: why failsafe is off; left out while it is on.")] = (
         None
     )
 
-    @classmethod
-    def from_model(cls, known: model.MemberSet) -> Self:
-        members = None if known.off is not None else _members(known.members)
-        return cls(revision=known.revision, members=members, off=known.off)
-
     def to_model(self) -> model.MemberSet:
         """Convert the set. One without members and without a reason is off, too: it lacks even the holder."""
-        members = tuple(member.to_model() for member in self.members or ())
-        off = self.off
-        if off is None and not members:
-            off = "the coordinator names no members"
-        return model.MemberSet(self.revision, members if off is None else (), off)
+        known = Mirror.to_model(self)
+        if known.off is None and known.members:
+            return known
+        return model.MemberSet(known.revision, off=known.off or "the coordinator names no members")
 
 
-class LapsedTenure(Shape, frozen=True, kw_only=True):
+class LapsedTenure(Mirror[model.Lapsed], frozen=True, kw_only=True):
     """A tenure whose lease has ended while its primary may go on by failsafe."""
 
     session_id: Annotated[Name, doc("A string: the session that was primary.")]
     epoch: Annotated[Count, doc("An integer: the epoch of the tenure.")]
     since: Annotated[NeededMoment, doc("A date-time: when its lease ended.")]
 
-    @classmethod
-    def from_model(cls, lapsed: model.Lapsed) -> Self:
-        return cls(session_id=lapsed.session_id, epoch=lapsed.epoch, since=lapsed.since)
 
-    def to_model(self) -> model.Lapsed:
-        return model.Lapsed(self.session_id, self.epoch, self.since)
-
-
-class FailsafeStatus(Shape, frozen=True, kw_only=True):
+class FailsafeStatus(Mirror[model.FailsafeStatus], frozen=True, kw_only=True):
     """Whether the primary of a group may go on without the coordinator, and what that restricts."""
 
     state: Annotated[
@@ -106,7 +84,7 @@ class FailsafeStatus(Shape, frozen=True, kw_only=True):
     ]
     why: Annotated[Name | None, doc("A string: the reason of the state, for people.")] = None
     revision: Annotated[Count | None, doc("An integer: the revision of Members.")] = None
-    members: Members = None
+    members: Members = field(default_factory=list)
     choosable: Annotated[
         list[FailsafeMember] | None,
         doc("A list of members: those that may be promoted while the group is restricted."),
@@ -115,35 +93,14 @@ class FailsafeStatus(Shape, frozen=True, kw_only=True):
         LapsedTenure | None, doc("An object: the tenure that may still go on by failsafe.")
     ] = None
 
-    @classmethod
-    def from_model(cls, status: model.FailsafeStatus) -> Self:
-        restricted = status.state is model.FailsafeState.RESTRICTED
-        return cls(
-            state=status.state.value,
-            why=status.why,
-            revision=status.revision,
-            members=_members(status.members) if status.members else None,
-            choosable=_members(status.choosable) if restricted else None,
-            lapsed=None if status.lapsed is None else LapsedTenure.from_model(status.lapsed),
-        )
-
     def to_model(self) -> model.FailsafeStatus:
-        return model.FailsafeStatus(
-            state=model.FailsafeState(self.state),
-            why=self.why,
-            revision=self.revision,
-            members=tuple(member.to_model() for member in self.members or ()),
-            choosable=tuple(member.to_model() for member in self.choosable or ()),
-            lapsed=None if self.lapsed is None else self.lapsed.to_model(),
-        )
+        return replace(Mirror.to_model(self), state=model.FailsafeState(self.state))
 
 
 class LiftRequest(Shape, frozen=True, kw_only=True):
     """An operator has made sure that no member of a group is active: all of them may be promoted."""
 
-    epoch: Annotated[
-        Count, doc("An integer from 0 to 9007199254740991: the newest epoch of the group.")
-    ]
+    epoch: Annotated[Count, counted("the newest epoch of the group.")]
     reason: Annotated[
         Annotated[str, Meta(min_length=1, max_length=256)],
         doc("A string of 1 to 256 characters, for the history."),
@@ -151,7 +108,3 @@ class LiftRequest(Shape, frozen=True, kw_only=True):
     nobody_is_active: Annotated[
         Confirmed, doc("true: the caller has made sure of it, on every host of the group.")
     ]
-
-
-def _members(members: Iterable[model.Member]) -> list[FailsafeMember]:
-    return [FailsafeMember.from_model(member) for member in members]

@@ -300,11 +300,11 @@ def parse_api_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def parse_base_url(url: str) -> str:
-    """Parse a URL that has a host and no path."""
-    if check_url(url).path.strip("/"):
-        raise ValueError("must be http(s)://HOST:PORT without a path")
-    return url.rstrip("/")
+parse_base_url = must(
+    "be http(s)://HOST:PORT without a path",
+    lambda url: not urlsplit(url).path.strip("/"),
+    first=parse_api_url,
+)
 
 
 def parse_proxy(url: str) -> str:

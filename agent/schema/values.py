@@ -7,11 +7,13 @@ for a value of the wrong JSON type, and ValueError, whose text completes "PROPER
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
 
 from msgspec import Meta, Raw, Struct
+from msgspec.structs import fields as struct_fields
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
@@ -29,6 +31,8 @@ from agent.schema.scalars import (
     parse_time_span,
     read_member,
 )
+
+M = TypeVar("M")
 
 MAX_DEPTH = 62
 """Levels of lists and objects in AdditionalData. .NET's readers refuse a document of more than 64; the
@@ -82,6 +86,10 @@ class LeaseSpan(TimeSpan):
         r"24\.00:00:00(?:\.0{1,7})?",
         r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
     )
+
+
+class Lease(TimeSpan):
+    """A lease, which model.py has in seconds."""
 
 
 class HoldOffSpan(TimeSpan):
@@ -294,16 +302,24 @@ def doc(description: str) -> Meta:
     return Meta(description=description)
 
 
+def counted(description: str) -> Meta:
+    """Describe a Count, as ``doc`` does; the range comes first."""
+    return doc(f"An integer from 0 to {MAX_EPOCH}: {description}")
+
+
 WIRE_NAMES = {
+    "additional": "AdditionalData",
     "denied": "AccessType",
     "entries": "RoleTrusteeAccessControlEntries",
     "heartbeat_at": "HeartbeatTime",
     "kind": "Type",
     "last_data": "LastDataProcessedTime",
+    "lease_s": "LeaseDuration",
     "pending": "PendingPrimary",
     "previous": "PreviousPrimary",
     "rights": "AccessRights",
     "score": "FailoverScore",
+    "timeout_ticks": "FailoverTimeout",
 }
 """JSON names of fields that have another name in model.py, and so in the shapes."""
 
@@ -316,11 +332,67 @@ def wire_name(field: str) -> str:
 class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
 
+
+class Mirror(Shape, Generic[M], frozen=True):
+    """The shape of a class of model.py, whose fields have the same names."""
+
     @classmethod
-    def copy_of(cls, value: object, **others: object) -> Self:
-        """Build the shape from the attributes of a value with the same names as its fields, and from ``others``."""
-        own = (name for name in cls.__struct_fields__ if name not in others)
-        return cls(**{name: getattr(value, name) for name in own}, **others)
+    def from_model(cls, value: M) -> Self:
+        """Convert a value, without a check: whoever receives it checks it."""
+        _, kinds = _mirrored(cls)
+        return cls(**{name: _from_model(kinds[name], getattr(value, name)) for name in kinds})
+
+    def to_model(self) -> M:
+        """Convert the shape. What is not set in it, or not part of it, gets the default of model.py."""
+        model, kinds = _mirrored(type(self))
+        given = {name: getattr(self, name) for name in kinds}
+        made: M = model(**{name: _to_model(one) for name, one in given.items() if one is not None})
+        return made
+
+
+@cache
+def _mirrored(shape: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that a shape mirrors, and for each field that both have the type of this module in it, or None."""
+    (model,) = get_args(shape.__orig_bases__[0])
+    names = {item.name for item in fields(model)}
+    found = {item.name: _kind_in(item.type) for item in struct_fields(shape) if item.name in names}
+    return model, found
+
+
+def _kind_in(annotated: Any) -> Any:
+    if isinstance(annotated, type) and issubclass(
+        annotated, TimeSpan | _Code | Additional | Mirror
+    ):
+        return annotated
+    return next(filter(None, map(_kind_in, get_args(annotated))), None)
+
+
+def _from_model(kind: Any, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_from_model(kind, one) for one in value]
+    if value is None or kind is None:
+        return int(value) if isinstance(value, bool) else value
+    if kind is Lease:
+        return Lease(round(value * TICKS_PER_SECOND))
+    return kind.from_model(value) if issubclass(kind, Mirror) else kind(value)
+
+
+def _to_model(value: Any) -> Any:
+    match value:
+        case Lease():
+            return value / TICKS_PER_SECOND
+        case TimeSpan():
+            return int(value)
+        case _Code():
+            return value.member
+        case Additional():
+            return value.text
+        case list():
+            return tuple(map(_to_model, value))
+        case Mirror():
+            return value.to_model()
+        case _:
+            return value
 
 
 def encode_with_numbers(value: Any) -> Any:

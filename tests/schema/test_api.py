@@ -332,6 +332,14 @@ def test_a_value_survives_the_wire_and_its_json_conforms_to_the_schema(
     )
 
 
+def test_a_request_that_the_server_will_refuse_can_be_sent_so_that_its_sentence_is_shown() -> None:
+    group = model.GroupConfig("a/b", 1, "x" * 2000, additional='{"x":"%s"}' % ("y" * 20_000))
+    sentence = complaint(api.GroupRequest, codec.encode(api.GroupRequest.from_model(group)))
+    assert "it must be" in sentence
+    session = api.SessionRequest.from_model(model.SessionConfig("a/b", "x" * 2000))
+    assert complaint(api.SessionRequest, codec.encode(session)).startswith("Id is ")
+
+
 def test_null_properties_are_left_out_but_not_inside_additional_data() -> None:
     group = model.GroupConfig("g", 600_000_000, additional='{"a":null}')
     body = codec.encode(api.GroupConfiguration.from_model(group))

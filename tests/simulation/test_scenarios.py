@@ -238,7 +238,7 @@ class Story:
         part = status.failsafe
         assert part is not None
         members = ",".join(member.id for member in part.members)
-        choosable = ",".join(member.id for member in part.choosable)
+        choosable = ",".join(member.id for member in part.choosable or ())
         self.world.record(
             "failsafe",
             f"{part.state} cleared={status.cleared} members={members} choosable={choosable}"

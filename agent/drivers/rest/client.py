@@ -10,6 +10,7 @@ from datetime import datetime
 from urllib.parse import quote
 
 import httpx2
+from msgspec.structs import replace
 
 from agent.drivers.rest.endpoints import (
     Endpoints,
@@ -87,14 +88,13 @@ class RestClient(Endpoints):
             ServerError: ``status`` 404 if the group is gone; 409 if a session with this id has another
                 configuration.
         """
+        request = api.SessionRequest.from_model(session)
         return await self._request(
             "POST",
             f"groups/{_quote_segment(group)}/clientsessions",
             what=f"joining group {group} as session {session.id}",
             timeout_s=timeout_s,
-            body=encode(
-                api.SessionRequest.from_model(session, instance=instance, failsafe_url=failsafe_url)
-            ),
+            body=encode(replace(request, instance=instance, failsafe_url=failsafe_url)),
             read=lambda answer: decode_one(api.ClientSession, answer).store_id,
         )
 
