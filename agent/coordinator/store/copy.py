@@ -46,6 +46,9 @@ from agent.errors import ExitCode, StoreError
 from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progress
 from agent.schema.scalars import format_date_time
 
+IN_PROGRESS = "another place, by a copy that has not ended"
+"""The value of ``MovedTo`` of a source in etcd until its copy is complete; of a killed copy it stays, for the next one."""
+
 UNFINISHED = "a copy that was not finished"
 """The value of ``MovedTo`` of a store in etcd while a copy is written into it."""
 
@@ -284,6 +287,7 @@ class EtcdPlace:
         self._etcd = etcd
         self._layout = layout
         self._meta = meta
+        self._moving = False
         self.name = f"etcd:{layout.prefix}"
         self.store_id = None if meta is None else meta.store_id
         self.moved_to = None if meta is None else meta.moved_to
@@ -291,21 +295,28 @@ class EtcdPlace:
     @classmethod
     @asynccontextmanager
     async def open_source(cls, etcd: Etcd, prefix: str) -> AsyncIterator["EtcdPlace"]:
-        """Open a store and keep coordinators from serving it; if the copy fails, they may again."""
+        """Open a store and keep coordinators from serving it; if the copy fails, they may again.
+
+        Not if the failure came after ``mark_moved``: the copy may be complete. A copy that still runs is ended by the
+        new mark: it cannot mark the source any more, and completes its target only after that.
+        """
         meta = await read_meta(etcd, prefix)
         if meta is None:
             raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")
         if meta.moved_to == UNFINISHED:
             raise StoreError(f"the store under {prefix} in etcd is {UNFINISHED}: copy it again")
+        if meta.moved_to == IN_PROGRESS:
+            meta = replace(meta, moved_to=None)
         place = cls(etcd, Layout(prefix, meta.shards), meta)
         if meta.moved_to is not None:
             yield place
             return
-        await place._mark(replace(meta, moved_to="another place, by a copy that has not ended"))
+        await place._mark(replace(meta, moved_to=IN_PROGRESS))
         try:
             yield place
         except BaseException:
-            await place._mark(meta)
+            if not place._moving:
+                await place._mark(meta)
             raise
 
     @classmethod
@@ -378,6 +389,7 @@ class EtcdPlace:
 
     async def mark_moved(self, to: str) -> None:
         assert self._meta is not None  # noqa: S101 - a source has one
+        self._moving = True
         await self._mark(replace(self._meta, moved_to=to))
 
     async def finish(self, store_id: str) -> None:

@@ -195,6 +195,39 @@ async def test_a_write_of_a_copy_that_was_cut_off_cannot_come_after_the_next_cop
     assert not (await places.etcd.txn(*held[0])).succeeded
 
 
+async def test_a_source_is_served_no_more_if_its_copy_may_be_finished(
+    places: Places, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mark was withdrawn, and both could be served with one id."""
+    await places.to_etcd()
+    finish = SqlitePlace.finish
+
+    async def finish_without_answer(self: SqlitePlace, store_id: str) -> None:
+        await finish(self, store_id)
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(SqlitePlace, "finish", finish_without_answer)
+    with pytest.raises(StoreError, match="no answer"):
+        await places.to_sqlite(tmp_path / "new")
+    with pytest.raises(StoreError, match="was copied to"):
+        await places.serve_etcd()
+    await SqliteStore.open(tmp_path / "new").close()
+
+
+async def test_a_copy_from_etcd_that_was_killed_can_be_made_again_and_does_not_go_on(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    """It left a mark with which neither a copy nor a coordinator could use the store."""
+    await places.to_etcd()
+    killing = EtcdPlace.open_source(places.etcd, places.prefix)  # its end is never run
+    killed = await killing.__aenter__()
+    with pytest.raises(StoreError, match=copies.IN_PROGRESS):
+        await places.serve_etcd()
+    await places.to_sqlite(tmp_path / "new")
+    with pytest.raises(StoreError, match="another copy is in progress"):
+        await killed.mark_moved("elsewhere")
+
+
 async def test_a_copy_that_differs_is_refused(
     places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
