@@ -114,6 +114,18 @@ def test_an_exception_in_the_loop_causes_a_demotion_before_the_lease_expires(
     assert other.end() == 0
 
 
+def check_task_failed_in_order(
+    stage: Stage, coordinator: Coordinator, one: Agent, other: Agent, epoch: int
+) -> None:
+    """Check that the first agent has ended its tenure in order for a failed task, and the other one takes over."""
+    assert one.wait() == ExitCode.TASK_FAILED, one.said()
+    assert "task failed" in one.said()
+    until_written_after(stage, epoch)
+    assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
 TASKS = [
     ("agent.drivers.rest.client", "RestClient.heartbeat"),
     ("agent.drivers.rest.client", "RestClient.status"),
@@ -130,12 +142,7 @@ def test_a_task_that_dies_ends_the_tenure_in_order_with_its_own_exit_code(
     fault.trigger(module, method)
     if method.startswith("Reload"):
         one.send(signal.SIGHUP)
-    assert one.wait() == ExitCode.TASK_FAILED
-    assert "task failed" in one.said()
-    until_written_after(stage, epoch)
-    assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")
-    assert overlap_s(output(stage)) < 0
-    assert other.end() == 0
+    check_task_failed_in_order(stage, coordinator, one, other, epoch)
 
 
 TASKS_OF_DRIVERS = [
@@ -165,12 +172,7 @@ def test_a_task_that_a_driver_keeps_ends_the_tenure_in_order_if_it_dies(
     if method.startswith("Workload"):
         (pid,) = writers(stage, one)
         os.kill(pid, signal.SIGKILL)
-    assert one.wait() == ExitCode.TASK_FAILED, one.said()
-    assert "task failed" in one.said()
-    until_written_after(stage, epoch)
-    assert coordinator.tenure(epoch)["WhyEnded"].startswith("the task")
-    assert overlap_s(output(stage)) < 0
-    assert other.end() == 0
+    check_task_failed_in_order(stage, coordinator, one, other, epoch)
 
 
 @pytest.mark.parametrize("method", ["RestClient.release", "RestClient.leave"])
