@@ -1387,7 +1387,7 @@ def test_r16_the_time_to_confirm_ends_at_its_deadline() -> None:
     assert bench.pending is None
 
 
-@pytest.mark.parametrize("excess", [0, 1])
+@pytest.mark.parametrize("excess", [0, 1, 5])
 def test_only_a_session_with_additional_data_can_exceed_their_bound(excess: int) -> None:
     bench = Bench()
     text = '"' + "x" * (MAX_ADDITIONAL_BYTES - 4 + excess) + '"'
