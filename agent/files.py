@@ -19,6 +19,20 @@ PART = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 NOT_FOLLOWED = "a symbolic link is not followed: name the file itself"
 
 
+def make_absolute(path: Path) -> Path:
+    """Make a path absolute, for good: the guard's working directory is /, and the agent's may be removed.
+
+    Raises:
+        ValueError: it is relative, and the working directory does not exist.
+    """
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise ValueError(
+            "must be an absolute path, as the working directory does not exist"
+        ) from None
+
+
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
     """Open a file as ``os.open`` does, by the rule of this module; return the descriptor.
 

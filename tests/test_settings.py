@@ -347,6 +347,29 @@ def test_a_secret_that_others_can_read_or_that_is_missing_is_refused(tmp_path: P
     load(AgentSettings, {"password_file": secret(tmp_path, mode=0o640), "username": "u"})
 
 
+def test_a_relative_path_is_made_absolute_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 14: the guard's working directory is another one, and the agent's may be removed."""
+    monkeypatch.chdir(tmp_path)
+    secret(tmp_path)
+    relative = {"group": "g", "state_file": "s.json", "webhook_ca_file": "secret"}
+    settings = validate(AgentSettings, {**relative, "webhook_secret_file": "secret"})
+    assert settings.state_file == tmp_path / "s.json"
+    assert settings.webhook_ca_file == settings.webhook_secret_file == tmp_path / "secret"
+
+
+def test_a_relative_path_is_refused_without_a_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    [why], code = faults(AgentSettings, {"group": "g", "state_file": "s.json"})
+    assert "must be an absolute path, as the working directory does not exist" in why
+    assert code is ExitCode.CONFIG_VALUE
+
+
 @pytest.mark.parametrize("text", ["", "\n", "a\nb\n", "x" * 5000, "a\0"])
 def test_a_file_that_holds_no_secret_is_refused_without_repeating_it(
     tmp_path: Path, text: str

@@ -80,7 +80,7 @@ class Live:
 
     Attributes:
         lease_until: end of the holder's lease; meaningless without a holder.
-        held_since: start of the tenure, or of this process if that is later.
+        held_since: start of the tenure; later after a restart, or a stall before it was acknowledged.
         confirm_by: deadline of the pending session to confirm; then it is passed over.
         quiet_until: end of the quiet time; meaningless without one.
         answers_reach_holder: whether a heartbeat of the holder has reported the tenure's epoch.
@@ -318,7 +318,8 @@ def state_after_stall(state: GroupState, judged_at: float, now: Instant) -> Grou
     }
     live = replace(live, contacts=contacts)
     if state.record.holder is not None and live.lease_until > judged_at:
-        live = replace(live, lease_until=now.mono + lease_s)
+        held_since = live.held_since if live.answers_reach_holder else now.mono
+        live = replace(live, lease_until=now.mono + lease_s, held_since=held_since)
     if state.record.pending is not None:
         live = replace(live, confirm_by=max(live.confirm_by, now.mono + lease_s))
     return GroupState(state.record, live)

@@ -15,7 +15,6 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from agent import __version__
 from agent.drivers.rest import RestClient
@@ -72,12 +71,6 @@ def format_document(
         mqtt=None,
         hook_environment={},
         workload=(),
-        password_file=_absolute(settings.password_file),
-        client_secret_file=_absolute(settings.client_secret_file),
-        proxy_password_file=_absolute(settings.proxy_password_file),
-        ca_file=_absolute(settings.ca_file),
-        client_certificate=_absolute(settings.client_certificate),
-        client_key=_absolute(settings.client_key),
     )
     given = {
         "version": __version__,
@@ -87,11 +80,6 @@ def format_document(
         "settings": dump(needed).decode(),
     }
     return json.dumps(given).encode()
-
-
-def _absolute(path: Path | None) -> Path | None:
-    """Make a path absolute: the working directory of the guard, and of its helper, is /."""
-    return None if path is None else path.absolute()
 
 
 def parse_document(text: bytes) -> ReleaseDocument:

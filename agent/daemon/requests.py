@@ -175,8 +175,8 @@ class Requests:
         """Log a failed heartbeat, once for each reason in a row."""
         if error.status == TOO_MANY_REQUESTS and error.exit_code is not ExitCode.NOT_THE_API:
             self._too_soon_count += 1
-            if self._too_soon_count == 1:
-                return  # the API itself has refused a heartbeat as too soon: there is contact
+            if self._too_soon_count == 1 and self.session.lease_until == float("-inf"):
+                return  # there is contact, and no lease that may end before the next answer
         failure = (endpoint, error.exit_code, error.status)
         if failure != self._last_failure:
             self._last_failure = failure

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
+from agent.files import make_absolute
 from agent.model import TICKS_PER_SECOND
 from agent.schema.addresses import Address, is_loopback
 from agent.schema.fields import Format, Length, Range
@@ -387,7 +388,7 @@ check_absolute = must("be an absolute path", Path.is_absolute, first=check_path)
 check_directory: Callable[[Any], Path] = must(
     "be the absolute path of a directory", lambda path: path.is_absolute() and "\0" not in str(path)
 )
-check_exists = must("be a file that exists", Path.is_file)
+check_exists = must("be a file that exists", Path.is_file, first=make_absolute)
 check_file = must(
     "be readable by this user", lambda path: os.access(path, os.R_OK), first=check_exists
 )
@@ -395,7 +396,7 @@ check_file = must(
 
 def check_secret_file(path: Path) -> Path:
     """Check a file with a secret, to which other users must have no access."""
-    mode = check_file(path).stat().st_mode
+    mode = (path := check_file(path)).stat().st_mode
     if mode & READABLE_BY_OTHERS:
         raise ValueError(
             f"must not be readable or writable by others: its mode is {mode & 0o777:o},"
@@ -461,7 +462,9 @@ Labels = Annotated[
     Mapping[str, str],
     Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
 ]
-AnyPath = Annotated[Path, Format("PATH", "path", after=check_path)]
+AnyPath = Annotated[
+    Path, Format("PATH", "path", after=lambda path: make_absolute(check_path(path)))
+]
 AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=check_absolute)]
 Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=check_directory)]
 InputFile = Annotated[Path, Format("FILE", "path of a file", after=check_file)]

@@ -1,8 +1,8 @@
 """The promise under a frozen and a killed agent, many times over. A script, not a test.
 
-    .venv/bin/python -m tests.bench.guarded [--rounds 50] [--lanes 3]
+    .venv/bin/python -m tests.bench.guarded [--rounds 50] [--lanes 3] [--failover-timeout 3]
 
-L is 3 s. Each round is a pair of agents in a group of their own; the primary's agent gets SIGSTOP or
+Each round is a pair of agents in a group of their own; the primary's agent gets SIGSTOP or
 SIGKILL at a random moment of its heartbeat's period. The workload writes a line every 5 ms; in every
 second round hooks start and stop it, in the others it is the command of ``exec``, with a child. Told is,
 for each fault:
@@ -10,7 +10,9 @@ for each fault:
 - overlap: for how long both workloads wrote; 0 in all rounds is the promise;
 - demotion slack: what was left of L when the guard's (or the agent's) demotion was done; its minimum
   has to be positive;
-- time to take over: from the signal to the first line under a newer epoch.
+- time to take over: from the signal to the first line under a newer epoch;
+- the part of it after the demotion: from the last line of the old workload to that first line. It has the rest of the
+  demotion hook, the release by the guard's helper, and the start of the new workload.
 
 At the end, how long a hook takes from the decision to its start: from the agent's own line ``role
 changed`` to the time that the hook's script sees first.
@@ -42,7 +44,7 @@ from tests.integration.workloads import (
 )
 from tests.integration.writer import first_and_last, overlap_s
 
-BEAT_S = 0.5
+LEASE_S = 3.0
 HOOKS = 25
 """Promotions, and as many demotions, whose hook's start is measured."""
 
@@ -57,24 +59,31 @@ class Round:
     overlap_s: float
     slacks_s: list[float]
     takeover_s: float
+    after_demotion_s: float
 
 
-def strike(directory: Path, coordinator: Coordinator, number: int, fault: str) -> Round:
+def strike(
+    directory: Path, coordinator: Coordinator, number: int, fault: str, lease_s: float
+) -> Round:
     """One round."""
     folder = directory / f"{fault}-{number}"
     folder.mkdir()
     group = f"{fault}-{number}"
     with Stage(folder, group) as stage:
         how = by_hooks if number % 2 else by_exec
-        one, _, epoch = pair(stage, replace(coordinator, group=group), how)
-        time.sleep(random.random() * BEAT_S)
+        margin_s = lease_s / 5
+        timing = f"--failover-timeout={lease_s}", f"--demote={lease_s / 3}", f"--margin={margin_s}"
+        one, _, epoch = pair(stage, replace(coordinator, group=group), how, *timing)
+        time.sleep(random.random() * lease_s / 6)
         struck_at = time.monotonic()
         one.send(signal.Signals[fault])
         newer = until_written_after(stage, epoch)
         one.wait()
-        until(lambda: demote_slacks_s(one), "the guard to have told its slack")
-        takeover_s = first_and_last(output(stage))[newer][0] - struck_at
-        return Round(fault, overlap_s(output(stage)), demote_slacks_s(one), takeover_s)
+        slacks_s = until(lambda: demote_slacks_s(one, margin_s), "the guard to have told its slack")
+        spans = first_and_last(output(stage))
+        begun_at, ended_at = spans[newer][0], spans[epoch][1]
+        overlap = overlap_s(output(stage))
+        return Round(fault, overlap, slacks_s, begun_at - struck_at, begun_at - ended_at)
 
 
 def hook_starts_s(stage: Stage, coordinator: Coordinator) -> Iterator[float]:
@@ -103,19 +112,21 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def report(fault: str, rounds: list[Round]) -> bool:
-    """Three lines for one fault; whether all is as promised."""
+def report(fault: str, rounds: list[Round], lease_s: float) -> bool:
+    """The lines for one fault; whether all is as promised."""
     overlap = max(0.0, *(r.overlap_s for r in rounds))
     gap_s = min(-r.overlap_s for r in rounds)
     slack_s = min(s for r in rounds for s in r.slacks_s)
     takeovers = [r.takeover_s for r in rounds]
+    after_s = [r.after_demotion_s for r in rounds]
     p90 = quantiles(takeovers, n=10, method="inclusive")[-1] if len(rounds) > 1 else takeovers[0]
-    say(f"{fault}, {len(rounds)} rounds, L = 3 s")
+    say(f"{fault}, {len(rounds)} rounds, L = {lease_s:g} s")
     say(f"  max overlap {overlap:.3f} s (smallest pause between the two workloads {gap_s:.3f} s)")
     say(f"  min demotion slack {slack_s:.3f} s")
     say(
         f"  time to take over: median {median(takeovers):.3f} s, p90 {p90:.3f}, max {max(takeovers):.3f}"
     )
+    say(f"  of it after the demotion: median {median(after_s):.3f} s, max {max(after_s):.3f}")
     return overlap == 0 and slack_s > 0
 
 
@@ -123,7 +134,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--lanes", type=int, default=3)
+    parser.add_argument("--failover-timeout", type=float, default=LEASE_S)
     args = parser.parse_args()
+    lease_s: float = args.failover_timeout
     with (
         tempfile.TemporaryDirectory(prefix="guarded-") as directory,
         Stage(Path(directory)) as stage,
@@ -135,13 +148,13 @@ def main() -> int:
 
             def one(number: int, fault: str = fault) -> Round:
                 try:
-                    return strike(Path(directory), coordinator, number, fault)
+                    return strike(Path(directory), coordinator, number, fault, lease_s)
                 except AssertionError:
                     for log in sorted(Path(directory, f"{fault}-{number}").glob("*.log")):
                         say(f"--- {log.parent.name} {log.name}\n{log.read_text()[-4000:]}")
                     raise
 
-            kept &= report(fault, list(lanes.map(one, range(args.rounds))))
+            kept &= report(fault, list(lanes.map(one, range(args.rounds))), lease_s)
         starts = list(hook_starts_s(stage, replace(coordinator, group="hooks")))
         say(f"hook start, from decision to its first command, {len(starts)} hooks")
         middle_ms, worst_ms = median(starts) * 1e3, max(starts) * 1e3

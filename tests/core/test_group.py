@@ -1252,6 +1252,16 @@ def test_r16_a_late_heartbeat_from_before_the_tenure_revokes_nobody() -> None:
     assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
 
 
+def test_r16_a_late_heartbeat_after_a_stall_of_the_coordinator_revokes_nobody() -> None:
+    """Fault 27: it was the first one that a coordinator read that had been frozen since the grant."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    judged_at, bench.mono = bench.mono, bench.mono + 0.7 * LEASE_S
+    bench.state = state_after_stall(bench.state, judged_at, bench.now)
+    assert bench.beat("a", seen_epoch=0).role is P
+    assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
+
+
 def test_the_additional_data_of_a_group_and_its_sessions_are_bounded() -> None:
     bench = Bench()
     text = '"' + "x" * (MAX_ADDITIONAL_BYTES // 2) + '"'

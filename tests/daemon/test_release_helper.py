@@ -183,15 +183,11 @@ def test_a_damaged_document_is_refused(text: bytes) -> None:
         release_helper.parse_document(text)
 
 
-def test_the_document_has_absolute_paths_and_only_what_requests_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its working directory is /."""
-    monkeypatch.chdir(tmp_path)
+def test_the_document_has_only_what_requests_need(tmp_path: Path) -> None:
     settings = replace(
         settings_for("http://127.0.0.1:1/clientfailover"),
         username="u",
-        password_file=Path("secret"),
+        password_file=tmp_path / "secret",
         hook_environment={"TOKEN": "hidden"},
     )
     text = release_helper.format_document(settings, "host-a", INSTANCE, "store-1")

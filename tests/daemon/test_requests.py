@@ -493,6 +493,18 @@ async def test_only_the_first_429_of_the_api_counts_as_contact(
         assert "heartbeat answered again" in caplog.text
 
 
+async def test_a_429_of_the_api_is_logged_at_once_if_a_lease_may_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 20: if it came late, or asked for a pause, the role was lost before the second one came."""
+    monkeypatch.setattr(Session, "lease_until", 7.0)
+    async with at(EXTENDED) as (api, stand):
+        await stand.join()
+        api.faults["heartbeat"] = answer(json.dumps(REFUSAL).encode(), "429 Too Many Requests")
+        await stand.requests.send_heartbeat(SendHeartbeat(1))
+    assert caplog.text.count("heartbeat failed") == 1
+
+
 # --- status reads ---------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from agent.errors import ExitCode
 from tests.hung import FORKS, freezer, limited_tasks
 
 from .faults import Fault
-from .stage import Agent, Coordinator, Stage, lives, until
+from .stage import Agent, Coordinator, Stage, free_port, lives, until
 from .workloads import (
     START,
     STOP,
@@ -352,6 +353,24 @@ def test_the_agent_of_a_relative_state_file_is_demoted_by_its_guard(
     until(lambda: path.exists() and '"Primary"' in path.read_text(), "it to be primary")
     one.end(signal.SIGKILL)
     until(lambda: "demoted by the guard" in path.read_text(), "the guard to write the file")
+
+
+def test_an_agent_joins_after_its_working_directory_was_removed(stage: Stage) -> None:
+    """Fault 14: it read its relative files at the start, and died when it made their paths absolute."""
+    home = stage.directory / "home"
+    home.mkdir()
+    secret = home / "password"
+    secret.touch(0o600)
+    secret.write_text("a secret")
+    port = free_port()
+    flags = ["--username=agent", "--password-file=password", "--startup-timeout=0"]
+    endpoint = f"http://127.0.0.1:{port}/api/v1/clientfailover"
+    one = start(stage, "host-a", endpoint, flags=flags, before=("env", "-C", str(home)))
+    one.until_said("join failed, retrying")
+    shutil.rmtree(home)
+    stage.serve(port=port)
+    one.until_role("Primary")
+    assert one.end() == 0
 
 
 # -- last resorts -----------------------------------------------------------------------------------
