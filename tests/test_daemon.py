@@ -410,6 +410,37 @@ async def test_a_session_that_somebody_else_has_made_anew_takes_its_member_back(
     await client.aclose()
 
 
+async def test_a_group_made_anew_with_a_timeout_that_does_not_fit_ends_no_running_agent(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended with exit code 13, after which systemd does not start it again."""
+
+    async def too_short(_request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"Id": "g", "FailoverTimeout": "00:00:00.2000000"})
+
+    transport = Faulty()
+    async with (
+        a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _),
+        living(host) as task,
+    ):
+        await host.until_role("Primary")
+        transport.instead = [
+            ("POST heartbeat", saying(404)),
+            ("POST groups", saying(409)),
+            ("GET g", too_short),
+            ("POST groups", saying(409)),
+            ("GET g", too_short),
+        ]
+        await host.until(lambda: task.done() or not transport.instead, "other tries")
+        del transport.asked[:]
+        await host.until(lambda: task.done() or "POST heartbeat" in transport.asked, "a heartbeat")
+        await host.until_role("Primary")
+        host.stop.set()
+        assert await task == ExitCode.OK
+    reasons = [str(record.__dict__["fields"].get("reason")) for record in caplog.records]
+    assert any("group g has failover timeout 0.2 s at" in reason for reason in reasons)
+
+
 # -- names --------------------------------------------------------------------------------------------
 
 

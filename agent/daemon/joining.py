@@ -61,7 +61,7 @@ class Registration:
         Raises:
             ServerError: OTHER_STORE if only a coordinator of another store answered; else the last
                 failure.
-            TimingError: the existing group's timeout does not fit the settings.
+            TimingError: the existing group's timeout does not fit the settings; never when rejoining.
         """
         timeout_s = self.settings.startup_timeout
         bounded = not self.rejoining and timeout_s > 0
@@ -152,7 +152,7 @@ class Registration:
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):
-            return False
+            return self.rejoining and isinstance(error, TimingError)
         not_ready = error.status is not None and (
             error.status == TOO_MANY_REQUESTS or error.status >= SERVER_FAULT
         )
@@ -179,7 +179,7 @@ class Registration:
         if state.attempt_number % LOGGED_EVERY == 1:
             log.warning(
                 "join failed, retrying",
-                reason=error,
+                reason=state.outcome.exception() if state.outcome is not None else None,
                 attempt=state.attempt_number,
                 **endpoint_fields(self.client),
             )
