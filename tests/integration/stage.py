@@ -86,13 +86,13 @@ class Said:
 
 
 def ask(method: str, url: str, body: object = None, **headers: str) -> Said:
-    """One request, with these headers beside the Content-Type."""
+    """One request, with these headers beside the Content-Type. A body of bytes is sent as it is."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         path = parts.path + (f"?{parts.query}" if parts.query else "")
-        content = None if body is None else json.dumps(body)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body)
         connection.request(method, path, content, {"Content-Type": "application/json"} | headers)
         answer = connection.getresponse()
         text = answer.read()

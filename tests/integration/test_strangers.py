@@ -2,7 +2,7 @@
 
 Real agents with a workload that writes lines, one by ``exec`` and one by hooks, and a real coordinator. The stranger has
 the credential of the agents, knows sessions and epochs, and does not know the ``Instance`` of a process. A second one
-has a credential of its own. Meanwhile the primary may be cut off from the coordinator, so that it writes until its own
+has a credential of its own. FAILOVER_SOAK_SEED is another order of the acts. Meanwhile the primary may be cut off from the coordinator, so that it writes until its own
 deadline: whoever gets the role before is caught by the lines.
 """
 
@@ -20,6 +20,7 @@ import pytest
 
 from agent.coordinator.auth import hash_password
 from tests.etcd import an_etcd
+from tests.odd_json import ODD, WRONG, with_value
 
 from .stage import Agent, Coordinator, Gate, Said, Stage, ask, free_port, until
 from .workloads import by_exec, by_hooks, demote_slacks_s, output
@@ -30,6 +31,7 @@ BEAT_S = 1.4 / 3
 WITHIN_S = LEASE_S + 2 * BEAT_S + 6.0
 """L and two beats, and what a busy machine takes, where a heartbeat may be late for R."""
 
+NAMES = ("host-a", "host-b")
 SEED = int(os.environ.get("FAILOVER_SOAK_SEED", "20261129"))
 AGENTS, OTHER, ADMINISTRATOR = "agents", "other", "ops"
 REASON = "by a stranger"
@@ -158,7 +160,7 @@ class Stranger:
         self.call("put", {405}, "PUT", path, body)
 
     def override(self) -> None:
-        others = [name for name in ("host-a", "host-b") if name != self.holder()]
+        others = [name for name in NAMES if name != self.holder()]
         path = f"{self.session(*others)}/roleoverride"
         user = self.chance.choice((AGENTS, OTHER))
         body = {"Value": 1} | self.chance.choice(({}, {"ExpirationPeriod": "00:00:01"}))
@@ -170,7 +172,7 @@ class Stranger:
 
     def remake_group(self) -> None:
         """Without its sessions, too, a group with a lease is not deleted: a new one would not know the lease."""
-        for name in ("host-a", "host-b"):
+        for name in NAMES:
             self.call("delete", {204, 404}, "DELETE", f"{self.group}/clientsessions/{name}")
         body = {"Id": self.coordinator.group, "FailoverTimeout": "00:00:03"}
         self.call("put", {405}, "PUT", self.group, body)
@@ -274,17 +276,22 @@ def store(
         yield ["etcd", *(f"--etcd-endpoint={url}" for url in server.urls)]
 
 
-def serve(stage: Stage, store: list[str]) -> Coordinator:
+def serve(stage: Stage, store: list[str], *more: str, port: int | None = None) -> Coordinator:
     name, *flags = store
+    port = port or free_port()
+    if name == "etcd":
+        prefix = f"--etcd-prefix=/{stage.directory.name}"
+        flags += [prefix, f"--advertise=http://127.0.0.1:{port}", "--shards=1"]
+    return stage.serve(*flags, *more, port=port, store=name)
+
+
+def serve_known(stage: Stage, store: list[str]) -> Coordinator:
+    """A coordinator that knows its callers, each by its name as the password."""
     users = stage.directory / "users"
     users.touch(0o600)
     names = (AGENTS, OTHER, ADMINISTRATOR)
     users.write_text("".join(f"{name}:{hash_password(name)}\n" for name in names))
-    flags += [f"--users-file={users}", f"--administrator=user:{ADMINISTRATOR}"]
-    port = free_port()
-    if name == "etcd":
-        flags += [f"--advertise=http://127.0.0.1:{port}", "--shards=1"]
-    return stage.serve(*flags, port=port, store=name)
+    return serve(stage, store, f"--users-file={users}", f"--administrator=user:{ADMINISTRATOR}")
 
 
 @dataclass
@@ -331,7 +338,7 @@ def pair_of(stage: Stage, coordinator: Coordinator) -> Pair:
     password.touch(0o600)
     password.write_text(AGENTS)
     flags = (f"--username={AGENTS}", f"--password-file={password}")
-    gates = {name: Gate(stage, coordinator.endpoint) for name in ("host-a", "host-b")}
+    gates = {name: Gate(stage, coordinator.endpoint) for name in NAMES}
     agents = [
         how(stage, name, replace(coordinator, endpoint=gates[name].endpoint), *flags)
         for how, name in ((by_exec, "host-a"), (by_hooks, "host-b"))
@@ -342,7 +349,7 @@ def pair_of(stage: Stage, coordinator: Coordinator) -> Pair:
 
 
 def test_no_call_of_a_stranger_shortens_a_lease(stage: Stage, store: list[str]) -> None:
-    pair = pair_of(stage, serve(stage, store))
+    pair = pair_of(stage, serve_known(stage, store))
     stranger = pair.stranger
     rounds: list[Callable[[], None] | None] = [*stranger.dangerous(), None]
     rounds = stranger.chance.sample(rounds, len(rounds) if store == ["sqlite"] else 2)
@@ -358,4 +365,124 @@ def test_no_call_of_a_stranger_shortens_a_lease(stage: Stage, store: list[str]) 
     for agent in pair.agents:
         assert all(slack_s > 0 for slack_s in demote_slacks_s(agent)), f"seed {SEED}"
         assert agent.end() == 0
+    assert overlap_s(output(stage)) < 0
+
+
+# -- what a caller can teach ------------------------------------------------------------------------
+
+CALLS = {
+    "HeartbeatRequest": ("/{id}/heartbeat", {"FailoverScore": "1"}),
+    "ReleaseRequest": ("/{id}/release", {"Epoch": "1"}),
+    "RoleOverrideRequest": ("/{id}/roleoverride", {"Value": "0"}),
+    "SessionRequest": ("/", {"Id": '"{id}"'}),
+    "GroupRequest": ("", {"Id": '"{id}"', "FailoverTimeout": '"00:00:03"'}),
+}
+"""The path of each call below that of the sessions, or none, and a valid body."""
+
+
+class Teacher:
+    """Sends bodies whose values it writes as JSON itself, each about a session or a group of its own."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.number = 0
+
+    def call(self, shape: str, name: str, text: str) -> Said:
+        path, valid = CALLS[shape]
+        self.number += 1
+        one = f"odd-{self.number}"
+        url = f"{self.coordinator.endpoint}/groups"
+        if path:
+            url = f"{self.coordinator.endpoint}/{self.sessions}{path.format(id=one)}"
+        body = with_value({key: value.format(id=one) for key, value in valid.items()}, name, text)
+        return ask("POST", url, body.encode())
+
+    def check_refused(self, shape: str, name: str, text: str) -> None:
+        answer = self.call(shape, name, text)
+        assert answer.status == 400, (shape, name, text, answer)
+        assert answer.body["Reason"].startswith(name), (text, answer)
+
+    def check_accepted(self, shape: str, name: str, text: str) -> None:
+        made = "{id}" in CALLS[shape][0]
+        if made:
+            body = {"Id": f"odd-{self.number + 1}"}
+            assert self.coordinator.ask("POST", self.sessions, body).status == 201
+        answer = self.call(shape, name, text)
+        assert answer.status in {200, 201, 204}, (shape, name, text, answer)
+        where = "groups" if shape == "GroupRequest" else self.sessions
+        assert self.coordinator.ask("DELETE", f"{where}/odd-{self.number}").status == 204
+
+    @property
+    def sessions(self) -> str:
+        return f"groups/{self.coordinator.group}/clientsessions"
+
+    def beat(self, path: str, body: object) -> Said:
+        """A heartbeat, again while it is too soon."""
+
+        def answered() -> Said | None:
+            answer = self.coordinator.ask("POST", path, body)
+            return answer if answer.status != 429 else None
+
+        return until(answered, "a heartbeat that is not too soon")
+
+    def hold(self, epoch: int, last_data: str, instance: str) -> None:
+        """Be primary after that epoch, with these data; then go without a release."""
+        path = f"{self.sessions}/odd"
+        assert self.coordinator.ask("POST", self.sessions, {"Id": "odd"}).status == 201
+        value = {"Value": 1, "ExpirationPeriod": "1999999.23:59:59.9999999"}
+        assert self.coordinator.ask("POST", f"{path}/roleoverride", value).status == 200
+        body = {"FailoverScore": 100, "Instance": instance, "LastDataProcessedTime": last_data}
+
+        def held() -> bool:
+            answer = self.beat(f"{path}/heartbeat", body)
+            assert answer.status == 200, answer
+            return bool(answer.body["Role"] == 1 and answer.body["Epoch"] > epoch)
+
+        until(held, "the stranger to be primary")
+        until(held, "its data to be recorded")
+        assert self.coordinator.status()["LastDataProcessedTime"].startswith(last_data[:19])
+        assert self.coordinator.ask("DELETE", path).status == 204
+
+
+def test_no_value_that_a_caller_sends_makes_a_group_unusable(
+    stage: Stage, store: list[str]
+) -> None:
+    """Refused in words, or of a bounded effect: afterwards agents become primary, also in the group made anew."""
+    port = free_port()
+    coordinator = serve(stage, store, port=port)
+    agents = [by_hooks(stage, name, coordinator) for name in NAMES]
+    epoch = stage.until_primary(*agents, after_epoch=0).state["epoch"]
+    teacher = Teacher(coordinator)
+    for check, table in ((teacher.check_refused, WRONG), (teacher.check_accepted, ODD)):
+        for shape, properties in table.items():
+            for name, texts in properties.items():
+                for text in texts:
+                    check(shape, name, text)
+    path = f"{teacher.sessions}/host-a/heartbeat"
+    for far in (epoch + 2 * LARGEST_STEP, 2**52 + 1, 2**53 - 1):
+        answer = teacher.beat(path, {"FailoverScore": 1, "Epoch": far, "Instance": str(far)})
+        assert answer.status == 400
+        assert f"Epoch is {far}: it must be at most " in answer.body["Reason"]
+    assert coordinator.status()["Epoch"] < epoch + 10
+
+    for last_data, instance in (
+        ("9999-12-31T23:59:59.999999Z", "x" * 128),
+        ("0001-01-01T00:00:01Z", "\0\n\u2028"),
+    ):
+        epoch = coordinator.status()["Epoch"]
+        teacher.hold(epoch, last_data, instance)
+        one = stage.until_primary(*agents, after_epoch=epoch + 1)
+        begun = [e for e in stage.events(one.name) if (e.what, e.which) == ("begin", "primary")]
+        assert begun[-1].facts["last_data_processed_time"].startswith(last_data[:19])
+        epoch = one.state["epoch"]
+        coordinator.end()
+        coordinator = serve(stage, store, port=port)
+        stage.until_primary(*agents, after_epoch=epoch - 1)
+
+    assert [agent.end() for agent in agents] == [0, 0]
+    group = f"groups/{coordinator.group}"
+    until(lambda: coordinator.ask("DELETE", group).status == 204, "the group to be idle")
+    agents = [by_hooks(stage, name, coordinator) for name in NAMES]
+    stage.until_primary(*agents, after_epoch=epoch)
+    stage.check_promise()
     assert overlap_s(output(stage)) < 0
