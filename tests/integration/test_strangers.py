@@ -2,8 +2,8 @@
 
 Real agents with a workload that writes lines, one by ``exec`` and one by hooks, and a real coordinator. The stranger has
 the credential of the agents, knows sessions and epochs, and does not know the ``Instance`` of a process. A second one
-has a credential of its own. FAILOVER_SOAK_SEED is another order of the acts. Meanwhile the primary may be cut off from the coordinator, so that it writes until its own
-deadline: whoever gets the role before is caught by the lines.
+has a credential of its own. Meanwhile the primary may be cut off from the coordinator, so that it writes until its own
+deadline: whoever gets the role before is caught by the lines. FAILOVER_SOAK_SEED is another order of the acts.
 """
 
 import base64
