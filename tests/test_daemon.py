@@ -26,7 +26,7 @@ from agent.daemon.role_runner import RoleRunner
 from agent.drivers.rest import RestClient
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, ServerError, TimingError
-from agent.model import TICKS_PER_SECOND, GroupConfig
+from agent.model import TICKS_PER_SECOND, GroupConfig, SessionConfig
 from agent.ops.clock import Clock
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings
@@ -385,6 +385,60 @@ async def test_joining_again_is_retried_after_a_refusal(endpoint: str, tmp_path:
             host.stop.set()
             assert await task == ExitCode.OK
         assert transport.asked.index("POST release") < transport.asked.index("DELETE host-a")
+
+
+async def test_a_session_that_somebody_else_has_made_anew_takes_its_member_back(
+    endpoint: str, tmp_path: Path
+) -> None:
+    """Made without a name, or with another, it refused its own agent until it was deleted again."""
+    transport = Faulty()
+    client = RestClient([endpoint])
+    async with (
+        a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _),
+        living(host) as task,
+    ):
+        await host.until_role("Primary")
+        await client.leave("g", "host-a", timeout_s=PATIENCE_S)
+        await client.join("g", SessionConfig("host-a", "Host A"), timeout_s=PATIENCE_S)
+        transport.instead = [("POST heartbeat", saying(404))]
+        await host.until(lambda: not transport.instead, "the agent to know that it is gone")
+        del transport.asked[:]
+        await host.until(lambda: "POST heartbeat" in transport.asked, "its next heartbeat")
+        assert host.daemon.describe()["role"] == "Primary"
+        host.stop.set()
+        assert await task == ExitCode.OK
+    await client.aclose()
+
+
+async def test_a_group_made_anew_with_a_timeout_that_does_not_fit_ends_no_running_agent(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended with exit code 13, after which systemd does not start it again."""
+
+    async def too_short(_request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"Id": "g", "FailoverTimeout": "00:00:00.2000000"})
+
+    transport = Faulty()
+    async with (
+        a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (host, _),
+        living(host) as task,
+    ):
+        await host.until_role("Primary")
+        transport.instead = [
+            ("POST heartbeat", saying(404)),
+            ("POST groups", saying(409)),
+            ("GET g", too_short),
+            ("POST groups", saying(409)),
+            ("GET g", too_short),
+        ]
+        await host.until(lambda: task.done() or not transport.instead, "other tries")
+        del transport.asked[:]
+        await host.until(lambda: task.done() or "POST heartbeat" in transport.asked, "a heartbeat")
+        await host.until_role("Primary")
+        host.stop.set()
+        assert await task == ExitCode.OK
+    reasons = [str(record.__dict__["fields"].get("reason")) for record in caplog.records]
+    assert any("group g has failover timeout 0.2 s at" in reason for reason in reasons)
 
 
 # -- names --------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact)
     """Enforce the minimum interval between heartbeats; return the contact's new ``changed_at``.
 
     Exceptions are confirmations, clients that have not seen the newest revision, and, once in an interval,
-    another instance, as of an agent that was restarted.
+    another instance, as of an agent that was restarted. Heartbeats of others do not count against the holder.
     """
     interval_s = minimum_interval_s(draft.lease_s)
     if (
@@ -257,7 +257,10 @@ def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact)
         or draft.record.pending == heartbeat.session_id
     ):
         return contact.changed_at
-    early_s = contact.last_heartbeat.mono + interval_s - draft.now.mono
+    last_at, holder = contact.last_heartbeat.mono, draft.record.holder
+    if draft.holds(heartbeat.session_id, heartbeat.instance) and holder and not holder.revoked:
+        last_at = min(last_at, draft.live.lease_until - draft.lease_s)  # its last renewal
+    early_s = last_at + interval_s - draft.now.mono
     if early_s > interval_s * (1 - INTERVAL_TOLERANCE):
         changed = contact.instance != heartbeat.instance
         if changed and draft.now.mono >= contact.changed_at + interval_s:

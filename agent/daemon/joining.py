@@ -25,6 +25,7 @@ from agent.ops.logs import Log
 from agent.schema.settings import AgentSettings
 
 SHORTEST_RETRY_S = 0.05
+CONFLICT = 409
 TOO_MANY_REQUESTS = 429
 SERVER_FAULT = 500
 """The lowest HTTP status that means a fault of the server rather than a refusal."""
@@ -60,7 +61,7 @@ class Registration:
         Raises:
             ServerError: OTHER_STORE if only a coordinator of another store answered; else the last
                 failure.
-            TimingError: the existing group's timeout does not fit the settings.
+            TimingError: the existing group's timeout does not fit the settings; never when rejoining.
         """
         timeout_s = self.settings.startup_timeout
         bounded = not self.rejoining and timeout_s > 0
@@ -107,16 +108,22 @@ class Registration:
                     smallest_lease_s=error.smallest_lease_s,
                 ) from error
         name = settings.session_name if settings.session_name is not None else session_id
-        config, endpoint = SessionConfig(session_id, name=name), self.client.endpoint
+        endpoint = self.client.endpoint
         failsafe = self.session.options.failsafe
         takes_part = failsafe is not None and await self._has_extensions(limit_s)
-        store_id = await self.client.join(
+        join = partial(
+            self.client.join,
             settings.group,
-            config,
             timeout_s=limit_s,
             instance=self.instance if takes_part else None,
             failsafe_url=failsafe.url if failsafe is not None and takes_part else None,
         )
+        try:
+            store_id = await join(SessionConfig(session_id, name=name))
+        except ServerError as error:
+            if not self.rejoining or error.status != CONFLICT:
+                raise
+            store_id = await join(SessionConfig(session_id))  # a stranger has given it another name
         if not self.session.accepts_store(store_id):
             raise self.client.refuse(endpoint, store_id)
         return Joined(timing, store_id)
@@ -145,7 +152,7 @@ class Registration:
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):
-            return False
+            return self.rejoining and isinstance(error, TimingError)
         not_ready = error.status is not None and (
             error.status == TOO_MANY_REQUESTS or error.status >= SERVER_FAULT
         )
@@ -172,7 +179,7 @@ class Registration:
         if state.attempt_number % LOGGED_EVERY == 1:
             log.warning(
                 "join failed, retrying",
-                reason=error,
+                reason=state.outcome.exception() if state.outcome is not None else None,
                 attempt=state.attempt_number,
                 **endpoint_fields(self.client),
             )

@@ -1,5 +1,6 @@
 """The coordinator's decision: R13-R18, and every input."""
 
+import contextlib
 import copy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -875,6 +876,23 @@ def test_the_interval_is_not_escaped_by_changing_the_instance(names: list[str | 
             continue
         accepted += 1
     assert 10 <= accepted <= 22
+
+
+@pytest.mark.parametrize("mine", ["a#1", None])
+def test_the_holder_is_heard_however_many_heartbeats_others_send_for_its_session(
+    mine: str | None,
+) -> None:
+    """Two other instances took turns, and each heartbeat of the holder was too soon: its lease ended."""
+    bench = Bench("a", "b")
+    bench.promote("a", instance=mine)
+    for _ in range(30):  # three leases
+        for number in range(100):
+            bench.mono += 0.01
+            with contextlib.suppress(TooSoon):
+                bench.beat("a", instance=f"other {number % 2}")
+        assert bench.beat("a", instance=mine, seen_epoch=1).role is P
+        with pytest.raises(TooSoon):
+            bench.beat("a", instance=mine, seen_epoch=1)
 
 
 def test_an_agent_that_is_restarted_again_and_again_is_heard_each_time() -> None:

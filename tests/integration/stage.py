@@ -85,19 +85,19 @@ class Said:
     body: Any
 
 
-def ask(method: str, url: str, body: object = None) -> Said:
-    """One request."""
+def ask(method: str, url: str, body: object = None, **headers: str) -> Said:
+    """One request, with these headers beside the Content-Type. A body of bytes is sent as it is."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         path = parts.path + (f"?{parts.query}" if parts.query else "")
-        content = None if body is None else json.dumps(body)
-        connection.request(method, path, content, {"Content-Type": "application/json"})
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json"} | headers)
         answer = connection.getresponse()
         text = answer.read()
-        headers = {name.lower(): value for name, value in answer.getheaders()}
-        return Said(answer.status, headers, json.loads(text) if text else None)
+        received = {name.lower(): value for name, value in answer.getheaders()}
+        return Said(answer.status, received, json.loads(text) if text else None)
 
 
 @dataclass

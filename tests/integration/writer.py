@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 
 PERIOD_S = 0.005
@@ -41,9 +41,17 @@ def first_and_last(output: Path) -> dict[int, tuple[float, float]]:
 
 
 def overlap_s(output: Path) -> float:
-    """For how long an epoch's writers wrote beside a later one's: 0 or less is as promised."""
-    spans = list(first_and_last(output).values())
-    return max((before[1] - after[0] for before, after in pairwise(spans)), default=0.0)
+    """For how long a tenure's writers wrote beside those of another: 0 or less is as promised.
+
+    Writers of one epoch on two hosts are two tenures, too.
+    """
+    tenures: dict[tuple[int, str], list[float]] = {}
+    for line in written(output):
+        tenures.setdefault((line.epoch, line.host), []).append(line.at_s)
+    spans = sorted((min(moments), max(moments)) for moments in tenures.values())
+    ends = accumulate((last_s for _, last_s in spans), max)
+    starts = (first_s for first_s, _ in spans[1:])
+    return max((end_s - start_s for end_s, start_s in zip(ends, starts, strict=False)), default=0.0)
 
 
 def main(output: str, host: str, *traits: str) -> None:

@@ -21,7 +21,7 @@ from agent.model import TICKS_PER_SECOND, Role, RoleOverride
 from agent.schema import access, api, codec, failsafe_api, scalars, values
 from agent.schema.codec import BodyError
 from agent.schema.values import Shape
-from tests.odd_json import ODD_JSON
+from tests.odd_json import ODD, ODD_JSON, WRONG, with_value
 
 TICKS = st.integers(-scalars.MAX_TICKS - 1, scalars.MAX_TICKS)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -636,6 +636,18 @@ VALID: dict[type[Shape], dict[str, str]] = {
         '{"Type":1,"ObjectId":"a"}}]'
     },
 }
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_value_is_refused_by_the_name_of_its_property(name: str) -> None:
+    shape = next(shape for shape in VALID if shape.__name__ == name)
+    for property_name, texts in WRONG[name].items():
+        for text in texts:
+            sentence = complaint(shape, with_value(VALID[shape], property_name, text))
+            assert re.match(rf"{property_name}( is |: ).* must be ", sentence), (text, sentence)
+    for property_name, texts in ODD[name].items():
+        for text in texts:
+            codec.decode(shape, with_value(VALID[shape], property_name, text).encode())
 
 
 @pytest.mark.parametrize("shape", codec.REQUESTS, ids=lambda shape: shape.__name__)
