@@ -423,7 +423,8 @@ class Engine:
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("due change of group failed", **log_names(group.key))
-            self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+            if not group.shard.ended:
+                self._wakeups.set(group.key, self._clock().mono + RETRY_S)
         finally:
             group.ticking = False
 

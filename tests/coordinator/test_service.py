@@ -419,6 +419,20 @@ async def test_no_second_due_change_of_a_group_waits(
     assert stage.coordinator.status(KEY).primary is None
 
 
+async def test_a_due_change_that_fails_once_its_shard_is_gone_is_not_tried_again(
+    stage: Stage,
+) -> None:
+    """An etcd that hangs ends the leadership first, and then the write."""
+    await join(stage, "a")
+    await promote(stage, "a")
+    stage.store.free.clear()
+    await stage.run_for(LEASE_S + 0.1)
+    stage.coordinator.engine.drop(stage.coordinator.engine.groups[KEY].shard)
+    stage.disk_full()
+    stage.store.free.set()
+    await stage.run_for(1)
+
+
 async def test_a_change_that_still_waits_when_its_caller_hangs_up_is_dropped(stage: Stage) -> None:
     """The one that is being written is finished: it may be durable already."""
     await join(stage, "a", "b")
