@@ -1,6 +1,6 @@
 """The tasks that change something in the store.
 
-Owns when a change whose caller disconnects is finished, and how many may be in progress.
+Owns when a change whose caller disconnects is finished, and how many of callers may be in progress.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from agent.coordinator.hang_up import check_caller, share_caller
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most of these tasks at once: while the store hangs, callers give up, come back, and start further ones."""
+"""The most of callers' tasks at once: while the store hangs, they give up, come back, and start further ones. Due
+changes do not count, of which each group has one: leases that end at once must not keep heartbeats out."""
 
 T = TypeVar("T")
 
@@ -22,6 +23,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._bounded: set[asyncio.Task[Any]] = set()
         self._begun: WeakSet[asyncio.Task[Any] | None] = WeakSet()
 
     def begin(self) -> None:
@@ -48,12 +50,13 @@ class Changes:
 
     def spawn(self, work: Coroutine[Any, Any, T], *, bounded: bool = False) -> asyncio.Task[T]:
         """Start a task that is finished even if its caller is cancelled. ``bounded``: raise Unavailable if too many run."""
-        if bounded and len(self._tasks) >= MAX_CHANGES:
+        if bounded and len(self._bounded) >= MAX_CHANGES:
             work.close()
-            raise unavailable(f"{len(self._tasks)} changes wait for the store already")
+            raise unavailable(f"{len(self._bounded)} changes wait for the store already")
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for tasks in (self._tasks, self._bounded) if bounded else (self._tasks,):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 

@@ -402,8 +402,10 @@ class Engine:
         self._ran_at = now.mono
         if self.stopping:
             return
-        for key in self._wakeups.due(now.mono, BATCH):
-            self.changes.spawn(self._run_tick(self.groups[key]))
+        for group in map(self.groups.__getitem__, self._wakeups.due(now.mono, BATCH)):
+            if not group.ticking:  # else that Tick sets the next wakeup
+                group.ticking = True
+                self.changes.spawn(self._run_tick(group))
         if now.mono >= self._next_progress_write and not self._saving_progress:
             due = self._due_progress(now.mono, PROGRESS_BATCH)
             more_are_due = len(due) == PROGRESS_BATCH
@@ -415,13 +417,16 @@ class Engine:
     async def _run_tick(self, group: Group) -> None:
         """Apply a Tick; retry later if its changes cannot be made durable now."""
         try:
-            await self.apply(group, Tick())
+            await self._apply_durably(group, Tick())
         except (NotFound, NotLeading):
             return  # deleted meanwhile, or led by another coordinator
         except Exception as error:  # a task's edge: the timer must go on
             if not isinstance(error, Unavailable):
                 log.exception("due change of group failed", **log_names(group.key))
-            self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+            if not group.shard.ended:
+                self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+        finally:
+            group.ticking = False
 
     def _queue_progress(self, group: Group, at: float) -> None:
         group.progress_queued = True

@@ -2,8 +2,8 @@
 
 A caller without an answer asks another coordinator. If its first request were carried out after that, it would undo
 what the second one was acknowledged for. So a change that has not begun ends with its caller's connection. What has
-begun is finished. Agents' requests are not affected (``Route.may_come_late``). A caller that closes only its sending
-side counts as one that has hung up.
+begun is finished. Heartbeats and releases are not affected (``Route.may_come_late``). A caller that closes only its
+sending side counts as one that has hung up.
 """
 
 import asyncio

@@ -293,7 +293,6 @@ ROUTES: tuple[Route, ...] = (
         right=Right.WRITE,
         body=api.SessionRequest,
         refusals=(404, 409),
-        bound_to_instance=True,
     ),
     Route(
         "GET",

@@ -55,6 +55,7 @@ class Group:
             next decision.
         gone: whether the group was deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: whether the group is in the queue of groups with unsaved progress.
+        ticking: whether a Tick runs, or waits for the lock.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Group:
         "shard",
         "stall_s",
         "state",
+        "ticking",
         "version",
     )
 
@@ -79,7 +81,7 @@ class Group:
         self.saved = stored.progress
         self.stall_s = max(STALL_FLOOR_S, STALL_SHARE * state.record.config.lease_s)
         self.lock = asyncio.Lock()
-        self.doubtful = self.gone = self.progress_queued = False
+        self.doubtful = self.gone = self.progress_queued = self.ticking = False
         self.readers: dict[asyncio.Future[None], int] = {}
 
     def unsaved_progress(self) -> Progress | None:

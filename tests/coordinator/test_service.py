@@ -6,6 +6,7 @@ import pytest
 
 from agent.coordinator import changes, engine, service
 from agent.coordinator.hang_up import HungUp, while_connected
+from agent.coordinator.shards import Group
 from agent.coordinator.store import Stored
 from agent.core.group_state import (
     AddSession,
@@ -358,6 +359,78 @@ async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
     await asyncio.wait(asked)
     assert sum(task.exception() is None for task in asked) == 10
     await stage.coordinator.apply(KEY, overrides[0])
+
+
+async def test_leases_that_end_at_once_take_no_callers_place(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the heartbeats that are to take the roles over would be answered 503."""
+    keys = [KEY._replace(group=f"g{number}") for number in range(4)]
+    for key in keys:
+        await stage.coordinator.create_group(key, GroupConfig(key.group, 20_000_000))
+        await stage.coordinator.add_session(key, AddSession(SessionConfig("a")))
+        for _ in range(2):
+            await stage.coordinator.beat(key, ReceiveHeartbeat("a", 100.0))
+    await stage.run_for(LEASE_S / 2)
+    await join(stage, "b")
+    await beat(stage, "b")
+    monkeypatch.setattr(changes, "MAX_CHANGES", 8)
+    stage.store.free.clear()
+    await stage.run_for(LEASE_S / 2 + 0.1)
+    confirming = asyncio.create_task(beat(stage, "b"))
+    await stage.settle()
+    stage.store.free.set()
+    assert (await confirming).role is Role.PRIMARY
+    await stage.settle()
+    assert {stage.coordinator.status(key).primary for key in keys} == {None}
+
+
+async def test_no_second_due_change_of_a_group_waits(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take no place, so a slow store must not collect them."""
+    run_tick, running, most = engine.Engine._run_tick, 0, 0
+
+    async def counted(self: engine.Engine, group: Group) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await run_tick(self, group)
+        running -= 1
+
+    monkeypatch.setattr(engine.Engine, "_run_tick", counted)
+    await join(stage, "a")
+    await promote(stage, "a")
+    may_write = asyncio.Semaphore(0)
+    monkeypatch.setattr(stage.store.free, "wait", may_write.acquire)
+    overrides = (SetOverride("a", RoleOverride.PRIMARY), SetOverride("a", RoleOverride.OFF))
+    asked = [
+        asyncio.create_task(stage.coordinator.apply(KEY, overrides[number % 2]))
+        for number in range(10)
+    ]
+    for _ in asked:
+        await stage.run_for(LEASE_S + 0.1)
+        may_write.release()
+    await asyncio.wait(asked)
+    may_write.release()
+    await stage.run_for(LEASE_S + 1)
+    assert most == 1
+    assert running == 0
+    assert stage.coordinator.status(KEY).primary is None
+
+
+async def test_a_due_change_that_fails_once_its_shard_is_gone_is_not_tried_again(
+    stage: Stage,
+) -> None:
+    """An etcd that hangs ends the leadership first, and then the write."""
+    await join(stage, "a")
+    await promote(stage, "a")
+    stage.store.free.clear()
+    await stage.run_for(LEASE_S + 0.1)
+    stage.coordinator.engine.drop(stage.coordinator.engine.groups[KEY].shard)
+    stage.disk_full()
+    stage.store.free.set()
+    await stage.run_for(1)
 
 
 async def test_a_change_that_still_waits_when_its_caller_hangs_up_is_dropped(stage: Stage) -> None:

@@ -125,3 +125,47 @@ async def test_it_registers_again_when_it_is_not_known_any_more(
     await stage.run_for(2)
     await client.beat()
     assert client.role == 1
+
+
+async def test_a_registration_that_nobody_follows_gets_no_role(
+    stage: Stage, http: httpx2.AsyncClient
+) -> None:
+    """As of a client without which the network has kept its request, and lost the end of its connection."""
+    first, second = V1Client(http, "one"), V1Client(http, "two")
+    first.timeout = second.timeout = "00:00:04"
+    await first.start()
+    await first.stop()
+    await first.register()
+    for _ in range(4):
+        status = (await http.get("groups/collectors/status")).json()
+        assert "Primary" not in status
+        assert "PendingPrimary" not in status
+        await stage.run_for(2)
+    await second.start()
+    assert second.role == 1
+    assert (
+        await http.delete("groups/collectors/clientsessions/one?inactive=true")
+    ).status_code == 204
+
+
+async def test_a_late_heartbeat_keeps_the_role_for_one_timeout_at_most(
+    stage: Stage, http: httpx2.AsyncClient
+) -> None:
+    """And brings no deleted session back."""
+    first, second = V1Client(http, "one"), V1Client(http, "two")
+    first.timeout = second.timeout = "00:00:04"
+    await first.start()
+    await second.start()
+    await stage.run_for(3)
+    await second.beat()
+    await first.beat()
+    for _ in range(3):
+        await stage.run_for(2)
+        await second.beat()
+    assert second.role == 1
+    await first.stop()
+    late = await http.post(
+        "groups/collectors/clientsessions/one/heartbeat", json={"FailoverScore": 100.0}
+    )
+    assert late.status_code == 404
+    assert len((await http.get("groups/collectors/clientsessions")).json()) == 1

@@ -298,6 +298,27 @@ def test_a_change_is_not_carried_out_after_its_caller_has_hung_up(
     check_override(other, 0)
 
 
+@pytest.mark.parametrize("frozen", ["leader", "follower"])
+def test_a_late_registration_brings_no_deleted_session_back(
+    stage: Stage, etcd: EtcdServer, frozen: str
+) -> None:
+    """It would be of a member that nobody runs, without whom failsafe is off for up to `dead_session_retention`."""
+    leader, follower = pair_of(stage, Cluster(stage, etcd, "--shards=1"))
+    one, other = (leader, follower) if frozen == "leader" else (follower, leader)
+    session = an_override(other).rpartition("/")[0]
+
+    def registrations() -> float:
+        return sum(answered(one, "create_session", code) for code in (201, 499))
+
+    before = registrations()
+    one.send(signal.SIGSTOP)
+    ask_and_hang_up(one, "groups/g/clientsessions", {"Id": "s"})
+    until(lambda: other.ask("DELETE", session).status == 204, "the deletion")
+    one.send(signal.SIGCONT)
+    until(lambda: registrations() > before, "the thawed one to find the late request")
+    assert other.ask("GET", session).status == 404
+
+
 def test_a_forwarded_change_is_not_carried_out_after_its_caller_has_hung_up(
     stage: Stage, etcd: EtcdServer
 ) -> None:

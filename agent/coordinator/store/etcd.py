@@ -3,6 +3,7 @@
 Groups are hashed onto a fixed number of shards, each of which is an ``EtcdStore`` of its leader (etcd_shard.py).
 """
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -45,6 +46,7 @@ class EtcdCluster:
         self.layout = layout
         self.meta = meta
         self.store_id = meta.store_id
+        self._changing_access = asyncio.Lock()
 
     @classmethod
     async def open(cls, etcd: Etcd, prefix: str, shards: int) -> "EtcdCluster":
@@ -122,12 +124,16 @@ class EtcdCluster:
         where = f"{tenant}/{namespace}"
         change = delete(key) if acl is None else put(key, encode(acl, where))
         changed = self.layout.access_changed
-        while True:  # every change writes that key
-            unchanged = if_revision(changed, await self.etcd.revision(changed))
+        async with (
+            self._changing_access
+        ):  # every change writes that key, and would refuse the others
             check_caller()
-            steps = [change, put(changed, str(uuid.uuid4()))]
-            if (await self.etcd.txn([unchanged], steps)).succeeded:
-                return
+            while True:
+                unchanged = if_revision(changed, await self.etcd.revision(changed))
+                check_caller()
+                steps = [change, put(changed, str(uuid.uuid4()))]
+                if (await self.etcd.txn([unchanged], steps)).succeeded:
+                    return
 
     async def is_restored(self) -> bool:
         """Whether the store was declared as restored from a copy, and is not trusted again."""

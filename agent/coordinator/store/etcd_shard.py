@@ -14,8 +14,10 @@ Knows nothing of who leads, nor of what a record means.
 import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from agent.coordinator.hang_up import check_caller
 from agent.coordinator.store import MOST_ENTRIES, MOST_RETIRED, Stored
 from agent.coordinator.store.codec import HISTORY_BOUND, decode, encode, name_of
 from agent.coordinator.store.etcd_client import (
@@ -75,6 +77,7 @@ class EtcdStore:
         self._leader_revision = leader_revision
         self._fence = if_revision(self._layout.leader(shard), leader_revision)
         self._last_save: int | None = None
+        self._deleting = asyncio.Lock()
         self._closed = False
 
     async def load(self) -> dict[GroupKey, Stored]:
@@ -94,16 +97,18 @@ class EtcdStore:
         return groups
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; return its version. Raises CasMismatch if the group exists."""
+        """Add a group; return its version. Raises CasMismatch if it exists, or may be that of a late deletion."""
         self._check_open()
-        text, last = encode(record, name_of(key)), self._layout.last_deletion(self._shard)
-        while True:
-            none_since = if_revision(last, await self._etcd.revision(last))
-            try:
-                return await self._write(key, 0, text, [], none_since)
-            except CasMismatch:
-                if await self._etcd.get(self._layout.record(key)) is not None:
-                    raise
+        with suppress(CasMismatch):
+            return await self._create(key, record)
+        async with self._deleting:  # another group was deleted meanwhile, unless this one exists
+            check_caller()
+            return await self._create(key, record)
+
+    async def _create(self, key: GroupKey, record: GroupRecord) -> int:
+        last = self._layout.last_deletion(self._shard)
+        none_since = if_revision(last, await self._etcd.revision(last))
+        return await self._write(key, 0, encode(record, name_of(key)), [], none_since)
 
     async def swap(
         self,
@@ -202,7 +207,9 @@ class EtcdStore:
         if epoch > 0:
             steps.append(put(self._layout.retired(key), str(epoch)))
         steps.append(read(retired, end_of(retired), count_only=True))
-        done = await self._commit(key, expected, steps, token=None)
+        async with self._deleting:
+            check_caller()
+            done = await self._commit(key, expected, steps, token=None)
         kept = done.answers[-1] if isinstance(done, Done) else None
         most = max(1, MOST_RETIRED // self._layout.shards)
         if kept is not None and kept.count > most:
