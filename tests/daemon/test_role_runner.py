@@ -527,6 +527,34 @@ async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
     assert took_s < process_tree.SEARCH_S
 
 
+@pytest.mark.parametrize("workload", [(), ("sleep", "1000")], ids=["hooks", "exec"])
+async def test_a_search_without_memory_keeps_neither_the_workload_nor_the_demotion_hook(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, workload: tuple[str, ...]
+) -> None:
+    """The first search raised MemoryError, so nothing was stopped before the budget was used up."""
+    done = stage.directory / "done"
+    role_runner = stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_secondary=stage.hook("s", f"touch {done}"),
+        workload=workload,
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    pid = role_runner.workload and role_runner.workload.pgid
+
+    def fail() -> dict[int, proctree.Stat]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proctree, "snapshot", fail)
+        stage.begin(Role.SECONDARY, limit_s=1.0)
+        ended = await stage.end()
+    assert not ended.ok
+    assert "cannot list the processes" in ended.why
+    assert done.exists()
+    assert not (pid and alive(pid))
+    assert (await stage.run(Role.SECONDARY)).ok
+
+
 @pytest.fixture
 def searches(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[set[proctree.Process]]:
     """What each search for the processes of the tenure has found; the reaper works every 20 ms."""
