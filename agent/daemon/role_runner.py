@@ -333,7 +333,8 @@ class RoleRunner:
             tenure.stop_adopting()
             if reserve.tasks_are_scarce():
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
-                await tenure.kill(max(LEAST_KILL_S, (kill_by - self._clock.boottime()) / 2))
+                limit_s = max(LEAST_KILL_S, (kill_by - self._clock.boottime()) / 2)
+                await asyncio.wait({self._start_task(tenure.kill(limit_s))}, timeout=limit_s)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
         # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
         # failed: it may have lacked resources that the tenure used, and will be run again.
