@@ -95,12 +95,15 @@ class Recorded(StateFile):
         super().__init__(path)
         self.written: list[Mapping[str, Any]] = []
         self.full = False
+        self.fault: Exception | None = None
         self.asked: list[str] = []
         self.asked_before_first: list[str] | None = None
 
     def write(self, state: Mapping[str, Any]) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.fault is not None:
+            raise self.fault
         if self.asked_before_first is None:
             self.asked_before_first = list(self.asked)
         super().write(state)
@@ -214,6 +217,25 @@ async def test_a_full_disk_after_the_start_is_logged_and_keeps_the_role(
         state_file.full = False
         await host.until(lambda: len(host.written) > old, "the file to be written again")
         assert host.written[-1]["role"] == "Primary"
+
+
+async def test_a_role_is_not_released_while_the_state_file_says_primary(
+    endpoint: str, tmp_path: Path
+) -> None:
+    """A write that failed by an exception of no known kind counted as done. Without a hook, only it demotes."""
+    transport = Faulty()
+    async with a_daemon(settings_for(endpoint), tmp_path, transport=transport) as (
+        host,
+        state_file,
+    ):
+        async with living(host) as task:
+            await host.until_written_primary()
+            state_file.fault = MemoryError()
+            host.stop.set()
+            assert await task == ExitCode.TASK_FAILED
+        assert host.written[-1]["role"] == "Primary"
+    assert "POST heartbeat" in transport.asked
+    assert "POST release" not in transport.asked
 
 
 async def test_the_lease_in_the_state_file_moves_with_each_renewal(

@@ -6,7 +6,7 @@ is a task; if a task fails, its event is posted nevertheless. Decides nothing.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agent.core.effects import (
@@ -36,6 +36,7 @@ from agent.core.events import (
     Left,
     Released,
 )
+from agent.core.executor import RETRY_SHARE
 from agent.core.session import Phase
 from agent.daemon.failsafe_report import FailsafeLog
 from agent.daemon.guard_control import GuardControl
@@ -304,14 +305,22 @@ class EffectRunner:
 
         What made the loop fail may fail here, too. That must not prevent the demotion hook, nor the killing.
         """
-        role_runner, demote_s = self.member.role_runner, self.member.session.timing.demote_s
+        role_runner, clock = self.member.role_runner, self.member.clock
+        begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
+        left_s = self.guard_control.kill_at - begun_at
+        budget_s = min(budget_s, left_s) if left_s > 0 else budget_s  # too late: the order matters
+        self.escalated = True
         try:
-            async with asyncio.timeout(demote_s):
-                facts = self._publish_failure(demote_s)
-                await role_runner.end_runs(demote_s / 2)
+            async with asyncio.timeout(budget_s):
+                facts = self._publish_failure(budget_s)
+                await role_runner.end_runs(budget_s / 2)
                 await self.state_publisher.flush()
-                run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, self.member.progress)
-                await asyncio.shield(run)  # a cancelled run would not be killed below
+                while self.escalated:
+                    facts = replace(facts, limit_s=begun_at + budget_s - clock.boottime())
+                    run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, self.member.progress)
+                    # Shielded, as a cancelled run would not be killed below.
+                    self.escalated = not await asyncio.shield(run)
+                    await asyncio.sleep(RETRY_SHARE * budget_s if self.escalated else 0.0)
         except Exception:
             log.exception("demotion without the session failed")
         if killing := role_runner.kill_all():

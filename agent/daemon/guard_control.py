@@ -51,7 +51,8 @@ class GuardControl:
         self._guardian: Guardian | None = None
         self._watchdog: WatchdogDevice | None = None
         self._watchdog_armed = False
-        self._armed = self.frozen = False
+        self.frozen = False
+        self._due: tuple[float, float] | None = None
         self._fence_by: float | None = None
         self._document_store: str | None = None
         self._own_state: Mapping[str, Any] | None = None
@@ -72,7 +73,12 @@ class GuardControl:
     @property
     def demotion_is_owed(self) -> bool:
         """Whether a demotion has yet to succeed: something is promoted, or being demoted."""
-        return self._armed
+        return self._due is not None
+
+    @property
+    def kill_at(self) -> float:
+        """By when that demotion has to end: CLOCK_BOOTTIME seconds."""
+        return float("inf") if self._due is None else self._due[1]
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
         """Start the guard and open the watchdog device, as configured.
@@ -121,8 +127,7 @@ class GuardControl:
         """Send both the newest deadline, and the guard the processes to kill (R12)."""
         if self.frozen:
             return
-        due = self._member.session.guard_deadlines
-        self._armed = due is not None
+        self._due = due = self._member.session.guard_deadlines
         self._update_watchdog(armed=due is not None)
         guardian = self._guardian
         if guardian is None:

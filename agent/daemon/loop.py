@@ -231,7 +231,7 @@ class Daemon:
         finally:
             await self._shut_down()
         if self._loop_error is not None:
-            return ExitCode.TASK_FAILED
+            return ExitCode.DEMOTION_FAILED if self._effects.escalated else ExitCode.TASK_FAILED
         failure = self._start_failure or member.requests.failure
         code = self._effects.exit_code
         if failure is not None and code is not ExitCode.DEMOTION_FAILED:

@@ -185,8 +185,8 @@ class RoleRunner:
 
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
-    ) -> Coroutine[Any, Any, None]:
-        """Begin a run, which can be terminated from now on. Await it in a task; ends by HookEnded."""
+    ) -> Coroutine[Any, Any, bool]:
+        """Begin a run, which can be terminated from now on. A task awaits its success; ends by HookEnded."""
         run = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
@@ -207,7 +207,7 @@ class RoleRunner:
         except OSError as error:
             log.warning("too few descriptors for a demotion are left", reason=error.strerror)
 
-    async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> None:
+    async def _execute(self, number: int, run: _Run, facts: HookFacts, payload: Payload) -> bool:
         try:
             if facts.role is Role.SECONDARY:
                 ok, why = await self._demote(run, facts, payload)
@@ -216,6 +216,7 @@ class RoleRunner:
         finally:
             del self._runs[number]
         self._on_ended(HookEnded(number, ok, why))
+        return ok
 
     def terminate(self, number: int) -> None:
         """Send TERM to the processes of a run, which then starts no further ones."""
@@ -332,7 +333,8 @@ class RoleRunner:
             tenure.stop_adopting()
             if reserve.tasks_are_scarce():
                 log.warning("no tasks left for the demotion hook", action=KILL_FIRST)
-                await tenure.kill(max(LEAST_KILL_S, (kill_by - self._clock.boottime()) / 2))
+                limit_s = max(LEAST_KILL_S, (kill_by - self._clock.boottime()) / 2)
+                await asyncio.wait({self._start_task(tenure.kill(limit_s))}, timeout=limit_s)
         ok, why = await self._run_hook(run, Role.SECONDARY, self.demotion_hook, payload)
         # Not before the hook, which may shut processes of the tenure down in order. Also after a hook that
         # failed: it may have lacked resources that the tenure used, and will be run again.

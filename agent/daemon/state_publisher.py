@@ -24,7 +24,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
-from agent.ops.tasks import start_task
+from agent.ops.tasks import failure_of, start_task
 from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -73,7 +73,7 @@ class StatePublisher:
         self._lane = BlockingThread("state file", vital=True)
         self._pending_state: Mapping[str, Any] | None = None
         self._scheduled_key: object = None
-        self._writing: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[bool] | None = None
         self._failure = ""
         self._facts: Mapping[str, Any] = {}
         self._own_state: Mapping[str, Any] = {}
@@ -206,9 +206,10 @@ class StatePublisher:
 
     async def flush(self, limit_s: float = FLUSH_S) -> bool:
         """Wait until the newest state is written, at most ``limit_s`` seconds; return whether it is."""
-        if self._writing is not None and not self._writing.done():
-            await asyncio.wait([self._writing], timeout=limit_s)
-        return self._writing is None or self._writing.done()
+        if (writing := self._writing) is None:
+            return True
+        await asyncio.wait([writing], timeout=limit_s)
+        return writing.done() and failure_of(writing) is None and writing.result()
 
     async def close(self) -> None:
         """Write the last state, and stop writing."""
@@ -217,8 +218,8 @@ class StatePublisher:
         if self._writing is not None:
             self._writing.cancel()
 
-    async def _write_pending(self) -> None:
-        """Write until the newest state is on the disk; a failed write is retried."""
+    async def _write_pending(self) -> bool:
+        """Write until the newest state is on the disk; a failed write is retried. Return whether it is."""
         while (state := self._pending_state) is not None:
             self._pending_state = None
             try:
@@ -227,12 +228,13 @@ class StatePublisher:
                 if isinstance(error, ConfigError) and str(error) == self._failure:
                     # The same process holds the claim at two attempts: it is not one that starts and ends at once.
                     self._post_event(Stop(error.exit_code, "another agent has claimed the session"))
-                    return
+                    return False
                 self._log_failure(error)
                 await asyncio.sleep(RETRY_S)
                 self._requeue(state)
             else:
                 self._failure = ""
+        return True
 
     def _requeue(self, state: Mapping[str, Any]) -> None:
         if self._pending_state is None:  # no newer state meanwhile

@@ -17,6 +17,7 @@ from agent.errors import ConfigError
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.logs import Log
 from agent.ops.reserve import run_in_thread
+from agent.ops.tasks import retrieve_error
 from agent.ops.tls import client_context, load_pair
 from agent.schema.addresses import Address
 from agent.schema.mqtt import Broker
@@ -204,7 +205,7 @@ class _Client(aiomqtt.Client):
         # The library logs a traceback for each odd packet; our own lines have what follows from it.
         logging.getLogger("mqtt").setLevel(logging.CRITICAL)
         self.left = False
-        self._disconnected.add_done_callback(_retrieve_error)  # aiomqtt may replace it unread
+        self._disconnected.add_done_callback(retrieve_error)  # aiomqtt may replace it unread
         self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place
         self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # also for the handshake
@@ -236,6 +237,7 @@ class _Client(aiomqtt.Client):
         if fut is self._disconnected or fut is self._connected:
             return await super()._wait_for(fut, timeout)
         answer = asyncio.ensure_future(super()._wait_for(fut, timeout))
+        answer.add_done_callback(retrieve_error)  # this may be cancelled when it fails
         try:
             either: set[asyncio.Future[Any]] = {answer, self._disconnected}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -274,14 +276,8 @@ class _Client(aiomqtt.Client):
     def leave(self) -> None:
         """Close the socket that aiomqtt leaves open after a failed start."""
         self.left = True
-        self._disconnected.add_done_callback(_retrieve_error)
+        self._disconnected.add_done_callback(retrieve_error)
         self._client.disconnect()
-
-
-def _retrieve_error(future: asyncio.Future[Any]) -> None:
-    """Mark an error as seen, in case nobody awaits it: asyncio would log a traceback."""
-    if not future.cancelled():
-        future.exception()
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.resolver import is_numeric
+from agent.ops.tasks import retrieve_error
 
 SLOW_LOOK_UP_S = 0.25
 SLOW_SHARE = 0.25
@@ -98,7 +99,7 @@ async def _addresses(
     """The addresses of a look-up, or the known ones if it fails or is slow."""
     if entry.look_up is None or entry.look_up.done():
         entry.look_up = asyncio.create_task(_look_up(entry, host), name=f"look-up of {host}")
-        entry.look_up.add_done_callback(_retrieve_error)
+        entry.look_up.add_done_callback(retrieve_error)
     look_up = entry.look_up
     if known_first and entry.known:
         return entry.known
@@ -131,12 +132,6 @@ async def _look_up(entry: _Host, host: str) -> tuple[str, ...]:
     ordered = sorted(found, key=lambda address: address not in last)
     entry.known = tuple(ordered[:MOST_ADDRESSES])
     return entry.known
-
-
-def _retrieve_error(task: "asyncio.Task[tuple[str, ...]]") -> None:
-    """Mark the error of a look-up as seen, if nobody awaits it: asyncio would log a warning."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _first(

@@ -332,6 +332,10 @@ class Child:
                 self._on_forked, self._argv, preexec_fn=self._build_preexec(inside), **self._options
             )
         except Exception as error:  # noqa: BLE001 - returned by wait()
+            if self.pid is not None and self.pid in _own:  # it was forked: nobody would know of it
+                for kill in (os.killpg, os.kill):
+                    with suppress(OSError):
+                        kill(self.pid, signal.SIGKILL)
             self._call_in_loop(self._failed, error)
             return
         finally:
@@ -363,7 +367,7 @@ class Child:
         return prepare
 
     def _on_forked(self, pid: int) -> None:
-        with suppress(OSError):  # the process can be signalled nevertheless
+        with suppress(OSError, MemoryError):  # the process can be signalled nevertheless
             self._identity = proctree.identify(pid)
         self.pid = pid
         if not self._vital:

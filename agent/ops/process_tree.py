@@ -14,6 +14,7 @@ a container engine, at, cron) is no part of the tree.
 """
 
 import concurrent.futures
+import errno
 import os
 import signal
 import threading
@@ -117,9 +118,12 @@ class ProcessTree:
         self._adopts_until = min(self._adopts_until, _now())
 
     def find(self) -> set[proctree.Process]:
-        """Find all live processes. Takes milliseconds, so call it in a thread."""
-        with self._lock:
-            return self._find()
+        """Find all live processes. Takes milliseconds, so call it in a thread. Raises OSError."""
+        try:
+            with self._lock:
+                return self._find()
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
 
     def _find(self) -> set[proctree.Process]:
         table = proctree.snapshot()

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from agent.ops.blocking import BlockingThread, StuckError
+from agent.ops.tasks import retrieve_error
 
 MOST_OF_ONE_HOST = 4
 """The most blocked look-ups of one name, for different ports or kinds."""
@@ -58,6 +59,7 @@ class Resolver:
         if of_host >= MOST_OF_ONE_HOST or len(self._pending) >= MOST_LOOKUPS:
             raise socket.gaierror(socket.EAI_AGAIN, "too many look-ups are blocked")
         look_up = asyncio.get_running_loop().create_task(_look_up(key))
+        look_up.add_done_callback(retrieve_error)  # its callers may have been cancelled
         self._pending[key] = look_up
         return look_up
 

@@ -24,6 +24,12 @@ def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
     return None if task.cancelling() else RuntimeError("it ended as cancelled, by nobody")
 
 
+def retrieve_error(task: asyncio.Future[Any]) -> None:
+    """Retrieve the error of a task, as its callback: it is no failure of the agent if nobody waits for it."""
+    if not task.cancelled():
+        task.exception()
+
+
 def _report(task: asyncio.Task[Any]) -> None:
     if (error := failure_of(task)) is not None:
         context = {"message": task.get_name(), "exception": error, "future": task}

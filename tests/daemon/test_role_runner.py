@@ -19,7 +19,7 @@ from agent.daemon import reload, role_runner, tenure_processes
 from agent.daemon.role_runner import RoleRunner
 from agent.daemon.telemetry import Stats
 from agent.model import Role
-from agent.ops import process, process_tree
+from agent.ops import process, process_tree, reserve
 from agent.ops.clock import Clock
 from agent.schema.settings import AgentSettings
 from tests.cgroups import new_cgroup
@@ -525,6 +525,60 @@ async def test_a_search_that_hangs_delays_a_demotion_by_a_share_of_its_budget(
     go_on.set()
     assert (await stage.end()).ok
     assert took_s < process_tree.SEARCH_S
+
+
+async def test_slow_searches_leave_a_demotion_hook_its_time_even_if_tasks_are_scarce(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The killing before the hook may use half of the time, and used all: its limit did not hold for a search."""
+    limit_s, done = 4.0, stage.directory / "done"
+    stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_secondary=stage.hook("s", f"touch {done}"),
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    find = process_tree.ProcessTree.find
+
+    def find_slowly(tree: process_tree.ProcessTree) -> set[proctree.Process]:
+        time.sleep(0.75 * limit_s)
+        return find(tree)
+
+    monkeypatch.setattr(process_tree.ProcessTree, "find", find_slowly)
+    monkeypatch.setattr(reserve, "tasks_are_scarce", lambda: True)
+    begun_at = time.monotonic()
+    stage.begin(Role.SECONDARY, limit_s)
+    await until(done.exists)
+    took_s = time.monotonic() - begun_at
+    await stage.end()
+    assert took_s < 0.75 * limit_s
+
+
+@pytest.mark.parametrize("workload", [(), ("sleep", "1000")], ids=["hooks", "exec"])
+async def test_a_search_without_memory_keeps_neither_the_workload_nor_the_demotion_hook(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, workload: tuple[str, ...]
+) -> None:
+    """The first search raised MemoryError, so nothing was stopped before the budget was used up."""
+    done = stage.directory / "done"
+    role_runner = stage.open(
+        hook_primary=stage.hook("p", "exit 0"),
+        hook_secondary=stage.hook("s", f"touch {done}"),
+        workload=workload,
+    )
+    assert (await stage.run(Role.PRIMARY)).ok
+    pid = role_runner.workload and role_runner.workload.pgid
+
+    def fail() -> dict[int, proctree.Stat]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proctree, "snapshot", fail)
+        stage.begin(Role.SECONDARY, limit_s=1.0)
+        ended = await stage.end()
+    assert not ended.ok
+    assert "cannot list the processes" in ended.why
+    assert done.exists()
+    assert not (pid and alive(pid))
+    assert (await stage.run(Role.SECONDARY)).ok
 
 
 @pytest.fixture

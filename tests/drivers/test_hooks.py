@@ -176,6 +176,20 @@ async def test_a_variable_with_an_impossible_value_is_a_failure(script: Script) 
     assert "null byte" in str(result.error)
 
 
+async def test_a_hook_whose_output_cannot_be_read_has_failed(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task that waits for it failed, and its end was waited for until its budget was used up."""
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(process_module._Output, "read_rest", fail)
+    result = await run(script("exit 0"))
+    assert not result.ok
+    assert "MemoryError" in result.why
+
+
 async def test_a_hook_that_other_code_has_reaped_is_no_success(script: Script) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

@@ -464,6 +464,22 @@ async def test_a_webhook_that_fails_in_a_way_that_nobody_knows_of_has_failed(
     assert "RuntimeError" in result.why or "of a library" in result.why
 
 
+@pytest.mark.parametrize("end", [HookRun.term, HookRun.kill])
+async def test_a_webhook_that_is_stopped_before_its_task_runs_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[HookRun], None]
+) -> None:
+    """A task that is cancelled before its first step runs no line, so its run was waited for without end."""
+    begin = Webhook.start
+
+    def begin_and_stop(webhook: Webhook, payload: dict[str, Any]) -> None:
+        begin(webhook, payload)
+        end(one)
+
+    monkeypatch.setattr(Webhook, "start", begin_and_stop)
+    one = start(webhook("http://127.0.0.1:1/x"))
+    assert "no answer" in (await end_of(one)).why
+
+
 async def test_an_unreachable_server_is_a_failure_and_no_proxy_is_used(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,7 +317,7 @@ def test_the_demotion_after_a_failed_loop_ends_before_systemds_watchdog_and_befo
         pass
     if ends:
         (stage.directory / "go").touch()
-    assert agent.wait() == ExitCode.TASK_FAILED
+    assert agent.wait() == (ExitCode.TASK_FAILED if ends else ExitCode.DEMOTION_FAILED)
     assert ends == (not agent.lines("demotion without the session failed"))
     (*_, line) = agent.lines("hook started hook=secondary")
     pid = int(line.partition("pid=")[2].split()[0])
@@ -359,7 +359,7 @@ def test_what_made_the_loop_fail_does_not_keep_the_tenure_alive(
     until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
     (stage.directory / "failed").touch()
     one.send(signal.SIGTERM)
-    assert one.wait() == ExitCode.TASK_FAILED
+    assert one.wait() == (ExitCode.TASK_FAILED if runs_hook else ExitCode.DEMOTION_FAILED)
     assert not writer_lives(stage, one)
     _, *again = one.lines("hook ended hook=secondary")  # the first one is that of the start
     assert bool(again) == runs_hook
@@ -385,3 +385,47 @@ def test_a_promotion_has_ended_before_the_demotion_after_a_failed_loop(
     (stage.directory / "failed").touch()
     assert one.wait() == ExitCode.TASK_FAILED
     assert not service.file.exists()
+
+
+def test_the_demotion_after_a_failed_loop_ends_with_the_lease(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It had all of its budget, however little of the lease was left: the writer lived on past L."""
+    body = f"cd {stage.directory}; test -e failed || exit 0; exec sleep 60"
+    flags = [f"--hook-secondary={stage.hook('host-a', 'hangs', body)}", "--no-guard"]
+    fails = [sys.executable, "-c", FAILS]
+    one = with_both(stage, "host-a", coordinator, *flags, before=fails)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_both(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    one.send(signal.SIGSTOP)
+    (stage.directory / "failed").touch()
+    left_s = one.state["active_until_boottime_s"] - time.clock_gettime(time.CLOCK_BOOTTIME)
+    time.sleep(left_s - 1.0)
+    one.send(signal.SIGCONT)
+    (stage.directory / "host-a.active").unlink()  # its hook, which hangs, would do that
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert one.wait() == ExitCode.DEMOTION_FAILED
+    assert other.end() == 0
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_demotion_after_a_failed_loop_is_repeated_and_then_fenced(
+    stage: Stage, coordinator: Coordinator, *, once: bool
+) -> None:
+    """It was tried once, and no fence command ran, though nobody knew whether the host was inactive."""
+    body = (
+        f"cd {stage.directory}; test -e failed || exit 0; test -e tried && touch again; touch tried"
+    )
+    body += "; test -e again || exit 1" if once else "; exit 1"
+    fence = stage.hook("host-a", "fence", f"touch {stage.directory}/fenced")
+    flags = [f"--hook-secondary={stage.hook('host-a', 'fails', body)}", f"--fence-command={fence}"]
+    fails = [sys.executable, "-c", FAILS]
+    one = with_both(stage, "host-a", coordinator, *flags, "--no-guard", before=fails)
+    one.until_role("Primary")
+    (stage.directory / "failed").touch()
+    assert one.wait() == (ExitCode.TASK_FAILED if once else ExitCode.DEMOTION_FAILED)
+    assert (stage.directory / "again").exists()
+    assert (stage.directory / "fenced").exists() != once

@@ -1,15 +1,19 @@
 """Child processes, and what they inherit."""
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from agent import proctree
 from agent.ops import process
 from agent.ops.process import Child
+from agent.proctree import ENDED
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,31 @@ async def test_only_demotion_hooks_keep_the_protection_from_the_oom_killer(
     assert (await child.wait()).code == 0
     child.release()
     assert score.read_text().split()[0] == theirs
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Popen knows that process only by half
+@pytest.mark.parametrize("owner", [os, proctree], ids=["after its exec", "after its fork"])
+async def test_no_command_runs_whose_start_has_failed(
+    monkeypatch: pytest.MonkeyPatch, owner: ModuleType
+) -> None:
+    """Memory lacked when its start was awaited: a demotion hook ran on beside its repetition, or into a new tenure."""
+    read = os.read
+
+    def without_memory(*given: int) -> bytes:
+        if given[1:] in {(), (50_000,)}:  # what Popen reads, to wait for the exec
+            raise MemoryError
+        return read(*given)
+
+    monkeypatch.setattr(owner, "read", without_memory)
+    child = Child(["/bin/sleep", "2"], start_new_session=True)
+    child.start()
+    await child.wait()
+    monkeypatch.undo()
+    child.release()
+    del child
+    gc.collect()
+    found = proctree.snapshot().values()
+    assert not [one for one in found if one.parent == os.getpid() and one.state not in ENDED]
 
 
 MANY = """

@@ -1,6 +1,7 @@
 """Names are resolved beside the loop: a resolver that hangs delays nothing else, and no exit."""
 
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
@@ -53,6 +54,31 @@ async def test_a_name_that_hangs_does_not_delay_another(names: Names) -> None:
     names.go_on.set()
     async with asyncio.timeout(LIMIT_S):
         await asyncio.gather(*hanging)
+
+
+async def test_the_failure_of_a_look_up_that_nobody_waits_for_is_no_failure_of_the_agent(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent stopped with 38: the caller's time was over before a dead name server was given up."""
+
+    def fail(host: Any, *rest: Any) -> Any:
+        names.getaddrinfo(host, *rest)
+        raise socket.gaierror(socket.EAI_AGAIN, "no name server answers")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    reported: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    ours = Resolver()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await ours.getaddrinfo("name.hangs", 80)
+    names.go_on.set()
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})  # retrieves no error
+    with pytest.raises(socket.gaierror):
+        await ours.getaddrinfo("name", 80)  # forgets the first one
+    gc.collect()
+    assert reported == []
 
 
 async def test_the_same_look_up_has_one_thread_and_survives_a_cancelled_caller(

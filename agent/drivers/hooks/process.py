@@ -322,13 +322,19 @@ class HookProcess:
 
     async def _watch(self, child: Child, stdin: IO[bytes], argv: Sequence[str]) -> None:
         result = await child.wait()
-        stdin.close()
-        self._output.read_rest()
+        unread = ""
+        try:
+            stdin.close()
+            self._output.read_rest()
+        except Exception as fault:  # noqa: BLE001 - the task's edge: somebody waits for the result
+            unread = str(fault) or type(fault).__name__
         if self._output.is_open:
             self._lingering = self._loop.call_later(LINGER_S, self._stop_reading)
         else:
             self._output.close()
-        if isinstance(result.error, ConfigError):
+        if unread:
+            self._finish(error=f"its output could not be read: {unread}")
+        elif isinstance(result.error, ConfigError):
             self._finish(error=str(result.error))
         elif result.error is not None:
             self._finish(error=_start_error(argv, result.error))

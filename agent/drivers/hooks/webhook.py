@@ -70,7 +70,7 @@ class Webhook:
         self._tls = tls
         self._secret = secret
         self._ended: asyncio.Future[HookExit] = asyncio.get_running_loop().create_future()
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[str | None] | None = None
         self._cancelled_by: str | None = None
 
     @property
@@ -81,6 +81,7 @@ class Webhook:
     def start(self, payload: Mapping[str, Any]) -> None:
         """Send ``payload`` as the body."""
         self._task = start_task(self._run(payload))
+        self._task.add_done_callback(self._finish)
 
     async def wait(self) -> HookExit:
         """Wait for the answer. May be called repeatedly."""
@@ -102,21 +103,24 @@ class Webhook:
             self._cancelled_by = self._cancelled_by or by
             self._task.cancel()
 
-    async def _run(self, payload: Mapping[str, Any]) -> None:
-        error: str | None = None
+    async def _run(self, payload: Mapping[str, Any]) -> str | None:
+        """Send it; return how that failed, or None."""
         try:
             async with asyncio.timeout(LONGEST_S):
-                error = await self._post(json.dumps(payload).encode())
-        except asyncio.CancelledError:
-            error = f"{self._shown} gave no answer before {self._cancelled_by}"
-            if self._cancelled_by is None:  # the event loop is ending, not only this hook
-                raise
+                return await self._post(json.dumps(payload).encode())
         except Exception as fault:  # noqa: BLE001 - whatever it is, the hook has not succeeded
-            error = f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
-        finally:
-            duration_s = self._clock.boottime() - self._started_at
-            code = 0 if error is None else None
-            self._ended.set_result(HookExit(code, None, duration_s, error=error))
+            return f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
+
+    def _finish(self, task: asyncio.Task[str | None]) -> None:
+        """Set the result. No part of the task itself: one that is cancelled at once runs no line of it."""
+        if task.cancelled():
+            before = self._cancelled_by or "the end of the agent"
+            error: str | None = f"{self._shown} gave no answer before {before}"
+        else:
+            error = task.result()
+        duration_s = self._clock.boottime() - self._started_at
+        code = 0 if error is None else None
+        self._ended.set_result(HookExit(code, None, duration_s, error=error))
 
     @property
     def _shown(self) -> str:

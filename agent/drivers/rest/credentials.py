@@ -23,6 +23,7 @@ from agent.drivers.rest.connections import Proxy, open_client
 from agent.drivers.rest.exchange import Answer, fault_of_url, quoted, send
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.names import Names
+from agent.ops.tasks import retrieve_error
 
 DISCOVERY_PATH = "/identity/.well-known/openid-configuration"
 """Path of the cloud service's OpenID discovery document, at the origin of the endpoint."""
@@ -145,7 +146,7 @@ class ClientCredentials(httpx2.Auth):
         fetch = self._fetching.get(origin)
         if fetch is None or fetch.done():
             fetch = self._fetching[origin] = asyncio.create_task(self._fetch(asked), name="token")
-            fetch.add_done_callback(_retrieve_error)
+            fetch.add_done_callback(retrieve_error)  # the next request fetches again
         return fetch
 
     async def _fetch(self, asked: httpx2.URL) -> None:
@@ -217,12 +218,6 @@ def _encodings(secret: str) -> Iterator[str]:
         yield secret
         yield quote_plus(secret)
         yield quote(secret, safe="")
-
-
-def _retrieve_error(task: asyncio.Task[None]) -> None:
-    """Retrieve the error of a background fetch: the next request fetches again."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _seconds(expires_in: Any) -> float:
