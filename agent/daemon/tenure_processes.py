@@ -5,6 +5,8 @@ started (ops/process_tree.py). The demotion hook is the one that was configured 
 a reload changes later tenures only. Knows nothing of when a demotion is due.
 """
 
+import hashlib
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -89,15 +91,20 @@ class TenureProcesses:
 
 
 class PreviousProcesses:
-    """The processes of tenures of previous agents of this member."""
+    """The processes of tenures of previous agents of this member. They are found even if its state file was lost.
 
-    def __init__(self) -> None:
-        self._trees: tuple[ProcessTree, ...] = ()
+    Args:
+        member: what nobody else on this host is: group, session and state file.
 
-    @property
-    def instances(self) -> tuple[str, ...]:
-        """The previous agents whose processes may be alive."""
-        return tuple(tree.value for tree in self._trees)
+    Attributes:
+        mark: with this, and a full stop, the marks of all agents of this member begin.
+        instances: the previous agents that the state file has.
+    """
+
+    def __init__(self, *member: str) -> None:
+        self.mark = hashlib.sha256(os.fsencode("\0".join(member))).hexdigest()[:16]
+        self.instances: tuple[str, ...] = ()
+        self._trees: tuple[ProcessTree, ...] = (ProcessTree(self.mark, since=0),)
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
@@ -112,13 +119,14 @@ class PreviousProcesses:
             known: processes that have no mark, such as a hook whose exec hangs.
         """
         for instance in instances:
-            tree = ProcessTree(instance, since=0, known=known)
+            tree = ProcessTree(f"{self.mark}.{instance}", since=0, known=known)
             tree.cgroup = tenure_cgroup(instance)
             self._trees += (tree,)
+            self.instances += (instance,)
 
     def forget(self) -> None:
         """Forget all processes: they are gone."""
-        self._trees = ()
+        self._trees, self.instances = (), ()
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all of these processes; return None once all are gone, else the reason why some are not."""

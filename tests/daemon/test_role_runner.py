@@ -430,12 +430,18 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
     assert (stage.directory / "demoted").read_text() == "first\n"
 
 
-async def test_marked_processes_of_a_previous_agent_are_killed(stage: Stage) -> None:
+def left_by(stage: Stage, instance: str) -> process.Popen:
+    """A process of a tenure of another agent of the member."""
+    env = {proctree.MARK: f"{stage.role_runner.leftover.mark}.{instance}.3"}
+    return process.Popen(["sleep", "1000"], env=env, start_new_session=True)
+
+
+async def test_marked_processes_of_a_previous_agent_are_killed_without_its_state_file(
+    stage: Stage,
+) -> None:
+    """They were found by its instance only, which the file has: when that was damaged or removed, they went on."""
     stage.open()
-    left = process.Popen(
-        ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
-    )
-    stage.role_runner.leftover.add(["earlier"])
+    left = left_by(stage, "earlier")
     assert await stage.role_runner.leftover.kill() is None
     assert left.wait() == -signal.SIGKILL
 
@@ -444,7 +450,7 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.open(hook_secondary=("/bin/true",))
-    left = process.Popen(["sleep", "1000"], env={proctree.MARK: "first.3"}, start_new_session=True)
+    left = left_by(stage, "first")
     leftover = stage.role_runner.leftover
     leftover.add(["first", "second"])
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
@@ -476,7 +482,8 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
             pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
         }
         assert pid in inside
-        later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
+        mark = stage.role_runner.process_mark
+        later = process_tree.ProcessTree(mark, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
         stage.role_runner.leftover.add([stage.instance])
         assert await stage.role_runner.leftover.kill() is None
@@ -535,7 +542,7 @@ def searches(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[set[proctree
 
     def find_and_record(tree: process_tree.ProcessTree) -> set[proctree.Process]:
         result = find(tree)
-        if tree.value == stage.instance:
+        if tree.value == stage.role_runner.process_mark:
             found.append(result)
         return result
 

@@ -216,6 +216,23 @@ def test_a_start_that_fails_first_stops_the_previous_agents_workload(
             output(stage).unlink()
 
 
+@pytest.mark.parametrize("left", [None, "", "{}"])
+def test_what_a_killed_agent_has_left_is_ended_without_its_state_file(
+    stage: Stage, coordinator: Coordinator, left: str | None
+) -> None:
+    """Its processes were known by that file only: removed, or damaged, the next agent joined beside them."""
+    one = by_exec(stage, "host-a", coordinator)
+    one.until_role("Primary")
+    until(lambda: len(writers(stage, one)) > 1, "the child of the workload")
+    kill_with_guard(one)
+    assert any(map(lives, writers(stage, one)))
+    one.state_file.unlink() if left is None else one.state_file.write_text(left)
+    again = by_exec(stage, "host-a", coordinator)
+    again.until_said("joined")
+    assert not any(map(lives, writers(stage, one)))
+    assert again.end() == 0
+
+
 def test_a_start_that_cannot_demote_logs_what_may_be_running_and_how_to_stop_it(
     stage: Stage, coordinator: Coordinator
 ) -> None:
