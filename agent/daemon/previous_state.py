@@ -52,7 +52,9 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
     if not isinstance(epoch, int) or not _is_instance(instance):
         return None
-    if state.get("stop_command") != list(stop_command):
+    scripts = state.get("stop_scripts")
+    whole = isinstance(scripts, list) and all(map(os.path.exists, map(str, scripts)))
+    if state.get("stop_command") != list(stop_command) or not whole:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,

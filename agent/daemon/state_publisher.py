@@ -127,6 +127,7 @@ class StatePublisher:
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": () if hook is None else hook.value,
+            "stop_scripts": () if hook is None else [step.argv[0] for step in hook.scripts],
             "pid": os.getpid(),
             "pid_start": self._pid_start,
             "version": __version__,

@@ -1,8 +1,8 @@
 """The processes of one tenure on this host, and its demotion hook.
 
 Owns what has to end before the role can be released: every process that a promotion of this tenure has
-started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started:
-a reload changes later tenures only. Knows nothing of when a demotion is due.
+started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started, with
+the scripts that its directory had then: a change affects later tenures only. Knows nothing of when a demotion is due.
 """
 
 import hashlib
@@ -71,7 +71,10 @@ class TenureProcesses:
         if self.demotion_hook is None:
             return None
         try:
-            await BlockingThread("demotion hook").run(self.demotion_hook.check, timeout_s=CHECK_S)
+            thread = BlockingThread("demotion hook")
+            self.demotion_hook = await thread.run(
+                self.demotion_hook.with_scripts, timeout_s=CHECK_S
+            )
         except (ConfigError, StuckError, OSError) as error:
             return str(error) or f"the demotion hook was not read within {CHECK_S:g} s"
         return None

@@ -18,7 +18,21 @@ from agent.errors import ConfigError, ExitCode
 
 
 def state(**given: Any) -> dict[str, Any]:
-    return {"boot": boot_id(), "store": "s", "stop_command": [], "instance": "b", **given}
+    stop: dict[str, Any] = {"stop_command": [], "stop_scripts": []}
+    return {"boot": boot_id(), "store": "s", "instance": "b", **stop, **given}
+
+
+@pytest.mark.parametrize(
+    ("scripts", "released"), [([], True), (["/bin/true"], True), (["/no/such"], False), (7, False)]
+)
+def test_a_tenure_is_not_released_if_a_script_of_its_demotion_is_gone(
+    scripts: Any,
+    *,
+    released: bool,
+) -> None:
+    """The first demotion runs those that are there, and the one that stops the workload was removed."""
+    given = state(unreleased={"epoch": 3, "instance": "a"}, stop_scripts=scripts)
+    assert (previous_tenure(given, []) is not None) is released
 
 
 def test_the_previous_agent_and_the_holder_of_an_unreleased_tenure_are_looked_for() -> None:

@@ -436,6 +436,24 @@ def left_by(stage: Stage, instance: str) -> process.Popen:
     return process.Popen(["sleep", "1000"], env=env, start_new_session=True)
 
 
+async def test_a_demotion_fails_without_a_script_of_its_directory_at_the_promotion(
+    stage: Stage,
+) -> None:
+    """The script that stops the workload was removed; the others succeeded, and the role was released."""
+    scripts = stage.directory / "secondary.d"
+    scripts.mkdir(0o755)
+    for name in ("10-other", "20-stop"):
+        os.rename(stage.hook("s", "exit 0")[0], scripts / name)  # noqa: PTH104 - nothing else runs
+    stage.open(hook_primary=stage.hook("p", "exit 0"), hook_secondary=(str(scripts),))
+    assert (await stage.run(Role.PRIMARY)).ok
+    (scripts / "20-stop").unlink()
+    facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
+    assert len((await stage.role_runner.build_guard_hook(facts, 1.0)).commands) == 2
+    ended = await stage.run(Role.SECONDARY)
+    assert not ended.ok
+    assert "20-stop" in ended.why
+
+
 async def test_marked_processes_of_a_previous_agent_are_killed_without_its_state_file(
     stage: Stage,
 ) -> None:
