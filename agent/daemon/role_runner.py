@@ -119,7 +119,7 @@ class RoleRunner:
         self._tracking: asyncio.Task[Any] | None = None
         self._quiet_searches = 0
         self._orphans = process.OrphanReaper(self._track_processes)
-        self.cgroup = tenure_cgroup(instance)
+        self.cgroup = tenure_cgroup(self.leftover.mark)
         self.workload: Workload | None = None
         if settings.workload:
             self.workload = Workload(

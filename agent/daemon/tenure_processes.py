@@ -94,47 +94,36 @@ class TenureProcesses:
 
 
 class PreviousProcesses:
-    """The processes of tenures of previous agents of this member. They are found even if its state file was lost.
+    """The processes of tenures of previous agents of this member, which are found even if its state file was lost.
 
     Args:
         member: what nobody else on this host is: group, session and state file.
 
     Attributes:
-        mark: with this, and a full stop, the marks of all agents of this member begin.
-        instances: the previous agents that the state file has.
+        mark: of this member. With it and a full stop the marks of all its agents begin.
     """
 
     def __init__(self, *member: str) -> None:
         self.mark = hashlib.sha256(os.fsencode("\0".join(member))).hexdigest()[:16]
-        self.instances: tuple[str, ...] = ()
-        self._trees: tuple[ProcessTree, ...] = (ProcessTree(self.mark, since=0),)
+        self._tree: ProcessTree | None = None
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
         """The processes from which the others descend, as of the last search."""
-        return tuple({root for tree in self._trees for root in tree.roots})
+        return () if self._tree is None else self._tree.roots
 
-    def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
-        """Add all processes of these agents.
-
-        Args:
-            instances: of the agents.
-            known: processes that have no mark, such as a hook whose exec hangs.
-        """
-        for instance in instances:
-            tree = ProcessTree(f"{self.mark}.{instance}", since=0, known=known)
-            tree.cgroup = tenure_cgroup(instance)
-            self._trees += (tree,)
-            self.instances += (instance,)
+    def follow(self, known: Iterable[proctree.Process] = ()) -> None:
+        """Find all of these processes from now on; ``known`` ones have no mark, such as a hook whose exec hangs."""
+        self._tree = ProcessTree(self.mark, since=0, known=known)
+        self._tree.cgroup = tenure_cgroup(self.mark)
 
     def forget(self) -> None:
         """Forget all processes: they are gone."""
-        self._trees, self.instances = (), ()
+        self._tree = None
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all of these processes; return None once all are gone, else the reason why some are not."""
-        reasons = [await tree.kill(limit_s) for tree in self._trees]
-        left = "; ".join(filter(None, reasons)) or None
+        left = None if self._tree is None else await self._tree.kill(limit_s)
         if left is not None:
             log.error("processes of a previous run are still alive", reason=left)
         return left

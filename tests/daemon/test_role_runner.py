@@ -459,6 +459,7 @@ async def test_marked_processes_of_a_previous_agent_are_killed_without_its_state
 ) -> None:
     """They were found by its instance only, which the file has: when that was damaged or removed, they went on."""
     stage.open()
+    stage.role_runner.leftover.follow()
     left = left_by(stage, "earlier")
     assert await stage.role_runner.leftover.kill() is None
     assert left.wait() == -signal.SIGKILL
@@ -470,16 +471,16 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     stage.open(hook_secondary=("/bin/true",))
     left = left_by(stage, "first")
     leftover = stage.role_runner.leftover
-    leftover.add(["first", "second"])
+    leftover.follow()
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "try_to_send", lambda *_: None)
         patch.setattr(proctree, "signal_groups", lambda *_: None)
         assert await leftover.kill(0.1) is not None
         stage.begin(Role.SECONDARY, limit_s=0.3)
         assert not (await stage.end()).ok
-    assert list(leftover.instances) == ["first", "second"]
+    assert [pid for pid, _ in leftover.roots] == [left.pid]
     assert (await stage.run(Role.SECONDARY)).ok
-    assert list(stage.role_runner.leftover.instances) == []
+    assert leftover.roots == ()
     assert left.wait() == -signal.SIGKILL
 
 
@@ -488,7 +489,7 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
 ) -> None:
     with new_cgroup() as folder:
         for module in (role_runner, tenure_processes):
-            monkeypatch.setattr(module, "tenure_cgroup", lambda instance: folder / instance)
+            monkeypatch.setattr(module, "tenure_cgroup", lambda member: folder / member)
         stage.open(
             hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
             hook_secondary=("/bin/true",),
@@ -503,10 +504,10 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
         mark = stage.role_runner.process_mark
         later = process_tree.ProcessTree(mark, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        stage.role_runner.leftover.add([stage.instance])
+        stage.role_runner.leftover.follow()
         assert await stage.role_runner.leftover.kill() is None
         assert not alive(pid)
-        assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
+        assert list(folder.iterdir()) == [] or not stage.role_runner.cgroup.exists()
 
 
 # -- the workload of exec ---------------------------------------------------------------------------
