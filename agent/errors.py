@@ -66,9 +66,19 @@ class FailoverError(Exception):
 
 
 class ConfigError(FailoverError):
-    """A setting, a flag or a file named by one is wrong. Nothing was started."""
+    """A setting, a flag or a file named by one is wrong. Nothing was started.
+
+    Attributes:
+        state_file: the agent's state file as far as it is known, or empty.
+    """
 
     exit_code = ExitCode.CONFIG_VALUE
+
+    def __init__(
+        self, message: str, *, exit_code: ExitCode | None = None, state_file: str = ""
+    ) -> None:
+        super().__init__(message, exit_code=exit_code)
+        self.state_file = state_file
 
 
 class TimingError(ConfigError):

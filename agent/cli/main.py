@@ -80,6 +80,8 @@ def _run(arguments: Sequence[str], replaced: "Mapping[str, click.Command]", *, d
         with ignored_signals():
             return run_agent(unparsed, debug=debug)
     except NoSettings as ended:
+        if ended.exit_code and ended.hint is not None:
+            _print_error(ended.hint, ended.exit_code)
         return ended.exit_code
 
 

@@ -45,6 +45,8 @@ another version was installed meanwhile it reads nothing, and only reports its v
 class NoSettings(Exception):  # noqa: N818 - a request for help is no error
     """The other process has printed a help text or a usage error itself, and ended with this code."""
 
+    hint: str | None = None
+
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"ended with code {exit_code}")
         self.exit_code = exit_code
@@ -121,10 +123,10 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
     finally:
         try:
             settings = process.receive()
-        except ConfigError as error:
-            from agent.daemon.leftover_workload import add_hint_of_usual_directory  # noqa: PLC0415 - likewise
+        except (ConfigError, NoSettings) as error:
+            from agent.daemon.leftover_workload import hint_of_state_files  # noqa: PLC0415 - likewise
 
-            add_hint_of_usual_directory(error)
+            error.hint = hint_of_state_files(getattr(error, "state_file", ""))
             raise
     code = run(settings, partial(_reread, arguments, debug=debug))
     gc.freeze()  # else the interpreter collects garbage at its end for 0.2 s, and the guard has to kill it

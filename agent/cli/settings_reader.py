@@ -33,10 +33,13 @@ def main(descriptor: int, arguments: Sequence[str]) -> int:
 
 
 def _document(given: Mapping[str, Any]) -> bytes:
+    origin = sources(AgentSettings, {**given, "config": None})
     try:
-        return exchange.dump(load_agent(sources(AgentSettings, given)))
+        origin = sources(AgentSettings, given)
+        return exchange.dump(load_agent(origin))
     except ConfigError as error:
-        return exchange.dump_error(error)
+        values = {**origin.file, **origin.environment, **origin.flags}
+        return exchange.dump_error(error, values.get("state_file"))
 
 
 def commands(handler: Handler) -> dict[str, click.Command]:

@@ -27,18 +27,19 @@ def add_hint(error: FailoverError, stop_command: Sequence[str]) -> None:
     error.hint = f"a workload of a previous run may still be active; {_to_stop_it(stop_command)}"
 
 
-def add_hint_of_usual_directory(error: FailoverError) -> None:
-    """Add a line for each member that died as primary, by the state files in the default directory."""
+def hint_of_state_files(given: str) -> str | None:
+    """A line for each member that died as primary, by the given state file, or all in the default directory."""
     lines = []
     with suppress(OSError):
-        for path in sorted(default_directory_path().glob("*.json")):
+        usual = sorted(default_directory_path().glob("*.json"))
+        for path in [Path(given)] if given else usual:
             command = _stop_command(path)
             if command is not None:
                 lines.append(
                     f"the member of {path} was primary when it died, and its workload may still be"
                     f" active; {_to_stop_it(command)}"
                 )
-    error.hint = "\n".join(lines) or None
+    return "\n".join(lines) or None
 
 
 def _to_stop_it(command: Sequence[str]) -> str:

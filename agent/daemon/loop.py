@@ -26,7 +26,6 @@ from agent.daemon.guard_control import BY_GUARD, GuardControl
 from agent.daemon.host_health import HostHealth
 from agent.daemon.member import Member, Published, build_announcer, build_options
 from agent.daemon.previous_state import (
-    previous_instances,
     previous_processes,
     previous_store,
     previous_tenure,
@@ -114,7 +113,7 @@ class Daemon:
             on_groups_changed=lambda: self._effects.on_groups_changed(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
-        role_runner.leftover.add(previous_instances(previous), previous_processes(previous))
+        role_runner.leftover.follow(previous_processes(previous))
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
         store = previous_store(previous)
         options = build_options(settings, session_id, role_runner, jitter, store)

@@ -16,7 +16,7 @@ from agent.drivers.statefile import StateFile, in_use
 from agent.ops.logs import Log
 
 INSTANCE = re.compile(r"[0-9A-Za-z-]{1,64}")
-"""The form of an instance: it is part of the path of a cgroup, and of an environment variable."""
+"""The form of an instance."""
 
 log = Log(__name__)
 
@@ -52,7 +52,9 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
     if not isinstance(epoch, int) or not _is_instance(instance):
         return None
-    if state.get("stop_command") != list(stop_command):
+    scripts = state.get("stop_scripts")
+    whole = isinstance(scripts, list) and all(map(os.path.exists, map(str, scripts)))
+    if state.get("stop_command") != list(stop_command) or not whole:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,
@@ -71,22 +73,6 @@ def boot_id() -> str | None:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return None
-
-
-def previous_instances(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """The instances of previous processes that may have left something running here.
-
-    If the last process had not finished its first demotion, it has promoted nothing; then these are the instances
-    whose processes it had to end.
-    """
-    if not is_of_this_boot(state):
-        return ()
-    given = state.get("leftover")
-    if not isinstance(given, list) or not given:
-        unreleased = state.get("unreleased")
-        held = unreleased.get("instance") if isinstance(unreleased, dict) else None
-        given = [state.get("instance"), held]
-    return tuple(dict.fromkeys(filter(_is_instance, given)))
 
 
 def previous_processes(state: Mapping[str, Any]) -> tuple[proctree.Process, ...]:

@@ -74,7 +74,7 @@ class RoleRunner:
         settings: hooks and workload.
         session_id: for the payload of hooks.
         state_file: likewise.
-        instance: the mark of this agent's processes, to find them again.
+        instance: part of the mark of this agent's processes, to find them again.
         stats: counts hooks.
         on_ended: receives HookEnded.
         on_groups_changed: called when the processes that the guard has to kill have changed.
@@ -110,16 +110,16 @@ class RoleRunner:
         self._runner = HookRunner(clock)
         self._specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
-        self.process_mark = instance
+        self.leftover = PreviousProcesses(settings.group, session_id, str(state_file))
+        self.process_mark = f"{self.leftover.mark}.{instance}"
         self.demotion_hook_started = False
-        self.leftover = PreviousProcesses()
         self._runs: dict[int, _Run] = {}
         self._tenure: TenureProcesses | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tracking: asyncio.Task[Any] | None = None
         self._quiet_searches = 0
         self._orphans = process.OrphanReaper(self._track_processes)
-        self.cgroup = tenure_cgroup(instance)
+        self.cgroup = tenure_cgroup(self.leftover.mark)
         self.workload: Workload | None = None
         if settings.workload:
             self.workload = Workload(
@@ -129,7 +129,7 @@ class RoleRunner:
                 on_workload_ended,
                 changed=on_groups_changed,
                 cgroup=self.cgroup / "workload" if self.cgroup is not None else None,
-                mark=f"{instance}.workload",
+                mark=f"{self.process_mark}.workload",
             )
         if self.workload is not None or set(PROMOTIONS) & set(self._specs):
             log_tracking_limits(self.cgroup)

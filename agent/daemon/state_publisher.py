@@ -122,11 +122,11 @@ class StatePublisher:
             "probe": role_runner.payloads.probe_url,
             "instance": member.instance,
             "unreleased": self._unreleased(),
-            "leftover": role_runner.leftover.instances,
             "processes": role_runner.known_processes,
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": () if hook is None else hook.value,
+            "stop_scripts": () if hook is None else [step.argv[0] for step in hook.scripts],
             "pid": os.getpid(),
             "pid_start": self._pid_start,
             "version": __version__,
@@ -189,7 +189,6 @@ class StatePublisher:
             self._member.role_runner.payloads.probe_url,
             self.unfit_reason(),
             self._unreleased_epoch,
-            self._member.role_runner.leftover.instances,
             self._member.role_runner.known_processes,
         )
         if key == self._scheduled_key:

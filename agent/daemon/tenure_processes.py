@@ -1,10 +1,12 @@
 """The processes of one tenure on this host, and its demotion hook.
 
 Owns what has to end before the role can be released: every process that a promotion of this tenure has
-started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started:
-a reload changes later tenures only. Knows nothing of when a demotion is due.
+started (ops/process_tree.py). The demotion hook is the one that was configured when the first promotion started, with
+the scripts that its directory had then: a change affects later tenures only. Knows nothing of when a demotion is due.
 """
 
+import hashlib
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -69,7 +71,10 @@ class TenureProcesses:
         if self.demotion_hook is None:
             return None
         try:
-            await BlockingThread("demotion hook").run(self.demotion_hook.check, timeout_s=CHECK_S)
+            thread = BlockingThread("demotion hook")
+            self.demotion_hook = await thread.run(
+                self.demotion_hook.with_scripts, timeout_s=CHECK_S
+            )
         except (ConfigError, StuckError, OSError) as error:
             return str(error) or f"the demotion hook was not read within {CHECK_S:g} s"
         return None
@@ -89,41 +94,36 @@ class TenureProcesses:
 
 
 class PreviousProcesses:
-    """The processes of tenures of previous agents of this member."""
+    """The processes of tenures of previous agents of this member, which are found even if its state file was lost.
 
-    def __init__(self) -> None:
-        self._trees: tuple[ProcessTree, ...] = ()
+    Args:
+        member: what nobody else on this host is: group, session and state file.
 
-    @property
-    def instances(self) -> tuple[str, ...]:
-        """The previous agents whose processes may be alive."""
-        return tuple(tree.value for tree in self._trees)
+    Attributes:
+        mark: of this member. With it and a full stop the marks of all its agents begin.
+    """
+
+    def __init__(self, *member: str) -> None:
+        self.mark = hashlib.sha256(os.fsencode("\0".join(member))).hexdigest()[:16]
+        self._tree: ProcessTree | None = None
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
         """The processes from which the others descend, as of the last search."""
-        return tuple({root for tree in self._trees for root in tree.roots})
+        return () if self._tree is None else self._tree.roots
 
-    def add(self, instances: Iterable[str], known: Iterable[proctree.Process] = ()) -> None:
-        """Add all processes of these agents.
-
-        Args:
-            instances: of the agents.
-            known: processes that have no mark, such as a hook whose exec hangs.
-        """
-        for instance in instances:
-            tree = ProcessTree(instance, since=0, known=known)
-            tree.cgroup = tenure_cgroup(instance)
-            self._trees += (tree,)
+    def follow(self, known: Iterable[proctree.Process] = ()) -> None:
+        """Find all of these processes from now on; ``known`` ones have no mark, such as a hook whose exec hangs."""
+        self._tree = ProcessTree(self.mark, since=0, known=known)
+        self._tree.cgroup = tenure_cgroup(self.mark)
 
     def forget(self) -> None:
         """Forget all processes: they are gone."""
-        self._trees = ()
+        self._tree = None
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all of these processes; return None once all are gone, else the reason why some are not."""
-        reasons = [await tree.kill(limit_s) for tree in self._trees]
-        left = "; ".join(filter(None, reasons)) or None
+        left = None if self._tree is None else await self._tree.kill(limit_s)
         if left is not None:
             log.error("processes of a previous run are still alive", reason=left)
         return left

@@ -260,7 +260,7 @@ class ProcessTree:
             if marked is None and process in skipped:
                 marked = False  # unknown, so an orphan counts as one of the tenure
             elif marked is None:
-                variables = _contents(stat.thread, "environ").split(b"\0")
+                variables = proctree.environment(stat, _contents).split(b"\0")
                 _unreadable.discard(process)
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
@@ -278,13 +278,13 @@ class ProcessTree:
         return variable == self._mark or variable.startswith(self._mark + b".")
 
 
-def tenure_cgroup(instance: str) -> Path | None:
+def tenure_cgroup(member: str) -> Path | None:
     """Directory of the cgroup of an agent's tenures; those of hooks and workload are below it.
 
-    None where none can be created. The next agent on this host finds it by the same instance.
+    None where none can be created. The next agent of this member finds it by the same mark.
     """
     own = own_cgroup()
-    return None if own is None else own / f"failover-{instance}"
+    return None if own is None else own / f"failover-{member}"
 
 
 def own_cgroup() -> Path | None:

@@ -26,11 +26,10 @@ def dump(settings: AgentSettings) -> bytes:
     return json.dumps({"version": __version__, "settings": settings}, default=_to_json).encode()
 
 
-def dump_error(error: ConfigError) -> bytes:
-    """Write a document with the error that settings could not be read."""
-    return json.dumps(
-        {"version": __version__, "error": str(error), "exit_code": int(error.exit_code)}
-    ).encode()
+def dump_error(error: ConfigError, state_file: object) -> bytes:
+    """Write a document with the error that settings could not be read, and the state file that was given."""
+    given = {"error": str(error), "exit_code": error.exit_code, "state_file": str(state_file or "")}
+    return json.dumps({"version": __version__, **given}).encode()
 
 
 def load(document: bytes) -> AgentSettings:
@@ -44,7 +43,8 @@ def load(document: bytes) -> AgentSettings:
         given = json.loads(document)
         check_version(given["version"])
         if "error" in given:
-            raise ConfigError(given["error"], exit_code=ExitCode(given["exit_code"]))
+            code, state_file = ExitCode(given["exit_code"]), given["state_file"]
+            raise ConfigError(given["error"], exit_code=code, state_file=state_file)
         settings: AgentSettings = _table(given["settings"], AgentSettings, "settings")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(

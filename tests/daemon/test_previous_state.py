@@ -9,7 +9,6 @@ import pytest
 from agent import proctree
 from agent.daemon.previous_state import (
     boot_id,
-    previous_instances,
     previous_tenure,
     read_previous,
 )
@@ -18,31 +17,30 @@ from agent.errors import ConfigError, ExitCode
 
 
 def state(**given: Any) -> dict[str, Any]:
-    return {"boot": boot_id(), "store": "s", "stop_command": [], "instance": "b", **given}
+    stop: dict[str, Any] = {"stop_command": [], "stop_scripts": []}
+    return {"boot": boot_id(), "store": "s", "instance": "b", **stop, **given}
 
 
-def test_the_previous_agent_and_the_holder_of_an_unreleased_tenure_are_looked_for() -> None:
-    assert previous_instances(state()) == ("b",)
-    unreleased = {"epoch": 3, "instance": "a"}
-    assert previous_instances(state(unreleased=unreleased)) == ("b", "a")
-    assert previous_instances(state(unreleased=unreleased, boot="other")) == ()
-
-
-def test_what_the_first_demotion_of_the_previous_agent_has_not_ended_is_looked_for_again() -> None:
-    assert previous_instances(state(leftover=["a", "0"])) == ("a", "0")
-    assert previous_instances(state(leftover=[])) == ("b",)
+@pytest.mark.parametrize(
+    ("scripts", "released"), [([], True), (["/bin/true"], True), (["/no/such"], False), (7, False)]
+)
+def test_a_tenure_is_not_released_if_a_script_of_its_demotion_is_gone(
+    scripts: Any,
+    *,
+    released: bool,
+) -> None:
+    """The first demotion runs those that are there, and the one that stops the workload was removed."""
+    given = state(unreleased={"epoch": 3, "instance": "a"}, stop_scripts=scripts)
+    assert (previous_tenure(given, []) is not None) is released
 
 
 @pytest.mark.parametrize("wrong", [[1], "a", 7, True, {"instance": 7}, {"instance": "../../x"}])
 def test_a_state_of_another_form_is_ignored(wrong: Any) -> None:
-    assert previous_instances(state(unreleased=wrong)) == ("b",)
     assert previous_tenure(state(unreleased=wrong), []) is None
 
 
 @pytest.mark.parametrize("wrong", ["", "../..", "a/b", "a\0", "\ud800", "x" * 65, None, [], {}])
-def test_an_instance_that_could_be_another_path_or_no_variable_is_ignored(wrong: Any) -> None:
-    assert previous_instances(state(instance=wrong)) == ()
-    assert previous_instances(state(leftover=[wrong, "a"])) == ("a",)
+def test_an_instance_of_another_form_is_ignored(wrong: Any) -> None:
     assert previous_tenure(state(unreleased={"epoch": 3, "instance": wrong}), []) is None
 
 

@@ -430,12 +430,37 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
     assert (stage.directory / "demoted").read_text() == "first\n"
 
 
-async def test_marked_processes_of_a_previous_agent_are_killed(stage: Stage) -> None:
+def left_by(stage: Stage, instance: str) -> process.Popen:
+    """A process of a tenure of another agent of the member."""
+    env = {proctree.MARK: f"{stage.role_runner.leftover.mark}.{instance}.3"}
+    return process.Popen(["sleep", "1000"], env=env, start_new_session=True)
+
+
+async def test_a_demotion_fails_without_a_script_of_its_directory_at_the_promotion(
+    stage: Stage,
+) -> None:
+    """The script that stops the workload was removed; the others succeeded, and the role was released."""
+    scripts = stage.directory / "secondary.d"
+    scripts.mkdir(0o755)
+    for name in ("10-other", "20-stop"):
+        os.rename(stage.hook("s", "exit 0")[0], scripts / name)  # noqa: PTH104 - nothing else runs
+    stage.open(hook_primary=stage.hook("p", "exit 0"), hook_secondary=(str(scripts),))
+    assert (await stage.run(Role.PRIMARY)).ok
+    (scripts / "20-stop").unlink()
+    facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
+    assert len((await stage.role_runner.build_guard_hook(facts, 1.0)).commands) == 2
+    ended = await stage.run(Role.SECONDARY)
+    assert not ended.ok
+    assert "20-stop" in ended.why
+
+
+async def test_marked_processes_of_a_previous_agent_are_killed_without_its_state_file(
+    stage: Stage,
+) -> None:
+    """They were found by its instance only, which the file has: when that was damaged or removed, they went on."""
     stage.open()
-    left = process.Popen(
-        ["sleep", "1000"], env={proctree.MARK: "earlier.3"}, start_new_session=True
-    )
-    stage.role_runner.leftover.add(["earlier"])
+    stage.role_runner.leftover.follow()
+    left = left_by(stage, "earlier")
     assert await stage.role_runner.leftover.kill() is None
     assert left.wait() == -signal.SIGKILL
 
@@ -444,18 +469,18 @@ async def test_the_first_demotion_fails_while_processes_of_any_previous_agent_ar
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.open(hook_secondary=("/bin/true",))
-    left = process.Popen(["sleep", "1000"], env={proctree.MARK: "first.3"}, start_new_session=True)
+    left = left_by(stage, "first")
     leftover = stage.role_runner.leftover
-    leftover.add(["first", "second"])
+    leftover.follow()
     with monkeypatch.context() as patch:  # as if it were in an uninterruptible call
         patch.setattr(proctree, "try_to_send", lambda *_: None)
         patch.setattr(proctree, "signal_groups", lambda *_: None)
         assert await leftover.kill(0.1) is not None
         stage.begin(Role.SECONDARY, limit_s=0.3)
         assert not (await stage.end()).ok
-    assert list(leftover.instances) == ["first", "second"]
+    assert [pid for pid, _ in leftover.roots] == [left.pid]
     assert (await stage.run(Role.SECONDARY)).ok
-    assert list(stage.role_runner.leftover.instances) == []
+    assert leftover.roots == ()
     assert left.wait() == -signal.SIGKILL
 
 
@@ -464,7 +489,7 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
 ) -> None:
     with new_cgroup() as folder:
         for module in (role_runner, tenure_processes):
-            monkeypatch.setattr(module, "tenure_cgroup", lambda instance: folder / instance)
+            monkeypatch.setattr(module, "tenure_cgroup", lambda member: folder / member)
         stage.open(
             hook_primary=stage.hook("primary", ESCAPE.format(stage.directory / "one.pid")),
             hook_secondary=("/bin/true",),
@@ -476,12 +501,13 @@ async def test_unmarked_processes_in_the_cgroup_of_a_previous_agent_are_killed(
             pid for pid, _ in proctree.in_cgroup(proctree.snapshot(), str(stage.role_runner.cgroup))
         }
         assert pid in inside
-        later = process_tree.ProcessTree(stage.instance, since=process_tree._now() + 10**6)
+        mark = stage.role_runner.process_mark
+        later = process_tree.ProcessTree(mark, since=process_tree._now() + 10**6)
         assert pid not in {one for one, _ in later.find()}
-        stage.role_runner.leftover.add([stage.instance])
+        stage.role_runner.leftover.follow()
         assert await stage.role_runner.leftover.kill() is None
         assert not alive(pid)
-        assert list(folder.iterdir()) == [] or not (folder / stage.instance).exists()
+        assert list(folder.iterdir()) == [] or not stage.role_runner.cgroup.exists()
 
 
 # -- the workload of exec ---------------------------------------------------------------------------
@@ -589,7 +615,7 @@ def searches(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[set[proctree
 
     def find_and_record(tree: process_tree.ProcessTree) -> set[proctree.Process]:
         result = find(tree)
-        if tree.value == stage.instance:
+        if tree.value == stage.role_runner.process_mark:
             found.append(result)
         return result
 

@@ -181,6 +181,28 @@ async def test_a_script_is_checked_again_when_it_runs(hooks: Path) -> None:
     assert "can be written" in result.why
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: (path / "b").unlink(),
+        lambda path: (path / "b").rename(path / "b.bak"),
+        lambda path: (path.rename(path.parent / "was"), script(path, "exit 0")),
+    ],
+)
+async def test_a_script_that_belongs_to_each_run_is_a_failure_if_it_is_gone(
+    hooks: Path, change: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    script(hooks / "b", "echo b")
+    hook = spec(hooks, all_steps=True).with_scripts()
+    script(hooks / "a", "echo a")
+    assert (await run(hook)).ok
+    assert lines(caplog) == ["a", "b"]
+    change(hooks)
+    assert "b: " in (await run(hook)).why
+    with pytest.raises(ConfigError):
+        hook.with_scripts()
+
+
 async def test_an_emptied_directory_is_a_failure(hooks: Path) -> None:
     script(hooks / "a", "exit 0").unlink()
     assert "it has no script" in (await run(spec(hooks))).why

@@ -217,27 +217,54 @@ def test_a_start_that_fails_first_stops_the_previous_agents_workload(
             output(stage).unlink()
 
 
+@pytest.mark.parametrize("left", [None, "", "{}"])
+def test_what_a_killed_agent_has_left_is_ended_without_its_state_file(
+    stage: Stage, coordinator: Coordinator, left: str | None
+) -> None:
+    """Its processes were known by that file only: removed, or damaged, the next agent joined beside them."""
+    one = by_exec(stage, "host-a", coordinator)
+    one.until_role("Primary")
+    until(lambda: len(writers(stage, one)) > 1, "the child of the workload")
+    kill_with_guard(one)
+    assert any(map(lives, writers(stage, one)))
+    one.state_file.unlink() if left is None else one.state_file.write_text(left)
+    again = by_exec(stage, "host-a", coordinator)
+    again.until_said("joined")
+    assert not any(map(lives, writers(stage, one)))
+    assert again.end() == 0
+
+
 def test_a_start_that_cannot_demote_logs_what_may_be_running_and_how_to_stop_it(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    directory = stage.directory / "run"
-    directory.mkdir()
-    hook = stage.hook("host-a", "secondary")
-    words = [f"--hook-secondary={hook}", f"--state-file={directory / 'a.json'}"]
-    one = start(stage, "host-a", coordinator, flags=words, RUNTIME_DIRECTORY=str(directory))
-    until(lambda: "role changed" in one.said(), "it to be primary")
-    until(lambda: '"Primary"' in (directory / "a.json").read_text(), "the state file")
+    """It looked into the default directory only, and not at all after a usage error."""
+    hook, config = stage.hook("host-a", "secondary"), stage.directory / "agent.toml"
+    one = start(stage, "host-a", coordinator, flags=[f"--hook-secondary={hook}"])
+    one.until_role("Primary")
     kill_with_guard(one)
-    again = start(
-        stage,
-        "host-a",
-        coordinator,
-        flags=[*words, "--failover-timeout=nonsense"],
-        RUNTIME_DIRECTORY=str(directory),
+    elsewhere, usual = (
+        {"RUNTIME_DIRECTORY": "/no/such"},
+        {"RUNTIME_DIRECTORY": str(stage.directory)},
     )
-    assert again.wait() == ExitCode.CONFIG_VALUE
-    assert "its workload may still be active" in again.said()
-    assert f"to stop it, run: {hook}" in again.said()
+    state = f'state_file = "{one.state_file}"\n'
+    variable = elsewhere | {"FAILOVER_AGENT_STATE_FILE": str(one.state_file)}
+    flag, name = f"--state-file={one.state_file}", f"--config={config}"
+    cases = [
+        ([], "", usual, ExitCode.CONFIG_VALUE),  # no group
+        (["--no-such-flag"], "", usual, ExitCode.USAGE),
+        ([flag, "--group=g", "--hook-secondary=/no/such"], "", elsewhere, ExitCode.HOOK_MISSING),
+        ([flag, name], "a = = 3", elsewhere, ExitCode.CONFIG_FILE),
+        ([name], "no_such_key = 3", variable, ExitCode.CONFIG_UNKNOWN_KEY),
+        ([name], f"{state}group = 3", elsewhere, ExitCode.CONFIG_VALUE),
+    ]
+    for flags, text, variables, code in cases:
+        config.write_text(text)
+        again = stage.process("host-a", "run", *flags, **variables)
+        assert again.wait() == code, again.said()
+        assert "its workload may still be active" in again.said()
+        assert f"to stop it, run: {hook}" in again.said()
+    asks = stage.process("host-b", "run", "--help", **usual)
+    assert (asks.wait(), asks.said()) == (0, "")
 
 
 # -- a reload ---------------------------------------------------------------------------------------

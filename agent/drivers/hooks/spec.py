@@ -8,7 +8,7 @@ import os
 import pwd
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -65,6 +65,7 @@ class HookSpec:
         secret: signs webhooks.
         tls: verifies https servers; None without a webhook.
         writable_directories: see ``HookCheck``.
+        scripts: scripts of a directory that belong to each run, even if they are not there any more.
     """
 
     name: str
@@ -75,13 +76,14 @@ class HookSpec:
     secret: bytes | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
     writable_directories: bool = False
+    scripts: tuple[CommandStep, ...] = ()
 
     @property
     def form(self) -> Form:
         """The form of the hook; a path is looked up in the file system each time."""
         if self.value[0].startswith(("http://", "https://")):
             return Form.WEBHOOK
-        if len(self.value) == 1 and Path(self.value[0]).is_dir():
+        if self.scripts or (len(self.value) == 1 and Path(self.value[0]).is_dir()):
             return Form.DIRECTORY
         return Form.COMMAND
 
@@ -119,8 +121,15 @@ class HookSpec:
                 self._checker.check_command(self.value)
             case Form.DIRECTORY:
                 self._checker.check_directory(Path(self.value[0]))
+                for step in self.scripts:
+                    self.recheck(step)
             case Form.WEBHOOK:
                 pass
+
+    def with_scripts(self) -> "HookSpec":
+        """This hook, checked, to which the scripts that are there now belong for good. Raises ConfigError."""
+        self.check()
+        return replace(self, scripts=self._scripts()) if self.form is Form.DIRECTORY else self
 
     def recheck(self, step: CommandStep) -> None:
         """Check a script again before its start: it may have changed. Raises ConfigError."""
@@ -139,12 +148,13 @@ class HookSpec:
             reason = "it has no script"
         except OSError as error:
             scripts, reason = (), str(error.strerror)
-        if not scripts:
+        steps = {CommandStep((str(script),), script.name) for script in scripts}.union(self.scripts)
+        if not steps:
             raise ConfigError(
                 f"hook {self.name}: {directory} cannot be run: {reason}",
                 exit_code=ExitCode.HOOK_MISSING,
             )
-        return tuple(CommandStep((str(script),), script.name) for script in scripts)
+        return tuple(sorted(steps, key=lambda step: os.fsencode(step.argv[0])))
 
 
 def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
