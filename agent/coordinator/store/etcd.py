@@ -76,7 +76,7 @@ class EtcdCluster:
                 f"shards is {shards}, and the store under {prefix} of etcd was made with {meta.shards}:"
                 f" set shards to {meta.shards}; it is fixed when a store is made"
             )
-        if meta.is_copy or meta.schema < SCHEMA:
+        if meta.copy_id or meta.schema < SCHEMA:
             await cls._begin_to_serve(etcd, prefix, meta)
             return await cls.open(etcd, prefix, shards)
         return cls(etcd, Layout(prefix, shards), meta)
@@ -90,7 +90,7 @@ class EtcdCluster:
         """
         key = f"{prefix}/meta"
         text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
-        unserved = [] if meta.is_copy else [if_none(f"{Layout(prefix, meta.shards).live}members/")]
+        unserved = [] if meta.copy_id else [if_none(f"{Layout(prefix, meta.shards).live}members/")]
         known = if_revision(key, meta.revision)
         if (await etcd.txn([known, *unserved], [put(key, text)])).succeeded or not unserved:
             return
