@@ -23,6 +23,7 @@ from agent.coordinator.store.data_dir import (
     UNFINISHED,
     DataDir,
     explain,
+    mark,
     open_data_dir,
 )
 from agent.coordinator.store.etcd import EtcdCluster
@@ -198,7 +199,7 @@ class SqlitePlace:
     async def write(self, snapshot: Snapshot, store_id: str) -> None:
         try:
             with self._db:
-                self._data_dir.mark(moved_to=UNFINISHED, copy_id=self._copy_id)
+                mark(self._db, moved_to=UNFINISHED, copy_id=self._copy_id)
                 self._write(snapshot, store_id)
         except apsw.Error as error:
             raise explain(error, self._data_dir.path.parent) from error
@@ -243,7 +244,7 @@ class SqlitePlace:
 
     def _mark(self, moved_to: str | None, copy_id: int) -> None:
         try:
-            self._data_dir.mark(moved_to=moved_to, copy_id=copy_id)
+            mark(self._db, moved_to=moved_to, copy_id=copy_id)
         except apsw.Error as error:
             raise explain(error, self._data_dir.path.parent) from error
 

@@ -132,10 +132,6 @@ class DataDir:
     copy_id: int = 0
     """A number of the copy that was made here, which is in its source's mark, too; 0 if the store was served since."""
 
-    def mark(self, *, moved_to: str | None, copy_id: int) -> None:
-        """Record whether the store was moved, or is a copy. Raises apsw.Error."""
-        _mark(self.database, moved_to, copy_id)
-
     def declare_restored(self) -> None:
         """Record that the store was put back from an older copy. Raises apsw.Error."""
         self.database.execute(RESTORED)
@@ -332,7 +328,7 @@ def _create(path: Path, *, unfinished_copy: bool) -> None:
         empty.execute(SCHEMA)
         empty.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
         if unfinished_copy:
-            _mark(empty, UNFINISHED, 1)
+            mark(empty, moved_to=UNFINISHED, copy_id=1)
         content = empty.serialize("main")
     unfinished = path.with_name(path.name + ".new")  # may be left by a process that died here
     try:
@@ -417,7 +413,8 @@ def _upgrade_records(database: apsw.Connection, path: Path) -> None:
             )
 
 
-def _mark(database: apsw.Connection, moved_to: str | None, copy_id: int) -> None:
+def mark(database: apsw.Connection, *, moved_to: str | None, copy_id: int) -> None:
+    """Record whether the store was moved, or is a copy, as a DataDir has it. Raises apsw.Error."""
     database.execute(MOVED)
     database.execute(
         "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",

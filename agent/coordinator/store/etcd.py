@@ -121,13 +121,16 @@ class EtcdCluster:
         key = self.layout.access(tenant, namespace)
         where = f"{tenant}/{namespace}"
         change = delete(key) if acl is None else put(key, encode(acl, where))
-        changed = self.layout.access_changed
+        changed, meta = self.layout.access_changed, self.layout.meta
+        same_store = if_revision(meta, self.meta.revision)
         while True:  # every change writes that key
             unchanged = if_revision(changed, await self.etcd.revision(changed))
             check_caller()
             steps = [change, put(changed, str(uuid.uuid4()))]
-            if (await self.etcd.txn([unchanged], steps)).succeeded:
+            if (await self.etcd.txn([same_store, unchanged], steps)).succeeded:
                 return
+            if await self.etcd.revision(meta) != self.meta.revision:
+                raise StoreError(f"the store under {self.layout.prefix} was moved or removed")
 
     async def is_restored(self) -> bool:
         """Whether the store was declared as restored from a copy, and is not trusted again."""

@@ -11,7 +11,7 @@ import pytest
 
 from agent.coordinator.store import copy as copies
 from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy, trust_etcd
-from agent.coordinator.store.data_dir import UNFINISHED, DataDir
+from agent.coordinator.store.data_dir import UNFINISHED
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Done,
@@ -310,7 +310,7 @@ async def test_a_source_that_cannot_be_marked_is_a_clear_error(
         raise apsw.FullError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DataDir, "mark", full)
+        patch.setattr(copies, "mark", full)
         with pytest.raises(StoreError) as caught:
             await places.to_etcd()
     assert caught.value.exit_code is ExitCode.DATA_DIR_FULL
@@ -342,6 +342,18 @@ async def test_a_store_that_is_served_is_not_copied(
     await places.etcd.txn([], [put(cluster.layout.member("1"), "{}")])
     with pytest.raises(StoreError, match="a coordinator serves"):
         await places.to_sqlite(tmp_path / "new")
+
+
+async def test_a_coordinator_that_lost_its_session_changes_no_access_list_of_a_moved_store(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    """Such as one that was frozen. It would confirm a change that the store that is served now does not have."""
+    await places.to_etcd()
+    cluster = await places.serve_etcd()
+    await places.to_sqlite(tmp_path / "new")
+    with pytest.raises(StoreError, match="was moved or removed"):
+        await cluster.set_access("t", "n", None)
+    assert await cluster.access("t", "n") == ACL
 
 
 async def test_nothing_to_copy_is_an_error(places: Places, tmp_path: Path) -> None:
