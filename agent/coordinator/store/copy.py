@@ -377,10 +377,9 @@ class EtcdPlace:
         for part in ("shards", "access"):
             prefix = f"{layout.prefix}/{part}/"
             await self._write([delete(prefix, end_of(prefix))])
-        await self._cluster.trust()
-        steps: list[Json] = []
+        steps: list[Json] = [delete(layout.restored)]
         if snapshot.restored:
-            steps.append(put(layout.restored, str(uuid.uuid4())))
+            steps = [put(layout.restored, str(uuid.uuid4()))]
         for key, epoch in snapshot.retired.items():
             steps.append(put(layout.retired(key), str(epoch)))
         for key, record in snapshot.groups.items():

@@ -203,6 +203,30 @@ async def test_a_write_of_a_copy_that_was_cut_off_cannot_come_after_the_next_cop
     assert not (await places.etcd.txn(*held[0])).succeeded
 
 
+async def test_a_copy_that_was_overtaken_changes_nothing_of_the_next_one(
+    places: Places, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It withdrew the declaration that the store was restored."""
+    store = SqliteStore.open(tmp_path / "restored")
+    await store.declare_restored()
+    await store.close()
+    write, writes = EtcdPlace._write, 0
+
+    async def overtaken(self: EtcdPlace, steps: list[Json]) -> None:
+        nonlocal writes
+        await write(self, steps)
+        writes += 1
+        if writes == 2:
+            await places.to_etcd(tmp_path / "restored")
+
+    monkeypatch.setattr(EtcdPlace, "_write", overtaken)
+    with pytest.raises(StoreError, match="another copy is in progress"):
+        await places.to_etcd()
+    cluster = await places.serve_etcd()
+    assert cluster.store_id == store.store_id
+    assert await cluster.is_restored()
+
+
 async def test_a_source_is_served_no_more_if_its_copy_may_be_finished(
     places: Places, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
