@@ -98,7 +98,7 @@ async def copy(source: Place, target: Place, *, clone: bool) -> Snapshot:
     if source.moved_to not in {None, target.name} and not clone:
         raise StoreError(
             f"{source.name} was copied to {source.moved_to}: two copies with one id could make two"
-            " primaries; copy to that place again, or make a clone with --clone; nothing was changed",
+            " primaries; copy into that very copy again, or make a clone with --clone",
             exit_code=ExitCode.STORE_MOVED,
         )
     store_id = str(uuid.uuid4()) if clone else source.store_id
