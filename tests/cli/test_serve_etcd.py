@@ -21,6 +21,8 @@ COMPLETE = (*ETCD, "--advertise=http://127.0.0.1:2")
         ((*COMPLETE, "--etcd-endpoint=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
         ((*ETCD, "--advertise=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
         ((*ETCD, "--advertise=http://127.0.0.1:2/path"), "without a path"),
+        ((*ETCD, "--advertise=http://127.0.0.1:2?"), "must not have a query"),  # even an empty one
+        ((*COMPLETE, "--etcd-endpoint=http://127.0.0.1:1/#"), "must not have a query"),
         ((*COMPLETE, "--etcd-endpoint=ftp://127.0.0.1:1"), "http"),
         ((*COMPLETE, "--etcd-prefix=x"), "must be like /failover-agent"),
         ((*COMPLETE, "--etcd-prefix=/x/"), "must be like /failover-agent"),

@@ -3,7 +3,7 @@
 A copy has the id of its source, so agents continue with it. To prevent that both are served, the source is marked as
 moved before the copy may be served; a clone gets an id of its own instead. Only a store that nobody serves is
 copied. What was written is read back and compared. A copy that was interrupted cannot be served, but can be made
-again.
+again: into the same target if its source is marked already, since another one could be a second of that name.
 """
 
 import json
@@ -18,7 +18,14 @@ from typing import Protocol
 import apsw
 
 from agent.coordinator.store.codec import decode, decode_progress, encode, name_of
-from agent.coordinator.store.data_dir import DATABASE_NAME, DataDir, explain, open_data_dir
+from agent.coordinator.store.data_dir import (
+    DATABASE_NAME,
+    UNFINISHED,
+    DataDir,
+    explain,
+    mark,
+    open_data_dir,
+)
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Etcd,
@@ -48,9 +55,6 @@ from agent.schema.scalars import format_date_time
 
 IN_PROGRESS = "another place, by a copy that has not ended"
 """The value of ``MovedTo`` of a source in etcd until its copy is complete; of a killed copy it stays, for the next one."""
-
-UNFINISHED = "a copy that was not finished"
-"""The value of ``MovedTo`` of a store in etcd while a copy is written into it."""
 
 PAGES_AT_ONCE = 256
 """Pages of 4 KiB in one step of a backup: the coordinator's reads and writes go on in between."""
@@ -89,10 +93,12 @@ async def copy(source: Place, target: Place, *, clone: bool) -> Snapshot:
         StoreError: the copy differs, or a store cannot be used. The target cannot be served then.
     """
     assert source.store_id is not None  # noqa: S101 - a source has been opened as one
+    if source.moved_to == UNFINISHED:
+        raise StoreError(f"the store in {source.name} is {UNFINISHED}: copy it again")
     if source.moved_to not in {None, target.name} and not clone:
         raise StoreError(
             f"{source.name} was copied to {source.moved_to}: two copies with one id could make two"
-            " primaries; copy to that place again, or make a clone with --clone; nothing was changed",
+            " primaries; copy into that very copy again, or make a clone with --clone",
             exit_code=ExitCode.STORE_MOVED,
         )
     store_id = str(uuid.uuid4()) if clone else source.store_id
@@ -106,6 +112,11 @@ async def copy(source: Place, target: Place, *, clone: bool) -> Snapshot:
         await source.mark_moved(target.name)
     await target.finish(store_id)
     return snapshot
+
+
+def _copy_id(store_id: str | None, found: str, found_id: int) -> int:
+    """The number of a copy: that of an earlier attempt, if the target has one of the same store; else a new one."""
+    return found_id if found_id and found == store_id else uuid.uuid4().int >> 66
 
 
 def refuse_target(name: str) -> StoreError:
@@ -123,10 +134,11 @@ def refuse_target(name: str) -> StoreError:
 class SqlitePlace:
     """A data directory as a place. It is locked against coordinators from ``open`` to ``close``."""
 
-    def __init__(self, data_dir: DataDir, directory: Path) -> None:
+    def __init__(self, data_dir: DataDir, directory: Path, copy_id: int = 0) -> None:
         self._data_dir = data_dir
         self._db = data_dir.database
-        self.name = str(directory.resolve())
+        self._copy_id = copy_id
+        self.name = str(directory.resolve()) + (f" (copy {copy_id:x})" if copy_id else "")
         self.store_id: str | None = data_dir.store_id
         self.moved_to = data_dir.moved_to
 
@@ -140,13 +152,12 @@ class SqlitePlace:
     @classmethod
     def open_target(cls, directory: Path, store_id: str | None) -> "SqlitePlace":
         """Open a directory without a store, with a copy that nobody served, or with a moved store of this id."""
-        new = not (directory / DATABASE_NAME).exists()
         opened = open_data_dir(directory, moved_too=True)
         same = opened.store_id == store_id and opened.moved_to is not None
-        if not (new or same or opened.is_copy):
+        if not (same or opened.copy_id):
             opened.close()
             raise refuse_target(str(directory))
-        return cls(opened, directory)
+        return cls(opened, directory, _copy_id(store_id, opened.store_id, opened.copy_id))
 
     def close(self) -> None:
         """Unlock and close the directory."""
@@ -158,7 +169,7 @@ class SqlitePlace:
             restored = self._data_dir.is_restored()
             self._data_dir.trust()
         except apsw.Error as error:
-            raise explain(error, Path(self.name)) from error
+            raise explain(error, self._data_dir.path.parent) from error
         return restored
 
     async def read(self) -> Snapshot:
@@ -188,10 +199,10 @@ class SqlitePlace:
     async def write(self, snapshot: Snapshot, store_id: str) -> None:
         try:
             with self._db:
-                self._data_dir.mark(moved_to=UNFINISHED, is_copy=True)
+                mark(self._db, moved_to=UNFINISHED, copy_id=self._copy_id)
                 self._write(snapshot, store_id)
         except apsw.Error as error:
-            raise explain(error, Path(self.name)) from error
+            raise explain(error, self._data_dir.path.parent) from error
 
     def _write(self, snapshot: Snapshot, store_id: str) -> None:
         for table in ("progress", "history", "failover_group", "retired", "access"):
@@ -226,10 +237,16 @@ class SqlitePlace:
         )
 
     async def mark_moved(self, to: str) -> None:
-        self._data_dir.mark(moved_to=to, is_copy=False)
+        self._mark(to, 0)
 
     async def finish(self, store_id: str) -> None:  # noqa: ARG002 - it was written with the rest
-        self._data_dir.mark(moved_to=None, is_copy=True)
+        self._mark(None, self._copy_id)
+
+    def _mark(self, moved_to: str | None, copy_id: int) -> None:
+        try:
+            mark(self._db, moved_to=moved_to, copy_id=copy_id)
+        except apsw.Error as error:
+            raise explain(error, self._data_dir.path.parent) from error
 
 
 def backup(directory: Path, file: Path) -> None:
@@ -282,20 +299,21 @@ def backup(directory: Path, file: Path) -> None:
 class EtcdPlace:
     """A store in etcd. While it is a source or a target, no coordinator can begin to serve it."""
 
-    def __init__(self, etcd: Etcd, layout: Layout, meta: Meta | None) -> None:
+    def __init__(self, etcd: Etcd, layout: Layout, meta: Meta | None, copy_id: int = 0) -> None:
         self._cluster = EtcdCluster(etcd, layout, meta or Meta("", layout.shards, None, 0))
         self._etcd = etcd
         self._layout = layout
         self._meta = meta
         self._moving = False
-        self.name = f"etcd:{layout.prefix}"
+        self._copy_id = copy_id
+        self.name = f"etcd:{layout.prefix}" + (f" (copy {copy_id:x})" if copy_id else "")
         self.store_id = None if meta is None else meta.store_id
         self.moved_to = None if meta is None else meta.moved_to
 
     @classmethod
     @asynccontextmanager
     async def open_source(cls, etcd: Etcd, prefix: str) -> AsyncIterator["EtcdPlace"]:
-        """Open a store and keep coordinators from serving it; if the copy fails, they may again.
+        """Open a store and keep coordinators from serving it; if the copy fails, or is a clone, they may again.
 
         Not if the failure came after ``mark_moved``: the copy may be complete. A copy that still runs is ended by the
         new mark: it cannot mark the source any more, and completes its target only after that.
@@ -303,8 +321,6 @@ class EtcdPlace:
         meta = await read_meta(etcd, prefix)
         if meta is None:
             raise StoreError(f"there is no store under {prefix} in etcd: name its --etcd-prefix")
-        if meta.moved_to == UNFINISHED:
-            raise StoreError(f"the store under {prefix} in etcd is {UNFINISHED}: copy it again")
         if meta.moved_to == IN_PROGRESS:
             meta = replace(meta, moved_to=None)
         place = cls(etcd, Layout(prefix, meta.shards), meta)
@@ -314,10 +330,9 @@ class EtcdPlace:
         await place._mark(replace(meta, moved_to=IN_PROGRESS))
         try:
             yield place
-        except BaseException:
+        finally:
             if not place._moving:
                 await place._mark(meta)
-            raise
 
     @classmethod
     async def open_target(
@@ -325,11 +340,12 @@ class EtcdPlace:
     ) -> "EtcdPlace":
         """Open a prefix without a store, with a copy that nobody served, or with a moved store of this id."""
         meta = await read_meta(etcd, prefix)
-        if meta is not None:
-            same = meta.store_id == store_id and meta.moved_to is not None
-            if not (same or meta.is_copy):
-                raise refuse_target(f"the prefix {prefix} of etcd")
-        return cls(etcd, Layout(prefix, shards), meta)
+        found = meta or Meta("", shards, UNFINISHED, 0, 1)
+        same = found.store_id == store_id and found.moved_to is not None
+        if not (same or found.copy_id):
+            raise refuse_target(f"the prefix {prefix} of etcd")
+        copy_id = _copy_id(store_id, found.store_id, found.copy_id)
+        return cls(etcd, Layout(prefix, shards), meta, copy_id)
 
     async def read(self) -> Snapshot:
         snapshot, layout = Snapshot(restored=await self._cluster.is_restored()), self._layout
@@ -357,14 +373,13 @@ class EtcdPlace:
 
     async def write(self, snapshot: Snapshot, store_id: str) -> None:
         layout = self._layout
-        await self._mark(Meta(store_id, layout.shards, UNFINISHED, 0, is_copy=True))
+        await self._mark(Meta(store_id, layout.shards, UNFINISHED, 0, self._copy_id))
         for part in ("shards", "access"):
             prefix = f"{layout.prefix}/{part}/"
             await self._write([delete(prefix, end_of(prefix))])
-        await self._cluster.trust()
-        steps: list[Json] = []
+        steps: list[Json] = [delete(layout.restored)]
         if snapshot.restored:
-            steps.append(put(layout.restored, str(uuid.uuid4())))
+            steps = [put(layout.restored, str(uuid.uuid4()))]
         for key, epoch in snapshot.retired.items():
             steps.append(put(layout.retired(key), str(epoch)))
         for key, record in snapshot.groups.items():
@@ -390,10 +405,10 @@ class EtcdPlace:
     async def mark_moved(self, to: str) -> None:
         assert self._meta is not None  # noqa: S101 - a source has one
         self._moving = True
-        await self._mark(replace(self._meta, moved_to=to))
+        await self._mark(replace(self._meta, moved_to=to, copy_id=0))
 
     async def finish(self, store_id: str) -> None:
-        await self._mark(Meta(store_id, self._layout.shards, None, 0, is_copy=True))
+        await self._mark(Meta(store_id, self._layout.shards, None, 0, self._copy_id))
 
     async def _mark(self, meta: Meta) -> None:
         """Replace the identity, unless a coordinator has a session or has replaced it."""
@@ -402,7 +417,7 @@ class EtcdPlace:
             "Shards": meta.shards,
             "Schema": SCHEMA,
             "MovedTo": meta.moved_to,
-            "IsCopy": meta.is_copy,
+            "IsCopy": meta.copy_id,
         }
         known = 0 if self._meta is None else self._meta.revision
         members = f"{self._layout.live}members/"

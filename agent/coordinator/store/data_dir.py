@@ -80,6 +80,9 @@ CREATE TABLE IF NOT EXISTS moved (
 """
 """The table that a store has if it was the source or the target of a copy."""
 
+UNFINISHED = "a copy that was not finished"
+"""The place that a store is marked as moved to while a copy is written into it, so that nobody may serve it."""
+
 RESTORED = "CREATE TABLE IF NOT EXISTS restored (one INTEGER PRIMARY KEY) STRICT"
 """An empty table whose presence means that the store was declared as restored from a copy."""
 
@@ -126,16 +129,8 @@ class DataDir:
     store_id: str
     moved_to: str | None = None
     """Where the groups were copied to, so that nobody may serve them here any more; or None."""
-    is_copy: bool = False
-    """Whether nobody has served the store since it was copied here."""
-
-    def mark(self, *, moved_to: str | None, is_copy: bool) -> None:
-        """Record whether the store was moved, or is a copy. Raises apsw.Error."""
-        self.database.execute(MOVED)
-        self.database.execute(
-            "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",
-            (moved_to, is_copy),
-        )
+    copy_id: int = 0
+    """A number of the copy that was made here, which is in its source's mark, too; 0 if the store was served since."""
 
     def declare_restored(self) -> None:
         """Record that the store was put back from an older copy. Raises apsw.Error."""
@@ -160,7 +155,7 @@ class DataDir:
 def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
     """Open ``directory``; create it and its files if they are missing.
 
-    ``moved_too``: also open a store that was moved, and do not mark a copy as served.
+    ``moved_too``: also open a store that was moved, and do not mark a copy as served; create an unfinished copy.
 
     Raises:
         StoreError: the directory cannot be used. The message has the path, the fault and what would be
@@ -174,23 +169,23 @@ def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
             lock = _lock(directory / LOCK_NAME)
             undo.callback(os.close, lock)
             if not path.exists():
-                _create(path)
+                _create(path, unfinished_copy=moved_too)
             database = _connect(path)
             undo.callback(database.close)
             store_id = _store_id(database, path)
-            moved_to, is_copy = _moved(database)
+            moved_to, copy_id = _moved(database)
             if moved_to is not None and not moved_too:
                 raise StoreError(
                     f"the store in {directory} was copied to {moved_to}, and must not be served beside the"
                     " copy: serve that one, or copy it back with 'failover-agent store copy'",
                     exit_code=ExitCode.STORE_MOVED,
                 )
-            if is_copy and not moved_too:
+            if copy_id and not moved_too:
                 database.execute("DELETE FROM moved")
         except (OSError, apsw.Error) as error:
             raise explain(error, directory) from error
         undo.pop_all()
-    return DataDir(path, database, lock, store_id, moved_to, is_copy)
+    return DataDir(path, database, lock, store_id, moved_to, copy_id)
 
 
 def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
@@ -319,7 +314,7 @@ def _lock(path: Path) -> int:
     return lock
 
 
-def _create(path: Path) -> None:
+def _create(path: Path, *, unfinished_copy: bool) -> None:
     """Create an empty database at ``path``, complete and durable, by one rename."""
     for suffix in ("-wal", "-journal"):
         rest = path.with_name(path.name + suffix)
@@ -332,6 +327,8 @@ def _create(path: Path) -> None:
     with closing(apsw.Connection(":memory:")) as empty:
         empty.execute(SCHEMA)
         empty.execute(NEW_IDENTITY, (str(uuid.uuid4()),))
+        if unfinished_copy:
+            mark(empty, moved_to=UNFINISHED, copy_id=1)
         content = empty.serialize("main")
     unfinished = path.with_name(path.name + ".new")  # may be left by a process that died here
     try:
@@ -416,12 +413,23 @@ def _upgrade_records(database: apsw.Connection, path: Path) -> None:
             )
 
 
-def _moved(database: apsw.Connection) -> tuple[str | None, bool]:
-    """Where the store was moved to, or None; and whether it is a copy that nobody has served."""
+def mark(database: apsw.Connection, *, moved_to: str | None, copy_id: int) -> None:
+    """Record whether the store was moved, or is a copy, as a DataDir has it. Raises apsw.Error."""
+    database.execute(MOVED)
+    database.execute(
+        "INSERT OR REPLACE INTO moved (one, moved_to, is_copy) VALUES (1, ?, ?)",
+        (moved_to, copy_id),
+    )
+
+
+def _moved(database: apsw.Connection) -> tuple[str | None, int]:
+    """``moved_to`` and ``copy_id`` of a DataDir."""
     if not database.table_exists("main", "moved"):
-        return None, False
-    found = database.execute("SELECT moved_to, is_copy FROM moved").get
-    return (None, False) if found is None else (found[0], bool(found[1]))
+        return None, 0
+    found: tuple[str | None, int] | None = database.execute(
+        "SELECT moved_to, is_copy FROM moved"
+    ).get
+    return found or (None, 0)
 
 
 def _store_id(database: apsw.Connection, path: Path) -> str:

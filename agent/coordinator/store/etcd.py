@@ -78,7 +78,7 @@ class EtcdCluster:
                 f"shards is {shards}, and the store under {prefix} of etcd was made with {meta.shards}:"
                 f" set shards to {meta.shards}; it is fixed when a store is made"
             )
-        if meta.is_copy or meta.schema < SCHEMA:
+        if meta.copy_id or meta.schema < SCHEMA:
             await cls._begin_to_serve(etcd, prefix, meta)
             return await cls.open(etcd, prefix, shards)
         return cls(etcd, Layout(prefix, shards), meta)
@@ -92,7 +92,7 @@ class EtcdCluster:
         """
         key = f"{prefix}/meta"
         text = json.dumps({"StoreId": meta.store_id, "Shards": meta.shards, "Schema": SCHEMA})
-        unserved = [] if meta.is_copy else [if_none(f"{Layout(prefix, meta.shards).live}members/")]
+        unserved = [] if meta.copy_id else [if_none(f"{Layout(prefix, meta.shards).live}members/")]
         known = if_revision(key, meta.revision)
         if (await etcd.txn([known, *unserved], [put(key, text)])).succeeded or not unserved:
             return
@@ -123,7 +123,8 @@ class EtcdCluster:
         key = self.layout.access(tenant, namespace)
         where = f"{tenant}/{namespace}"
         change = delete(key) if acl is None else put(key, encode(acl, where))
-        changed = self.layout.access_changed
+        changed, meta = self.layout.access_changed, self.layout.meta
+        same_store = if_revision(meta, self.meta.revision)
         async with (
             self._changing_access
         ):  # every change writes that key, and would refuse the others
@@ -132,8 +133,10 @@ class EtcdCluster:
                 unchanged = if_revision(changed, await self.etcd.revision(changed))
                 check_caller()
                 steps = [change, put(changed, str(uuid.uuid4()))]
-                if (await self.etcd.txn([unchanged], steps)).succeeded:
+                if (await self.etcd.txn([same_store, unchanged], steps)).succeeded:
                     return
+                if await self.etcd.revision(meta) != self.meta.revision:
+                    raise StoreError(f"the store under {self.layout.prefix} was moved or removed")
 
     async def is_restored(self) -> bool:
         """Whether the store was declared as restored from a copy, and is not trusted again."""

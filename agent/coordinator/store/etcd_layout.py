@@ -28,7 +28,8 @@ class Meta:
     Attributes:
         moved_to: where the groups were copied to, so that nobody may serve them here any more; or None.
         revision: of the key that holds this value.
-        is_copy: whether nobody has served the store since it was copied, so that another copy may replace it.
+        copy_id: a number of the copy that was made here, which is in its source's mark, too; 0 if the store was
+            served since. Another copy may replace one that was not.
         schema: the schema of the version that served it last.
     """
 
@@ -36,7 +37,7 @@ class Meta:
     shards: int
     moved_to: str | None
     revision: int
-    is_copy: bool = False
+    copy_id: int = 0
     schema: int = SCHEMA
 
 
@@ -170,7 +171,7 @@ async def read_meta(etcd: Etcd, prefix: str) -> Meta | None:
             text["Shards"],
             text.get("MovedTo"),
             found.revision,
-            text.get("IsCopy", False),
+            int(text.get("IsCopy", 0)),
             schema,
         )
     except (ValueError, KeyError, TypeError):

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import apsw
 import pytest
 
 from agent.coordinator.store import copy as copies
 from agent.coordinator.store.copy import EtcdPlace, Snapshot, SqlitePlace, backup, copy, trust_etcd
+from agent.coordinator.store.data_dir import UNFINISHED
 from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import (
     Done,
@@ -52,11 +54,11 @@ class Places:
         finally:
             source.close()
 
-    async def to_sqlite(self, directory: Path | None = None) -> Snapshot:
+    async def to_sqlite(self, directory: Path | None = None, *, clone: bool = False) -> Snapshot:
         async with EtcdPlace.open_source(self.etcd, self.prefix) as source:
             target = SqlitePlace.open_target(directory or self.directory, source.store_id)
             try:
-                return await copy(source, target, clone=False)
+                return await copy(source, target, clone=clone)
             finally:
                 target.close()
 
@@ -137,13 +139,19 @@ async def test_a_second_copy_elsewhere_would_be_a_second_store_of_one_id(
 
 
 async def test_a_clone_has_an_id_of_its_own_and_leaves_its_source_usable(
-    places: Places, filled: str
+    places: Places, filled: str, tmp_path: Path
 ) -> None:
     await places.to_etcd(clone=True)
-    assert (await places.serve_etcd()).store_id != filled
+    cluster = await places.serve_etcd()
+    assert cluster.store_id != filled
     store = SqliteStore.open(places.directory)
     assert store.store_id == filled
     await store.close()
+    await places.to_sqlite(tmp_path / "clone", clone=True)
+    store = SqliteStore.open(tmp_path / "clone")
+    assert store.store_id not in {filled, cluster.store_id}
+    await store.close()
+    assert (await places.serve_etcd()).store_id == cluster.store_id
 
 
 async def test_a_store_with_groups_of_its_own_is_not_overwritten(
@@ -167,7 +175,7 @@ async def test_a_copy_that_is_cut_off_is_not_served_and_can_be_made_again(
         patch.setattr(EtcdPlace, "read", cut_off)
         with pytest.raises(StoreError, match="cut off"):
             await places.to_etcd()
-    with pytest.raises(StoreError, match=copies.UNFINISHED):
+    with pytest.raises(StoreError, match=UNFINISHED):
         await places.serve_etcd()
     await SqliteStore.open(places.directory).close()
     await places.to_etcd()
@@ -193,6 +201,30 @@ async def test_a_write_of_a_copy_that_was_cut_off_cannot_come_after_the_next_cop
             await places.to_etcd()
     await places.to_etcd()
     assert not (await places.etcd.txn(*held[0])).succeeded
+
+
+async def test_a_copy_that_was_overtaken_changes_nothing_of_the_next_one(
+    places: Places, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It withdrew the declaration that the store was restored."""
+    store = SqliteStore.open(tmp_path / "restored")
+    await store.declare_restored()
+    await store.close()
+    write, writes = EtcdPlace._write, 0
+
+    async def overtaken(self: EtcdPlace, steps: list[Json]) -> None:
+        nonlocal writes
+        await write(self, steps)
+        writes += 1
+        if writes == 2:
+            await places.to_etcd(tmp_path / "restored")
+
+    monkeypatch.setattr(EtcdPlace, "_write", overtaken)
+    with pytest.raises(StoreError, match="another copy is in progress"):
+        await places.to_etcd()
+    cluster = await places.serve_etcd()
+    assert cluster.store_id == store.store_id
+    assert await cluster.is_restored()
 
 
 async def test_a_source_is_served_no_more_if_its_copy_may_be_finished(
@@ -228,6 +260,88 @@ async def test_a_copy_from_etcd_that_was_killed_can_be_made_again_and_does_not_g
         await killed.mark_moved("elsewhere")
 
 
+async def test_a_copy_to_a_new_directory_that_failed_is_not_served_and_can_be_made_again(
+    places: Places, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left a new and empty store, which could be served, and which a further copy took for one that was."""
+
+    async def fail(_self: EtcdPlace) -> Snapshot:
+        raise StoreError("etcd is lost")
+
+    snapshot = await places.to_etcd()
+    with monkeypatch.context() as patch:
+        patch.setattr(EtcdPlace, "read", fail)
+        with pytest.raises(StoreError, match="etcd is lost"):
+            await places.to_sqlite(tmp_path / "new")
+    with pytest.raises(StoreError, match=UNFINISHED):
+        SqliteStore.open(tmp_path / "new")
+    with pytest.raises(StoreError, match=UNFINISHED):  # there is nothing in it
+        await Places(places.etcd, "/clone", tmp_path / "new").to_etcd(clone=True)
+    assert await places.to_sqlite(tmp_path / "new") == snapshot
+
+
+@pytest.mark.parametrize("served", [True, False])
+async def test_a_copy_that_was_copied_on_is_not_made_again(
+    places: Places, filled: str, tmp_path: Path, *, served: bool
+) -> None:
+    """A third place has the id by now: the copy in between, and after that its source, could be served beside it."""
+    await places.to_etcd()
+    if served:
+        await places.serve_etcd()
+    await places.to_sqlite(tmp_path / "third")
+    third = SqliteStore.open(tmp_path / "third")
+    with pytest.raises(StoreError, match="two copies with one id"):
+        await places.to_etcd()
+    await third.close()
+
+
+@pytest.mark.parametrize("cut_off", [True, False], ids=["an unfinished copy", "nothing"])
+async def test_another_place_of_the_same_name_is_another_place(
+    places: Places,
+    filled: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cut_off: bool,
+) -> None:
+    """Such as the same path on another host, and the same prefix in another etcd."""
+
+    async def fail(_self: SqlitePlace, _to: str) -> None:
+        raise StoreError("cut off")
+
+    directory, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    await places.to_etcd()
+    if cut_off:
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlitePlace, "finish", fail)
+            patch.setattr(EtcdPlace, "mark_moved", fail)
+            with pytest.raises(StoreError, match="cut off"):
+                await places.to_sqlite(directory)
+        directory.rename(elsewhere)
+    await places.to_sqlite(directory)
+    directory.rename(tmp_path / "served")
+    if cut_off:
+        elsewhere.rename(directory)
+    with pytest.raises(StoreError, match="two copies with one id"):
+        await places.to_sqlite(directory)
+    await SqliteStore.open(tmp_path / "served").close()
+
+
+async def test_a_source_that_cannot_be_marked_is_a_clear_error(
+    places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise apsw.FullError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "mark", full)
+        with pytest.raises(StoreError) as caught:
+            await places.to_etcd()
+    assert caught.value.exit_code is ExitCode.DATA_DIR_FULL
+    await places.to_etcd()
+    await places.serve_etcd()
+
+
 async def test_a_copy_that_differs_is_refused(
     places: Places, filled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +366,18 @@ async def test_a_store_that_is_served_is_not_copied(
     await places.etcd.txn([], [put(cluster.layout.member("1"), "{}")])
     with pytest.raises(StoreError, match="a coordinator serves"):
         await places.to_sqlite(tmp_path / "new")
+
+
+async def test_a_coordinator_that_lost_its_session_changes_no_access_list_of_a_moved_store(
+    places: Places, filled: str, tmp_path: Path
+) -> None:
+    """Such as one that was frozen. It would confirm a change that the store that is served now does not have."""
+    await places.to_etcd()
+    cluster = await places.serve_etcd()
+    await places.to_sqlite(tmp_path / "new")
+    with pytest.raises(StoreError, match="was moved or removed"):
+        await cluster.set_access("t", "n", None)
+    assert await cluster.access("t", "n") == ACL
 
 
 async def test_nothing_to_copy_is_an_error(places: Places, tmp_path: Path) -> None:
