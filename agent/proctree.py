@@ -33,6 +33,9 @@ PAUSE_S = 0.002
 STOP_S = 0.25
 """How long to wait until all processes have stopped; one that may not be signalled never does."""
 
+EXEC_S = 0.1
+"""How long a search waits for a process within an exec, which takes moments, but longer on a busy machine."""
+
 QUIET_SEARCHES = 3
 """Searches in a row that find nothing new: one can miss a process whose parent ends meanwhile."""
 
@@ -240,7 +243,7 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     A mark counts, too, if it continues with a full stop and further text.
     """
     wanted = f"{MARK}={mark}".encode()
-    found = {pid for pid, stat in table.items() if _has_mark(stat.thread, wanted)}
+    found = {pid for pid, stat in table.items() if _has_mark(stat, wanted)}
     return _killable(table, found)
 
 
@@ -374,11 +377,19 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     }
 
 
-def _has_mark(thread: int, wanted: bytes) -> bool:
-    for entry in _read_file(f"{thread}/environ", open_proc()).split(b"\0"):
-        if entry == wanted or entry.startswith(wanted + b"."):
-            return True
-    return False
+def environment(stat: Stat, contents) -> bytes:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+    """The environment of a process, as ``contents`` reads it; within an exec it has none, nor a command line."""
+    end_at, live = time.monotonic() + EXEC_S, not stat.flags & PF_KTHREAD
+    while not (text := contents(stat.thread, "environ")) and live and time.monotonic() < end_at:
+        now = read(stat.thread)
+        live = now is not None and now.state not in ENDED and not contents(stat.thread, "cmdline")
+        time.sleep(PAUSE_S if live else 0)
+    return text  # type: ignore[no-any-return]
+
+
+def _has_mark(stat: Stat, wanted: bytes) -> bool:
+    text = environment(stat, lambda thread, name: _read_file(f"{thread}/{name}", open_proc()))
+    return any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0"))
 
 
 def _read_file(path: str, directory: "int | None" = None) -> bytes:

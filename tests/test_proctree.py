@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import proctree
+from agent.ops import process_tree
 from tests.hung import dead_disk, stuck_thread, without_pidfd
 
 PATIENCE_S = 20.0
@@ -357,3 +360,27 @@ def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
     }
     found = {(pid, 1) for pid in (10, 11, 12, 14)}
     assert proctree.own_groups({7}, table, found) == {7, 10, 14}
+
+
+@pytest.mark.parametrize(
+    ("module", "reader"), [(proctree, "_read_file"), (process_tree, "_contents")]
+)
+def test_a_process_within_an_exec_is_found_by_its_mark(
+    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no environment for a moment, longer on a busy machine: a demotion succeeded while it was alive."""
+    read, asked = getattr(module, reader), Counter[str]()
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_after_exec(*where: Any) -> Any:
+            words = f"{where[0]}/{where[1]}".split("/")
+            asked["environ"] += words[:2] == [str(child.pid), "environ"]
+            return b"" if words[0] == str(child.pid) and asked["environ"] < 5 else read(*where)
+
+        monkeypatch.setattr(module, reader, read_after_exec)
+        if module is proctree:
+            found = proctree.with_mark(proctree.snapshot(), mark)
+        else:
+            found = process_tree.ProcessTree(mark, since=0).find()
+        child.kill()
+    assert {pid for pid, _ in found} == {child.pid}

@@ -256,7 +256,7 @@ class ProcessTree:
             if marked is None and process in skipped:
                 marked = False  # unknown, so an orphan counts as one of the tenure
             elif marked is None:
-                variables = _contents(stat.thread, "environ").split(b"\0")
+                variables = proctree.environment(stat, _contents).split(b"\0")
                 _unreadable.discard(process)
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
