@@ -98,7 +98,7 @@ async def _run(settings: AgentSettings, reread: Callable[[], AgentSettings] | No
                 credentials=credentials,
             )
         except FailoverError as error:
-            if error.exit_code is not ExitCode.SESSION_IN_USE:
+            if error.hint is None:
                 add_hint(error, settings.hook_secondary)
             raise
         stack.callback(daemon.close)

@@ -212,12 +212,16 @@ def _is_running(pid: str) -> bool:
 
 
 def in_use(path: Path, pid: object) -> ConfigError:
-    """The error that another agent uses a state file."""
-    return ConfigError(
-        f"state file {path} is in use by the process with pid {pid}: two agents must not share one"
-        " session; stop that one, or give this one another --session-id and --state-file",
-        exit_code=ExitCode.SESSION_IN_USE,
-    )
+    """The error that another agent uses a state file, or the guard of a dead one; its hint is empty if one lives."""
+    if live := _is_running(str(pid)):
+        fault = f"in use by the process with pid {pid}: two agents must not share one session; stop that"
+        fault += " one, or give this one another --session-id and --state-file"
+    else:
+        fault = f"held by the guard of the agent with pid {pid}, which has died: the guard has not demoted"
+        fault += f" yet; if it is frozen or hangs, end the process that has {path.name}.lock open"
+    error = ConfigError(f"state file {path} is {fault}", exit_code=ExitCode.SESSION_IN_USE)
+    error.hint = "" if live else None
+    return error
 
 
 def default_directory() -> Path:

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from agent import proctree
+from agent.daemon.main import PREVIOUS_GUARD_S
 from agent.errors import ExitCode
 from tests.hung import FORKS, freezer, limited_tasks
 
 from .faults import Fault
-from .stage import Agent, Coordinator, Stage, free_port, lives, until
+from .stage import PATIENCE_S, Agent, Coordinator, Stage, free_port, lives, until
 from .workloads import (
     START,
     STOP,
@@ -265,6 +266,26 @@ def test_a_start_that_cannot_demote_logs_what_may_be_running_and_how_to_stop_it(
         assert f"to stop it, run: {hook}" in again.said()
     asks = stage.process("host-b", "run", "--help", **usual)
     assert (asks.wait(), asks.said()) == (0, "")
+
+
+def test_a_start_beside_a_frozen_guard_of_a_dead_agent_says_so(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It named the dead agent as the one to stop, and no workload."""
+    one = by_hooks(stage, "host-a", coordinator)
+    one.until_role("Primary")
+    guard = guard_of(one)
+    os.kill(guard, signal.SIGSTOP)
+    one.end(signal.SIGKILL)
+    again = by_hooks(stage, "host-a", coordinator)
+    code = again.popen.wait(PREVIOUS_GUARD_S + PATIENCE_S)
+    os.kill(guard, signal.SIGCONT)
+    assert code == ExitCode.SESSION_IN_USE
+    assert (
+        f"held by the guard of the agent with pid {one.popen.pid}, which has died" in again.said()
+    )
+    assert f"to stop it, run: {stage.directory / 'host-a-secondary'}" in again.said()
+    until(lambda: not lives(guard), "the guard to demote")
 
 
 # -- a reload ---------------------------------------------------------------------------------------
