@@ -214,8 +214,7 @@ class CoordinatorSettings(Settings):
                 "token_keys_url",
                 "cannot be used together with token_keys_file: keep one of the two",
             )
-        if self.tls_client_ca_file is not None and self.tls_certificate is None:
-            yield "tls_client_ca_file", "needs tls_certificate and tls_key too"
+        yield from self.needs("tls_client_ca_file", "tls_certificate", "tls_key")
         if self.tls_client_certificates == "required" and self.tls_client_ca_file is None:
             yield "tls_client_certificates", "needs tls_client_ca_file too"
         if self.token_tenant is not None and not self.takes_tokens:

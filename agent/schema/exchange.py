@@ -8,12 +8,10 @@ Owns the form of the document. Knows no meaning of a setting, and checks no rang
 document has done that.
 """
 
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from msgspec import ValidationError, convert
+from msgspec import DecodeError, ValidationError, convert, json
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
@@ -23,13 +21,13 @@ from agent.schema.settings import AgentSettings
 
 def dump(settings: AgentSettings) -> bytes:
     """Write settings as a document that ``load`` reads."""
-    return json.dumps({"version": __version__, "settings": settings}, default=_to_json).encode()
+    return json.encode({"version": __version__, "settings": settings}, enc_hook=_from_path)
 
 
 def dump_error(error: ConfigError, state_file: object) -> bytes:
     """Write a document with the error that settings could not be read, and the state file that was given."""
-    given = {"error": str(error), "exit_code": error.exit_code, "state_file": str(state_file or "")}
-    return json.dumps({"version": __version__, **given}).encode()
+    given = {"error": str(error), "exit_code": int(error.exit_code)}
+    return json.encode({"version": __version__, "state_file": str(state_file or ""), **given})
 
 
 def load(document: bytes) -> AgentSettings:
@@ -40,13 +38,13 @@ def load(document: bytes) -> AgentSettings:
             ``dump`` has written.
     """
     try:
-        given = json.loads(document)
+        given = json.decode(document, type=dict[str, Any])
         check_version(given["version"])
         if "error" in given:
             code, state_file = ExitCode(given["exit_code"]), given["state_file"]
             raise ConfigError(given["error"], exit_code=code, state_file=state_file)
-        settings: AgentSettings = _table(given["settings"], AgentSettings, "settings")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        settings: AgentSettings = _table(given["settings"], AgentSettings)
+    except (DecodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"the settings document cannot be read ({type(error).__name__}: {error}): the installed"
             " program differs from the running one; restart to use it",
@@ -68,20 +66,17 @@ def check_version(installed: str) -> None:
         )
 
 
-def _to_json(value: Any) -> Any:
-    """Convert a path or a table; all other values have a JSON type."""
-    if isinstance(value, Path):
-        return str(value)
-    return {item.name: getattr(value, item.name) for item in fields(value)}
+def _from_path(value: object) -> str:
+    assert isinstance(value, Path)  # noqa: S101 - all other values have a JSON type
+    return str(value)
 
 
-def _table(given: Any, declared: type[Any], where: str) -> Any:
-    """Read the settings of one class. Raises ValueError or KeyError, as all functions below."""
-    values = _value(given, dict[str, Any], where)
+def _table(given: Any, declared: type[Any]) -> Any:
+    """Read the settings of one class. Raises as ``load`` catches, as all functions below."""
+    values = convert(given, dict[str, Any])
     settings = settings_of(declared)
     if differing := values.keys() ^ {setting.name for setting in settings}:
-        names = ", ".join(sorted(differing))
-        raise ValueError(f"{where} has other settings than expected: {names}")
+        raise ValueError(f"{declared.__name__} has other settings: {', '.join(sorted(differing))}")
     return declared(
         **{setting.name: _setting(values[setting.name], setting) for setting in settings}
     )
@@ -89,23 +84,16 @@ def _table(given: Any, declared: type[Any], where: str) -> Any:
 
 def _setting(given: Any, setting: Setting) -> Any:
     tables = setting.tables
-    if given is None or tables is None:
-        return _value(given, setting.annotation, setting.name)
-    if tables.most is None:
-        return _kind(given, tables)
-    return tuple(_kind(table, tables) for table in _value(given, list[Any], setting.name))
+    if tables is not None and given is not None:
+        if tables.most is None:
+            return _kind(given, tables)
+        return tuple(_kind(table, tables) for table in given)
+    try:
+        return convert(given, setting.annotation, dec_hook=lambda path, text: path(text))
+    except ValidationError as error:
+        raise ValueError(f"{setting.name}: {error}") from None
 
 
 def _kind(given: Any, tables: Tables) -> Any:
     """Read a table of the kind that it names."""
-    kind = _value(given, dict[str, Any], tables.key).get("type", "")
-    if kind not in tables.kinds:
-        raise ValueError(f"{tables.key} is of the unknown type {kind!r}")
-    return _table(given, tables.load(kind), tables.key)
-
-
-def _value(given: Any, wanted: Any, where: str) -> Any:
-    try:
-        return convert(given, wanted, dec_hook=lambda path, text: path(text))
-    except ValidationError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return _table(given, tables.load(convert(given, dict[str, Any]).get("type", "")))

@@ -33,12 +33,17 @@ class Declared:
         """
         yield from ()
 
+    def needs(self, name: str, *others: str) -> Iterator[tuple[str, str]]:
+        """A contradiction if a setting is set, but not all others that it needs."""
+        missing = [other for other in others if getattr(self, other) is None]
+        if missing and getattr(self, name) is not None:
+            yield name, f"needs {' and '.join(missing)} too"
+
     def set_together(self, *names: str) -> Iterator[tuple[str, str]]:
         """A contradiction if some of these settings are set, but not all."""
         given = [name for name in names if getattr(self, name) is not None]
-        if given and len(given) < len(names):
-            missing = " and ".join(name for name in names if name not in given)
-            yield given[0], f"needs {missing} too"
+        if given:
+            yield from self.needs(given[0], *names)
 
 
 class Settings(Declared):

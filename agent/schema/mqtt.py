@@ -96,8 +96,7 @@ class Broker(Declared):
         return None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        if self.password_file is not None and self.username is None:
-            yield "password_file", "needs username too"
+        yield from self.needs("password_file", "username")
         for key in ("ca_file", "certificate"):
             if getattr(self, key) is not None and not self.tls:
                 yield key, "is for a broker with TLS: use mqtts://, or leave it out"
@@ -143,7 +142,6 @@ class Mqtt(Broker):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         yield from Broker.contradictions(self)
-        if self.key is not None and self.certificate is None:
-            yield "key", "needs certificate too"
+        yield from self.needs("key", "certificate")
         if self.sparkplug_host_id is not None and self.payload != "sparkplug":
             yield "sparkplug_host_id", 'is for payload = "sparkplug": set that, or leave it out'

@@ -308,15 +308,13 @@ class AgentSettings(Settings):
         yield from self.set_together("client_id", "client_secret_file")
         yield from self.set_together("client_certificate", "client_key")
         yield from self.set_together("proxy_username", "proxy_password_file")
-        if self.proxy_username is not None and self.proxy is None:
-            yield "proxy_username", "needs proxy too"
+        yield from self.needs("proxy_username", "proxy")
         yield from self.set_together("probe_tls_certificate", "probe_tls_key")
         yield from self.set_together("probe_username", "probe_password_file")
         if self.probe_listen is None and (self.probe_tls_certificate or self.probe_username):
             yield "probe_listen", "cannot be off with probe_tls_certificate or probe_username set"
         yield from self._failsafe_contradictions()
-        if self.token_endpoint is not None and self.client_id is None:
-            yield "token_endpoint", "needs client_id and client_secret_file too"
+        yield from self.needs("token_endpoint", "client_id", "client_secret_file")
         if self.username is not None and self.client_id is not None:
             yield "client_id", "cannot be used together with username: keep one of the two"
         if self.cooldown_limit < self.cooldown:
@@ -338,11 +336,9 @@ class AgentSettings(Settings):
         yield from self.set_together("failsafe_certificate", "failsafe_key")
         if self.failsafe_listen is None:
             for key in ("failsafe_url", "failsafe_ca_file", "failsafe_certificate"):
-                if getattr(self, key) is not None:
-                    yield key, "needs failsafe_listen and failsafe_secret_file too"
+                yield from self.needs(key, "failsafe_listen", "failsafe_secret_file")
             return
-        if self.failsafe_ca_file is not None and self.failsafe_certificate is None:
-            yield "failsafe_ca_file", "needs failsafe_certificate and failsafe_key too"
+        yield from self.needs("failsafe_ca_file", "failsafe_certificate", "failsafe_key")
         if self.failsafe_url is None and not self.failsafe_listen.is_one_place:
             yield (
                 "failsafe_listen",

@@ -18,17 +18,11 @@ def to_toml(value: object) -> str:
         case str(text):
             return json.dumps(text)
         case dict(table):
-            return (
-                f"{{{', '.join(f'{_key(key)} = {to_toml(part)}' for key, part in table.items())}}}"
-            )
+            given = {key: part for key, part in table.items() if part is not None}
+            parts = (f"{_key(key)} = {to_toml(part)}" for key, part in given.items())
+            return f"{{{', '.join(parts)}}}"
         case list(parts):
-            items = (
-                {key: item for key, item in part.items() if item is not None}
-                if isinstance(part, dict)
-                else part
-                for part in parts
-            )
-            return f"[{', '.join(map(to_toml, items))}]"
+            return f"[{', '.join(map(to_toml, parts))}]"
         case _:
             raise TypeError(f"no setting has a {type(value).__name__}")
 
