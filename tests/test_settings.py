@@ -347,6 +347,18 @@ def test_a_secret_that_others_can_read_or_that_is_missing_is_refused(tmp_path: P
     load(AgentSettings, {"password_file": secret(tmp_path, mode=0o640), "username": "u"})
 
 
+@pytest.mark.parametrize("key", ["ca_file", "hook_directory", "state_file", "hook_primary"])
+@pytest.mark.parametrize(
+    ("path", "most"), [("/" + "x" * 256, "255 bytes"), ("/x" * 2048, "4095 bytes")]
+)
+def test_a_path_that_is_too_long_for_linux_is_refused(key: str, path: str, most: str) -> None:
+    """It ended as a fault of the program: the look whether there is such a file raised."""
+    value = [path] if key == "hook_primary" else path
+    [why], code = faults(AgentSettings, {"group": "g", key: value})
+    assert why.endswith(most)
+    assert code is ExitCode.CONFIG_VALUE
+
+
 def test_a_relative_path_is_made_absolute_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

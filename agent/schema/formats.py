@@ -46,6 +46,10 @@ MOST_IDENTITIES = 100
 MOST_LABELS = 32
 """The most labels of one metric; exporters use a handful."""
 
+LONGEST_NAME = 255
+LONGEST_PATH = 4095
+"""The most bytes of a file's name, and of a path, that Linux takes."""
+
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
 """The most characters of one environment variable; a longer value belongs in a file."""
@@ -174,6 +178,7 @@ def parse_program(value: object) -> tuple[str, ...]:
     argv = _strings(value, _split_words)
     if argv and not argv[0]:
         raise ValueError("must start with the name of a program")
+    check_length(Path(*argv[:1]))
     if any("\0" in part for part in argv):
         raise ValueError("must not have a NUL character")
     return argv
@@ -381,14 +386,28 @@ parse_peer = must("have a port from 1 to 65535", lambda address: address.port, f
 
 # --- paths --------------------------------------------------------------------------------------
 
+
+def check_length(path: Path) -> Path:
+    """Check what Linux would refuse as longer than any file's name, or path."""
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in path.parts):
+        raise ValueError(f"must be a path whose names have at most {LONGEST_NAME} bytes")
+    if len(bytes(path)) > LONGEST_PATH:
+        raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes")
+    return path
+
+
 check_path: Callable[[Any], Path] = must(
-    "be a path", lambda path: path.name and "\0" not in str(path)
+    "be a path", lambda path: path.name and "\0" not in str(path), first=check_length
 )
 check_absolute = must("be an absolute path", Path.is_absolute, first=check_path)
 check_directory: Callable[[Any], Path] = must(
-    "be the absolute path of a directory", lambda path: path.is_absolute() and "\0" not in str(path)
+    "be the absolute path of a directory",
+    lambda path: path.is_absolute() and "\0" not in str(path),
+    first=check_length,
 )
-check_exists = must("be a file that exists", Path.is_file, first=make_absolute)
+check_exists = must(
+    "be a file that exists", Path.is_file, first=lambda path: make_absolute(check_length(path))
+)
 check_file = must(
     "be readable by this user", lambda path: os.access(path, os.R_OK), first=check_exists
 )
