@@ -1,4 +1,4 @@
-"""Callers of one coordinator whose changes compare the same key of etcd: each makes a few requests, however many wait."""
+"""Many changes at once in one coordinator: each makes a few requests of etcd, however many wait for it."""
 
 import asyncio
 from typing import Any
@@ -7,14 +7,25 @@ import pytest
 
 from agent.coordinator.hang_up import HungUp, while_connected
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, put
-from agent.coordinator.store.etcd_shard import EtcdStore
-from agent.model import TICKS_PER_SECOND, AccessList, GroupConfig, GroupKey, GroupRecord
+from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, put
+from agent.coordinator.store.etcd_shard import MOST_COMMITS, SETTLE_S, EtcdStore
+from agent.core.group_state import AddSession
+from agent.errors import LeadershipLost, NotLeading
+from agent.model import (
+    TICKS_PER_SECOND,
+    AccessList,
+    GroupConfig,
+    GroupKey,
+    GroupRecord,
+    SessionConfig,
+)
 
 from .fake_etcd import DELAY_S, FakeEtcd, FakeTransport, Link
-from .world import run_virtually
+from .node import TTL_S
+from .world import World, run_virtually
 
 CALLERS = 40
+WRITE_S = 0.01
 
 
 class Counting(FakeTransport):
@@ -37,8 +48,25 @@ class Caller:
         await while_connected(change, asyncio.Event().wait, lambda: self.gone)
 
 
-async def a_cluster() -> tuple[Counting, EtcdCluster, EtcdStore]:
-    transport = Counting(Link(FakeEtcd()))
+class Busy(Counting):
+    """An etcd that writes one transaction after another; whoever waits for too long gets no answer."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self.disk = asyncio.Lock()
+
+    async def post(self, path: str, body: Any, timeout_s: float) -> Any:
+        if path == "/v3/kv/txn":
+            try:
+                async with asyncio.timeout(timeout_s), self.disk:
+                    await asyncio.sleep(WRITE_S)
+            except TimeoutError:
+                raise EtcdUnknown("no answer in time") from None
+        return await super().post(path, body, timeout_s)
+
+
+async def a_cluster(kind: type[Counting] = Counting) -> tuple[Counting, EtcdCluster, EtcdStore]:
+    transport = kind(Link(FakeEtcd()))
     cluster = await EtcdCluster.open(Etcd(transport, 3.0), "/f", 1)
     leading = await cluster.etcd.txn([], [put(cluster.layout.leader(0), "the test")])
     transport.sent = 0
@@ -128,5 +156,58 @@ def test_a_caller_who_hangs_up_before_the_write_changes_no_access_list() -> None
             await asked
         assert transport.sent == 1
         assert await cluster.access("t", "n") is None
+
+    run_virtually(check())
+
+
+def test_changes_of_many_groups_are_sent_once_though_etcd_is_behind() -> None:
+    """Their time runs from when etcd can take them. Else each would be sent again and again, and few be done."""
+
+    async def check() -> None:
+        transport, _, store = await a_cluster(Busy)
+        groups = int(6 / WRITE_S)
+        await asyncio.gather(*(store.create(key_of(n), record_of(n)) for n in range(groups)))
+        assert transport.sent == 2 * groups
+
+    run_virtually(check())
+
+
+def test_changes_that_wait_end_with_the_leadership() -> None:
+    """Else a stop would wait until etcd had hung for each of them in turn."""
+
+    async def check() -> None:
+        transport, _, store = await a_cluster()
+        changes = [
+            asyncio.create_task(store.swap(key_of(n), 1, record_of(n)))
+            for n in range(3 * MOST_COMMITS)
+        ]
+        await asyncio.sleep(DELAY_S)
+        store.is_over = lambda: True
+        ended = await asyncio.gather(*changes, return_exceptions=True)
+        assert sum(isinstance(one, LeadershipLost) for one in ended) == 2 * MOST_COMMITS
+        assert transport.sent == MOST_COMMITS
+
+    run_virtually(check())
+
+
+def test_a_stop_does_not_wait_for_each_change_while_etcd_hangs() -> None:
+    async def check() -> None:
+        world = World(1, coordinators=1, agents=0, shards=1)
+        (node,) = world.nodes.values()
+        node.start()
+        await world.until(lambda: node.leadership and node.leadership.led, 5.0, "a leader")
+        coordinator, leadership = node.coordinator, node.leadership
+        assert coordinator is not None
+        assert leadership is not None
+        keys = [key_of(number) for number in range(4 * MOST_COMMITS)]
+        for key in keys:
+            await coordinator.create_group(key, GroupConfig(key.group, TICKS_PER_SECOND))
+        node.link.passes = lambda _: False
+        changes = [coordinator.apply(key, AddSession(SessionConfig("s"))) for key in keys]
+        began = asyncio.get_running_loop().time()
+        ended = await asyncio.gather(*changes, return_exceptions=True)
+        assert asyncio.get_running_loop().time() - began < TTL_S + SETTLE_S + 1.0
+        assert sum(isinstance(one, NotLeading) for one in ended) >= 3 * MOST_COMMITS
+        await world.end()
 
     run_virtually(check())

@@ -13,7 +13,7 @@ Knows nothing of who leads, nor of what a record means.
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,10 @@ KEYS_PAGE = 5_000
 MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
+MOST_COMMITS = 32
+"""The most changes of records under way, half of the connections to etcd. Further ones wait here, where nothing is sent
+again and no time runs out: else many at once would be repeated until etcd had no time for any."""
+
 SETTLE_S = 2.0
 """How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
 Other inputs of the group wait meanwhile."""
@@ -78,6 +82,7 @@ class EtcdStore:
         self._fence = if_revision(self._layout.leader(shard), leader_revision)
         self._last_save: int | None = None
         self._deleting = asyncio.Lock()
+        self.is_over: Callable[[], bool] = lambda: False
         self._closed = False
 
     async def load(self) -> dict[GroupKey, Stored]:
@@ -102,13 +107,12 @@ class EtcdStore:
         with suppress(CasMismatch):
             return await self._create(key, record)
         async with self._deleting:  # another group was deleted meanwhile, unless this one exists
-            check_caller()
             return await self._create(key, record)
 
     async def _create(self, key: GroupKey, record: GroupRecord) -> int:
-        last = self._layout.last_deletion(self._shard)
+        text, last = encode(record, name_of(key)), self._layout.last_deletion(self._shard)
         none_since = if_revision(last, await self._etcd.revision(last))
-        return await self._write(key, 0, encode(record, name_of(key)), [], none_since)
+        return await self._write(key, 0, text, [], none_since)
 
     async def swap(
         self,
@@ -208,8 +212,7 @@ class EtcdStore:
             steps.append(put(self._layout.retired(key), str(epoch)))
         steps.append(read(retired, end_of(retired), count_only=True))
         async with self._deleting:
-            check_caller()
-            done = await self._commit(key, expected, steps, token=None)
+            done = await self._commit(key, expected, steps, None)
         kept = done.answers[-1] if isinstance(done, Done) else None
         most = max(1, MOST_RETIRED // self._layout.shards)
         if kept is not None and kept.count > most:
@@ -276,10 +279,13 @@ class EtcdStore:
         leader = self._layout.leader(self._shard)
         on_failure = [read(record), read(leader, keys_only=True)]
         loop = asyncio.get_running_loop()
-        until, resent = loop.time() + SETTLE_S, False
         unknown: EtcdError = EtcdUnknown("etcd did not answer in time")
         attempts: set[asyncio.Task[Done]] = set()
+        await self._cluster.commits.acquire()
         try:
+            check_caller()
+            self._check_open()
+            until, resent = loop.time() + SETTLE_S, False
             while True:
                 attempt = loop.create_task(self._etcd.txn(conditions, steps, on_failure))
                 attempt.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -308,6 +314,7 @@ class EtcdStore:
                     await asyncio.sleep(RESEND_S)
                 resent = True
         finally:
+            self._cluster.commits.release()
             for attempt in attempts:
                 attempt.cancel()
 
@@ -370,6 +377,8 @@ class EtcdStore:
         return f"{name_of(key)} in etcd"
 
     def _check_open(self) -> None:
+        if self.is_over():
+            raise self._lost()
         if self._closed:
             raise StoreError(
                 "the store is closed; calls have to come before close()",
