@@ -125,9 +125,7 @@ class EtcdCluster:
         change = delete(key) if acl is None else put(key, encode(acl, where))
         changed, meta = self.layout.access_changed, self.layout.meta
         same_store = if_revision(meta, self.meta.revision)
-        async with (
-            self._changing_access
-        ):  # every change writes that key, and would refuse the others
+        async with self._changing_access:  # each change writes that key, and refuses all others
             check_caller()
             while True:
                 unchanged = if_revision(changed, await self.etcd.revision(changed))
