@@ -34,7 +34,8 @@ STOP_S = 0.25
 """How long to wait until all processes have stopped; one that may not be signalled never does."""
 
 EXEC_S = 0.1
-"""How long a search waits for a process within an exec, which takes moments, but longer on a busy machine."""
+"""How long a search looks again at processes within an exec, which takes moments, but longer on a busy machine. They have
+neither an environment nor a command line then; anybody can have processes that never have one."""
 
 QUIET_SEARCHES = 3
 """Searches in a row that find nothing new: one can miss a process whose parent ends meanwhile."""
@@ -243,7 +244,17 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     A mark counts, too, if it continues with a full stop and further text.
     """
     wanted = f"{MARK}={mark}".encode()
-    found = {pid for pid, stat in table.items() if _has_mark(stat, wanted)}
+    found: set[int] = set()
+    queue, end_at = list(table.items()), 0.0
+    for pid, stat in queue:
+        text = _contents(stat.thread, "environ")
+        if not text and is_within_exec(stat, _contents):
+            end_at = end_at or time.monotonic() + EXEC_S
+            if time.monotonic() < end_at:
+                time.sleep(PAUSE_S)
+                queue.append((pid, stat))
+        if any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0")):
+            found.add(pid)
     return _killable(table, found)
 
 
@@ -377,19 +388,16 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     }
 
 
-def environment(stat: Stat, contents) -> bytes:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-    """The environment of a process, as ``contents`` reads it; within an exec it has none, nor a command line."""
-    end_at, live = time.monotonic() + EXEC_S, not stat.flags & PF_KTHREAD
-    while not (text := contents(stat.thread, "environ")) and live and time.monotonic() < end_at:
-        now = read(stat.thread)
-        live = now is not None and now.state not in ENDED and not contents(stat.thread, "cmdline")
-        time.sleep(PAUSE_S if live else 0)
-    return text  # type: ignore[no-any-return]
+def is_within_exec(stat: Stat, contents) -> bool:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+    """Whether a process without environment, as ``contents`` reads it, has no command line either, but is alive."""
+    if stat.flags & PF_KTHREAD or contents(stat.thread, "cmdline"):
+        return False
+    now = read(stat.thread)
+    return now is not None and now.state not in ENDED
 
 
-def _has_mark(stat: Stat, wanted: bytes) -> bool:
-    text = environment(stat, lambda thread, name: _read_file(f"{thread}/{name}", open_proc()))
-    return any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0"))
+def _contents(thread: int, name: str) -> bytes:
+    return _read_file(f"{thread}/{name}", open_proc())
 
 
 def _read_file(path: str, directory: "int | None" = None) -> bytes:

@@ -1250,12 +1250,12 @@ def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
     ours = escaped(MARK)
     with stuck_thread() as stranger:
         blocks = f"""
-has_mark = _has_mark
+contents = _contents
 
-def _has_mark(thread, wanted):
+def _contents(thread, name):
     if thread == {stranger}:
         time.sleep(1000)
-    return has_mark(thread, wanted)
+    return contents(thread, name)
 """
         host = new_host(program=build_program_with(blocks, proctree))
         host.send(*hook(sh("exit 0")))

@@ -384,3 +384,35 @@ def test_a_process_within_an_exec_is_found_by_its_mark(
             found = process_tree.ProcessTree(mark, since=0).find()
         child.kill()
     assert {pid for pid, _ in found} == {child.pid}
+
+
+@pytest.mark.parametrize(
+    ("module", "reader"), [(proctree, "_read_file"), (process_tree, "_contents")]
+)
+def test_processes_that_never_have_an_environment_delay_a_search_once(
+    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can have as many of them as the system allows."""
+    read, sleep = getattr(module, reader), time.sleep
+    pauses: list[float] = []
+
+    def pause(pause_s: float) -> None:
+        pauses.append(pause_s)
+        sleep(pause_s)
+
+    monkeypatch.setattr(time, "sleep", pause)
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_of_child(*where: Any) -> Any:
+            pid, _, name = f"{where[0]}/{where[1]}".partition("/")
+            hidden = pid != str(child.pid) and name.startswith(("environ", "cmdline"))
+            return b"" if hidden else read(*where)
+
+        monkeypatch.setattr(module, reader, read_of_child)
+        if module is proctree:
+            found = proctree.with_mark(proctree.snapshot(), mark)
+        else:
+            found = process_tree.ProcessTree(mark, since=0).find()
+        child.kill()
+    assert {pid for pid, _ in found} == {child.pid}
+    assert 0 < sum(pauses) <= proctree.EXEC_S

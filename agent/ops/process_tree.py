@@ -252,7 +252,8 @@ class ProcessTree:
         found: list[proctree.Process],
     ) -> None:
         us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
-        for process, stat in recent.items():
+        queue, end_at = list(recent.items()), 0.0
+        for process, stat in queue:
             if process in self._known:
                 continue
             reading.append(process)
@@ -260,8 +261,14 @@ class ProcessTree:
             if marked is None and process in skipped:
                 marked = False  # unknown, so an orphan counts as one of the tenure
             elif marked is None:
-                variables = proctree.environment(stat, _contents).split(b"\0")
+                variables = _contents(stat.thread, "environ").split(b"\0")
                 _unreadable.discard(process)
+                if variables == [b""] and proctree.is_within_exec(stat, _contents):
+                    end_at = end_at or time.monotonic() + proctree.EXEC_S
+                    if time.monotonic() < end_at:
+                        time.sleep(proctree.PAUSE_S)
+                        queue.append((process, stat))
+                        continue
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
                     continue
