@@ -215,7 +215,10 @@ class Daemon:
         member.notify.status(f"starting, not yet in group {member.settings.group}")
         member.stats.guard_fired = self._previous_state.get("reason") == BY_GUARD
         self._start_failure = await self._state_publisher.write_first("starting")
-        self._start_failure = self._start_failure or await check_visibility()
+        hidden = await check_visibility()
+        if hidden is not None and not self._previous_state:
+            member.role_runner.leftover.forget()  # nobody knows of any; the start fails nevertheless
+        self._start_failure = self._start_failure or hidden
         try:
             await member.role_runner.leftover.kill()
             self._supervisor.watch_loop()

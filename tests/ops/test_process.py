@@ -58,6 +58,11 @@ async def test_no_command_runs_whose_start_has_failed(
             raise MemoryError
         return read(*given)
 
+    def children() -> set[int]:
+        table = proctree.snapshot().items()
+        return {p for p, one in table if one.parent == os.getpid() and one.state not in ENDED}
+
+    before = children()
     monkeypatch.setattr(owner, "read", without_memory)
     child = Child(["/bin/sleep", "2"], start_new_session=True)
     child.start()
@@ -66,8 +71,7 @@ async def test_no_command_runs_whose_start_has_failed(
     child.release()
     del child
     gc.collect()
-    found = proctree.snapshot().values()
-    assert not [one for one in found if one.parent == os.getpid() and one.state not in ENDED]
+    assert not children() - before
 
 
 MANY = """
