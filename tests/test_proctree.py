@@ -362,9 +362,22 @@ def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
     assert proctree.own_groups({7}, table, found) == {7, 10, 14}
 
 
-@pytest.mark.parametrize(
+READERS = pytest.mark.parametrize(
     ("module", "reader"), [(proctree, "_read_file"), (process_tree, "_contents")]
 )
+"""The two searches by mark, of the guard and of the agent, and what reads for them."""
+
+
+def marked(module: Any, mark: str) -> set[int]:
+    """What the search of this module finds by its mark."""
+    if module is proctree:
+        found = proctree.with_mark(proctree.snapshot(), mark)
+    else:
+        found = process_tree.ProcessTree(mark, since=0).find()
+    return {pid for pid, _ in found}
+
+
+@READERS
 def test_a_process_within_an_exec_is_found_by_its_mark(
     mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,17 +391,12 @@ def test_a_process_within_an_exec_is_found_by_its_mark(
             return b"" if words[0] == str(child.pid) and asked["environ"] < 5 else read(*where)
 
         monkeypatch.setattr(module, reader, read_after_exec)
-        if module is proctree:
-            found = proctree.with_mark(proctree.snapshot(), mark)
-        else:
-            found = process_tree.ProcessTree(mark, since=0).find()
+        found = marked(module, mark)
         child.kill()
-    assert {pid for pid, _ in found} == {child.pid}
+    assert found == {child.pid}
 
 
-@pytest.mark.parametrize(
-    ("module", "reader"), [(proctree, "_read_file"), (process_tree, "_contents")]
-)
+@READERS
 def test_processes_that_never_have_an_environment_delay_a_search_once(
     mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,10 +417,7 @@ def test_processes_that_never_have_an_environment_delay_a_search_once(
             return b"" if hidden else read(*where)
 
         monkeypatch.setattr(module, reader, read_of_child)
-        if module is proctree:
-            found = proctree.with_mark(proctree.snapshot(), mark)
-        else:
-            found = process_tree.ProcessTree(mark, since=0).find()
+        found = marked(module, mark)
         child.kill()
-    assert {pid for pid, _ in found} == {child.pid}
+    assert found == {child.pid}
     assert 0 < sum(pauses) <= proctree.EXEC_S

@@ -82,11 +82,17 @@ async def test_its_rhythm_is_never_refused(stage: Stage, http: httpx2.AsyncClien
     assert (client.role, client.refused) == (1, 0)
 
 
+def two_of(http: httpx2.AsyncClient) -> tuple[V1Client, V1Client]:
+    """Two clients of one group, whose timeout is 4 s."""
+    first, second = V1Client(http, "one"), V1Client(http, "two")
+    first.timeout = second.timeout = "00:00:04"
+    return first, second
+
+
 async def test_the_standby_takes_over_from_a_dead_one_with_its_progress(
     stage: Stage, http: httpx2.AsyncClient
 ) -> None:
-    first, second = V1Client(http, "one"), V1Client(http, "two")
-    first.timeout = second.timeout = "00:00:04"
+    first, second = two_of(http)
     await first.start()
     await second.start()
     await stage.run_for(1)
@@ -131,8 +137,7 @@ async def test_a_registration_that_nobody_follows_gets_no_role(
     stage: Stage, http: httpx2.AsyncClient
 ) -> None:
     """As of a client without which the network has kept its request, and lost the end of its connection."""
-    first, second = V1Client(http, "one"), V1Client(http, "two")
-    first.timeout = second.timeout = "00:00:04"
+    first, second = two_of(http)
     await first.start()
     await first.stop()
     await first.register()
@@ -152,8 +157,7 @@ async def test_a_late_heartbeat_keeps_the_role_for_one_timeout_at_most(
     stage: Stage, http: httpx2.AsyncClient
 ) -> None:
     """And brings no deleted session back."""
-    first, second = V1Client(http, "one"), V1Client(http, "two")
-    first.timeout = second.timeout = "00:00:04"
+    first, second = two_of(http)
     await first.start()
     await second.start()
     await stage.run_for(3)
