@@ -24,7 +24,7 @@ from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.model import Role
 from agent.ops import logs
 from agent.ops.blocking import BlockingThread, StuckError
-from agent.ops.tasks import failure_of, start_task
+from agent.ops.tasks import start_task
 from agent.schema.scalars import format_date_time
 
 FLUSH_S = 0.1
@@ -208,7 +208,9 @@ class StatePublisher:
         if (writing := self._writing) is None:
             return True
         await asyncio.wait([writing], timeout=limit_s)
-        return writing.done() and failure_of(writing) is None and writing.result()
+        if not writing.done() or writing.cancelled():
+            return False
+        return writing.exception() is None and writing.result()
 
     async def close(self) -> None:
         """Write the last state, and stop writing."""
