@@ -33,6 +33,7 @@ PAUSE_S = 0.002
 STOP_S = 0.25
 """How long to wait until all processes have stopped; one that may not be signalled never does."""
 
+MOST_BARE = 10_000
 EXEC_S = 0.1
 """How long a search looks again at processes within an exec, which takes moments, but longer on a busy machine. They have
 neither an environment nor a command line then; anybody can have processes that never have one."""
@@ -248,10 +249,10 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     queue, end_at = list(table.items()), 0.0
     for pid, stat in queue:
         text = _contents(stat.thread, "environ")
-        if not text and is_within_exec(stat, _contents):
+        process = (pid, stat.start)
+        if not text and is_within_exec(process, stat, _contents):
             end_at = end_at or time.monotonic() + EXEC_S
-            if time.monotonic() < end_at:
-                time.sleep(PAUSE_S)
+            if may_look_again(process, end_at):
                 queue.append((pid, stat))
         if any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0")):
             found.add(pid)
@@ -388,12 +389,27 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
     }
 
 
-def is_within_exec(stat: Stat, contents) -> bool:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+_bare: "set[Process]" = set()
+"""Processes that had neither an environment nor a command line for as long as one was looked for."""
+
+
+def is_within_exec(process: "Process", stat: Stat, contents) -> bool:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
     """Whether a process without environment, as ``contents`` reads it, has no command line either, but is alive."""
-    if stat.flags & PF_KTHREAD or contents(stat.thread, "cmdline"):
+    if process in _bare or stat.flags & PF_KTHREAD or contents(stat.thread, "cmdline"):
         return False
     now = read(stat.thread)
     return now is not None and now.state not in ENDED
+
+
+def may_look_again(process: "Process", end_at: float) -> bool:
+    """Pause, and return True; at ``end_at`` remember instead that nothing more is to be waited for."""
+    if time.monotonic() < end_at:
+        time.sleep(PAUSE_S)
+        return True
+    if len(_bare) >= MOST_BARE:
+        _bare.clear()
+    _bare.add(process)
+    return False
 
 
 def _contents(thread: int, name: str) -> bytes:

@@ -409,6 +409,7 @@ def test_processes_that_never_have_an_environment_delay_a_search_once(
         sleep(pause_s)
 
     monkeypatch.setattr(time, "sleep", pause)
+    monkeypatch.setattr(proctree, "_bare", set())
     with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
 
         def read_of_child(*where: Any) -> Any:
@@ -421,3 +422,6 @@ def test_processes_that_never_have_an_environment_delay_a_search_once(
         child.kill()
     assert found == {child.pid}
     assert 0 < sum(pauses) <= proctree.EXEC_S
+    init = proctree.identify(1)
+    assert init in proctree._bare, "the next search would wait for it again"
+    assert not proctree.is_within_exec(init, proctree.snapshot()[1], lambda *_: b"")

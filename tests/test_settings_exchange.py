@@ -1,5 +1,6 @@
 """Settings pass from one process to another unchanged, and an agent that runs has no pydantic."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent.errors import ConfigError
 from agent.schema import exchange
 from agent.schema.kinds import CHECKS, PROGRESS
 from agent.schema.mqtt import Mqtt
@@ -40,6 +42,17 @@ def test_settings_with_every_kind_of_table_are_handed_over_unchanged(
     assert read == settings
     assert type(read.progress) is PROGRESS.load(kind)
     assert [type(check) for check in read.check] == [CHECKS.load(check) for check in CHECKS.kinds]
+
+
+def test_bytes_that_are_no_utf_8_are_handed_over(tmp_path: Path) -> None:
+    """Linux allows them in paths and arguments, and the start of such an agent ended as a fault of the program."""
+    odd = os.fsdecode(b"/srv/\xfc")
+    settings = validate(AgentSettings, {"group": "g", "state_file": odd, "hook_primary": [odd]})
+    assert exchange.load(exchange.dump(settings)) == settings
+    error = ConfigError(f"no {odd}", state_file=odd)
+    with pytest.raises(ConfigError) as caught:
+        exchange.load(exchange.dump_error(error, odd))
+    assert (str(caught.value), caught.value.state_file) == (f"no {odd}", odd)
 
 
 def test_every_value_is_frozen_and_has_slots() -> None:

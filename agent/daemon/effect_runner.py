@@ -267,7 +267,9 @@ class EffectRunner:
             self.host_health.set_unfit_reason("workload", None)
 
     def on_hook_ended(self, event: HookEnded) -> None:
-        """Post the end of a run; record the slack of a demotion."""
+        """Post the end of a run; record the slack of a demotion. Without the session nobody waits for either."""
+        if event.run == RUN_WITHOUT_SESSION:
+            return
         session = self.member.session
         secondary = self.member.published.role is Role.SECONDARY
         if event.ok and session.guard_deadlines is not None and secondary:
@@ -308,7 +310,10 @@ class EffectRunner:
         role_runner, clock = self.member.role_runner, self.member.clock
         begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
         left_s = self.guard_control.kill_at - begun_at
-        budget_s = min(budget_s, left_s) if left_s > 0 else budget_s  # too late: the order matters
+        if (
+            left_s > 0
+        ):  # else the order matters; half of D as the guard has it, or no hook would run at all
+            budget_s = min(budget_s, max(left_s, budget_s / 2))
         self.escalated = True
         try:
             async with asyncio.timeout(budget_s):
@@ -317,14 +322,23 @@ class EffectRunner:
                 await self.state_publisher.flush()
                 while self.escalated:
                     facts = replace(facts, limit_s=begun_at + budget_s - clock.boottime())
-                    run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, self.member.progress)
-                    # Shielded, as a cancelled run would not be killed below.
-                    self.escalated = not await asyncio.shield(run)
+                    self.escalated = not await self._run_without_session(facts)
                     await asyncio.sleep(RETRY_SHARE * budget_s if self.escalated else 0.0)
         except Exception:
             log.exception("demotion without the session failed")
         if killing := role_runner.kill_all():
             await asyncio.wait(killing, timeout=EXIT_S)
+
+    async def _run_without_session(self, facts: HookFacts) -> bool:
+        """Run the demotion hook once; return whether it has succeeded. It is shielded: a cancelled run is not killed."""
+        try:
+            run = self.member.role_runner.start_run(
+                RUN_WITHOUT_SESSION, facts, self.member.progress
+            )
+            return await asyncio.shield(run)
+        except Exception:
+            log.exception("demotion hook without the session failed")
+            return False
 
     def _publish_failure(self, demote_s: float) -> HookFacts:
         """Publish the demotion without the session, if that is possible; return the facts for its hook."""

@@ -113,7 +113,7 @@ class Daemon:
             on_groups_changed=lambda: self._effects.on_groups_changed(),  # noqa: PLW0108 - as above
             on_workload_ended=lambda status: self._host_health.on_workload_ended(status),  # noqa: PLW0108 - as above
         )
-        role_runner.leftover.follow(previous_processes(previous))
+        role_runner.leftover.follow(*previous_processes(previous))
         jitter = random.random()  # noqa: S311 - spreads heartbeats, guards nothing
         store = previous_store(previous)
         options = build_options(settings, session_id, role_runner, jitter, store)
@@ -141,7 +141,7 @@ class Daemon:
         )
         self._previous_tenure = previous_tenure(previous, settings.hook_secondary)
         self._state_publisher = StatePublisher(
-            member, state_file, self._previous_tenure, self._post_event
+            member, state_file, self._previous_tenure, previous, self._post_event
         )
         self._host_health = HostHealth(member, self._post_event)
         self.report_progress = self._host_health.report_progress

@@ -18,6 +18,9 @@ from agent.ops.logs import Log
 INSTANCE = re.compile(r"[0-9A-Za-z-]{1,64}")
 """The form of an instance."""
 
+MARK = re.compile(r"[0-9a-f]{16}")
+"""The form of a member's mark: it is part of the path of a cgroup, and of an environment variable."""
+
 log = Log(__name__)
 
 
@@ -52,9 +55,11 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     epoch, instance = unreleased.get("epoch"), unreleased.get("instance")
     if not isinstance(epoch, int) or not _is_instance(instance):
         return None
-    scripts = state.get("stop_scripts")
-    whole = isinstance(scripts, list) and all(map(os.path.exists, map(str, scripts)))
-    if state.get("stop_command") != list(stop_command) or not whole:
+    scripts = previous_scripts(state)
+    is_directory = any(Path(part).is_dir() for part in stop_command[:1])
+    known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
+    lacks_scripts = not known or not all(map(os.path.exists, scripts))
+    if state.get("stop_command") != list(stop_command) or lacks_scripts:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,
@@ -75,12 +80,30 @@ def boot_id() -> str | None:
         return None
 
 
-def previous_processes(state: Mapping[str, Any]) -> tuple[proctree.Process, ...]:
-    """The processes recorded in the state file: a hook whose exec hangs, for example, has no mark yet."""
-    given = state.get("processes")
+def previous_scripts(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scripts that belong to the demotion of the tenure that has not been released."""
+    return _strings_of(state, "stop_scripts")
+
+
+def _strings_of(state: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    given = state.get(key)
+    return tuple(map(str, given)) if isinstance(given, list) else ()
+
+
+def previous_processes(
+    state: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[proctree.Process, ...]]:
+    """What previous agents may have left: the marks of such processes, and those that the state file names.
+
+    A hook whose exec hangs, for example, has no mark yet.
+    """
+    marks, given = (
+        tuple(filter(MARK.fullmatch, _strings_of(state, "marks"))),
+        state.get("processes"),
+    )
     if not is_of_this_boot(state) or not isinstance(given, list):
-        return ()
-    return tuple((pid, start) for pid, start in filter(_is_process, given))
+        return marks, ()
+    return marks, tuple((pid, start) for pid, start in filter(_is_process, given))
 
 
 def _is_process(given: object) -> TypeGuard[tuple[int, int]]:

@@ -6,7 +6,7 @@ newest state; ``flush`` waits for that, with a timeout. Decides nothing.
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from agent.core.failsafe_view import FailsafeView
 from agent.core.session import Phase, PreviousTenure
 from agent.daemon.failsafe_report import describe_failsafe
 from agent.daemon.member import Member
-from agent.daemon.previous_state import boot_id
+from agent.daemon.previous_state import boot_id, previous_scripts
 from agent.daemon.telemetry import Snapshot
 from agent.drivers.progress import Progress, Reason
 from agent.drivers.statefile import StateFile
@@ -50,6 +50,7 @@ class StatePublisher:
         member: read only.
         state_file: locked by this process.
         previous_tenure: the tenure that the previous process has not released.
+        previous: the state that it has left.
         post_event: receives Stop if another process has claimed the state file.
 
     Attributes:
@@ -63,6 +64,7 @@ class StatePublisher:
         member: Member,
         state_file: StateFile,
         previous_tenure: PreviousTenure | None,
+        previous: Mapping[str, Any],
         post_event: Callable[[Event], None],
     ) -> None:
         self._member = member
@@ -79,6 +81,7 @@ class StatePublisher:
         self._own_state: Mapping[str, Any] = {}
         self._unreleased_epoch: int | None = None
         self._previous_tenure = previous_tenure
+        self._previous_scripts = previous_scripts(previous)
         self.score: Callable[[], float] = lambda: 0.0
         self.unfit_reason: Callable[[], str | None] = lambda: None
 
@@ -123,10 +126,11 @@ class StatePublisher:
             "instance": member.instance,
             "unreleased": self._unreleased(),
             "processes": role_runner.known_processes,
+            "marks": role_runner.leftover.marks,
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": () if hook is None else hook.value,
-            "stop_scripts": () if hook is None else [step.argv[0] for step in hook.scripts],
+            "stop_scripts": self._stop_scripts(),
             "pid": os.getpid(),
             "pid_start": self._pid_start,
             "version": __version__,
@@ -135,6 +139,13 @@ class StatePublisher:
             self._facts = facts
             self._own_state = {name: _to_json(value) for name, value in facts.items()}
         return self._own_state
+
+    def _stop_scripts(self) -> Sequence[str]:
+        """The scripts of the demotion that has to succeed before that tenure is released."""
+        if (unreleased := self._unreleased()) is not None and unreleased is self._previous_tenure:
+            return self._previous_scripts
+        hook = self._member.role_runner.demotion_hook
+        return () if hook is None else [step.argv[0] for step in hook.scripts]
 
     def _unreleased(self) -> PreviousTenure | None:
         """The tenure that the next process has to release: of this process, or of the previous one."""
@@ -190,6 +201,8 @@ class StatePublisher:
             self.unfit_reason(),
             self._unreleased_epoch,
             self._member.role_runner.known_processes,
+            self._member.role_runner.leftover.marks,
+            self._stop_scripts(),
         )
         if key == self._scheduled_key:
             return

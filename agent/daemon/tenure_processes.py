@@ -105,25 +105,37 @@ class PreviousProcesses:
 
     def __init__(self, *member: str) -> None:
         self.mark = hashlib.sha256(os.fsencode("\0".join(member))).hexdigest()[:16]
-        self._tree: ProcessTree | None = None
+        self._trees: dict[str, ProcessTree] = {}
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """This member's mark, and those of previous agents whose processes have not been ended yet."""
+        return tuple(sorted({self.mark, *self._trees}))
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
         """The processes from which the others descend, as of the last search."""
-        return () if self._tree is None else self._tree.roots
+        return tuple({root for tree in self._trees.values() for root in tree.roots})
 
-    def follow(self, known: Iterable[proctree.Process] = ()) -> None:
-        """Find all of these processes from now on; ``known`` ones have no mark, such as a hook whose exec hangs."""
-        self._tree = ProcessTree(self.mark, since=0, known=known)
-        self._tree.cgroup = tenure_cgroup(self.mark)
+    def follow(self, marks: Iterable[str] = (), known: Iterable[proctree.Process] = ()) -> None:
+        """Find all of these processes from now on.
+
+        Args:
+            marks: of previous agents: another name of the same state file makes another mark.
+            known: processes that have no mark, such as a hook whose exec hangs.
+        """
+        for mark in {self.mark, *marks}:
+            self._trees[mark] = ProcessTree(mark, since=0, known=known)
+            self._trees[mark].cgroup = tenure_cgroup(mark)
 
     def forget(self) -> None:
         """Forget all processes: they are gone."""
-        self._tree = None
+        self._trees = {}
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all of these processes; return None once all are gone, else the reason why some are not."""
-        left = None if self._tree is None else await self._tree.kill(limit_s)
+        reasons = [await tree.kill(limit_s) for tree in self._trees.values()]
+        left = "; ".join(filter(None, reasons)) or None
         if left is not None:
             log.error("processes of a previous run are still alive", reason=left)
         return left

@@ -263,10 +263,9 @@ class ProcessTree:
             elif marked is None:
                 variables = _contents(stat.thread, "environ").split(b"\0")
                 _unreadable.discard(process)
-                if variables == [b""] and proctree.is_within_exec(stat, _contents):
+                if variables == [b""] and proctree.is_within_exec(process, stat, _contents):
                     end_at = end_at or time.monotonic() + proctree.EXEC_S
-                    if time.monotonic() < end_at:
-                        time.sleep(proctree.PAUSE_S)
+                    if proctree.may_look_again(process, end_at):
                         queue.append((process, stat))
                         continue
                 if any(self._is_mark(variable) for variable in variables):

@@ -8,10 +8,12 @@ Owns the form of the document. Knows no meaning of a setting, and checks no rang
 document has done that.
 """
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from msgspec import DecodeError, ValidationError, convert, json
+from msgspec import ValidationError, convert
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
@@ -21,13 +23,15 @@ from agent.schema.settings import AgentSettings
 
 def dump(settings: AgentSettings) -> bytes:
     """Write settings as a document that ``load`` reads."""
-    return json.encode({"version": __version__, "settings": settings}, enc_hook=_from_path)
+    return json.dumps({"version": __version__, "settings": settings}, default=_to_json).encode()
 
 
 def dump_error(error: ConfigError, state_file: object) -> bytes:
     """Write a document with the error that settings could not be read, and the state file that was given."""
     given = {"error": str(error), "exit_code": int(error.exit_code)}
-    return json.encode({"version": __version__, "state_file": str(state_file or ""), **given})
+    return json.dumps(
+        {"version": __version__, "state_file": str(state_file or ""), **given}
+    ).encode()
 
 
 def load(document: bytes) -> AgentSettings:
@@ -38,13 +42,13 @@ def load(document: bytes) -> AgentSettings:
             ``dump`` has written.
     """
     try:
-        given = json.decode(document, type=dict[str, Any])
+        given = json.loads(document)  # not by msgspec: a path or an argument need not be UTF-8
         check_version(given["version"])
         if "error" in given:
             code, state_file = ExitCode(given["exit_code"]), given["state_file"]
             raise ConfigError(given["error"], exit_code=code, state_file=state_file)
         settings: AgentSettings = _table(given["settings"], AgentSettings)
-    except (DecodeError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"the settings document cannot be read ({type(error).__name__}: {error}): the installed"
             " program differs from the running one; restart to use it",
@@ -66,9 +70,11 @@ def check_version(installed: str) -> None:
         )
 
 
-def _from_path(value: object) -> str:
-    assert isinstance(value, Path)  # noqa: S101 - all other values have a JSON type
-    return str(value)
+def _to_json(value: Any) -> Any:
+    """Convert a path or a table; all other values have a JSON type."""
+    if isinstance(value, Path):
+        return str(value)
+    return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _table(given: Any, declared: type[Any]) -> Any:

@@ -178,7 +178,7 @@ def test_settings_of_a_program_with_other_fields_are_refused() -> None:
     document = exchange.dump(AgentSettings(group="g"))
     for changed in (
         document.replace(b'"hook_primary"', b'"hook_swapped"'),
-        document.replace(b'"group":"g"', b'"group":1'),
+        document.replace(b'"group": "g"', b'"group": 1'),
         document[:-2],
         b"[]",
     ):

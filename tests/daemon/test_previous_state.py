@@ -9,6 +9,7 @@ import pytest
 from agent import proctree
 from agent.daemon.previous_state import (
     boot_id,
+    previous_processes,
     previous_tenure,
     read_previous,
 )
@@ -32,6 +33,20 @@ def test_a_tenure_is_not_released_if_a_script_of_its_demotion_is_gone(
     """The first demotion runs those that are there, and the one that stops the workload was removed."""
     given = state(unreleased={"epoch": 3, "instance": "a"}, stop_scripts=scripts)
     assert (previous_tenure(given, []) is not None) is released
+
+
+def test_a_tenure_is_not_released_if_the_scripts_of_its_demotion_are_not_known(
+    tmp_path: Path,
+) -> None:
+    directory = [str(tmp_path)]
+    given = state(unreleased={"epoch": 3, "instance": "a"}, stop_command=directory)
+    assert previous_tenure(given, directory) is None
+
+
+def test_only_marks_of_members_are_taken_from_the_file() -> None:
+    mark = "0123456789abcdef"
+    assert previous_processes(state(marks=[mark, "../x", 7, mark + "0"])) == ((mark,), ())
+    assert previous_processes(state(marks=mark)) == ((), ())
 
 
 @pytest.mark.parametrize("wrong", [[1], "a", 7, True, {"instance": 7}, {"instance": "../../x"}])

@@ -218,8 +218,8 @@ def test_a_start_that_fails_first_stops_the_previous_agents_workload(
             output(stage).unlink()
 
 
-@pytest.mark.parametrize("left", [None, "", "{}"])
-def test_what_a_killed_agent_has_left_is_ended_without_its_state_file(
+@pytest.mark.parametrize("left", [None, "", "{}", "another name of it"])
+def test_what_a_killed_agent_has_left_is_ended_whatever_its_state_file_is(
     stage: Stage, coordinator: Coordinator, left: str | None
 ) -> None:
     """Its processes were known by that file only: removed, or damaged, the next agent joined beside them."""
@@ -228,8 +228,15 @@ def test_what_a_killed_agent_has_left_is_ended_without_its_state_file(
     until(lambda: len(writers(stage, one)) > 1, "the child of the workload")
     kill_with_guard(one)
     assert any(map(lives, writers(stage, one)))
-    one.state_file.unlink() if left is None else one.state_file.write_text(left)
-    again = by_exec(stage, "host-a", coordinator)
+    flags = []
+    if left is None:
+        one.state_file.unlink()
+    elif left.startswith("another"):
+        (stage.directory / "other").symlink_to(stage.directory)
+        flags = [f"--state-file={stage.directory / 'other' / one.state_file.name}"]
+    else:
+        one.state_file.write_text(left)
+    again = by_exec(stage, "host-a", coordinator, *flags)
     again.until_said("joined")
     assert not any(map(lives, writers(stage, one)))
     assert again.end() == 0
