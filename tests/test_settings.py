@@ -348,14 +348,12 @@ def test_a_secret_that_others_can_read_or_that_is_missing_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("key", ["ca_file", "hook_directory", "state_file", "hook_primary"])
-@pytest.mark.parametrize(
-    ("path", "most"), [("/" + "x" * 256, "255 bytes"), ("/x" * 2048, "4095 bytes")]
-)
-def test_a_path_that_is_too_long_for_linux_is_refused(key: str, path: str, most: str) -> None:
+@pytest.mark.parametrize("path", ["/" + "x" * 256, "/x" * 2048])
+def test_a_path_that_is_too_long_for_linux_is_refused(key: str, path: str) -> None:
     """It ended as a fault of the program: the look whether there is such a file raised."""
     value = [path] if key == "hook_primary" else path
     [why], code = faults(AgentSettings, {"group": "g", key: value})
-    assert why.endswith(most)
+    assert why.endswith(": must have at most 4095 bytes, and 255 in each name")
     assert code is ExitCode.CONFIG_VALUE
 
 

@@ -28,10 +28,8 @@ def dump(settings: AgentSettings) -> bytes:
 
 def dump_error(error: ConfigError, state_file: object) -> bytes:
     """Write a document with the error that settings could not be read, and the state file that was given."""
-    given = {"error": str(error), "exit_code": int(error.exit_code)}
-    return json.dumps(
-        {"version": __version__, "state_file": str(state_file or ""), **given}
-    ).encode()
+    given = {"version": __version__, "error": str(error), "exit_code": int(error.exit_code)}
+    return json.dumps({**given, "state_file": str(state_file or "")}).encode()
 
 
 def load(document: bytes) -> AgentSettings:

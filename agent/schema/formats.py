@@ -46,8 +46,7 @@ MOST_IDENTITIES = 100
 MOST_LABELS = 32
 """The most labels of one metric; exporters use a handful."""
 
-LONGEST_NAME = 255
-LONGEST_PATH = 4095
+LONGEST_NAME, LONGEST_PATH = 255, 4095
 """The most bytes of a file's name, and of a path, that Linux takes."""
 
 MOST_VARIABLES = 64
@@ -389,10 +388,9 @@ parse_peer = must("have a port from 1 to 65535", lambda address: address.port, f
 
 def check_length(path: Path) -> Path:
     """Check what Linux would refuse as longer than any file's name, or path."""
-    if any(len(os.fsencode(name)) > LONGEST_NAME for name in path.parts):
-        raise ValueError(f"must be a path whose names have at most {LONGEST_NAME} bytes")
-    if len(bytes(path)) > LONGEST_PATH:
-        raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes")
+    text = os.fsencode(path)
+    if len(text) > LONGEST_PATH or max(map(len, text.split(b"/"))) > LONGEST_NAME:
+        raise ValueError(f"must have at most {LONGEST_PATH} bytes, and {LONGEST_NAME} in each name")
     return path
 
 
