@@ -220,8 +220,7 @@ class RoleRunner:
 
     def terminate(self, number: int) -> None:
         """Send TERM to the processes of a run, which then starts no further ones."""
-        run = self._runs.get(number)
-        if run is None:
+        if (run := self._runs.get(number)) is None:
             return
         run.terminated = True
         if run.hook is not None:
@@ -233,8 +232,7 @@ class RoleRunner:
 
     def kill(self, number: int) -> None:
         """Send SIGKILL to the processes of a run, and to all that a promotion has started."""
-        run = self._runs.get(number)
-        if run is None:
+        if (run := self._runs.get(number)) is None:
             return
         run.terminated = run.killed = True
         if run.hook is not None:
@@ -395,5 +393,7 @@ class RoleRunner:
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure. Raises TimeoutError, StuckError."""
+        if self._tenure is not None:  # it keeps the scripts that there are now
+            await self._tenure.find_hook_fault()
         build = partial(self.payloads.build_guard_hook, self.demotion_hook, promotion, limit_s)
         return await BlockingThread("demotion hook of the guard").run(build, timeout_s=CHECK_S)

@@ -454,6 +454,22 @@ async def test_a_demotion_fails_without_a_script_of_its_directory_at_the_promoti
     assert "20-stop" in ended.why
 
 
+async def test_the_guard_has_every_script_that_belongs_to_the_tenure(stage: Stage) -> None:
+    """One that was added after the guard's copy and before the promotion belonged to the tenure only."""
+    scripts = stage.directory / "secondary.d"
+    scripts.mkdir(0o755)
+    os.rename(stage.hook("s", "exit 0")[0], scripts / "10-stop")  # noqa: PTH104 - nothing else runs
+    stage.open(hook_primary=stage.hook("p", "exit 0"), hook_secondary=(str(scripts),))
+    facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
+    promotion = stage.role_runner.start_run(1, facts, None)
+    sent = await stage.role_runner.build_guard_hook(facts, 1.0)
+    os.rename(stage.hook("s", "exit 0")[0], scripts / "20-late")  # noqa: PTH104 - as above
+    assert await promotion
+    assert stage.role_runner.demotion_hook is not None
+    assert len(sent.commands) == len(stage.role_runner.demotion_hook.scripts) == 1
+    assert (await stage.run(Role.SECONDARY)).ok
+
+
 async def test_marked_processes_of_a_previous_agent_are_killed_without_its_state_file(
     stage: Stage,
 ) -> None:

@@ -127,9 +127,11 @@ class HookSpec:
                 pass
 
     def with_scripts(self) -> "HookSpec":
-        """This hook, checked, to which the scripts that are there now belong for good. Raises ConfigError."""
+        """This hook, checked, to which the scripts belong that are there at the first call. Raises ConfigError."""
         self.check()
-        return replace(self, scripts=self._scripts()) if self.form is Form.DIRECTORY else self
+        if self.scripts or self.form is not Form.DIRECTORY:
+            return self
+        return replace(self, scripts=self._scripts())
 
     def recheck(self, step: CommandStep) -> None:
         """Check a script again before its start: it may have changed. Raises ConfigError."""
