@@ -79,12 +79,16 @@ class HttpServer:
     async def _accept(self, listener: socket.socket, handler: Handler) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(0)  # sock_accept() does not wait while connections are there
+            await asyncio.sleep(0)  # there may always be another connection
             try:
-                accepted, _ = await loop.sock_accept(listener)
+                accepted, _ = listener.accept()
+            except BlockingIOError:
+                await _until_readable(listener)
+                continue
             except OSError:
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
+            accepted.setblocking(False)
             if len(self._tasks) >= self.limits.connections:
                 self._end(next(iter(self._tasks)))
             serving = loop.create_task(
@@ -148,6 +152,16 @@ async def _cancel(tasks: Iterable["asyncio.Task[None]"]) -> None:
     for task in cancelled:
         task.cancel()
     await asyncio.gather(*cancelled, return_exceptions=True)
+
+
+async def _until_readable(listener: socket.socket) -> None:
+    """Wait for a connection. The loop's sock_accept() raises in the loop if it is cancelled just as one comes."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(listener, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 def _listen_at_all(found: Sequence[tuple[Any, ...]]) -> list[socket.socket]:
