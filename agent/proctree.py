@@ -33,7 +33,6 @@ PAUSE_S = 0.002
 STOP_S = 0.25
 """How long to wait until all processes have stopped; one that may not be signalled never does."""
 
-MOST_BARE = 10_000
 EXEC_S = 0.1
 """How long a search looks again at processes within an exec, which takes moments, but longer on a busy machine. They have
 neither an environment nor a command line then; anybody can have processes that never have one."""
@@ -246,14 +245,11 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     """
     wanted = f"{MARK}={mark}".encode()
     found: set[int] = set()
-    queue, end_at = list(table.items()), 0.0
+    queue, wait = list(table.items()), ExecWait(_contents)
     for pid, stat in queue:
         text = _contents(stat.thread, "environ")
-        process = (pid, stat.start)
-        if not text and is_within_exec(process, stat, _contents):
-            end_at = end_at or time.monotonic() + EXEC_S
-            if may_look_again(process, end_at):
-                queue.append((pid, stat))
+        if not text and wait.is_needed((pid, stat.start), stat):
+            queue.append((pid, stat))
         if any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0")):
             found.add(pid)
     return _killable(table, found)
@@ -392,24 +388,32 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
 _bare: "set[Process]" = set()
 """Processes that had neither an environment nor a command line for as long as one was looked for."""
 
+MOST_BARE = 10_000
+"""The most of these that are remembered."""
 
-def is_within_exec(process: "Process", stat: Stat, contents) -> bool:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-    """Whether a process without environment, as ``contents`` reads it, has no command line either, but is alive."""
-    if process in _bare or stat.flags & PF_KTHREAD or contents(stat.thread, "cmdline"):
+
+class ExecWait:
+    """Has one search look again at processes within an exec, for EXEC_S in all. ``contents`` reads their files."""
+
+    def __init__(self, contents) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
+        self._contents = contents
+        self._end_at = 0.0
+
+    def is_needed(self, process: "Process", stat: Stat) -> bool:
+        """Whether to look again at a process without environment: it lives without command line. Pauses if so."""
+        if process in _bare or stat.flags & PF_KTHREAD or self._contents(stat.thread, "cmdline"):
+            return False
+        now = read(stat.thread)
+        if now is None or now.state in ENDED:
+            return False
+        self._end_at = self._end_at or time.monotonic() + EXEC_S
+        if time.monotonic() < self._end_at:
+            time.sleep(PAUSE_S)
+            return True
+        if len(_bare) >= MOST_BARE:
+            _bare.clear()
+        _bare.add(process)
         return False
-    now = read(stat.thread)
-    return now is not None and now.state not in ENDED
-
-
-def may_look_again(process: "Process", end_at: float) -> bool:
-    """Pause, and return True; at ``end_at`` remember instead that nothing more is to be waited for."""
-    if time.monotonic() < end_at:
-        time.sleep(PAUSE_S)
-        return True
-    if len(_bare) >= MOST_BARE:
-        _bare.clear()
-    _bare.add(process)
-    return False
 
 
 def _contents(thread: int, name: str) -> bytes:

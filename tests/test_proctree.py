@@ -424,4 +424,4 @@ def test_processes_that_never_have_an_environment_delay_a_search_once(
     assert 0 < sum(pauses) <= proctree.EXEC_S
     init = proctree.identify(1)
     assert init in proctree._bare, "the next search would wait for it again"
-    assert not proctree.is_within_exec(init, proctree.snapshot()[1], lambda *_: b"")
+    assert not proctree.ExecWait(lambda *_: b"").is_needed(init, proctree.snapshot()[1])

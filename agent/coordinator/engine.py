@@ -402,7 +402,8 @@ class Engine:
         self._ran_at = now.mono
         if self.stopping:
             return
-        for group in map(self.groups.__getitem__, self._wakeups.due(now.mono, BATCH)):
+        for key in self._wakeups.due(now.mono, BATCH):
+            group = self.groups[key]
             if not group.ticking:  # else that Tick sets the next wakeup
                 group.ticking = True
                 self.changes.spawn(self._run_tick(group))

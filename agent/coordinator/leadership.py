@@ -372,7 +372,8 @@ class Leadership:
         self._notify()
 
     def _begin_term(self, number: int, revision: int) -> None:
-        shard = Shard(number, store := self._cluster.shard(number, revision), self._lease)
+        store = self._cluster.shard(number, revision)
+        shard = Shard(number, store, self._lease)
         store.is_over = lambda: shard.ended
         self._terms[number] = revision, shard
         task = asyncio.create_task(self._load(shard), name=f"load shard {number}")

@@ -312,7 +312,7 @@ class EffectRunner:
         left_s = self.guard_control.kill_at - begun_at
         if (
             left_s > 0
-        ):  # else the order matters; half of D as the guard has it, or no hook would run at all
+        ):  # else only the order matters; half of D at least, or no hook would run at all
             budget_s = min(budget_s, max(left_s, budget_s / 2))
         self.escalated = True
         try:

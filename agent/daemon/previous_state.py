@@ -97,10 +97,8 @@ def previous_processes(
 
     A hook whose exec hangs, for example, has no mark yet.
     """
-    marks, given = (
-        tuple(filter(MARK.fullmatch, _strings_of(state, "marks"))),
-        state.get("processes"),
-    )
+    marks = tuple(filter(MARK.fullmatch, _strings_of(state, "marks")))
+    given = state.get("processes")
     if not is_of_this_boot(state) or not isinstance(given, list):
         return marks, ()
     return marks, tuple((pid, start) for pid, start in filter(_is_process, given))

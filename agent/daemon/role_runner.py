@@ -304,7 +304,7 @@ class RoleRunner:
     # -- a change of role -----------------------------------------------------------------------
 
     async def _promote(self, run: _Run, role: Role, payload: Payload) -> Outcome:
-        if self._tenure is not None and (fault := await self._tenure.find_hook_fault()):
+        if self._tenure is not None and (fault := await self._tenure.prepare_demotion_hook()):
             return False, fault
         ok, why = await self._run_hook(run, role, self._specs.get(EVENTS[role]), payload)
         if ok and role is Role.PRIMARY and self.workload is not None and not run.terminated:
@@ -393,7 +393,7 @@ class RoleRunner:
 
     async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure. Raises TimeoutError, StuckError."""
-        if self._tenure is not None:  # it keeps the scripts that there are now
-            await self._tenure.find_hook_fault()
+        if self._tenure is not None:
+            await self._tenure.prepare_demotion_hook()
         build = partial(self.payloads.build_guard_hook, self.demotion_hook, promotion, limit_s)
         return await BlockingThread("demotion hook of the guard").run(build, timeout_s=CHECK_S)

@@ -66,8 +66,8 @@ class TenureProcesses:
             return not await self._tree.find_in_thread(limit_s)
         return False
 
-    async def find_hook_fault(self) -> str | None:
-        """Why the demotion hook could not be run now: what it cannot end must not be started."""
+    async def prepare_demotion_hook(self) -> str | None:
+        """Have the demotion hook keep its scripts of now; return why it could not be run: nothing may be started then."""
         if self.demotion_hook is None:
             return None
         try:

@@ -252,7 +252,7 @@ class ProcessTree:
         found: list[proctree.Process],
     ) -> None:
         us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
-        queue, end_at = list(recent.items()), 0.0
+        queue, wait = list(recent.items()), proctree.ExecWait(_contents)
         for process, stat in queue:
             if process in self._known:
                 continue
@@ -263,11 +263,9 @@ class ProcessTree:
             elif marked is None:
                 variables = _contents(stat.thread, "environ").split(b"\0")
                 _unreadable.discard(process)
-                if variables == [b""] and proctree.is_within_exec(process, stat, _contents):
-                    end_at = end_at or time.monotonic() + proctree.EXEC_S
-                    if proctree.may_look_again(process, end_at):
-                        queue.append((process, stat))
-                        continue
+                if variables == [b""] and wait.is_needed(process, stat):
+                    queue.append((process, stat))
+                    continue
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
                     continue

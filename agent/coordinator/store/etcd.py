@@ -111,7 +111,8 @@ class EtcdCluster:
     async def is_served(self) -> bool:
         """Whether any coordinator has a session."""
         members = self.layout.member("")
-        return (await self.etcd.range(read(members, end_of(members), count_only=True))).count > 0
+        found = await self.etcd.range(read(members, end_of(members), count_only=True))
+        return found.count > 0
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
