@@ -310,9 +310,8 @@ class EffectRunner:
         role_runner, clock = self.member.role_runner, self.member.clock
         begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
         left_s = self.guard_control.kill_at - begun_at
-        if (
-            left_s > 0
-        ):  # else only the order matters; half of D at least, or no hook would run at all
+        # At least half of D, or no hook would run at all. Too late, only the order matters.
+        if left_s > 0:
             budget_s = min(budget_s, max(left_s, budget_s / 2))
         self.escalated = True
         try:
