@@ -23,7 +23,8 @@ instead of a revision is uvicorn with httptools and uvloop alone: it reads each 
 answer, as large as a heartbeat's. "memory" is this coordinator with nothing durable, "etcd" is this
 coordinator on an etcd of one member, and "follower" one of two such coordinators, of which the other leads
 all groups, on another core with etcd; the follower shares its core with this generator. The processor time is that
-of the one that is asked. With --serving both that are compared are served in such a way.
+of the one that is asked. With --serving both that are compared are served in such a way; "bare" and the others that
+are alone share their core with this generator, too, if they are compared with a follower.
 
 With --scrape its /metrics are read every so many seconds meanwhile, as by Prometheus, by a process of its
 own beside this one.
@@ -391,7 +392,9 @@ def serving(
 ) -> Iterator[tuple[str, int, int]]:
     """A coordinator of one of the kinds in ALONE and CLUSTERS."""
     if kind in ALONE:
-        with coordinator(args, tree, store=kind) as one:
+        with coordinator(
+            args, tree, store=kind, load_core=0 if args.serving == "follower" else -1
+        ) as one:
             yield one
         return
     from tests.etcd import an_etcd  # noqa: PLC0415 - only a run with -m finds it
