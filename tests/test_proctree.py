@@ -9,7 +9,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,6 +391,46 @@ def test_a_process_within_an_exec_is_found_by_its_mark(
             words = f"{where[0]}/{where[1]}".split("/")
             asked["environ"] += words[:2] == [str(child.pid), "environ"]
             return b"" if words[0] == str(child.pid) and asked["environ"] < 5 else read(*where)
+
+        monkeypatch.setattr(module, reader, read_after_exec)
+        found = marked(module, mark)
+        child.kill()
+    assert found == {child.pid}
+
+
+@READERS
+def test_a_process_whose_exec_ends_between_two_looks_is_found_by_its_mark(
+    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no environment yet and then a command line, so it was taken for one that was started without any."""
+    read, asked = getattr(module, reader), Counter[str]()
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_late(*where: Any) -> Any:
+            words = f"{where[0]}/{where[1]}".split("/")
+            asked["environ"] += (first := words[:2] == [str(child.pid), "environ"])
+            return b"" if first and asked["environ"] == 1 else read(*where)
+
+        monkeypatch.setattr(module, reader, read_late)
+        found = marked(module, mark)
+        child.kill()
+    assert found == {child.pid}
+
+
+@READERS
+def test_a_busy_machine_does_not_make_a_process_within_an_exec_one_without_environment(
+    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the time for further looks went by between two of them, and none was taken at any later search, either."""
+    read, asked, seconds = getattr(module, reader), Counter[str](), count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)), sleep=time.sleep)
+    monkeypatch.setattr(proctree, "time", clock)
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_after_exec(*where: Any) -> Any:
+            words = f"{where[0]}/{where[1]}".split("/")
+            asked["environ"] += words[:2] == [str(child.pid), "environ"]
+            return b"" if words[0] == str(child.pid) and asked["environ"] < 4 else read(*where)
 
         monkeypatch.setattr(module, reader, read_after_exec)
         found = marked(module, mark)
