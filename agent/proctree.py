@@ -241,9 +241,9 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     """
     wanted = f"{MARK}={mark}".encode()
     found: set[int] = set()
-    queue, wait = list(table.items()), ExecWait(_contents)
+    queue, wait = list(table.items()), ExecWait()
     for pid, stat in queue:
-        text = _contents(stat.thread, "environ")
+        text = contents(stat.thread, "environ")
         if not text and wait.is_needed((pid, stat.start), stat):
             queue.append((pid, stat))
         if any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0")):
@@ -389,10 +389,9 @@ MOST_BARE = 10_000
 
 
 class ExecWait:
-    """Has one search look again at processes within an exec, for EXEC_S in all. ``contents`` reads their files."""
+    """Has one search look again at processes within an exec, for EXEC_S in all."""
 
-    def __init__(self, contents) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-        self._contents = contents
+    def __init__(self) -> None:
         self._end_at, self._round = 0.0, 0
         self._looks: dict[Process, int] = {}
 
@@ -400,8 +399,8 @@ class ExecWait:
         """Whether to look again at a process without environment. Pauses while it has no command line, either."""
         if process in _bare or stat.flags & PF_KTHREAD:
             return False
-        if self._contents(stat.thread, "cmdline"):  # perhaps its exec has just ended
-            return bool(self._contents(stat.thread, "environ"))
+        if contents(stat.thread, "cmdline"):  # perhaps its exec has just ended
+            return bool(contents(stat.thread, "environ"))
         now = read(stat.thread)
         if now is None or now.state in ENDED:
             return False
@@ -418,7 +417,8 @@ class ExecWait:
         return False
 
 
-def _contents(thread: int, name: str) -> bytes:
+def contents(thread: int, name: str) -> bytes:
+    """The content of a file in /proc of a thread; empty if it cannot be read. May block. Raises OSError if LACKING."""
     return _read_file(f"{thread}/{name}", open_proc())
 
 

@@ -1269,12 +1269,12 @@ def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
     ours = escaped(MARK)
     with stuck_thread() as stranger:
         blocks = f"""
-contents = _contents
+read_contents = contents
 
-def _contents(thread, name):
+def contents(thread, name):
     if thread == {stranger}:
         time.sleep(1000)
-    return contents(thread, name)
+    return read_contents(thread, name)
 """
         host = new_host(program=build_program_with(blocks, proctree))
         host.send(*hook(sh("exit 0")))
