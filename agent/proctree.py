@@ -37,6 +37,9 @@ EXEC_S = 0.1
 """How long a search looks again at processes within an exec, which takes moments, but longer on a busy machine. They have
 neither an environment nor a command line then; anybody can have processes that never have one."""
 
+LEAST_LOOKS = 5
+"""How often it looks at such a process at least, however long it takes to read all others."""
+
 QUIET_SEARCHES = 3
 """Searches in a row that find nothing new: one can miss a process whose parent ends meanwhile."""
 
@@ -114,16 +117,9 @@ def read(pid: int) -> "Stat | None":
         return None
     stat = Stat(pid, words)
     if stat.state in ENDED and int(words[17]) > 1:  # the number of its threads
-        _choose_live_thread(stat)
+        live = ((thread, state) for thread, state in _thread_states(pid) if state not in ENDED)
+        stat.thread, stat.state = next(live, (pid, stat.state))
     return stat
-
-
-def _choose_live_thread(stat: Stat) -> None:
-    """The main thread has ended: use the state of a live thread, if there is one."""
-    for thread, state in _thread_states(stat.thread):
-        if state not in ENDED:
-            stat.thread, stat.state = thread, state
-            return
 
 
 def has_stuck_thread(pid: int) -> bool:
@@ -245,9 +241,9 @@ def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     """
     wanted = f"{MARK}={mark}".encode()
     found: set[int] = set()
-    queue, wait = list(table.items()), ExecWait(_contents)
+    queue, wait = list(table.items()), ExecWait()
     for pid, stat in queue:
-        text = _contents(stat.thread, "environ")
+        text = contents(stat.thread, "environ")
         if not text and wait.is_needed((pid, stat.start), stat):
             queue.append((pid, stat))
         if any(entry == wanted or entry.startswith(wanted + b".") for entry in text.split(b"\0")):
@@ -393,22 +389,27 @@ MOST_BARE = 10_000
 
 
 class ExecWait:
-    """Has one search look again at processes within an exec, for EXEC_S in all. ``contents`` reads their files."""
+    """Has one search look again at processes within an exec, for EXEC_S in all."""
 
-    def __init__(self, contents) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - as above
-        self._contents = contents
-        self._end_at = 0.0
+    def __init__(self) -> None:
+        self._end_at, self._round = 0.0, 0
+        self._looks: dict[Process, int] = {}
 
     def is_needed(self, process: "Process", stat: Stat) -> bool:
-        """Whether to look again at a process without environment: it lives without command line. Pauses if so."""
-        if process in _bare or stat.flags & PF_KTHREAD or self._contents(stat.thread, "cmdline"):
+        """Whether to look again at a process without environment. Pauses while it has no command line, either."""
+        if process in _bare or stat.flags & PF_KTHREAD:
             return False
+        if contents(stat.thread, "cmdline"):  # perhaps its exec has just ended
+            return bool(contents(stat.thread, "environ"))
         now = read(stat.thread)
         if now is None or now.state in ENDED:
             return False
         self._end_at = self._end_at or time.monotonic() + EXEC_S
-        if time.monotonic() < self._end_at:
-            time.sleep(PAUSE_S)
+        looks = self._looks[process] = self._looks.get(process, 0) + 1
+        if looks < LEAST_LOOKS or time.monotonic() < self._end_at:
+            if looks > self._round:  # one pause for all that are looked at again
+                self._round = looks
+                time.sleep(PAUSE_S)
             return True
         if len(_bare) >= MOST_BARE:
             _bare.clear()
@@ -416,7 +417,8 @@ class ExecWait:
         return False
 
 
-def _contents(thread: int, name: str) -> bytes:
+def contents(thread: int, name: str) -> bytes:
+    """The content of a file in /proc of a thread; empty if it cannot be read. May block. Raises OSError if LACKING."""
     return _read_file(f"{thread}/{name}", open_proc())
 
 

@@ -440,6 +440,25 @@ def test_a_late_guard_kills_the_tenure_first_and_still_runs_the_hook(
     assert (tmp_path / "seen").read_text().split() == ["Z", "Z"]
 
 
+@pytest.mark.parametrize("by_mark", [False, True])
+def test_a_hook_that_begins_shortly_before_kill_at_keeps_no_process_of_the_tenure_alive(
+    host: Host, run: Run, tmp_path: Path, *, by_mark: bool
+) -> None:
+    """The hook has half of its budget nevertheless, and the tenure was killed only after that: past L."""
+    left = run(f"export {proctree.MARK}={MARK}; exec /bin/sh -c '{IDLE}'" if by_mark else IDLE)
+    seen = tmp_path / "seen"
+    waits = f"until grep -q ') Z' /proc/{left.pid}/stat; do sleep 0.01; done; touch {seen}"
+    host.send(*hook(sh(waits)))
+    host.send(*arm(now() + LIMIT_S, now() + 1.5 * LIMIT_S))  # so that it knows the budget
+    kill_at = now() + 0.5
+    found_by = {"mark": MARK} if by_mark else {"groups": left.pid}
+    host.send(*arm(float("inf"), kill_at, **found_by))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    assert now() < kill_at + 2 * LATE_S
+    assert seen.exists()
+
+
 def test_a_late_guard_kills_the_tenure_before_it_looks_for_free_tasks(
     new_host: Callable[..., Host], run: Run, tmp_path: Path
 ) -> None:
@@ -1250,12 +1269,12 @@ def test_a_stuck_stranger_protects_no_process_that_is_found_only_by_its_mark(
     ours = escaped(MARK)
     with stuck_thread() as stranger:
         blocks = f"""
-contents = _contents
+read_contents = contents
 
-def _contents(thread, name):
+def contents(thread, name):
     if thread == {stranger}:
         time.sleep(1000)
-    return contents(thread, name)
+    return read_contents(thread, name)
 """
         host = new_host(program=build_program_with(blocks, proctree))
         host.send(*hook(sh("exit 0")))

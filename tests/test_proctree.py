@@ -9,7 +9,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,7 +313,11 @@ def test_a_process_that_cannot_be_read_for_lack_of_descriptors_is_not_gone() -> 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
     try:
-        for search in (proctree.snapshot, lambda: proctree.lives(process)):
+        for search in (
+            proctree.snapshot,
+            lambda: proctree.lives(process),
+            lambda: proctree.contents(1, "x"),
+        ):
             with pytest.raises(OSError, match="Too many open files"):
                 search()
     finally:
@@ -344,6 +350,28 @@ def test_a_proc_that_hides_processes_is_an_error(mode: str) -> None:
     assert done.stdout.strip() == ("" if mode == "subset=pid" else proctree.HIDDEN)
 
 
+COVERED = """
+import subprocess, sys
+from agent import proctree
+from agent.ops.process_tree import ProcessTree
+proctree.open_proc()
+with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: "covered"}) as child:
+    subprocess.run(["mount", "-t", "tmpfs", "none", "/proc"], check=True)
+    searches = ProcessTree("covered", since=0).find, lambda: proctree.with_mark(proctree.snapshot(), "covered")
+    print([pid == child.pid for search in searches for pid, _ in search()])
+    child.kill()
+"""
+
+
+def test_a_mount_over_proc_hides_no_mark_from_those_who_have_opened_it() -> None:
+    """An agent looked for marks by the path of /proc, and found none, nor a process that can be read, any more."""
+    command = ["unshare", "--mount", sys.executable, "-c", COVERED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs: a mount namespace: run as root: {done.stderr}")
+    assert done.stdout.strip() == "[True, True]"
+
+
 def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
     """Not this process's own group, which killpg() takes 0 for, nor a group with a process of somebody else."""
 
@@ -362,10 +390,8 @@ def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
     assert proctree.own_groups({7}, table, found) == {7, 10, 14}
 
 
-READERS = pytest.mark.parametrize(
-    ("module", "reader"), [(proctree, "_read_file"), (process_tree, "_contents")]
-)
-"""The two searches by mark, of the guard and of the agent, and what reads for them."""
+SEARCHES = pytest.mark.parametrize("module", [proctree, process_tree])
+"""The two searches by mark, of the guard and of the agent."""
 
 
 def marked(module: Any, mark: str) -> set[int]:
@@ -377,31 +403,69 @@ def marked(module: Any, mark: str) -> set[int]:
     return {pid for pid, _ in found}
 
 
-@READERS
+@SEARCHES
 def test_a_process_within_an_exec_is_found_by_its_mark(
-    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no environment for a moment, longer on a busy machine: a demotion succeeded while it was alive."""
-    read, asked = getattr(module, reader), Counter[str]()
+    read, asked = proctree.contents, Counter[str]()
     with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
 
-        def read_after_exec(*where: Any) -> Any:
-            words = f"{where[0]}/{where[1]}".split("/")
-            asked["environ"] += words[:2] == [str(child.pid), "environ"]
-            return b"" if words[0] == str(child.pid) and asked["environ"] < 5 else read(*where)
+        def read_after_exec(thread: int, name: str) -> bytes:
+            asked[name] += thread == child.pid
+            return b"" if thread == child.pid and asked["environ"] < 5 else read(thread, name)
 
-        monkeypatch.setattr(module, reader, read_after_exec)
+        monkeypatch.setattr(proctree, "contents", read_after_exec)
         found = marked(module, mark)
         child.kill()
     assert found == {child.pid}
 
 
-@READERS
+@SEARCHES
+def test_a_process_whose_exec_ends_between_two_looks_is_found_by_its_mark(
+    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no environment yet and then a command line, so it was taken for one that was started without any."""
+    read, asked = proctree.contents, Counter[str]()
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_late(thread: int, name: str) -> bytes:
+            asked[name] += thread == child.pid
+            first = (thread, name, asked[name]) == (child.pid, "environ", 1)
+            return b"" if first else read(thread, name)
+
+        monkeypatch.setattr(proctree, "contents", read_late)
+        found = marked(module, mark)
+        child.kill()
+    assert found == {child.pid}
+
+
+@SEARCHES
+def test_a_busy_machine_does_not_make_a_process_within_an_exec_one_without_environment(
+    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the time for further looks went by between two of them, and none was taken at any later search, either."""
+    read, asked, seconds = proctree.contents, Counter[str](), count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)), sleep=time.sleep)
+    monkeypatch.setattr(proctree, "time", clock)
+    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+        def read_after_exec(thread: int, name: str) -> bytes:
+            asked[name] += thread == child.pid
+            return b"" if thread == child.pid and asked["environ"] < 4 else read(thread, name)
+
+        monkeypatch.setattr(proctree, "contents", read_after_exec)
+        found = marked(module, mark)
+        child.kill()
+    assert found == {child.pid}
+
+
+@SEARCHES
 def test_processes_that_never_have_an_environment_delay_a_search_once(
-    mark: str, module: Any, reader: str, monkeypatch: pytest.MonkeyPatch
+    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Anybody can have as many of them as the system allows."""
-    read, sleep = getattr(module, reader), time.sleep
+    read, sleep = proctree.contents, time.sleep
     pauses: list[float] = []
 
     def pause(pause_s: float) -> None:
@@ -412,16 +476,14 @@ def test_processes_that_never_have_an_environment_delay_a_search_once(
     monkeypatch.setattr(proctree, "_bare", set())
     with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
 
-        def read_of_child(*where: Any) -> Any:
-            pid, _, name = f"{where[0]}/{where[1]}".partition("/")
-            hidden = pid != str(child.pid) and name.startswith(("environ", "cmdline"))
-            return b"" if hidden else read(*where)
+        def read_of_child(thread: int, name: str) -> bytes:
+            return b"" if thread != child.pid else read(thread, name)
 
-        monkeypatch.setattr(module, reader, read_of_child)
+        monkeypatch.setattr(proctree, "contents", read_of_child)
         found = marked(module, mark)
         child.kill()
     assert found == {child.pid}
     assert 0 < sum(pauses) <= proctree.EXEC_S
     init = proctree.identify(1)
     assert init in proctree._bare, "the next search would wait for it again"
-    assert not proctree.ExecWait(lambda *_: b"").is_needed(init, proctree.snapshot()[1])
+    assert not proctree.ExecWait().is_needed(init, proctree.snapshot()[1])

@@ -310,9 +310,10 @@ class EffectRunner:
         role_runner, clock = self.member.role_runner, self.member.clock
         begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
         left_s = self.guard_control.kill_at - begun_at
-        # At least half of D, or no hook would run at all. Too late, only the order matters.
+        # At least half of D, or no hook would run at all; the tenure ends in time. Too late, only the order matters.
         if left_s > 0:
             budget_s = min(budget_s, max(left_s, budget_s / 2))
+            asyncio.get_running_loop().call_later(left_s, lambda: role_runner.kill_all(hooks=False))
         self.escalated = True
         try:
             async with asyncio.timeout(budget_s):

@@ -58,7 +58,7 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     scripts = previous_scripts(state)
     is_directory = any(Path(part).is_dir() for part in stop_command[:1])
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
-    lacks_scripts = not known or not all(map(os.path.exists, scripts))
+    lacks_scripts = not known or not all(map(os.path.isfile, scripts))
     if state.get("stop_command") != list(stop_command) or lacks_scripts:
         log.warning(
             "role of the previous process not released: it had another demotion hook",

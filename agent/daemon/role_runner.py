@@ -250,10 +250,10 @@ class RoleRunner:
         while self._runs and self._clock.boottime() < end_at:  # noqa: ASYNC110 - a moment, and rare
             await asyncio.sleep(TREE_POLL_S)
 
-    def kill_all(self) -> set[asyncio.Task[Any]]:
-        """Escalate (R4): send KILL to the whole tenure and the demotion hook; return the tasks that do it."""
+    def kill_all(self, *, hooks: bool = True) -> set[asyncio.Task[Any]]:
+        """Send KILL to the whole tenure (R4), and to running ``hooks``; return the tasks that do it."""
         for run in self._runs.values():
-            if run.hook is not None:
+            if hooks and run.hook is not None:
                 run.hook.kill()
         if self.workload is not None:
             self.workload.kill()

@@ -221,9 +221,8 @@ class StatePublisher:
         if (writing := self._writing) is None:
             return True
         await asyncio.wait([writing], timeout=limit_s)
-        if not writing.done() or writing.cancelled():
-            return False
-        return writing.exception() is None and writing.result()
+        ended = writing.done() and not writing.cancelled()
+        return ended and writing.exception() is None and writing.result()
 
     async def close(self) -> None:
         """Write the last state, and stop writing."""

@@ -10,8 +10,8 @@ connection that closes while a deadline is set means that the agent is dead. The
 5. kills whatever else is left of the tenure, and then the agent,
 6. has a helper release the role, if every step has succeeded.
 
-All of it is done by ``kill_at``. If the guard itself is late (after a suspend, for example), it kills the
-tenure first and still gives the hook half of its budget: a late demotion is better than none.
+All of it is done by ``kill_at``; only the hook, which has half of its budget at least, may go on after that. If the
+guard itself is late (after a suspend, for example), it kills the tenure first: a late demotion is better than none.
 
 Rules of this package: it imports only the smallest modules of the standard library, and
 agent/proctree.py; no asyncio, no threads. It must stay small, and run when the agent cannot. Whatever may

@@ -9,6 +9,10 @@ from agent import proctree
 from agent.guard.log import ERROR, INFO, WARNING, LogWriter, write_stderr
 from agent.guard.processes import IGNORED, POLL_S, now
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 GRACE_SHARE = 0.25
 LONGEST_GRACE_S = 2.0
 """Time between TERM and KILL: a share of the hook's time, up to this."""
@@ -68,6 +72,8 @@ class DemotionHook:
         log: LogWriter,
         failed_groups: "set[int]",
         close_fds: "list[int]",
+        *,
+        meanwhile: "Callable[[], None]",
     ) -> bool:
         """Run every command, one after the other, until ``end_at``.
 
@@ -78,6 +84,7 @@ class DemotionHook:
             failed_groups: receives the process group of each command that failed. Processes that a
                 successful command leaves running are meant to run on a standby.
             close_fds: descriptors that no command may keep open, not even while its exec hangs.
+            meanwhile: called repeatedly while a command runs.
 
         Returns:
             Whether all commands have succeeded.
@@ -100,6 +107,7 @@ class DemotionHook:
             result = None
             while result is None and now() < end_at + KILLED_WAIT_S:
                 result = command.poll(term_at, end_at)
+                meanwhile()
                 read = log_output(output, room, log)
                 room -= read
                 if result is None and not read:

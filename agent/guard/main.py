@@ -230,7 +230,9 @@ class Guard:
             pass
 
     def kill_tenure_only(self) -> None:
-        """Kill the tenure after the agent's own demotion took too long; the agent may still fence."""
+        """Kill the tenure once, if a demotion takes too long: the agent may still fence, and a hook go on."""
+        if self.tenure_killed or now() < self.kill_at:
+            return
         self.tenure_killed = True
         self.try_step("kill the tenure", self.tenure.kill, now())
         self.sweeper = self.try_step("kill the tenure", self.start_sweep, now())
@@ -348,7 +350,8 @@ class Guard:
             return False
         term_at = end_at - min(GRACE_SHARE * (end_at - now()), LONGEST_GRACE_S)
         args = (self.log, self.tenure.groups, self.close_fds)
-        return self.hook.run(term_at, end_at, *args) and self.hook.complete
+        done = self.hook.run(term_at, end_at, *args, meanwhile=self.kill_tenure_only)
+        return done and self.hook.complete
 
     def repeat_hook(self, end_at: float) -> bool:
         """Repeat a demotion hook that has failed; return as ``run_hook`` does.

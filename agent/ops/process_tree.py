@@ -251,8 +251,8 @@ class ProcessTree:
         reading: list[proctree.Process],
         found: list[proctree.Process],
     ) -> None:
-        us, ours = os.getpid(), _contents(os.getpid(), "cmdline")
-        queue, wait = list(recent.items()), proctree.ExecWait(_contents)
+        us, ours = os.getpid(), proctree.contents(os.getpid(), "cmdline")
+        queue, wait = list(recent.items()), proctree.ExecWait()
         for process, stat in queue:
             if process in self._known:
                 continue
@@ -261,7 +261,7 @@ class ProcessTree:
             if marked is None and process in skipped:
                 marked = False  # unknown, so an orphan counts as one of the tenure
             elif marked is None:
-                variables = _contents(stat.thread, "environ").split(b"\0")
+                variables = proctree.contents(stat.thread, "environ").split(b"\0")
                 _unreadable.discard(process)
                 if variables == [b""] and wait.is_needed(process, stat):
                     queue.append((process, stat))
@@ -269,7 +269,7 @@ class ProcessTree:
                 if any(self._is_mark(variable) for variable in variables):
                     found.append(process)
                     continue
-                command = _contents(stat.thread, "cmdline")
+                command = proctree.contents(stat.thread, "cmdline")
                 if command in {b"", ours}:
                     continue  # a child of ours before its exec, or during it
                 marked = any(variable.startswith(_ANY_MARK) for variable in variables)
@@ -333,12 +333,6 @@ def _state_of(pid: int) -> str:
     except OSError as error:
         return f"state unknown: {error.strerror}"
     return "gone" if stat is None else f"state {chr(stat.state)}"
-
-
-def _contents(pid: int, name: str) -> bytes:
-    with suppress(OSError):
-        return Path("/proc", str(pid), name).read_bytes()
-    return b""
 
 
 def _write(path: Path, text: str) -> None:

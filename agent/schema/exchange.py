@@ -41,7 +41,8 @@ def load(document: bytes) -> AgentSettings:
     """
     try:
         given = json.loads(document)  # not by msgspec: a path or an argument need not be UTF-8
-        check_version(given["version"])
+        if (version := given["version"]) != __version__:
+            raise ValueError(f"version {version} wrote it, {__version__} reads it")  # noqa: TRY301 - caught below
         if "error" in given:
             code, state_file = ExitCode(given["exit_code"]), given["state_file"]
             raise ConfigError(given["error"], exit_code=code, state_file=state_file)
@@ -53,19 +54,6 @@ def load(document: bytes) -> AgentSettings:
             exit_code=ExitCode.INTERNAL,
         ) from error
     return settings
-
-
-def check_version(installed: str) -> None:
-    """Refuse a document that another version of the program has written.
-
-    Raises:
-        ConfigError: the versions differ.
-    """
-    if installed != __version__:
-        raise ConfigError(
-            f"installed version {installed} differs from the running {__version__}: restart to use it",
-            exit_code=ExitCode.INTERNAL,
-        )
 
 
 def _to_json(value: Any) -> Any:

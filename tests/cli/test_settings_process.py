@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent import __version__
 from agent.cli import settings_process
 from agent.cli.settings_process import NoSettings, SettingsProcess
 from agent.errors import ConfigError, ExitCode
@@ -167,9 +168,8 @@ def test_another_version_on_disk_is_named_and_nothing_of_it_is_read(
     package.mkdir()
     (package / "__init__.py").write_text('__version__ = "9.9.9"\n')
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(
-        ConfigError, match=r"installed version 9\.9\.9 differs from the running .*: restart to use"
-    ):
+    match = rf"version 9\.9\.9 wrote it, {__version__} reads it.*; restart to use it"
+    with pytest.raises(ConfigError, match=match):
         read("run", "--group", "g")
 
 

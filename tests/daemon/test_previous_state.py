@@ -23,7 +23,8 @@ def state(**given: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("scripts", "released"), [([], True), (["/bin/true"], True), (["/no/such"], False), (7, False)]
+    ("scripts", "released"),
+    [([], True), (["/bin/true"], True), (["/no/such"], False), (["/bin"], False), (7, False)],
 )
 def test_a_tenure_is_not_released_if_a_script_of_its_demotion_is_gone(
     scripts: Any,

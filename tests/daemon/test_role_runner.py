@@ -323,7 +323,7 @@ async def test_an_unreadable_environment_delays_no_demotion(
     stage.open(hook_primary=stage.hook("p", "setsid sleep 1000 >&- 2>&- & echo $! > left.pid"))
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("left.pid")
-    contents, release = process_tree._contents, threading.Event()
+    contents, release = proctree.contents, threading.Event()
     stuck = process.Popen(["sleep", "1000"], start_new_session=True)
 
     def block(of: int, name: str) -> bytes:
@@ -331,7 +331,7 @@ async def test_an_unreadable_environment_delays_no_demotion(
             release.wait(PATIENCE_S)
         return contents(of, name)
 
-    monkeypatch.setattr(process_tree, "_contents", block)
+    monkeypatch.setattr(proctree, "contents", block)
     started_at = time.monotonic()
     assert (await stage.run(Role.SECONDARY)).ok
     assert time.monotonic() - started_at < 5
@@ -346,7 +346,7 @@ async def test_an_orphan_that_cannot_be_read_is_killed_with_the_tenure(
 ) -> None:
     """It counted as gone, and the role was released while it was alive."""
     stage.open(hook_primary=stage.hook("p", ESCAPE.format("bare.pid")))
-    contents, release = process_tree._contents, threading.Event()
+    contents, release = proctree.contents, threading.Event()
     pid_file = stage.directory / "bare.pid"
 
     def block(of: int, name: str) -> bytes:
@@ -354,7 +354,7 @@ async def test_an_orphan_that_cannot_be_read_is_killed_with_the_tenure(
             release.wait(PATIENCE_S)
         return contents(of, name)
 
-    monkeypatch.setattr(process_tree, "_contents", block)
+    monkeypatch.setattr(proctree, "contents", block)
     await stage.run(Role.PRIMARY)
     pid = await stage.pid("bare.pid")
     assert (await stage.run(Role.SECONDARY)).ok

@@ -100,6 +100,32 @@ def test_an_agent_that_freezes_in_its_own_demotion_is_demoted_before_its_lease_e
     assert other.end() == 0
 
 
+def test_an_agent_that_dies_at_the_end_of_a_demotion_that_hangs_leaves_nothing_past_its_lease(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """Its guard ran the hook for half of D, and killed the writer only after that."""
+    gate = Gate(stage, coordinator.endpoint)
+    body = (
+        f"cd {stage.directory}; test -e failed || exit 0; trap '' TERM; while :; do sleep 0.1; done"
+    )
+    flags = [f"--hook-secondary={stage.hook('host-a', 'hangs', body)}"]
+    flags += ["--demote=5", "--margin=0.4"]  # half of D is far more than what is left of L
+    one = with_both(stage, "host-a", gate.endpoint, *flags)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_both(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    (stage.directory / "failed").touch()
+    gate.close()
+    one.until_role("Secondary")
+    (stage.directory / "host-a.active").unlink()  # its hook, which hangs, would do that
+    time.sleep(5 - 0.3)
+    assert one.end(signal.SIGKILL) == -signal.SIGKILL
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert other.end() == 0
+
+
 def test_a_member_whose_demotion_hook_is_gone_promotes_nothing(
     stage: Stage, coordinator: Coordinator
 ) -> None:
@@ -387,10 +413,11 @@ def test_a_promotion_has_ended_before_the_demotion_after_a_failed_loop(
     assert not service.file.exists()
 
 
+@pytest.mark.parametrize("early_s", [1.0, 0.1])
 def test_the_demotion_after_a_failed_loop_ends_with_the_lease(
-    stage: Stage, coordinator: Coordinator
+    stage: Stage, coordinator: Coordinator, early_s: float
 ) -> None:
-    """It had all of its budget, however little of the lease was left: the writer lived on past L."""
+    """It had all of its budget, or half, however little of the lease was left: the writer lived on past L."""
     body = f"cd {stage.directory}; test -e failed || exit 0; exec sleep 60"
     flags = [f"--hook-secondary={stage.hook('host-a', 'hangs', body)}", "--no-guard"]
     fails = [sys.executable, "-c", FAILS]
@@ -402,7 +429,7 @@ def test_the_demotion_after_a_failed_loop_ends_with_the_lease(
     one.send(signal.SIGSTOP)
     (stage.directory / "failed").touch()
     left_s = one.state["active_until_boottime_s"] - time.clock_gettime(time.CLOCK_BOOTTIME)
-    time.sleep(left_s - 1.0)
+    time.sleep(left_s - early_s)
     one.send(signal.SIGCONT)
     (stage.directory / "host-a.active").unlink()  # its hook, which hangs, would do that
     until_written_after(stage, epoch)

@@ -5,7 +5,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -42,15 +41,15 @@ def strangers() -> Iterator[list[int]]:
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
     """Readers that block at each environment, by process id: add those that block."""
     blocked: dict[int, int] = {}
-    read_bytes, release = Path.read_bytes, threading.Event()
+    contents, release = proctree.contents, threading.Event()
 
-    def block(path: Path) -> bytes:
-        if path.name == "environ" and int(path.parent.name) in blocked:
-            blocked[int(path.parent.name)] += 1
+    def block(pid: int, name: str) -> bytes:
+        if name == "environ" and pid in blocked:
+            blocked[pid] += 1
             release.wait(PATIENCE_S)
-        return read_bytes(path)
+        return contents(pid, name)
 
-    monkeypatch.setattr(Path, "read_bytes", block)
+    monkeypatch.setattr(proctree, "contents", block)
     monkeypatch.setattr(process_tree, "READ_S", 0.05)
     yield blocked
     release.set()
