@@ -98,9 +98,10 @@ class StateFile:
         os.close(lock)
 
     def _open_lock(self) -> int:
-        lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, MODE)
+        lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         found = os.fstat(lock)
         if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
+            os.fchmod(lock, 0o600)  # another user who can open it could lock it, and keep us out
             return lock
         os.close(lock)  # the file that would be overwritten may be anything
         right = f"it must be a file of uid {os.geteuid()} without other names, or not be there"
