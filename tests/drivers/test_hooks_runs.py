@@ -342,6 +342,20 @@ def _root_only() -> None:
         pytest.skip("needs: root: run the tests as root")
 
 
+@pytest.mark.parametrize("name", ["a", "."], ids=["command", "directory"])
+def test_a_demotion_hook_whose_working_directory_is_gone_is_refused(hooks: Path, name: str) -> None:
+    """A promotion began that no demotion could have ended."""
+    script(hooks / "a", "exit 0")
+    there = hooks.with_name("there")
+    there.mkdir()
+    settings = AgentSettings(hook_secondary=(str(hooks / name),), hook_directory=there)
+    hook = load_specs(settings)["secondary"]
+    hook.with_scripts()
+    there.rmdir()
+    with pytest.raises(ConfigError, match="directory that exists"):
+        hook.with_scripts()
+
+
 async def test_a_hook_runs_as_the_user_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
     _root_only()
     settings = AgentSettings(
