@@ -156,6 +156,7 @@ def test_two_processes_never_share_the_claim_and_a_crash_releases_it(
         holder.kill()
     file.acquire()
     assert file.read() == {"role": "Primary"}
+    file.write({})
     assert not path.with_name("state.json.tmp").exists()
     file.close()
 
