@@ -53,7 +53,7 @@ class StateFile:
         return self._lock
 
     def acquire(self, *, wait_s: float = 0.0) -> None:
-        """Claim the file, and with it the session, for this process; clean up after a crashed one.
+        """Claim the file, and with it the session, for this process, on a read-only disk, too.
 
         Args:
             wait_s: how long to wait for the guard of a dead agent, which keeps the claim until it has
@@ -75,14 +75,14 @@ class StateFile:
         lock = self._open_lock()
         try:
             self._lock_or_wait(lock, wait_s)
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{os.getpid()}\n".encode())
-            with self._directory() as directory:
-                self._remove_new(directory)
         except OSError as error:
             pid = _claim_pid(lock)
             os.close(lock)
             raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
+        with suppress(OSError):  # the first state meets it, too, after what has to be demoted
+            os.fchmod(lock, 0o600)  # another user who can open it could lock it, and keep us out
+            os.ftruncate(lock, 0)
+            os.write(lock, f"{os.getpid()}\n".encode())
         return lock
 
     def _keep_claim(self, directory: int) -> None:
@@ -98,7 +98,12 @@ class StateFile:
         os.close(lock)
 
     def _open_lock(self) -> int:
-        lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, MODE)
+        try:
+            lock = files.open_file(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            lock = files.open_file(self._lock_path, os.O_RDONLY | os.O_NONBLOCK)
         found = os.fstat(lock)
         if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
             return lock
@@ -113,10 +118,6 @@ class StateFile:
             yield directory
         finally:
             os.close(directory)
-
-    def _remove_new(self, directory: int) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(self._new_path.name, dir_fd=directory)
 
     def _lock_or_wait(self, lock: int, wait_s: float) -> None:
         end_at = time.monotonic() + wait_s
@@ -180,7 +181,8 @@ class StateFile:
         new, flags = self._new_path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._directory() as directory:
             self._keep_claim(directory)
-            self._remove_new(directory)
+            with suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=directory)
             try:
                 with os.fdopen(
                     os.open(new, flags, MODE, dir_fd=directory), "w", encoding="utf-8"

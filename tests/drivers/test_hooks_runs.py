@@ -342,6 +342,20 @@ def _root_only() -> None:
         pytest.skip("needs: root: run the tests as root")
 
 
+@pytest.mark.parametrize("name", ["a", "."], ids=["command", "directory"])
+def test_a_demotion_hook_whose_working_directory_is_gone_is_refused(hooks: Path, name: str) -> None:
+    """A promotion began that no demotion could have ended."""
+    script(hooks / "a", "exit 0")
+    there = hooks.with_name("there")
+    there.mkdir()
+    settings = AgentSettings(hook_secondary=(str(hooks / name),), hook_directory=there)
+    hook = load_specs(settings)["secondary"]
+    hook.with_scripts()
+    there.rmdir()
+    with pytest.raises(ConfigError, match="directory that exists"):
+        hook.with_scripts()
+
+
 async def test_a_hook_runs_as_the_user_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
     _root_only()
     settings = AgentSettings(
@@ -381,6 +395,7 @@ class Receiver:
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, str], bytes]] = []
         self.answer = b"HTTP/1.1 204 No Content\r\n\r\n"
+        self.keeps_open = False
         self.gone = asyncio.Event()
         self.url = ""
 
@@ -390,7 +405,7 @@ class Receiver:
         body = await reader.readexactly(int(headers["content-length"]))
         self.requests.append((headers, body))
         writer.write(self.answer)
-        if self.answer:
+        if self.answer and not self.keeps_open:
             writer.close()
         else:
             await reader.read()
@@ -470,6 +485,19 @@ async def test_a_webhook_without_an_answer_is_cancelled(
     async with asyncio.timeout(LIMIT_S):
         await receiver.gone.wait()
     assert len(receiver.requests) == 1
+
+
+@pytest.mark.parametrize("end", [HookRun.term, HookRun.kill])
+async def test_a_webhook_that_has_answered_is_not_failed_by_a_body_without_end(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, end: Callable[[HookRun], None]
+) -> None:
+    """A demotion of less than a second failed though it was done."""
+    receiver.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+    receiver.keeps_open = True
+    one = start(webhook(receiver.url))
+    await until(lambda: "200 OK" in caplog.text)  # a line of the HTTP client's own
+    end(one)
+    assert (await end_of(one)).ok
 
 
 async def test_a_webhook_that_fails_in_a_way_that_nobody_knows_of_has_failed(

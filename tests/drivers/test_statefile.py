@@ -63,6 +63,24 @@ def test_the_file_is_readable_by_all_under_any_umask(file: StateFile) -> None:
     assert file.path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize(("umask", "before"), [(0, None), (0o777, None), (0o022, 0o644)])
+def test_nobody_else_can_lock_the_lock_file_under_any_umask(
+    tmp_path: Path, umask: int, before: int | None
+) -> None:
+    """A workload of another user took the lock when the agent had died, and no agent could start any more."""
+    lock = tmp_path / "state.json.lock"
+    if before is not None:
+        lock.touch(before)
+    umask = os.umask(umask)
+    try:
+        file = StateFile(tmp_path / "state.json")
+        file.acquire()
+        file.close()
+    finally:
+        os.umask(umask)
+    assert lock.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_reader_never_sees_a_partial_state(file: StateFile) -> None:
     file.write({"n": 0})
     with file.path.open() as reader:
@@ -138,6 +156,7 @@ def test_two_processes_never_share_the_claim_and_a_crash_releases_it(
         holder.kill()
     file.acquire()
     assert file.read() == {"role": "Primary"}
+    file.write({})
     assert not path.with_name("state.json.tmp").exists()
     file.close()
 

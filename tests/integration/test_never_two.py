@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from agent.daemon.main import PREVIOUS_GUARD_S
 from agent.errors import ExitCode
 from tests.hung import FORKS, freezer, limited_tasks
 
+from .disks import Disk
 from .faults import Fault
 from .stage import PATIENCE_S, Agent, Coordinator, Stage, free_port, lives, until
 from .workloads import (
@@ -216,6 +218,27 @@ def test_a_start_that_fails_first_stops_the_previous_agents_workload(
             assert not any(map(lives, writers(stage, one))), again.said()
             until(lambda: coordinator.status().get("Primary") is None, "the lease to end")
             output(stage).unlink()
+
+
+@pytest.mark.parametrize("how", ["read-only", "full"])
+def test_a_start_that_cannot_write_its_state_stops_the_previous_agents_workload(
+    stage: Stage, coordinator: Coordinator, how: str
+) -> None:
+    """It ended before its first demotion, and the workload of a killed agent went on beside the next primary."""
+    with contextlib.ExitStack() as stack:
+        disk = Disk(stack, stage.directory / "disk", "64k")
+        flags = [f"--state-file={disk.path / 'state.json'}"]
+        one = by_hooks(stage, "host-a", coordinator, *flags)
+        until(partial(writers, stage, one), "the first line")
+        kill_with_guard(one)
+        assert any(map(lives, writers(stage, one)))
+        if how == "full":
+            disk.fill()
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", disk.path], check=True)
+        again = by_hooks(stage, "host-a", coordinator, *flags)
+        assert again.wait() == ExitCode.STATE_FILE, again.said()
+        assert not any(map(lives, writers(stage, one))), again.said()
 
 
 @pytest.mark.parametrize("left", [None, "", "{}", "another name of it"])

@@ -141,6 +141,26 @@ def test_a_member_whose_demotion_hook_is_gone_promotes_nothing(
     assert {line.epoch for line in written(output(stage))} == {epoch}
 
 
+def test_a_member_whose_hook_directory_is_gone_starts_no_workload(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """The command of exec needs none, so it was started; the demotion hook could not be, and two were active."""
+    folder, service = stage.directory / "folder", Service(stage, "host-b")
+    folder.mkdir()
+    hook = stage.hook("host-b", "secondary", service.secondary)
+    flags = [f"--hook-directory={folder}", f"--hook-secondary={hook}"]
+    command = ["sh", "-c", f"{service.primary}; exec sleep 1000"]
+    one = with_service(stage, "host-a", coordinator)
+    epoch = one.until_role("Primary")["epoch"]
+    other = start(stage, "host-b", coordinator, timing=TIMING, flags=flags, command=command)
+    other.until_said("joined")
+    folder.rmdir()
+    assert one.end() == 0
+    assert other.wait() == ExitCode.DEMOTION_FAILED
+    assert f"promotion failed: hook_directory {folder} must be a directory" in other.said()
+    assert {line.epoch for line in written(output(stage))} == {epoch}
+
+
 def test_a_workload_that_moves_from_process_to_process_does_not_escape(
     stage: Stage, coordinator: Coordinator
 ) -> None:

@@ -116,15 +116,12 @@ class HookSpec:
         Raises:
             ConfigError: see ``HookCheck``.
         """
-        match self.form:
-            case Form.COMMAND:
-                self._checker.check_command(self.value)
-            case Form.DIRECTORY:
-                self._checker.check_directory(Path(self.value[0]))
-                for step in self.scripts:
-                    self.recheck(step)
-            case Form.WEBHOOK:
-                pass
+        if (form := self.form) is Form.COMMAND:
+            self._checker.check_command(self.value)
+        elif form is Form.DIRECTORY:
+            self._checker.check_directory(Path(self.value[0]))
+            for step in self.scripts:
+                self.recheck(step)
 
     def with_scripts(self) -> "HookSpec":
         """This hook, checked, to which the scripts belong that are there at the first call. Raises ConfigError."""
@@ -141,6 +138,7 @@ class HookSpec:
     @property
     def _checker(self) -> HookCheck:
         context = self.context
+        _check_directory(context.directory)
         return HookCheck(self.name, context.run_as, context.search_path, self.writable_directories)
 
     def _scripts(self) -> tuple[CommandStep, ...]:
@@ -166,17 +164,11 @@ def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
         ConfigError: an unknown user or group, no permission to switch to it, no such directory, or a
             secret or certificates that cannot be read.
     """
-    values = {event: tuple(getattr(settings, f"hook_{event}")) for event in EVENTS}
-    values = {event: value for event, value in values.items() if value}
+    values = {e: tuple(value) for e in EVENTS if (value := getattr(settings, f"hook_{e}"))}
     if not values:
         return MappingProxyType({})
-    directory = settings.hook_directory
-    if not directory.is_absolute() or not directory.is_dir():
-        raise ConfigError(
-            f"hook_directory {directory} must be the absolute path of a directory that exists"
-        )
     context = HookContext(
-        str(directory),
+        _check_directory(str(settings.hook_directory)),
         run_as(settings.hook_user, settings.hook_group),
         MappingProxyType(dict(settings.hook_environment)),
     )
@@ -199,6 +191,13 @@ def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
             for event, value in values.items()
         }
     )
+
+
+def _check_directory(directory: str) -> str:
+    """Return the working directory if a hook can be started in it now. Raises ConfigError."""
+    if not os.access(f"{directory}/.", os.X_OK):
+        raise ConfigError(f"hook_directory {directory} must be a directory that exists")
+    return directory
 
 
 def run_as(user: str | None, group: str | None) -> RunAs | None:

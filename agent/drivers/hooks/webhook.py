@@ -10,6 +10,7 @@ import hmac
 import json
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -150,14 +151,13 @@ class Webhook:
 
     async def _log_body(self, answer: httpx2.Response) -> None:
         text = bytearray()
-        try:
+        # The status has decided the result, and TERM does not change it.
+        with suppress(TimeoutError, httpx2.HTTPError, asyncio.CancelledError):
             async with asyncio.timeout(ANSWER_S):
                 async for part in answer.aiter_raw(ANSWER_BYTES):
                     text += part[: ANSWER_BYTES - len(text)]
                     if len(text) >= ANSWER_BYTES:
                         break
-        except (TimeoutError, httpx2.HTTPError):
-            pass  # the status has decided the result
         for line in text.decode(errors="replace").splitlines()[:ANSWER_LINES]:
             if line:
                 log.info("hook output", **self._log_fields, stream="answer", line=line)
