@@ -1,6 +1,5 @@
 """The samples in config/hooks: each run for what it is for, as far as one machine can."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -252,23 +251,3 @@ def test_webhook_posts_the_facts_and_fails_by_the_status(
     result = run("webhook", "lost", tmp_path, facts, WEBHOOK_URL=receiver.url)
     assert result.returncode != 0
     assert "503" in result.stderr
-
-
-def test_webhook_makes_the_facts_of_the_variables_where_it_is_given_none(
-    tmp_path: Path, receiver: Receiver
-) -> None:
-    variables = {
-        "WEBHOOK_URL": receiver.url,
-        "FAILOVER_GROUP": 'a "b" \\ c',
-        "FAILOVER_SESSION": "host-a",
-        "FAILOVER_EPOCH": "",
-        "FAILOVER_REASON": "the guard acts",
-    }
-    assert run("webhook", "secondary", tmp_path, "", **variables).returncode == 0
-    assert json.loads(receiver.bodies[0]) == {
-        "event": "secondary",
-        "group": 'a "b" \\ c',
-        "session": "host-a",
-        "epoch": None,
-        "reason": "the guard acts",
-    }
