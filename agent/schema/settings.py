@@ -49,7 +49,7 @@ from agent.schema.progress import ProgressSource
 DEFAULT_PROBE_LISTEN = Address("127.0.0.1", 0)
 
 MOST_RETRIES = 100
-"""Half a second each: more would outlast any limit."""
+"""Each retry waits half a second: more retries would outlast any limit."""
 
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR"],

@@ -112,7 +112,7 @@ class Webhook:
             return f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
 
     def _finish(self, task: asyncio.Task[str | None]) -> None:
-        """Set the result. No part of the task itself: one that is cancelled at once runs no line of it."""
+        """Set the result. A callback, since a task that is cancelled before it begins runs no code of its own."""
         if task.cancelled():
             before = self._cancelled_by or "the end of the agent"
             error: str | None = f"{self._shown} gave no answer before {before}"
