@@ -85,12 +85,8 @@ class Payloads:
         left_out = [step.url for step in steps if isinstance(step, WebhookStep)]
         if left_out:
             log.warning("the guard cannot call webhooks", hook=spec.name, left_out=left_out)
-        facts = replace(
-            promotion,
-            role=Role.SECONDARY,
-            old_role=Role.PRIMARY,
-            reason="the guard acts for the agent",
-        )
+        reason = "the guard acts for the agent"
+        facts = replace(promotion, role=Role.SECONDARY, old_role=Role.PRIMARY, reason=reason)
         payload = self.build_role_payload(facts, promotion.last_data)
         context, run_as = spec.context, spec.context.run_as
         environment = {**context.variables(), **payload_environment(payload)}
