@@ -56,6 +56,6 @@ def _stop_command(path: Path) -> list[str] | None:
         if state.get("role") in {None, Role.SECONDARY.value} or writer_lives(state):
             return None
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):
-        return None  # of another form, among others
+        return None  # unreadable, or not a state
     command = state.get("stop_command")
     return [str(word) for word in command] if isinstance(command, list) else []
