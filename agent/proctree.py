@@ -34,14 +34,14 @@ STOP_S = 0.25
 """How long to wait until all processes have stopped; one that may not be signalled never does."""
 
 EXEC_S = 0.1
-"""How long a search looks again at processes within an exec, which takes moments, but longer on a busy machine. They have
-neither an environment nor a command line then; anybody can have processes that never have one."""
+"""How long a search reads processes again that have neither an environment nor a command line: they may be within an
+exec, which takes moments. Not for ever, since anybody can make processes that never have either."""
 
 LEAST_LOOKS = 5
 """How often it looks at such a process at least, however long it takes to read all others."""
 
 QUIET_SEARCHES = 3
-"""Searches in a row that find nothing new: one can miss a process whose parent ends meanwhile."""
+"""How many searches in a row must find nothing new: one can miss a process whose parent ends meanwhile."""
 
 MARK = "FAILOVER_TENURE"
 """The environment variable of the mark."""
@@ -382,14 +382,14 @@ def _killable(table: "dict[int, Stat]", pids: "set[int]") -> "set[Process]":
 
 
 _bare: "set[Process]" = set()
-"""Processes that had neither an environment nor a command line for as long as one was looked for."""
+"""Processes that still had neither an environment nor a command line after EXEC_S: no search waits for them again."""
 
 MOST_BARE = 10_000
 """The most of these that are remembered."""
 
 
 class ExecWait:
-    """Has one search look again at processes within an exec, for EXEC_S in all."""
+    """Has one search read processes within an exec again, for EXEC_S in all."""
 
     def __init__(self) -> None:
         self._end_at, self._round = 0.0, 0

@@ -535,6 +535,7 @@ def test_the_hook_has_the_configured_environment_user_and_files_only(
     assert host.code(host.guard) == guard.ACTED
     lines = [e["line"] for e in events(output) if e["message"] == "hook output"]
     assert lines[:5] == ["A=1", "B==2", "C=", "D=a b", "c"]
+    assert lines.pop(5).startswith("FAILOVER_DEADLINE_MS=")
     uid, gid, gids, cwd, stdin, files, leads, pid, ignored = lines[5:]
     assert (uid, gid, cwd, stdin) == ("65534", "65533", "/usr", '{"event": "secondary"}')
     assert sorted(gids.split(), reverse=True) == ["65533", "65532", "65531"]
@@ -542,6 +543,34 @@ def test_the_hook_has_the_configured_environment_user_and_files_only(
     assert leads == f"{pid} {pid}", "it leads its own group and session"
     ours = (*IGNORED, signal.SIGXFSZ)  # what else is ignored is inherited from our shell
     assert not int(ignored.split()[1], 16) & sum(1 << (number - 1) for number in ours)
+
+
+def test_each_command_receives_the_time_until_its_term(host: Host, tmp_path: Path) -> None:
+    """A hook escalates by it, so the time that was planned at the promotion would be too long."""
+    seen = tmp_path / "seen"
+    look = f"(cut -d' ' -f1 /proc/uptime; echo $FAILOVER_DEADLINE_MS; cat) >>{seen}"
+    on_term = f"trap 'cut -d\" \" -f1 /proc/uptime >>{seen}; exit 1' TERM"
+    host.send(
+        *hook(
+            sh(f"{look}; sleep 0.5"),
+            sh(f"{on_term}; {look}; while :; do sleep 0.01; done"),
+            env=["PATH=/usr/bin:/bin", "FAILOVER_DEADLINE_MS=60000"],
+            stdin='{"reason": "\\"deadline_ms\\": 7", "deadline_ms": 60000, "gap_ms": null}\n',
+        )
+    )
+    host.send(*arm(now() + 2.0, now() + 4.0))
+    os.kill(host.agent, signal.SIGKILL)
+    assert host.code(host.guard) == guard.ACTED
+    first_at, first, first_in, second_at, second, second_in, termed_at = seen.read_text().split(
+        "\n"
+    )[:7]
+    for began_at, left_ms, payload in (
+        (first_at, first, first_in),
+        (second_at, second, second_in),
+    ):
+        assert abs(float(began_at) + int(left_ms) / 1000 - float(termed_at)) < LATE_S
+        given = {"reason": '"deadline_ms": 7', "deadline_ms": int(left_ms), "gap_ms": None}
+        assert json.loads(payload) == given
 
 
 def test_a_command_that_fails_does_not_prevent_the_next_one(

@@ -207,16 +207,16 @@ def ask(
     context: "ssl.SSLContext | None" = None,
     authorization: str | None = None,
 ) -> str:
-    """The answer's text, if it is yes.
+    """Ask a probe; return the text of its answer, if that is yes.
 
     Args:
-        url: of the probe, or a whole one.
+        url: of the probe, with or without a path.
         question: the path, if the URL has none.
         context: for https.
         authorization: the header of that name.
 
     Raises:
-        Unhealthy: it is no, or there is none.
+        Unhealthy: the answer is no, or there is none.
     """
     parts = urlsplit(url)
     path = parts.path if parts.path.strip("/") else f"/{question}"

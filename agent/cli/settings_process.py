@@ -137,8 +137,8 @@ def run_agent(arguments: Sequence[str], *, debug: bool) -> int:
 def _without_metadata() -> Iterator[None]:
     """Keep importlib.metadata out of memory, where it takes 1.7 MiB.
 
-    httpx2 and httpcore2 import it to read their own versions, for a User-Agent that the agent replaces. A
-    library that wants anything else of it gets it.
+    httpx2 and httpcore2 import it to read their own versions, for a User-Agent that the agent replaces. If
+    a library uses anything else of it, the real module is imported.
     """
     name = "importlib.metadata"
     stand_in = ModuleType(name)

@@ -20,7 +20,7 @@ Handler = Callable[[Mapping[str, Any]], int]
 
 
 def main(descriptor: int, arguments: Sequence[str]) -> int:
-    """Write the settings that the arguments amount to, or what is wrong with them; return the exit code.
+    """Write the settings that the arguments give, or the error in them; return the exit code.
 
     A usage error, or a request for help, is answered on the terminal: nothing is written.
     """

@@ -486,7 +486,7 @@ def _hung_up(route: Route, scope: Scope) -> Callable[[], bool]:
 def _for_caller(
     answering: Answering, receive: Receive, route: Route, scope: Scope, *, waits: bool
 ) -> Answering:
-    """The answer. What waits ends with its caller's connection: a blocking read, a change, a list (made in turn)."""
+    """The answer. A blocking read, a change, or a list that waits for its turn is cancelled if the caller hangs up."""
     if waits or not route.may_come_late or route.handler in LISTS:
         return while_connected(answering, receive, _hung_up(route, scope))
     return answering

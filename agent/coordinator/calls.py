@@ -312,7 +312,7 @@ async def put_access(call: Call) -> Answer:
 
 
 async def delete_access(call: Call) -> Answer:
-    """Remove the access-control list of a namespace's groups. Like making it, only administrators may."""
+    """Remove the access-control list of a namespace's groups. Only administrators may do that."""
     if not call.rights.administers:
         raise Forbidden(
             "Without its list, a namespace is open to every known caller: only an administrator can"

@@ -74,7 +74,7 @@ PROGRESS_BATCH_S = 0.03
 """Delay before new progress is saved (R13: within a second, commit included), and interval of these writes."""
 
 SHARD_PROGRESS_BATCH_S = 0.8
-"""The same interval for each shard in etcd; there the first write is not delayed."""
+"""Interval of these writes for each shard in etcd, where the first write is not delayed."""
 
 PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
@@ -372,7 +372,7 @@ class Engine:
     # -- time ---------------------------------------------------------------------------------
 
     def _now(self, shard: Shard | None = None) -> Instant:
-        """The time for a decision, after excusing a stall of this process.
+        """The time for a decision. If this process was stopped, leases are made longer for it first.
 
         Raises:
             NotLeading: the decision is about a shard that is not led at that time.

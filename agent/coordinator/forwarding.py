@@ -49,7 +49,7 @@ REQUEST_S = 10.0
 timeout that an agent can have."""
 
 LEADERS_TRIED = 3
-"""Leaders that one request is given to while leadership moves."""
+"""How many leaders one request is sent to, one after another, while leadership moves."""
 
 SWEEP_S = 1.0
 """Interval of the check of all deadlines; a timer for each request would cost more."""

@@ -20,7 +20,7 @@ HUNG_UP = "failover.hung_up"
 """Scope key of a callback: whether the peer has closed the connection."""
 
 _callers: WeakKeyDictionary[asyncio.Task[Any] | None, Callable[[], bool]] = WeakKeyDictionary()
-"""By task that works for a caller: whether that caller has hung up."""
+"""For each task that works for a caller: a function that returns whether the caller has hung up."""
 
 _CLOSED = getattr(select, "POLLRDHUP", select.POLLHUP)
 
@@ -58,7 +58,7 @@ def check_caller() -> None:
 
 
 def share_caller(task: asyncio.Task[Any]) -> None:
-    """Have a task work for the caller for whom the present one does."""
+    """Record that ``task`` works for the same caller as the present task."""
     _callers[task] = _callers.get(asyncio.current_task(), never)
 
 

@@ -50,7 +50,7 @@ PART_BYTES = 65_536
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """Bound for all answers together that are longer than PART_BYTES and are being sent: callers can make answers of 16
-MiB, and read each for ANSWER_S."""
+MiB, and take ANSWER_S to read each."""
 
 HANDSHAKE_S = 10.0
 """Timeout of a TLS handshake: some round trips, and the computing of a slow client."""
@@ -299,7 +299,7 @@ class Unsent:
 
 
 class Cache(Generic[T]):
-    """A cache of values by key. Callers at the same time share one ``make``; its result is used for ``seconds``.
+    """A cache of values by key. Concurrent callers share one call of ``make``; its result is used for ``seconds``.
 
     The keys must be few, since each value stays in memory until it is too old.
     """

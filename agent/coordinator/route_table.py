@@ -353,8 +353,8 @@ API_ROUTES = tuple(route for route in ROUTES if route.handler is not metrics)
 """The routes served at ``listen`` if ``metrics_listen`` is set, too."""
 
 LISTS = frozenset({list_groups, list_sessions, get_history})
-"""Calls whose answers take milliseconds to make. Those of each are made one after another, so that others are
-served meanwhile."""
+"""Calls whose answers take milliseconds to make. Each caller's are made one after another, so that other callers
+are served meanwhile."""
 
 SHARED = frozenset({metrics.__name__, openapi.__name__})
 """Routes whose answer is in memory once for all who read it."""

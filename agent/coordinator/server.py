@@ -154,7 +154,7 @@ async def _reload(
         settings, refused = access.merge_reloadable(reread())
         return settings, refused, load(settings)
 
-    access.on_reload(False)  # until it is done
+    access.on_reload(False)  # a reload counts as failed until it has succeeded
     try:
         settings, refused, files = await lane.run(read, timeout_s=RELOAD_S)
     except (ConfigError, StuckError) as error:

@@ -195,8 +195,8 @@ class Coordinator:
     ) -> tuple[int, list[GroupConfig]]:
         """How many groups a namespace has, and ``count`` of them after ``skip``, sorted by id.
 
-        Those are left out whose own access-control list (or None) is not ``visible``. Groups that other coordinators
-        lead are included.
+        ``visible`` receives a group's own access-control list, or None; if it returns False, the group is left out.
+        Groups that other coordinators lead are included.
         """
         if self._directory is not None:
             self._refuse_if_stopping()

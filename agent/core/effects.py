@@ -24,7 +24,7 @@ class Cause(StrEnum):
     UNFIT = "unfit"
     """A health check, the guard or the workload failed."""
     PROMOTION_FAILED = "promotion_failed"
-    REVOKED = "told"
+    REVOKED = "revoked"
     """The coordinator has answered with another role, or with another tenure."""
     GONE = "gone"
     """A server without epochs does not know the session any more."""

@@ -53,8 +53,8 @@ class FailsafeView:
         since: when HOLDING or NOT_READY began; None in the other states.
         revision: the set of members that the primary uses, or None.
         members: the other members of that set.
-        promised_to: session id of the member that received the newest promise; None if no promise binds, or
-            only the one that the start of the process counts as.
+        promised_to: session id of the member that received the newest promise. None if no promise binds, or if it
+            is only assumed: a process that has started may have promised something before.
         promised_until: when the promise that binds ends, or None.
     """
 

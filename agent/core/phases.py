@@ -58,7 +58,7 @@ class Trigger(StrEnum):
     PREVIOUS_RELEASED = "previous_released"
     REGISTERED = "registered"
     REGISTERED_AGAIN = "registered_again"
-    """At a server without epochs, which may have lost its data (R3)."""
+    """Registered again, at a server without epochs, which may have lost its data (R3)."""
     UNKNOWN = "unknown"
     """The server does not know the session."""
     RETIMED = "retimed"

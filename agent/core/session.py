@@ -210,7 +210,7 @@ class Session(FailsafeMember):
             if self._has_lease:
                 self._demote(Cause.REVOKED, "demoted by the coordinator", now, effects)
         elif sent_at is not None and sent_at >= self._heartbeat_at:
-            # Neither forgotten, nor older than the heartbeat of the lease (R3).
+            # The heartbeat is not forgotten, and not older than the one that the lease counts from (R3).
             self._on_role_answer(sent_at, answer, now, effects)
 
     def _on_stale_answer(self, answer: HeartbeatAnswer, now: float, effects: list[Effect]) -> None:

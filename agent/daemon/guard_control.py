@@ -110,9 +110,8 @@ class GuardControl:
     async def send_demotion_hook(self, facts: HookFacts) -> bool:
         """Send the guard the demotion hook of the tenure that begins; return whether it could be read."""
         if self._guardian is not None:
-            demote_s = self._member.session.timing.demote_s
             try:
-                hook = await self._member.role_runner.build_guard_hook(facts, demote_s)
+                hook = await self._member.role_runner.build_guard_hook(facts)
             except (TimeoutError, StuckError):
                 return False  # the promotion checks the hook, too, and fails with the reason
             self._guardian.set_hook(hook)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from agent.daemon.previous_state import writer_lives
 from agent.drivers.statefile import MAX_BYTES, default_directory_path
 from agent.errors import FailoverError
 from agent.files import read_regular
@@ -52,9 +53,9 @@ def _stop_command(path: Path) -> list[str] | None:
     """The demotion hook of a member that died as primary; None for any other member."""
     try:
         state = json.loads(read_regular(path, MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(state, dict) or state.get("role") in {None, Role.SECONDARY.value}:
-        return None
+        if state.get("role") in {None, Role.SECONDARY.value} or writer_lives(state):
+            return None
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return None  # unreadable, or not a state
     command = state.get("stop_command")
     return [str(word) for word in command] if isinstance(command, list) else []

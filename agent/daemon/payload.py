@@ -68,15 +68,12 @@ class Payloads:
             now=self.clock.wall(),
         )
 
-    def build_guard_hook(
-        self, spec: HookSpec | None, promotion: HookFacts, limit_s: float
-    ) -> GuardHook:
+    def build_guard_hook(self, spec: HookSpec | None, promotion: HookFacts) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure of a promotion. May block.
 
         Args:
             spec: the demotion hook, if there is one.
-            promotion: the facts of the promotion.
-            limit_s: the budget of the demotion.
+            promotion: the facts of the promotion. The guard replaces the deadline in them.
         """
         if spec is None:
             return GuardHook([], {})
@@ -88,13 +85,8 @@ class Payloads:
         left_out = [step.url for step in steps if isinstance(step, WebhookStep)]
         if left_out:
             log.warning("the guard cannot call webhooks", hook=spec.name, left_out=left_out)
-        facts = replace(
-            promotion,
-            role=Role.SECONDARY,
-            old_role=Role.PRIMARY,
-            reason="the guard acts for the agent",
-            limit_s=limit_s,
-        )
+        reason = "the guard acts for the agent"
+        facts = replace(promotion, role=Role.SECONDARY, old_role=Role.PRIMARY, reason=reason)
         payload = self.build_role_payload(facts, promotion.last_data)
         context, run_as = spec.context, spec.context.run_as
         environment = {**context.variables(), **payload_environment(payload)}

@@ -31,12 +31,15 @@ def read_previous(state_file: StateFile) -> Mapping[str, Any]:
         ConfigError: SESSION_IN_USE, the process that wrote it still runs, although its lock file is gone.
     """
     state = state_file.read() or {}
-    writer: object = [state.get("pid"), state.get("pid_start")]
-    if not is_of_this_boot(state) or not _is_process(writer) or writer[0] == os.getpid():
-        return state
-    if proctree.lives(writer):
-        raise in_use(state_file.path, writer[0])
+    if state.get("pid") != os.getpid() and writer_lives(state):
+        raise in_use(state_file.path, state["pid"])
     return state
+
+
+def writer_lives(state: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote the state is visible here, and lives. Raises OSError."""
+    writer: object = [state.get("pid"), state.get("pid_start")]
+    return is_of_this_boot(state) and _is_process(writer) and proctree.lives(writer)
 
 
 def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> PreviousTenure | None:

@@ -95,7 +95,7 @@ class Requests:
 
     @property
     def client(self) -> RestClient:
-        """The client of all requests."""
+        """The HTTP client that sends all requests."""
         assert self._client is not None, "set_client() comes first"  # noqa: S101 - our own mistake
         return self._client
 

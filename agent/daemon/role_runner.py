@@ -186,7 +186,7 @@ class RoleRunner:
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        """Begin a run, which can be terminated from now on. A task awaits its success; ends by HookEnded."""
+        """Register a run, which can be terminated from now on. Return its work: it posts HookEnded and returns ``ok``."""
         run = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
@@ -324,7 +324,7 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        if (tenure := self._tenure) is not None:  # found by their parents, so while these live
+        if (tenure := self._tenure) is not None:  # while the parents live that lead to processes
             await tenure.track_processes(min(SEARCH_S, SEARCH_SHARE * facts.limit_s))
         stopped = self.workload is None or await self.workload.stop_within(facts.limit_s)
         if tenure is not None:
@@ -391,9 +391,9 @@ class RoleRunner:
 
     # -- the guard ----------------------------------------------------------------------------------
 
-    async def build_guard_hook(self, promotion: HookFacts, limit_s: float) -> GuardHook:
+    async def build_guard_hook(self, promotion: HookFacts) -> GuardHook:
         """Build the demotion hook that the guard runs for the tenure. Raises TimeoutError, StuckError."""
         if self._tenure is not None:
             await self._tenure.prepare_demotion_hook()
-        build = partial(self.payloads.build_guard_hook, self.demotion_hook, promotion, limit_s)
+        build = partial(self.payloads.build_guard_hook, self.demotion_hook, promotion)
         return await BlockingThread("demotion hook of the guard").run(build, timeout_s=CHECK_S)

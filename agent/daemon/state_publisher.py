@@ -178,7 +178,7 @@ class StatePublisher:
         return None
 
     def with_hint(self, failure: FailoverError) -> FailoverError:
-        """The text of the failure; if it concerns the state file, with what to do about it."""
+        """The failure; if it can be mended by removing the state file, with a hint that explains that."""
         if failure.exit_code is ExitCode.OTHER_STORE:
             failure.hint = (
                 "if the coordinator's data were deleted on purpose, remove"

@@ -67,7 +67,7 @@ class TenureProcesses:
         return False
 
     async def prepare_demotion_hook(self) -> str | None:
-        """Have the demotion hook keep its scripts of now; return why it could not be run: nothing may be started then."""
+        """Fix the scripts of the demotion hook. Return why it could not be run, or None; if so, start nothing."""
         if self.demotion_hook is None:
             return None
         try:
@@ -97,10 +97,10 @@ class PreviousProcesses:
     """The processes of tenures of previous agents of this member, which are found even if its state file was lost.
 
     Args:
-        member: what nobody else on this host is: group, session and state file.
+        member: what identifies it on this host: group, session and state file.
 
     Attributes:
-        mark: of this member. With it and a full stop the marks of all its agents begin.
+        mark: of this member. The marks of all its agents begin with it and a full stop.
     """
 
     def __init__(self, *member: str) -> None:

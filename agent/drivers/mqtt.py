@@ -273,7 +273,7 @@ class Announcer:
                 await self._publish(client, self._own, offline(born_ms))
                 return
         others = self._sparkplug and self._retained.get(self._own) != self._online(born_ms)
-        if visible and not others:  # else it is the next primary's
+        if visible and not others:  # else the next primary has announced itself there
             left_ms = max(born_ms, self._now_ms())
             self._newest_ms = max(self._newest_ms, left_ms)
             await self._publish(client, self._own, offline(left_ms))

@@ -214,7 +214,7 @@ def _is_running(pid: str) -> bool:
 
 
 def in_use(path: Path, pid: object) -> ConfigError:
-    """The error that another agent uses a state file, or the guard of a dead one; its hint is empty if one lives."""
+    """The error for a state file that a live agent uses (then the hint is empty), or the guard of a dead agent."""
     if live := _is_running(str(pid)):
         fault = f"in use by the process with pid {pid}: two agents must not share one session; stop that"
         fault += " one, or give this one another --session-id and --state-file"

@@ -98,6 +98,10 @@ class DemotionHook:
             if now() >= term_at:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
+            # The agent cannot know it: how much time is left depends on why the guard demotes.
+            self.env[b"FAILOVER_DEADLINE_MS"] = left_ms = b"%d" % (1000 * (term_at - now()))
+            before, name, after = self.stdin.partition(b'"deadline_ms": ')
+            self.stdin = before + name + (name and left_ms) + after.lstrip(b"0123456789")
             try:
                 command = _Command(self, argv, hook_output, close_fds)
             except OSError as error:

@@ -104,7 +104,7 @@ def is_json(content_type: bytes | None) -> bool:
 
 
 def _is_own(origin: bytes, host: bytes, scheme: str) -> bool:
-    """Whether an origin is the service's own. A proxy before it may be the one that speaks https."""
+    """Whether an origin is this service's own. https counts, too: a proxy in front of it may add TLS."""
     return origin in {b"https://" + host, scheme.encode() + b"://" + host}
 
 

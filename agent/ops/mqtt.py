@@ -154,7 +154,7 @@ class DropOldestQueue(asyncio.Queue[aiomqtt.Message]):
 
 
 class _SocketLoop:
-    """The event loop for aiomqtt, whose callbacks for a closed socket raise: the agent would stop for that."""
+    """The event loop as aiomqtt sees it. It skips callbacks for a closed socket, which would raise and stop the agent."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: Callable[[], Any]) -> None:
         self._loop, self._socket = loop, socket

@@ -160,8 +160,8 @@ class CoordinatorSettings(Settings):
     token_keys_file: Annotated[InputFile | None, RELOADABLE] = None
     """Public keys (JWKS) that tokens are verified with. Not set: those of token_keys_url."""
     token_keys_url: Annotated[SecureUrl | None, Example("https://identity.example/jwks")] = None
-    """Where to fetch these keys, every 5 minutes and for a token with an unknown one; in an outage the
-    last keys stay in force for a day. Not set: those of token_keys_file."""
+    """URL to fetch these keys from, every 5 minutes, and for a token with an unknown key. In an outage
+    the last keys stay in force for a day. Not set: those of token_keys_file."""
     token_tenant: Annotated[Text | None, Example("3f1c"), RELOADABLE] = None
     """Tenant (tid) whose tokens may use the on-premises paths, which stand for the tenant default. Not
     set: tokens of every tenant may."""

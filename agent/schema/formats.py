@@ -387,7 +387,7 @@ parse_peer = must("have a port from 1 to 65535", lambda address: address.port, f
 
 
 def check_length(path: Path) -> Path:
-    """Check what Linux would refuse as longer than any file's name, or path."""
+    """Refuse a path, or a name in it, that is longer than Linux permits."""
     text = os.fsencode(path)
     if len(text) > LONGEST_PATH or max(map(len, text.split(b"/"))) > LONGEST_NAME:
         raise ValueError(f"must have at most {LONGEST_PATH} bytes, and {LONGEST_NAME} in each name")

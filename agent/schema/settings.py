@@ -49,7 +49,7 @@ from agent.schema.progress import ProgressSource
 DEFAULT_PROBE_LISTEN = Address("127.0.0.1", 0)
 
 MOST_RETRIES = 100
-"""Half a second each: more would outlast any limit."""
+"""Each retry waits half a second: more retries would outlast any limit."""
 
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR"],
@@ -160,7 +160,7 @@ class AgentSettings(Settings):
         field(default_factory=dict)
     )
     """Variables for all hooks, beside the documented ones. A flag or variable is NAME=VALUE words,
-    or a JSON object. check-config prints them: no secrets. Not set: none."""
+    or a JSON object. check-config prints them, so put no secret there. Not set: none."""
     webhook_secret_file: Annotated[SecretFile | None, RELOADABLE] = None
     """File with the secret that webhooks are signed with (docs/hooks.md). Not set: unsigned."""
     webhook_ca_file: Annotated[InputFile | None, RELOADABLE] = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -129,6 +130,18 @@ async def test_a_vote_of_a_member_that_cannot_reach_the_coordinator_promises(
             assert asyncio.get_running_loop().time() < end_at, vote
         described = host.daemon.describe()["failsafe"]
         assert (described["state"], described["promised_to"]) == ("promised", "host-b")
+
+
+async def test_the_page_of_hooks_has_each_field_of_the_state_file(
+    endpoint: str, tmp_path: Path, secret: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/hooks.md").read_text()
+    table = page.split("## The state file, for sidecars")[1]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    async with a_member(endpoint, tmp_path, secret) as (host, _, _), living(host):
+        await host.until_role("Primary")
+        assert sorted(documented) == sorted(host.daemon.describe())
 
 
 async def test_without_failsafe_there_is_no_trace_of_it(endpoint: str, tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_change_of_role_is_counted_by_from_to_and_cause() -> None:
     )
     labels = {"from": "Primary", "to": "Secondary"}
     assert value(snap, "role_changes_total", **labels, cause="lease_lost") == 1
-    assert value(snap, "role_changes_total", **labels, cause="told") == 0
+    assert value(snap, "role_changes_total", **labels, cause="revoked") == 0
 
 
 def test_every_role_change_has_a_counter_from_the_start() -> None:

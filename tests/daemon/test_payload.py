@@ -18,7 +18,7 @@ PROMOTION = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
 def guard_hook(tmp_path: Path, settings: AgentSettings) -> GuardHook:
     payloads = Payloads("g", "s", tmp_path / "state.json", Clock())
     spec = load_specs(settings).get("secondary")
-    return payloads.build_guard_hook(spec, PROMOTION, 1.0)
+    return payloads.build_guard_hook(spec, PROMOTION)
 
 
 def test_the_guard_gets_every_script_of_the_demotion_hook(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agent import proctree
+from agent.daemon.leftover_workload import hint_of_state_files
 from agent.daemon.previous_state import (
     boot_id,
     previous_processes,
@@ -79,4 +80,24 @@ def test_the_state_of_an_agent_that_still_runs_is_no_previous_state(tmp_path: Pa
         file.write(state(pid=pid, pid_start=start))
         agent.kill()
     assert read_previous(file)["instance"] == "b"
+    file.close()
+
+
+def test_a_start_that_fails_names_the_workloads_of_dead_members_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command in that line stops a workload, so it must not be that of a live primary."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    file = StateFile(tmp_path / "state.json")
+    file.acquire()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as agent:  # ends with the block
+        process = proctree.identify(agent.pid)
+        assert process is not None
+        pid, start = process
+        file.write(
+            state(role="Primary", pid=pid, pid_start=start) | {"stop_command": ["/bin/stop", "a b"]}
+        )
+        assert hint_of_state_files("") is None
+        assert hint_of_state_files(str(file.path)) is None
+    assert (hint_of_state_files("") or "").endswith("to stop it, run: /bin/stop 'a b'")
     file.close()

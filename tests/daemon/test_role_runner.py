@@ -421,7 +421,7 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
     stage.role_runner.reconfigure(other, reload.read_hooks(other))
     assert Role.SECONDARY in stage.role_runner.roles
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
-    assert (await stage.role_runner.build_guard_hook(facts, 1.0)).commands
+    assert (await stage.role_runner.build_guard_hook(facts)).commands
     assert (await stage.run(Role.SECONDARY)).ok
     assert (stage.directory / "demoted").read_text() == "first\n"
     assert stage.role_runner.roles == frozenset(), "the next tenure has the new settings"
@@ -448,7 +448,7 @@ async def test_a_demotion_fails_without_a_script_of_its_directory_at_the_promoti
     assert (await stage.run(Role.PRIMARY)).ok
     (scripts / "20-stop").unlink()
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
-    assert len((await stage.role_runner.build_guard_hook(facts, 1.0)).commands) == 2
+    assert len((await stage.role_runner.build_guard_hook(facts)).commands) == 2
     ended = await stage.run(Role.SECONDARY)
     assert not ended.ok
     assert "20-stop" in ended.why
@@ -462,7 +462,7 @@ async def test_the_guard_has_every_script_that_belongs_to_the_tenure(stage: Stag
     stage.open(hook_primary=stage.hook("p", "exit 0"), hook_secondary=(str(scripts),))
     facts = HookFacts(Role.PRIMARY, Role.SECONDARY, 7, "test", None, None, 5)
     promotion = stage.role_runner.start_run(1, facts, None)
-    sent = await stage.role_runner.build_guard_hook(facts, 1.0)
+    sent = await stage.role_runner.build_guard_hook(facts)
     os.rename(stage.hook("s", "exit 0")[0], scripts / "20-late")  # noqa: PTH104 - as above
     assert await promotion
     assert stage.role_runner.demotion_hook is not None

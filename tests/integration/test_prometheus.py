@@ -174,7 +174,7 @@ def test_dashboard_and_rules_are_right_through_two_takeovers(stage: Stage) -> No
     now = datetime.now(UTC).isoformat()
     assert ask("POST", f"{other.state['probe']}/data-processed", {"time": now}).status == 200
     prometheus.until(
-        'failover_agent_role_changes_total{from="Primary", to="Secondary", cause="told"} == 1'
+        'failover_agent_role_changes_total{from="Primary", to="Secondary", cause="revoked"} == 1'
     )
     (slack,) = prometheus.until("failover_agent_demotion_slack_seconds")
     assert 0 < float(slack["value"][1]) < 2

@@ -125,7 +125,7 @@ class Authenticator:
     ) -> None:
         """Use these identities from now on; the configured schemes stay the same.
 
-        Good passwords that are still right stay known.
+        Passwords that were found good, and still are, are not checked again.
         """
         if self._passwords is not None and users is not None:
             self._passwords.replace(users)

@@ -21,7 +21,7 @@ from agent.errors import RequestRefused, TooManyAttempts, Unavailable
 from agent.ops.logs import Log
 
 VERIFIERS = 2
-"""Checks at the same time of passwords that were not good before, 32 MiB each, in threads."""
+"""How many passwords are checked at the same time, in threads of 32 MiB each, if they have not been good before."""
 
 KNOWN_VERIFIERS = 1
 """The same for those that were good before: 16 a second, 60,000 in the hour that a good check lasts."""

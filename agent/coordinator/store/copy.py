@@ -1,9 +1,9 @@
 """Copies of a store: from SQLite to etcd and back, and a backup of a running SQLite store.
 
-A copy has the id of its source, so agents continue with it. To prevent that both are served, the source is marked as
-moved before the copy may be served; a clone gets an id of its own instead. Only a store that nobody serves is
-copied. What was written is read back and compared. A copy that was interrupted cannot be served, but can be made
-again: into the same target if its source is marked already, since another one could be a second of that name.
+A copy has the id of its source, so agents continue with it. The two must not both be served: the source is marked
+as moved before the copy may be served. A clone gets an id of its own instead. Only a store that nobody serves is
+copied. What was written is read back and compared. An interrupted copy cannot be served, but can be repeated. Once
+its source is marked, it can be repeated into the same target only: a second target would be a second such store.
 """
 
 import json
@@ -54,7 +54,7 @@ from agent.model import AccessList, GroupKey, GroupRecord, HistoryEntry, Progres
 from agent.schema.scalars import format_date_time
 
 IN_PROGRESS = "another place, by a copy that has not ended"
-"""The value of ``MovedTo`` of a source in etcd until its copy is complete; of a killed copy it stays, for the next one."""
+"""The value of ``MovedTo`` of a source in etcd until its copy is complete. It stays if the copy is killed."""
 
 PAGES_AT_ONCE = 256
 """Pages of 4 KiB in one step of a backup: the coordinator's reads and writes go on in between."""
@@ -132,7 +132,7 @@ def refuse_target(name: str) -> StoreError:
 
 
 class SqlitePlace:
-    """A data directory as a place. It is locked against coordinators from ``open`` to ``close``."""
+    """A data directory as source or target. It is locked against coordinators until ``close``."""
 
     def __init__(self, data_dir: DataDir, directory: Path, copy_id: int = 0) -> None:
         self._data_dir = data_dir
@@ -313,10 +313,10 @@ class EtcdPlace:
     @classmethod
     @asynccontextmanager
     async def open_source(cls, etcd: Etcd, prefix: str) -> AsyncIterator["EtcdPlace"]:
-        """Open a store and keep coordinators from serving it; if the copy fails, or is a clone, they may again.
+        """Open a store and keep coordinators from serving it. After a clone or a failed copy they may serve it again.
 
-        Not if the failure came after ``mark_moved``: the copy may be complete. A copy that still runs is ended by the
-        new mark: it cannot mark the source any more, and completes its target only after that.
+        After a failure that follows ``mark_moved`` they may not: the copy may be complete. An earlier copy that still
+        runs fails because of the new mark: it has to mark the source before it completes its target.
         """
         meta = await read_meta(etcd, prefix)
         if meta is None:

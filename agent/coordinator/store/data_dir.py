@@ -155,7 +155,7 @@ class DataDir:
 def open_data_dir(directory: Path, *, moved_too: bool = False) -> DataDir:
     """Open ``directory``; create it and its files if they are missing.
 
-    ``moved_too``: also open a store that was moved, and do not mark a copy as served; create an unfinished copy.
+    ``moved_too``: open also a moved store, leave a copy marked as one, and mark a new store as an unfinished copy.
 
     Raises:
         StoreError: the directory cannot be used. The message has the path, the fault and what would be

@@ -120,7 +120,7 @@ class EtcdCluster:
         return None if found is None else decode(AccessList, found.value, f"{tenant}/{namespace}")
 
     async def set_access(self, tenant: str, namespace: str, acl: AccessList | None) -> None:
-        """Replace that list; None removes it. The last call wins, and no attempt of an earlier one comes later."""
+        """Replace that list; None removes it. The last call wins: no attempt of an earlier call is carried out after it."""
         key = self.layout.access(tenant, namespace)
         where = f"{tenant}/{namespace}"
         change = delete(key) if acl is None else put(key, encode(acl, where))
@@ -142,7 +142,7 @@ class EtcdCluster:
         return await self.etcd.get(self.layout.restored) is not None
 
     async def trust(self) -> None:
-        """Withdraw the declaration that the store was restored, for every coordinator at once, but no later one."""
+        """Withdraw the declaration that the store was restored, for every coordinator; keep one that is made meanwhile."""
         restored = self.layout.restored
         if (found := await self.etcd.get(restored)) is not None:
             await self.etcd.txn([if_revision(restored, found.revision)], [delete(restored)])
@@ -174,7 +174,7 @@ class EtcdCluster:
         return len(groups), page
 
     async def pages(self, prefix: str, limit: int = PAGE) -> AsyncIterator[Found]:
-        """All keys with a prefix, some at a time."""
+        """All keys with a prefix, at most ``limit`` at a time."""
         start, end = prefix, end_of(prefix)
         while True:
             found = await self.etcd.range(read(start, end, limit=limit))

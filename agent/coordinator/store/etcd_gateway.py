@@ -16,7 +16,7 @@ from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUn
 from agent.ops.logs import Log
 
 CONNECTIONS = 64
-"""To each member of etcd, which serves some hundred writes a second: more would only wait there."""
+"""The most connections to each member of etcd. It serves some hundred writes a second, so more would only wait."""
 
 KEEPALIVE_S = 30.0
 """Idle timeout of a connection: etcd itself keeps idle ones for longer."""
@@ -26,7 +26,7 @@ LONGEST_LINE = 16 * 1024 * 1024
 
 _UNAUTHENTICATED = 16
 _OLD_REVISION = "revision of auth store is old"
-"""Refuses a token (as JWT) from before the last change of etcd's users and roles; with the code of a wrong argument."""
+"""The error for a token (a JWT) that is older than the last change of etcd's users and roles. Its code is 3."""
 
 _DEFINITE_CODES = frozenset({3, 5, 6, 7, 8, 9, 11, 12, _UNAUTHENTICATED})
 """gRPC codes of a request that etcd has refused. With the others (timed out, leader changed, cancelled) it may
@@ -55,13 +55,13 @@ class _Cluster:
 class Gateway:
     """The network: the JSON gateways of the members of one etcd cluster.
 
-    Requests go to one endpoint. One that cannot be connected to, or does not answer in time, is replaced by
-    the next one; a request that was surely not sent is sent there at once. An endpoint of another etcd cluster
+    Requests go to one endpoint. If it refuses connections, or does not answer in time, the next one is used. A
+    request that was certainly not sent is sent to the next endpoint at once. An endpoint of another etcd cluster
     than the first one, such as a member that was restored from a snapshot, counts as one that does not answer.
 
     Args:
-        leave_after_s: after that time without an answer further requests go to the next endpoint; without a
-            connection this one does, too. None: after the timeout of the request, which may be longer.
+        leave_after_s: how long to wait for an answer before further requests go to the next endpoint. A request
+            for which there is no connection by then goes there, too. None: the timeout of the request.
     """
 
     def __init__(

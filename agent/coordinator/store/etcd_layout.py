@@ -28,8 +28,8 @@ class Meta:
     Attributes:
         moved_to: where the groups were copied to, so that nobody may serve them here any more; or None.
         revision: of the key that holds this value.
-        copy_id: a number of the copy that was made here, which is in its source's mark, too; 0 if the store was
-            served since. Another copy may replace one that was not.
+        copy_id: the number of the copy that was made here, which its source also records; 0 once the store has
+            been served. A copy that was never served may be replaced by another one.
         schema: the schema of the version that served it last.
     """
 

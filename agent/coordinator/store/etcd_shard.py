@@ -102,7 +102,7 @@ class EtcdStore:
         return groups
 
     async def create(self, key: GroupKey, record: GroupRecord) -> int:
-        """Add a group; return its version. Raises CasMismatch if it exists, or may be that of a late deletion."""
+        """Add a group; return its version. Raises CasMismatch if it exists, or if a deletion was carried out meanwhile."""
         self._check_open()
         with suppress(CasMismatch):
             return await self._create(key, record)
@@ -143,7 +143,7 @@ class EtcdStore:
         if isinstance(done, KeyValue):
             return done.revision
         kept = done.answers[-1] if history else None
-        # Many at once: it must not delay each change of role.
+        # Delete many old entries at once, so that not every change of role has to wait for a deletion.
         if kept is not None and kept.count >= HISTORY_BOUND + MOST_ENTRIES:
             await self._forget(self._layout.history(key), kept.count - HISTORY_BOUND)
         return done.revision

@@ -110,10 +110,10 @@ class Webhook:
             async with asyncio.timeout(LONGEST_S):
                 return await self._post(json.dumps(payload).encode())
         except Exception as fault:  # noqa: BLE001 - whatever it is, the hook has not succeeded
-            return f"{self._shown} could not be asked: {str(fault) or type(fault).__name__}"
+            return f"{self._shown} failed: {str(fault) or type(fault).__name__}"
 
     def _finish(self, task: asyncio.Task[str | None]) -> None:
-        """Set the result. No part of the task itself: one that is cancelled at once runs no line of it."""
+        """Set the result. A callback, since a task that is cancelled before it begins runs no code of its own."""
         if task.cancelled():
             before = self._cancelled_by or "the end of the agent"
             error: str | None = f"{self._shown} gave no answer before {before}"

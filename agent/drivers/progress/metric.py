@@ -82,7 +82,7 @@ class MetricReader:
     async def _lines(self) -> list[bytes]:
         settings = self._settings
         if self._client is None:
-            tls = settings.url.lower().startswith("https:")  # its certificates take a while
+            tls = settings.url.lower().startswith("https:")  # without it no authorities are loaded
             context = httpx2.create_ssl_context(verify=tls, trust_env=False)
             self._client = httpx2.AsyncClient(verify=context, trust_env=False, timeout=None)
         async with self._client.stream("GET", settings.url, headers=HEADERS) as response:
