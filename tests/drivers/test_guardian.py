@@ -254,7 +254,9 @@ async def test_the_guard_demotes_with_the_hook_and_state_it_received(tmp_path: P
     await until(lambda: state_of(guard_pid) in {"", "Z"})
     # /bin/sh adds PWD
     lines = set(seen.read_text().splitlines()) - {"_=/usr/bin/env", "PWD=/usr", "OLDPWD=/"}
-    assert lines == {"A=1", "FAILOVER_REASON=nul   in it", "/usr"}
+    (left,) = (line for line in lines if line.startswith("FAILOVER_DEADLINE_MS="))
+    assert 0 < int(left.partition("=")[2]) < 1000 * FAR
+    assert lines == {"A=1", "FAILOVER_REASON=nul   in it", "/usr", left}
     assert (tmp_path / "seen.2").exists()
     assert state.read_text() == "Secondary"
 
