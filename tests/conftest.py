@@ -18,6 +18,9 @@ settings.load_profile("no-deadline")
 # Pure computation: no process, no clock.
 COMPUTING = {"cluster", "core", "schema", "simulation"}
 
+SEARCHED = {"cluster", "simulation"}
+"""Where searches run the whole of the product, over and over."""
+
 LOWEST_PRIORITY = 19
 
 # What takes longest comes first: begun last, it would keep one worker of `make test` busy while the
@@ -45,10 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests into ORDER, let the simulation search at full speed, and bear a busy machine.
+    """Put the tests into ORDER, let the simulations search at full speed, and bear a busy machine.
 
-    Being measured makes a search three times slower; what it runs is measured in the simulation's
-    other tests, which follow single schedules. A test of processes and clocks that fails is run once
+    Being measured makes a search three times slower; what it runs is measured in the other tests
+    of its folder, which follow single schedules. A test of processes and clocks that fails is run once
     more, and the summary shows it: beside three thousand of them, a busy machine delays one now and then.
     """
     items.sort(key=lambda item: place(item.path))
@@ -60,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         searches = isinstance(item, pytest.Function) and (
             is_hypothesis_test(item.obj) or "a_search_finds" in item.name
         )
-        if searches and "simulation" in item.path.parts:
+        if searches and not SEARCHED.isdisjoint(item.path.parts):
             item.add_marker(pytest.mark.no_cover)
 
 
