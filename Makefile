@@ -17,8 +17,9 @@ INSTALLED := PYTHONSAFEPATH=1
 # Core, simulation, declarations and coordinator, without processes and without the longest searches.
 QUICK := tests/core tests/simulation tests/schema tests/coordinator -k 'not (a_search_finds or before_the_lease_of_another or for_every_sequence)' \
   $(foreach name,test_server test_scrapes test_openapi store/test_sigkill,--ignore=tests/coordinator/$(name).py)
-# Three workers on two cores, because most tests wait. They are handed whole files, in the order of tests/conftest.py.
-WORKERS := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+# Three workers on two cores, because most tests wait, and one that computes (tests/distribution.py). They are
+# handed whole files, in the order of tests/conftest.py.
+WORKERS := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 SOURCES := $(shell find agent -type f ! -name '*.pyc') pyproject.toml README.md LICENSE
 
 .PHONY: help demo run test quick test-components check bench editable lock clean FORCE

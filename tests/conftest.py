@@ -4,25 +4,27 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
 from tests.closing_table import ClosingTable
+from tests.distribution import Distribution, computes
 
 # Hypothesis counts an example that a busy machine delays as a failure of the code under test. Its
 # other settings stay as it chose them, which differs in CI.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-# Pure computation: no process, no clock.
-COMPUTING = {"cluster", "core", "schema", "simulation"}
+SEARCHED = {"cluster", "simulation"}
+"""Where searches run the whole of the product, over and over."""
 
 LOWEST_PRIORITY = 19
 
 # What takes longest comes first: begun last, it would keep one worker of `make test` busy while the
-# others are done. The longest search goes on beside the tests that mostly wait.
-ORDER = ("simulation/test_promise.py", "integration/", "simulation/")
+# others are done.
+ORDER = ("simulation/test_promise.py", "integration/", "simulation/", "cluster/")
 
 LONGEST_SEARCH_S = 900 * max(
     1.0, int(os.environ.get("FAILOVER_SIMULATION_EXAMPLES", "2000")) / 2000
@@ -44,11 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ClosingTable(ci=os.environ.get("CI") == "true"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests into ORDER, let the simulation search at full speed, and bear a busy machine.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Distribution | None:
+    return Distribution(config, log) if config.getoption("dist") == "loadfile" else None
 
-    Being measured makes a search three times slower; what it runs is measured in the simulation's
-    other tests, which follow single schedules. A test of processes and clocks that fails is run once
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests into ORDER, let the simulations search at full speed, and bear a busy machine.
+
+    Being measured makes a search three times slower; what it runs is measured in the other tests
+    of its folder, which follow single schedules. A test of processes and clocks that fails is run once
     more, and the summary shows it: beside three thousand of them, a busy machine delays one now and then.
     """
     items.sort(key=lambda item: place(item.path))
@@ -60,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         searches = isinstance(item, pytest.Function) and (
             is_hypothesis_test(item.obj) or "a_search_finds" in item.name
         )
-        if searches and "simulation" in item.path.parts:
+        if searches and not SEARCHED.isdisjoint(item.path.parts):
             item.add_marker(pytest.mark.no_cover)
 
 
@@ -76,10 +83,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def place(path: Path) -> int:
     """The place of a test file in ORDER; all that are not in it come last."""
     return next((n for n, part in enumerate(ORDER) if f"/tests/{part}" in str(path)), len(ORDER))
-
-
-def computes(path: Path) -> bool:
-    return not COMPUTING.isdisjoint(path.parts)
 
 
 def refuse_the_checkout() -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import yaml  # type: ignore[import-untyped] # nothing else here would use its stubs
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
@@ -57,7 +58,12 @@ class Promtool:
         self, *words: str, page: bytes = b"", where: Path | None = None
     ) -> tuple[int, str]:
         done = subprocess.run(
-            [self._path, *words], input=page, cwd=where, capture_output=True, check=False
+            [self._path, *words],
+            input=page,
+            cwd=where,
+            env={**os.environ, "GOGC": "400"},  # of its time, a quarter was collecting garbage
+            capture_output=True,
+            check=False,
         )
         return done.returncode, (done.stdout + done.stderr).decode()
 
@@ -204,15 +210,17 @@ def test_the_rules_pass_their_tests(promtool: Promtool) -> None:
 def test_the_tests_of_the_rules_would_miss_an_alert_that_never_fires(
     promtool: Promtool, tmp_path: Path, alert: str
 ) -> None:
-    text = RULES.read_text()
-    begin = text.index("expr:", text.index(f"alert: {alert}\n"))
-    end = text.index("labels:", begin)
-    (tmp_path / "rules.yml").write_text(f"{text[:begin]}expr: vector(1) > 2\n        {text[end:]}")
     head, *tests = re.split(r"^(?=  - name: )", RULES_TEST.read_text(), flags=re.MULTILINE)
-    tests = [
-        test for test in tests if f"alertname: {alert}\n" in test
-    ]  # the others take_snapshot long
-    (tmp_path / "rules_test.yml").write_text("".join([head, *tests]))
+    text = "".join([head, *(test for test in tests if f"alertname: {alert}\n" in test)])
+    rules = yaml.safe_load(RULES.read_text())
+    for group in rules["groups"]:  # what these tests are not about takes long
+        kept = {None, *re.findall(r"alertname: (\w+)\n", text)}
+        group["rules"] = [rule for rule in group["rules"] if rule.get("alert") in kept]
+        for rule in group["rules"]:
+            if rule.get("alert") == alert:
+                rule["expr"] = "vector(1) > 2"
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "rules_test.yml").write_text(text)
     code, said = promtool("test", "rules", "rules_test.yml", where=tmp_path)
     assert code != 0
     assert alert in said
