@@ -10,7 +10,7 @@ Rules of this file:
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while this coordinator leads its shard (R19), which
   ``_now`` checks for every decision. A shard is loaded whenever its leadership begins, as after a restart.
-- After a stall of the process or the store, each session that was alive gets one full L (R14), since its heartbeats
+- A stall of the process or the store counts as no time for the sessions that were alive (R14), since their heartbeats
   may be waiting.
 
 Knows nothing of the operations (service.py), of HTTP, and of what a decision means.

@@ -16,8 +16,8 @@ from agent.model import GroupKey, Instant, Progress
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
 """The stalls that are excused: longer than this share of L and than 0.1 s, which is ordinary scheduling. A shorter
-stall cannot expire a lease that is renewed as R1 demands, nor that of a v1 client (every L/2), and excusing it could
-keep a dead primary for ever on a busy host."""
+stall cannot expire a lease that is renewed as R1 demands, nor that of a v1 client (every L/2), and excusing it would
+keep a dead primary for longer on a busy host."""
 
 
 class Lease:
