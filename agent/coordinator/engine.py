@@ -4,7 +4,8 @@ Rules of this file:
 
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
-- One durable change of a group at a time. Other inputs of that group wait for it.
+- One durable change of a group at a time. Other inputs of that group wait for it. Until the store can take it
+  nothing is decided, and a heartbeat that only renews does not wait.
 - Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
 - A durable change that has begun is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
@@ -213,7 +214,7 @@ class Engine:
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if not group.lock.locked() and not group.doubtful:
+        if not group.doubtful:
             now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
@@ -223,7 +224,7 @@ class Engine:
         return await self.changes.carry_out(self._apply_durably(group, what))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        async with group.lock:
+        async with group.lock, group.shard.turns:
             await self._resolve_doubt(group)
             now = self._now(group.shard)
             before = group.state
@@ -265,7 +266,8 @@ class Engine:
         if restored:
             record = distrust(Stored(0, record), self._now(shard), self._policy).state.record
         try:
-            version = await self.write(shard.store.create(key, record))
+            async with shard.turns:
+                version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded
             stored = await self.read(shard.store.settle(key, 0))
             if stored is None:
@@ -282,7 +284,7 @@ class Engine:
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
-        async with group.lock:
+        async with group.lock, group.shard.turns:
             await self._resolve_doubt(group)
             decide(group.state, RemoveGroup(), self._now(group.shard), self._policy)
             await self._write_change(
@@ -302,21 +304,20 @@ class Engine:
         group.wake_blocked_reads()
 
     async def _write_change(self, group: Group, change: Coroutine[Any, Any, T]) -> T:
-        """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
+        """Await a change of the record. The group is doubtful meanwhile, and then if the outcome is unknown."""
+        group.doubtful = True
         try:
-            return await self.write(change)
+            result = await self.write(change)
         except (Unavailable, HungUp) as error:
             group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
             raise  # else it was not written
         except CasMismatch as error:
-            group.doubtful = True
             log.warning(
                 "record in the store has an unexpected version", **log_names(group.key), error=error
             )
             raise unavailable(str(error)) from error
-        except BaseException:  # cancelled, or a fault of the store: it may have been written
-            group.doubtful = True
-            raise
+        group.doubtful = False
+        return result
 
     async def _resolve_doubt(self, group: Group) -> None:
         """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""

@@ -6,22 +6,24 @@ from typing import Any
 import pytest
 
 from agent.coordinator.hang_up import HungUp, while_connected
+from agent.coordinator.service import Coordinator
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, put
+from agent.coordinator.store.etcd_client import Done, Etcd, EtcdUnknown, put
 from agent.coordinator.store.etcd_shard import MOST_COMMITS, SETTLE_S, EtcdStore
-from agent.core.group_state import AddSession
-from agent.errors import LeadershipLost, NotLeading
+from agent.core.group_state import AddSession, ReceiveHeartbeat
+from agent.errors import NotLeading
 from agent.model import (
     TICKS_PER_SECOND,
     AccessList,
     GroupConfig,
     GroupKey,
     GroupRecord,
+    Role,
     SessionConfig,
 )
 
 from .fake_etcd import DELAY_S, FakeEtcd, FakeTransport, Link
-from .node import TTL_S
+from .node import TTL_S, Kinds
 from .world import World, run_virtually
 
 CALLERS = 40
@@ -164,28 +166,15 @@ def test_changes_of_many_groups_are_sent_once_though_etcd_is_behind() -> None:
     """Their time runs from when etcd can take them. Else each would be sent again and again, and few be done."""
 
     async def check() -> None:
-        transport, _, store = await a_cluster(Busy)
+        transport, cluster, store = await a_cluster(Busy)
         groups = int(6 / WRITE_S)
-        await asyncio.gather(*(store.create(key_of(n), record_of(n)) for n in range(groups)))
+
+        async def create(number: int) -> None:
+            async with cluster.turns:
+                await store.create(key_of(number), record_of(number))
+
+        await asyncio.gather(*map(create, range(groups)))
         assert transport.sent == 2 * groups
-
-    run_virtually(check())
-
-
-def test_changes_that_wait_end_with_the_leadership() -> None:
-    """Else a stop would wait until etcd had hung for each of them in turn."""
-
-    async def check() -> None:
-        transport, _, store = await a_cluster()
-        changes = [
-            asyncio.create_task(store.swap(key_of(n), 1, record_of(n)))
-            for n in range(3 * MOST_COMMITS)
-        ]
-        await asyncio.sleep(DELAY_S)
-        store.is_over = lambda: True
-        ended = await asyncio.gather(*changes, return_exceptions=True)
-        assert sum(isinstance(one, LeadershipLost) for one in ended) == 2 * MOST_COMMITS
-        assert transport.sent == MOST_COMMITS
 
     run_virtually(check())
 
@@ -208,6 +197,62 @@ def test_a_stop_does_not_wait_for_each_change_while_etcd_hangs() -> None:
         ended = await asyncio.gather(*changes, return_exceptions=True)
         assert asyncio.get_running_loop().time() - began < TTL_S + SETTLE_S + 1.0
         assert sum(isinstance(one, NotLeading) for one in ended) >= 3 * MOST_COMMITS
+        await world.end()
+
+    run_virtually(check())
+
+
+class Hanging(Etcd):
+    """An etcd that renews leases and answers reads, and takes no transactions for a while."""
+
+    hangs = False
+
+    async def txn(self, *what: Any) -> Done:
+        if Hanging.hangs:
+            await asyncio.Event().wait()
+        return await super().txn(*what)
+
+
+async def a_leader() -> tuple[World, Coordinator, list[GroupKey]]:
+    """A coordinator with many groups, in the last of which "m" is primary."""
+    world = World(1, kinds=Kinds(etcd=Hanging), coordinators=1, agents=0, shards=1)
+    (node,) = world.nodes.values()
+    node.start()
+    await world.until(lambda: node.leadership and node.leadership.led, 5.0, "a leader")
+    coordinator = node.coordinator
+    assert coordinator is not None
+    keys = [key_of(number) for number in range(2 * MOST_COMMITS + 1)]
+    for key in keys:
+        await coordinator.create_group(key, GroupConfig(key.group, TICKS_PER_SECOND))
+    await coordinator.apply(keys[-1], AddSession(SessionConfig("m")))
+    for _ in ("chosen", "confirmed"):
+        await coordinator.beat(keys[-1], ReceiveHeartbeat("m", 100.0))
+    return world, coordinator, keys
+
+
+def test_a_heartbeat_that_only_renews_does_not_wait_while_changes_wait_for_their_turn() -> None:
+    """Of other groups and of its own. What is decided when the turn comes is not out of date."""
+
+    async def check() -> None:
+        world, coordinator, keys = await a_leader()
+        clock = asyncio.get_running_loop().time
+        Hanging.hangs = True
+        changes = [
+            asyncio.create_task(coordinator.apply(key, AddSession(SessionConfig("n"))))
+            for key in keys
+        ]
+        until = clock() + 1.8 * SETTLE_S  # two hang after one another
+        while clock() < until:
+            await asyncio.sleep(0.3)
+            began = clock()
+            answer = await coordinator.beat(keys[-1], ReceiveHeartbeat("m", 100.0))
+            assert clock() == began
+            assert answer.role is Role.PRIMARY
+        assert not changes[-1].done()
+        Hanging.hangs = False
+        await asyncio.gather(*changes[:-1], return_exceptions=True)
+        assert await changes[-1] is True
+        assert coordinator.status(keys[-1]).primary == "m"
         await world.end()
 
     run_virtually(check())
