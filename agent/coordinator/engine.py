@@ -24,7 +24,7 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.changes import Changes
+from agent.coordinator.changes import MAX_CHANGES, Changes
 from agent.coordinator.hang_up import HungUp
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.restored import distrust
@@ -80,6 +80,9 @@ SHARD_PROGRESS_BATCH_S = 0.8
 PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
+MOST_TICKS = 24
+"""Groups at once whose due changes etcd is sent: fewer than its turns, so that no caller waits behind all of them."""
+
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
@@ -130,6 +133,7 @@ class Engine:
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
+        self._ticks = asyncio.Semaphore(MOST_TICKS if store is None else MAX_CHANGES)
         self._progress_queue: deque[tuple[float, Group]] = deque()
         # etcd receives at most one such write a second for each shard, not one for each heartbeat
         self._progress_delay_s = PROGRESS_DELAY_S if store is not None else 0.0
@@ -204,12 +208,8 @@ class Engine:
 
     def recent_store_failure(self) -> str | None:
         """The store's newest failure, if it is not older than FAILURE_MEMORY_S; or None."""
-        if (
-            self._store_failure is not None
-            and self._clock().mono < self._store_failure[0] + FAILURE_MEMORY_S
-        ):
-            return self._store_failure[1]
-        return None
+        at, failure = self._store_failure or (-inf, "")
+        return failure if self._clock().mono < at + FAILURE_MEMORY_S else None
 
     # -- decide and swap ----------------------------------------------------------------------
 
@@ -417,18 +417,22 @@ class Engine:
                 self.changes.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:
-        """Apply a Tick; retry later if its changes cannot be made durable now."""
-        try:
-            await self._apply_durably(group, Tick())
-        except (NotFound, NotLeading):
-            return  # deleted meanwhile, or led by another coordinator
-        except Exception as error:  # a task's edge: the timer must go on
-            if not isinstance(error, Unavailable):
-                log.exception("due change of group failed", **log_names(group.key))
-            if not group.shard.ended:
-                self._wakeups.set(group.key, self._clock().mono + RETRY_S)
-        finally:
-            group.ticking = False
+        """Apply a Tick; retry it later if that fails, and let no other one begin in its place: the store may be full."""
+        async with self._ticks:
+            try:
+                await self._apply_durably(group, Tick())
+            except (NotFound, NotLeading):
+                return  # deleted meanwhile, or led by another coordinator
+            except Exception as error:  # a task's edge: the timer must go on
+                if not isinstance(error, Unavailable):
+                    log.exception("due change of group failed", **log_names(group.key))
+                if not group.shard.ended:
+                    self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+            else:
+                return
+            finally:
+                group.ticking = False
+            await asyncio.sleep(0 if self.stopping else RETRY_S)
 
     def _queue_progress(self, group: Group, at: float) -> None:
         group.progress_queued = True

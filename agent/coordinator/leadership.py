@@ -377,8 +377,7 @@ class Leadership:
         shard.turns = self._cluster.turns
         store.is_over = lambda: shard.ended
         self._terms[number] = revision, shard
-        task = asyncio.create_task(self._load(shard), name=f"load shard {number}")
-        self._loading[number] = task
+        self._loading[number] = asyncio.create_task(self._load(shard), name=f"load shard {number}")
 
     async def _load(self, shard: Shard) -> None:
         """Load the groups of a shard and lead it, unless that is over by then."""

@@ -53,8 +53,7 @@ class Group:
     Attributes:
         lock: held during a durable change, and while that waits for its turn.
         saved: the progress that the store has.
-        doubtful: whether the outcome of a change is unknown, still or for good, so that the record has to be read
-            before the next decision.
+        doubtful: whether the outcome of a change is unknown, still or for good: then the record is read before a decision.
         gone: whether the group was deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: whether the group is in the queue of groups with unsaved progress.
         ticking: whether a Tick runs, or waits for the lock.

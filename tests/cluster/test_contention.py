@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from agent.coordinator.engine import MOST_TICKS, RETRY_S
 from agent.coordinator.hang_up import HungUp, while_connected
 from agent.coordinator.service import Coordinator
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Done, Etcd, EtcdUnknown, put
+from agent.coordinator.store.etcd_client import Done, Etcd, EtcdRefused, EtcdUnknown, put
 from agent.coordinator.store.etcd_shard import MOST_COMMITS, SETTLE_S, EtcdStore
 from agent.core.group_state import AddSession, ReceiveHeartbeat
-from agent.errors import NotLeading
+from agent.errors import NotLeading, Unavailable
 from agent.model import (
     TICKS_PER_SECOND,
     AccessList,
@@ -205,16 +206,22 @@ def test_a_stop_does_not_wait_for_each_change_while_etcd_hangs() -> None:
 class Hanging(Etcd):
     """An etcd that renews leases and answers reads, and takes no transactions for a while."""
 
-    hangs = False
+    hangs = refuses = False
+    refused = 0
 
     async def txn(self, *what: Any) -> Done:
         if Hanging.hangs:
             await asyncio.Event().wait()
+        if Hanging.refuses:
+            Hanging.refused += 1
+            await asyncio.sleep(DELAY_S)
+            raise EtcdRefused("database space exceeded", 8)
         return await super().txn(*what)
 
 
-async def a_leader() -> tuple[World, Coordinator, list[GroupKey]]:
-    """A coordinator with many groups, in the last of which "m" is primary."""
+async def a_leader(*, of_each: bool = False) -> tuple[World, Coordinator, list[GroupKey]]:
+    """A coordinator with many groups, in the last or each of which "m" is primary."""
+    Hanging.hangs = Hanging.refuses = False
     world = World(1, kinds=Kinds(etcd=Hanging), coordinators=1, agents=0, shards=1)
     (node,) = world.nodes.values()
     node.start()
@@ -224,9 +231,10 @@ async def a_leader() -> tuple[World, Coordinator, list[GroupKey]]:
     keys = [key_of(number) for number in range(2 * MOST_COMMITS + 1)]
     for key in keys:
         await coordinator.create_group(key, GroupConfig(key.group, TICKS_PER_SECOND))
-    await coordinator.apply(keys[-1], AddSession(SessionConfig("m")))
-    for _ in ("chosen", "confirmed"):
-        await coordinator.beat(keys[-1], ReceiveHeartbeat("m", 100.0))
+    for key in keys if of_each else keys[-1:]:
+        await coordinator.apply(key, AddSession(SessionConfig("m")))
+    for key in 2 * keys if of_each else 2 * keys[-1:]:  # chosen, then confirmed
+        await coordinator.beat(key, ReceiveHeartbeat("m", 100.0))
     return world, coordinator, keys
 
 
@@ -242,17 +250,54 @@ def test_a_heartbeat_that_only_renews_does_not_wait_while_changes_wait_for_their
             for key in keys
         ]
         until = clock() + 1.8 * SETTLE_S  # two hang after one another
-        while clock() < until:
-            await asyncio.sleep(0.3)
-            began = clock()
-            answer = await coordinator.beat(keys[-1], ReceiveHeartbeat("m", 100.0))
-            assert clock() == began
-            assert answer.role is Role.PRIMARY
+        await renew(coordinator, keys[-1], 1.8 * SETTLE_S)
+        assert clock() < until + 0.3
         assert not changes[-1].done()
         Hanging.hangs = False
         await asyncio.gather(*changes[:-1], return_exceptions=True)
         assert await changes[-1] is True
         assert coordinator.status(keys[-1]).primary == "m"
+        await world.end()
+
+    run_virtually(check())
+
+
+async def renew(coordinator: Coordinator, key: GroupKey, seconds: float) -> None:
+    """Be a healthy primary for a while."""
+    until = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(0.3)
+        answer = await coordinator.beat(key, ReceiveHeartbeat("m", 100.0))
+        assert answer.role is Role.PRIMARY
+
+
+def test_a_caller_does_not_wait_behind_the_leases_that_end_while_etcd_hangs() -> None:
+    async def check() -> None:
+        world, coordinator, keys = await a_leader(of_each=True)
+        clock = asyncio.get_running_loop().time
+        Hanging.hangs = True
+        await renew(coordinator, keys[-1], 2.0)
+        began = clock()
+        with pytest.raises(Unavailable):
+            await coordinator.apply(keys[-1], AddSession(SessionConfig("n")))
+        assert clock() - began < SETTLE_S + 0.5
+        Hanging.hangs = False
+        await coordinator.apply(keys[-1], AddSession(SessionConfig("n")))
+        assert clock() - began < 2 * SETTLE_S
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_leases_that_end_do_not_flood_an_etcd_that_refuses_at_once() -> None:
+    async def check() -> None:
+        world, coordinator, keys = await a_leader(of_each=True)
+        Hanging.refuses, Hanging.refused = True, 0
+        await renew(coordinator, keys[-1], 6.0)
+        assert MOST_TICKS < Hanging.refused < 6 * MOST_TICKS / RETRY_S
+        Hanging.refuses = False
+        await renew(coordinator, keys[-1], 3.0)
+        assert [key for key in keys if coordinator.status(key).primary] == keys[-1:]
         await world.end()
 
     run_virtually(check())

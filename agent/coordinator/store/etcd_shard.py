@@ -365,9 +365,8 @@ class EtcdStore:
 
     def _explained(self, failure: EtcdError, key: GroupKey) -> StoreError:
         """The error of a change that surely was not made."""
-        invalid = (
-            isinstance(failure, EtcdRefused) and failure.code == _INVALID
-        )  # the value, and not etcd, is at fault
+        # Then the value, and not etcd, is at fault.
+        invalid = isinstance(failure, EtcdRefused) and failure.code == _INVALID
         code = ExitCode.INTERNAL if invalid else ExitCode.ETCD
         return StoreError(f"{name_of(key)}: {failure}; nothing was changed", exit_code=code)
 
