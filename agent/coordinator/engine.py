@@ -4,13 +4,14 @@ Rules of this file:
 
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
-- One durable change of a group at a time. Other inputs of that group wait for it.
+- One durable change of a group at a time. Other inputs of that group wait for it. Until the store can take it
+  nothing is decided, and a heartbeat that only renews does not wait.
 - Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
 - A durable change that has begun is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
 - Groups belong to shards. A decision about a group is made only while this coordinator leads its shard (R19), which
   ``_now`` checks for every decision. A shard is loaded whenever its leadership begins, as after a restart.
-- After a stall of the process or the store, each session that was alive gets one full L (R14), since its heartbeats
+- A stall of the process or the store counts as no time for the sessions that were alive (R14), since their heartbeats
   may be waiting.
 
 Knows nothing of the operations (service.py), of HTTP, and of what a decision means.
@@ -23,7 +24,7 @@ from math import inf
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from agent.coordinator.changes import Changes
+from agent.coordinator.changes import MAX_CHANGES, Changes
 from agent.coordinator.hang_up import HungUp
 from agent.coordinator.journal import log_decision, log_names, log_role_changes
 from agent.coordinator.restored import distrust
@@ -79,6 +80,9 @@ SHARD_PROGRESS_BATCH_S = 0.8
 PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
+MOST_TICKS = 24
+"""Groups at once whose due changes etcd is sent: fewer than its turns, so that no caller waits behind all of them."""
+
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
 
@@ -129,6 +133,7 @@ class Engine:
         self._clock = clock
         self._policy = policy
         self._wakeups: Wakeups[GroupKey] = Wakeups()
+        self._ticks = asyncio.Semaphore(MOST_TICKS if store is None else MAX_CHANGES)
         self._progress_queue: deque[tuple[float, Group]] = deque()
         # etcd receives at most one such write a second for each shard, not one for each heartbeat
         self._progress_delay_s = PROGRESS_DELAY_S if store is not None else 0.0
@@ -203,17 +208,13 @@ class Engine:
 
     def recent_store_failure(self) -> str | None:
         """The store's newest failure, if it is not older than FAILURE_MEMORY_S; or None."""
-        if (
-            self._store_failure is not None
-            and self._clock().mono < self._store_failure[0] + FAILURE_MEMORY_S
-        ):
-            return self._store_failure[1]
-        return None
+        at, failure = self._store_failure or (-inf, "")
+        return failure if self._clock().mono < at + FAILURE_MEMORY_S else None
 
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if not group.lock.locked() and not group.doubtful:
+        if not group.doubtful:
             now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
@@ -223,7 +224,7 @@ class Engine:
         return await self.changes.carry_out(self._apply_durably(group, what))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        async with group.lock:
+        async with group.lock, group.shard.turns:
             await self._resolve_doubt(group)
             now = self._now(group.shard)
             before = group.state
@@ -265,7 +266,8 @@ class Engine:
         if restored:
             record = distrust(Stored(0, record), self._now(shard), self._policy).state.record
         try:
-            version = await self.write(shard.store.create(key, record))
+            async with shard.turns:
+                version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded
             stored = await self.read(shard.store.settle(key, 0))
             if stored is None:
@@ -282,7 +284,7 @@ class Engine:
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
-        async with group.lock:
+        async with group.lock, group.shard.turns:
             await self._resolve_doubt(group)
             decide(group.state, RemoveGroup(), self._now(group.shard), self._policy)
             await self._write_change(
@@ -302,21 +304,20 @@ class Engine:
         group.wake_blocked_reads()
 
     async def _write_change(self, group: Group, change: Coroutine[Any, Any, T]) -> T:
-        """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
+        """Await a change of the record. The group is doubtful meanwhile, and then if the outcome is unknown."""
+        group.doubtful = True
         try:
-            return await self.write(change)
+            result = await self.write(change)
         except (Unavailable, HungUp) as error:
             group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
             raise  # else it was not written
         except CasMismatch as error:
-            group.doubtful = True
             log.warning(
                 "record in the store has an unexpected version", **log_names(group.key), error=error
             )
             raise unavailable(str(error)) from error
-        except BaseException:  # cancelled, or a fault of the store: it may have been written
-            group.doubtful = True
-            raise
+        group.doubtful = False
+        return result
 
     async def _resolve_doubt(self, group: Group) -> None:
         """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""
@@ -416,18 +417,22 @@ class Engine:
                 self.changes.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:
-        """Apply a Tick; retry later if its changes cannot be made durable now."""
-        try:
-            await self._apply_durably(group, Tick())
-        except (NotFound, NotLeading):
-            return  # deleted meanwhile, or led by another coordinator
-        except Exception as error:  # a task's edge: the timer must go on
-            if not isinstance(error, Unavailable):
-                log.exception("due change of group failed", **log_names(group.key))
-            if not group.shard.ended:
-                self._wakeups.set(group.key, self._clock().mono + RETRY_S)
-        finally:
-            group.ticking = False
+        """Apply a Tick; retry it later if that fails, and let no other one begin in its place: the store may be full."""
+        async with self._ticks:
+            try:
+                await self._apply_durably(group, Tick())
+            except (NotFound, NotLeading):
+                return  # deleted meanwhile, or led by another coordinator
+            except Exception as error:  # a task's edge: the timer must go on
+                if not isinstance(error, Unavailable):
+                    log.exception("due change of group failed", **log_names(group.key))
+                if not group.shard.ended:
+                    self._wakeups.set(group.key, self._clock().mono + RETRY_S)
+            else:
+                return
+            finally:
+                group.ticking = False
+            await asyncio.sleep(0 if self.stopping else RETRY_S)
 
     def _queue_progress(self, group: Group, at: float) -> None:
         group.progress_queued = True

@@ -374,10 +374,10 @@ class Leadership:
     def _begin_term(self, number: int, revision: int) -> None:
         store = self._cluster.shard(number, revision)
         shard = Shard(number, store, self._lease)
+        shard.turns = self._cluster.turns
         store.is_over = lambda: shard.ended
         self._terms[number] = revision, shard
-        task = asyncio.create_task(self._load(shard), name=f"load shard {number}")
-        self._loading[number] = task
+        self._loading[number] = asyncio.create_task(self._load(shard), name=f"load shard {number}")
 
     async def _load(self, shard: Shard) -> None:
         """Load the groups of a shard and lead it, unless that is over by then."""

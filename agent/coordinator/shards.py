@@ -6,6 +6,7 @@ groups are loaded anew. Knows nothing of how leadership is won; leadership.py do
 """
 
 import asyncio
+from contextlib import AbstractAsyncContextManager, nullcontext
 from math import inf
 
 from agent.coordinator.store import Store, Stored
@@ -16,8 +17,8 @@ from agent.model import GroupKey, Instant, Progress
 STALL_FLOOR_S = 0.1
 STALL_SHARE = 0.25
 """The stalls that are excused: longer than this share of L and than 0.1 s, which is ordinary scheduling. A shorter
-stall cannot expire a lease that is renewed as R1 demands, nor that of a v1 client (every L/2), and excusing it could
-keep a dead primary for ever on a busy host."""
+stall cannot expire a lease that is renewed as R1 demands, nor that of a v1 client (every L/2), and excusing it would
+keep a dead primary for longer on a busy host."""
 
 
 class Lease:
@@ -30,15 +31,16 @@ class Lease:
 
 
 class Shard:
-    """One tenure of leadership. ``store`` refuses changes once another coordinator leads."""
+    """One tenure of leadership. ``store`` refuses changes once another coordinator leads, and takes those in ``turns``."""
 
-    __slots__ = ("ended", "lease", "number", "store")
+    __slots__ = ("ended", "lease", "number", "store", "turns")
 
     def __init__(self, number: int, store: Store, lease: Lease | None = None) -> None:
         self.number = number
         self.store = store
         self.lease = lease or Lease(inf)
         self.ended = False
+        self.turns: AbstractAsyncContextManager[None] = nullcontext()
 
     def is_led_at(self, mono: float) -> bool:
         """Whether this coordinator may decide at a moment, in CLOCK_BOOTTIME seconds."""
@@ -49,10 +51,9 @@ class Group:
     """One group in memory.
 
     Attributes:
-        lock: held during a durable change.
+        lock: held during a durable change, and while that waits for its turn.
         saved: the progress that the store has.
-        doubtful: whether the outcome of a change is unknown, so that the record has to be read before the
-            next decision.
+        doubtful: whether the outcome of a change is unknown, still or for good: then the record is read before a decision.
         gone: whether the group was deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: whether the group is in the queue of groups with unsaved progress.
         ticking: whether a Tick runs, or waits for the lock.

@@ -80,7 +80,7 @@ class Live:
 
     Attributes:
         lease_until: end of the holder's lease; meaningless without a holder.
-        held_since: start of the tenure; later after a restart, or a stall before it was acknowledged.
+        held_since: start of the tenure; later after a restart, and by each stall before it was acknowledged.
         confirm_by: deadline of the pending session to confirm; then it is passed over.
         quiet_until: end of the quiet time; meaningless without one.
         answers_reach_holder: whether a heartbeat of the holder has reported the tenure's epoch.
@@ -306,22 +306,21 @@ def _hold_off_until(hold_off: HoldOff | None, now: Instant) -> float:
 def state_after_stall(state: GroupState, judged_at: float, now: Instant) -> GroupState:
     """The state after the coordinator itself has stalled since ``judged_at``.
 
-    Every session that was alive then gets one full L: its heartbeats may still be unread (R14).
+    The stall counts as no time for what was not over then: heartbeats of that time may still be unread (R14). No
+    more is given, so that stalls that recur do not keep a holder that is dead, or receives no answers (R16).
     """
-    lease_s = state.record.config.lease_s
-    live = state.live
+    stall_s, lease_s = now.mono - judged_at, state.record.config.lease_s
     contacts = {
-        session_id: replace(contact, heard_at=now.mono)
+        session_id: replace(contact, heard_at=min(contact.heard_at + stall_s, now.mono))
         if contact.heard_at + lease_s > judged_at
         else contact
-        for session_id, contact in live.contacts.items()
+        for session_id, contact in state.live.contacts.items()
     }
-    live = replace(live, contacts=contacts)
+    live = replace(state.live, contacts=contacts, confirm_by=state.live.confirm_by + stall_s)
     if state.record.holder is not None and live.lease_until > judged_at:
-        held_since = live.held_since if live.answers_reach_holder else now.mono
-        live = replace(live, lease_until=now.mono + lease_s, held_since=held_since)
-    if state.record.pending is not None:
-        live = replace(live, confirm_by=max(live.confirm_by, now.mono + lease_s))
+        live = replace(live, lease_until=min(live.lease_until + stall_s, now.mono + lease_s))
+        if not live.answers_reach_holder:
+            live = replace(live, held_since=min(live.held_since + stall_s, now.mono))
     return GroupState(state.record, live)
 
 

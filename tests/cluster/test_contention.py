@@ -5,23 +5,26 @@ from typing import Any
 
 import pytest
 
+from agent.coordinator.engine import MOST_TICKS, RETRY_S
 from agent.coordinator.hang_up import HungUp, while_connected
+from agent.coordinator.service import Coordinator
 from agent.coordinator.store.etcd import EtcdCluster
-from agent.coordinator.store.etcd_client import Etcd, EtcdUnknown, put
+from agent.coordinator.store.etcd_client import Done, Etcd, EtcdRefused, EtcdUnknown, put
 from agent.coordinator.store.etcd_shard import MOST_COMMITS, SETTLE_S, EtcdStore
-from agent.core.group_state import AddSession
-from agent.errors import LeadershipLost, NotLeading
+from agent.core.group_state import AddSession, ReceiveHeartbeat
+from agent.errors import NotLeading, Unavailable
 from agent.model import (
     TICKS_PER_SECOND,
     AccessList,
     GroupConfig,
     GroupKey,
     GroupRecord,
+    Role,
     SessionConfig,
 )
 
 from .fake_etcd import DELAY_S, FakeEtcd, FakeTransport, Link
-from .node import TTL_S
+from .node import TTL_S, Kinds
 from .world import World, run_virtually
 
 CALLERS = 40
@@ -164,28 +167,15 @@ def test_changes_of_many_groups_are_sent_once_though_etcd_is_behind() -> None:
     """Their time runs from when etcd can take them. Else each would be sent again and again, and few be done."""
 
     async def check() -> None:
-        transport, _, store = await a_cluster(Busy)
+        transport, cluster, store = await a_cluster(Busy)
         groups = int(6 / WRITE_S)
-        await asyncio.gather(*(store.create(key_of(n), record_of(n)) for n in range(groups)))
+
+        async def create(number: int) -> None:
+            async with cluster.turns:
+                await store.create(key_of(number), record_of(number))
+
+        await asyncio.gather(*map(create, range(groups)))
         assert transport.sent == 2 * groups
-
-    run_virtually(check())
-
-
-def test_changes_that_wait_end_with_the_leadership() -> None:
-    """Else a stop would wait until etcd had hung for each of them in turn."""
-
-    async def check() -> None:
-        transport, _, store = await a_cluster()
-        changes = [
-            asyncio.create_task(store.swap(key_of(n), 1, record_of(n)))
-            for n in range(3 * MOST_COMMITS)
-        ]
-        await asyncio.sleep(DELAY_S)
-        store.is_over = lambda: True
-        ended = await asyncio.gather(*changes, return_exceptions=True)
-        assert sum(isinstance(one, LeadershipLost) for one in ended) == 2 * MOST_COMMITS
-        assert transport.sent == MOST_COMMITS
 
     run_virtually(check())
 
@@ -208,6 +198,106 @@ def test_a_stop_does_not_wait_for_each_change_while_etcd_hangs() -> None:
         ended = await asyncio.gather(*changes, return_exceptions=True)
         assert asyncio.get_running_loop().time() - began < TTL_S + SETTLE_S + 1.0
         assert sum(isinstance(one, NotLeading) for one in ended) >= 3 * MOST_COMMITS
+        await world.end()
+
+    run_virtually(check())
+
+
+class Hanging(Etcd):
+    """An etcd that renews leases and answers reads, and takes no transactions for a while."""
+
+    hangs = refuses = False
+    refused = 0
+
+    async def txn(self, *what: Any) -> Done:
+        if Hanging.hangs:
+            await asyncio.Event().wait()
+        if Hanging.refuses:
+            Hanging.refused += 1
+            await asyncio.sleep(DELAY_S)
+            raise EtcdRefused("database space exceeded", 8)
+        return await super().txn(*what)
+
+
+async def a_leader(*, of_each: bool = False) -> tuple[World, Coordinator, list[GroupKey]]:
+    """A coordinator with many groups, in the last or each of which "m" is primary."""
+    Hanging.hangs = Hanging.refuses = False
+    world = World(1, kinds=Kinds(etcd=Hanging), coordinators=1, agents=0, shards=1)
+    (node,) = world.nodes.values()
+    node.start()
+    await world.until(lambda: node.leadership and node.leadership.led, 5.0, "a leader")
+    coordinator = node.coordinator
+    assert coordinator is not None
+    keys = [key_of(number) for number in range(2 * MOST_COMMITS + 1)]
+    for key in keys:
+        await coordinator.create_group(key, GroupConfig(key.group, TICKS_PER_SECOND))
+    for key in keys if of_each else keys[-1:]:
+        await coordinator.apply(key, AddSession(SessionConfig("m")))
+    for key in 2 * keys if of_each else 2 * keys[-1:]:  # chosen, then confirmed
+        await coordinator.beat(key, ReceiveHeartbeat("m", 100.0))
+    return world, coordinator, keys
+
+
+def test_a_heartbeat_that_only_renews_does_not_wait_while_changes_wait_for_their_turn() -> None:
+    """Of other groups and of its own. What is decided when the turn comes is not out of date."""
+
+    async def check() -> None:
+        world, coordinator, keys = await a_leader()
+        clock = asyncio.get_running_loop().time
+        Hanging.hangs = True
+        changes = [
+            asyncio.create_task(coordinator.apply(key, AddSession(SessionConfig("n"))))
+            for key in keys
+        ]
+        until = clock() + 1.8 * SETTLE_S  # two hang after one another
+        await renew(coordinator, keys[-1], 1.8 * SETTLE_S)
+        assert clock() < until + 0.3
+        assert not changes[-1].done()
+        Hanging.hangs = False
+        await asyncio.gather(*changes[:-1], return_exceptions=True)
+        assert await changes[-1] is True
+        assert coordinator.status(keys[-1]).primary == "m"
+        await world.end()
+
+    run_virtually(check())
+
+
+async def renew(coordinator: Coordinator, key: GroupKey, seconds: float) -> None:
+    """Be a healthy primary for a while."""
+    until = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(0.3)
+        answer = await coordinator.beat(key, ReceiveHeartbeat("m", 100.0))
+        assert answer.role is Role.PRIMARY
+
+
+def test_a_caller_does_not_wait_behind_the_leases_that_end_while_etcd_hangs() -> None:
+    async def check() -> None:
+        world, coordinator, keys = await a_leader(of_each=True)
+        clock = asyncio.get_running_loop().time
+        Hanging.hangs = True
+        await renew(coordinator, keys[-1], 2.0)
+        began = clock()
+        with pytest.raises(Unavailable):
+            await coordinator.apply(keys[-1], AddSession(SessionConfig("n")))
+        assert clock() - began < SETTLE_S + 0.5
+        Hanging.hangs = False
+        await coordinator.apply(keys[-1], AddSession(SessionConfig("n")))
+        assert clock() - began < 2 * SETTLE_S
+        await world.end()
+
+    run_virtually(check())
+
+
+def test_leases_that_end_do_not_flood_an_etcd_that_refuses_at_once() -> None:
+    async def check() -> None:
+        world, coordinator, keys = await a_leader(of_each=True)
+        Hanging.refuses, Hanging.refused = True, 0
+        await renew(coordinator, keys[-1], 6.0)
+        assert MOST_TICKS < Hanging.refused < 6 * MOST_TICKS / RETRY_S
+        Hanging.refuses = False
+        await renew(coordinator, keys[-1], 3.0)
+        assert [key for key in keys if coordinator.status(key).primary] == keys[-1:]
         await world.end()
 
     run_virtually(check())

@@ -322,6 +322,17 @@ async def test_short_stalls_do_not_keep_a_dead_primary(stage: Stage) -> None:
     assert stage.coordinator.status(KEY).primary is None
 
 
+async def test_stalls_that_recur_within_a_lease_do_not_keep_a_dead_primary(stage: Stage) -> None:
+    """R14: each counts as no time, and gives no new lease."""
+    await join(stage, "a", "b", lease_s=4)
+    await promote(stage, "a")
+    for _ in range(3):
+        stage.clock.elapsed += 1.5
+        stage.coordinator.turn()
+        await stage.run_for(1.5)
+    assert stage.coordinator.status(KEY).primary is None
+
+
 async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
     """The heartbeats that waited for the disk meanwhile have come, though late to be judged."""
     await join(stage, "a", "b")

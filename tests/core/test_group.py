@@ -4,10 +4,11 @@ import contextlib
 import copy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import cycle
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent.core.group import (
@@ -31,6 +32,7 @@ from agent.core.group_state import (
     SetAccess,
     SetOverride,
     Tick,
+    is_alive,
     progress_of,
     role_of,
     state_after_restart,
@@ -94,6 +96,12 @@ class Bench:
         self.history |= {entry.epoch: entry for entry in decision.history}
         self.wake = decision.wake_at
         return decision
+
+    def stall(self, stall_s: float, *, after_s: float = 0.0) -> None:
+        """The coordinator, or its store, stalls."""
+        judged_at = self.mono + after_s
+        self.mono = judged_at + stall_s
+        self.state = state_after_stall(self.state, judged_at, self.now)
 
     def beat(
         self, session_id: str, score: float = 100.0, *, after_s: float = 0.0, **more: Any
@@ -376,43 +384,106 @@ def test_r14_a_holder_whose_score_is_unknown_is_not_replaced() -> None:
     assert not bench.state.record.holder.revoked
 
 
-def test_r14_after_a_stall_every_live_session_has_one_full_lease() -> None:
+def test_r14_a_stall_counts_as_no_time_for_a_lease() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
-    judged_at, bench.mono = bench.mono + 5, bench.mono + 60
-    bench.state = state_after_stall(bench.state, judged_at, bench.now)
-    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    bench.stall(55, after_s=0.5 * LEASE_S)
+    bench.do(Tick(), after_s=0.5 * LEASE_S - 0.01)
     assert bench.primary == "a"
+    bench.do(Tick(), after_s=0.02)
+    assert bench.primary is None
 
 
-def test_r14_after_a_stall_a_pending_session_has_one_full_lease_to_confirm() -> None:
+def test_r14_a_stall_counts_as_no_time_for_a_session() -> None:
+    bench = Bench("a")
+    bench.stall(55, after_s=0.5 * LEASE_S)
+    bench.mono += 0.5 * LEASE_S - 0.01
+    assert is_alive(bench.state, "a", bench.now)
+    bench.mono += 0.02
+    assert not is_alive(bench.state, "a", bench.now)
+
+
+def test_r14_a_stall_counts_as_no_time_to_confirm() -> None:
     bench = Bench("a")
     bench.beat("a")
-    judged_at, bench.mono = bench.mono + 1, bench.mono + 60
-    bench.state = state_after_stall(bench.state, judged_at, bench.now)
-    bench.do(Tick(), after_s=LEASE_S - 0.01)
+    bench.stall(59, after_s=1)
+    bench.do(Tick(), after_s=CONFIRM_SHARE * LEASE_S - 1.01)
     assert bench.pending == "a"
+    bench.do(Tick(), after_s=0.02)
+    assert bench.pending is None
 
 
-def test_r14_a_stall_never_shortens_the_time_to_confirm() -> None:
+def test_r14_the_time_to_confirm_counts_from_the_end_of_a_lease_that_a_stall_made_longer() -> None:
     bench = Bench("a", "b", policy=V1)
     bench.promote("a", 50)
     bench.beat("b", 60)
-    confirm_by = bench.state.live.confirm_by
-    judged_at, bench.mono = bench.mono, bench.mono + 3
-    bench.state = state_after_stall(bench.state, judged_at, bench.now)
-    assert bench.state.live.confirm_by == confirm_by
+    bench.stall(3)
+    live = bench.state.live
+    assert live.confirm_by == live.lease_until + CONFIRM_SHARE * LEASE_S
+
+
+def test_r14_a_stall_that_is_noticed_twice_gives_one_full_lease_at_most() -> None:
+    """Of the process, while the store stalled, too."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    bench.stall(55)
+    bench.state = state_after_stall(bench.state, bench.mono - 55, bench.now)
+    assert bench.state.live.lease_until == bench.mono + LEASE_S
+    assert bench.state.live.held_since == bench.state.live.contacts["a"].heard_at == bench.mono
 
 
 def test_r14_a_stall_does_not_revive_a_dead_session() -> None:
     bench = Bench("a", "b")
     bench.promote("a")
-    judged_at = bench.mono = bench.mono + LEASE_S
-    bench.mono += 60
-    bench.state = state_after_stall(bench.state, judged_at, bench.now)
+    bench.stall(60, after_s=LEASE_S)
     bench.do(Tick())
     assert bench.primary is None
     assert bench.pending is None
+
+
+RECURRING = st.lists(st.tuples(st.floats(0.06, 0.5), st.floats(0.26, 2.0)), min_size=1, max_size=5)
+"""Times without and with a stall, in L, that are repeated again and again."""
+
+
+@given(recurring=RECURRING, dead=st.booleans())
+@example(recurring=[(0.24, 0.26)], dead=True)
+@example(recurring=[(0.24, 0.26)], dead=False)
+def test_r14_stalls_that_recur_do_not_keep_a_holder(
+    *, recurring: list[tuple[float, float]], dead: bool
+) -> None:
+    """One that is dead, or receives no answers (R16), loses the role in a bounded time, the stalls left out."""
+    bench = Bench("a", "b")
+    bench.promote("a", seen_epoch=0)
+    ran = 0.0
+    for run, stall in cycle(recurring):
+        ran += run
+        bench.mono += run * LEASE_S
+        if not dead:
+            bench.beat("a", 100.0, seen_epoch=0)
+        bench.beat("b", 50.0, seen_epoch=bench.state.record.epoch)
+        if bench.primary == "b":
+            break
+        assert ran < (1.0 if dead else 1.0 + CONFIRM_SHARE + 0.5) + 2 * 0.5
+        bench.stall(stall * LEASE_S)
+
+
+@given(RECURRING, st.sampled_from([None, "a#1"]), st.floats(0.06, 0.5))
+def test_r14_stalls_that_recur_cost_a_healthy_holder_nothing(
+    recurring: list[tuple[float, float]], instance: str | None, every: float
+) -> None:
+    """A v1 client sends a heartbeat each L / 2; one that comes during a stall is read after it."""
+    bench = Bench("a", "b")
+    seen = bench.promote("a", instance=instance, seen_epoch=None if instance is None else 0).epoch
+    due = bench.mono + every * LEASE_S
+    for run, stall in recurring * 3:
+        stalls_at = bench.mono + run * LEASE_S
+        while due <= stalls_at:
+            bench.mono = max(due, bench.mono)
+            known = None if instance is None else seen
+            assert bench.beat("a", instance=instance, seen_epoch=known).role is P
+            due = max(due + every * LEASE_S, bench.mono + 0.06 * LEASE_S)
+        bench.mono = stalls_at
+        bench.stall(stall * LEASE_S)
 
 
 # -- R15 --------------------------------------------------------------------------------------------
@@ -1270,14 +1341,15 @@ def test_r16_a_late_heartbeat_from_before_the_tenure_revokes_nobody() -> None:
     assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
 
 
-def test_r16_a_late_heartbeat_after_a_stall_of_the_coordinator_revokes_nobody() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.55])
+def test_r16_a_late_heartbeat_after_a_stall_of_the_coordinator_revokes_nobody(share: float) -> None:
     """Fault 27: it was the first one that a coordinator read that had been frozen since the grant."""
     bench = Bench("a", "b")
     bench.promote("a", seen_epoch=0)
-    judged_at, bench.mono = bench.mono, bench.mono + 0.7 * LEASE_S
-    bench.state = state_after_stall(bench.state, judged_at, bench.now)
+    bench.stall(0.7 * LEASE_S, after_s=share * LEASE_S)
     assert bench.beat("a", seen_epoch=0).role is P
     assert bench.beat("a", after_s=0.5, seen_epoch=1).role is P
+    assert bench.beat("a", after_s=0.5 * LEASE_S, seen_epoch=1).role is P
 
 
 def test_the_additional_data_of_a_group_and_its_sessions_are_bounded() -> None:

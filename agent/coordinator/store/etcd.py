@@ -46,7 +46,7 @@ class EtcdCluster:
         self.layout = layout
         self.meta = meta
         self.store_id = meta.store_id
-        self.commits = asyncio.Semaphore(MOST_COMMITS)
+        self.turns = asyncio.Semaphore(MOST_COMMITS)
         self._changing_access = asyncio.Lock()
 
     @classmethod
@@ -111,8 +111,7 @@ class EtcdCluster:
     async def is_served(self) -> bool:
         """Whether any coordinator has a session."""
         members = self.layout.member("")
-        found = await self.etcd.range(read(members, end_of(members), count_only=True))
-        return found.count > 0
+        return (await self.etcd.range(read(members, end_of(members), count_only=True))).count > 0
 
     async def access(self, tenant: str, namespace: str) -> AccessList | None:
         """The access-control list of a namespace's groups, or None if none was ever set."""
