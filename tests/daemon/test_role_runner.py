@@ -1,6 +1,7 @@
 """No process of a tenure is left after its demotion, whatever its hooks have started. Real processes."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -725,3 +726,17 @@ async def test_orphans_are_reaped_and_zombies_of_our_own_children_are_not() -> N
     )
     out, _ = await agent.communicate()
     assert out.decode().splitlines() == ["Z", "3"]
+
+
+async def test_the_fence_command_receives_what_the_page_of_hooks_states(stage: Stage) -> None:
+    seen = stage.directory / "seen"
+    command = stage.hook("fence", f"(pwd; cat; env) >{seen}")
+    runner = stage.open(fence_command=command, hook_limit=60.0, hook_environment={"UNIT": "x"})
+    await runner.run_fence_command()
+    directory, payload, *variables = seen.read_text().splitlines()
+    assert directory == "/"
+    facts = json.loads(payload)
+    assert (facts["event"], facts["epoch"]) == ("fence", None)
+    assert 0 < facts["deadline_ms"] <= 60_000
+    assert {"FAILOVER_EVENT=fence", "FAILOVER_EPOCH="} <= set(variables)
+    assert "UNIT=x" not in variables
