@@ -8,12 +8,7 @@ import asyncio
 from dataclasses import dataclass
 from functools import partial
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    wait_random_exponential,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from agent.core.events import Joined
 from agent.core.session import Session

@@ -139,7 +139,7 @@ class Daemon:
             requests=requests,
             published=Published(Role.SECONDARY, None, "starting", clock.wall()),
         )
-        self._previous_tenure = previous_tenure(previous, settings.hook_secondary)
+        self._previous_tenure = previous_tenure(previous, role_runner.demotion_hook)
         self._state_publisher = StatePublisher(
             member, state_file, self._previous_tenure, previous, self._post_event
         )

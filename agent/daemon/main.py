@@ -26,12 +26,7 @@ from agent.drivers.rest.endpoints import ServerAccess
 from agent.drivers.statefile import StateFile, default_directory
 from agent.errors import ConfigError, ExitCode, FailoverError
 from agent.ops import logs
-from agent.ops.probe_access import (
-    ProbeAccess,
-    load_probe_access,
-    probe_files,
-    warn_of_exposure,
-)
+from agent.ops.probe_access import ProbeAccess, load_probe_access, probe_files, warn_of_exposure
 from agent.ops.process import become_subreaper
 from agent.ops.reserve import reserve_threads
 from agent.ops.resolver import resolve_in_own_threads

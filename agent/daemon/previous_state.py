@@ -5,13 +5,14 @@ Owns which parts of it are used: processes of another boot or PID namespace cann
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from agent import proctree
 from agent.core.session import PreviousTenure
+from agent.drivers.hooks.spec import HookSpec
 from agent.drivers.statefile import StateFile, in_use
 from agent.ops.logs import Log
 
@@ -42,13 +43,13 @@ def writer_lives(state: Mapping[str, Any]) -> bool:
     return is_of_this_boot(state) and _is_process(writer) and proctree.lives(writer)
 
 
-def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> PreviousTenure | None:
+def previous_tenure(state: Mapping[str, Any], hook: HookSpec | None) -> PreviousTenure | None:
     """The tenure that the previous process has not released.
 
     Args:
         state: the content of its state file.
-        stop_command: the current demotion hook. If the previous process had another one, the current
-            one may not stop its workload, so its lease has to expire.
+        hook: the current demotion hook. If the previous process had another one, or ran it with another user,
+            directory or environment, the current one may not stop its workload, so its lease has to expire.
     """
     unreleased = state.get("unreleased")
     if not isinstance(unreleased, dict) or previous_store(state) is None:
@@ -59,10 +60,14 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     if not isinstance(epoch, int) or not _is_instance(instance):
         return None
     scripts = previous_scripts(state)
+    stop_command, context = ((), None) if hook is None else (hook.value, hook.context.digest)
     is_directory = any(Path(part).is_dir() for part in stop_command[:1])
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
     lacks_scripts = not known or not all(map(os.path.isfile, scripts))
-    if state.get("stop_command") != list(stop_command) or lacks_scripts:
+    another = (
+        state.get("stop_command") != list(stop_command) or state.get("stop_context") != context
+    )
+    if another or lacks_scripts:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,

@@ -64,14 +64,7 @@ def format_document(
         store_id: of the coordinator that the agent has joined. A plain v1 server has none, and no
             release: build no document for it.
     """
-    needed = replace(
-        settings,
-        check=(),
-        progress=None,
-        mqtt=None,
-        hook_environment={},
-        workload=(),
-    )
+    needed = replace(settings, check=(), progress=None, mqtt=None, hook_environment={}, workload=())
     given = {
         "version": __version__,
         "session": session_id,

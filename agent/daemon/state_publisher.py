@@ -130,6 +130,7 @@ class StatePublisher:
             "boot": boot_id(),
             "store": session.store_id,
             "stop_command": () if hook is None else hook.value,
+            "stop_context": None if hook is None else hook.context.digest,
             "stop_scripts": self._stop_scripts(),
             "pid": os.getpid(),
             "pid_start": self._pid_start,

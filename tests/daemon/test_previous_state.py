@@ -1,6 +1,7 @@
 """Which processes of earlier agents a start looks for, by what the state file has of them."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from agent.daemon.previous_state import (
     previous_tenure,
     read_previous,
 )
+from agent.drivers.hooks.check import RunAs
+from agent.drivers.hooks.process import HookContext
+from agent.drivers.hooks.spec import HookSpec
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode
 
@@ -21,6 +25,10 @@ from agent.errors import ConfigError, ExitCode
 def state(**given: Any) -> dict[str, Any]:
     stop: dict[str, Any] = {"stop_command": [], "stop_scripts": []}
     return {"boot": boot_id(), "store": "s", "instance": "b", **stop, **given}
+
+
+def stopped_by(hook: HookSpec) -> dict[str, Any]:
+    return {"stop_command": list(hook.value), "stop_context": hook.context.digest}
 
 
 @pytest.mark.parametrize(
@@ -34,15 +42,34 @@ def test_a_tenure_is_not_released_if_a_script_of_its_demotion_is_gone(
 ) -> None:
     """The first demotion runs those that are there, and the one that stops the workload was removed."""
     given = state(unreleased={"epoch": 3, "instance": "a"}, stop_scripts=scripts)
-    assert (previous_tenure(given, []) is not None) is released
+    assert (previous_tenure(given, None) is not None) is released
 
 
 def test_a_tenure_is_not_released_if_the_scripts_of_its_demotion_are_not_known(
     tmp_path: Path,
 ) -> None:
-    directory = [str(tmp_path)]
-    given = state(unreleased={"epoch": 3, "instance": "a"}, stop_command=directory)
-    assert previous_tenure(given, directory) is None
+    hook = HookSpec("secondary", (str(tmp_path),))
+    given = state(unreleased={"epoch": 3, "instance": "a"}, **stopped_by(hook))
+    assert previous_tenure(given, hook) is None
+
+
+@pytest.mark.parametrize(
+    ("context", "released"),
+    [
+        (HookContext("/srv", RunAs(1, 1, (1,)), {"UNIT": "a"}), True),
+        (HookContext("/srv", RunAs(1, 1, (1,)), {"UNIT": "b"}), False),
+        (HookContext("/srv", RunAs(2, 1, (1,)), {"UNIT": "a"}), False),
+        (HookContext("/", RunAs(1, 1, (1,)), {"UNIT": "a"}), False),
+    ],
+)
+def test_a_tenure_is_not_released_if_its_demotion_hook_runs_otherwise_now(
+    context: HookContext, *, released: bool
+) -> None:
+    """The same script stopped the unit of the new settings, and the old one went on beside the next primary's."""
+    before = HookContext("/srv", RunAs(1, 1, (1,)), {"UNIT": "a"})
+    hook = HookSpec("secondary", ("/bin/true",), context=before)
+    given = state(unreleased={"epoch": 3, "instance": "a"}, **stopped_by(hook))
+    assert (previous_tenure(given, replace(hook, context=context)) is not None) is released
 
 
 def test_only_marks_of_members_are_taken_from_the_file() -> None:
@@ -53,12 +80,12 @@ def test_only_marks_of_members_are_taken_from_the_file() -> None:
 
 @pytest.mark.parametrize("wrong", [[1], "a", 7, True, {"instance": 7}, {"instance": "../../x"}])
 def test_a_state_of_another_form_is_ignored(wrong: Any) -> None:
-    assert previous_tenure(state(unreleased=wrong), []) is None
+    assert previous_tenure(state(unreleased=wrong), None) is None
 
 
 @pytest.mark.parametrize("wrong", ["", "../..", "a/b", "a\0", "\ud800", "x" * 65, None, [], {}])
 def test_an_instance_of_another_form_is_ignored(wrong: Any) -> None:
-    assert previous_tenure(state(unreleased={"epoch": 3, "instance": wrong}), []) is None
+    assert previous_tenure(state(unreleased={"epoch": 3, "instance": wrong}), None) is None
 
 
 def test_the_state_of_an_agent_that_still_runs_is_no_previous_state(tmp_path: Path) -> None:
