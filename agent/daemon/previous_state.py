@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from agent import proctree
 from agent.core.session import PreviousTenure
+from agent.drivers.hooks.spec import shown
 from agent.drivers.statefile import StateFile, in_use
 from agent.ops.logs import Log
 
@@ -59,7 +60,7 @@ def previous_tenure(state: Mapping[str, Any], stop_command: Sequence[str]) -> Pr
     is_directory = any(Path(part).is_dir() for part in stop_command[:1])
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
     lacks_scripts = not known or not all(map(os.path.isfile, scripts))
-    if state.get("stop_command") != list(stop_command) or lacks_scripts:
+    if state.get("stop_command") != list(shown(stop_command)) or lacks_scripts:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,

@@ -13,6 +13,7 @@ from agent.daemon.previous_state import (
     previous_tenure,
     read_previous,
 )
+from agent.drivers.hooks.spec import shown
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode
 
@@ -42,6 +43,16 @@ def test_a_tenure_is_not_released_if_the_scripts_of_its_demotion_are_not_known(
     directory = [str(tmp_path)]
     given = state(unreleased={"epoch": 3, "instance": "a"}, stop_command=directory)
     assert previous_tenure(given, directory) is None
+
+
+def test_a_tenure_is_not_released_if_its_webhook_has_another_query() -> None:
+    """The file has no query, which may be a secret; but another one may stop another workload."""
+    hook = ["http://127.0.0.1/stop?unit=a"]
+    given = state(unreleased={"epoch": 3, "instance": "a"}, stop_command=shown(hook))
+    given["stop_command"] = list(given["stop_command"])
+    assert "unit" not in str(given)
+    assert previous_tenure(given, hook) is not None
+    assert previous_tenure(given, ["http://127.0.0.1/stop?unit=b"]) is None
 
 
 def test_only_marks_of_members_are_taken_from_the_file() -> None:
