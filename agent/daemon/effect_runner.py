@@ -332,9 +332,8 @@ class EffectRunner:
     async def _run_without_session(self, facts: HookFacts) -> bool:
         """Run the demotion hook once; return whether it has succeeded. It is shielded: a cancelled run is not killed."""
         try:
-            run = self.member.role_runner.start_run(
-                RUN_WITHOUT_SESSION, facts, self.member.progress
-            )
+            role_runner, last_data = self.member.role_runner, self.member.progress
+            run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, last_data)
             return await asyncio.shield(run)
         except Exception:
             log.exception("demotion hook without the session failed")

@@ -44,9 +44,8 @@ def hint_of_state_files(given: str) -> str | None:
 
 
 def _to_stop_it(command: Sequence[str]) -> str:
-    if not command:
-        return "stop it by hand"
-    return f"to stop it, run: {shlex.join(command)}"
+    by_hand = not command or "://" in command[0]
+    return "stop it by hand" if by_hand else f"to stop it, run: {shlex.join(command)}"
 
 
 def _stop_command(path: Path) -> list[str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from agent.core.effects import HookFacts
 from agent.drivers.guardian.messages import GuardHook
 from agent.drivers.hooks.payload import build_payload, payload_environment
-from agent.drivers.hooks.spec import CommandStep, HookSpec, WebhookStep
+from agent.drivers.hooks.spec import CommandStep, HookSpec, WebhookStep, shown
 from agent.errors import ConfigError
 from agent.model import Role
 from agent.ops import process
@@ -82,9 +82,11 @@ class Payloads:
         except ConfigError as error:
             log.error("the guard has no demotion hook", reason=error)  # noqa: TRY400 - no traceback needed
             return GuardHook([], {}, complete=False)
-        left_out = [step.url for step in steps if isinstance(step, WebhookStep)]
+        left_out = any(isinstance(step, WebhookStep) for step in steps)
         if left_out:
-            log.warning("the guard cannot call webhooks", hook=spec.name, left_out=left_out)
+            log.warning(
+                "the guard cannot call webhooks", hook=spec.name, left_out=shown(spec.value)
+            )
         reason = "the guard acts for the agent"
         facts = replace(promotion, role=Role.SECONDARY, old_role=Role.PRIMARY, reason=reason)
         payload = self.build_role_payload(facts, promotion.last_data)

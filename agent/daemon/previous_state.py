@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from agent import proctree
 from agent.core.session import PreviousTenure
-from agent.drivers.hooks.spec import HookSpec
+from agent.drivers.hooks.spec import HookSpec, shown
 from agent.drivers.statefile import StateFile, in_use
 from agent.ops.logs import Log
 
@@ -65,7 +65,8 @@ def previous_tenure(state: Mapping[str, Any], hook: HookSpec | None) -> Previous
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
     lacks_scripts = not known or not all(map(os.path.isfile, scripts))
     another = (
-        state.get("stop_command") != list(stop_command) or state.get("stop_context") != context
+        state.get("stop_command") != list(shown(stop_command))
+        or state.get("stop_context") != context
     )
     if another or lacks_scripts:
         log.warning(

@@ -18,6 +18,7 @@ from agent.daemon.failsafe_report import describe_failsafe
 from agent.daemon.member import Member
 from agent.daemon.previous_state import boot_id, previous_scripts
 from agent.daemon.telemetry import Snapshot
+from agent.drivers.hooks.spec import shown
 from agent.drivers.progress import Progress, Reason
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode, FailoverError
@@ -129,7 +130,7 @@ class StatePublisher:
             "marks": role_runner.leftover.marks,
             "boot": boot_id(),
             "store": session.store_id,
-            "stop_command": () if hook is None else hook.value,
+            "stop_command": () if hook is None else shown(hook.value),
             "stop_context": None if hook is None else hook.context.digest,
             "stop_scripts": self._stop_scripts(),
             "pid": os.getpid(),

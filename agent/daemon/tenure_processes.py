@@ -68,13 +68,11 @@ class TenureProcesses:
 
     async def prepare_demotion_hook(self) -> str | None:
         """Fix the scripts of the demotion hook. Return why it could not be run, or None; if so, start nothing."""
-        if self.demotion_hook is None:
+        if (hook := self.demotion_hook) is None:
             return None
         try:
             thread = BlockingThread("demotion hook")
-            self.demotion_hook = await thread.run(
-                self.demotion_hook.with_scripts, timeout_s=CHECK_S
-            )
+            self.demotion_hook = await thread.run(hook.with_scripts, timeout_s=CHECK_S)
         except (ConfigError, StuckError, OSError) as error:
             return str(error) or f"the demotion hook was not read within {CHECK_S:g} s"
         return None
@@ -145,12 +143,10 @@ async def kill_remaining(
     *trees: TenureProcesses | PreviousProcesses | None, limit_s: float
 ) -> str | None:
     """Kill the remaining processes of tenures; return None once all are gone, else why some are not."""
-    for tree in trees:
-        if tree is not None:
-            left = await tree.kill(min(KILL_S, limit_s))
-            if left is not None:
-                log.error("processes outlived the demotion", reason=left)
-                return left
+    for tree in (one for one in trees if one is not None):
+        if (left := await tree.kill(min(KILL_S, limit_s))) is not None:
+            log.error("processes outlived the demotion", reason=left)
+            return left
     return None
 
 

@@ -39,10 +39,14 @@ def test_the_guard_gets_every_script_of_the_demotion_hook(
 
 
 def test_the_guard_cannot_call_a_webhook_and_does_not_release_the_role_then(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hook = guard_hook(tmp_path, AgentSettings(hook_secondary=("http://h/",)))
+    """The line that says so had a token in the query."""
+    hook = guard_hook(tmp_path, AgentSettings(hook_secondary=("http://h/x?token=abc",)))
     assert (hook.commands, hook.complete) == ([], False)
+    (record,) = caplog.records
+    assert "http://h/x" in str(vars(record))
+    assert "abc" not in str(vars(record))
 
 
 def test_the_guard_does_not_release_the_role_if_the_demotion_hook_cannot_be_read(

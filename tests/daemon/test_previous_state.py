@@ -17,7 +17,7 @@ from agent.daemon.previous_state import (
 )
 from agent.drivers.hooks.check import RunAs
 from agent.drivers.hooks.process import HookContext
-from agent.drivers.hooks.spec import HookSpec
+from agent.drivers.hooks.spec import HookSpec, shown
 from agent.drivers.statefile import StateFile
 from agent.errors import ConfigError, ExitCode
 
@@ -28,7 +28,7 @@ def state(**given: Any) -> dict[str, Any]:
 
 
 def stopped_by(hook: HookSpec) -> dict[str, Any]:
-    return {"stop_command": list(hook.value), "stop_context": hook.context.digest}
+    return {"stop_command": list(shown(hook.value)), "stop_context": hook.context.digest}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,16 @@ def test_a_tenure_is_not_released_if_its_demotion_hook_runs_otherwise_now(
     hook = HookSpec("secondary", ("/bin/true",), context=before)
     given = state(unreleased={"epoch": 3, "instance": "a"}, **stopped_by(hook))
     assert (previous_tenure(given, replace(hook, context=context)) is not None) is released
+
+
+def test_a_tenure_is_not_released_if_its_webhook_has_another_query() -> None:
+    """The file has no query, which may be a secret; but another one may stop another workload."""
+    hook = HookSpec("secondary", ("http://127.0.0.1/stop?unit=a",))
+    given = state(unreleased={"epoch": 3, "instance": "a"}, **stopped_by(hook))
+    assert "unit" not in str(given)
+    assert previous_tenure(given, hook) is not None
+    other = replace(hook, value=("http://127.0.0.1/stop?unit=b",))
+    assert previous_tenure(given, other) is None
 
 
 def test_only_marks_of_members_are_taken_from_the_file() -> None:

@@ -20,6 +20,7 @@ from threading import Thread
 
 import pytest
 
+from agent.errors import ExitCode
 from tests.mosquitto import PASSWORD as BROKER_PASSWORD
 from tests.mosquitto import Authority, a_broker
 
@@ -33,6 +34,7 @@ from .resting import (
     secure_coordinator,
 )
 from .stage import Coordinator, Stage, environment, until
+from .workloads import start
 
 CLIENT_SECRET, WRONG = "the secret of a client", "a wrong password of the test"
 WRONG_BROKER_PASSWORD = "what the broker does not know"
@@ -46,6 +48,23 @@ webhook_secret_file = "{folder}/webhook-secret"
 """
 TIMING = ["--failover-timeout=3", "--demote=0.8", "--margin=0.6"]
 EVENTS = ("primary", "secondary")
+
+
+def test_the_query_of_a_webhook_is_in_no_log_and_no_state(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It may be a token; the state file, which everybody can read, had it as the command to stop a workload."""
+    url = "http://127.0.0.1:1/stop?token="
+    words = [f"--hook-secondary={url}{ACCESS_TOKEN}", "--demote=0.5", "--hook-limit=0.5"]
+    agent = start(stage, "host-a", coordinator, flags=[*words, "--log-level=debug"])
+    assert agent.wait() == ExitCode.DEMOTION_FAILED
+    state = agent.state_file.read_text()
+    again = start(stage, "host-a", coordinator, flags=[*words, "--state-file=/no/such/file"])
+    assert again.wait() == ExitCode.STATE_FILE
+    assert "may still be active" in again.said()
+    for text in (state, agent.said(), again.said()):
+        assert ACCESS_TOKEN not in text
+    assert "http://127.0.0.1:1/stop?" in state
 
 
 def forms(secret: str, user: str) -> Iterator[str]:

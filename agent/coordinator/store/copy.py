@@ -397,9 +397,8 @@ class EtcdPlace:
     async def _write(self, steps: list[Json]) -> None:
         """Write while this copy is in progress: a request without an answer cannot be carried out after its end."""
         assert self._meta is not None  # noqa: S101 - ``write`` has marked the target
-        if not (
-            await self._etcd.txn([if_revision(self._layout.meta, self._meta.revision)], steps)
-        ).succeeded:
+        in_progress = if_revision(self._layout.meta, self._meta.revision)
+        if not (await self._etcd.txn([in_progress], steps)).succeeded:
             raise self._served()
 
     async def mark_moved(self, to: str) -> None:

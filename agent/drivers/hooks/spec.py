@@ -4,10 +4,11 @@ Owns the meaning of the hook settings, and their check before anything runs. Sta
 """
 
 import grp
+import hashlib
 import os
 import pwd
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -51,6 +52,14 @@ class WebhookStep:
 
 
 Step = CommandStep | WebhookStep
+
+
+def shown(hook: Sequence[str]) -> tuple[str, ...]:
+    """The words of a hook for a log, or a file that others read: of a query, which may be a secret, the digest."""
+    url, mark, query = "".join(hook[:1]).partition("?")
+    if not mark or not url.startswith(("http://", "https://")):
+        return tuple(hook)
+    return (f"{url}?sha256:{hashlib.sha256(query.encode()).hexdigest()[:8]}",)
 
 
 @dataclass(frozen=True, slots=True)
