@@ -88,7 +88,7 @@ def create(
 @CLIENT_FLAGS
 @JSON_FLAG
 def show(*, group_id: str, as_json: bool, **given: Any) -> int:
-    """Show a group: its configuration, status, sessions and recent tenures."""
+    """Show a group: configuration, status, sessions, recent tenures."""
 
     async def request(
         client: RestClient, timeout_s: float

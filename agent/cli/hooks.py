@@ -57,7 +57,7 @@ def command() -> None:
 @settings_flags(AgentSettings)
 @JSON_FLAG
 def list_hooks(*, as_json: bool, **given: Any) -> int:
-    """List every event with its hook: its form, its steps in order, and whether it could run.
+    """List every event with its hook. Each with its form, its steps in order, and whether it could run.
 
     Exits 0, or with the code of the first fault.
     """
@@ -154,7 +154,7 @@ def try_hook(
     deadline_s: float | None,
     **given: Any,
 ) -> int:
-    """Run the hook of EVENT as the agent would, and explain what its result would lead to.
+    """Run the hook of EVENT as the agent would. Explain what its result would lead to.
 
     It runs with its real user, directory and environment, and really starts or stops the workload. Exits 0
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.

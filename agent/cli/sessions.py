@@ -26,7 +26,7 @@ def command() -> None:
 @CLIENT_FLAGS
 @JSON_FLAG
 def list_sessions(*, group_id: str, as_json: bool, **given: Any) -> int:
-    """List the sessions of GROUP: which are active, and since when the others are silent."""
+    """List the sessions of GROUP. Show which are active, and since when the others are silent."""
     sessions = query(
         load_settings(given),
         lambda client, timeout_s: client.sessions(group_id, timeout_s=timeout_s),
@@ -58,7 +58,7 @@ def list_sessions(*, group_id: str, as_json: bool, **given: Any) -> int:
 @CLIENT_FLAGS
 @JSON_FLAG
 def forget(*, group_id: str, session_id: str, yes: bool, as_json: bool, **given: Any) -> int:
-    """Remove the record of SESSION, which is dead, from GROUP; its role override ends.
+    """Remove the record of a dead SESSION from GROUP. Its role override ends.
 
     Refused for an active session: stop its agent, which then leaves by itself. A session that comes back
     registers again.

@@ -33,7 +33,7 @@ def command() -> None:
     "--to", "file", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New file."
 )
 def backup(*, file: Path, **given: Any) -> int:
-    """Back up the SQLite store in --data-dir; its coordinator may be running.
+    """Back up the SQLite store in --data-dir. Its coordinator may be running.
 
     To restore, stop the coordinator, put the file into an empty data directory as coordinator.db, and start it.
     """
@@ -51,7 +51,7 @@ def backup(*, file: Path, **given: Any) -> int:
 @click.option("--to", "target", required=True, metavar="DIRECTORY|etcd", help="The copy.")
 @click.option("--clone", is_flag=True, help="Give the copy an id of its own; both may be served.")
 def copy(*, origin: str, target: str, clone: bool, **given: Any) -> int:
-    """Copy a store from a data directory to etcd, or back, and check the copy.
+    """Copy a store from a data directory to etcd, or back. The copy is checked.
 
     Stop all coordinators of both stores first. The copy keeps the id of the store, so agents go on with it
     without a change of role; its source cannot be served again until it is the target of a copy.
@@ -66,7 +66,7 @@ def copy(*, origin: str, target: str, clone: bool, **given: Any) -> int:
 @click.argument("place", metavar="DIRECTORY|etcd")
 @settings_flags(CoordinatorSettings, ETCD_KEYS)
 def trust(*, place: str, **given: Any) -> int:
-    """Let groups that are created later be used at once, in a store that 'serve --restored' has declared.
+    """Trust a store that 'serve --restored' has declared. New groups in it can then be used at once.
 
     Do this when every group that the restored copy lacks has been created again and lifted, or is not needed
     any more: its primary may be active without the coordinator. The coordinator of a data directory has to be

@@ -77,6 +77,13 @@ def test_every_listed_command_is_there_and_explains_itself(cli: Cli, name: str) 
     assert COMMANDS[name].split()[0] in cli("--help")[1]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_line_in_a_list_of_commands_is_cut(cli: Cli, name: str) -> None:
+    _, text, _ = cli(name, "--help")
+    listed = text.partition("\nCommands:\n")[2]
+    assert "..." not in listed
+
+
 def test_every_module_with_a_command_is_listed() -> None:
     modules = (path.stem for path in (ROOT / "agent/cli").glob("*.py"))
     found = (importlib.import_module(f"agent.cli.{module}") for module in modules)
