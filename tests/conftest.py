@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif os.environ.get("FAILOVER_TEST_INSTALLED") == "1":
             item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=NEVER_REPEATED))
         searches = isinstance(item, pytest.Function) and (
-            is_hypothesis_test(item.obj) or "a_search_finds" in item.name
+            is_hypothesis_test(item.obj) or re.search("_finds?_a_", item.name) is not None
         )
         if searches and not SEARCHED.isdisjoint(item.path.parts):
             item.add_marker(pytest.mark.no_cover)

@@ -121,6 +121,8 @@ class AgentHost:
         self.orphaned = False
         """Neither agent nor guard could act in time, and nobody has demoted yet."""
         self.life = 0
+        self.wake_at = float("inf")
+        """When its session wants to be called next, as of the last call."""
         self.backlog: list[tuple[Event, int]] = []
         self.frozen_at = 0.0
         self.restart_after_s: float | None = None
@@ -410,9 +412,10 @@ class AgentHost:
             self.begin(effect)
             if life != self.life:
                 return
-        self.arm_guard()
+        if effects:
+            self.arm_guard()
         self.record_readiness()
-        wake_at = self.session.wake_at
+        self.wake_at = wake_at = self.session.wake_at
         if wake_at < float("inf"):
             delay_s = max(0.0, self.clock.true(wake_at) - self.world.now)
             self.world.after(delay_s + 1e-6, self.timer, self.life, wake_at)
@@ -426,7 +429,7 @@ class AgentHost:
                 self.world.record(self.name, f"failsafe {view.readiness}: {view.why}")
 
     def timer(self, life: int, wake_at: float) -> None:
-        if life == self.life and wake_at == self.session.wake_at:
+        if life == self.life and wake_at == self.wake_at:
             self.post(Tick())
 
     def begin(self, effect: Effect) -> None:  # noqa: C901 - one arm an effect
