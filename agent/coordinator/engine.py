@@ -80,7 +80,7 @@ SHARD_PROGRESS_BATCH_S = 0.8
 PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
-MOST_TICKS = 24
+MOST_TICKS = 12
 """Groups at once whose due changes etcd is sent: fewer than its turns, so that no caller waits behind all of them."""
 
 RETRY_S = 0.5

@@ -14,7 +14,7 @@ from agent.core.group import decide
 from agent.core.group_state import Decision, DeclareRestored, Policy, state_after_restart
 from agent.model import GroupKey, Instant
 
-AT_ONCE = 32
+AT_ONCE = 16
 """Groups that are declared in parallel: SQLite writes them together faster, and etcd takes no more (MOST_COMMITS)."""
 
 

@@ -15,8 +15,8 @@ from agent import __version__
 from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUnreachable, Json
 from agent.ops.logs import Log
 
-CONNECTIONS = 64
-"""The most connections to each member of etcd. It serves some hundred writes a second, so more would only wait."""
+CONNECTIONS = 32
+"""The most connections to each member of etcd. More would only wait there, and slow down each request of this client."""
 
 KEEPALIVE_S = 30.0
 """Idle timeout of a connection: etcd itself keeps idle ones for longer."""

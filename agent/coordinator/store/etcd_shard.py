@@ -55,7 +55,7 @@ KEYS_PAGE = 5_000
 MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
-MOST_COMMITS = 32
+MOST_COMMITS = 16
 """The most changes of records under way, half of the connections to etcd. Further ones wait for their turn undecided:
 nothing is sent again and no time runs out, else many at once would be repeated until etcd had no time for any."""
 
