@@ -389,7 +389,7 @@ MOST_BARE = 10_000
 
 
 class ExecWait:
-    """Has one search read processes within an exec again, for EXEC_S in all."""
+    """Has one search read processes within an exec again, for EXEC_S in all, and each LEAST_LOOKS times at least."""
 
     def __init__(self) -> None:
         self._end_at, self._round = 0.0, 0

@@ -313,7 +313,8 @@ class EffectRunner:
         # At least half of D, or no hook would run at all; the tenure ends in time. Too late, only the order matters.
         if left_s > 0:
             budget_s = min(budget_s, max(left_s, budget_s / 2))
-            asyncio.get_running_loop().call_later(left_s, lambda: role_runner.kill_all(hooks=False))
+        loop = asyncio.get_running_loop()
+        loop.call_later(max(0.0, left_s), lambda: role_runner.kill_all(hooks=False))
         self.escalated = True
         try:
             async with asyncio.timeout(budget_s):

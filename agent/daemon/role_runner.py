@@ -108,7 +108,7 @@ class RoleRunner:
         self._on_ended = on_ended
         self._on_groups_changed = on_groups_changed
         self._runner = HookRunner(clock)
-        self._specs = load_specs(settings)
+        self._specs = self._first_specs = load_specs(settings)
         self.notifier = Notifier(self._runner, self._specs, settings.hook_limit_of("joined"))
         self.leftover = PreviousProcesses(settings.group, session_id, str(state_file))
         self.process_mark = f"{self.leftover.mark}.{instance}"
@@ -136,10 +136,10 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """The demotion hook of the tenure, else the configured one."""
+        """That of the tenure; until the first demotion has succeeded, that of the start; else the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
-        return self._specs.get(EVENTS[Role.SECONDARY])
+        return (self._first_specs if self.leftover.followed else self._specs).get("secondary")
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -148,7 +148,7 @@ class RoleRunner:
         A demotion has to end what a promotion starts, so it has a run even without a hook.
         """
         hooked = {role for role, event in EVENTS.items() if event in self._specs}
-        if self._tenure is not None:
+        if self._tenure is not None or self.demotion_hook is not None:
             hooked.add(Role.SECONDARY)
         both = {Role.PRIMARY, Role.SECONDARY} if self.workload is not None or hooked else set()
         return frozenset(hooked | both)

@@ -126,6 +126,11 @@ class PreviousProcesses:
             self._trees[mark] = ProcessTree(mark, since=0, known=known)
             self._trees[mark].cgroup = tenure_cgroup(mark)
 
+    @property
+    def followed(self) -> bool:
+        """Whether they have not been ended yet: no demotion has succeeded."""
+        return bool(self._trees)
+
     def forget(self) -> None:
         """Forget all processes: they are gone."""
         self._trees = {}

@@ -80,9 +80,10 @@ class StateFile:
             os.close(lock)
             raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
         with suppress(OSError):  # the first state meets it, too, after what has to be demoted
-            os.fchmod(lock, 0o600)  # another user who can open it could lock it, and keep us out
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
+        with suppress(OSError):
+            os.fchmod(lock, 0o600)  # another user who can open it could lock it, and keep us out
         return lock
 
     def _keep_claim(self, directory: int) -> None:

@@ -99,7 +99,7 @@ class DemotionHook:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
             # The agent cannot know it: how much time is left depends on why the guard demotes.
-            self.env[b"FAILOVER_DEADLINE_MS"] = left_ms = b"%d" % (1000 * (term_at - now()))
+            self.env[b"FAILOVER_DEADLINE_MS"] = left_ms = b"%d" % max(0, 1000 * (term_at - now()))
             before, name, after = self.stdin.partition(b'"deadline_ms": ')
             self.stdin = before + name + (name and left_ms) + after.lstrip(b"0123456789")
             try:

@@ -431,6 +431,20 @@ async def test_a_tenure_keeps_its_demotion_hook_over_a_reload(stage: Stage) -> N
     assert (stage.directory / "demoted").read_text() == "first\n"
 
 
+async def test_the_first_demotion_keeps_the_hook_of_the_start_over_a_reload(stage: Stage) -> None:
+    """A role of the previous agent was released though only another hook, or none, had run."""
+    stage.open(hook_secondary=stage.hook("s", "echo first >> demoted"))
+    stage.role_runner.leftover.follow()
+    other = AgentSettings(hook_directory=stage.directory)
+    stage.role_runner.reconfigure(other, reload.read_hooks(other))
+    assert Role.SECONDARY in stage.role_runner.roles
+    assert stage.role_runner.demotion_hook is not None
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert (stage.directory / "demoted").read_text() == "first\n"
+    assert stage.role_runner.demotion_hook is None, "the first tenure has the new settings"
+    assert stage.role_runner.roles == frozenset()
+
+
 def left_by(stage: Stage, instance: str) -> process.Popen:
     """A process of a tenure of another agent of the member."""
     env = {proctree.MARK: f"{stage.role_runner.leftover.mark}.{instance}.3"}

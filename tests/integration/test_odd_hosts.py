@@ -458,6 +458,28 @@ def test_the_demotion_after_a_failed_loop_ends_with_the_lease(
     assert other.end() == 0
 
 
+def test_the_demotion_after_a_failed_loop_that_is_late_kills_the_writer_first(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    """It went on until the hook had used up all of its budget, though the lease was over."""
+    body = f"cd {stage.directory}; test -e failed || exit 0; exec sleep 60"
+    flags = [f"--hook-secondary={stage.hook('host-a', 'hangs', body)}", "--no-guard"]
+    flags += ["--demote=4"]
+    fails = [sys.executable, "-c", FAILS]
+    one = with_both(stage, "host-a", coordinator, *flags, before=fails)
+    one.until_role("Primary")
+    until(lambda: writer_lives(stage, one), "the writer")
+    one.send(signal.SIGSTOP)
+    (stage.directory / "failed").touch()
+    left_s = one.state["active_until_boottime_s"] - time.clock_gettime(time.CLOCK_BOOTTIME)
+    time.sleep(left_s + 0.2)
+    late_at = time.monotonic()
+    one.send(signal.SIGCONT)
+    until(lambda: not writer_lives(stage, one), "the end of the writer")
+    assert time.monotonic() < late_at + 1.5
+    assert one.wait() == ExitCode.DEMOTION_FAILED
+
+
 @pytest.mark.parametrize("once", [True, False])
 def test_a_demotion_after_a_failed_loop_is_repeated_and_then_fenced(
     stage: Stage, coordinator: Coordinator, *, once: bool

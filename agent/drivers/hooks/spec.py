@@ -59,7 +59,7 @@ def shown(hook: Sequence[str]) -> tuple[str, ...]:
     url, mark, query = "".join(hook[:1]).partition("?")
     if not mark or not url.startswith(("http://", "https://")):
         return tuple(hook)
-    return (f"{url}?sha256:{hashlib.sha256(query.encode()).hexdigest()[:8]}",)
+    return (f"{url}?sha256:{hashlib.sha256(query.encode()).hexdigest()[:4]}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,10 @@ def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
 
 def _check_directory(directory: str) -> str:
     """Return the working directory if a hook can be started in it now. Raises ConfigError."""
-    if not os.access(f"{directory}/.", os.X_OK):
-        raise ConfigError(f"hook_directory {directory} must be a directory that exists")
+    if not os.access(f"{directory}/.", os.X_OK, effective_ids=True):
+        raise ConfigError(
+            f"hook_directory {directory} must be a directory that exists, and that can be entered"
+        )
     return directory
 
 
