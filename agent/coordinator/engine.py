@@ -4,8 +4,7 @@ Rules of this file:
 
 - A decision is durable before it is visible: in an answer, a status read, a blocked read or to another
   input. A change of ``live`` alone (a heartbeat that only renews) awaits nothing.
-- One durable change of a group at a time. Other inputs of that group wait for it. Until the store can take it
-  nothing is decided, and a heartbeat that only renews does not wait.
+- One durable change of a group at a time. Other inputs of that group wait for it.
 - Progress (the data-processed time) decides nothing: one write saves that of many groups, and no input awaits it.
 - A durable change that has begun is finished even if its caller disconnects. If it fails, the old state stays in force.
   If its outcome is unknown, the group is used again only after its record was read from the store.
@@ -81,7 +80,7 @@ PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
 MOST_TICKS = 12
-"""Groups at once whose due changes etcd is sent: fewer than its turns, so that no caller waits behind all of them."""
+"""Groups at once whose due changes etcd is sent: fewer than it takes (MOST_COMMITS), to leave some for callers."""
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
@@ -214,7 +213,7 @@ class Engine:
     # -- decide and swap ----------------------------------------------------------------------
 
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        if not group.doubtful:
+        if not group.lock.locked() and not group.doubtful:
             now = self._now(group.shard)
             before = group.state
             decision = decide(before, what, now, self._policy)
@@ -224,7 +223,7 @@ class Engine:
         return await self.changes.carry_out(self._apply_durably(group, what))
 
     async def _apply_durably(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
-        async with group.lock, group.shard.turns:
+        async with group.lock:
             await self._resolve_doubt(group)
             now = self._now(group.shard)
             before = group.state
@@ -234,7 +233,11 @@ class Engine:
                 self._apply_decision(group, decision, now)
                 return decision.answer
             swap = group.shard.store.swap(group.key, group.version, after.record, decision.history)
-            group.version = await self._write_change(group, swap)
+            try:
+                group.version = await self._write_change(group, swap)
+            except BaseException:
+                self._excuse_group(group, now.mono, self._clock())
+                raise
             log_decision(group.key, before.record, decision)
             if self._meter is not None:
                 self._meter.decided(before.record, after.record, decision.history)
@@ -266,8 +269,7 @@ class Engine:
         if restored:
             record = distrust(Stored(0, record), self._now(shard), self._policy).state.record
         try:
-            async with shard.turns:
-                version = await self.write(shard.store.create(key, record))
+            version = await self.write(shard.store.create(key, record))
         except CasMismatch:  # an earlier attempt of unknown outcome has succeeded
             stored = await self.read(shard.store.settle(key, 0))
             if stored is None:
@@ -284,7 +286,7 @@ class Engine:
         self._wakeups.set(key, now.mono)  # the first Tick computes the next wakeup
 
     async def delete(self, group: Group) -> None:
-        async with group.lock, group.shard.turns:
+        async with group.lock:
             await self._resolve_doubt(group)
             decide(group.state, RemoveGroup(), self._now(group.shard), self._policy)
             await self._write_change(
@@ -304,20 +306,19 @@ class Engine:
         group.wake_blocked_reads()
 
     async def _write_change(self, group: Group, change: Coroutine[Any, Any, T]) -> T:
-        """Await a change of the record. The group is doubtful meanwhile, and then if the outcome is unknown."""
-        group.doubtful = True
+        """Await a change of the record; mark the group as doubtful if the outcome is unknown."""
         try:
-            result = await self.write(change)
+            return await self.write(change)
         except (Unavailable, HungUp) as error:
             group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
             raise  # else it was not written
         except CasMismatch as error:
-            log.warning(
-                "record in the store has an unexpected version", **log_names(group.key), error=error
-            )
+            group.doubtful = True
+            log.warning("unexpected version of a record", **log_names(group.key), error=error)
             raise unavailable(str(error)) from error
-        group.doubtful = False
-        return result
+        except BaseException:  # cancelled, or a fault of the store: it may have been written
+            group.doubtful = True
+            raise
 
     async def _resolve_doubt(self, group: Group) -> None:
         """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""
@@ -392,10 +393,9 @@ class Engine:
         return now
 
     def _excuse_group(self, group: Group, judged_at: float, now: Instant) -> bool:
-        if now.mono - judged_at <= group.stall_s:
-            return False
-        group.state = state_after_stall(group.state, judged_at, now)
-        return True
+        if excused := now.mono - judged_at > group.stall_s:
+            group.state = state_after_stall(group.state, judged_at, now)
+        return excused
 
     def turn(self) -> None:
         """Run the changes that are due. Called by the timer, and by tests."""

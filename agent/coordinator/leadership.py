@@ -374,7 +374,6 @@ class Leadership:
     def _begin_term(self, number: int, revision: int) -> None:
         store = self._cluster.shard(number, revision)
         shard = Shard(number, store, self._lease)
-        shard.turns = self._cluster.turns
         store.is_over = lambda: shard.ended
         self._terms[number] = revision, shard
         self._loading[number] = asyncio.create_task(self._load(shard), name=f"load shard {number}")

@@ -14,8 +14,8 @@ from agent.core.group import decide
 from agent.core.group_state import Decision, DeclareRestored, Policy, state_after_restart
 from agent.model import GroupKey, Instant
 
-AT_ONCE = 16
-"""Groups that are declared in parallel: SQLite writes them together faster, and etcd takes no more (MOST_COMMITS)."""
+AT_ONCE = 100
+"""Groups that are declared in parallel: a store writes changes that arrive together faster."""
 
 
 def distrust(stored: Stored, now: Instant, policy: Policy) -> Decision:

@@ -6,7 +6,6 @@ groups are loaded anew. Knows nothing of how leadership is won; leadership.py do
 """
 
 import asyncio
-from contextlib import AbstractAsyncContextManager, nullcontext
 from math import inf
 
 from agent.coordinator.store import Store, Stored
@@ -31,16 +30,15 @@ class Lease:
 
 
 class Shard:
-    """One tenure of leadership. ``store`` refuses changes once another coordinator leads, and takes those in ``turns``."""
+    """One tenure of leadership. ``store`` refuses changes once another coordinator leads."""
 
-    __slots__ = ("ended", "lease", "number", "store", "turns")
+    __slots__ = ("ended", "lease", "number", "store")
 
     def __init__(self, number: int, store: Store, lease: Lease | None = None) -> None:
         self.number = number
         self.store = store
         self.lease = lease or Lease(inf)
         self.ended = False
-        self.turns: AbstractAsyncContextManager[None] = nullcontext()
 
     def is_led_at(self, mono: float) -> bool:
         """Whether this coordinator may decide at a moment, in CLOCK_BOOTTIME seconds."""
@@ -51,9 +49,10 @@ class Group:
     """One group in memory.
 
     Attributes:
-        lock: held during a durable change, and while that waits for its turn.
+        lock: held during a durable change.
         saved: the progress that the store has.
-        doubtful: whether the outcome of a change is unknown, still or for good: then the record is read before a decision.
+        doubtful: whether the outcome of a change is unknown, so that the record has to be read before the
+            next decision.
         gone: whether the group was deleted; inputs that wait for the lock fail with NotFound.
         progress_queued: whether the group is in the queue of groups with unsaved progress.
         ticking: whether a Tick runs, or waits for the lock.

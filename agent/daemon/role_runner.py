@@ -139,7 +139,7 @@ class RoleRunner:
         """That of the tenure; until the first demotion has succeeded, that of the start; else the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
-        return (self._first_specs if self.leftover.followed else self._specs).get("secondary")
+        return (self._first_specs if self.leftover.trees else self._specs).get("secondary")
 
     @property
     def roles(self) -> frozenset[Role]:

@@ -99,21 +99,22 @@ class PreviousProcesses:
 
     Attributes:
         mark: of this member. The marks of all its agents begin with it and a full stop.
+        trees: the processes, by mark; none once a demotion has succeeded.
     """
 
     def __init__(self, *member: str) -> None:
         self.mark = hashlib.sha256(os.fsencode("\0".join(member))).hexdigest()[:16]
-        self._trees: dict[str, ProcessTree] = {}
+        self.trees: dict[str, ProcessTree] = {}
 
     @property
     def marks(self) -> tuple[str, ...]:
         """This member's mark, and those of previous agents whose processes have not been ended yet."""
-        return tuple(sorted({self.mark, *self._trees}))
+        return tuple(sorted({self.mark, *self.trees}))
 
     @property
     def roots(self) -> tuple[proctree.Process, ...]:
         """The processes from which the others descend, as of the last search."""
-        return tuple({root for tree in self._trees.values() for root in tree.roots})
+        return tuple({root for tree in self.trees.values() for root in tree.roots})
 
     def follow(self, marks: Iterable[str] = (), known: Iterable[proctree.Process] = ()) -> None:
         """Find all of these processes from now on.
@@ -123,21 +124,16 @@ class PreviousProcesses:
             known: processes that have no mark, such as a hook whose exec hangs.
         """
         for mark in {self.mark, *marks}:
-            self._trees[mark] = ProcessTree(mark, since=0, known=known)
-            self._trees[mark].cgroup = tenure_cgroup(mark)
-
-    @property
-    def followed(self) -> bool:
-        """Whether they have not been ended yet: no demotion has succeeded."""
-        return bool(self._trees)
+            self.trees[mark] = ProcessTree(mark, since=0, known=known)
+            self.trees[mark].cgroup = tenure_cgroup(mark)
 
     def forget(self) -> None:
         """Forget all processes: they are gone."""
-        self._trees = {}
+        self.trees = {}
 
     async def kill(self, limit_s: float = KILL_S) -> str | None:
         """Kill all of these processes; return None once all are gone, else the reason why some are not."""
-        reasons = [await tree.kill(limit_s) for tree in self._trees.values()]
+        reasons = [await tree.kill(limit_s) for tree in self.trees.values()]
         left = "; ".join(filter(None, reasons)) or None
         if left is not None:
             log.error("processes of a previous run are still alive", reason=left)

@@ -12,7 +12,7 @@ from agent.coordinator.store.etcd import EtcdCluster
 from agent.coordinator.store.etcd_client import Done, Etcd, EtcdRefused, EtcdUnknown, put
 from agent.coordinator.store.etcd_shard import MOST_COMMITS, SETTLE_S, EtcdStore
 from agent.core.group_state import AddSession, ReceiveHeartbeat
-from agent.errors import NotLeading, Unavailable
+from agent.errors import LeadershipLost, NotLeading, Unavailable
 from agent.model import (
     TICKS_PER_SECOND,
     AccessList,
@@ -167,15 +167,28 @@ def test_changes_of_many_groups_are_sent_once_though_etcd_is_behind() -> None:
     """Their time runs from when etcd can take them. Else each would be sent again and again, and few be done."""
 
     async def check() -> None:
-        transport, cluster, store = await a_cluster(Busy)
+        transport, _, store = await a_cluster(Busy)
         groups = int(6 / WRITE_S)
-
-        async def create(number: int) -> None:
-            async with cluster.turns:
-                await store.create(key_of(number), record_of(number))
-
-        await asyncio.gather(*map(create, range(groups)))
+        await asyncio.gather(*(store.create(key_of(n), record_of(n)) for n in range(groups)))
         assert transport.sent == 2 * groups
+
+    run_virtually(check())
+
+
+def test_changes_that_wait_end_with_the_leadership() -> None:
+    """Else a stop would wait until etcd had hung for each of them in turn."""
+
+    async def check() -> None:
+        transport, _, store = await a_cluster()
+        changes = [
+            asyncio.create_task(store.swap(key_of(n), 1, record_of(n)))
+            for n in range(3 * MOST_COMMITS)
+        ]
+        await asyncio.sleep(DELAY_S)
+        store.is_over = lambda: True
+        ended = await asyncio.gather(*changes, return_exceptions=True)
+        assert sum(isinstance(one, LeadershipLost) for one in ended) == 2 * MOST_COMMITS
+        assert transport.sent == MOST_COMMITS
 
     run_virtually(check())
 
@@ -236,30 +249,6 @@ async def a_leader(*, of_each: bool = False) -> tuple[World, Coordinator, list[G
     for key in 2 * keys if of_each else 2 * keys[-1:]:  # chosen, then confirmed
         await coordinator.beat(key, ReceiveHeartbeat("m", 100.0))
     return world, coordinator, keys
-
-
-def test_a_heartbeat_that_only_renews_does_not_wait_while_changes_wait_for_their_turn() -> None:
-    """Of other groups and of its own. What is decided when the turn comes is not out of date."""
-
-    async def check() -> None:
-        world, coordinator, keys = await a_leader()
-        clock = asyncio.get_running_loop().time
-        Hanging.hangs = True
-        changes = [
-            asyncio.create_task(coordinator.apply(key, AddSession(SessionConfig("n"))))
-            for key in keys
-        ]
-        until = clock() + 1.8 * SETTLE_S  # two hang after one another
-        await renew(coordinator, keys[-1], 1.8 * SETTLE_S)
-        assert clock() < until + 0.3
-        assert not changes[-1].done()
-        Hanging.hangs = False
-        await asyncio.gather(*changes[:-1], return_exceptions=True)
-        assert await changes[-1] is True
-        assert coordinator.status(keys[-1]).primary == "m"
-        await world.end()
-
-    run_virtually(check())
 
 
 async def renew(coordinator: Coordinator, key: GroupKey, seconds: float) -> None:

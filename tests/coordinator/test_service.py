@@ -15,7 +15,7 @@ from agent.core.group_state import (
     RemoveSession,
     SetOverride,
 )
-from agent.errors import Conflict, NotFound, StoreError, TooSoon, Unavailable
+from agent.errors import Conflict, NotFound, OutcomeUnknown, StoreError, TooSoon, Unavailable
 from agent.model import (
     AccessEntry,
     AccessList,
@@ -346,6 +346,25 @@ async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage) -> None:
     await stage.settle()
     stage.store.free.set()
     await overriding
+    assert (await waiting).role is Role.PRIMARY
+    assert stage.coordinator.status(KEY).epoch == 1
+
+
+async def test_a_store_that_hangs_and_gives_no_answer_costs_nobody_a_lease(stage: Stage) -> None:
+    """R14: the time was excused only if the change had succeeded."""
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    stage.store.free.clear()
+    overriding = asyncio.create_task(
+        stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    )
+    await stage.run_for(LEASE_S + 1)
+    waiting = asyncio.create_task(beat(stage, "a"))
+    await stage.settle()
+    stage.store.failing = OutcomeUnknown("no answer")
+    stage.store.free.set()
+    with pytest.raises(Unavailable):
+        await overriding
     assert (await waiting).role is Role.PRIMARY
     assert stage.coordinator.status(KEY).epoch == 1
 

@@ -46,7 +46,7 @@ class EtcdCluster:
         self.layout = layout
         self.meta = meta
         self.store_id = meta.store_id
-        self.turns = asyncio.Semaphore(MOST_COMMITS)
+        self.commits = asyncio.Semaphore(MOST_COMMITS)
         self._changing_access = asyncio.Lock()
 
     @classmethod

@@ -56,8 +56,8 @@ MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
 MOST_COMMITS = 16
-"""The most changes of records under way, half of the connections to etcd. Further ones wait for their turn undecided:
-nothing is sent again and no time runs out, else many at once would be repeated until etcd had no time for any."""
+"""The most changes of records under way, half of the connections to etcd. Further ones wait here, where nothing is sent
+again and no time runs out: else many at once would be repeated until etcd had no time for any."""
 
 SETTLE_S = 2.0
 """How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
@@ -281,10 +281,11 @@ class EtcdStore:
         loop = asyncio.get_running_loop()
         unknown: EtcdError = EtcdUnknown("etcd did not answer in time")
         attempts: set[asyncio.Task[Done]] = set()
-        check_caller()
-        self._check_open()
-        until, resent = loop.time() + SETTLE_S, False
+        await self._cluster.commits.acquire()
         try:
+            check_caller()
+            self._check_open()
+            until, resent = loop.time() + SETTLE_S, False
             while True:
                 attempt = loop.create_task(self._etcd.txn(conditions, steps, on_failure))
                 attempt.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -313,6 +314,7 @@ class EtcdStore:
                     await asyncio.sleep(RESEND_S)
                 resent = True
         finally:
+            self._cluster.commits.release()
             for attempt in attempts:
                 attempt.cancel()
 

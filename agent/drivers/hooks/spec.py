@@ -205,9 +205,7 @@ def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
 def _check_directory(directory: str) -> str:
     """Return the working directory if a hook can be started in it now. Raises ConfigError."""
     if not os.access(f"{directory}/.", os.X_OK, effective_ids=True):
-        raise ConfigError(
-            f"hook_directory {directory} must be a directory that exists, and that can be entered"
-        )
+        raise ConfigError(f"hook_directory {directory} must be a directory that can be entered")
     return directory
 
 
