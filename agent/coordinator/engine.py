@@ -80,7 +80,7 @@ PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
 MOST_TICKS = 12
-"""Groups at once whose due changes etcd is sent: fewer than it takes (MOST_COMMITS), to leave some for callers."""
+"""Groups at once whose timers have etcd sent due changes: fewer than it takes (MOST_COMMITS), to leave some for callers."""
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""

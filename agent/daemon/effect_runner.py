@@ -92,6 +92,7 @@ class EffectRunner:
     _joining: asyncio.Task[None] | None = None
     _following: bool = False
     _refresh_at: float = float("-inf")
+    _hooked: bool = True  # whether the tenure has a demotion hook or a workload to stop, whatever a reload changes
     _failsafe_log: FailsafeLog = field(default_factory=FailsafeLog)
 
     def perform(self, effects: tuple[Effect, ...], lease_until: float) -> None:
@@ -202,6 +203,7 @@ class EffectRunner:
     def _publish(self, effect: Publish, lease_until: float) -> None:
         member = self.member
         if effect.before is Role.SECONDARY:
+            self._hooked = Role.SECONDARY in member.role_runner.roles
             self.host_health.begin_tenure()
         member.published = Published(effect.role, effect.epoch, effect.reason, member.clock.wall())
         member.stats.record_role_change(effect)
@@ -218,7 +220,7 @@ class EffectRunner:
         if self.announcer is not None:
             self.announcer.announce(member.published)
         self.host_health.set_primary(primary=effect.role is Role.PRIMARY)
-        if effect.role is Role.SECONDARY and Role.SECONDARY not in member.role_runner.roles:
+        if effect.role is Role.SECONDARY and not self._hooked:
             # The role is published, and there is no hook to run.
             self._record_demotion(lease_until)
         if effect.cause in UNREQUESTED_DEMOTIONS:
@@ -310,7 +312,7 @@ class EffectRunner:
         role_runner, clock = self.member.role_runner, self.member.clock
         begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
         left_s = self.guard_control.kill_at - begun_at
-        # At least half of D, or no hook would run at all; the tenure ends in time. Too late, only the order matters.
+        # At least half of D, or no hook would run at all; the tenure ends in time. Too late, it ends first.
         if left_s > 0:
             budget_s = min(budget_s, max(left_s, budget_s / 2))
         loop = asyncio.get_running_loop()
@@ -374,7 +376,7 @@ class EffectRunner:
             self.post_event(Released())
             return
         written = await self.state_publisher.flush(member.session.timing.request_timeout_s)
-        if not written and Role.SECONDARY not in member.role_runner.roles:
+        if not written and not self._hooked:
             # Without a hook, only the state file makes the workload inactive.
             log.warning("role not released, its lease will expire", reason="state file not written")
             self.post_event(Released())

@@ -154,7 +154,8 @@ class RoleRunner:
         return frozenset(hooked | both)
 
     def reconfigure(self, settings: AgentSettings, specs: Mapping[str, HookSpec]) -> None:
-        """Replace the hooks by those of ``read_hooks`` (reload.py), from the next tenure on."""
+        """Replace the hooks by those of ``read_hooks`` (reload.py), from the next tenure on. The first demotion keeps its hook."""
+        self._first_specs = self._first_specs if self.roles else specs
         self._specs, self._settings = specs, settings
         self.notifier.specs = specs
         self.notifier.limit_s = settings.hook_limit_of("joined")

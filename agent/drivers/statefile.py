@@ -82,6 +82,7 @@ class StateFile:
         with suppress(OSError):  # the first state meets it, too, after what has to be demoted
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
+        with suppress(OSError):
             os.fchmod(lock, 0o600)  # another user who can open it could lock it, and keep us out
         return lock
 

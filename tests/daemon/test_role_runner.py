@@ -443,6 +443,18 @@ async def test_the_first_demotion_keeps_the_hook_of_the_start_over_a_reload(stag
     assert stage.role_runner.roles == frozenset(), "the first tenure has the new settings"
 
 
+async def test_a_hook_that_a_reload_adds_is_used_if_the_start_had_none(stage: Stage) -> None:
+    """No run ends the first demotion then, so the hook was left out once, and lacked in the state file."""
+    stage.open()
+    stage.role_runner.leftover.follow()
+    hook = stage.hook("s", "echo second >> demoted")
+    other = AgentSettings(hook_directory=stage.directory, hook_secondary=hook)
+    stage.role_runner.reconfigure(other, reload.read_hooks(other))
+    assert stage.role_runner.demotion_hook is not None
+    assert (await stage.run(Role.SECONDARY)).ok
+    assert (stage.directory / "demoted").read_text() == "second\n"
+
+
 def left_by(stage: Stage, instance: str) -> process.Popen:
     """A process of a tenure of another agent of the member."""
     env = {proctree.MARK: f"{stage.role_runner.leftover.mark}.{instance}.3"}
