@@ -321,7 +321,7 @@ def test_hooks_are_loaded_from_the_settings(hooks: Path) -> None:
         ({"hook_user": "no-such-user"}, "no such user"),
         ({"hook_group": "no-such-group"}, "no such group"),
         ({"hook_user": "4123456789"}, "set hook_group too"),
-        ({"hook_directory": Path("/no/such")}, "directory that exists"),
+        ({"hook_directory": Path("/no/such")}, "directory that can be entered"),
         ({"webhook_ca_file": Path("/etc/passwd"), "hook_primary": "https://h/"}, "PEM"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_demotion_hook_whose_working_directory_is_gone_is_refused(hooks: Path,
     hook = load_specs(settings)["secondary"]
     hook.with_scripts()
     there.rmdir()
-    with pytest.raises(ConfigError, match="directory that exists"):
+    with pytest.raises(ConfigError, match="directory that can be entered"):
         hook.with_scripts()
 
 
