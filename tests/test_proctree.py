@@ -403,61 +403,52 @@ def marked(module: Any, mark: str) -> set[int]:
     return {pid for pid, _ in found}
 
 
-@SEARCHES
-def test_a_process_within_an_exec_is_found_by_its_mark(
+@pytest.fixture
+def is_found(
     mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[Callable[[str, Counter[str]], bool]], bool]:
+    """Whether the search finds a marked process, some of whose files are empty at first, as within an exec.
+
+    The function that it receives returns whether this file is empty; it has counted how often each was read.
+    """
+
+    def search(is_empty: Callable[[str, Counter[str]], bool]) -> bool:
+        read, asked = proctree.contents, Counter[str]()
+        with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
+
+            def read_some(thread: int, name: str) -> bytes:
+                asked[name] += thread == child.pid
+                return b"" if thread == child.pid and is_empty(name, asked) else read(thread, name)
+
+            monkeypatch.setattr(proctree, "contents", read_some)
+            found = marked(module, mark)
+            child.kill()
+        return found == {child.pid}
+
+    return search
+
+
+@SEARCHES
+def test_a_process_within_an_exec_is_found_by_its_mark(is_found: Any) -> None:
     """It has no environment for a moment, longer on a busy machine: a demotion succeeded while it was alive."""
-    read, asked = proctree.contents, Counter[str]()
-    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
-
-        def read_after_exec(thread: int, name: str) -> bytes:
-            asked[name] += thread == child.pid
-            return b"" if thread == child.pid and asked["environ"] < 5 else read(thread, name)
-
-        monkeypatch.setattr(proctree, "contents", read_after_exec)
-        found = marked(module, mark)
-        child.kill()
-    assert found == {child.pid}
+    assert is_found(lambda _, asked: asked["environ"] < 5)
 
 
 @SEARCHES
-def test_a_process_whose_exec_ends_between_two_looks_is_found_by_its_mark(
-    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_whose_exec_ends_between_two_looks_is_found_by_its_mark(is_found: Any) -> None:
     """It had no environment yet and then a command line, so it was taken for one that was started without any."""
-    read, asked = proctree.contents, Counter[str]()
-    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
-
-        def read_late(thread: int, name: str) -> bytes:
-            asked[name] += thread == child.pid
-            first = (thread, name, asked[name]) == (child.pid, "environ", 1)
-            return b"" if first else read(thread, name)
-
-        monkeypatch.setattr(proctree, "contents", read_late)
-        found = marked(module, mark)
-        child.kill()
-    assert found == {child.pid}
+    assert is_found(lambda name, asked: name == "environ" and asked[name] == 1)
 
 
 @SEARCHES
 def test_a_busy_machine_does_not_make_a_process_within_an_exec_one_without_environment(
-    mark: str, module: Any, monkeypatch: pytest.MonkeyPatch
+    is_found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All the time for further looks went by between two of them, and none was taken at any later search, either."""
-    read, asked, seconds = proctree.contents, Counter[str](), count()
+    seconds = count()
     clock = SimpleNamespace(monotonic=lambda: float(next(seconds)), sleep=time.sleep)
     monkeypatch.setattr(proctree, "time", clock)
-    with subprocess.Popen(["sleep", "1000"], env={proctree.MARK: mark}) as child:
-
-        def read_after_exec(thread: int, name: str) -> bytes:
-            asked[name] += thread == child.pid
-            return b"" if thread == child.pid and asked["environ"] < 4 else read(thread, name)
-
-        monkeypatch.setattr(proctree, "contents", read_after_exec)
-        found = marked(module, mark)
-        child.kill()
-    assert found == {child.pid}
+    assert is_found(lambda _, asked: asked["environ"] < 4)
 
 
 @SEARCHES

@@ -313,24 +313,18 @@ async def test_a_stall_of_the_coordinator_costs_nobody_a_lease(stage: Stage, fir
     assert stage.coordinator.status(KEY).primary is None
 
 
-async def test_short_stalls_do_not_keep_a_dead_primary(stage: Stage) -> None:
+@pytest.mark.parametrize(("times", "stall_s", "runs_s"), [(10, 0.5, 0.0), (3, 1.5, 1.5)])
+async def test_stalls_that_recur_do_not_keep_a_dead_primary(
+    stage: Stage, times: int, stall_s: float, runs_s: float
+) -> None:
+    """R14: short ones count as time; each longer one counts as none, and gives no new lease."""
     await join(stage, "a", "b", lease_s=4)
     await promote(stage, "a")
-    for _ in range(10):
-        stage.clock.elapsed += 0.5
+    for _ in range(times):
+        stage.clock.elapsed += stall_s
         stage.coordinator.turn()
         await stage.settle()
-    assert stage.coordinator.status(KEY).primary is None
-
-
-async def test_stalls_that_recur_within_a_lease_do_not_keep_a_dead_primary(stage: Stage) -> None:
-    """R14: each counts as no time, and gives no new lease."""
-    await join(stage, "a", "b", lease_s=4)
-    await promote(stage, "a")
-    for _ in range(3):
-        stage.clock.elapsed += 1.5
-        stage.coordinator.turn()
-        await stage.run_for(1.5)
+        await stage.run_for(runs_s)
     assert stage.coordinator.status(KEY).primary is None
 
 
