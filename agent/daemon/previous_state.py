@@ -64,11 +64,8 @@ def previous_tenure(state: Mapping[str, Any], hook: HookSpec | None) -> Previous
     is_directory = any(Path(part).is_dir() for part in stop_command[:1])
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
     lacks_scripts = not known or not all(map(os.path.isfile, scripts))
-    another = (
-        state.get("stop_command") != list(shown(stop_command))
-        or state.get("stop_context") != context
-    )
-    if another or lacks_scripts:
+    before = [state.get("stop_command"), state.get("stop_context")]
+    if before != [list(shown(stop_command)), context] or lacks_scripts:
         log.warning(
             "role of the previous process not released: it had another demotion hook",
             epoch=epoch,

@@ -136,7 +136,7 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """That of the tenure; until the first demotion has succeeded, that of the start; else the configured one."""
+        """The hook of the tenure, or of the start until the first demotion has succeeded, or the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
         return (self._first_specs if self.leftover.trees else self._specs).get("secondary")

@@ -195,9 +195,9 @@ parse_needed_command = must(
 
 def parse_hook(value: object) -> tuple[str, ...]:
     """Parse a command or directory as ``parse_command`` does, or one URL."""
-    if isinstance(value, str) and _is_http(value.strip()):
+    if isinstance(value, str) and is_http(value.strip()):
         value = [value.strip()]  # the & and ? of a query mean something else to a shell
-    if isinstance(value, list | tuple) and value and _is_http(value[0]):
+    if isinstance(value, list | tuple) and value and is_http(value[0]):
         if len(value) > 1:
             raise ValueError("must be the URL alone: a webhook has no arguments")
         check_url(value[0], instead="sign it by webhook_secret_file", query=True)
@@ -205,7 +205,8 @@ def parse_hook(value: object) -> tuple[str, ...]:
     return parse_command(value)
 
 
-def _is_http(value: object) -> bool:
+def is_http(value: object) -> bool:
+    """Whether a hook's first word is the URL of a webhook."""
     return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 

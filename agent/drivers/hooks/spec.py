@@ -17,6 +17,7 @@ from types import MappingProxyType
 from agent.drivers.hooks.check import HookCheck, RunAs, scripts_in
 from agent.drivers.hooks.process import HookContext
 from agent.errors import ConfigError, ExitCode
+from agent.schema.formats import is_http
 from agent.schema.secret_files import read_secret
 from agent.schema.settings import AgentSettings
 
@@ -57,7 +58,7 @@ Step = CommandStep | WebhookStep
 def shown(hook: Sequence[str]) -> tuple[str, ...]:
     """The words of a hook for a log, or a file that others read: of a query, which may be a secret, the digest."""
     url, mark, query = "".join(hook[:1]).partition("?")
-    if not mark or not url.startswith(("http://", "https://")):
+    if not mark or not is_http(url):
         return tuple(hook)
     return (f"{url}?sha256:{hashlib.sha256(query.encode()).hexdigest()[:4]}",)
 
@@ -90,7 +91,7 @@ class HookSpec:
     @property
     def form(self) -> Form:
         """The form of the hook; a path is looked up in the file system each time."""
-        if self.value[0].startswith(("http://", "https://")):
+        if is_http(self.value[0]):
             return Form.WEBHOOK
         if self.scripts or (len(self.value) == 1 and Path(self.value[0]).is_dir()):
             return Form.DIRECTORY
@@ -183,7 +184,7 @@ def load_specs(settings: AgentSettings) -> Mapping[str, HookSpec]:
     )
     secret_file = settings.webhook_secret_file
     secret = read_secret(secret_file).encode() if secret_file is not None else None
-    urls = [value[0] for value in values.values() if value[0].startswith(("http://", "https://"))]
+    urls = [value[0] for value in values.values() if is_http(value[0])]
     tls = _tls(settings.webhook_ca_file, urls)
     return MappingProxyType(
         {
