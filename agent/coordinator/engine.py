@@ -215,9 +215,8 @@ class Engine:
     async def apply(self, group: Group, what: Input) -> HeartbeatAnswer | bool | None:
         if not group.lock.locked() and not group.doubtful:
             now = self._now(group.shard)
-            before = group.state
-            decision = decide(before, what, now, self._policy)
-            if decision.state.record is before.record and not decision.history:
+            decision = decide(group.state, what, now, self._policy)
+            if decision.state.record is group.state.record and not decision.history:
                 self._apply_decision(group, decision, now)
                 return decision.answer
         return await self.changes.carry_out(self._apply_durably(group, what))
@@ -322,9 +321,12 @@ class Engine:
 
     async def _resolve_doubt(self, group: Group) -> None:
         """Reload the record of a doubtful group. Raises NotFound for one that was deleted."""
-        self._now(group.shard)
+        began_at = self._now(group.shard).mono
         if group.doubtful and not group.gone:
-            stored = await self.read(group.shard.store.settle(group.key, group.version))
+            try:
+                stored = await self.read(group.shard.store.settle(group.key, group.version))
+            finally:
+                self._excuse_group(group, began_at, self._clock())
             if stored is None:
                 self._remove(group)
             else:
@@ -453,8 +455,7 @@ class Engine:
         try:
             shards = dict.fromkeys(group.shard for group in due)
             parts = [{g: p for g, p in due.items() if g.shard is shard} for shard in shards]
-            saves = (self._save_shard(*each) for each in zip(shards, parts, strict=True))
-            await asyncio.gather(*saves)
+            await asyncio.gather(*map(self._save_shard, shards, parts))
         finally:
             self._saving_progress = False
 

@@ -16,6 +16,7 @@ import pytest
 
 from agent.coordinator.api import Api
 from agent.coordinator.service import Coordinator
+from agent.coordinator.store import Stored
 from agent.coordinator.store.memory import MemoryStore
 from agent.core.group_state import Policy
 from agent.errors import StoreError
@@ -43,6 +44,7 @@ class TestStore(MemoryStore):
         super().__init__()
         self.failing: Exception | None = None
         self.failing_after: BaseException | None = None
+        self.failing_settle: Exception | None = None
         self.free = asyncio.Event()
         self.free.set()
         self.writes = 0
@@ -68,6 +70,12 @@ class TestStore(MemoryStore):
 
     async def save_progress(self, *args: Any) -> None:
         await self._write(super().save_progress, *args)
+
+    async def settle(self, *args: Any) -> Stored | None:
+        await self.free.wait()
+        if self.failing_settle is not None:
+            raise self.failing_settle
+        return await super().settle(*args)
 
 
 class Stage:

@@ -348,6 +348,28 @@ async def test_a_store_that_hangs_costs_nobody_a_lease(stage: Stage, *, answers:
     assert stage.coordinator.status(KEY).epoch == 1
 
 
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_store_that_hangs_while_a_change_is_settled_costs_nobody_a_lease(
+    stage: Stage, *, answers: bool
+) -> None:
+    await join(stage, "a", "b")
+    await promote(stage, "a")
+    stage.store.failing = OutcomeUnknown("no answer")
+    with pytest.raises(Unavailable):
+        await stage.coordinator.apply(KEY, SetOverride("a", RoleOverride.PRIMARY))
+    stage.store.failing = None
+    stage.store.free.clear()
+    settling = asyncio.create_task(beat(stage, "b"))
+    await stage.run_for(LEASE_S + 1)
+    stage.store.failing_settle = None if answers else StoreError("no answer")
+    stage.store.free.set()
+    with contextlib.nullcontext() if answers else pytest.raises(Unavailable):
+        await settling
+    stage.store.failing_settle = None
+    assert (await beat(stage, "a")).role is Role.PRIMARY
+    assert stage.coordinator.status(KEY).epoch == 1
+
+
 async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
