@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
 INBOX_SIZE = 512
-"""Bound of the inbox. Eight heartbeats, a hook, a status read and MAX_QUESTIONS questions can be in flight."""
+"""Bound of the inbox: twice what MAX_IN_FLIGHT heartbeats, MAX_QUESTIONS questions, a hook and a status read post."""
 
 SUSPENDED_S = 0.05
 """If boot time and monotonic time differ by more than this, the host was suspended; less is noise."""
