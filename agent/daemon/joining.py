@@ -29,7 +29,7 @@ PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
 """Failures that are not retried at the start."""
 
 LOGGED_EVERY = 20
-"""The first failed attempt is logged, and then each one of this many."""
+"""The first failed attempt is logged, and then one in so many."""
 
 log = Log(__name__)
 
@@ -118,7 +118,7 @@ class Registration:
         except ServerError as error:
             if not self.rejoining or error.status != CONFLICT:
                 raise
-            store_id = await join(SessionConfig(session_id))  # a stranger has given it another name
+            store_id = await join(SessionConfig(session_id))  # others have given it another name
         if not self.session.accepts_store(store_id):
             raise self.client.refuse(endpoint, store_id)
         return Joined(timing, store_id)

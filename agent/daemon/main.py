@@ -50,7 +50,7 @@ LONGEST_PART = 100
 """The most bytes that one id adds to a file name: two ids fit into the 255 bytes that Linux allows."""
 
 LONGEST_RECORD = 16 * 1024
-"""The longest record of TLS, and so the buffer of each connection."""
+"""The largest record of TLS; used as the size of each connection's read buffer."""
 
 log = logs.Log(__name__)
 
@@ -67,10 +67,10 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
-    # By default 256 KiB of tiny records, such as of KeyUpdates, are processed at a time: 0.8 s of the event loop.
+    # By default 256 KiB are processed at a time: as tiny records (KeyUpdate) they block the event loop for 0.8 s.
     SSLProtocol.max_size = LONGEST_RECORD
     if not reserve_threads():  # the first demotion is tried nevertheless
-        log.warning("too few threads for a demotion can be started")
+        log.warning("too few threads can be started for a demotion")
     return asyncio.run(_run(settings, reread))
 
 
