@@ -192,7 +192,7 @@ class HookRun:
                     cgroup=self._cgroup,
                 )
             case WebhookStep():
-                from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - 0.1 s, for few
+                from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - takes 0.1 s, and few need it
 
                 assert self._spec.tls is not None  # noqa: S101 - a spec with a URL has one
                 request = Webhook(
