@@ -221,7 +221,7 @@ class LifeCycle(LeaseHolder):
             self._leave(Trigger.SETTLED, effects)
             self._restart_wait(now)
         if self.phase is Phase.LEAVING and (self._leave_is_done or now >= self._wait_by):
-            assert self._stop is not None  # noqa: S101 - ours: only a stop leads here
+            assert self._stop is not None  # noqa: S101 - our own mistake: only a stop leads here
             self._change_phase(Trigger.LEFT)
             effects.append(Exit(self._stop.code))
 

@@ -259,7 +259,7 @@ class EffectRunner:
         async def begin() -> None:
             promotes = facts.role is not Role.SECONDARY
             if promotes and not await self.guard_control.send_demotion_hook(facts):
-                member.role_runner.terminate(effect.run)  # its hook is not started
+                member.role_runner.terminate(effect.run)  # before its hook has started
             await self.state_publisher.flush()  # publish before the hook starts
             await run
 

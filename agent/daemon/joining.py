@@ -141,9 +141,9 @@ class Registration:
 
     def _should_retry(self, error: BaseException) -> bool:
         """Retry also if a portal on the way has refused: with failsafe this member votes in the meantime."""
-        stranger = isinstance(error, ServerError) and not error.has_operation_id
+        of_portal = isinstance(error, ServerError) and not error.has_operation_id
         votes = self.session.options.failsafe is not None
-        return self._worth_retrying(error) or (stranger and votes)
+        return self._worth_retrying(error) or (of_portal and votes)
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):

@@ -79,7 +79,7 @@ class StateFile:
             pid = _claim_pid(lock)
             os.close(lock)
             raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
-        with suppress(OSError):  # of a full disk: the first write of the state reports it
+        with suppress(OSError):  # if the disk is full, the first write of the state fails, too
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
         with suppress(OSError):

@@ -152,7 +152,7 @@ class _Command:
                 os.close(fd)
             os.setsid()
             stdin, end = os.pipe()
-            os.set_blocking(end, False)  # a small pipe, as of a user with many, gets only a part
+            os.set_blocking(end, False)  # a small pipe takes only a part
             os.write(end, hook.stdin)
             os.close(end)
             os.dup2(stdin, 0)

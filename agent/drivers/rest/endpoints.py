@@ -47,7 +47,7 @@ KEEPALIVE_S = 45.0
 common servers and balancers (60 s and more)."""
 
 CONNECTIONS = 8
-"""Connections for all requests but blocking reads. An agent has one or two in flight; each has a timeout."""
+"""Connections for all requests but blocking reads. An agent mostly has one or two in flight; each has a timeout."""
 
 BLOCKING_READ_CONNECTIONS = 2
 """Connections for blocking reads: one for the read that waits, one for a read that was just cancelled."""
