@@ -178,7 +178,7 @@ def lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     for name in [settings.session_id] if settings.session_id is not None else names:
         path = settings.state_file
         if path is None:
-            path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
+            path = default_directory() / f"{_escape_id(settings.group)}.{_escape_id(name)}.json"
         state_file = StateFile(path.absolute())  # the guard's working directory is another one
         try:
             state_file.acquire(wait_s=PREVIOUS_GUARD_S)
@@ -191,7 +191,7 @@ def lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     raise AssertionError("the last name raises")
 
 
-def _safe(name: str) -> str:
+def _escape_id(name: str) -> str:
     """Escape an id for a file name of at most LONGEST_PART bytes; no two ids give the same name."""
     encoded = name.encode(errors="surrogateescape")
     escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02X}" for byte in encoded)

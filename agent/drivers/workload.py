@@ -149,7 +149,7 @@ class Workload:
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)
-        while await self._lives():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
+        while await self._is_alive():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
             await asyncio.sleep(POLL_S)
         for task in filter(None, (self._watching, self._killing)):
             await asyncio.wait({task})  # if it fails, that is reported
@@ -256,7 +256,7 @@ class Workload:
             log.error("workload not started", reason=why)
             await self._on_own_end(127)
 
-    async def _lives(self) -> bool:
+    async def _is_alive(self) -> bool:
         """Whether any of its processes is alive, zombies excepted."""
         if self._restarting is not None and not self._restarting.done():
             return True

@@ -20,7 +20,7 @@ from agent.ops.tasks import start_task
 if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
 
-KEPT = 16
+KEPT_RUNS = 16
 """How many ended runs are not released: a tenure's promotions, and all attempts to demote within one budget. Each of
 their steps keeps one process id in use."""
 
@@ -252,7 +252,7 @@ class HookRunner:
             cgroup: the directory of a cgroup for its processes, if that can be created.
         """
         ended = [run for run in self._runs if run.ended]
-        for run in ended[:-KEPT]:
+        for run in ended[:-KEPT_RUNS]:
             self.release(run)
         run = HookRun(spec, self._clock, env, payload, on_forked=on_forked, cgroup=cgroup)
         self._runs.append(run)

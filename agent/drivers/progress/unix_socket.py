@@ -163,7 +163,7 @@ class Listener:
         path = _pinned(directory, self._settings.path)
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
-            _clear(path, kind)
+            _remove_dead_socket(path, kind)
             os.fchmod(listening.fileno(), mode)  # bind applies the umask: the mode is never wider
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
@@ -216,7 +216,7 @@ def _open_socket(path: Path) -> int:
     raise OSError("there is a file that is not a socket")
 
 
-def _clear(path: Path, kind: socket.SocketKind) -> None:
+def _remove_dead_socket(path: Path, kind: socket.SocketKind) -> None:
     """Remove a dead agent's socket.
 
     Raises:

@@ -304,7 +304,7 @@ def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> S
             reason=quoted(str(error)),
         )
     if isinstance(error, httpx2.ProxyError):
-        return _of_proxy(what, url, quoted(str(error)), root)
+        return _proxy_error(what, url, quoted(str(error)), root)
     if headers_came:
         return _incomplete(what, url, quoted(str(error) or type(error).__name__))
     if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
@@ -348,7 +348,7 @@ def _not_http(what: str, url: str, how: str) -> ServerError:
     return _error(what, url, problem, right, ExitCode.NOT_HTTP)
 
 
-def _of_proxy(what: str, url: str, why: str, root: BaseException) -> ServerError:
+def _proxy_error(what: str, url: str, why: str, root: BaseException) -> ServerError:
     """Build the error for a proxy that has refused the connection, or does not answer."""
     if why.startswith(str(httpx2.codes.PROXY_AUTHENTICATION_REQUIRED.value)):
         right = "check proxy_username and proxy_password_file"
