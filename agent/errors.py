@@ -66,10 +66,10 @@ class FailoverError(Exception):
 
 
 class ConfigError(FailoverError):
-    """A setting, a flag or a file named by one is wrong. Nothing was started.
+    """A setting, a flag, or a file that one of them names is wrong. Nothing was started.
 
     Attributes:
-        state_file: the agent's state file as far as it is known, or empty.
+        state_file: the agent's state file, if its path is known by then; else empty.
     """
 
     exit_code = ExitCode.CONFIG_VALUE
@@ -100,7 +100,7 @@ class ServerError(FailoverError):
 
     Attributes:
         retry_after_s: the server's Retry-After, in seconds, or None.
-        has_operation_id: whether the answer has the header of every answer of our coordinator.
+        has_operation_id: whether the answer has the Operation-Id header, which our coordinator always sends.
     """
 
     exit_code = ExitCode.UNREACHABLE
@@ -120,7 +120,7 @@ class ServerError(FailoverError):
 
 
 class StoreError(FailoverError):
-    """The data directory cannot be used. Its content was not changed."""
+    """The store cannot be used. Nothing was changed, except as ``OutcomeUnknown`` describes."""
 
     exit_code = ExitCode.DATA_DIR_DAMAGED
 
@@ -186,7 +186,7 @@ class TooSoon(RequestRefused):
 
 
 class TooManyAttempts(RequestRefused):
-    """Too many passwords from the caller's address were wrong, or wait for their check.
+    """Too many passwords from the caller's address were wrong, or are waiting to be checked.
 
     Attributes:
         retry_after_s: seconds until the next one is checked.

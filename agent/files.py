@@ -20,7 +20,7 @@ NOT_FOLLOWED = "a symbolic link is not followed: name the file itself"
 
 
 def make_absolute(path: Path) -> Path:
-    """Make a path absolute, for good: the guard's working directory is /, and the agent's may be removed.
+    """Make a path absolute: the guard has another working directory, and the agent's may be removed later.
 
     Raises:
         ValueError: it is relative, and the working directory does not exist.
@@ -51,12 +51,12 @@ def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def open_regular(path: Path, *, trusted_link: bool = False) -> int:
-    """A descriptor to read a regular file with; it never blocks on a FIFO.
+    """Open a regular file for reading; return the descriptor. Never blocks, even on a FIFO.
 
     Args:
-        path: of the file.
-        trusted_link: also follow a last component that root or this user owns, such as the links of a
-            volume of Kubernetes.
+        path: the file.
+        trusted_link: follow a link that is the last component, too, if root or this user owns it, such as those
+            in a volume of Kubernetes.
 
     Raises:
         OSError: also if it is not a regular file, or is a link that is not followed.

@@ -1,4 +1,4 @@
-"""Values that the agent and the coordinator share. Frozen, without behaviour beyond their own.
+"""Values that the agent and the coordinator share: frozen, with no behaviour but derived properties.
 
 Units: seconds are floats named ``_s``; a FailoverTimeout is in ticks of 100 ns, the resolution of the
 .NET time-span in the API; date-times are aware and in UTC. Points on a local clock
@@ -52,7 +52,7 @@ class Instant(NamedTuple):
 
 
 class GroupKey(NamedTuple):
-    """The key of a group on a coordinator. The on-premises paths use ``default``, ``default``."""
+    """The key of a group on a coordinator. In on-premises paths tenant and namespace are ``default``."""
 
     tenant: str
     namespace: str
@@ -173,7 +173,7 @@ class SessionRecord:
         hold_off: the session is not chosen before its end.
         has_to_see: the epoch of a tenure that the session held without receiving the coordinator's answers, or
             None. The session is not chosen until its heartbeats report this epoch.
-        silent_since: its last sign of life (wall clock), recorded once it has been silent for long (R20).
+        silent_since: when it was last heard (wall clock); recorded only for a long silence (R20), else None.
         owner: the identity that registered it, such as ``user:ann`` or ``client:host-a``. None: registered
             without authentication, or by a version without owners.
         failsafe_url: the URL of its failsafe listener, by its last registration or heartbeat; or None (R21).
@@ -220,7 +220,7 @@ class GroupRecord:
         last_data: LastDataProcessedTime of the previous tenure, for the next holder.
         acl: the group's own access-control list, or None for its namespace's.
         quiet: whether a client has seen a newer epoch than this record had, so that an unknown lease may
-            exist. No tenure begins for one full L; a restart begins that L anew.
+            exist. No tenure begins for one full L, which a restart begins again.
         ended: the last tenure, if it ended without a release: its holder may resume it (R33), and the
             hold-off of a late release counts once. ``ended_at`` is when it ended.
         cleared: each tenure up to this epoch is over (R24).

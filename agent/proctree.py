@@ -31,17 +31,17 @@ PAUSE_S = 0.002
 """Interval between two searches."""
 
 STOP_S = 0.25
-"""How long to wait until all processes have stopped; one that may not be signalled never does."""
+"""How long to wait until all processes have stopped; one that this process may not signal never stops."""
 
 EXEC_S = 0.1
-"""How long a search reads processes again that have neither an environment nor a command line: they may be within an
-exec, which takes moments. Not for ever, since anybody can make processes that never have either."""
+"""How long a search keeps reading processes that have neither environment nor command line, since an exec may be under
+way. Bounded, because anybody can create processes that never have either."""
 
 LEAST_LOOKS = 5
-"""How often it looks at such a process at least, however long it takes to read all others."""
+"""The least number of times that a search reads such a process, however long the others take."""
 
 QUIET_SEARCHES = 3
-"""How many searches in a row must find nothing new: one can miss a process whose parent ends meanwhile."""
+"""How many searches in a row must find nothing new: a single one can miss a process whose parent ends meanwhile."""
 
 MARK = "FAILOVER_TENURE"
 """The environment variable of the mark."""
@@ -53,19 +53,19 @@ AT_REST = frozenset(b"TtZXxDI")
 STUCK = ord("D")
 
 PF_KTHREAD = 0x00200000
-"""The flag of a kernel thread. Its parent, process 2, is no proof: in a container that is any process."""
+"""The flag of a kernel thread. Its parent is process 2, which proves nothing: in a container 2 may be any process."""
 
 GONE = (FileNotFoundError, ProcessLookupError)
 """Errors on reading a file in /proc of a process that has ended."""
 
 NO_PIDFD = (errno.ENOSYS, errno.EPERM)
-"""The errors of pidfd_open() where the kernel, or a container's seccomp filter, does not have it."""
+"""The errors of pidfd_open() if the kernel does not have it, or a container's seccomp filter forbids it."""
 
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors on reading a file that may exist: no descriptor or no memory is left to read it."""
 
 INIT = 1
-"""Process 1, which every PID namespace has. If /proc does not show it, it hides others, too."""
+"""The first process of every PID namespace. A /proc that does not show it hides others, too."""
 
 HIDDEN = "/proc hides processes: mount it without hidepid (ProtectProc=)"
 
@@ -221,7 +221,7 @@ def own_groups(known: "set[int]", table: "dict[int, Stat]", found: "set[Process]
     pids = {pid for pid, _ in found}
     live = ((pid, stat.group) for pid, stat in table.items() if stat.state not in ENDED)
     others = {group for pid, group in live if pid not in pids}
-    others.add(0)  # a group of another PID namespace; to signal 0 would stop this process
+    others.add(0)  # a group of another PID namespace; a signal to 0 would go to this process's own
     return (known | {table[pid].group for pid in pids}) - others
 
 
@@ -237,7 +237,7 @@ def signal_groups(groups: "set[int]", number: int) -> None:
 def with_mark(table: "dict[int, Stat]", mark: str) -> "set[Process]":
     """Live processes that were started with the mark in their environment. May block.
 
-    A mark counts, too, if it continues with a full stop and further text.
+    A mark that begins with ``mark`` and a full stop counts, too.
     """
     wanted = f"{MARK}={mark}".encode()
     found: set[int] = set()
@@ -385,18 +385,18 @@ _bare: "set[Process]" = set()
 """Processes that still had neither an environment nor a command line after EXEC_S: no search waits for them again."""
 
 MOST_BARE = 10_000
-"""The most of these that are remembered."""
+"""How many of these are remembered at most."""
 
 
 class ExecWait:
-    """Has one search read processes within an exec again, for EXEC_S in all, and each LEAST_LOOKS times at least."""
+    """How long one search waits for execs: EXEC_S in all, and until each process was read LEAST_LOOKS times."""
 
     def __init__(self) -> None:
         self._end_at, self._round = 0.0, 0
         self._looks: dict[Process, int] = {}
 
     def is_needed(self, process: "Process", stat: Stat) -> bool:
-        """Whether to look again at a process without environment. Pauses while it has no command line, either."""
+        """Whether to read a process without environment again. Pauses first if it has no command line, either."""
         if process in _bare or stat.flags & PF_KTHREAD:
             return False
         if contents(stat.thread, "cmdline"):  # perhaps its exec has just ended
@@ -407,7 +407,7 @@ class ExecWait:
         self._end_at = self._end_at or time.monotonic() + EXEC_S
         looks = self._looks[process] = self._looks.get(process, 0) + 1
         if looks < LEAST_LOOKS or time.monotonic() < self._end_at:
-            if looks > self._round:  # one pause for all that are looked at again
+            if looks > self._round:  # one pause for all that are read again
                 self._round = looks
                 time.sleep(PAUSE_S)
             return True
@@ -418,7 +418,7 @@ class ExecWait:
 
 
 def contents(thread: int, name: str) -> bytes:
-    """The content of a file in /proc of a thread; empty if it cannot be read. May block. Raises OSError if LACKING."""
+    """Content of a file in /proc of a thread; empty if it cannot be read. May block. Raises the errors of LACKING."""
     return _read_file(f"{thread}/{name}", open_proc())
 
 

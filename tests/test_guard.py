@@ -1349,7 +1349,7 @@ def test_a_program_on_a_dead_disk_does_not_keep_the_claim_of_the_session(
     with dead_disk(tmp_path / "disk") as disk:
         host.send(*hook([disk / "program"] if what == "hook" else sh("exit 0")))
         if what == "helper":
-            host.send("BACK", "document", str(disk / "program"))
+            host.send("RELEASE", "document", str(disk / "program"))
         host.send_last(*arm(now(), now() + FAILS_S, epoch=7))
         assert host.code(host.guard) == guard.ACTED
         with (tmp_path / "claim").open() as free:
@@ -1498,9 +1498,9 @@ def test_a_frozen_agent_is_stopped_at_hook_at_even_if_agent_at_is_later(host: Ho
 
 
 def back(folder: Path) -> list[str]:
-    """A BACK message with a helper that records its document, and what it reads from stdin."""
+    """A RELEASE message with a helper that records its document, and what it reads from stdin."""
     note = f'echo "$@" >{folder}/words; cat /proc/self/fd/3 >{folder}/document; head -c 1 >{folder}/byte'
-    return ["BACK", '{"document": 1}', "/bin/sh", "-c", f"{note}; touch {folder}/ended", "sh"]
+    return ["RELEASE", '{"document": 1}', "/bin/sh", "-c", f"{note}; touch {folder}/ended", "sh"]
 
 
 def helper_runs(folder: Path) -> bool:
@@ -1532,7 +1532,7 @@ def test_the_role_is_released_after_a_successful_demotion(
     states = "; ".join(f"cut -d' ' -f3 /proc/{pid}/stat" for pid in (host.agent, left.pid))
     note = f"head -c 1 >{tmp_path}/byte; ({states}) >{tmp_path}/seen; touch {tmp_path}/ended"
     words = f'echo "$@" >{tmp_path}/words; cat /proc/self/fd/3 >{tmp_path}/document'
-    host.send("BACK", '{"document": 1}', "/bin/sh", "-c", f"{words}; {note}", "sh")
+    host.send("RELEASE", '{"document": 1}', "/bin/sh", "-c", f"{words}; {note}", "sh")
     host.send(*hook(sh(f"until [ -e {tmp_path}/words ]; do sleep 0.01; done"), sh("exit 0")))
     host.send(
         *arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, workload=workload.pid, epoch=7)

@@ -1,9 +1,8 @@
 """The effects that a session requests. Values; the daemon carries them out.
 
-The order in the tuple that ``Session.step`` returns is a contract: the daemon starts them one by one in
-that order, and publishes what an earlier one publishes before it starts a later one. In particular
-``Publish(Secondary)`` comes before the demotion hook starts, and ``Release`` only after the demotion
-hook has succeeded (R5).
+The order in the tuple that ``Session.step`` returns is a contract: the daemon starts the effects one by one in that
+order, and a role is published before any later effect starts. So ``Publish(Secondary)`` comes before the demotion
+hook, and ``Release`` only after the hook has succeeded (R5).
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class Cause(StrEnum):
     CHOSEN = "chosen"
     CONFIRMED = "confirmed"
     LEASE_LOST = "lease_lost"
-    """No renewal until R, or this process was stopped."""
+    """No renewal until R, or this process was frozen."""
     UNFIT = "unfit"
     """A health check, the guard or the workload failed."""
     PROMOTION_FAILED = "promotion_failed"
@@ -90,7 +89,7 @@ class Ask:
     Attributes:
         member: the member to ask.
         epoch: of the tenure that this session holds.
-        nonce: identifies the question in this process; its message has a random value instead.
+        nonce: identifies the question in this process; the message that is sent has a random one.
         rehearsal: whether the question is only a test (R35).
     """
 

@@ -2,10 +2,10 @@
 
 It knows the wanted role, the last completed role and the one running hook. Rules of this file:
 
-- A demotion pre-empts a running promotion (TERM, after a grace KILL) and runs to its end or its
-  budget; a promotion never pre-empts anything.
+- A demotion pre-empts a running promotion (TERM, then KILL after a grace period) and runs until it ends or
+  its budget is used up; a promotion never pre-empts anything.
 - Once a promotion hook was started, only a completed demotion makes this host Secondary.
-- A promotion to Primary runs the hook of PendingPrimary first, unless that has run.
+- A promotion to Primary runs the hook of PendingPrimary first, unless that has already run.
 - A role without a hook is completed at once.
 - A tenure keeps the hooks and limits of its promotion until its demotion is completed; a reload takes
   effect after that.
@@ -109,7 +109,7 @@ class Executor:
         """
         if facts.role is not Role.SECONDARY:
             forward = facts.role is Role.PRIMARY or self.wanted is not Role.PRIMARY
-            assert forward  # noqa: S101 - ours: nothing leads from Primary to PendingPrimary
+            assert forward  # noqa: S101 - our own mistake: Primary never becomes PendingPrimary
             assert self.completed is not None  # noqa: S101 - likewise: demote first
             assert self.wanted is not Role.SECONDARY or self.is_settled  # noqa: S101 - likewise
         self.wanted = facts.role
@@ -211,9 +211,9 @@ class Executor:
             self._running = replace(run, term_sent=True)
             return [TermHook(run.run)]
         if run.kill_sent and self.wanted is not Role.SECONDARY and now >= self._stuck_at(run):
-            self.promotion_failed = "it does not end, even by KILL"
+            self.promotion_failed = "it does not end, even after KILL"
         return []
 
     def _stuck_at(self, run: _RunningHook) -> float:
-        """When a promotion that survives KILL counts as failed, as a hook stuck in the kernel may never end."""
+        """When a promotion that survives KILL counts as failed: a hook stuck in the kernel may never end."""
         return run.kill_at + self._grace_s

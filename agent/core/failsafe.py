@@ -98,7 +98,7 @@ class FailsafeMember(LifeCycle):
     def _adopt_members(self, received: MemberSet | None, now: float) -> None:
         """Use the set from a heartbeat's answer; this may make the deadline earlier (R28)."""
         self._holder.adopt(received, now)
-        self._recount()
+        self._update_lease_start()
 
     def _ask_members(self, now: float, effects: list[Effect]) -> None:
         """Ask the other members while the coordinator is in doubt (R27); else rehearse (R35)."""
@@ -112,7 +112,7 @@ class FailsafeMember(LifeCycle):
         if now >= holder.ask_at:
             interval_s, forget_s = timing.question_interval_s, timing.renew_s
             effects += holder.ask(self.tenure, now, interval_s=interval_s, forget_s=forget_s)
-            self._recount()
+            self._update_lease_start()
         holder.rehearse_at = holder.ask_at  # a vote of no does not prove that a member is not ready
 
     @property
@@ -127,7 +127,7 @@ class FailsafeMember(LifeCycle):
     def _on_answered(self, event: Answered, now: float) -> None:
         if self._holds_tenure:
             self._holder.on_answered(event.nonce, now, yes=event.yes, why=event.why)
-            self._recount()
+            self._update_lease_start()
 
     # -- as a voter -----------------------------------------------------------------------------
 

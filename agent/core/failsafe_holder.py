@@ -58,7 +58,7 @@ class FailsafeHolder:
         self._readiness: dict[Member, MemberReadiness] = {}
 
     def forget_questions(self) -> None:
-        """Forget the questions under way: a demotion has begun, or this process was stopped."""
+        """Forget the questions under way: a demotion has begun."""
         self._questions = {}
 
     # -- the set --------------------------------------------------------------------------------

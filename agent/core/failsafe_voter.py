@@ -36,11 +36,11 @@ class FailsafeVoter:
         self._epoch = epoch if self._epoch is None else max(self._epoch, epoch)
 
     def until(self, lease_s: float) -> float:
-        """When the promise ends. ``lease_s`` is the group's L, which may be learned only after it was given."""
+        """When the promise ends. ``lease_s`` is the group's L, which may be learned only after the promise."""
         return self._promised_at + lease_s
 
     def forbids(self, *, cleared: int | None, before: int) -> bool:
-        """Whether a promise that has not ended forbids a tenure. No if every promised tenure is over (R32).
+        """Whether a promise that has not ended forbids a tenure: not if every promised tenure is over (R32).
 
         Args:
             cleared: the epoch up to which every tenure is over, as the coordinator has answered.

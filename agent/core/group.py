@@ -64,8 +64,8 @@ from agent.model import (
     TenureEnd,
 )
 
-INTERVAL_TOLERANCE = 0.9
-"""A v1 client sends its second heartbeat 1 s after its first, by a timer that may be early."""
+EARLY_SHARE = 0.1
+"""Share of the minimum interval by which a heartbeat may be early, since timers of v1 clients may be."""
 
 LARGEST_EPOCH_STEP = 2**33
 """The most by which one heartbeat may raise the record's epoch. Restored data lack one epoch for each later tenure,
@@ -83,7 +83,7 @@ def epoch_after_deletion(retired: int) -> int:
 
 
 def new_record(config: GroupConfig, retired: int) -> GroupRecord:
-    """The record of a new group; ``retired`` as in ``first_epoch``.
+    """The record of a new group; ``retired`` as in ``epoch_after_deletion``.
 
     Epochs continue from a deleted group of this name, so that its clients do not take a new epoch for an old one.
     Nobody was active when it was deleted (R34).
@@ -205,7 +205,7 @@ def _failsafe_url_of(what: ReceiveHeartbeat | AddSession) -> str | None:
 
 
 def _give_role(draft: Draft, heartbeat: ReceiveHeartbeat) -> None:
-    """Resume the tenure that this process still holds, or begin the confirmed candidate's tenure."""
+    """Resume the tenure that this process still holds, or begin one if it is the candidate."""
     ended = draft.record.ended
     if (
         ended is not None
@@ -247,8 +247,8 @@ def _has_seen(heartbeat: ReceiveHeartbeat, epoch: int) -> bool:
 def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact) -> float:
     """Enforce the minimum interval between heartbeats; return the contact's new ``changed_at``.
 
-    Exceptions are confirmations, clients that have not seen the newest revision, and, once in an interval,
-    another instance, as of an agent that was restarted. Heartbeats of others do not count against the holder.
+    Exempt are confirmations, clients that have not seen the newest revision, and, once in an interval, another
+    instance, such as a restarted agent. For the holder only its own renewals count, not other instances' heartbeats.
     """
     interval_s = minimum_interval_s(draft.lease_s)
     if (
@@ -261,7 +261,7 @@ def _check_interval(draft: Draft, heartbeat: ReceiveHeartbeat, contact: Contact)
     if draft.holds(heartbeat.session_id, heartbeat.instance) and holder and not holder.revoked:
         last_at = min(last_at, draft.live.lease_until - draft.lease_s)  # its last renewal
     early_s = last_at + interval_s - draft.now.mono
-    if early_s > interval_s * (1 - INTERVAL_TOLERANCE):
+    if early_s > EARLY_SHARE * interval_s:
         changed = contact.instance != heartbeat.instance
         if changed and draft.now.mono >= contact.changed_at + interval_s:
             return draft.now.mono

@@ -29,7 +29,7 @@ CONFIRM_SHARE = 0.6
 clients do, and what they get"); the rest allows for a late one."""
 
 RESUMED = ", resumed"
-"""Appended to why a tenure began, in status, log and history."""
+"""Appended to the reason why a tenure began, in status, log and history."""
 
 RESTORED = "the store was restored from a copy"
 
@@ -294,13 +294,13 @@ class Draft:
         A lease that the record does not have may exist, so no tenure begins for a full L; with failsafe, none
         begins before an operator lifts the restriction (R34).
         """
-        self._lose_data(seen, "its epoch is older than one that a client has seen")
-        if failsafe.concerns(self.record):
+        self._continue_after_data_loss(seen, "its epoch is older than one that a client has seen")
+        if failsafe.uses_failsafe(self.record):
             self.record = failsafe.distrust(self.record)
 
     def declare_restored(self, epoch: int) -> None:
         """Restrict a record that is an older copy: nobody may be promoted until an operator's lift (R34)."""
-        self._lose_data(epoch, RESTORED)
+        self._continue_after_data_loss(epoch, RESTORED)
         self.record = failsafe.distrust(self.record)
         self.record_event(epoch, RESTORED, TenureEnd.RESTORED)
 
@@ -308,7 +308,7 @@ class Draft:
         """Add an entry to the history that is not a tenure: it has no session, and an epoch of its own."""
         self.history[epoch] = HistoryEntry(epoch, "", self.now.wall, why, self.now.wall, why, end)
 
-    def _lose_data(self, epoch: int, why: str) -> None:
+    def _continue_after_data_loss(self, epoch: int, why: str) -> None:
         """Continue with an epoch newer than the record's, after a quiet time of one full L."""
         self.live = replace(self.live, quiet_until=self.now.mono + self.lease_s)
         if self.record.holder is not None:

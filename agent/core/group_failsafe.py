@@ -23,7 +23,7 @@ NOBODY = MemberSet(0, ())
 """Stands for an unknown set: nobody may be promoted until an operator lifts the restriction (R34)."""
 
 MOST_MEMBERS = 128
-"""Sessions of a group with failsafe: the answers to as many questions at once fit into an agent's inbox twice."""
+"""Cap on the sessions of a group with failsafe: an agent's inbox holds the answers of all members four times."""
 
 # -- who may be promoted ------------------------------------------------------------------------
 
@@ -52,8 +52,8 @@ def may_be_promoted(record: GroupRecord, session_id: str) -> bool:
 def has_to_accept(record: GroupRecord) -> bool:
     """Whether the holder's tenure began in a restricted group, and it has not acknowledged a set yet.
 
-    It is not replaced before that. Else it never learns of its tenure, which lasts L and leaves the group as
-    restricted as before: an override of a member that may not be promoted would have nobody primary for good.
+    Until then it is not replaced. Otherwise an overridden member that may not be promoted would replace each new
+    holder before it learns of its tenure: the restriction would stay, and nobody could ever become primary.
     """
     return is_restricted(record) and record.cleared < record.epoch - 1
 
@@ -162,7 +162,7 @@ def distrust(record: GroupRecord) -> GroupRecord:
     return replace(record, cleared=cleared, used=NOBODY, offered=None)
 
 
-def concerns(record: GroupRecord) -> bool:
+def uses_failsafe(record: GroupRecord) -> bool:
     """Whether failsafe is, or was, used in this group."""
     return is_restricted(record) or any(
         session.failsafe_url is not None for session in record.sessions.values()
@@ -174,7 +174,7 @@ def concerns(record: GroupRecord) -> bool:
 
 def status_of_failsafe(record: GroupRecord) -> FailsafeStatus | None:
     """The failsafe part of a group's status; None in a group without failsafe."""
-    if not concerns(record):
+    if not uses_failsafe(record):
         return None
     used = record.used if record.used is not None and not record.used.off else None
     members = used.members if used is not None else ()

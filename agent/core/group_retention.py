@@ -37,7 +37,7 @@ def removal_at(state: GroupState, session_id: str, now: Instant, policy: Policy)
     if not _is_removable(state, session_id):
         return float("inf")
     lease_s = state.record.config.lease_s
-    # Time in which the coordinator was stopped is no silence, and the wall clock may be wrong.
+    # The wall clock also counts the coordinator's downtime, which is no silence, and may be wrong.
     heard_again_by = state.live.contacts[session_id].heard_at + RETENTION_LEASES * lease_s
     rest_s = retention_s(lease_s, policy) - silence_s(state, session_id, now)
     return max(heard_again_by, now.mono + rest_s)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from agent.core.group_failsafe import concerns, status_of_failsafe
+from agent.core.group_failsafe import status_of_failsafe, uses_failsafe
 from agent.errors import NotFound
 from agent.model import (
     EMPTY,
@@ -80,7 +80,7 @@ class Live:
 
     Attributes:
         lease_until: end of the holder's lease; meaningless without a holder.
-        held_since: start of the tenure; later after a restart, and by each stall before it was acknowledged.
+        held_since: start of the tenure; moved by a restart, and by each stall until the tenure is acknowledged.
         confirm_by: deadline of the pending session to confirm; then it is passed over.
         quiet_until: end of the quiet time; meaningless without one.
         answers_reach_holder: whether a heartbeat of the holder has reported the tenure's epoch.
@@ -275,7 +275,7 @@ def state_after_restart(
     Every session gets one full L, a quiet time starts again, and a hold-off continues. ``progress`` is used if
     it belongs to the current tenure.
     """
-    if record.epoch > MAX_EPOCH:  # version 0.1.0 let clients cause this; no answer can contain it
+    if record.epoch > MAX_EPOCH:  # version 0.1.0 let clients cause this; no answer can contain more
         record = replace(record, epoch=MAX_EPOCH, holder=None)
     lease_s = record.config.lease_s
     contacts = {
@@ -306,8 +306,8 @@ def _hold_off_until(hold_off: HoldOff | None, now: Instant) -> float:
 def state_after_stall(state: GroupState, judged_at: float, now: Instant) -> GroupState:
     """The state after the coordinator itself has stalled since ``judged_at``.
 
-    The stall counts as no time for what was not over then: heartbeats of that time may still be unread (R14). No
-    more is given, so that stalls that recur do not keep a holder that is dead, or receives no answers (R16).
+    Each deadline that had not passed then is moved by the stall, whose heartbeats may still be unread (R14); by no
+    more than that, so that recurring stalls do not keep a holder that is dead, or receives no answers (R16).
     """
     stall_s, lease_s = now.mono - judged_at, state.record.config.lease_s
     contacts = {
@@ -336,7 +336,7 @@ def status_of(state: GroupState) -> GroupStatus:
         revision=record.revision,
         primary_since=holder.since if holder else None,
         previous=record.previous,
-        cleared=record.cleared if concerns(record) else None,
+        cleared=record.cleared if uses_failsafe(record) else None,
         failsafe=status_of_failsafe(record),
     )
 

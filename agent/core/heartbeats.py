@@ -6,8 +6,8 @@ has to be released.
 
 from agent.core.effects import SendHeartbeat
 
-MAX_IN_FLIGHT = 8
-"""The most heartbeats in flight. Each ends within the request timeout, which is under three intervals."""
+MAX_IN_FLIGHT = 64
+"""The most heartbeats in flight whose answers count: the request timeout may be set to many heartbeat intervals."""
 
 MAX_CONFIRMATIONS = 10
 """How many heartbeats in a row are sent without a delay while the answer is PendingPrimary (docs/api.md, "Sessions

@@ -119,10 +119,10 @@ class LeaseHolder:
     def _renew(self, sent_at: float) -> None:
         self._granted_timing = self.timing
         self._heartbeat_at = max(self._heartbeat_at, sent_at)
-        self._recount()
+        self._update_lease_start()
 
-    def _recount(self) -> None:
-        """Set the start of the lease: the newest heartbeat, or the votes of all others if they are newer."""
+    def _update_lease_start(self) -> None:
+        """Count the lease from the newest answered heartbeat, or from the votes of all others if newer."""
         self.sent_at = max(self._heartbeat_at, self._holder.counts_from)
         self.renew_by = self.sent_at + self._granted_timing.renew_s
 
@@ -146,7 +146,7 @@ class LeaseHolder:
             self._publish(Role.PENDING_PRIMARY, Cause.CONFIRMED, effects)
         self._set_wanted_role(Role.PRIMARY, self.options.hook_limit_s, now)
 
-    def _begin_demotion(self, now: float) -> None:
+    def _begin_first_demotion(self, now: float) -> None:
         """Begin the first demotion: the previous process may have left a workload running (R6)."""
         self._demoting = True
         self._reason = "starting"

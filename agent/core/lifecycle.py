@@ -22,13 +22,13 @@ STOP_HOLD_OFF_LEASES = 1.0
 """The hold-off of a stopping session, in L. The session has exited long before its end."""
 
 STOP_WAIT_REQUESTS = 2.0
-"""How long a stop waits for an answer, in request timeouts, of which one bounds each call."""
+"""How long a stop waits for answers, in request timeouts; each call takes one at most."""
 
 CAUSE_BY_EXIT_CODE = {
     ExitCode.TASK_FAILED: Cause.TASK_FAILED,
     ExitCode.OTHER_STORE: Cause.OTHER_STORE,
 }
-"""Why a tenure ends by Stop, by exit code; STOPPING for any other one."""
+"""Why a Stop ends a tenure, by its exit code; STOPPING for any other code."""
 
 NO_EPOCH = -1
 RELEASED_BY_NEXT_PROCESS = "demoted by the next process of this session"
@@ -59,7 +59,7 @@ class LifeCycle(LeaseHolder):
         self._rejoin_at = float("inf")
         self._unfit_reason: str | None = None
         self._stop: Stop | None = None
-        self._untaken_epoch: int | None = None
+        self._unaccepted_epoch: int | None = None
         """Epoch of a tenure that was assigned to this session and that it has not accepted."""
         self._released_epoch = NO_EPOCH
         self._open_releases = 0
@@ -118,11 +118,8 @@ class LifeCycle(LeaseHolder):
             self._change_phase(Trigger.REGISTERED_AGAIN)
             if event.store_id is not None:
                 self._knowledge.forget_epoch()
-                self._owes_release, self._untaken_epoch, self._released_epoch = (
-                    False,
-                    None,
-                    NO_EPOCH,
-                )
+                self._owes_release = False
+                self._unaccepted_epoch, self._released_epoch = None, NO_EPOCH
         else:
             self._change_phase(Trigger.REGISTERED)
         self.timing = event.timing
@@ -183,7 +180,7 @@ class LifeCycle(LeaseHolder):
         elif held and self.tenure is not None and self.store_id is not None:
             self._release(self.tenure, self._reason, now, effects)
         elif cools_down and self.phase is Phase.MEMBER:
-            # Only after the session is deleted: a late DELETE would end the next tenure.
+            # Rejoin only after the deletion is answered: a late DELETE would end the next tenure.
             self._rejoin_at = float("inf")
             self._leave(Trigger.COOL_DOWN, effects)
 
@@ -209,7 +206,7 @@ class LifeCycle(LeaseHolder):
         """Leave each phase whose condition is met."""
         refusal = self._refusal_reason(now)
         if refusal is not None and self.role is Role.SECONDARY and not self._demoting:
-            self._release_untaken(refusal, now, effects)
+            self._release_unaccepted(refusal, now, effects)
         if self.phase is Phase.RETURNING and (not self._open_releases or now >= self._wait_by):
             self._change_phase(Trigger.PREVIOUS_RELEASED)
             self._join(effects)
@@ -224,7 +221,7 @@ class LifeCycle(LeaseHolder):
             self._leave(Trigger.SETTLED, effects)
             self._restart_wait(now)
         if self.phase is Phase.LEAVING and (self._leave_is_done or now >= self._wait_by):
-            assert self._stop is not None  # noqa: S101 - ours: only a stop leads here
+            assert self._stop is not None  # noqa: S101 - our own mistake: only a stop leads here
             self._change_phase(Trigger.LEFT)
             effects.append(Exit(self._stop.code))
 
@@ -244,11 +241,11 @@ class LifeCycle(LeaseHolder):
         """Remember an assigned tenure until it is accepted or released."""
         accepted = self._owes_release and epoch == self.tenure
         if epoch is not None and self.store_id is not None and not accepted:
-            self._untaken_epoch = epoch if epoch > self._released_epoch else None
+            self._unaccepted_epoch = epoch if epoch > self._released_epoch else None
 
-    def _release_untaken(self, reason: str, now: float, effects: list[Effect]) -> None:
+    def _release_unaccepted(self, reason: str, now: float, effects: list[Effect]) -> None:
         """Release a tenure that this session does not accept, so that it does not block the role (R8)."""
-        epoch, self._untaken_epoch = self._untaken_epoch, None
+        epoch, self._unaccepted_epoch = self._unaccepted_epoch, None
         if epoch is not None:
             self._release(epoch, reason, now, effects)
 

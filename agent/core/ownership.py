@@ -13,7 +13,7 @@ from agent.model import SessionRecord
 
 
 def refuse_stranger(draft: Draft, session_id: str, by: Requester | None) -> None:
-    """Raise Forbidden if a session belongs to another identity, which the requester may not act for."""
+    """Raise Forbidden if a session belongs to another identity, unless the requester may act for that."""
     session = draft.record.sessions.get(session_id)
     if by is None or session is None or session.owner in {None, by.identity} or by.manages:
         return

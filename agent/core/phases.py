@@ -159,4 +159,4 @@ def next_phase(phase: Phase, trigger: Trigger) -> Row:
     try:
         return TABLE[phase, trigger]
     except KeyError:
-        raise AssertionError(f"a session that is {phase} cannot be {trigger}") from None
+        raise AssertionError(f"no transition from {phase} by {trigger}") from None

@@ -80,7 +80,7 @@ class Session(FailsafeMember):
         """
         self._previous_tenure = previous
         self._promise_at_start(now)
-        self._begin_demotion(now)
+        self._begin_first_demotion(now)
         return self.step(Tick(), now)
 
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
@@ -101,7 +101,10 @@ class Session(FailsafeMember):
             self._handle(event, now, effects)
             self._advance(now, effects)
         except BaseException:
-            for attributes, values in before:  # shallow copies do: collections are never mutated
+            for (
+                attributes,
+                values,
+            ) in before:  # shallow copies suffice: collections are never mutated
                 attributes.clear()
                 attributes.update(values)
             raise
@@ -156,7 +159,7 @@ class Session(FailsafeMember):
             else:
                 self._demote(Cause.LEASE_LOST, why, now, effects)
 
-    def _handle(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901, PLR0912 - an arm an event
+    def _handle(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901, PLR0912 - one arm for each event
         match event:
             case HeartbeatAnswered():
                 self._on_heartbeat_answered(event.number, event.answer, now, effects)
@@ -292,13 +295,13 @@ class Session(FailsafeMember):
         else:
             left_s = sent_at + self.timing.renew_s - now
             if left_s >= MIN_PROMOTION_SHARE * self.timing.renew_s:
-                self._untaken_epoch = None
+                self._unaccepted_epoch = None
                 self.last_data = answer.last_data
                 self._renew(sent_at)
                 self._promote(epoch, now, effects)
                 self._adopt_members(answer.failsafe, now)
             elif self.role is Role.SECONDARY:
-                self._release_untaken("too little of the lease is left", now, effects)
+                self._release_unaccepted("too little of the lease is left", now, effects)
 
     def _renew(self, sent_at: float) -> None:
         super()._renew(sent_at)

@@ -82,9 +82,9 @@ class CredentialFiles:
 
         Args:
             name: for the log.
-            files: that ``load`` reads.
+            files: the files that ``load`` reads.
             load: reads them; may block, and raises ConfigError.
-            use: called with what is loaded after a change; raises FailoverError to keep the former.
+            use: called with the new contents after a change; raises FailoverError to keep the former ones.
 
         Raises:
             ConfigError: as ``load``, or the files were not read in time.
@@ -104,7 +104,7 @@ class CredentialFiles:
             await asyncio.sleep(POLL_S)
             for watched in self._watched:
                 async with self._lock:
-                    await self._look(watched)
+                    await self._check(watched)
 
     async def reload(self) -> None:
         """Load all files now, whether they have changed or not; log those that cannot be used."""
@@ -113,7 +113,7 @@ class CredentialFiles:
                 watched.failing = False
                 await self._replace(watched)
 
-    async def _look(self, watched: _Watched) -> None:
+    async def _check(self, watched: _Watched) -> None:
         try:
             signature = await _run(watched, partial(signatures, watched.files))
         except FailoverError as error:
@@ -128,7 +128,7 @@ class CredentialFiles:
             await self._replace(watched)
 
     async def _replace(self, watched: _Watched, *, quiet: bool = False) -> None:
-        """Load and use the files; ``quiet``: without a line about a failure."""
+        """Load and use the files; ``quiet``: do not log a failure."""
         try:
             signature = await _run(watched, partial(signatures, watched.files))
             await watched.use(await _run(watched, watched.load))
@@ -159,7 +159,7 @@ async def _run(watched: _Watched, work: Callable[[], T]) -> T:
     except TimeoutError:
         raise ConfigError(
             f"reading {', '.join(map(str, watched.files))} took longer than {LONGEST_LOAD_S:g} s;"
-            " the file system that it is on must answer"
+            " their file system must answer"
         ) from None
     except StuckError as error:
         raise ConfigError(str(error)) from None

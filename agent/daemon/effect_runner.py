@@ -118,7 +118,7 @@ class EffectRunner:
         if now >= self._refresh_at:
             self.perform((), self.member.session.lease_until)
 
-    def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - an arm an effect
+    def _perform(self, effect: Effect, lease_until: float) -> None:  # noqa: C901 - one arm for each effect
         member, start = self.member, self.supervisor.start
         requests, role_runner = member.requests, member.role_runner
         match effect:
@@ -158,7 +158,7 @@ class EffectRunner:
     async def start_failsafe(self, load: "LoadAccess | None") -> None:
         """Listen for the questions of other members, if failsafe is configured. Raises ConfigError."""
         if self.member.settings.failsafe_listen is not None and load is not None:
-            from agent.daemon.failsafe import start_failsafe  # noqa: PLC0415 - memory for others
+            from agent.daemon.failsafe import start_failsafe  # noqa: PLC0415 - saves memory where it is off
 
             self.failsafe = await start_failsafe(
                 self.member, load, vote=self.vote, post_event=self.post_event
@@ -259,7 +259,7 @@ class EffectRunner:
         async def begin() -> None:
             promotes = facts.role is not Role.SECONDARY
             if promotes and not await self.guard_control.send_demotion_hook(facts):
-                member.role_runner.terminate(effect.run)  # its hook is not started
+                member.role_runner.terminate(effect.run)  # before its hook has started
             await self.state_publisher.flush()  # publish before the hook starts
             await run
 
@@ -269,7 +269,7 @@ class EffectRunner:
             self.host_health.set_unfit_reason("workload", None)
 
     def on_hook_ended(self, event: HookEnded) -> None:
-        """Post the end of a run; record the slack of a demotion. Without the session nobody waits for either."""
+        """Post the end of a run; record the slack of a demotion. Ignores runs that the session has not requested."""
         if event.run == RUN_WITHOUT_SESSION:
             return
         session = self.member.session
@@ -312,7 +312,7 @@ class EffectRunner:
         role_runner, clock = self.member.role_runner, self.member.clock
         begun_at, budget_s = clock.boottime(), self.member.session.timing.demote_s
         left_s = self.guard_control.kill_at - begun_at
-        # At least half of D, or no hook would run at all; the tenure ends in time. Too late, it ends first.
+        # The hook has at least half of D, even past ``kill_at``, since the tenure is killed at that moment, or now.
         if left_s > 0:
             budget_s = min(budget_s, max(left_s, budget_s / 2))
         loop = asyncio.get_running_loop()
@@ -333,7 +333,7 @@ class EffectRunner:
             await asyncio.wait(killing, timeout=EXIT_S)
 
     async def _run_without_session(self, facts: HookFacts) -> bool:
-        """Run the demotion hook once; return whether it has succeeded. It is shielded: a cancelled run is not killed."""
+        """Run the demotion hook once; return whether it has succeeded. Shielded: ``kill_all`` would not find a cancelled run."""
         try:
             role_runner, last_data = self.member.role_runner, self.member.progress
             run = role_runner.start_run(RUN_WITHOUT_SESSION, facts, last_data)

@@ -33,7 +33,7 @@ class Outcome(StrEnum):
     YES = "yes"
     NO = "no"
     ERROR = "error"
-    """No answer that counts."""
+    """No valid answer came in time."""
 
 
 @dataclass(frozen=True, slots=True)

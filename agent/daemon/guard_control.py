@@ -23,7 +23,7 @@ SHORTEST_GUARD_ANSWER_S = 0.5
 """Lower bound of the guard's answer timeout, for a busy host; otherwise the timeout is a margin."""
 
 HOOK_SHARE = 1 / 3
-"""The share of the time for a demotion that the guard has if the agent freezes before its hook has started."""
+"""The guard's share of the time for a demotion, if the agent freezes before it has started the demotion hook."""
 
 BY_GUARD = "demoted by the guard"
 """The reason in a state file that the guard has written."""
@@ -58,7 +58,7 @@ class GuardControl:
         self._own_state: Mapping[str, Any] | None = None
         self._state_text = ""
         self._act_by = float("-inf"), float("-inf")
-        """The end of the demotion that runs, and when the guard acts if its hook has not started."""
+        """The deadline of the running demotion, and when the guard acts if the hook has not started by then."""
 
     @property
     def enabled(self) -> bool:
@@ -77,7 +77,7 @@ class GuardControl:
 
     @property
     def kill_at(self) -> float:
-        """By when that demotion has to end: CLOCK_BOOTTIME seconds."""
+        """The deadline of the demotion that is owed: CLOCK_BOOTTIME seconds; infinity if none is."""
         return float("inf") if self._due is None else self._due[1]
 
     async def start(self, changed: Callable[[str | None], None], claim: int | None) -> None:
@@ -123,7 +123,7 @@ class GuardControl:
         self.update()
 
     def update(self) -> None:
-        """Send both the newest deadline, and the guard the processes to kill (R12)."""
+        """Send guard and watchdog the newest deadline, and the guard the processes to kill (R12)."""
         if self.frozen:
             return
         self._due = due = self._member.session.guard_deadlines
@@ -200,7 +200,7 @@ class GuardControl:
             self._watchdog.disarm()
 
     async def stop(self) -> None:
-        """Disarm both unless a demotion is owed; then they stay armed, since this process is ending."""
+        """Disarm both. If a demotion is owed they stay armed, and act when this process has ended."""
         if self.demotion_is_owed:
             if self._guardian is not None:
                 self._guardian.abandon()

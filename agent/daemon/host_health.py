@@ -191,7 +191,7 @@ class HostHealth:
         checks = self._build_checks(settings)
         checks.start()
         try:
-            while not all(  # noqa: ASYNC110 - checks report changes, and a first failure is none
+            while not all(  # noqa: ASYNC110 - a first result that fails is not reported as a change
                 result.known for result in checks.health.results.values()
             ):
                 await asyncio.sleep(CHECKS_POLL_S)

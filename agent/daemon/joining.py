@@ -29,7 +29,7 @@ PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.NOT_AUTHORISED})
 """Failures that are not retried at the start."""
 
 LOGGED_EVERY = 20
-"""The first failed attempt is logged, and then each one of this many."""
+"""The first failed attempt is logged, and then one in so many."""
 
 log = Log(__name__)
 
@@ -118,7 +118,7 @@ class Registration:
         except ServerError as error:
             if not self.rejoining or error.status != CONFLICT:
                 raise
-            store_id = await join(SessionConfig(session_id))  # a stranger has given it another name
+            store_id = await join(SessionConfig(session_id))  # others have given it another name
         if not self.session.accepts_store(store_id):
             raise self.client.refuse(endpoint, store_id)
         return Joined(timing, store_id)
@@ -141,9 +141,9 @@ class Registration:
 
     def _should_retry(self, error: BaseException) -> bool:
         """Retry also if a portal on the way has refused: with failsafe this member votes in the meantime."""
-        stranger = isinstance(error, ServerError) and not error.has_operation_id
+        of_portal = isinstance(error, ServerError) and not error.has_operation_id
         votes = self.session.options.failsafe is not None
-        return self._worth_retrying(error) or (stranger and votes)
+        return self._worth_retrying(error) or (of_portal and votes)
 
     def _worth_retrying(self, error: BaseException) -> bool:
         if not isinstance(error, ServerError):

@@ -25,7 +25,7 @@ def add_hint(error: FailoverError, stop_command: Sequence[str]) -> None:
         error: why the agent cannot start.
         stop_command: the demotion hook, or empty if there is none.
     """
-    error.hint = f"a workload of a previous run may still be active; {_to_stop_it(stop_command)}"
+    error.hint = f"a workload of a previous run may still be active; {_stop_advice(stop_command)}"
 
 
 def hint_of_state_files(given: str) -> str | None:
@@ -38,12 +38,12 @@ def hint_of_state_files(given: str) -> str | None:
             if command is not None:
                 lines.append(
                     f"the member of {path} was primary when it died, and its workload may still be"
-                    f" active; {_to_stop_it(command)}"
+                    f" active; {_stop_advice(command)}"
                 )
     return "\n".join(lines) or None
 
 
-def _to_stop_it(command: Sequence[str]) -> str:
+def _stop_advice(command: Sequence[str]) -> str:
     by_hand = not command or "://" in command[0]
     return "stop it by hand" if by_hand else f"to stop it, run: {shlex.join(command)}"
 

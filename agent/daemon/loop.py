@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from agent.drivers.mqtt import Announcer
 
 INBOX_SIZE = 512
-"""Bound of the inbox. Eight heartbeats, a hook, a status read and MAX_QUESTIONS questions can be in flight."""
+"""Bound of the inbox: over twice what MAX_IN_FLIGHT heartbeats, MAX_QUESTIONS questions and a few other tasks post."""
 
 SUSPENDED_S = 0.05
 """If boot time and monotonic time differ by more than this, the host was suspended; less is noise."""
@@ -217,7 +217,7 @@ class Daemon:
         self._start_failure = await self._state_publisher.write_first("starting")
         hidden = await check_visibility()
         if hidden is not None and not self._previous_state:
-            member.role_runner.leftover.forget()  # nobody knows of any; the start fails nevertheless
+            member.role_runner.leftover.forget()  # none is known; the start fails nevertheless
         self._start_failure = self._start_failure or hidden
         try:
             await member.role_runner.leftover.kill()
@@ -373,7 +373,7 @@ class Daemon:
             self._step(event, clock.boottime())
 
     def _step(self, event: Event | None, now: float) -> None:
-        """Step the session with an event, or with a Tick if that is due; then carry out and publish."""
+        """Step the session with an event, or with a Tick if one is due; then carry out its effects."""
         session = self._member.session
         lease_until = session.lease_until  # a step that demotes may clear it
         if event is not None or now >= session.wake_at:
@@ -396,5 +396,5 @@ class Daemon:
             timer.cancel()
 
     def _wake(self) -> None:
-        if self._inbox.empty():  # else the loop has an event to handle, and may have no room
+        if self._inbox.empty():  # else an event wakes the loop anyway, and the inbox may be full
             self._inbox.put_nowait(None)

@@ -50,7 +50,7 @@ LONGEST_PART = 100
 """The most bytes that one id adds to a file name: two ids fit into the 255 bytes that Linux allows."""
 
 LONGEST_RECORD = 16 * 1024
-"""The longest record of TLS, and so the buffer of each connection."""
+"""The largest record of TLS; used as the size of each connection's read buffer."""
 
 log = logs.Log(__name__)
 
@@ -67,10 +67,10 @@ def run(settings: AgentSettings, reread: Callable[[], AgentSettings] | None = No
     """
     logs.configure(settings.log_level, settings.log_format)
     become_subreaper()
-    # By default 256 KiB of tiny records, such as of KeyUpdates, are processed at a time: 0.8 s of the event loop.
+    # By default 256 KiB are processed at a time: as tiny records (KeyUpdate) they block the event loop for 0.8 s.
     SSLProtocol.max_size = LONGEST_RECORD
     if not reserve_threads():  # the first demotion is tried nevertheless
-        log.warning("too few threads for a demotion can be started")
+        log.warning("too few threads can be started for a demotion")
     return asyncio.run(_run(settings, reread))
 
 
@@ -178,7 +178,7 @@ def lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     for name in [settings.session_id] if settings.session_id is not None else names:
         path = settings.state_file
         if path is None:
-            path = default_directory() / f"{_safe(settings.group)}.{_safe(name)}.json"
+            path = default_directory() / f"{_escape_id(settings.group)}.{_escape_id(name)}.json"
         state_file = StateFile(path.absolute())  # the guard's working directory is another one
         try:
             state_file.acquire(wait_s=PREVIOUS_GUARD_S)
@@ -191,7 +191,7 @@ def lock_state_file(settings: AgentSettings) -> tuple[StateFile, str]:
     raise AssertionError("the last name raises")
 
 
-def _safe(name: str) -> str:
+def _escape_id(name: str) -> str:
     """Escape an id for a file name of at most LONGEST_PART bytes; no two ids give the same name."""
     encoded = name.encode(errors="surrogateescape")
     escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02X}" for byte in encoded)

@@ -98,7 +98,7 @@ def _lease_families(snap: Snapshot) -> Iterator[Metric]:
     timing, stats = snap.timing, snap.stats
     yield _gauge(
         "failover_agent_role",
-        "1 for the current role, by the renewal deadline; 0 for the others.",
+        "1 for the current role, which is Secondary from the renewal deadline on; 0 for the others.",
         [({"role": role.value}, float(role is snap.role)) for role in Role],
     )
     yield _gauge(
@@ -306,7 +306,7 @@ def _failsafe_families(snap: Snapshot, failsafe: FailsafeSnapshot) -> Iterator[M
     yield _gauge(
         "failover_agent_failsafe_state",
         "1 for the state of failsafe, 0 for the others. ready: could keep the role without the coordinator,"
-        " or answers a primary; holding: keeps it so. These metrics are absent unless failsafe is configured.",
+        " or answers a primary; holding: keeps it that way. Absent, as all of these, unless failsafe is configured.",
         [({"state": one.value}, float(one is view.readiness)) for one in Readiness],
     )
     yield _gauge(
@@ -321,13 +321,13 @@ def _failsafe_families(snap: Snapshot, failsafe: FailsafeSnapshot) -> Iterator[M
     )
     yield _gauge(
         "failover_agent_failsafe_promise_remaining_seconds",
-        "How long this member may accept no role, by its promise to another one; 0 without a promise.",
+        "How long a promise to another member still forbids this one any role; 0 without a promise.",
         [({}, max(0.0, (view.promised_until or snap.now) - snap.now))],
     )
     yield _counter(
         "failover_agent_failsafe_questions_total",
-        "Questions to other members while the coordinator was in doubt, by the answer; error: none that"
-        " counts.",
+        "Questions to other members while the coordinator was in doubt, by the answer; error: no valid one"
+        " in time.",
         [({"answer": one.value}, count) for one, count in failsafe.asked.items()],
     )
     yield _counter(
@@ -337,8 +337,8 @@ def _failsafe_families(snap: Snapshot, failsafe: FailsafeSnapshot) -> Iterator[M
     )
     yield _counter(
         "failover_agent_failsafe_refused_total",
-        "Requests to the listener of failsafe that were no question of a member, by reason; no_challenge is"
-        " normal for the first one of a process.",
+        "Requests to the listener of failsafe that were not accepted as a member's question, by reason;"
+        " no_challenge is normal for the first one of a process.",
         [({"reason": reason}, count) for reason, count in failsafe.refused.items()],
     )
 

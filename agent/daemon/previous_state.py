@@ -99,9 +99,9 @@ def _strings_of(state: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def previous_processes(
     state: Mapping[str, Any],
 ) -> tuple[tuple[str, ...], tuple[proctree.Process, ...]]:
-    """What previous agents may have left: the marks of such processes, and those that the state file names.
+    """The processes that previous agents may have left: their marks, and those listed in the state file.
 
-    A hook whose exec hangs, for example, has no mark yet.
+    The list has processes without a mark, too, such as a hook whose exec hangs.
     """
     marks = tuple(filter(MARK.fullmatch, _strings_of(state, "marks")))
     given = state.get("processes")

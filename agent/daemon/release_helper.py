@@ -25,7 +25,7 @@ from agent.schema.exchange import dump, load
 from agent.schema.settings import AgentSettings
 
 DOCUMENT_FD = 3
-"""The descriptor of the document. It is in memory, since it has the paths of files with secrets."""
+"""The descriptor of the document, which is kept in memory only: it has the paths of files with secrets."""
 
 RELEASE_TIMEOUT_S = 10.0
 """Timeout of the whole release; by then the lease has usually expired."""
@@ -139,7 +139,7 @@ def main(words: Sequence[str]) -> int:
     """Wait for the guard's byte, then release the role; return the exit code.
 
     Args:
-        words: the epoch, and the timeout of the byte in seconds.
+        words: the epoch, and how long to wait for the byte, in seconds.
     """
     epoch, wait_s = int(words[0]), float(words[1])
     logs.configure("INFO", "text")  # until the settings are read

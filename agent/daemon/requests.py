@@ -172,7 +172,7 @@ class Requests:
         return answer if self._has_extensions else HeartbeatAnswer(answer.role, answer.last_data)
 
     def _record_failure(self, endpoint: str, error: ServerError) -> None:
-        """Log a failed heartbeat, once for each reason in a row."""
+        """Log a failed heartbeat, but only the first of several in a row that fail in the same way."""
         if error.status == TOO_MANY_REQUESTS and error.exit_code is not ExitCode.NOT_THE_API:
             self._too_soon_count += 1
             if self._too_soon_count == 1 and self.session.lease_until == float("-inf"):

@@ -136,7 +136,7 @@ class RoleRunner:
 
     @property
     def demotion_hook(self) -> HookSpec | None:
-        """The hook of the tenure, or of the start until the first demotion has succeeded, or the configured one."""
+        """The tenure's demotion hook, or else the start's until the first demotion has succeeded, or the configured one."""
         if self._tenure is not None:
             return self._tenure.demotion_hook
         return (self._first_specs if self.leftover.trees else self._specs).get("secondary")
@@ -187,14 +187,14 @@ class RoleRunner:
     def start_run(
         self, number: int, facts: HookFacts, last_data: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        """Register a run, which can be terminated from now on. Return its work: it posts HookEnded and returns ``ok``."""
+        """Register a run, so that it can be terminated; return its coroutine, which posts HookEnded and returns ``ok``."""
         run = _Run(facts.role, ProcessTree(f"{self.process_mark}.{number}"))
         if facts.role is not Role.SECONDARY and self._tenure is None:
             spec = self._specs.get(EVENTS[Role.SECONDARY])
             self._tenure = TenureProcesses(self.process_mark, spec, self.cgroup)
             self.demotion_hook_started = spec is None
             self._reserve_descriptors()
-            self.leftover.forget()  # the first demotion has succeeded, if only without a hook
+            self.leftover.forget()  # the first demotion has succeeded, with or without a hook
         if facts.role is Role.SECONDARY:
             reserve.free_descriptors()
         payload = self.payloads.build_role_payload(facts, last_data)
@@ -325,7 +325,7 @@ class RoleRunner:
 
     async def _demote(self, run: _Run, facts: HookFacts, payload: Payload) -> Outcome:
         kill_by = self._clock.boottime() + facts.limit_s
-        if (tenure := self._tenure) is not None:  # while the parents live that lead to processes
+        if (tenure := self._tenure) is not None:  # an orphan may not be found any more
             await tenure.track_processes(min(SEARCH_S, SEARCH_SHARE * facts.limit_s))
         stopped = self.workload is None or await self.workload.stop_within(facts.limit_s)
         if tenure is not None:

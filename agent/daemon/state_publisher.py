@@ -98,9 +98,9 @@ class StatePublisher:
         return described
 
     def own_state(self) -> Mapping[str, Any]:
-        """The same without failsafe, which changes with each answer of another member.
+        """The content of the state file without failsafe, which changes with each answer of another member.
 
-        While nothing in it changes, this is the same mapping: each step of the session needs it.
+        Returns the same mapping while nothing in it changes, since each step of the session needs it.
         """
         member, role_runner = self._member, self._member.role_runner
         session, published, hook = member.session, member.published, role_runner.demotion_hook
@@ -143,7 +143,7 @@ class StatePublisher:
         return self._own_state
 
     def _stop_scripts(self) -> Sequence[str]:
-        """The scripts of the demotion that has to succeed before that tenure is released."""
+        """The scripts of the demotion hook that has to succeed before ``_unreleased`` may be released."""
         if (unreleased := self._unreleased()) is not None and unreleased is self._previous_tenure:
             return self._previous_scripts
         hook = self._member.role_runner.demotion_hook
@@ -261,7 +261,7 @@ class StatePublisher:
                 "state file cannot be written",
                 path=self.path,
                 reason=getattr(error, "strerror", None) or error,
-                resolution="correct that; until then sidecars see an old role whose deadline has passed",
+                resolution="remove the cause; until then sidecars see an old role whose deadline has passed",
             )
         self._failure = str(error)
 

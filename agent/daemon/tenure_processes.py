@@ -20,7 +20,7 @@ from agent.ops.logs import Log
 from agent.ops.process_tree import KILL_S, SEARCH_S, ProcessTree, tenure_cgroup
 
 CHECK_S = 1.0
-"""How long the check of the demotion hook before a promotion may take; it takes a millisecond."""
+"""Timeout for checking the demotion hook before a promotion, which usually takes a millisecond."""
 
 log = Log(__name__)
 
@@ -157,7 +157,7 @@ async def check_visibility() -> FailoverError | None:
         await BlockingThread("processes").run(proctree.snapshot, timeout_s=SEARCH_S)
     except (StuckError, OSError) as error:
         return ConfigError(
-            f"the processes of a tenure could not be found, and so not be ended: {error}",
+            f"the processes of a tenure could not be found, so a demotion could not end them: {error}",
             exit_code=ExitCode.DEMOTION_FAILED,
         )
     return None

@@ -61,7 +61,7 @@ class RoleState(Protocol):
 
 
 class Announcer:
-    """One member of one group, at one broker. Make it in a running loop, ``start``, ``stop``.
+    """One member of one group, at one broker. ``start`` it inside a running loop; ``stop`` it there too.
 
     Args:
         settings: the broker, and the format of payloads.

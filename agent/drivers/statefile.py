@@ -53,7 +53,7 @@ class StateFile:
         return self._lock
 
     def acquire(self, *, wait_s: float = 0.0) -> None:
-        """Claim the file, and with it the session, for this process, on a read-only disk, too.
+        """Claim the file, and with it the session, for this process; works on a read-only disk, too.
 
         Args:
             wait_s: how long to wait for the guard of a dead agent, which keeps the claim until it has
@@ -79,7 +79,7 @@ class StateFile:
             pid = _claim_pid(lock)
             os.close(lock)
             raise in_use(self.path, pid) if isinstance(error, BlockingIOError) else error from None
-        with suppress(OSError):  # the first state meets it, too, after what has to be demoted
+        with suppress(OSError):  # if the disk is full, the first write of the state fails, too
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()}\n".encode())
         with suppress(OSError):

@@ -39,7 +39,7 @@ MAX_DOUBLINGS = 16
 
 KILL_SHARE = 0.5
 GIVE_UP_SHARE = 0.75
-"""Shares of the demotion budget after which it is killed, and not waited for any more: the hook has the rest."""
+"""Shares of the demotion budget after which the workload is killed, and is waited for no longer: the hook has the rest."""
 
 GIVE_UP_AFTER = 5
 """Failures in a row after which another member should take over."""
@@ -64,7 +64,7 @@ class Workload:
         argv: program and arguments; a program without a slash is searched on PATH.
         ended: called when the command has ended by itself and is not restarted, with the exit status
             (128 + n for signal n), or None after too many failures.
-        changed: called when ``pgid`` and ``identity`` have changed: it was forked, or its process is gone.
+        changed: called when ``pgid`` and ``identity`` have changed: the command was forked, or is gone.
         cgroup: the directory for a cgroup of its own, or None where none can be created.
         mark: identifies its processes (ops/process.py).
     """
@@ -92,11 +92,11 @@ class Workload:
         self._tree: ProcessTree | None = None
         self._watching: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[str | None] | None = None
-        self._again: asyncio.TimerHandle | None = None
+        self._restart_timer: asyncio.TimerHandle | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._wanted = False
-        self._short = 0
-        self._failed = 0
+        self._short_runs = 0
+        self._failed_runs = 0
         self._started_at = float("-inf")
 
     @property
@@ -119,7 +119,7 @@ class Workload:
         """Start the workload with the variables of a tenure; return None, or why it could not be started."""
         self._env = env
         self._wanted = True
-        self._short = self._failed = 0
+        self._short_runs = self._failed_runs = 0
         return await self._spawn()
 
     async def stop_within(self, limit_s: float) -> bool:
@@ -149,7 +149,7 @@ class Workload:
         self._signal(signal.SIGTERM)
         if tree is not None:
             await tree.signal(signal.SIGTERM)
-        while await self._lives():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
+        while await self._is_alive():  # noqa: ASYNC110 - the kernel has no event for the end of a tree
             await asyncio.sleep(POLL_S)
         for task in filter(None, (self._watching, self._killing)):
             await asyncio.wait({task})  # if it fails, that is reported
@@ -176,12 +176,12 @@ class Workload:
     def _cancel_restart(self) -> None:
         """Cancel the next start, if one is due."""
         self._wanted = False
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
+        if self._restart_timer is not None:
+            self._restart_timer.cancel()
+            self._restart_timer = None
 
     async def _spawn(self) -> str | None:
-        self._again = None
+        self._restart_timer = None
         self._started_at = self._clock.boottime()
         self._tree = ProcessTree(self._mark)
         child = self._child = Child(
@@ -226,19 +226,20 @@ class Workload:
             self._ended(status)
             return
         if self._clock.boottime() - self._started_at >= LONGEST_DELAY_S:
-            self._short = self._failed = 0
-        self._short += 1
-        self._failed = self._failed + 1 if failed else 0
-        if self._failed >= GIVE_UP_AFTER:
+            self._short_runs = self._failed_runs = 0
+        self._short_runs += 1
+        self._failed_runs = self._failed_runs + 1 if failed else 0
+        if self._failed_runs >= GIVE_UP_AFTER:
             self._wanted = False
             self._ended(None)
             return
-        delay_s = min(FIRST_DELAY_S * 2 ** min(self._short - 1, MAX_DOUBLINGS), LONGEST_DELAY_S)
-        log.warning("workload restart scheduled", after_s=delay_s, failed=self._failed)
-        self._again = asyncio.get_running_loop().call_later(delay_s, self._start_again)
+        doublings = min(self._short_runs - 1, MAX_DOUBLINGS)
+        delay_s = min(FIRST_DELAY_S * 2**doublings, LONGEST_DELAY_S)
+        log.warning("workload restart scheduled", after_s=delay_s, failed=self._failed_runs)
+        self._restart_timer = asyncio.get_running_loop().call_later(delay_s, self._start_again)
 
     def _start_again(self) -> None:
-        self._again = None
+        self._restart_timer = None
         self._restarting = start_task(self._spawn_again())
 
     def _is_cancelled(self) -> bool:
@@ -255,7 +256,7 @@ class Workload:
             log.error("workload not started", reason=why)
             await self._on_own_end(127)
 
-    async def _lives(self) -> bool:
+    async def _is_alive(self) -> bool:
         """Whether any of its processes is alive, zombies excepted."""
         if self._restarting is not None and not self._restarting.done():
             return True

@@ -26,4 +26,4 @@ The agent runs these modules from memory: drivers/guardian/program.py lists them
 """
 
 MESSAGE_BYTES = 65536
-"""Longest message of the agent; a longer one would arrive cut. An ordinary one has 2,000 bytes."""
+"""Longest message of the agent; a longer one would be truncated. An ordinary one has 2,000 bytes."""

@@ -98,7 +98,7 @@ class DemotionHook:
             if now() >= term_at:
                 log.log(WARNING, "hook not started: no time left", *names)
                 return False
-            # The agent cannot know it: how much time is left depends on why the guard demotes.
+            # The agent cannot send the deadline: how much time is left depends on why the guard demotes.
             self.env[b"FAILOVER_DEADLINE_MS"] = left_ms = b"%d" % max(0, 1000 * (term_at - now()))
             before, name, after = self.stdin.partition(b'"deadline_ms": ')
             self.stdin = before + name + (name and left_ms) + after.lstrip(b"0123456789")
@@ -152,7 +152,7 @@ class _Command:
                 os.close(fd)
             os.setsid()
             stdin, end = os.pipe()
-            os.set_blocking(end, False)  # a user with many pipes gets small ones: then it is cut
+            os.set_blocking(end, False)  # a small pipe takes only a part
             os.write(end, hook.stdin)
             os.close(end)
             os.dup2(stdin, 0)

@@ -86,7 +86,7 @@ class LogWriter:
         self.pipe = self.writer_pid = 0
 
     def start_writer(self, close_fds: "list[int]") -> None:
-        """If stderr is a file, fork a process that writes the lines: its disk may be dead."""
+        """If stderr is a file, fork a process that writes the lines: the file's disk may hang."""
         if self.pipe or not stat.S_ISREG(os.fstat(2).st_mode):
             return
         lines, pipe = os.pipe()

@@ -4,12 +4,12 @@ Arguments: the descriptor of a SOCK_SEQPACKET socket, the agent's process id, th
 and further descriptors to keep open. The fields of a message are separated by NUL; moments are CLOCK_BOOTTIME
 seconds. The guard answers each message with the message's number:
 
-    ARM   number hook_at kill_at agent_at running(comma) groups(comma) workload cgroup
-          roots(comma, pid:start) mark epoch state_path state_text
-    HOOK  number directory user group groups(comma) complete stdin nenv env... {nargs args...}...
-    BACK  number document helper...
-    OFF   number
-    LOG   number min_level form group session role epoch
+    ARM      number hook_at kill_at agent_at running(comma) groups(comma) workload cgroup
+             roots(comma, pid:start) mark epoch state_path state_text
+    HOOK     number directory user group groups(comma) complete stdin nenv env... {nargs args...}...
+    RELEASE  number document helper...
+    OFF      number
+    LOG      number min_level form group session role epoch
 
 ARM: ``running``, ``groups`` and ``workload`` are process groups: of a running hook, of hooks that have run,
 and of the command of ``exec``. ``cgroup`` contains the whole tenure; the cgroups of its hooks and workload
@@ -18,8 +18,8 @@ are below it. ``hook_at`` is "inf" while the agent runs its demotion hook: then 
 
 HOOK: ``complete`` is 0 if the commands are not the whole demotion.
 
-BACK: ``helper`` is the command that releases the role, ``document`` its input. Without a document, or an
-epoch, the lease has to expire.
+RELEASE: ``helper`` is the command that releases the role, ``document`` its input. Without a document, or
+without an epoch, the lease has to expire.
 
 LOG: ``min_level`` and ``form`` are those of the agent's log; the rest describes the agent.
 
@@ -175,7 +175,7 @@ class Guard:
             self.budget_s = 0.0
         elif word == b"HOOK":
             self.hook = DemotionHook(fields)
-        elif word == b"BACK":
+        elif word == b"RELEASE":
             self.document, self.helper = fields[0], fields[1:]
         elif word == b"LOG":
             level, form, group, session, role, epoch = (
@@ -230,7 +230,7 @@ class Guard:
             pass
 
     def kill_tenure_only(self) -> None:
-        """Kill the tenure once, if a demotion takes too long: the agent may still fence, and a hook go on."""
+        """Kill the tenure once, if a demotion takes too long: the agent may still fence, and the hook may go on."""
         if self.tenure_killed or now() < self.kill_at:
             return
         self.tenure_killed = True
@@ -250,17 +250,17 @@ class Guard:
             self.try_step("kill the tenure", self.tenure.kill, started_at)
         self.try_step("make room", self.make_room, (started_at + end_at) / 2)
         self.try_step("kill running hooks", self.tenure.subtree(self.running).kill, started_at)
-        self.try_step("find the tenure", self.tenure.find)  # before their parents are killed
+        self.try_step("find the tenure", self.tenure.find)  # while parents of its processes live
         self.try_step("open the log", self.log.start_writer, self.close_fds)
         go_fd = None
         if not late:
             go_fd = self.try_step("start the helper", self.start_helper, end_at)
         state = self.try_step("write the state file", Worker, self.write_state, self.close_fds)
-        if isinstance(state, Worker):  # hooks find it changed, unless it cannot be written
+        if isinstance(state, Worker):  # the hook finds the new state, unless it cannot be written
             self.try_step("write the state file", state.wait, now() + STATE_WAIT_S)
         self.try_step("log", self.log_demotion, why)
         self.try_step("stop the workload", self.stop_workload, (now() + kill_at) / 2)
-        if self.workload:  # it may have used them up when it got TERM
+        if self.workload:  # it may have used up all tasks when it got TERM
             self.try_step("make room", self.make_room, (now() + end_at) / 2)
         done = self.try_step("demotion hook", self.run_hook, end_at)
         gone = self.try_step("kill the tenure", self.kill_tenure, kill_at if done else now())
@@ -376,11 +376,11 @@ class Guard:
                 killed = self.start_sweep(kill_at).wait_or_kill(max(kill_at, now() + SWEEP_S))
             except OSError:
                 self.signal_agent(signal.SIGKILL)
-                if now() >= fork_by:  # a hook could not be forked, either
+                if now() >= fork_by:  # nothing can be forked, not even a hook
                     return self.tenure.kill(kill_at, may_block=True, skip_stuck=True)
             else:
                 if killed or now() >= kill_at:
-                    return killed  # before that time the OOM killer has ended it, for example
+                    return killed  # else it was killed early, perhaps by the OOM killer: try again
             time.sleep(POLL_S)
 
     def start_sweep(self, end_at: float) -> Worker:

@@ -76,7 +76,7 @@ def can_fork(
 ) -> bool:
     """Whether ``count`` processes can be forked now and exist at the same time.
 
-    Also True if a busy machine has not shown it by ``end_at``.
+    Also True if that is still unknown at ``end_at``, as on a busy machine.
 
     Args:
         become: switches to the user that will run the processes, as the limit may be the user's.
@@ -145,7 +145,7 @@ class ProcessTree:
 
         Args:
             may_block: whether to search by mark and cgroup, too. Use it in a ``Worker`` only.
-            skip_stuck: whether to skip the mark of processes with a thread stuck in the kernel: it may block.
+            skip_stuck: do not read the mark of processes with a thread stuck in the kernel, which may block.
         """
         searchable = may_block and (self.mark or self.cgroup)
         if not self.roots and not self.groups and not searchable:

@@ -170,7 +170,7 @@ def test_r7_a_promotion_that_survives_kill_has_failed() -> None:
     assert bench.now == 100.0 + LIMIT
     assert bench.wake() == []
     assert bench.now == 100.0 + LIMIT + GRACE
-    assert bench.executor.promotion_failed == "it does not end, even by KILL"
+    assert bench.executor.promotion_failed == "it does not end, even after KILL"
 
 
 def test_r7_a_promotion_that_is_killed_late_has_a_full_grace_to_end() -> None:
@@ -181,7 +181,7 @@ def test_r7_a_promotion_that_is_killed_late_has_a_full_grace_to_end() -> None:
     assert bench.step() == []
     assert bench.executor.wake_at == bench.now + GRACE
     assert bench.wake() == []
-    assert bench.executor.promotion_failed == "it does not end, even by KILL"
+    assert bench.executor.promotion_failed == "it does not end, even after KILL"
     assert bench.executor.wake_at == float("inf")
 
 

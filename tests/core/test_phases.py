@@ -68,7 +68,7 @@ def test_a_trigger_leads_to_its_phase_or_raises(phase: Phase, trigger: Trigger) 
     if expected is not None:
         assert next_phase(phase, trigger).phase == expected
     else:
-        with pytest.raises(AssertionError, match=f"{phase} cannot be {trigger}"):
+        with pytest.raises(AssertionError, match=f"from {phase} by {trigger}"):
             next_phase(phase, trigger)
 
 

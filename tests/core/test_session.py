@@ -38,7 +38,7 @@ from agent.core.events import (
 )
 from agent.core.heartbeats import MAX_CONFIRMATIONS, MAX_IN_FLIGHT
 from agent.core.session import MIN_PROMOTION_SHARE, Phase
-from agent.core.timing import minimum_interval_s, plan
+from agent.core.timing import Budget, minimum_interval_s, plan
 from agent.errors import ExitCode
 from agent.model import GroupStatus, HeartbeatAnswer, Role
 
@@ -539,6 +539,31 @@ def test_the_number_of_remembered_heartbeats_is_bounded() -> None:
         bench.wake()
     bench.answered(Answer(P), beat=first)
     assert bench.session.role is S
+
+
+def test_answers_within_the_request_timeout_renew_however_short_the_interval_is() -> None:
+    """Heartbeats each second and answers after 9.5 s: ten heartbeats are in flight at a time."""
+    timing = plan(60.0, Budget(heartbeat_interval_s=1.0))
+    assert timing.request_timeout_s == 10.0
+    bench = Bench()
+    in_flight: list[tuple[int, float]] = []
+
+    def note(effects: list[Effect]) -> None:
+        in_flight.extend((e.number, bench.now) for e in effects if isinstance(e, SendHeartbeat))
+
+    bench.begin()
+    note(bench.step(Joined(timing, STORE)))
+    end_at = bench.now + 120.0
+    while bench.now < end_at:
+        number, sent_at = in_flight[0]
+        if sent_at + 9.5 > bench.session.wake_at:
+            note(bench.wake())
+            continue
+        in_flight.pop(0)
+        bench.now = sent_at + 9.5
+        note(bench.answered(Answer(P, lease_s=60.0), beat=number))
+    assert bench.session.role is P
+    assert bench.session.renew_by > bench.now + 20.0
 
 
 def test_a_pending_primary_confirms_at_once_ten_times_at_most() -> None:

@@ -849,10 +849,10 @@ async def test_a_number_that_is_reused_while_the_file_stays_the_same_fails(
     identity, started = run._known
     assert started is not None
     run._known = (identity, started - 1)  # as if an earlier process had had this number
-    assert "another one by now: sleep" in str(await why(run))
-    assert "another one by now: sleep" in str(await why(run))
+    assert "another process by now: sleep" in str(await why(run))
+    assert "another process by now: sleep" in str(await why(run))
     run._known = (identity, None)  # as if it had been seen dead
-    assert "another one by now" in str(await why(run))
+    assert "another process by now" in str(await why(run))
     os.utime(path, (1, 1))  # the file was written again: it means this process
     assert await why(run) is None
 

@@ -274,7 +274,7 @@ async def test_a_stopped_run_is_not_retried(
 async def test_the_number_of_unreleased_runs_is_bounded(
     hooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "KEPT", 2)
+    monkeypatch.setattr(runner, "KEPT_RUNS", 2)
     hook = spec(script(hooks / "a", "exit 0"))
     starter = HookRunner(Clock())
     runs = []

@@ -315,7 +315,7 @@ async def test_a_socket_that_somebody_has_is_refused_and_left_alone(
 
 async def test_what_is_no_socket_is_not_replaced(short: Path) -> None:
     short.write_text("precious")
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         await made("socket", path=str(short)).progress.start()
     assert short.read_text() == "precious"
 
@@ -470,7 +470,7 @@ async def test_a_link_at_the_sockets_place_is_neither_followed_nor_removed(
     listening.close()  # what it leads to is a dead socket of ours
     for target in (precious, tmp_path / "s", tmp_path / "none"):
         path = link(theirs / f"l-{target.name}", target)
-        with pytest.raises(ConfigError, match="no socket"):
+        with pytest.raises(ConfigError, match="not a socket"):
             await made("socket", path=str(path), mode="0666").progress.start()
         assert path.is_symlink()
     assert precious.stat().st_mode & 0o777 == 0o600
@@ -528,7 +528,7 @@ async def test_the_mode_is_set_on_nothing_but_the_socket_that_was_made(
     monkeypatch.setattr("agent.drivers.progress.unix_socket.os.fchmod", bind)
     monkeypatch.setattr("agent.drivers.progress.unix_socket.os.open", swapped)
     path.unlink()
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         await made("socket", path=str(path), mode="0666").progress.start()
     assert precious.stat().st_mode & 0o777 == 0o600
 
@@ -862,7 +862,7 @@ async def test_the_last_line_that_a_command_prints_is_the_time(
     ("text", "reason", "says"),
     [
         ("echo almost; echo 'no such table' >&2; exit 1", Reason.UNREADABLE, "1: no such table"),
-        ("exit 3", Reason.UNREADABLE, "ended with 3: silence"),
+        ("exit 3", Reason.UNREADABLE, "ended with 3: no error output"),
         ("kill -9 $$", Reason.UNREADABLE, "ended with -9"),
         ("echo garbage", Reason.NOT_A_TIME, "garbage"),
         ("", Reason.NOT_A_TIME, "ISO 8601"),

@@ -415,7 +415,7 @@ async def test_a_command_is_restarted_after_thousands_of_short_runs(
     workload = new(f"echo x >>{tmp_path}/runs", Restart.ALWAYS)
     await workload.start({})
     # as after an hour of failures
-    workload._short = workload._failed = 5000
+    workload._short_runs = workload._failed_runs = 5000
     await until(lambda: read(tmp_path / "runs").count("x") >= 2)
     assert new.ends == []
 

@@ -162,7 +162,7 @@ def test_an_agent_that_starts_without_free_tasks_reports_it(stage: Stage) -> Non
         ]
         agent = stage.process("host-a", "run", *words, before=enter)
         assert agent.wait() == ExitCode.DEMOTION_FAILED
-    assert agent.lines("too few threads for a demotion can be started")
+    assert agent.lines("too few threads can be started for a demotion")
     assert agent.lines("demotion failed")
     assert "Traceback" not in agent.said()
 

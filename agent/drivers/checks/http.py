@@ -74,11 +74,10 @@ class HttpCheck(Check):
                     raise CheckFailed(
                         f"{self.url} answers {response.status_code}, must be {self.status}"
                     )
-                wanted = self.contains
-                if wanted is not None and not await _has(response.aiter_raw(), wanted.encode()):
+                text = self.contains
+                if text is not None and not await _contains(response.aiter_raw(), text.encode()):
                     raise CheckFailed(
-                        f"{self.url} answers without {wanted!r} in the first"
-                        f" {HTTP_BYTES // 1024} KiB"
+                        f"{self.url} answers without {text!r} in the first {HTTP_BYTES // 1024} KiB"
                     )
 
         return run
@@ -89,7 +88,7 @@ class HttpCheck(Check):
             yield "insecure_tls", "is for an https:// url: leave it out"
 
 
-async def _has(parts: AsyncIterator[bytes], wanted: bytes) -> bool:
+async def _contains(parts: AsyncIterator[bytes], wanted: bytes) -> bool:
     body = bytearray()
     async for part in parts:
         start = max(0, len(body) - len(wanted))

@@ -66,7 +66,7 @@ class _Found(NamedTuple):
     started: int
 
 
-def _look(pid: int) -> _Found | None:
+def _read_process(pid: int) -> _Found | None:
     """The process with this id, or None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -93,9 +93,9 @@ def _is_named(found: _Found, name: str) -> bool:
     return exe.removesuffix(DELETED) == name
 
 
-def _all() -> Iterator[_Found]:
+def _all_processes() -> Iterator[_Found]:
     for entry in os.listdir("/proc"):  # noqa: PTH208 - Path objects of all processes cost more
-        if entry.isdecimal() and (found := _look(int(entry))):
+        if entry.isdecimal() and (found := _read_process(int(entry))):
             yield found
 
 
@@ -118,33 +118,33 @@ class Process:
     async def __call__(self) -> None:
         """Return if the process runs. Raises CheckFailed."""
         try:
-            await run_blocking(self._lane, self._see)
+            await run_blocking(self._lane, self._check_now)
         except OSError as error:
             raise CheckFailed(f"{self._check.pid_file} cannot be read: {error.strerror}") from error
 
-    def _see(self) -> None:
+    def _check_now(self) -> None:
         name = self._check.process
         if self._check.pid_file is not None:
-            self._see_pid_file(self._check.pid_file, name)
-        elif not self._is_there(name or ""):
+            self._check_pid_file(self._check.pid_file, name)
+        elif not self._is_running(name or ""):
             raise CheckFailed(f"no process is named {name}")
 
-    def _is_there(self, name: str) -> bool:
-        """Whether a process of the name runs: look at the last known one first, then at all of this host."""
-        last = _look(self._last) if self._last is not None else None
+    def _is_running(self, name: str) -> bool:
+        """Whether a process of the name runs: reads the last known one first, then all of this host."""
+        last = _read_process(self._last) if self._last is not None else None
         if last is None or not _is_named(last, name):
-            named = (found.pid for found in _all() if _is_named(found, name))
+            named = (found.pid for found in _all_processes() if _is_named(found, name))
             self._last = next(named, None)
         return self._last is not None
 
-    def _see_pid_file(self, path: Path, name: str | None) -> None:
+    def _check_pid_file(self, path: Path, name: str | None) -> None:
         with os.fdopen(open_regular(path), "rb") as file:
             stat = os.fstat(file.fileno())
             text = file.read(PID_FILE_BYTES).partition(b"\n")[0].strip()
         if not text.isdigit() or not 0 < int(text) < 2**31:  # not shown: it may be another file's
             raise CheckFailed(f"{path} must begin with a process number, and does not")
         pid = int(text)
-        found = _look(pid)
+        found = _read_process(pid)
         identity = (stat.st_ino, stat.st_mtime_ns, pid)
         if self._known is None or self._known[0] != identity:
             self._known = (identity, found.started if found else None)
@@ -153,7 +153,7 @@ class Process:
             raise CheckFailed(f"{path} names process {pid}, which does not run")
         if found.started != self._known[1]:
             raise CheckFailed(
-                f"{path} names process {pid}, which is another one by now: {found.comm}"
+                f"{path} names process {pid}, which is another process by now: {found.comm}"
             )
         if name is not None and not _is_named(found, name):
             raise CheckFailed(f"{path} names process {pid}, which is {found.comm} and not {name}")

@@ -122,7 +122,7 @@ class Checks:
         except CheckFailed as error:
             return one_line(str(error))
         except Exception as error:  # noqa: BLE001 - a task's edge: a check that cannot run is down
-            log.error("check could not be run", check=check.name, reason=repr(error))  # noqa: TRY400 - a line is an event
+            log.error("check could not be run", check=check.name, reason=repr(error))  # noqa: TRY400 - no traceback needed
             return one_line(f"could not be run: {error!r}")
         return None
 

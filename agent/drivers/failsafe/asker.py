@@ -179,7 +179,7 @@ class Asker:
 
     def _check(self, peer: Peer, question: Question, reply: _Reply) -> Answer:
         if not is_authentic(self._keys, Kind.ANSWER, reply.body, reply.mac):
-            raise AskError(_unauthentic(reply))
+            raise AskError(_why_unauthentic(reply))
         try:
             answer = decode_answer(reply.body)
         except (ValueError, RecursionError) as error:
@@ -227,7 +227,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be reached ({reason})"[:LONGEST_REASON]
 
 
-def _unauthentic(reply: _Reply) -> str:
+def _why_unauthentic(reply: _Reply) -> str:
     """Why an answer without a valid authentication code is refused, with the error text that it contains."""
     try:
         error = msgspec.json.decode(reply.body)["error"]

@@ -187,8 +187,8 @@ class Listener:
             raise _Refused(
                 421,
                 Refusal.NOT_FOR_US,
-                f"This is member {self._session_id} of group {self._group} at {self._url}; asked for was"
-                f" {question.to} of {question.group} at {question.url} by {question.sender}.",
+                f"This is member {self._session_id} of group {self._group} at {self._url}; {question.sender} asked"
+                f" for {question.to} of {question.group} at {question.url}.",
             )
 
     def _reply(self, question: Question, vote: Vote, challenge: str) -> Answer:

@@ -310,7 +310,7 @@ class Guardian:
         return True
 
     def _watch_process(self) -> None:
-        """Wake the loop by the end of the guard, and no longer by each answer: ``check`` reads those."""
+        """Wake the loop when the guard ends, and no longer at each answer: ``check`` reads those."""
         assert self._process and self._socket  # noqa: S101, PT018 - it has answered
         try:
             self._pidfd = os.pidfd_open(self._process.pid)
@@ -341,11 +341,11 @@ class Guardian:
         self._disconnect()
         if self._closed:
             return
-        first = self._trouble is None
+        was_ready = self._trouble is None
         self._trouble = why
         self._restart_soon()
         log.error(message, reason=why, action="starting another one")
-        if first:
+        if was_ready:
             self._on_change(why)
 
     def _restart_soon(self) -> None:
@@ -378,9 +378,9 @@ class Guardian:
 
     def _send_release_document(self) -> None:
         if self._release_document:
-            self._send("BACK", self._release_document, *helper_command())
+            self._send("RELEASE", self._release_document, *helper_command())
         else:
-            self._send("BACK", "")
+            self._send("RELEASE", "")
 
     def _send(self, word: str, *fields: str) -> None:
         if self._socket is None:

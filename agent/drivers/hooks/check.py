@@ -105,8 +105,8 @@ class HookCheck:
             but = f" ({len(ignored)} files are ignored)" if ignored else ""
             raise self._refusal(
                 ExitCode.HOOK_MISSING,
-                f"{directory} has no script{but}; put one there whose name is of letters,"
-                " digits, _ and - only",
+                f"{directory} has no script{but}; put one there whose name has only letters,"
+                " digits, _ and -",
             )
         if len(scripts) > MOST_SCRIPTS:
             raise self._refusal(
@@ -119,7 +119,7 @@ class HookCheck:
             self.check_command([str(script)])
 
     def check_command(self, argv: Sequence[str]) -> None:
-        """Reject a program, with its arguments, whose path has to be absolute.
+        """Reject a program that cannot run as a hook, or that others could change.
 
         Raises:
             ConfigError: CONFIG_VALUE (empty, not absolute), HOOK_MISSING, HOOK_NOT_EXECUTABLE (also:
@@ -224,8 +224,8 @@ def _format_fault(path: Path, search_path: str | None, nested: int = 0) -> str |
     if header.startswith(b"\x7fELF") or b"\0" in header:  # the kernel may know other formats
         return None
     return (
-        "it has no interpreter line: let its very first line, without a byte order mark or a blank"
-        " before it, be one like #!/bin/sh"
+        "it has no interpreter line: its very first line must be one like #!/bin/sh, with no byte order"
+        " mark and no blank before it"
     )
 
 

@@ -116,7 +116,7 @@ class HookContext:
 
     @property
     def digest(self) -> str:
-        """Identifies it in a file that all may read. Too short to find out what a variable has."""
+        """Identifies it in a file that everybody may read; too short to reveal the value of a variable."""
         text = repr((self.directory, self.run_as, sorted(self.environment.items())))
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:4]
 

@@ -20,7 +20,7 @@ from agent.ops.tasks import start_task
 if TYPE_CHECKING:
     from agent.drivers.hooks.webhook import Webhook
 
-KEPT = 16
+KEPT_RUNS = 16
 """How many ended runs are not released: a tenure's promotions, and all attempts to demote within one budget. Each of
 their steps keeps one process id in use."""
 
@@ -192,7 +192,7 @@ class HookRun:
                     cgroup=self._cgroup,
                 )
             case WebhookStep():
-                from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - 0.1 s, for few
+                from agent.drivers.hooks.webhook import Webhook  # noqa: PLC0415 - takes 0.1 s, and few need it
 
                 assert self._spec.tls is not None  # noqa: S101 - a spec with a URL has one
                 request = Webhook(
@@ -252,7 +252,7 @@ class HookRunner:
             cgroup: the directory of a cgroup for its processes, if that can be created.
         """
         ended = [run for run in self._runs if run.ended]
-        for run in ended[:-KEPT]:
+        for run in ended[:-KEPT_RUNS]:
             self.release(run)
         run = HookRun(spec, self._clock, env, payload, on_forked=on_forked, cgroup=cgroup)
         self._runs.append(run)

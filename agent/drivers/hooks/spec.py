@@ -56,7 +56,7 @@ Step = CommandStep | WebhookStep
 
 
 def shown(hook: Sequence[str]) -> tuple[str, ...]:
-    """The words of a hook for a log, or a file that others read: of a query, which may be a secret, the digest."""
+    """The words of a hook for a log, or a file that others read: a query, which may be a secret, becomes a digest."""
     url, mark, query = "".join(hook[:1]).partition("?")
     if not mark or not is_http(url):
         return tuple(hook)
@@ -134,7 +134,7 @@ class HookSpec:
                 self.recheck(step)
 
     def with_scripts(self) -> "HookSpec":
-        """This hook, checked, to which the scripts belong that are there at the first call. Raises ConfigError."""
+        """Check this hook; return it with the scripts that its directory has at the first call. Raises ConfigError."""
         self.check()
         if self.scripts or self.form is not Form.DIRECTORY:
             return self
@@ -259,7 +259,7 @@ def _tls(ca_file: Path | None, urls: list[str]) -> ssl.SSLContext | None:
     if not urls:
         return None
     # Now, and not when it is called: the program may be replaced on disk meanwhile.
-    import agent.drivers.hooks.webhook  # noqa: F401, PLC0415 - 0.1 s, for few
+    import agent.drivers.hooks.webhook  # noqa: F401, PLC0415 - takes 0.1 s, and few need it
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:

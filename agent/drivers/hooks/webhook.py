@@ -105,7 +105,7 @@ class Webhook:
             self._task.cancel()
 
     async def _run(self, payload: Mapping[str, Any]) -> str | None:
-        """Send it; return how that failed, or None."""
+        """Send the request; return why it failed, or None."""
         try:
             async with asyncio.timeout(LONGEST_S):
                 return await self._post(json.dumps(payload).encode())

@@ -70,7 +70,7 @@ class CommandReader:
             raise Refused(Reason.TOO_LONG, text)
         if result.code != 0:
             status = result.code if result.signal is None else -result.signal
-            why = last_line(stderr).decode(errors="replace") or "silence"
+            why = last_line(stderr).decode(errors="replace") or "no error output"
             raise Refused(Reason.UNREADABLE, f"{command} ended with {status}: {why}")
         return read_text(last_line(stdout))
 

@@ -87,6 +87,6 @@ class MetricReader:
             self._client = httpx2.AsyncClient(verify=context, trust_env=False, timeout=None)
         async with self._client.stream("GET", settings.url, headers=HEADERS) as response:
             if response.status_code != httpx2.codes.OK:
-                text = f"{settings.url} answers {response.status_code}, right is 200"
+                text = f"{settings.url} answers {response.status_code}, must be 200"
                 raise Refused(Reason.UNREADABLE, text)
             return await read_lines(response.aiter_raw(), settings.metric)

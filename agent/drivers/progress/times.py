@@ -29,7 +29,7 @@ LATEST_S = 253_402_300_800
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_RIGHT = "right is ISO 8601, such as 2026-01-31T12:00:00Z, or seconds since 1970"
+_RIGHT = "it must be ISO 8601, such as 2026-01-31T12:00:00Z, or seconds since 1970"
 
 
 class Reason(StrEnum):
@@ -137,7 +137,7 @@ def read_text(data: bytes, key: str | None = None, origin: str | None = None) ->
 
     Args:
         data: UTF-8, at most LONGEST_TEXT bytes.
-        key: names of objects' members, and numbers of lists', with dots between.
+        key: names of an object's members, or indexes of a list, with dots between.
         origin: as for ``read_time``.
 
     Raises:

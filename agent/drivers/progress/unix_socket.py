@@ -43,7 +43,6 @@ MOST_CONNECTIONS = 32
 
 BACKLOG = 32
 
-
 FILE_S = 2.0
 """How long the socket's file may take to be made or removed, on a file system that may hang."""
 
@@ -105,7 +104,7 @@ class Listener:
         """Make the socket and listen.
 
         Raises:
-            ConfigError: LISTEN, something alive or something else is there, or it cannot be made.
+            ConfigError: LISTEN, a process or another file has the path, or the socket cannot be made.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -164,7 +163,7 @@ class Listener:
         path = _pinned(directory, self._settings.path)
         listening = socket.socket(socket.AF_UNIX, kind)
         try:
-            _clear(path, kind)
+            _remove_dead_socket(path, kind)
             os.fchmod(listening.fileno(), mode)  # bind applies the umask: the mode is never wider
             listening.bind(str(path))
             self._identity = _set_mode(path, mode)
@@ -214,10 +213,10 @@ def _open_socket(path: Path) -> int:
     os.close(found)
     if stat.S_ISSOCK(status.st_mode):
         raise OSError(f"there is a socket of uid {status.st_uid}")
-    raise OSError("there is something that is no socket")
+    raise OSError("there is a file that is not a socket")
 
 
-def _clear(path: Path, kind: socket.SocketKind) -> None:
+def _remove_dead_socket(path: Path, kind: socket.SocketKind) -> None:
     """Remove a dead agent's socket.
 
     Raises:

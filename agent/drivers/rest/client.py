@@ -161,7 +161,7 @@ class RestClient(Endpoints):
             after: the newest revision seen, or None to be answered at once.
             wait_s: how long the server may delay the answer, if ``after`` is given. A plain v1 server
                 always answers at once: poll it.
-            timeout_s: for everything beside that wait.
+            timeout_s: for everything except that wait.
 
         Raises:
             ServerError: ``status`` 404 if the group is gone.
@@ -170,8 +170,8 @@ class RestClient(Endpoints):
         if after is not None:
             wait = format_time_span(round(wait_s * TICKS_PER_SECOND))
             params = {"after": str(after), "wait": wait}
-        # A failure here is no reason to change the endpoint: a proxy may cut long reads, and not only the
-        # leader answers them. Heartbeats find out.
+        # A failure here is no reason to change the endpoint: a proxy may cut long reads, and coordinators other
+        # than the leader answer them, too. Heartbeats show whether an endpoint has failed.
         with self._connections.borrowed() as connections:
             answer = await send(
                 connections.blocking_read,

@@ -25,9 +25,9 @@ from agent.drivers.rest.credentials import ClientCredentials
 from agent.drivers.rest.exchange import (
     Answer,
     fault_of_url,
+    proves_credentials,
     quoted,
     send,
-    was_let_in,
 )
 from agent.errors import ConfigError, ExitCode, ServerError
 from agent.ops.logs import Log
@@ -47,7 +47,7 @@ KEEPALIVE_S = 45.0
 common servers and balancers (60 s and more)."""
 
 CONNECTIONS = 8
-"""Connections for all requests but blocking reads. An agent has one or two in flight; each has a timeout."""
+"""Connections for all requests but blocking reads. An agent mostly has one or two in flight; each has a timeout."""
 
 BLOCKING_READ_CONNECTIONS = 2
 """Connections for blocking reads: one for the read that waits, one for a read that was just cancelled."""
@@ -245,7 +245,7 @@ class Endpoints:
         """Put other credentials and certificates into force, once the current endpoint answers to them.
 
         Requests that are under way go on with the former ones, whose connections are then closed. The next
-        heartbeat has the connection of the trial.
+        heartbeat uses the connection of the trial.
 
         Args:
             access: the new ones. They are closed if they are not used.
@@ -253,8 +253,8 @@ class Endpoints:
             timeout_s: for that read.
 
         Raises:
-            ServerError: they are refused, do not trust the endpoint, or there is no answer, nor a token; the
-                former ones stay in force.
+            ServerError: they are refused, do not trust the endpoint, get no token, or get no answer; the former
+                ones stay in force.
         """
         new = self._connect(access)
         url = self._url(self._current, path)
@@ -264,7 +264,7 @@ class Endpoints:
             )
             answer.check()
         except ServerError as error:
-            if not was_let_in(error):
+            if not proves_credentials(error):
                 await new.aclose()
                 raise
         except BaseException:

@@ -191,7 +191,7 @@ def fault_of_url(text: str) -> str | None:
     if url.port is not None and not 0 < url.port <= LAST_PORT:
         return f"names port {url.port}, which is not within 1 and {LAST_PORT}"
     if url.userinfo:
-        return "has a user or password in it, which has settings of its own"
+        return "has a user or password in it, for which there are settings"
     return None
 
 
@@ -204,9 +204,9 @@ def quoted(text: str) -> str:
 def retry_after_s(headers: httpx2.Headers) -> float | None:
     """Seconds to wait by Retry-After (RFC 9110, 10.2.3), from 0 to LONGEST_RETRY_AFTER_S.
 
-    Our coordinator's Retry-After-Ms comes first, if it is one: whole seconds are too long for a short lease. A
-    date is counted from the answer's own Date, since our clock may be off. Fractions of a second are read
-    too. None if there is no such header or it makes no sense.
+    Our coordinator's Retry-After-Ms takes precedence if it is valid: whole seconds are too long for a short
+    lease. A date is counted from the answer's own Date, since our clock may be off. Fractions of a second are
+    read, too. None if there is no such header, or it is not valid.
     """
     if re.fullmatch(r"\d{1,9}", milliseconds := headers.get("retry-after-ms", "")):
         return min(int(milliseconds) / 1000, LONGEST_RETRY_AFTER_S)
@@ -304,7 +304,7 @@ def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> S
             reason=quoted(str(error)),
         )
     if isinstance(error, httpx2.ProxyError):
-        return _of_proxy(what, url, quoted(str(error)), root)
+        return _proxy_error(what, url, quoted(str(error)), root)
     if headers_came:
         return _incomplete(what, url, quoted(str(error) or type(error).__name__))
     if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
@@ -348,7 +348,7 @@ def _not_http(what: str, url: str, how: str) -> ServerError:
     return _error(what, url, problem, right, ExitCode.NOT_HTTP)
 
 
-def _of_proxy(what: str, url: str, why: str, root: BaseException) -> ServerError:
+def _proxy_error(what: str, url: str, why: str, root: BaseException) -> ServerError:
     """Build the error for a proxy that has refused the connection, or does not answer."""
     if why.startswith(str(httpx2.codes.PROXY_AUTHENTICATION_REQUIRED.value)):
         right = "check proxy_username and proxy_password_file"
@@ -368,7 +368,7 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
             why = f"its certificate is not trusted: {root.verify_message}"
             right = "name the CA that signed it, and use a host name that is in the certificate"
         case ssl.SSLError(reason=str(reason)) if "CERTIFICATE_REQUIRED" in reason:
-            why = "it asks for a client certificate, which this program has none of"
+            why = "it asks for a client certificate, and this program has none"
             right = "set client_certificate and client_key, or let the server take a password or a token"
         case ssl.SSLError():
             why = f"TLS failed: {root.reason or root}"
@@ -382,10 +382,10 @@ def _unreachable(what: str, url: str, root: BaseException) -> ServerError:
     return _error(what, url, problem, right, ExitCode.UNREACHABLE)
 
 
-def was_let_in(error: ServerError) -> bool:
-    """Whether an error is an answer to a caller whose credentials the server accepts.
+def proves_credentials(error: ServerError) -> bool:
+    """Whether an error proves that the server has accepted the credentials.
 
-    403 is one: the caller is known, and does not have the right.
+    403 does: the caller is known, and does not have the right.
     """
     answered = error.exit_code in {ExitCode.REFUSED, ExitCode.NOT_THE_API}
     return answered or error.status == httpx2.codes.FORBIDDEN
