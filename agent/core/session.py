@@ -101,10 +101,7 @@ class Session(FailsafeMember):
             self._handle(event, now, effects)
             self._advance(now, effects)
         except BaseException:
-            for (
-                attributes,
-                values,
-            ) in before:  # shallow copies suffice: collections are never mutated
+            for attributes, values in before:  # shallow: collections are never mutated
                 attributes.clear()
                 attributes.update(values)
             raise
