@@ -10,18 +10,20 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from operator import methodcaller
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from agent.schema import access, api, failsafe_api
+from agent.schema.fields import parts_of
 from agent.schema.scalars import not_json, shown
 from agent.schema.values import (
     Id,
     Shape,
     encode_with_names,
     encode_with_numbers,
+    in_words,
 )
 
 S = TypeVar("S", bound=Shape)
@@ -33,13 +35,6 @@ SHAPES: tuple[type[Shape], ...] = tuple(
     if isinstance(one, type) and issubclass(one, Shape) and one.__module__ == module.__name__
 )
 REQUESTS = tuple(shape for shape in SHAPES if shape.__name__.endswith("Request"))
-NESTED: tuple[type[Shape], ...] = (
-    api.SessionHeartbeat,
-    failsafe_api.FailsafeMember,
-    failsafe_api.LapsedTenure,
-    access.AccessControlEntry,
-    access.Trustee,
-)
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -190,18 +185,21 @@ def _format(path: _Path, whole: str) -> str:
 def _right(shape: type[Shape], path: _Path, otherwise: str) -> str:
     """The description of the last property of the path, of ``shape`` or of one inside it."""
     name = next((step for step in reversed(path) if isinstance(step, str)), None)
-    for known in (shape, *NESTED):
+    for known in _with_nested(shape):
         for field in msgspec.structs.fields(known):
-            if field.encode_name == name and (text := _description(field.type)):
-                return text[0].lower() + text[1:].rstrip(".")
+            if field.encode_name == name:
+                return in_words(field.type)
     return otherwise
 
 
-def _description(annotated: Any) -> str | None:
-    for one in getattr(annotated, "__metadata__", ()):
-        if isinstance(one, Meta) and one.description:
-            return one.description
-    return next(filter(None, map(_description, get_args(annotated))), None)
+def _with_nested(shape: type[Shape]) -> Iterator[type[Shape]]:
+    """A shape and all those inside it."""
+    yield shape
+    for field in msgspec.structs.fields(shape):
+        for part in parts_of(field.type):
+            kind = get_args(part)[0] if get_origin(part) is list else part
+            if isinstance(kind, type) and issubclass(kind, Shape):
+                yield from _with_nested(kind)
 
 
 def component_schemas() -> dict[str, Any]:
@@ -209,22 +207,23 @@ def component_schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         SHAPES, schema_hook=methodcaller("schema"), ref_template=REFERENCE
     )
-    asked = (*REQUESTS, access.AccessControlEntry, access.Trustee)
-    answers = {shape.__name__ for shape in SHAPES if shape not in asked}
-    for name, schema in schemas.items():
-        properties = schema["properties"]
-        for key, declared in properties.items():
-            properties[key] = _tidied(declared, answered=name in answers)
+    asked = {nested for shape in REQUESTS for nested in _with_nested(shape)}
+    for shape in SHAPES:
+        properties = schemas[shape.__name__]["properties"]
+        for field in msgspec.structs.fields(shape):
+            key, answered = field.encode_name, shape not in asked
+            properties[key] = _tidied(field.type, properties[key], answered=answered)
     return schemas
 
 
 def id_schema() -> dict[str, Any]:
     """The JSON Schema of an id in a path."""
-    return _tidied(msgspec.json.schema(Id), answered=False)
+    return _tidied(Id, msgspec.json.schema(Id), answered=False)
 
 
-def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
+def _tidied(kind: Any, declared: Any, *, answered: bool) -> dict[str, Any]:
     """A property's schema with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
+    words = in_words(kind)
     schema = {key: value for key, value in declared.items() if key != "default"}
     choices = schema.pop("anyOf", [])
     if answered:
@@ -236,4 +235,4 @@ def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
     for one in (schema, *choices):
         if "pattern" in one:
             one["pattern"] = one["pattern"].replace(r"\Z", "$")
-    return schema
+    return {**schema, "description": f"{words[0].upper()}{words[1:]}."}

@@ -165,7 +165,7 @@ class Setting:
         name: its key in the file.
         annotation: the type of its value, without markers.
         default: MISSING if it has none, or one that is derived.
-        markers: all other markers, by their class.
+        markers: all markers, by their class.
     """
 
     owner: type[Any]
@@ -237,7 +237,7 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
     bare = get_type_hints(declared)
     found = []
     for item in fields(declared):
-        markers = dict(_markers(hints[item.name]))
+        markers = {type(part): part for part in parts_of(hints[item.name])}
         given = (item.default, item.default_factory)
         required = given == (MISSING, MISSING) and DefaultFrom not in markers
         found.append(Setting(declared, item.name, bare[item.name], item.default, required, markers))
@@ -264,16 +264,13 @@ def _docs_of(declared: Any) -> Mapping[str, str]:
     }
 
 
-def _markers(annotation: Any) -> Iterator[tuple[type[Any], Any]]:
-    """The markers in an annotation, by class; the outer ones last."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *markers = get_args(annotation)
-        yield from _markers(inner)
-        yield from ((type(marker), marker) for marker in markers)
-    elif origin in {Union, types.UnionType}:
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """The types and the markers in an annotation; the outer ones last."""
+    if get_origin(annotation) in {Annotated, Union, types.UnionType}:
         for part in get_args(annotation):
-            yield from _markers(part)
+            yield from parts_of(part)
+    else:
+        yield annotation
 
 
 def reloadable(declared: type[Any]) -> frozenset[str]:

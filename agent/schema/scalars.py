@@ -5,13 +5,10 @@ Plain functions, for both sides of the API. Owns no shape, and imports no pydant
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
 
-from agent.model import TICKS_PER_SECOND, Role, RoleOverride
-
-E = TypeVar("E", Role, RoleOverride)
+from agent.model import TICKS_PER_SECOND
 
 MAX_TICKS = 2**63 - 1
 """A .NET time-span is a signed 64-bit count of ticks: 10675199.02:48:05.4775807 at most."""
@@ -128,24 +125,6 @@ def format_date_time(moment: datetime) -> str:
 def not_a_time(given: object) -> str:
     """Build the error's sentence for a value that is not a date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
-
-
-ROLE_NUMBERS = ((Role.SECONDARY, 0), (Role.PRIMARY, 1), (Role.PENDING_PRIMARY, 2))
-OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
-
-
-def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
-    """The member of an enumeration with this number, or this name in any letter case.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    known = isinstance(given, str | int | float) and not isinstance(given, bool)
-    for member, number in numbers if known else ():
-        if given == number or (isinstance(given, str) and given.lower() == member.value.lower()):
-            return member
-    choices = ", ".join(f"{number} or {member.value}" for member, number in numbers)
-    raise ValueError(f"{shown(given)} is unknown: it must be {choices}")
 
 
 def not_json(given: str | bytes, whole: str, why: str) -> str:

@@ -6,32 +6,43 @@ for a value of the wrong JSON type, and ValueError, whose text completes "PROPER
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
 from msgspec import Meta, Raw, Struct
 from msgspec.structs import fields as struct_fields
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
+from agent.schema.fields import parts_of
 from agent.schema.scalars import (
     CLOCK,
     ISO_BODY,
     LONGEST_PERIOD_TICKS,
     MAX_TICKS,
-    OVERRIDE_NUMBERS,
-    ROLE_NUMBERS,
-    E,
     format_time_span,
     not_a_time,
     parse_date_time,
     parse_time_span,
-    read_member,
+    shown,
 )
 
+E = TypeVar("E", Role, RoleOverride)
 M = TypeVar("M")
 
 MAX_DEPTH = 62
@@ -47,11 +58,11 @@ class TimeSpan(int):
     """Ticks of 100 ns; a time-span in JSON.
 
     Attributes:
-        limits: the range in words; ``low`` and ``high`` are the same in ticks.
+        words: with the range, which ``low`` and ``high`` have in ticks.
         patterns: of the texts that the schema admits.
     """
 
-    limits: ClassVar[str] = "from -10675199.02:48:05.4775808 to 10675199.02:48:05.4775807"
+    words: ClassVar[str] = "a time-span"
     low: ClassVar[int] = -MAX_TICKS - 1
     high: ClassVar[int] = MAX_TICKS
     patterns: ClassVar[tuple[str, ...]] = (rf"-?(?:[1-9][0-9]{{0,7}}\.)?{CLOCK}",)
@@ -62,7 +73,7 @@ class TimeSpan(int):
             raise TypeError
         ticks = parse_time_span(given)
         if not cls.low <= ticks <= cls.high:
-            raise ValueError(f"{format_time_span(ticks)} is out of range: it must be {cls.limits}")
+            raise ValueError(f"{format_time_span(ticks)} is out of range: it must be {cls.words}")
         return cls(ticks)
 
     @classmethod
@@ -70,7 +81,6 @@ class TimeSpan(int):
         return {
             "type": "string",
             "pattern": "|".join(f"^{pattern}$" for pattern in cls.patterns),
-            "description": f"A time-span {cls.limits}.",
             "examples": ["00:01:00"],
         }
 
@@ -78,7 +88,7 @@ class TimeSpan(int):
 class LeaseSpan(TimeSpan):
     """A FailoverTimeout that a new group may have."""
 
-    limits = "from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
+    words = "a time-span from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
     low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
     high = round(LONGEST_LEASE_S * TICKS_PER_SECOND)
     patterns = (
@@ -95,7 +105,7 @@ class Lease(TimeSpan):
 class HoldOffSpan(TimeSpan):
     """How long a session that releases is not to be chosen again."""
 
-    limits = "from 00:00:00 to 1.00:00:00 (1 day)"
+    words = "a time-span from 00:00:00 to 1.00:00:00 (1 day)"
     low = 0
     high = round(LONGEST_HOLD_OFF_S * TICKS_PER_SECOND)
     patterns = (
@@ -108,7 +118,7 @@ class HoldOffSpan(TimeSpan):
 class ExpirationSpan(TimeSpan):
     """The time that an override lasts."""
 
-    limits = "longer than 00:00:00, under 2000000 days"
+    words = "a time-span longer than 00:00:00, under 2000000 days"
     low = 1
     high = LONGEST_PERIOD_TICKS
     patterns = (
@@ -124,6 +134,7 @@ if TYPE_CHECKING:
     TrusteeKind = int
     AccessType = int
     AccessRights = int
+    Confirmed = bool
 else:
 
     class _AcceptsAnyValue(type):
@@ -134,6 +145,8 @@ else:
 
     class Moment(metaclass=_AcceptsAnyValue):
         """An aware datetime in UTC, or None: ISO 8601 in JSON, where 0001-01-01T00:00:00 means never."""
+
+        words = "a date-time"
 
         @classmethod
         def read(cls, given: object) -> datetime | None:
@@ -154,10 +167,11 @@ else:
                 raise ValueError(not_a_time(given))
             return moment
 
-    class Count(metaclass=_AcceptsAnyValue):
+    class _Integer(metaclass=_AcceptsAnyValue):
         """An integer from ``least`` to ``most``. In JSON, 1.0 is an integer, too."""
 
-        least, most = 0, MAX_EPOCH
+        def __init_subclass__(cls) -> None:
+            cls.words = f"an integer from {cls.least} to {cls.most}"
 
         @classmethod
         def read(cls, given: object) -> int:
@@ -171,45 +185,70 @@ else:
         def schema(cls) -> dict[str, Any]:
             return {"type": "integer", "minimum": cls.least, "maximum": cls.most}
 
-    class TrusteeKind(Count):
+    class Count(_Integer):
+        least, most = 0, MAX_EPOCH
+
+    class TrusteeKind(_Integer):
         least, most = 1, 3
 
-    class AccessType(Count):
+    class AccessType(_Integer):
         least, most = 0, 1
 
-    class AccessRights(Count):
+    class AccessRights(_Integer):
         least, most = 0, 31
+
+    class Confirmed(metaclass=_AcceptsAnyValue):
+        """The JSON value true; every other value is refused."""
+
+        words = "the value true"
+
+        @classmethod
+        def read(cls, given: object) -> bool:
+            if given is not True:
+                raise TypeError
+            return True
+
+        @classmethod
+        def schema(cls) -> dict[str, Any]:
+            return {"type": "boolean", "const": True}
 
 
 class _Code(Generic[E]):  # not a dataclass: msgspec would decode it without calling ``read``
-    """A member of an enumeration of v1: numbers and names are read, one of them is written."""
+    """A member of an enumeration of v1: numbers, and names in any letter case, are read; one of them is written."""
 
-    numbers: ClassVar[Sequence[tuple[Any, int]]] = ()
+    numbers: ClassVar[Mapping[Any, int]]
+    words: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.words = ", ".join(f"{number} or {member}" for member, number in cls.numbers.items())
 
     def __init__(self, member: E) -> None:
         self.member: E = member
-        self.number = dict(self.numbers)[member]
+        self.number = self.numbers[member]
 
     @classmethod
     def read(cls, given: object) -> Self:
-        return cls(read_member(cls.numbers, given))
+        known = isinstance(given, str | int | float) and not isinstance(given, bool)
+        for member, number in cls.numbers.items() if known else ():
+            if given == number or str(given).lower() == member.lower():
+                return cls(member)
+        raise ValueError(f"{shown(given)} is unknown: it must be {cls.words}")
 
     @classmethod
     def schema(cls) -> dict[str, Any]:
-        known = [number for _, number in cls.numbers] + [member.value for member, _ in cls.numbers]
-        return {"type": ["integer", "string"], "enum": known}
+        return {"type": ["integer", "string"], "enum": [*cls.numbers.values(), *cls.numbers]}
 
 
 class RoleCode(_Code[Role]):
     """A ClientRole."""
 
-    numbers: ClassVar = ROLE_NUMBERS
+    numbers: ClassVar = {Role.SECONDARY: 0, Role.PRIMARY: 1, Role.PENDING_PRIMARY: 2}
 
 
 class OverrideCode(_Code[RoleOverride]):
     """A RoleOverride."""
 
-    numbers: ClassVar = OVERRIDE_NUMBERS
+    numbers: ClassVar = {RoleOverride.OFF: 0, RoleOverride.PRIMARY: 1}
 
 
 ROLES: Mapping[Role, RoleCode] = {role: RoleCode(role) for role in Role}
@@ -219,7 +258,7 @@ OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one
 class Additional:
     """An object that is passed on to clients unchanged. It is kept as JSON, so it is encoded only once."""
 
-    limits: ClassVar[str] = "kept as it was given"
+    words: ClassVar[str] = "an object, kept as it was given"
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -238,13 +277,13 @@ class Additional:
 class GivenAdditional(Additional):
     """AdditionalData in a request, within the limits of this service."""
 
-    limits = f"of at most {MAX_BYTES} bytes, {MAX_NODES} values and {MAX_DEPTH} levels"
+    words = f"an object of at most {MAX_BYTES} bytes, {MAX_NODES} values and {MAX_DEPTH} levels"
 
     @classmethod
     def read(cls, given: object) -> Self:
         kept = None if _is_larger(given) else super().read(given)
         if kept is None or len(kept.text.encode()) > MAX_BYTES:
-            raise ValueError(f"it is too large: it must be an object {cls.limits}")
+            raise ValueError(f"it is too large: it must be {cls.words}")
         return kept
 
 
@@ -263,20 +302,6 @@ def _is_larger(value: object) -> bool:
     return False
 
 
-class Confirmed:
-    """The JSON value true; every other value is refused."""
-
-    @classmethod
-    def read(cls, given: object) -> Self:
-        if given is not True:
-            raise TypeError
-        return cls()
-
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        return {"type": "boolean", "const": True}
-
-
 # C stands for the characters that no id has: '/' would end a path segment, and "." and ".." as
 # whole segments are taken out of a URL by HTTP clients.
 _ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f\x7f-\x9f")
@@ -287,9 +312,8 @@ Id = Annotated[
         min_length=1,
         max_length=256,
         pattern=_ID_PATTERN,
-        description="A string of 1 to 256 characters, without '/' and control characters,"
-        " and not '.' or '..'.",
     ),
+    "without '/' and control characters, and not '.' or '..'",
 ]
 
 
@@ -297,14 +321,27 @@ Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 """An id in an answer. Agents pass it to hooks and store it in files, so its length is bounded."""
 
 
-def doc(description: str) -> Meta:
-    """Describe a property, for the OpenAPI document and for errors."""
-    return Meta(description=description)
+_WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
 
 
-def counted(description: str) -> Meta:
-    """Describe a Count, as ``doc`` does; the range comes first."""
-    return doc(f"An integer from 0 to {MAX_EPOCH}: {description}")
+def in_words(annotated: Any) -> str:
+    """The accepted values of a property: the type, its bounds, and the string in its annotation."""
+    words = bounds = text = ""
+    for part in parts_of(annotated):
+        kind = get_origin(part) or part
+        if isinstance(part, str):
+            text = f": {part}"
+        elif isinstance(part, Meta) and part.le is not None:
+            bounds = f" from {part.ge} to {part.le}"
+        elif isinstance(part, Meta):
+            least = f"{part.min_length} to" if part.min_length else "at most"
+            unit = "entries" if words == _WORDS[list] else "characters"
+            bounds = f" of {least} {part.max_length} {unit}"
+        elif kind is Literal:
+            words = f"one of {', '.join(get_args(part))}"
+        elif kind is not NoneType:
+            words = getattr(kind, "words", None) or _WORDS[kind]
+    return words + bounds + text
 
 
 WIRE_NAMES = {
@@ -331,6 +368,8 @@ def wire_name(field: str) -> str:
 
 class Shape(Struct, rename=wire_name, omit_defaults=True, frozen=True):
     """A JSON object of the API. A property without a value is None, and left out of the JSON."""
+
+    words: ClassVar[str] = "an object"
 
 
 class Mirror(Shape, Generic[M], frozen=True):
@@ -406,8 +445,6 @@ def encode_with_names(value: Any) -> Any:
 
 
 def _encode_other(value: Any) -> Any:
-    if isinstance(value, Confirmed):
-        return True
     return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 
