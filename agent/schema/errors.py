@@ -18,46 +18,31 @@ MOST_FAULTS = 20
 """The most lines about the tables of one setting, so that a broken file does not fill the screen."""
 
 
-class TableError(ValueError):
-    """The faults in the tables of one setting: one sentence for each, which names table and key.
-
-    Attributes:
-        unknown_key: whether the first fault is an unknown key.
-    """
-
-    def __init__(self, faults: Sequence[str], *, unknown_key: bool = False) -> None:
-        super().__init__("; ".join(faults))
-        self.faults = tuple(faults)
-        self.unknown_key = unknown_key
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault of one setting or one key of a table.
+    """A fault of one setting, one table or one key of a table.
 
     Attributes:
+        key: the setting, table or key; "" for an unknown key, which the text names.
         shown: the refused value for the message, or "" without one.
-        unknown: whether the key does not exist.
-        tables: the faults in the setting's tables, if they are the fault.
+        unknown: whether a key does not exist.
+        in_table: whether the text names the place within the setting's tables.
     """
 
     key: str
     text: str
     shown: str = ""
     unknown: bool = False
-    tables: TableError | None = None
+    in_table: bool = False
 
     def __str__(self) -> str:
-        """The sentence for a key of a table."""
-        if self.unknown:
-            return self.text
-        return (
-            f"{self.key} = {self.shown}: {self.text}" if self.shown else f"{self.key}: {self.text}"
-        )
+        """The sentence with its place."""
+        place = f"{self.key} = {self.shown}" if self.shown else self.key
+        return f"{place}: {self.text}" if place else self.text
 
 
-class InvalidError(ConfigError):
-    """Values are wrong, or contradict each other. ``faults`` has one for each key."""
+class InvalidError(ConfigError, ValueError):
+    """Values are wrong, or contradict each other. ``faults`` has at least one for each wrong key."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("\n".join(map(str, faults)))
@@ -67,7 +52,7 @@ class InvalidError(ConfigError):
 def faults_of(
     errors: Sequence[Mapping[str, Any]], names: Sequence[str], noun: str
 ) -> Iterator[Fault]:
-    """One fault for each key that pydantic refuses, unknown keys first.
+    """The faults of each key that pydantic refuses, unknown keys first.
 
     Args:
         errors: as ``ValidationError.errors`` returns them.
@@ -85,14 +70,16 @@ def faults_of(
         match error["type"]:
             case "extra_forbidden":
                 right = suggest(key, names, f"it has {', '.join(names)}")
-                yield Fault(key, f"{noun} has no key {shown(key)}: {right}", unknown=True)
+                yield Fault("", f"{noun} has no key {shown(key)}: {right}", unknown=True)
             case "missing":
                 yield Fault(key, f"is missing, and {noun} needs it")
             case "path_type":
                 yield Fault(key, "must be a path, as a string", shown(error["input"]))
+            case _ if isinstance(cause, InvalidError):
+                for fault in cause.faults:
+                    yield Fault(key, str(fault), unknown=fault.unknown, in_table=True)
             case _:
-                tables = cause if isinstance(cause, TableError) else None
-                yield Fault(key, text, shown(error["input"]), tables=tables)
+                yield Fault(key, text, shown(error["input"]))
 
 
 def suggest(name: str, names: Sequence[str], otherwise: str) -> str:

@@ -23,7 +23,6 @@ from agent.schema.errors import (
     MOST_FAULTS,
     Fault,
     InvalidError,
-    TableError,
     faults_of,
     shown,
     suggest,
@@ -123,7 +122,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
     """Parse the table, or tables, of a setting; a flag or a variable has them as JSON.
 
     Raises:
-        ValueError: there are no tables; TableError if something in them is wrong.
+        ValueError: there are no tables; InvalidError if something in them is wrong.
     """
     if value is None:
         return None
@@ -143,7 +142,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
 def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
     """Parse tables that have a unique name each."""
     found: list[Any] = []
-    errors: list[TableError] = []
+    faults: list[Fault] = []
     first: dict[str, int] = {}
     for number, table in enumerate(given, 1):
         name = table.get("name") if isinstance(table, Mapping) else None
@@ -151,17 +150,16 @@ def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
         place += f" ({shown(name)})" if isinstance(name, str) else ""
         try:
             read = _read_table(tables, table, place)
-        except TableError as error:
-            errors.append(error)
+        except InvalidError as error:
+            faults += error.faults
             continue
         if read.name in first:
             other = f"{tables.key} {first[read.name]} has that name already: choose another"
-            errors.append(TableError([f"{place}: name: {other}"]))
+            faults.append(Fault(place, f"name: {other}"))
         first.setdefault(read.name, number)
         found.append(read)
-    if errors:
-        faults = [fault for error in errors for fault in error.faults]
-        raise TableError(faults[:MOST_FAULTS], unknown_key=errors[0].unknown_key)
+    if faults:
+        raise InvalidError(faults[:MOST_FAULTS])
     return tuple(found)
 
 
@@ -169,19 +167,17 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
     if isinstance(given, Declared):
         return given
     if not isinstance(given, Mapping):
-        raise TableError([f"{place}: must be a table, under {tables.header}"])
+        raise InvalidError([Fault(place, f"must be a table, under {tables.header}")])
     kind = given.get("type") if "" not in tables.kinds else ""
     if not isinstance(kind, str) or kind not in tables.kinds:
         wrong = f"type = {shown(kind)}" if "type" in given else "type"
-        raise TableError([f"{place}: {wrong}: must be one of {', '.join(tables.kinds)}"])
+        raise InvalidError([Fault(place, f"{wrong}: must be one of {', '.join(tables.kinds)}")])
     noun = f"{tables.noun} of type {kind}" if kind else tables.noun
     try:
         return validate(tables.load(kind), given, noun)
     except InvalidError as error:
-        raise TableError(
-            [f"{place}: {fault}" for fault in error.faults],
-            unknown_key=any(fault.unknown for fault in error.faults),
-        ) from None
+        faults = [Fault(place, str(fault), unknown=fault.unknown) for fault in error.faults]
+        raise InvalidError(faults) from None
 
 
 @dataclass(frozen=True)
@@ -242,19 +238,18 @@ class Sources(Generic[S]):
         try:
             settings = validate(self.declared, {**self.file, **self.environment, **self.flags})
         except InvalidError as error:
-            lines += [line for fault in error.faults for line in self._lines(fault)]
-            first = error.faults[0].tables
-            if first is not None and first.unknown_key:
+            lines += map(self._line, error.faults)
+            if error.faults[0].unknown:
                 exit_code = ExitCode.CONFIG_UNKNOWN_KEY
         if lines:
             raise ConfigError("\n".join(lines), exit_code=exit_code)
         return settings
 
-    def _lines(self, fault: Fault) -> list[str]:
-        """The lines of a fault, each with the place where the value was given."""
+    def _line(self, fault: Fault) -> str:
+        """The line of a fault, with the place where the value was given."""
         key, place = fault.key, self.origin(fault.key)
-        if fault.tables is not None:  # the sentences name table and key already
-            return [f"{place}: {text}" for text in fault.tables.faults]
+        if fault.in_table:
+            return f"{place}: {fault.text}"
         if key in self.flags:
             given = self.flags[key]
             values = given if isinstance(given, tuple) else (given,)
@@ -265,7 +260,7 @@ class Sources(Generic[S]):
             place = f"{place}: {key} = {shown(self.file[key])}"
         else:
             place = f"{key} (default)"
-        return [f"{place}: {fault.text}"]
+        return f"{place}: {fault.text}"
 
 
 def _read_file(path: Path) -> dict[str, Any]:
