@@ -2,6 +2,7 @@
 
 import ipaddress
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 
 class Address(NamedTuple):
@@ -34,6 +35,12 @@ def is_link_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_link_local
     except ValueError:
         return False
+
+
+def is_exposed(url: str) -> bool:
+    """Whether what is sent to an http or mqtt URL leaves this machine unencrypted."""
+    parts = urlsplit(url)
+    return not parts.scheme.endswith("s") and not is_loopback(parts.hostname or "")
 
 
 def is_loopback(host: str) -> bool:

@@ -1,18 +1,15 @@
 """Format a fault of a setting as a sentence: what is wrong, and what would be right.
 
-Owns the wording, and how a refused value is shown. read.py adds where the value was given.
+Owns the wording. read.py adds where the value was given.
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agent.errors import ConfigError
-
-LONGEST_SHOWN = 80
-"""The most characters of a refused value in its error: enough to find it, and still one line."""
+from agent.schema.formats import shown
 
 MOST_FAULTS = 20
 """The most lines about the tables of one setting, so that a broken file does not fill the screen."""
@@ -86,9 +83,3 @@ def suggest(name: str, names: Sequence[str], otherwise: str) -> str:
     """The sentence that suggests the name probably meant; ``otherwise`` if none is similar."""
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]}?" if match else otherwise
-
-
-def shown(value: object) -> str:
-    """Format a refused value, without credentials and not too long."""
-    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

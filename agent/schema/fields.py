@@ -94,14 +94,6 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Length:
-    """The fewest and the most characters of a string."""
-
-    least: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
 class Example:
     """The value in the sample file, for a setting without a default. That of a file follows from its name."""
 

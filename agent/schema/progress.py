@@ -6,8 +6,8 @@ The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
-from agent.schema.fields import Declared, Format, Length
-from agent.schema.formats import DurationOrZero, must
+from agent.schema.fields import Declared, Format
+from agent.schema.formats import DurationOrZero, must, sized
 
 DEFAULT_MAX_FUTURE_S = 5.0
 """Also the bound without a table [progress]. Clocks that NTP adjusts are within milliseconds of each other, and
@@ -23,11 +23,11 @@ MaxFuture = Annotated[
 _check_key: Callable[[str], str] = must(
     'be names, or numbers in lists, with dots between ("status.items.0")',
     lambda key: all(key.split(".")),
+    first=sized(1, 256),
 )
 JsonKey = Annotated[
     str,
     Format("KEY", "names with dots between", after=_check_key),
-    Length(0, 256),
     "Where in it the time is, if it is JSON. Not set: it is the time itself.",
 ]
 

@@ -24,20 +24,18 @@ from agent.schema.errors import (
     Fault,
     InvalidError,
     faults_of,
-    shown,
     suggest,
 )
 from agent.schema.fields import (
     Declared,
     DefaultFrom,
-    Length,
     Range,
     Setting,
     Settings,
     Tables,
     settings_of,
 )
-from agent.schema.formats import load_json
+from agent.schema.formats import load_json, shown
 
 D = TypeVar("D", bound=Declared)
 S = TypeVar("S", bound=Settings)
@@ -70,15 +68,13 @@ def _annotation(setting: Setting) -> Any:
     form = setting.format
     if form.parse is not None:
         return Annotated[Any, pydantic.PlainValidator(partial(_parse, form.parse, setting))]
-    limits, length = setting.markers.get(Range), setting.markers.get(Length)
+    limits = setting.markers.get(Range)
     parts: list[Any] = []
     if form.before is not None:
         parts.append(pydantic.BeforeValidator(form.before))
     if limits is not None and limits.enforced:
         least = {"gt" if limits.above else "ge": limits.least}
         parts.append(pydantic.Field(**least, le=limits.most))
-    if length is not None:
-        parts.append(pydantic.Field(min_length=length.least, max_length=length.most))
     if form.after is not None:
         parts.append(pydantic.AfterValidator(form.after))
     checked = setting.value_type

@@ -40,7 +40,6 @@ from agent.schema.formats import (
     SecretFile,
     Text,
     Variables,
-    check_url,
 )
 from agent.schema.kinds import CHECKS, MQTT, PROGRESS
 from agent.schema.mqtt import Mqtt
@@ -326,7 +325,7 @@ class AgentSettings(Settings):
         if self.token_endpoint is not None:
             urls.append(("token_endpoint", self.token_endpoint))
         for key, url in urls:
-            parts = check_url(url)
+            parts = urlsplit(url)
             hosts = [parts.hostname, urlsplit(self.proxy).hostname if self.proxy else "localhost"]
             if parts.scheme == "http" and not all(is_loopback(host or "") for host in hosts):
                 yield key, f"{url} would carry the {secret} unencrypted: use https"
