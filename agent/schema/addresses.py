@@ -23,18 +23,14 @@ class Address(NamedTuple):
     @property
     def is_one_place(self) -> bool:
         """Whether this is a single IP address and a port, rather than a wildcard, so that others can connect to it."""
-        try:
-            return self.port != 0 and not ipaddress.ip_address(self.host).is_unspecified
-        except ValueError:
-            return False
+        parsed = _parsed(self.host)
+        return self.port != 0 and parsed is not None and not parsed.is_unspecified
 
 
 def is_link_local(host: str) -> bool:
     """Whether a host is a link-local address: other hosts on other links may have the same one."""
-    try:
-        return ipaddress.ip_address(host).is_link_local
-    except ValueError:
-        return False
+    parsed = _parsed(host)
+    return parsed is not None and parsed.is_link_local
 
 
 def is_exposed(url: str) -> bool:
@@ -45,7 +41,12 @@ def is_exposed(url: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
+    parsed = _parsed(host)
+    return host.lower() == "localhost" if parsed is None else parsed.is_loopback
+
+
+def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return host.lower() == "localhost"
+        return None
