@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from operator import methodcaller
-from typing import Any, TypeVar, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from agent.schema import access, api, failsafe_api
 from agent.schema.fields import parts_of
@@ -23,7 +24,6 @@ from agent.schema.values import (
     Shape,
     encode_with_names,
     encode_with_numbers,
-    in_words,
 )
 
 S = TypeVar("S", bound=Shape)
@@ -188,8 +188,31 @@ def _right(shape: type[Shape], path: _Path, otherwise: str) -> str:
     for known in _with_nested(shape):
         for field in msgspec.structs.fields(known):
             if field.encode_name == name:
-                return in_words(field.type)
+                return _in_words(field.type)
     return otherwise
+
+
+_WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
+
+
+def _in_words(annotated: Any) -> str:
+    """The accepted values of a property: the type, its bounds, and the string in its annotation."""
+    words = bounds = text = ""
+    for part in parts_of(annotated):
+        kind = get_origin(part) or part
+        if isinstance(part, str):
+            text = f": {part}"
+        elif isinstance(part, Meta) and part.le is not None:
+            bounds = f" from {part.ge} to {part.le}"
+        elif isinstance(part, Meta):
+            least = f"{part.min_length} to" if part.min_length else "at most"
+            unit = "entries" if words == _WORDS[list] else "characters"
+            bounds = f" of {least} {part.max_length} {unit}"
+        elif kind is Literal:
+            words = f"one of {', '.join(get_args(part))}"
+        elif kind is not NoneType:
+            words = getattr(kind, "words", None) or _WORDS[kind]
+    return words + bounds + text
 
 
 def _with_nested(shape: type[Shape]) -> Iterator[type[Shape]]:
@@ -223,7 +246,7 @@ def id_schema() -> dict[str, Any]:
 
 def _tidied(kind: Any, declared: Any, *, answered: bool) -> dict[str, Any]:
     """A property's schema with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
-    words = in_words(kind)
+    words = _in_words(kind)
     schema = {key: value for key, value in declared.items() if key != "default"}
     choices = schema.pop("anyOf", [])
     if answered:

@@ -10,26 +10,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from functools import cache, lru_cache
-from types import NoneType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    Self,
-    TypeVar,
-    get_args,
-    get_origin,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
 
 from msgspec import Meta, Raw, Struct
 from msgspec.structs import fields as struct_fields
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
-from agent.schema.fields import parts_of
 from agent.schema.scalars import (
     CLOCK,
     ISO_BODY,
@@ -321,29 +308,6 @@ Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 """An id in an answer. Agents pass it to hooks and store it in files, so its length is bounded."""
 
 
-_WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
-
-
-def in_words(annotated: Any) -> str:
-    """The accepted values of a property: the type, its bounds, and the string in its annotation."""
-    words = bounds = text = ""
-    for part in parts_of(annotated):
-        kind = get_origin(part) or part
-        if isinstance(part, str):
-            text = f": {part}"
-        elif isinstance(part, Meta) and part.le is not None:
-            bounds = f" from {part.ge} to {part.le}"
-        elif isinstance(part, Meta):
-            least = f"{part.min_length} to" if part.min_length else "at most"
-            unit = "entries" if words == _WORDS[list] else "characters"
-            bounds = f" of {least} {part.max_length} {unit}"
-        elif kind is Literal:
-            words = f"one of {', '.join(get_args(part))}"
-        elif kind is not NoneType:
-            words = getattr(kind, "words", None) or _WORDS[kind]
-    return words + bounds + text
-
-
 WIRE_NAMES = {
     "additional": "AdditionalData",
     "denied": "AccessType",
@@ -448,10 +412,5 @@ def _encode_other(value: Any) -> Any:
     return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 
-@lru_cache(
-    maxsize=1024
-)  # groups have few different timeouts, and each heartbeat is answered with one
-def _encode_span(value: Any) -> str:
-    if not isinstance(value, TimeSpan):
-        raise TypeError(f"{type(value).__name__} is no type of the API")
-    return format_time_span(value)
+# groups have few different timeouts, and each heartbeat is answered with one
+_encode_span = lru_cache(maxsize=1024)(format_time_span)
