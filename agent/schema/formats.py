@@ -144,14 +144,14 @@ def parse_account(value: object) -> str:
     return text
 
 
-def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Check the labels of a sample."""
-    if len(labels) > MOST_LABELS:
-        raise ValueError(f"must be at most {MOST_LABELS} labels")
-    for name in labels:
-        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
-            raise ValueError(f"must have names of letters, digits and '_', not {shown(name)}")
-    return dict(labels)
+check_labels = must(
+    f"be at most {MOST_LABELS} labels, with names of letters, digits and '_'",
+    lambda labels: (
+        len(labels) <= MOST_LABELS
+        and all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in labels)
+    ),
+    first=dict[str, str],
+)
 
 
 # --- lists --------------------------------------------------------------------------------------
