@@ -5,9 +5,9 @@ The kinds are in drivers/checks, each with its own keys; kinds.py lists them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from agent.schema.fields import Declared, DefaultFrom, Format, Range
+from agent.schema.fields import DefaultFrom, Format, Range, Table
 from agent.schema.formats import Count, Duration, Interval, Number, matches, must
 
 DEFAULT_LIMIT_S = 2.0
@@ -21,11 +21,8 @@ def _default_limit(table: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckSettings(Declared):
+class CheckSettings(Table):
     """One health check."""
-
-    EXAMPLE: ClassVar[Mapping[str, Any]]
-    """A table for the sample file."""
 
     name: Annotated[str, Format("NAME", "1 to 64 of a-z, 0-9, _ and -", after=_check_name)]
     """Its name in the log and in the reason of a lost role. Unique."""
@@ -46,11 +43,6 @@ class CheckSettings(Declared):
     """primary: run only while this member is primary, and counted as passing otherwise: for a
     workload that does not run on a secondary."""
     type: str
-
-    @property
-    def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that the check runs, which are checked as a hook's are."""
-        return ()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.limit > self.interval:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from operator import methodcaller
-from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -199,7 +198,6 @@ def _in_words(annotated: Any) -> str:
     """The accepted values of a property: the type, its bounds, and the string in its annotation."""
     words = bounds = text = ""
     for part in parts_of(annotated):
-        kind = get_origin(part) or part
         if isinstance(part, str):
             text = f": {part}"
         elif isinstance(part, Meta) and part.le is not None:
@@ -208,10 +206,10 @@ def _in_words(annotated: Any) -> str:
             least = f"{part.min_length} to" if part.min_length else "at most"
             unit = "entries" if words == _WORDS[list] else "characters"
             bounds = f" of {least} {part.max_length} {unit}"
-        elif kind is Literal:
+        elif get_origin(part) is Literal:
             words = f"one of {', '.join(get_args(part))}"
-        elif kind is not NoneType:
-            words = getattr(kind, "words", None) or _WORDS[kind]
+        elif not words:
+            words = getattr(part, "words", None) or _WORDS[part]
     return words + bounds + text
 
 
@@ -220,9 +218,8 @@ def _with_nested(shape: type[Shape]) -> Iterator[type[Shape]]:
     yield shape
     for field in msgspec.structs.fields(shape):
         for part in parts_of(field.type):
-            kind = get_args(part)[0] if get_origin(part) is list else part
-            if isinstance(kind, type) and issubclass(kind, Shape):
-                yield from _with_nested(kind)
+            if isinstance(part, type) and issubclass(part, Shape):
+                yield from _with_nested(part)
 
 
 def component_schemas() -> dict[str, Any]:

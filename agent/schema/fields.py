@@ -46,6 +46,20 @@ class Declared:
             yield from self.needs(given[0], *names)
 
 
+class Table(Declared):
+    """Base of the tables of one kind; ``Tables`` lists the kinds."""
+
+    __slots__ = ()
+
+    EXAMPLE: ClassVar[Mapping[str, Any]]
+    """A table for the sample file."""
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that the table runs, which are checked as a hook's are."""
+        return ()
+
+
 class Settings(Declared):
     """Base of the settings of one program."""
 
@@ -257,8 +271,11 @@ def _docs_of(declared: Any) -> Mapping[str, str]:
 
 
 def parts_of(annotation: Any) -> Iterator[Any]:
-    """The types and the markers in an annotation; the outer ones last."""
-    if get_origin(annotation) in {Annotated, Union, types.UnionType}:
+    """The types and the markers in an annotation, a list before its members, and a type before its markers."""
+    origin = get_origin(annotation)
+    if origin is list:
+        yield list
+    if origin in {Annotated, Union, types.UnionType, list}:
         for part in get_args(annotation):
             yield from parts_of(part)
     else:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from agent.schema.addresses import Address, is_exposed
-from agent.schema.fields import Declared, Format, Range
+from agent.schema.fields import Format, Range, Table
 from agent.schema.formats import (
     NUMBER,
     USE_FILE,
@@ -52,7 +52,7 @@ Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Broker(Declared):
+class Broker(Table):
     """A connection to a broker."""
 
     broker: Annotated[

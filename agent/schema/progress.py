@@ -3,10 +3,10 @@
 The kinds are in drivers/progress, each with its own keys; kinds.py lists them.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable
+from typing import Annotated
 
-from agent.schema.fields import Declared, Format
+from agent.schema.fields import Format, Table
 from agent.schema.formats import DurationOrZero, must, sized
 
 DEFAULT_MAX_FUTURE_S = 5.0
@@ -32,18 +32,10 @@ JsonKey = Annotated[
 ]
 
 
-class ProgressSource(Declared):
+class ProgressSource(Table):
     """One source. Its class is a dataclass with at least these fields."""
 
     __slots__ = ()
 
-    EXAMPLE: ClassVar[Mapping[str, Any]]
-    """A table for the sample file."""
-
     type: str
     max_future: float
-
-    @property
-    def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that the source runs, which are checked as a hook's are."""
-        return ()

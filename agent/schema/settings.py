@@ -271,10 +271,7 @@ class AgentSettings(Settings):
 
     def hook_limit_of(self, event: str) -> float:
         """How long the hook of an event may take, in seconds; a demotion's is the lease's (R4)."""
-        own = {
-            "pending_primary": self.hook_pending_primary_limit,
-            "primary": self.hook_primary_limit,
-        }.get(event, self.hook_notification_limit)
+        own = getattr(self, f"hook_{event}_limit", self.hook_notification_limit)
         return self.hook_limit if own is None else own
 
     @property
@@ -345,10 +342,7 @@ class AgentSettings(Settings):
                 " failsafe_url too",
             )
         elif self.failsafe_url is not None:
-            scheme = "https" if self.failsafe_certificate is not None else "http"
+            scheme = "http" if self.failsafe_certificate is None else "https"
             if urlsplit(self.failsafe_url).scheme != scheme:
-                yield (
-                    "failsafe_url",
-                    f"must be {scheme}:// as failsafe_certificate is"
-                    + (" set" if scheme == "https" else " not set"),
-                )
+                is_set = "not set" if self.failsafe_certificate is None else "set"
+                yield "failsafe_url", f"must be {scheme}:// as failsafe_certificate is {is_set}"

@@ -17,6 +17,7 @@ from msgspec.structs import fields as struct_fields
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S
 from agent.model import LONGEST_HOLD_OFF_S, MAX_EPOCH, TICKS_PER_SECOND, Role, RoleOverride
+from agent.schema.fields import parts_of
 from agent.schema.scalars import (
     CLOCK,
     ISO_BODY,
@@ -358,16 +359,13 @@ def _mirrored(shape: Any) -> tuple[Any, dict[str, Any]]:
     """The class that a shape mirrors, and for each field that both have the type of this module in it, or None."""
     (model,) = get_args(shape.__orig_bases__[0])
     names = {item.name for item in fields(model)}
-    found = {item.name: _kind_in(item.type) for item in struct_fields(shape) if item.name in names}
-    return model, found
-
-
-def _kind_in(annotated: Any) -> Any:
-    if isinstance(annotated, type) and issubclass(
-        annotated, TimeSpan | _Code | Additional | Mirror
-    ):
-        return annotated
-    return next(filter(None, map(_kind_in, get_args(annotated))), None)
+    kinds = {}
+    for item in struct_fields(shape):
+        types = (part for part in parts_of(item.type) if isinstance(part, type))
+        own = (one for one in types if issubclass(one, TimeSpan | _Code | Additional | Mirror))
+        if item.name in names:
+            kinds[item.name] = next(own, None)
+    return model, kinds
 
 
 def _from_model(kind: Any, value: Any) -> Any:
