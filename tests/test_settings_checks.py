@@ -7,9 +7,8 @@ import pytest
 from agent.drivers.checks.command import ExecCheck
 from agent.drivers.checks.http import HttpCheck
 from agent.errors import ConfigError, ExitCode
-from agent.schema.checks import CheckSettings
 from agent.schema.fields import settings_of
-from agent.schema.kinds import CHECKS, PROGRESS
+from agent.schema.kinds import CHECKS, PROGRESS, CheckSettings
 from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json, to_toml

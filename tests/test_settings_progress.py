@@ -12,9 +12,8 @@ from agent.drivers.progress.mqtt import MqttProgress
 from agent.drivers.progress.unix_socket import SocketProgress
 from agent.errors import ConfigError, ExitCode
 from agent.schema.addresses import Address
-from agent.schema.kinds import PROGRESS
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S, PROGRESS
 from agent.schema.mqtt import MQTT_PORT, MQTTS_PORT
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S
 from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S, Budget, Timing, plan
 from agent.schema.addresses import Address, is_loopback
-from agent.schema.checks import CheckSettings
 from agent.schema.fields import RELOADABLE, Example, Range, Settings
 from agent.schema.formats import (
     ADDRESS,
@@ -41,9 +40,8 @@ from agent.schema.formats import (
     Text,
     Variables,
 )
-from agent.schema.kinds import CHECKS, MQTT, PROGRESS
+from agent.schema.kinds import CHECKS, MQTT, PROGRESS, CheckSettings, ProgressSource
 from agent.schema.mqtt import Mqtt
-from agent.schema.progress import ProgressSource
 
 DEFAULT_PROBE_LISTEN = Address("127.0.0.1", 0)
 
