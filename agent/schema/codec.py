@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
-from operator import methodcaller
+from operator import attrgetter
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -225,7 +225,7 @@ def _with_nested(shape: type[Shape]) -> Iterator[type[Shape]]:
 def component_schemas() -> dict[str, Any]:
     """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
     _, schemas = msgspec.json.schema_components(
-        SHAPES, schema_hook=methodcaller("schema"), ref_template=REFERENCE
+        SHAPES, schema_hook=attrgetter("schema"), ref_template=REFERENCE
     )
     asked = {nested for shape in REQUESTS for nested in _with_nested(shape)}
     for shape in SHAPES:

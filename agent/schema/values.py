@@ -1,8 +1,8 @@
 """The base of all JSON shapes, and the types inside them that JSON does not have.
 
-The two ``encode_`` functions, ``read`` and ``schema`` are the hooks for msgspec. A type's ``read`` raises TypeError
-for a value of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value.
-``schema`` describes the accepted values as far as JSON Schema can.
+The two ``encode_`` functions and ``read`` are the hooks for msgspec. A type's ``read`` raises TypeError for a value
+of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value. ``words``
+describe the accepted values, and ``schema`` does as far as JSON Schema can.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from functools import cache, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args
 
 from msgspec import Meta, Raw, Struct
@@ -42,18 +43,18 @@ MAX_BYTES = 16 * 1024
 """The most values in one AdditionalData, and its length: a list of sessions contains that of every session."""
 
 
+def _span_schema(*patterns: str) -> dict[str, Any]:
+    pattern = "|".join(f"^{one}$" for one in patterns)
+    return {"type": "string", "pattern": pattern, "examples": ["00:01:00"]}
+
+
 class TimeSpan(int):
-    """Ticks of 100 ns; a time-span in JSON.
+    """Ticks of 100 ns; a time-span in JSON. ``words`` have the range that ``low`` and ``high`` have in ticks."""
 
-    Attributes:
-        words: with the range, which ``low`` and ``high`` have in ticks.
-        patterns: of the texts that the schema admits.
-    """
-
-    words: ClassVar[str] = "a time-span"
-    low: ClassVar[int] = -MAX_TICKS - 1
-    high: ClassVar[int] = MAX_TICKS
-    patterns: ClassVar[tuple[str, ...]] = (rf"-?(?:[1-9][0-9]{{0,7}}\.)?{CLOCK}",)
+    words: ClassVar = "a time-span"
+    low: ClassVar = -MAX_TICKS - 1
+    high: ClassVar = MAX_TICKS
+    schema: ClassVar = _span_schema(rf"-?(?:[1-9][0-9]{{0,7}}\.)?{CLOCK}")
 
     @classmethod
     def read(cls, given: object) -> Self:
@@ -64,14 +65,6 @@ class TimeSpan(int):
             raise ValueError(f"{format_time_span(ticks)} is out of range: it must be {cls.words}")
         return cls(ticks)
 
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        return {
-            "type": "string",
-            "pattern": "|".join(f"^{pattern}$" for pattern in cls.patterns),
-            "examples": ["00:01:00"],
-        }
-
 
 class LeaseSpan(TimeSpan):
     """A FailoverTimeout that a new group may have."""
@@ -79,7 +72,7 @@ class LeaseSpan(TimeSpan):
     words = "a time-span from 00:00:00.2000000 (0.2 s) to 24.00:00:00 (24 days), such as 00:01:00"
     low = round(SHORTEST_LEASE_S * TICKS_PER_SECOND)
     high = round(LONGEST_LEASE_S * TICKS_PER_SECOND)
-    patterns = (
+    schema = _span_schema(
         rf"(?!(?:0\.)?00?:00:00(?:\.[01][0-9]*)?$)(?:(?:[0-9]|1[0-9]|2[0-3])\.)?{CLOCK}",
         r"24\.00:00:00(?:\.0{1,7})?",
         r"P(?:(?:[1-9]|1[0-9]|2[0-4])D|T(?:[1-9][0-9]?H|[1-9][0-9]{0,3}M|[1-9][0-9]{0,5}S))",
@@ -96,7 +89,7 @@ class HoldOffSpan(TimeSpan):
     words = "a time-span from 00:00:00 to 1.00:00:00 (1 day)"
     low = 0
     high = round(LONGEST_HOLD_OFF_S * TICKS_PER_SECOND)
-    patterns = (
+    schema = _span_schema(
         rf"(?:0\.)?{CLOCK}",
         r"1\.00:00:00(?:\.0{1,7})?",
         r"P(?:1D|T(?:(?:[0-9]|1[0-9]|2[0-4])H|[0-9]{1,3}M|[0-9]{1,4}S))",
@@ -109,7 +102,7 @@ class ExpirationSpan(TimeSpan):
     words = "a time-span longer than 00:00:00, under 2000000 days"
     low = 1
     high = LONGEST_PERIOD_TICKS
-    patterns = (
+    schema = _span_schema(
         rf"(?=.*[1-9])(?:(?:0|[1-9][0-9]{{0,5}}|1[0-9]{{6}})\.)?{CLOCK}",
         rf"(?=.*[1-9]){ISO_BODY}",
     )
@@ -135,16 +128,13 @@ else:
         """An aware datetime in UTC, or None: ISO 8601 in JSON, where 0001-01-01T00:00:00 means never."""
 
         words = "a date-time"
+        schema = {"type": "string", "format": "date-time"}  # noqa: RUF012 - nothing changes it
 
         @classmethod
         def read(cls, given: object) -> datetime | None:
             if not isinstance(given, str):
                 raise ValueError(not_a_time(given))  # noqa: TRY004 - the sentence is complete
             return parse_date_time(given)
-
-        @classmethod
-        def schema(cls) -> dict[str, Any]:
-            return {"type": "string", "format": "date-time"}
 
     class NeededMoment(Moment):
         """A Moment for which "never" is refused."""
@@ -160,6 +150,7 @@ else:
 
         def __init_subclass__(cls) -> None:
             cls.words = f"an integer from {cls.least} to {cls.most}"
+            cls.schema = {"type": "integer", "minimum": cls.least, "maximum": cls.most}
 
         @classmethod
         def read(cls, given: object) -> int:
@@ -168,10 +159,6 @@ else:
             if type(given) is not int or not cls.least <= given <= cls.most:
                 raise TypeError
             return given
-
-        @classmethod
-        def schema(cls) -> dict[str, Any]:
-            return {"type": "integer", "minimum": cls.least, "maximum": cls.most}
 
     class Count(_Integer):
         least, most = 0, MAX_EPOCH
@@ -189,6 +176,7 @@ else:
         """The JSON value true; every other value is refused."""
 
         words = "the value true"
+        schema = {"type": "boolean", "const": True}  # noqa: RUF012 - nothing changes it
 
         @classmethod
         def read(cls, given: object) -> bool:
@@ -196,19 +184,18 @@ else:
                 raise TypeError
             return True
 
-        @classmethod
-        def schema(cls) -> dict[str, Any]:
-            return {"type": "boolean", "const": True}
-
 
 class _Code(Generic[E]):  # not a dataclass: msgspec would decode it without calling ``read``
     """A member of an enumeration of v1: numbers, and names in any letter case, are read; one of them is written."""
 
     numbers: ClassVar[Mapping[Any, int]]
     words: ClassVar[str]
+    schema: ClassVar[Mapping[str, Any]]
 
     def __init_subclass__(cls) -> None:
         cls.words = ", ".join(f"{number} or {member}" for member, number in cls.numbers.items())
+        known = [*cls.numbers.values(), *cls.numbers]
+        cls.schema = {"type": ["integer", "string"], "enum": known}
 
     def __init__(self, member: E) -> None:
         self.member: E = member
@@ -221,10 +208,6 @@ class _Code(Generic[E]):  # not a dataclass: msgspec would decode it without cal
             if given == number or str(given).lower() == member.lower():
                 return cls(member)
         raise ValueError(f"{shown(given)} is unknown: it must be {cls.words}")
-
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        return {"type": ["integer", "string"], "enum": [*cls.numbers.values(), *cls.numbers]}
 
 
 class RoleCode(_Code[Role]):
@@ -246,7 +229,8 @@ OVERRIDES: Mapping[RoleOverride, OverrideCode] = {one: OverrideCode(one) for one
 class Additional:
     """An object that is passed on to clients unchanged. It is kept as JSON, so it is encoded only once."""
 
-    words: ClassVar[str] = "an object, kept as it was given"
+    words: ClassVar = "an object, kept as it was given"
+    schema: ClassVar = {"type": "object", "additionalProperties": True}
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -256,10 +240,6 @@ class Additional:
         if not isinstance(given, dict):
             raise TypeError
         return cls(json.dumps(given, ensure_ascii=False, separators=(",", ":")))
-
-    @classmethod
-    def schema(cls) -> dict[str, Any]:
-        return {"type": "object", "additionalProperties": True}
 
 
 class GivenAdditional(Additional):
@@ -279,11 +259,8 @@ def _is_larger(value: object) -> bool:
     """Whether a value has more than MAX_NODES values in it, or more than MAX_DEPTH levels."""
     level, levels, nodes = [value], 0, 0
     while containers := [one for one in level if isinstance(one, dict | list)]:
-        level = [
-            inner
-            for one in containers
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
+        insides = (one.values() if isinstance(one, dict) else one for one in containers)
+        level = [*chain.from_iterable(insides)]
         levels, nodes = levels + 1, nodes + len(level)
         if levels > MAX_DEPTH or nodes > MAX_NODES:
             return True
@@ -296,11 +273,7 @@ _ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f
 
 Id = Annotated[
     str,
-    Meta(
-        min_length=1,
-        max_length=256,
-        pattern=_ID_PATTERN,
-    ),
+    Meta(min_length=1, max_length=256, pattern=_ID_PATTERN),
     "without '/' and control characters, and not '.' or '..'",
 ]
 
