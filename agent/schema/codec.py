@@ -66,13 +66,13 @@ def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
     Raises:
         BodyError: the body does not have this shape, or is not JSON.
     """
-    value: S = _decode(shape, shape, body, whole)
+    value: S = _decode(shape, body, whole)
     return value
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
     """Decode a body that is a list of shapes, as ``decode`` does."""
-    values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
+    values: list[S] = _decode(list[shape], body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
 
@@ -84,7 +84,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
     return bool(given) and not given.keys() & set(value.__struct_encode_fields__)
 
 
-def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
+def _decode(kind: Any, body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
             body.decode()  # msgspec does not check the UTF-8 of properties that it ignores
@@ -94,7 +94,7 @@ def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
             )
         return _reader(kind).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        text = _explain(error, shape, body, whole)  # may contain half a surrogate pair of the body
+        text = _explain(error, kind, body, whole)  # may contain half a surrogate pair of the body
         raise BodyError(text.encode(errors="backslashreplace").decode()) from None
 
 
@@ -122,7 +122,7 @@ _STEP = re.compile(r"\.(\w+)|\[([0-9]+)\]")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
-def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> str:
+def _explain(error: Exception, kind: Any, body: bytes, whole: str) -> str:
     """Why a body is not JSON, or which property is wrong. The standard library's parser finds the place."""
     try:
         given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
@@ -131,15 +131,15 @@ def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> s
     except ValueError as fault:
         return not_json(body, whole, str(fault))
     if isinstance(error, msgspec.ValidationError):
-        return _explain_property(error, shape, given, whole)
+        return _explain_property(error, kind, given, whole)
     for path, value in _walk(given):
         if isinstance(value, float) and not math.isfinite(value):
-            right = _right(shape, path, "a finite number")
+            right = _right(kind, path, "a finite number")
             return f"{_format(path, whole)} is {shown(value)}: it must be {right}"
     return not_json(body, whole, "half a surrogate pair")
 
 
-def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: str) -> str:
+def _explain_property(error: Exception, kind: Any, given: Any, whole: str) -> str:
     """Which property is wrong, what was given, and what would be right."""
     text, cause = str(error), error.__cause__
     found = _WHERE.search(text)
@@ -147,7 +147,7 @@ def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: s
     path: _Path = [name or int(index) for name, index in _STEP.findall(place)]
     if missing := _MISSING.match(text):
         path.append(missing[1])
-    where, right = _format(path, whole), _right(shape, path, "a JSON list")
+    where, right = _format(path, whole), _right(kind, path, "a JSON list")
     if missing:
         return f"{where} is missing: it must be {right}"
     if isinstance(cause, ValueError):
@@ -181,10 +181,10 @@ def _format(path: _Path, whole: str) -> str:
     return "".join(steps).lstrip(".") or whole
 
 
-def _right(shape: type[Shape], path: _Path, otherwise: str) -> str:
-    """The description of the last property of the path, of ``shape`` or of one inside it."""
+def _right(kind: Any, path: _Path, otherwise: str) -> str:
+    """The description of the last property of the path, in a shape of this type."""
     name = next((step for step in reversed(path) if isinstance(step, str)), None)
-    for known in _with_nested(shape):
+    for known in _shapes_in(kind):
         for field in msgspec.structs.fields(known):
             if field.encode_name == name:
                 return _in_words(field.type)
@@ -213,13 +213,13 @@ def _in_words(annotated: Any) -> str:
     return words + bounds + text
 
 
-def _with_nested(shape: type[Shape]) -> Iterator[type[Shape]]:
-    """A shape and all those inside it."""
-    yield shape
-    for field in msgspec.structs.fields(shape):
-        for part in parts_of(field.type):
-            if isinstance(part, type) and issubclass(part, Shape):
-                yield from _with_nested(part)
+def _shapes_in(kind: Any) -> Iterator[type[Shape]]:
+    """Every shape in a type, the outer ones first."""
+    for part in parts_of(kind):
+        if isinstance(part, type) and issubclass(part, Shape):
+            yield part
+            for field in msgspec.structs.fields(part):
+                yield from _shapes_in(field.type)
 
 
 def component_schemas() -> dict[str, Any]:
@@ -227,7 +227,7 @@ def component_schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         SHAPES, schema_hook=attrgetter("schema"), ref_template=REFERENCE
     )
-    asked = {nested for shape in REQUESTS for nested in _with_nested(shape)}
+    asked = {nested for shape in REQUESTS for nested in _shapes_in(shape)}
     for shape in SHAPES:
         properties = schemas[shape.__name__]["properties"]
         for field in msgspec.structs.fields(shape):

@@ -77,9 +77,8 @@ class Format:
         metavar: the placeholder of the value in help texts.
         noun: the name of the format in docs/settings.md, before the range.
         unit: of the range, such as "s".
-        parse: parses the value; no further check follows.
-        before: converts the given value, before its type and range are checked.
-        after: checks a value of the right type.
+        parse: parses the given value, before its type and range are checked.
+        check: checks, and perhaps changes, a value of the right type in its range.
         none: the text for None, if None does not mean "not set".
     """
 
@@ -87,8 +86,7 @@ class Format:
     noun: str
     unit: str = ""
     parse: Callable[[Any], Any] | None = None
-    before: Callable[[Any], Any] | None = None
-    after: Callable[[Any], Any] | None = None
+    check: Callable[[Any], Any] | None = None
     none: str | None = None
 
 

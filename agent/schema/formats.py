@@ -398,14 +398,14 @@ def check_secret_file(path: Path) -> Path:
 
 # --- types with their formats -------------------------------------------------------------------
 
-DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
-NUMBER = Format("NUMBER", "number", before=check_not_boolean)
+DURATION = Format("DURATION", "duration", unit="s", parse=parse_duration)
+NUMBER = Format("NUMBER", "number", parse=check_not_boolean)
 ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
 COMMAND = Format("COMMAND", "command: list of strings")
 LEVEL = Format(
     "LEVEL",
     "DEBUG, INFO, WARNING or ERROR",
-    before=lambda level: level.upper() if isinstance(level, str) else level,
+    parse=lambda level: level.upper() if isinstance(level, str) else level,
 )
 ADDRESS_OR_OFF = Format(
     "HOST:PORT|off",
@@ -419,8 +419,8 @@ Interval = Annotated[float, DURATION, Range(SHORTEST_INTERVAL_S, LONGEST_LEASE_S
 DurationOrZero = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S)]
 Count = Annotated[int, NUMBER]
 Number = Annotated[float, NUMBER]
-Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", after=check_id)]
-Text = Annotated[str, Format("TEXT", "text", after=sized(1, LONGEST_ID))]
+Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", check=check_id)]
+Text = Annotated[str, Format("TEXT", "text", check=sized(1, LONGEST_ID))]
 Account = Annotated[str, Format("NAME", "name or number", parse=parse_account)]
 Command = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_command)]
 NeededCommand = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_needed_command)]
@@ -440,17 +440,17 @@ BaseUrls = Annotated[
     tuple[str, ...],
     Format("URL", "list of URLs", parse=several(url_like(BASE, USE_FILE), "URLs", MOST_ENDPOINTS)),
 ]
-BaseUrl = Annotated[str, Format("URL", "URL without a path", after=url_like(BASE, USE_FILE))]
-MemberUrl = Annotated[str, Format("URL", "URL without a path", after=_parse_member_url)]
-ApiUrl = Annotated[str, Format("URL", "URL", after=url_like(API, USE_FILE))]
+BaseUrl = Annotated[str, Format("URL", "URL without a path", check=url_like(BASE, USE_FILE))]
+MemberUrl = Annotated[str, Format("URL", "URL without a path", check=_parse_member_url)]
+ApiUrl = Annotated[str, Format("URL", "URL", check=url_like(API, USE_FILE))]
 PageUrl = Annotated[
-    str, Format("URL", "URL", after=url_like(PAGE, "anybody can read them in this file"))
+    str, Format("URL", "URL", check=url_like(PAGE, "anybody can read them in this file"))
 ]
 ProxyUrl = Annotated[
-    str, Format("URL", "URL", after=url_like(BASE, "use proxy_username and proxy_password_file"))
+    str, Format("URL", "URL", check=url_like(BASE, "use proxy_username and proxy_password_file"))
 ]
-SecureUrl = Annotated[str, Format("URL", "https:// URL", after=_check_secure)]
-KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=check_key_prefix)]
+SecureUrl = Annotated[str, Format("URL", "https:// URL", check=_check_secure)]
+KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", check=check_key_prefix)]
 HostNames = Annotated[
     tuple[str, ...],
     Format(
@@ -468,17 +468,17 @@ Identities = Annotated[
     ),
 ]
 Peer = Annotated[Address, replace(ADDRESS, parse=parse_peer)]
-MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
+MetricName = Annotated[str, Format("NAME", "name of a sample", check=check_metric_name)]
 Labels = Annotated[
     Mapping[str, str],
-    Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
+    Format("TABLE", f"table of strings, at most {MOST_LABELS}", check=check_labels),
 ]
 AnyPath = Annotated[
-    Path, Format("PATH", "path", after=lambda path: make_absolute(check_path(path)))
+    Path, Format("PATH", "path", check=lambda path: make_absolute(check_path(path)))
 ]
-AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=check_absolute)]
-Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=check_directory)]
-InputFile = Annotated[Path, Format("FILE", "path of a file", after=check_file)]
+AbsolutePath = Annotated[Path, Format("PATH", "absolute path", check=check_absolute)]
+Directory = Annotated[Path, Format("DIRECTORY", "absolute path", check=check_directory)]
+InputFile = Annotated[Path, Format("FILE", "path of a file", check=check_file)]
 SecretFile = Annotated[
-    Path, Format("FILE", "path of a file that others cannot read", after=check_secret_file)
+    Path, Format("FILE", "path of a file that others cannot read", check=check_secret_file)
 ]

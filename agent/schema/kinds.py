@@ -34,7 +34,7 @@ def _default_limit(table: Mapping[str, Any]) -> float:
 class CheckSettings(Table):
     """One health check."""
 
-    name: Annotated[str, Format("NAME", "1 to 64 of a-z, 0-9, _ and -", after=_check_name)]
+    name: Annotated[str, Format("NAME", "1 to 64 of a-z, 0-9, _ and -", check=_check_name)]
     """Its name in the log and in the reason of a lost role. Unique."""
     interval: Interval = 5.0
     """Time from one run's start to the next one's."""
@@ -77,7 +77,7 @@ _check_key: Callable[[str], str] = must(
 )
 JsonKey = Annotated[
     str,
-    Format("KEY", "names with dots between", after=_check_key),
+    Format("KEY", "names with dots between", check=_check_key),
     "Where in it the time is, if it is JSON. Not set: it is the time itself.",
 ]
 

@@ -48,7 +48,7 @@ _check_host_id: Callable[[str], str] = must(
     first=sized(1, 256),
 )
 
-Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic)]
+Topic = Annotated[str, Format("TOPIC", "topic", check=_check_topic)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,13 @@ class Broker(Table):
 
     broker: Annotated[
         str,
-        Format("URL", "mqtt or mqtts URL", after=url_like("mqtt(s)://HOST[:PORT]", USE_FILE)),
+        Format("URL", "mqtt or mqtts URL", check=url_like("mqtt(s)://HOST[:PORT]", USE_FILE)),
     ]
     """mqtt://HOST:PORT, or mqtts:// for TLS. Without PORT: 1883, with TLS 8883."""
     limit: Duration = 5.0
     """How long the broker may take to answer. It may be far away, and busy."""
     keepalive: Annotated[
-        int, Format("SECONDS", "whole seconds", before=NUMBER.before), Range(1, 65535)
+        int, Format("SECONDS", "whole seconds", parse=NUMBER.parse), Range(1, 65535)
     ] = 10
     """Interval of pings on an idle connection: the agent notices a dead broker, and
     the broker a dead agent, within 1.5 times this."""
@@ -124,11 +124,11 @@ class Mqtt(Broker):
     payload: Literal["json", "sparkplug"] = "json"
     """What is announced: json, each session and the group's primary; sparkplug, the STATE of a
     Sparkplug B 3.0 host application, online while a member is primary."""
-    topic_prefix: Annotated[str, Format("TOPIC", "topic", after=_check_prefix)] = "failover"
+    topic_prefix: Annotated[str, Format("TOPIC", "topic", check=_check_prefix)] = "failover"
     """Prefix of the topics of payload json."""
     sparkplug_host_id: Annotated[
         str | None,
-        Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),
+        Format("ID", "1 to 256 characters, no '+', '#' and '/'", check=_check_host_id),
     ] = None
     """Host id in the topic of payload sparkplug; the same for all members, and what edge nodes
     have as their primary host. Not set: the group's id."""

@@ -69,40 +69,35 @@ class InvalidError(ConfigError, ValueError):
         self.faults = faults
 
 
-def faults_of(
-    errors: Sequence[Mapping[str, Any]], names: Sequence[str], noun: str
+def _faults_of(
+    error: pydantic.ValidationError, values: Mapping[str, Any], names: Sequence[str], noun: str
 ) -> Iterator[Fault]:
-    """The faults of each key that pydantic refuses, unknown keys first.
-
-    Args:
-        errors: as ``ValidationError.errors`` returns them.
-        names: the keys that exist.
-        noun: the owner of the keys, in words.
-    """
+    """The faults of each of the given values that pydantic refuses, unknown keys first."""
     seen = set()
-    for error in sorted(errors, key=lambda error: error["type"] != "extra_forbidden"):
-        key = str(error["loc"][0])
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden"):
+        key, *inside = map(str, fault["loc"])
         if key in seen:
             continue
         seen.add(key)
-        cause = error.get("ctx", {}).get("error")
-        text = str(cause) if cause else error["msg"].replace("Input should", "must")
-        match error["type"]:
+        cause = fault.get("ctx", {}).get("error")
+        text = str(cause) if cause else fault["msg"].replace("Input should", "must")
+        given = fault["input"] if inside else values.get(key)
+        match fault["type"]:
             case "extra_forbidden":
-                right = suggest(key, names, f"it has {', '.join(names)}")
+                right = _suggest(key, names, f"it has {', '.join(names)}")
                 yield Fault("", f"{noun} has no key {shown(key)}: {right}", unknown=True)
             case "missing":
                 yield Fault(key, f"is missing, and {noun} needs it")
             case "path_type":
-                yield Fault(key, "must be a path, as a string", shown(error["input"]))
+                yield Fault(key, "must be a path, as a string", shown(given))
             case _ if isinstance(cause, InvalidError):
-                for fault in cause.faults:
-                    yield Fault(key, str(fault), unknown=fault.unknown, in_table=True)
+                for inner in cause.faults:
+                    yield Fault(key, str(inner), unknown=inner.unknown, in_table=True)
             case _:
-                yield Fault(key, text, shown(error["input"]))
+                yield Fault(key, text, shown(given))
 
 
-def suggest(name: str, names: Sequence[str], otherwise: str) -> str:
+def _suggest(name: str, names: Sequence[str], otherwise: str) -> str:
     """The sentence that suggests the name probably meant; ``otherwise`` if none is similar."""
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]}?" if match else otherwise
@@ -132,22 +127,18 @@ model_of: Callable[[Any], Any] = (
 def _annotation(setting: Setting) -> Any:
     if setting.tables is not None:
         return Annotated[Any, pydantic.PlainValidator(partial(_read_tables, setting.tables))]
-    form = setting.format
-    if form.parse is not None:
-        return Annotated[Any, pydantic.PlainValidator(partial(_parse, form.parse, setting))]
-    limits = setting.markers.get(Range)
-    parts: list[Any] = []
-    if form.before is not None:
-        parts.append(pydantic.BeforeValidator(form.before))
+    form, limits, checked = setting.format, setting.markers.get(Range), setting.value_type
     if limits is not None and limits.enforced:
         least = {"gt" if limits.above else "ge": limits.least}
-        parts.append(pydantic.Field(**least, le=limits.most))
-    if form.after is not None:
-        parts.append(pydantic.AfterValidator(form.after))
-    checked = setting.value_type
-    for part in parts:
-        checked = Annotated[checked, part]
-    return checked if setting.value_type == setting.annotation else checked | None
+        checked = Annotated[checked, pydantic.Field(**least, le=limits.most)]
+    if form.check is not None:
+        checked = Annotated[checked, pydantic.AfterValidator(form.check)]
+    if setting.value_type != setting.annotation:
+        checked |= None
+    if form.parse is not None:
+        parse = partial(_parse, form.parse, setting)
+        checked = Annotated[checked, pydantic.BeforeValidator(parse)]
+    return checked
 
 
 def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
@@ -170,7 +161,7 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     try:
         model = model_of(declared).model_validate(dict(values))
     except pydantic.ValidationError as error:
-        raise InvalidError(tuple(faults_of(error.errors(include_url=False), names, noun))) from None
+        raise InvalidError(tuple(_faults_of(error, values, names, noun))) from None
     given = {name: getattr(model, name) for name in names if name in model.model_fields_set}
     for setting in settings_of(declared):
         if setting.name not in given and DefaultFrom in setting.markers:
@@ -353,7 +344,7 @@ def _unknown_keys(
             if isinstance(value, dict)
             else "docs/settings.md lists the settings"
         )
-        yield f"{path}: there is no setting {shown(key)}: {suggest(key, names, otherwise)}"
+        yield f"{path}: there is no setting {shown(key)}: {_suggest(key, names, otherwise)}"
 
 
 def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterator[str]:
@@ -361,5 +352,5 @@ def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterat
     variables = [declared.env_prefix + name.upper() for name in names]
     for name in sorted(os.environ):
         if name.upper().startswith(declared.env_prefix) and name.upper() not in variables:
-            right = suggest(name.upper(), variables, "docs/settings.md lists the settings")
+            right = _suggest(name.upper(), variables, "docs/settings.md lists the settings")
             yield f"environment: there is no setting {shown(name)}: {right}"

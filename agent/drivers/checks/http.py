@@ -60,7 +60,7 @@ class HttpCheck(Check):
         GOOD_STATUSES
     )
     """The statuses that pass."""
-    contains: Annotated[str | None, Format("TEXT", "text", after=sized(1, 1024))] = None
+    contains: Annotated[str | None, Format("TEXT", "text", check=sized(1, 1024))] = None
     """Text that the first 64 KiB of the body must have. Not set: any."""
     insecure_tls: bool = False
     """Do not check the certificate of an https URL."""

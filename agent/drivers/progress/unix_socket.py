@@ -72,7 +72,7 @@ class SocketProgress(SourceKind):
 
     type: Literal["socket"] = "socket"
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
-    path: Annotated[Path, Format("PATH", "absolute path", after=_check_path)]
+    path: Annotated[Path, Format("PATH", "absolute path", check=_check_path)]
     """The socket. What a dead agent of the same user left there is replaced."""
     datagram: bool = False
     """A datagram socket, instead of a stream of lines."""
