@@ -11,7 +11,6 @@ Owns the markers. Imports no pydantic: a running agent uses the dataclasses and 
 import ast
 import importlib
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -258,12 +257,10 @@ def _docs_of(declared: Any) -> Mapping[str, str]:
     """The strings below the fields of a class, from its source: a running agent keeps none in memory."""
     if not issubclass(declared, Declared):
         return {}
-    module = ast.parse(inspect.getsource(sys.modules[declared.__module__]))
-    classes = (node for node in module.body if isinstance(node, ast.ClassDef))
-    body = next(node.body for node in classes if node.name == declared.__name__)
+    node: Any = ast.parse(inspect.getsource(declared)).body[0]
     return {
         ast.unparse(item.target): " ".join(str(ast.literal_eval(below.value)).split())
-        for item, below in pairwise(body)
+        for item, below in pairwise(node.body)
         if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 

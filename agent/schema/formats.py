@@ -37,12 +37,6 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 MOST_ENDPOINTS = 16
 """The most endpoints of one list, since all are probed at once when the one in use fails."""
 
-MOST_HOST_NAMES = 16
-"""The most host names of one coordinator: its name and aliases."""
-
-MOST_IDENTITIES = 100
-"""The most identities in one list: users, clients and roles."""
-
 MOST_LABELS = 32
 """The most labels of one metric; exporters use a handful."""
 
@@ -285,13 +279,7 @@ USE_FILE = "use username and password_file"
 
 
 def url_like(form: str, instead: str) -> Callable[[str], str]:
-    """Build a parser of URLs.
-
-    Args:
-        form: the parts that they have, those in brackets if they like, for the error too; any of the constants
-            above.
-        instead: where credentials belong, for the error.
-    """
+    """Build a parser of URLs of a form, like those above; the error says where credentials belong ``instead``."""
     scheme = form.partition("(")[0]
 
     def parse(text: str) -> str:
@@ -456,7 +444,7 @@ HostNames = Annotated[
     Format(
         "NAME",
         "list of host names",
-        parse=several(_check_host_name, "names of hosts", MOST_HOST_NAMES),
+        parse=several(_check_host_name, "names of hosts", most=16),  # its own and aliases
     ),
 ]
 Identities = Annotated[
@@ -464,7 +452,7 @@ Identities = Annotated[
     Format(
         "KIND:NAME",
         "list of user:NAME, client:ID or role:NAME",
-        parse=several(_check_identity, "identities", MOST_IDENTITIES),
+        parse=several(_check_identity, "identities", most=100),
     ),
 ]
 Peer = Annotated[Address, replace(ADDRESS, parse=parse_peer)]

@@ -147,12 +147,7 @@ def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
 
 
 def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the configuration") -> D:
-    """Build settings, or a table, from values as a file has them, or from final values.
-
-    Args:
-        declared: the class of the settings or the table.
-        values: by name; defaults are added.
-        noun: the word for the settings or the table in an error.
+    """Build settings, or a table, from values as a file has them, or from final values; ``noun`` is for errors.
 
     Raises:
         InvalidError: values are wrong, or contradict each other.
