@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -18,12 +18,7 @@ from msgspec import Meta, Struct
 from agent.schema import access, api, failsafe_api
 from agent.schema.fields import parts_of
 from agent.schema.scalars import not_json, shown
-from agent.schema.values import (
-    Id,
-    Shape,
-    encode_with_names,
-    encode_with_numbers,
-)
+from agent.schema.values import Id, Shape, encode_inside
 
 S = TypeVar("S", bound=Shape)
 
@@ -46,8 +41,8 @@ MAX_DIGITS = 4000
 _Path = list[str | int]
 
 _WRITERS = {
-    False: msgspec.json.Encoder(enc_hook=encode_with_numbers),
-    True: msgspec.json.Encoder(enc_hook=encode_with_names),
+    names: msgspec.json.Encoder(enc_hook=partial(encode_inside, names=names))
+    for names in (False, True)
 }
 
 

@@ -1,6 +1,6 @@
 """The base of all JSON shapes, and the types inside them that JSON does not have.
 
-The two ``encode_`` functions and ``read`` are the hooks for msgspec. A type's ``read`` raises TypeError for a value
+``encode_inside`` and ``read`` are the hooks for msgspec. A type's ``read`` raises TypeError for a value
 of the wrong JSON type, and ValueError, whose text completes "PROPERTY: ...", for any other wrong value. ``words``
 describe the accepted values, and ``schema`` does as far as JSON Schema can.
 """
@@ -369,17 +369,10 @@ def _to_model(value: Any) -> Any:
             return value
 
 
-def encode_with_numbers(value: Any) -> Any:
-    """Convert a value of these types for JSON; roles and overrides to numbers."""
-    return value.number if isinstance(value, _Code) else _encode_other(value)
-
-
-def encode_with_names(value: Any) -> Any:
-    """Convert a value of these types for JSON; roles and overrides to names."""
-    return value.member.value if isinstance(value, _Code) else _encode_other(value)
-
-
-def _encode_other(value: Any) -> Any:
+def encode_inside(value: Any, *, names: bool) -> Any:
+    """Convert a value of these types for JSON; roles and overrides to names, or to numbers."""
+    if isinstance(value, _Code):
+        return value.member.value if names else value.number
     return Raw(value.text.encode()) if isinstance(value, Additional) else _encode_span(value)
 
 
