@@ -231,10 +231,9 @@ class CoordinatorSettings(Settings):
                     'cannot be "required" with store = "etcd": the other coordinators have none; with'
                     ' "optional" a caller without one needs other credentials',
                 )
-            if not self.etcd_endpoint:
-                yield "store", "etcd needs etcd_endpoint too"
-            if self.advertise is None:
-                yield "store", "etcd needs advertise too, the URL of this coordinator"
+            for name in ("etcd_endpoint", "advertise"):
+                if not getattr(self, name):
+                    yield "store", f"etcd needs {name} too"
         elif self.etcd_endpoint:
             yield "etcd_endpoint", f'needs store = "etcd", and store is "{self.store}"'
         given = [("etcd_endpoint", url) for url in self.etcd_endpoint]
