@@ -59,7 +59,7 @@ def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
     path = file(tmp_path, 'group = "f"\nsession_id = "f"\nsession_name = "f"\n')
     monkeypatch.setenv("FAILOVER_AGENT_GROUP", "e")
     monkeypatch.setenv("FAILOVER_AGENT_SESSION_ID", "e")
-    origin = Sources.read(AgentSettings, {"group": "x", "session_id": None}, path)
+    origin = Sources(AgentSettings, {"group": "x", "session_id": None}, path)
     settings = origin.load()
     keys = ("group", "session_id", "session_name", "failover_timeout")
     assert [getattr(settings, key) for key in keys] == ["x", "e", "f", 10.0]

@@ -10,7 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -229,28 +229,12 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
         raise InvalidError(faults) from None
 
 
-@dataclass(frozen=True)
 class Sources(Generic[S]):
-    """The values that were given, and where. Create one by ``read``, then call its ``load``.
+    """The values that were given, and where. ``unknown`` has a sentence for each key that no setting has."""
 
-    Attributes:
-        unknown: one sentence per key and variable that no setting has.
-    """
-
-    declared: type[S]
-    flags: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    file: Mapping[str, Any]
-    path: Path | None
-    unknown: Sequence[str] = field(default=())
-
-    @classmethod
-    def read(
-        cls,
-        declared: type[S],
-        flags: Mapping[str, Any] | None = None,
-        path: Path | None = None,
-    ) -> "Sources[S]":
+    def __init__(
+        self, declared: type[S], flags: Mapping[str, Any] | None = None, path: Path | None = None
+    ) -> None:
         """Read all sources. ``flags`` are by setting name; None in them is "not given".
 
         Raises:
@@ -258,14 +242,11 @@ class Sources(Generic[S]):
         """
         table = _read_file(path) if path is not None else {}
         names = [setting.name for setting in settings_of(declared)]
-        return cls(
-            declared=declared,
-            flags={key: value for key, value in (flags or {}).items() if value is not None},
-            environment=EnvSettingsSource(model_of(declared))(),
-            file={key: value for key, value in table.items() if key in names},
-            path=path,
-            unknown=(*_unknown_keys(names, path, table), *_unknown_variables(declared, names)),
-        )
+        self.declared, self.path = declared, path
+        self.flags = {key: value for key, value in (flags or {}).items() if value is not None}
+        self.environment = EnvSettingsSource(model_of(declared))()
+        self.file = {key: value for key, value in table.items() if key in names}
+        self.unknown = tuple(_unknown(declared.env_prefix, names, path, table))
 
     def origin(self, key: str) -> str:
         """The origin of the value in force: a flag, a variable, the file, or ``default``."""
@@ -328,24 +309,17 @@ def _read_file(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: {reason}", exit_code=ExitCode.CONFIG_FILE)
 
 
-def _unknown_keys(
-    names: Sequence[str], path: Path | None, table: Mapping[str, Any]
+def _unknown(
+    prefix: str, names: Sequence[str], path: Path | None, table: Mapping[str, Any]
 ) -> Iterator[str]:
-    for key, value in table.items():
-        if key in names:
-            continue
-        otherwise = (
-            "settings stand at the top level, without [tables]"
-            if isinstance(value, dict)
-            else "docs/settings.md lists the settings"
-        )
+    """A sentence for each unknown key or variable; pydantic-settings ignores these variables."""
+    listed = "docs/settings.md lists the settings"
+    for key in [key for key in table if key not in names]:
+        nested = isinstance(table[key], dict)
+        otherwise = "settings stand at the top level, without [tables]" if nested else listed
         yield f"{path}: there is no setting {shown(key)}: {_suggest(key, names, otherwise)}"
-
-
-def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterator[str]:
-    """pydantic-settings ignores these, so a misspelt one would silently change nothing."""
-    variables = [declared.env_prefix + name.upper() for name in names]
+    variables = [prefix + name.upper() for name in names]
     for name in sorted(os.environ):
-        if name.upper().startswith(declared.env_prefix) and name.upper() not in variables:
-            right = _suggest(name.upper(), variables, "docs/settings.md lists the settings")
+        if name.upper().startswith(prefix) and name.upper() not in variables:
+            right = _suggest(name.upper(), variables, listed)
             yield f"environment: there is no setting {shown(name)}: {right}"
