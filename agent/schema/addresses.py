@@ -23,13 +23,13 @@ class Address(NamedTuple):
     @property
     def is_one_place(self) -> bool:
         """Whether this is a single IP address and a port, rather than a wildcard, so that others can connect to it."""
-        parsed = _parsed(self.host)
+        parsed = parse_ip(self.host)
         return self.port != 0 and parsed is not None and not parsed.is_unspecified
 
 
 def is_link_local(host: str) -> bool:
     """Whether a host is a link-local address: other hosts on other links may have the same one."""
-    parsed = _parsed(host)
+    parsed = parse_ip(host)
     return parsed is not None and parsed.is_link_local
 
 
@@ -41,11 +41,12 @@ def is_exposed(url: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
-    parsed = _parsed(host)
+    parsed = parse_ip(host)
     return host.lower() == "localhost" if parsed is None else parsed.is_loopback
 
 
-def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is; None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

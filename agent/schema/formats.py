@@ -4,7 +4,6 @@ Owns parsing one value from any source. An invalid value raises a ValueError wit
 right. Knows nothing of settings, and of where a value was given.
 """
 
-import ipaddress
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from urllib.parse import urlsplit
 from agent.core.timing import LONGEST_LEASE_S
 from agent.files import make_absolute
 from agent.model import TICKS_PER_SECOND
-from agent.schema.addresses import Address, is_exposed
+from agent.schema.addresses import Address, is_exposed, parse_ip
 from agent.schema.fields import Format, Range
 from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
@@ -328,18 +327,14 @@ def parse_address(value: object) -> Address:
     """Parse HOST:PORT."""
     if isinstance(value, Address):
         return value
-    pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
+    pattern = r"(?:\[(?P<six>[^\]\s]*:[^\]\s]*)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
     found = re.fullmatch(pattern, value) if isinstance(value, str) else None
-    if not found or int(found["port"]) > 65535:  # noqa: PLR2004 - the highest TCP port
+    highest = 65535
+    if not found or int(found["port"]) > highest or (found["six"] and not parse_ip(found["six"])):
         raise ValueError(
             "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
             " (127.0.0.1:5470, [::1]:5470)"
         )
-    if found["six"]:
-        try:
-            ipaddress.IPv6Address(found["six"])
-        except ValueError as error:
-            raise ValueError(f"must have an IPv6 address in its brackets: {error}") from None
     return Address(found["six"] or found["host"], int(found["port"]))
 
 
