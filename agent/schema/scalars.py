@@ -92,7 +92,7 @@ _DATE_TIME = re.compile(
 )
 
 
-def parse_date_time(text: str) -> datetime | None:
+def parse_date_time(text: object) -> datetime | None:
     """A moment in UTC, cut to microseconds; None for .NET's "never", midnight of 0001-01-01.
 
     No zone means UTC. A moment that its offset moves before the year 1 is "never" too, and one that
@@ -101,7 +101,7 @@ def parse_date_time(text: str) -> datetime | None:
     Raises:
         ValueError: it is not an ISO 8601 date and time.
     """
-    if not _DATE_TIME.fullmatch(text):
+    if not isinstance(text, str) or not _DATE_TIME.fullmatch(text):
         raise ValueError(not_a_time(text))
     try:
         read = datetime.fromisoformat(text.upper())

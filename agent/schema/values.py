@@ -129,19 +129,14 @@ else:
 
         words = "a date-time"
         schema = {"type": "string", "format": "date-time"}  # noqa: RUF012 - nothing changes it
-
-        @classmethod
-        def read(cls, given: object) -> datetime | None:
-            if not isinstance(given, str):
-                raise ValueError(not_a_time(given))  # noqa: TRY004 - the sentence is complete
-            return parse_date_time(given)
+        read = staticmethod(parse_date_time)
 
     class NeededMoment(Moment):
         """A Moment for which "never" is refused."""
 
         @classmethod
         def read(cls, given: object) -> datetime:
-            if (moment := super().read(given)) is None:
+            if (moment := parse_date_time(given)) is None:
                 raise ValueError(not_a_time(given))
             return moment
 
