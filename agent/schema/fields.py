@@ -205,9 +205,9 @@ class Setting:
                 "|".join([*words, last]), " or ".join(filter(None, [", ".join(words), last]))
             )
         tables: Tables = self.markers[Tables]
-        many = "s" if tables.most is not None else ""
-        limit = f", at most {tables.most}" if tables.most is not None else ""
-        return Format("JSON", f"table{many} {tables.header}{limit}")
+        if tables.most is None:
+            return Format("JSON", f"table {tables.header}")
+        return Format("JSON", f"tables {tables.header}, at most {tables.most}")
 
     @property
     def doc(self) -> str:
