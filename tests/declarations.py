@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Settings)
 
 def load(declared: type[S], flags: Mapping[str, Any] | None = None, path: Path | None = None) -> S:
     """The settings in force: flag over environment over file over default. Raises ConfigError."""
-    return Sources.read(declared, flags, path).load()
+    return Sources(declared, flags, path).load()
 
 
 def format_text(setting: Setting) -> str:

@@ -72,12 +72,12 @@ def test_a_setting_takes_one_field(copy: Path) -> None:
         from agent.schema.settings import AgentSettings
         main(["run", "--help"], commands(lambda _: 0))
         assert "motto" in RELOADABLE
-        sources = Sources.read(AgentSettings)
+        sources = Sources(AgentSettings)
         settings = exchange.load(exchange.dump(sources.load()))
         print(settings.motto, sources.origin("motto"))
         print(settings_page(), sample(*PROGRAMS[0]))
         try:
-            Sources.read(AgentSettings, {"motto": ""}).load()
+            Sources(AgentSettings, {"motto": ""}).load()
         except Exception as error:
             print(error)
     """

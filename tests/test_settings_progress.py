@@ -12,9 +12,8 @@ from agent.drivers.progress.mqtt import MqttProgress
 from agent.drivers.progress.unix_socket import SocketProgress
 from agent.errors import ConfigError, ExitCode
 from agent.schema.addresses import Address
-from agent.schema.kinds import PROGRESS
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S, PROGRESS
 from agent.schema.mqtt import MQTT_PORT, MQTTS_PORT
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S
 from agent.schema.read import validate
 from agent.schema.settings import AgentSettings
 from agent.schema.toml import to_json
@@ -132,13 +131,13 @@ MQTT = {"type": "mqtt", "broker": "mqtt://h", "topic": "t"}
         ({**SOCKET, "path": "/" + "x" * 107}, "at most 107 bytes"),
         ({**SOCKET, "mode": 660}, "progress: mode = 660: must be permissions in octal"),
         ({**SOCKET, "mode": "4777"}, 'like "0660"'),
-        ({**METRIC, "url": "ftp://h"}, "must be an http:// or https:// URL"),
+        ({**METRIC, "url": "ftp://h"}, "must be http(s)://HOST[:PORT][/PATH][?QUERY]"),
         ({**METRIC, "metric": "a b"}, "progress: metric = 'a b'"),
         ({**MQTT, "topic": "a/#"}, "without the wildcards"),
         ({**MQTT, "topic": ""}, "progress: topic = ''"),
-        ({**MQTT, "broker": "http://h"}, "must be mqtt://HOST:PORT or mqtts://HOST:PORT"),
+        ({**MQTT, "broker": "http://h"}, "must be mqtt(s)://HOST[:PORT]"),
         ({**MQTT, "broker": "mqtt://h:99999"}, "must be a URL"),
-        ({**MQTT, "broker": "mqtt://h/path"}, "must have nothing after the port"),
+        ({**MQTT, "broker": "mqtt://h/path"}, "must be mqtt(s)://HOST[:PORT], and nothing else"),
         ({**MQTT, "password_file": __file__}, "must not be readable or writable by others"),
         ({**MQTT, "ca_file": __file__}, "ca_file: is for a broker with TLS"),
         ({"type": "command", "command": []}, "must be a list that begins with a program"),

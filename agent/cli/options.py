@@ -88,7 +88,7 @@ def sources(declared: type[S], given: Mapping[str, Any]) -> Sources[S]:
     """All sources of the settings, for the arguments that click passes to a command."""
     names = {setting.name for setting in settings_of(declared)}
     flags = {key: value for key, value in given.items() if key in names and value not in (None, ())}
-    return Sources.read(declared, flags, given.get("config"))
+    return Sources(declared, flags, given.get("config"))
 
 
 def load_settings(given: Mapping[str, Any]) -> AgentSettings:

@@ -16,7 +16,7 @@ from agent.drivers.progress import Plausible, Progress
 from agent.errors import FailoverError
 from agent.model import Role
 from agent.ops.logs import Log
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S
 from agent.schema.settings import AgentSettings
 
 BEHIND_SCORE = 1.0

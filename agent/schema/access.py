@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from agent import model
 from agent.model import Right
-from agent.schema.values import AccessRights, AccessType, Mirror, TrusteeKind, doc
+from agent.schema.values import AccessRights, AccessType, Mirror, TrusteeKind
 
 MAX_ENTRIES = 1000
 """The most entries of an access-control list, as each request is checked against all of them."""
@@ -20,26 +20,21 @@ MAX_LIST_BYTES = 131_072
 class Trustee(Mirror[model.Trustee], frozen=True):
     """The subject of an entry: a user, a client or a role."""
 
-    kind: Annotated[TrusteeKind, doc("An integer: 1 for a user, 2 for a client, 3 for a role.")]
+    kind: Annotated[TrusteeKind, "1 for a user, 2 for a client, 3 for a role"]
     object_id: Annotated[
         str, Meta(min_length=1, max_length=256, description="A string of 1 to 256 characters.")
     ]
-    tenant_id: Annotated[
-        Annotated[str, Meta(max_length=256)] | None, doc("A string of at most 256 characters.")
-    ] = None
+    tenant_id: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class AccessControlEntry(Mirror[model.AccessEntry], frozen=True):
     """The rights that one trustee is allowed and denied. A denied right overrides an allowed one."""
 
-    trustee: Annotated[Trustee, doc("An object with Type and ObjectId.")]
-    denied: Annotated[AccessType, doc("An integer: 0 for allowed, 1 for denied.")]
+    trustee: Annotated[Trustee, "whom the entry is about, with Type and ObjectId"]
+    denied: Annotated[AccessType, "0 for allowed, 1 for denied"]
     rights: Annotated[
         AccessRights,
-        doc(
-            "An integer from 0 to 31, the sum of Read 1, Write 2, Delete 4,"
-            " ManageAccessControl 8, Share 16."
-        ),
+        "the sum of Read 1, Write 2, Delete 4, ManageAccessControl 8, Share 16",
     ]
 
     def to_model(self) -> model.AccessEntry:
@@ -49,13 +44,7 @@ class AccessControlEntry(Mirror[model.AccessEntry], frozen=True):
 class AccessControlList(Mirror[model.AccessList], frozen=True):
     """The rights of callers: an access-control list."""
 
-    entries: Annotated[
-        list[AccessControlEntry],
-        Meta(
-            max_length=MAX_ENTRIES,
-            description=f"A list of at most {MAX_ENTRIES} access-control entries.",
-        ),
-    ]
+    entries: Annotated[list[AccessControlEntry], Meta(max_length=MAX_ENTRIES)]
 
 
 class AccessControlRequest(AccessControlList, frozen=True):
@@ -65,7 +54,6 @@ class AccessControlRequest(AccessControlList, frozen=True):
         list[AccessControlEntry],
         Meta(
             max_length=MAX_ENTRIES,
-            description=f"A list of 1 to {MAX_ENTRIES} access-control entries.",
             extra_json_schema={
                 "contains": {
                     "properties": {

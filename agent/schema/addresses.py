@@ -2,6 +2,7 @@
 
 import ipaddress
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 
 class Address(NamedTuple):
@@ -22,23 +23,31 @@ class Address(NamedTuple):
     @property
     def is_one_place(self) -> bool:
         """Whether this is a single IP address and a port, rather than a wildcard, so that others can connect to it."""
-        try:
-            return self.port != 0 and not ipaddress.ip_address(self.host).is_unspecified
-        except ValueError:
-            return False
+        parsed = parse_ip(self.host)
+        return self.port != 0 and parsed is not None and not parsed.is_unspecified
 
 
 def is_link_local(host: str) -> bool:
     """Whether a host is a link-local address: other hosts on other links may have the same one."""
-    try:
-        return ipaddress.ip_address(host).is_link_local
-    except ValueError:
-        return False
+    parsed = parse_ip(host)
+    return parsed is not None and parsed.is_link_local
+
+
+def is_exposed(url: str) -> bool:
+    """Whether what is sent to an http or mqtt URL leaves this machine unencrypted."""
+    parts = urlsplit(url)
+    return not parts.scheme.endswith("s") and not is_loopback(parts.hostname or "")
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host, by address or as ``localhost``, is this machine only. Resolves no names."""
+    parsed = parse_ip(host)
+    return host.lower() == "localhost" if parsed is None else parsed.is_loopback
+
+
+def parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is; None for a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return host.lower() == "localhost"
+        return None

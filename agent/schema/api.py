@@ -3,8 +3,8 @@
 A property's name in JSON is the field's name in PascalCase, except for WIRE_NAMES. ``from_model`` converts a value
 of model.py into a shape, and ``to_model`` converts it back; their fields have the same names. ``*Request`` shapes
 are the bodies of requests; the others are answers, in which a v1 server leaves out many properties. Unknown
-properties are ignored, and null means absent. Each description is used twice: in the OpenAPI document, and as
-the end of an error's sentence ("... it must be a number from ...").
+properties are ignored, and null means absent. A string in an annotation explains the property, in the OpenAPI
+document and at the end of an error's sentence, after its type in words ("... it must be a number from ...").
 
 Knows nothing of HTTP, of callers and of decisions. codec.py decodes and encodes; access.py has the shapes of
 access-control lists, failsafe_api.py those of failsafe.
@@ -15,7 +15,7 @@ from typing import Annotated, Self
 from msgspec import Meta
 
 from agent import model
-from agent.model import MAX_EPOCH, TICKS_PER_SECOND
+from agent.model import TICKS_PER_SECOND
 from agent.schema.failsafe_api import Cleared, FailsafeSet, FailsafeStatus, GivenFailsafeUrl
 from agent.schema.values import (
     OVERRIDES,
@@ -36,8 +36,6 @@ from agent.schema.values import (
     RoleCode,
     Shape,
     TimeSpan,
-    counted,
-    doc,
 )
 
 DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
@@ -47,41 +45,22 @@ When = Moment | None
 
 # --- properties that several shapes have ----------------------------------------------------------
 
-Text = Annotated[
-    Annotated[str, Meta(max_length=1024)] | None, doc("A string of at most 1024 characters.")
-]
+Text = Annotated[str, Meta(max_length=1024)] | None
 Score = Annotated[float, Meta(ge=0, le=100)]
-AdditionalData = Annotated[Additional | None, Meta(description=f"An object, {Additional.limits}.")]
-GivenAdditionalData = Annotated[
-    GivenAdditional | None, Meta(description=f"An object {GivenAdditional.limits}.")
-]
-NewestEpoch = Annotated[
-    Count | None,
-    doc(f"An integer from 0 to {MAX_EPOCH}; it grows with each tenure of a primary."),
-]
-Revision = Annotated[
-    Count | None,
-    doc(f"An integer from 0 to {MAX_EPOCH}; it grows with each change of the group's status."),
-]
-Previous = Annotated[Name | None, doc("A string: the session of the tenure before.")]
+NewestEpoch = Annotated[Count | None, "it grows with each tenure of a primary"]
+Revision = Annotated[Count | None, "it grows with each change of the group's status"]
+Previous = Annotated[Name | None, "the session of the tenure before"]
 StoreId = Annotated[
     Annotated[str, Meta(max_length=128, pattern=r"^[^\x00]*\Z")] | None,
-    doc("A string: the id of the coordinator's store, made with its data directory."),
+    "the id of the coordinator's store, made with its data directory",
 ]
 GivenLastData = Annotated[
     When,
-    doc(
-        "A date-time in ISO 8601, such as 2026-01-31T12:00:00Z: the time of the newest"
-        " data. Without a zone it is UTC; 0001-01-01T00:00:00 means never."
-    ),
+    "the time of the newest data in ISO 8601, such as 2026-01-31T12:00:00Z. Without a zone it is UTC;"
+    " 0001-01-01T00:00:00 means never",
 ]
-Instance = Annotated[
-    Annotated[str, Meta(max_length=128)] | None,
-    doc("A string of at most 128 characters: which process of this session calls."),
-]
-Role = Annotated[RoleCode, doc("A role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary.")]
-Override = Annotated[OverrideCode, doc("An override: 0 or Off, 1 or Primary.")]
-OverrideEnd = Annotated[When, doc("A date-time: when the override ends; left out for never.")]
+Instance = Annotated[str, Meta(max_length=128), "which process of this session calls"] | None
+OverrideEnd = Annotated[When, "when the override ends; left out for never"]
 
 # --- groups -------------------------------------------------------------------------------------
 
@@ -89,13 +68,13 @@ OverrideEnd = Annotated[When, doc("A date-time: when the override ends; left out
 class GroupConfiguration(Mirror[model.GroupConfig], frozen=True):
     """A group, as its creator described it."""
 
-    id: Annotated[str | None, doc("A string: the id of the group.")] = None
-    name: Annotated[str | None, doc("A string: a name for people.")] = None
-    description: Annotated[str | None, doc("A string: what the group is for.")] = None
+    id: Annotated[str | None, "the id of the group"] = None
+    name: Annotated[str | None, "a name for people"] = None
+    description: Annotated[str | None, "what the group is for"] = None
     timeout_ticks: Annotated[
-        TimeSpan | None, doc("A time-span, after which a silent session counts as inactive.")
+        TimeSpan | None, "how long a session may be silent before it counts as inactive"
     ] = None
-    additional: AdditionalData = None
+    additional: Additional | None = None
 
     def to_model(self) -> model.GroupConfig:
         """The group; without a FailoverTimeout it has v1's default."""
@@ -110,46 +89,41 @@ class GroupRequest(GroupConfiguration, frozen=True, kw_only=True):
     id: Id
     name: Text = None
     description: Text = None
-    additional: GivenAdditionalData = None
+    additional: GivenAdditional | None = None
     timeout_ticks: Annotated[
         LeaseSpan,
-        doc(
-            f"A time-span {LeaseSpan.limits}: a session that sends no heartbeat for"
-            " longer counts as inactive. An ISO 8601 duration such as PT1M is read too."
-        ),
+        "a session that sends no heartbeat for longer counts as inactive. An ISO 8601 duration such as"
+        " PT1M is read too",
     ]
 
 
 class GroupStatus(Mirror[model.GroupStatus], frozen=True):
     """Who is primary in a group, and since when."""
 
-    primary: Annotated[Name | None, doc("A string: the session that is primary.")] = None
-    pending: Annotated[Name | None, doc("A string: the session that is about to take over.")] = None
-    last_data: Annotated[When, doc("A date-time: when the primary last processed data.")] = None
+    primary: Annotated[Name | None, "the session that is primary"] = None
+    pending: Annotated[Name | None, "the session that is about to take over"] = None
+    last_data: Annotated[When, "when the primary last processed data"] = None
     epoch: NewestEpoch = None
     revision: Revision = None
-    primary_since: Annotated[When, doc("A date-time: when this primary's tenure began.")] = None
+    primary_since: Annotated[When, "when this primary's tenure began"] = None
     previous: Previous = None
     store_id: StoreId = None
-    leader: Annotated[
-        str | None, doc("A string: the URL of the coordinator that leads the group.")
-    ] = None
+    leader: Annotated[str | None, "the URL of the coordinator that leads the group"] = None
     cleared: Cleared = None
     failsafe: Annotated[
-        FailsafeStatus | None,
-        doc("An object: the state of failsafe; left out in groups without failsafe."),
+        FailsafeStatus | None, "the state of failsafe; left out in groups without failsafe"
     ] = None
 
 
 class HistoryEntry(Mirror[model.HistoryEntry], frozen=True, kw_only=True):
     """One tenure of a primary. Until and WhyEnded are left out while it lasts."""
 
-    epoch: Annotated[Count, doc("An integer, the epoch of the tenure.")]
-    session_id: Annotated[str, doc("A string: the session that was primary.")]
-    since: Annotated[NeededMoment, doc("A date-time: when the tenure began.")]
-    until: Annotated[When, doc("A date-time: when the tenure ended.")] = None
-    why_started: Annotated[str, doc("A string: why this session was chosen.")]
-    why_ended: Annotated[str | None, doc("A string: why the tenure ended.")] = None
+    epoch: Annotated[Count, "the epoch of the tenure"]
+    session_id: Annotated[str, "the session that was primary"]
+    since: Annotated[NeededMoment, "when the tenure began"]
+    until: Annotated[When, "when the tenure ended"] = None
+    why_started: Annotated[str, "why this session was chosen"]
+    why_ended: Annotated[str | None, "why the tenure ended"] = None
 
 
 # --- sessions -----------------------------------------------------------------------------------
@@ -160,7 +134,7 @@ class SessionRequest(Mirror[model.SessionConfig], frozen=True):
 
     id: Id
     name: Text = None
-    additional: GivenAdditionalData = None
+    additional: GivenAdditional | None = None
     instance: Instance = None
     failsafe_url: GivenFailsafeUrl = None
 
@@ -168,32 +142,24 @@ class SessionRequest(Mirror[model.SessionConfig], frozen=True):
 class SessionHeartbeat(Shape, frozen=True):
     """The last heartbeat of a session. Without HeartbeatTime there was none."""
 
-    score: Annotated[Score | None, doc("A number from 0 to 100.")] = None
-    last_data: Annotated[When, doc("A date-time: when the session last processed data.")] = None
-    heartbeat_at: Annotated[When, doc("A date-time: when the heartbeat was received.")] = None
+    score: Score | None = None
+    last_data: Annotated[When, "when the session last processed data"] = None
+    heartbeat_at: Annotated[When, "when the heartbeat was received"] = None
 
 
 class ClientSession(Shape, frozen=True):
     """A member of a group."""
 
-    id: Annotated[str, doc("A string: the id of the session.")]
-    name: Annotated[str | None, doc("A string: a name for people.")] = None
-    heartbeat: Annotated[
-        SessionHeartbeat | None, doc("An object: the last heartbeat of the session.")
-    ] = None
-    role: Role | None = None
-    heartbeat_posted: Annotated[
-        bool | None, doc("A boolean: whether a heartbeat came since the start.")
-    ] = None
-    role_override: Override | None = None
+    id: Annotated[str, "the id of the session"]
+    name: Annotated[str | None, "a name for people"] = None
+    heartbeat: Annotated[SessionHeartbeat | None, "the last heartbeat of the session"] = None
+    role: RoleCode | None = None
+    heartbeat_posted: Annotated[bool | None, "whether a heartbeat came since the start"] = None
+    role_override: OverrideCode | None = None
     role_override_expiration_time: OverrideEnd = None
-    additional: AdditionalData = None
-    active: Annotated[
-        bool | None, doc("A boolean: whether it was heard within FailoverTimeout.")
-    ] = None
-    silent_since: Annotated[When, doc("A date-time: when an inactive session was last heard.")] = (
-        None
-    )
+    additional: Additional | None = None
+    active: Annotated[bool | None, "whether it was heard within FailoverTimeout"] = None
+    silent_since: Annotated[When, "when an inactive session was last heard"] = None
     store_id: StoreId = None
 
     @classmethod
@@ -239,42 +205,32 @@ class ClientSession(Shape, frozen=True):
 class HeartbeatRequest(Shape, frozen=True):
     """A heartbeat. A plain v1 client omits Instance and Epoch."""
 
-    score: Annotated[Score, doc("A number from 0 to 100: the share of streams that are active.")]
+    score: Annotated[Score, "the share of streams that are active"]
     last_data: GivenLastData = None
     instance: Instance = None
     epoch: Annotated[
-        Count | None,
-        counted("the highest epoch the client saw, at most 8589934592 above the group's."),
+        Count | None, "the highest epoch the client saw, at most 8589934592 above the group's"
     ] = None
     failsafe_url: GivenFailsafeUrl = None
-    holds: Annotated[Count | None, counted("the epoch in which this process is primary.")] = None
-    failsafe_revision: Annotated[
-        Count | None, counted("the revision of the set that a primary uses.")
-    ] = None
+    holds: Annotated[Count | None, "the epoch in which this process is primary"] = None
+    failsafe_revision: Annotated[Count | None, "the revision of the set that a primary uses"] = None
     promised: Annotated[
-        bool | None,
-        doc("A boolean: whether a promise to another member forbids this one to be primary now."),
+        bool | None, "whether a promise to another member forbids this one to be primary now"
     ] = None
 
 
 class HeartbeatResponse(Mirror[model.HeartbeatAnswer], frozen=True):
     """The role of a session from now on, and its lease."""
 
-    role: Role
-    last_data: Annotated[
-        When, doc("A date-time: when the group's primary last processed data.")
-    ] = None
+    role: RoleCode
+    last_data: Annotated[When, "when the group's primary last processed data"] = None
     epoch: NewestEpoch = None
-    lease_s: Annotated[
-        Lease | None, doc("A time-span: how long the next heartbeat is waited for.")
-    ] = None
+    lease_s: Annotated[Lease | None, "how long the next heartbeat is waited for"] = None
     revision: Revision = None
     previous: Previous = None
     store_id: StoreId = None
     cleared: Cleared = None
-    failsafe: Annotated[
-        FailsafeSet | None, doc("An object: for the primary, the members that it has to ask.")
-    ] = None
+    failsafe: Annotated[FailsafeSet | None, "the members that a primary has to ask"] = None
 
     @classmethod
     def from_model(cls, value: model.HeartbeatAnswer) -> Self:
@@ -296,43 +252,32 @@ class HeartbeatResponse(Mirror[model.HeartbeatAnswer], frozen=True):
 class ReleaseRequest(Shape, frozen=True):
     """The holder's notice that it has demoted, so that the next member can be promoted at once."""
 
-    epoch: Annotated[Count, counted("the epoch of the ended tenure.")]
+    epoch: Annotated[Count, "the epoch of the ended tenure"]
     instance: Instance = None
     hold_off_period: Annotated[
-        HoldOffSpan | None,
-        doc(f"A time-span {HoldOffSpan.limits}, in which this session is not to be chosen again."),
+        HoldOffSpan | None, "how long this session is not to be chosen again"
     ] = None
-    reason: Annotated[
-        Annotated[str, Meta(max_length=256)] | None,
-        doc("A string of at most 256 characters, for the history."),
-    ] = None
+    reason: Annotated[str, Meta(max_length=256), "for the history"] | None = None
     last_data: GivenLastData = None
     held: Annotated[
         bool | None,
-        doc(
-            "A boolean: false if this process has refused the tenure and was never primary in it;"
-            " left out for true."
-        ),
+        "false if this process has refused the tenure and was never primary in it; left out for true",
     ] = None
 
 
 class RoleOverrideRequest(Shape, frozen=True):
     """An operator's override of the role of a session."""
 
-    value: Override
+    value: OverrideCode
     expiration_period: Annotated[
-        ExpirationSpan | None,
-        doc(
-            f"A time-span {ExpirationSpan.limits}, after which the override ends;"
-            " left out for never."
-        ),
+        ExpirationSpan | None, "how long the override lasts; left out for ever"
     ] = None
 
 
 class RoleOverrideResponse(Shape, frozen=True):
     """The override that a session has."""
 
-    value: Override
+    value: OverrideCode
     role_override_expiration_time: OverrideEnd = None
 
     @classmethod
@@ -347,14 +292,14 @@ class RoleOverrideResponse(Shape, frozen=True):
 class ErrorResponse(Shape, frozen=True):
     """Why a call was refused, and what to do about it. Further properties are possible."""
 
-    operation_id: Annotated[str | None, doc("A string that names this call in the log.")] = None
-    error: Annotated[str | None, doc("A string: what kind of error it is.")] = None
-    reason: Annotated[str | None, doc("A string: why the call was refused.")] = None
-    resolution: Annotated[str | None, doc("A string: what can be done about it.")] = None
-    additional_parameters: Annotated[Additional | None, doc("An object with further facts.")] = None
+    operation_id: Annotated[str | None, "it names this call in the log"] = None
+    error: Annotated[str | None, "what kind of error it is"] = None
+    reason: Annotated[str | None, "why the call was refused"] = None
+    resolution: Annotated[str | None, "what can be done about it"] = None
+    additional_parameters: Annotated[Additional | None, "further facts"] = None
 
 
 class Version(Shape, frozen=True):
     """The version of the service, as answered at the base path."""
 
-    version: Annotated[str, doc("A string: the version of the server.")]
+    version: Annotated[str, "the version of the server"]

@@ -7,22 +7,18 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
-from operator import methodcaller
-from typing import Any, TypeVar, get_args
+from operator import attrgetter
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
 from agent.schema import access, api, failsafe_api
+from agent.schema.fields import parts_of
 from agent.schema.scalars import not_json, shown
-from agent.schema.values import (
-    Id,
-    Shape,
-    encode_with_names,
-    encode_with_numbers,
-)
+from agent.schema.values import Id, Shape, encode_inside
 
 S = TypeVar("S", bound=Shape)
 
@@ -33,13 +29,6 @@ SHAPES: tuple[type[Shape], ...] = tuple(
     if isinstance(one, type) and issubclass(one, Shape) and one.__module__ == module.__name__
 )
 REQUESTS = tuple(shape for shape in SHAPES if shape.__name__.endswith("Request"))
-NESTED: tuple[type[Shape], ...] = (
-    api.SessionHeartbeat,
-    failsafe_api.FailsafeMember,
-    failsafe_api.LapsedTenure,
-    access.AccessControlEntry,
-    access.Trustee,
-)
 
 REFERENCE = "#/components/schemas/{name}"
 
@@ -52,8 +41,8 @@ MAX_DIGITS = 4000
 _Path = list[str | int]
 
 _WRITERS = {
-    False: msgspec.json.Encoder(enc_hook=encode_with_numbers),
-    True: msgspec.json.Encoder(enc_hook=encode_with_names),
+    names: msgspec.json.Encoder(enc_hook=partial(encode_inside, names=names))
+    for names in (False, True)
 }
 
 
@@ -72,13 +61,13 @@ def decode(shape: type[S], body: bytes, whole: str = "the body") -> S:
     Raises:
         BodyError: the body does not have this shape, or is not JSON.
     """
-    value: S = _decode(shape, shape, body, whole)
+    value: S = _decode(shape, body, whole)
     return value
 
 
 def decode_many(shape: type[S], body: bytes, whole: str = "the body") -> list[S]:
     """Decode a body that is a list of shapes, as ``decode`` does."""
-    values: list[S] = _decode(list[shape], shape, body, whole)  # type: ignore[valid-type] # at runtime
+    values: list[S] = _decode(list[shape], body, whole)  # type: ignore[valid-type] # at runtime
     return values
 
 
@@ -90,7 +79,7 @@ def has_none_of(value: Shape, body: bytes) -> bool:
     return bool(given) and not given.keys() & set(value.__struct_encode_fields__)
 
 
-def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
+def _decode(kind: Any, body: bytes, whole: str) -> Any:
     try:
         if not body.isascii():
             body.decode()  # msgspec does not check the UTF-8 of properties that it ignores
@@ -100,7 +89,7 @@ def _decode(kind: Any, shape: type[Shape], body: bytes, whole: str) -> Any:
             )
         return _reader(kind).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        text = _explain(error, shape, body, whole)  # may contain half a surrogate pair of the body
+        text = _explain(error, kind, body, whole)  # may contain half a surrogate pair of the body
         raise BodyError(text.encode(errors="backslashreplace").decode()) from None
 
 
@@ -128,7 +117,7 @@ _STEP = re.compile(r"\.(\w+)|\[([0-9]+)\]")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
-def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> str:
+def _explain(error: Exception, kind: Any, body: bytes, whole: str) -> str:
     """Why a body is not JSON, or which property is wrong. The standard library's parser finds the place."""
     try:
         given = json.loads(body.decode(), parse_int=lambda digits: int(digits[:MAX_DIGITS]))
@@ -137,15 +126,15 @@ def _explain(error: Exception, shape: type[Shape], body: bytes, whole: str) -> s
     except ValueError as fault:
         return not_json(body, whole, str(fault))
     if isinstance(error, msgspec.ValidationError):
-        return _explain_property(error, shape, given, whole)
+        return _explain_property(error, kind, given, whole)
     for path, value in _walk(given):
         if isinstance(value, float) and not math.isfinite(value):
-            right = _right(shape, path, "a finite number")
+            right = _right(kind, path, "a finite number")
             return f"{_format(path, whole)} is {shown(value)}: it must be {right}"
     return not_json(body, whole, "half a surrogate pair")
 
 
-def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: str) -> str:
+def _explain_property(error: Exception, kind: Any, given: Any, whole: str) -> str:
     """Which property is wrong, what was given, and what would be right."""
     text, cause = str(error), error.__cause__
     found = _WHERE.search(text)
@@ -153,7 +142,7 @@ def _explain_property(error: Exception, shape: type[Shape], given: Any, whole: s
     path: _Path = [name or int(index) for name, index in _STEP.findall(place)]
     if missing := _MISSING.match(text):
         path.append(missing[1])
-    where, right = _format(path, whole), _right(shape, path, "a JSON list")
+    where, right = _format(path, whole), _right(kind, path, "a JSON list")
     if missing:
         return f"{where} is missing: it must be {right}"
     if isinstance(cause, ValueError):
@@ -187,44 +176,69 @@ def _format(path: _Path, whole: str) -> str:
     return "".join(steps).lstrip(".") or whole
 
 
-def _right(shape: type[Shape], path: _Path, otherwise: str) -> str:
-    """The description of the last property of the path, of ``shape`` or of one inside it."""
+def _right(kind: Any, path: _Path, otherwise: str) -> str:
+    """The description of the last property of the path, in a shape of this type."""
     name = next((step for step in reversed(path) if isinstance(step, str)), None)
-    for known in (shape, *NESTED):
+    for known in _shapes_in(kind):
         for field in msgspec.structs.fields(known):
-            if field.encode_name == name and (text := _description(field.type)):
-                return text[0].lower() + text[1:].rstrip(".")
+            if field.encode_name == name:
+                return _in_words(field.type)
     return otherwise
 
 
-def _description(annotated: Any) -> str | None:
-    for one in getattr(annotated, "__metadata__", ()):
-        if isinstance(one, Meta) and one.description:
-            return one.description
-    return next(filter(None, map(_description, get_args(annotated))), None)
+_WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
+
+
+def _in_words(annotated: Any) -> str:
+    """The accepted values of a property: the type, its bounds, and the string in its annotation."""
+    words = bounds = text = ""
+    for part in parts_of(annotated):
+        if isinstance(part, str):
+            text = f": {part}"
+        elif isinstance(part, Meta) and part.le is not None:
+            bounds = f" from {part.ge} to {part.le}"
+        elif isinstance(part, Meta):
+            least = f"{part.min_length} to" if part.min_length else "at most"
+            unit = "entries" if words == _WORDS[list] else "characters"
+            bounds = f" of {least} {part.max_length} {unit}"
+        elif get_origin(part) is Literal:
+            words = f"one of {', '.join(get_args(part))}"
+        elif not words:
+            words = getattr(part, "words", None) or _WORDS[part]
+    return words + bounds + text
+
+
+def _shapes_in(kind: Any) -> Iterator[type[Shape]]:
+    """Every shape in a type, the outer ones first."""
+    for part in parts_of(kind):
+        if isinstance(part, type) and issubclass(part, Shape):
+            yield part
+            for field in msgspec.structs.fields(part):
+                yield from _shapes_in(field.type)
 
 
 def component_schemas() -> dict[str, Any]:
     """OpenAPI 3.1 ``components.schemas`` of all shapes, by class name."""
     _, schemas = msgspec.json.schema_components(
-        SHAPES, schema_hook=methodcaller("schema"), ref_template=REFERENCE
+        SHAPES, schema_hook=attrgetter("schema"), ref_template=REFERENCE
     )
-    asked = (*REQUESTS, access.AccessControlEntry, access.Trustee)
-    answers = {shape.__name__ for shape in SHAPES if shape not in asked}
-    for name, schema in schemas.items():
-        properties = schema["properties"]
-        for key, declared in properties.items():
-            properties[key] = _tidied(declared, answered=name in answers)
+    asked = {nested for shape in REQUESTS for nested in _shapes_in(shape)}
+    for shape in SHAPES:
+        properties = schemas[shape.__name__]["properties"]
+        for field in msgspec.structs.fields(shape):
+            key, answered = field.encode_name, shape not in asked
+            properties[key] = _tidied(field.type, properties[key], answered=answered)
     return schemas
 
 
 def id_schema() -> dict[str, Any]:
     """The JSON Schema of an id in a path."""
-    return _tidied(msgspec.json.schema(Id), answered=False)
+    return _tidied(Id, msgspec.json.schema(Id), answered=False)
 
 
-def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
+def _tidied(kind: Any, declared: Any, *, answered: bool) -> dict[str, Any]:
     """A property's schema with JSON Schema's ``$``, without ``default: null``, and without null in an answer."""
+    words = _in_words(kind)
     schema = {key: value for key, value in declared.items() if key != "default"}
     choices = schema.pop("anyOf", [])
     if answered:
@@ -236,4 +250,4 @@ def _tidied(declared: Any, *, answered: bool) -> dict[str, Any]:
     for one in (schema, *choices):
         if "pattern" in one:
             one["pattern"] = one["pattern"].replace(r"\Z", "$")
-    return schema
+    return {**schema, "description": f"{words[0].upper()}{words[1:]}."}

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from agent.errors import ConfigError
-from agent.schema.addresses import Address, is_loopback
+from agent.schema.addresses import Address, is_exposed
 from agent.schema.fields import RELOADABLE, Example, Range, Settings
 from agent.schema.formats import (
     ADDRESS,
@@ -232,15 +231,14 @@ class CoordinatorSettings(Settings):
                     'cannot be "required" with store = "etcd": the other coordinators have none; with'
                     ' "optional" a caller without one needs other credentials',
                 )
-            if not self.etcd_endpoint:
-                yield "store", "etcd needs etcd_endpoint too"
-            if self.advertise is None:
-                yield "store", "etcd needs advertise too, the URL of this coordinator"
+            for name in ("etcd_endpoint", "advertise"):
+                if not getattr(self, name):
+                    yield "store", f"etcd needs {name} too"
         elif self.etcd_endpoint:
             yield "etcd_endpoint", f'needs store = "etcd", and store is "{self.store}"'
         given = [("etcd_endpoint", url) for url in self.etcd_endpoint]
-        for key, url in (*given, ("advertise", self.advertise or "")):
-            host = urlsplit(url).hostname or ""
-            if url.startswith("http:") and not is_loopback(host) and not self.insecure:
+        given += [("advertise", self.advertise)] if self.advertise is not None else []
+        for key, url in given:
+            if is_exposed(url) and not self.insecure:
                 right = "use https, or set insecure = true"
                 yield key, f"{url} carries roles and credentials unencrypted: {right}"

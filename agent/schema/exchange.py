@@ -17,7 +17,7 @@ from msgspec import ValidationError, convert
 
 from agent import __version__
 from agent.errors import ConfigError, ExitCode
-from agent.schema.fields import Setting, Tables, settings_of
+from agent.schema.fields import Setting, settings_of
 from agent.schema.settings import AgentSettings
 
 
@@ -77,15 +77,10 @@ def _table(given: Any, declared: type[Any]) -> Any:
 def _setting(given: Any, setting: Setting) -> Any:
     tables = setting.tables
     if tables is not None and given is not None:
-        if tables.most is None:
-            return _kind(given, tables)
-        return tuple(_kind(table, tables) for table in given)
+        many = convert([given] if tables.most is None else given, list[dict[str, Any]])
+        read = tuple(_table(one, tables.load(one.get("type", ""))) for one in many)
+        return read[0] if tables.most is None else read
     try:
         return convert(given, setting.annotation, dec_hook=lambda path, text: path(text))
     except ValidationError as error:
         raise ValueError(f"{setting.name}: {error}") from None
-
-
-def _kind(given: Any, tables: Tables) -> Any:
-    """Read a table of the kind that it names."""
-    return _table(given, tables.load(convert(given, dict[str, Any]).get("type", "")))

@@ -9,13 +9,11 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from agent import model
-from agent.schema.values import Confirmed, Count, Mirror, Name, NeededMoment, Shape, counted, doc
+from agent.schema.values import Confirmed, Count, Mirror, Name, NeededMoment, Shape
 
 Cleared = Annotated[
     Count | None,
-    counted(
-        "each tenure up to this epoch is over. Left out in groups and for sessions without failsafe."
-    ),
+    "each tenure up to this epoch is over. Left out in groups and for sessions without failsafe",
 ]
 MAX_FAILSAFE_URL = 256
 """Characters of a FailsafeUrl. Bounded, since the URLs of all members are in the record and in each answer."""
@@ -28,33 +26,26 @@ GivenFailsafeUrl = Annotated[
         ),
     ]
     | None,
-    doc(
-        f"A string of at most {MAX_FAILSAFE_URL} characters: the http or https URL at which the other"
-        " members reach the failsafe listener of this process."
-    ),
+    "the http or https URL at which the other members reach the failsafe listener of this process",
 ]
 
 
 class FailsafeMember(Mirror[model.Member], frozen=True, kw_only=True):
     """A member of a group in which every member has a failsafe listener."""
 
-    id: Annotated[Name, doc("A string: the session.")]
-    url: Annotated[Name, doc("A string: the URL of its failsafe listener.")]
+    id: Annotated[Name, "the session"]
+    url: Annotated[Name, "the URL of its failsafe listener"]
 
 
-Members = Annotated[
-    list[FailsafeMember] | None, doc("A list of members: whom the primary has to ask.")
-]
+Members = Annotated[list[FailsafeMember] | None, "whom the primary has to ask"]
 
 
 class FailsafeSet(Mirror[model.MemberSet], frozen=True, kw_only=True):
     """The members that a primary has to ask while it cannot reach the coordinator, or why it asks none."""
 
-    revision: Annotated[Count, doc("An integer: it grows with each set of the group.")]
+    revision: Annotated[Count, "it grows with each set of the group"]
     members: Members = field(default_factory=list)
-    off: Annotated[Name | None, doc("A string: why failsafe is off; left out while it is on.")] = (
-        None
-    )
+    off: Annotated[Name | None, "why failsafe is off; left out while it is on"] = None
 
     def to_model(self) -> model.MemberSet:
         """Convert the set. One without members and without a reason is off, too: it lacks even the holder."""
@@ -67,9 +58,9 @@ class FailsafeSet(Mirror[model.MemberSet], frozen=True, kw_only=True):
 class LapsedTenure(Mirror[model.Lapsed], frozen=True, kw_only=True):
     """A tenure whose lease has ended while its primary may go on by failsafe."""
 
-    session_id: Annotated[Name, doc("A string: the session that was primary.")]
-    epoch: Annotated[Count, doc("An integer: the epoch of the tenure.")]
-    since: Annotated[NeededMoment, doc("A date-time: when its lease ended.")]
+    session_id: Annotated[Name, "the session that was primary"]
+    epoch: Annotated[Count, "the epoch of the tenure"]
+    since: Annotated[NeededMoment, "when its lease ended"]
 
 
 class FailsafeStatus(Mirror[model.FailsafeStatus], frozen=True, kw_only=True):
@@ -77,21 +68,15 @@ class FailsafeStatus(Mirror[model.FailsafeStatus], frozen=True, kw_only=True):
 
     state: Annotated[
         Literal["Off", "Ready", "Restricted"],
-        doc(
-            "A string: Off, Ready, or Restricted while nobody is primary and only Choosable may be"
-            " promoted."
-        ),
+        "while Restricted nobody is primary, and only Choosable may be promoted",
     ]
-    why: Annotated[Name | None, doc("A string: the reason of the state, for people.")] = None
-    revision: Annotated[Count | None, doc("An integer: the revision of Members.")] = None
+    why: Annotated[Name | None, "the reason of the state, for people"] = None
+    revision: Annotated[Count | None, "the revision of Members"] = None
     members: Members = field(default_factory=list)
     choosable: Annotated[
-        list[FailsafeMember] | None,
-        doc("A list of members: those that may be promoted while the group is restricted."),
+        list[FailsafeMember] | None, "those that may be promoted while the group is restricted"
     ] = None
-    lapsed: Annotated[
-        LapsedTenure | None, doc("An object: the tenure that may still go on by failsafe.")
-    ] = None
+    lapsed: Annotated[LapsedTenure | None, "the tenure that may still go on by failsafe"] = None
 
     def to_model(self) -> model.FailsafeStatus:
         return replace(Mirror.to_model(self), state=model.FailsafeState(self.state))
@@ -100,11 +85,8 @@ class FailsafeStatus(Mirror[model.FailsafeStatus], frozen=True, kw_only=True):
 class LiftRequest(Shape, frozen=True, kw_only=True):
     """An operator has made sure that no member of a group is active: all of them may be promoted."""
 
-    epoch: Annotated[Count, counted("the newest epoch of the group.")]
-    reason: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=256)],
-        doc("A string of 1 to 256 characters, for the history."),
-    ]
+    epoch: Annotated[Count, "the newest epoch of the group"]
+    reason: Annotated[str, Meta(min_length=1, max_length=256), "for the history"]
     nobody_is_active: Annotated[
-        Confirmed, doc("true: the caller has made sure of it, on every host of the group.")
+        Confirmed, "the caller has made sure of it, on every host of the group"
     ]

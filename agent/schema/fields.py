@@ -11,7 +11,6 @@ Owns the markers. Imports no pydantic: a running agent uses the dataclasses and 
 import ast
 import importlib
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -46,6 +45,20 @@ class Declared:
             yield from self.needs(given[0], *names)
 
 
+class Table(Declared):
+    """Base of the tables of one kind; ``Tables`` lists the kinds."""
+
+    __slots__ = ()
+
+    EXAMPLE: ClassVar[Mapping[str, Any]]
+    """A table for the sample file."""
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that the table runs, which are checked as a hook's are."""
+        return ()
+
+
 class Settings(Declared):
     """Base of the settings of one program."""
 
@@ -63,9 +76,8 @@ class Format:
         metavar: the placeholder of the value in help texts.
         noun: the name of the format in docs/settings.md, before the range.
         unit: of the range, such as "s".
-        parse: parses the value; no further check follows.
-        before: converts the given value, before its type and range are checked.
-        after: checks a value of the right type.
+        parse: parses the given value, before its type and range are checked.
+        check: checks, and perhaps changes, a value of the right type in its range.
         none: the text for None, if None does not mean "not set".
     """
 
@@ -73,8 +85,7 @@ class Format:
     noun: str
     unit: str = ""
     parse: Callable[[Any], Any] | None = None
-    before: Callable[[Any], Any] | None = None
-    after: Callable[[Any], Any] | None = None
+    check: Callable[[Any], Any] | None = None
     none: str | None = None
 
 
@@ -91,14 +102,6 @@ class Range:
     most: float
     above: bool = False
     enforced: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """The fewest and the most characters of a string."""
-
-    least: int
-    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ class Setting:
         name: its key in the file.
         annotation: the type of its value, without markers.
         default: MISSING if it has none, or one that is derived.
-        markers: all other markers, by their class.
+        markers: all markers, by their class.
     """
 
     owner: type[Any]
@@ -202,9 +205,9 @@ class Setting:
                 "|".join([*words, last]), " or ".join(filter(None, [", ".join(words), last]))
             )
         tables: Tables = self.markers[Tables]
-        many = "s" if tables.most is not None else ""
-        limit = f", at most {tables.most}" if tables.most is not None else ""
-        return Format("JSON", f"table{many} {tables.header}{limit}")
+        if tables.most is None:
+            return Format("JSON", f"table {tables.header}")
+        return Format("JSON", f"tables {tables.header}, at most {tables.most}")
 
     @property
     def doc(self) -> str:
@@ -237,7 +240,7 @@ def _settings_of(declared: Any) -> tuple[Setting, ...]:
     bare = get_type_hints(declared)
     found = []
     for item in fields(declared):
-        markers = dict(_markers(hints[item.name]))
+        markers = {type(part): part for part in parts_of(hints[item.name])}
         given = (item.default, item.default_factory)
         required = given == (MISSING, MISSING) and DefaultFrom not in markers
         found.append(Setting(declared, item.name, bare[item.name], item.default, required, markers))
@@ -254,26 +257,24 @@ def _docs_of(declared: Any) -> Mapping[str, str]:
     """The strings below the fields of a class, from its source: a running agent keeps none in memory."""
     if not issubclass(declared, Declared):
         return {}
-    module = ast.parse(inspect.getsource(sys.modules[declared.__module__]))
-    classes = (node for node in module.body if isinstance(node, ast.ClassDef))
-    body = next(node.body for node in classes if node.name == declared.__name__)
+    node: Any = ast.parse(inspect.getsource(declared)).body[0]
     return {
         ast.unparse(item.target): " ".join(str(ast.literal_eval(below.value)).split())
-        for item, below in pairwise(body)
+        for item, below in pairwise(node.body)
         if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 
 
-def _markers(annotation: Any) -> Iterator[tuple[type[Any], Any]]:
-    """The markers in an annotation, by class; the outer ones last."""
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """The types and the markers in an annotation, a list before its members, and a type before its markers."""
     origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *markers = get_args(annotation)
-        yield from _markers(inner)
-        yield from ((type(marker), marker) for marker in markers)
-    elif origin in {Union, types.UnionType}:
+    if origin is list:
+        yield list
+    if origin in {Annotated, Union, types.UnionType, list}:
         for part in get_args(annotation):
-            yield from _markers(part)
+            yield from parts_of(part)
+    else:
+        yield annotation
 
 
 def reloadable(declared: type[Any]) -> frozenset[str]:

@@ -4,7 +4,6 @@ Owns parsing one value from any source. An invalid value raises a ValueError wit
 right. Knows nothing of settings, and of where a value was given.
 """
 
-import ipaddress
 import json
 import math
 import os
@@ -15,13 +14,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S
 from agent.files import make_absolute
 from agent.model import TICKS_PER_SECOND
-from agent.schema.addresses import Address, is_loopback
-from agent.schema.fields import Format, Length, Range
+from agent.schema.addresses import Address, is_exposed, parse_ip
+from agent.schema.fields import Format, Range
 from agent.schema.scalars import parse_time_span
 from agent.schema.secret_files import READABLE_BY_OTHERS
 
@@ -37,12 +36,6 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:5470/api/v1/clientfailover"
 MOST_ENDPOINTS = 16
 """The most endpoints of one list, since all are probed at once when the one in use fails."""
 
-MOST_HOST_NAMES = 16
-"""The most host names of one coordinator: its name and aliases."""
-
-MOST_IDENTITIES = 100
-"""The most identities in one list: users, clients and roles."""
-
 MOST_LABELS = 32
 """The most labels of one metric; exporters use a handful."""
 
@@ -52,6 +45,9 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095
 MOST_VARIABLES = 64
 LONGEST_VARIABLE = 4096
 """The most characters of one environment variable; a longer value belongs in a file."""
+
+LONGEST_SHOWN = 80
+"""The most characters of a refused value in its error: enough to find it, and still one line."""
 
 T = TypeVar("T")
 
@@ -75,6 +71,17 @@ def matches(pattern: str) -> Callable[[str], object]:
     return lambda value: re.fullmatch(pattern, value)
 
 
+def sized(least: int, most: int) -> Callable[[str], str]:
+    """Build a parser of strings with this many characters."""
+    return must(f"be {least} to {most} characters", lambda text: least <= len(text) <= most)
+
+
+def shown(value: object) -> str:
+    """Format a refused value, without credentials and not too long."""
+    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
 # --- numbers and names --------------------------------------------------------------------------
 
 
@@ -94,17 +101,10 @@ def _parse_span(value: object) -> float:
     return parse_time_span(str(value).strip()) / TICKS_PER_SECOND
 
 
-def check_id(value: str) -> str:
-    """Check the id of a group or a session, which is a segment of a URL's path."""
-    if not re.fullmatch(rf"[^/\x00-\x1f\x7f-\x9f]{{1,{LONGEST_ID}}}", value):
-        raise ValueError(
-            f"must be 1 to {LONGEST_ID} characters, without '/' and control characters"
-        )
-    if value in {".", ".."}:
-        raise ValueError("must not be '.' or '..', which mean something else in a URL")
-    return value
-
-
+check_id = must(
+    f"be 1 to {LONGEST_ID} characters, without '/' and control characters, and not '.' or '..'",
+    matches(rf"(?!\.\.?\Z)[^/\x00-\x1f\x7f-\x9f]{{1,{LONGEST_ID}}}"),
+)
 check_not_boolean: Callable[[Any], Any] = must(
     "be a number, not true or false", lambda value: not isinstance(value, bool)
 )
@@ -120,6 +120,15 @@ check_key_prefix = must(
 )
 
 
+_check_host_name = must(
+    "be a name of a host, like coordinator.example, without a port",
+    matches(r"(?a)\w(?:[\w.-]{0,253}\w)?"),
+)
+_check_identity = must(
+    "be user:NAME, client:ID or role:NAME", matches(r"(user|client|role):\S(.{0,254}\S)?")
+)
+
+
 def parse_account(value: object) -> str:
     """Parse the name or number of a user or group of this host."""
     text = str(value) if type(value) is int else value
@@ -128,14 +137,14 @@ def parse_account(value: object) -> str:
     return text
 
 
-def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Check the labels of a sample."""
-    if len(labels) > MOST_LABELS:
-        raise ValueError(f"must be at most {MOST_LABELS} labels")
-    for name in labels:
-        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
-            raise ValueError(f"must have names of letters, digits and '_', not {name!r:.60}")
-    return dict(labels)
+check_labels = must(
+    f"be at most {MOST_LABELS} labels, with names of letters, digits and '_'",
+    lambda labels: (
+        len(labels) <= MOST_LABELS
+        and all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in labels)
+    ),
+    first=dict[str, str],
+)
 
 
 # --- lists --------------------------------------------------------------------------------------
@@ -172,6 +181,27 @@ def _strings(
     return tuple(value)
 
 
+def several(
+    parse: Callable[[str], str], what: str, most: int, least: int = 0
+) -> Callable[[object], tuple[str, ...]]:
+    """Build a parser of a list of strings, each of which ``parse`` parses; ``what`` they are is for the error."""
+
+    def parse_all(value: object) -> tuple[str, ...]:
+        given = _strings(value)
+        if not least <= len(given) <= most:
+            raise ValueError(f"must be {least} to {most} {what}")
+        found = []
+        for one in given:
+            try:
+                found.append(parse(one))
+            except ValueError as error:
+                which = f"{shown(one)} " if len(given) > 1 else ""
+                raise ValueError(f"{which}{error}") from None
+        return tuple(found)
+
+    return parse_all
+
+
 def parse_program(value: object) -> tuple[str, ...]:
     """Parse a command, a list or a string with shell quoting; () is no command. Its program is found by PATH."""
     argv = _strings(value, _split_words)
@@ -200,8 +230,7 @@ def parse_hook(value: object) -> tuple[str, ...]:
     if isinstance(value, list | tuple) and value and is_http(value[0]):
         if len(value) > 1:
             raise ValueError("must be the URL alone: a webhook has no arguments")
-        check_url(value[0], instead="sign it by webhook_secret_file", query=True)
-        return (value[0],)
+        return (_check_webhook(value[0]),)
     return parse_command(value)
 
 
@@ -220,13 +249,10 @@ def parse_variables(value: object) -> dict[str, str]:
     if len(value) > MOST_VARIABLES:
         raise ValueError(f"must be at most {MOST_VARIABLES} variables")
     for name, text in value.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        if not re.fullmatch(r"(?!FAILOVER_)[A-Z_][A-Z0-9_]*", name):
             raise ValueError(
-                f"{name!r} must be of capitals, digits and _, and not begin with a digit"
-            )
-        if name.startswith("FAILOVER_"):
-            raise ValueError(
-                f"{name} must not begin with FAILOVER_, as the agent's own variables do"
+                f"{name!r} must be of capitals, digits and _, and not begin with a digit, nor with"
+                " FAILOVER_, as the agent's own variables do"
             )
         if not isinstance(text, str) or len(text) > LONGEST_VARIABLE or "\0" in text:
             raise ValueError(
@@ -242,143 +268,73 @@ def _assignments(text: str) -> dict[str, str]:
     return {name: value for name, _, value in words}
 
 
-def parse_identities(value: object) -> tuple[str, ...]:
-    """Parse identities of callers: ``user:NAME``, ``client:ID`` or ``role:NAME``."""
-    identity = matches(r"(user|client|role):\S(.{0,254}\S)?")
-    given = _strings(value)
-    wrong = next((f", not {one!r:.60}" for one in given if not identity(one)), "")
-    if wrong or len(given) > MOST_IDENTITIES:
-        raise ValueError(
-            f"must be a list of at most {MOST_IDENTITIES} identities, each user:NAME, client:ID or"
-            f" role:NAME{wrong}"
-        )
-    return given
-
-
-def parse_host_names(value: object) -> tuple[str, ...]:
-    """Parse names of hosts, without ports."""
-    names, is_name = _strings(value), matches(r"\w(?:[A-Za-z0-9_.-]{0,253}\w)?")
-    if len(names) > MOST_HOST_NAMES or not all(name.isascii() and is_name(name) for name in names):
-        raise ValueError(
-            f"must be at most {MOST_HOST_NAMES} names of hosts, like coordinator.example, without ports"
-        )
-    return names
-
-
 # --- URLs and addresses -------------------------------------------------------------------------
 
 
-def check_url(
-    url: str,
-    *,
-    schemes: tuple[str, ...] = ("http", "https"),
-    shape: str = "an http:// or https:// URL with a host",
-    instead: str = "use username and password_file",
-    query: bool = False,
-) -> SplitResult:
-    """Parse a URL with one of the schemes and a host, without credentials and fragment; return its parts.
-
-    Args:
-        url: the text.
-        schemes: in lower case.
-        shape: the right form, for the error about scheme or host.
-        instead: where credentials belong, for the error.
-        query: whether it may have a query.
-    """
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # urlsplit checks the port only when it is read
-    except ValueError as error:
-        raise ValueError(f"must be a URL: {error}") from None
-    if parts.scheme not in schemes or not parts.hostname:
-        raise ValueError(f"must be {shape}")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(f"must not have credentials in the URL: {instead}")
-    if ("?" in url and not query) or "#" in url or not url.isprintable() or " " in url:
-        parts_refused = "a fragment" if query else "a query, a fragment"
-        raise ValueError(f"must not have {parts_refused} or white space")
-    return parts
+PAGE = "http(s)://HOST[:PORT][/PATH][?QUERY]"
+API = "http(s)://HOST[:PORT][/PATH]"
+BASE = "http(s)://HOST[:PORT]"
+USE_FILE = "use username and password_file"
 
 
-def parse_api_url(url: str) -> str:
-    """Parse a URL to which paths are appended."""
-    check_url(url)
-    return url.rstrip("/")
+def url_like(form: str, instead: str) -> Callable[[str], str]:
+    """Build a parser of URLs of a form, like those above; the error says where credentials belong ``instead``."""
+    scheme = form.partition("(")[0]
+
+    def parse(text: str) -> str:
+        try:
+            parts = urlsplit(text)
+            if parts.port == 0:  # urlsplit checks the port only when it is read
+                raise ValueError("Port out of range 1-65535")  # noqa: TRY301 - as its own errors
+        except ValueError as error:
+            raise ValueError(f"must be a URL: {error}") from None
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(f"must not have credentials in the URL: {instead}")
+        if (
+            parts.scheme not in {scheme, f"{scheme}s"}
+            or not parts.hostname
+            or (parts.port is None and "[:PORT]" not in form)
+            or (parts.path.strip("/") and "PATH" not in form)
+            or ("?" in text and "QUERY" not in form)
+            or not re.fullmatch(r"[^#\s]+", text)
+            or not text.isprintable()
+        ):
+            raise ValueError(f"must be {form}, and nothing else")
+        return text if "QUERY" in form else text.rstrip("/")
+
+    return parse
 
 
-parse_base_url = must(
-    "be http(s)://HOST:PORT without a path",
-    lambda url: not urlsplit(url).path.strip("/"),
-    first=parse_api_url,
+_check_webhook = url_like(PAGE, "sign it by webhook_secret_file")
+_parse_endpoint = must(
+    f"be the base path up to clientfailover, as in {DEFAULT_ENDPOINT}",
+    lambda text: text.lower().endswith("/clientfailover"),
+    first=url_like(API, USE_FILE),
 )
-
-
-def parse_proxy(url: str) -> str:
-    """Parse the URL of an HTTP proxy."""
-    if check_url(url, instead="use proxy_username and proxy_password_file").path.strip("/"):
-        raise ValueError("must have nothing after the port")
-    return url.rstrip("/")
-
-
-def parse_page_url(url: str) -> str:
-    """Check the URL of a page to GET."""
-    check_url(url, instead="anybody can read them in this file", query=True)
-    return url
-
-
-def parse_secure_url(url: str) -> str:
-    """Check the URL of a page to GET over a connection that nobody can tamper with: https, or loopback."""
-    parts = check_url(url, instead="the page is public", query=True)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        raise ValueError(
-            "must be https, or http on this machine: whoever is on the way could change it"
-        )
-    return url
-
-
-def parse_endpoints(value: object) -> tuple[str, ...]:
-    """Parse the base paths of one coordinator or cluster."""
-    if not 1 <= len(urls := _strings(value)) <= MOST_ENDPOINTS:
-        raise ValueError(f"must be 1 to {MOST_ENDPOINTS} URLs")
-    endpoints = tuple(map(parse_api_url, urls))
-    if not all(url.lower().endswith("/clientfailover") for url in endpoints):
-        raise ValueError(f"must be the base path up to clientfailover, as in {DEFAULT_ENDPOINT}")
-    return endpoints
-
-
-def parse_base_urls(value: object) -> tuple[str, ...]:
-    """Parse the client URLs of the members of one etcd cluster."""
-    if len(urls := _strings(value)) > MOST_ENDPOINTS:
-        raise ValueError(f"must be at most {MOST_ENDPOINTS} URLs")
-    return tuple(map(parse_base_url, urls))
-
-
-def parse_member_url(url: str) -> str:
-    """Check the URL of a member's failsafe listener, which needs a port."""
-    parts = check_url(url, instead="use failsafe_secret_file")
-    if parts.path.strip("/") or not parts.port or len(url) > LONGEST_ID:
-        raise ValueError(
-            f"must be http(s)://HOST:PORT without a path, of at most {LONGEST_ID} characters"
-        )
-    return url.rstrip("/")
+_check_secure = must(
+    "be https, or http on this machine: whoever is on the way could change it",
+    lambda text: not is_exposed(text),
+    first=url_like(PAGE, "the page is public"),
+)
+_parse_member_url = must(
+    f"have at most {LONGEST_ID} characters",
+    lambda text: len(text) <= LONGEST_ID,
+    first=url_like("http(s)://HOST:PORT", "use failsafe_secret_file"),
+)
 
 
 def parse_address(value: object) -> Address:
     """Parse HOST:PORT."""
     if isinstance(value, Address):
         return value
-    pattern = r"(?:\[(?P<six>[^\]\s]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
+    pattern = r"(?:\[(?P<six>[^\]\s]*:[^\]\s]*)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
     found = re.fullmatch(pattern, value) if isinstance(value, str) else None
-    if not found or int(found["port"]) > 65535:  # noqa: PLR2004 - the highest TCP port
+    highest = 65535
+    if not found or int(found["port"]) > highest or (found["six"] and not parse_ip(found["six"])):
         raise ValueError(
             "must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets"
             " (127.0.0.1:5470, [::1]:5470)"
         )
-    if found["six"]:
-        try:
-            ipaddress.IPv6Address(found["six"])
-        except ValueError as error:
-            raise ValueError(f"must have an IPv6 address in its brackets: {error}") from None
     return Address(found["six"] or found["host"], int(found["port"]))
 
 
@@ -425,15 +381,14 @@ def check_secret_file(path: Path) -> Path:
 
 # --- types with their formats -------------------------------------------------------------------
 
-DURATION = Format("DURATION", "duration", unit="s", before=parse_duration)
-NUMBER = Format("NUMBER", "number", before=check_not_boolean)
+DURATION = Format("DURATION", "duration", unit="s", parse=parse_duration)
+NUMBER = Format("NUMBER", "number", parse=check_not_boolean)
 ADDRESS = Format("HOST:PORT", "HOST:PORT", parse=parse_address)
 COMMAND = Format("COMMAND", "command: list of strings")
-URL = Format("URL", "URL")
 LEVEL = Format(
     "LEVEL",
     "DEBUG, INFO, WARNING or ERROR",
-    before=lambda level: level.upper() if isinstance(level, str) else level,
+    parse=lambda level: level.upper() if isinstance(level, str) else level,
 )
 ADDRESS_OR_OFF = Format(
     "HOST:PORT|off",
@@ -447,8 +402,8 @@ Interval = Annotated[float, DURATION, Range(SHORTEST_INTERVAL_S, LONGEST_LEASE_S
 DurationOrZero = Annotated[float, DURATION, Range(0, LONGEST_LEASE_S)]
 Count = Annotated[int, NUMBER]
 Number = Annotated[float, NUMBER]
-Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", after=check_id)]
-Text = Annotated[str, Format("TEXT", "text"), Length(1, LONGEST_ID)]
+Id = Annotated[str, Format("ID", f"1 to {LONGEST_ID} characters, no '/'", check=check_id)]
+Text = Annotated[str, Format("TEXT", "text", check=sized(1, LONGEST_ID))]
 Account = Annotated[str, Format("NAME", "name or number", parse=parse_account)]
 Command = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_command)]
 NeededCommand = Annotated[tuple[str, ...], replace(COMMAND, parse=parse_needed_command)]
@@ -460,32 +415,53 @@ Hook = Annotated[
 Variables = Annotated[
     Mapping[str, str], Format("VARIABLES", "table of strings", parse=parse_variables)
 ]
-Endpoints = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_endpoints)]
-BaseUrls = Annotated[tuple[str, ...], Format("URL", "list of URLs", parse=parse_base_urls)]
-BaseUrl = Annotated[str, Format("URL", "URL without a path", after=parse_base_url)]
-MemberUrl = Annotated[str, Format("URL", "URL without a path", after=parse_member_url)]
-ApiUrl = Annotated[str, replace(URL, after=parse_api_url)]
-PageUrl = Annotated[str, replace(URL, after=parse_page_url)]
-ProxyUrl = Annotated[str, replace(URL, after=parse_proxy)]
-SecureUrl = Annotated[str, Format("URL", "https:// URL", after=parse_secure_url)]
-KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", after=check_key_prefix)]
-HostNames = Annotated[tuple[str, ...], Format("NAME", "list of host names", parse=parse_host_names)]
+Endpoints = Annotated[
+    tuple[str, ...],
+    Format("URL", "list of URLs", parse=several(_parse_endpoint, "URLs", MOST_ENDPOINTS, least=1)),
+]
+BaseUrls = Annotated[
+    tuple[str, ...],
+    Format("URL", "list of URLs", parse=several(url_like(BASE, USE_FILE), "URLs", MOST_ENDPOINTS)),
+]
+BaseUrl = Annotated[str, Format("URL", "URL without a path", check=url_like(BASE, USE_FILE))]
+MemberUrl = Annotated[str, Format("URL", "URL without a path", check=_parse_member_url)]
+ApiUrl = Annotated[str, Format("URL", "URL", check=url_like(API, USE_FILE))]
+PageUrl = Annotated[
+    str, Format("URL", "URL", check=url_like(PAGE, "anybody can read them in this file"))
+]
+ProxyUrl = Annotated[
+    str, Format("URL", "URL", check=url_like(BASE, "use proxy_username and proxy_password_file"))
+]
+SecureUrl = Annotated[str, Format("URL", "https:// URL", check=_check_secure)]
+KeyPrefix = Annotated[str, Format("PREFIX", "prefix of keys", check=check_key_prefix)]
+HostNames = Annotated[
+    tuple[str, ...],
+    Format(
+        "NAME",
+        "list of host names",
+        parse=several(_check_host_name, "names of hosts", most=16),  # its own and aliases
+    ),
+]
 Identities = Annotated[
     tuple[str, ...],
-    Format("KIND:NAME", "list of user:NAME, client:ID or role:NAME", parse=parse_identities),
+    Format(
+        "KIND:NAME",
+        "list of user:NAME, client:ID or role:NAME",
+        parse=several(_check_identity, "identities", most=100),
+    ),
 ]
 Peer = Annotated[Address, replace(ADDRESS, parse=parse_peer)]
-MetricName = Annotated[str, Format("NAME", "name of a sample", after=check_metric_name)]
+MetricName = Annotated[str, Format("NAME", "name of a sample", check=check_metric_name)]
 Labels = Annotated[
     Mapping[str, str],
-    Format("TABLE", f"table of strings, at most {MOST_LABELS}", after=check_labels),
+    Format("TABLE", f"table of strings, at most {MOST_LABELS}", check=check_labels),
 ]
 AnyPath = Annotated[
-    Path, Format("PATH", "path", after=lambda path: make_absolute(check_path(path)))
+    Path, Format("PATH", "path", check=lambda path: make_absolute(check_path(path)))
 ]
-AbsolutePath = Annotated[Path, Format("PATH", "absolute path", after=check_absolute)]
-Directory = Annotated[Path, Format("DIRECTORY", "absolute path", after=check_directory)]
-InputFile = Annotated[Path, Format("FILE", "path of a file", after=check_file)]
+AbsolutePath = Annotated[Path, Format("PATH", "absolute path", check=check_absolute)]
+Directory = Annotated[Path, Format("DIRECTORY", "absolute path", check=check_directory)]
+InputFile = Annotated[Path, Format("FILE", "path of a file", check=check_file)]
 SecretFile = Annotated[
-    Path, Format("FILE", "path of a file that others cannot read", after=check_secret_file)
+    Path, Format("FILE", "path of a file that others cannot read", check=check_secret_file)
 ]

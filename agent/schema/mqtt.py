@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from agent.schema.addresses import Address, is_loopback
-from agent.schema.fields import Declared, Format, Length, Range
+from agent.schema.addresses import Address, is_exposed
+from agent.schema.fields import Format, Range, Table
 from agent.schema.formats import (
     NUMBER,
+    USE_FILE,
     Duration,
     InputFile,
     SecretFile,
     Text,
-    check_url,
     matches,
     must,
+    sized,
+    url_like,
 )
 
 MQTT_PORT = 1883
@@ -30,17 +32,11 @@ LONGEST_TOPIC = 1024
 """The most characters of a topic; MQTT's own limit is 65535 bytes."""
 
 
-def _check_broker(url: str) -> str:
-    shape = "mqtt://HOST:PORT or mqtts://HOST:PORT"
-    parts = check_url(url, schemes=("mqtt", "mqtts"), shape=shape, query=True)
-    if parts.port == 0:
-        raise ValueError(f"must be {shape}")
-    if parts.path.strip("/") or parts.query:
-        raise ValueError("must have nothing after the port")
-    return url
-
-
-_check_topic = must("be one topic, without the wildcards + and #", matches(r"[^+#\0]*"))
+_check_topic = must(
+    "be one topic, without the wildcards + and #",
+    matches(r"[^+#\0]*"),
+    first=sized(1, LONGEST_TOPIC),
+)
 _check_prefix = must(
     "be names with / between, and must not begin with $, the broker's own",
     lambda topic: topic.isprintable() and topic[:1] != "$" and all(topic.split("/")),
@@ -49,21 +45,25 @@ _check_prefix = must(
 _check_host_id: Callable[[str], str] = must(
     "be printable, without +, # and /",
     lambda name: name.isprintable() and set(name).isdisjoint("+#/"),
+    first=sized(1, 256),
 )
 
-Topic = Annotated[str, Format("TOPIC", "topic", after=_check_topic), Length(1, LONGEST_TOPIC)]
+Topic = Annotated[str, Format("TOPIC", "topic", check=_check_topic)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Broker(Declared):
+class Broker(Table):
     """A connection to a broker."""
 
-    broker: Annotated[str, Format("URL", "mqtt or mqtts URL", after=_check_broker)]
+    broker: Annotated[
+        str,
+        Format("URL", "mqtt or mqtts URL", check=url_like("mqtt(s)://HOST[:PORT]", USE_FILE)),
+    ]
     """mqtt://HOST:PORT, or mqtts:// for TLS. Without PORT: 1883, with TLS 8883."""
     limit: Duration = 5.0
     """How long the broker may take to answer. It may be far away, and busy."""
     keepalive: Annotated[
-        int, Format("SECONDS", "whole seconds", before=NUMBER.before), Range(1, 65535)
+        int, Format("SECONDS", "whole seconds", parse=NUMBER.parse), Range(1, 65535)
     ] = 10
     """Interval of pings on an idle connection: the agent notices a dead broker, and
     the broker a dead agent, within 1.5 times this."""
@@ -100,7 +100,7 @@ class Broker(Declared):
         for key in ("ca_file", "certificate"):
             if getattr(self, key) is not None and not self.tls:
                 yield key, "is for a broker with TLS: use mqtts://, or leave it out"
-        if self.password_file is not None and not self.tls and not is_loopback(self.address.host):
+        if self.password_file is not None and is_exposed(self.broker):
             yield "broker", f"{self.broker} would carry the password unencrypted: use mqtts://"
 
 
@@ -124,14 +124,11 @@ class Mqtt(Broker):
     payload: Literal["json", "sparkplug"] = "json"
     """What is announced: json, each session and the group's primary; sparkplug, the STATE of a
     Sparkplug B 3.0 host application, online while a member is primary."""
-    topic_prefix: Annotated[
-        str, Format("TOPIC", "topic", after=_check_prefix), Length(1, LONGEST_TOPIC)
-    ] = "failover"
+    topic_prefix: Annotated[str, Format("TOPIC", "topic", check=_check_prefix)] = "failover"
     """Prefix of the topics of payload json."""
     sparkplug_host_id: Annotated[
         str | None,
-        Format("ID", "1 to 256 characters, no '+', '#' and '/'", after=_check_host_id),
-        Length(1, 256),
+        Format("ID", "1 to 256 characters, no '+', '#' and '/'", check=_check_host_id),
     ] = None
     """Host id in the topic of payload sparkplug; the same for all members, and what edge nodes
     have as their primary host. Not set: the group's id."""

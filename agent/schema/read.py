@@ -1,15 +1,16 @@
 """Read settings from a flag, else the environment, else a TOML file, else the default.
 
 Owns reading and merging the sources, checking values with pydantic models that are built from the
-declarations, and adding to each fault where the value was given. Knows no setting. Needs pydantic, and is
-imported only where settings are read. Also reports misspelt variables and missing files, which pydantic-settings
-ignores.
+declarations, and the sentence of each fault: where the value was given, what is wrong, and what would be right.
+Knows no setting. Needs pydantic, and is imported only where settings are read. Also reports misspelt variables and
+missing files, which pydantic-settings ignores.
 """
 
+import difflib
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -19,29 +20,87 @@ from pydantic_settings import EnvSettingsSource, SettingsConfigDict
 
 from agent.errors import ConfigError, ExitCode
 from agent.files import read_bounded
-from agent.schema.errors import (
-    MOST_FAULTS,
-    Fault,
-    InvalidError,
-    TableError,
-    faults_of,
-    shown,
-    suggest,
-)
 from agent.schema.fields import (
     Declared,
     DefaultFrom,
-    Length,
     Range,
     Setting,
     Settings,
     Tables,
     settings_of,
 )
-from agent.schema.formats import load_json
+from agent.schema.formats import load_json, shown
 
 D = TypeVar("D", bound=Declared)
 S = TypeVar("S", bound=Settings)
+
+MOST_FAULTS = 20
+"""The most lines about the tables of one setting, so that a broken file does not fill the screen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault of one setting, one table or one key of a table.
+
+    Attributes:
+        key: the setting, table or key; "" for an unknown key, which the text names.
+        shown: the refused value for the message, or "" without one.
+        unknown: whether a key does not exist.
+        in_table: whether the text names the place within the setting's tables.
+    """
+
+    key: str
+    text: str
+    shown: str = ""
+    unknown: bool = False
+    in_table: bool = False
+
+    def __str__(self) -> str:
+        """The sentence with its place."""
+        place = f"{self.key} = {self.shown}" if self.shown else self.key
+        return f"{place}: {self.text}" if place else self.text
+
+
+class InvalidError(ConfigError, ValueError):
+    """Values are wrong, or contradict each other. ``faults`` has at least one for each wrong key."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
+
+
+def _faults_of(
+    error: pydantic.ValidationError, values: Mapping[str, Any], names: Sequence[str], noun: str
+) -> Iterator[Fault]:
+    """The faults of each of the given values that pydantic refuses, unknown keys first."""
+    seen = set()
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden"):
+        key, *inside = map(str, fault["loc"])
+        if key in seen:
+            continue
+        seen.add(key)
+        cause = fault.get("ctx", {}).get("error")
+        text = str(cause) if cause else fault["msg"].replace("Input should", "must")
+        given = fault["input"] if inside else values.get(key)
+        match fault["type"]:
+            case "extra_forbidden":
+                right = _suggest(key, names, f"it has {', '.join(names)}")
+                yield Fault("", f"{noun} has no key {shown(key)}: {right}", unknown=True)
+            case "missing":
+                yield Fault(key, f"is missing, and {noun} needs it")
+            case "path_type":
+                yield Fault(key, "must be a path, as a string", shown(given))
+            case _ if isinstance(cause, InvalidError):
+                for inner in cause.faults:
+                    yield Fault(key, str(inner), unknown=inner.unknown, in_table=True)
+            case _:
+                yield Fault(key, text, shown(given))
+
+
+def _suggest(name: str, names: Sequence[str], otherwise: str) -> str:
+    """The sentence that suggests the name probably meant; ``otherwise`` if none is similar."""
+    match = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {match[0]}?" if match else otherwise
 
 
 @cache
@@ -68,24 +127,18 @@ model_of: Callable[[Any], Any] = (
 def _annotation(setting: Setting) -> Any:
     if setting.tables is not None:
         return Annotated[Any, pydantic.PlainValidator(partial(_read_tables, setting.tables))]
-    form = setting.format
-    if form.parse is not None:
-        return Annotated[Any, pydantic.PlainValidator(partial(_parse, form.parse, setting))]
-    limits, length = setting.markers.get(Range), setting.markers.get(Length)
-    parts: list[Any] = []
-    if form.before is not None:
-        parts.append(pydantic.BeforeValidator(form.before))
+    form, limits, checked = setting.format, setting.markers.get(Range), setting.value_type
     if limits is not None and limits.enforced:
         least = {"gt" if limits.above else "ge": limits.least}
-        parts.append(pydantic.Field(**least, le=limits.most))
-    if length is not None:
-        parts.append(pydantic.Field(min_length=length.least, max_length=length.most))
-    if form.after is not None:
-        parts.append(pydantic.AfterValidator(form.after))
-    checked = setting.value_type
-    for part in parts:
-        checked = Annotated[checked, part]
-    return checked if setting.value_type == setting.annotation else checked | None
+        checked = Annotated[checked, pydantic.Field(**least, le=limits.most)]
+    if form.check is not None:
+        checked = Annotated[checked, pydantic.AfterValidator(form.check)]
+    if setting.value_type != setting.annotation:
+        checked |= None
+    if form.parse is not None:
+        parse = partial(_parse, form.parse, setting)
+        checked = Annotated[checked, pydantic.BeforeValidator(parse)]
+    return checked
 
 
 def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
@@ -94,12 +147,7 @@ def _parse(parse: Callable[[Any], Any], setting: Setting, value: object) -> Any:
 
 
 def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the configuration") -> D:
-    """Build settings, or a table, from values as a file has them, or from final values.
-
-    Args:
-        declared: the class of the settings or the table.
-        values: by name; defaults are added.
-        noun: the word for the settings or the table in an error.
+    """Build settings, or a table, from values as a file has them, or from final values; ``noun`` is for errors.
 
     Raises:
         InvalidError: values are wrong, or contradict each other.
@@ -108,7 +156,7 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     try:
         model = model_of(declared).model_validate(dict(values))
     except pydantic.ValidationError as error:
-        raise InvalidError(tuple(faults_of(error.errors(include_url=False), names, noun))) from None
+        raise InvalidError(tuple(_faults_of(error, values, names, noun))) from None
     given = {name: getattr(model, name) for name in names if name in model.model_fields_set}
     for setting in settings_of(declared):
         if setting.name not in given and DefaultFrom in setting.markers:
@@ -123,7 +171,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
     """Parse the table, or tables, of a setting; a flag or a variable has them as JSON.
 
     Raises:
-        ValueError: there are no tables; TableError if something in them is wrong.
+        ValueError: there are no tables; InvalidError if something in them is wrong.
     """
     if value is None:
         return None
@@ -143,7 +191,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
 def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
     """Parse tables that have a unique name each."""
     found: list[Any] = []
-    errors: list[TableError] = []
+    faults: list[Fault] = []
     first: dict[str, int] = {}
     for number, table in enumerate(given, 1):
         name = table.get("name") if isinstance(table, Mapping) else None
@@ -151,17 +199,16 @@ def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
         place += f" ({shown(name)})" if isinstance(name, str) else ""
         try:
             read = _read_table(tables, table, place)
-        except TableError as error:
-            errors.append(error)
+        except InvalidError as error:
+            faults += error.faults
             continue
         if read.name in first:
             other = f"{tables.key} {first[read.name]} has that name already: choose another"
-            errors.append(TableError([f"{place}: name: {other}"]))
+            faults.append(Fault(place, f"name: {other}"))
         first.setdefault(read.name, number)
         found.append(read)
-    if errors:
-        faults = [fault for error in errors for fault in error.faults]
-        raise TableError(faults[:MOST_FAULTS], unknown_key=errors[0].unknown_key)
+    if faults:
+        raise InvalidError(faults[:MOST_FAULTS])
     return tuple(found)
 
 
@@ -169,43 +216,25 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
     if isinstance(given, Declared):
         return given
     if not isinstance(given, Mapping):
-        raise TableError([f"{place}: must be a table, under {tables.header}"])
+        raise InvalidError([Fault(place, f"must be a table, under {tables.header}")])
     kind = given.get("type") if "" not in tables.kinds else ""
     if not isinstance(kind, str) or kind not in tables.kinds:
         wrong = f"type = {shown(kind)}" if "type" in given else "type"
-        raise TableError([f"{place}: {wrong}: must be one of {', '.join(tables.kinds)}"])
+        raise InvalidError([Fault(place, f"{wrong}: must be one of {', '.join(tables.kinds)}")])
     noun = f"{tables.noun} of type {kind}" if kind else tables.noun
     try:
         return validate(tables.load(kind), given, noun)
     except InvalidError as error:
-        raise TableError(
-            [f"{place}: {fault}" for fault in error.faults],
-            unknown_key=any(fault.unknown for fault in error.faults),
-        ) from None
+        faults = [Fault(place, str(fault), unknown=fault.unknown) for fault in error.faults]
+        raise InvalidError(faults) from None
 
 
-@dataclass(frozen=True)
 class Sources(Generic[S]):
-    """The values that were given, and where. Create one by ``read``, then call its ``load``.
+    """The values that were given, and where. ``unknown`` has a sentence for each key that no setting has."""
 
-    Attributes:
-        unknown: one sentence per key and variable that no setting has.
-    """
-
-    declared: type[S]
-    flags: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    file: Mapping[str, Any]
-    path: Path | None
-    unknown: Sequence[str] = field(default=())
-
-    @classmethod
-    def read(
-        cls,
-        declared: type[S],
-        flags: Mapping[str, Any] | None = None,
-        path: Path | None = None,
-    ) -> "Sources[S]":
+    def __init__(
+        self, declared: type[S], flags: Mapping[str, Any] | None = None, path: Path | None = None
+    ) -> None:
         """Read all sources. ``flags`` are by setting name; None in them is "not given".
 
         Raises:
@@ -213,14 +242,11 @@ class Sources(Generic[S]):
         """
         table = _read_file(path) if path is not None else {}
         names = [setting.name for setting in settings_of(declared)]
-        return cls(
-            declared=declared,
-            flags={key: value for key, value in (flags or {}).items() if value is not None},
-            environment=EnvSettingsSource(model_of(declared))(),
-            file={key: value for key, value in table.items() if key in names},
-            path=path,
-            unknown=(*_unknown_keys(names, path, table), *_unknown_variables(declared, names)),
-        )
+        self.declared, self.path = declared, path
+        self.flags = {key: value for key, value in (flags or {}).items() if value is not None}
+        self.environment = EnvSettingsSource(model_of(declared))()
+        self.file = {key: value for key, value in table.items() if key in names}
+        self.unknown = tuple(_unknown(declared.env_prefix, names, path, table))
 
     def origin(self, key: str) -> str:
         """The origin of the value in force: a flag, a variable, the file, or ``default``."""
@@ -242,19 +268,18 @@ class Sources(Generic[S]):
         try:
             settings = validate(self.declared, {**self.file, **self.environment, **self.flags})
         except InvalidError as error:
-            lines += [line for fault in error.faults for line in self._lines(fault)]
-            first = error.faults[0].tables
-            if first is not None and first.unknown_key:
+            lines += map(self._line, error.faults)
+            if error.faults[0].unknown:
                 exit_code = ExitCode.CONFIG_UNKNOWN_KEY
         if lines:
             raise ConfigError("\n".join(lines), exit_code=exit_code)
         return settings
 
-    def _lines(self, fault: Fault) -> list[str]:
-        """The lines of a fault, each with the place where the value was given."""
+    def _line(self, fault: Fault) -> str:
+        """The line of a fault, with the place where the value was given."""
         key, place = fault.key, self.origin(fault.key)
-        if fault.tables is not None:  # the sentences name table and key already
-            return [f"{place}: {text}" for text in fault.tables.faults]
+        if fault.in_table:
+            return f"{place}: {fault.text}"
         if key in self.flags:
             given = self.flags[key]
             values = given if isinstance(given, tuple) else (given,)
@@ -265,7 +290,7 @@ class Sources(Generic[S]):
             place = f"{place}: {key} = {shown(self.file[key])}"
         else:
             place = f"{key} (default)"
-        return [f"{place}: {fault.text}"]
+        return f"{place}: {fault.text}"
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -284,24 +309,17 @@ def _read_file(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: {reason}", exit_code=ExitCode.CONFIG_FILE)
 
 
-def _unknown_keys(
-    names: Sequence[str], path: Path | None, table: Mapping[str, Any]
+def _unknown(
+    prefix: str, names: Sequence[str], path: Path | None, table: Mapping[str, Any]
 ) -> Iterator[str]:
-    for key, value in table.items():
-        if key in names:
-            continue
-        otherwise = (
-            "settings stand at the top level, without [tables]"
-            if isinstance(value, dict)
-            else "docs/settings.md lists the settings"
-        )
-        yield f"{path}: there is no setting {shown(key)}: {suggest(key, names, otherwise)}"
-
-
-def _unknown_variables(declared: type[Settings], names: Sequence[str]) -> Iterator[str]:
-    """pydantic-settings ignores these, so a misspelt one would silently change nothing."""
-    variables = [declared.env_prefix + name.upper() for name in names]
+    """A sentence for each unknown key or variable; pydantic-settings ignores these variables."""
+    listed = "docs/settings.md lists the settings"
+    for key in [key for key in table if key not in names]:
+        nested = isinstance(table[key], dict)
+        otherwise = "settings stand at the top level, without [tables]" if nested else listed
+        yield f"{path}: there is no setting {shown(key)}: {_suggest(key, names, otherwise)}"
+    variables = [prefix + name.upper() for name in names]
     for name in sorted(os.environ):
-        if name.upper().startswith(declared.env_prefix) and name.upper() not in variables:
-            right = suggest(name.upper(), variables, "docs/settings.md lists the settings")
+        if name.upper().startswith(prefix) and name.upper() not in variables:
+            right = _suggest(name.upper(), variables, listed)
             yield f"environment: there is no setting {shown(name)}: {right}"

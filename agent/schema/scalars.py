@@ -5,13 +5,10 @@ Plain functions, for both sides of the API. Owns no shape, and imports no pydant
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
 
-from agent.model import TICKS_PER_SECOND, Role, RoleOverride
-
-E = TypeVar("E", Role, RoleOverride)
+from agent.model import TICKS_PER_SECOND
 
 MAX_TICKS = 2**63 - 1
 """A .NET time-span is a signed 64-bit count of ticks: 10675199.02:48:05.4775807 at most."""
@@ -95,7 +92,7 @@ _DATE_TIME = re.compile(
 )
 
 
-def parse_date_time(text: str) -> datetime | None:
+def parse_date_time(text: object) -> datetime | None:
     """A moment in UTC, cut to microseconds; None for .NET's "never", midnight of 0001-01-01.
 
     No zone means UTC. A moment that its offset moves before the year 1 is "never" too, and one that
@@ -104,7 +101,7 @@ def parse_date_time(text: str) -> datetime | None:
     Raises:
         ValueError: it is not an ISO 8601 date and time.
     """
-    if not _DATE_TIME.fullmatch(text):
+    if not isinstance(text, str) or not _DATE_TIME.fullmatch(text):
         raise ValueError(not_a_time(text))
     try:
         read = datetime.fromisoformat(text.upper())
@@ -128,24 +125,6 @@ def format_date_time(moment: datetime) -> str:
 def not_a_time(given: object) -> str:
     """Build the error's sentence for a value that is not a date-time."""
     return f"{shown(given)} is not a date-time: it must be ISO 8601, such as 2026-01-31T12:00:00Z"
-
-
-ROLE_NUMBERS = ((Role.SECONDARY, 0), (Role.PRIMARY, 1), (Role.PENDING_PRIMARY, 2))
-OVERRIDE_NUMBERS = ((RoleOverride.OFF, 0), (RoleOverride.PRIMARY, 1))
-
-
-def read_member(numbers: Sequence[tuple[E, int]], given: Any) -> E:
-    """The member of an enumeration with this number, or this name in any letter case.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    known = isinstance(given, str | int | float) and not isinstance(given, bool)
-    for member, number in numbers if known else ():
-        if given == number or (isinstance(given, str) and given.lower() == member.value.lower()):
-            return member
-    choices = ", ".join(f"{number} or {member.value}" for member, number in numbers)
-    raise ValueError(f"{shown(given)} is unknown: it must be {choices}")
 
 
 def not_json(given: str | bytes, whole: str, why: str) -> str:

@@ -25,10 +25,8 @@ def read_secret(path: Path) -> str:
     Raises:
         ConfigError: it cannot be read, is empty, too long or not text. The secret is not repeated.
     """
-    text, size = _read_text(path)
-    if not text or size > LONGEST_SECRET or not text.isprintable():
-        raise ConfigError(f"{path}: must be one line of 1 to {LONGEST_SECRET} bytes: the secret")
-    return text
+    right = f"one line of 1 to {LONGEST_SECRET} bytes: the secret"
+    return _read_lines(path, 1, 1, right)[0]
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
@@ -37,23 +35,23 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     Raises:
         ConfigError: as ``read_secret`` does; or there are more than MOST_KEYS, or one is too short.
     """
-    text, size = _read_text(path)
-    lines = text.splitlines()
-    fits = 1 <= len(lines) <= MOST_KEYS and size <= LONGEST_SECRET
-    if not fits or not all(line.isprintable() and len(line) >= SHORTEST_KEY for line in lines):
-        raise ConfigError(
-            f"{path}: must be the secret in one line of at least {SHORTEST_KEY} characters, or two such"
-            f" lines while it is being changed, at most {LONGEST_SECRET} bytes"
-        )
-    return tuple(line.encode() for line in lines)
+    right = (
+        f"the secret in one line of at least {SHORTEST_KEY} characters, or two such lines while it is"
+        f" being changed, at most {LONGEST_SECRET} bytes"
+    )
+    return tuple(line.encode() for line in _read_lines(path, MOST_KEYS, SHORTEST_KEY, right))
 
 
-def _read_text(path: Path) -> tuple[str, int]:
-    """Read a file; return its text without line ends at its end, and the bytes read."""
+def _read_lines(path: Path, most: int, shortest: int, right: str) -> list[str]:
+    """Read a file of 1 to ``most`` lines; ``right`` describes it in an error."""
     try:
         content = read_regular(path, LONGEST_SECRET, trusted_link=True)
-        return content.decode().rstrip("\r\n"), len(content)
+        lines = content.decode().rstrip("\r\n").splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be text in UTF-8, and is not") from None
+    fits = 1 <= len(lines) <= most and len(content) <= LONGEST_SECRET
+    if not fits or not all(line.isprintable() and len(line) >= shortest for line in lines):
+        raise ConfigError(f"{path}: must be {right}")
+    return lines

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 from agent.core.timing import LONGEST_LEASE_S, SHORTEST_LEASE_S, Budget, Timing, plan
 from agent.schema.addresses import Address, is_loopback
-from agent.schema.checks import CheckSettings
 from agent.schema.fields import RELOADABLE, Example, Range, Settings
 from agent.schema.formats import (
     ADDRESS,
@@ -40,11 +39,9 @@ from agent.schema.formats import (
     SecretFile,
     Text,
     Variables,
-    check_url,
 )
-from agent.schema.kinds import CHECKS, MQTT, PROGRESS
+from agent.schema.kinds import CHECKS, MQTT, PROGRESS, CheckSettings, ProgressSource
 from agent.schema.mqtt import Mqtt
-from agent.schema.progress import ProgressSource
 
 DEFAULT_PROBE_LISTEN = Address("127.0.0.1", 0)
 
@@ -272,10 +269,7 @@ class AgentSettings(Settings):
 
     def hook_limit_of(self, event: str) -> float:
         """How long the hook of an event may take, in seconds; a demotion's is the lease's (R4)."""
-        own = {
-            "pending_primary": self.hook_pending_primary_limit,
-            "primary": self.hook_primary_limit,
-        }.get(event, self.hook_notification_limit)
+        own = getattr(self, f"hook_{event}_limit", self.hook_notification_limit)
         return self.hook_limit if own is None else own
 
     @property
@@ -326,7 +320,7 @@ class AgentSettings(Settings):
         if self.token_endpoint is not None:
             urls.append(("token_endpoint", self.token_endpoint))
         for key, url in urls:
-            parts = check_url(url)
+            parts = urlsplit(url)
             hosts = [parts.hostname, urlsplit(self.proxy).hostname if self.proxy else "localhost"]
             if parts.scheme == "http" and not all(is_loopback(host or "") for host in hosts):
                 yield key, f"{url} would carry the {secret} unencrypted: use https"
@@ -346,10 +340,7 @@ class AgentSettings(Settings):
                 " failsafe_url too",
             )
         elif self.failsafe_url is not None:
-            scheme = "https" if self.failsafe_certificate is not None else "http"
+            scheme = "http" if self.failsafe_certificate is None else "https"
             if urlsplit(self.failsafe_url).scheme != scheme:
-                yield (
-                    "failsafe_url",
-                    f"must be {scheme}:// as failsafe_certificate is"
-                    + (" set" if scheme == "https" else " not set"),
-                )
+                is_set = "not set" if self.failsafe_certificate is None else "set"
+                yield "failsafe_url", f"must be {scheme}:// as failsafe_certificate is {is_set}"

@@ -18,9 +18,8 @@ def to_toml(value: object) -> str:
         case str(text):
             return json.dumps(text)
         case dict(table):
-            given = {key: part for key, part in table.items() if part is not None}
-            parts = (f"{_key(key)} = {to_toml(part)}" for key, part in given.items())
-            return f"{{{', '.join(parts)}}}"
+            pairs = (f"{_key(key)} = {to_toml(part)}" for key, part in table.items())
+            return f"{{{', '.join(pairs)}}}"
         case list(parts):
             return f"[{', '.join(map(to_toml, parts))}]"
         case _:
@@ -28,21 +27,17 @@ def to_toml(value: object) -> str:
 
 
 def to_json(value: object) -> Any:
-    """Convert a value for JSON. In a table that is a setting's whole value, keys without a value are left out."""
+    """Convert a value for JSON; keys of a table without a value are left out."""
     if is_dataclass(value):
-        table = _table(value)
-        return {key: part for key, part in table.items() if part is not None}
+        given = {item.name: getattr(value, item.name) for item in fields(value)}
+        return {name: to_json(part) for name, part in given.items() if part is not None}
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Path) or hasattr(value, "_fields"):
         return str(value)
     if isinstance(value, list | tuple):
-        return [_table(part) if is_dataclass(part) else part for part in value]
+        return list(map(to_json, value))
     return value
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return {item.name: to_json(getattr(value, item.name)) for item in fields(value)}
 
 
 def _key(name: str) -> str:

@@ -190,7 +190,7 @@ def test_a_coordinator_that_is_not_there_ends_status_with_one_line() -> None:
         (("run", "--grop", "g"), "--group"),
         (("status",), "GROUP"),
         (("status", "a/b"), "without '/'"),
-        (("groups", "create", ".."), "URL"),
+        (("groups", "create", ".."), "not '.' or '..'"),
         (("run", "--config"), "--config"),
     ],
 )

@@ -20,9 +20,18 @@ COMPLETE = (*ETCD, "--advertise=http://127.0.0.1:2")
         (("--etcd-endpoint=http://127.0.0.1:1",), 'needs store = "etcd"'),
         ((*COMPLETE, "--etcd-endpoint=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
         ((*ETCD, "--advertise=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
-        ((*ETCD, "--advertise=http://127.0.0.1:2/path"), "without a path"),
-        ((*ETCD, "--advertise=http://127.0.0.1:2?"), "must not have a query"),  # even an empty one
-        ((*COMPLETE, "--etcd-endpoint=http://127.0.0.1:1/#"), "must not have a query"),
+        (
+            (*ETCD, "--advertise=http://127.0.0.1:2/path"),
+            "must be http(s)://HOST[:PORT], and nothing else",
+        ),
+        (
+            (*ETCD, "--advertise=http://127.0.0.1:2?"),
+            "must be http(s)://HOST[:PORT], and nothing else",
+        ),  # even an empty one
+        (
+            (*COMPLETE, "--etcd-endpoint=http://127.0.0.1:1/#"),
+            "must be http(s)://HOST[:PORT], and nothing else",
+        ),
         ((*COMPLETE, "--etcd-endpoint=ftp://127.0.0.1:1"), "http"),
         ((*COMPLETE, "--etcd-prefix=x"), "must be like /failover-agent"),
         ((*COMPLETE, "--etcd-prefix=/x/"), "must be like /failover-agent"),

@@ -155,7 +155,10 @@ async def test_a_restricted_group_is_lifted_and_then_deleted(
     for more in ({"NobodyIsActive": False}, {"NobodyIsActive": None}, {"Reason": ""}):
         answer = await lift(http, **more)
         assert answer.status_code == 400
-    assert "must be true: the caller" in (await lift(http, NobodyIsActive=False)).json()["Reason"]
+    assert (
+        "must be the value true: the caller"
+        in (await lift(http, NobodyIsActive=False)).json()["Reason"]
+    )
     assert (await http.delete("groups/g")).status_code == 409
     with caplog.at_level(logging.WARNING):
         assert (await lift(http)).status_code == 204

@@ -134,19 +134,25 @@ ASKS = " (is this the address of a client failover service?)"
         (
             read_status,
             b'{"Primary":7}',
-            "Primary is 7: it must be a string: the session that is primary" + ASKS,
+            "Primary is 7: it must be a string of at most 1024 characters: the session that is primary"
+            + ASKS,
         ),
         (
             read_status,
             b'{"Epoch":true}',
-            "Epoch is true: it must be an integer from 0 to 9007199254740991; it grows with each"
+            "Epoch is true: it must be an integer from 0 to 9007199254740991: it grows with each"
             " tenure of a primary" + ASKS,
+        ),
+        (
+            read_status,
+            b'{"Failsafe":{}}',
+            "Failsafe.State is missing: it must be one of Off, Ready, Restricted: while Restricted"
+            " nobody is primary, and only Choosable may be promoted" + ASKS,
         ),
         (
             read_heartbeat,
             b'{"Epoch":7}',
-            "Role is missing: it must be a role: 0 or Secondary, 1 or Primary, 2 or PendingPrimary"
-            + ASKS,
+            "Role is missing: it must be 0 or Secondary, 1 or Primary, 2 or PendingPrimary" + ASKS,
         ),
         (
             read_heartbeat,
@@ -180,8 +186,8 @@ ASKS = " (is this the address of a client failover service?)"
         (
             read_status,
             b'{"PreviousPrimary":"x\\u0000y"}',
-            'PreviousPrimary is "x\\u0000y": it must be a string: the session of the tenure before'
-            + ASKS,
+            'PreviousPrimary is "x\\u0000y": it must be a string of at most 1024 characters: the session of'
+            " the tenure before" + ASKS,
         ),
         (
             read_history,

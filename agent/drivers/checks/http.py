@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from agent.drivers.checks.kind import Check, CheckFailed, Run
 from agent.drivers.checks.request import Request
 from agent.ops.clock import Clock
-from agent.schema.fields import Format, Length
-from agent.schema.formats import PageUrl
+from agent.schema.fields import Format
+from agent.schema.formats import PageUrl, sized
 
 HTTP_BYTES = 64 * 1024
 """How many bytes of a body are searched for ``contains``: health pages are short."""
@@ -60,7 +60,7 @@ class HttpCheck(Check):
         GOOD_STATUSES
     )
     """The statuses that pass."""
-    contains: Annotated[str | None, Format("TEXT", "text"), Length(1, 1024)] = None
+    contains: Annotated[str | None, Format("TEXT", "text", check=sized(1, 1024))] = None
     """Text that the first 64 KiB of the body must have. Not set: any."""
     insecure_tls: bool = False
     """Do not check the certificate of an https URL."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.clock import Clock
-from agent.schema.checks import CheckSettings
+from agent.schema.kinds import CheckSettings
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge, 
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
 from agent.ops.tasks import start_task
-from agent.schema.checks import CheckSettings
+from agent.schema.kinds import CheckSettings
 
 log = Log(__name__)
 

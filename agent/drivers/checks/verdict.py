@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from agent.schema.checks import CheckSettings
+from agent.schema.kinds import CheckSettings
 
 REASON_CHARS = 500
 """The most characters of a reason, which goes into log lines and the state file."""

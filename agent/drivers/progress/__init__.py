@@ -14,7 +14,7 @@ from agent.drivers.progress.kind import Source, SourceKind
 from agent.drivers.progress.times import Plausible, Reason, Refused, read_text, read_time
 from agent.ops.clock import Clock
 from agent.ops.logs import Log
-from agent.schema.progress import ProgressSource
+from agent.schema.kinds import ProgressSource
 
 __all__ = ["Plausible", "Progress", "Reason", "Refused", "read_time"]
 

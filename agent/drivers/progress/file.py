@@ -24,7 +24,7 @@ from agent.drivers.progress.times import (
 from agent.files import open_regular, stat_file
 from agent.ops.blocking import BlockingThread
 from agent.schema.formats import AnyPath
-from agent.schema.progress import JsonKey
+from agent.schema.kinds import JsonKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from agent.drivers.progress.times import Reason, Refused
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.ops.tasks import start_task
 from agent.schema.formats import Duration, Interval
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture, ProgressSource
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S, MaxFuture, ProgressSource
 
 T = TypeVar("T")
 

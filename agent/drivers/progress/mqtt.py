@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 from agent.drivers.progress.kind import Receiver, Source, SourceKind
 from agent.drivers.progress.times import Reason, Refused
 from agent.ops.tasks import start_task
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S, JsonKey, MaxFuture
 from agent.schema.mqtt import Broker, Topic
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S, JsonKey, MaxFuture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

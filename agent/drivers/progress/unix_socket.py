@@ -27,7 +27,7 @@ from agent.drivers.progress.times import Reason, Refused
 from agent.errors import ConfigError, ExitCode
 from agent.ops.blocking import BlockingThread, StuckError
 from agent.schema.fields import Format
-from agent.schema.progress import DEFAULT_MAX_FUTURE_S, MaxFuture
+from agent.schema.kinds import DEFAULT_MAX_FUTURE_S, MaxFuture
 
 LONGEST_SOCKET_PATH = 107
 """The longest path in bytes: an address has 108 with the closing NUL (unix(7))."""
@@ -71,7 +71,7 @@ class SocketProgress(SourceKind):
 
     type: Literal["socket"] = "socket"
     max_future: MaxFuture = DEFAULT_MAX_FUTURE_S
-    path: Annotated[Path, Format("PATH", "absolute path", after=_check_path)]
+    path: Annotated[Path, Format("PATH", "absolute path", check=_check_path)]
     """The socket. What a dead agent of the same user left there is replaced."""
     datagram: bool = False
     """A datagram socket, instead of a stream of lines."""

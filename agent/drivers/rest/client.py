@@ -33,7 +33,7 @@ from agent.model import (
 from agent.schema import api, failsafe_api
 from agent.schema.codec import BodyError, encode
 from agent.schema.scalars import format_time_span
-from agent.schema.values import Confirmed, HoldOffSpan
+from agent.schema.values import HoldOffSpan
 
 PAGE = 100
 """Page size of lists, the documented default."""
@@ -250,7 +250,7 @@ class RestClient(Endpoints):
             what=f"lifting failsafe of group {group}",
             timeout_s=timeout_s,
             body=encode(
-                failsafe_api.LiftRequest(epoch=epoch, reason=reason, nobody_is_active=Confirmed())
+                failsafe_api.LiftRequest(epoch=epoch, reason=reason, nobody_is_active=True)
             ),
             read=_check_no_content,
         )
