@@ -132,9 +132,7 @@ def _bar(timing: Timing) -> list[str]:
     }
     for place in marks:
         bar[place] = "|"
-    step_s = max(
-        timing.heartbeat_interval_s, whole_s / BAR
-    )  # several in one column would be one mark
+    step_s = max(timing.heartbeat_interval_s, whole_s / BAR)  # at most one mark in each column
     signs = {column(number * step_s): "^" for number in range(int(renew_s / step_s) + 1)}
     if timing.failsafe:
         step_s = max(timing.question_interval_s, whole_s / BAR)

@@ -48,9 +48,7 @@ def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaita
                 try:
                     return await request(client, timeout_s)
                 except ServerError as error:
-                    if not client.ask_next(
-                        asked, error
-                    ):  # a refusal: another endpoint would refuse too
+                    if not client.ask_next(asked, error):  # another endpoint would refuse it, too
                         raise
             return await request(client, timeout_s)
         finally:

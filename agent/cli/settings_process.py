@@ -93,9 +93,7 @@ class SettingsProcess:
             return self._load(code)
         finally:
             self._process.kill()
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # a process that waits for a hung disk cannot be killed
+            with suppress(subprocess.TimeoutExpired):  # one that waits for a hung disk lives on
                 self._process.wait(END_S)
             os.close(self._document)
 

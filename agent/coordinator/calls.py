@@ -409,6 +409,3 @@ async def release_role(call: Call) -> Answer:
         ),
     )
     return Answer(204)
-
-
-# -- the list ---------------------------------------------------------------------------------

@@ -352,10 +352,8 @@ class Child:
 
         def prepare() -> None:
             """Prepare the child, between fork and exec."""
-            if subreaper:
-                _prctl(
-                    PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-                )  # kept across exec, not inherited by fork
+            if subreaper:  # kept across exec, not inherited by fork
+                _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             if die_with_us:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # the parent died before prctl
