@@ -31,7 +31,7 @@ FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
 BEGIN_S = 0.02
-"""A started thread that does not run within this time counts as one that never will, for want of memory."""
+"""A started thread that does not run within this time is taken for one that never will: memory is lacking."""
 
 TASKS_END_S = 0.05
 TASKS_POLL_S = 0.001
