@@ -218,9 +218,9 @@ def ask(
     Raises:
         Unhealthy: the answer is no, or there is none.
     """
-    parts = urlsplit(url)
-    path = parts.path if parts.path.strip("/") else f"/{question}"
     try:
+        parts = urlsplit(url)
+        path = parts.path if parts.path.strip("/") else f"/{question}"
         with closing(_connection(parts, context)) as connection:
             headers = {} if authorization is None else {"Authorization": authorization}
             connection.request("GET", path, headers=headers)

@@ -86,10 +86,10 @@ def trust(*, place: str, **given: Any) -> int:
 
 def _etcd_settings(given: dict[str, Any]) -> CoordinatorSettings:
     given |= {"store": ETCD, "advertise": "http://localhost"}  # needed together, and not used here
-    settings = sources(CoordinatorSettings, given).load()
-    if not settings.etcd_endpoint:
+    origin = sources(CoordinatorSettings, given)
+    if "etcd_endpoint" not in {**origin.file, **origin.environment, **origin.flags}:
         raise ConfigError("etcd_endpoint is not set: name one with --etcd-endpoint")
-    return settings
+    return origin.load()
 
 
 def _trust_directory(directory: Path) -> bool:

@@ -230,6 +230,7 @@ def test_a_probe_with_tls_has_to_show_its_own_certificate_whatever_its_name(
         ('{"probe": null}', "probe_listen is off"),
         ('{"probe": "http://127.0.0.1:1"}', "gives no answer"),
         ('{"probe": "http://127.0.0.1:x"}', "gives no answer"),
+        ('{"probe": "http://[::1"}', "http://[::1 gives no answer"),
     ],
 )
 def test_nobody_to_ask_is_1_in_one_line(
