@@ -29,19 +29,19 @@ INTERRUPTED = 130
 
 
 def main(
-    argv: Sequence[str] | None = None, replaced: "Mapping[str, click.Command] | None" = None
+    argv: Sequence[str] | None = None, replacements: "Mapping[str, click.Command] | None" = None
 ) -> int:
     """Run one command line; return the exit code. Prints every error, raises none.
 
     Args:
         argv: without the program's name; this process's own if None.
-        replaced: commands to use instead of those with the same names.
+        replacements: commands to use instead of those with the same names.
     """
     _open_standard_files()
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     debug = arguments[:1] == (DEBUG,)
     try:
-        return _run(arguments, replaced or {}, debug=debug)
+        return _run(arguments, replacements or {}, debug=debug)
     except KeyboardInterrupt:
         return INTERRUPTED
     except FailoverError as error:
@@ -67,12 +67,14 @@ def _open_standard_files() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
-def _run(arguments: Sequence[str], replaced: "Mapping[str, click.Command]", *, debug: bool) -> int:
+def _run(
+    arguments: Sequence[str], replacements: "Mapping[str, click.Command]", *, debug: bool
+) -> int:
     unparsed = arguments[1:] if debug else arguments
-    if not unparsed or unparsed[0] not in AGENTS or unparsed[0] in replaced:
+    if not unparsed or unparsed[0] not in AGENTS or unparsed[0] in replacements:
         from agent.cli.command_line import run_command  # noqa: PLC0415 - an agent does without
 
-        return run_command(arguments, replaced)
+        return run_command(arguments, replacements)
     from agent.cli.settings_process import NoSettings, run_agent  # noqa: PLC0415 - --version does without
     from agent.ops.signals import ignored_signals  # noqa: PLC0415 - likewise
 

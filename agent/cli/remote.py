@@ -37,7 +37,7 @@ def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaita
 
     Raises:
         ServerError: no endpoint answered (the last one's error), or one refused.
-        ConfigError: a file with a secret or with certificates holds none.
+        ConfigError: a file has no valid secret or certificates in it.
     """
 
     async def in_turn() -> T:

@@ -57,7 +57,7 @@ def test_a_group_is_made_listed_shown_and_deleted(cli: Cli, at: str) -> None:
     words = ("--failover-timeout", "00:01:00", "--name", "Line 7", "--description", "[b]all[/b]")
     assert cli("groups", "create", "life", at, *words) == (
         0,
-        "group life is there, failover timeout 60 s\n",
+        "group life exists, failover timeout 60 s\n",
         "",
     )
     code, out, _ = cli("groups", "list", at)
