@@ -166,7 +166,7 @@ class Admission(Generic[S]):
     """Which connections are open, and which one has to make room for another.
 
     At a limit the oldest connection that has never authenticated is closed for the new one. If all have,
-    the new one is *spare*: it is answered that there is no room.
+    the new one is *spare*: its request is refused for lack of room.
 
     Args:
         most: connections in all.

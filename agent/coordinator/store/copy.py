@@ -3,7 +3,7 @@
 A copy has the id of its source, so agents continue with it. The two must not both be served: the source is marked
 as moved before the copy may be served. A clone gets an id of its own instead. Only a store that nobody serves is
 copied. What was written is read back and compared. An interrupted copy cannot be served, but can be repeated. Once
-its source is marked, it can be repeated into the same target only: a second target would be a second such store.
+its source is marked, it can be repeated into the same target only: a second target would be a second store of this id.
 """
 
 import json
@@ -401,7 +401,7 @@ class EtcdPlace:
             await self._write(steps[first : first + MOST_STEPS])
 
     async def _write(self, steps: list[Json]) -> None:
-        """Write while this copy is in progress: a request without an answer cannot be carried out after its end."""
+        """Write while this copy is in progress: a request without an answer cannot be carried out after the copy has ended."""
         assert self._meta is not None  # noqa: S101 - ``write`` has marked the target
         in_progress = if_revision(self._layout.meta, self._meta.revision)
         if not (await self._etcd.txn([in_progress], steps)).succeeded:

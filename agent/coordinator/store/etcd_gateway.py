@@ -200,7 +200,7 @@ class Gateway:
         found = header.get("cluster_id", known)
         if found != (known or found):
             raise EtcdUnknown(
-                f"etcd at {asked} is of another etcd cluster ({found}) than the first answer"
+                f"etcd at {asked} belongs to another etcd cluster ({found}) than the first answer"
                 f" ({known}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
             )
         self._cluster.id = found
