@@ -1,4 +1,4 @@
-"""healthcheck: asks a probe over a real socket, and says 0 or 1."""
+"""healthcheck: asks a probe over a real socket, and exits with 0 or 1."""
 
 import json
 import ssl
@@ -233,7 +233,7 @@ def test_a_probe_with_tls_has_to_show_its_own_certificate_whatever_its_name(
         ('{"probe": "http://[::1"}', "http://[::1 gives no answer"),
     ],
 )
-def test_nobody_to_ask_is_1_in_one_line(
+def test_a_probe_that_cannot_be_asked_is_exit_code_1_and_one_line(
     cli: Cli, tmp_path: Path, content: str | None, said: str
 ) -> None:
     path = tmp_path / "state"
@@ -258,7 +258,7 @@ def test_a_probe_that_never_answers_is_1(
     assert (code, "timed out" in err) == (1, True)
 
 
-def test_it_starts_without_what_makes_a_start_slow() -> None:
+def test_it_starts_without_slow_imports() -> None:
     code = (
         "import sys, agent.cli.healthcheck;"
         "print([m for m in ('pydantic', 'httpx2', 'asyncio', 'prometheus_client', 'rich')"

@@ -127,7 +127,7 @@ def test_a_trial_is_ended_at_its_deadline(cli: Cli, hook: Callable[[str], str]) 
     assert "killed by signal 9" in out
 
 
-def test_a_hook_that_is_not_there_or_not_fit_is_not_tried(cli: Cli) -> None:
+def test_a_hook_that_is_missing_or_cannot_run_is_not_tried(cli: Cli) -> None:
     code, _, err = cli("hooks", "test", "left")
     assert (code, "--hook-left" in err) == (ExitCode.CONFIG_VALUE, True)
     code, _, _ = cli("hooks", "test", "left", "--hook-left=/etc/passwd")

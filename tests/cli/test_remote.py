@@ -100,7 +100,7 @@ def test_the_primary_is_shown_with_its_tenure(cli: Cli, at: str, endpoint: str) 
     assert shown.splitlines()[-1].split()[:2] == ["1", "host-a"]
 
 
-def test_a_group_that_is_there_otherwise_is_refused(cli: Cli, at: str) -> None:
+def test_a_group_that_exists_with_another_configuration_is_refused(cli: Cli, at: str) -> None:
     assert cli("groups", "create", "twice", at)[0] == 0
     assert cli("groups", "create", "twice", at)[0] == 0
     code, out, err = cli("groups", "create", "twice", at, "--failover-timeout", "3")

@@ -214,7 +214,7 @@ def test_a_token_of_any_bytes_is_refused(token: bytes) -> None:
         asyncio.run(with_tokens().caller(b"Bearer " + token))
 
 
-async def test_a_flood_of_wrong_tokens_pushes_no_good_one_out(
+async def test_a_flood_of_wrong_tokens_evicts_no_good_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokens, "MOST_BAD", 3)
