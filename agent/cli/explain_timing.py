@@ -124,12 +124,7 @@ def _bar(timing: Timing) -> list[str]:
     bar = [" "] * (BAR + 1)
     for (sign, _, _), start, end in zip(MEANINGS, ends, ends[1:], strict=False):
         bar[start : end + 1] = sign * (end + 1 - start)
-    marks = {
-        0: "0",
-        column(renew_s): "R",
-        column(demoted_s): "D",
-        column(timing.lease_s): "L",
-    }
+    marks = {0: "0", column(renew_s): "R", column(demoted_s): "D", column(timing.lease_s): "L"}
     for place in marks:
         bar[place] = "|"
     step_s = max(timing.heartbeat_interval_s, whole_s / BAR)  # at most one mark in each column

@@ -5,6 +5,7 @@ Owns how every error is printed: one line for each fault on stderr, an exit code
 unparsed, so an agent does not keep click in its memory.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -23,6 +24,9 @@ AGENTS = ("run", "exec")
 """The commands that run an agent."""
 
 DEBUG = "--debug"
+
+UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Errors of a write to a file that was open already, such as the standard output."""
 
 INTERRUPTED = 130
 """The exit code that shells report for a program that Ctrl-C ended: 128 + SIGINT."""
@@ -49,6 +53,9 @@ def main(
         _print_error(text, error.exit_code, debug=debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
+        if isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
+            _print_error(f"the output cannot be written: {error.strerror}", ExitCode.USAGE)
+            return ExitCode.USAGE
         text = " ".join(str(error).split()) or "no message"
         _print_error(
             f"{type(error).__name__}: {text}: this is a fault of {PROGRAM} {__version__}; please"
@@ -64,6 +71,7 @@ def _open_standard_files() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr
         os.set_inheritable(fd, True)
     os.close(fd)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 

@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[2]
 TWO_ENDPOINTS = ("--endpoint=http://a/clientfailover", "--endpoint=http://b/clientfailover")
 
 
-def process(*words: str, **variables: str) -> tuple[int, str, str]:
+def process(*words: str, before: str = 'exec "$@"', **variables: str) -> tuple[int, str, str]:
     """The real command line, in a process of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FAILOVER_")}
     done = subprocess.run(
-        [sys.executable, "-m", "agent", *words],
+        ["sh", "-c", before, "sh", sys.executable, "-m", "agent", *words],
         cwd=ROOT,
         env={**kept, **variables},
         capture_output=True,
@@ -179,6 +179,19 @@ def test_a_coordinator_that_is_not_there_ends_status_with_one_line() -> None:
     code, out, err = process("status", "g", "--endpoint", "http://127.0.0.1:1/clientfailover")
     assert (code, out) == (ExitCode.UNREACHABLE, "")
     assert "http://127.0.0.1:1/clientfailover" in one_line(err)
+
+
+@pytest.mark.parametrize("words", ["--help", "check-config --coordinator", "groups list ENDPOINT"])
+def test_output_that_cannot_be_written_is_an_error_of_the_user(words: str, endpoint: str) -> None:
+    words = words.replace("ENDPOINT", f"--endpoint={endpoint}")
+    code, _, err = process(*words.split(), before='exec "$@" >/dev/full')
+    assert (code, "please report it" in err) == (ExitCode.USAGE, False)
+    assert one_line(err) == "the output cannot be written: No space left on device"
+
+
+def test_a_command_works_without_a_standard_output(endpoint: str) -> None:
+    code, _, err = process("groups", "list", f"--endpoint={endpoint}", before='exec "$@" >&-')
+    assert (code, err) == (ExitCode.OK, "")
 
 
 # --- errors, in this process

@@ -230,7 +230,7 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     if not isinstance(answer, dict):
         seen = f"status {status}, {content[:80].decode(errors='replace')!r}"
         if status != httpx2.codes.NOT_FOUND:
-            raise EtcdUnknown(f"{endpoint} gave {seen}")
+            raise EtcdUnknown(f"{endpoint} gave no answer of etcd: {seen}; check etcd_endpoint")
         wanted = f"{endpoint} is not the JSON gateway of etcd 3.4 or later: {seen}"
         raise EtcdRefused(f"{wanted}; name the client URL of a member", code=12)
     if status == httpx2.codes.OK:
