@@ -96,7 +96,7 @@ def address(given: str | None) -> str:
     Raises:
         Unhealthy: no address is configured, it is no URL of HTTP, or the state file names no probe.
     """
-    given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE")
+    given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE") or None
     if given is not None and "://" not in given:
         return probe_of(Path(given))
     if given is not None:

@@ -244,6 +244,14 @@ def test_a_probe_that_cannot_be_asked_is_exit_code_1_and_one_line(
     assert said in err
 
 
+def test_an_empty_variable_names_no_state_file(
+    cli: Cli, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state(directory / "line.a.json", url)
+    monkeypatch.setenv("FAILOVER_AGENT_STATE_FILE", "")
+    assert cli("healthcheck")[0] == 0
+
+
 def test_a_url_that_is_not_http_is_1_without_a_request(cli: Cli) -> None:
     code, _, err = cli("healthcheck", "--probe", "ftp://127.0.0.1/readyz")
     assert (code, "must be an http:// or https:// URL" in err) == (1, True)
