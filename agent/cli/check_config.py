@@ -92,5 +92,5 @@ def _lines(settings: Settings, origin: Sources[Any], timing: dict[str, float]) -
         return lines
     stop_s = timing.pop("longest_stop_s")
     parts = ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in timing.items())
-    stop = f"# a stop takes at most {stop_s:g} s: whatever stops the agent must wait so long"
+    stop = f"# a stop takes at most {stop_s:g} s: the service manager has to wait that long"
     return [*lines, f"# timing (R1) holds: {parts}", f"{stop} (TimeoutStopSec=)"]

@@ -129,7 +129,7 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._unparsed = NOTHING
 
-    # -- its life -----------------------------------------------------------------------------
+    # -- opening and closing ------------------------------------------------------------------
 
     def begin(self, handshake: asyncio.Task[Any]) -> bool:
         """Record the task of the TLS handshake; return False if the connection was aborted before."""

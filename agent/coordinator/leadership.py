@@ -57,7 +57,7 @@ WATCH_S = 10.0
 """After this a watch is begun again: if its connection was lost silently, it would wait for ever."""
 
 RELOAD_S = 5.0
-"""Pause before a shard with a record that cannot be read is loaded again: an operator has to mend it."""
+"""Pause before a shard with a record that cannot be read is loaded again: an operator has to correct it."""
 
 MOVE_PAUSE_S = 0.1
 """Pause between two shards that are handed over to balance them: each handover gives its sessions one more L."""
@@ -190,7 +190,7 @@ class Leadership:
             if not waiter.done():
                 waiter.set_result(None)
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------
 
     def start(self) -> None:
         """Start to register this member with etcd and to compete for shards."""

@@ -25,7 +25,7 @@ BODY_OVERHEAD = 8
 
 MAX_PIPELINED = 16
 PARSED_AT_ONCE = 2048
-"""Once so many requests of a connection (some 4 KiB each) wait for the answer to an earlier one, nothing more is
+"""Once MAX_PIPELINED requests of a connection (some 4 KiB each) wait for the answer to an earlier one, nothing more is
 received on it. PARSED_AT_ONCE bytes are parsed at a time, which can contain up to 100 further requests."""
 
 HEAD_S = 10.0

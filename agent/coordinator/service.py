@@ -95,7 +95,7 @@ class Coordinator:
         self._waiting = 0
         self._readiness: Cache[str | None] = Cache()
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------
 
     async def start(self) -> int:
         """Load every group, and give every session one full L (R14); return the number of groups.

@@ -115,7 +115,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 class Connection:
-    """One connection. ``serve`` it once; whoever has opened it closes it."""
+    """One connection. ``serve`` it once; the caller closes its transport."""
 
     def __init__(
         self,

@@ -206,7 +206,7 @@ class _Client(aiomqtt.Client):
         logging.getLogger("mqtt").setLevel(logging.CRITICAL)
         self.left = False
         self._disconnected.add_done_callback(retrieve_error)  # aiomqtt may drop it unread
-        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place
+        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # stands for the loop
         self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # also for the handshake
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound

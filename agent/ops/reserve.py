@@ -105,7 +105,7 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
 
 def reserve_descriptors(count: int = DESCRIPTORS) -> None:
-    """Keep descriptors open until ``free_descriptors``. Raises OSError if there are not so many."""
+    """Keep descriptors open until ``free_descriptors``. Raises OSError if the limit allows fewer."""
     while len(_descriptors) < count:
         _descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 

@@ -321,7 +321,7 @@ def _create(path: Path, *, unfinished_copy: bool) -> None:
         if rest.exists():  # SQLite would apply it to the new database
             raise _damaged(
                 rest,
-                f"is there without its {path.name}",
+                f"exists without its {path.name}",
                 "restore both from a copy, or move it away to start empty",
             )
     with closing(apsw.Connection(":memory:")) as empty:

@@ -374,7 +374,7 @@ async def test_a_wal_without_its_database_is_refused_rather_than_replayed_into_a
     (used / DATABASE).unlink()
     error = refused(used)
     assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
-    assert "is there without its coordinator.db" in str(error)
+    assert "exists without its coordinator.db" in str(error)
 
 
 def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None:
