@@ -1,4 +1,4 @@
-"""What every run of the suite has: the closing table, an order, and the certainty of what it tests."""
+"""Shared by every run of the suite: the closing table, the order of the files, and a check of which code is tested."""
 
 import importlib.util
 import os

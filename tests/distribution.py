@@ -1,7 +1,7 @@
 """Which worker of `make test` gets which test file: one only computes, and the others do not wait for it.
 
-Most tests wait, and are disturbed by each other; those that compute are not, and get what time the others leave.
-In the place of one of them, they would keep it for five times as long as they need.
+Most tests wait for processes and clocks, and disturb each other. Those that only compute have the lowest priority, and
+use the time that the others leave: in one of the other workers they would occupy it for five times as long as they need.
 """
 
 from pathlib import PurePath

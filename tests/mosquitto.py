@@ -1,4 +1,4 @@
-"""A real mosquitto for tests, with TLS, a password and client certificates; and one who watches it.
+"""A real mosquitto for tests, with TLS, a password and client certificates; and a client that records its messages.
 
 Owns the process, its files in one folder, and its port. Knows nothing of what is right.
 """

@@ -1,4 +1,4 @@
-"""JSON that is odd: deep, long, out of range, half a surrogate pair, twice the same key; some of it is none."""
+"""JSON that is odd: deep, long, out of range, half a surrogate pair, twice the same key; some of it is not JSON at all."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""The units in systemd/: systemd itself has nothing to say of them, and what keeps them apart is meant."""
+"""The units in systemd/: systemd finds no fault in them, and they are as closed as their work allows."""
 
 import difflib
 import json
@@ -24,7 +24,7 @@ MOST = {"failover-coordinator": 1.3, "failover-agent": 3.7, "failover-agent@line
 MOST_STRICT = 1.3
 LIMIT_S = 60
 AGAIN = {ExitCode.LISTEN, ExitCode.SESSION_IN_USE, ExitCode.STATE_FILE}
-"""What may be otherwise a second later, without anybody who mends it."""
+"""Faults that may be gone a second later, without anybody who mends them."""
 
 
 def analyze(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
 
     Reads the file and the environment as 'run' would (as 'serve' would with --coordinator), checks
     the timings, the hooks, and the files with secrets and certificates, and prints each setting
-    with where it is from, and how long a stop may take. The text is TOML. Exits 0, or with the code
+    with its origin, and how long a stop may take. The text is TOML. Exits 0, or with the code
     of the first fault (docs/exit-codes.md).
     """
     settings: Settings
@@ -65,7 +65,7 @@ def command(*, coordinator: bool, as_json: bool, **given: Any) -> int:
 
 
 def _values(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """Each setting with its value, as a file has it."""
+    """Each setting with its value, in the form that a file would have it."""
     for setting in settings_of(type(settings)):
         value = getattr(settings, setting.name)
         yield setting.name, setting.format.none if value is None else value
@@ -92,5 +92,5 @@ def _lines(settings: Settings, origin: Sources[Any], timing: dict[str, float]) -
         return lines
     stop_s = timing.pop("longest_stop_s")
     parts = ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in timing.items())
-    stop = f"# a stop takes at most {stop_s:g} s: whatever stops the agent must wait so long"
+    stop = f"# a stop takes at most {stop_s:g} s: the service manager has to wait that long"
     return [*lines, f"# timing (R1) holds: {parts}", f"{stop} (TimeoutStopSec=)"]

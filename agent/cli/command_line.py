@@ -15,7 +15,7 @@ from agent.cli.main import AGENTS, DEBUG, INTERRUPTED, PROGRAM
 from agent.errors import ConfigError, ExitCode
 
 COMMANDS = {
-    "run": "Be a member of a group: heartbeat, follow the role, run the hooks.",
+    "run": "Join a group: send heartbeats, follow the role, run the hooks.",
     "exec": "Run a command only while this member is primary.",
     "serve": "Run the coordinator.",
     "check-config": "Validate and print the effective configuration; start nothing.",
@@ -26,7 +26,7 @@ COMMANDS = {
     "hooks": "List the hooks, and try one without a group.",
     "groups": "List, create, show and delete groups.",
     "sessions": "List the sessions of a group, and forget dead ones.",
-    "failsafe": "Undo what failsafe restricts in a group.",
+    "failsafe": "Lift the restriction that failsafe has put on a group.",
     "store": "Copy the store of coordinators, back it up, or trust a restored one.",
     "hash-password": "Print a user's line for the coordinator's users file.",
 }
@@ -34,16 +34,16 @@ COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """Imports a command when it is called, not to list it. The context's object has replaced commands."""
+    """Imports a command when it is called, not to list it. ``ctx.obj`` has replacements of commands, by name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in ctx.obj:
-            replaced = ctx.obj[cmd_name]
-            assert isinstance(replaced, click.Command)  # noqa: S101 - our own mistake
-            return replaced
+            replacement = ctx.obj[cmd_name]
+            assert isinstance(replacement, click.Command)  # noqa: S101 - our own mistake
+            return replacement
         if cmd_name not in COMMANDS or cmd_name in AGENTS:
             return None
         module = importlib.import_module(f"agent.cli.{cmd_name.replace('-', '_')}")
@@ -67,16 +67,16 @@ def cli() -> None:
     """
 
 
-def run_command(arguments: Sequence[str], replaced: Mapping[str, click.Command]) -> int:
+def run_command(arguments: Sequence[str], replacements: Mapping[str, click.Command]) -> int:
     """Run the command that the arguments name; return the exit code. Raises ConfigError if they are wrong.
 
     Args:
         arguments: without the program's name.
-        replaced: commands to use instead of those with the same names.
+        replacements: commands to use instead of those with the same names.
     """
     try:
         result = cli.main(
-            args=list(arguments), prog_name=PROGRAM, standalone_mode=False, obj=replaced
+            args=list(arguments), prog_name=PROGRAM, standalone_mode=False, obj=replacements
         )
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

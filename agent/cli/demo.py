@@ -68,6 +68,8 @@ def command(*, keep: bool) -> int:
     started and stopped. Needs nothing else, changes nothing outside a temporary directory. Exit code 41
     if anything was written twice, lost, or written by two hosts at once.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: leave no process behind
+        signal.signal(number, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="failover-demo-"))
     demo = Demo(directory, Console(highlight=False))
     ok = False
@@ -268,7 +270,7 @@ class Demo:
         self.log(f"An agent starts on {host.name}.")
 
     def restart(self, host: Host, what: str) -> None:
-        """Start a host whose state file is that of the killed agent until it has started."""
+        """Start a host, and wait until its agent has replaced the state file of the killed one."""
         self.start(host)
         self.until(lambda: host.state.get("reason") == "starting", what)
         self.work(WORK_S)
@@ -308,11 +310,8 @@ class Demo:
         host, coordinator = self.until_primary(after_epoch=0), self.coordinator
         assert coordinator is not None  # noqa: S101 - it was started
         self.until(lambda: host.failsafe == "ready", "failsafe to be ready")
-        epoch, began_at, outage_s = (
-            host.state["epoch"],
-            time.monotonic(),
-            OUTAGE_LEASES * self.lease_s,
-        )
+        epoch, began_at = host.state["epoch"], time.monotonic()
+        outage_s = OUTAGE_LEASES * self.lease_s
         self.log(
             f"The coordinator hangs for {outage_s:g} s: SIGSTOP. {host.name} goes on, by the vote of the other host."
         )
@@ -428,7 +427,7 @@ class Demo:
             return f"{host.name}: starting".ljust(58)
         text = f"{host.name}: {state.get('role', 'starting'):<14}"
         if until is not None:
-            text += f" epoch {state['epoch']}, lease left {left_s:.2f} s"
+            text += f" epoch {state['epoch'] or '-'}, lease left {left_s:.2f} s"
         if until is not None and (stamp := state.get("last_data_processed_time")):
             lag_s = (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
             text += f", lag {lag_s:.2f} s"

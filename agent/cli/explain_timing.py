@@ -18,7 +18,7 @@ BAR = 72
 COLUMNS = 80
 
 MEANINGS = (
-    ("=", "renew", "R: not renewed for so long, demotion starts"),
+    ("=", "renew", "R: if not renewed by then, demotion starts"),
     ("#", "demote", "D: demotion; then what still runs is killed"),
     (".", "margin", "M: kept free for clock drift and lateness"),
 )
@@ -30,7 +30,7 @@ MEANINGS = (
 def command(*, as_json: bool, **given: Any) -> int:
     """Draw how the failover timeout is divided (rule R1).
 
-    Takes what 'run' takes. Shows each part, when heartbeats are sent, each relation that has to hold,
+    Takes the settings of 'run'. Shows each part, when heartbeats are sent, each relation that has to hold,
     and the smallest failover timeout that the same budgets fit in. Exits 13 if R1 does not hold.
     """
     settings = load_settings(given)
@@ -90,7 +90,7 @@ def explain(timing: Timing, smallest_s: float) -> list[str]:
     ]
     if timing.failsafe:
         rows += [
-            ("  doubt", timing.doubt_s, "silence of so long: other members are asked"),
+            ("  doubt", timing.doubt_s, "after this silence other members are asked"),
             ("? question", timing.question_interval_s, "from one question to the next"),
         ]
     lines += [f"  {name:<18}{part_s:>12.3f} s  {text}" for name, part_s, text in rows]
@@ -124,17 +124,10 @@ def _bar(timing: Timing) -> list[str]:
     bar = [" "] * (BAR + 1)
     for (sign, _, _), start, end in zip(MEANINGS, ends, ends[1:], strict=False):
         bar[start : end + 1] = sign * (end + 1 - start)
-    marks = {
-        0: "0",
-        column(renew_s): "R",
-        column(demoted_s): "D",
-        column(timing.lease_s): "L",
-    }
+    marks = {0: "0", column(renew_s): "R", column(demoted_s): "D", column(timing.lease_s): "L"}
     for place in marks:
         bar[place] = "|"
-    step_s = max(
-        timing.heartbeat_interval_s, whole_s / BAR
-    )  # several in one column would be one mark
+    step_s = max(timing.heartbeat_interval_s, whole_s / BAR)  # at most one mark in each column
     signs = {column(number * step_s): "^" for number in range(int(renew_s / step_s) + 1)}
     if timing.failsafe:
         step_s = max(timing.question_interval_s, whole_s / BAR)

@@ -37,7 +37,7 @@ def command() -> None:
 @settings_flags(AgentSettings, CLIENT_KEYS)
 @JSON_FLAG
 def lift(*, group_id: str, epoch: int, reason: str, yes: bool, as_json: bool, **given: Any) -> int:
-    """Let every member of GROUP be promoted. First make sure that nobody is active.
+    """Allow every member of GROUP to be promoted. First make sure that nobody is active.
 
     A primary that lost the coordinator may be active for as long as all members that it knows agree. Look at
     every host first: if one is still active, two will be. Refused while somebody is primary.

@@ -79,7 +79,7 @@ def create(
     if as_json:
         print_json(api.GroupConfiguration.from_model(group))
     else:
-        click.echo(f"group {group.id} is there, failover timeout {group.lease_s:g} s")
+        click.echo(f"group {group.id} exists, failover timeout {group.lease_s:g} s")
     return 0
 
 

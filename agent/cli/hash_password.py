@@ -16,8 +16,8 @@ def _name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
         or value != value.strip()
     ):
         raise click.BadParameter(
-            f"{value!r} must be printable, without ':', not begin with '#', and have no blank at its"
-            " ends"
+            f"{value!r} must have one or more printable characters, no ':', no '#' at its beginning,"
+            " and no blank at its beginning or end"
         )
     return value
 
@@ -28,7 +28,8 @@ def _roles(
     for value in values:
         if not value.isprintable() or "," in value or not value or value != value.strip():
             raise click.BadParameter(
-                f"{value!r} must be printable, without ',', and have no blank at its ends"
+                f"{value!r} must have one or more printable characters, no ',', and no blank at its"
+                " beginning or end"
             )
     return values
 
@@ -55,7 +56,7 @@ def command(*, user: str, roles: tuple[str, ...]) -> int:
         or not password.isprintable()
     ):
         raise click.UsageError(
-            f"the password must be one line of 1 to {LONGEST_SECRET} printable bytes"
+            f"the password must be one line of 1 to {LONGEST_SECRET} bytes of printable characters"
         )
     click.echo(f"{user}:{hash_password(password, roles)}")
     return 0

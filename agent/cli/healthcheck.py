@@ -45,7 +45,7 @@ class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
 @click.option(
     "--ca-file",
     metavar="FILE",
-    help="Certificates (PEM) to trust an https address by. Not set: those of the variable"
+    help="Certificates (PEM) to verify an https address by. Not set: the file in the variable"
     f" {PROBE_CERTIFICATE}, else the system's.",
 )
 @click.option(
@@ -62,11 +62,11 @@ class Unhealthy(Exception):  # noqa: N818 - an answer, no fault of ours
 @click.option(
     "--probe",
     metavar="URL|FILE",
-    help="Where to ask: a probe's address, or a state file that names it. A URL with a path is asked as"
-    " it is, such as a coordinator's /healthz. Not set: FAILOVER_AGENT_STATE_FILE, else the port of"
-    " FAILOVER_AGENT_PROBE_LISTEN, else the one state file of this host; and where there is none,"
-    " the coordinator at FAILOVER_COORDINATOR_LISTEN, over TLS if"
-    " FAILOVER_COORDINATOR_TLS_CERTIFICATE is set, which it then has to show.",
+    help="Where to ask: a probe's URL, or a state file that names it. A URL with a path, such as a"
+    " coordinator's /healthz, is requested as it is. Not set: FAILOVER_AGENT_STATE_FILE, else the port"
+    " of FAILOVER_AGENT_PROBE_LISTEN, else the only state file of this host. Without any of these: the"
+    " coordinator at FAILOVER_COORDINATOR_LISTEN, which has to show the certificate in"
+    " FAILOVER_COORDINATOR_TLS_CERTIFICATE if that is set.",
 )
 def command(
     *,
@@ -96,7 +96,7 @@ def address(given: str | None) -> str:
     Raises:
         Unhealthy: no address is configured, it is no URL of HTTP, or the state file names no probe.
     """
-    given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE")
+    given = given or os.environ.get("FAILOVER_AGENT_STATE_FILE") or None
     if given is not None and "://" not in given:
         return probe_of(Path(given))
     if given is not None:
@@ -218,9 +218,9 @@ def ask(
     Raises:
         Unhealthy: the answer is no, or there is none.
     """
-    parts = urlsplit(url)
-    path = parts.path if parts.path.strip("/") else f"/{question}"
     try:
+        parts = urlsplit(url)
+        path = parts.path if parts.path.strip("/") else f"/{question}"
         with closing(_connection(parts, context)) as connection:
             headers = {} if authorization is None else {"Authorization": authorization}
             connection.request("GET", path, headers=headers)

@@ -1,7 +1,7 @@
 """``failover-agent hooks``: list the hooks and whether they could run, and try one.
 
-Owns how hooks are described to a person before there is a group. What a hook is, drivers/hooks defines;
-what its result leads to, the core decides: here it is in sentences (docs/hooks.md has it as tables).
+Owns how hooks are described to a person before there is a group. drivers/hooks defines what a hook is, and the
+core decides what follows from its result: this file describes both in sentences, docs/hooks.md in tables.
 """
 
 import asyncio
@@ -42,10 +42,10 @@ OLD_ROLE = {
 """Role before the event, where it is not Secondary."""
 
 LONGEST_DEADLINE_S = 24 * 3600.0
-"""The longest limit of a trial, for which a person waits."""
+"""The longest time limit of a trial run: a person waits for it."""
 
 KILLED_S = 5.0
-"""Timeout for a killed hook to exit; in uninterruptible sleep it does not."""
+"""How long to wait until a killed hook has exited, which one in uninterruptible sleep never does."""
 
 
 @click.group("hooks")
@@ -57,7 +57,7 @@ def command() -> None:
 @settings_flags(AgentSettings)
 @JSON_FLAG
 def list_hooks(*, as_json: bool, **given: Any) -> int:
-    """List every event with its hook. Each with its form, its steps in order, and whether it could run.
+    """List every event with its hook. Show the form of each hook, its steps in order, and whether it can run.
 
     Exits 0, or with the code of the first fault.
     """
@@ -100,7 +100,7 @@ def _lines(event: str, report: Mapping[str, Any]) -> Iterator[str]:
     if report["form"] is None:
         yield f"{event}: none"
         return
-    yield f"{event}: {report['form']}, {'not fit' if report['fault'] else 'fit to run'}"
+    yield f"{event}: {report['form']}, {'cannot run' if report['fault'] else 'can run'}"
     for step in report["steps"]:
         yield f"  runs {_words(step)}"
     for ignored in report["ignored"]:
@@ -123,7 +123,7 @@ def _time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> da
 @command.command("test")
 @click.argument("event", type=click.Choice(EVENTS))
 @settings_flags(AgentSettings)
-@click.option("--epoch", type=click.IntRange(min=0), metavar="N", help="Number of the tenure.")
+@click.option("--epoch", type=click.IntRange(min=0), metavar="N", help="Epoch of the tenure.")
 @click.option(
     "--last-data-processed-time",
     "last_data",
@@ -135,14 +135,14 @@ def _time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> da
 @click.option(
     "--old-role",
     type=click.Choice([role.value for role in Role]),
-    help="The role before. [default: the usual one]",
+    help="Role before the event. [default: the usual one]",
 )
 @click.option(
     "--deadline",
     "deadline_s",
     type=click.FloatRange(min=0, min_open=True, max=LONGEST_DEADLINE_S),
     metavar="SECONDS",
-    help="Until TERM. [default: what the settings give it]",
+    help="Time until TERM. [default: from the settings]",
 )
 def try_hook(
     *,
@@ -202,7 +202,7 @@ def _flag(event: str) -> str:
 async def _run(
     spec: HookSpec, facts: Mapping[str, Any], clock: Clock, deadline_s: float, grace_s: float
 ) -> HookExit:
-    """Enforce the limits as the executor does; an interrupt leaves nothing of it running."""
+    """Enforce the limits as the executor does. An interrupt kills the hook."""
     runner = HookRunner(clock)
     run = runner.start(spec, payload_environment(facts), facts)
     try:
@@ -224,7 +224,7 @@ async def _run(
 def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
     """The consequence that the result would have in a real change of role (docs/hooks.md)."""
     if event in NOTIFICATIONS:
-        effect = "nothing would follow" if result.ok else "it would be logged and counted, no more"
+        effect = "nothing would follow" if result.ok else "it would only be logged and counted"
         return f"{effect}; a notification decides nothing"
     if event in PROMOTIONS:
         if not result.ok:
@@ -239,8 +239,8 @@ def _consequence(event: str, result: HookExit, settings: AgentSettings) -> str:
     if result.ok:
         return "the agent would release the role, and the other member may start at once"
     return (
-        "the agent would try again for as long as its budget of"
-        f" {settings.timing.demote_s:g} s has room, then kill what hooks left running and exit"
+        "the agent would try again until its demotion budget of"
+        f" {settings.timing.demote_s:g} s is used up, then kill what hooks left running and exit"
         f" with {int(ExitCode.DEMOTION_FAILED)}, without releasing the role"
     )
 
@@ -259,7 +259,7 @@ class _Echo(logging.Handler):
 
 @contextmanager
 def _log_to_terminal() -> Iterator[None]:
-    """Send the driver's log to the terminal meanwhile, and nowhere else."""
+    """Send the driver's log to the terminal, and nowhere else, while the block runs."""
     logger = logging.getLogger("agent.drivers.hooks")
     before = logger.level, logger.propagate
     handler = _Echo()

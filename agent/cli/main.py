@@ -5,6 +5,7 @@ Owns how every error is printed: one line for each fault on stderr, an exit code
 unparsed, so an agent does not keep click in its memory.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -24,24 +25,27 @@ AGENTS = ("run", "exec")
 
 DEBUG = "--debug"
 
+UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Errors of a write to a file that was open already, such as the standard output."""
+
 INTERRUPTED = 130
 """The exit code that shells report for a program that Ctrl-C ended: 128 + SIGINT."""
 
 
 def main(
-    argv: Sequence[str] | None = None, replaced: "Mapping[str, click.Command] | None" = None
+    argv: Sequence[str] | None = None, replacements: "Mapping[str, click.Command] | None" = None
 ) -> int:
     """Run one command line; return the exit code. Prints every error, raises none.
 
     Args:
         argv: without the program's name; this process's own if None.
-        replaced: commands to use instead of those with the same names.
+        replacements: commands to use instead of those with the same names.
     """
     _open_standard_files()
     arguments = tuple(sys.argv[1:] if argv is None else argv)
     debug = arguments[:1] == (DEBUG,)
     try:
-        return _run(arguments, replaced or {}, debug=debug)
+        return _run(arguments, replacements or {}, debug=debug)
     except KeyboardInterrupt:
         return INTERRUPTED
     except FailoverError as error:
@@ -49,6 +53,9 @@ def main(
         _print_error(text, error.exit_code, debug=debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
+        if isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
+            _print_error(f"the output cannot be written: {error.strerror}", ExitCode.USAGE)
+            return ExitCode.USAGE
         text = " ".join(str(error).split()) or "no message"
         _print_error(
             f"{type(error).__name__}: {text}: this is a fault of {PROGRAM} {__version__}; please"
@@ -64,15 +71,18 @@ def _open_standard_files() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr
         os.set_inheritable(fd, True)
     os.close(fd)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
-def _run(arguments: Sequence[str], replaced: "Mapping[str, click.Command]", *, debug: bool) -> int:
+def _run(
+    arguments: Sequence[str], replacements: "Mapping[str, click.Command]", *, debug: bool
+) -> int:
     unparsed = arguments[1:] if debug else arguments
-    if not unparsed or unparsed[0] not in AGENTS or unparsed[0] in replaced:
+    if not unparsed or unparsed[0] not in AGENTS or unparsed[0] in replacements:
         from agent.cli.command_line import run_command  # noqa: PLC0415 - an agent does without
 
-        return run_command(arguments, replaced)
+        return run_command(arguments, replacements)
     from agent.cli.settings_process import NoSettings, run_agent  # noqa: PLC0415 - --version does without
     from agent.ops.signals import ignored_signals  # noqa: PLC0415 - likewise
 

@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
 REPEATED = ("endpoint", "etcd_endpoint", "host_names", "administrator")
-"""Lists whose flag has one part of the list each time."""
+"""Lists whose flag is repeated, with one item each time."""
 
 TIMING_KEYS = ("failover_timeout", "renew", "demote", "margin", "beat", "request_timeout")
 
@@ -54,7 +54,7 @@ CONFIG_FLAG = click.option(
     help="TOML file with settings; a flag or a variable overrides it.",
 )
 JSON_FLAG = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON document instead of text for people."
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text for people."
 )
 
 

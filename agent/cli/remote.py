@@ -37,7 +37,7 @@ def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaita
 
     Raises:
         ServerError: no endpoint answered (the last one's error), or one refused.
-        ConfigError: a file with a secret or with certificates holds none.
+        ConfigError: a file has no valid secret or certificates in it.
     """
 
     async def in_turn() -> T:
@@ -48,9 +48,7 @@ def query(settings: AgentSettings, request: Callable[[RestClient, float], Awaita
                 try:
                     return await request(client, timeout_s)
                 except ServerError as error:
-                    if not client.ask_next(
-                        asked, error
-                    ):  # a refusal: another endpoint would refuse too
+                    if not client.ask_next(asked, error):  # another endpoint would refuse it, too
                         raise
             return await request(client, timeout_s)
         finally:

@@ -16,14 +16,15 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 @click.option(
     "--restored",
     is_flag=True,
-    help="Declare that the store was restored from an older copy: nobody becomes primary before 'failsafe"
-    " lift', group by group, nor in new groups before 'store trust'. For the first start after that only.",
+    help="Declare that the store was restored from an older copy: in its groups nobody becomes primary"
+    " before 'failsafe lift' of that group, in new groups before 'store trust'. Only for the first start"
+    " after the restore.",
 )
 def command(*, restored: bool, **given: Any) -> int:
     """Run the coordinator.
 
-    Runs until SIGTERM or SIGINT. Leases and groups are in the data directory, and are still in force
-    when it is started again.
+    Runs until SIGTERM or SIGINT. Leases and groups are stored in the data directory, and are still in
+    force after a restart.
     """
     with ignored_signals():
         read = partial(_read, given)

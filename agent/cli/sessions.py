@@ -83,15 +83,15 @@ def forget(*, group_id: str, session_id: str, yes: bool, as_json: bool, **given:
 
 
 def _check_dead(view: SessionView | None, group_id: str, session_id: str) -> None:
-    """Raise ServerError unless the session is there and dead. The server decides again when it removes it."""
+    """Raise ServerError unless the session exists and is dead. The server checks that again when it removes it."""
     if view is None:
         raise _refusal(
             f"there is no session {session_id} in group {group_id}",
-            "'sessions list' shows those that there are",
+            "'sessions list' shows the existing ones",
         )
     if view.active is None:
         raise _refusal(
-            "the server does not report which sessions are active, as a plain v1 server",
+            "the server is a plain v1 server, which does not report which sessions are active",
             "stop the client of the session, and delete the session by the server's own means",
         )
     if view.active:

@@ -24,10 +24,10 @@ from agent.schema import exchange
 from agent.schema.settings import AgentSettings
 
 READ_S = 60.0
-"""Timeout of the reading: the file is on a disk, or a network, that does not answer."""
+"""Timeout to read the settings: their file may be on a disk, or a network, that does not answer."""
 
 END_S = 1.0
-"""Timeout for a killed process to be gone."""
+"""How long to wait until a killed process has ended."""
 
 PROGRAM = f"""\
 import json, os, sys
@@ -53,7 +53,7 @@ class NoSettings(Exception):  # noqa: N818 - a request for help is no error
 
 
 class SettingsProcess:
-    """The other process, from its start on; ``receive`` has to be called, and waits for its end.
+    """The other process. Creating this object starts it; call ``receive``, which waits for its end.
 
     Args:
         arguments: the command and its arguments, without the program's name.
@@ -73,7 +73,7 @@ class SettingsProcess:
             )
         except OSError as error:
             os.close(self._document)
-            raise ConfigError(f"no process to read the settings: {error.strerror}") from None
+            raise ConfigError(f"cannot start the settings reader: {error.strerror}") from None
 
     def receive(self) -> AgentSettings:
         """Wait for the settings.
@@ -93,9 +93,7 @@ class SettingsProcess:
             return self._load(code)
         finally:
             self._process.kill()
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # a process that waits for a hung disk cannot be killed
+            with suppress(subprocess.TimeoutExpired):  # one that waits for a hung disk lives on
                 self._process.wait(END_S)
             os.close(self._document)
 

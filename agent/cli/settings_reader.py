@@ -51,11 +51,10 @@ def _run(handler: Handler) -> click.Command:
     @click.command("run")
     @settings_flags(AgentSettings)
     def command(**given: Any) -> int:
-        """Be a member of a group: heartbeat, follow the role, run the hooks.
+        """Join a group: send heartbeats, follow the role, run the hooks.
 
-        Runs until SIGTERM or SIGINT, then demotes, releases the role and leaves the group. Nothing is
-        needed but a group and a coordinator: 'failover-agent run --group demo' finds one on this
-        machine.
+        Runs until SIGTERM or SIGINT, then demotes, releases the role and leaves the group. Needs only
+        a group and a coordinator: 'failover-agent run --group demo' uses the one on this machine.
         """
         return handler(given)
 

@@ -69,15 +69,15 @@ def status_rows(status: GroupStatus) -> list[tuple[str, object]]:
 
 
 def _failsafe_rows(failsafe: FailsafeStatus | None) -> list[tuple[str, object]]:
-    """The row that shows whether failsafe is ready, and whom it excludes; none in a group without it."""
+    """The rows about failsafe: its state, and who may be chosen or active. None in a group without it."""
     if failsafe is None:
         return []
     why = f": {failsafe.why}" if failsafe.why is not None else ""
     rows: list[tuple[str, object]] = [("failsafe", f"{failsafe.state}{why}")]
     if failsafe.members:
-        rows.append(("failsafe members", _named(failsafe.members)))
+        rows.append(("failsafe members", _format_members(failsafe.members)))
     if failsafe.state is FailsafeState.RESTRICTED:
-        rows.append(("choosable", _named(failsafe.choosable or ()) or "nobody"))
+        rows.append(("choosable", _format_members(failsafe.choosable or ()) or "nobody"))
     if failsafe.lapsed is not None:
         lapsed = failsafe.lapsed
         rows.append(("may be active", f"{lapsed.session_id} in epoch {lapsed.epoch}"))
@@ -85,7 +85,7 @@ def _failsafe_rows(failsafe: FailsafeStatus | None) -> list[tuple[str, object]]:
     return rows
 
 
-def _named(members: tuple[Member, ...]) -> str:
+def _format_members(members: tuple[Member, ...]) -> str:
     return ", ".join(f"{member.id} ({member.url})" for member in members)
 
 

@@ -69,8 +69,8 @@ def trust(*, place: str, **given: Any) -> int:
     """Trust a store that 'serve --restored' has declared. New groups in it can then be used at once.
 
     Do this when every group that the restored copy lacks has been created again and lifted, or is not needed
-    any more: its primary may be active without the coordinator. The coordinator of a data directory has to be
-    stopped; those over etcd need not be. Groups that are restricted stay so until 'failsafe lift'.
+    any more: the primary of such a group may be active without the coordinator. Stop the coordinator of a data
+    directory first; those over etcd may run. Groups that are restricted stay so until 'failsafe lift'.
     """
     if place == ETCD:
         was_restored = asyncio.run(_trust_etcd(_etcd_settings(given)))
@@ -86,10 +86,10 @@ def trust(*, place: str, **given: Any) -> int:
 
 def _etcd_settings(given: dict[str, Any]) -> CoordinatorSettings:
     given |= {"store": ETCD, "advertise": "http://localhost"}  # needed together, and not used here
-    settings = sources(CoordinatorSettings, given).load()
-    if not settings.etcd_endpoint:
+    origin = sources(CoordinatorSettings, given)
+    if "etcd_endpoint" not in {**origin.file, **origin.environment, **origin.flags}:
         raise ConfigError("etcd_endpoint is not set: name one with --etcd-endpoint")
-    return settings
+    return origin.load()
 
 
 def _trust_directory(directory: Path) -> bool:

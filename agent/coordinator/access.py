@@ -1,7 +1,7 @@
-"""Load authentication and TLS files, and load them again, at SIGHUP and on a change, while connections stay open.
+"""Load the files of authentication and TLS, and reload them at SIGHUP and when they change, without closing connections.
 
 Owns loading the certificate, its key, the authorities of client certificates, the users file and the
-token keys, and putting all of them into force at once or none. Knows nothing of sockets and signals.
+token keys, and putting either all of them into force or none. Knows nothing of sockets and signals.
 """
 
 import ssl
@@ -213,7 +213,7 @@ def _warn(settings: CoordinatorSettings, files: Files) -> None:
         log.info("no administrator is set: a first access-control list cannot be made")
     if files.tokens is not None and settings.token_tenant is None:
         log.warning(
-            "tokens of every tenant may use the tenant default",
+            "tokens of every tenant may use the tenant 'default'",
             resolution="set token_tenant, if the identity provider has more than one",
         )
     if files.tokens is None and files.client_ca is None:

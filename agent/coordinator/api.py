@@ -3,7 +3,7 @@
 Owns the HTTP side: dispatch, bodies and their types, authentication, status codes, and the ErrorResponse of
 each refusal. The handlers are in calls.py.
 
-A plain ASGI application rather than Starlette routes: a heartbeat costs a third of it, and every
+A plain ASGI application rather than Starlette routes: a heartbeat costs a third as much, and every
 error, also one of routing, is answered in one form.
 """
 
@@ -25,9 +25,9 @@ from agent.coordinator.calls import (
     Forwarder,
     Request,
     create_group,
+    forwarded_header,
     get_status,
     header,
-    number_of,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
 from agent.coordinator.hang_up import HUNG_UP, HungUp, never, while_connected
@@ -66,7 +66,7 @@ ADMITTED_FOR_S = 1.0
 open could outlive both."""
 
 LONG_BODY = 4096
-"""Longer bodies take up to milliseconds to decode: one is begun in each iteration of the loop, so others are served."""
+"""Longer bodies take up to milliseconds to decode: one is decoded in each iteration of the loop, so others are served."""
 
 log = Log(__name__)
 
@@ -110,7 +110,7 @@ class Api:
 
     Args:
         coordinator: started and stopped by the caller.
-        clock: for the end of an override.
+        clock: for the Date header, the end of an override, and metrics.
         authenticator: without schemes every call is allowed.
         max_body_bytes: a longer body is answered 413.
         role_names: write roles as names rather than numbers.
@@ -263,7 +263,7 @@ class Api:
         request = _request(scope, text)
         forwarded = header(request.headers, FORWARDED) is not None
         if forwarded:
-            forwarder.take(request)
+            forwarder.accept_once(request)
 
         async def answer_here() -> Answer:
             await self._authorise(route, found.values, rights)
@@ -325,7 +325,7 @@ class Api:
         if not rights.may(acl, right):
             raise Forbidden(
                 f'"{rights.caller.name}" does not have the right {right.name} for {route.name}.',
-                "Somebody with ManageAccessControl can give it."
+                "A caller with ManageAccessControl can grant it."
                 if acl is not None
                 else "The first access-control list is made by an identity that the coordinator's"
                 " setting administrator names.",
@@ -397,7 +397,7 @@ class Api:
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
         headers.append((b"date", self._date()))
         if self._forwarder is not None:
-            headers += number_of(scope["headers"])
+            headers += forwarded_header(scope["headers"])
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),
@@ -419,7 +419,7 @@ _STOPPING_REFUSAL = Unavailable(
     "The coordinator is stopping.", "Ask another endpoint, or this one after Retry-After."
 )
 _INTERNAL_REFUSAL = RequestRefused(
-    "The coordinator failed at this.", "Look for the OperationId in its log, and report it."
+    "The coordinator failed to answer.", "Look for the OperationId in its log, and report it."
 )
 
 

@@ -129,7 +129,7 @@ def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | Non
     return None
 
 
-def number_of(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def forwarded_header(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The header FORWARDED for the answer, if the request had it; else no header."""
     return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
 
@@ -138,7 +138,7 @@ class Forwarder(Protocol):
     """Sends requests to the coordinator that leads a group: forwarding.py."""
 
     def client_of(self, request: Request) -> ClientCertificate | None: ...
-    def take(self, request: Request) -> None: ...
+    def accept_once(self, request: Request) -> None: ...
     async def answer(
         self,
         key: GroupKey,
@@ -232,7 +232,7 @@ async def _refuse_unreadable(call: Call, key: GroupKey) -> None:
         if not await call.may(key, Right.READ):
             raise Forbidden(
                 f'Group "{key.group}" exists, and the caller does not have the right READ on it.',
-                "Choose another Id; somebody with ManageAccessControl can give the right.",
+                "Choose another Id; a caller with ManageAccessControl can grant the right.",
             )
 
 
@@ -409,6 +409,3 @@ async def release_role(call: Call) -> Answer:
         ),
     )
     return Answer(204)
-
-
-# -- the list ---------------------------------------------------------------------------------

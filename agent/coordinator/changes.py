@@ -1,6 +1,6 @@
 """The tasks that change something in the store.
 
-Owns when a change whose caller disconnects is finished, and how many of callers may be in progress.
+Owns whether a change is finished although its caller disconnects, and how many changes of callers may be in progress.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from agent.coordinator.hang_up import check_caller, share_caller
 from agent.errors import unavailable
 
 MAX_CHANGES = 20_000
-"""The most of callers' tasks at once: while the store hangs, they give up, come back, and start further ones. Due
-changes do not count, of which each group has one: leases that end at once must not keep heartbeats out."""
+"""The most changes of callers at once: while the store hangs, callers give up, retry, and start further ones. Due
+changes, at most one for each group, do not count: leases that expire together must not keep heartbeats out."""
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Changes:
         return await self.finish(self.spawn(change, bounded=True))
 
     async def finish(self, task: asyncio.Task[T]) -> T:
-        """Await a change. If the caller is cancelled, a change that has begun is finished, and another is dropped."""
+        """Await a change. If the caller is cancelled, a change that has begun to write is finished; else it is dropped."""
         share_caller(task)
         try:
             return await asyncio.shield(task)

@@ -29,8 +29,8 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.secret_files import read_secret
 
 STARTUP_S = 15.0
-"""How long a start waits for an etcd that does not answer: an election takes 1 to 2 s; then the service
-manager is asked to start us again."""
+"""How long a start waits for an etcd that does not answer: an election takes 1 to 2 s. After that the
+process exits, and the service manager starts it again."""
 
 STARTUP_RETRY_S = 0.5
 
@@ -139,8 +139,8 @@ class Cluster:
                     return sum([await declare_restored(s, self._clock.now, policy) for s in shards])
             if clock() >= until:
                 raise StoreError(
-                    "other coordinators serve the store: stop all of them, start one with --restored, and"
-                    " the others, without it, when that one serves",
+                    "other coordinators serve the store: stop all of them, start one with --restored, and,"
+                    " when that one serves, the others without it",
                     exit_code=ExitCode.DATA_DIR_LOCKED,
                 )
             log.warning("other coordinators serve the store, waiting for them to stop")
@@ -238,8 +238,8 @@ async def read_peer_keys(store: EtcdCluster) -> tuple[bytes, ...]:
         keys = []
     if not 1 <= len(keys) <= MOST_PEER_KEYS or {len(one) for one in keys} != {PEER_KEY_BYTES}:
         raise StoreError(
-            f"{place} in etcd must have a key that a coordinator made, or two on a line each: delete it, and"
-            " a new one is made"
+            f"{place} in etcd must have one key that a coordinator made, or two, one a line: delete it, and"
+            " a coordinator makes a new one"
         )
     return tuple(keys)
 
@@ -252,7 +252,7 @@ async def follow_peer_keys(store: EtcdCluster, clients: ForwardedClients) -> Non
         try:
             keys = await read_peer_keys(store)
         except StoreError as error:
-            if fault is None and not isinstance(error, EtcdError):  # that is the session's to log
+            if fault is None and not isinstance(error, EtcdError):  # leadership.py logs those
                 fault = str(error)
                 log.warning("peer keys not changed", error=fault)
             continue

@@ -121,7 +121,7 @@ class Connection(HttpToolsProtocol):
         self._received = 0
         self._head_bytes = 0
         self._body_bytes = 0
-        self._deaf = False
+        self._ignores_input = False
         self._closing = False
         self._made = self._aborted = False
         self._certificate: ClientCertificate | None = None
@@ -129,7 +129,7 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._unparsed = NOTHING
 
-    # -- its life -----------------------------------------------------------------------------
+    # -- opening and closing ------------------------------------------------------------------
 
     def begin(self, handshake: asyncio.Task[Any]) -> bool:
         """Record the task of the TLS handshake; return False if the connection was aborted before."""
@@ -172,11 +172,11 @@ class Connection(HttpToolsProtocol):
         self._host.lost(self)
         # Reference cycles would keep these objects until the next full collection, which is rare.
         cast("JoiningTransport", self.transport).detach()
-        self.scope = self.cycle = self._running = None  # type: ignore[assignment] # as before the first
+        self.scope = self.cycle = self._running = None  # type: ignore[assignment] # as before the first request
 
     def begin_closing(self) -> bool:
         """Read no more. Return whether the peer may still be sending a request."""
-        self._closing = self._deaf = True
+        self._closing = self._ignores_input = True
         self.read_deadline = self._host.now + CLOSE_S
         self._unparsed, self._flow.held = NOTHING, False
         self.flow.resume_reading()
@@ -215,7 +215,7 @@ class Connection(HttpToolsProtocol):
     # -- requests -----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
         if self._unparsed or len(data) > PARSED_AT_ONCE:
             self._unparsed = memoryview(bytes(self._unparsed) + data)
@@ -225,13 +225,13 @@ class Connection(HttpToolsProtocol):
 
     def _parse_rest(self) -> None:
         """Parse what was received until too many requests wait; then receive no more."""
-        while self._unparsed and len(self.pipeline) < MAX_PIPELINED and not self._deaf:
+        while self._unparsed and len(self.pipeline) < MAX_PIPELINED and not self._ignores_input:
             part, self._unparsed = (
                 self._unparsed[:PARSED_AT_ONCE],
                 self._unparsed[PARSED_AT_ONCE:],
             )
             self._parse(part)
-        if self._deaf or not self._unparsed:
+        if self._ignores_input or not self._unparsed:
             self._unparsed = NOTHING  # even an empty slice would keep the whole buffer in memory
         self._flow.held = bool(self._unparsed)
         if self._flow.held:
@@ -248,7 +248,7 @@ class Connection(HttpToolsProtocol):
                 )
             self._end_reading()
         except httptools.HttpParserError as error:
-            if not self._deaf:
+            if not self._ignores_input:
                 self._refuse(
                     Invalid(f"This is not a request of HTTP/1.1: {error}.", "Send one."),
                     Ending.BAD_REQUEST,
@@ -370,7 +370,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
             self._end_reading()
             return
-        self._deaf = True
+        self._ignores_input = True
         self.on_message_begin()
         self.read_deadline = inf  # the answer has a deadline of its own
         scope: Any = self.scope
@@ -401,7 +401,7 @@ class Connection(HttpToolsProtocol):
 
     def _end_reading(self) -> None:
         """Read no more, and close the connection after the answer to the present request."""
-        self._deaf = True
+        self._ignores_input = True
         self.read_deadline = inf
         self.cycle.keep_alive = False
         if self.cycle.response_complete:

@@ -63,7 +63,7 @@ from agent.model import (
 )
 from agent.ops.logs import Log
 
-TURN_S = 0.05
+TIMER_S = 0.05
 """The longest interval between two runs of the timer; a longer gap counts as a stall."""
 
 BATCH = 50
@@ -80,7 +80,7 @@ PROGRESS_BATCH = 1_000
 """The most groups whose progress is saved in one write, which takes this process some ms."""
 
 MOST_TICKS = 12
-"""Groups at once whose timers have etcd sent due changes: fewer than it takes (MOST_COMMITS), to leave some for callers."""
+"""The most due changes that are written to etcd at once: fewer than MOST_COMMITS, so that callers can write, too."""
 
 RETRY_S = 0.5
 """Retry interval of a due change that could not be stored: shorter than any useful L, but no burden to the disk."""
@@ -310,7 +310,7 @@ class Engine:
             return await self.write(change)
         except (Unavailable, HungUp) as error:
             group.doubtful = isinstance(error.__cause__, OutcomeUnknown)
-            raise  # else it was not written
+            raise  # with any other cause nothing was written
         except CasMismatch as error:
             group.doubtful = True
             log.warning("unexpected version of a record", **log_names(group.key), error=error)
@@ -353,7 +353,7 @@ class Engine:
         except StoreError as error:
             if self._meter is not None:
                 self._meter.commit_failed()
-            if error.exit_code is not ExitCode.INTERNAL:  # the disk, not this one value
+            if error.exit_code is not ExitCode.INTERNAL:  # the store's fault, not the value's
                 if self._store_failure is None:
                     log.warning("store failed", error=error)
                 self._store_failure = (self._clock().mono, str(error))
@@ -399,7 +399,7 @@ class Engine:
             group.state = state_after_stall(group.state, judged_at, now)
         return excused
 
-    def turn(self) -> None:
+    def run_due_changes(self) -> None:
         """Run the changes that are due. Called by the timer, and by tests."""
         now = self._now()
         self._ran_at = now.mono
@@ -419,7 +419,7 @@ class Engine:
                 self.changes.spawn(self._save_progress(due))
 
     async def _run_tick(self, group: Group) -> None:
-        """Apply a Tick; retry it later if that fails, and let no other one begin in its place: the store may be full."""
+        """Apply a Tick; if that fails, retry it later, and delay the Ticks that wait for this one: the store may be full."""
         async with self._ticks:
             try:
                 await self._apply_durably(group, Tick())
@@ -480,15 +480,15 @@ class Engine:
 
     def _on_timer(self) -> None:
         try:
-            self.turn()
+            self.run_due_changes()
         finally:
             self._timer = None
             if not self.stopping:
                 self._set_timer(self._clock())
 
     def _set_timer(self, now: Instant) -> None:
-        """Set the timer to the next wakeup, at most TURN_S ahead."""
-        at = min(self._wakeups.next_at(), now.mono + TURN_S)
+        """Set the timer to the next wakeup, at most TIMER_S ahead."""
+        at = min(self._wakeups.next_at(), now.mono + TIMER_S)
         if self._progress_queue and not self._saving_progress:
             at = min(at, max(self._progress_queue[0][0], self._next_progress_write))
         if self._timer is not None:

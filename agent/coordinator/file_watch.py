@@ -1,6 +1,6 @@
 """Detect changed files by reading their metadata every few seconds.
 
-Owns when a changed file is to be read; knows nothing of its content. A change counts once two looks in a row have
+Owns when a changed file is to be read; knows nothing of its content. A change counts once two checks in a row have
 found the same metadata, so that a file is rarely read while it is being written. Not promised: to detect a change on
 a file system that keeps neither times nor inode numbers.
 """
@@ -14,10 +14,10 @@ from agent.files import Signatures, signatures
 from agent.ops.blocking import BlockingThread, StuckError
 
 WATCH_S = 2.0
-"""Time between two looks: a renewed certificate is in use after 4 s, and five files cost nothing."""
+"""Interval of the checks: a renewed certificate is in use after 4 s, and checking five files costs nothing."""
 
-LOOK_S = 10.0
-"""How long a look waits for a disk that may hang."""
+READ_S = 10.0
+"""How long a check waits for a disk that may hang."""
 
 
 class FileWatch:
@@ -27,7 +27,7 @@ class FileWatch:
         paths: returns the files to watch.
         lane: runs the blocking calls.
         handled: the files' signatures, taken before the contents in force were read.
-        every_s: time between two looks.
+        every_s: interval of the checks.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class FileWatch:
                     return False
             else:
                 hangup.clear()
-                self._handled = await self._look()
+                self._handled = await self._read_signatures()
                 return True
 
     async def _has_changed(self) -> bool:
-        before, now = self._last, await self._look()
+        before, now = self._last, await self._read_signatures()
         if now == self._handled or now != before:
             return False
         self._handled = now
         return True
 
-    async def _look(self) -> Signatures:
+    async def _read_signatures(self) -> Signatures:
         paths = self._paths()
         if paths:
             with suppress(StuckError, TimeoutError):
-                self._last = await self._lane.run(lambda: signatures(paths), timeout_s=LOOK_S)
+                self._last = await self._lane.run(lambda: signatures(paths), timeout_s=READ_S)
         return self._last

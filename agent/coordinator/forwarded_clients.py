@@ -37,14 +37,14 @@ _PURPOSE = b"failover-agent forwarded client 1"
 
 
 @dataclass(slots=True)
-class _Taken:
-    """The numbers already taken from one sender: bit n of ``bits`` stands for the number ``newest - n``."""
+class _AcceptedNumbers:
+    """The numbers of one sender that were accepted: bit n of ``bits`` stands for the number ``newest - n``."""
 
     newest: int = 0
     bits: int = 0
 
-    def take(self, number: int) -> bool:
-        """Take a number; return False if it was taken before, or is older than the window."""
+    def accept(self, number: int) -> bool:
+        """Accept a number once; return False if it was accepted before, or is older than the window."""
         if number > self.newest:
             ahead = number - self.newest
             kept = self.bits << ahead if ahead < WINDOW else 0
@@ -62,12 +62,12 @@ class ForwardedClients:
     """Signs and verifies the header CLIENT.
 
     Attributes:
-        keys: of the store. The first one signs; a signature by any is right, so that keys can be replaced.
+        keys: of the store. The first one signs; a signature by any of them is valid, so that keys can be replaced.
     """
 
     def __init__(self, keys: tuple[bytes, ...]) -> None:
         self.keys = keys
-        self._senders: dict[bytes, _Taken] = {}
+        self._senders: dict[bytes, _AcceptedNumbers] = {}
 
     def sign(
         self, certificate: ClientCertificate, request: Request, number: bytes, receiver: str
@@ -88,7 +88,7 @@ class ForwardedClients:
     def read(self, request: Request, member: str) -> ClientCertificate | None:
         """The client that the sender of a request vouches for; None if it vouches for nobody.
 
-        The request may still lack its body: call ``take`` when it is complete.
+        The request may still lack its body: call ``accept_once`` when it is complete.
 
         Args:
             request: as it was received.
@@ -111,7 +111,7 @@ class ForwardedClients:
             raise NotLeading
         return ClientCertificate(unquote(name, errors="surrogatepass"), float(until))
 
-    def take(self, request: Request) -> None:
+    def accept_once(self, request: Request) -> None:
         """Accept a complete request once. Call ``read`` first, which verifies the signature.
 
         Raises:
@@ -124,11 +124,11 @@ class ForwardedClients:
         if not hmac.compare_digest(signed.rpartition(b" ")[2], digest):
             raise _refused()
         sender, _, number = (header(request.headers, FORWARDED) or b"").rpartition(b"-")
-        taken = self._senders.pop(sender, None) or _Taken()
-        self._senders[sender] = taken
+        accepted = self._senders.pop(sender, None) or _AcceptedNumbers()
+        self._senders[sender] = accepted
         if len(self._senders) > MAX_SENDERS:
             del self._senders[next(iter(self._senders))]
-        if not _NUMBER.fullmatch(number) or not taken.take(int(number, 16)):
+        if not _NUMBER.fullmatch(number) or not accepted.accept(int(number, 16)):
             raise _refused()
 
 

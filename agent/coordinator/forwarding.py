@@ -8,7 +8,7 @@ has begun (hang_up.py).
 
 If the leader changes while a request waits for its answer, the request is sent to the new leader. That is safe:
 every call may be repeated, and the old leader refuses the request, since its leadership is over. The old leader may
-have carried it out before: what is to be deleted and is not there counts as deleted then. In all other
+have carried it out before: then a DELETE that finds nothing counts as done. In all other
 cases a request is sent once: if no answer comes, the caller gets 503 and may repeat it.
 
 Owns the forwarded request, its deadline, and which parts of the answer the caller receives. Connections are in
@@ -68,8 +68,8 @@ _TARGET = re.compile(rb"/[!-~]*")
 _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 """Bytes that may be forwarded as path and query, and as a header's value: none of them ends the line."""
 
-_ASKED = (b"authorization", b"content-type")
-_ANSWERED = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
+_REQUEST_HEADERS = (b"authorization", b"content-type")
+_REPLY_HEADERS = frozenset({b"retry-after", b"retry-after-ms", b"total-count", b"www-authenticate"})
 _WITH_BODY = frozenset({"POST", "PUT"})
 
 
@@ -178,10 +178,10 @@ class Forwarder:
             return None
         return self._clients.read(request, self._leadership.member)
 
-    def take(self, request: Request) -> None:
-        """Accept a forwarded request once, with its body. Raises what ForwardedClients.take raises."""
+    def accept_once(self, request: Request) -> None:
+        """Accept a forwarded request once, with its body. Raises what ForwardedClients.accept_once raises."""
         if self._clients is not None:
-            self._clients.take(request)
+            self._clients.accept_once(request)
 
     async def answer(
         self,
@@ -198,7 +198,7 @@ class Forwarder:
         """
         repeated = False
         for _ in range(LEADERS_TRIED):
-            url = await self._leadership.place(key)
+            url = await self._leadership.leader_url(key)
             check_caller()
             if url is not None and forwarded:
                 break
@@ -255,7 +255,7 @@ class Forwarder:
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and _NOT_LEADING in answer.body:
             await self._leadership.wait_for_change(NOT_LEADING_RETRY_S)
             raise NotLeading
-        return _passed_on(answer)
+        return _build_answer(answer)
 
     async def _exchange(
         self, key: GroupKey, url: str, request: Request, wait_s: float
@@ -264,7 +264,7 @@ class Forwarder:
             request = replace(request, method="GET")
         place, calls, blocking_reads = self._peers.to(url)
         number = f"{self._run_id}-{next(self._numbers):x}".encode()
-        written = _written(place, number, request, self._vouch(key, request, number))
+        written = _format_request(place, number, request, self._vouch(key, request, number))
         exchange = Exchange(blocking_reads if wait_s > 0 else calls, written, number)
         until = asyncio.get_running_loop().time() + min(wait_s, LONGEST_WAIT_S) + REQUEST_S
         pending = _Pending(key, url, until, exchange)
@@ -287,7 +287,7 @@ class Forwarder:
         return self._clients.sign(certificate, request, number, leader.member)
 
 
-def _written(place: Place, number: bytes, request: Request, client: bytes | None) -> bytes:
+def _format_request(place: Place, number: bytes, request: Request, client: bytes | None) -> bytes:
     """The bytes of a forwarded request. All that the caller sent, except the body, is checked first."""
     if not _TARGET.fullmatch(request.target):
         raise Invalid("The path has bytes that are not printable ASCII.", "Percent-encode them.")
@@ -298,7 +298,7 @@ def _written(place: Place, number: bytes, request: Request, client: bytes | None
         _USER_AGENT,
         b"%b: %b" % (FORWARDED, number),
     ]
-    for wanted in _ASKED:
+    for wanted in _REQUEST_HEADERS:
         value = header(request.headers, wanted)
         if value is not None and _VALUE.fullmatch(value):
             lines.append(b"%b: %b" % (wanted, value))
@@ -312,11 +312,11 @@ def _written(place: Place, number: bytes, request: Request, client: bytes | None
 _USER_AGENT = f"User-Agent: failover-agent/{__version__}".encode()
 
 
-def _passed_on(answer: PeerAnswer) -> Answer:
+def _build_answer(answer: PeerAnswer) -> Answer:
     operation_id = None
     kept = []
     for name, value in answer.headers:
-        if name in _ANSWERED:
+        if name in _REPLY_HEADERS:
             kept.append((name, value))
         elif name == b"operation-id" and value.isascii():
             operation_id = value.decode()

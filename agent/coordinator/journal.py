@@ -43,7 +43,7 @@ def log_role_changes(
         if old is new:
             continue
         # One decision may end a tenure and choose the same session again: by way of Secondary.
-        direct = (old, new) in TRANSITIONS or old is Role.SECONDARY  # that is a resumed tenure
+        direct = (old, new) in TRANSITIONS or old is Role.SECONDARY  # to Primary: a resumed tenure
         for step in (new,) if direct else (Role.SECONDARY, new):
             why = {
                 Role.PRIMARY: after.holder.why if after.holder else None,

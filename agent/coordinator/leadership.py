@@ -2,15 +2,15 @@
 
 What is promised: a shard is led by one coordinator at a time, as long as clocks run at rates within DRIFT. Each
 coordinator has one lease of etcd, its *session*. The leadership keys that it holds live as long as that lease. It
-judges the session by its own CLOCK_BOOTTIME from the *sending* of the renewal, less the drift, so it stops to
-decide before etcd can give its keys to another one. A session that is over is never continued.
+judges the session by its own CLOCK_BOOTTIME from the *sending* of the renewal, less the drift, so it stops
+deciding before etcd can give its keys to another one. A session that is over is never continued.
 
 What is not promised: that a leader exists. While etcd cannot be written for longer than the time to live,
 nobody leads.
 
 Keys under ``live/``: ``members/<lease>`` has the URL of a coordinator; ``leaders/<shard>`` names the member that
 leads, and its mod revision is the leadership that each change compares. A shard is handed over in one transaction,
-so that it is never vacant. A watch of these keys makes this quick; a read with every renewal makes it sure.
+so that it is never vacant. A watch of these keys reports changes at once; a read with every renewal finds any that it missed.
 """
 
 import asyncio
@@ -43,12 +43,12 @@ RENEWALS = 6
 """Renewals of the lease within its time to live: five may be lost. They do not wait for one another."""
 
 LEAVE_SHARE = 1 / 3
-"""Share of the time to live after which another member of etcd is asked: one that hangs costs this once. Answers
-are awaited for the whole of it, since a renewal that a slow disk has delayed still counts."""
+"""Share of the time to live after which another member of etcd is asked: one that hangs costs this once. An answer
+is awaited for the whole time to live, since a renewal that a slow disk has delayed still counts."""
 
 GIVE_UP_SHARE = 1 / 2
-"""The same for no longer waiting until shards are claimed or handed over. By then another member of etcd is asked;
-if the former one has carried it out, the watch shows that."""
+"""Share of the time to live after which claiming or handing over shards is given up, and tried again, by then with
+another member of etcd. If the former one has carried it out after all, the watch reports that."""
 
 RETRY_S = 0.1
 """Pause after a failed request to etcd, and before a watch is begun again."""
@@ -57,12 +57,12 @@ WATCH_S = 10.0
 """After this a watch is begun again: if its connection was lost silently, it would wait for ever."""
 
 RELOAD_S = 5.0
-"""Pause before a shard with a record that cannot be read is loaded again: an operator has to mend it."""
+"""Pause before a shard with a record that cannot be read is loaded again: an operator has to correct it."""
 
 MOVE_PAUSE_S = 0.1
-"""Pause between two shards that are handed over to balance them: each gives all its sessions a new grace."""
+"""Pause between two shards that are handed over to balance them: each handover gives its sessions one more L."""
 
-PLACE_WAIT_S = 0.5
+LEADER_WAIT_S = 0.5
 """How long a request waits for a leader to be known: a handover takes less; more would use up the request
 timeouts of agents with short leases."""
 
@@ -112,7 +112,7 @@ class Leadership:
         self._on_access_change = on_access_change
         self.view = View()
         self.member = ""
-        self.fault: str | None = "it has just started"
+        self.fault: str | None = "this coordinator has just started"
         """Why there is no session with etcd now, or None."""
         self._outage_logged = False
         self._lease = Lease(float("-inf"))
@@ -152,20 +152,20 @@ class Leadership:
         """For how many seconds this coordinator may still lead without another renewal; 0 or more."""
         return max(0.0, self._lease.until - self._boottime())
 
-    async def place(self, key: GroupKey) -> str | None:
+    async def leader_url(self, key: GroupKey) -> str | None:
         """The URL of the coordinator that leads a group, or None if this one does.
 
-        Waits for PLACE_WAIT_S at most. Raises NotLeading if no leader is known by then.
+        Waits for LEADER_WAIT_S at most. Raises NotLeading if no leader is known by then.
         """
         number = self._layout.shard_of(key)
-        deadline = asyncio.get_running_loop().time() + PLACE_WAIT_S
+        deadline = asyncio.get_running_loop().time() + LEADER_WAIT_S
         while True:
             now = self._boottime()
             term = self._terms.get(number)
             if term is not None and number not in self._loading and term[1].is_led_at(now):
                 return None
             leader = self.view.leaders.get(number)
-            if leader is not None and leader.url != self.url:  # else an old key of its own
+            if leader is not None and leader.url != self.url:  # else an old key of this coordinator
                 return leader.url
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
@@ -190,7 +190,7 @@ class Leadership:
             if not waiter.done():
                 waiter.set_result(None)
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------
 
     def start(self) -> None:
         """Start to register this member with etcd and to compete for shards."""
@@ -263,7 +263,7 @@ class Leadership:
         self.member = member
 
     async def _end_session(self) -> None:
-        """Stop leading at once, and let the keys go if etcd can be reached."""
+        """Stop leading at once, and delete this member's keys if etcd can be reached."""
         self._lease.until = float("-inf")
         for number in list(self._terms):
             self._end_term(number)

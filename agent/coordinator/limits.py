@@ -25,7 +25,7 @@ BODY_OVERHEAD = 8
 
 MAX_PIPELINED = 16
 PARSED_AT_ONCE = 2048
-"""Once so many requests of a connection (some 4 KiB each) wait for the answer to an earlier one, nothing more is
+"""Once MAX_PIPELINED requests of a connection (some 4 KiB each) wait for the answer to an earlier one, nothing more is
 received on it. PARSED_AT_ONCE bytes are parsed at a time, which can contain up to 100 further requests."""
 
 HEAD_S = 10.0
@@ -166,7 +166,7 @@ class Admission(Generic[S]):
     """Which connections are open, and which one has to make room for another.
 
     At a limit the oldest connection that has never authenticated is closed for the new one. If all have,
-    the new one is *spare*: it is answered that there is no room.
+    the new one is *spare*: its request is refused for lack of room.
 
     Args:
         most: connections in all.

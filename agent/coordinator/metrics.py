@@ -155,7 +155,7 @@ class Metrics:
         self._reload.set(1)
         self._groups = Gauge(
             f"{prefix}_groups",
-            "Groups: with a primary, with one that is to hand over, with one that is to confirm, with none.",
+            "Groups: with a primary; with one that has to hand over; with a candidate that has to confirm; or none.",
             ("state",),
             registry=registry,
         )
@@ -173,7 +173,7 @@ class Metrics:
         self._failsafe_groups = Gauge(
             f"{prefix}_failsafe_groups",
             "Groups with failsafe: off, ready, or restricted (nobody is primary, and only members that the"
-            " last one asks may be promoted).",
+            " last primary asks may be promoted).",
             ("state",),
             registry=registry,
         )
@@ -182,7 +182,7 @@ class Metrics:
         )
         self._connections = Gauge(
             f"{prefix}_connections",
-            "Open connections, by whether a caller was authenticated on it (without authentication: whether a"
+            "Open connections, by whether a caller was authenticated on them (without authentication: whether a"
             " call of the group API was allowed).",
             ("authenticated",),
             registry=registry,
@@ -269,7 +269,7 @@ class Metrics:
         self._key_fetches.labels(outcome).inc()
 
     def reloaded(self, success: bool) -> None:  # noqa: FBT001 - the one thing to report
-        """Count a reload of settings and files, by outcome."""
+        """Record whether the last reload of settings and files succeeded."""
         self._reload.set(success)
 
     def connection_ended(self, why: Ending) -> None:

@@ -24,7 +24,7 @@ MEANINGS = {
     401: "The caller is not known.",
     403: "The caller may not do this.",
     404: "There is no such group or session.",
-    409: "What is there contradicts the request.",
+    409: "The request conflicts with the present state.",
     413: "The body is too long.",
     415: "The body is not JSON in UTF-8.",
     429: "The heartbeat came too soon after the last, or too many passwords from this address were wrong.",

@@ -83,7 +83,7 @@ class Pool:
         """Whether a connection is open or being opened, or a request waits for one."""
         return bool(self._open or self._opening or self._waiting)
 
-    def take(self) -> PeerConnection | None:
+    def take_idle(self) -> PeerConnection | None:
         """An idle connection, or None. It is the one used last, so that superfluous ones time out."""
         oldest = asyncio.get_running_loop().time() - KEEPALIVE_S
         while self._idle:
@@ -230,9 +230,9 @@ class Exchange:
 
     async def _connection(self) -> PeerConnection:
         """A connection that is open now."""
-        connection = self.pool.take() or await self._wait()
+        connection = self.pool.take_idle() or await self._wait()
         while connection.closed:  # closed before anything was sent on it
-            connection = self.pool.take() or await self._wait()
+            connection = self.pool.take_idle() or await self._wait()
         if self._failure is not None:
             self.pool.release(connection)
             raise self._failure

@@ -91,7 +91,7 @@ WAIT = (
         "after",
         MOST_SKIPPED,
         None,
-        "A Revision: answer once the group's is past it, or at the end of the wait.",
+        "A Revision: answer once the group's Revision is greater, or when the wait is over.",
     ),
     Parameter(
         "wait",
@@ -100,7 +100,7 @@ WAIT = (
             "pattern": r"^([01]?[0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,7})?$",
             "default": "00:00:00",
         },
-        f"A time-span: how long to wait for that; at most {LONGEST_WAIT_S:g} s are waited.",
+        f"How long to wait for that, as a time-span; at most {LONGEST_WAIT_S:g} s.",
         _read_wait,
         0.0,
     ),
@@ -134,10 +134,10 @@ def _service_route(
 
 
 ROUTES: tuple[Route, ...] = (
-    _service_route("/", index, "Where to find what", "Links"),
-    _service_route("/healthz", healthz, "Whether the process is up", "It is"),
-    _service_route("/readyz", readyz, "Whether requests can be obeyed", "They can"),
-    _service_route("/metrics", metrics, "Numbers for Prometheus", "All of them", "text/plain"),
+    _service_route("/", index, "Links to the parts of the service", "Links"),
+    _service_route("/healthz", healthz, "Whether the process is up", "It is up"),
+    _service_route("/readyz", readyz, "Whether requests can be served", "They can be"),
+    _service_route("/metrics", metrics, "Metrics for Prometheus", "The metrics", "text/plain"),
     _service_route("/openapi.json", openapi, "This description", "OpenAPI 3.1"),
     Route(
         "GET",
@@ -353,8 +353,8 @@ API_ROUTES = tuple(route for route in ROUTES if route.handler is not metrics)
 """The routes served at ``listen`` if ``metrics_listen`` is set, too."""
 
 LISTS = frozenset({list_groups, list_sessions, get_history})
-"""Calls whose answers take milliseconds to make. Each caller's are made one after another, so that other callers
-are served meanwhile."""
+"""Calls whose answers take milliseconds to make. Answers to the same call are made one after another, so that other
+callers are served in between."""
 
 SHARED = frozenset({metrics.__name__, openapi.__name__})
-"""Routes whose answer is in memory once for all who read it."""
+"""Routes whose answer is one object in memory, shared by all who read it."""

@@ -1,6 +1,6 @@
 """Routes of the API, and the lookup of a path. Knows nothing of what a handler does.
 
-The route table is in calls.py: requests are dispatched by it, and openapi.py describes it.
+The table itself is in route_table.py.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -195,7 +195,7 @@ def _segments(path: str) -> list[str]:
 def _no_path(raw_path: bytes) -> NotFound:
     return NotFound(
         f"There is nothing at the path {raw_path[:200].decode('latin-1')!r}.",
-        "The paths that there are stand in /openapi.json; with metrics_listen, /metrics is served there.",
+        "/openapi.json lists the paths; if metrics_listen is set, /metrics is served at that address only.",
     )
 
 
@@ -211,7 +211,7 @@ def read_query(parameters: Sequence[Parameter], query_string: bytes) -> dict[str
     try:
         given = parse_qsl(query_string.decode("ascii"), keep_blank_values=True, errors="strict")
     except ValueError:
-        raise Invalid("The query is not percent-encoded UTF-8.", "Encode it so.") from None
+        raise Invalid("The query is not percent-encoded UTF-8.", "Percent-encode it.") from None
     for parameter in parameters:
         texts = [text for name, text in given if name == parameter.name]
         if not texts:

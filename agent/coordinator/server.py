@@ -179,11 +179,11 @@ async def _reload(
 
 async def _wait(stop: asyncio.Event, notify: Notify) -> None:
     """Wait until ``stop`` is set, and notify systemd's watchdog in each iteration."""
-    turn_s = notify.watchdog_s / 2 if notify.watchdog_s is not None else None
+    interval_s = notify.watchdog_s / 2 if notify.watchdog_s is not None else None
     while not stop.is_set():
         notify.watchdog()
         with suppress(TimeoutError):
-            async with asyncio.timeout(turn_s):
+            async with asyncio.timeout(interval_s):
                 await stop.wait()
 
 

@@ -95,7 +95,7 @@ class Coordinator:
         self._waiting = 0
         self._readiness: Cache[str | None] = Cache()
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- start and stop -----------------------------------------------------------------------
 
     async def start(self) -> int:
         """Load every group, and give every session one full L (R14); return the number of groups.
@@ -114,9 +114,9 @@ class Coordinator:
         """Wait for the writes in progress. Close the store afterwards."""
         await self._engine.stop()
 
-    def turn(self) -> None:
+    def run_due_changes(self) -> None:
         """Run the changes that are due, for tests that move the clock by hand."""
-        self._engine.turn()
+        self._engine.run_due_changes()
 
     @property
     def stopping(self) -> bool:
@@ -236,12 +236,9 @@ class Coordinator:
             Unavailable: MAX_READERS wait already.
         """
         group = self._engine.find(key)
-        if (
-            group.state.record.revision
-            != after  # a higher one is from before the group was deleted and created again
-            or wait_s <= 0
-            or self._engine.stopping
-        ):
+        # A higher ``after`` is from before the group was deleted and created again.
+        has_changed = group.state.record.revision != after
+        if has_changed or wait_s <= 0 or self._engine.stopping:
             return self._status_of(group)
         if self._waiting >= MAX_READERS:
             raise Unavailable(

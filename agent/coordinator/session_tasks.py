@@ -1,8 +1,8 @@
 """The tasks of one session with etcd: all of them run, or none.
 
-An asyncio.TaskGroup takes a task that was cancelled for one that has ended as it should, and waits for ever for one that
-goes on after its cancellation, as asyncio.gather does if one of its parts fails at the same moment. Either would leave
-a session that nobody renews and nobody ends.
+An asyncio.TaskGroup treats a cancelled task as one that has ended normally, and waits for ever for a task that goes on
+after its cancellation (as one in asyncio.gather does if a part of it fails at the same moment). Either would leave a
+session that nobody renews and nobody ends.
 """
 
 import asyncio

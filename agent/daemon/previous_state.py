@@ -61,7 +61,7 @@ def previous_tenure(state: Mapping[str, Any], hook: HookSpec | None) -> Previous
         return None
     scripts = previous_scripts(state)
     stop_command, context = ((), None) if hook is None else (hook.value, hook.context.digest)
-    is_directory = any(Path(part).is_dir() for part in stop_command[:1])
+    is_directory = any(map(os.path.isdir, stop_command[:1]))
     known = isinstance(state.get("stop_scripts"), list) and (scripts or not is_directory)
     lacks_scripts = not known or not all(map(os.path.isfile, scripts))
     before = [state.get("stop_command"), state.get("stop_context")]

@@ -313,12 +313,9 @@ def check_workload(argv: Sequence[str]) -> None:
         return
     found = shutil.which(program, mode=os.F_OK)
     if found is None:
-        raise ConfigError(
-            f"command {program} does not exist"
-            + (" in any directory on PATH" if "/" not in program else "")
-            + "; name a program that exists, after --",
-            exit_code=ExitCode.HOOK_MISSING,
-        )
+        wrong = "is not a file" if "/" in program else "is not in any directory on PATH"
+        text = f"command {program} {wrong}; name a program that exists"
+        raise ConfigError(text, exit_code=ExitCode.HOOK_MISSING)
     raise ConfigError(
         f"command {found} may not be executed; chmod +x {found}",
         exit_code=ExitCode.HOOK_NOT_EXECUTABLE,

@@ -26,7 +26,7 @@ class BlockingThread:
     """At most one thread for one kind of blocking call.
 
     Args:
-        name: of the kind, for messages, such as "state file".
+        name: of the kind of call, for messages, such as "state file".
         vital: whether a demotion needs it; then it may use a reserved thread (ops/reserve.py).
     """
 

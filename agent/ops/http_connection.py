@@ -22,7 +22,7 @@ from agent.ops.logs import Log
 READ_BYTES = 16 * 1024
 """Bytes that are received at a time."""
 
-NOT_HTTP = "This is not HTTP/1.1, or it has no end."
+NOT_HTTP = "This is not a valid request of HTTP/1.1."
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -106,7 +106,7 @@ def json_response(
 
 
 def error_response(status: int, error: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer that is an error, in one sentence."""
+    """An answer with this status and a sentence that explains the error."""
     return json_response({"error": error}, status, headers)
 
 
@@ -115,7 +115,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 class Connection:
-    """One connection. ``serve`` it once; whoever has opened it closes it."""
+    """One connection. ``serve`` it once; the caller closes its transport."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Requests:
     """The requests of one connection, by the callbacks of httptools.
 
     Attributes:
-        complete: requests that are not answered yet. A ``Response`` refuses what came in place of one.
+        complete: requests that are not answered yet. A ``Response`` is the refusal of an invalid one.
         has_begun: whether a part of the next one has been received.
         ended: whether no further one is read.
     """
@@ -239,7 +239,7 @@ class _Requests:
             self._refuse_size()
 
     def close(self) -> None:
-        """Drop the parser, which refers to this object: the buffers of a connection have to go at its end."""
+        """Drop the parser, which refers back to this object: otherwise the buffers stay until a garbage collection."""
         del self._parser
 
     def on_message_begin(self) -> None:
@@ -300,8 +300,8 @@ class _Requests:
         limits = self._limits
         self._refuse(
             431,
-            f"A request may have {limits.headers} headers, together of {limits.head_bytes} bytes, and"
-            f" {limits.pipelined} others may wait behind it.",
+            f"A request may have at most {limits.headers} headers and {limits.head_bytes} bytes of them, and"
+            f" at most {limits.pipelined} further requests may wait on its connection.",
         )
 
     def _refuse(self, status: int, error: str) -> None:

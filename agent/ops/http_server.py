@@ -79,7 +79,7 @@ class HttpServer:
     async def _accept(self, listener: socket.socket, handler: Handler) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(0)  # there may always be another connection
+            await asyncio.sleep(0)  # others run, even if connections never stop coming
             try:
                 accepted, _ = listener.accept()
             except BlockingIOError:
@@ -109,7 +109,7 @@ class HttpServer:
     async def _serve(self, accepted: socket.socket, handler: Handler) -> None:
         """Serve one connection to its end, its TLS handshake included."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None  # noqa: S101 - this is one
+        assert task is not None  # noqa: S101 - it runs in one
         reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
         transport: asyncio.Transport | None = None
@@ -124,7 +124,7 @@ class HttpServer:
             self._connections[task] = Connection(reader, writer, handler, self.limits)
             await self._connections[task].serve()
         except OSError as error:  # a timeout is one; the client has gone, or was too slow
-            error.__traceback__ = None  # by which it refers to itself, and to the buffers of TLS
+            error.__traceback__ = None  # a reference cycle, with the buffers of TLS in it
         except Exception:  # a task's edge: no client may stop the agent
             log.exception("connection failed", server=self._name)
         finally:
@@ -202,7 +202,7 @@ def _listen(family: int, place: tuple[Any, ...]) -> socket.socket:
 
 
 def _listen_error(name: str, address: Address, error: OSError) -> ConfigError:
-    # asyncio words the text of its errors differently, so the text of errno is used if there is one
+    # Prefer the system's text for the errno, since asyncio rewords some errors.
     own = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
     why = own or error
     any_free = ", with port 0 for any free one" if name == "probe" else ""

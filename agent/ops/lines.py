@@ -62,7 +62,7 @@ class LineWriter:
         os.register_at_fork(after_in_child=self._on_fork)
 
     def start(self) -> None:
-        """Start the thread, unless that is done. ``put`` does it, too, but there may be no thread left then.
+        """Start the thread, unless it runs. ``put`` does so, too, but by then the system may have no thread left.
 
         ``threading.Thread.start`` would wait until the thread runs: for ever, if memory is lacking.
         """

@@ -202,11 +202,11 @@ class _Client(aiomqtt.Client):
             queue_type=DropOldestQueue,
             max_queued_incoming_messages=MOST_WAITING,
         )
-        # The library logs a traceback for each odd packet; our own lines have what follows from it.
+        # The library logs a traceback for each malformed packet; our own lines report the consequence.
         logging.getLogger("mqtt").setLevel(logging.CRITICAL)
         self.left = False
-        self._disconnected.add_done_callback(retrieve_error)  # aiomqtt may replace it unread
-        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # in its place
+        self._disconnected.add_done_callback(retrieve_error)  # aiomqtt may drop it unread
+        self._loop = _SocketLoop(self._loop, self._client.socket)  # type: ignore[assignment] # stands for the loop
         self._refused: str | None = None
         self._client.connect_timeout = access.limit_s  # also for the handshake
         self._receive = self._client._sock_recv  # noqa: SLF001 - paho has no such bound
@@ -237,7 +237,7 @@ class _Client(aiomqtt.Client):
         if fut is self._disconnected or fut is self._connected:
             return await super()._wait_for(fut, timeout)
         answer = asyncio.ensure_future(super()._wait_for(fut, timeout))
-        answer.add_done_callback(retrieve_error)  # this may be cancelled when it fails
+        answer.add_done_callback(retrieve_error)  # nobody may be waiting for it any more
         try:
             either: set[asyncio.Future[Any]] = {answer, self._disconnected}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -248,7 +248,7 @@ class _Client(aiomqtt.Client):
             answer.cancel()
 
     def _client_connect(self) -> None:
-        """Do nothing in the loop's executor: ``connect`` has done it."""
+        """Do nothing in the loop's executor: ``connect`` has already connected."""
 
     async def connect(self) -> None:
         """Connect; ``async with`` then waits for the broker's answer."""

@@ -23,7 +23,7 @@ SLOW_SHARE = 0.25
 """A look-up that takes longer than this, or than this share of the connection's time limit, is slow."""
 
 GIVE_UP_SHARE = 0.9
-"""Share of the timeout that a look-up may take without known addresses; the rest is for the error."""
+"""Share of the timeout that a look-up may take without known addresses; the rest is left to report the error."""
 
 STAGGER_S = 0.25
 STAGGER_SHARE = 0.25

@@ -1,4 +1,4 @@
-"""Sort many names without holding the event loop."""
+"""Sort many names without blocking the event loop."""
 
 import asyncio
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ LISTED_AT_ONCE = 1_000
 
 
 async def sorted_page(names: Iterable[str], skip: int, count: int) -> list[str]:
-    """``count`` names after the first ``skip`` ones, in order; 100,000 at once would hold the loop for 55 ms."""
+    """``count`` names after the first ``skip`` ones, in order; 100,000 at once would block the loop for 55 ms."""
     left, runs = iter(names), []
     while run := sorted(islice(left, LISTED_AT_ONCE)):
         runs.append(run)

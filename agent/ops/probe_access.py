@@ -50,7 +50,9 @@ def warn_of_exposure(settings: AgentSettings) -> str | None:
     if settings.probe_listen is None or settings.probe_listen.loopback:
         return None
     if settings.probe_username is None and settings.probe_tls_certificate is None:
-        return "without TLS and a password anybody there can read the state and report times"
+        return (
+            "without TLS and a password anyone who reaches it can read the state and report times"
+        )
     if settings.probe_tls_certificate is None:
         return "without TLS the password is sent unencrypted"
     return None

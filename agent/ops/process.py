@@ -44,7 +44,7 @@ REAP_S = 5.0
 
 MANY_ZOMBIES = 64
 BUSY_REAP_S = 0.5
-"""Its interval while there are so many: zombies count as tasks, and a limit of tasks may be 1,000."""
+"""The shorter interval while there are more than MANY_ZOMBIES: they count as tasks, whose limit may be 1,000."""
 
 OOM_SCORE = "/proc/{}/oom_score_adj"
 TASKS = Path("/proc/self/task")
@@ -332,7 +332,7 @@ class Child:
                 self._on_forked, self._argv, preexec_fn=self._build_preexec(inside), **self._options
             )
         except Exception as error:  # noqa: BLE001 - returned by wait()
-            if self.pid is not None and self.pid in _own:  # it was forked: nobody would know of it
+            if self.pid is not None and self.pid in _own:  # it was forked, and would run unnoticed
                 for kill in (os.killpg, os.kill):
                     with suppress(OSError):
                         kill(self.pid, signal.SIGKILL)
@@ -352,10 +352,8 @@ class Child:
 
         def prepare() -> None:
             """Prepare the child, between fork and exec."""
-            if subreaper:
-                _prctl(
-                    PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-                )  # kept across exec, not inherited by fork
+            if subreaper:  # kept across exec, not inherited by fork
+                _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             if die_with_us:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != us:  # the parent died before prctl

@@ -4,7 +4,7 @@
 (agent/proctree.py). A process that was found once is followed by its identity, even if its parent ends.
 Knows nothing of what the processes do, and of when they have to end.
 
-All functions read /proc in a thread. Reading the environment of a process that is stuck in the kernel can block
+All searches read /proc in a thread. Reading the environment of a process that is stuck in the kernel can block
 for ever, so a second thread does that. If it blocks, it is abandoned, and that process is not read again; if the
 process is an orphan that this process adopted, it counts as part of the tenure.
 
@@ -50,10 +50,10 @@ MOST_SHOWN = 5
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 MOST_READERS = 4
-"""Once so many readers are abandoned, processes with a thread stuck in the kernel are not read at all."""
+"""Once this many readers are abandoned, processes with a thread stuck in the kernel are not read at all."""
 
-STUCK_LOOKS = 10
-"""A thread counts as stuck if so many looks in a row find it in state D: ordinary disk access is short."""
+STUCK_CHECKS = 10
+"""A thread counts as stuck if this many checks in a row find it in state D: ordinary disk access is short."""
 
 _unreadable: set[proctree.Process] = set()
 """Processes whose environment has blocked its reader. Global, so that each costs one thread, not one for each
@@ -67,7 +67,7 @@ class ProcessTree:
     """All processes of one tenure, or of one command; each search finds them anew.
 
     Args:
-        value: the value of the mark. A longer one that continues with a full stop belongs to the tree, too.
+        value: the value of the mark. A mark that continues with a full stop after it belongs to the tree, too.
         adopts: whether orphans that this process adopted belong to the tree if they have no mark at all.
         since: search environments only of processes that started at or after this moment, in clock ticks
             since the boot; by default now. Group, descent and cgroup find older ones, too.
@@ -130,7 +130,7 @@ class ProcessTree:
         groups, roots = list(self.groups), {*self._identities(), *self._known}
         if self.cgroup is not None:
             roots |= proctree.in_cgroup(table, str(self.cgroup))
-        # Their environment need not be read.
+        # Known processes and their descendants need not have their environment read.
         self._known = frozenset(proctree.related(table, groups, list(roots)))
         found = proctree.related(table, groups, [*self._known, *self._by_environment(table)])
         pids = {pid for pid, _ in found}
@@ -166,7 +166,7 @@ class ProcessTree:
         return set()
 
     async def signal(self, number: signal.Signals) -> None:
-        """Signal the processes outside of its groups; ``Child.signal`` signals those inside."""
+        """Signal the processes outside ``groups``; ``Child.signal`` signals those inside."""
 
         def send() -> None:
             for process in self.find():
@@ -306,7 +306,7 @@ def own_cgroup() -> Path | None:
 def _stuck(processes: dict[proctree.Process, proctree.Stat]) -> set[proctree.Process]:
     """The processes with a thread that is stuck in the kernel, which may block a reader."""
     stuck = set(processes)
-    for _ in range(STUCK_LOOKS):
+    for _ in range(STUCK_CHECKS):
         stuck = {process for process in stuck if proctree.has_stuck_thread(process[0])}
         time.sleep(proctree.PAUSE_S)
     return stuck

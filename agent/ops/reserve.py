@@ -31,7 +31,7 @@ FREE_TASKS = 8
 """How many tasks an ordinary demotion script uses at a time: a pipeline or two."""
 
 BEGIN_S = 0.02
-"""A started thread that does not run within this time counts as one that never will, for want of memory."""
+"""A started thread that does not run within this time is taken for one that never will: memory is lacking."""
 
 TASKS_END_S = 0.05
 TASKS_POLL_S = 0.001
@@ -105,7 +105,7 @@ def run_in_thread(work: Callable[[], T], *, vital: bool) -> concurrent.futures.F
 
 
 def reserve_descriptors(count: int = DESCRIPTORS) -> None:
-    """Keep descriptors open until ``free_descriptors``. Raises OSError if there are not so many."""
+    """Keep descriptors open until ``free_descriptors``. Raises OSError if the limit allows fewer."""
     while len(_descriptors) < count:
         _descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 

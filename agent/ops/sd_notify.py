@@ -85,7 +85,7 @@ class Notify:
         """Reset systemd's watchdog, if it has one for this process and a quarter of its timeout has passed."""
         now = self._monotonic_ns()
         if self.watchdog_s is not None and now >= self._watchdog_at:
-            self._watchdog_at = now + int(self.watchdog_s / 4 * 1e9)  # its queue is short
+            self._watchdog_at = now + int(self.watchdog_s / 4 * 1e9)  # systemd's queue is short
             self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:

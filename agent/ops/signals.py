@@ -77,7 +77,7 @@ def ignored_signals() -> Iterator[None]:
 
     ``stop_signals``, ``on_hangup`` and ``forwarded_signals`` may be entered inside it. A signal that the
     parent process ignored (nohup) stays ignored, except for SIGCHLD: the kernel would reap our children, and
-    no hook would have a result. None stays blocked.
+    no hook would have a result. Afterwards no signal is blocked.
     """
     seen: set[int] = set()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -18,14 +18,14 @@ def start_task(work: Coroutine[Any, Any, Any], *, name: str | None = None) -> as
 
 
 def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
-    """The exception that ended a task. One that nobody has cancelled must not end as cancelled."""
+    """The exception that ended a task; also for one that ended as cancelled, though nothing had cancelled it."""
     if not task.cancelled():
         return task.exception()
-    return None if task.cancelling() else RuntimeError("it ended as cancelled, by nobody")
+    return None if task.cancelling() else RuntimeError("it ended as cancelled without a cancel()")
 
 
 def retrieve_error(task: asyncio.Future[Any]) -> None:
-    """Retrieve the error of a task, as its callback: it is no failure of the agent if nobody waits for it."""
+    """Done callback: retrieve the error, so that asyncio does not report a task that nobody awaits any more."""
     if not task.cancelled():
         task.exception()
 

@@ -361,7 +361,9 @@ check_directory: Callable[[Any], Path] = must(
     first=check_length,
 )
 check_exists = must(
-    "be a file that exists", Path.is_file, first=lambda path: make_absolute(check_length(path))
+    "be a file that exists, in directories that this user may enter",
+    os.path.isfile,  # Path.is_file raises PermissionError
+    first=lambda path: make_absolute(check_length(path)),
 )
 check_file = must(
     "be readable by this user", lambda path: os.access(path, os.R_OK), first=check_exists

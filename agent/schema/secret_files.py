@@ -11,7 +11,6 @@ LONGEST_SECRET = 4096
 READABLE_BY_OTHERS = 0o006
 """Permission bits that such a file must not have (its group may read it)."""
 
-
 SHORTEST_KEY = 16
 """The fewest characters of a secret that signs messages: anybody who reads a message can try many secrets."""
 

@@ -28,7 +28,7 @@ Failover timeout 10 s, counted from the sending of a heartbeat:
   |==============================================|#################|......|
   ^               ^              ^               ^
 
-  = renew                  6.500 s  R: not renewed for so long, demotion starts
+  = renew                  6.500 s  R: if not renewed by then, demotion starts
   # demote                 2.500 s  D: demotion; then what still runs is killed
   . margin                 1.000 s  M: kept free for clock drift and lateness
   L failover timeout      10.000 s  then another member may be chosen
@@ -127,13 +127,13 @@ Failover timeout 10 s, counted from the sending of a heartbeat:
   |==============================================|#################|......|
   ^               ^    ?       ? ^     ?       ? ^
 
-  = renew                  6.500 s  R: not renewed for so long, demotion starts
+  = renew                  6.500 s  R: if not renewed by then, demotion starts
   # demote                 2.500 s  D: demotion; then what still runs is killed
   . margin                 1.000 s  M: kept free for clock drift and lateness
   L failover timeout      10.000 s  then another member may be chosen
   ^ beat                   2.167 s  from one heartbeat to the next
     request timeout        2.167 s  for one heartbeat and its answer
-    doubt                  0.812 s  silence of so long: other members are asked
+    doubt                  0.812 s  after this silence other members are asked
   ? question               1.083 s  from one question to the next
 
 Questions within R: 4, the first after 2.97917 s at the latest

@@ -1,4 +1,4 @@
-"""healthcheck: asks a probe over a real socket, and says 0 or 1."""
+"""healthcheck: asks a probe over a real socket, and exits with 0 or 1."""
 
 import json
 import ssl
@@ -230,9 +230,10 @@ def test_a_probe_with_tls_has_to_show_its_own_certificate_whatever_its_name(
         ('{"probe": null}', "probe_listen is off"),
         ('{"probe": "http://127.0.0.1:1"}', "gives no answer"),
         ('{"probe": "http://127.0.0.1:x"}', "gives no answer"),
+        ('{"probe": "http://[::1"}', "http://[::1 gives no answer"),
     ],
 )
-def test_nobody_to_ask_is_1_in_one_line(
+def test_a_probe_that_cannot_be_asked_is_exit_code_1_and_one_line(
     cli: Cli, tmp_path: Path, content: str | None, said: str
 ) -> None:
     path = tmp_path / "state"
@@ -241,6 +242,14 @@ def test_nobody_to_ask_is_1_in_one_line(
     code, out, err = cli("healthcheck", "--probe", str(path))
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert said in err
+
+
+def test_an_empty_variable_names_no_state_file(
+    cli: Cli, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state(directory / "line.a.json", url)
+    monkeypatch.setenv("FAILOVER_AGENT_STATE_FILE", "")
+    assert cli("healthcheck")[0] == 0
 
 
 def test_a_url_that_is_not_http_is_1_without_a_request(cli: Cli) -> None:
@@ -257,7 +266,7 @@ def test_a_probe_that_never_answers_is_1(
     assert (code, "timed out" in err) == (1, True)
 
 
-def test_it_starts_without_what_makes_a_start_slow() -> None:
+def test_it_starts_without_slow_imports() -> None:
     code = (
         "import sys, agent.cli.healthcheck;"
         "print([m for m in ('pydantic', 'httpx2', 'asyncio', 'prometheus_client', 'rich')"

@@ -1,4 +1,4 @@
-"""hooks list and hooks test: what is fit to run, and what would follow of a trial."""
+"""hooks list and hooks test: which hooks can run, and what would follow from the result of a trial."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_list_has_every_event_with_its_form_steps_and_what_is_ignored(
 def test_list_prints_each_fault_and_exits_with_the_code_of_the_first(cli: Cli) -> None:
     code, out, _ = cli("hooks", "list", "--hook-primary=/no/such", "--hook-secondary=/etc/passwd")
     assert code == ExitCode.HOOK_MISSING
-    assert "primary: command, not fit" in out
+    assert "primary: command, cannot run" in out
     assert "chmod a+x /etc/passwd" in out
     assert "joined: none" in out
 
@@ -127,7 +127,7 @@ def test_a_trial_is_ended_at_its_deadline(cli: Cli, hook: Callable[[str], str]) 
     assert "killed by signal 9" in out
 
 
-def test_a_hook_that_is_not_there_or_not_fit_is_not_tried(cli: Cli) -> None:
+def test_a_hook_that_is_missing_or_cannot_run_is_not_tried(cli: Cli) -> None:
     code, _, err = cli("hooks", "test", "left")
     assert (code, "--hook-left" in err) == (ExitCode.CONFIG_VALUE, True)
     code, _, _ = cli("hooks", "test", "left", "--hook-left=/etc/passwd")

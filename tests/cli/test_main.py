@@ -1,5 +1,6 @@
 """The outermost layer: every error is one line and one exit code, whatever raised it."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -26,11 +27,11 @@ ROOT = Path(__file__).parents[2]
 TWO_ENDPOINTS = ("--endpoint=http://a/clientfailover", "--endpoint=http://b/clientfailover")
 
 
-def process(*words: str, **variables: str) -> tuple[int, str, str]:
+def process(*words: str, before: str = 'exec "$@"', **variables: str) -> tuple[int, str, str]:
     """The real command line, in a process of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FAILOVER_")}
     done = subprocess.run(
-        [sys.executable, "-m", "agent", *words],
+        ["sh", "-c", before, "sh", sys.executable, "-m", "agent", *words],
         cwd=ROOT,
         env={**kept, **variables},
         capture_output=True,
@@ -180,6 +181,19 @@ def test_a_coordinator_that_is_not_there_ends_status_with_one_line() -> None:
     assert "http://127.0.0.1:1/clientfailover" in one_line(err)
 
 
+@pytest.mark.parametrize("words", ["--help", "check-config --coordinator", "groups list ENDPOINT"])
+def test_output_that_cannot_be_written_is_an_error_of_the_user(words: str, endpoint: str) -> None:
+    words = words.replace("ENDPOINT", f"--endpoint={endpoint}")
+    code, _, err = process(*words.split(), before='exec "$@" >/dev/full')
+    assert (code, "please report it" in err) == (ExitCode.USAGE, False)
+    assert one_line(err) == "the output cannot be written: No space left on device"
+
+
+def test_a_command_works_without_a_standard_output(endpoint: str) -> None:
+    code, _, err = process("groups", "list", f"--endpoint={endpoint}", before='exec "$@" >&-')
+    assert (code, err) == (ExitCode.OK, "")
+
+
 # --- errors, in this process
 
 
@@ -244,6 +258,37 @@ def test_a_hook_that_cannot_be_run_is_named_with_its_flag(
     assert code == right
     assert str(hook) in one_line(err)
     assert "(hook_secondary: --hook-secondary)" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("explain-timing --webhook-ca-file=CLOSED/ca", ExitCode.CONFIG_VALUE),
+        ("hooks test primary --hook-primary=CLOSED/hook", ExitCode.HOOK_MISSING),
+        ("status g --ca-file=CLOSED/ca", ExitCode.CONFIG_VALUE),
+        ("status g --username=u --password-file=CLOSED/pw", ExitCode.CONFIG_VALUE),
+        ("serve --users-file=CLOSED/users", ExitCode.CONFIG_VALUE),
+        ("store trust CLOSED", ExitCode.DATA_DIR_DAMAGED),
+        ("store backup --data-dir=CLOSED --to=CLOSED/b", ExitCode.DATA_DIR_DAMAGED),
+        ("store trust " + "a" * 256, ExitCode.DATA_DIR_DAMAGED),
+    ],
+)
+def test_a_file_in_a_directory_that_cannot_be_entered_is_an_error_of_its_setting(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, code: ExitCode
+) -> None:
+    closed, stat = str(tmp_path), os.stat
+
+    def refuse(
+        path: Any, **options: Any
+    ) -> os.stat_result:  # root itself can enter every directory
+        if str(path).startswith(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found, out, err = cli(*words.replace("CLOSED", closed).split())
+    assert (found, out) == (code, "")
+    assert "please report it" not in one_line(err)
 
 
 def test_several_faults_are_a_line_each_and_the_first_gives_the_code(cli: Cli) -> None:

@@ -57,7 +57,7 @@ def test_a_group_is_made_listed_shown_and_deleted(cli: Cli, at: str) -> None:
     words = ("--failover-timeout", "00:01:00", "--name", "Line 7", "--description", "[b]all[/b]")
     assert cli("groups", "create", "life", at, *words) == (
         0,
-        "group life is there, failover timeout 60 s\n",
+        "group life exists, failover timeout 60 s\n",
         "",
     )
     code, out, _ = cli("groups", "list", at)
@@ -100,7 +100,7 @@ def test_the_primary_is_shown_with_its_tenure(cli: Cli, at: str, endpoint: str) 
     assert shown.splitlines()[-1].split()[:2] == ["1", "host-a"]
 
 
-def test_a_group_that_is_there_otherwise_is_refused(cli: Cli, at: str) -> None:
+def test_a_group_that_exists_with_another_configuration_is_refused(cli: Cli, at: str) -> None:
     assert cli("groups", "create", "twice", at)[0] == 0
     assert cli("groups", "create", "twice", at)[0] == 0
     code, out, err = cli("groups", "create", "twice", at, "--failover-timeout", "3")

@@ -1,4 +1,4 @@
-"""A flag of a list has one part each time: none of them may be lost."""
+"""The flag of a list is repeated, with one item each time: no item may be lost."""
 
 from typing import Any
 

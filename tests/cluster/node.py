@@ -171,7 +171,7 @@ class Node:
         if coordinator is None or leadership is None:
             raise ConnectionError(self.name)
         for _ in range(LEADERS_TRIED):
-            url = await leadership.place(self.world.key)
+            url = await leadership.leader_url(self.world.key)
             if url is not None and forwarded:
                 break
             with suppress(NotLeading):

@@ -1,4 +1,4 @@
-"""Schedules of faults for several coordinators, drawn from a seed, and how they are lived through.
+"""Schedules of faults for several coordinators, drawn from a seed, and how they are run.
 
 Faults are aimed: at the coordinator that leads or at the agent that is primary when the fault begins, rather than at
 one by number. Their lengths, and the pauses between them, are multiples of what matters: the time to live of a

@@ -43,7 +43,7 @@ def test_something_else_in_its_place_is_named(value: str) -> None:
         cluster = await EtcdCluster.open(etcd, "/f", 8)
         await etcd.txn([], [put("/f/peer-key", value)])
         with pytest.raises(
-            StoreError, match="/f/peer-key in etcd must have a key that a coordinator made"
+            StoreError, match="/f/peer-key in etcd must have one key that a coordinator made"
         ):
             await read_peer_keys(cluster)
 

@@ -101,7 +101,7 @@ class Stage:
         end = self.clock.elapsed + seconds
         while self.clock.elapsed < end:
             self.clock.elapsed = min(end, self.clock.elapsed + 0.05)
-            self.coordinator.turn()
+            self.coordinator.run_due_changes()
             await self.settle()
 
     async def settle(self) -> None:

@@ -102,12 +102,12 @@ def test_administrators_are_a_list_in_each_source(
         ({"users": True, "administrator": ["user:bob"]}, ["administrator does not exist"]),
         (
             {"keys": True, "administrator": ["client:4711"]},
-            ["tokens of every tenant may use the tenant default"],
+            ["tokens of every tenant may use the tenant 'default'"],
         ),
         ({"keys": True, "administrator": ["client:4711"], "token_tenant": "t"}, []),
     ],
 )
-def test_what_is_perhaps_not_meant_is_logged_at_the_start(
+def test_settings_that_may_be_a_mistake_are_logged_at_the_start(
     users: Path,
     keys: Path,
     caplog: pytest.LogCaptureFixture,

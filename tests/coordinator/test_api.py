@@ -360,7 +360,7 @@ async def test_a_reader_beyond_the_limit_is_503_with_retry_after(
     assert answer.headers["retry-after"] == "5"
 
 
-async def test_a_blocking_status_read_hears_of_the_change(
+async def test_a_blocking_status_read_returns_at_the_change(
     stage: Stage, http: httpx2.AsyncClient
 ) -> None:
     await make(http, "a")

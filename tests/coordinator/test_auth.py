@@ -214,7 +214,7 @@ def test_a_token_of_any_bytes_is_refused(token: bytes) -> None:
         asyncio.run(with_tokens().caller(b"Bearer " + token))
 
 
-async def test_a_flood_of_wrong_tokens_pushes_no_good_one_out(
+async def test_a_flood_of_wrong_tokens_evicts_no_good_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokens, "MOST_BAD", 3)
@@ -257,12 +257,16 @@ def test_keys_are_read_from_a_jwks_file(tmp_path: Path) -> None:
     assert len(read_key_set(path).keys) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"keys": []}', '{"keys": [{"kty": "x"}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "a secret", "[]", "{}", '{"keys": []}', '{"keys": [{"kty": "x"}]}']
+)
 def test_another_file_is_not_a_jwks(tmp_path: Path, text: str) -> None:
     path = tmp_path / "jwks.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="token_keys_file"):
+    with pytest.raises(ConfigError, match="token_keys_file") as refused:
         read_key_set(path)
+    assert "\n" not in str(refused.value), "each line of an error is a fault of its own"
+    assert "secret" not in str(refused.value), "another file may have been named by mistake"
 
 
 ANN = Caller("ann", frozenset({Subject(1, "ann"), Subject(3, "ops")}))

@@ -387,7 +387,7 @@ def test_http_1_0_is_answered_and_closed(hurried: Process) -> None:
 
 
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c", "TLS/1.0"])
-def test_an_upgrade_is_answered_as_if_it_were_not_asked_for(hurried: Process, upgrade: str) -> None:
+def test_a_request_for_an_upgrade_is_answered_without_one(hurried: Process, upgrade: str) -> None:
     headers = f"Connection: Upgrade\r\nUpgrade: {upgrade}\r\n"
     with Raw(hurried.url) as one:
         answer = one.request("GET", "/healthz", headers=headers).answer()
@@ -430,7 +430,9 @@ def test_a_caller_that_reads_no_answers_is_cut_off(
     assert b'connections_ended_total{reason="answer_timeout"} 0.0' not in page
 
 
-def test_the_unknown_that_read_no_answers_are_few(serve: Callable[..., Process]) -> None:
+def test_few_unauthenticated_callers_may_leave_their_answers_unread(
+    serve: Callable[..., Process],
+) -> None:
     """Whatever the deadline is: each may hold a page of its own."""
     process = serve(program=program(ANSWER_S=600.0, MAX_STALLED=4))
     with Raw(process.url) as known, crowd(process.url, 12) as stalled:
@@ -496,7 +498,7 @@ def test_a_stop_waits_for_no_connection_that_does_nothing(
     assert time.monotonic() - began < 15
 
 
-def test_a_process_that_stood_still_closes_no_connection_for_it(hurried: Process) -> None:
+def test_a_freeze_of_the_process_closes_no_connection(hurried: Process) -> None:
     with Raw(hurried.url) as one:
         assert one.send(HEALTH).answer().status == 200
         hurried.process.send_signal(signal.SIGSTOP)

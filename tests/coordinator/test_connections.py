@@ -208,7 +208,7 @@ async def test_a_connection_that_ended_leaves_nothing(monkeypatch: pytest.Monkey
         gc.enable()
 
 
-def test_a_system_without_files_is_survived(serve: Serve) -> None:
+def test_a_lack_of_descriptors_is_survived(serve: Serve) -> None:
     """The limit of open files is lower than that of connections: accepting pauses, and goes on."""
     process = serve(program=program(SPARE_FILES=-1000))
     subprocess.run(
@@ -223,7 +223,9 @@ def test_a_system_without_files_is_survived(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_long_ids_in_paths_stay_nowhere(serve: Serve, tmp_path: Path, *, known: bool) -> None:
+def test_long_ids_in_paths_are_not_kept_in_memory(
+    serve: Serve, tmp_path: Path, *, known: bool
+) -> None:
     """12 KiB each, of callers with and without credentials."""
     users = tmp_path / "users"
     users.write_text(f"agents:{hash_password('secret')}\n")

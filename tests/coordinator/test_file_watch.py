@@ -1,4 +1,4 @@
-"""A change of a file is noticed once, when it stands still, and never twice."""
+"""A change of a file is reported once, when the file no longer changes, and never twice."""
 
 import asyncio
 import os
@@ -45,7 +45,7 @@ async def test_a_change_is_reported_once(watched: Watched) -> None:
     assert await watched.is_quiet()
 
 
-async def test_a_change_before_the_first_look_is_reported(watched: Watched) -> None:
+async def test_a_change_before_the_first_check_is_reported(watched: Watched) -> None:
     """The files were read at the start, and the groups have taken a while to load."""
     watched.files[0].write_text("newer")
     assert await watched.next() is False

@@ -34,19 +34,19 @@ def test_the_leader_gets_the_client_as_it_was_verified(leader: ForwardedClients)
     request = signed()
     assert leader.read(replace(request, body=b""), "7") == ANN, "before the body has come"
     assert leader.read(request, "7") == ANN, "a second time"
-    leader.take(request)
+    leader.accept_once(request)
 
 
 def test_nobody_is_vouched_for_without_the_header(leader: ForwardedClients) -> None:
     assert leader.read(PLAIN, "7") is None
-    leader.take(PLAIN)
+    leader.accept_once(PLAIN)
 
 
 def test_an_authorization_header_takes_precedence(leader: ForwardedClients) -> None:
     request = signed()
     request = replace(request, headers=[*request.headers, (b"authorization", b"Basic x")])
     assert leader.read(request, "7") is None
-    leader.take(request)
+    leader.accept_once(request)
 
 
 def header_of(request: Request, name: bytes) -> bytes:
@@ -121,24 +121,24 @@ def test_another_body_is_refused(leader: ForwardedClients) -> None:
         request = replace(signed(), body=body)
         assert leader.read(request, "7") == ANN, "the body is not there yet"
         with pytest.raises(Unauthenticated):
-            leader.take(request)
-    leader.take(signed())
+            leader.accept_once(request)
+    leader.accept_once(signed())
 
 
 def test_a_copied_request_is_refused(leader: ForwardedClients) -> None:
-    leader.take(signed(1))
-    leader.take(signed(3))
-    leader.take(signed(2))
+    leader.accept_once(signed(1))
+    leader.accept_once(signed(3))
+    leader.accept_once(signed(2))
     for number in (1, 2, 3):
         with pytest.raises(Unauthenticated):
-            leader.take(signed(number))
-    leader.take(signed(WINDOW))
-    leader.take(signed(4))
-    leader.take(signed(3 * WINDOW))
+            leader.accept_once(signed(number))
+    leader.accept_once(signed(WINDOW))
+    leader.accept_once(signed(4))
+    leader.accept_once(signed(3 * WINDOW))
     for number in (1, 5, WINDOW, 2 * WINDOW, 3 * WINDOW):
         with pytest.raises(Unauthenticated):
-            leader.take(signed(number))
-    leader.take(signed(2 * WINDOW + 1))
+            leader.accept_once(signed(number))
+    leader.accept_once(signed(2 * WINDOW + 1))
 
 
 def test_a_header_for_another_session_of_a_coordinator_is_of_no_use(
@@ -160,7 +160,7 @@ def test_the_senders_that_are_remembered_are_bounded(
     def take(run: str, number: int | str) -> None:
         name = f"{run}-{number}".encode()
         value = leader.sign(ANN, PLAIN, name, "7")
-        leader.take(replace(PLAIN, headers=[(FORWARDED, name), (CLIENT, value)]))
+        leader.accept_once(replace(PLAIN, headers=[(FORWARDED, name), (CLIENT, value)]))
 
     take("a", 1)
     for other in "bcdef":
@@ -177,6 +177,6 @@ def test_the_senders_that_are_remembered_are_bounded(
 
 def test_the_numbers_of_one_sender_take_a_bounded_memory(leader: ForwardedClients) -> None:
     for number in (1, WINDOW - 1, WINDOW, 5 * WINDOW - 3, 16**15):
-        leader.take(signed(number))
+        leader.accept_once(signed(number))
         # memory is the only effect of the window
         assert leader._senders[b"run"].bits.bit_length() <= WINDOW

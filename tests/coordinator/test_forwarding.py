@@ -53,7 +53,7 @@ class FakeLeadership:
         self.view.leaders[0] = Leader("8", url, 1)
         self.changed.set()
 
-    async def place(self, key: GroupKey) -> str | None:
+    async def leader_url(self, key: GroupKey) -> str | None:
         return None if self.here else self.view.leaders[0].url
 
     def leader_of(self, key: GroupKey) -> Leader | None:
@@ -550,7 +550,7 @@ async def test_a_late_answer_reaches_nobody(follower: Follower) -> None:
         assert raw.accepted == 2
 
 
-async def test_a_caller_who_is_gone_ends_the_connection_of_its_read(follower: Follower) -> None:
+async def test_a_caller_that_hangs_up_ends_the_connection_of_its_read(follower: Follower) -> None:
     raw, ended = Raw(), asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -653,7 +653,7 @@ async def test_a_deletion_that_the_former_leader_may_have_carried_out_has_succee
             follower.leadership.here = False
 
 
-async def test_an_answer_of_a_former_leader_is_not_leading(follower: Follower) -> None:
+async def test_the_refusal_of_a_former_leader_is_not_leading(follower: Follower) -> None:
     def make(request: bytes) -> bytes:
         return written(request, b'{"Error":"NotLeading"}', "503 Service Unavailable")
 
@@ -704,7 +704,7 @@ async def test_a_request_that_ends_as_it_gets_its_connection_is_not_sent(
         assert (await second).reason == "The coordinator is stopping."
         assert (await first).status == 200
         assert len(raw.seen) == 1
-        assert released[0].take() is not None, "the second request has given it back"
+        assert released[0].take_idle() is not None, "the second request has given it back"
 
 
 # -- bounds ---------------------------------------------------------------------------------------

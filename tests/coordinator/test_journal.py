@@ -1,4 +1,4 @@
-"""What the coordinator's log says of role changes: rows of the transition table only."""
+"""The coordinator's log of role changes: rows of the transition table only."""
 
 import logging
 from dataclasses import replace

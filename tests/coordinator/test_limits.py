@@ -1,4 +1,4 @@
-"""Which connection makes room for another one, what is logged about it, and answers that are used again."""
+"""Which connection makes room for another one, what is logged about it, and cached answers."""
 
 import asyncio
 from dataclasses import dataclass

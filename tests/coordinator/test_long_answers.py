@@ -1,4 +1,4 @@
-"""Long answers, and long bodies: making them holds up nobody, and slow readers of them do not fill the memory."""
+"""Long answers, and long bodies: making them delays nobody, and slow readers of them do not fill the memory."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the coordinator tells Prometheus: by the real application, read by Prometheus' own parser."""
+"""The coordinator's metrics: served by the real application, read by Prometheus' own parser."""
 
 import asyncio
 import subprocess

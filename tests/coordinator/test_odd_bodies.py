@@ -1,4 +1,4 @@
-"""No body, whatever is in it, makes the coordinator fail: it is obeyed, or refused by a status below 500."""
+"""No body, whatever is in it, makes the coordinator fail: it is processed, or refused with a status below 500."""
 
 import asyncio
 from typing import Any

@@ -116,7 +116,7 @@ async def test_an_expired_good_check_has_a_worker_of_its_own(site: Site) -> None
     assert {type(one) for one in outcomes} == {type(None), Unavailable}
 
 
-async def test_wrong_passwords_push_no_good_one_out(
+async def test_wrong_passwords_evict_no_good_one(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(password_checks, "MOST_BAD", 3)

@@ -192,7 +192,9 @@ async def test_creating_a_group_that_exists_shows_nothing_that_may_not_be_read(
 # -- lists ----------------------------------------------------------------------------------------
 
 
-async def test_the_first_list_is_an_administrators(site: Site, root: httpx2.AsyncClient) -> None:
+async def test_only_an_administrator_makes_the_first_list(
+    site: Site, root: httpx2.AsyncClient
+) -> None:
     """Whoever is known could otherwise shut all others out."""
     await done(root.post("groups", json=GROUP))
     mine = entries(("eve", 31))
@@ -249,7 +251,7 @@ async def test_a_list_keeps_a_manager_who_exists(
     await done(root.post("groups", json=GROUP))
     for path in (LISTS, f"{G}/accesscontrol"):
         answer = await site.refused(root.put(path, json=acl), 400)
-        assert "nobody who exists" in answer["Reason"]
+        assert "no existing identity" in answer["Reason"]
 
 
 @pytest.mark.parametrize(

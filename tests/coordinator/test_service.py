@@ -303,7 +303,7 @@ async def test_a_stall_of_the_coordinator_costs_nobody_a_lease(stage: Stage, fir
     await beat(stage, "b")
     stage.clock.elapsed += 10
     if first == "turn":
-        stage.coordinator.turn()
+        stage.coordinator.run_due_changes()
     else:
         await beat(stage, "b")
     await stage.settle()
@@ -322,7 +322,7 @@ async def test_stalls_that_recur_do_not_keep_a_dead_primary(
     await promote(stage, "a")
     for _ in range(times):
         stage.clock.elapsed += stall_s
-        stage.coordinator.turn()
+        stage.coordinator.run_due_changes()
         await stage.settle()
         await stage.run_for(runs_s)
     assert stage.coordinator.status(KEY).primary is None
@@ -392,7 +392,7 @@ async def test_the_number_of_changes_that_wait_for_the_store_is_bounded(
     await stage.coordinator.apply(KEY, overrides[0])
 
 
-async def test_leases_that_end_at_once_take_no_callers_place(
+async def test_leases_that_expire_together_leave_room_for_callers(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the heartbeats that are to take the roles over would be answered 503."""
@@ -631,7 +631,7 @@ def newest(stage: Stage) -> int:
     return revision
 
 
-async def test_a_reader_from_another_life_of_the_group_does_not_wait(stage: Stage) -> None:
+async def test_a_reader_with_a_revision_of_a_deleted_group_does_not_wait(stage: Stage) -> None:
     """It has seen a revision that this coordinator never gave: what it has is out of date."""
     await join(stage, "a")
     status = await asyncio.wait_for(stage.coordinator.wait_status(KEY, newest(stage) + 1, 100), 5)

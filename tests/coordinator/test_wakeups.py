@@ -15,7 +15,7 @@ def test_a_key_comes_up_once_at_its_moment() -> None:
     assert due(wakeups, 100.0) == []
 
 
-def test_moving_a_moment_away_costs_no_push_and_is_obeyed() -> None:
+def test_postponing_a_wakeup_costs_no_push_and_takes_effect() -> None:
     wakeups: Wakeups[str] = Wakeups()
     wakeups.set("a", 5.0)
     for later in range(6, 106):

@@ -613,11 +613,11 @@ def test_a_program_that_can_be_started_is_accepted(program: str) -> None:
     [
         (
             "no-such-program",
-            "command no-such-program does not exist in any directory on PATH; name",
+            "command no-such-program is not in any directory on PATH; name",
         ),
-        ("/nowhere/x", "command /nowhere/x does not exist; name a program that exists, after --"),
-        ("/etc", "command /etc does not exist; name"),
-        ("x" * 5000, "does not exist in any directory on PATH"),
+        ("/nowhere/x", "command /nowhere/x is not a file; name a program that exists"),
+        ("/etc", "command /etc is not a file; name"),
+        ("x" * 5000, "is not in any directory on PATH"),
     ],
 )
 def test_a_program_that_does_not_exist_is_refused(program: str, reason: str) -> None:

@@ -495,7 +495,10 @@ def test_agents_go_on_with_a_store_that_was_copied_to_etcd(stage: Stage, etcd: E
     ("words", "wrong"),
     [
         (("--from=/x", "--to=/y"), "one of --from and --to must be etcd"),
-        (("--from=/absent", "--to=etcd"), "etcd_endpoint"),
+        (
+            ("--from=/absent", "--to=etcd"),
+            "etcd_endpoint is not set: name one with --etcd-endpoint",
+        ),
         (
             ("--from=/absent", "--to=etcd", "--etcd-endpoint=http://127.0.0.1:1"),
             "/absent has no coordinator.db",

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from agent.cli.main import INTERRUPTED
 
 from .stage import PATIENCE_S, Process, Stage, environment, until
 
@@ -103,6 +106,13 @@ def test_serve_and_two_runs_work_without_configuration(stage: Stage) -> None:
     assert coordinator.end() == 0
 
 
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has ended
+        return b""
+
+
 def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
     """A file agent.py in the current directory is not imported in place of the package."""
     here, scratch = tmp_path / "here", tmp_path / "scratch"
@@ -133,3 +143,33 @@ def test_the_demo_runs_to_its_end_without_a_terminal(tmp_path: Path) -> None:
     assert len(counts) >= 5
     assert counts == [["ok", "0"]] * len(counts)
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_ended_leaves_no_process_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-P", "-m", "agent", "demo"],
+        env=environment(TMPDIR=str(tmp_path), PYTHONUNBUFFERED="1"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def left() -> list[int]:
+        commands = Path("/proc").glob("[0-9]*/cmdline")
+        return [int(path.parts[2]) for path in commands if str(tmp_path).encode() in read(path)]
+
+    try:
+        assert demo.stdout is not None
+        next(line for line in demo.stdout if "is primary" in line)
+        assert left()
+        demo.send_signal(number)
+        demo.communicate(timeout=PATIENCE_S)
+        assert demo.returncode == INTERRUPTED
+        until(lambda: not left(), "the end of every process")
+    finally:
+        demo.kill()
+        for pid in left():
+            os.kill(pid, signal.SIGKILL)

@@ -216,7 +216,7 @@ class PasswordChecks:
         if self._clock() >= self._logged_at + LOG_EVERY_S:
             self._logged_at = self._clock()
             log.warning(
-                "too many wrong passwords, others of this address wait", address=attempt.host
+                "too many wrong passwords, checks for this address refused", address=attempt.host
             )
         return TooManyAttempts(
             "Too many passwords from this address were wrong, or are being checked.",

@@ -98,7 +98,7 @@ class RemoteKeys:
 
     @asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
-        """Fetch the keys now, and then at intervals, until cancelled."""
+        """Fetch the keys now, and then at intervals, while the block runs."""
         task = asyncio.create_task(self._keep_fresh())
         try:
             yield

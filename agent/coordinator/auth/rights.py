@@ -81,7 +81,7 @@ class Rights:
         if self.caller is None or self._has_manager(acl):
             return
         raise Invalid(
-            "RoleTrusteeAccessControlEntries would allow ManageAccessControl (8) to nobody who exists.",
+            "RoleTrusteeAccessControlEntries would allow ManageAccessControl (8) to no existing identity.",
             "Allow it to a user or a role of the users file, or to an identity of the setting"
             " administrator.",
         )

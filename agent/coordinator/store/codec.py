@@ -72,7 +72,7 @@ def encode(value: ValueT, where: str) -> str:
     if not same:
         raise StoreError(
             f"{where} cannot be kept as JSON: something in it reads back as another value;"
-            " null, booleans, finite numbers, strings, lists and objects with string keys do not;"
+            " only null, booleans, finite numbers, strings, lists and objects with string keys can be kept;"
             " nothing was changed",
             exit_code=ExitCode.INTERNAL,
         )

@@ -3,7 +3,7 @@
 A copy has the id of its source, so agents continue with it. The two must not both be served: the source is marked
 as moved before the copy may be served. A clone gets an id of its own instead. Only a store that nobody serves is
 copied. What was written is read back and compared. An interrupted copy cannot be served, but can be repeated. Once
-its source is marked, it can be repeated into the same target only: a second target would be a second such store.
+its source is marked, it can be repeated into the same target only: a second target would be a second store of this id.
 """
 
 import json
@@ -145,8 +145,7 @@ class SqlitePlace:
     @classmethod
     def open_source(cls, directory: Path) -> "SqlitePlace":
         """Open a directory that has a store. Raises StoreError."""
-        if not (directory / DATABASE_NAME).exists():
-            raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
+        _find_database(directory)
         return cls(open_data_dir(directory, moved_too=True), directory)
 
     @classmethod
@@ -249,16 +248,23 @@ class SqlitePlace:
             raise explain(error, self._data_dir.path.parent) from error
 
 
+def _find_database(directory: Path) -> Path:
+    database = directory / DATABASE_NAME
+    if not os.path.exists(database):  # noqa: PTH110 - as in ``backup``
+        raise StoreError(
+            f"{directory} has no {DATABASE_NAME} that this user can reach: name a coordinator's data_dir"
+        )
+    return database
+
+
 def backup(directory: Path, file: Path) -> None:
     """Write a consistent copy of a data directory's database to a new file; a coordinator may be serving it.
 
     Raises:
         StoreError: the file exists, or one of the two cannot be used. No partial file is left.
     """
-    database = directory / DATABASE_NAME
-    if not database.exists():
-        raise StoreError(f"{directory} has no {DATABASE_NAME}: name a coordinator's data_dir")
-    if file.exists():
+    database = _find_database(directory)
+    if os.path.exists(file):  # noqa: PTH110 - Path.exists raises PermissionError
         raise StoreError(
             f"{file} exists: name a new file; nothing was changed", exit_code=ExitCode.USAGE
         )
@@ -395,7 +401,7 @@ class EtcdPlace:
             await self._write(steps[first : first + MOST_STEPS])
 
     async def _write(self, steps: list[Json]) -> None:
-        """Write while this copy is in progress: a request without an answer cannot be carried out after its end."""
+        """Write while this copy is in progress: a request without an answer cannot be carried out after the copy has ended."""
         assert self._meta is not None  # noqa: S101 - ``write`` has marked the target
         in_progress = if_revision(self._layout.meta, self._meta.revision)
         if not (await self._etcd.txn([in_progress], steps)).succeeded:

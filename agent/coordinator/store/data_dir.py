@@ -130,7 +130,7 @@ class DataDir:
     moved_to: str | None = None
     """Where the groups were copied to, so that nobody may serve them here any more; or None."""
     copy_id: int = 0
-    """A number of the copy that was made here, which is in its source's mark, too; 0 if the store was served since."""
+    """The number of the copy that was made here, which its source also records; 0 once the store has been served."""
 
     def declare_restored(self) -> None:
         """Record that the store was put back from an older copy. Raises apsw.Error."""
@@ -210,7 +210,7 @@ def explain(error: OSError | apsw.Error, directory: Path) -> StoreError:
         case OSError(errno=errno.ENOTDIR | errno.EEXIST):
             code = ExitCode.DATA_DIR_DAMAGED
             wrong = "is not a directory"
-            right = "name a directory, or one that can be made"
+            right = "name a directory, or one that does not exist yet"
         case _:
             code = ExitCode.DATA_DIR_DAMAGED
             wrong = "cannot be used"
@@ -321,7 +321,7 @@ def _create(path: Path, *, unfinished_copy: bool) -> None:
         if rest.exists():  # SQLite would apply it to the new database
             raise _damaged(
                 rest,
-                f"is there without its {path.name}",
+                f"exists without its {path.name}",
                 "restore both from a copy, or move it away to start empty",
             )
     with closing(apsw.Connection(":memory:")) as empty:
@@ -366,7 +366,7 @@ def _connect(path: Path) -> apsw.Connection:
             raise _damaged(path, f"is damaged ({fault})", "restore it from a copy")
         tables = "failover_group, history, access"
         tables += ", retired" if version >= 2 else ""  # noqa: PLR2004 - a schema's number
-        database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - ours; they are there
+        database.execute(f"SELECT 1 FROM {tables} LIMIT 0")  # noqa: S608 - our own names; it fails if one is missing
         if version >= 3:  # noqa: PLR2004 - a schema's number
             _store_id(database, path)
         if version >= 4:  # noqa: PLR2004 - a schema's number

@@ -125,7 +125,7 @@ class EtcdCluster:
         change = delete(key) if acl is None else put(key, encode(acl, where))
         changed, meta = self.layout.access_changed, self.layout.meta
         same_store = if_revision(meta, self.meta.revision)
-        async with self._changing_access:  # each change writes that key, and refuses all others
+        async with self._changing_access:  # a concurrent change would make this one fail
             check_caller()
             while True:
                 unchanged = if_revision(changed, await self.etcd.revision(changed))

@@ -102,7 +102,7 @@ def _b64(text: str) -> str:
 
 
 def _text(data: str) -> str:
-    return b64decode(data).decode(errors="replace")  # whoever reads it names what is wrong with it
+    return b64decode(data).decode(errors="replace")  # its reader reports what is wrong with it
 
 
 def end_of(prefix: str) -> str:
@@ -251,10 +251,10 @@ class Etcd:
 
         An attempt that fails decides nothing while the other one may still be answered.
         """
-        patience_s, left_s = RESEND_SHARE * self.timeout_s, (1 - RESEND_SHARE) * self.timeout_s
+        resend_s, left_s = RESEND_SHARE * self.timeout_s, (1 - RESEND_SHARE) * self.timeout_s
         attempts = {asyncio.create_task(self._transport.post(path, body, self.timeout_s))}
         try:
-            ended, other = await asyncio.wait(attempts, timeout=None if once else patience_s)
+            ended, other = await asyncio.wait(attempts, timeout=None if once else resend_s)
             if not ended:
                 attempts.add(asyncio.create_task(self._transport.post(path, body, left_s)))
                 ended, other = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)

@@ -200,7 +200,7 @@ class Gateway:
         found = header.get("cluster_id", known)
         if found != (known or found):
             raise EtcdUnknown(
-                f"etcd at {asked} is of another etcd cluster ({found}) than the first answer"
+                f"etcd at {asked} belongs to another etcd cluster ({found}) than the first answer"
                 f" ({known}): correct etcd_endpoint; if etcd was restored, restart every coordinator"
             )
         self._cluster.id = found
@@ -230,7 +230,7 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     if not isinstance(answer, dict):
         seen = f"status {status}, {content[:80].decode(errors='replace')!r}"
         if status != httpx2.codes.NOT_FOUND:
-            raise EtcdUnknown(f"{endpoint} gave {seen}")
+            raise EtcdUnknown(f"{endpoint} gave no answer of etcd: {seen}; check etcd_endpoint")
         wanted = f"{endpoint} is not the JSON gateway of etcd 3.4 or later: {seen}"
         raise EtcdRefused(f"{wanted}; name the client URL of a member", code=12)
     if status == httpx2.codes.OK:

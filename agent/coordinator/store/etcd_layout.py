@@ -98,11 +98,11 @@ class Layout:
         return f"{self.prefix}/shards/{shard}/progress/"
 
     def last_save(self, shard: int) -> str:
-        """A key that is written with each save of a shard's progress, so that an earlier save cannot come later."""
+        """A key that is written with each save of a shard's progress, so that a delayed save is not carried out after a later one."""
         return f"{self.prefix}/saves/{shard}"
 
     def last_deletion(self, shard: int) -> str:
-        """The same for deletions of groups, so that an earlier creation cannot come later."""
+        """The same for deletions of groups, so that a delayed creation is not carried out after a deletion."""
         return f"{self.prefix}/deletions/{shard}"
 
     def history(self, key: GroupKey) -> str:

@@ -2,7 +2,7 @@
 
 Every change is one transaction that also compares the leadership key, so that a deposed leader changes nothing. A
 request without an answer may still be carried out, long after it was given up. So each change also compares what the
-one before has written, or what it has read: it cannot come after a later change.
+one before has written, or what it has read: a delayed one is refused after a later change.
 
 A record's version is its mod revision, which etcd never repeats. Each value of a record begins with a random
 token: a write without an answer is sent again with the same token until its outcome is known, for at most
@@ -56,8 +56,8 @@ MOST_STEPS = 100
 """The most steps in one transaction; etcd's default limit is 128."""
 
 MOST_COMMITS = 16
-"""The most changes of records under way, half of the connections to etcd. Further ones wait here, where nothing is sent
-again and no time runs out: else many at once would be repeated until etcd had no time for any."""
+"""The most changes of records under way, half of the connections to etcd. Further ones wait here, before
+their timeouts begin: else many would time out and be sent again, until etcd had no time for any."""
 
 SETTLE_S = 2.0
 """How long a write without an answer is repeated, at least once: as long as an election of etcd usually takes.
@@ -366,8 +366,8 @@ class EtcdStore:
         )
 
     def _explained(self, failure: EtcdError, key: GroupKey) -> StoreError:
-        """The error of a change that surely was not made."""
-        # Then the value, and not etcd, is at fault.
+        """The error of a change that was certainly not made."""
+        # If etcd finds the request invalid, the value is at fault, and not etcd.
         invalid = isinstance(failure, EtcdRefused) and failure.code == _INVALID
         code = ExitCode.INTERNAL if invalid else ExitCode.ETCD
         return StoreError(f"{name_of(key)}: {failure}; nothing was changed", exit_code=code)

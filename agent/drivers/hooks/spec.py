@@ -93,7 +93,8 @@ class HookSpec:
         """The form of the hook; a path is looked up in the file system each time."""
         if is_http(self.value[0]):
             return Form.WEBHOOK
-        if self.scripts or (len(self.value) == 1 and Path(self.value[0]).is_dir()):
+        is_directory = os.path.isdir(self.value[0])  # noqa: PTH112 - Path.is_dir raises PermissionError
+        if self.scripts or (len(self.value) == 1 and is_directory):
             return Form.DIRECTORY
         return Form.COMMAND
 

@@ -280,9 +280,7 @@ async def test_a_record_of_schema_4_has_all_but_the_tenure_under_way_cleared(
     assert (record.epoch, record.cleared, record.used, record.ended_at) == (2, cleared, None, None)
 
 
-async def test_sessions_of_before_there_were_owners_have_none(
-    used: Path, make_record: MakeRecord
-) -> None:
+async def test_sessions_of_older_schemas_have_no_owner(used: Path, make_record: MakeRecord) -> None:
     """Schema 3 has no owner in its records; schema 4 keeps one."""
     edit(
         used / DATABASE,
@@ -376,7 +374,7 @@ async def test_a_wal_without_its_database_is_refused_rather_than_replayed_into_a
     (used / DATABASE).unlink()
     error = refused(used)
     assert error.exit_code is ExitCode.DATA_DIR_DAMAGED
-    assert "is there without its coordinator.db" in str(error)
+    assert "exists without its coordinator.db" in str(error)
 
 
 def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None:

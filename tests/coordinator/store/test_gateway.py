@@ -254,7 +254,9 @@ async def test_a_member_of_another_etcd_cluster_is_left() -> None:
                 watch = one.stream("/v3/watch", {})
                 for foreign in (anext(watch), one.post("/v3/kv/txn", {}, 5.0)):
                     one._cluster.current = 1
-                    with pytest.raises(EtcdUnknown, match=f"{urls[1]} is of another etcd cluster"):
+                    with pytest.raises(
+                        EtcdUnknown, match=f"{urls[1]} belongs to another etcd cluster"
+                    ):
                         await foreign
                 assert one.endpoint == urls[2]
                 await one.post("/v3/kv/txn", {}, 5.0)
