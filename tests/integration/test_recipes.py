@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -400,6 +401,15 @@ def test_an_http_receiver_refuses_an_old_epoch_after_a_restart_too(stage: Stage)
     assert post(port, 1, "late") == HTTPStatus.CONFLICT
     assert post(port, 2, "c") == HTTPStatus.NO_CONTENT
     assert lines(output) == [["a"], ["b"], ["c"]]
+
+
+def test_two_fences_in_one_directory_write_no_common_file(tmp_path: Path) -> None:
+    other = tmp_path / "line.new"
+    other.write_text("being written")
+    fence = runpy.run_path(str(RECIPES / "fence.py"))["Fence"](tmp_path / "line.7")
+    assert fence.admits(3)
+    assert (tmp_path / "line.7").read_text() == "3"
+    assert other.read_text() == "being written"
 
 
 def test_an_mqtt_consumer_ignores_an_old_epoch(stage: Stage) -> None:
