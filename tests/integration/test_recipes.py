@@ -166,6 +166,20 @@ def test_hot_standby_fences_a_collector_that_does_not_answer(
     assert stat.rpartition(")")[2].split()[0] == "Z"
 
 
+def test_hot_standby_gives_up_the_role_when_the_collector_was_restarted_inactive(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent, output = hot_host(stage, "host-a", coordinator)
+    agent.until_role("Primary")
+    until_line(output, "1")
+    (collector,) = re.findall(r"-KILL (\d+)", (stage.directory / "host-a-fence").read_text())
+    (port,) = re.findall(r":(\d+)/role", (stage.directory / "host-a.toml").read_text())[:1]
+    os.kill(int(collector), signal.SIGKILL)
+    until(lambda: not listens(int(port)), "the collector to end")
+    start(stage, RECIPES / "hot_collector.py", port, output)
+    until_line(output, "2")
+
+
 WARM = """echo prepared
 until [ -e "$1" ]; do sleep 0.02; done
 exec python3 -S -c 'import sys, time
