@@ -216,6 +216,17 @@ def test_warm_standby_prepares_before_it_works_and_stops_before_the_next(
     assert span(output, "1")[1] < span(other_output, "2")[0]
 
 
+def test_warm_standby_gives_up_the_role_when_the_program_has_ended(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent, output = warm_host(stage, "host-a", coordinator)
+    agent.until_role("Primary")
+    until_line(output, "1")
+    go = output.with_name("go")
+    subprocess.run(["pkill", "-KILL", "-f", f"/collector {go}"], check=True)
+    until_line(output, "2")
+
+
 def test_cold_standby_starts_the_collector_on_the_primary_only(
     stage: Stage, coordinator: Coordinator
 ) -> None:
