@@ -166,7 +166,7 @@ def test_hot_standby_fences_a_collector_that_does_not_answer(
     assert stat.rpartition(")")[2].split()[0] == "Z"
 
 
-def test_hot_standby_gives_up_the_role_when_the_collector_was_restarted_inactive(
+def test_hot_standby_releases_the_role_when_the_collector_was_restarted_inactive(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     agent, output = hot_host(stage, "host-a", coordinator)
@@ -216,7 +216,7 @@ def test_warm_standby_prepares_before_it_works_and_stops_before_the_next(
     assert span(output, "1")[1] < span(other_output, "2")[0]
 
 
-def test_warm_standby_gives_up_the_role_when_the_program_has_ended(
+def test_warm_standby_releases_the_role_when_the_program_has_ended(
     stage: Stage, coordinator: Coordinator
 ) -> None:
     agent, output = warm_host(stage, "host-a", coordinator)
