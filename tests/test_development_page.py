@@ -38,6 +38,14 @@ def insert(path: Path, text: str, before: str) -> None:
     path.write_text(source.replace(before, text + before))
 
 
+def lint(copy: Path) -> None:
+    """The addition passes the linter of `make check`."""
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "agent"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def run(copy: Path, code: str, **variables: str) -> str:
     """What a program prints that imports the copy."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FAILOVER_")}
@@ -62,6 +70,7 @@ def test_a_setting_takes_one_field(copy: Path) -> None:
         textwrap.indent(field, " " * 4),
         '    log_level: LogLevel = "INFO"\n',
     )
+    lint(copy)
     code = """
         from agent.cli.main import main
         from tests.reference import PROGRAMS, sample, settings_page
@@ -93,6 +102,7 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
     file, line = steps("Add a check kind")
     (copy / "agent/drivers/checks/free_space.py").write_text(file)
     insert(copy / "agent/schema/kinds.py", textwrap.indent(line, " " * 8), "    },\n    most=64")
+    lint(copy)
     code = """
         import asyncio
         from tests.reference import PROGRAMS, sample, settings_page
@@ -100,7 +110,9 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
         from agent.ops.clock import Clock
         from agent.schema import exchange
         from agent.schema.read import validate
+        from agent.schema.kinds import CHECKS
         from agent.schema.settings import AgentSettings
+        validate(AgentSettings, {"check": [CHECKS.load(kind).EXAMPLE for kind in CHECKS.kinds]})
         table = {"name": "a", "type": "free_space", "path": "/"}
         tables = [table | {"mib": 1}, table | {"name": "b", "mib": 1_000_000}]
         settings = validate(AgentSettings, {"check": tables})
@@ -125,7 +137,7 @@ def test_a_check_kind_takes_its_file_and_one_line(copy: Path) -> None:
     assert re.search(r"b: / has \d+ MiB free, must be 1000000", printed)
     assert '`type = "free_space"`: Passes if a file system has room.' in printed
     assert "| `mib` | number, 1 to 1000000 | `100` |" in printed
-    assert '#[[check]]\n#name = "room"\n#type = "free_space"\n#path = "/var"\n' in printed
+    assert '#[[check]]\n#name = "space"\n#type = "free_space"\n#path = "/var"\n' in printed
     assert "mib = 0: must be greater than or equal to 1" in printed
 
 
@@ -137,6 +149,7 @@ def test_a_notification_event_takes_its_name_and_one_field(copy: Path) -> None:
         textwrap.indent(field, " " * 4),
         "    hook_limit: Annotated[Duration, RELOADABLE]",
     )
+    lint(copy)
     code = """
         import os, sys
         from agent.cli.hooks import command
@@ -162,6 +175,7 @@ def test_a_route_takes_a_handler_and_one_row(copy: Path) -> None:
     source = table.read_text()
     end = source.index(")\n\nMETRICS_ROUTES")
     table.write_text(source[:end] + textwrap.indent(row, " " * 4) + source[end:])
+    lint(copy)
     code = """
         import asyncio, json
         import httpx2

@@ -415,23 +415,23 @@ class Demo:
         if time.monotonic() - self.shown_at < 0.5:  # noqa: PLR2004 - often enough to follow
             return
         self.shown_at = time.monotonic()
-        self.log("   ".join(map(self.describe, self.hosts)), style="dim")
+        self.log("   ".join(f"{self.describe(host):<62}" for host in self.hosts), style="dim")
 
     def describe(self, host: Host) -> str:
         state = host.state
         if host.agent is None:
-            return f"{host.name}: down".ljust(58)
+            return f"{host.name}: down"
         until = state.get("active_until_boottime_s")
         left_s = 0.0 if until is None else until - time.clock_gettime(time.CLOCK_BOOTTIME)
         if left_s < 0:  # the file is still that of an agent which was killed
-            return f"{host.name}: starting".ljust(58)
+            return f"{host.name}: starting"
         text = f"{host.name}: {state.get('role', 'starting'):<14}"
         if until is not None:
             text += f" epoch {state['epoch'] or '-'}, lease left {left_s:.2f} s"
         if until is not None and (stamp := state.get("last_data_processed_time")):
             lag_s = (datetime.now(UTC) - datetime.fromisoformat(stamp)).total_seconds()
             text += f", lag {lag_s:.2f} s"
-        return text.ljust(58)
+        return text
 
     def log(self, text: str, style: str | None = None) -> None:
         at_s = time.monotonic() - self.started_at

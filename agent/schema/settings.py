@@ -253,7 +253,7 @@ class AgentSettings(Settings):
     """That certificate's private key (PEM). Not set: plain HTTP."""
     check: Annotated[tuple[CheckSettings, ...], CHECKS, RELOADABLE] = ()
     """Health checks: the share of their weights that pass scales failover_score. At 0, and while a
-    required one fails, this member gives up the role (R9). A flag or variable is JSON. Not set:
+    required one fails, this member demotes (R9). A flag or variable is JSON. Not set:
     always fit."""
     progress: Annotated[ProgressSource | None, PROGRESS, RELOADABLE] = None
     """Where the data-processed time comes from, beside POST /data-processed, which always counts.

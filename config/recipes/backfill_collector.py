@@ -1,6 +1,6 @@
 """Copies readings from a source that keeps them: ``backfill_collector.py SOURCE OUTPUT``.
 
-It begins behind the time that its predecessor has reported, and reports a time only when its data is on
+It begins after the time that its predecessor has reported, and reports a time only when its data is on
 disk. So nothing is missing after a takeover; what was written but not yet reported is written again.
 A line of the source is ``TIME VALUE``, a line of the output ``TIME VALUE EPOCH``.
 """

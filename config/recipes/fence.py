@@ -14,7 +14,7 @@ class Fence:
     def admits(self, epoch: int) -> bool:
         """Whether data of this epoch may be taken; a newer one is on disk before the answer."""
         if epoch > self.newest:
-            beside = self._path.with_suffix(".new")
+            beside = self._path.with_name(f"{self._path.name}.new")
             with beside.open("w") as file:
                 file.write(str(epoch))
                 file.flush()

@@ -27,6 +27,10 @@ class Collector:
         with self._lock:
             self._epoch = payload["epoch"] if payload["event"] == "primary" else None
 
+    def is_active(self) -> bool:
+        """Whether it writes."""
+        return self._epoch is not None
+
     def work(self) -> None:
         """Write while active, for ever."""
         while True:
@@ -37,7 +41,12 @@ class Collector:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """POST /role: a hook payload."""
+    """POST /role: a hook payload. GET /role: for the agent's check."""
+
+    def do_GET(self) -> None:
+        """200 while active, else 503."""
+        self.send_response(200 if collector.is_active() else 503)
+        self.end_headers()
 
     def do_POST(self) -> None:
         """Answer when the role has been taken on."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -165,6 +166,20 @@ def test_hot_standby_fences_a_collector_that_does_not_answer(
     assert stat.rpartition(")")[2].split()[0] == "Z"
 
 
+def test_hot_standby_releases_the_role_when_the_collector_was_restarted_inactive(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent, output = hot_host(stage, "host-a", coordinator)
+    agent.until_role("Primary")
+    until_line(output, "1")
+    (collector,) = re.findall(r"-KILL (\d+)", (stage.directory / "host-a-fence").read_text())
+    (port,) = re.findall(r":(\d+)/role", (stage.directory / "host-a.toml").read_text())[:1]
+    os.kill(int(collector), signal.SIGKILL)
+    until(lambda: not listens(int(port)), "the collector to end")
+    start(stage, RECIPES / "hot_collector.py", port, output)
+    until_line(output, "2")
+
+
 WARM = """echo prepared
 until [ -e "$1" ]; do sleep 0.02; done
 exec python3 -S -c 'import sys, time
@@ -199,6 +214,17 @@ def test_warm_standby_prepares_before_it_works_and_stops_before_the_next(
     until_line(other_output, "2")
     assert lines(other_output)[0] == ["prepared"]
     assert span(output, "1")[1] < span(other_output, "2")[0]
+
+
+def test_warm_standby_releases_the_role_when_the_program_has_ended(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent, output = warm_host(stage, "host-a", coordinator)
+    agent.until_role("Primary")
+    until_line(output, "1")
+    go = output.with_name("go")
+    subprocess.run(["pkill", "-KILL", "-f", f"/collector {go}"], check=True)
+    until_line(output, "2")
 
 
 def test_cold_standby_starts_the_collector_on_the_primary_only(
@@ -400,6 +426,15 @@ def test_an_http_receiver_refuses_an_old_epoch_after_a_restart_too(stage: Stage)
     assert post(port, 1, "late") == HTTPStatus.CONFLICT
     assert post(port, 2, "c") == HTTPStatus.NO_CONTENT
     assert lines(output) == [["a"], ["b"], ["c"]]
+
+
+def test_two_fences_in_one_directory_write_no_common_file(tmp_path: Path) -> None:
+    other = tmp_path / "line.new"
+    other.write_text("being written")
+    fence = runpy.run_path(str(RECIPES / "fence.py"))["Fence"](tmp_path / "line.7")
+    assert fence.admits(3)
+    assert (tmp_path / "line.7").read_text() == "3"
+    assert other.read_text() == "being written"
 
 
 def test_an_mqtt_consumer_ignores_an_old_epoch(stage: Stage) -> None:

@@ -795,6 +795,16 @@ def test_the_commands_of_the_quick_start_work_as_typed(typed: Plant) -> None:
             assert "answered 401" not in host.journal(unit)
 
 
+def test_another_tenure_begins_when_the_collector_of_the_quick_start_has_crashed(
+    typed: Plant,
+) -> None:
+    one, _ = typed.primary()
+    typed.until_written(0)
+    epoch = one.state()["epoch"]
+    one.systemctl("kill", "--signal=KILL", COLLECTOR)
+    typed.until_written(epoch)
+
+
 def test_a_wrong_password_is_logged_and_retried(typed: Plant) -> None:
     """The password is a credential, which systemd reads again at each start."""
     _, other = typed.primary()
