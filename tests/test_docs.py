@@ -50,7 +50,7 @@ BENCHMARK = re.compile(r"\bpython (?:-m tests\.bench\.|tests/bench/)(\w+)(?:\.py
 LOG_LINE = re.compile(r"^(?:\S+Z )?(?:INFO|WARNING|ERROR) ([^=\n]+?)(?: \w+=.*)?$", re.MULTILINE)
 PHRASE = re.compile(r"`([a-z][a-z'-]*(?: [a-z',-]+)+)`")
 PROGRAM = re.compile(
-    r"(buildah|consul|curl|docker|env|etcdctl|failover-agent|git|journalctl|kubectl|make|ss|su|systemctl) "
+    r"(buildah|chown|consul|cp|curl|docker|env|etcdctl|failover-agent|git|journalctl|kubectl|make|ss|su|systemctl) "
 )
 """The first word of a phrase in backticks that is a command, and so not a phrase of the code."""
 

@@ -116,8 +116,7 @@ def _lift(draft: Draft, request: Lift) -> None:
         )
     if record.quiet:
         raise Conflict(
-            f"A client of {group} has seen an epoch that the coordinator's data did not have: a lease"
-            " may exist that it does not know of.",
+            f"The coordinator's data are older than {group}: a lease may exist that they do not have.",
             f"Try again when the FailoverTimeout of {draft.lease_s:g} s has passed.",
         )
     if not failsafe.is_restricted(record) and request.epoch <= record.epoch:
@@ -164,9 +163,8 @@ def _refuse_removal_while_active(draft: Draft) -> None:
         )
     if record.quiet:  # a new group of this name would not know of that lease
         raise Conflict(
-            f'A client of group "{group_id}" may hold the role, since one has seen an epoch that'
-            " the group's data did not have.",
-            "Wait until FailoverTimeout after that has passed.",
+            f'The coordinator\'s data are older than group "{group_id}": a client may hold the role.',
+            "Wait until FailoverTimeout has passed.",
         )
     if failsafe.is_restricted(record):
         raise Conflict(

@@ -20,15 +20,14 @@ from agent.ops.logs import Log
 T = TypeVar("T")
 
 POLL_S = 5.0
-"""Interval at which the files' status is read: a change is in force within two intervals."""
+"""Interval at which the status of unchanged files is read: a change is in force within two intervals."""
 
 LONGEST_LOAD_S = 10.0
 """Timeout for reading some files of a few KiB; their file system may hang."""
 
-FIRST_RETRY_S = 1.0
-LONGEST_RETRY_S = 3.0
-"""Backoff between attempts with credentials that a server refuses. A server may learn of new credentials later than
-the agent, and refuse them until then. The longest delay is less than half of R with the default L."""
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 3.0
+"""Backoff between attempts with changed files that are wrong, or that a server refuses: it may learn of new credentials
+later than the agent. The longest delay is less than half of R with the default L."""
 
 log = Log(__name__)
 
@@ -101,7 +100,8 @@ class CredentialFiles:
         if not self._watched:
             await asyncio.Event().wait()
         while True:
-            await asyncio.sleep(POLL_S)
+            pending = any(one.tried != one.loaded for one in self._watched)
+            await asyncio.sleep(min(POLL_S, FIRST_RETRY_S) if pending else POLL_S)
             for watched in self._watched:
                 async with self._lock:
                     await self._check(watched)

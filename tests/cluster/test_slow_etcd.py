@@ -30,7 +30,7 @@ async def a_leader(world: World) -> Node:
 
 
 @pytest.mark.parametrize("answer_s", [0.2, 0.6, 0.78])
-def test_r19_leadership_is_kept_if_renewing_takes_five_sixths_of_the_time_to_live(
+def test_r19_leadership_is_kept_if_renewing_takes_four_fifths_of_the_time_to_live(
     answer_s: float,
 ) -> None:
     """A renewal that is answered late counts from its own sending, and not from that of a newer one."""

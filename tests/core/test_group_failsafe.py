@@ -661,6 +661,16 @@ def test_r34_a_learned_epoch_of_a_group_whose_primary_still_uses_a_set_restricts
     assert bench.choosable == ()
 
 
+OLD_DATA = "coordinator's data are older than group"
+
+
+def test_r34_a_group_without_sessions_is_not_removed_while_an_unknown_lease_may_last() -> None:
+    bench = FailsafeBench()
+    bench.do(DeclareRestored())
+    with pytest.raises(Conflict, match=OLD_DATA):
+        bench.do(RemoveGroup())
+
+
 def test_r34_restored_data_give_nobody_the_role_until_an_operator_lifts() -> None:
     bench = FailsafeBench("a", "b").ready("a", "b")
     bench.do(DeclareRestored())
@@ -671,6 +681,8 @@ def test_r34_restored_data_give_nobody_the_role_until_an_operator_lifts() -> Non
     assert (bench.history[epoch].session_id, bench.history[epoch].end) == ("", TenureEnd.RESTORED)
     assert bench.state.live.quiet_until == bench.mono + LEASE_S
     bench.restart()
+    with pytest.raises(Conflict, match=OLD_DATA):
+        bench.do(Lift(epoch, "too soon"))
     bench.mono += LEASE_S
     assert bench.hold("a", holds=1).role is S
     assert bench.hold("b", holds=5).role is S

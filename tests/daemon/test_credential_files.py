@@ -130,6 +130,21 @@ async def test_a_wrong_file_is_one_line_and_the_former_stays_until_it_is_right(
         await until(lambda: count(caplog, FAILED) == 2)
 
 
+async def test_refused_credentials_are_tried_again_before_unchanged_files_are_looked_at(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server learns of new credentials later than the agent: until then its role has R (docs/operations.md)."""
+    site.refused = "good 1"
+    async with following(site):
+        site.files[0].write_text("good 1")
+        await until(lambda: site.attempts)
+        monkeypatch.setattr(credential_files, "POLL_S", 10 * LIMIT_S)
+        refused = site.attempts
+        await until(lambda: site.attempts >= refused + 3)
+        site.refused = ""
+        await until(lambda: site.uses("good 1 good 0"))
+
+
 async def test_a_file_that_is_half_written_for_a_moment_is_no_line(
     site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

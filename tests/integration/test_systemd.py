@@ -805,6 +805,55 @@ def test_another_tenure_begins_when_the_collector_of_the_quick_start_has_crashed
     typed.until_written(epoch)
 
 
+def test_a_store_is_restored_by_the_commands_of_the_page_as_typed(typed: Plant) -> None:
+    """The backup belongs to root, and the coordinator runs as another user; a next start is an ordinary one."""
+    page = (ROOT / "docs/high-availability.md").read_text()
+    section = page.partition("## Back up and restore")[2]
+    (_, backup), (_, restore), (_, declare), (_, trust) = BLOCK.findall(section)
+    a = typed.a
+    words = "failover-agent status line-7 --json --config /etc/failover-agent/agent.toml"
+    lift = "failover-agent failsafe lift line-7 --reason test --yes --epoch"
+    at = "--config /etc/failover-agent/agent.toml"
+    a.type("""echo 'administrator = ["user:agents"]' >>/etc/failover-agent/coordinator.toml""")
+    a.type(backup)
+    a.type(restore)
+    a.type(declare)
+    a.until_logged("restored store declared", COORDINATOR)
+    found = json.loads(a.run(*words.split()))["Status"]
+    assert (found["Failsafe"]["State"], found.get("Primary")) == ("Restricted", None), found
+    a.systemctl("stop", COORDINATOR)
+    a.type(trust.splitlines()[0])
+    a.systemctl("start", COORDINATOR)
+    assert json.loads(a.run(*words.split()))["Status"]["Epoch"] == found["Epoch"]
+
+    def lifted() -> bool:
+        done = a.run("sh", "-c", f"{lift} {found['Epoch']} {at} 2>&1 || true")
+        assert "may be promoted" in done or "Try again" in done, done  # refused for the first L
+        return "may be promoted" in done
+
+    until(lifted, "the lift", PATIENCE_S)
+    typed.primary()
+
+
+def test_a_changed_users_file_is_in_force_after_a_restart(typed: Plant) -> None:
+    """The coordinator of the five minutes has a copy of it, which a reload does not renew."""
+    a, users = typed.a, "/etc/failover-agent/secrets/users"
+    epochs = [host.state()["epoch"] for host in typed.hosts]
+    status = "failover-agent status line-7 --config /etc/failover-agent/agent.toml 2>&1 || echo $?"
+    a.run("sed", "-i", "s/^agents:/others:/", users)
+    a.systemctl("reload", COORDINATOR)
+    a.until_logged("configuration read again", COORDINATOR)
+    assert "host-b" in a.run("sh", "-c", status)
+    a.run("sed", "-i", "s/^others:/agents:/", users)
+    a.systemctl("restart", COORDINATOR)
+    assert "host-b" in a.run("sh", "-c", status)
+    typed.primary()
+    assert [host.state()["epoch"] for host in typed.hosts] == epochs
+    a.run("sed", "-i", "s/^agents:/others:/", users)
+    a.systemctl("restart", COORDINATOR)
+    assert a.run("sh", "-c", status).split()[-1] == "26"
+
+
 def test_a_wrong_password_is_logged_and_retried(typed: Plant) -> None:
     """The password is a credential, which systemd reads again at each start."""
     _, other = typed.primary()
