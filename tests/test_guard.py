@@ -1390,7 +1390,7 @@ def test_a_step_that_fails_prevents_no_other_step(
         host = new_host(program=build_program_with(broken), stderr=stderr.fileno())
     host.send(*hook(sh(f"touch {tmp_path}/done")))
     host.send(*back(tmp_path))
-    host.send(*arm(now() + LIMIT_S, now() + 2 * LIMIT_S, groups=left.pid, epoch=7))
+    host.send(*arm(now() + 4, now() + 8, groups=left.pid, epoch=7))
     os.kill(host.agent, signal.SIGKILL)
     assert host.code(host.guard) == guard.ACTED
     assert (tmp_path / "done").exists() or "run_hook" in broken

@@ -52,6 +52,7 @@ class DemotionHook:
             key, _, value = pair.partition(b"=")
             self.env[key] = value
         rest = fields[7 + env_count :]
+        self.pipe: tuple[int, int] | None = None
         self.commands = []
         while rest:
             arg_count = int(rest[0])
@@ -89,8 +90,6 @@ class DemotionHook:
         Returns:
             Whether all commands have succeeded.
         """
-        output, hook_output = os.pipe()
-        os.set_blocking(output, False)
         room = OUTPUT_BYTES
         succeeded = True
         for argv in self.commands:
@@ -103,6 +102,8 @@ class DemotionHook:
             before, name, after = self.stdin.partition(b'"deadline_ms": ')
             self.stdin = before + name + (name and left_ms) + after.lstrip(b"0123456789")
             try:
+                output, hook_output = self.pipe = self.pipe or os.pipe()
+                os.set_blocking(output, False)
                 command = _Command(self, argv, hook_output, close_fds)
             except OSError as error:
                 log.log(ERROR, "hook could not be started", *names, ("reason", str(error)))

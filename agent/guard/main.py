@@ -369,7 +369,7 @@ class Guard:
 
     def kill_tenure(self, kill_at: float) -> bool:
         """Kill the tenure, first the processes found without blocking; return whether none is left."""
-        self.tenure.kill(now())
+        self.try_step("kill the tenure", self.tenure.kill, now())
         fork_by = now() + min(ROOM_S, self.budget_s / 8)
         while True:
             try:
@@ -403,12 +403,12 @@ class Guard:
         return os.getppid() != self.agent
 
     def finish_state(self, state: object) -> bool:
-        """Wait for the state file; return whether it is written.
+        """Wait for the state file, and write it again if that has failed; return whether it is written.
 
         If no process can be forked for it, this one writes it: a dead disk then delays nothing else.
         """
         end_at = now() + STATE_WAIT_S
-        while not isinstance(state, Worker):
+        while not isinstance(state, Worker) or state.ok is False:
             try:
                 state = Worker(self.write_state, self.close_fds)
             except OSError:

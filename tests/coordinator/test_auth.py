@@ -251,6 +251,18 @@ async def test_a_remembered_token_is_forgotten_when_it_expires() -> None:
         await known.caller(header)
 
 
+async def test_a_refused_token_is_checked_again_after_the_clock_was_corrected() -> None:
+    """It was remembered by the time of day: for as long as the clock had been ahead, it stayed refused."""
+    now, clock = [NOW + 86_400], [0.0]
+    rules = TokenRules("https://id", "failover", KeySet([KEY]))
+    known = Authenticator(tokens=rules, now=lambda: now[0], clock=lambda: clock[0])
+    header = bearer()
+    with pytest.raises(Unauthenticated):
+        await known.caller(header)
+    now[0], clock[0] = NOW, tokens.WRONG_FOR_S + 1
+    assert (await known.caller(header)).name == "agent-1"
+
+
 def test_keys_are_read_from_a_jwks_file(tmp_path: Path) -> None:
     path = tmp_path / "jwks.json"
     path.write_text(json.dumps(KeySet([KEY]).as_dict(private=False)))

@@ -20,13 +20,16 @@ from agent.errors import ExitCode
 from tests.hung import FORKS, limited_tasks
 
 from .stage import Agent, Coordinator, Gate, Stage, lives, until
-from .workloads import output, start, until_written_after, writes
+from .workloads import guard_of, output, start, until_written_after, writes
 from .writer import PERIOD_S, overlap_s, written
 
 TIMING = ("--failover-timeout=8", "--demote=3", "--margin=1")
 """R = 4 s, and a D in which a demotion can be repeated on a busy machine."""
 
 MOST_TASKS = 80
+
+LACK_S = 1.0
+"""For how long the guard has no descriptor: three pauses before a hook is repeated, and a third of D."""
 
 
 class Service:
@@ -258,6 +261,11 @@ def used_descriptors(pid: int) -> int:
     return max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1
 
 
+def lowest_free(pid: int) -> int:
+    used = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    return next(number for number in range(len(used) + 1) if number not in used)
+
+
 def used_memory(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
@@ -283,6 +291,34 @@ def test_an_agent_at_a_limit_that_is_cut_off_demotes_before_its_lease_expires(
     assert not writer_lives(stage, one)
     assert one.popen.poll() is None
     assert (one.end(), other.end()) == (0, 0)
+
+
+@pytest.mark.parametrize("how", ["hooks", "exec"])
+def test_a_guard_that_lacks_descriptors_for_a_while_goes_on_when_it_has_some(
+    stage: Stage, coordinator: Coordinator, how: str
+) -> None:
+    """It gave up after a tenth of its time, and what was active stayed so: two were active for good."""
+    if how == "hooks":
+        one = with_both(stage, "host-a", coordinator)
+    else:
+        detached = ["sh", "-c", f"setsid {' '.join(writes(stage, 'host-a'))} & exec sleep 1000"]
+        one = start(stage, "host-a", coordinator, timing=TIMING, command=detached)
+    epoch = one.until_role("Primary")["epoch"]
+    other = with_both(stage, "host-b", coordinator)
+    other.until_said("joined")
+    until(lambda: {line.pid for line in written(output(stage))} - {0}, "the writer")
+    guard = guard_of(one)
+    most = resource.prlimit(guard, resource.RLIMIT_NOFILE)
+    resource.prlimit(guard, resource.RLIMIT_NOFILE, (lowest_free(guard), most[1]))
+    assert one.end(signal.SIGKILL) == -signal.SIGKILL
+    until(lambda: one.lines("Too many open files"), "a failure")
+    time.sleep(LACK_S)
+    resource.prlimit(guard, resource.RLIMIT_NOFILE, most)
+    until_written_after(stage, epoch)
+    assert overlap_s(output(stage)) < 0
+    assert one.state["role"] == "Secondary"
+    assert not writer_lives(stage, one)
+    assert other.end() == 0
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Authenticator:
         certificates: whether client certificates are verified, and so identify their callers.
         administrators: who may always manage access.
         now: seconds since 1970, for the times in tokens and certificates.
-        clock: monotonic seconds, for how long passwords are remembered.
+        clock: monotonic seconds, for how long passwords and wrong tokens are remembered.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Authenticator:
             from agent.coordinator.auth.remote_keys import RemoteKeys  # noqa: PLC0415 - an HTTP client, for a URL only
 
             self._keys = RemoteKeys(keys_url, clock, self._forget_tokens)
-        self._tokens = TokenChecks(tokens, now, self._keys) if tokens is not None else None
+        self._tokens = TokenChecks(tokens, now, clock, self._keys) if tokens is not None else None
         self._identities = Identities()
         self.replace(users, tokens, administrators)
 

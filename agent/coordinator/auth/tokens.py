@@ -52,6 +52,7 @@ UNREADABLE = (
 )
 """The exceptions of the library and its parsers for a malformed token or key set."""
 
+Seconds = Callable[[], float]
 _Name = Annotated[str, Meta(max_length=MOST_NAME)]
 
 
@@ -125,16 +126,17 @@ class TokenChecks:
 
     Args:
         rules: in force until ``replace``.
-        now: seconds since 1970.
+        now: seconds since 1970, for the times in tokens.
+        clock: monotonic seconds, for how long wrong ones are remembered.
         source: has the keys if the rules have none.
     """
 
     def __init__(
-        self, rules: TokenRules, now: Callable[[], float], source: KeySource | None = None
+        self, rules: TokenRules, now: Seconds, clock: Seconds, source: KeySource | None = None
     ) -> None:
         self.rules = rules
         self._source = source
-        self._now = now
+        self._now, self._clock = now, clock
         self._key = os.urandom(32)
         self._good: Remembered[Caller] = Remembered(MOST_GOOD)
         self._bad: Remembered[bool] = Remembered(MOST_BAD)
@@ -158,10 +160,8 @@ class TokenChecks:
         now = self._now()
         digest = hmac.digest(self._key, token, "sha256")
         known = self._good.get(digest, now)
-        if known is not None:
+        if known is not None or self._bad.get(digest, self._clock()):
             return known
-        if self._bad.get(digest, now):
-            return None
         try:
             try:
                 caller, until = self._check(token, now)
@@ -170,7 +170,7 @@ class TokenChecks:
                     raise
                 caller, until = self._check(token, now)
         except UNREADABLE:
-            self._bad.put(digest, True, now + WRONG_FOR_S)
+            self._bad.put(digest, True, self._clock() + WRONG_FOR_S)
             return None
         self._good.put(digest, caller, until)
         return caller
