@@ -395,9 +395,7 @@ class Api:
     async def _send(self, scope: Scope, answer: Answer, operation_id: str, send: Send) -> None:
         body = self._encode(answer)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
-        headers.append((b"date", self._date()))
-        if self._forwarder is not None:
-            headers += number_of(scope["headers"])
+        headers += [(b"date", self._date()), *number_of(scope["headers"])]
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),
