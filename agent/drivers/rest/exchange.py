@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import httpx2
 
 from agent.drivers.rest.connections import HTTP_HINT, UnfitAnswerError
 from agent.errors import ExitCode, ServerError
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 
 LONGEST_RETRY_AFTER_S = 300.0
 """Upper limit of Retry-After: after a repair an operator waits for five minutes at most."""
@@ -42,6 +42,8 @@ OPERATION_ID = "operation-id"
 
 _parse_url = lru_cache(maxsize=16)(httpx2.URL)
 """Caches parsed URLs, as heartbeats go to the same one again and again."""
+
+quoted = partial(one_line, most=LONGEST_QUOTE)
 
 log = Log(__name__)
 
@@ -193,12 +195,6 @@ def fault_of_url(text: str) -> str | None:
     if url.userinfo:
         return "has a user or password in it, which has settings of its own"
     return None
-
-
-def quoted(text: str) -> str:
-    """Text of a server, made fit for a message: one line, printable, of bounded length."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}..."
 
 
 def retry_after_s(headers: httpx2.Headers) -> float | None:

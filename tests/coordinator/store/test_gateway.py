@@ -180,6 +180,30 @@ async def test_an_error_of_another_service_is_named(code: bytes) -> None:
             await gateway.aclose()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"\xff" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000,
+        b'HTTP/1.1 500 X\r\nContent-Length: 60014\r\n\r\n{"message":"' + b"x" * 60_000 + b'"}',
+    ],
+)
+async def test_what_a_member_that_lies_says_is_short(said: bytes) -> None:
+    """It is in the log, and in each answer with 503."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(said)
+        writer.close()
+
+    async with members(serve) as urls:
+        gateway = Gateway(urls)
+        with pytest.raises(EtcdUnknown) as caught:
+            await gateway.post("/v3/kv/range", {}, 5.0)
+        await gateway.aclose()
+    assert len(str(caught.value)) <= 1200
+
+
 async def left(gateway: Gateway, endpoint: str) -> None:
     async with asyncio.timeout(10.0):
         while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
