@@ -167,9 +167,9 @@ class Gateway:
 
     async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
         headers = {} if token is None else {"Authorization": token}
-        answer = await self._clients[endpoint].post(
-            endpoint + path, content=json.dumps(body), headers=headers
-        )
+        client = self._clients[endpoint]
+        client.cookies.clear()  # a member could fill the memory
+        answer = await client.post(endpoint + path, content=json.dumps(body), headers=headers)
         return _read(answer.status_code, answer.content, endpoint)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:

@@ -204,6 +204,25 @@ async def test_what_a_member_that_lies_says_is_short(said: bytes) -> None:
     assert len(str(caught.value)) <= 1200
 
 
+async def test_cookies_of_a_member_are_not_kept() -> None:
+    """They could fill the memory."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            seen.append(asked)
+            writer.write(ANSWER.replace(b"\r\n", b"\r\nSet-Cookie: a=b\r\n", 1))
+        writer.close()
+
+    async with members(serve) as urls:
+        gateway = Gateway(urls)
+        for _ in range(3):
+            await gateway.post("/v3/kv/range", {}, 5.0)
+        await gateway.aclose()
+    assert len(seen) == 3
+    assert b"cookie" not in b"".join(seen).lower()
+
+
 async def left(gateway: Gateway, endpoint: str) -> None:
     async with asyncio.timeout(10.0):
         while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
