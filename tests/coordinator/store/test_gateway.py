@@ -223,6 +223,23 @@ async def test_cookies_of_a_member_are_not_kept() -> None:
     assert b"cookie" not in b"".join(seen).lower()
 
 
+async def test_the_renewal_of_another_lease_renews_nothing() -> None:
+    """A proxy before etcd that mixes answers up would let a coordinator lead for longer than its lease."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            body = b'{"result":{"header":{"raft_term":"3"},"ID":"7","TTL":"3"}}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with members(serve) as urls:
+        etcd = Etcd(Gateway(urls), 5.0)
+        assert await etcd.keep_alive(7) == 3
+        with pytest.raises(EtcdUnknown, match="another lease"):
+            await etcd.keep_alive(8)
+        await etcd.aclose()
+
+
 async def left(gateway: Gateway, endpoint: str) -> None:
     async with asyncio.timeout(10.0):
         while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
