@@ -25,9 +25,9 @@ from agent.coordinator.calls import (
     Forwarder,
     Request,
     create_group,
-    forwarded_header,
     get_status,
     header,
+    repeated_headers,
 )
 from agent.coordinator.connection import CERTIFICATE, ON_AUTHENTICATED, REFUSAL
 from agent.coordinator.hang_up import HUNG_UP, HungUp, never, while_connected
@@ -395,9 +395,7 @@ class Api:
     async def _send(self, scope: Scope, answer: Answer, operation_id: str, send: Send) -> None:
         body = self._encode(answer)
         headers = [(OPERATION_ID, operation_id.encode()), *answer.headers]
-        headers.append((b"date", self._date()))
-        if self._forwarder is not None:
-            headers += forwarded_header(scope["headers"])
+        headers += [(b"date", self._date()), *repeated_headers(scope["headers"])]
         if answer.status != 204:  # noqa: PLR2004 - No Content
             headers += [
                 (b"content-type", answer.media.encode()),

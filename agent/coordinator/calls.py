@@ -38,6 +38,7 @@ FORWARDED = b"failover-forwarded"
 """Header of a request that another coordinator has forwarded; its value is the request's number. Such a request is
 not forwarded again. The answer repeats the header, so it cannot be taken for the answer to another request."""
 
+REQUEST = api.REQUEST_HEADER.encode()
 _NUMBER = re.compile(rb"[0-9a-f-]{1,64}")
 
 
@@ -129,9 +130,9 @@ def header(headers: Sequence[tuple[bytes, bytes]], wanted: bytes) -> bytes | Non
     return None
 
 
-def forwarded_header(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The header FORWARDED for the answer, if the request had it; else no header."""
-    return [one for one in headers if one[0] == FORWARDED and _NUMBER.fullmatch(one[1])][:1]
+def repeated_headers(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers that the answer repeats: FORWARDED and REQUEST, if the request had them."""
+    return [one for one in headers if one[0] in {FORWARDED, REQUEST} and _NUMBER.fullmatch(one[1])]
 
 
 class Forwarder(Protocol):

@@ -110,6 +110,12 @@ def escaped(text: str) -> str:
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
+def one_line(text: str, most: int = 200) -> str:
+    """Make foreign text fit for a message: printable, one line, at most ``most`` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: most * 4]).split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def _format_value(value: Any) -> str:
     value = plain(value)
     if isinstance(value, list):

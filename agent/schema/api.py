@@ -38,6 +38,9 @@ from agent.schema.values import (
     TimeSpan,
 )
 
+REQUEST_HEADER = "failover-request"
+"""Header of a request: a number that its answer repeats, so the answer to another request is known."""
+
 DEFAULT_TIMEOUT_TICKS = 60 * TICKS_PER_SECOND
 """00:01:00, the FailoverTimeout that v1 clients take when none is given."""
 

@@ -52,6 +52,18 @@ def test_every_route_is_listed_once() -> None:
     assert len(places) == len(set(places))
 
 
+@pytest.mark.parametrize("path", ["", "groups/none/status", "nothing"])
+async def test_an_answer_repeats_the_number_of_its_request(
+    http: httpx2.AsyncClient, path: str
+) -> None:
+    """R3: so that whoever asked takes no answer to another request for its own."""
+    answer = await http.get(path, headers={"Failover-Request": "12-ab"})
+    assert answer.headers["failover-request"] == "12-ab"
+    for odd in ("", "x" * 65, "1\t2"):
+        answer = await http.get(path, headers={"Failover-Request": odd})
+        assert "failover-request" not in answer.headers
+
+
 # -- routing --------------------------------------------------------------------------------------
 
 

@@ -164,6 +164,18 @@ async def test_a_provider_that_does_not_answer_is_given_up(
     assert provider.outcomes[0] == "failed"
 
 
+async def test_what_a_hostile_provider_says_is_one_short_line(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider.answer = b"HTTP/1.1 200 OK\r\n" + b"\xff" * 60_000 + b"\r\n\r\n"
+    known = authenticator(provider)
+    async with known.running():
+        await until(provider, 1)
+    (fields,) = (record.__dict__["fields"] for record in caplog.records if "token" in record.msg)
+    assert "illegal header" in fields["reason"]
+    assert len(fields["reason"]) <= 500
+
+
 async def test_redirects_are_not_followed(provider: Provider) -> None:
     provider.answer = (
         b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n"

@@ -463,6 +463,26 @@ async def test_a_status_other_than_2xx_is_a_failure_with_the_status(
     assert len(receiver.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 " + b"x\x1b[31m\xff" * 10_000 + b"\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"\xff" * 60_000 + b"\r\n\r\n",
+        b"\x01" * 60_000 + b"\r\n\r\n",
+    ],
+)
+async def test_what_a_hostile_receiver_says_is_one_short_line(
+    receiver: Receiver, answer: bytes
+) -> None:
+    """It went into the log, the state file and what is announced: a quarter of a megabyte each time."""
+    receiver.answer = answer
+    result = await run(webhook(receiver.url))
+    assert not result.ok
+    assert "/hook" in result.why
+    assert len(result.why) <= 500
+    assert result.why.isprintable()
+
+
 async def test_the_logged_part_of_an_answer_is_bounded(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -775,6 +775,19 @@ async def test_the_metric_with_the_labels_is_the_time(exporter: Exporter) -> Non
         await source.tells(SECOND)
 
 
+async def test_cookies_of_an_exporter_are_not_kept(exporter: Exporter) -> None:
+    """They filled the memory, and each request had all of them, up to where the exporter refused it."""
+    exporter.page(f"last_seconds {AT}")
+    assert exporter.answer is not None
+    exporter.answer = exporter.answer.replace(b"\r\n", b"\r\nset-cookie: a=b\r\n", 1)
+    async with running("metric", url=exporter.url, metric="last_seconds") as source:
+        await source.tells(FIRST)
+        exporter.asked = b""
+        await source.tells(FIRST)
+        await until(lambda: exporter.asked)
+        assert b"cookie" not in exporter.asked.lower()
+
+
 async def test_a_metric_without_labels_and_without_an_end_of_line(exporter: Exporter) -> None:
     exporter.page(f"last_seconds\t{AT}")
     async with running("metric", url=exporter.url, metric="last_seconds") as source:

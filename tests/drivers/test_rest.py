@@ -494,6 +494,57 @@ async def test_a_compressed_answer_is_not_unpacked() -> None:
     assert (await raw_failure(lambda raw: raw.says(head))).exit_code is ExitCode.NOT_THE_API
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_an_answer_that_came_before_its_request_does_not_count(
+    scheme: str, server_tls: ssl.SSLContext, certificate: Path
+) -> None:
+    """R3: it may be of any age, and the lease is counted from the sending of the request."""
+    tls = server_tls if scheme == "https" else None
+    trusting = ssl.create_default_context(cafile=certificate)
+    async with (
+        served(tls=tls) as raw,
+        client_of(raw.endpoint(scheme), verify=trusting) as client,
+    ):
+
+        async def answers_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await raw.request(reader)
+            for _ in range(2):
+                writer.write(answer(json.dumps(BEAT).encode()))
+            await reader.read()
+
+        raw.talk = answers_twice
+        assert (await beat(client)).role is Role.PRIMARY
+        error = await failure(client)
+        assert error.exit_code is ExitCode.NOT_THE_API
+        assert "answers another request" in str(error)
+        assert len(raw.seen) == 1
+        assert (await beat(client)).role is Role.PRIMARY  # on another connection
+
+
+async def test_the_answer_to_another_request_does_not_count() -> None:
+    """R3: each request has a number, and what answers with another one is not believed, whatever it is."""
+    async with served() as raw, client_of(raw.endpoint()) as client:
+        numbers: list[bytes] = []
+
+        async def answers_the_one_before(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            while True:
+                lines = (await raw.request(reader)).split(b"\r\n")
+                numbers.append(next(line for line in lines if line.startswith(b"failover-request")))
+                head, body = answer(json.dumps(BEAT).encode()).split(b"\r\n\r\n")
+                writer.write(head + b"\r\n" + numbers[-2:][0] + b"\r\n\r\n" + body)
+
+        raw.talk = answers_the_one_before
+        assert (await beat(client)).role is Role.PRIMARY
+        error = await failure(client)
+        assert (error.exit_code, error.status) == (ExitCode.NOT_THE_API, None)
+        assert "answers another request" in str(error)
+        await failure(client)
+        assert raw.accepted == 2, "a connection is closed after such an answer"
+        assert len(set(numbers)) == 3
+
+
 async def test_a_redirect_is_named_and_not_followed() -> None:
     head = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/login\r\nContent-Length: 0\r\n\r\n"
     error = await raw_failure(lambda raw: raw.says(head))

@@ -16,7 +16,7 @@ from joserfc.jwk import KeySet
 
 from agent.coordinator.auth.tokens import parse_key_set
 from agent.errors import ConfigError, Unavailable
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 
 REFRESH_S = 300.0
 """Interval between two fetches: a key that the provider has withdrawn is refused after 5 minutes."""
@@ -132,7 +132,7 @@ class RemoteKeys:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 keys = parse_key_set(await self._get(), f"the answer of {self._url}")
         except Exception as error:  # noqa: BLE001 - a task's edge: whatever a provider answers, the old keys stay
-            reason = str(error) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             self.count("failed")
             if not self._failing:
                 log.error(  # noqa: TRY400 - no traceback needed

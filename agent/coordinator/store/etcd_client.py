@@ -222,6 +222,8 @@ class Etcd:
         """
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)}, once=True)
         result = answer.get("result", {})
+        if int(result.get("ID", lease)) != lease:
+            raise EtcdUnknown("etcd has answered for another lease: a proxy mixes answers up")
         return _header(result, "raft_term") if int(result.get("TTL", 0)) > 0 else None
 
     async def revoke(self, lease: int) -> None:

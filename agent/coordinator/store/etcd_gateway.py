@@ -13,7 +13,7 @@ import httpx2
 
 from agent import __version__
 from agent.coordinator.store.etcd_client import EtcdRefused, EtcdUnknown, EtcdUnreachable, Json
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 
 CONNECTIONS = 32
 """The most connections to each member of etcd. More would only wait there, and slow down each request of this client."""
@@ -134,7 +134,9 @@ class Gateway:
             raise EtcdUnreachable(f"etcd at {asked} cannot be connected to: {why}") from failure
         except (httpx2.HTTPError, httpx2.StreamError) as failure:
             self._leave(asked)
-            raise EtcdUnknown(f"etcd at {asked} gave no answer: {failure!r}") from failure
+            raise EtcdUnknown(
+                f"etcd at {asked} gave no answer: {one_line(repr(failure))}"
+            ) from failure
         except EtcdUnknown:
             self._leave(asked)
             raise
@@ -165,9 +167,9 @@ class Gateway:
 
     async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
         headers = {} if token is None else {"Authorization": token}
-        answer = await self._clients[endpoint].post(
-            endpoint + path, content=json.dumps(body), headers=headers
-        )
+        client = self._clients[endpoint]
+        client.cookies.clear()  # a member could fill the memory
+        answer = await client.post(endpoint + path, content=json.dumps(body), headers=headers)
         return _read(answer.status_code, answer.content, endpoint)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
@@ -191,7 +193,7 @@ class Gateway:
                             self._check_cluster(message, asked)
                             yield message
         except (httpx2.HTTPError, httpx2.StreamError) as failure:
-            raise EtcdUnknown(f"a watch at {asked} ended: {failure!r}") from failure
+            raise EtcdUnknown(f"a watch at {asked} ended: {one_line(repr(failure))}") from failure
 
     def _check_cluster(self, answer: Json, asked: str) -> None:
         """Raise EtcdUnknown if the answer is of another etcd cluster than the first one."""
@@ -225,7 +227,7 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
     """The JSON of an answer, or the error in it."""
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         seen = f"status {status}, {content[:80].decode(errors='replace')!r}"
@@ -237,7 +239,7 @@ def _read(status: int, content: bytes, endpoint: str) -> Json:
         return answer
     message = answer.get("message") or answer.get("error") or f"status {status}"
     code = answer.get("code")
-    text = f"etcd at {endpoint} refuses: {message}"
+    text = f"etcd at {endpoint} refuses: {one_line(str(message), 1000)}"
     if isinstance(code, int) and code in _DEFINITE_CODES:
         raise EtcdRefused(text, code)
     raise EtcdUnknown(text)

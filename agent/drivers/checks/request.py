@@ -11,7 +11,7 @@ import httpx2
 
 from agent import __version__
 from agent.drivers.checks.kind import CheckFailed
-from agent.drivers.checks.verdict import one_line
+from agent.ops.logs import one_line
 
 
 class Request:

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from agent.drivers.checks.kind import Check, CheckFailed, Run
-from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge, one_line
+from agent.drivers.checks.verdict import NO_RESULT, CheckResult, Health, judge
 from agent.ops.clock import Clock
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 from agent.ops.tasks import start_task
 from agent.schema.kinds import CheckSettings
 

@@ -5,23 +5,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 
+from agent.ops.logs import one_line
 from agent.schema.kinds import CheckSettings
 
 REASON_CHARS = 500
 """The most characters of a reason, which goes into log lines and the state file."""
 
-ERROR_CHARS = 200
-"""The most characters of one check's error."""
-
 SCORE_DECIMALS = 2
 
 NO_RESULT = "no result yet"
-
-
-def one_line(text: str, most: int = ERROR_CHARS) -> str:
-    """Make foreign text fit for a message: printable, one line, at most ``most`` characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: most * 4]).split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 @dataclass(frozen=True, slots=True)

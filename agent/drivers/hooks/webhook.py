@@ -19,7 +19,7 @@ import httpx2
 from agent import __version__
 from agent.drivers.hooks.process import HookExit
 from agent.ops.clock import Clock
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 from agent.ops.tasks import start_task
 
 ANSWER_BYTES = 4 * 1024
@@ -110,7 +110,7 @@ class Webhook:
             async with asyncio.timeout(LONGEST_S):
                 return await self._post(json.dumps(payload).encode())
         except Exception as fault:  # noqa: BLE001 - whatever it is, the hook has not succeeded
-            return f"{self._shown} failed: {str(fault) or type(fault).__name__}"
+            return f"{self._shown} failed: {one_line(str(fault)) or type(fault).__name__}"
 
     def _finish(self, task: asyncio.Task[str | None]) -> None:
         """Set the result. A callback, since a task that is cancelled before it begins runs no code of its own."""
@@ -147,7 +147,8 @@ class Webhook:
             await self._log_body(answer)
             if answer.is_success:
                 return None
-            return f"{self._shown} answered {answer.status_code} {answer.reason_phrase}".rstrip()
+            phrase = one_line(answer.reason_phrase)
+            return f"{self._shown} answered {answer.status_code} {phrase}".rstrip()
 
     async def _log_body(self, answer: httpx2.Response) -> None:
         text = bytearray()

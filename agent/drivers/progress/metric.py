@@ -85,6 +85,7 @@ class MetricReader:
             tls = settings.url.lower().startswith("https:")  # without it no authorities are loaded
             context = httpx2.create_ssl_context(verify=tls, trust_env=False)
             self._client = httpx2.AsyncClient(verify=context, trust_env=False, timeout=None)
+        self._client.cookies.clear()  # an exporter could fill the memory
         async with self._client.stream("GET", settings.url, headers=HEADERS) as response:
             if response.status_code != httpx2.codes.OK:
                 text = f"{settings.url} answers {response.status_code}, must be 200"

@@ -402,8 +402,7 @@ def _decode_group(answer: Answer) -> GroupConfig:
 
 def _decode_groups(answer: Answer) -> list[GroupConfig]:
     """Decode a list of groups, without those that have no id."""
-    groups = [group.to_model() for group in decode_many(api.GroupConfiguration, answer)]
-    return [group for group in groups if group.id]
+    return [g.to_model() for g in decode_many(api.GroupConfiguration, answer) if g.id]
 
 
 def _quote_segment(name: str) -> str:

@@ -3,6 +3,7 @@
 Owns the connection pools' transport. Knows nothing of requests' time limits, nor of what an answer means.
 """
 
+import secrets
 import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
@@ -14,7 +15,9 @@ import httpcore2
 import httpx2
 
 from agent import __version__
+from agent.errors import ExitCode
 from agent.ops.names import Names
+from agent.schema.api import REQUEST_HEADER
 
 LONGEST_ANSWER = 1024 * 1024
 """The longest answer. A page of 100 groups has about 20 KiB; a faulty server must not fill the memory of an edge
@@ -24,6 +27,7 @@ LONGEST_CONNECT_S = 10.0
 """Timeout to connect, for a request that has no timeout of its own."""
 
 _HTTP = b"HTTP/"
+HTTP_HINT = "check the port, and whether it wants https instead of http"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +43,54 @@ class Proxy:
     login: tuple[bytes, bytes] | None = field(default=None, repr=False)
 
 
-class NotHttpError(Exception):
-    """The first bytes of a connection are not those of an HTTP answer."""
+class UnfitAnswerError(Exception):
+    """What was received is no answer to the request. Arguments: what it is, what to do, and the exit code."""
 
 
-class TooLongError(Exception):
-    """An answer exceeds LONGEST_ANSWER, or could once it is unpacked."""
+OTHER = (
+    "answers another request than the one that was sent",
+    "look for a proxy or balancer on the way that mixes answers up",
+    ExitCode.NOT_THE_API,
+)
+TOO_LONG = (
+    f"answered with more than {LONGEST_ANSWER // 1024} KiB, or compressed",
+    "the endpoint must be a group API, which does neither",
+    ExitCode.NOT_THE_API,
+)
 
 
 class _Stream(httpcore2.AsyncNetworkStream):
     """A connection that refuses a peer whose first words are not HTTP.
 
-    The parser waits for a blank line, so a banner like that of SSH would otherwise look like
-    silence. What is written is kept until the next read, so that the head and the body of a request leave in one
-    packet. Nothing is kept when TLS starts: a proxy's answer to CONNECT has been read before.
+    The parser waits for a blank line, so a banner like that of SSH would otherwise look like silence. What is
+    written is kept until the next read: the head and the body of a request leave in one packet, and what was
+    received before is known to be no answer. Nothing is kept when TLS starts: CONNECT has been answered before.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
         self._inner = inner
         self._first = b""
-        self._unsent = b""
+        self.unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
+        tls = self._inner.get_extra_info("ssl_object") if self.unsent else None
+        with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):  # nothing was
+            if tls is not None and tls.read(1):
+                raise UnfitAnswerError(*OTHER)
         with suppress(httpcore2.WriteError):  # as httpcore2: an early answer can be read
-            if self._unsent:
-                await self._inner.write(self._unsent, timeout)
-        self._unsent = b""
+            if self.unsent:
+                await self._inner.write(self.unsent, timeout)
+        self.unsent = b""
         data = await self._inner.read(max_bytes, timeout)
         if len(self._first) < len(_HTTP):
             self._first += data
             if not _HTTP.startswith(self._first[: len(_HTTP)]):
-                raise NotHttpError(repr(self._first[:32])[1:])
+                problem = f"does not speak HTTP (its first bytes are {repr(self._first[:32])[1:]})"
+                raise UnfitAnswerError(problem, HTTP_HINT, ExitCode.NOT_HTTP)
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109 - as above
-        self._unsent += buffer  # bounded: our requests are short
+        self.unsent += buffer  # bounded: our requests are short
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -136,7 +153,7 @@ class _Bounded(httpx2.AsyncByteStream):
         async for part in self._inner:
             seen += len(part)
             if seen > LONGEST_ANSWER:
-                raise TooLongError
+                raise UnfitAnswerError(*TOO_LONG)
             yield part
 
     async def aclose(self) -> None:
@@ -175,13 +192,19 @@ class _Transport(httpx2.AsyncHTTPTransport):
             )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        number = request.headers[REQUEST_HEADER] = secrets.token_hex(8)
         response = await super().handle_async_request(request)
-        if response.headers.get("content-encoding", "identity") != "identity":
-            await response.aclose()
-            raise TooLongError  # 1 KiB can unpack to 1 MiB, and we asked for identity
-        if isinstance(response.stream, httpx2.AsyncByteStream):
-            response.stream = _Bounded(response.stream)
-        return response
+        headers, stream = response.headers, response.extensions["network_stream"]
+        if stream.unsent or headers.get(REQUEST_HEADER, number) != number:
+            unfit = OTHER  # unsent: it was received together with the answer before
+        elif headers.get("content-encoding", "identity") != "identity":
+            unfit = TOO_LONG  # 1 KiB can unpack to 1 MiB, and we asked for identity
+        else:
+            if isinstance(response.stream, httpx2.AsyncByteStream):
+                response.stream = _Bounded(response.stream)
+            return response
+        await response.aclose()
+        raise UnfitAnswerError(*unfit)
 
 
 def open_client(

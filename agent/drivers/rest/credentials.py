@@ -12,7 +12,7 @@ import asyncio
 import json
 import re
 import ssl
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -202,7 +202,7 @@ class ClientCredentials(httpx2.Auth):
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
         reason = ": ".join(word for word in words if isinstance(word, str))
-        for form in _encodings(self._secret):  # some errors quote the request and its secret
+        for form in (s := self._secret, quote_plus(s), quote(s, safe="")):  # some quote the request
             reason = reason.replace(form, "***")
         return answer.error(
             f"answered {answer.status} ({quoted(reason) or 'no reason given'})",
@@ -210,14 +210,6 @@ class ClientCredentials(httpx2.Auth):
             ExitCode.NOT_AUTHORISED,
             of_the_api=False,
         )
-
-
-def _encodings(secret: str) -> Iterator[str]:
-    """A secret in plain form, and encoded for a form and for a URL."""
-    if secret:
-        yield secret
-        yield quote_plus(secret)
-        yield quote(secret, safe="")
 
 
 def _seconds(expires_in: Any) -> float:

@@ -61,7 +61,6 @@ SLOW_SHARE = 0.5
 EXAMPLE = "http://127.0.0.1:8080/api/v1/clientfailover"
 
 ANSWER_NAME = "the answer"
-ADDRESS_HINT = " (is this the address of a client failover service?)"
 
 DRAIN_S = 60.0
 """How long requests may go on with credentials that were replaced: longer than a blocking read."""
@@ -401,24 +400,20 @@ def decode_answer(answer: Answer, read: Callable[[Answer], T]) -> T:
     try:
         return read(answer)
     except BodyError as error:
-        raise answer.unreadable(str(error)) from None
+        raise answer.unreadable(
+            f"{error} (is this the address of a client failover service?)"
+        ) from None
 
 
 def decode_one(shape: type[S], answer: Answer) -> S:
-    try:
-        value = decode(shape, answer.body, ANSWER_NAME)
-    except BodyError as error:
-        raise BodyError(f"{error}{ADDRESS_HINT}") from None
+    value = decode(shape, answer.body, ANSWER_NAME)
     if has_none_of(value, answer.body):
         raise BodyError(f"none of the properties of {shape.__name__}")
     return value
 
 
 def decode_many(shape: type[S], answer: Answer) -> list[S]:
-    try:
-        return codec.decode_many(shape, answer.body, ANSWER_NAME)
-    except BodyError as error:
-        raise BodyError(f"{error}{ADDRESS_HINT}") from None
+    return codec.decode_many(shape, answer.body, ANSWER_NAME)
 
 
 def _decode_store_id(answer: Answer) -> str | None:

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import httpx2
 
-from agent.drivers.rest.connections import LONGEST_ANSWER, NotHttpError, TooLongError
+from agent.drivers.rest.connections import HTTP_HINT, UnfitAnswerError
 from agent.errors import ExitCode, ServerError
-from agent.ops.logs import Log
+from agent.ops.logs import Log, one_line
 
 LONGEST_RETRY_AFTER_S = 300.0
 """Upper limit of Retry-After: after a repair an operator waits for five minutes at most."""
@@ -42,6 +42,8 @@ OPERATION_ID = "operation-id"
 
 _parse_url = lru_cache(maxsize=16)(httpx2.URL)
 """Caches parsed URLs, as heartbeats go to the same one again and again."""
+
+quoted = partial(one_line, most=LONGEST_QUOTE)
 
 log = Log(__name__)
 
@@ -195,12 +197,6 @@ def fault_of_url(text: str) -> str | None:
     return None
 
 
-def quoted(text: str) -> str:
-    """Text of a server, made fit for a message: one line, printable, of bounded length."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}..."
-
-
 def retry_after_s(headers: httpx2.Headers) -> float | None:
     """Seconds to wait by Retry-After (RFC 9110, 10.2.3), from 0 to LONGEST_RETRY_AFTER_S.
 
@@ -289,19 +285,12 @@ async def send(
 def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> ServerError:
     """The ServerError for an exception raised by a request."""
     root = _root_cause(error)
-    if isinstance(error, NotHttpError):
-        return _not_http(what, url, f"its first bytes are {error}")
-    if isinstance(error, TooLongError):
-        problem = f"answered with more than {LONGEST_ANSWER // 1024} KiB, or compressed"
-        right = "the endpoint must be a group API, which does neither"
-        return _error(what, url, problem, right, ExitCode.NOT_THE_API)
+    if isinstance(error, UnfitAnswerError):
+        return _error(what, url, *error.args)
     if not isinstance(error, httpx2.RequestError | OSError):
+        kind, reason = type(error).__name__, quoted(str(error))
         log.error(
-            "request failed in an unexpected way",
-            what=what,
-            url=url,
-            error=type(error).__name__,
-            reason=quoted(str(error)),
+            "request failed in an unexpected way", what=what, url=url, error=kind, reason=reason
         )
     if isinstance(error, httpx2.ProxyError):
         return _proxy_error(what, url, quoted(str(error)), root)
@@ -310,7 +299,8 @@ def _classify(what: str, url: str, error: Exception, *, headers_came: bool) -> S
     if isinstance(error, httpx2.ConnectError) or isinstance(root, ssl.SSLError):
         return _unreachable(what, url, root)
     if isinstance(error, httpx2.RemoteProtocolError) and "disconnected" not in str(error):
-        return _not_http(what, url, quoted(str(error)))
+        problem = f"does not speak HTTP ({quoted(str(error))})"
+        return _error(what, url, problem, HTTP_HINT, ExitCode.NOT_HTTP)
     if isinstance(error, httpx2.RequestError | OSError):
         problem = "closed the connection before it answered"
     else:
@@ -340,12 +330,6 @@ def _incomplete(what: str, url: str, how: str) -> ServerError:
     problem = f"closed the connection in the middle of its answer ({how})"
     right = "look at the log of the server and of any proxy before it"
     return _error(what, url, problem, right, ExitCode.HALF_BODY)
-
-
-def _not_http(what: str, url: str, how: str) -> ServerError:
-    problem = f"does not speak HTTP ({how})"
-    right = "check the port, and whether it wants https instead of http"
-    return _error(what, url, problem, right, ExitCode.NOT_HTTP)
 
 
 def _proxy_error(what: str, url: str, why: str, root: BaseException) -> ServerError:

@@ -180,6 +180,66 @@ async def test_an_error_of_another_service_is_named(code: bytes) -> None:
             await gateway.aclose()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"\xff" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000,
+        b'HTTP/1.1 500 X\r\nContent-Length: 60014\r\n\r\n{"message":"' + b"x" * 60_000 + b'"}',
+    ],
+)
+async def test_what_a_member_that_lies_says_is_short(said: bytes) -> None:
+    """It is in the log, and in each answer with 503."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(said)
+        writer.close()
+
+    async with members(serve) as urls:
+        gateway = Gateway(urls)
+        with pytest.raises(EtcdUnknown) as caught:
+            await gateway.post("/v3/kv/range", {}, 5.0)
+        await gateway.aclose()
+    assert len(str(caught.value)) <= 1200
+
+
+async def test_cookies_of_a_member_are_not_kept() -> None:
+    """They could fill the memory."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            seen.append(asked)
+            writer.write(ANSWER.replace(b"\r\n", b"\r\nSet-Cookie: a=b\r\n", 1))
+        writer.close()
+
+    async with members(serve) as urls:
+        gateway = Gateway(urls)
+        for _ in range(3):
+            await gateway.post("/v3/kv/range", {}, 5.0)
+        await gateway.aclose()
+    assert len(seen) == 3
+    assert b"cookie" not in b"".join(seen).lower()
+
+
+async def test_the_renewal_of_another_lease_renews_nothing() -> None:
+    """A proxy before etcd that mixes answers up would let a coordinator lead for longer than its lease."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            body = b'{"result":{"header":{"raft_term":"3"},"ID":"7","TTL":"3"}}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with members(serve) as urls:
+        etcd = Etcd(Gateway(urls), 5.0)
+        assert await etcd.keep_alive(7) == 3
+        with pytest.raises(EtcdUnknown, match="another lease"):
+            await etcd.keep_alive(8)
+        await etcd.aclose()
+
+
 async def left(gateway: Gateway, endpoint: str) -> None:
     async with asyncio.timeout(10.0):
         while gateway.endpoint == endpoint:  # noqa: ASYNC110 - nobody is notified of it
