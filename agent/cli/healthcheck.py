@@ -76,7 +76,7 @@ def command(
     username: str | None,
     password_file: Path | None,
 ) -> int:
-    """Ask an agent QUESTION: livez (the default), readyz, primary or secondary.
+    """Ask an agent whether it is live (livez, the default), ready, primary or secondary.
 
     Prints the answer. The exit code is 0 for yes; for no, and for no answer within 3 s, it is 1.
     """

@@ -154,7 +154,7 @@ def try_hook(
     deadline_s: float | None,
     **given: Any,
 ) -> int:
-    """Run the hook of EVENT as the agent would. Explain what its result would lead to.
+    """Run the hook of one event as the agent would. Explain what its result would lead to.
 
     It runs with its real user, directory and environment, and really starts or stops the workload. Exits 0
     if the hook succeeds, 42 if it fails, and with another code if it could not be tried.

@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -296,7 +296,8 @@ def backup(directory: Path, file: Path) -> None:
             error, file.parent if isinstance(error, apsw.FullError) else directory
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to report
+            unfinished.unlink(missing_ok=True)
 
 
 # -- etcd -----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Copies of a store between SQLite and etcd, and backups of a running SQLite store."""
 
 import asyncio
+import errno
+import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -416,7 +418,9 @@ async def test_a_backup_of_a_running_store_is_whole(
     await restored.close()
 
 
-async def test_a_backup_replaces_no_file_and_needs_a_store(places: Places, tmp_path: Path) -> None:
+async def test_a_backup_replaces_no_file_and_needs_a_store(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(StoreError, match=r"has no coordinator\.db"):
         backup(places.directory, tmp_path / "b")
     await SqliteStore.open(places.directory).close()
@@ -425,6 +429,14 @@ async def test_a_backup_replaces_no_file_and_needs_a_store(places: Places, tmp_p
         backup(places.directory, tmp_path / "b")
     assert caught.value.exit_code is ExitCode.USAGE
     assert (tmp_path / "b").read_text() == "mine"
+
+    def refuse(*_: object, **_options: object) -> None:  # as in a directory that may not be entered
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refuse)
+        with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\)"):
+            backup(places.directory, tmp_path / "closed")
     file = tmp_path / "absent" / "b"
     with pytest.raises(StoreError, match=f"{file} cannot be written") as caught:
         backup(places.directory, file)
