@@ -10,9 +10,10 @@ import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import apsw
@@ -268,24 +269,25 @@ def backup(directory: Path, file: Path) -> None:
         raise StoreError(
             f"{file} exists: name a new file; nothing was changed", exit_code=ExitCode.USAGE
         )
-    unfinished = file.with_name(file.name + ".new")
     try:
-        unfinished.unlink(missing_ok=True)
-        os.close(os.open(unfinished, os.O_CREAT | os.O_WRONLY, 0o600))
-        flags = apsw.SQLITE_OPEN_READONLY
-        with (
-            closing(apsw.Connection(str(database), flags=flags)) as source,
-            closing(apsw.Connection(str(unfinished))) as target,
-        ):
-            with target.backup("main", source, "main") as step:
-                while not step.done:
-                    step.step(PAGES_AT_ONCE)
-            if (fault := target.pragma("integrity_check", 1)) != "ok":
-                raise StoreError(f"{database} is damaged ({fault}): no backup was made")
-            target.pragma("journal_mode", "delete")
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(file)
+        with TemporaryDirectory(
+            prefix=".backup-", dir=file.parent, ignore_cleanup_errors=True
+        ) as own:  # what stands beside the file belongs to others, such as another backup
+            unfinished = Path(own, DATABASE_NAME)
+            with (
+                closing(apsw.Connection(str(database), flags=apsw.SQLITE_OPEN_READONLY)) as source,
+                closing(apsw.Connection(str(unfinished))) as target,
+            ):
+                with target.backup("main", source, "main") as step:
+                    while not step.done:
+                        step.step(PAGES_AT_ONCE)
+                if (fault := target.pragma("integrity_check", 1)) != "ok":
+                    raise StoreError(f"{database} is damaged ({fault}): no backup was made")
+                target.pragma("journal_mode", "delete")
+            with unfinished.open("rb") as written:
+                os.fchmod(written.fileno(), 0o600)
+                os.fsync(written.fileno())
+            unfinished.replace(file)
     except OSError as error:  # the database is read by SQLite alone
         raise StoreError(
             f"{file} cannot be written ({error.strerror}): name a file in another directory",
@@ -295,9 +297,6 @@ def backup(directory: Path, file: Path) -> None:
         raise explain(
             error, file.parent if isinstance(error, apsw.FullError) else directory
         ) from error
-    finally:
-        with suppress(OSError):  # the first error is the one to report
-            unfinished.unlink(missing_ok=True)
 
 
 # -- etcd -----------------------------------------------------------------------------------------

@@ -418,6 +418,10 @@ async def test_a_backup_of_a_running_store_is_whole(
     await restored.close()
 
 
+def hidden_in(directory: Path) -> list[Path]:
+    return list(directory.glob(".*"))
+
+
 async def test_a_backup_replaces_no_file_and_needs_a_store(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,9 +438,13 @@ async def test_a_backup_replaces_no_file_and_needs_a_store(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "unlink", refuse)
+        patched.setattr(os, "mkdir", refuse)
         with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\)"):
             backup(places.directory, tmp_path / "closed")
+    (tmp_path / "b").rename(tmp_path / "b.new")
+    backup(places.directory, tmp_path / "b")
+    assert not hidden_in(tmp_path)
+    assert (tmp_path / "b.new").read_text() == "mine"
     file = tmp_path / "absent" / "b"
     with pytest.raises(StoreError, match=f"{file} cannot be written") as caught:
         backup(places.directory, file)
