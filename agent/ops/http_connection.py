@@ -150,6 +150,7 @@ class Connection:
                 if not await self._receive(None if begun else deadline):
                     break
                 await self._answer(self._requests.complete.popleft())
+                await asyncio.sleep(0)  # others run between two requests, however many there are
             idle_s = self._limits.keep_alive_s
         async with asyncio.timeout(self._limits.request_s):  # to send what is buffered
             self._writer.close()

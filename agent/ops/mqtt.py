@@ -213,9 +213,9 @@ class _Client(aiomqtt.Client):
         self._client._sock_recv = self._bounded  # type: ignore[method-assign, assignment] # noqa: SLF001 - see above
 
     def _bounded(self, size: int) -> bytes:
-        length = self._client._in_packet["remaining_length"]  # noqa: SLF001 - see above
-        if length > LONGEST_PACKET:
-            raise ConnectionError(f"a packet of {length} bytes is more than {LONGEST_PACKET}")
+        paho = self._client
+        if paho._in_packet["remaining_length"] > LONGEST_PACKET or paho._in_messages:  # noqa: SLF001 - see above
+            raise ConnectionError("too long, or of QoS 2, which is kept and which nobody asked for")
         return self._receive(size)
 
     def _on_disconnect(self, *args: Any) -> None:

@@ -1134,6 +1134,36 @@ async def test_a_subscription_that_the_broker_refuses_is_reported() -> None:
     server.close()
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_a_broker_cannot_fill_the_memory_with_messages_that_it_does_not_release() -> None:
+    """The library keeps each message of QoS 2 until its broker releases it: 65535 of them."""
+    received: list[int] = []
+
+    async def hostile(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got = b""
+        with suppress(ConnectionError):
+            await reader.read(1000)  # CONNECT
+            writer.write(bytes([0x20, 2, 0, 0]))  # CONNACK, accepted
+            subscribe = await reader.read(1000)
+            writer.write(bytes([0x90, 3, *subscribe[2:4], 1]))  # SUBACK, QoS 1
+            for number in range(1, 20):
+                writer.write(bytes([0x34, 8, 0, 3]) + b"a/b" + bytes([0, number]) + b"1")
+                await writer.drain()
+            while part := await reader.read(1000):
+                got += part
+        received.append(got.count(bytes([0x50, 2, 0])))  # PUBREC
+        writer.close()
+
+    server = await asyncio.start_server(hostile, "127.0.0.1", 0)
+    url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    keys = {"topic": "a/b", "protocol": "3.1.1", "keepalive": 1}
+    async with running("mqtt", broker=url, **keys) as source:
+        await source.refuses(Reason.UNREADABLE, 2)
+        await until(lambda: received)
+        assert max(received) <= 1
+    server.close()
+
+
 def certificate(directory: Path) -> tuple[Path, Path]:
     """A self-signed one for 127.0.0.1, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())

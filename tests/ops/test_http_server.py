@@ -394,3 +394,25 @@ async def test_a_client_that_comes_as_the_server_stops_is_no_failure() -> None:
         with socket.create_connection(address):
             await asyncio.create_task(server.stop())  # the loop finds both in one turn
     assert failures == []
+
+
+async def test_others_run_between_two_requests_of_one_connection() -> None:
+    """A few connections full of small requests held the loop of an agent for so long that it lost its role."""
+    turns: list[int] = [0]
+    seen: list[int] = []
+
+    async def turn() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def note(_request: Request) -> Response:
+        seen.append(turns[0])
+        return Response(204, b"")
+
+    async with serving(note, pipelined=8, request_bytes=8192) as (_, address):
+        turning = asyncio.create_task(turn())
+        await ask(address, (b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n") * 7 + REQUEST)
+        turning.cancel()
+    assert len(seen) == 8
+    assert len(set(seen)) == 8
