@@ -157,6 +157,16 @@ def test_endpoints_are_separated_by_commas_in_a_variable(monkeypatch: pytest.Mon
     assert load(AgentSettings).endpoint == right[:1]
 
 
+def test_the_scheme_of_a_url_is_kept_in_lower_case() -> None:
+    """Whoever asks whether a connection is encrypted compares it: etcd by HTTP:// was not refused."""
+    assert load(AgentSettings, {"endpoint": "HTTPS://A/Clientfailover"}).endpoint == (
+        "https://A/Clientfailover",
+    )
+    plain = {"store": "etcd", "etcd_endpoint": "HTTP://etcd-1:2379", "advertise": "Https://b:1"}
+    (told,), _ = faults(CoordinatorSettings, plain)
+    assert "http://etcd-1:2379 carries roles and credentials unencrypted" in told
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [

@@ -179,7 +179,7 @@ def test_two_checks_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_list_of_tables_is_refused(tmp_path: Path) -> None:
     assert "[[check]]" in faults(tmp_path, '[check]\nname = "a"\n')[0][0]
-    assert faults(tmp_path, "check = [1]\n")[0] == ["check 1: must be a table, under [[check]]"]
+    assert faults(tmp_path, "check = [1]\n")[0] == ["check 1 = 1: must be a table, under [[check]]"]
 
 
 def test_more_checks_than_the_most_are_refused(tmp_path: Path) -> None:

@@ -300,6 +300,7 @@ def url_like(form: str, instead: str) -> Callable[[str], str]:
             or not text.isprintable()
         ):
             raise ValueError(f"must be {form}, and nothing else")
+        text = parts.scheme + text[len(parts.scheme) :]  # in lower case, so that all may compare it
         return text if "QUERY" in form else text.rstrip("/")
 
     return parse

@@ -178,8 +178,6 @@ def _read_tables(tables: Tables, value: object) -> Any:
     if isinstance(value, str):
         value = load_json(value, "a table" if tables.most is None else "a list of tables")
     if tables.most is None:
-        if not isinstance(value, Mapping | Declared):
-            raise ValueError(f"must be a table, under {tables.header}")
         return _read_table(tables, value, tables.key)
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be tables, each under {tables.header}")  # noqa: TRY004 - for pydantic
@@ -216,7 +214,7 @@ def _read_table(tables: Tables, given: object, place: str) -> Any:
     if isinstance(given, Declared):
         return given
     if not isinstance(given, Mapping):
-        raise InvalidError([Fault(place, f"must be a table, under {tables.header}")])
+        raise InvalidError([Fault(place, f"must be a table, under {tables.header}", shown(given))])
     kind = given.get("type") if "" not in tables.kinds else ""
     if not isinstance(kind, str) or kind not in tables.kinds:
         wrong = f"type = {shown(kind)}" if "type" in given else "type"

@@ -20,6 +20,7 @@ COMPLETE = (*ETCD, "--advertise=http://127.0.0.1:2")
         (("--etcd-endpoint=http://127.0.0.1:1",), 'needs store = "etcd"'),
         ((*COMPLETE, "--etcd-endpoint=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
         ((*ETCD, "--advertise=http://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
+        ((*ETCD, "--advertise=HTTP://10.0.0.1:1"), "http://10.0.0.1:1 carries roles"),
         (
             (*ETCD, "--advertise=http://127.0.0.1:2/path"),
             "must be http(s)://HOST[:PORT], and nothing else",
