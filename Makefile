@@ -14,10 +14,8 @@ COMPLETE = lacking=$$($(BIN)/python -m pip check) || \
 # Tests and benchmarks see the installed wheel, and so does every process that they start; without
 # this, agent/ of the checkout would hide it.
 INSTALLED := PYTHONSAFEPATH=1
-# Core, simulation, declarations and coordinator, without processes, without the longest searches, and without
-# what waits for deadlines of connections.
-QUICK := tests/core tests/simulation tests/schema tests/coordinator -k 'not (a_search_finds or planted or an_hour or before_the_lease_of_another or for_every_sequence)' \
-  $(foreach name,test_server test_scrapes test_openapi test_bounds test_connections test_password_storm test_restored store/test_sigkill,--ignore=tests/coordinator/$(name).py)
+# Core, simulation, declarations and coordinator, without what is marked as long.
+QUICK := tests/core tests/simulation tests/schema tests/coordinator -m 'not long' --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Three workers on two cores, because most tests wait, and one that computes (tests/distribution.py). They are
 # handed whole files, in the order of tests/conftest.py.
 WORKERS := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -41,7 +39,7 @@ test: test-components .venv/.wheel .venv/.dev  ## the whole suite on the install
 	@report=$$($(BIN)/coverage report --include='*/agent/core/*' --fail-under=100) || \
 	  { echo "$$report"; echo "every branch of agent/core must be covered" >&2; exit 1; }
 
-quick: .venv/.dev  ## the inner loop, a minute and a half of one core: no processes, a short simulation, the checkout itself
+quick: .venv/.dev  ## the inner loop, under a minute on two cores: no processes, a short simulation, the checkout itself
 	FAILOVER_SIMULATION_EXAMPLES=200 $(BIN)/python -m pytest -q -p no:cacheprovider $(QUICK)
 
 test-components:  ## Debian packages that the suite wants (tests/components.txt), where that is allowed

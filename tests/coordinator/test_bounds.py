@@ -29,6 +29,8 @@ from .raw import (
     until,
 )
 
+pytestmark = pytest.mark.long
+
 MIB = 1 << 20
 GROUP = {"Id": "g", "FailoverTimeout": "00:00:10"}
 UNREAD = b"x" * 65536

@@ -33,6 +33,8 @@ from tests.declarations import load
 from .conftest import Process, Stage
 from .raw import BASE, HEALTH, TIMES, Raw, ask, connections, crowd, program, resident, until
 
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Process]
 MIB = 1 << 20
 LIMIT = 10

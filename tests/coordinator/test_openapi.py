@@ -25,6 +25,8 @@ from agent.coordinator.server import serving
 from agent.schema.addresses import Address
 from agent.schema.coordinator_settings import CoordinatorSettings
 
+pytestmark = pytest.mark.long
+
 ROOM_BYTES = 4 * 1024 * 1024
 """The longest body that the schemas allow has room: 413 depends on a setting, which no schema says."""
 

@@ -11,9 +11,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from agent.coordinator.auth import hash_password
 
 from .conftest import Process
+
+pytestmark = pytest.mark.long
 
 CONNECTIONS = 400
 STORM_S = 4.0

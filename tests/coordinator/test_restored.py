@@ -20,6 +20,8 @@ from agent.model import FailsafeState, GroupConfig, GroupKey, Role, SessionConfi
 
 from .conftest import FakeClock, Process, Stage
 
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Process]
 
 KEY = GroupKey("default", "default", "g")

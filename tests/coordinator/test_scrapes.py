@@ -42,6 +42,8 @@ from agent.ops.clock import Clock
 from agent.schema.addresses import Address
 from tests.mosquitto import Authority
 
+pytestmark = pytest.mark.long
+
 MANY = 10_000
 LEASE_S = 600
 MOST_HELD_S = 0.02

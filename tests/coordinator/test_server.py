@@ -24,6 +24,8 @@ from agent.schema.coordinator_settings import CoordinatorSettings
 
 from .conftest import Process
 
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Process]
 ROUNDS = 5
 

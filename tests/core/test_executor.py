@@ -412,6 +412,7 @@ class Watch:
                 pass
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sets(st.sampled_from(Role)).map(frozenset), MOVES)
 def test_r7_holds_for_every_sequence_of_wanted_roles_ends_and_times(

@@ -252,6 +252,7 @@ def begin_tenures(bench: Bench, steps: int) -> None:
         assert bench.beat("b").role is W
 
 
+@pytest.mark.long
 def test_r13_r15_r18_hold_for_every_sequence_of_inputs() -> None:
     """The same input twice gives the same output and changes nothing that was given.
 

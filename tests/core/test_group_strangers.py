@@ -219,6 +219,7 @@ STEPS = st.one_of(
 PAUSES = st.sampled_from([0.0, 0.3, 1.0, 1.0, 2.0, 2.0, 4.0, 11.0, 40.0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("v1", [frozenset[str](), frozenset("a"), frozenset(SESSIONS)])
 def test_nobody_is_primary_before_the_other_lease_has_expired(v1: frozenset[str]) -> None:
     @settings(max_examples=300, deadline=None, derandomize=True)

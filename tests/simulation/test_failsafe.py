@@ -116,6 +116,7 @@ def test_an_outage_changes_neither_the_primary_nor_its_tenure() -> None:
         sweep_outage(seed)
 
 
+@pytest.mark.long
 @pytest.mark.no_cover  # too long a schedule to be measured; shorter ones run the same
 @pytest.mark.parametrize("fast", ["the primary", "a voter"])
 def test_an_hour_without_the_coordinator_does_not_move_the_deadline(fast: str) -> None:
@@ -172,6 +173,7 @@ def find(planted: PlantedFailsafe) -> int | None:
     return None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
 def test_the_runs_find_a_planted_fault_of_failsafe(planted: PlantedFailsafe) -> None:
     """Each rule that the promise needs is missed within 2000 runs; with it the same run keeps the promise."""

@@ -248,6 +248,7 @@ def find(schedules: st.SearchStrategy[Plan], live: Callable[[Plan], None]) -> Pl
     return found[0] if found else None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
 def test_a_search_finds_a_planted_fault(planted: Planted) -> None:
     """Within 2000 schedules; without the fault, the same plan keeps the promise."""
@@ -256,6 +257,7 @@ def test_a_search_finds_a_planted_fault(planted: Planted) -> None:
     planted.live(plan, planted=False)
 
 
+@pytest.mark.long
 def test_a_search_finds_a_tenure_that_is_not_released_at_a_stop() -> None:
     """Fault 17, by graceful stops."""
     seeds = st.builds(

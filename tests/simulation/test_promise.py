@@ -139,6 +139,7 @@ def test_without_a_guard_a_frozen_agent_breaks_the_promise() -> None:
     assert broken == 1, "one of the two was primary"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "bug",
     [CountsFromTheAnswer, ReleasesFirst, ResumesAfterStall, GuardsTooLate, StaysThoughUnfit],
