@@ -64,8 +64,6 @@ class StateFile:
                 STATE_FILE, the directory or the file cannot be written.
         """
         try:
-            if self.path.is_dir():
-                raise IsADirectoryError("it is a directory")
             self._lock = self._claim(wait_s)
         except OSError as error:
             raise self._unusable(error) from error

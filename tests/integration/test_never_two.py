@@ -220,7 +220,7 @@ def test_a_start_that_fails_first_stops_the_previous_agents_workload(
             output(stage).unlink()
 
 
-@pytest.mark.parametrize("how", ["read-only", "full"])
+@pytest.mark.parametrize("how", ["read-only", "full", "directory"])
 def test_a_start_that_cannot_write_its_state_stops_the_previous_agents_workload(
     stage: Stage, coordinator: Coordinator, how: str
 ) -> None:
@@ -234,6 +234,9 @@ def test_a_start_that_cannot_write_its_state_stops_the_previous_agents_workload(
         assert any(map(lives, writers(stage, one)))
         if how == "full":
             disk.fill()
+        elif how == "directory":
+            (disk.path / "state.json").unlink()
+            (disk.path / "state.json").mkdir()
         else:
             subprocess.run(["mount", "-o", "remount,ro", disk.path], check=True)
         again = by_hooks(stage, "host-a", coordinator, *flags)
