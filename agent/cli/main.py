@@ -53,16 +53,14 @@ def main(
         _print_error(text, error.exit_code, debug=debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
-        if isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
+        services = {*AGENTS, "serve"} - {*(replacements or ())}  # not started again after a USAGE
+        unwritten = UNWRITTEN if services.isdisjoint(arguments[: 1 + debug]) else ()
+        if isinstance(error, OSError) and error.errno in unwritten and error.filename is None:
             _print_error(f"the output cannot be written: {error.strerror}", ExitCode.USAGE)
             return ExitCode.USAGE
-        text = " ".join(str(error).split()) or "no message"
-        _print_error(
-            f"{type(error).__name__}: {text}: this is a fault of {PROGRAM} {__version__}; please"
-            f" report it with the output of '{PROGRAM} --debug ...'",
-            ExitCode.INTERNAL,
-            debug=debug,
-        )
+        text = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        report = f"this is a fault of {PROGRAM} {__version__}; please report it with the output of"
+        _print_error(f"{text}: {report} '{PROGRAM} --debug ...'", ExitCode.INTERNAL, debug=debug)
         return ExitCode.INTERNAL
 
 

@@ -16,7 +16,7 @@ import pytest
 import agent
 import agent.cli.status
 from agent.cli.command_line import COMMANDS
-from agent.cli.main import AGENTS
+from agent.cli.main import AGENTS, main
 from agent.errors import ExitCode, ServerError
 from agent.schema.coordinator_settings import CoordinatorSettings
 from agent.schema.fields import Settings, settings_of
@@ -187,6 +187,27 @@ def test_output_that_cannot_be_written_is_an_error_of_the_user(words: str, endpo
     code, _, err = process(*words.split(), before='exec "$@" >/dev/full')
     assert (code, "please report it" in err) == (ExitCode.USAGE, False)
     assert one_line(err) == "the output cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("command", "run"),
+    [
+        ("run", "agent.cli.settings_process.run_agent"),
+        ("exec", "agent.cli.settings_process.run_agent"),
+        ("serve", "agent.coordinator.server.run"),
+    ],
+)
+def test_a_service_that_the_kernel_refuses_something_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, run: str
+) -> None:
+    """epoll(7) has no room for a user with too many watches, for example; its units exclude a USAGE."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, refuse)
+    assert main([command]) == ExitCode.INTERNAL
+    assert "No space left on device: this is a fault" in one_line(capsys.readouterr().err)
 
 
 def test_a_command_works_without_a_standard_output(endpoint: str) -> None:

@@ -108,6 +108,16 @@ async def test_scripts_run_in_byte_order_and_names_as_run_parts_takes_them(
     assert {name for name, _ in hook.ignored()} == {"c.sh", ".hidden", "d~", "sub"}
 
 
+def test_a_program_with_arguments_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may hang: then the step has to start all the same, so that its limit ends it."""
+    seen: list[object] = []
+    hook = spec("/hung/demote", "now")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", seen.append)
+        steps = hook.steps()
+    assert (steps, seen) == ((CommandStep(("/hung/demote", "now")),), [])
+
+
 @pytest.mark.parametrize(("all_steps", "ran"), [(False, ["a", "b"]), (True, ["a", "b", "c"])])
 async def test_a_failing_script_ends_a_promotion_and_not_a_demotion(
     hooks: Path, caplog: pytest.LogCaptureFixture, *, all_steps: bool, ran: list[str]

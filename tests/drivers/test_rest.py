@@ -515,7 +515,7 @@ async def test_an_answer_that_came_before_its_request_does_not_count(
         raw.talk = answers_twice
         assert (await beat(client)).role is Role.PRIMARY
         error = await failure(client)
-        assert error.exit_code is ExitCode.NOT_THE_API
+        assert error.exit_code is ExitCode.NO_ANSWER
         assert "answers another request" in str(error)
         assert len(raw.seen) == 1
         assert (await beat(client)).role is Role.PRIMARY  # on another connection
@@ -538,11 +538,25 @@ async def test_the_answer_to_another_request_does_not_count() -> None:
         raw.talk = answers_the_one_before
         assert (await beat(client)).role is Role.PRIMARY
         error = await failure(client)
-        assert (error.exit_code, error.status) == (ExitCode.NOT_THE_API, None)
+        assert (error.exit_code, error.status) == (ExitCode.NO_ANSWER, None)
         assert "answers another request" in str(error)
         await failure(client)
         assert raw.accepted == 2, "a connection is closed after such an answer"
         assert len(set(numbers)) == 3
+
+
+async def test_a_number_that_is_repeated_twice_is_still_that_of_the_request() -> None:
+    """By two servers on the way, or because a proxy has sent the header twice."""
+    async with served() as raw, client_of(raw.endpoint()) as client:
+
+        async def repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            lines = (await raw.request(reader)).split(b"\r\n")
+            number = next(line for line in lines if line.startswith(b"failover-request"))
+            head, body = answer(json.dumps(BEAT).encode()).split(b"\r\n\r\n")
+            writer.write(b"\r\n".join([head, number, number, b"", body]))
+
+        raw.talk = repeats
+        assert (await beat(client)).role is Role.PRIMARY
 
 
 async def test_a_redirect_is_named_and_not_followed() -> None:
@@ -656,6 +670,52 @@ async def test_an_unknown_ca_is_unreachable_with_the_reason(server_tls: ssl.SSLC
         error = await failure(client)
     assert error.exit_code is ExitCode.UNREACHABLE
     assert "certificate is not trusted: self-signed certificate" in str(error)
+
+
+def _speak_first(listening: socket.socket, tls: ssl.SSLContext, words: bytes) -> None:
+    """Accept one connection, and send these words in one packet with the end of the handshake."""
+    connection, _ = listening.accept()
+    received, unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = tls.wrap_bio(received, unsent, server_side=True)
+    with connection:
+        while True:
+            try:
+                server.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(unsent.read())
+                received.write(connection.recv(65536))
+        server.write(words)
+        connection.sendall(unsent.read())
+        connection.recv(65536)
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "status"),
+    [
+        (b"220 mail ESMTP\r\n", ExitCode.NOT_HTTP, None),
+        (answer(b"{}", "503 Service Unavailable"), ExitCode.REFUSED, 503),
+    ],
+)
+async def test_what_a_server_says_first_is_named_over_tls_1_2_too(
+    words: bytes,
+    exit_code: ExitCode,
+    status: int | None,
+    server_tls: ssl.SSLContext,
+    certificate: Path,
+) -> None:
+    """With TLS 1.2 it can arrive with the handshake: another protocol, or a server that is full."""
+    server_tls.maximum_version = ssl.TLSVersion.TLSv1_2
+    trusting = ssl.create_default_context(cafile=certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        speaking = asyncio.create_task(
+            asyncio.to_thread(_speak_first, listening, server_tls, words)
+        )
+        endpoint = f"https://127.0.0.1:{listening.getsockname()[1]}{BASE}"
+        async with client_of(endpoint, verify=trusting) as client:
+            error = await failure(client)
+        await speaking
+    assert (error.exit_code, error.status) == (exit_code, status)
 
 
 async def test_a_named_ca_is_trusted(server_tls: ssl.SSLContext, certificate: Path) -> None:

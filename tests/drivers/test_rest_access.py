@@ -130,6 +130,21 @@ async def test_without_an_answer_or_a_token_the_former_are_kept() -> None:
     assert sent("one") in raw.seen[-1]
 
 
+async def test_the_answer_to_another_request_proves_no_credentials() -> None:
+    other = json.dumps(BEAT).encode()
+    head = f"HTTP/1.1 200 OK\r\nFailover-Request: 1\r\nContent-Length: {len(other)}\r\n\r\n"
+    async with served() as raw:
+        raw.talk = raw.says(head.encode() + other)
+        async with closing(RestClient([raw.endpoint()], auth=basic("one"))) as client:
+            with pytest.raises(ServerError, match="answers another request"):
+                await client.replace_access(
+                    ServerAccess(basic("two")), STATUS, timeout_s=PATIENCE_S
+                )
+            raw.talk = raw.answers(BEAT)
+            await beat(client)
+    assert sent("one") in raw.seen[-1]
+
+
 async def test_a_ca_that_does_not_trust_the_endpoint_is_not_used(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("right", "wrong")]
     for folder in folders:

@@ -93,8 +93,7 @@ class HookSpec:
         """The form of the hook; a path is looked up in the file system each time."""
         if is_http(self.value[0]):
             return Form.WEBHOOK
-        is_directory = os.path.isdir(self.value[0])  # noqa: PTH112 - Path.is_dir raises PermissionError
-        if self.scripts or (len(self.value) == 1 and is_directory):
+        if self.scripts or (len(self.value) == 1 and os.path.isdir(self.value[0])):  # noqa: PTH112 - never raises
             return Form.DIRECTORY
         return Form.COMMAND
 

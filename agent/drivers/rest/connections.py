@@ -50,7 +50,7 @@ class UnfitAnswerError(Exception):
 OTHER = (
     "answers another request than the one that was sent",
     "look for a proxy or balancer on the way that mixes answers up",
-    ExitCode.NOT_THE_API,
+    ExitCode.NO_ANSWER,
 )
 TOO_LONG = (
     f"answered with more than {LONGEST_ANSWER // 1024} KiB, or compressed",
@@ -63,8 +63,8 @@ class _Stream(httpcore2.AsyncNetworkStream):
     """A connection that refuses a peer whose first words are not HTTP.
 
     The parser waits for a blank line, so a banner like that of SSH would otherwise look like silence. What is
-    written is kept until the next read: the head and the body of a request leave in one packet, and what was
-    received before is known to be no answer. Nothing is kept when TLS starts: CONNECT has been answered before.
+    written is kept until the next read: the head and the body of a request leave in one packet, and what came with
+    the answer before is known to be no answer. Nothing is kept when TLS starts: CONNECT has been answered before.
     """
 
     def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
@@ -73,7 +73,8 @@ class _Stream(httpcore2.AsyncNetworkStream):
         self.unsent = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
-        tls = self._inner.get_extra_info("ssl_object") if self.unsent else None
+        # What comes on a new connection may be a banner, or its refusal: it is read as that.
+        tls = self._inner.get_extra_info("ssl_object") if self._first and self.unsent else None
         with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):  # nothing was
             if tls is not None and tls.read(1):
                 raise UnfitAnswerError(*OTHER)
@@ -195,7 +196,8 @@ class _Transport(httpx2.AsyncHTTPTransport):
         number = request.headers[REQUEST_HEADER] = secrets.token_hex(8)
         response = await super().handle_async_request(request)
         headers, stream = response.headers, response.extensions["network_stream"]
-        if stream.unsent or headers.get(REQUEST_HEADER, number) != number:
+        repeated = headers.get_list(REQUEST_HEADER, split_commas=True)
+        if stream.unsent or not {number}.issuperset(repeated):
             unfit = OTHER  # unsent: it was received together with the answer before
         elif headers.get("content-encoding", "identity") != "identity":
             unfit = TOO_LONG  # 1 KiB can unpack to 1 MiB, and we asked for identity

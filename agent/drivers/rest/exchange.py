@@ -250,8 +250,7 @@ async def send(
         form: fields to send as a form, instead.
 
     Raises:
-        ServerError: UNREACHABLE, NOT_HTTP, NOT_THE_API for an answer too long, HALF_BODY or
-            NO_ANSWER; and what the client's credentials raise.
+        ServerError: UNREACHABLE, NOT_HTTP, NOT_THE_API, HALF_BODY, NO_ANSWER; or as the client's credentials.
     """
     headers_came = False
     try:
