@@ -269,7 +269,7 @@ _ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f
 Id = Annotated[
     str,
     Meta(min_length=1, max_length=256, pattern=_ID_PATTERN),
-    "without '/' and control characters, and not '.' or '..'",
+    ", without '/' and control characters, and not '.' or '..'",
 ]
 
 
