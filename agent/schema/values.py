@@ -272,7 +272,6 @@ Id = Annotated[
     ", without '/' and control characters, and not '.' or '..'",
 ]
 
-
 Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 """An id in an answer. Agents pass it to hooks and store it in files, so its length is bounded."""
 
