@@ -585,9 +585,35 @@ def test_other_members_reach_failsafe_by_one_url(
 @pytest.mark.parametrize("names", ["a:80", "a b", "http://a", "-a", "a." * 200, ",".join("a" * 17)])
 def test_what_is_no_list_of_host_names_is_refused(names: str) -> None:
     (told, *_), _ = faults(CoordinatorSettings, {"host_names": names})
-    assert "a name of a host" in told or "0 to 16 names of hosts" in told
+    assert "a name of a host" in told or "at most 16 names of hosts" in told
 
 
 def test_host_names_are_separated_by_commas() -> None:
     read = load(CoordinatorSettings, {"host_names": "a, b.example,10.0.0.1"})
     assert read.host_names == ("a", "b.example", "10.0.0.1")
+
+
+def test_a_text_that_is_not_utf_8_is_refused_where_it_was_given() -> None:
+    """It could not be sent: the join would fail for ever."""
+    texts = [setting.name for setting in settings_of(AgentSettings) if setting.value_type is str]
+    assert {"group", "session_name"} <= set(texts)
+    for name in texts:
+        lines, code = faults(AgentSettings, {name: "x\udcff"})
+        assert "\\udcff': must be a" in lines[0], lines
+        assert code == ExitCode.CONFIG_VALUE
+
+
+def test_a_list_that_may_be_empty_has_no_least_number() -> None:
+    given = {"etcd_endpoint": tuple(f"http://h{number}:2379" for number in range(17))}
+    lines, _ = faults(CoordinatorSettings, given)
+    assert lines[0].endswith(": must be at most 16 URLs")
+
+
+@pytest.mark.parametrize("password", ["zwei/drei", "zwei drei", "zwei@drei", "zwei'drei", "zwei"])
+@pytest.mark.parametrize("host", ["h", "h:80", "h℀x", "[::1"])
+@pytest.mark.parametrize("name", ["endpoint", "proxy", "token_endpoint", "hook_lost", "group"])
+def test_no_refusal_repeats_the_password_of_a_url(name: str, host: str, password: str) -> None:
+    """Not even one that makes the URL invalid, whose error would quote a part of it."""
+    lines, _ = faults(AgentSettings, {name: f"https://u:{password}@{host}/clientfailover"})
+    assert "***@" in lines[0]
+    assert not any(part in lines[0] for part in ("zwei", "drei"))

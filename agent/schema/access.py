@@ -12,7 +12,6 @@ from agent.schema.values import AccessRights, AccessType, Mirror, TrusteeKind
 MAX_ENTRIES = 1000
 """The most entries of an access-control list, as each request is checked against all of them."""
 
-
 MAX_LIST_BYTES = 131_072
 """The most bytes of an access-control list as JSON, since each change of the group's roles writes it again."""
 
@@ -63,6 +62,7 @@ class AccessControlRequest(AccessControlList, frozen=True):
                 }
             },
         ),
+        ", of which at least one allows ManageAccessControl",
     ]
 
     def __post_init__(self) -> None:

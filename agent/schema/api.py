@@ -260,7 +260,7 @@ class ReleaseRequest(Shape, frozen=True):
     hold_off_period: Annotated[
         HoldOffSpan | None, "how long this session is not to be chosen again"
     ] = None
-    reason: Annotated[str, Meta(max_length=256), "for the history"] | None = None
+    reason: Annotated[str, Meta(max_length=256), ", for the history"] | None = None
     last_data: GivenLastData = None
     held: Annotated[
         bool | None,

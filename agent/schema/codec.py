@@ -190,11 +190,11 @@ _WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
 
 
 def _in_words(annotated: Any) -> str:
-    """The accepted values of a property: the type, its bounds, and the string in its annotation."""
+    """The accepted values of a property: type, bounds, and the annotation's string, after a colon or its comma."""
     words = bounds = text = ""
     for part in parts_of(annotated):
         if isinstance(part, str):
-            text = f": {part}"
+            text = part if part.startswith(",") else f": {part}"
         elif isinstance(part, Meta) and part.le is not None:
             bounds = f" from {part.ge} to {part.le}"
         elif isinstance(part, Meta):

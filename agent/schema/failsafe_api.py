@@ -86,7 +86,7 @@ class LiftRequest(Shape, frozen=True, kw_only=True):
     """An operator has made sure that no member of a group is active: all of them may be promoted."""
 
     epoch: Annotated[Count, "the newest epoch of the group"]
-    reason: Annotated[str, Meta(min_length=1, max_length=256), "for the history"]
+    reason: Annotated[str, Meta(min_length=1, max_length=256), ", for the history"]
     nobody_is_active: Annotated[
         Confirmed, "the caller has made sure of it, on every host of the group"
     ]

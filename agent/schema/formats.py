@@ -78,7 +78,7 @@ def sized(least: int, most: int) -> Callable[[str], str]:
 
 def shown(value: object) -> str:
     """Format a refused value, without credentials and not too long."""
-    text = re.sub(r"//[^/@\s]*@", "//***@", repr(value))
+    text = re.sub(r"//(?:[^'\"]*|[^/@\s]*)@", "//***@", repr(value))
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
@@ -118,8 +118,6 @@ check_key_prefix = must(
     "be like /failover-agent: '/' and letters, digits, '.', '_', '-'",
     matches(r"(/[A-Za-z0-9._-]+)+"),
 )
-
-
 _check_host_name = must(
     "be a name of a host, like coordinator.example, without a port",
     matches(r"(?a)\w(?:[\w.-]{0,253}\w)?"),
@@ -189,7 +187,7 @@ def several(
     def parse_all(value: object) -> tuple[str, ...]:
         given = _strings(value)
         if not least <= len(given) <= most:
-            raise ValueError(f"must be {least} to {most} {what}")
+            raise ValueError(f"must be {f'{least} to' if least else 'at most'} {most} {what}")
         found = []
         for one in given:
             try:
@@ -286,8 +284,9 @@ def url_like(form: str, instead: str) -> Callable[[str], str]:
             parts = urlsplit(text)
             if parts.port == 0:  # urlsplit checks the port only when it is read
                 raise ValueError("Port out of range 1-65535")  # noqa: TRY301 - as its own errors
-        except ValueError as error:
-            raise ValueError(f"must be a URL: {error}") from None
+        except ValueError as error:  # its text may quote a part of credentials
+            why = f"{form}, and nothing else" if "@" in text else f"a URL: {error}"
+            raise ValueError(f"must be {why}") from None
         if parts.username is not None or parts.password is not None:
             raise ValueError(f"must not have credentials in the URL: {instead}")
         if (

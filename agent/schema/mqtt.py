@@ -31,7 +31,6 @@ MQTTS_PORT = 8883
 LONGEST_TOPIC = 1024
 """The most characters of a topic; MQTT's own limit is 65535 bytes."""
 
-
 _check_topic = must(
     "be one topic, without the wildcards + and #",
     matches(r"[^+#\0]*"),

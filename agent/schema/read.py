@@ -128,6 +128,8 @@ def _annotation(setting: Setting) -> Any:
     if setting.tables is not None:
         return Annotated[Any, pydantic.PlainValidator(partial(_read_tables, setting.tables))]
     form, limits, checked = setting.format, setting.markers.get(Range), setting.value_type
+    if checked is str:
+        checked = Annotated[str, pydantic.Field(min_length=0)]  # refuses what is not UTF-8
     if limits is not None and limits.enforced:
         least = {"gt" if limits.above else "ge": limits.least}
         checked = Annotated[checked, pydantic.Field(**least, le=limits.most)]

@@ -269,9 +269,8 @@ _ID_PATTERN = "^(?:[^.C]|[.][^.C]|[.][.][^C])[^C]*\\Z".replace("C", r"/\x00-\x1f
 Id = Annotated[
     str,
     Meta(min_length=1, max_length=256, pattern=_ID_PATTERN),
-    "without '/' and control characters, and not '.' or '..'",
+    ", without '/' and control characters, and not '.' or '..'",
 ]
-
 
 Name = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00]*\Z")]
 """An id in an answer. Agents pass it to hooks and store it in files, so its length is bounded."""

@@ -496,7 +496,7 @@ LONG = "x" * 300
         (
             api.GroupRequest,
             '{"Id":"a/b","FailoverTimeout":"00:01:00"}',
-            'Id is "a/b": it must be a string of 1 to 256 characters: without',
+            'Id is "a/b": it must be a string of 1 to 256 characters, without',
         ),
         (
             api.GroupRequest,
@@ -522,6 +522,12 @@ LONG = "x" * 300
             access.AccessControlRequest,
             '{"RoleTrusteeAccessControlEntries":[{"AccessType":1,"AccessRights":1,"Trustee":{}}]}',
             "RoleTrusteeAccessControlEntries[0].Trustee.Type is missing: it must be an integer from 1 to 3: 1",
+        ),
+        (
+            access.AccessControlRequest,
+            '{"RoleTrusteeAccessControlEntries":5}',
+            "RoleTrusteeAccessControlEntries is 5: it must be a list of at most 1000 entries, of which at"
+            " least one allows ManageAccessControl",
         ),
         (
             access.AccessControlRequest,
