@@ -585,7 +585,7 @@ async def test_the_longest_message_arrives_complete(
 
 @pytest.mark.parametrize(
     ("program", "reason"),
-    [("/nowhere/python", "No such file"), ("/bin/false", "(has ended|Broken pipe)")],
+    [("/nowhere/python", "No such file"), ("/bin/false", "(has ended|Broken pipe|reset by peer)")],
 )
 async def test_a_guard_that_cannot_be_started_raises_with_the_reason(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
