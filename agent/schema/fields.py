@@ -46,7 +46,7 @@ class Declared:
 
 
 class Table(Declared):
-    """Base of the tables of one kind; ``Tables`` lists the kinds."""
+    """Base of the tables of one kind; ``TableKinds`` lists the kinds."""
 
     __slots__ = ()
 
@@ -127,7 +127,7 @@ RELOADABLE = Reloadable()
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
+class TableKinds:
     """The setting is one TOML table, or several, of these kinds. Also the registry of the kinds.
 
     Attributes:
@@ -204,7 +204,7 @@ class Setting:
             return Format(
                 "|".join([*words, last]), " or ".join(filter(None, [", ".join(words), last]))
             )
-        tables: Tables = self.markers[Tables]
+        tables: TableKinds = self.markers[TableKinds]
         if tables.most is None:
             return Format("JSON", f"table {tables.header}")
         return Format("JSON", f"tables {tables.header}, at most {tables.most}")
@@ -223,9 +223,9 @@ class Setting:
         return self.default is not MISSING and not is_unset(self.default)
 
     @property
-    def tables(self) -> Tables | None:
+    def tables(self) -> TableKinds | None:
         """The kinds of table, if the setting consists of tables; else None."""
-        return self.markers.get(Tables)
+        return self.markers.get(TableKinds)
 
 
 def is_unset(value: object) -> bool:

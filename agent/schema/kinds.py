@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from agent.schema.fields import DefaultFrom, Format, Range, Table, Tables
+from agent.schema.fields import DefaultFrom, Format, Range, Table, TableKinds
 from agent.schema.formats import (
     Count,
     Duration,
@@ -91,7 +91,7 @@ class ProgressSource(Table):
     max_future: float
 
 
-CHECKS = Tables(
+CHECKS = TableKinds(
     "check",
     "a check",
     {
@@ -105,7 +105,7 @@ CHECKS = Tables(
     most=64,  # each is a task that runs every few seconds; what matters on a host fits into fewer
 )
 
-PROGRESS = Tables(
+PROGRESS = TableKinds(
     "progress",
     "a source",
     {
@@ -118,4 +118,4 @@ PROGRESS = Tables(
     },
 )
 
-MQTT = Tables("mqtt", "the table [mqtt]", {"": "agent.schema.mqtt:Mqtt"})
+MQTT = TableKinds("mqtt", "the table [mqtt]", {"": "agent.schema.mqtt:Mqtt"})

@@ -26,7 +26,7 @@ from agent.schema.fields import (
     Range,
     Setting,
     Settings,
-    Tables,
+    TableKinds,
     settings_of,
 )
 from agent.schema.formats import load_json, shown
@@ -169,7 +169,7 @@ def validate(declared: type[D], values: Mapping[str, Any], noun: str = "the conf
     return value
 
 
-def _read_tables(tables: Tables, value: object) -> Any:
+def _read_tables(tables: TableKinds, value: object) -> Any:
     """Parse the table, or tables, of a setting; a flag or a variable has them as JSON.
 
     Raises:
@@ -188,7 +188,7 @@ def _read_tables(tables: Tables, value: object) -> Any:
     return _read_list(tables, value)
 
 
-def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
+def _read_list(tables: TableKinds, given: Sequence[Any]) -> tuple[Any, ...]:
     """Parse tables that have a unique name each."""
     found: list[Any] = []
     faults: list[Fault] = []
@@ -212,7 +212,7 @@ def _read_list(tables: Tables, given: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _read_table(tables: Tables, given: object, place: str) -> Any:
+def _read_table(tables: TableKinds, given: object, place: str) -> Any:
     if isinstance(given, Declared):
         return given
     if not isinstance(given, Mapping):
