@@ -53,7 +53,7 @@ def main(
         _print_error(text, error.exit_code, debug=debug)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost layer: nothing else turns it into a line
-        services = {*AGENTS, "serve"} - {*(replacements or ())}  # not started again after a USAGE
+        services = {*AGENTS, "serve"} - {*(replacements or ())}  # systemd restarts none after USAGE
         unwritten = UNWRITTEN if services.isdisjoint(arguments[: 1 + debug]) else ()
         if isinstance(error, OSError) and error.errno in unwritten and error.filename is None:
             _print_error(f"the output cannot be written: {error.strerror}", ExitCode.USAGE)

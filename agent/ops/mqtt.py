@@ -215,7 +215,7 @@ class _Client(aiomqtt.Client):
     def _bounded(self, size: int) -> bytes:
         paho = self._client
         if paho._in_packet["remaining_length"] > LONGEST_PACKET or paho._in_messages:  # noqa: SLF001 - see above
-            raise ConnectionError("too long, or of QoS 2, which is kept and which nobody asked for")
+            raise ConnectionError("a packet is too long, or of QoS 2, which nobody asked for")
         return self._receive(size)
 
     def _on_disconnect(self, *args: Any) -> None:
