@@ -54,7 +54,7 @@ def test_every_file_that_a_reload_reads_is_watched() -> None:
         ({"administrator": ["group:ann"]}, "administrator"),
         ({"administrator": ["user:"]}, "administrator"),
         ({"administrator": ["role: ops"]}, "administrator"),
-        ({"administrator": [f"user:u{n}" for n in range(101)]}, "0 to 100 identities"),
+        ({"administrator": [f"user:u{n}" for n in range(101)]}, "at most 100 identities"),
         ({"token_tenant": "t"}, "token.tenant.*needs token_keys_file or token_keys_url"),
         ({"tls_client_certificates": "required"}, "needs tls_client_ca_file"),
         ({"token_keys_url": "https://id.example/jwks"}, "token_issuer and token_audience"),
