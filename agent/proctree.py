@@ -134,15 +134,20 @@ def _thread_states(pid: int) -> "list[tuple[int, int]]":
     """Ids and states of the threads of a process; empty if it has ended."""
     path = f"{pid}/task"
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=open_proc())
-        try:
-            threads = os.listdir(folder)
-        finally:
-            os.close(folder)
+        threads = _names_in(path)
     except GONE:
         return []
     stats = ((int(thread), _read_stat(f"{path}/{thread}/stat")) for thread in threads)
     return [(thread, words[0][0]) for thread, words in stats if words is not None]
+
+
+def _names_in(path: str) -> "list[str]":
+    """The names in a directory of /proc. It is opened anew: threads and forked processes share a descriptor's position."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=open_proc())
+    try:
+        return os.listdir(folder)
+    finally:
+        os.close(folder)
 
 
 def _read_stat(path: str) -> "list[bytes] | None":
@@ -173,7 +178,7 @@ def snapshot() -> "dict[int, Stat]":
         raise OSError("/proc is not mounted, or that of another PID namespace")
     table = {}
     try:
-        for name in reversed(os.listdir(open_proc())):  # the newest first: they may end soon
+        for name in reversed(_names_in(".")):  # the newest first: they may end soon
             if name.isdigit():
                 stat = read(int(name))
                 if stat is not None:

@@ -1,6 +1,7 @@
 """Processes of a tenure are found whatever became of their parents, and nothing escapes the killing."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -9,6 +10,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,8 @@ from agent.ops import process_tree
 from tests.hung import dead_disk, stuck_thread, without_pidfd
 
 PATIENCE_S = 20.0
+
+ForkPool = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
 
 
 @pytest.fixture
@@ -370,6 +375,20 @@ def test_a_mount_over_proc_hides_no_mark_from_those_who_have_opened_it() -> None
     if done.returncode:
         pytest.skip(f"needs: a mount namespace: run as root: {done.stderr}")
     assert done.stdout.strip() == "[True, True]"
+
+
+def look_often(_: int) -> None:
+    """Read all processes again and again; fail if one is missing. In a thread, or in a process of its own."""
+    for _ in range(100):
+        assert {proctree.INIT, os.getppid(), os.getpid()} <= proctree.snapshot().keys()
+
+
+@pytest.mark.parametrize("many", [ThreadPoolExecutor, ForkPool])
+def test_searches_at_once_do_not_take_processes_from_each_other(many: Any) -> None:
+    """They shared the position in the open /proc: on a small host whatever was running was missing."""
+    proctree.open_proc()
+    with many(4) as pool:
+        assert list(pool.map(look_often, range(8))) == [None] * 8
 
 
 def test_only_groups_without_strangers_are_signalled_as_a_whole() -> None:
