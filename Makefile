@@ -15,7 +15,7 @@ COMPLETE = lacking=$$($(BIN)/python -m pip check) || \
 # this, agent/ of the checkout would hide it.
 INSTALLED := PYTHONSAFEPATH=1
 # Core, simulation, declarations and coordinator, without what is marked as long.
-QUICK := tests/core tests/simulation tests/schema tests/coordinator -m 'not long' --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+QUICK := tests/core tests/simulation tests/schema tests/coordinator -m 'not long' --numprocesses=2 --dist=worksteal
 # Three workers on two cores, because most tests wait, and one that computes (tests/distribution.py). They are
 # handed whole files, in the order of tests/conftest.py.
 WORKERS := --numprocesses=4 --dist=loadfile --no-loadscope-reorder
