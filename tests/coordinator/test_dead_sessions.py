@@ -147,6 +147,7 @@ async def test_the_api_has_the_silence_of_a_session_and_deletes_inactive_ones_on
         assert (await http.delete("/a", params={"inactive": "false"})).status_code == 204
 
 
+@pytest.mark.long
 def test_a_served_coordinator_removes_the_dead_by_its_settings(
     serve: Callable[..., Process], tmp_path: Path
 ) -> None:

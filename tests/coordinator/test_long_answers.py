@@ -151,6 +151,7 @@ async def test_many_long_bodies_at_once_hold_up_nobody(monkeypatch: pytest.Monke
     await coordinator.stop()
 
 
+@pytest.mark.long
 def test_slow_readers_of_long_answers_do_not_fill_the_memory(
     serve: Callable[..., Process],
 ) -> None:

@@ -84,6 +84,7 @@ def test_nobody_else_acts_for_a_session(what: Act, mono: float) -> None:
         decide(with_sessions(), by(what, EVE), at(mono), POLICY)
 
 
+@pytest.mark.long
 @given(
     st.lists(st.tuples(inputs() | st.just(Tick()), st.floats(0.1, 4)), max_size=8), st.booleans()
 )

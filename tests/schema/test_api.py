@@ -52,6 +52,7 @@ def test_a_time_span_survives_being_written_and_read(ticks: int) -> None:
     assert scalars.parse_time_span(scalars.format_time_span(ticks)) == ticks
 
 
+@pytest.mark.long
 def test_100000_random_time_spans_of_every_size_survive() -> None:
     chance = random.Random(20260131)
     for _ in range(ROUND_TRIPS):
@@ -129,6 +130,7 @@ def test_more_ticks_than_a_time_span_has_are_not_written() -> None:
         scalars.format_time_span(2**63)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("span", SPANS, ids=lambda span: span.__name__)
 @settings(GENERATED, max_examples=30)
 @given(data=st.data())
