@@ -153,14 +153,20 @@ def test_hot_standby_activates_the_collector_that_runs_already(
     assert span(output, "1")[1] < span(other_output, "2")[0]
 
 
-def test_hot_standby_fences_a_collector_that_does_not_answer(
-    stage: Stage, coordinator: Coordinator
-) -> None:
+def hot_primary(stage: Stage, coordinator: Coordinator) -> tuple[Agent, Path, int]:
+    """A primary whose collector writes: the agent, what is written, and the collector's process id."""
     agent, output = hot_host(stage, "host-a", coordinator)
     agent.until_role("Primary")
     until_line(output, "1")
     (collector,) = re.findall(r"-KILL (\d+)", (stage.directory / "host-a-fence").read_text())
-    os.kill(int(collector), signal.SIGSTOP)
+    return agent, output, int(collector)
+
+
+def test_hot_standby_fences_a_collector_that_does_not_answer(
+    stage: Stage, coordinator: Coordinator
+) -> None:
+    agent, _, collector = hot_primary(stage, coordinator)
+    os.kill(collector, signal.SIGSTOP)
     assert agent.end() == 40
     stat = Path(f"/proc/{collector}/stat").read_text()
     assert stat.rpartition(")")[2].split()[0] == "Z"
@@ -169,12 +175,9 @@ def test_hot_standby_fences_a_collector_that_does_not_answer(
 def test_hot_standby_releases_the_role_when_the_collector_was_restarted_inactive(
     stage: Stage, coordinator: Coordinator
 ) -> None:
-    agent, output = hot_host(stage, "host-a", coordinator)
-    agent.until_role("Primary")
-    until_line(output, "1")
-    (collector,) = re.findall(r"-KILL (\d+)", (stage.directory / "host-a-fence").read_text())
+    _, output, collector = hot_primary(stage, coordinator)
     (port,) = re.findall(r":(\d+)/role", (stage.directory / "host-a.toml").read_text())[:1]
-    os.kill(int(collector), signal.SIGKILL)
+    os.kill(collector, signal.SIGKILL)
     until(lambda: not listens(int(port)), "the collector to end")
     start(stage, RECIPES / "hot_collector.py", port, output)
     until_line(output, "2")
