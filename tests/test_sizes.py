@@ -30,7 +30,7 @@ def total(folder: Path) -> int:
 
 
 def test_the_declarations_of_settings_and_of_the_api_stay_small() -> None:
-    assert total(AGENT / "schema") <= 3436
+    assert total(AGENT / "schema") <= 3435
 
 
 def test_the_program_grows_only_on_purpose() -> None:

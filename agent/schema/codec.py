@@ -177,13 +177,15 @@ def _format(path: _Path, whole: str) -> str:
 
 
 def _right(kind: Any, path: _Path, otherwise: str) -> str:
-    """The description of the last property of the path, in a shape of this type."""
-    name = next((step for step in reversed(path) if isinstance(step, str)), None)
-    for known in _shapes_in(kind):
-        for field in msgspec.structs.fields(known):
-            if field.encode_name == name:
-                return _in_words(field.type)
-    return otherwise
+    """The description of the last property of the path, which begins in a shape of this type."""
+    right = otherwise
+    for name in (step for step in path if isinstance(step, str)):
+        fields = [field for shape in _shapes_in(kind) for field in msgspec.structs.fields(shape)]
+        kind = next((field.type for field in fields if field.encode_name == name), None)
+        if kind is None:
+            return otherwise
+        right = _in_words(kind)
+    return right
 
 
 _WORDS = {str: "a string", bool: "a boolean", float: "a number", list: "a list"}
@@ -208,13 +210,9 @@ def _in_words(annotated: Any) -> str:
     return words + bounds + text
 
 
-def _shapes_in(kind: Any) -> Iterator[type[Shape]]:
-    """Every shape in a type, the outer ones first."""
-    for part in parts_of(kind):
-        if isinstance(part, type) and issubclass(part, Shape):
-            yield part
-            for field in msgspec.structs.fields(part):
-                yield from _shapes_in(field.type)
+def _shapes_in(kind: Any) -> list[type[Shape]]:
+    """The shapes in a type, without those inside them."""
+    return [part for part in parts_of(kind) if isinstance(part, type) and issubclass(part, Shape)]
 
 
 def component_schemas() -> dict[str, Any]:
@@ -222,12 +220,14 @@ def component_schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         SHAPES, schema_hook=attrgetter("schema"), ref_template=REFERENCE
     )
-    asked = {nested for shape in REQUESTS for nested in _shapes_in(shape)}
-    for shape in SHAPES:
+    asked = set(REQUESTS)
+    for shape in reversed(SHAPES):  # a shape is declared after those inside it
         properties = schemas[shape.__name__]["properties"]
         for field in msgspec.structs.fields(shape):
             key, answered = field.encode_name, shape not in asked
             properties[key] = _tidied(field.type, properties[key], answered=answered)
+            if not answered:
+                asked.update(_shapes_in(field.type))
     return schemas
 
 

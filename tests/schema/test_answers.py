@@ -145,6 +145,12 @@ ASKS = " (is this the address of a client failover service?)"
         ),
         (
             read_status,
+            b'{"Failsafe":{"State":"Off","Revision":true}}',
+            "Failsafe.Revision is true: it must be an integer from 0 to 9007199254740991: the revision of"
+            " Members" + ASKS,
+        ),
+        (
+            read_status,
             b'{"Failsafe":{}}',
             "Failsafe.State is missing: it must be one of Off, Ready, Restricted: while Restricted"
             " nobody is primary, and only Choosable may be promoted" + ASKS,
