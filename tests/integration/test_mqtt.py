@@ -94,7 +94,7 @@ def test_a_subscriber_receives_a_takeover_after_a_sigkill(
     told = watcher.until(f"failover/{stage.group}/primary", session="host-b")
     assert told["epoch"] > epoch
     watcher.until(f"failover/{stage.group}/sessions/host-b", role="Primary", epoch=told["epoch"])
-    assert other.state["since"] == told["since"]
+    assert other.until_role("Primary")["since"] == told["since"]
 
 
 def test_a_graceful_stop_publishes_secondary_and_then_offline(
