@@ -379,7 +379,7 @@ def test_a_mount_over_proc_hides_no_mark_from_those_who_have_opened_it() -> None
 
 def look_often(_: int) -> None:
     """Read all processes again and again; fail if one is missing. In a thread, or in a process of its own."""
-    for _ in range(100):
+    for _ in range(40):
         assert {proctree.INIT, os.getppid(), os.getpid()} <= proctree.snapshot().keys()
 
 
