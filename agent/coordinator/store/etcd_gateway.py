@@ -8,6 +8,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
@@ -86,6 +87,7 @@ class Gateway:
                 follow_redirects=False,
                 limits=httpx2.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEPALIVE_S),
                 headers={"User-Agent": f"failover-agent/{__version__}"},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # keeps none
                 timeout=httpx2.Timeout(None, connect=leave_after_s if len(endpoints) > 1 else None),
             )
             for endpoint in self._endpoints
@@ -167,9 +169,9 @@ class Gateway:
 
     async def _send(self, endpoint: str, path: str, body: Json, token: str | None) -> Json:
         headers = {} if token is None else {"Authorization": token}
-        client = self._clients[endpoint]
-        client.cookies.clear()  # a member could fill the memory
-        answer = await client.post(endpoint + path, content=json.dumps(body), headers=headers)
+        answer = await self._clients[endpoint].post(
+            endpoint + path, content=json.dumps(body), headers=headers
+        )
         return _read(answer.status_code, answer.content, endpoint)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, ClassVar, Literal
 
 import httpx2
@@ -84,8 +85,10 @@ class MetricReader:
         if self._client is None:
             tls = settings.url.lower().startswith("https:")  # without it no authorities are loaded
             context = httpx2.create_ssl_context(verify=tls, trust_env=False)
-            self._client = httpx2.AsyncClient(verify=context, trust_env=False, timeout=None)
-        self._client.cookies.clear()  # an exporter could fill the memory
+            jar = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # keeps none, to bound memory
+            self._client = httpx2.AsyncClient(
+                verify=context, trust_env=False, timeout=None, cookies=jar
+            )
         async with self._client.stream("GET", settings.url, headers=HEADERS) as response:
             if response.status_code != httpx2.codes.OK:
                 text = f"{settings.url} answers {response.status_code}, must be 200"
