@@ -268,7 +268,6 @@ def _assignments(text: str) -> dict[str, str]:
 
 # --- URLs and addresses -------------------------------------------------------------------------
 
-
 PAGE = "http(s)://HOST[:PORT][/PATH][?QUERY]"
 API = "http(s)://HOST[:PORT][/PATH]"
 BASE = "http(s)://HOST[:PORT]"

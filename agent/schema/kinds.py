@@ -22,7 +22,6 @@ from agent.schema.formats import (
 
 DEFAULT_LIMIT_S = 2.0
 
-
 _check_name = must("be 1 to 64 of the characters a-z, 0-9, _ and -", matches(r"[a-z0-9_-]{1,64}"))
 
 
@@ -68,7 +67,6 @@ MaxFuture = Annotated[
     "How far ahead of this host's clock a time may be; what is further is refused and counted. Counts"
     " for POST /data-processed too.",
 ]
-
 
 _check_key: Callable[[str], str] = must(
     'be names, or numbers in lists, with dots between ("status.items.0")',

@@ -269,7 +269,10 @@ class AgentSettings(Settings):
 
     def hook_limit_of(self, event: str) -> float:
         """How long the hook of an event may take, in seconds; a demotion's is the lease's (R4)."""
-        own = getattr(self, f"hook_{event}_limit", self.hook_notification_limit)
+        own = {
+            "pending_primary": self.hook_pending_primary_limit,
+            "primary": self.hook_primary_limit,
+        }.get(event, self.hook_notification_limit)
         return self.hook_limit if own is None else own
 
     @property
