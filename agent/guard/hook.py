@@ -52,7 +52,7 @@ class DemotionHook:
             key, _, value = pair.partition(b"=")
             self.env[key] = value
         rest = fields[7 + env_count :]
-        self.pipe: tuple[int, int] | None = None
+        self.pipe: tuple[int, int] | None = None  # one for all runs: repeats leak none
         self.commands = []
         while rest:
             arg_count = int(rest[0])

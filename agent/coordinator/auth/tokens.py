@@ -52,7 +52,7 @@ UNREADABLE = (
 )
 """The exceptions of the library and its parsers for a malformed token or key set."""
 
-Seconds = Callable[[], float]
+TimeSource = Callable[[], float]
 _Name = Annotated[str, Meta(max_length=MOST_NAME)]
 
 
@@ -132,7 +132,7 @@ class TokenChecks:
     """
 
     def __init__(
-        self, rules: TokenRules, now: Seconds, clock: Seconds, source: KeySource | None = None
+        self, rules: TokenRules, now: TimeSource, clock: TimeSource, source: KeySource | None = None
     ) -> None:
         self.rules = rules
         self._source = source

@@ -250,8 +250,9 @@ class SqlitePlace:
 
 
 def _find_database(directory: Path) -> Path:
+    """The database of a data directory. Raises StoreError if there is none."""
     database = directory / DATABASE_NAME
-    if not os.path.exists(database):  # noqa: PTH110 - as in ``backup``
+    if not os.path.exists(database):  # noqa: PTH110 - Path.exists raises PermissionError
         raise StoreError(
             f"{directory} has no {DATABASE_NAME} that this user can reach: name a coordinator's data_dir"
         )
@@ -272,7 +273,7 @@ def backup(directory: Path, file: Path) -> None:
     try:
         with TemporaryDirectory(
             prefix=".backup-", dir=file.parent, ignore_cleanup_errors=True
-        ) as own:  # what stands beside the file belongs to others, such as another backup
+        ) as own:  # files beside the target may belong to others, such as another backup
             unfinished = Path(own, DATABASE_NAME)
             with (
                 closing(apsw.Connection(str(database), flags=apsw.SQLITE_OPEN_READONLY)) as source,

@@ -47,7 +47,7 @@ class UnfitAnswerError(Exception):
     """What was received is no answer to the request. Arguments: what it is, what to do, and the exit code."""
 
 
-OTHER = (
+ANOTHERS_ANSWER = (
     "answers another request than the one that was sent",
     "look for a proxy or balancer on the way that mixes answers up",
     ExitCode.NO_ANSWER,
@@ -75,9 +75,9 @@ class _Stream(httpcore2.AsyncNetworkStream):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's signature
         # What comes on a new connection may be a banner, or its refusal: it is read as that.
         tls = self._inner.get_extra_info("ssl_object") if self._first and self.unsent else None
-        with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):  # nothing was
+        with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):  # nothing has come
             if tls is not None and tls.read(1):
-                raise UnfitAnswerError(*OTHER)
+                raise UnfitAnswerError(*ANOTHERS_ANSWER)
         with suppress(httpcore2.WriteError):  # as httpcore2: an early answer can be read
             if self.unsent:
                 await self._inner.write(self.unsent, timeout)
@@ -198,7 +198,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
         headers, stream = response.headers, response.extensions["network_stream"]
         repeated = headers.get_list(REQUEST_HEADER, split_commas=True)
         if stream.unsent or not {number}.issuperset(repeated):
-            unfit = OTHER  # unsent: it was received together with the answer before
+            unfit = ANOTHERS_ANSWER  # unsent: it had come with the answer before
         elif headers.get("content-encoding", "identity") != "identity":
             unfit = TOO_LONG  # 1 KiB can unpack to 1 MiB, and we asked for identity
         else:

@@ -202,7 +202,8 @@ class ClientCredentials(httpx2.Auth):
         fields = _document(answer)
         words = [fields.get(name) for name in ("error", "error_description")]
         reason = ": ".join(word for word in words if isinstance(word, str))
-        for form in (s := self._secret, quote_plus(s), quote(s, safe="")):  # some quote the request
+        secret = self._secret
+        for form in (secret, quote_plus(secret), quote(secret, safe="")):  # some servers repeat it
             reason = reason.replace(form, "***")
         return answer.error(
             f"answered {answer.status} ({quoted(reason) or 'no reason given'})",

@@ -44,6 +44,7 @@ _parse_url = lru_cache(maxsize=16)(httpx2.URL)
 """Caches parsed URLs, as heartbeats go to the same one again and again."""
 
 quoted = partial(one_line, most=LONGEST_QUOTE)
+"""Makes a server's text fit for a message."""
 
 log = Log(__name__)
 
@@ -250,7 +251,7 @@ async def send(
         form: fields to send as a form, instead.
 
     Raises:
-        ServerError: UNREACHABLE, NOT_HTTP, NOT_THE_API, HALF_BODY, NO_ANSWER; or as the client's credentials.
+        ServerError: UNREACHABLE, NOT_HTTP, NOT_THE_API, HALF_BODY, NO_ANSWER; and what the credentials raise.
     """
     headers_came = False
     try:
